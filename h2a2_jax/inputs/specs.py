@@ -1,0 +1,159 @@
+"""What is fixed per dataset: classes, box protocol, augmentation and sampling recipe.
+
+The numbers are TR3D's (arXiv 2302.02858) per-dataset training recipes. Class orders are those of the label
+indices in prepared mmdet3d folders, including their spelling ("showercurtrain").
+"""
+
+from dataclasses import dataclass
+
+from h2a2_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random rigid motion, mirror and scale of a scan; see `augment.augment`.
+
+    Attributes:
+        flip_x: probability of x -> -x.
+        flip_y: probability of y -> -y.
+        rotation: angle about z is uniform in +-rotation (rad).
+        scale: uniform range of the isotropic scale factor.
+        translation_std: standard deviation (m) of the normal shift, one draw per axis.
+    """
+
+    flip_x: float
+    flip_y: float
+    rotation: float
+    scale: tuple[float, float]
+    translation_std: float
+
+
+@dataclass(frozen=True)
+class FractionSampling:
+    """Keep a uniformly drawn fraction of the points, in [low, high), without replacement."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class CountSampling:
+    """Keep exactly `count` points; with replacement only if the scan has fewer."""
+
+    count: int
+
+
+Sampling = FractionSampling | CountSampling | None
+"""How points are drawn from a scan; None keeps all of them in their order."""
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One dataset's protocol.
+
+    Attributes:
+        name: "scannet", "sunrgbd" or "s3dis" for the three built in.
+        classes: class names; the position is the label.
+        has_yaw: True if boxes turn about z, False if they are axis-aligned (yaw 0).
+        label_to_level: per class, the head level that learns it: 0 (16 cm) or 1 (32 cm).
+        color_scale: divisor that brings the colours of prepared files to 0-1.
+        repeats: how often one epoch goes through the training scans.
+        augmentation: training augmentation.
+        train_sampling: point sampling in training.
+        test_sampling: point sampling in evaluation.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    has_yaw: bool
+    label_to_level: tuple[int, ...]
+    color_scale: float
+    repeats: int
+    augmentation: Augmentation
+    train_sampling: Sampling
+    test_sampling: Sampling
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers the box head predicts per location: 6 (axis-aligned) or 8 (with yaw)."""
+        return 8 if self.has_yaw else 6
+
+
+SCANNET = DatasetSpec(
+    name="scannet",
+    classes=(
+        "cabinet",
+        "bed",
+        "chair",
+        "sofa",
+        "table",
+        "door",
+        "window",
+        "bookshelf",
+        "picture",
+        "counter",
+        "desk",
+        "curtain",
+        "refrigerator",
+        "showercurtrain",
+        "toilet",
+        "sink",
+        "bathtub",
+        "garbagebin",
+    ),
+    has_yaw=False,
+    label_to_level=(0, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 1, 0),
+    color_scale=255.0,
+    repeats=15,
+    augmentation=Augmentation(flip_x=0.5, flip_y=0.5, rotation=0.02, scale=(0.9, 1.1), translation_std=0.1),
+    train_sampling=FractionSampling(0.33, 1.0),
+    test_sampling=None,
+)
+
+SUNRGBD = DatasetSpec(
+    name="sunrgbd",
+    classes=("bed", "table", "sofa", "chair", "toilet", "desk", "dresser", "night_stand", "bookshelf", "bathtub"),
+    has_yaw=True,
+    label_to_level=(1, 1, 1, 0, 0, 1, 0, 0, 1, 0),
+    color_scale=1.0,
+    repeats=5,
+    augmentation=Augmentation(flip_x=0.5, flip_y=0.0, rotation=0.5236, scale=(0.85, 1.15), translation_std=0.1),
+    train_sampling=CountSampling(100_000),
+    test_sampling=CountSampling(100_000),
+)
+
+S3DIS = DatasetSpec(
+    name="s3dis",
+    classes=("table", "chair", "sofa", "bookcase", "board"),
+    has_yaw=False,
+    label_to_level=(1, 0, 1, 1, 0),
+    color_scale=255.0,
+    repeats=13,
+    augmentation=Augmentation(flip_x=0.5, flip_y=0.5, rotation=0.0, scale=(0.95, 1.05), translation_std=0.1),
+    train_sampling=CountSampling(100_000),
+    test_sampling=CountSampling(100_000),
+)
+
+SPECS = (SCANNET, SUNRGBD, S3DIS)
+"""The three built-in datasets, in the order used throughout."""
+
+
+def dataset_spec(name: str) -> DatasetSpec:
+    """Returns the built-in spec called `name`.
+
+    Args:
+        name: "scannet", "sunrgbd" or "s3dis".
+
+    Raises:
+        InputError: for any other name.
+    """
+    for spec in SPECS:
+        if spec.name == name:
+            return spec
+    known = ", ".join(spec.name for spec in SPECS)
+    raise InputError(f"Unknown dataset {name!r}: use one of {known}.")
