@@ -1,0 +1,58 @@
+"""Sparse convolution on padded active sites, without Flax: functions on arrays.
+
+Sites are built on the host (`grid`), maps from them (`kernel_map`), features are convolved on a device (`conv`, `pool`).
+"""
+
+from h2a2_jax.sparse.conv import convolve
+from h2a2_jax.sparse.grid import (
+    SiteSet,
+    Voxelization,
+    downsample,
+    generate,
+    kernel_offsets,
+    site_set,
+    unite,
+    voxel_coordinates,
+    voxelize,
+)
+from h2a2_jax.sparse.kernel_map import (
+    KernelMap,
+    NeighborTable,
+    PairTiles,
+    generative_neighbors,
+    pad_map,
+    pool_neighbors,
+    strided_neighbors,
+    submanifold_neighbors,
+    union_rows,
+)
+from h2a2_jax.sparse.pool import max_pool
+from h2a2_jax.sparse.tensor import Sites, SparseTensor, pad_rows, pad_sites, scan_mean
+
+__all__ = [
+    "KernelMap",
+    "NeighborTable",
+    "PairTiles",
+    "SiteSet",
+    "Sites",
+    "SparseTensor",
+    "Voxelization",
+    "convolve",
+    "downsample",
+    "generate",
+    "generative_neighbors",
+    "kernel_offsets",
+    "max_pool",
+    "pad_map",
+    "pad_rows",
+    "pad_sites",
+    "pool_neighbors",
+    "scan_mean",
+    "site_set",
+    "strided_neighbors",
+    "submanifold_neighbors",
+    "union_rows",
+    "unite",
+    "voxel_coordinates",
+    "voxelize",
+]

@@ -1,0 +1,225 @@
+"""Voxel sites on the host: voxelisation, sorted site keys, strided, generated and united site sets.
+
+A site is four integers (scan, x, y, z) in units of the finest voxel, at every level: a set of stride s holds
+multiples of s (negative coordinates occur). A set is kept as sorted, unique int64 keys, z fastest, because sorting and
+binary search on one machine word are what makes building maps cheap.
+
+Coordinates depend on points alone, never on features, so everything here runs before the network does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from h2a2_jax.errors import InputError
+
+_BITS = 16
+_BIAS = 1 << (_BITS - 1)
+_FIELD = (1 << _BITS) - 1
+MAX_COORDINATE = _BIAS - 1024
+"""Largest |coordinate| of a site; the rest of the 16-bit field is room for the offsets of kernels."""
+MAX_SCANS = 1 << (_BITS - 1)
+
+Size3 = int | tuple[int, int, int]
+
+
+def size3(size: Size3) -> tuple[int, int, int]:
+    """A size along x, y, z from one number or three."""
+    return (size, size, size) if isinstance(size, int) else size
+
+
+def voxel_coordinates(points: Float[np.ndarray, "m 3"], voxel_size: float) -> Int[np.ndarray, "m 3"]:
+    """Voxel of each point: floor(p / voxel_size), divided in float32.
+
+    Division, not multiplication by the reciprocal, and in float32: a point on a voxel's face otherwise falls on the
+    other side of it.
+
+    Args:
+        points: metres.
+        voxel_size: metres.
+
+    Returns:
+        int32 coordinates.
+
+    Raises:
+        InputError: a coordinate is not finite or lies outside the +-31,743 voxels that a site key can hold.
+    """
+    scaled = np.floor(np.asarray(points, np.float32) / np.float32(voxel_size))
+    if not np.isfinite(scaled).all():
+        raise InputError(
+            f"{int((~np.isfinite(scaled)).any(1).sum())} of {len(points)} points are NaN or infinite; "
+            "remove them before voxelisation."
+        )
+    if len(scaled) and np.abs(scaled).max() >= MAX_COORDINATE:
+        raise InputError(
+            f"a point lies {float(np.abs(points).max()):.1f} m from the origin; voxels of {voxel_size} m reach "
+            f"{MAX_COORDINATE * voxel_size:.1f} m: centre the scan, check its unit (metres), or use larger voxels."
+        )
+    return scaled.astype(np.int32)
+
+
+def pack_keys(coords: Int[np.ndarray, "n 4"]) -> Int[np.ndarray, " n"]:
+    """int64 keys of (scan, x, y, z) rows; their order is the lexicographic order of the rows."""
+    c = coords.astype(np.int64)
+    if len(c):
+        if np.abs(c[:, 1:]).max() > MAX_COORDINATE:
+            raise InputError(
+                f"site coordinates reach {int(np.abs(c[:, 1:]).max())}, a key holds +-{MAX_COORDINATE}; "
+                "centre the scan or use larger voxels."
+            )
+        if c[:, 0].min() < 0 or c[:, 0].max() >= MAX_SCANS:
+            raise InputError(f"scan indices must lie in 0..{MAX_SCANS - 1}, given up to {int(c[:, 0].max())}.")
+    c[:, 1:] += _BIAS
+    return (c[:, 0] << 3 * _BITS) | (c[:, 1] << 2 * _BITS) | (c[:, 2] << _BITS) | c[:, 3]
+
+
+def unpack_keys(keys: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n 4"]:
+    """(scan, x, y, z) rows, int32, of int64 keys."""
+    fields = [keys >> 3 * _BITS] + [((keys >> shift) & _FIELD) - _BIAS for shift in (2 * _BITS, _BITS, 0)]
+    return np.stack(fields, -1).astype(np.int32)
+
+
+def key_offsets(offsets: Int[np.ndarray, "v 3"]) -> Int[np.ndarray, " v"]:
+    """What to add to a key to move its site by each (dx, dy, dz), in voxels."""
+    o = offsets.astype(np.int64)
+    return (o[:, 0] << 2 * _BITS) + (o[:, 1] << _BITS) + o[:, 2]
+
+
+def sorted_unique(keys: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
+    """Sorted distinct keys (by sort and difference: np.unique hashes and is many times slower)."""
+    keys = np.sort(keys)
+    return keys[_starts(keys)]
+
+
+def _starts(ordered: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    return np.concatenate([np.ones(min(1, len(ordered)), bool), ordered[1:] != ordered[:-1]])
+
+
+def kernel_offsets(kernel_size: Size3, dilation: int = 1) -> Int[np.ndarray, "v 3"]:
+    """Integer offsets of a kernel's slices, x fastest: slice k = ix + Kx * iy + Kx * Ky * iz.
+
+    Odd sizes are centred (-K//2 .. K//2), even sizes start at zero (0 .. K-1).
+    """
+    axes = [np.arange(k) - (k // 2 if k % 2 else 0) for k in size3(kernel_size)]
+    z, y, x = np.meshgrid(axes[2], axes[1], axes[0], indexing="ij")
+    return (np.stack([x.ravel(), y.ravel(), z.ravel()], -1) * dilation).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class SiteSet:
+    """A set of sites on the host.
+
+    Attributes:
+        keys: int64 [n], sorted and unique.
+        stride: distance of neighbouring sites, in finest voxels.
+        num_scans: scans in the batch; keys' scan indices are below it.
+    """
+
+    keys: np.ndarray
+    stride: int
+    num_scans: int
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def coords(self) -> Int[np.ndarray, "n 4"]:
+        """(scan, x, y, z) rows in lexicographic order, int32."""
+        return unpack_keys(self.keys)
+
+    @property
+    def scan(self) -> Int[np.ndarray, " n"]:
+        """Scan index of each site, int32."""
+        return (self.keys >> 3 * _BITS).astype(np.int32)
+
+    def lookup(self, coords: Int[np.ndarray, "m 4"]) -> Int[np.ndarray, " m"]:
+        """Row of each given site, int32, -1 where it is not in the set."""
+        return find_keys(self.keys, pack_keys(coords))
+
+
+def find_keys(keys: Int[np.ndarray, " n"], queries: Int[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
+    """Row of each query in the sorted keys, int32, -1 where it is missing."""
+    if not len(keys):
+        return np.full(len(queries), -1, np.int32)
+    rows = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
+    return np.where(keys[rows] == queries, rows, -1).astype(np.int32)
+
+
+def site_set(coords: Int[np.ndarray, "n 4"], *, stride: int = 1, num_scans: int | None = None) -> SiteSet:
+    """The set of the given sites, in any order, duplicates merged."""
+    scans = num_scans if num_scans is not None else (int(coords[:, 0].max()) + 1 if len(coords) else 1)
+    return SiteSet(sorted_unique(pack_keys(coords)), stride, scans)
+
+
+@dataclass(frozen=True)
+class Voxelization:
+    """Sites of a batch of point clouds, and which point each took its features from.
+
+    Attributes:
+        sites: the occupied voxels, stride 1.
+        first_point: int64 [n], row in the concatenated points of the first point of each voxel.
+    """
+
+    sites: SiteSet
+    first_point: np.ndarray
+
+
+def voxelize(clouds: Sequence[np.ndarray], voxel_size: float) -> Voxelization:
+    """Voxelise one point cloud per scan; the first point of a voxel represents it.
+
+    Args:
+        clouds: float32 [m_i, 3] metres, one array a scan, empty ones allowed.
+        voxel_size: metres.
+
+    Raises:
+        InputError: see `voxel_coordinates`.
+    """
+    coords = [
+        np.concatenate([np.full((len(p), 1), b, np.int32), voxel_coordinates(p, voxel_size)], 1)
+        for b, p in enumerate(clouds)
+    ]
+    keys = pack_keys(np.concatenate(coords)) if coords else np.zeros(0, np.int64)
+    order = np.argsort(keys, kind="stable")
+    starts = _starts(keys[order])
+    return Voxelization(SiteSet(keys[order][starts], 1, len(clouds)), order[starts])
+
+
+def downsample(sites: SiteSet, factor: int) -> SiteSet:
+    """Sites of the coarser grid: unique(floor(c / s) * s) with s = sites.stride * factor, true floor."""
+    stride = sites.stride * factor
+    if stride & (stride - 1) == 0:  # the bias is a multiple of every power of two: clear the low bits of each field
+        low = _FIELD & ~(stride - 1)
+        mask = (-1 << 3 * _BITS) | (low << 2 * _BITS) | (low << _BITS) | low
+        keys = sites.keys & np.int64(mask)
+    else:
+        coords = sites.coords
+        coords[:, 1:] = np.floor_divide(coords[:, 1:], stride) * stride
+        keys = pack_keys(coords)
+    return SiteSet(sorted_unique(keys), stride, sites.num_scans)
+
+
+def generate(sites: SiteSet, kernel_size: Size3, factor: int = 2) -> SiteSet:
+    """Sites that a generative transposed convolution makes: every site plus every offset of the finer stride.
+
+    Raises:
+        ValueError: the stride of the sites is not a multiple of `factor`.
+    """
+    if sites.stride % factor:
+        raise ValueError(f"sites of stride {sites.stride} have no finer grid at 1/{factor} of it.")
+    stride = sites.stride // factor
+    moves = key_offsets(kernel_offsets(kernel_size) * stride)
+    return SiteSet(sorted_unique((sites.keys[None, :] + moves[:, None]).ravel()), stride, sites.num_scans)
+
+
+def unite(a: SiteSet, b: SiteSet) -> SiteSet:
+    """Union of two site sets of one stride.
+
+    Raises:
+        ValueError: the strides differ.
+    """
+    if a.stride != b.stride:
+        raise ValueError(f"a union needs one stride, given {a.stride} and {b.stride}.")
+    keys = sorted_unique(np.concatenate([a.keys, b.keys]))
+    return SiteSet(keys, a.stride, max(a.num_scans, b.num_scans))

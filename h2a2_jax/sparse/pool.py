@@ -1,0 +1,51 @@
+"""Pooling over the windows of a kernel map."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from h2a2_jax.sparse.kernel_map import KernelMap
+
+
+@jax.custom_vjp
+def max_pool(features: Float[Array, "n_in c"], kernel_map: KernelMap) -> Float[Array, "n_out c"]:
+    """Maximum over the active sites under each window, channel by channel.
+
+    The gradient goes to the first site that holds the maximum. Windows of one offset never share an input, so both
+    directions are gathers.
+
+    Args:
+        features: rows of the input sites.
+        kernel_map: of kind "pool".
+
+    Returns:
+        Rows of the output sites; padding rows are zero.
+    """
+    return _pool(features, kernel_map)[0]
+
+
+def _pool(x: Array, kmap: KernelMap) -> tuple[Array, Array]:
+    neighbors = jnp.asarray(kmap.neighbors)
+    windows = x.at[neighbors].get(mode="fill", fill_value=-jnp.inf)
+    valid = (jnp.arange(kmap.out_capacity) < kmap.n_out)[:, None]
+    return jnp.where(valid, windows.max(0), 0), windows.argmax(0).astype(jnp.int8)
+
+
+def _forward(x: Array, kmap: KernelMap) -> tuple[Array, tuple]:
+    out, chosen = _pool(x, kmap)
+    return out, (chosen, kmap)
+
+
+def _backward(residuals: tuple, g: Array) -> tuple:
+    chosen, kmap = residuals
+    neighbors = jnp.asarray(kmap.neighbors)
+    valid = (jnp.arange(kmap.out_capacity) < kmap.n_out)[:, None]
+    g = jnp.where(valid, g, 0)
+    dx = jnp.zeros((kmap.in_capacity, g.shape[1]), g.dtype)
+    for k in range(kmap.kernel_volume):
+        dx = dx.at[neighbors[k]].add(jnp.where(chosen == k, g, 0), mode="drop")
+    return dx, jax.tree.map(lambda a: np.zeros(np.shape(a), jax.dtypes.float0), kmap)
+
+
+max_pool.defvjp(_forward, _backward)
