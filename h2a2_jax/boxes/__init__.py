@@ -1,0 +1,42 @@
+"""Boxes: decoding, overlap, non-maximum suppression.
+
+A box is 7 float32 numbers: gravity centre x, y, z and sizes dx, dy, dz (m), yaw (rad, counter-clockwise about z).
+Axis-aligned boxes carry yaw 0. Nothing here knows of networks or datasets.
+"""
+
+from h2a2_jax.boxes.codec import decode_boxes, decode_boxes_padded
+from h2a2_jax.boxes.iou import (
+    axis_aligned_bev_iou,
+    axis_aligned_diou,
+    axis_aligned_iou,
+    extents_diou,
+    extents_from_boxes,
+    extents_iou,
+    pairwise_axis_aligned_bev_iou,
+    pairwise_axis_aligned_iou,
+)
+from h2a2_jax.boxes.rotated_iou import (
+    bev_intersection_area,
+    pairwise_rotated_bev_iou,
+    pairwise_rotated_iou,
+    rotated_bev_iou,
+    rotated_iou,
+)
+
+__all__ = [
+    "axis_aligned_bev_iou",
+    "axis_aligned_diou",
+    "axis_aligned_iou",
+    "bev_intersection_area",
+    "decode_boxes",
+    "decode_boxes_padded",
+    "extents_diou",
+    "extents_from_boxes",
+    "extents_iou",
+    "pairwise_axis_aligned_bev_iou",
+    "pairwise_axis_aligned_iou",
+    "pairwise_rotated_bev_iou",
+    "pairwise_rotated_iou",
+    "rotated_bev_iou",
+    "rotated_iou",
+]

@@ -1,0 +1,201 @@
+"""Overlap of axis-aligned boxes.
+
+Functions of paired boxes broadcast their leading dimensions. Gradients are finite everywhere: for identical,
+touching, nested, disjoint and zero-size boxes; where a minimum or maximum ties, both sides get half.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from h2a2_jax.typing import AnyArray
+
+SMALLEST = 1e-12
+"""Floor of the denominators: a volume in m^3, an area or squared length in m^2. A cube of 0.1 mm has that volume."""
+
+
+def extents_from_boxes(boxes: Float[AnyArray, "*batch 7"]) -> Float[Array, "*batch 6"]:
+    """Corner form of boxes taken as axis-aligned.
+
+    Args:
+        boxes: Boxes; the yaw is ignored.
+
+    Returns:
+        (x, y, z) of the lower corner, then of the upper one (m).
+    """
+    half = boxes[..., 3:6] / 2
+    return jnp.concatenate([boxes[..., :3] - half, boxes[..., :3] + half], axis=-1)
+
+
+def extents_iou(first: Float[AnyArray, "*#batch 6"], second: Float[AnyArray, "*#batch 6"]) -> Float[Array, "*batch"]:
+    """Volume IoU of paired boxes in corner form.
+
+    Args:
+        first: Lower and upper corners (m).
+        second: Lower and upper corners (m).
+
+    Returns:
+        Intersection over union, 0 to 1.
+    """
+    overlap = jnp.minimum(first[..., 3:], second[..., 3:]) - jnp.maximum(first[..., :3], second[..., :3])
+    intersection = jnp.prod(jnp.maximum(overlap, 0), axis=-1)
+    volumes = jnp.prod(first[..., 3:] - first[..., :3], axis=-1) + jnp.prod(second[..., 3:] - second[..., :3], axis=-1)
+    return ratio_of_overlap(intersection, volumes)
+
+
+def extents_diou(first: Float[AnyArray, "*#batch 6"], second: Float[AnyArray, "*#batch 6"]) -> Float[Array, "*batch"]:
+    """Volume DIoU of paired boxes in corner form: IoU - d^2 / c^2.
+
+    d is the distance between the centres, c the diagonal of the smallest axis-aligned box around both.
+
+    Args:
+        first: Lower and upper corners (m).
+        second: Lower and upper corners (m).
+
+    Returns:
+        DIoU, -1 to 1.
+
+    References:
+        Distance-IoU Loss, https://arxiv.org/abs/1911.08287.
+    """
+    offset = (first[..., :3] + first[..., 3:] - second[..., :3] - second[..., 3:]) / 2
+    distance = jnp.sum(offset * offset, axis=-1)
+    return extents_iou(first, second) - distance / jnp.maximum(enclosing_square_diagonal(first, second), SMALLEST)
+
+
+def axis_aligned_iou(
+    first: Float[AnyArray, "*#batch 7"], second: Float[AnyArray, "*#batch 7"]
+) -> Float[Array, "*batch"]:
+    """Volume IoU of paired boxes, their yaw ignored.
+
+    Args:
+        first: Boxes.
+        second: Boxes.
+
+    Returns:
+        Intersection over union, 0 to 1.
+    """
+    # From centres and sizes rather than from corners, so that far from the origin no digit is lost.
+    overlap = _axis_overlap(first, second)
+    return ratio_of_overlap(jnp.prod(overlap, axis=-1), _product(first, 3, 6) + _product(second, 3, 6))
+
+
+def axis_aligned_bev_iou(
+    first: Float[AnyArray, "*#batch 7"], second: Float[AnyArray, "*#batch 7"]
+) -> Float[Array, "*batch"]:
+    """Bird's-eye-view (x, y) IoU of paired boxes, their yaw ignored.
+
+    Args:
+        first: Boxes.
+        second: Boxes.
+
+    Returns:
+        Intersection over union of the footprints, 0 to 1.
+    """
+    overlap = _axis_overlap(first, second)[..., :2]
+    return ratio_of_overlap(jnp.prod(overlap, axis=-1), _product(first, 3, 5) + _product(second, 3, 5))
+
+
+def axis_aligned_diou(
+    first: Float[AnyArray, "*#batch 7"], second: Float[AnyArray, "*#batch 7"]
+) -> Float[Array, "*batch"]:
+    """Volume DIoU of paired boxes, their yaw ignored; see `extents_diou`.
+
+    Args:
+        first: Boxes.
+        second: Boxes.
+
+    Returns:
+        DIoU, -1 to 1.
+    """
+    offset = first[..., :3] - second[..., :3]
+    square_diagonal = enclosing_square_diagonal(*relative_extents(offset, first[..., 3:6] / 2, second[..., 3:6] / 2))
+    return axis_aligned_iou(first, second) - jnp.sum(offset * offset, -1) / jnp.maximum(square_diagonal, SMALLEST)
+
+
+def pairwise_axis_aligned_iou(first: Float[AnyArray, "n 7"], second: Float[AnyArray, "m 7"]) -> Float[Array, "n m"]:
+    """Volume IoU of every box with every other, their yaw ignored.
+
+    Args:
+        first: Boxes.
+        second: Boxes.
+
+    Returns:
+        Intersection over union, 0 to 1.
+    """
+    return axis_aligned_iou(first[:, None], second[None])
+
+
+def pairwise_axis_aligned_bev_iou(first: Float[AnyArray, "n 7"], second: Float[AnyArray, "m 7"]) -> Float[Array, "n m"]:
+    """Bird's-eye-view IoU of every box with every other, their yaw ignored.
+
+    Args:
+        first: Boxes.
+        second: Boxes.
+
+    Returns:
+        Intersection over union of the footprints, 0 to 1.
+    """
+    return axis_aligned_bev_iou(first[:, None], second[None])
+
+
+def enclosing_square_diagonal(
+    first: Float[AnyArray, "*#batch 6"], second: Float[AnyArray, "*#batch 6"]
+) -> Float[Array, "*batch"]:
+    """Squared diagonal (m^2) of the smallest axis-aligned box around two.
+
+    Args:
+        first: Lower and upper corners (m).
+        second: Lower and upper corners (m).
+
+    Returns:
+        Squared length.
+    """
+    diagonal = jnp.maximum(first[..., 3:], second[..., 3:]) - jnp.minimum(first[..., :3], second[..., :3])
+    return jnp.sum(diagonal * diagonal, axis=-1)
+
+
+def relative_extents(
+    offset: Float[AnyArray, "*#batch 3"],
+    first_half: Float[AnyArray, "*#batch 3"],
+    second_half: Float[AnyArray, "*#batch 3"],
+) -> tuple[Float[Array, "*#batch 6"], Float[Array, "*#batch 6"]]:
+    """Corner forms of two boxes in a frame centred on the second, which keeps float32 accurate far from the origin.
+
+    Args:
+        offset: Centre of the first minus centre of the second (m).
+        first_half: Half sizes of the first (m).
+        second_half: Half sizes of the second (m).
+
+    Returns:
+        Lower and upper corners of the first, and of the second.
+    """
+    return (
+        jnp.concatenate([offset - first_half, offset + first_half], axis=-1),
+        jnp.concatenate([-second_half, second_half], axis=-1),
+    )
+
+
+def ratio_of_overlap(
+    intersection: Float[AnyArray, "*#batch"], total: Float[AnyArray, "*#batch"]
+) -> Float[Array, "*batch"]:
+    """IoU from an intersection and the sum of both contents; 0 where the union is empty.
+
+    Args:
+        intersection: Common volume or area.
+        total: Sum of the two volumes or areas.
+
+    Returns:
+        Intersection over union.
+    """
+    return jnp.divide(intersection, jnp.maximum(total - intersection, SMALLEST))
+
+
+def _axis_overlap(first: AnyArray, second: AnyArray) -> Array:
+    offset = first[..., :3] - second[..., :3]
+    first_half, second_half = first[..., 3:6] / 2, second[..., 3:6] / 2
+    overlap = jnp.minimum(offset + first_half, second_half) - jnp.maximum(offset - first_half, -second_half)
+    return jnp.maximum(overlap, 0)
+
+
+def _product(boxes: AnyArray, start: int, stop: int) -> Array:
+    return jnp.prod(boxes[..., start:stop], axis=-1)
