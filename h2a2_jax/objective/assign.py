@@ -1,0 +1,161 @@
+"""Which locations are to find which box, and of what class."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from h2a2_jax.typing import AnyArray
+
+TOP_K = 6
+"""Locations a box may take."""
+
+_CHUNK = 256
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """Targets of the locations of a batch, and the same seen from the boxes.
+
+    Attributes:
+        labels: Class of each location, -1 = background or padding.
+        box: Box of each location, an index into its scan's boxes; -1 = none.
+        candidates: Rows of the locations each box asks for, nearest first; the number of locations where there is none.
+        positive: Whether the box got that location. Every location with a label is there exactly once.
+    """
+
+    labels: Int[Array, " n"]
+    box: Int[Array, " n"]
+    candidates: Int[Array, "b g k"]
+    positive: Bool[Array, "b g k"]
+
+
+def assign(
+    locations: Float[AnyArray, "n 3"],
+    scan: Int[AnyArray, " n"],
+    level: Int[AnyArray, " n"],
+    boxes: Float[AnyArray, "b g 7"],
+    box_labels: Int[AnyArray, "b g"],
+    label_to_level: Int[AnyArray, " c"],
+    *,
+    top_k: int = TOP_K,
+) -> Assignment:
+    """Assigns locations to ground-truth boxes as TR3D does.
+
+    A box asks for the locations of its scan, on its label's level, that are strictly nearer to its centre than the
+    (top_k + 1)-th one: top_k of them, fewer where distances tie, all of them where there are at most top_k. A
+    location that several boxes ask for goes to the one whose centre is nearest, on a tie to the first.
+
+    Runs inside jit. Work is O(b g n), memory at most one block [g, n]: scans are taken one after the other.
+
+    Args:
+        locations: x, y, z (m) of the locations of all levels and scans, in any order.
+        scan: Scan of each location; b or more for padding rows.
+        level: Level of each location.
+        boxes: Ground-truth boxes, padded to g per scan.
+        box_labels: Their classes, -1 for padding.
+        label_to_level: The level on which boxes of each class are sought.
+        top_k: Locations a box may take.
+
+    Returns:
+        The assignment.
+
+    References:
+        TR3D: Towards Real-Time Indoor 3D Object Detection, https://arxiv.org/abs/2302.02858, section 3.3.
+    """
+    num_locations, (num_scans, num_boxes) = locations.shape[0], box_labels.shape
+    if num_locations == 0 or num_scans == 0 or num_boxes == 0:
+        return _empty_assignment(num_locations, num_scans, num_boxes, top_k)
+    is_box = box_labels >= 0
+    # -1 matches no level, so padding boxes ask for nothing.
+    box_level = jnp.where(is_box, jnp.asarray(label_to_level)[jnp.where(is_box, box_labels, 0)], -1)
+    chunks = _Chunks.cut(locations, scan, level, chunk=max(_CHUNK, top_k + 1))
+    candidates, distances = jax.lax.map(
+        lambda one: chunks.nearest(*one, top_k=top_k), (jnp.arange(num_scans), boxes[..., :3], box_level)
+    )
+    return _resolve(candidates, distances, jnp.asarray(box_labels), num_locations)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+    """Locations cut into chunks of equal size; `columns` [3, chunks, size], `scan` and `level` [chunks, size]."""
+
+    columns: Array
+    scan: Array
+    level: Array
+
+    @classmethod
+    def cut(cls, locations: AnyArray, scan: AnyArray, level: AnyArray, *, chunk: int) -> "_Chunks":
+        pad = -locations.shape[0] % chunk
+        return cls(
+            columns=jnp.pad(locations, ((0, pad), (0, 0))).T.reshape(3, -1, chunk),
+            scan=jnp.pad(scan, (0, pad), constant_values=-1).reshape(-1, chunk),
+            level=jnp.pad(level, (0, pad), constant_values=-1).reshape(-1, chunk),
+        )
+
+    def nearest(self, scan: Array, centers: Array, box_level: Array, *, top_k: int) -> tuple[Array, Array]:
+        """Rows [g, top_k] and squared distances of the locations each box of one scan asks for, inf where none."""
+        # The top_k + 1 smallest distances lie in the chunks with the smallest minima: sorting
+        # those spares sorting all n.
+        minima = self._distances(self.columns, self.scan, self.level, scan, centers, box_level).min(axis=-1)
+        _, chunk = jax.lax.top_k(-minima, min(top_k + 1, minima.shape[-1]))
+        size = self.scan.shape[-1]
+        rows = (chunk[..., None] * size + jnp.arange(size)).reshape(chunk.shape[0], -1)
+        distances = jax.vmap(
+            lambda chunk, center, level: self._distances(
+                self.columns[:, chunk], self.scan[chunk], self.level[chunk], scan, center[None], level[None]
+            )[0]
+        )(chunk, centers, box_level).reshape(rows.shape)
+        negative, order = jax.lax.top_k(-distances, top_k + 1)
+        is_nearer = -negative[:, :-1] < -negative[:, -1:]
+        return (
+            jnp.take_along_axis(rows, order[:, :-1], axis=1),
+            jnp.where(is_nearer, -negative[:, :-1], jnp.inf),
+        )
+
+    @staticmethod
+    def _distances(
+        columns: Array, location_scan: Array, location_level: Array, scan: Array, centers: Array, box_level: Array
+    ) -> Array:
+        """Squared distances [g, chunks, size]; inf for locations of another scan or level."""
+        offsets = [centers[:, axis, None, None] - columns[axis] for axis in range(3)]
+        # The maximum changes no number. It keeps the compiler from fusing product and sum, which rounds differently
+        # from one place to the next and from the reference, so that ties would come undone; an optimization barrier
+        # is gone before that fusion.
+        x, y, z = (jnp.maximum(offset * offset, 0) for offset in offsets)
+        is_sought = (location_scan == scan) & (location_level == box_level[:, None, None])
+        return jnp.where(is_sought, x + y + z, jnp.inf)
+
+
+def _resolve(candidates: Array, distances: Array, box_labels: Array, num_locations: int) -> Assignment:
+    """Gives every location that is asked for to the nearest box."""
+    num_boxes = box_labels.shape[1]
+    is_candidate = jnp.isfinite(distances)
+    rows = jnp.where(is_candidate, candidates, num_locations).astype(jnp.int32)
+    box = jnp.broadcast_to(jnp.arange(num_boxes, dtype=jnp.int32)[:, None], rows.shape)
+    least = jnp.full(num_locations, jnp.inf, distances.dtype).at[rows].min(distances, mode="drop")
+    is_least = is_candidate & (distances == least.at[rows].get(mode="fill", fill_value=jnp.inf))
+    winner = (
+        jnp.full(num_locations, num_boxes, jnp.int32).at[rows].min(jnp.where(is_least, box, num_boxes), mode="drop")
+    )
+    positive = is_least & (winner.at[rows].get(mode="fill", fill_value=num_boxes) == box)
+    labels = (
+        jnp.full(num_locations, -1, jnp.int32)
+        .at[jnp.where(positive, rows, num_locations)]
+        .set(jnp.broadcast_to(box_labels[..., None], rows.shape).astype(jnp.int32), mode="drop")
+    )
+    return Assignment(labels=labels, box=jnp.where(winner < num_boxes, winner, -1), candidates=rows, positive=positive)
+
+
+def _empty_assignment(num_locations: int, num_scans: int, num_boxes: int, top_k: int) -> Assignment:
+    none = jnp.full(num_locations, -1, jnp.int32)
+    shape = (num_scans, num_boxes, top_k)
+    return Assignment(
+        labels=none,
+        box=none,
+        candidates=jnp.full(shape, num_locations, jnp.int32),
+        positive=jnp.zeros(shape, bool),
+    )
