@@ -1,0 +1,147 @@
+"""What a run tells about itself: a file of metrics for programs, a line of progress for people."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+SCHEMA_VERSION = 1
+
+
+class MetricsWriter:
+    """Writes `metrics.jsonl`, one JSON object a logged step, and appends to it when a run goes on.
+
+    Schema, version 1. Each line is an object of its own:
+
+    - "step": int, optimiser steps done; always the first key. A run that was killed may have logged steps after its
+      last checkpoint, and logs them again when it goes on: of two lines of one step the later one counts.
+    - "version": int, the version of this schema; always the second key.
+    - any further key: the value of a metric, a number or null. A slash parts a metric from what it is of, as in
+      "loss/scannet". Null stands for a value that is not finite, which JSON cannot express.
+
+    Every line is flushed when written, so that a killed run leaves its metrics behind. A last line that a kill cut
+    short is dropped when the run goes on.
+
+    Args:
+        workdir: folder of the run; made if missing.
+    """
+
+    def __init__(self, workdir: str | Path):
+        self.path = Path(workdir) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_cut_line(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append the metrics of one step.
+
+        Args:
+            step: optimiser steps done.
+            metrics: numbers by name; arrays of one element count as numbers and are fetched from their device here.
+
+        Raises:
+            ValueError: if a metric is no single number or is named as a key of the schema.
+        """
+        reserved = {"step", "version"} & metrics.keys()
+        if reserved:
+            raise ValueError(f"metrics of step {step} contain {sorted(reserved)}, which the writer sets; rename them")
+        line = {"step": int(step), "version": SCHEMA_VERSION} | {k: _number(k, v) for k, v in metrics.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; writing after that is an error."""
+        self._file.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Progress:
+    """A line of progress on standard error: step of total, loss, scans per second, time taken and time left.
+
+    In a terminal the line is updated in place; in a log a new line is printed at most every `interval` seconds, and
+    always for the last step. Time left extrapolates from the steps of this process, so a run that goes on from step 900
+    of 1000 is not thought fast.
+
+    Args:
+        total_steps: steps of the whole run.
+        first_step: steps done before this process, for a run that goes on.
+        interval: seconds between two lines of a log.
+    """
+
+    def __init__(self, total_steps: int, first_step: int = 0, interval: float = 30.0):
+        self._total, self._first, self._interval = total_steps, first_step, interval
+        self._scans = 0
+        self._start = self._last_line = time.monotonic()
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step") if terminal else None
+
+    def update(self, step: int, loss: float, scans: int) -> None:
+        """Report a step.
+
+        Args:
+            step: steps done, this one included.
+            loss: the loss to show.
+            scans: scans that were trained on since the last call.
+        """
+        self._scans += scans
+        now = time.monotonic()
+        elapsed = now - self._start
+        rate = self._scans / max(elapsed, 1e-9)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} scans/s", refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step >= self._total or now - self._last_line >= self._interval:
+            self._last_line = now
+            left = elapsed / max(step - self._first, 1) * (self._total - step)
+            print(
+                f"step {step}/{self._total}  loss {loss:.4f}  {rate:.1f} scans/s  "
+                f"elapsed {_duration(elapsed)}  left {_duration(left)}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Leave the terminal's line."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _number(name: str, value: Any) -> float | int | None:
+    array = np.asarray(value)
+    # Kind V is bfloat16 and its like.
+    if array.size != 1 or array.dtype.kind not in "iufV":
+        raise ValueError(f"metric {name!r} is {value!r}, expected a single number; reduce or leave it out")
+    number = array.item()
+    return number if math.isfinite(number) else None
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Cut the file behind its last line feed."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
