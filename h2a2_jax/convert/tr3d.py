@@ -1,0 +1,137 @@
+"""Parameter names of TR3D in mmdetection3d, and ours.
+
+A checkpoint there is one dataset's detector: its shared parameters are ours one to one, its running statistics and its
+head go to that dataset's place on the dataset axis. A detector with kernel selection takes the residual kernels as its
+shared ones.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from h2a2_jax.layers import BatchNorm, ConvNorm, SelectiveConv
+from h2a2_jax.models import Detector
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter of TR3D lives in ours.
+
+    Attributes:
+        variable: the Flax variable.
+        index: of the part of it.
+        shape: of the parameter there.
+    """
+
+    variable: nnx.Variable
+    index: tuple[Any, ...]
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        """The value, in the shape it has in TR3D."""
+        return np.asarray(self.variable[...][self.index]).reshape(self.shape)
+
+    def write(self, value: np.ndarray) -> None:
+        """Set the value from the shape it has in TR3D."""
+        whole = self.variable[...]
+        self.variable[...] = whole.at[self.index].set(jnp.asarray(value).reshape(whole[self.index].shape))
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the keys of a checkpoint.
+
+    Attributes:
+        used: keys that were loaded.
+        left_over: keys of the checkpoint that we have no place for.
+        missing: keys that we expect and the checkpoint lacks.
+    """
+
+    used: tuple[str, ...]
+    left_over: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def tr3d_slots(model: Detector, dataset: int = 0) -> dict[str, Slot]:
+    """Every parameter and running statistic of TR3D by its name there.
+
+    Args:
+        model: ours.
+        dataset: whose statistics and head, its index on the dataset axis.
+    """
+    slots: dict[str, Slot] = {}
+    stem = model.backbone.stem
+    slots["backbone.conv1.kernel"] = _whole(stem.conv.kernel)
+    slots |= _norm("backbone.norm1.bn", stem.norm, dataset)
+    for s, stage in enumerate(model.backbone.stages):
+        for b, block in enumerate(stage):
+            name = f"backbone.layer{s + 1}.{b}"
+            slots |= _conv_norm(f"{name}.conv1.kernel", f"{name}.norm1.bn", block.first, dataset)
+            slots |= _conv_norm(f"{name}.conv2.kernel", f"{name}.norm2.bn", block.second, dataset)
+            if block.skip is not None:
+                slots |= _conv_norm(f"{name}.downsample.0.kernel", f"{name}.downsample.1.bn", block.skip, dataset)
+    for step in model.neck.steps:
+        parts = ((f"up_block_{step.level + 1}", step.up), (f"lateral_block_{step.level}", step.lateral),
+                 (f"out_block_{step.level}", step.out))  # fmt: skip
+        for name, part in parts:
+            slots |= _conv_norm(f"neck.{name}.0.kernel", f"neck.{name}.1.bn", part, dataset)
+    head, config = model.heads, model.heads_config[dataset]
+    outputs = (
+        ("reg", head.box_kernel, head.box_bias, config.num_outputs),
+        ("cls", head.class_kernel, head.class_bias, config.num_classes),
+    )
+    for name, kernel, bias, width in outputs:
+        columns = slice(0, width)
+        slots[f"bbox_head.conv_{name}.kernel"] = Slot(
+            kernel, (dataset, slice(None), columns), (kernel.shape[1], width)
+        )
+        slots[f"bbox_head.conv_{name}.bias"] = Slot(bias, (dataset, columns), (1, width))
+    return slots
+
+
+def _whole(variable: nnx.Variable) -> Slot:
+    return Slot(variable, (slice(None),), variable.shape)
+
+
+def _norm(name: str, norm: BatchNorm, dataset: int) -> dict[str, Slot]:
+    channels = norm.scale.shape
+    return {
+        f"{name}.weight": _whole(norm.scale),
+        f"{name}.bias": _whole(norm.bias),
+        f"{name}.running_mean": Slot(norm.mean, (dataset,), channels),
+        f"{name}.running_var": Slot(norm.var, (dataset,), channels),
+    }
+
+
+def _conv_norm(conv_name: str, norm_name: str, part: ConvNorm, dataset: int) -> dict[str, Slot]:
+    kernel = part.conv.shared if isinstance(part.conv, SelectiveConv) else part.conv.kernel
+    return {conv_name: _whole(kernel)} | _norm(norm_name, part.norm, dataset)
+
+
+def load_tr3d(model: Detector, state: Mapping[str, np.ndarray], dataset: int = 0) -> LoadReport:
+    """Set our parameters from TR3D's, by name.
+
+    Raises:
+        ValueError: a parameter has another shape than ours.
+    """
+    slots = tr3d_slots(model, dataset)
+    used = [name for name in slots if name in state]
+    for name in used:
+        if tuple(state[name].shape) != slots[name].shape:
+            raise ValueError(
+                f"{name} is {tuple(state[name].shape)} in the checkpoint, {slots[name].shape} in this detector: "
+                "build the detector with the checkpoint's depth and widths."
+            )
+    for name in used:
+        slots[name].write(state[name])
+    left = tuple(name for name in state if name not in slots and not name.endswith("num_batches_tracked"))
+    return LoadReport(tuple(used), left, tuple(name for name in slots if name not in state))
+
+
+def export_tr3d(model: Detector, dataset: int = 0) -> dict[str, np.ndarray]:
+    """Our parameters and running statistics under TR3D's names and in its shapes."""
+    return {name: slot.read() for name, slot in tr3d_slots(model, dataset).items()}

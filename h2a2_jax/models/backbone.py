@@ -1,0 +1,67 @@
+"""MinkResNet: the residual backbone on sparse voxels (TR3D)."""
+
+from flax import nnx
+
+from h2a2_jax.layers import BatchNorm, ForwardContext, ResidualBlock, SparseConv
+from h2a2_jax.layers.residual import relu
+from h2a2_jax.models.config import DetectorConfig
+from h2a2_jax.models.plan import DetectorPlan
+from h2a2_jax.sparse import SparseTensor, max_pool
+
+
+class Stem(nnx.Module):
+    """3^3 stride-2 convolution, norm, ReLU, 2^3 max pool: 1 -> 4 voxels."""
+
+    def __init__(self, config: DetectorConfig, num_datasets: int, *, rngs: nnx.Rngs):
+        """Widths from the config."""
+        self.conv = SparseConv(config.in_channels, config.stem_channels, rngs=rngs)
+        self.norm = BatchNorm(config.stem_channels, num_datasets=num_datasets)
+
+    def __call__(self, x: SparseTensor, plan: DetectorPlan, context: ForwardContext) -> SparseTensor:
+        """Voxels of stride 1 to sites of stride 4."""
+        y = self.conv(x, plan.stem, context)
+        context.record("conv1", y)
+        y = relu(self.norm(y, context.dataset, training=context.training, axis_name=context.axis_name))
+        context.record("stem", y)
+        y = SparseTensor(max_pool(y.features, plan.pool), plan.pool.outputs)
+        context.record("maxpool", y)
+        return y
+
+
+class MinkResNet(nnx.Module):
+    """Stem and four residual stages, each halving the resolution: features at 8, 16, 32, 64 voxels."""
+
+    def __init__(self, config: DetectorConfig, num_datasets: int, *, rngs: nnx.Rngs):
+        """With `config.selection` every 3^3 residual convolution selects its kernels."""
+        self.stem = Stem(config, num_datasets, rngs=rngs)
+        stages, width = [], config.stem_channels
+        for s, (blocks, channels) in enumerate(zip(config.stage_blocks, config.stage_channels, strict=True)):
+            stage = []
+            for b in range(blocks):
+                stage.append(
+                    ResidualBlock(
+                        width, channels, downsample=b == 0, selection=config.selection,
+                        num_datasets=num_datasets, name=f"layer{s + 1}_{b}", rngs=rngs,
+                    )
+                )  # fmt: skip
+                width = channels
+            stages.append(nnx.List(stage))
+        self.stages = nnx.List(stages)
+
+    def __call__(self, x: SparseTensor, plan: DetectorPlan, context: ForwardContext) -> list[SparseTensor]:
+        """Features of the four stages, finest first.
+
+        Args:
+            x: colour on the voxels of the plan.
+            plan: maps of the batch.
+            context: of the pass; taps conv1, stem, maxpool, layer<s>_<b>_downsample, layer<s>_<b>, layer<s>.
+        """
+        y, outputs = self.stem(x, plan, context), []
+        for s, (stage, maps) in enumerate(zip(self.stages, plan.stages, strict=True)):
+            for b, block in enumerate(stage):
+                strided = {"down_map": maps.down, "skip_map": maps.skip} if b == 0 else {}
+                y = block(y, maps.residual, context, **strided)
+                context.record(f"layer{s + 1}_{b}", y)
+            context.record(f"layer{s + 1}", y)
+            outputs.append(y)
+        return outputs

@@ -1,0 +1,113 @@
+"""The detector: TR3D, with structure-aware kernel selection by config."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from h2a2_jax.layers import DatasetContext, ForwardContext
+from h2a2_jax.models.backbone import MinkResNet
+from h2a2_jax.models.config import DetectorConfig
+from h2a2_jax.models.head import DatasetHeads
+from h2a2_jax.models.neck import Neck
+from h2a2_jax.models.plan import DetectorPlan
+from h2a2_jax.sparse import SparseTensor
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """What the head of a dataset predicts.
+
+    Attributes:
+        dataset: name.
+        num_classes: number of classes.
+        num_outputs: 6 for axis-aligned boxes, 8 for boxes with yaw.
+    """
+
+    dataset: str
+    num_classes: int
+    num_outputs: int
+
+
+class Predictions(NamedTuple):
+    """What the head says at every location of both levels, 16 cm first, padding included.
+
+    Attributes:
+        locations: float32 [N, 3], metres: the corner of a location's voxel, without a half-voxel shift.
+        scan: int32 [N], num_scans on padding.
+        level: int32 [N], 0 for 16 cm, 1 for 32 cm.
+        boxes: float32 [N, 8], columns 3:6 exp()-ed face distances in metres.
+        logits: float32 [N, K].
+    """
+
+    locations: Float[Array, "n 3"]
+    scan: Int[Array, " n"]
+    level: Int[Array, " n"]
+    boxes: Float[Array, "n 8"]
+    logits: Float[Array, "n k"]
+
+    def valid(self, num_scans: int) -> Bool[Array, " n"]:
+        """Which rows are locations."""
+        return self.scan < num_scans
+
+
+class Detector(nnx.Module):
+    """Backbone, neck and one head a dataset.
+
+    Attributes:
+        embedding: [D, d], one a dataset, read by the layers with kernel selection; None without selection.
+    """
+
+    def __init__(self, config: DetectorConfig, heads: Sequence[HeadConfig], *, rngs: nnx.Rngs):
+        """Parameters drawn from `rngs.params`.
+
+        Args:
+            config: architecture.
+            heads: of the datasets, in the order of the dataset axis.
+            rngs: random streams.
+        """
+        self.config = config
+        self.heads_config = tuple(heads)
+        count = len(heads)
+        self.embedding: nnx.Param | None = None
+        if config.selection is not None:
+            table = jax.random.normal(rngs.params(), (count, config.selection.embedding_dim))
+            self.embedding = nnx.Param(table, dataset_axis=0)
+        self.backbone = MinkResNet(config, count, rngs=rngs)
+        self.neck = Neck(config, count, rngs=rngs)
+        self.heads = DatasetHeads(
+            config.neck_channels,
+            tuple(h.num_classes for h in heads),
+            tuple(h.num_outputs for h in heads),
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, features: Float[Array, "n c"], plan: DetectorPlan, context: ForwardContext
+    ) -> Predictions:
+        """Predict at every location of a batch of scans.
+
+        Args:
+            features: colour of the voxels, rows of `plan.voxels`.
+            plan: sites and maps of the batch.
+            context: of the pass; its embedding is set here.
+        """
+        if self.embedding is not None:
+            context = replace(context, embedding=context.dataset.pick(self.embedding[...]))
+        stages = self.backbone(SparseTensor(features, plan.voxels), plan, context)
+        parts = []
+        for level, x in enumerate(self.neck(stages, plan, context)):
+            boxes, logits = self.heads(x.features, context.dataset)
+            locations = jnp.asarray(x.sites.coords)[:, 1:].astype(jnp.float32) * self.config.voxel_size
+            scan = jnp.asarray(x.sites.scan)
+            parts.append(Predictions(locations, scan, jnp.full(len(scan), level, jnp.int32), boxes, logits))
+        return Predictions(*(jnp.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def single_context(num_datasets: int = 1, dataset: int = 0, *, training: bool = False) -> ForwardContext:
+    """The plainest context: one dataset, one device."""
+    return ForwardContext(DatasetContext.one(dataset, num_datasets), training=training)

@@ -1,0 +1,56 @@
+"""Per-dataset detection heads: 1x1 box regression and class logits."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from h2a2_jax.layers import DatasetContext
+
+NUM_OUTPUTS = 8
+"""Box outputs with yaw; axis-aligned datasets use the first 6."""
+
+
+class DatasetHeads(nnx.Module):
+    """One head a dataset, stacked and padded to the same number of outputs.
+
+    Padded outputs start at zero, no loss reads them, and so they stay zero; checkpoints leave them out.
+
+    Attributes:
+        box_kernel: [D, C, 8], exclusive to each dataset, as the following.
+        box_bias: [D, 8].
+        class_kernel: [D, C, K], K the largest number of classes.
+        class_bias: [D, K].
+    """
+
+    def __init__(
+        self, channels: int, num_classes: tuple[int, ...], num_outputs: tuple[int, ...], *, rngs: nnx.Rngs
+    ):
+        """Kernels N(0, 0.01), class bias at a prior of 1 % (focal loss).
+
+        Args:
+            channels: of the features.
+            num_classes: of each dataset.
+            num_outputs: of each dataset, 6 or 8.
+        """
+        count, most = len(num_classes), max(num_classes)
+        boxes = jnp.arange(NUM_OUTPUTS)[None] < jnp.array(num_outputs)[:, None]
+        classes = jnp.arange(most)[None] < jnp.array(num_classes)[:, None]
+        normal = jax.random.normal
+        box_kernel = 0.01 * normal(rngs.params(), (count, channels, NUM_OUTPUTS)) * boxes[:, None]
+        class_kernel = 0.01 * normal(rngs.params(), (count, channels, most)) * classes[:, None]
+        self.box_kernel = nnx.Param(box_kernel, dataset_axis=0)
+        self.box_bias = nnx.Param(jnp.zeros((count, NUM_OUTPUTS)), dataset_axis=0)
+        self.class_kernel = nnx.Param(class_kernel, dataset_axis=0)
+        self.class_bias = nnx.Param(jnp.where(classes, -math.log((1 - 0.01) / 0.01), 0.0), dataset_axis=0)
+
+    def __call__(
+        self, features: Float[Array, "n c"], dataset: DatasetContext
+    ) -> tuple[Float[Array, "n 8"], Float[Array, "n k"]]:
+        """Box predictions, columns 3:6 exp()-ed to face distances in metres, and class logits."""
+        boxes = features @ dataset.pick(self.box_kernel[...]) + dataset.pick(self.box_bias[...])
+        logits = features @ dataset.pick(self.class_kernel[...]) + dataset.pick(self.class_bias[...])
+        boxes = jnp.concatenate([boxes[:, :3], jnp.exp(boxes[:, 3:6]), boxes[:, 6:]], 1)
+        return boxes, logits

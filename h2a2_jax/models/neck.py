@@ -1,0 +1,69 @@
+"""The neck of TR3D: up by generative transposed convolution, add the backbone's features, convolve."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from h2a2_jax.layers import ConvNorm, ForwardContext, SparseConvTranspose
+from h2a2_jax.layers.residual import relu
+from h2a2_jax.models.config import DetectorConfig
+from h2a2_jax.models.plan import DetectorPlan, UpMaps
+from h2a2_jax.sparse import SparseTensor
+
+
+class UpStep(nnx.Module):
+    """One step up: generate children, unite with a stage, lateral convolution (carried on), output convolution."""
+
+    def __init__(
+        self, in_channels: int, stage_channels: int, out_channels: int, level: int, num_datasets: int,
+        *, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        """Args: `level` counts from the finest stage that the neck reads; it names the taps."""
+        self.level = level
+        shared = {"num_datasets": num_datasets, "rngs": rngs}
+        self.up = ConvNorm(in_channels, stage_channels, conv=SparseConvTranspose, **shared)  # type: ignore[arg-type]
+        self.lateral = ConvNorm(stage_channels, stage_channels, **shared)  # type: ignore[arg-type]
+        self.out = ConvNorm(stage_channels, out_channels, **shared)  # type: ignore[arg-type]
+
+    def __call__(
+        self, x: SparseTensor, stage: SparseTensor, maps: UpMaps, context: ForwardContext
+    ) -> tuple[SparseTensor, SparseTensor]:
+        """Returns (what is carried on, what goes to the head), both on the union of children and stage."""
+        up = relu(self.up(x, maps.generate, context))
+        context.record(f"up_block_{self.level + 1}", up)
+        united = _rows(up.features, maps.children_rows) + _rows(stage.features, maps.stage_rows)
+        y = SparseTensor(united, maps.lateral.inputs)
+        context.record(f"union_{self.level}", y)
+        y = relu(self.lateral(y, maps.lateral, context))
+        context.record(f"lateral_block_{self.level}", y)
+        out = relu(self.out(y, maps.lateral, context))
+        context.record(f"out_block_{self.level}", out)
+        return y, out
+
+
+def _rows(features: Float[Array, "n c"], rows: object) -> Float[Array, "m c"]:
+    return features.at[jnp.asarray(rows)].get(mode="fill", fill_value=0)
+
+
+class Neck(nnx.Module):
+    """From 64 voxels up to 32 and 16."""
+
+    def __init__(self, config: DetectorConfig, num_datasets: int, *, rngs: nnx.Rngs):
+        """Widths from the config."""
+        channels = config.stage_channels
+        self.steps = nnx.List(
+            [
+                UpStep(channels[3], channels[2], config.neck_channels, 1, num_datasets, rngs=rngs),
+                UpStep(channels[2], channels[1], config.neck_channels, 0, num_datasets, rngs=rngs),
+            ]
+        )
+
+    def __call__(
+        self, stages: list[SparseTensor], plan: DetectorPlan, context: ForwardContext
+    ) -> list[SparseTensor]:
+        """Features at 16 and 32 voxels, finest first, from the backbone's four stages."""
+        x, outputs = stages[-1], []
+        for step, stage, maps in zip(self.steps, stages[-2:0:-1], plan.ups, strict=True):
+            x, out = step(x, stage, maps, context)
+            outputs.append(out)
+        return outputs[::-1]

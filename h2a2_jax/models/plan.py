@@ -1,0 +1,211 @@
+"""The coordinate pyramid of a detector and every map it needs, from the voxels of a batch alone.
+
+    voxels 1 -> stem 2 -> pool 4 -> stages 8, 16, 32, 64 -> generated 32 and 16, each united with its stage
+
+Strides in finest voxels. The host computes exact tables first (`detector_tables`); their sizes choose a bucket, and
+padding to the bucket's capacities gives the plan that goes to the device (`pad_plan`).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from h2a2_jax import sparse
+from h2a2_jax.sparse import KernelMap, NeighborTable, Sites, SiteSet
+from h2a2_jax.typing import Leaf
+
+NUM_STAGES = 4
+NUM_UPS = 2
+
+
+class LevelSizes(NamedTuple):
+    """Sites of every level of the pyramid, or the capacities of their arrays."""
+
+    voxels: int
+    stem: int
+    pool: int
+    stage1: int
+    stage2: int
+    stage3: int
+    stage4: int
+    up1: int
+    up0: int
+
+    def fits(self, capacities: "LevelSizes") -> bool:
+        """Whether every level fits its capacity."""
+        return all(size <= capacity for size, capacity in zip(self, capacities, strict=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StageMaps:
+    """Maps of a residual stage: 3^3 strided, 1^3 strided lookup, 3^3 submanifold."""
+
+    down: KernelMap
+    skip: KernelMap
+    residual: KernelMap
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class UpMaps:
+    """Maps of one step of the neck.
+
+    Attributes:
+        generate: 3^3 generative transposed convolution onto its children.
+        children_rows: int32 [N], for each row of the union the row of the generated children, or their capacity.
+        stage_rows: int32 [N], for each row of the union the row of the backbone's stage, or its capacity.
+        lateral: 3^3 submanifold map of the union.
+    """
+
+    generate: KernelMap
+    children_rows: Leaf
+    stage_rows: Leaf
+    lateral: KernelMap
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DetectorPlan:
+    """Sites and maps of one batch, padded; everything a detector needs but features and parameters.
+
+    Attributes:
+        voxels: sites of the input.
+        stem: 3^3 strided map 1 -> 2.
+        pool: 2^3 window map 2 -> 4.
+        stages: maps of the four stages, finest first.
+        ups: maps of the neck, coarsest first: onto 32, onto 16.
+    """
+
+    voxels: Sites
+    stem: KernelMap
+    pool: KernelMap
+    stages: tuple[StageMaps, ...]
+    ups: tuple[UpMaps, ...]
+
+
+@dataclass(frozen=True)
+class UpTables:
+    """Host tables of one step of the neck."""
+
+    generate: NeighborTable
+    stage: SiteSet
+    lateral: NeighborTable
+
+
+@dataclass(frozen=True)
+class DetectorTables:
+    """Exact host tables of one batch, before padding."""
+
+    voxels: SiteSet
+    stem: NeighborTable
+    pool: NeighborTable
+    stages: tuple[tuple[NeighborTable, NeighborTable, NeighborTable], ...]
+    ups: tuple[UpTables, ...]
+
+    @property
+    def sizes(self) -> LevelSizes:
+        """Sites of every level."""
+        stages = [len(residual.outputs) for _, _, residual in self.stages]
+        ups = [len(up.lateral.outputs) for up in self.ups]
+        return LevelSizes(len(self.voxels), len(self.stem.outputs), len(self.pool.outputs), *stages, *ups)
+
+
+def pyramid_sizes(voxels: SiteSet) -> LevelSizes:
+    """Sites of every level without building a map."""
+    levels = _levels(voxels)
+    up1 = sparse.unite(sparse.generate(levels[-1], 3), levels[-2])
+    up0 = sparse.unite(sparse.generate(up1, 3), levels[-3])
+    return LevelSizes(len(voxels), *(len(level) for level in (*levels, up1, up0)))
+
+
+def _levels(voxels: SiteSet) -> list[SiteSet]:
+    levels = [sparse.downsample(voxels, 2)]
+    for _ in range(1 + NUM_STAGES):
+        levels.append(sparse.downsample(levels[-1], 2))
+    return levels
+
+
+def detector_tables(voxels: SiteSet) -> DetectorTables:
+    """Every neighbour table of a detector on these voxels (stride 1)."""
+    stem, pool, *stages = _levels(voxels)
+    stage_tables = []
+    for fine, coarse in zip([pool, *stages[:-1]], stages, strict=True):
+        stage_tables.append(
+            (
+                sparse.strided_neighbors(fine, coarse, 3),
+                sparse.strided_neighbors(fine, coarse, 1),
+                sparse.submanifold_neighbors(coarse, 3),
+            )
+        )
+    ups, coarse = [], stages[-1]
+    for stage in stages[-2 : -2 - NUM_UPS : -1]:
+        children = sparse.generate(coarse, 3)
+        union = sparse.unite(children, stage)
+        ups.append(
+            UpTables(sparse.generative_neighbors(coarse, children, 3), stage, sparse.submanifold_neighbors(union, 3))
+        )
+        coarse = union
+    return DetectorTables(
+        voxels,
+        sparse.strided_neighbors(voxels, stem, 3),
+        sparse.pool_neighbors(stem, pool, 2),
+        tuple(stage_tables),
+        tuple(ups),
+    )
+
+
+def pad_plan(tables: DetectorTables, capacities: LevelSizes, *, tiles: bool = True) -> DetectorPlan:
+    """The plan of a batch in the shape of a bucket (numpy arrays).
+
+    Args:
+        tables: of the batch.
+        capacities: rows of each level; the generated children share the capacity of their union.
+        tiles: whether to cut the pairs into tiles, which the algorithm for CPUs reads.
+
+    Raises:
+        InputError: a level does not fit.
+    """
+    voxels = sparse.pad_sites(tables.voxels, capacities.voxels)
+    stem = sparse.pad_sites(tables.stem.outputs, capacities.stem)
+    pool = sparse.pad_sites(tables.pool.outputs, capacities.pool)
+
+    def padded(table: NeighborTable, inputs: Sites, outputs: Sites) -> KernelMap:
+        tile_size = _tile_size(inputs, outputs) if tiles and len(table.rows) > 1 else None
+        return sparse.pad_map(table, inputs, outputs, tile_size=tile_size)
+
+    stages, fine = [], pool
+    for (down, skip, residual), capacity in zip(tables.stages, capacities[3:7], strict=True):
+        coarse = sparse.pad_sites(residual.outputs, capacity)
+        stages.append(
+            StageMaps(padded(down, fine, coarse), padded(skip, fine, coarse), padded(residual, coarse, coarse))
+        )
+        fine = coarse
+    ups, coarse = [], fine
+    for up, capacity, stage_capacity in zip(tables.ups, capacities[7:], capacities[5:3:-1], strict=True):
+        children, union = up.generate.outputs, up.lateral.outputs
+        outputs = sparse.pad_sites(union, capacity)
+        ups.append(
+            UpMaps(
+                padded(up.generate, coarse, sparse.pad_sites(children, capacity)),
+                sparse.union_rows(children, union, capacity, capacity),
+                sparse.union_rows(up.stage, union, stage_capacity, capacity),
+                padded(up.lateral, outputs, outputs),
+            )
+        )
+        coarse = outputs
+    return DetectorPlan(
+        voxels,
+        sparse.pad_map(tables.stem, voxels, stem),
+        sparse.pad_map(tables.pool, stem, pool),
+        tuple(stages),
+        tuple(ups),
+    )
+
+
+def _tile_size(inputs: Sites, outputs: Sites) -> int:
+    """Pairs in a tile: about what one scan has at one offset (a third of its sites have a given neighbour)."""
+    pairs = min(inputs.capacity, outputs.capacity) / max(1, inputs.num_scans) / 3
+    return int(2 ** np.clip(np.round(np.log2(max(pairs, 1))), 5, 10))
