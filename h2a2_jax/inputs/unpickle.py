@@ -27,7 +27,7 @@ _ADMITTED: dict[tuple[str, str], Any] = {
 for _core in ("numpy.core", "numpy._core"):
     _ADMITTED[f"{_core}.multiarray", "_reconstruct"] = multiarray._reconstruct
     _ADMITTED[f"{_core}.multiarray", "scalar"] = multiarray.scalar
-    _ADMITTED[f"{_core}.numeric", "_frombuffer"] = numeric._frombuffer
+    _ADMITTED[f"{_core}.numeric", "_frombuffer"] = vars(numeric)["_frombuffer"]
 for _container in (dict, list, tuple, set, frozenset, bytes, bytearray, complex):
     for _builtins in ("builtins", "__builtin__"):
         _ADMITTED[_builtins, _container.__name__] = _container
