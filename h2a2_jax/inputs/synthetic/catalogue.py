@@ -1,0 +1,186 @@
+"""Which furniture there is, how large it is, and what stands together in a room."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from h2a2_jax.inputs.specs import DatasetSpec
+from h2a2_jax.inputs.synthetic import furniture
+from h2a2_jax.inputs.synthetic.furniture import Builder, Size
+
+Mount = Literal["wall", "free", "seat", "hung"]
+"""Where a thing goes: back to a wall, anywhere, at a table, or fixed to a wall at a height."""
+
+Scale = Literal["demo", "full"]
+"""Small rooms of few and easily told classes, or rooms of the size and variety of the real data."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of furniture.
+
+    Attributes:
+        build: makes it from primitives.
+        size: mean depth, width, height (m).
+        mount: where it goes.
+        base: range of the height of its lower side above the floor (m).
+        spread: standard deviation of the logarithm of each size.
+        limit: how many a room has at most.
+    """
+
+    build: Builder
+    size: Size
+    mount: Mount
+    base: tuple[float, float] = (0.0, 0.0)
+    spread: float = 0.2
+    limit: int = 2
+
+
+# Sizes are class means of the SUN RGB-D boxes where it has the class, else chosen so that the axis-aligned boxes
+# of wall-bound objects have the means of ScanNet.
+KINDS: Mapping[str, Kind] = {
+    "bed": Kind(furniture.bed, (2.11, 1.62, 0.93), "wall", limit=1),
+    "table": Kind(furniture.table, (0.79, 1.28, 0.72), "free", spread=0.35),
+    "sofa": Kind(furniture.sofa, (0.92, 1.87, 0.85), "wall"),
+    "chair": Kind(furniture.chair, (0.59, 0.55, 0.83), "seat", limit=8),
+    "desk": Kind(furniture.desk, (0.70, 1.35, 0.74), "wall", limit=3),
+    "toilet": Kind(furniture.toilet, (0.70, 0.45, 0.76), "wall", limit=1),
+    "dresser": Kind(furniture.dresser, (0.53, 1.00, 1.17), "wall", limit=1),
+    "night_stand": Kind(furniture.night_stand, (0.50, 0.63, 0.68), "wall"),
+    "bookshelf": Kind(furniture.bookshelf, (0.40, 1.07, 1.69), "wall", limit=3),
+    "bathtub": Kind(furniture.bathtub, (0.77, 1.40, 0.50), "wall", limit=1),
+    "cabinet": Kind(furniture.cabinet, (0.50, 1.05, 0.93), "wall", spread=0.35, limit=4),
+    "door": Kind(furniture.door, (0.12, 0.95, 1.90), "hung", limit=3, spread=0.1),
+    "window": Kind(furniture.window, (0.12, 1.45, 1.15), "hung", (0.8, 1.0), 0.35),
+    "picture": Kind(furniture.picture, (0.05, 0.60, 0.54), "hung", (1.2, 1.5), 0.35, 3),
+    "counter": Kind(furniture.counter, (0.65, 2.20, 0.27), "hung", (0.75, 0.85), 0.35, 1),
+    "curtain": Kind(furniture.curtain, (0.14, 1.60, 1.68), "hung", (0.3, 0.6), limit=1),
+    "refrigerator": Kind(furniture.refrigerator, (0.68, 0.72, 1.50), "wall", limit=1),
+    "showercurtrain": Kind(furniture.curtain, (0.14, 0.75, 1.75), "hung", (0.15, 0.3), limit=1),
+    "sink": Kind(furniture.sink, (0.48, 0.54, 0.30), "hung", (0.6, 0.75), limit=1),
+    "garbagebin": Kind(furniture.garbage_bin, (0.42, 0.42, 0.58), "wall", limit=3),
+    "board": Kind(furniture.board, (0.10, 2.00, 1.20), "hung", (0.8, 1.0), limit=1),
+    "carton": Kind(furniture.carton, (0.35, 0.4, 0.35), "free", spread=0.35, limit=3),
+    "plant": Kind(furniture.plant, (0.45, 0.45, 0.9), "wall", spread=0.35, limit=2),
+}
+
+_S3DIS_SIZES: Mapping[str, Size] = {
+    "chair": (0.6, 0.6, 0.8),
+    "table": (0.9, 1.5, 0.75),
+    "bookshelf": (0.4, 1.0, 2.0),
+    "board": (0.1, 2.0, 1.2),
+    "sofa": (0.9, 1.8, 0.8),
+}
+
+_ALIASES = {"s3dis": {"bookshelf": "bookcase"}}
+
+Weights = Mapping[str, int | float]
+"""How often each kind of furniture is drawn, relative to the others."""
+
+_BEDROOM: Weights = {
+    "bed": 6,
+    "night_stand": 3,
+    "dresser": 2,
+    "cabinet": 2,
+    "desk": 1,
+    "chair": 2,
+    "door": 3,
+    "window": 2,
+}
+_BEDROOM = {**_BEDROOM, "picture": 1.5, "curtain": 1.5, "bookshelf": 1, "garbagebin": 1, "carton": 1, "sofa": 0.5}
+_OFFICE: Weights = {"desk": 4, "chair": 7, "table": 2, "bookshelf": 2, "cabinet": 3, "door": 2, "window": 1.5}
+_OFFICE = {**_OFFICE, "garbagebin": 1.5, "picture": 1, "board": 1, "carton": 1, "plant": 0.5}
+_LIVING: Weights = {"sofa": 4, "table": 4, "chair": 4, "bookshelf": 1.5, "cabinet": 2, "door": 2, "window": 2}
+_LIVING = {**_LIVING, "curtain": 1.5, "picture": 1.5, "plant": 1, "night_stand": 0.5, "carton": 0.5}
+_KITCHEN: Weights = {"counter": 5, "sink": 3, "refrigerator": 3, "cabinet": 4, "table": 3, "chair": 5, "door": 2}
+_KITCHEN = {**_KITCHEN, "window": 1.5, "garbagebin": 2, "picture": 0.5}
+_BATHROOM: Weights = {
+    "toilet": 6,
+    "sink": 5,
+    "bathtub": 4,
+    "showercurtrain": 4,
+    "door": 4,
+    "cabinet": 2,
+    "garbagebin": 2,
+}
+_BATHROOM = {**_BATHROOM, "picture": 1, "window": 1}
+_CONFERENCE: Weights = {"table": 4, "chair": 9, "board": 3, "door": 1.5, "bookshelf": 1, "sofa": 0.5, "window": 1}
+_LOUNGE: Weights = {
+    "sofa": 4,
+    "table": 3,
+    "chair": 3,
+    "bookshelf": 1.5,
+    "board": 0.5,
+    "plant": 1,
+    "door": 1,
+    "window": 1,
+}
+_LIBRARY: Weights = {"bookshelf": 6, "table": 3, "chair": 5, "board": 1, "door": 1, "carton": 1}
+
+
+@dataclass(frozen=True)
+class Programme:
+    """What the rooms of a dataset are like.
+
+    Attributes:
+        rooms: kinds of room; each scan draws one.
+        objects: smallest and largest number of annotated objects to place.
+        clutter: largest number of things of no class to place as well.
+        width: range of the room along x (m).
+        length: range of the room along y (m).
+        height: range of the ceiling (m).
+        spread: factor on the spread of the sizes.
+    """
+
+    rooms: tuple[Weights, ...]
+    objects: tuple[int, int]
+    clutter: int
+    width: tuple[float, float]
+    length: tuple[float, float]
+    height: tuple[float, float]
+    spread: float = 1.0
+
+
+_FULL = {
+    "scannet": Programme(
+        (_BEDROOM, _OFFICE, _OFFICE, _LIVING, _KITCHEN, _BATHROOM), (10, 18), 3, (3.0, 8.0), (3.0, 8.0), (2.4, 3.0)
+    ),
+    "sunrgbd": Programme(
+        (_BEDROOM, _BEDROOM, _OFFICE, _OFFICE, _LIVING, _BATHROOM), (5, 12), 3, (3.0, 8.0), (3.0, 8.0), (2.4, 3.0)
+    ),
+    "s3dis": Programme((_OFFICE, _CONFERENCE, _LOUNGE, _LIBRARY), (7, 15), 4, (3.0, 10.0), (3.0, 12.0), (2.7, 3.2)),
+}
+
+_DEMO_ROOMS: Mapping[str, Weights] = {
+    "scannet": {"chair": 4, "table": 2.5, "sofa": 1.5, "bed": 2, "bookshelf": 1.5, "door": 2, "cabinet": 1.5},
+    "sunrgbd": {"chair": 4, "table": 2.5, "sofa": 2, "bed": 2.5, "bookshelf": 1.5, "night_stand": 1, "door": 0.5},
+    "s3dis": {"chair": 4, "table": 2.5, "sofa": 2, "bookshelf": 2, "board": 2, "door": 0.5},
+}
+
+
+def programme(spec: DatasetSpec, scale: Scale) -> Programme:
+    """Returns what the rooms of a dataset are like at a scale."""
+    full = _FULL[spec.name]
+    if scale == "full":
+        return full
+    return replace(
+        full,
+        rooms=(_DEMO_ROOMS[spec.name],),
+        objects=(3, 6),
+        clutter=1,
+        width=(3.0, 4.5),
+        length=(3.0, 4.5),
+        spread=0.5,
+    )
+
+
+def kind_of(name: str, spec: DatasetSpec) -> Kind:
+    """Returns a kind of furniture with its mean size in a dataset."""
+    kind = KINDS[name]
+    return replace(kind, size=_S3DIS_SIZES.get(name, kind.size)) if spec.name == "s3dis" else kind
+
+
+def label_of(name: str, spec: DatasetSpec) -> int:
+    """Returns the label of a kind of furniture in a dataset; -1 if the dataset does not annotate it."""
+    name = _ALIASES.get(spec.name, {}).get(name, name)
+    return spec.classes.index(name) if name in spec.classes else -1
