@@ -25,6 +25,7 @@ _SENSORS: dict[str, Callable[[Room, Scale, np.random.Generator], Capture]] = {
 }
 _SPLITS = ("train", "val")
 _FEWEST_POINTS = 30
+_FEWEST_POINTS_OF_SCAN = 5_000  # fewer: the camera stands before a wall; another room is drawn
 _LEAST_VISIBLE = 0.15
 _ATTEMPTS = 20
 
@@ -33,7 +34,7 @@ class SyntheticSource:
     """Generated scans of one dataset; the same index always gives the same scan.
 
     An annotated object that shows fewer than 30 points, or less than 15 % of itself, has no box. Every scan has at
-    least one. Boxes enclose the visible points (axis-aligned datasets) or the whole object (datasets with yaw).
+    least one box and 5,000 points. Boxes enclose the visible points (axis-aligned datasets) or the whole object (datasets with yaw).
     """
 
     def __init__(
@@ -95,9 +96,9 @@ class SyntheticSource:
             room = furnished_room(programme(self.spec, self._scale), self.spec, rng)
             capture = _SENSORS[self.spec.name](room, self._scale, rng)
             boxes, labels = _annotation(room, capture, self.spec.has_yaw)
-            if len(labels):
+            if len(labels) and len(capture.points) >= _FEWEST_POINTS_OF_SCAN:
                 return Scan(self._name(index), capture.points, capture.colors, boxes, labels)
-        raise RuntimeError(f"{_ATTEMPTS} rooms in a row show no annotated object: the catalogue is broken.")
+        raise RuntimeError(f"{_ATTEMPTS} rooms in a row show too little: the catalogue is broken.")
 
     def _name(self, index: int) -> str:
         return f"synthetic_{self.spec.name}/{self._split}/{index:06d}"
