@@ -5,6 +5,7 @@ Axis-aligned boxes carry yaw 0. Nothing here knows of networks or datasets.
 """
 
 from h2a2_jax.boxes.codec import decode_boxes, decode_boxes_padded
+from h2a2_jax.boxes.detections import Detections
 from h2a2_jax.boxes.iou import (
     axis_aligned_bev_iou,
     axis_aligned_diou,
@@ -15,6 +16,7 @@ from h2a2_jax.boxes.iou import (
     pairwise_axis_aligned_bev_iou,
     pairwise_axis_aligned_iou,
 )
+from h2a2_jax.boxes.nms import bev_nms, greedy_suppression, multiclass_nms, overlap_matrix
 from h2a2_jax.boxes.rotated_iou import (
     bev_intersection_area,
     pairwise_rotated_bev_iou,
@@ -22,21 +24,29 @@ from h2a2_jax.boxes.rotated_iou import (
     rotated_bev_iou,
     rotated_iou,
 )
+from h2a2_jax.boxes.tolerant_iou import PUBLISHED_TOLERANCE, tolerant_bev_iou
 
 __all__ = [
+    "PUBLISHED_TOLERANCE",
+    "Detections",
     "axis_aligned_bev_iou",
     "axis_aligned_diou",
     "axis_aligned_iou",
     "bev_intersection_area",
+    "bev_nms",
     "decode_boxes",
     "decode_boxes_padded",
     "extents_diou",
     "extents_from_boxes",
     "extents_iou",
+    "greedy_suppression",
+    "multiclass_nms",
+    "overlap_matrix",
     "pairwise_axis_aligned_bev_iou",
     "pairwise_axis_aligned_iou",
     "pairwise_rotated_bev_iou",
     "pairwise_rotated_iou",
     "rotated_bev_iou",
     "rotated_iou",
+    "tolerant_bev_iou",
 ]

@@ -1,0 +1,96 @@
+import numpy as np
+import pytest
+
+from h2a2_jax.boxes import (
+    PUBLISHED_TOLERANCE,
+    bev_nms,
+    multiclass_nms,
+    overlap_matrix,
+    rotated_bev_iou,
+    tolerant_bev_iou,
+)
+from tests.boxes.golden import FIXTURES, load_cases
+from tests.boxes.polygons import random_pairs
+
+CASES = load_cases(FIXTURES / "boxes_seed0.npz")
+KINDS = {"nms_scannet": 0.0, "nms_sunrgbd": PUBLISHED_TOLERANCE}
+
+
+@pytest.mark.parametrize(("case", "tolerance"), KINDS.items())
+def test_overlaps_and_kept_boxes_equal_the_reference(case, tolerance):
+    data, rotated = CASES[case], tolerance > 0
+    overlaps = overlap_matrix(data["boxes"], rotated=rotated, corner_tolerance=tolerance)
+    np.testing.assert_allclose(overlaps, data["bev_iou_matrix"], atol=1e-5)
+    for threshold, name in ((0.25, "keep_0p25"), (0.5, "keep_0p5")):
+        kept = bev_nms(data["boxes"], data["scores"], threshold, rotated=rotated, corner_tolerance=tolerance)
+        np.testing.assert_array_equal(kept, data[name])
+
+
+def test_exact_overlaps_are_within_the_tolerance_of_the_reference():
+    data = CASES["nms_sunrgbd"]
+    np.testing.assert_allclose(overlap_matrix(data["boxes"], rotated=True), data["bev_iou_matrix"], atol=2e-2)
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("scannet", 0.0), ("sunrgbd", 0.0), ("sunrgbd", PUBLISHED_TOLERANCE)])
+def test_multiclass_equals_the_reference(kind, tolerance):
+    data = CASES[f"multiclass_nms_{kind}"]
+    columns = data["boxes"].shape[1]
+    boxes = np.zeros((len(data["boxes"]), 7), np.float32)
+    boxes[:, :columns] = data["boxes"]
+    found = multiclass_nms(
+        boxes,
+        data["scores"],
+        score_threshold=float(data["score_thr"]),
+        iou_threshold=float(data["iou_thr"]),
+        rotated=columns == 7,
+        corner_tolerance=tolerance,
+    )
+    np.testing.assert_array_equal(found.boxes[:, :columns], data["out_boxes"])
+    np.testing.assert_array_equal(found.scores, data["out_scores"])
+    np.testing.assert_array_equal(found.labels, data["out_labels"])
+
+
+def test_tolerance_zero_is_exact_and_tolerance_only_adds():
+    first, second = random_pairs(np.random.default_rng(3), 1000)
+    exact = np.asarray(rotated_bev_iou(first, second))
+    np.testing.assert_allclose(tolerant_bev_iou(first, second, 0.0), exact, atol=1e-5)
+    # Ordered by angle, the added corners can also dent the polygon a little.
+    assert np.max(np.abs(tolerant_bev_iou(first, second) - exact)) < 0.25
+    assert np.mean(tolerant_bev_iou(first, second) - exact) > 0
+
+
+def test_stacked_boxes_survive_by_volume_only():
+    boxes = np.array([[0, 0, 0, 1, 1, 1, 0.2], [0, 0, 2, 1, 1, 1, 0.2]], np.float32)
+    scores = np.array([[0.5], [0.9]], np.float32)
+    assert len(multiclass_nms(boxes, scores, rotated=True)) == 1
+    both = multiclass_nms(boxes, scores, rotated=True, iou="3d")
+    np.testing.assert_array_equal(both.scores, np.array([0.9, 0.5], np.float32))
+
+
+@pytest.mark.parametrize("count", [0, 1, 64, 65])
+def test_any_number_of_boxes(count):
+    rng = np.random.default_rng(count)
+    boxes = rng.uniform(0.5, 1, (count, 7)).astype(np.float32)
+    scores = rng.uniform(0, 1, count).astype(np.float32)
+    kept = bev_nms(boxes, scores, 0.5, rotated=True)
+    overlaps = overlap_matrix(boxes, rotated=True)
+    assert overlaps.shape == (count, count)
+    assert np.all(np.diff(scores[kept]) <= 0)
+    # Kept boxes do not overlap, dropped ones overlap a better one that is kept.
+    assert np.sum(overlaps[np.ix_(kept, kept)] > 0.5) == len(kept)
+    for row in set(range(count)) - set(kept):
+        assert np.any((overlaps[row, kept] > 0.5) & (scores[kept] >= scores[row]))
+    assert len(multiclass_nms(boxes, scores[:, None], rotated=True)) == len(kept)
+
+
+def test_nothing_scores():
+    found = multiclass_nms(np.ones((3, 7), np.float32), np.zeros((3, 2), np.float32), rotated=False)
+    assert len(found) == 0 and found.boxes.shape == (0, 7)
+
+
+def test_tolerance_is_refused_where_it_means_nothing():
+    boxes = np.ones((3, 7), np.float32)
+    with pytest.raises(ValueError, match="needs rotated footprints"):
+        overlap_matrix(boxes, rotated=True, iou="3d", corner_tolerance=0.01)
+    with pytest.raises(ValueError, match="needs rotated footprints"):
+        overlap_matrix(boxes, rotated=False, corner_tolerance=0.01)
