@@ -153,7 +153,7 @@ _FULL = {
 
 _DEMO_ROOMS: Mapping[str, Weights] = {
     "scannet": {"chair": 4, "table": 2.5, "sofa": 1.5, "bed": 2, "bookshelf": 1.5, "door": 2, "cabinet": 1.5},
-    "sunrgbd": {"chair": 4, "table": 2.5, "sofa": 2, "bed": 2.5, "bookshelf": 1.5, "night_stand": 1, "door": 0.5},
+    "sunrgbd": {"chair": 4, "table": 3, "sofa": 4, "bed": 5, "bookshelf": 2.5, "night_stand": 1, "door": 0.5},
     "s3dis": {"chair": 4, "table": 2.5, "sofa": 2, "bookshelf": 2, "board": 2, "door": 0.5},
 }
 

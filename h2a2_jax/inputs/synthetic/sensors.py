@@ -80,8 +80,8 @@ def depth_frame(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
     """One RGB-D image: SUN RGB-D.
 
     A camera of 57 x 45 degrees at 0.6-8 m with noise that grows with the squared depth, quantised disparity, flying
-    points at edges, and loss at random, at grazing angles and on dark surfaces. The camera is the origin, y is
-    forward and level, z up.
+    points at edges, and loss at random, at grazing angles and on dark surfaces. An object is in view if more than
+    half of its box is framed. The camera is the origin, y is forward and level, z up.
     """
     rows, cols = (96, 124) if scale == "demo" else (232, 296)
     camera = _aimed_camera(room, rng)
@@ -102,15 +102,13 @@ def depth_frame(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
     boxes = room.boxes.copy()
     boxes[:, :3] = turned(boxes[:, :3] - camera.origin, turn)
     boxes[:, 6] = (boxes[:, 6] + turn + np.pi) % (2 * np.pi) - np.pi
-    right, down, distance = camera.image(room.boxes[:, :3])
-    in_view = (np.abs(right) < 1) & (np.abs(down) < 1.1) & (distance > 0.6)
     chosen = _at_most(np.arange(len(points)), 12_000 if scale == "demo" else 50_000, rng)
     return Capture(
         points=turned(points, turn)[chosen],
         colors=_noisy(colors, 5 / 255, rng)[chosen],
         owners=owners[chosen],
         boxes=boxes,
-        visible=_visible([view], len(room.boxes)) * in_view,
+        visible=_visible([view], len(room.boxes)) * (_share_in_view(camera, room.boxes) > 0.5),
     )
 
 
@@ -136,7 +134,8 @@ def _free_points(
 
 def _aimed_camera(room: Room, rng: np.random.Generator) -> Camera:
     """Of several random cameras, the one that sees most annotated objects."""
-    targets = room.boxes[room.labels >= 0, :3]
+    boxes = room.boxes[room.labels >= 0]
+    targets = boxes[:, :3]
     best, best_score = None, -1.0
     for origin in _free_points(room, 8, (0.9, 1.5), 0.3, rng):
         for _ in range(2):
@@ -147,12 +146,26 @@ def _aimed_camera(room: Room, rng: np.random.Generator) -> Camera:
             yaw = math.atan2(toward[1], toward[0]) + rng.normal(0.0, 0.1)
             pitch = float(np.clip(math.atan2(toward[2], math.hypot(toward[0], toward[1])), -0.6, -0.1))
             camera = Camera(origin, yaw, pitch, _FIELD)
-            right, down, depth = camera.image(targets)
-            score = np.sum((np.abs(right) < 0.9) & (np.abs(down) < 0.9) & (depth > 1.2) & (depth < 6)) + rng.random()
+            shares = _share_in_view(camera, boxes)
+            score = shares[shares > 0.5].sum() + 0.5 * rng.random()
             if score > best_score:
                 best, best_score = camera, score
     assert best is not None
     return best
+
+
+def _share_in_view(camera: Camera, boxes: np.ndarray) -> np.ndarray:
+    """Which part of each box the camera frames, on a lattice of points in it."""
+    ticks = np.linspace(-0.9, 0.9, 4, dtype=np.float32)
+    lattice = np.stack(np.meshgrid(ticks, ticks, ticks[::3]), axis=-1).reshape(-1, 3)
+    offsets = lattice * boxes[:, None, 3:6] / 2
+    placed = [
+        turned(offset, yaw) + center
+        for offset, yaw, center in zip(offsets, boxes[:, 6].tolist(), boxes[:, :3], strict=True)
+    ]
+    right, down, depth = camera.image(np.array(placed, np.float32).reshape(-1, 3))
+    framed = (np.abs(right) < 1) & (np.abs(down) < 1) & (depth > 0.6)
+    return framed.reshape(len(boxes), len(lattice)).mean(axis=1)
 
 
 def _measured_depth(depth: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -34,7 +34,8 @@ class SyntheticSource:
     """Generated scans of one dataset; the same index always gives the same scan.
 
     An annotated object that shows fewer than 30 points, or less than 15 % of itself, has no box. Every scan has at
-    least one box and 5,000 points. Boxes enclose the visible points (axis-aligned datasets) or the whole object (datasets with yaw).
+    least one box and 5,000 points. Boxes enclose the visible points (axis-aligned datasets) or the whole object
+    (datasets with yaw).
     """
 
     def __init__(
