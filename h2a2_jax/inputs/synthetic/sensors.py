@@ -12,6 +12,8 @@ from h2a2_jax.inputs.synthetic.rooms import Room
 from h2a2_jax.inputs.synthetic.shapes import turned
 
 _FIELD = (math.radians(57), math.radians(45))
+_RANGE = (0.6, 8.0)  # m
+_FRAMED = 0.4  # of a box, for the object to be in view
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +83,7 @@ def depth_frame(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
 
     A camera of 57 x 45 degrees at 0.6-8 m with noise that grows with the squared depth, quantised disparity, flying
     points at edges, and loss at random, at grazing angles and on dark surfaces. An object is in view if more than
-    half of its box is framed. The camera is the origin, y is forward and level, z up.
+    40 % of its box is framed. The camera is the origin, y is forward and level, z up.
     """
     rows, cols = (96, 124) if scale == "demo" else (232, 296)
     camera = _aimed_camera(room, rng)
@@ -93,7 +95,7 @@ def depth_frame(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
     lost = rng.random(depth.shape) < rng.uniform(0.05, 0.15)
     lost |= (view.facing < 0.08) & (rng.random(depth.shape) < 0.7)
     lost |= (luminance < 0.13) & (rng.random(depth.shape) < 0.5)
-    kept = ~lost & (measured > 0.6) & (measured < 8)
+    kept = ~lost & (measured > _RANGE[0]) & (measured < _RANGE[1])
     points = (offset * (measured / depth)[..., None])[kept]
     colors = (view.colors * (rng.uniform(0.5, 1.4) * _vignette(rows, cols))[..., None])[kept]
     owners = np.where(flying, -1, view.owners)[kept].astype(np.int32)
@@ -108,7 +110,7 @@ def depth_frame(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
         colors=_noisy(colors, 5 / 255, rng)[chosen],
         owners=owners[chosen],
         boxes=boxes,
-        visible=_visible([view], len(room.boxes)) * (_share_in_view(camera, room.boxes) > 0.5),
+        visible=_visible([view], len(room.boxes)) * (_share_in_view(camera, room.boxes) > _FRAMED),
     )
 
 
@@ -147,7 +149,7 @@ def _aimed_camera(room: Room, rng: np.random.Generator) -> Camera:
             pitch = float(np.clip(math.atan2(toward[2], math.hypot(toward[0], toward[1])), -0.6, -0.1))
             camera = Camera(origin, yaw, pitch, _FIELD)
             shares = _share_in_view(camera, boxes)
-            score = shares[shares > 0.5].sum() + 0.5 * rng.random()
+            score = shares[shares > _FRAMED].sum() + 0.5 * rng.random()
             if score > best_score:
                 best, best_score = camera, score
     assert best is not None
@@ -155,7 +157,7 @@ def _aimed_camera(room: Room, rng: np.random.Generator) -> Camera:
 
 
 def _share_in_view(camera: Camera, boxes: np.ndarray) -> np.ndarray:
-    """Which part of each box the camera frames, on a lattice of points in it."""
+    """Which part of each box the camera frames and reaches, on a lattice of points in it."""
     ticks = np.linspace(-0.9, 0.9, 4, dtype=np.float32)
     lattice = np.stack(np.meshgrid(ticks, ticks, ticks[::3]), axis=-1).reshape(-1, 3)
     offsets = lattice * boxes[:, None, 3:6] / 2
@@ -164,7 +166,7 @@ def _share_in_view(camera: Camera, boxes: np.ndarray) -> np.ndarray:
         for offset, yaw, center in zip(offsets, boxes[:, 6].tolist(), boxes[:, :3], strict=True)
     ]
     right, down, depth = camera.image(np.array(placed, np.float32).reshape(-1, 3))
-    framed = (np.abs(right) < 1) & (np.abs(down) < 1) & (depth > 0.6)
+    framed = (np.abs(right) < 1) & (np.abs(down) < 1) & (depth > _RANGE[0]) & (depth < _RANGE[1])
     return framed.reshape(len(boxes), len(lattice)).mean(axis=1)
 
 
