@@ -127,12 +127,14 @@ def _per_row(values: Float[Array, "b *c"], scan: Int[Array, " n"]) -> Float[Arra
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, like: tuple[Any, ...]) -> Array:
-    """Zeros that vary over the mesh axes that any of `like` varies over, so that a loop under shard_map may add to it."""
-    axes: set[str] = set()
+    """Zeros that vary over the mesh axes that any of `like` varies over, so that a loop under shard_map may add to them.
+
+    A choice that never falls on the array's value passes its type on, and compiles to nothing.
+    """
+    zero = jnp.zeros((), dtype)
     for leaf in jax.tree.leaves(like):
-        axes |= set(getattr(jax.typeof(leaf), "vma", ()))
-    zeros = jnp.zeros(shape, dtype)
-    return lax.pcast(zeros, tuple(sorted(axes)), to="varying") if axes else zeros
+        zero = zero + jnp.where(False, jnp.asarray(leaf).reshape(-1)[:1].sum().astype(dtype), 0)
+    return jnp.broadcast_to(zero, shape)
 
 
 def _segment_sum(
@@ -151,7 +153,7 @@ def _segment_sum(
             products = use_shared * products + (1 - use_shared) * own
         return total + jax.ops.segment_sum(products, rows, kmap.out_capacity), None
 
-    total = _zeros((kmap.out_capacity, w.shape[-1]), options.sum_type, (x, w, gamma, kmap))
+    total = _zeros((kmap.out_capacity, w.shape[-1]), options.sum_type, (x, w, gamma, kmap.n_out))
     return lax.scan(add_offset, total, jnp.arange(kmap.kernel_volume))[0]
 
 
@@ -169,7 +171,7 @@ def _gather(
         rows = _take(x, neighbors[k])
         return total + _dot_by_set(rows, w[:, k], masks(k), options), None
 
-    total = _zeros((kmap.out_capacity, w.shape[-1]), options.sum_type, (x, w, gamma, kmap))
+    total = _zeros((kmap.out_capacity, w.shape[-1]), options.sum_type, (x, w, gamma, kmap.n_out))
     return lax.scan(add_offset, total, jnp.arange(kmap.kernel_volume))[0]
 
 
@@ -202,7 +204,7 @@ def _gather_backward(options: _Options, residuals: tuple, cotangent: Array) -> t
         dgamma = jax.ops.segment_sum((change * g).sum(1), out_scan, kmap.num_scans)
         return dx, (dw, dgamma)
 
-    dx = _zeros(x.shape, options.sum_type, (x, w, gamma, g, kmap))
+    dx = _zeros(x.shape, options.sum_type, (x, w, gamma, g, kmap.n_out))
     dx, (dw, dgamma) = lax.scan(add_offset, dx, jnp.arange(kmap.kernel_volume))
     dgamma = None if gamma is None else dgamma.T.astype(gamma.dtype)
     return dx.astype(x.dtype), dw.swapaxes(0, 1).astype(w.dtype), dgamma, _no_gradient(scan_set), _no_gradient(kmap)
@@ -273,7 +275,7 @@ def _tiled(
         total = _dot_by_set(x, w[:, volume // 2], masks(volume // 2), options)
         total = jnp.where((jnp.arange(kmap.out_capacity) < kmap.n_out)[:, None], total, 0)
     else:
-        total = _zeros((kmap.out_capacity, w.shape[-1]), options.sum_type, (x, w, gamma, kmap))
+        total = _zeros((kmap.out_capacity, w.shape[-1]), options.sum_type, (x, w, gamma, kmap.n_out))
     return lax.fori_loop(0, tiles.count, add_tile, total)
 
 
@@ -311,7 +313,7 @@ def _tiled_backward(options: _Options, residuals: tuple, cotangent: Array) -> tu
             rest = add_kernel_gradient(rest, x_o, g_i, b, volume - 1 - k)
         return dx, rest
 
-    like = (x, w, gamma, g, kmap)
+    like = (x, w, gamma, g, kmap.n_out)
     dx = _zeros(x.shape, options.sum_type, like)
     dstack = _zeros(stack.shape, options.sum_type, like)
     dgamma = None if gamma is None else _zeros(gamma.shape, options.sum_type, like)

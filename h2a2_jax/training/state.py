@@ -1,0 +1,91 @@
+"""The state of a training run, split into what datasets share and what each keeps to itself."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from h2a2_jax.models import Detector
+from h2a2_jax.training.mesh import DATASET
+from h2a2_jax.typing import Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything a step changes.
+
+    Attributes:
+        step: int32 [], steps taken.
+        shared: parameters that all datasets share (`nnx.State`).
+        exclusive: parameters with a leading dataset axis.
+        stats: running statistics, with a leading dataset axis.
+        shared_optimizer: optax state of the shared parameters.
+        exclusive_optimizer: optax state of the exclusive ones.
+        balancer: state of the gradient balancer.
+    """
+
+    step: Leaf
+    shared: Leaf
+    exclusive: Leaf
+    stats: Leaf
+    shared_optimizer: Leaf
+    exclusive_optimizer: Leaf
+    balancer: Leaf
+
+
+def is_exclusive(path: Any, variable: Any) -> bool:
+    """Whether a Flax variable has a leading dataset axis."""
+    return isinstance(variable, nnx.Variable) and variable.get_metadata().get("dataset_axis") == 0
+
+
+def split_model(model: Detector) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
+    """(structure, exclusive parameters, shared parameters, statistics); `merge_model` is the way back."""
+    return nnx.split(model, nnx.All(nnx.Param, is_exclusive), nnx.Param, nnx.BatchStat)
+
+
+def merge_model(graph: nnx.GraphDef, exclusive: nnx.State, shared: nnx.State, stats: nnx.State) -> Detector:
+    """A model of its own from the parts."""
+    return nnx.merge(graph, exclusive, shared, stats, copy=True)
+
+
+def create_state(
+    model: Detector,
+    optimizer: optax.GradientTransformation,
+    balancer: optax.GradientTransformationExtraArgs,
+) -> tuple[nnx.GraphDef, TrainState]:
+    """The state of a run before its first step."""
+    graph, exclusive, shared, stats = split_model(model)
+    return graph, TrainState(
+        step=jnp.zeros((), jnp.int32),
+        shared=shared,
+        exclusive=exclusive,
+        stats=stats,
+        shared_optimizer=optimizer.init(shared),
+        exclusive_optimizer=optimizer.init(exclusive),
+        balancer=balancer.init(shared),
+    )
+
+
+def state_specs(state: TrainState) -> TrainState:
+    """How the state lies on the mesh: leading dataset axes along 'dataset', everything else on every device."""
+
+    def along_datasets(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: P(DATASET) if jnp.ndim(leaf) else P(), tree)
+
+    def everywhere(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: P(), tree)
+
+    return TrainState(
+        step=P(),
+        shared=everywhere(state.shared),
+        exclusive=along_datasets(state.exclusive),
+        stats=along_datasets(state.stats),
+        shared_optimizer=everywhere(state.shared_optimizer),
+        exclusive_optimizer=along_datasets(state.exclusive_optimizer),
+        balancer=everywhere(state.balancer),
+    )
