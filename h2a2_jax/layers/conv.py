@@ -41,9 +41,7 @@ class SparseConv(nnx.Module):
 
     _init = staticmethod(kaiming_fan_out)
 
-    def __call__(
-        self, x: SparseTensor, kernel_map: KernelMap, context: ForwardContext | None = None
-    ) -> SparseTensor:
+    def __call__(self, x: SparseTensor, kernel_map: KernelMap, context: ForwardContext | None = None) -> SparseTensor:
         """Convolve onto the map's output sites.
 
         Args:

@@ -8,6 +8,7 @@
 The functions are the method; the module holds the parameters and calls them.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,11 +70,13 @@ def structural_consistency(
     """beta: how well each offset's prototype agrees with a scan's structural features, in [0, 1].
 
     The mean over sites commutes with the dot product: the unit vectors A x / |A x| are pooled once per scan, then
-    compared with each unit prototype. In float32 at least.
+    compared with each unit prototype. In float32 at least, products included: accelerators multiply in fewer bits by
+    default, and a threshold follows.
     """
     features = x.features.astype(jnp.promote_types(x.features.dtype, jnp.float32))
-    pooled = scan_mean(x.with_features(unit_rows(features @ projection)))
-    cosine = pooled @ unit_rows(prototypes).T
+    exact = lax.Precision.HIGHEST
+    pooled = scan_mean(x.with_features(unit_rows(jnp.matmul(features, projection, precision=exact))))
+    cosine = jnp.matmul(pooled, unit_rows(prototypes).T, precision=exact)
     return (1 + cosine) / 2 if kind == "half_cosine" else jax.nn.relu(cosine)
 
 
@@ -85,7 +88,8 @@ def binarize(
 ) -> Float[Array, "*s"]:
     """1 where score >= tau, else 0; the gradient is that of a smooth surrogate of the step."""
     surrogate = jax.nn.sigmoid((score - tau) / temperature) if straight_through == "sigmoid" else score
-    return (score >= tau).astype(score.dtype) + surrogate - lax.stop_gradient(surrogate)
+    # In brackets, for (1 + s) - s is not always 1.
+    return (score >= tau).astype(score.dtype) + (surrogate - lax.stop_gradient(surrogate))
 
 
 class SelectiveConv(nnx.Module):
@@ -114,7 +118,7 @@ class SelectiveConv(nnx.Module):
         """Args: `name` under which gamma, alpha and beta are handed to the tap of a forward pass."""
         self.selection = selection or KernelSelection()
         self.name = name
-        s, volume = self.selection, int(jnp.prod(jnp.array(size3(kernel_size))))
+        s, volume = self.selection, math.prod(size3(kernel_size))
         kernel = (volume, in_channels, out_channels)
         self.shared = nnx.Param(kaiming_fan_out(rngs.params(), kernel))
         own = (
@@ -124,11 +128,10 @@ class SelectiveConv(nnx.Module):
         )
         self.exclusive = nnx.Param(own, dataset_axis=0)
         self.prior = nnx.Param(jnp.full(volume, s.prior_init, jnp.float32))
-        self.projection = nnx.Param(jax.random.normal(rngs.params(), (in_channels, s.projection_dim)) / in_channels**0.5)
+        projection = jax.random.normal(rngs.params(), (in_channels, s.projection_dim))
+        self.projection = nnx.Param(projection / in_channels**0.5)
         self.prototypes = nnx.Param(jax.random.normal(rngs.params(), (volume, s.projection_dim)))
-        self.modulation = LinearModulation(
-            in_channels, embedding_dim=s.embedding_dim, hidden=s.hidden, rngs=rngs
-        )
+        self.modulation = LinearModulation(in_channels, embedding_dim=s.embedding_dim, hidden=s.hidden, rngs=rngs)
 
     def __call__(self, x: SparseTensor, kernel_map: KernelMap, context: ForwardContext) -> SparseTensor:
         """Convolve onto the map's output sites.
@@ -159,7 +162,7 @@ class SelectiveConv(nnx.Module):
         return SparseTensor(y, kernel_map.outputs)
 
     def select(self, x: SparseTensor, context: ForwardContext) -> Float[Array, "b v"]:
-        """gamma of each scan and offset for modulated input x."""
+        """Returns gamma of each scan and offset for modulated input x."""
         s = self.selection
         alpha = jax.nn.sigmoid(self.prior[...])
         beta = structural_consistency(x, self.projection[...], self.prototypes[...], s.consistency)

@@ -9,7 +9,7 @@ from h2a2_jax.sparse.tensor import SparseTensor
 
 
 class EmbeddingMLP(nnx.Module):
-    """embedding [d] -> hidden, ReLU -> out; the last layer starts at zero, kernel and bias, so that it starts silent."""
+    """Linear [d] -> hidden, ReLU, linear -> out; the last layer starts at zero, kernel and bias: silent."""
 
     def __init__(self, embedding_dim: int, hidden: int, out: int, *, rngs: nnx.Rngs):
         """Linear layers with Flax's default start but for the zero last one."""

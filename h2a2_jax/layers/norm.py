@@ -1,7 +1,7 @@
 """Normalisation over active sites.
 
-Batch norm is our own because padding must not count, because the replicas of a dataset hold unequal numbers of sites (so
-that sums, not means, are to be added over devices), and because every dataset keeps its own running statistics.
+Batch norm is our own because padding must not count, because the replicas of a dataset hold unequal numbers of sites
+(so that sums, not means, are to be added over devices), and because every dataset keeps its own running statistics.
 """
 
 from typing import NamedTuple
@@ -27,12 +27,10 @@ class BatchStatistics(NamedTuple):
     """Mean and biased variance of a batch, and the number of sites they are over (float [])."""
 
     statistics: Statistics
-    count: Array
+    num_sites: Array
 
 
-def batch_statistics(
-    x: Float[Array, "n c"], valid: Bool[Array, " n"], axis_name: AxisName = None
-) -> BatchStatistics:
+def batch_statistics(x: Float[Array, "n c"], valid: Bool[Array, " n"], axis_name: AxisName = None) -> BatchStatistics:
     """Mean and biased variance over valid rows, of all devices along `axis_name` together.
 
     Without a valid row both are zero. Sums are at least float32.
@@ -42,10 +40,9 @@ def batch_statistics(
         return lax.psum(values, axis_name) if axis_name is not None else values
 
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mask = valid[:, None].astype(x.dtype)
-    count = total(mask.sum())
-    mean = total((x * mask).sum(0)) / jnp.maximum(count, 1)
-    var = total(((x - mean) ** 2 * mask).sum(0)) / jnp.maximum(count, 1)
+    count = total(valid.sum().astype(x.dtype))
+    mean = total(jnp.where(valid[:, None], x, 0).sum(0)) / jnp.maximum(count, 1)
+    var = total((jnp.where(valid[:, None], x - mean, 0) ** 2).sum(0)) / jnp.maximum(count, 1)
     return BatchStatistics(Statistics(mean, var), count)
 
 
@@ -59,7 +56,7 @@ def normalize(
 ) -> Float[Array, "n c"]:
     """(x - mean) / sqrt(var + eps) * scale + bias on valid rows, zero on padding, in the type of x."""
     factor = scale * lax.rsqrt(statistics.var + eps)
-    y = x * factor + (bias - statistics.mean * factor)
+    y = jnp.where(valid[:, None], x, 0) * factor + (bias - statistics.mean * factor)
     return jnp.where(valid[:, None], y, 0).astype(x.dtype)
 
 
@@ -68,8 +65,8 @@ def update_running(running: Statistics, batch: BatchStatistics, momentum: float)
 
     A batch of one site counts with its biased variance; one without sites changes nothing.
     """
-    unbiased = batch.statistics.var * batch.count / jnp.maximum(batch.count - 1, 1)
-    rate = jnp.where(batch.count > 0, momentum, 0.0)
+    unbiased = batch.statistics.var * batch.num_sites / jnp.maximum(batch.num_sites - 1, 1)
+    rate = jnp.where(batch.num_sites > 0, momentum, 0.0)
     return Statistics(
         (1 - rate) * running.mean + rate * batch.statistics.mean, (1 - rate) * running.var + rate * unbiased
     )

@@ -39,18 +39,19 @@ class ConvNorm(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """With `selection` the convolution is a `SelectiveConv`, else of class `conv`."""
-        self.conv: SparseConv | SelectiveConv
-        self.gate: ChannelGate | None = None
-        if selection is None:
-            self.conv = conv(in_channels, out_channels, kernel_size, rngs=rngs)
-        else:
-            self.conv = SelectiveConv(
+        self.conv: SparseConv | SelectiveConv = (
+            conv(in_channels, out_channels, kernel_size, rngs=rngs)
+            if selection is None
+            else SelectiveConv(
                 in_channels, out_channels, kernel_size,
                 num_datasets=num_datasets, selection=selection, name=name, rngs=rngs,
-            )  # fmt: skip
-            self.gate = ChannelGate(
-                out_channels, embedding_dim=selection.embedding_dim, hidden=selection.hidden, rngs=rngs
             )
+        )  # fmt: skip
+        self.gate = (
+            None
+            if selection is None
+            else ChannelGate(out_channels, embedding_dim=selection.embedding_dim, hidden=selection.hidden, rngs=rngs)
+        )
         self.norm = BatchNorm(out_channels, num_datasets=num_datasets)
 
     def __call__(self, x: SparseTensor, kernel_map: KernelMap, context: ForwardContext) -> SparseTensor:

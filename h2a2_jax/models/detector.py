@@ -73,10 +73,11 @@ class Detector(nnx.Module):
         self.config = config
         self.heads_config = tuple(heads)
         count = len(heads)
-        self.embedding: nnx.Param | None = None
-        if config.selection is not None:
-            table = jax.random.normal(rngs.params(), (count, config.selection.embedding_dim))
-            self.embedding = nnx.Param(table, dataset_axis=0)
+        self.embedding = (
+            nnx.Param(jax.random.normal(rngs.params(), (count, config.selection.embedding_dim)), dataset_axis=0)
+            if config.selection is not None
+            else None
+        )
         self.backbone = MinkResNet(config, count, rngs=rngs)
         self.neck = Neck(config, count, rngs=rngs)
         self.heads = DatasetHeads(

@@ -44,7 +44,7 @@ class DatasetHeads(nnx.Module):
         self.box_kernel = nnx.Param(box_kernel, dataset_axis=0)
         self.box_bias = nnx.Param(jnp.zeros((count, NUM_OUTPUTS)), dataset_axis=0)
         self.class_kernel = nnx.Param(class_kernel, dataset_axis=0)
-        self.class_bias = nnx.Param(jnp.where(classes, -math.log((1 - 0.01) / 0.01), 0.0), dataset_axis=0)
+        self.class_bias = nnx.Param(-math.log((1 - 0.01) / 0.01) * classes.astype(jnp.float32), dataset_axis=0)
 
     def __call__(
         self, features: Float[Array, "n c"], dataset: DatasetContext

@@ -58,9 +58,7 @@ class Neck(nnx.Module):
             ]
         )
 
-    def __call__(
-        self, stages: list[SparseTensor], plan: DetectorPlan, context: ForwardContext
-    ) -> list[SparseTensor]:
+    def __call__(self, stages: list[SparseTensor], plan: DetectorPlan, context: ForwardContext) -> list[SparseTensor]:
         """Features at 16 and 32 voxels, finest first, from the backbone's four stages."""
         x, outputs = stages[-1], []
         for step, stage, maps in zip(self.steps, stages[-2:0:-1], plan.ups, strict=True):

@@ -1,6 +1,7 @@
 """Sparse convolution on padded active sites, without Flax: functions on arrays.
 
-Sites are built on the host (`grid`), maps from them (`kernel_map`), features are convolved on a device (`conv`, `pool`).
+Sites are built on the host (`grid`), maps from them (`kernel_map`), features are convolved on a device (`conv`,
+`pool`).
 """
 
 from h2a2_jax.sparse.conv import convolve

@@ -87,9 +87,7 @@ class _Options:
         return jnp.matmul(a, b, precision=self.precision, preferred_element_type=self.sum_type)
 
 
-def _check(
-    features: Array, kernels: Array, kernel_map: KernelMap, gamma: Array | None, algorithm: str
-) -> None:
+def _check(features: Array, kernels: Array, kernel_map: KernelMap, gamma: Array | None, algorithm: str) -> None:
     if features.shape[0] != kernel_map.in_capacity:
         raise ValueError(f"features have {features.shape[0]} rows, the kernel map expects {kernel_map.in_capacity}.")
     if kernels.shape[1] != kernel_map.kernel_volume or kernels.shape[2] != features.shape[1]:
@@ -127,7 +125,7 @@ def _per_row(values: Float[Array, "b *c"], scan: Int[Array, " n"]) -> Float[Arra
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, like: tuple[Any, ...]) -> Array:
-    """Zeros that vary over the mesh axes that any of `like` varies over, so that a loop under shard_map may add to them.
+    """Zeros that vary over every mesh axis that one of `like` varies over: a loop under shard_map may add to them.
 
     A choice that never falls on the array's value passes its type on, and compiles to nothing.
     """
@@ -142,15 +140,17 @@ def _segment_sum(
 ) -> Array:
     """The definition: for each offset gather, multiply, sum the products by output row."""
     rows = jnp.arange(kmap.out_capacity)
+    valid = (rows < kmap.n_out)[:, None]
 
     def add_offset(total: Array, k: Array) -> tuple[Array, None]:
         neighbors = _take(x, jnp.asarray(kmap.neighbors)[k])
         products = options.dot(neighbors, w[0, k])
-        if gamma is not None:
+        if gamma is not None and scan_set is not None:
             use_shared = _per_row(gamma[:, k], jnp.asarray(kmap.out_scan))[:, None]
             own_set = _per_row(scan_set, jnp.asarray(kmap.out_scan))[:, None]
             own = sum(jnp.where(own_set == s, options.dot(neighbors, w[s, k]), 0) for s in range(w.shape[0]))
             products = use_shared * products + (1 - use_shared) * own
+        products = jnp.where(valid, products, 0)  # nor may a cotangent on padding reach a kernel
         return total + jax.ops.segment_sum(products, rows, kmap.out_capacity), None
 
     total = _zeros((kmap.out_capacity, w.shape[-1]), options.sum_type, (x, w, gamma, kmap.n_out))
@@ -183,7 +183,8 @@ def _gather_forward(
 
 def _gather_backward(options: _Options, residuals: tuple, cotangent: Array) -> tuple:
     x, w, gamma, scan_set, kmap = residuals
-    g = cotangent.astype(x.dtype)
+    valid = (jnp.arange(kmap.out_capacity) < kmap.n_out)[:, None]
+    g = jnp.where(valid, cotangent, 0).astype(x.dtype)
     neighbors, out_scan = jnp.asarray(kmap.neighbors), jnp.asarray(kmap.out_scan)
     inverse = _inverse_neighbors(kmap)
     masks_in = _set_masks(gamma, scan_set, w.shape[0], jnp.asarray(kmap.in_scan))
@@ -195,12 +196,10 @@ def _gather_backward(options: _Options, residuals: tuple, cotangent: Array) -> t
         rows, by_set = _take(x, neighbors[k]), masks_out(k)
         parts = [rows] if by_set is None else [rows * by_set[:, s : s + 1].astype(rows.dtype) for s in range(len(w))]
         dw = jnp.stack([options.dot(lax.optimization_barrier(part.T), g) for part in parts])
-        if gamma is None:
+        if gamma is None or scan_set is None:
             return dx, (_fill_sets(dw, len(w)), None)
         own = _per_row(scan_set, out_scan)
-        change = sum(
-            jnp.where((own == s)[:, None], options.dot(rows, (w[0, k] - w[s, k])), 0) for s in range(len(w))
-        )
+        change = sum(jnp.where((own == s)[:, None], options.dot(rows, (w[0, k] - w[s, k])), 0) for s in range(len(w)))
         dgamma = jax.ops.segment_sum((change * g).sum(1), out_scan, kmap.num_scans)
         return dx, (dw, dgamma)
 
@@ -231,7 +230,7 @@ def _inverse_neighbors(kmap: KernelMap) -> Int[Array, "v n_in"]:
 
 def _set_masks(gamma: Array | None, scan_set: Array | None, sets: int, scan: Array) -> Any:
     """Function of the offset k: which kernel of the stack each row uses, [n, S] of 0 and 1; None if it is always 0."""
-    if gamma is None:
+    if gamma is None or scan_set is None:
         return lambda k: None
 
     def masks(k: Array) -> Array:
@@ -342,7 +341,7 @@ def _centre_backward(
         rows = x if by_set is None else x * by_set[:, s : s + 1].astype(x.dtype)
         dw = options.dot(lax.optimization_barrier(rows.T), g)
         dstack = dstack.at[s * kmap.kernel_volume + centre].add(dw)
-    if dgamma is not None:
+    if dgamma is not None and scan_set is not None:
         own = _per_row(scan_set, scan)
         change = sum(
             jnp.where((own == s)[:, None], options.dot(x, w[0, centre] - w[s, centre]), 0) for s in range(w.shape[0])

@@ -1,7 +1,7 @@
 """Neighbour-index maps: which input row each offset of a kernel brings to each output row.
 
-A map is built once from coordinates, on the host, and used by every convolution between the same two site sets. From the
-table of neighbours follow the lists that the fast algorithms read: pairs sorted by (scan, offset) and cut into tiles.
+A map is built once from coordinates, on the host, and used by every convolution between the same two site sets. From
+the table of neighbours follow the lists that the fast algorithms read: pairs sorted by offset and scan, cut into tiles.
 """
 
 from dataclasses import dataclass
@@ -230,7 +230,7 @@ def _tiles(table: NeighborTable, in_capacity: int, out_capacity: int, tile: int)
 
 
 def union_rows(part: SiteSet, whole: SiteSet, part_capacity: int, whole_capacity: int) -> Int[np.ndarray, " n"]:
-    """For each row of a union, the row of one of its parts: int32 [whole_capacity], part_capacity where there is none."""
+    """Row in a part of each row of a union: int32 [whole_capacity], part_capacity where the part has none."""
     rows = np.full(whole_capacity, part_capacity, np.int32)
     found = find_keys(part.keys, whole.keys)
     rows[: len(whole)] = np.where(found >= 0, found, part_capacity)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from h2a2_jax.models import Detector
@@ -45,7 +46,7 @@ def is_exclusive(path: Any, variable: Any) -> bool:
 
 def split_model(model: Detector) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
     """(structure, exclusive parameters, shared parameters, statistics); `merge_model` is the way back."""
-    return nnx.split(model, nnx.All(nnx.Param, is_exclusive), nnx.Param, nnx.BatchStat)
+    return nnx.split(model, nnx.All(nnx.Param, is_exclusive), nnx.Param, nnx.BatchStat)  # type: ignore[return-value]
 
 
 def merge_model(graph: nnx.GraphDef, exclusive: nnx.State, shared: nnx.State, stats: nnx.State) -> Detector:
@@ -89,3 +90,13 @@ def state_specs(state: TrainState) -> TrainState:
         exclusive_optimizer=along_datasets(state.exclusive_optimizer),
         balancer=everywhere(state.balancer),
     )
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Where each array of the state lies."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(state))
+
+
+def place_state(state: TrainState, mesh: Mesh) -> TrainState:
+    """The state on the devices of a mesh, in arrays of its own (a step consumes the state it is given)."""
+    return jax.device_put(jax.tree.map(jnp.array, state), state_shardings(state, mesh))

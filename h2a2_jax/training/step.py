@@ -26,7 +26,7 @@ from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.objective import detection_loss
 from h2a2_jax.training.harmonize import clip_by_global_norm_sharded, mean_over_datasets
 from h2a2_jax.training.mesh import DATASET, REPLICA
-from h2a2_jax.training.state import TrainState, merge_model, state_specs
+from h2a2_jax.training.state import TrainState, merge_model, state_shardings, state_specs
 
 
 class Targets(NamedTuple):
@@ -89,6 +89,7 @@ class StepConfig(NamedTuple):
 
 def make_train_step(
     graph: nnx.GraphDef,
+    state: TrainState,
     specs: Sequence[DatasetSpec],
     optimizer: optax.GradientTransformation,
     balancer: optax.GradientTransformationExtraArgs,
@@ -99,6 +100,7 @@ def make_train_step(
 
     Args:
         graph: structure of the model (`create_state`).
+        state: of the run, or one of the same structure.
         specs: of the datasets, in the order of the dataset axis.
         optimizer: applied to the mean gradient, after clipping; must act parameter by parameter (as AdamW does),
             because exclusive parameters are spread over devices.
@@ -120,7 +122,8 @@ def make_train_step(
         present = lax.pmax(batch.present.astype(jnp.int32), REPLICA) > 0
 
         def one_dataset(part: tuple) -> tuple:
-            return _dataset_gradients(graph, shared, *part, config)
+            exclusive, stats, batch, targets, present = part
+            return _dataset_gradients(graph, shared, exclusive, stats, batch, targets, present, config)
 
         own, stats = jax.tree.map(lambda leaf: leaf[:, None], (exclusive, state.stats))
         g_shared, g_exclusive, stats, metrics = lax.map(one_dataset, (own, stats, batch, targets, present))
@@ -150,8 +153,9 @@ def make_train_step(
         )
         return new, metrics._replace(gradient_norm=norm, gradients=kept)
 
+    layout = state_specs(state)
+
     def sharded(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        layout = state_specs(state)
         kept = (P(), P(DATASET)) if config.keep_gradients else None
         by_dataset = P(DATASET)
         out = StepMetrics(by_dataset, by_dataset, by_dataset, by_dataset, P(), kept)  # type: ignore[arg-type]
@@ -159,7 +163,8 @@ def make_train_step(
             step, mesh=mesh, in_specs=(layout, P(DATASET, REPLICA), P(DATASET)), out_specs=(layout, out)
         )(state, batch, targets)
 
-    return jax.jit(sharded, donate_argnums=0)
+    # With its outputs placed as its inputs, the second step finds the first one's program.
+    return jax.jit(sharded, donate_argnums=0, out_shardings=(state_shardings(state, mesh), None))
 
 
 def _varying(tree: Any, axes: tuple[str, ...]) -> Any:
