@@ -25,7 +25,7 @@ from h2a2_jax.boxes import (
 from h2a2_jax.evaluation import GroundTruth, evaluate_detections, iou_matrix
 from h2a2_jax.objective import assign, rotated_diou_loss, sigmoid_focal_loss
 from tests.boxes.golden import load_cases, relative_error
-from tests.parity_case import CaseResult
+from tests.parity_case import CaseResult, guarded
 
 Case = dict[str, np.ndarray]
 Runner = Callable[[str, Case], Iterator[CaseResult]]
@@ -46,7 +46,7 @@ def run_boxes_file(path: str | Path) -> Iterator[CaseResult]:
         if runner is None:
             yield CaseResult(f"{name} (not run)", float("nan"), 0.0, False)
         else:
-            yield from runner(name, case)
+            yield from guarded(name, runner(name, case))
 
 
 def _function(name: str, actual, expected, tolerance: float = FUNCTION_TOLERANCE) -> CaseResult:

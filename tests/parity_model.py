@@ -21,7 +21,7 @@ from h2a2_jax.models.config import STAGE_BLOCKS
 from h2a2_jax.models.detector import single_context
 from h2a2_jax.objective import assign, axis_aligned_diou_loss, detection_loss, rotated_diou_loss
 from h2a2_jax.sparse import SparseTensor
-from tests.parity_case import CaseResult
+from tests.parity_case import CaseResult, guarded
 from tests.parity_ops import compare
 
 STAGE_TOLERANCE = 1e-4
@@ -46,9 +46,8 @@ def run_model_file(path: Path) -> Iterator[CaseResult]:
     """Run a whole model on the stored scans and compare everything that the file holds."""
     stored, weights = _load(path), _load(weights_beside(path))
     golden = _Golden.build(stored, weights)
-    yield from _voxels(golden)
-    yield from _evaluation(golden)
-    yield from _training(golden)
+    for name, part in (("voxels", _voxels), ("evaluation", _evaluation), ("training", _training)):
+        yield from guarded(name, part(golden))
 
 
 def _load(path: Path) -> Stored:
@@ -176,9 +175,7 @@ def _head(golden: _Golden, predictions: Predictions, level: int, scan: int) -> I
 def _predictions(golden: _Golden, predictions: Predictions, scan: int) -> Iterator[CaseResult]:
     stored, name = golden.stored, f"pred.scene{scan}"
     mine = predictions.scan == scan
-    found = postprocess(
-        predictions.locations[mine], predictions.boxes[mine], predictions.logits[mine], golden.spec
-    )
+    found = postprocess(predictions.locations[mine], predictions.boxes[mine], predictions.logits[mine], golden.spec)
     width = stored[f"{name}.boxes"].shape[1]
     share = min(
         _matched(stored[f"{name}.boxes"], stored[f"{name}.scores"], stored[f"{name}.labels"],

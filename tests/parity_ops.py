@@ -9,7 +9,7 @@ import numpy as np
 
 from h2a2_jax import sparse
 from h2a2_jax.layers import norm
-from tests.parity_case import CaseResult
+from tests.parity_case import CaseResult, guarded
 
 TOLERANCE = 1e-5
 """Largest error allowed, as a fraction of the largest value."""
@@ -29,7 +29,7 @@ def run_ops_file(path: Path) -> Iterator[CaseResult]:
         if runner is None:
             yield CaseResult(f"{name} (not run)", float("inf"), 0.0, False)
         else:
-            yield from runner(name, case)
+            yield from guarded(name, runner(name, case))
 
 
 def _runner(case: Case) -> Callable[[str, Case], Iterator[CaseResult]] | None:
