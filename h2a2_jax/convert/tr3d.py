@@ -86,9 +86,7 @@ def tr3d_slots(model: Detector, dataset: int = 0) -> dict[str, Slot]:
     )
     for name, kernel, bias, width in outputs:
         columns = slice(0, width)
-        slots[f"bbox_head.conv_{name}.kernel"] = Slot(
-            kernel, (dataset, slice(None), columns), (kernel.shape[1], width)
-        )
+        slots[f"bbox_head.conv_{name}.kernel"] = Slot(kernel, (dataset, slice(None), columns), (kernel.shape[1], width))
         slots[f"bbox_head.conv_{name}.bias"] = Slot(bias, (dataset, columns), (1, width))
     return slots
 
