@@ -4,9 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from h2a2_jax.typing import AnyArray
+from h2a2_jax.typing import AnyArray, Leaf
 
 TOP_K = 6
 """Locations a box may take."""
@@ -20,16 +20,16 @@ class Assignment:
     """Targets of the locations of a batch, and the same seen from the boxes.
 
     Attributes:
-        labels: Class of each location, -1 = background or padding.
-        box: Box of each location, an index into its scan's boxes; -1 = none.
-        candidates: Rows of the locations each box asks for, nearest first; the number of locations where there is none.
-        positive: Whether the box got that location. Every location with a label is there exactly once.
+        labels: int32 [N], class of each location, -1 = background or padding.
+        box: int32 [N], box of each location, an index into its scan's boxes; -1 = none.
+        candidates: int32 [B, G, K], rows of the locations each box asks for, nearest first; N where there is none.
+        positive: bool [B, G, K], whether the box got that location. Every location with a label is there exactly once.
     """
 
-    labels: Int[Array, " n"]
-    box: Int[Array, " n"]
-    candidates: Int[Array, "b g k"]
-    positive: Bool[Array, "b g k"]
+    labels: Leaf
+    box: Leaf
+    candidates: Leaf
+    positive: Leaf
 
 
 def assign(

@@ -13,7 +13,7 @@ from h2a2_jax.objective.losses import (
     rotated_diou_loss,
     sigmoid_focal_loss,
 )
-from h2a2_jax.typing import AnyArray
+from h2a2_jax.typing import AnyArray, Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -22,14 +22,14 @@ class DetectionLoss:
     """The two terms of the training loss; the loss is their sum.
 
     Attributes:
-        box: DIoU loss summed over the positives at hand, over the number of positives.
-        classification: Focal loss summed over the locations at hand, over the number of positives.
-        num_positives: Number of positives; with an `axis_name`, of all replicas.
+        box: float [], DIoU loss summed over the positives at hand, over the number of positives.
+        classification: float [], focal loss summed over the locations at hand, over the number of positives.
+        num_positives: int32 [], number of positives; with an `axis_name`, of all replicas.
     """
 
-    box: Float[Array, ""]
-    classification: Float[Array, ""]
-    num_positives: Int[Array, ""]
+    box: Leaf
+    classification: Leaf
+    num_positives: Leaf
 
     @property
     def total(self) -> Float[Array, ""]:
