@@ -1,0 +1,159 @@
+"""Sources of scans from config values, and wrappers around sources."""
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.inputs.mmdet3d import Mmdet3dFolder, default_info_files
+from h2a2_jax.inputs.scan import Scan, ScanError, ScanSource
+from h2a2_jax.inputs.specs import dataset_spec
+from h2a2_jax.inputs.synthetic.source import SyntheticSource
+
+Split = Literal["train", "val"]
+
+_POINTS_FOLDER = "points"
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One dataset of a run, and where its scans come from.
+
+    Attributes:
+        name: of the dataset: "scannet", "sunrgbd" or "s3dis".
+        kind: "mmdet3d", a folder prepared by mmdetection3d; or "synthetic", procedural scans.
+        root: the folder (mmdet3d).
+        train_infos: info files of the training scans in `root` (mmdet3d); empty: the names mmdetection3d gives them.
+        val_infos: likewise, of the validation scans.
+        train_size: number of training scans (synthetic).
+        val_size: number of validation scans (synthetic).
+        scale: rooms like the real ones, "full", or small ones with few classes, "demo" (synthetic).
+        seed: another seed gives other scans (synthetic).
+        repeats: how often an epoch goes through the training scans; None: as the dataset's recipe says.
+        augment: whether training scans are mirrored, turned, scaled and moved by the dataset's recipe.
+        sample: whether points of training scans are drawn by the dataset's recipe; else all are used.
+    """
+
+    name: str
+    kind: Literal["mmdet3d", "synthetic"] = "mmdet3d"
+    root: str = ""
+    train_infos: tuple[str, ...] = ()
+    val_infos: tuple[str, ...] = ()
+    train_size: int = 1000
+    val_size: int = 100
+    scale: Literal["demo", "full"] = "full"
+    seed: int = 0
+    repeats: int | None = None
+    augment: bool = True
+    sample: bool = True
+
+
+def build_source(source: SourceConfig, split: Split) -> ScanSource:
+    """The scans of one split of a dataset.
+
+    Args:
+        source: which dataset, from where.
+        split: "train" or "val".
+
+    Raises:
+        InputError: the dataset is unknown, or its folder or a file in it is missing or cannot be understood.
+    """
+    spec = dataset_spec(source.name)
+    if source.kind == "synthetic":
+        size = source.train_size if split == "train" else source.val_size
+        return SyntheticSource(spec, split, size, seed=source.seed, scale=source.scale)
+    infos = (source.train_infos if split == "train" else source.val_infos) or default_info_files(spec, split)
+    _check_folder(source, infos)
+    return Mmdet3dFolder(source.root, infos, spec, points_folder=_POINTS_FOLDER)
+
+
+def _check_folder(source: SourceConfig, infos: Sequence[str]) -> None:
+    root = Path(source.root)
+    wanted = [root, root / _POINTS_FOLDER, *(root / info for info in infos)]
+    missing = next((path for path in wanted if not path.exists()), None)
+    if missing is not None:
+        raise InputError(
+            f"The data of {source.name} is not there: {missing} does not exist; expected is a folder prepared by "
+            f"mmdetection3d, {root}/ with {', '.join(infos)} and {_POINTS_FOLDER}/<scan>.bin (set another one with "
+            f"--config.datasets.{source.name}.root=...); --config=configs/joint.py:demo runs without data."
+        )
+
+
+class CachedSource:
+    """Keeps every scan of a source in memory once it was loaded; several threads may ask at once.
+
+    Attributes:
+        source: what is kept.
+    """
+
+    def __init__(self, source: ScanSource):
+        self.source = source
+        self._scans: dict[int, Scan] = {}
+        self._locks = [threading.Lock() for _ in range(len(source))]
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the scans, in order."""
+        return self.source.names
+
+    def __len__(self) -> int:
+        """Number of scans."""
+        return len(self._locks)
+
+    def __getitem__(self, index: int) -> Scan:
+        """One scan, loaded at the first call; a scan that failed to load is tried again.
+
+        Raises:
+            ScanError: the scan cannot be used.
+        """
+        with self._locks[index]:
+            if index not in self._scans:
+                self._scans[index] = self.source[index]
+            return self._scans[index]
+
+
+def permuted_boxes(source: ScanSource, seed: int) -> ScanSource:
+    """Every scan carries the boxes and labels of another scan of its source: a control that cannot be learnt.
+
+    What a detector trained on it still scores is due to where boxes usually are, not to what it sees. The permutation
+    is one cycle through all scans, so that none keeps its own boxes.
+
+    Args:
+        source: of the scans; a source of one scan stays as it is.
+        seed: another seed gives another permutation.
+    """
+    return _PermutedBoxes(source, seed)
+
+
+class _PermutedBoxes:
+    def __init__(self, source: ScanSource, seed: int):
+        self._source = source
+        order = np.random.default_rng(seed).permutation(len(source))
+        self._donor = dict(zip(order.tolist(), np.roll(order, -1).tolist(), strict=True))
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the scans, in order."""
+        return self._source.names
+
+    def __len__(self) -> int:
+        """Number of scans."""
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Scan:
+        """One scan with another one's boxes.
+
+        Raises:
+            ScanError: this scan or the other one cannot be used.
+        """
+        scan = self._source[index]
+        try:
+            donor = self._source[self._donor[index]]
+        except ScanError as error:
+            raise ScanError(scan.name, f"Scan {scan.name} has no boxes to take: {error}") from error
+        return dataclasses.replace(scan, boxes=donor.boxes, labels=donor.labels)
