@@ -1,0 +1,372 @@
+"""The configuration of an experiment: frozen values in the library, `ConfigDict` and JSON at its door.
+
+--config=configs/joint.py:demo --config.optim.lr=3e-4   ->   ConfigDict   ->   ExperimentConfig   <->   JSON
+(`experiment_config`)            (`to_json`, `from_json`)
+"""
+
+import dataclasses
+import difflib
+import itertools
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.inference.evaluate import EvalConfig
+from h2a2_jax.inputs.sources import SourceConfig
+from h2a2_jax.inputs.specs import dataset_spec
+from h2a2_jax.models.config import DetectorConfig
+
+__all__ = [
+    "EvalConfig",
+    "ExperimentConfig",
+    "HarmonizeConfig",
+    "OptimConfig",
+    "SourceConfig",
+    "TrainConfig",
+    "config_dict",
+    "experiment_config",
+    "from_json",
+    "to_json",
+]
+
+CONFIG_VERSION = 1
+"""Version of the JSON form."""
+
+
+@dataclass(frozen=True)
+class HarmonizeConfig:
+    """How the datasets' gradients of shared parameters become one.
+
+    Attributes:
+        method: "ngh", norm-based gradient harmonisation, or "mean", their plain mean.
+        threshold: agreement of norms (Psi, 0 to 1) below which gradients are scaled to their mean norm.
+        scope: norms per parameter "tensor", or one "global" norm over all shared parameters.
+        cap: largest factor by which a gradient is scaled up.
+    """
+
+    method: Literal["ngh", "mean"] = "ngh"
+    threshold: float = 0.8
+    scope: Literal["tensor", "global"] = "tensor"
+    cap: float = 100.0
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning rate.
+
+    Attributes:
+        lr: learning rate after warm-up.
+        weight_decay: decoupled.
+        clip_norm: global gradient norm, over shared and exclusive parameters together, above which gradients are
+            scaled down.
+        decay_epochs: epochs after which the learning rate is multiplied by `decay_factor`.
+        decay_factor: see there.
+        warmup_steps: steps over which the learning rate rises linearly from zero.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    clip_norm: float = 10.0
+    decay_epochs: tuple[int, ...] = (8, 11)
+    decay_factor: float = 0.1
+    warmup_steps: int = 0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and pace of training.
+
+    Attributes:
+        batch_size: scans per dataset and step, over all replicas of the dataset.
+        epochs: passes through the largest dataset, its repeats included.
+        steps: optimiser steps; 0: as many as `epochs` are.
+        log_every: steps from one line of metrics to the next.
+        checkpoint_every: steps from one checkpoint to the next; the last step always has one.
+        keep_checkpoints: how many of the latest are kept.
+        max_rung: highest bucket of padded shapes that training uses, each 1.25 times the one below; larger batches are
+            cropped.
+        permute_boxes: every scan carries the boxes of another one of its dataset, always of the same: a control that
+            shows what is scored without seeing.
+        seed: of parameters, order of scans and augmentation.
+    """
+
+    batch_size: int = 16
+    epochs: int = 12
+    steps: int = 0
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    max_rung: int = 8
+    permute_boxes: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything that a run is made of.
+
+    Attributes:
+        datasets: those trained jointly, in the order of the dataset axis.
+        model: architecture.
+        harmonize: of the datasets' gradients.
+        optim: optimiser.
+        train: length and pace.
+        eval: evaluation.
+
+    Raises:
+        InputError: a value makes no sense; the sentence names its key.
+    """
+
+    datasets: tuple[SourceConfig, ...]
+    model: DetectorConfig = field(default_factory=DetectorConfig)
+    harmonize: HarmonizeConfig = field(default_factory=HarmonizeConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        _check_datasets(self.datasets)
+        _check_model(self.model)
+        _check_training(self)
+        _check_evaluation(self.eval)
+
+    @property
+    def dataset_names(self) -> tuple[str, ...]:
+        """Names of the datasets, in the order of the dataset axis."""
+        return tuple(source.name for source in self.datasets)
+
+
+def config_dict(config: ExperimentConfig) -> ConfigDict:
+    """The config in the form that flags can override; the datasets are a sub-dict by name, in order.
+
+    Args:
+        config: the values.
+
+    Returns:
+        A ConfigDict such that `experiment_config` gives `config` again.
+    """
+    result = _as_config_dict(config)
+    del result.datasets
+    result.datasets = ConfigDict(sort_keys=False)
+    for source in config.datasets:
+        entry = _as_config_dict(source)
+        del entry["name"]
+        result.datasets[source.name] = entry
+    return result
+
+
+def experiment_config(values: ConfigDict | Mapping[str, Any]) -> ExperimentConfig:
+    """The config from nested values, which must fit it exactly.
+
+    Keys left out take their defaults. Lists stand for tuples, ints for floats. Datasets are a mapping by name, or a
+    list of entries with a name.
+
+    Args:
+        values: from `config_dict`, a config file or JSON.
+
+    Raises:
+        InputError: an unknown key, with the nearest known one; a key without default is missing; a value of another
+            type, or one that makes no sense.
+    """
+    plain = dict(values.to_dict() if isinstance(values, ConfigDict) else values)
+    datasets = plain.get("datasets")
+    if isinstance(datasets, Mapping):
+        plain["datasets"] = [_named(name, entry) for name, entry in datasets.items()]
+    return _build(ExperimentConfig, plain, "")
+
+
+def to_json(config: ExperimentConfig) -> str:
+    """The config as JSON: its fields, the datasets as a list in order, and "version" (1)."""
+    return json.dumps({"version": CONFIG_VERSION, **dataclasses.asdict(config)}, indent=2)
+
+
+def from_json(text: str) -> ExperimentConfig:
+    """The config from `to_json`.
+
+    Raises:
+        InputError: not JSON, of another version, or see `experiment_config`.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"The config is no JSON ({error}): expected is the text that a run stored.") from error
+    version = values.pop("version", None) if isinstance(values, dict) else None
+    if version != CONFIG_VERSION:
+        raise InputError(
+            f"The config has version {version}, this program reads version {CONFIG_VERSION}: use the program that "
+            "stored it, or write the config anew."
+        )
+    return experiment_config(values)
+
+
+def _as_config_dict(config: Any) -> ConfigDict:
+    """A dataclass as a ConfigDict; an absent number keeps its type, so that a flag can set it."""
+    result, hints = ConfigDict(), typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value, kind = getattr(config, f.name), _without_none(hints[f.name])
+        if dataclasses.is_dataclass(value):
+            value = _as_config_dict(value)
+        elif value is None and isinstance(kind, type) and not dataclasses.is_dataclass(kind):
+            value = placeholder(kind)
+        result[f.name] = value
+    return result
+
+
+def _without_none(kind: Any) -> Any:
+    """T for T | None."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return next(part for part in typing.get_args(kind) if part is not type(None))
+    return kind
+
+
+def _build(kind: Any, value: Any, path: str) -> Any:
+    """A value of the annotated type from plain containers."""
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, path)
+    if _without_none(kind) is not kind:
+        return None if value is None else _build(_without_none(kind), value, path)
+    if typing.get_origin(kind) is tuple:
+        return _build_tuple(kind, value, path)
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise InputError(f"{path} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
+        return value
+    if kind is float and isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return int(value)
+    if kind in (str, bool) and isinstance(value, kind):
+        return value
+    raise _wrong_type(path, value, kind.__name__)
+
+
+def _named(name: str, entry: Any) -> dict[str, Any]:
+    """An entry of the mapping of datasets as one of the list."""
+    if not isinstance(entry, Mapping):
+        raise _wrong_type(f"datasets.{name}", entry, "a group with the keys of a dataset")
+    return {"name": name, **entry}
+
+
+def _build_dataclass(kind: Any, value: Any, path: str) -> Any:
+    if not isinstance(value, Mapping):
+        keys = ", ".join(f.name for f in dataclasses.fields(kind))
+        raise _wrong_type(path, value, f"a group with the keys {keys}")
+    hints = typing.get_type_hints(kind)
+    prefix = f"{path}." if path else ""
+    for key in value:
+        if key not in hints:
+            nearest = difflib.get_close_matches(str(key), hints, 1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ";"
+            raise InputError(f"unknown config key '{prefix}{key}'{hint} (keys there: {', '.join(hints)})")
+    for f in dataclasses.fields(kind):
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in value:
+            raise InputError(f"config key '{prefix}{f.name}' is missing; expected {_kind_name(hints[f.name])}.")
+    return kind(**{key: _build(hints[key], entry, f"{prefix}{key}") for key, entry in value.items()})
+
+
+def _build_tuple(kind: Any, value: Any, path: str) -> tuple:
+    kinds = typing.get_args(kind)
+    if not isinstance(value, list | tuple):
+        raise _wrong_type(path, value, _kind_name(kind))
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    if len(value) != len(kinds):
+        raise InputError(f"{path} has {len(value)} entries ({list(value)}); expected {_kind_name(kind)}.")
+
+    def key(index: int, entry: Any) -> str:
+        name = entry.get("name") if isinstance(entry, Mapping) else None
+        return f"{path}.{index if name is None else name}"
+
+    return tuple(_build(part, entry, key(i, entry)) for i, (part, entry) in enumerate(zip(kinds, value, strict=True)))
+
+
+def _kind_name(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        parts = typing.get_args(kind)
+        many = "any number of" if parts[-1] is Ellipsis else str(len(parts))
+        return f"a list of {many} {_kind_name(parts[0])}"
+    return getattr(kind, "__name__", str(kind))
+
+
+def _wrong_type(path: str, value: Any, expected: str) -> InputError:
+    return InputError(f"{path or 'the config'} is {value!r} ({type(value).__name__}); expected {expected}.")
+
+
+def _require(ok: bool, path: str, value: Any, expected: str) -> None:
+    if not ok:
+        raise InputError(f"{path} is {value!r}; expected {expected}.")
+
+
+def _require_at_least(least: int, path: str, group: Any, *keys: str) -> None:
+    for key in keys:
+        value = getattr(group, key)
+        _require(value >= least, f"{path}.{key}", value, f"{least} or more")
+
+
+def _require_positive(path: str, group: Any, *keys: str) -> None:
+    for key in keys:
+        value = getattr(group, key)
+        _require(0 < value < math.inf, f"{path}.{key}", value, "a finite number above 0")
+
+
+def _require_fraction(path: str, group: Any, *keys: str) -> None:
+    for key in keys:
+        value = getattr(group, key)
+        _require(0 <= value <= 1, f"{path}.{key}", value, "a number from 0 to 1")
+
+
+def _check_datasets(datasets: tuple[SourceConfig, ...]) -> None:
+    _require(len(datasets) > 0, "datasets", datasets, "at least one of scannet, sunrgbd, s3dis")
+    names = [source.name for source in datasets]
+    for source in datasets:
+        dataset_spec(source.name)
+        path = f"datasets.{source.name}"
+        _require(names.count(source.name) == 1, "datasets", names, f"every dataset once, not {source.name} twice")
+        _require(source.kind != "mmdet3d" or source.root != "", f"{path}.root", source.root, "the prepared folder")
+        _require_at_least(1, path, source, "train_size", "val_size")
+        _require_at_least(0, path, source, "seed")
+        _require(source.repeats is None or source.repeats >= 1, f"{path}.repeats", source.repeats, "1 or more, or None")
+
+
+def _check_model(model: DetectorConfig) -> None:
+    _ = model.stage_blocks  # raises for an unknown depth
+    _require(model.in_channels == 3, "model.in_channels", model.in_channels, "3, the colours of a voxel")
+    _require_at_least(1, "model", model, "stem_channels", "neck_channels")
+    _require(min(model.stage_channels) >= 1, "model.stage_channels", model.stage_channels, "widths of 1 or more")
+    _require_positive("model", model, "voxel_size")
+    if model.selection is not None:
+        path = "model.selection"
+        _require_fraction(path, model.selection, "tau")
+        _require_positive(path, model.selection, "temperature")
+        _require_at_least(1, path, model.selection, "projection_dim", "embedding_dim", "hidden")
+
+
+def _check_training(config: ExperimentConfig) -> None:
+    _require_fraction("harmonize", config.harmonize, "threshold")
+    _require(config.harmonize.cap >= 1, "harmonize.cap", config.harmonize.cap, "1 or more")
+    optim, train = config.optim, config.train
+    _require_positive("optim", optim, "lr", "clip_norm", "decay_factor")
+    _require_at_least(0, "optim", optim, "weight_decay", "warmup_steps")
+    rising = all(a < b for a, b in itertools.pairwise((0, *optim.decay_epochs)))
+    _require(rising, "optim.decay_epochs", optim.decay_epochs, "rising epochs from 1")
+    _require_at_least(1, "train", train, "batch_size", "epochs", "log_every", "checkpoint_every", "keep_checkpoints")
+    _require_at_least(0, "train", train, "steps", "max_rung", "seed")
+
+
+def _check_evaluation(config: EvalConfig) -> None:
+    thresholds = config.iou_thresholds
+    ok = len(thresholds) > 0 and all(0 <= t < 1 for t in thresholds)
+    _require(ok, "eval.iou_thresholds", thresholds, "at least one number, each from 0 to below 1")
+    _require_fraction("eval", config, "score_threshold", "iou_threshold")
+    _require_at_least(1, "eval", config, "batch_size")
