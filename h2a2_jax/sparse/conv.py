@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from h2a2_jax.sparse.kernel_map import KernelMap, PairTiles
 
@@ -119,7 +119,7 @@ def _take(rows: Array, index: Array) -> Array:
     return rows.at[index].get(mode="fill", fill_value=0)
 
 
-def _per_row(values: Float[Array, "b *c"], scan: Int[Array, " n"]) -> Float[Array, "n *c"]:
+def _per_row(values: Num[Array, "b *c"], scan: Int[Array, " n"]) -> Num[Array, "n *c"]:
     """A value of each scan on its rows, zero on padding."""
     return values.at[scan].get(mode="fill", fill_value=0)
 
@@ -233,7 +233,7 @@ def _set_masks(gamma: Array | None, scan_set: Array | None, sets: int, scan: Arr
     if gamma is None or scan_set is None:
         return lambda k: None
 
-    def masks(k: Array) -> Array:
+    def masks(k: Array | int) -> Array:
         chosen = jnp.where(gamma[:, k] >= 0.5, 0, scan_set)
         return _per_row(jax.nn.one_hot(chosen, sets), scan)
 

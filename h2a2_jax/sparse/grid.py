@@ -46,12 +46,14 @@ def voxel_coordinates(points: Float[np.ndarray, "m 3"], voxel_size: float) -> In
     Raises:
         InputError: a coordinate is not finite or lies outside the +-31,743 voxels that a site key can hold.
     """
-    scaled = np.floor(np.asarray(points, np.float32) / np.float32(voxel_size))
-    if not np.isfinite(scaled).all():
+    finite = np.isfinite(points).all(1)
+    if not finite.all():
         raise InputError(
-            f"{int((~np.isfinite(scaled)).any(1).sum())} of {len(points)} points are NaN or infinite; "
+            f"{int((~finite).sum())} of {len(points)} points are NaN or infinite; "
             "remove them before voxelisation."
         )
+    with np.errstate(over="ignore"):  # beyond float32 is beyond the range too
+        scaled = np.floor(np.asarray(points, np.float32) / np.float32(voxel_size))
     if len(scaled) and np.abs(scaled).max() >= MAX_COORDINATE:
         raise InputError(
             f"a point lies {float(np.abs(points).max()):.1f} m from the origin; voxels of {voxel_size} m reach "

@@ -1,0 +1,249 @@
+"""Convolution against a pair-by-pair transcription in float64, in all algorithms."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from h2a2_jax import sparse
+from tests.sparse.transcription import TABLES, convolve, gradients, padded, pairs_of, random_sites, table_of
+
+ALGORITHMS = ("segment_sum", "gather", "tiles")
+SELECTIONS = ("one kernel", "own kernels", "gamma", "gamma, three kernels")
+C_IN, C_OUT = 3, 4
+
+
+def draw(table, selection, seed=0):
+    """Features, kernels, cotangent, gamma, scan_set in float64; gamma differs from scan to scan."""
+    rng = np.random.default_rng(seed)
+    volume, scans = len(table.rows), table.inputs.num_scans
+    sets = {"one kernel": 1, "own kernels": 3, "gamma": 2}.get(selection, 3)
+    x = rng.normal(size=(len(table.inputs), C_IN))
+    kernels = rng.normal(size=(sets, volume, C_IN, C_OUT))
+    weight = rng.normal(size=(len(table.outputs), C_OUT))
+    gamma = rng.integers(0, 2, (scans, volume)).astype(float) if "gamma" in selection else None
+    if gamma is not None and scans > 1 and volume > 1:
+        assert (gamma[0] != gamma[-1]).any()
+    scan_set = None if sets == 1 else (np.arange(scans) % (sets - 1) + 1).astype(np.int32)
+    return x, kernels, weight, gamma, scan_set
+
+
+def pad(rows, capacity, fill=np.nan):
+    return np.concatenate([rows, np.full((capacity - len(rows), rows.shape[1]), fill)])
+
+
+def run(kmap, algorithm, x, kernels, weight, gamma, scan_set, fill=np.nan):
+    """Output and gradients of ours, in the type of the arguments; padding of x and of the cotangent holds `fill`."""
+    scan_set = None if scan_set is None else jnp.asarray(scan_set)
+
+    @jax.jit
+    def both(kmap, x, kernels, gamma, weight):
+        function = partial(sparse.convolve, kernel_map=kmap, scan_set=scan_set, algorithm=algorithm)
+        y, pull = jax.vjp(lambda x, w, gamma: function(x, w, gamma=gamma), x, kernels, gamma)
+        return y, *pull(weight)
+
+    padded_x, padded_weight = pad(x, kmap.in_capacity, fill), pad(weight, kmap.out_capacity, fill)
+    return jax.device_get(both(kmap, padded_x.astype(x.dtype), kernels, gamma, padded_weight.astype(weight.dtype)))
+
+
+def check(got, table, kmap, x, kernels, weight, gamma, scan_set, pairs, tolerance):
+    y, dx, dw, dgamma = got
+    scan = table.outputs.scan
+    n_in, n_out = len(table.inputs), len(table.outputs)
+    expected = [convolve(x, kernels, pairs, scan, gamma, scan_set)]
+    expected += gradients(x, kernels, pairs, scan, weight, gamma, scan_set)
+    for name, ours, theirs in zip(
+        ("y", "dx", "dw", "dgamma"), (y[:n_out], dx[:n_in], dw, dgamma), expected, strict=True
+    ):
+        if theirs is None:
+            assert ours is None
+            continue
+        scale = np.abs(theirs).max(initial=1e-3)
+        assert ours.dtype == x.dtype or ours.dtype == np.float32
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * scale, err_msg=name)
+    assert (y[n_out:] == 0).all() and (dx[n_in:] == 0).all()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TABLES if kind != "pool"])
+def test_every_algorithm_equals_the_transcription(kind):
+    table = table_of(kind)
+    kmap, pairs = padded(table), pairs_of(kind, table)
+    selections = SELECTIONS if kind in ("submanifold 3", "strided 2") else SELECTIONS[3:]
+    for selection in selections:
+        data = draw(table, selection)
+        for algorithm in ALGORITHMS:
+            with jax.enable_x64(True):
+                got = run(kmap, algorithm, *data)
+            check(got, table, kmap, *data, pairs, 1e-12)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_float32(algorithm):
+    table = table_of("submanifold 3", counts=(200, 90))
+    kmap, pairs = padded(table), pairs_of("submanifold 3", table)
+    data = draw(table, "gamma")
+    single = [None if a is None else a.astype(np.float32) if a.dtype == float else a for a in data]
+    check(run(kmap, algorithm, *single), table, kmap, *data, pairs, 1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_derivatives_equal_finite_differences(algorithm):
+    """Also of gamma, away from 0 and 1 only where the algorithm interpolates: the transcription is linear in it."""
+    table = table_of("strided 3")
+    kmap = padded(table)
+    x, kernels, weight, gamma, scan_set = draw(table, "gamma, three kernels")
+    rng = np.random.default_rng(5)
+    with jax.enable_x64(True):
+        _, dx, dw, dgamma = run(kmap, algorithm, x, kernels, weight, gamma, scan_set, fill=7.0)
+
+        def value(x, kernels, gamma, how=algorithm):
+            y = sparse.convolve(
+                jnp.asarray(pad(x, kmap.in_capacity, 7.0)), jnp.asarray(kernels), kmap, gamma=jnp.asarray(gamma),
+                scan_set=jnp.asarray(scan_set), algorithm=how,
+            )  # fmt: skip
+            return float((np.asarray(y)[: len(weight)] * weight).sum())
+
+        ways = [rng.normal(size=a.shape) for a in (x, kernels, gamma)]
+        h = 1e-3  # the function is linear in each argument
+        slopes = {
+            "x": (value(x + h * ways[0], kernels, gamma) - value(x - h * ways[0], kernels, gamma)) / (2 * h),
+            "kernels": (value(x, kernels + h * ways[1], gamma) - value(x, kernels - h * ways[1], gamma)) / (2 * h),
+            "gamma": (
+                value(x, kernels, gamma + h * ways[2], "segment_sum")
+                - value(x, kernels, gamma - h * ways[2], "segment_sum")
+            )
+            / (2 * h),
+        }
+    np.testing.assert_allclose((dx[: len(x)] * ways[0]).sum(), slopes["x"], rtol=1e-8)
+    np.testing.assert_allclose((dw * ways[1]).sum(), slopes["kernels"], rtol=1e-8)
+    np.testing.assert_allclose((dgamma * ways[2]).sum(), slopes["gamma"], rtol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["submanifold 3", "strided 2", "generative"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_no_sites_give_zeros(kind, algorithm):
+    table = table_of(kind, counts=(0, 0))
+    kmap = padded(table)
+    y, dx, dw, dgamma = run(kmap, algorithm, *(a for a in draw(table, "gamma")))
+    assert y.shape == (kmap.out_capacity, C_OUT)
+    for value in (y, dx, dw, dgamma):
+        assert (value == 0).all()
+
+
+def run32(kmap, algorithm, data):
+    single = [None if a is None else a.astype(np.float32) if a.dtype == float else a for a in data]
+    return run(kmap, algorithm, *single)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_scans_may_change_places(algorithm):
+    sites = random_sites((30, 0, 41), stride=2)
+    order = np.array([2, 0, 1])  # the place of scan 0, 1, 2
+    coords = sites.coords
+    moved = sparse.site_set(np.c_[order[coords[:, 0]], coords[:, 1:]].astype(np.int32), stride=2, num_scans=3)
+    table, moved_table = (sparse.strided_neighbors(s, sparse.downsample(s, 2), 3) for s in (sites, moved))
+    x, kernels, weight, gamma, scan_set = draw(table, "gamma, three kernels")
+    rows_in = moved.lookup(np.c_[order[coords[:, 0]], coords[:, 1:]].astype(np.int32))
+    out = table.outputs.coords
+    rows_out = moved_table.outputs.lookup(np.c_[order[out[:, 0]], out[:, 1:]].astype(np.int32))
+    back_in, back_out, back = np.argsort(rows_in), np.argsort(rows_out), np.argsort(order)
+    first = run32(padded(table), algorithm, (x, kernels, weight, gamma, scan_set))
+    second = run32(padded(moved_table), algorithm, (x[back_in], kernels, weight[back_out], gamma[back], scan_set[back]))
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(second[0][rows_out], first[0][: len(weight)])
+    close(second[1][rows_in], first[1][: len(x)])
+    close(second[2], first[2])
+    close(second[3][order], first[3])
+
+
+@pytest.mark.parametrize("kind", ["strided 3", "generative", "submanifold 3, stride 4"])
+def test_a_shift_by_the_stride_changes_nothing(kind):
+    table = table_of(kind)
+    step = max(table.inputs.stride, table.outputs.stride)
+    shift = np.array([[0, 5 * step, -9 * step, 2 * step]], np.int32)
+    moved = sparse.site_set(table.inputs.coords + shift, stride=table.inputs.stride, num_scans=3)
+    moved_table = TABLES[kind][1](moved)
+    np.testing.assert_array_equal(moved_table.rows, table.rows)
+    np.testing.assert_array_equal(moved_table.outputs.coords, table.outputs.coords + shift)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_capacity_changes_nothing(algorithm):
+    table = table_of("submanifold 3")
+    data = draw(table, "gamma")
+    small, large = (run32(padded(table, more, more, 16), algorithm, data) for more in (0, 70))
+    n = len(table.inputs)
+    for a, b in zip(small, large, strict=True):
+        np.testing.assert_allclose(b[: len(a)], a, rtol=1e-5, atol=1e-6)
+    assert (large[0][n:] == 0).all() and (large[1][n:] == 0).all()
+
+
+def stacked_maps():
+    """Two maps of unequal batches in one shape, with features, and the results of each by itself."""
+    tables = [table_of("submanifold 3", counts=counts, seed=s) for s, counts in enumerate([(40, 25), (0, 33)])]
+    capacity = max(len(t.inputs) for t in tables) + 5
+    kmaps = [padded(t, capacity - len(t.inputs), 0) for t in tables]
+    rng = np.random.default_rng(0)
+    x = np.stack([pad(rng.normal(size=(len(t.inputs), C_IN)), capacity, 0.0) for t in tables]).astype(np.float32)
+    kernels = rng.normal(size=(2, 27, C_IN, C_OUT)).astype(np.float32)
+    gamma = rng.integers(0, 2, (2, 2, 27)).astype(np.float32)
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *kmaps), x, kernels, gamma
+
+
+def objective(algorithm, kmap, x, kernels, gamma):
+    return (sparse.convolve(x, kernels, kmap, gamma=gamma, algorithm=algorithm) ** 2).sum()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_under_vmap_and_shard_map(algorithm):
+    kmaps, x, kernels, gamma = stacked_maps()
+    slope = jax.value_and_grad(partial(objective, algorithm), argnums=(1, 2, 3))
+    alone = [jax.jit(slope)(jax.tree.map(lambda a, d=d: a[d], kmaps), x[d], kernels, gamma[d]) for d in range(2)]
+    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *alone)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3)
+
+    mapped = jax.jit(jax.vmap(slope, in_axes=(0, 0, None, 0)))(kmaps, x, kernels, gamma)
+    jax.tree.map(close, mapped, expected)
+
+    def on_device(kmaps, x, kernels, gamma):
+        kmap, x, gamma = jax.tree.map(lambda a: a[0], (kmaps, x, gamma))
+        kernels = jax.lax.pcast(kernels, "d", to="varying")
+        return jax.tree.map(lambda a: a[None], slope(kmap, x, kernels, gamma))
+
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    sharded = jax.shard_map(
+        on_device, mesh=mesh, in_specs=(P("d"), P("d"), P(), P("d")), out_specs=P("d"), check_vma=True
+    )
+    jax.tree.map(close, jax.jit(sharded)(kmaps, x, kernels, gamma), expected)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_products_in_half_precision_are_summed_in_single(algorithm):
+    table = table_of("submanifold 3", counts=(60,))
+    kmap, pairs = padded(table), pairs_of("submanifold 3", table)
+    x, kernels, *_ = draw(table, "one kernel")
+    expected = convolve(x, kernels, pairs, table.outputs.scan)
+    rows = jnp.asarray(pad(x, kmap.in_capacity, 0.0), jnp.float32)
+    y = sparse.convolve(rows, jnp.asarray(kernels, jnp.float32), kmap, algorithm=algorithm, dtype=jnp.bfloat16)
+    assert y.dtype == jnp.float32
+    error = np.abs(np.asarray(y)[: len(expected)] - expected).max() / np.abs(expected).max()
+    assert 1e-5 < error < 1e-2
+    assert (
+        sparse.convolve(rows.astype(jnp.bfloat16), jnp.asarray(kernels), kmap, algorithm=algorithm).dtype == "bfloat16"
+    )
+
+
+def test_what_does_not_fit_the_map_is_refused():
+    kmap = padded(table_of("submanifold 3"), tile_size=None)
+    x, w = jnp.zeros((kmap.in_capacity, 3)), jnp.zeros((1, 27, 3, 4))
+    with pytest.raises(ValueError, match="the kernel map expects"):
+        sparse.convolve(x[1:], w, kmap)
+    with pytest.raises(ValueError, match=r"expected \[S, V, Cin, Cout\]"):
+        sparse.convolve(x, w[:, 1:], kmap)
+    with pytest.raises(ValueError, match="scans x offsets"):
+        sparse.convolve(x, w, kmap, gamma=jnp.ones((2, 27)))
+    with pytest.raises(ValueError, match="needs a map with tiles"):
+        sparse.convolve(x, w, kmap, algorithm="tiles")
