@@ -34,6 +34,7 @@ class DatasetHeads(nnx.Module):
             channels: of the features.
             num_classes: of each dataset.
             num_outputs: of each dataset, 6 or 8.
+            rngs: random streams.
         """
         count, most = len(num_classes), max(num_classes)
         boxes = jnp.arange(NUM_OUTPUTS)[None] < jnp.array(num_outputs)[:, None]
