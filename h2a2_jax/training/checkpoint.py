@@ -1,0 +1,285 @@
+"""Checkpoints of a run: written in the background, restored on any number of devices.
+
+A checkpoint of step s is the folder <directory>/<s> with four items: params, batch_stats, optimizer (both optimiser
+states, step, balancer) and config (JSON). `checkpoint_tree` says what the first three hold.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.inputs.specs import dataset_spec
+from h2a2_jax.models import Detector, DetectorConfig, HeadConfig
+from h2a2_jax.training import checkpoint_tree as layout
+from h2a2_jax.training.config import ExperimentConfig, from_json, to_json
+from h2a2_jax.training.state import TrainState, merge_model, split_model
+
+CHECKPOINT_VERSION = 1
+"""Version of the layout; stored beside the config."""
+
+_ARRAY_ITEMS = ("params", "batch_stats", "optimizer")
+_SHOWN = 3
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Used as a context manager, or closed, so that the last one is complete.
+
+    Attributes:
+        directory: absolute path; made by the first `save`.
+    """
+
+    def __init__(self, directory: str | Path, keep: int = 2):
+        """Opens the folder.
+
+        Args:
+            directory: of the checkpoints, "<workdir>/checkpoints".
+            keep: how many of the latest stay when another is saved.
+        """
+        self.directory = Path(directory).absolute()
+        self._keep = keep
+        self._manager: ocp.CheckpointManager | None = None
+        _quieten_orbax()
+
+    def save(self, step: int, state: TrainState, config: ExperimentConfig, names: Sequence[str]) -> None:
+        """Store a state; returns when it is copied, and writes it in the background.
+
+        A checkpoint that is not finished, whatever kills the program, does not count as one. A step that is stored
+        already is left as it is.
+
+        Args:
+            step: steps done, the number of the checkpoint.
+            state: the state after that step, on any devices.
+            config: of the run.
+            names: of the datasets, in the order of the dataset axis.
+        """
+        manager = self._open(create=True)
+        assert manager is not None
+        if step in manager.all_steps():
+            return
+        specs = [dataset_spec(name) for name in names]
+        stored_config = {
+            "version": CHECKPOINT_VERSION,
+            "datasets": list(names),
+            "config": json.loads(to_json(config)),
+        }
+        save = ocp.args.StandardSave
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=save(layout.stored_params(state.shared, state.exclusive, specs)),
+                batch_stats=save(layout.stored_statistics(state.stats, specs)),
+                optimizer=save(layout.stored_optimizer(state, specs)),
+                config=ocp.args.JsonSave(stored_config),
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """Number of the last finished checkpoint; None without one."""
+        manager = self._open()
+        return manager.latest_step() if manager is not None else None
+
+    def restore_state(
+        self,
+        step: int | None,
+        like: TrainState,
+        names: Sequence[str],
+        config: ExperimentConfig | None = None,
+    ) -> TrainState:
+        """Everything of a state, to go on from; each array where that of `like` lies.
+
+        Args:
+            step: of the checkpoint; None: the last.
+            like: state of the shapes and places wanted; its values are not read.
+            names: of the datasets, in the order of `like`'s dataset axis; those of the checkpoint in any order.
+            config: of the run; with it, what differs in the architecture is named by the config's fields.
+
+        Raises:
+            InputError: there is no such checkpoint, or it holds other datasets, another architecture or another
+                optimiser.
+        """
+        step = self._existing(step)
+        saved_names, saved_config = self._restore_config(step)
+        self._check_datasets(step, saved_names, names)
+        if config is not None:
+            self._check_model(step, saved_config.model, config.model)
+        items = self._restore(step, _ARRAY_ITEMS)
+        params, optimizer = items["params"], items["optimizer"]
+        state = TrainState(
+            step=like.step,
+            shared=self._fill(step, "model", like.shared, params["shared"]),
+            exclusive=self._fill_stacked(step, "model", like.exclusive, params["datasets"], names),
+            stats=self._fill_stacked(step, "model", like.stats, items["batch_stats"], names),
+            shared_optimizer=self._fill(step, "optimiser", like.shared_optimizer, optimizer["shared"]),
+            exclusive_optimizer=self._fill_stacked(
+                step, "optimiser", like.exclusive_optimizer, optimizer["datasets"], names, optimizer["scalars"]
+            ),
+            balancer=self._fill(
+                step,
+                "gradient harmonisation (harmonize.method)",
+                like.balancer,
+                layout.reordered_balancer(optimizer["balancer"], like.balancer, saved_names, names),
+            ),
+        )
+        return dataclasses.replace(state, step=layout.filled({"step": like.step}, {"step": optimizer["step"]})["step"])
+
+    def restore_model(self, step: int | None = None) -> tuple[Detector, ExperimentConfig]:
+        """The detector alone, built from the stored config, where JAX puts its arrays.
+
+        Args:
+            step: of the checkpoint; None: the last.
+
+        Returns:
+            Detector and config; the dataset axis has the order of the config's datasets.
+
+        Raises:
+            InputError: there is no such checkpoint, or it cannot be read.
+        """
+        step = self._existing(step)
+        names, config = self._restore_config(step)
+        heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in map(dataset_spec, names)]
+        shapes = nnx.eval_shape(lambda: Detector(config.model, heads, rngs=nnx.Rngs(0)))
+        graph, exclusive, shared, stats = split_model(shapes)
+        items = self._restore(step, ("params", "batch_stats"))
+        params = items["params"]
+        return merge_model(
+            graph,
+            self._fill_stacked(step, "model", exclusive, params["datasets"], names),
+            self._fill(step, "model", shared, params["shared"]),
+            self._fill_stacked(step, "model", stats, items["batch_stats"], names),
+        ), config
+
+    def wait(self) -> None:
+        """Until everything saved so far is on disk."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, and let go of the folder."""
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def __enter__(self) -> "CheckpointStore":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _open(self, create: bool = False) -> ocp.CheckpointManager | None:
+        """Orbax's manager; None where there is no folder and none is to be made."""
+        if self._manager is None and (create or self.directory.is_dir()):
+            handlers: dict[str, Any] = {item: ocp.StandardCheckpointHandler() for item in _ARRAY_ITEMS}
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=create),
+                item_handlers={**handlers, "config": ocp.JsonCheckpointHandler()},
+            )
+        return self._manager
+
+    def _existing(self, step: int | None) -> int:
+        manager = self._open()
+        steps = sorted(manager.all_steps()) if manager is not None else []
+        if not steps:
+            raise InputError(f"There is no checkpoint in {self.directory}: train first, or give another --workdir.")
+        if step is None:
+            return steps[-1]
+        if step not in steps:
+            raise InputError(
+                f"There is no checkpoint of step {step} in {self.directory}; there are those of "
+                f"{', '.join(map(str, steps))}."
+            )
+        return step
+
+    def _restore(self, step: int, items: Sequence[str]) -> ocp.args.Composite:
+        manager = self._open()
+        assert manager is not None
+        arguments = {item: ocp.args.JsonRestore() if item == "config" else ocp.args.StandardRestore() for item in items}
+        try:
+            return manager.restore(step, args=ocp.args.Composite(**arguments))
+        except (OSError, KeyError, ValueError) as error:
+            raise InputError(
+                f"{self._place(step)} cannot be read, a file in it is missing or damaged "
+                f"({str(error).splitlines()[0]}): choose another step."
+            ) from error
+
+    def _restore_config(self, step: int) -> tuple[list[str], ExperimentConfig]:
+        stored = self._restore(step, ("config",))["config"]
+        if stored.get("version") != CHECKPOINT_VERSION:
+            raise InputError(
+                f"{self._place(step)} has version {stored.get('version')}, this program reads version "
+                f"{CHECKPOINT_VERSION}: use the program that stored it."
+            )
+        return stored["datasets"], from_json(json.dumps(stored["config"]))
+
+    def _place(self, step: int) -> str:
+        return f"The checkpoint of step {step} in {self.directory}"
+
+    def _check_datasets(self, step: int, saved: Sequence[str], names: Sequence[str]) -> None:
+        if set(saved) != set(names):
+            raise InputError(
+                f"{self._place(step)} holds the datasets {', '.join(saved)}, the config asks for {', '.join(names)}: "
+                "give the same ones, in any order."
+            )
+
+    def _check_model(self, step: int, saved: DetectorConfig, given: DetectorConfig) -> None:
+        ours, theirs = _leaves("model", given), _leaves("model", saved)
+        if (saved.selection is None) != (given.selection is None):
+            on, off = ("on", "off") if given.selection is None else ("off", "on")
+            found = [f"model.selection is {on} in the checkpoint and {off} in the config"]
+        else:
+            keys = [key for key in theirs if theirs[key] != ours[key]]
+            found = [f"{key} is {theirs[key]} in the checkpoint and {ours[key]} in the config" for key in keys]
+        self._refuse_differences(step, "model", found)
+
+    def _refuse_differences(self, step: int, of_what: str, found: Sequence[str]) -> None:
+        if found:
+            more = f" (and {len(found) - _SHOWN} more)" if len(found) > _SHOWN else ""
+            raise InputError(
+                f"{self._place(step)} is of another {of_what}: {'; '.join(found[:_SHOWN])}{more}. Give the config it "
+                "was trained with, or another --workdir."
+            )
+
+    def _fill(self, step: int, of_what: str, like: Any, stored: layout.Arrays) -> Any:
+        self._refuse_differences(step, of_what, layout.differences(stored, like))
+        return layout.filled(like, stored)
+
+    def _fill_stacked(
+        self,
+        step: int,
+        of_what: str,
+        like: Any,
+        stored: dict[str, layout.Arrays],
+        names: Sequence[str],
+        scalars: layout.Arrays | None = None,
+    ) -> Any:
+        return self._fill(step, of_what, like, layout.stacked(stored, names, like) | (scalars or {}))
+
+
+def _leaves(path: str, value: Any) -> dict[str, Any]:
+    """Fields of nested dataclasses by dotted path."""
+    if not dataclasses.is_dataclass(value):
+        return {path: value}
+    parts = [_leaves(f"{path}.{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value)]
+    return {key: leaf for part in parts for key, leaf in part.items()}
+
+
+class _NoOrbax(logging.Filter):
+    """Drops what Orbax logs below an error: it comments on every folder and file it meets."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname or record.levelno >= logging.ERROR
+
+
+def _quieten_orbax() -> None:
+    logger = logging.getLogger("absl")
+    if not any(isinstance(f, _NoOrbax) for f in logger.filters):
+        logger.addFilter(_NoOrbax())

@@ -1,0 +1,240 @@
+"""Checkpoints: exact, by name, on any devices, and refused in a sentence where they do not fit."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.inputs.specs import dataset_spec
+from h2a2_jax.layers.kernel_selection import KernelSelection
+from h2a2_jax.models import Detector, DetectorConfig, HeadConfig
+from h2a2_jax.training.checkpoint import CheckpointStore
+from h2a2_jax.training.checkpoint_tree import flat_names
+from h2a2_jax.training.config import ExperimentConfig, SourceConfig
+from h2a2_jax.training.harmonize import norm_gradient_harmonization, plain_mean
+from h2a2_jax.training.mesh import train_mesh
+from h2a2_jax.training.state import TrainState, place_state, split_model
+
+NAMES = ("scannet", "sunrgbd", "s3dis")
+TINY = DetectorConfig(
+    depth=18,
+    stem_channels=4,
+    stage_channels=(4, 4, 4, 4),
+    neck_channels=4,
+    selection=KernelSelection(projection_dim=2, embedding_dim=4, hidden=4),
+)
+PLAIN = dataclasses.replace(TINY, selection=None)
+OPTIMIZER = optax.adamw(optax.constant_schedule(1e-3))
+
+
+def experiment(names: Sequence[str] = NAMES, model: DetectorConfig = TINY) -> ExperimentConfig:
+    return ExperimentConfig(tuple(SourceConfig(name, root="data") for name in names), model)
+
+
+@functools.cache
+def state_shapes(names: Sequence[str], model: DetectorConfig, balanced: bool) -> TrainState:
+    specs = [dataset_spec(name) for name in names]
+    heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in specs]
+    _, exclusive, shared, stats = split_model(nnx.eval_shape(lambda: Detector(model, heads, rngs=nnx.Rngs(0))))
+    balancer = norm_gradient_harmonization(len(names)) if balanced else plain_mean()
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        shared=shared,
+        exclusive=exclusive,
+        stats=stats,
+        shared_optimizer=jax.eval_shape(OPTIMIZER.init, shared),
+        exclusive_optimizer=jax.eval_shape(OPTIMIZER.init, exclusive),
+        balancer=jax.eval_shape(balancer.init, shared),
+    )
+
+
+def make_state(
+    seed: int, names: Sequence[str] = NAMES, model: DetectorConfig = TINY, balanced: bool = True
+) -> TrainState:
+    """A state of random numbers, zero where heads are padded; nothing is compiled."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, leaf: Any) -> jax.Array:
+        values = (100 * rng.random(leaf.shape)).astype(leaf.dtype)
+        place = jax.tree_util.keystr(path)
+        for row, spec in enumerate(map(dataset_spec, names)):
+            if "heads" in place and "exclusive" in place:
+                values[row, ..., spec.num_outputs if "box_" in place else spec.num_classes :] = 0
+        return jnp.asarray(values)
+
+    return jax.tree_util.tree_map_with_path(draw, state_shapes(tuple(names), model, balanced))
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    leaves = zip(flat_names(a), jax.device_get(jax.tree.leaves(a)), jax.device_get(jax.tree.leaves(b)), strict=True)
+    different = [name for name, x, y in leaves if x.dtype != y.dtype or not np.array_equal(x, y)]
+    assert not different
+
+
+def reordered(state: TrainState, rows: list[int]) -> TrainState:
+    """The state whose dataset axis has another order."""
+
+    def take(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf[jnp.array(rows)] if leaf.ndim else leaf, tree)
+
+    return dataclasses.replace(
+        state,
+        exclusive=take(state.exclusive),
+        stats=take(state.stats),
+        exclusive_optimizer=take(state.exclusive_optimizer),
+        balancer=state.balancer._replace(norms=take(state.balancer.norms), scales=take(state.balancer.scales)),
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
+    """A folder with a checkpoint of step 7 of a model with kernel selection, and its state."""
+    folder, state = tmp_path_factory.mktemp("run") / "checkpoints", make_state(1)
+    with CheckpointStore(folder) as store:
+        store.save(7, state, experiment(), NAMES)
+    return folder, state
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
+    """The same of a model without selection, which has fewer arrays, written from six devices."""
+    folder, state = tmp_path_factory.mktemp("plain") / "checkpoints", make_state(1, model=PLAIN)
+    with CheckpointStore(folder) as store:
+        store.save(7, place_state(state, train_mesh(3)), experiment(model=PLAIN), NAMES)
+    return folder, state
+
+
+def test_state_comes_back_bit_for_bit(saved: tuple[Path, TrainState]):
+    folder, state = saved
+    with CheckpointStore(folder) as store:
+        assert store.latest_step() == 7
+        restored = store.restore_state(None, make_state(2), NAMES, experiment())
+    assert_equal(restored, state)
+    assert not any(leaf.committed for leaf in jax.tree.leaves(restored))  # as those of the state it is like
+
+
+def test_another_order_of_datasets_is_restored_by_name(plain: tuple[Path, TrainState]):
+    folder, state = plain
+    order = ("s3dis", "scannet", "sunrgbd")
+    with CheckpointStore(folder) as store:
+        restored = store.restore_state(7, make_state(2, order, PLAIN), order)
+    assert_equal(restored, reordered(state, [2, 0, 1]))
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_fewer_devices_restore_what_six_saved(plain: tuple[Path, TrainState], devices: int):
+    folder, state = plain
+    like = place_state(make_state(4, model=PLAIN), train_mesh(3, jax.devices()[:devices]))
+    with CheckpointStore(folder) as store:
+        restored = store.restore_state(7, like, NAMES)
+    assert_equal(restored, state)
+    for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True):
+        assert leaf.sharding == wanted.sharding and leaf.committed
+
+
+def test_the_model_is_built_from_the_checkpoint_alone(saved: tuple[Path, TrainState]):
+    folder, state = saved
+    with CheckpointStore(folder) as store:
+        model, config = store.restore_model(7)
+    assert config == experiment()
+    assert [head.dataset for head in model.heads_config] == list(NAMES)
+    _, exclusive, shared, stats = split_model(model)
+    assert_equal((exclusive, shared, stats), (state.exclusive, state.shared, state.stats))
+
+
+def test_stored_are_slices_by_name_in_their_true_shape(saved: tuple[Path, TrainState]):
+    folder, state = saved
+    params = ocp.StandardCheckpointer().restore(folder / "7" / "params")
+    assert set(params["datasets"]) == set(NAMES)
+    moments = ocp.StandardCheckpointer().restore(folder / "7" / "optimizer")["datasets"]
+    for row, spec in enumerate(map(dataset_spec, NAMES)):
+        own = params["datasets"][spec.name]
+        assert own["heads.box_kernel"].shape == (4, spec.num_outputs)
+        assert own["heads.box_bias"].shape == (spec.num_outputs,)
+        assert own["heads.class_kernel"].shape == (4, spec.num_classes)
+        assert own["heads.class_bias"].shape == (spec.num_classes,)
+        np.testing.assert_array_equal(own["embedding"], state.exclusive["embedding"][...][row])
+        assert moments[spec.name]["0.mu.heads.class_kernel"].shape == (4, spec.num_classes)
+    assert params["shared"]["backbone.stem.conv.kernel"].shape == (27, 3, 4)
+
+
+def test_only_the_latest_are_kept(tmp_path: Path):
+    state = make_state(1, model=PLAIN)
+    with CheckpointStore(tmp_path, keep=2) as store:
+        for step in (1, 2, 2, 3):
+            store.save(step, state, experiment(model=PLAIN), NAMES)
+        store.wait()
+        assert store.latest_step() == 3
+        with pytest.raises(InputError, match=r"no checkpoint of step 1 .*; there are those of 2, 3"):
+            store.restore_state(1, state, NAMES)
+
+
+def test_without_a_checkpoint(tmp_path: Path):
+    for folder in (tmp_path / "none", tmp_path):
+        store = CheckpointStore(folder)
+        assert store.latest_step() is None
+        with pytest.raises(InputError, match="There is no checkpoint in"):
+            store.restore_model()
+    assert not (tmp_path / "none").exists()
+
+
+def test_another_architecture_is_refused_by_fields(saved: tuple[Path, TrainState]):
+    folder, state = saved
+    other = dataclasses.replace(TINY, stem_channels=8, selection=KernelSelection())
+    with CheckpointStore(folder) as store, pytest.raises(InputError) as error:
+        store.restore_state(7, state, NAMES, experiment(model=other))
+    message = str(error.value)
+    assert "model.stem_channels is 4 in the checkpoint and 8 in the config" in message
+    assert "model.selection.projection_dim is 2 in the checkpoint and 32 in the config" in message
+    with CheckpointStore(folder) as store, pytest.raises(InputError, match=r"selection is on .* and off in the config"):
+        store.restore_state(7, state, NAMES, experiment(model=PLAIN))
+
+
+def test_another_architecture_is_refused_by_shapes(plain: tuple[Path, TrainState]):
+    other = dataclasses.replace(PLAIN, stem_channels=8)
+    with CheckpointStore(plain[0]) as store, pytest.raises(InputError) as error:
+        store.restore_state(7, make_state(2, model=other), NAMES)
+    message = str(error.value)
+    assert "is of another model" in message and "more)" in message
+    assert "float32[27,4,4] in the checkpoint and float32[27,8,4] here" in message
+
+
+def test_other_datasets_are_refused(plain: tuple[Path, TrainState]):
+    folder, state = plain
+    with CheckpointStore(folder) as store, pytest.raises(InputError) as error:
+        store.restore_state(7, state, NAMES[:2])
+    assert "holds the datasets scannet, sunrgbd, s3dis, the config asks for scannet, sunrgbd:" in str(error.value)
+
+
+def test_another_balancer_is_refused(plain: tuple[Path, TrainState]):
+    like = make_state(2, model=PLAIN, balanced=False)
+    with CheckpointStore(plain[0]) as store, pytest.raises(InputError, match="another gradient harmonisation"):
+        store.restore_state(7, like, NAMES)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path):
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, make_state(1, model=PLAIN), experiment(model=PLAIN), NAMES)
+    (tmp_path / "1" / "config" / "metadata").write_text("{")
+    with CheckpointStore(tmp_path) as store, pytest.raises(InputError, match="cannot be read"):
+        store.restore_model()
+
+
+def test_nothing_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING), CheckpointStore(tmp_path) as store:
+        store.save(1, make_state(1, model=PLAIN), experiment(model=PLAIN), NAMES)
+        store.wait()
+        store.restore_model()
+    assert not caplog.records
