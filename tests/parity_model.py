@@ -51,7 +51,7 @@ def run_model_file(path: Path) -> Iterator[CaseResult]:
 
 
 def _load(path: Path) -> Stored:
-    with np.load(path, allow_pickle=False) as stored:
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
         return {key: stored[key] for key in stored.files}
 
 

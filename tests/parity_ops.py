@@ -19,7 +19,7 @@ Case = dict[str, np.ndarray]
 
 def run_ops_file(path: Path) -> Iterator[CaseResult]:
     """Run every case of an ops file; a case of unknown shape is reported as not run."""
-    with np.load(path, allow_pickle=False) as stored:
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
         cases: dict[str, Case] = {}
         for key in stored.files:
             case, name = key.split(".", 1)

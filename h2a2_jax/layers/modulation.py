@@ -32,5 +32,7 @@ class LinearModulation(nnx.Module):
     def __call__(self, x: SparseTensor, embedding: Float[Array, " d"]) -> SparseTensor:
         """Modulate features [N, C] by an embedding [d]."""
         shift, theta = jnp.split(self.mlp(embedding), 2)
-        y = x.features * (1 + shift) + theta
-        return x.with_features(jnp.where(x.sites.valid[:, None], y, 0).astype(x.features.dtype))
+        valid = x.sites.valid[:, None]
+        # Twice: what padding holds must not reach the gradient of the shift either.
+        y = jnp.where(valid, x.features, 0) * (1 + shift) + theta
+        return x.with_features(jnp.where(valid, y, 0).astype(x.features.dtype))
