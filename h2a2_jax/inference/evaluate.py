@@ -1,8 +1,18 @@
 """Average precision of a detector over a source of scans."""
 
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from h2a2_jax.evaluation import IOU_THRESHOLDS
+from tqdm import tqdm
+
+from h2a2_jax.boxes.detections import Detections
+from h2a2_jax.evaluation import IOU_THRESHOLDS, Evaluation, GroundTruth, evaluate_detections
+from h2a2_jax.inference.predictor import Predictor, prepare
+from h2a2_jax.inputs.scan import Scan, ScanError, ScanSource, load_or_skip
+from h2a2_jax.inputs.specs import DatasetSpec
+
+_SECONDS_BETWEEN_LOG_LINES = 30
 
 
 @dataclass(frozen=True)
@@ -20,3 +30,64 @@ class EvalConfig:
     score_threshold: float = 0.01
     iou_threshold: float = 0.5
     batch_size: int = 1
+
+
+def evaluate_source(
+    predictor: Predictor,
+    source: ScanSource,
+    spec: DatasetSpec,
+    eval_config: EvalConfig | None = None,
+    progress: bool = True,
+) -> tuple[Evaluation, list[Detections], dict[str, str]]:
+    """Predicts every scan of a source and scores the boxes against its annotation.
+
+    Points are drawn by the dataset's test protocol. Scans that cannot be used are left out of the score and named.
+
+    Args:
+        predictor: has the thresholds of boxes; those of `eval_config` are for building it.
+        source: of annotated scans.
+        spec: of their dataset.
+        eval_config: IoU thresholds and scans in a pass.
+        progress: whether to show scans done and time left on standard error.
+
+    Returns:
+        The scores; boxes of the scans that were used, in their order; name -> reason of the scans left out.
+    """
+    eval_config = eval_config or EvalConfig()
+    detections: list[Detections] = []
+    truth: list[GroundTruth] = []
+    skipped: dict[str, str] = {}
+    interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LOG_LINES
+    with tqdm(total=len(source), desc=spec.name, unit="scan", disable=not progress, mininterval=interval) as bar:
+        for chunk in _chunks(load_or_skip(source, skipped), eval_config.batch_size):
+            used, found = _predict_usable(predictor, [prepare(scan, spec) for scan in chunk], spec, skipped)
+            detections += found
+            truth += [GroundTruth(s.boxes[s.labels >= 0], s.labels[s.labels >= 0]) for s in used]
+            bar.update(len(detections) + len(skipped) - bar.n)
+        bar.update(len(source) - bar.n)
+    scores = evaluate_detections(detections, truth, spec.classes, eval_config.iou_thresholds, rotated=spec.has_yaw)
+    return scores, detections, skipped
+
+
+def _predict_usable(
+    predictor: Predictor, scans: list[Scan], spec: DatasetSpec, skipped: dict[str, str]
+) -> tuple[list[Scan], list[Detections]]:
+    """Boxes of the scans that can be used, and these scans."""
+    while scans:
+        try:
+            return scans, predictor.predict(scans, spec.name)
+        except ScanError as error:
+            skipped[error.scan] = str(error)
+            scans = [scan for scan in scans if scan.name != error.scan]
+    return [], []
+
+
+def _chunks(scans: Iterable[Scan], size: int) -> Iterator[list[Scan]]:
+    chunk: list[Scan] = []
+    for scan in scans:
+        chunk.append(scan)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

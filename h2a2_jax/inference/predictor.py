@@ -1,0 +1,149 @@
+"""Boxes of scans from a trained detector."""
+
+import zlib
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from h2a2_jax import sparse
+from h2a2_jax.boxes.detections import Detections
+from h2a2_jax.errors import InputError
+from h2a2_jax.inference.postprocess import postprocess
+from h2a2_jax.inputs.augment import sample_points
+from h2a2_jax.inputs.batching import BucketLadder, collate
+from h2a2_jax.inputs.scan import Scan, ScanError
+from h2a2_jax.inputs.specs import DatasetSpec
+from h2a2_jax.layers import DatasetContext, ForwardContext
+from h2a2_jax.models import Detector, DetectorPlan, LevelSizes, Predictions, pad_plan
+
+_RATIO = 1.5
+_RUNGS_BELOW = 2
+_SMALLEST = LevelSizes(2048, 2048, 2048, 1024, 512, 256, 128, 512, 4096)
+"""Least capacities of one scan: a first scan of a few points must not set the proportions of all that follow."""
+
+
+class Predictor:
+    """Runs a detector on scans; its running statistics are used, nothing in it changes.
+
+    Each number of scans in a pass has its own ladder of padded shapes, set by the first pass: that one is two rungs up,
+    so that smaller scans have smaller shapes. A shape is compiled when it is first needed. No scan is ever cropped.
+    """
+
+    def __init__(
+        self,
+        model: Detector,
+        specs: Sequence[DatasetSpec],
+        *,
+        score_threshold: float = 0.01,
+        iou_threshold: float = 0.5,
+    ):
+        """Takes over a model.
+
+        Args:
+            model: trained.
+            specs: of its datasets, in the order of its dataset axis.
+            score_threshold: lowest score of a box.
+            iou_threshold: bird's-eye-view IoU above which the lower score of a class is suppressed.
+
+        Raises:
+            ValueError: the specs are not those of the model.
+        """
+        given, expected = [spec.name for spec in specs], [head.dataset for head in model.heads_config]
+        if given != expected:
+            raise ValueError(f"specs are those of {', '.join(given)}; the model expects {', '.join(expected)}.")
+        self.specs = tuple(specs)
+        self._thresholds = {"score_threshold": score_threshold, "iou_threshold": iou_threshold}
+        self._voxel_size = model.config.voxel_size
+        graph, self._state = nnx.split(model)
+        self._forward = jax.jit(partial(_forward, graph))
+        self._ladders: dict[int, BucketLadder] = {}
+
+    def spec(self, dataset: str) -> DatasetSpec:
+        """The spec of one of the model's datasets.
+
+        Raises:
+            InputError: the model was not trained on it.
+        """
+        return self.specs[self._index(dataset)]
+
+    def predict(self, scans: Sequence[Scan], dataset: str) -> list[Detections]:
+        """Boxes of scans, in one pass; those of one do not depend on the others.
+
+        Args:
+            scans: as they are to be seen: `prepare` draws their points as the dataset's protocol says.
+            dataset: whose head, statistics and exclusive kernels are used.
+
+        Returns:
+            For each scan its boxes, in the frame of its points; none for a scan without points.
+
+        Raises:
+            InputError: the model was not trained on the dataset.
+            ScanError: a coordinate is not finite, or farther from the origin than voxels reach.
+        """
+        index = self._index(dataset)
+        if not scans:
+            return []
+        try:
+            batch = collate(scans, self._voxel_size)
+        except InputError:
+            for scan in scans:
+                self._check(scan)
+            raise
+        capacities = self._capacities(batch.tables.sizes, len(scans))
+        plan = pad_plan(batch.tables, capacities, tiles=jax.default_backend() == "cpu")
+        features = sparse.pad_rows(batch.features, capacities.voxels)
+        weights = np.eye(len(self.specs), dtype=np.float32)[index]
+        out = self._forward(self._state, features, plan, weights)
+        locations, rows, boxes, logits = map(np.asarray, (out.locations, out.scan, out.boxes, out.logits))
+        spec, found = self.specs[index], []
+        for scan_index in range(len(scans)):
+            own = rows == scan_index
+            found.append(postprocess(locations[own], boxes[own], logits[own], spec, **self._thresholds))
+        return found
+
+    def _capacities(self, sizes: LevelSizes, count: int) -> LevelSizes:
+        if count not in self._ladders:
+            base = [
+                max(count * least, int(np.ceil(size / _RATIO**_RUNGS_BELOW)))
+                for size, least in zip(sizes, _SMALLEST, strict=True)
+            ]
+            self._ladders[count] = BucketLadder(LevelSizes(*base), _RATIO)
+        ladder = self._ladders[count]
+        rung = ladder.rung(sizes)
+        assert rung is not None  # without a limit there is always one
+        return ladder.capacities(rung)
+
+    def _index(self, dataset: str) -> int:
+        names = [spec.name for spec in self.specs]
+        if dataset not in names:
+            raise InputError(f"The model was trained on {', '.join(names)}, not on {dataset!r}: choose one of them.")
+        return names.index(dataset)
+
+    def _check(self, scan: Scan) -> None:
+        try:
+            sparse.voxelize([scan.points], self._voxel_size)
+        except InputError as error:
+            raise ScanError(scan.name, f"Scan {scan.name} cannot be used: {error}") from error
+
+
+def prepare(scan: Scan, spec: DatasetSpec) -> Scan:
+    """Draws a scan's points as the dataset's test protocol says; the same scan always gets the same draw."""
+    if not len(scan.points):
+        return scan
+    return sample_points(scan, spec.test_sampling, np.random.default_rng(zlib.crc32(scan.name.encode())))
+
+
+def _forward(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    features: Float[Array, "n c"],
+    plan: DetectorPlan,
+    weights: Float[Array, " d"],
+) -> Predictions:
+    context = ForwardContext(DatasetContext(jnp.asarray(weights)), training=False)
+    return nnx.merge(graph, state)(features, plan, context)

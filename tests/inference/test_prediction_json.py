@@ -1,0 +1,73 @@
+"""Prediction files: schema, round trip, the frame of the input file."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from h2a2_jax.boxes import Detections
+from h2a2_jax.errors import InputError
+from h2a2_jax.inference.prediction_json import boxes_in_input_frame, predictions_json, read_predictions
+from h2a2_jax.inputs.augment import mirror, rescale, rotate, translate
+from h2a2_jax.inputs.scan import Scan
+from h2a2_jax.inputs.specs import SCANNET, SUNRGBD
+
+BOXES = np.array([[1, 2, 0.5, 0.6, 0.7, 1, 0.3], [-4, 0, 1, 2, 1, 0.5, -3.1]], np.float32)
+FOUND = Detections(BOXES, np.array([0.9, 0.25], np.float32), np.array([3, 0], np.int32))
+SCAN = Scan("a", np.zeros((1, 3), np.float32), np.zeros((1, 3), np.float32), BOXES, FOUND.labels)
+
+
+def test_schema_and_round_trip():
+    empty = Detections(np.zeros((0, 7), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+    other = dataclasses.replace(SCAN, name="b")
+    document = json.loads(json.dumps(predictions_json(iter([(SCAN, FOUND), (other, empty)]), SUNRGBD)))
+    assert {k: v for k, v in document.items() if k != "scans"} == {
+        "version": 1,
+        "frame": "input file, z up",
+        "units": {"length": "m", "angle": "rad"},
+        "dataset": "sunrgbd",
+    }
+    assert document["scans"][0]["boxes"][0] == {
+        "center": [1.0, 2.0, 0.5],
+        "size": [0.6, 0.7, 1.0],
+        "yaw": 0.3,
+        "score": 0.9,
+        "label": 3,
+        "name": "chair",
+    }
+    read = read_predictions(document)
+    assert list(read) == ["a", "b"] and len(read["b"]) == 0
+    np.testing.assert_allclose(read["a"].boxes, BOXES, atol=1e-6)
+    np.testing.assert_allclose(read["a"].scores, FOUND.scores, atol=1e-6)
+    assert read["a"].labels.tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("angle", [0.4, -2.5])
+def test_boxes_return_to_the_frame_of_the_file(angle: float):
+    moved = translate(rotate(SCAN, angle, has_yaw=True), np.array([5.0, -3, 0.25]))
+    back = boxes_in_input_frame(moved.boxes, moved.transform)
+    np.testing.assert_allclose(back, BOXES, atol=1e-5)
+
+
+def test_an_axis_aligned_box_is_turned_in_the_file():
+    aligned = rotate(SCAN, 0.4, has_yaw=False)
+    box = np.array([[1, 0, 0, 2, 1, 1, 0]], np.float32)
+    (back,) = boxes_in_input_frame(box, aligned.transform)
+    np.testing.assert_allclose(back, [math.cos(0.4), -math.sin(0.4), 0, 2, 1, 1, -0.4], atol=1e-6)
+
+
+@pytest.mark.parametrize("moved", [mirror(SCAN, 0), rescale(SCAN, 1.1)])
+def test_augmented_scans_are_refused(moved: Scan):
+    with pytest.raises(ValueError, match="no rotation about z"):
+        predictions_json([(moved, FOUND)], SCANNET)
+
+
+INCOMPLETE = {"version": 1, "scans": [{"name": "a", "boxes": [{}]}]}
+
+
+@pytest.mark.parametrize("document", [{"version": 2}, {"version": 1}, INCOMPLETE])
+def test_other_documents_are_refused(document: dict):
+    with pytest.raises(InputError, match="predict again"):
+        read_predictions(document)

@@ -1,0 +1,182 @@
+"""Prediction: padding and neighbours change nothing, empty scans give nothing, evaluation names what it leaves out."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from h2a2_jax.boxes import Detections
+from h2a2_jax.errors import InputError
+from h2a2_jax.inference.evaluate import EvalConfig, evaluate_source
+from h2a2_jax.inference.predictor import _SMALLEST, Predictor, prepare
+from h2a2_jax.inputs.batching import BucketLadder, scan_sizes
+from h2a2_jax.inputs.scan import Scan, ScanError
+from h2a2_jax.inputs.specs import S3DIS, SCANNET, SUNRGBD
+from h2a2_jax.layers.kernel_selection import KernelSelection
+from h2a2_jax.models import Detector, DetectorConfig, HeadConfig, LevelSizes
+
+SPECS = (SUNRGBD, S3DIS)
+TINY = DetectorConfig(
+    depth=18,
+    stem_channels=4,
+    stage_channels=(4, 4, 4, 4),
+    neck_channels=4,
+    selection=KernelSelection(projection_dim=2, embedding_dim=4, hidden=4),
+)
+
+
+def room(name: str, points: int, extent: float) -> Scan:
+    """Points on a floor and in a few heaps, with one box."""
+    rng = np.random.default_rng(len(name) + points)
+    floor = rng.random((points // 2, 3)) * (extent, extent, 0.02)
+    heaps = rng.random((4, 3)) * (extent, extent, 1)
+    heap = heaps[rng.integers(0, 4, points - points // 2)] + 0.2 * rng.standard_normal((points - points // 2, 3))
+    xyz = np.concatenate([floor, heap]).astype(np.float32)
+    box = np.array([[*heaps[0], 0.5, 0.5, 0.5, 0]], np.float32)
+    return Scan(name, xyz, rng.random(xyz.shape, np.float32), box, np.zeros(1, np.int32))
+
+
+SMALL, OTHER, BIG = room("small", 500, 1.2), room("other", 400, 1.0), room("big", 6000, 8.0)
+NOTHING = np.zeros((0, 3), np.float32)
+EMPTY = Scan("empty", NOTHING, NOTHING, np.zeros((0, 7), np.float32), np.zeros(0, np.int32))
+
+
+@pytest.fixture(scope="module")
+def make_predictor() -> Callable[[], Predictor]:
+    """Makes predictors of one model: random weights that make scores differ."""
+    heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in SPECS]
+    shapes = nnx.eval_shape(lambda: Detector(TINY, heads, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: Any) -> jax.Array:
+        place = jax.tree_util.keystr(path)
+        fan_in = np.prod(leaf.shape[-3:-1]) if leaf.ndim >= 3 and "heads" not in place else 16
+        values = rng.standard_normal(leaf.shape) / fan_in**0.5
+        if "class_bias" in place:
+            values -= 2
+        if "'scale'" in place or "'var'" in place:
+            values = 0.5 + np.abs(values)
+        return jnp.asarray(values.astype(leaf.dtype))
+
+    graph, state = nnx.split(shapes)
+    model = nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, state))
+    return lambda: Predictor(model, SPECS, score_threshold=0.1)
+
+
+@pytest.fixture(scope="module")
+def predictor(make_predictor: Callable[[], Predictor]) -> Predictor:
+    return make_predictor()
+
+
+@pytest.fixture(scope="module")
+def small_boxes(predictor: Predictor) -> Detections:
+    (found,) = predictor.predict([SMALL], "sunrgbd")
+    assert len(found) > 20 and len(np.unique(found.labels)) > 3
+    return found
+
+
+def assert_same(a: Detections, b: Detections) -> None:
+    assert a.labels.tolist() == b.labels.tolist()
+    np.testing.assert_allclose(a.scores, b.scores, atol=2e-5)
+    np.testing.assert_allclose(a.boxes, b.boxes, atol=2e-4)
+
+
+def test_a_bigger_bucket_gives_the_same_boxes(make_predictor: Callable[[], Predictor], small_boxes: Detections):
+    other = make_predictor()
+    other._ladders[1] = BucketLadder(LevelSizes(*(2 * size for size in _SMALLEST)))
+    assert_same(other.predict([SMALL], "sunrgbd")[0], small_boxes)
+
+
+def test_a_scan_that_does_not_fit_takes_a_higher_rung(predictor: Predictor, small_boxes: Detections):
+    small, big = scan_sizes(SMALL, 0.01), scan_sizes(BIG, 0.01)
+    lowest, higher = predictor._capacities(small, 1), predictor._capacities(big, 1)
+    assert small.fits(lowest) and not big.fits(lowest) and big.fits(higher)
+    ladder = predictor._ladders[1]
+    assert higher in [ladder.capacities(rung) for rung in range(20)]
+
+
+def test_a_scan_beside_others_gives_the_same_boxes(predictor: Predictor, small_boxes: Detections):
+    found = predictor.predict([OTHER, SMALL, EMPTY], "sunrgbd")
+    assert_same(found[1], small_boxes)
+    assert len(found[0]) and not len(found[2])
+
+
+def test_a_scan_without_points_has_no_boxes(predictor: Predictor):
+    (found,) = predictor.predict([EMPTY], "s3dis")
+    assert found.boxes.shape == (0, 7) and found.scores.shape == (0,) and found.labels.shape == (0,)
+    assert predictor.predict([], "s3dis") == []
+
+
+def test_datasets_have_their_own_heads(predictor: Predictor):
+    (found,) = predictor.predict([SMALL], "s3dis")
+    assert len(found) and found.labels.max() < S3DIS.num_classes and not found.boxes[:, 6].any()
+
+
+def test_unknown_datasets_and_wrong_specs_are_refused(predictor: Predictor):
+    with pytest.raises(InputError, match="trained on sunrgbd, s3dis, not on 'scannet'"):
+        predictor.predict([SMALL], "scannet")
+    with pytest.raises(ValueError, match="the model expects sunrgbd, s3dis"):
+        Predictor(predictor_model(predictor), (SCANNET, S3DIS))
+
+
+def predictor_model(predictor: Predictor) -> Detector:
+    heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in predictor.specs]
+    return nnx.eval_shape(lambda: Detector(TINY, heads, rngs=nnx.Rngs(0)))
+
+
+def test_points_are_drawn_by_the_test_protocol_and_always_the_same():
+    drawn = prepare(SMALL, SUNRGBD)
+    assert len(drawn.points) == 100_000
+    np.testing.assert_array_equal(drawn.points, prepare(SMALL, SUNRGBD).points)
+    assert prepare(SMALL, SCANNET) is SMALL and prepare(EMPTY, SUNRGBD) is EMPTY
+
+
+def test_a_scan_with_nan_is_named(predictor: Predictor):
+    bad = dataclasses.replace(SMALL, name="bad", points=np.full_like(SMALL.points, np.nan))
+    with pytest.raises(ScanError, match="Scan bad cannot be used: 500 of 500 points are NaN") as error:
+        predictor.predict([SMALL, bad], "s3dis")
+    assert error.value.scan == "bad"
+
+
+class Listed:
+    """A source of the given scans; None stands for one that cannot be loaded."""
+
+    def __init__(self, scans: list[Scan | None]):
+        self.scans = scans
+
+    @property
+    def names(self) -> list[str]:
+        return [scan.name if scan else "broken" for scan in self.scans]
+
+    def __len__(self) -> int:
+        return len(self.scans)
+
+    def __getitem__(self, index: int) -> Scan:
+        scan = self.scans[index]
+        if scan is None:
+            raise ScanError("broken", "Scan broken is cut off.")
+        return scan
+
+
+def test_evaluation_names_what_it_leaves_out(predictor: Predictor, capsys: pytest.CaptureFixture[str]):
+    spec = dataclasses.replace(SUNRGBD, test_sampling=None)
+    (found,) = predictor.predict([SMALL], "sunrgbd")
+    best = np.flatnonzero(found.labels == found.labels[0])
+    annotated = dataclasses.replace(
+        SMALL,
+        boxes=np.concatenate([found.boxes[best], found.boxes[:1]]),
+        labels=np.append(found.labels[best], -1).astype(np.int32),
+    )
+    bad = dataclasses.replace(SMALL, name="bad", points=np.full_like(SMALL.points, 1e4))
+    source = Listed([None, annotated, bad])
+    evaluation, detections, skipped = evaluate_source(predictor, source, spec, EvalConfig(iou_thresholds=(0.9,)))
+    assert evaluation.iou_thresholds == (0.9,) and evaluation.mean_average_precision[0] == pytest.approx(1)
+    assert evaluation.num_ground_truth.sum() == len(best)
+    assert len(detections) == 1 and len(detections[0]) == len(found)
+    assert set(skipped) == {"broken", "bad"} and "m from the origin" in skipped["bad"]
+    assert "sunrgbd: 100%" in capsys.readouterr().err
