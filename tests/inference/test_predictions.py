@@ -9,7 +9,7 @@ import pytest
 
 from h2a2_jax.boxes import Detections
 from h2a2_jax.errors import InputError
-from h2a2_jax.inference.prediction_json import boxes_in_input_frame, predictions_json, read_predictions
+from h2a2_jax.inference.predictions import boxes_in_input_frame, predictions_json, read_predictions
 from h2a2_jax.inputs.augment import mirror, rescale, rotate, translate
 from h2a2_jax.inputs.scan import Scan
 from h2a2_jax.inputs.specs import SCANNET, SUNRGBD
@@ -22,7 +22,7 @@ SCAN = Scan("a", np.zeros((1, 3), np.float32), np.zeros((1, 3), np.float32), BOX
 def test_schema_and_round_trip():
     empty = Detections(np.zeros((0, 7), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
     other = dataclasses.replace(SCAN, name="b")
-    document = json.loads(json.dumps(predictions_json(iter([(SCAN, FOUND), (other, empty)]), SUNRGBD)))
+    document = json.loads(json.dumps(predictions_json(iter([SCAN, other]), [FOUND, empty], SUNRGBD)))
     assert {k: v for k, v in document.items() if k != "scans"} == {
         "version": 1,
         "frame": "input file, z up",
@@ -61,7 +61,7 @@ def test_an_axis_aligned_box_is_turned_in_the_file():
 @pytest.mark.parametrize("moved", [mirror(SCAN, 0), rescale(SCAN, 1.1)])
 def test_augmented_scans_are_refused(moved: Scan):
     with pytest.raises(ValueError, match="no rotation about z"):
-        predictions_json([(moved, FOUND)], SCANNET)
+        predictions_json([moved], [FOUND], SCANNET)
 
 
 INCOMPLETE = {"version": 1, "scans": [{"name": "a", "boxes": [{}]}]}

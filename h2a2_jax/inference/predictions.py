@@ -47,23 +47,23 @@ _UNITS = {"length": "m", "angle": "rad"}
 _TOLERANCE = 1e-3
 
 
-def predictions_json(predictions: Iterable[tuple[Scan, Detections]], spec: DatasetSpec) -> dict[str, Any]:
+def predictions_json(scans: Iterable[Scan], detections: Iterable[Detections], spec: DatasetSpec) -> dict[str, Any]:
     """The document of the boxes found in scans, ready for `json.dump`.
 
     Args:
-        predictions: scans, of which only name and transform are read, and their boxes in the scans' frame; an iterator
-            will do, so that points need not stay in memory.
+        scans: only name and transform are read; an iterator will do, so that points need not stay in memory.
+        detections: boxes of each scan, in the scan's frame.
         spec: of the dataset whose classes the labels count.
 
     Raises:
-        ValueError: see `boxes_in_input_frame`.
+        ValueError: see `boxes_in_input_frame`; or there are not as many scans as detections.
     """
     return {
         "version": PREDICTIONS_VERSION,
         "frame": _FRAME,
         "units": dict(_UNITS),
         "dataset": spec.name,
-        "scans": [_scan_entry(scan, found, spec) for scan, found in predictions],
+        "scans": [_scan_entry(scan, found, spec) for scan, found in zip(scans, detections, strict=True)],
     }
 
 
