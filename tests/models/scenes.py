@@ -1,0 +1,78 @@
+"""Small scans and small detectors for tests of whole networks."""
+
+import jax
+import numpy as np
+from flax import nnx
+
+from h2a2_jax.inputs.batching import collate, pad_batch
+from h2a2_jax.inputs.scan import Scan
+from h2a2_jax.inputs.specs import SPECS
+from h2a2_jax.layers import BatchNorm, EmbeddingMLP, KernelSelection
+from h2a2_jax.models import Detector, DetectorConfig, HeadConfig
+
+VOXEL = 0.05
+"""Coarse, so that few points cover all levels."""
+SELECTION = KernelSelection(projection_dim=4, embedding_dim=5, hidden=6)
+
+
+def room(seed, points=700, boxes=3, classes=5, size=4.0):
+    """Points on a floor, two walls (some at negative coordinates) and boxes."""
+    rng = np.random.default_rng(seed)
+    where = rng.uniform(-size / 2, size / 2, (points, 3))
+    flat = rng.integers(0, 3, points)
+    where[np.arange(points), 2 - flat] = np.array([0.01, -1.9, -1.7])[flat] + rng.normal(0, 0.02, points)
+    where[:, 2] = np.abs(where[:, 2])
+    extent = rng.uniform(0.4, 1.2, (boxes, 3))
+    centre = np.c_[rng.uniform(-size / 3, size / 3, (boxes, 2)), extent[:, 2] / 2]
+    inside = centre[:, None] + rng.uniform(-0.5, 0.5, (boxes, 150, 3)) * extent[:, None]
+    where = np.concatenate([where, inside.reshape(-1, 3)]).astype(np.float32)
+    colors = rng.uniform(0, 1, (len(where), 3)).astype(np.float32)
+    return Scan(
+        f"room{seed}",
+        where,
+        colors,
+        np.c_[centre, extent, np.zeros(boxes)].astype(np.float32),
+        rng.integers(0, classes, boxes).astype(np.int32),
+    )
+
+
+def empty_scan():
+    """Neither points nor boxes."""
+    return Scan(
+        "empty", np.zeros((0, 3), np.float32), np.zeros((0, 3), np.float32), np.zeros((0, 7), np.float32),
+        np.zeros(0, np.int32),
+    )  # fmt: skip
+
+
+def tiny_config(selection=SELECTION, width=4):
+    """The smallest detector of depth 18."""
+    return DetectorConfig(
+        depth=18, stem_channels=width, stage_channels=(width, width, width, width), neck_channels=width,
+        voxel_size=VOXEL, selection=selection,
+    )  # fmt: skip
+
+
+def tiny_detector(selection=SELECTION, seed=0, specs=SPECS):
+    """A detector of the given datasets; running statistics and silent layers drawn at random."""
+    heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in specs]
+    model = Detector(tiny_config(selection), heads, rngs=nnx.Rngs(seed))
+    rng = np.random.default_rng(seed)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, EmbeddingMLP):
+            _add_noise(rng, module.out.kernel)
+        if isinstance(module, BatchNorm):
+            _add_noise(rng, module.mean)
+            _add_noise(rng, module.var)
+    return model
+
+
+def _add_noise(rng, variable):
+    variable.set_value(variable[...] + rng.uniform(0, 0.2, variable.shape).astype(np.float32))
+
+
+def batch_of(scans, capacities=None, max_boxes=4):
+    """A padded batch of scans of one dataset, on the device."""
+    host = collate(scans, VOXEL)
+    if capacities is None:
+        capacities = type(host.tables.sizes)(*(size + 32 for size in host.tables.sizes))
+    return jax.tree.map(jax.numpy.asarray, pad_batch(host, capacities, max_boxes))
