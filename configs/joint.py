@@ -57,10 +57,11 @@ def demo() -> ExperimentConfig:
             SourceConfig(name, kind="synthetic", train_size=96, val_size=16, scale="demo") for name in NAMES
         ),
         model=DetectorConfig(
-            depth=18,
+            depth=10,
             stem_channels=16,
-            stage_channels=(16, 32, 32, 32),
+            stage_channels=(16, 16, 32, 32),
             neck_channels=32,
+            voxel_size=0.015,
             selection=KernelSelection(),
         ),
         optim=OptimConfig(warmup_steps=20),

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from scipy.special import expit
 
 from h2a2_jax.boxes.codec import decode_boxes
 from h2a2_jax.boxes.detections import Detections
@@ -35,7 +36,7 @@ def postprocess(
         score_threshold: lowest score kept.
         iou_threshold: bird's-eye-view IoU above which the lower score of a class is suppressed.
     """
-    scores = 1 / (1 + np.exp(-logits[:, : spec.num_classes].astype(np.float32)))
+    scores = expit(logits[:, : spec.num_classes].astype(np.float32))
     best = np.arange(len(scores))
     if len(scores) > MAX_CANDIDATES:
         best = np.argsort(-scores.max(1), kind="stable")[:MAX_CANDIDATES]

@@ -1,8 +1,8 @@
 """From scans to the padded arrays of a step, in one shape for every device.
 
-Shapes are static to the compiler, scans are not: a batch picks a bucket. All levels of the pyramid are coupled to one
-scalar ladder (a rung multiplies every capacity by the same ratio), so that a run compiles a handful of shapes and not one
-per combination of levels.
+Shapes are static to the compiler, scans are not: a batch picks a bucket. All levels of the pyramid are coupled to
+one scalar ladder (a rung multiplies every capacity by the same ratio), so that a run compiles a handful of shapes and
+not one per combination of levels.
 """
 
 from collections.abc import Sequence
@@ -168,9 +168,7 @@ def pad_batch(batch: ScanBatch, capacities: LevelSizes, max_boxes: int, *, tiles
     )
 
 
-def pad_boxes(
-    scans: Sequence[Scan], max_boxes: int
-) -> tuple[Float32[np.ndarray, "b g 7"], Int32[np.ndarray, "b g"]]:
+def pad_boxes(scans: Sequence[Scan], max_boxes: int) -> tuple[Float32[np.ndarray, "b g 7"], Int32[np.ndarray, "b g"]]:
     """Boxes and labels of scans in padded arrays, label -1 where there is no box."""
     boxes = np.zeros((len(scans), max_boxes, 7), np.float32)
     labels = np.full((len(scans), max_boxes), -1, np.int32)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from h2a2_jax.errors import InputError
 from h2a2_jax.layers.kernel_selection import KernelSelection
 
-STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
-"""Basic blocks of each stage by depth of the residual network."""
+STAGE_BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+"""Basic blocks of each stage by depth of the residual network; 10 is for small machines."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class DetectorConfig:
     """Architecture of a detector.
 
     Attributes:
-        depth: of the residual network, 18 or 34.
+        depth: of the residual network: 10, 18 or 34 (TR3D).
         in_channels: of a voxel's features (colour).
         stem_channels: of the first convolution.
         stage_channels: of the four stages.
@@ -39,5 +39,5 @@ class DetectorConfig:
             InputError: unknown depth.
         """
         if self.depth not in STAGE_BLOCKS:
-            raise InputError(f"model.depth is {self.depth}; the residual network has depth 18 or 34.")
+            raise InputError(f"model.depth is {self.depth}; the residual network has depth 10, 18 or 34.")
         return STAGE_BLOCKS[self.depth]

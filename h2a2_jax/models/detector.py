@@ -87,9 +87,7 @@ class Detector(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(
-        self, features: Float[Array, "n c"], plan: DetectorPlan, context: ForwardContext
-    ) -> Predictions:
+    def __call__(self, features: Float[Array, "n c"], plan: DetectorPlan, context: ForwardContext) -> Predictions:
         """Predict at every location of a batch of scans.
 
         Args:

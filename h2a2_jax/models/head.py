@@ -25,9 +25,7 @@ class DatasetHeads(nnx.Module):
         class_bias: [D, K].
     """
 
-    def __init__(
-        self, channels: int, num_classes: tuple[int, ...], num_outputs: tuple[int, ...], *, rngs: nnx.Rngs
-    ):
+    def __init__(self, channels: int, num_classes: tuple[int, ...], num_outputs: tuple[int, ...], *, rngs: nnx.Rngs):
         """Kernels N(0, 0.01), class bias at a prior of 1 % (focal loss).
 
         Args:

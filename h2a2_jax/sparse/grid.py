@@ -49,8 +49,7 @@ def voxel_coordinates(points: Float[np.ndarray, "m 3"], voxel_size: float) -> In
     finite = np.isfinite(points).all(1)
     if not finite.all():
         raise InputError(
-            f"{int((~finite).sum())} of {len(points)} points are NaN or infinite; "
-            "remove them before voxelisation."
+            f"{int((~finite).sum())} of {len(points)} points are NaN or infinite; remove them before voxelisation."
         )
     with np.errstate(over="ignore"):  # beyond float32 is beyond the range too
         scaled = np.floor(np.asarray(points, np.float32) / np.float32(voxel_size))

@@ -3,8 +3,8 @@
     for each dataset:  loss and gradient on its scans; batch-norm sums, counts and positives over its replicas
     sum the gradient over replicas -> balance the shared gradients (NGH) -> mean over datasets -> clip -> optimiser
 
-A device works on whole datasets. Where it holds several it runs them one after the other and stacks their gradients on a
-leading axis. A dataset's own parameters are taken as its slice, so their gradients never grow a second dataset axis, and
+A device works on whole datasets. Where it holds several it runs them one after the other and stacks their gradients on
+a leading axis. A dataset's own parameters are taken as its slice, so their gradients never grow a second dataset axis;
 they take their gradient as it is, not divided by the number of datasets.
 """
 
@@ -51,6 +51,20 @@ class Targets(NamedTuple):
         return cls(jnp.array(levels, jnp.int32), jnp.array(mask), jnp.array([spec.has_yaw for spec in specs]))
 
 
+class SelectionMetrics(NamedTuple):
+    """Kernel selection in one layer, by dataset.
+
+    Attributes:
+        exclusive_share: share of (scan, offset) pairs that took the exclusive kernel.
+        lowest_score: smallest alpha * beta of a scan and offset; below the threshold it takes the exclusive kernel.
+        highest_score: largest one.
+    """
+
+    exclusive_share: Float[Array, " d"]
+    lowest_score: Float[Array, " d"]
+    highest_score: Float[Array, " d"]
+
+
 class StepMetrics(NamedTuple):
     """What a step reports.
 
@@ -58,7 +72,7 @@ class StepMetrics(NamedTuple):
         box_loss: float32 [D], by dataset.
         class_loss: float32 [D].
         num_positives: int32 [D].
-        exclusive_share: by layer, float32 [D]: the share of (scan, offset) pairs that took the exclusive kernel.
+        selection: of each layer with kernel selection, by its name.
         gradient_norm: float32 [], before clipping.
         gradients: the gradients applied, after balancing and before clipping, (shared, exclusive), if asked for.
     """
@@ -66,7 +80,7 @@ class StepMetrics(NamedTuple):
     box_loss: Float[Array, " d"]
     class_loss: Float[Array, " d"]
     num_positives: Int[Array, " d"]
-    exclusive_share: dict[str, Float[Array, " d"]]
+    selection: dict[str, SelectionMetrics]
     gradient_norm: Float[Array, ""]
     gradients: Any = None
 
@@ -189,11 +203,11 @@ def _dataset_gradients(
 
     def loss(shared: nnx.State, exclusive: nnx.State) -> tuple[Array, tuple]:
         model = merge_model(graph, exclusive, shared, stats)
-        gammas: dict[str, Array] = {}
+        seen: dict[str, Array] = {}
 
         def tap(name: str, value: Any) -> None:
-            if name.endswith(".gamma"):
-                gammas[name.removesuffix(".gamma")] = value
+            if name.endswith((".alpha", ".beta", ".gamma")):
+                seen[name] = lax.stop_gradient(value)
 
         context = ForwardContext(
             DatasetContext(jnp.ones(1)),
@@ -208,16 +222,30 @@ def _dataset_gradients(
             targets.label_to_level, targets.class_mask, targets.has_yaw,
             axis_name=REPLICA, center_distance=config.center_distance,  # type: ignore[arg-type]
         )  # fmt: skip
-        shares = {name: lax.pmean(1 - lax.stop_gradient(gamma).mean(), REPLICA) for name, gamma in gammas.items()}
-        return losses.total, (losses, shares, nnx.state(model, nnx.BatchStat))
+        return losses.total, (losses, _selection_metrics(seen), nnx.state(model, nnx.BatchStat))
 
-    (_, (losses, shares, new_stats)), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(shared, exclusive)
+    value_and_grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (_, (losses, selection, new_stats)), grads = value_and_grad(shared, exclusive)
     new_stats = jax.tree.map(lambda new, old: jnp.where(present, new, old), new_stats, stats)
     metrics = StepMetrics(
         box_loss=lax.psum(losses.box, REPLICA),
         class_loss=lax.psum(losses.classification, REPLICA),
         num_positives=losses.num_positives,
-        exclusive_share=shares,
+        selection=selection,
         gradient_norm=jnp.zeros(()),
     )
     return *grads, new_stats, metrics
+
+
+def _selection_metrics(seen: dict[str, Array]) -> dict[str, SelectionMetrics]:
+    """From the values that the layers with kernel selection record."""
+    layers = [name.removesuffix(".gamma") for name in seen if name.endswith(".gamma")]
+    metrics = {}
+    for layer in layers:
+        score = seen[f"{layer}.alpha"] * seen[f"{layer}.beta"]
+        metrics[layer] = SelectionMetrics(
+            lax.pmean(1 - seen[f"{layer}.gamma"].mean(), REPLICA),
+            lax.pmin(score.min(), REPLICA),
+            lax.pmax(score.max(), REPLICA),
+        )
+    return metrics

@@ -1,0 +1,1 @@
+"""From files or generators to the padded batches of joint training."""

@@ -1,0 +1,262 @@
+"""Joint training from a config to a checkpoint, reading top to bottom."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from h2a2_jax.evaluation import Evaluation
+from h2a2_jax.inference.evaluate import evaluate_source
+from h2a2_jax.inference.predictor import Predictor
+from h2a2_jax.inputs.pipeline import JointStep, JointStream, StreamConfig, StreamDataset
+from h2a2_jax.inputs.sources import CachedSource, build_source, permuted_boxes
+from h2a2_jax.inputs.specs import DatasetSpec, dataset_spec
+from h2a2_jax.models import Detector, HeadConfig
+from h2a2_jax.training.checkpoint import CheckpointStore
+from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig
+from h2a2_jax.training.harmonize import HarmonizationState, norm_gradient_harmonization, plain_mean
+from h2a2_jax.training.mesh import DATASET, REPLICA, train_mesh
+from h2a2_jax.training.metrics import MetricsWriter, Progress
+from h2a2_jax.training.selection_report import selection_report, selection_table
+from h2a2_jax.training.state import create_state, merge_model, place_state
+from h2a2_jax.training.step import SelectionMetrics, StepConfig, StepMetrics, make_train_step
+
+CACHED_SCANS = 2000
+"""Sources of up to this many scans are kept in memory."""
+
+
+def build_detector(config: ExperimentConfig) -> Detector:
+    """The detector of a config with the parameters that its seed draws."""
+    specs = [dataset_spec(name) for name in config.dataset_names]
+    heads = [HeadConfig(spec.name, spec.num_classes, spec.num_outputs) for spec in specs]
+
+    def build() -> Detector:
+        return Detector(config.model, heads, rngs=nnx.Rngs(config.train.seed))
+
+    # Drawn in one program: hundreds of small ones would be compiled otherwise.
+    graph, _ = nnx.split(nnx.eval_shape(build))
+    return nnx.merge(graph, jax.jit(lambda: nnx.state(build()))())
+
+
+def build_stream(config: ExperimentConfig, replicas: int) -> JointStream:
+    """The training stream of a config.
+
+    Raises:
+        InputError: a dataset is missing or has no usable scan.
+    """
+    datasets = []
+    for chosen in config.datasets:
+        source = build_source(chosen, "train")
+        if config.train.permute_boxes:
+            source = permuted_boxes(source, config.train.seed)
+        if len(source) <= CACHED_SCANS:
+            source = CachedSource(source)
+        spec = dataset_spec(chosen.name)
+        datasets.append(StreamDataset(spec, source, chosen.repeats, chosen.sample, chosen.augment))
+    return JointStream(
+        datasets,
+        StreamConfig(
+            batch_size=config.train.batch_size,
+            replicas=replicas,
+            voxel_size=config.model.voxel_size,
+            seed=config.train.seed,
+            max_rung=config.train.max_rung,
+            tiles=jax.default_backend() == "cpu",
+        ),
+    )
+
+
+def learning_rate(config: ExperimentConfig, steps_per_epoch: int) -> optax.Schedule:
+    """Linear warm-up, then steps down after the epochs that the config names."""
+    optim = config.optim
+    decays = {epoch * steps_per_epoch: optim.decay_factor for epoch in optim.decay_epochs}
+    steps = optax.piecewise_constant_schedule(optim.lr, decays)
+
+    def schedule(count: Any) -> Any:
+        if not optim.warmup_steps:
+            return steps(count)
+        return steps(count) * jax.numpy.minimum(1.0, (count + 1) / optim.warmup_steps)
+
+    return schedule
+
+
+def build_balancer(config: HarmonizeConfig, num_datasets: int) -> optax.GradientTransformationExtraArgs:
+    """The gradient balancer of a config."""
+    if config.method == "mean":
+        return plain_mean()
+    return norm_gradient_harmonization(num_datasets, config.threshold, config.scope, config.cap, DATASET)
+
+
+def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device] | None = None) -> dict[str, Any]:
+    """Train, save, evaluate; go on from the newest checkpoint where there is one.
+
+    Writes to the workdir: config.json, metrics.jsonl (`MetricsWriter`), checkpoints/, evaluation.json.
+
+    Args:
+        config: of the run.
+        workdir: folder of the run, made if missing.
+        devices: all of them by default.
+
+    Returns:
+        What evaluation.json holds.
+
+    Raises:
+        InputError: data missing, or the workdir holds checkpoints of another architecture.
+    """
+    specs = [dataset_spec(name) for name in config.dataset_names]
+    mesh = train_mesh(len(specs), devices)
+    stream = build_stream(config, mesh.shape[REPLICA])
+    total = config.train.steps or config.train.epochs * stream.steps_per_epoch
+    schedule = learning_rate(config, stream.steps_per_epoch)
+    optimizer = optax.adamw(schedule, weight_decay=config.optim.weight_decay)
+    balancer = build_balancer(config.harmonize, len(specs))
+    graph, state = create_state(build_detector(config), optimizer, balancer)
+    step_config = StepConfig(clip_norm=config.optim.clip_norm)
+    take_step = make_train_step(graph, state, specs, optimizer, balancer, mesh, step_config)
+    state = place_state(state, mesh)
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    with CheckpointStore(workdir / "checkpoints", keep=config.train.keep_checkpoints) as store:
+        newest = store.latest_step()
+        if newest is not None:
+            state = store.restore_state(newest, state, config.dataset_names, config)
+            print(f"Resuming {workdir} after step {newest} of {total}.", flush=True)
+        _print_start(config, stream, mesh, total)
+        watch = _Watch(config, specs, schedule, stream)
+        first = int(state.step)
+        with MetricsWriter(workdir) as writer:
+            progress = Progress(total, first)
+            for item in stream.steps(first, total):
+                state, metrics = take_step(state, item.batch)
+                step = item.step + 1
+                watch.see(item, metrics)
+                if step == first + 1 or step % config.train.log_every == 0 or step == total:
+                    values = watch.summary(state.balancer)
+                    writer.write(step, values)
+                    progress.update(step, float(np.mean([values[f"loss/{s.name}"] for s in specs])), watch.scans)
+                if step % config.train.checkpoint_every == 0 or step == total:
+                    store.save(step, state, config, config.dataset_names)
+            progress.close()
+    for name, reason in stream.skipped.items():
+        print(f"Skipped scan {name}: {reason}")
+    end = merge_model(graph, *jax.device_get((state.exclusive, state.shared, state.stats)))
+    if config.model.selection is not None and watch.selection:
+        reports, moved = selection_report(build_detector(config), end, watch.mean_selection())
+        print("\n" + selection_table(reports, moved, config.dataset_names), flush=True)
+    return evaluate(config, end, workdir)
+
+
+def evaluate(config: ExperimentConfig, model: Detector, workdir: Path) -> dict[str, Any]:
+    """Evaluate on the validation scans of every dataset; print the tables and write evaluation.json.
+
+    Raises:
+        InputError: the validation scans of a dataset are missing.
+    """
+    specs = [dataset_spec(name) for name in config.dataset_names]
+    sources = [build_source(source, "val") for source in config.datasets]
+    predictor = Predictor(
+        model, specs, score_threshold=config.eval.score_threshold, iou_threshold=config.eval.iou_threshold
+    )
+    results: dict[str, Any] = {}
+    tables: list[tuple[str, Evaluation]] = []
+    for spec, source in zip(specs, sources, strict=True):
+        evaluation, _, skipped = evaluate_source(predictor, source, spec, config.eval)
+        results[spec.name] = {**evaluation.to_dict(), "scans": len(source) - len(skipped), "skipped": skipped}
+        tables.append((spec.name, evaluation))
+    for name, evaluation in tables:
+        print(f"\n{name}\n{evaluation.table()}")
+    (workdir / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\nWritten to {workdir / 'evaluation.json'}", flush=True)
+    return results
+
+
+@dataclass
+class _Watch:
+    """Gathers what steps report between two lines of metrics."""
+
+    config: ExperimentConfig
+    specs: Sequence[DatasetSpec]
+    schedule: optax.Schedule
+    stream: JointStream
+    scans: int = 0
+    selection: list[dict[str, SelectionMetrics]] = field(default_factory=list)
+    _pending: list[StepMetrics] = field(default_factory=list)
+    _dropped: int = 0
+    _since: float = field(default_factory=time.monotonic)
+    _scans_before: int = 0
+    _step: int = 0
+
+    _REMEMBERED = 50
+
+    def see(self, item: JointStep, metrics: StepMetrics) -> None:
+        """Take note of a step; what it computes stays on the device until the summary."""
+        self._pending.append(metrics)
+        self.scans += item.num_scans
+        self._dropped += item.dropped_points
+        self._step = item.step
+
+    def summary(self, balancer: Any) -> dict[str, float]:
+        """Means since the last summary, as one line of metrics.jsonl."""
+        steps = jax.device_get(self._pending)
+        self._pending = []
+        self.selection = (self.selection + [metrics.selection for metrics in steps])[-self._REMEMBERED :]
+        now = time.monotonic()
+        box = np.mean([metrics.box_loss for metrics in steps], 0)
+        classification = np.mean([metrics.class_loss for metrics in steps], 0)
+        values: dict[str, float] = {}
+        for d, spec in enumerate(self.specs):
+            values[f"loss/{spec.name}"] = float(box[d] + classification[d])
+            values[f"loss_box/{spec.name}"] = float(box[d])
+            values[f"loss_class/{spec.name}"] = float(classification[d])
+        values["learning_rate"] = float(self.schedule(self._step))
+        values["gradient_norm"] = float(np.mean([metrics.gradient_norm for metrics in steps]))
+        values |= self._harmonization(balancer)
+        shares = [layer.exclusive_share for metrics in steps for layer in metrics.selection.values()]
+        for d, spec in enumerate(self.specs if shares else ()):
+            values[f"exclusive_share/{spec.name}"] = float(np.mean([share[d] for share in shares]))
+        values["dropped_points"] = self._dropped
+        values["skipped_scans"] = len(self.stream.skipped)
+        values["scans_per_second"] = (self.scans - self._scans_before) / max(now - self._since, 1e-9)
+        self._dropped, self._since, self._scans_before = 0, now, self.scans
+        return values
+
+    def _harmonization(self, balancer: Any) -> dict[str, float]:
+        """Psi of the last step."""
+        if not isinstance(balancer, HarmonizationState):
+            return {}
+        psi = np.array(jax.tree.leaves(jax.device_get(balancer.psi)))
+        harmonized = psi < self.config.harmonize.threshold
+        return {
+            "psi/mean": float(psi.mean()),
+            "psi/min": float(psi.min()),
+            "psi/harmonized_share": float(harmonized.mean()),
+            "psi/cap_hits": int(balancer.cap_hits),
+        }
+
+    def mean_selection(self) -> dict[str, SelectionMetrics]:
+        """Kernel selection over the last steps: mean share, extreme scores."""
+        return {
+            layer: SelectionMetrics(
+                np.mean([step[layer].exclusive_share for step in self.selection], 0),
+                np.min([step[layer].lowest_score for step in self.selection], 0),
+                np.max([step[layer].highest_score for step in self.selection], 0),
+            )
+            for layer in self.selection[0]
+        }
+
+
+def _print_start(config: ExperimentConfig, stream: JointStream, mesh: Any, total: int) -> None:
+    datasets = ", ".join(f"{d.spec.name} ({len(d.source)} scans)" for d in stream.datasets)
+    print(
+        f"Training on {datasets}; {total} steps of {config.train.batch_size} scans a dataset on "
+        f"{mesh.size} {jax.devices()[0].platform} device(s), {mesh.shape[DATASET]} x {mesh.shape[REPLICA]} "
+        "(dataset x replica). The first step compiles, which takes a minute or two.",
+        flush=True,
+    )
