@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from h2a2_jax.errors import InputError
@@ -16,6 +16,7 @@ _EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
 
 def main(argv: list[str]) -> None:
     """Run the chosen mode."""
+    logging.set_verbosity(logging.WARNING)  # which accelerators JAX did not find is no news
     if len(argv) > 1:
         raise InputError(f"run.py takes flags only, given {argv[1]!r}; an example is {_EXAMPLE}.")
     if _CONFIG.value is None or not _WORKDIR.value:

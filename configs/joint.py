@@ -65,7 +65,8 @@ def demo() -> ExperimentConfig:
             selection=KernelSelection(),
         ),
         optim=OptimConfig(warmup_steps=20),
-        train=TrainConfig(batch_size=4, steps=400, log_every=10, checkpoint_every=100),
+        # One bucket, for one compilation.
+        train=TrainConfig(batch_size=4, steps=400, log_every=10, checkpoint_every=100, max_rung=0),
     )
 
 

@@ -112,6 +112,6 @@ def _moved(
     """The scan with points at matrix @ p + shift, the given boxes, and the motion appended to its transform."""
     motion = np.eye(4, dtype=np.float32)
     motion[:3, :3], motion[:3, 3] = matrix, shift
-    return dataclasses.replace(
-        scan, points=scan.points @ matrix.T + shift, boxes=boxes, transform=motion @ scan.transform
-    )
+    # einsum, not @: waking the threads of a BLAS for a 3 x 3 matrix takes longer than the product.
+    points = np.einsum("mj,ij->mi", scan.points, matrix) + shift
+    return dataclasses.replace(scan, points=points, boxes=boxes, transform=motion @ scan.transform)

@@ -72,7 +72,7 @@ class BucketLadder:
     def measured(cls, sizes: Sequence[Sequence[LevelSizes]], scans: int, **options: object) -> "BucketLadder":
         """A ladder for batches of `scans` scans from samples of the scans of each dataset.
 
-        Level by level the base holds the mean of the batch's sum plus two of its standard deviations, for whichever
+        Level by level the base holds the mean of the batch's sum plus three of its standard deviations, for whichever
         dataset needs most.
 
         Args:
@@ -81,7 +81,7 @@ class BucketLadder:
             options: ratio and max_rung.
         """
         tables = [np.asarray(s, np.float64) for s in sizes if len(s)]
-        needs = [t.mean(0) * scans + 2 * t.std(0) * scans**0.5 for t in tables]
+        needs = [t.mean(0) * scans + 3 * t.std(0) * scans**0.5 for t in tables]
         return cls(LevelSizes(*np.ceil(np.max(needs, 0)).astype(int).tolist()), **options)  # type: ignore[arg-type]
 
 
@@ -157,15 +157,14 @@ def pad_batch(batch: ScanBatch, capacities: LevelSizes, max_boxes: int, *, tiles
         capacities: of the bucket.
         max_boxes: rows for the boxes of a scan.
         tiles: whether maps carry the tiles that the algorithm for CPUs reads.
+
+    Raises:
+        InputError: a level does not fit its capacity.
     """
     boxes, labels = pad_boxes(batch.scans, max_boxes)
-    return Batch(
-        sparse.pad_rows(batch.features, capacities.voxels),
-        pad_plan(batch.tables, capacities, tiles=tiles),
-        boxes,
-        labels,
-        np.asarray(True),
-    )
+    plan = pad_plan(batch.tables, capacities, tiles=tiles)
+    features = sparse.pad_rows(batch.features, capacities.voxels)
+    return Batch(features, plan, boxes, labels, np.asarray(True))
 
 
 def pad_boxes(scans: Sequence[Scan], max_boxes: int) -> tuple[Float32[np.ndarray, "b g 7"], Int32[np.ndarray, "b g"]]:

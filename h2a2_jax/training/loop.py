@@ -132,18 +132,24 @@ def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device]
         watch = _Watch(config, specs, schedule, stream)
         first = int(state.step)
         with MetricsWriter(workdir) as writer:
-            progress = Progress(total, first)
+            started, progress = time.monotonic(), None
             for item in stream.steps(first, total):
                 state, metrics = take_step(state, item.batch)
                 step = item.step + 1
                 watch.see(item, metrics)
-                if step == first + 1 or step % config.train.log_every == 0 or step == total:
+                if progress is None:  # what compiling takes says nothing of the time left
+                    jax.block_until_ready(metrics)
+                    print(f"First step done after {time.monotonic() - started:.0f} s.", flush=True)
+                    progress = Progress(total, step)
+                if step % config.train.log_every == 0 or step == total:
                     values = watch.summary(state.balancer)
                     writer.write(step, values)
-                    progress.update(step, float(np.mean([values[f"loss/{s.name}"] for s in specs])), watch.scans)
+                    loss = float(np.mean([values[f"loss/{spec.name}"] for spec in specs]))
+                    progress.update(step, loss, watch.scans_since_summary)
                 if step % config.train.checkpoint_every == 0 or step == total:
                     store.save(step, state, config, config.dataset_names)
-            progress.close()
+            if progress is not None:
+                progress.close()
     for name, reason in stream.skipped.items():
         print(f"Skipped scan {name}: {reason}")
     end = merge_model(graph, *jax.device_get((state.exclusive, state.shared, state.stats)))
@@ -185,12 +191,12 @@ class _Watch:
     specs: Sequence[DatasetSpec]
     schedule: optax.Schedule
     stream: JointStream
-    scans: int = 0
+    scans_since_summary: int = 0
     selection: list[dict[str, SelectionMetrics]] = field(default_factory=list)
     _pending: list[StepMetrics] = field(default_factory=list)
     _dropped: int = 0
     _since: float = field(default_factory=time.monotonic)
-    _scans_before: int = 0
+    _scans: int = 0
     _step: int = 0
 
     _REMEMBERED = 50
@@ -198,7 +204,7 @@ class _Watch:
     def see(self, item: JointStep, metrics: StepMetrics) -> None:
         """Take note of a step; what it computes stays on the device until the summary."""
         self._pending.append(metrics)
-        self.scans += item.num_scans
+        self._scans += item.num_scans
         self._dropped += item.dropped_points
         self._step = item.step
 
@@ -223,8 +229,8 @@ class _Watch:
             values[f"exclusive_share/{spec.name}"] = float(np.mean([share[d] for share in shares]))
         values["dropped_points"] = self._dropped
         values["skipped_scans"] = len(self.stream.skipped)
-        values["scans_per_second"] = (self.scans - self._scans_before) / max(now - self._since, 1e-9)
-        self._dropped, self._since, self._scans_before = 0, now, self.scans
+        values["scans_per_second"] = self._scans / max(now - self._since, 1e-9)
+        self.scans_since_summary, self._scans, self._dropped, self._since = self._scans, 0, 0, now
         return values
 
     def _harmonization(self, balancer: Any) -> dict[str, float]:

@@ -9,6 +9,7 @@ import numpy as np
 from h2a2_jax.layers import SelectiveConv
 from h2a2_jax.models import Detector
 from h2a2_jax.training.step import SelectionMetrics
+from h2a2_jax.typing import AnyArray
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ def selection_report(
         reports.append(
             LayerReport(
                 name,
-                *(np.asarray(values) for values in seen),
+                exclusive_share=np.asarray(seen.exclusive_share),
+                lowest_score=np.asarray(seen.lowest_score),
+                highest_score=np.asarray(seen.highest_score),
                 prior_moved=float(jnp.abs(layer.prior[...] - before[name].prior[...]).mean()),
                 prototypes_moved=_mean_angle(layer.prototypes[...], before[name].prototypes[...]),
                 tau=layer.selection.tau,
@@ -85,8 +88,8 @@ def selection_report(
     return reports, np.linalg.norm(new - old, axis=1) / np.linalg.norm(old, axis=1)
 
 
-def _mean_angle(a: jnp.ndarray, b: jnp.ndarray) -> float:
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+def _mean_angle(first: AnyArray, second: AnyArray) -> float:
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))).mean())
 
