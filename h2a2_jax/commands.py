@@ -1,5 +1,6 @@
 """What `run.py` does, mode by mode."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -78,8 +79,14 @@ def restore(config: ExperimentConfig, workdir: Path) -> Detector:
             f"{', '.join(config.dataset_names)}; give the config it was trained with."
         )
     if stored.model != config.model:
+        fields = [f.name for f in dataclasses.fields(config.model)]
+        differ = [
+            f"{name} {getattr(stored.model, name)} stored, {getattr(config.model, name)} given"
+            for name in fields
+            if getattr(stored.model, name) != getattr(config.model, name)
+        ]
         raise InputError(
-            f"the checkpoint in {workdir} has another architecture than the config ({stored.model} stored, "
-            f"{config.model} given); give the config it was trained with."
+            f"the checkpoint in {workdir} has another architecture than the config ({'; '.join(differ)}); give the "
+            "config it was trained with."
         )
     return model

@@ -1,0 +1,102 @@
+"""The command line as a user meets it, and a whole small run."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs.joint import demo, get_config
+from h2a2_jax.commands import evaluate_command, predict_command, restore, train_command
+from h2a2_jax.errors import InputError
+from h2a2_jax.inference.predictions import read_predictions
+from h2a2_jax.models import DetectorConfig
+from h2a2_jax.training.config import ExperimentConfig, TrainConfig, experiment_config, from_json, to_json
+from h2a2_jax.training.loop import train
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "needs --config and --workdir"),
+        (["--config=configs/joint.py:demoo"], "no variant 'demoo'; its variants are paper, demo"),
+        (["--config=configs/nowhere.py"], "the config file cannot be read"),
+        (["--config=configs/joint.py:demo", "--config.optim.lrr=3"], 'unknown config key lrr Did you mean "lr"'),
+        (["--config=configs/joint.py"], "The data of scannet is not there: data/scannet does not exist"),
+        (["--config=configs/joint.py:demo", "--mode=eval"], "There is no checkpoint in"),
+    ],
+)
+def test_wrong_input_ends_in_one_sentence_and_status_2(tmp_path: Path, flags: list[str], sentence: str) -> None:
+    workdir = [] if not flags else [f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, "run.py", *flags, *workdir], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert sentence in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def small() -> ExperimentConfig:
+    """The demo with a few scans and steps; what it compiles is what takes the time."""
+    config = demo()
+    return replace(
+        config,
+        datasets=tuple(replace(d, train_size=3, val_size=2) for d in config.datasets),
+        model=replace(config.model, stem_channels=4, stage_channels=(4, 4, 4, 4), neck_channels=4, voxel_size=0.03),
+        train=replace(config.train, batch_size=1, steps=2, log_every=1),
+    )
+
+
+@pytest.mark.slow
+def test_trained_on_three_devices_evaluated_on_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small()
+    trained = train(config, tmp_path, jax.devices()[:3])
+    printed = capsys.readouterr().out
+    assert "3 cpu device(s), 3 x 1" in printed
+    assert "layer1_0.conv1" in printed and "Embeddings E moved by" in printed
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    for key in ("loss/scannet", "loss/s3dis", "learning_rate", "psi/mean", "exclusive_share/sunrgbd"):
+        assert np.isfinite(lines[-1][key])
+    assert {"dropped_points", "scans_per_second"} <= lines[-1].keys()
+
+    evaluate_command(config, tmp_path)
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(json.dumps(trained))
+
+    predict_command(config, tmp_path)
+    document = json.loads((tmp_path / "predictions" / "sunrgbd.json").read_text())
+    assert len(read_predictions(document)) == 2
+
+    with pytest.raises(InputError, match="stem_channels"):
+        restore(replace(config, model=replace(config.model, stem_channels=8)), tmp_path)
+    with pytest.raises(InputError, match="datasets"):
+        restore(replace(config, datasets=config.datasets[:2]), tmp_path)
+
+
+def test_a_missing_validation_split_is_noticed_before_training(tmp_path: Path) -> None:
+    config = small()
+    missing = replace(config.datasets[0], kind="mmdet3d", root=str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="The data of scannet is not there"):
+        train_command(replace(config, datasets=(missing, *config.datasets[1:])), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_files_give_the_settings_of_the_paper() -> None:
+    config = experiment_config(get_config())
+    assert config.dataset_names == ("scannet", "sunrgbd", "s3dis")
+    assert (config.model.depth, config.model.stage_channels) == (34, (64, 128, 128, 128))
+    assert config.model.selection is not None and config.harmonize.method == "ngh"
+    assert (config.train.batch_size, config.train.epochs, config.optim.lr) == (16, 12, 1e-3)
+    assert experiment_config(get_config("no_sfks")).model.selection is None
+    assert DetectorConfig().voxel_size == 0.01 and TrainConfig().seed == 0
+
+
+def test_a_run_stores_a_config_that_reads_back() -> None:
+    assert from_json(to_json(small())) == small()
