@@ -172,8 +172,8 @@ def pad_plan(tables: DetectorTables, capacities: LevelSizes, *, tiles: bool = Tr
     stem = sparse.pad_sites(tables.stem.outputs, capacities.stem)
     pool = sparse.pad_sites(tables.pool.outputs, capacities.pool)
 
-    def padded(table: NeighborTable, inputs: Sites, outputs: Sites) -> KernelMap:
-        tile_size = _tile_size(inputs, outputs) if tiles and len(table.rows) > 1 else None
+    def padded(table: NeighborTable, inputs: Sites, outputs: Sites, fill: float = 0.3) -> KernelMap:
+        tile_size = _tile_size(inputs, outputs, fill) if tiles and len(table.rows) > 1 else None
         return sparse.pad_map(table, inputs, outputs, tile_size=tile_size)
 
     stages, fine = [], pool
@@ -192,20 +192,20 @@ def pad_plan(tables: DetectorTables, capacities: LevelSizes, *, tiles: bool = Tr
                 padded(up.generate, coarse, sparse.pad_sites(children, capacity)),
                 sparse.union_rows(children, union, capacity, capacity),
                 sparse.union_rows(up.stage, union, stage_capacity, capacity),
-                padded(up.lateral, outputs, outputs),
+                padded(up.lateral, outputs, outputs, fill=0.8),
             )
         )
         coarse = outputs
     return DetectorPlan(
         voxels,
-        sparse.pad_map(tables.stem, voxels, stem),
+        padded(tables.stem, voxels, stem, fill=0.1),
         sparse.pad_map(tables.pool, stem, pool),
         tuple(stages),
         tuple(ups),
     )
 
 
-def _tile_size(inputs: Sites, outputs: Sites) -> int:
-    """Pairs in a tile: about what one scan has at one offset (a third of its sites have a given neighbour)."""
-    pairs = min(inputs.capacity, outputs.capacity) / max(1, inputs.num_scans) / 3
+def _tile_size(inputs: Sites, outputs: Sites, fill: float) -> int:
+    """Pairs in a tile: about what one scan has at one offset, if that share of its sites has a given neighbour."""
+    pairs = fill * min(inputs.capacity, outputs.capacity) / max(1, inputs.num_scans)
     return int(2 ** np.clip(np.round(np.log2(max(pairs, 1))), 5, 10))

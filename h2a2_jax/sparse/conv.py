@@ -47,8 +47,8 @@ def convolve(
         scan_set: kernel of the stack that each scan calls its own; default 1 where gamma is given.
         algorithm: "segment_sum": gather, matmul, segment sum, one offset after the other, by JAX's own derivative.
             "gather": the same without a scatter in either direction. "tiles": pairs sorted by offset and multiplied in
-            tiles, only as many as there are (needs `kernel_map.tiles`). "auto": tiles on CPU where the map has them
-            and the input is wider than a few channels, else gather.
+            tiles, only as many as there are (needs `kernel_map.tiles`). "auto": tiles on CPU where the map has them, else
+            gather.
         dtype: compute type of the products; sums are float32 (float64 stays float64). Default: the features'.
         precision: of the products, as in `jax.lax.dot_general`.
 
@@ -67,7 +67,7 @@ def convolve(
     compute = jnp.dtype(dtype) if dtype is not None else features.dtype
     x, w = features.astype(compute), kernels.astype(compute)
     if algorithm == "auto":
-        algorithm = _choose(features.shape[1], kernel_map)
+        algorithm = _choose(kernel_map)
     options = _Options(jnp.promote_types(compute, jnp.float32), precision)
     if algorithm == "segment_sum":
         out = _segment_sum(x, w, gamma, scan_set, kernel_map, options)
@@ -105,13 +105,9 @@ def _check(features: Array, kernels: Array, kernel_map: KernelMap, gamma: Array 
         raise ValueError("algorithm 'tiles' needs a map with tiles: build it with pad_map(..., tile_size=...).")
 
 
-_WIDE = 8
-"""Input channels from which tiles beat one gather per offset on a CPU."""
-
-
-def _choose(channels: int, kernel_map: KernelMap) -> Algorithm:
+def _choose(kernel_map: KernelMap) -> Algorithm:
     on_cpu = jax.default_backend() == "cpu"
-    return "tiles" if on_cpu and kernel_map.tiles is not None and channels >= _WIDE else "gather"
+    return "tiles" if on_cpu and kernel_map.tiles is not None else "gather"
 
 
 def _take(rows: Array, index: Array) -> Array:

@@ -26,10 +26,16 @@ def max_pool(features: Float[Array, "n_in c"], kernel_map: KernelMap) -> Float[A
 
 
 def _pool(x: Array, kmap: KernelMap) -> tuple[Array, Array]:
+    """Maxima and the first offset that holds each; offset by offset, for an argmax over an axis is many times slower."""
     neighbors = jnp.asarray(kmap.neighbors)
-    windows = x.at[neighbors].get(mode="fill", fill_value=-jnp.inf)
+    best = x.at[neighbors[0]].get(mode="fill", fill_value=-jnp.inf)
+    chosen = jnp.zeros(best.shape, jnp.int8)
+    for k in range(1, kmap.kernel_volume):
+        window = x.at[neighbors[k]].get(mode="fill", fill_value=-jnp.inf)
+        chosen = jnp.where(window > best, jnp.int8(k), chosen)
+        best = jnp.maximum(best, window)
     valid = (jnp.arange(kmap.out_capacity) < kmap.n_out)[:, None]
-    return jnp.where(valid, windows.max(0), 0), windows.argmax(0).astype(jnp.int8)
+    return jnp.where(valid, best, 0), chosen
 
 
 def _forward(x: Array, kmap: KernelMap) -> tuple[Array, tuple]:
