@@ -47,8 +47,8 @@ def convolve(
         scan_set: kernel of the stack that each scan calls its own; default 1 where gamma is given.
         algorithm: "segment_sum": gather, matmul, segment sum, one offset after the other, by JAX's own derivative.
             "gather": the same without a scatter in either direction. "tiles": pairs sorted by offset and multiplied in
-            tiles, only as many as there are (needs `kernel_map.tiles`). "auto": tiles on CPU where the map has them, else
-            gather.
+            tiles, only as many as there are (needs `kernel_map.tiles`). "auto": tiles on CPU where the map has them,
+            else gather.
         dtype: compute type of the products; sums are float32 (float64 stays float64). Default: the features'.
         precision: of the products, as in `jax.lax.dot_general`.
 

@@ -26,7 +26,7 @@ def max_pool(features: Float[Array, "n_in c"], kernel_map: KernelMap) -> Float[A
 
 
 def _pool(x: Array, kmap: KernelMap) -> tuple[Array, Array]:
-    """Maxima and the first offset that holds each; offset by offset, for an argmax over an axis is many times slower."""
+    """Maxima and the first offset that holds each; by offset, for an argmax over an axis is many times slower."""
     neighbors = jnp.asarray(kmap.neighbors)
     best = x.at[neighbors[0]].get(mode="fill", fill_value=-jnp.inf)
     chosen = jnp.zeros(best.shape, jnp.int8)
