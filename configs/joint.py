@@ -51,10 +51,10 @@ def paper() -> ExperimentConfig:
 
 
 def demo() -> ExperimentConfig:
-    """A small detector on procedural stand-ins of the three datasets."""
+    """A small detector on procedural stand-ins of the three datasets; 200 steps are some eight epochs."""
     return ExperimentConfig(
         datasets=tuple(
-            SourceConfig(name, kind="synthetic", train_size=96, val_size=16, scale="demo") for name in NAMES
+            SourceConfig(name, kind="synthetic", train_size=96, val_size=16, scale="demo", repeats=1) for name in NAMES
         ),
         model=DetectorConfig(
             depth=10,
@@ -64,9 +64,9 @@ def demo() -> ExperimentConfig:
             voxel_size=0.015,
             selection=KernelSelection(),
         ),
-        optim=OptimConfig(warmup_steps=20),
+        optim=OptimConfig(decay_epochs=(6, 8), warmup_steps=20),
         # One bucket, for one compilation.
-        train=TrainConfig(batch_size=4, steps=400, log_every=10, checkpoint_every=100, max_rung=0),
+        train=TrainConfig(batch_size=4, steps=200, log_every=10, checkpoint_every=100, max_rung=0),
     )
 
 

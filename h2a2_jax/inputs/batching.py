@@ -124,12 +124,15 @@ def collate_to_fit(scans: Sequence[Scan], voxel_size: float, ladder: BucketLadde
 
     A crop keeps the points nearest to the middle of the scan (in x, y) and the boxes whose centre lies among them.
     """
-    scans, before = list(scans), sum(len(scan.points) for scan in scans)
     batch = collate(scans, voxel_size)
-    while ladder.rung(batch.tables.sizes, ladder.max_rung) is None:
-        scans = [_crop(scan, 0.85) for scan in scans]
-        batch = collate(scans, voxel_size)
-    return replace(batch, dropped_points=before - sum(len(scan.points) for scan in scans))
+    if ladder.rung(batch.tables.sizes, ladder.max_rung) is not None:
+        return batch
+    cropped, sizes = list(scans), batch.tables.sizes
+    while ladder.rung(sizes, ladder.max_rung) is None:
+        cropped = [_crop(scan, 0.95) for scan in cropped]
+        sizes = pyramid_sizes(sparse.voxelize([scan.points for scan in cropped], voxel_size).sites)
+    dropped = sum(len(scan.points) for scan in scans) - sum(len(scan.points) for scan in cropped)
+    return replace(collate(cropped, voxel_size), dropped_points=dropped)
 
 
 def _crop(scan: Scan, keep: float) -> Scan:

@@ -26,7 +26,7 @@ from h2a2_jax.inputs.batching import (
 from h2a2_jax.inputs.scan import Scan, ScanError, ScanSource
 from h2a2_jax.inputs.specs import DatasetSpec
 
-_MEASURED = 12
+_MEASURED = 24
 """Scans of each dataset that are measured for the bucket ladder."""
 
 _BOX_ROWS = 16
