@@ -12,8 +12,8 @@ from h2a2_jax.inputs.sources import CachedSource, build_source
 from h2a2_jax.inputs.specs import dataset_spec
 from h2a2_jax.models import Detector
 from h2a2_jax.training.checkpoint import CheckpointStore
-from h2a2_jax.training.config import ExperimentConfig, to_json
-from h2a2_jax.training.loop import evaluate, train
+from h2a2_jax.training.config import ExperimentConfig
+from h2a2_jax.training.loop import evaluate, print_skipped, train
 
 
 def train_command(config: ExperimentConfig, workdir: Path) -> None:
@@ -25,8 +25,6 @@ def train_command(config: ExperimentConfig, workdir: Path) -> None:
     for source in config.datasets:  # both splits, before anything is written or compiled
         for split in ("train", "val"):
             build_source(source, split)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(to_json(config) + "\n")
     train(config, workdir)
     print(
         f"Losses are in {workdir / 'metrics.jsonl'}, checkpoints in {workdir / 'checkpoints'}. Boxes as JSON: the same "
@@ -59,6 +57,7 @@ def predict_command(config: ExperimentConfig, workdir: Path) -> None:
     for spec, chosen in zip(specs, config.datasets, strict=True):
         source = CachedSource(build_source(chosen, "val"))
         _, detections, skipped = evaluate_source(predictor, source, spec, config.eval)
+        print_skipped(skipped)
         scans = [source[i] for i, name in enumerate(source.names) if name not in skipped]
         path = folder / f"{spec.name}.json"
         path.write_text(json.dumps(predictions_json(scans, detections, spec), indent=1) + "\n")

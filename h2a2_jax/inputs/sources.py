@@ -84,6 +84,16 @@ def _check_folder(source: SourceConfig, infos: Sequence[str]) -> None:
         )
 
 
+def left_out(source: ScanSource) -> str | None:
+    """One sentence on the points and objects that a source had to leave out of its scans; None if there are none."""
+    while isinstance(source, CachedSource | _PermutedBoxes):
+        source = source.source
+    if not isinstance(source, Mmdet3dFolder):
+        return None
+    report = source.report()
+    return str(report) if report.dropped_points or report.ignored_objects else None
+
+
 class CachedSource:
     """Keeps every scan of a source in memory once it was loaded; several threads may ask at once.
 
@@ -132,18 +142,18 @@ def permuted_boxes(source: ScanSource, seed: int) -> ScanSource:
 
 class _PermutedBoxes:
     def __init__(self, source: ScanSource, seed: int):
-        self._source = source
+        self.source = source
         order = np.random.default_rng(seed).permutation(len(source))
         self._donor = dict(zip(order.tolist(), np.roll(order, -1).tolist(), strict=True))
 
     @property
     def names(self) -> Sequence[str]:
         """Names of the scans, in order."""
-        return self._source.names
+        return self.source.names
 
     def __len__(self) -> int:
         """Number of scans."""
-        return len(self._source)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> Scan:
         """One scan with another one's boxes.
@@ -151,9 +161,9 @@ class _PermutedBoxes:
         Raises:
             ScanError: this scan or the other one cannot be used.
         """
-        scan = self._source[index]
+        scan = self.source[index]
         try:
-            donor = self._source[self._donor[index]]
+            donor = self.source[self._donor[index]]
         except ScanError as error:
             raise ScanError(scan.name, f"Scan {scan.name} has no boxes to take: {error}") from error
         return dataclasses.replace(scan, boxes=donor.boxes, labels=donor.labels)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from h2a2_jax.evaluation import Evaluation
 from h2a2_jax.inference.evaluate import evaluate_source
 from h2a2_jax.inference.predictor import Predictor
 from h2a2_jax.inputs.pipeline import JointStep, JointStream, StreamConfig, StreamDataset
-from h2a2_jax.inputs.sources import CachedSource, build_source, permuted_boxes
+from h2a2_jax.inputs.scan import ScanSource
+from h2a2_jax.inputs.sources import CachedSource, build_source, left_out, permuted_boxes
 from h2a2_jax.inputs.specs import DatasetSpec, dataset_spec
 from h2a2_jax.models import Detector, HeadConfig
 from h2a2_jax.training.checkpoint import CheckpointStore
-from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig
+from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig, to_json
 from h2a2_jax.training.harmonize import HarmonizationState, norm_gradient_harmonization, plain_mean
 from h2a2_jax.training.mesh import DATASET, REPLICA, train_mesh
 from h2a2_jax.training.metrics import MetricsWriter, Progress
@@ -128,6 +129,8 @@ def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device]
         if newest is not None:
             state = store.restore_state(newest, state, config.dataset_names, config)
             print(f"Resuming {workdir} after step {newest} of {total}.", flush=True)
+        # Only now: a workdir of another run stays as it is.
+        (workdir / "config.json").write_text(to_json(config) + "\n")
         _print_start(config, stream, mesh, total)
         watch = _Watch(config, specs, schedule, stream)
         first = int(state.step)
@@ -150,8 +153,9 @@ def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device]
                     store.save(step, state, config, config.dataset_names)
             if progress is not None:
                 progress.close()
-    for name, reason in stream.skipped.items():
-        print(f"Skipped scan {name}: {reason}")
+    print_skipped(stream.skipped)
+    for dataset in stream.datasets:
+        print_left_out(dataset.spec.name, dataset.source)
     end = merge_model(graph, *jax.device_get((state.exclusive, state.shared, state.stats)))
     if config.model.selection is not None and watch.selection:
         reports, moved = selection_report(build_detector(config), end, watch.mean_selection())
@@ -176,11 +180,28 @@ def evaluate(config: ExperimentConfig, model: Detector, workdir: Path) -> dict[s
         evaluation, _, skipped = evaluate_source(predictor, source, spec, config.eval)
         results[spec.name] = {**evaluation.to_dict(), "scans": len(source) - len(skipped), "skipped": skipped}
         tables.append((spec.name, evaluation))
+        print_skipped({f"{spec.name}/{name}": reason for name, reason in skipped.items()})
+        print_left_out(spec.name, source)
     for name, evaluation in tables:
         print(f"\n{name}\n{evaluation.table()}")
     (workdir / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"\nWritten to {workdir / 'evaluation.json'}", flush=True)
     return results
+
+
+def print_skipped(skipped: Mapping[str, str]) -> None:
+    """Name the scans that were left out, and why."""
+    for name, reason in skipped.items():
+        print(f"Skipped {name}: {reason}")
+    if skipped:
+        print(f"{len(skipped)} scan(s) skipped.", flush=True)
+
+
+def print_left_out(name: str, source: ScanSource) -> None:
+    """Say how many points and objects of the scans could not be used."""
+    sentence = left_out(source)
+    if sentence:
+        print(f"{name}: {sentence}", flush=True)
 
 
 @dataclass

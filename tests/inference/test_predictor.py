@@ -22,7 +22,7 @@ from h2a2_jax.models import Detector, DetectorConfig, HeadConfig, LevelSizes
 
 SPECS = (SUNRGBD, S3DIS)
 TINY = DetectorConfig(
-    depth=18,
+    depth=10,
     stem_channels=4,
     stage_channels=(4, 4, 4, 4),
     neck_channels=4,

@@ -9,7 +9,7 @@ import pytest
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.scan import Scan, ScanError, ScanSource
-from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source, permuted_boxes
+from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source, left_out, permuted_boxes
 
 
 class Numbered:
@@ -118,3 +118,18 @@ def test_folder_with_info_files_of_other_names(tmp_path: Path):
 def test_unknown_dataset_is_refused():
     with pytest.raises(InputError, match="kitti"):
         build_source(SourceConfig("kitti", kind="synthetic"), "train")
+
+
+def test_what_was_left_out_is_said_through_any_wrapper(tmp_path):
+    points = np.ones((4, 6), np.float32)
+    points[0, 0] = np.nan
+    (tmp_path / "points").mkdir()
+    points.tofile(tmp_path / "points" / "one.bin")
+    entry = {"lidar_points": {"num_pts_feats": 6, "lidar_path": "one.bin"}, "instances": []}
+    with (tmp_path / "scannet_infos_val.pkl").open("wb") as file:
+        pickle.dump({"metainfo": {}, "data_list": [entry]}, file)
+    source = CachedSource(build_source(SourceConfig("scannet", root=str(tmp_path)), "val"))
+    assert left_out(source) is None
+    assert len(source[0].points) == 3
+    assert "Left out 1 points" in left_out(source)
+    assert left_out(build_source(SourceConfig("scannet", kind="synthetic", val_size=1), "val")) is None

@@ -45,9 +45,9 @@ def empty_scan():
 
 
 def tiny_config(selection=SELECTION, width=4):
-    """The smallest detector of depth 18."""
+    """The smallest detector."""
     return DetectorConfig(
-        depth=18, stem_channels=width, stage_channels=(width, width, width, width), neck_channels=width,
+        depth=10, stem_channels=width, stage_channels=(width, width, width, width), neck_channels=width,
         voxel_size=VOXEL, selection=selection,
     )  # fmt: skip
 

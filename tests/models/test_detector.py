@@ -178,7 +178,7 @@ def test_taps_name_every_stage():
 
 
 def test_an_unknown_depth_is_refused():
-    with pytest.raises(InputError, match="depth 18 or 34"):
+    with pytest.raises(InputError, match="depth 10, 18 or 34"):
         Detector(replace(tiny_config(), depth=50), [HeadConfig("a", 2, 6)], rngs=nnx.Rngs(0))
 
 

@@ -28,7 +28,7 @@ from h2a2_jax.training.state import TrainState, place_state, split_model
 
 NAMES = ("scannet", "sunrgbd", "s3dis")
 TINY = DetectorConfig(
-    depth=18,
+    depth=10,
     stem_channels=4,
     stage_channels=(4, 4, 4, 4),
     neck_channels=4,

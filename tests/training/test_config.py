@@ -93,7 +93,7 @@ def test_keys_left_out_take_their_defaults():
         ("train.batch_size", 0, "train.batch_size is 0; expected 1 or more."),
         ("optim.lr", -1.0, "optim.lr is -1.0; expected a finite number above 0."),
         ("optim.decay_epochs", [8, 8], "optim.decay_epochs is (8, 8); expected rising epochs from 1."),
-        ("model.depth", 50, "model.depth is 50; the residual network has depth 18 or 34."),
+        ("model.depth", 50, "model.depth is 50; the residual network has depth 10, 18 or 34."),
         ("model.selection.tau", 1.5, "model.selection.tau is 1.5; expected a number from 0 to 1."),
         ("model.stage_channels", [4, 4, 0, 4], "expected widths of 1 or more."),
         ("datasets", {}, "datasets is (); expected at least one of scannet, sunrgbd, s3dis."),

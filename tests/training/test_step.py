@@ -125,7 +125,7 @@ def test_no_kernel_is_chosen_by_rounding():
     for d in range(3):
         own = jax.tree.map(lambda leaf, d=d: leaf[d, 0], batch)
         margins = [abs(s - SELECTION.tau).min() for s in scores(own.features, own.plan, jnp.eye(3)[d])]
-        assert len(margins) == 16 and min(margins) > NEAR_TIE
+        assert len(margins) == 8 and min(margins) > NEAR_TIE
 
 
 @pytest.mark.parametrize("devices", DEVICES[1:])
@@ -145,7 +145,7 @@ def test_gradients_after_one_step(devices):
     for layer, seen in one.selection.items():
         np.testing.assert_allclose(metrics.selection[layer].exclusive_share, seen.exclusive_share, rtol=1e-6)
     shares = [seen.exclusive_share for seen in one.selection.values()]
-    assert len(shares) == 16 and 0.05 < np.mean(shares) < 0.95
+    assert len(shares) == 8 and 0.05 < np.mean(shares) < 0.95
     assert state.step == one_state.step == 1
 
 
@@ -171,7 +171,7 @@ def test_an_absent_dataset_has_no_part(devices):
 def test_parameters_are_split_by_what_owns_them():
     _, exclusive, shared, stats = split_model(tiny_detector())
     own = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(exclusive)}
-    assert len(own) == 16 + 1 + 4
+    assert len(own) == 8 + 1 + 4
     assert all(name == "embedding" or name.startswith("heads.") or name.endswith(".exclusive") for name in own)
     assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves((exclusive, stats)))
     assert not any("heads" in str(path) or "exclusive" in str(path) for path, _ in nnx.to_flat_state(shared))
