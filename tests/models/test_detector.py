@@ -167,7 +167,7 @@ def test_taps_name_every_stage():
         return nnx.merge(graph, state)(batch.features, batch.plan, context)
 
     jax.eval_shape(forward, state)
-    blocks = {f"layer{s}_{b}" for s in range(1, 5) for b in range(2)}
+    blocks = {f"layer{s}_{b}" for s in range(1, 5) for b in range(1)}
     kernels = {f"{block}.conv{c}.{part}" for block in blocks for c in (1, 2) for part in ("alpha", "beta", "gamma")}
     assert set(taps) == {
         "conv1", "stem", "maxpool", *blocks, *kernels, *(f"layer{s}" for s in range(1, 5)),
