@@ -1,0 +1,74 @@
+"""What the algorithms of sparse convolution share."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+
+@dataclass(frozen=True)
+class ConvOptions:
+    """How products are computed.
+
+    Attributes:
+        sum_type: in which products are summed.
+        precision: of the products, as in `jax.lax.dot_general`.
+    """
+
+    sum_type: Any
+    precision: Any
+
+    def dot(self, a: Array, b: Array) -> Array:
+        """Matrix product, summed in `sum_type`."""
+        return jnp.matmul(a, b, precision=self.precision, preferred_element_type=self.sum_type)
+
+
+def take_rows(rows: Array, index: Array) -> Array:
+    """Rows by index; an index past the end gives zeros."""
+    return rows.at[index].get(mode="fill", fill_value=0)
+
+
+def per_row(values: Num[Array, "b *c"], scan: Int[Array, " n"]) -> Num[Array, "n *c"]:
+    """A value of each scan on its rows, zero on padding."""
+    return values.at[scan].get(mode="fill", fill_value=0)
+
+
+def zeros_varying_as(shape: tuple[int, ...], dtype: Any, like: tuple[Any, ...]) -> Array:
+    """Zeros that vary over every mesh axis that one of `like` varies over: a loop under shard_map may add to them.
+
+    A choice that never falls on the array's value passes its type on, and compiles to nothing.
+    """
+    zero = jnp.zeros((), dtype)
+    for leaf in jax.tree.leaves(like):
+        zero = zero + jnp.where(False, jnp.asarray(leaf).reshape(-1)[:1].sum().astype(dtype), 0)
+    return jnp.broadcast_to(zero, shape)
+
+
+def set_masks(gamma: Array | None, scan_set: Array | None, sets: int, scan: Array) -> Any:
+    """Function of the offset k: which kernel of the stack each row uses, [n, S] of 0 and 1; None if it is always 0."""
+    if gamma is None or scan_set is None:
+        return lambda k: None
+
+    def masks(k: Array | int) -> Array:
+        chosen = jnp.where(gamma[:, k] >= 0.5, 0, scan_set)
+        return per_row(jax.nn.one_hot(chosen, sets), scan)
+
+    return masks
+
+
+def dot_by_set(rows: Array, w: Float[Array, "s a b"], by_set: Array | None, options: ConvOptions) -> Array:
+    """Rows [n, a] times the kernel that each row uses, by masks [n, S] of `set_masks`; None: kernel 0 everywhere."""
+    if by_set is None:
+        return options.dot(rows, w[0])
+    total = options.dot(rows * by_set[:, :1].astype(rows.dtype), w[0])
+    for s in range(1, len(w)):
+        total = total + options.dot(rows * by_set[:, s : s + 1].astype(rows.dtype), w[s])
+    return total
+
+
+def no_gradient(tree: Any) -> Any:
+    """Cotangents of integer arguments."""
+    return jax.tree.map(lambda a: np.zeros(np.shape(a), jax.dtypes.float0), tree)
