@@ -1,10 +1,8 @@
 """What `run.py` does, mode by mode."""
 
-import dataclasses
 import json
 from pathlib import Path
 
-from h2a2_jax.errors import InputError
 from h2a2_jax.inference.evaluate import evaluate_source
 from h2a2_jax.inference.predictions import predictions_json
 from h2a2_jax.inference.predictor import Predictor
@@ -71,21 +69,4 @@ def restore(config: ExperimentConfig, workdir: Path) -> Detector:
         InputError: there is none, or it is of another architecture or of other datasets; the sentence says how.
     """
     with CheckpointStore(workdir / "checkpoints") as store:
-        model, stored = store.restore_model()
-    if stored.dataset_names != config.dataset_names:
-        raise InputError(
-            f"the checkpoint in {workdir} is of the datasets {', '.join(stored.dataset_names)}, the config names "
-            f"{', '.join(config.dataset_names)}; give the config it was trained with."
-        )
-    if stored.model != config.model:
-        fields = [f.name for f in dataclasses.fields(config.model)]
-        differ = [
-            f"{name} {getattr(stored.model, name)} stored, {getattr(config.model, name)} given"
-            for name in fields
-            if getattr(stored.model, name) != getattr(config.model, name)
-        ]
-        raise InputError(
-            f"the checkpoint in {workdir} has another architecture than the config ({'; '.join(differ)}); give the "
-            "config it was trained with."
-        )
-    return model
+        return store.restore_model(expected=config)[0]

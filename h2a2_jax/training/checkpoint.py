@@ -131,20 +131,28 @@ class CheckpointStore:
         )
         return dataclasses.replace(state, step=layout.filled({"step": like.step}, {"step": optimizer["step"]})["step"])
 
-    def restore_model(self, step: int | None = None) -> tuple[Detector, ExperimentConfig]:
+    def restore_model(
+        self, step: int | None = None, expected: ExperimentConfig | None = None
+    ) -> tuple[Detector, ExperimentConfig]:
         """The detector alone, built from the stored config, where JAX puts its arrays.
 
         Args:
             step: of the checkpoint; None: the last.
+            expected: config that the checkpoint must agree with in architecture and datasets; it sets their order.
 
         Returns:
-            Detector and config; the dataset axis has the order of the config's datasets.
+            Detector and stored config; the dataset axis has the order of the datasets of `expected`, else of the
+            stored config.
 
         Raises:
-            InputError: there is no such checkpoint, or it cannot be read.
+            InputError: there is no such checkpoint, it cannot be read, or it is not of the expected config.
         """
         step = self._existing(step)
         names, config = self._restore_config(step)
+        if expected is not None:
+            self._check_datasets(step, names, expected.dataset_names)
+            self._check_model(step, config.model, expected.model)
+            names = list(expected.dataset_names)
         heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in map(dataset_spec, names)]
         shapes = nnx.eval_shape(lambda: Detector(config.model, heads, rngs=nnx.Rngs(0)))
         graph, exclusive, shared, stats = split_model(shapes)
