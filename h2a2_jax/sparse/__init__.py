@@ -16,17 +16,16 @@ from h2a2_jax.sparse.grid import (
     voxel_coordinates,
     voxelize,
 )
-from h2a2_jax.sparse.kernel_map import (
-    KernelMap,
+from h2a2_jax.sparse.kernel_map import KernelMap, pad_map, union_rows
+from h2a2_jax.sparse.neighbors import (
     NeighborTable,
-    PairTiles,
     generative_neighbors,
-    pad_map,
+    inverse_neighbors,
     pool_neighbors,
     strided_neighbors,
     submanifold_neighbors,
-    union_rows,
 )
+from h2a2_jax.sparse.pair_tiles import PairTiles
 from h2a2_jax.sparse.pool import max_pool
 from h2a2_jax.sparse.tensor import Sites, SparseTensor, pad_rows, pad_sites, scan_mean
 
@@ -42,6 +41,7 @@ __all__ = [
     "downsample",
     "generate",
     "generative_neighbors",
+    "inverse_neighbors",
     "kernel_offsets",
     "max_pool",
     "pad_map",

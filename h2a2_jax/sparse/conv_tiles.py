@@ -16,7 +16,8 @@ from h2a2_jax.sparse.conv_parts import (
     take_rows,
     zeros_varying_as,
 )
-from h2a2_jax.sparse.kernel_map import KernelMap, PairTiles
+from h2a2_jax.sparse.kernel_map import KernelMap
+from h2a2_jax.sparse.pair_tiles import PairTiles
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -22,12 +22,15 @@ MAX_COORDINATE = _BIAS - 1024
 """Largest |coordinate| of a site; the rest of the 16-bit field is room for the offsets of kernels."""
 MAX_SCANS = 1 << (_BITS - 1)
 
-Size3 = int | tuple[int, int, int]
+Size3 = int | tuple[int, int] | tuple[int, int, int]
+"""A size of a kernel: one number for a cube, (x, y) in 2-D, (x, y, z)."""
 
 
 def size3(size: Size3) -> tuple[int, int, int]:
-    """A size along x, y, z from one number or three."""
-    return (size, size, size) if isinstance(size, int) else size
+    """A size along x, y, z; of two numbers, along x and y, the size along z is 1."""
+    if isinstance(size, int):
+        return size, size, size
+    return (size[0], size[1], 1) if len(size) == 2 else size
 
 
 def voxel_coordinates(points: Float[np.ndarray, "m 3"], voxel_size: float) -> Int[np.ndarray, "m 3"]:
@@ -148,8 +151,16 @@ def find_keys(keys: Int[np.ndarray, " n"], queries: Int[np.ndarray, " m"]) -> In
     return np.where(keys[rows] == queries, rows, -1).astype(np.int32)
 
 
-def site_set(coords: Int[np.ndarray, "n 4"], *, stride: int = 1, num_scans: int | None = None) -> SiteSet:
-    """The set of the given sites, in any order, duplicates merged."""
+def site_set(coords: Int[np.ndarray, "n d"], *, stride: int = 1, num_scans: int | None = None) -> SiteSet:
+    """The set of the given sites, in any order, duplicates merged.
+
+    Args:
+        coords: rows (scan, x, y, z), or (scan, x, y) in 2-D, where z is 0.
+        stride: of the set; coordinates are multiples of it.
+        num_scans: scans in the batch; default one more than the largest scan index.
+    """
+    if coords.shape[1] == 3:
+        coords = np.concatenate([coords, np.zeros_like(coords[:, :1])], 1)
     scans = num_scans if num_scans is not None else (int(coords[:, 0].max()) + 1 if len(coords) else 1)
     return SiteSet(sorted_unique(pack_keys(coords)), stride, scans)
 

@@ -1,0 +1,59 @@
+"""The pairs of a kernel map as a list sorted by offset and scan, cut into tiles."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from h2a2_jax.sparse.neighbors import NeighborTable
+from h2a2_jax.typing import Leaf, static_field
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PairTiles:
+    """Pairs (input row, output row) of one offset and one scan, cut into tiles of T.
+
+    A mirrored list belongs to a submanifold map with an odd kernel: it holds the first half of the offsets only, each
+    tile serving offset j from input to output row and offset V-1-j from output to input row; the centre is no tile.
+
+    Attributes:
+        in_rows: int32 [C, T]; places without a pair hold distinct indices past the last row.
+        out_rows: int32 [C, T], likewise.
+        offset: int32 [C].
+        scan: int32 [C].
+        count: int32 [], tiles in use; the others hold no pair.
+        mirrored: static.
+    """
+
+    in_rows: Leaf
+    out_rows: Leaf
+    offset: Leaf
+    scan: Leaf
+    count: Leaf
+    mirrored: bool = static_field()
+
+
+def cut_pairs(table: NeighborTable, in_capacity: int, out_capacity: int, tile: int) -> PairTiles:
+    """The pairs of a table in tiles of `tile` pairs (numpy arrays)."""
+    volume, num_scans = len(table.rows), table.inputs.num_scans
+    mirrored = table.kind == "submanifold" and volume % 2 == 1
+    used = volume // 2 if mirrored else volume
+    # Worst case: every offset full, and one tile of each (scan, offset) begun but not filled.
+    capacity = max(1, used * (-(-min(in_capacity, out_capacity) // tile) + num_scans))
+    bounds = np.searchsorted(table.outputs.scan, np.arange(num_scans + 1))
+    in_rows = np.tile(in_capacity + np.arange(tile, dtype=np.int32), (capacity, 1))
+    out_rows = np.tile(out_capacity + np.arange(tile, dtype=np.int32), (capacity, 1))
+    offset, scan = np.zeros(capacity, np.int32), np.zeros(capacity, np.int32)
+    count = 0
+    for j in range(used):
+        hits = np.flatnonzero(table.rows[j] >= 0).astype(np.int32)
+        cuts = np.searchsorted(hits, bounds)
+        for b in range(num_scans):
+            outs = hits[cuts[b] : cuts[b + 1]]
+            tiles = -(-len(outs) // tile)
+            in_rows[count : count + tiles].reshape(-1)[: len(outs)] = table.rows[j, outs]
+            out_rows[count : count + tiles].reshape(-1)[: len(outs)] = outs
+            offset[count : count + tiles], scan[count : count + tiles] = j, b
+            count += tiles
+    return PairTiles(in_rows, out_rows, offset, scan, np.asarray(count, np.int32), mirrored)
