@@ -172,9 +172,11 @@ def pad_plan(tables: DetectorTables, capacities: LevelSizes, *, tiles: bool = Tr
     stem = sparse.pad_sites(tables.stem.outputs, capacities.stem)
     pool = sparse.pad_sites(tables.pool.outputs, capacities.pool)
 
-    def padded(table: NeighborTable, inputs: Sites, outputs: Sites, fill: float = 0.3) -> KernelMap:
+    def padded(
+        table: NeighborTable, inputs: Sites, outputs: Sites, fill: float = 0.3, dense: bool = False
+    ) -> KernelMap:
         tile_size = _tile_size(inputs, outputs, fill) if tiles and len(table.rows) > 1 else None
-        return sparse.pad_map(table, inputs, outputs, tile_size=tile_size)
+        return sparse.pad_map(table, inputs, outputs, tile_size=tile_size, blocks="auto" if tiles and dense else None)
 
     stages, fine = [], pool
     for (down, skip, residual), capacity in zip(tables.stages, capacities[3:7], strict=True):
@@ -192,7 +194,7 @@ def pad_plan(tables: DetectorTables, capacities: LevelSizes, *, tiles: bool = Tr
                 padded(up.generate, coarse, sparse.pad_sites(children, capacity)),
                 sparse.union_rows(children, union, capacity, capacity),
                 sparse.union_rows(up.stage, union, stage_capacity, capacity),
-                padded(up.lateral, outputs, outputs, fill=0.8),
+                padded(up.lateral, outputs, outputs, fill=0.8, dense=True),
             )
         )
         coarse = outputs

@@ -9,19 +9,21 @@ the shared one where gamma[b, k] is 1, the scan's own where it is 0. A selection
 index the stack and no mixed kernel is ever stored.
 """
 
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from h2a2_jax.sparse.conv_gather import convolve_by_gather
-from h2a2_jax.sparse.conv_parts import ConvOptions, per_row, take_rows, zeros_varying_as
-from h2a2_jax.sparse.conv_tiles import convolve_by_tiles
+from h2a2_jax.sparse.conv_gather import gather_backward, gather_forward
+from h2a2_jax.sparse.conv_parts import ConvOptions, no_gradient, per_row, take_rows, zeros_varying_as
+from h2a2_jax.sparse.conv_tiles import tiles_backward, tiles_forward
+from h2a2_jax.sparse.conv_winograd import winograd_backward, winograd_forward
 from h2a2_jax.sparse.kernel_map import KernelMap
 
-Algorithm = Literal["auto", "segment_sum", "gather", "tiles"]
+Algorithm = Literal["auto", "segment_sum", "gather", "tiles", "winograd"]
 
 
 def convolve(
@@ -47,8 +49,9 @@ def convolve(
         scan_set: kernel of the stack that each scan calls its own; default 1 where gamma is given.
         algorithm: "segment_sum": gather, matmul, segment sum, one offset after the other, by JAX's own derivative.
             "gather": the same without a scatter in either direction. "tiles": pairs sorted by offset and multiplied in
-            tiles, only as many as there are (needs `kernel_map.tiles`). "auto": tiles on CPU where the map has them,
-            else gather.
+            tiles, only as many as there are (needs `kernel_map.tiles`). "winograd": F(4, 3)^3 on blocks, for nearly
+            dense 3^3 submanifold maps (needs `kernel_map.blocks`, in use); it rounds ten times as much as the others.
+            "auto": on CPU blocks where the map uses them, else tiles where it has them; else gather.
         dtype: compute type of the products; sums are float32 (float64 stays float64). Default: the features'.
         precision: of the products, as in `jax.lax.dot_general`.
 
@@ -71,10 +74,8 @@ def convolve(
     options = ConvOptions(jnp.promote_types(compute, jnp.float32), precision)
     if algorithm == "segment_sum":
         out = _convolve_by_segment_sum(x, w, gamma, scan_set, kernel_map, options)
-    elif algorithm == "gather":
-        out = convolve_by_gather(x, w, gamma, scan_set, kernel_map, options)
     else:
-        out = convolve_by_tiles(x, w, gamma, scan_set, kernel_map, options)
+        out = _convolve(x, w, gamma, scan_set, kernel_map, options, algorithm)
     return out.astype(features.dtype)
 
 
@@ -90,15 +91,61 @@ def _check(features: Array, kernels: Array, kernel_map: KernelMap, gamma: Array 
         raise ValueError(
             f"gamma is {gamma.shape}, expected {(kernel_map.num_scans, kernel_map.kernel_volume)}: scans x offsets."
         )
-    if algorithm not in ("auto", "segment_sum", "gather", "tiles"):
-        raise ValueError(f"algorithm {algorithm!r} is none of auto, segment_sum, gather, tiles.")
+    if algorithm not in get_args(Algorithm):
+        raise ValueError(f"algorithm {algorithm!r} is none of {', '.join(get_args(Algorithm))}.")
     if algorithm == "tiles" and kernel_map.tiles is None:
         raise ValueError("algorithm 'tiles' needs a map with tiles: build it with pad_map(..., tile_size=...).")
+    if algorithm == "winograd" and kernel_map.blocks is None:
+        raise ValueError("algorithm 'winograd' needs a map with blocks: build it with pad_map(..., blocks='always').")
 
 
-def _choose(kernel_map: KernelMap) -> Algorithm:
-    on_cpu = jax.default_backend() == "cpu"
-    return "tiles" if on_cpu and kernel_map.tiles is not None else "gather"
+def _choose(kernel_map: KernelMap) -> str:
+    if jax.default_backend() != "cpu":
+        return "gather"
+    if kernel_map.blocks is not None:
+        return "winograd" if kernel_map.tiles is None else "winograd_or_tiles"
+    return "gather" if kernel_map.tiles is None else "tiles"
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _convolve(
+    x: Array, w: Array, gamma: Array | None, scan_set: Array | None, kmap: KernelMap, options: ConvOptions,
+    algorithm: str,
+) -> Array:  # fmt: skip
+    if algorithm == "winograd_or_tiles":  # known with the coordinates only: one program serves both
+        assert kmap.blocks is not None
+        use_blocks = jnp.asarray(kmap.blocks.count) > 0
+        forward = [partial(f, options=options) for f in (winograd_forward, tiles_forward)]
+        return lax.cond(use_blocks, *forward, x, w, gamma, scan_set, kmap)
+    return _ALGORITHMS[algorithm][0](x, w, gamma, scan_set, kmap, options)
+
+
+def _forward(
+    x: Array, w: Array, gamma: Array | None, scan_set: Array | None, kmap: KernelMap, options: ConvOptions,
+    algorithm: str,
+) -> tuple[Array, tuple]:  # fmt: skip
+    return _convolve(x, w, gamma, scan_set, kmap, options, algorithm), (x, w, gamma, scan_set, kmap)
+
+
+def _backward(options: ConvOptions, algorithm: str, residuals: tuple, cotangent: Array) -> tuple:
+    x, w, gamma, scan_set, kmap = residuals
+    if algorithm == "winograd_or_tiles":
+        use_blocks = jnp.asarray(kmap.blocks.count) > 0
+        backward = [partial(f, options=options, cotangent=cotangent) for f in (winograd_backward, tiles_backward)]
+        gradients = lax.cond(use_blocks, *backward, x, w, gamma, scan_set, kmap)
+    else:
+        gradients = _ALGORITHMS[algorithm][1](x, w, gamma, scan_set, kmap, options, cotangent)
+    return *gradients, no_gradient(scan_set), no_gradient(kmap)
+
+
+_convolve.defvjp(_forward, _backward)
+
+_ALGORITHMS = {
+    "gather": (gather_forward, gather_backward),
+    "tiles": (tiles_forward, tiles_backward),
+    "winograd": (winograd_forward, winograd_backward),
+}
+"""Pairs of forward(x, w, gamma, scan_set, kmap, options) and backward(..., cotangent) -> (dx, dw, dgamma)."""
 
 
 def _convolve_by_segment_sum(

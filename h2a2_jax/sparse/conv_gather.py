@@ -1,7 +1,5 @@
 """Sparse convolution by gathering: one gather and one matmul an offset, no scatter of features in either direction."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,7 +8,6 @@ from jaxtyping import Array, Int
 from h2a2_jax.sparse.conv_parts import (
     ConvOptions,
     dot_by_set,
-    no_gradient,
     per_row,
     set_masks,
     take_rows,
@@ -19,8 +16,7 @@ from h2a2_jax.sparse.conv_parts import (
 from h2a2_jax.sparse.kernel_map import KernelMap
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def convolve_by_gather(
+def gather_forward(
     x: Array, w: Array, gamma: Array | None, scan_set: Array | None, kmap: KernelMap, options: ConvOptions
 ) -> Array:
     """Arguments and result as in `convolve`, in the compute type; sums in `options.sum_type`."""
@@ -35,14 +31,11 @@ def convolve_by_gather(
     return lax.scan(add_offset, total, jnp.arange(kmap.kernel_volume))[0]
 
 
-def _forward(
-    x: Array, w: Array, gamma: Array | None, scan_set: Array | None, kmap: KernelMap, options: ConvOptions
-) -> tuple[Array, tuple]:
-    return convolve_by_gather(x, w, gamma, scan_set, kmap, options), (x, w, gamma, scan_set, kmap)
-
-
-def _backward(options: ConvOptions, residuals: tuple, cotangent: Array) -> tuple:
-    x, w, gamma, scan_set, kmap = residuals
+def gather_backward(
+    x: Array, w: Array, gamma: Array | None, scan_set: Array | None, kmap: KernelMap, options: ConvOptions,
+    cotangent: Array,
+) -> tuple[Array, Array, Array | None]:  # fmt: skip
+    """Gradients of x, w and gamma."""
     valid = (jnp.arange(kmap.out_capacity) < kmap.n_out)[:, None]
     g = jnp.where(valid, cotangent, 0).astype(x.dtype)
     neighbors, out_scan = jnp.asarray(kmap.neighbors), jnp.asarray(kmap.out_scan)
@@ -66,10 +59,7 @@ def _backward(options: ConvOptions, residuals: tuple, cotangent: Array) -> tuple
     dx = zeros_varying_as(x.shape, options.sum_type, (x, w, gamma, g, kmap.n_out))
     dx, (dw, dgamma) = lax.scan(add_offset, dx, jnp.arange(kmap.kernel_volume))
     dgamma = None if gamma is None else dgamma.T.astype(gamma.dtype)
-    return dx.astype(x.dtype), dw.swapaxes(0, 1).astype(w.dtype), dgamma, no_gradient(scan_set), no_gradient(kmap)
-
-
-convolve_by_gather.defvjp(_forward, _backward)
+    return dx.astype(x.dtype), dw.swapaxes(0, 1).astype(w.dtype), dgamma
 
 
 def _fill_sets(dw: Array, sets: int) -> Array:

@@ -1,7 +1,5 @@
 """Sparse convolution by tiles: pairs sorted by scan and offset, a loop over as many tiles of them as there are."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,7 +8,6 @@ from jaxtyping import Array, Int
 from h2a2_jax.sparse.conv_parts import (
     ConvOptions,
     dot_by_set,
-    no_gradient,
     per_row,
     set_masks,
     take_rows,
@@ -20,8 +17,7 @@ from h2a2_jax.sparse.kernel_map import KernelMap
 from h2a2_jax.sparse.pair_tiles import PairTiles
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def convolve_by_tiles(
+def tiles_forward(
     x: Array, w: Array, gamma: Array | None, scan_set: Array | None, kmap: KernelMap, options: ConvOptions
 ) -> Array:
     """Arguments and result as in `convolve`, in the compute type; needs `kmap.tiles`."""
@@ -44,14 +40,11 @@ def convolve_by_tiles(
     return lax.fori_loop(0, tiles.count, add_tile, total)
 
 
-def _forward(
-    x: Array, w: Array, gamma: Array | None, scan_set: Array | None, kmap: KernelMap, options: ConvOptions
-) -> tuple[Array, tuple]:
-    return convolve_by_tiles(x, w, gamma, scan_set, kmap, options), (x, w, gamma, scan_set, kmap)
-
-
-def _backward(options: ConvOptions, residuals: tuple, cotangent: Array) -> tuple:
-    x, w, gamma, scan_set, kmap = residuals
+def tiles_backward(
+    x: Array, w: Array, gamma: Array | None, scan_set: Array | None, kmap: KernelMap, options: ConvOptions,
+    cotangent: Array,
+) -> tuple[Array, Array, Array | None]:  # fmt: skip
+    """Gradients of x, w and gamma."""
     tiles, volume = _tiles_of(kmap), kmap.kernel_volume
     g = cotangent.astype(x.dtype)
     chosen, stack = _chosen(gamma, scan_set, kmap), w.reshape(-1, *w.shape[2:])
@@ -87,10 +80,7 @@ def _backward(options: ConvOptions, residuals: tuple, cotangent: Array) -> tuple
     dx, (dstack, dgamma) = lax.fori_loop(0, tiles.count, add_tile, (dx, (dstack, dgamma)))
     dgamma = None if gamma is None else dgamma.astype(gamma.dtype)
     dw = dstack.reshape(w.shape).astype(w.dtype)
-    return dx.astype(x.dtype), dw, dgamma, no_gradient(scan_set), no_gradient(kmap)
-
-
-convolve_by_tiles.defvjp(_forward, _backward)
+    return dx.astype(x.dtype), dw, dgamma
 
 
 def _centre_backward(

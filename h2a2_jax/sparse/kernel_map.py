@@ -4,11 +4,13 @@ A map is built once from coordinates and used by every convolution between the s
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
+from h2a2_jax.sparse.blocks import SiteBlocks, cut_blocks, fits_blocks
 from h2a2_jax.sparse.grid import SiteSet, find_keys
 from h2a2_jax.sparse.neighbors import NeighborTable
 from h2a2_jax.sparse.pair_tiles import PairTiles, cut_pairs
@@ -27,6 +29,7 @@ class KernelMap:
         inputs: padded input sites.
         outputs: padded output sites.
         tiles: the pairs as tiles, or None where no algorithm wants them.
+        blocks: the sites as blocks, likewise.
         kind: "submanifold", "strided", "inverse", "generative" or "pool" (static).
     """
 
@@ -35,6 +38,7 @@ class KernelMap:
     outputs: Sites
     tiles: PairTiles | None
     kind: str = static_field()
+    blocks: SiteBlocks | None = None
 
     @property
     def in_scan(self) -> Int[AnyArray, " n_in"]:
@@ -82,7 +86,14 @@ class KernelMap:
         return self.neighbors.shape[0]
 
 
-def pad_map(table: NeighborTable, inputs: Sites, outputs: Sites, *, tile_size: int | None = None) -> KernelMap:
+def pad_map(
+    table: NeighborTable,
+    inputs: Sites,
+    outputs: Sites,
+    *,
+    tile_size: int | None = None,
+    blocks: Literal["auto", "always"] | None = None,
+) -> KernelMap:
     """A host table as a padded map (numpy arrays).
 
     Args:
@@ -90,11 +101,22 @@ def pad_map(table: NeighborTable, inputs: Sites, outputs: Sites, *, tile_size: i
         inputs: the padded input sites (`pad_sites`).
         outputs: the padded output sites.
         tile_size: pairs in a tile; None leaves the tiles out.
+        blocks: None leaves the blocks of Winograd convolution out; "auto" puts the sites in blocks if they are dense
+            enough to pay, "always" in any case.
+
+    Raises:
+        ValueError: blocks are asked for where the map is not that of a 3^3 submanifold convolution.
     """
+    if blocks is not None and not fits_blocks(table):
+        raise ValueError(
+            f"blocks serve submanifold maps of 3^3 offsets without dilation; this one is {table.kind} with "
+            f"{len(table.rows)} offsets."
+        )
     neighbors = np.full((len(table.rows), outputs.capacity), inputs.capacity, np.int32)
     neighbors[:, : len(table.outputs)] = np.where(table.rows >= 0, table.rows, inputs.capacity)
     tiles = None if tile_size is None else cut_pairs(table, inputs.capacity, outputs.capacity, tile_size)
-    return KernelMap(neighbors, inputs, outputs, tiles, table.kind)
+    cut = None if blocks is None else cut_blocks(table, inputs.capacity, always=blocks == "always")
+    return KernelMap(neighbors, inputs, outputs, tiles, table.kind, cut)
 
 
 def union_rows(part: SiteSet, whole: SiteSet, part_capacity: int, whole_capacity: int) -> Int[np.ndarray, " n"]:
