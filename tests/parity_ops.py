@@ -101,7 +101,7 @@ def _convolution(name: str, case: Case) -> Iterator[CaseResult]:
         yield compare(f"{name}.offsets", sparse.kernel_offsets(int(case["kernel_size"])), case["offsets"], 0.0)
     if "pairs_per_offset" in case:
         yield compare(f"{name}.pairs_per_offset", table.pairs_per_offset, case["pairs_per_offset"], 0.0)
-    for algorithm in ("segment_sum", "gather", "tiles"):
+    for algorithm in ("segment_sum", "gather", "tiles", "im2col", "pairs"):
 
         def forward(x: jax.Array, w: jax.Array, b: jax.Array, how: str = algorithm) -> jax.Array:
             return jnp.where(valid, sparse.convolve(x, w[None], kmap, algorithm=how) + b, 0)  # type: ignore[arg-type]

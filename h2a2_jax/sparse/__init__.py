@@ -5,6 +5,7 @@ Sites are built on the host (`grid`), maps from them (`kernel_map`), features ar
 """
 
 from h2a2_jax.sparse.conv import convolve
+from h2a2_jax.sparse.conv_pairs import limit_tiles
 from h2a2_jax.sparse.grid import (
     SiteSet,
     Voxelization,
@@ -43,6 +44,7 @@ __all__ = [
     "generative_neighbors",
     "inverse_neighbors",
     "kernel_offsets",
+    "limit_tiles",
     "max_pool",
     "pad_map",
     "pad_rows",

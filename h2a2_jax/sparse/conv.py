@@ -18,12 +18,17 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from h2a2_jax.sparse.conv_gather import gather_backward, gather_forward
+from h2a2_jax.sparse.conv_im2col import im2col_backward, im2col_forward
+from h2a2_jax.sparse.conv_pairs import pair_work, pairs_backward, pairs_forward
 from h2a2_jax.sparse.conv_parts import ConvOptions, no_gradient, per_row, take_rows, zeros_varying_as
 from h2a2_jax.sparse.conv_tiles import tiles_backward, tiles_forward
 from h2a2_jax.sparse.conv_winograd import winograd_backward, winograd_forward
 from h2a2_jax.sparse.kernel_map import KernelMap
 
-Algorithm = Literal["auto", "segment_sum", "gather", "tiles", "winograd"]
+Algorithm = Literal["auto", "segment_sum", "gather", "tiles", "winograd", "im2col", "pairs"]
+
+DENSE_WORK = 0.5
+"""Share of a full kernel's work from which on accelerators multiply the full kernel ("im2col") instead of "pairs"."""
 
 
 def convolve(
@@ -51,7 +56,10 @@ def convolve(
             "gather": the same without a scatter in either direction. "tiles": pairs sorted by offset and multiplied in
             tiles, only as many as there are (needs `kernel_map.tiles`). "winograd": F(4, 3)^3 on blocks, for nearly
             dense 3^3 submanifold maps (needs `kernel_map.blocks`, in use); it rounds ten times as much as the others.
-            "auto": on CPU blocks where the map uses them, else tiles where it has them; else gather.
+            "im2col": one matmul of the full kernel on every row, for accelerators and nearly dense maps. "pairs": tiles
+            in one batched matmul, then a gather-sum, for accelerators (needs `kernel_map.tiles`; costs their capacity).
+            "auto": on CPU blocks where the map uses them, else tiles where it has them, else gather. On accelerators
+            pairs where the tiles' capacity is below half of a full kernel (`limit_tiles`), else im2col.
         dtype: compute type of the products; sums are float32 (float64 stays float64). Default: the features'.
         precision: of the products, as in `jax.lax.dot_general`.
 
@@ -93,15 +101,16 @@ def _check(features: Array, kernels: Array, kernel_map: KernelMap, gamma: Array 
         )
     if algorithm not in get_args(Algorithm):
         raise ValueError(f"algorithm {algorithm!r} is none of {', '.join(get_args(Algorithm))}.")
-    if algorithm == "tiles" and kernel_map.tiles is None:
-        raise ValueError("algorithm 'tiles' needs a map with tiles: build it with pad_map(..., tile_size=...).")
+    if algorithm in ("tiles", "pairs") and kernel_map.tiles is None:
+        raise ValueError(f"algorithm {algorithm!r} needs a map with tiles: build it with pad_map(..., tile_size=...).")
     if algorithm == "winograd" and kernel_map.blocks is None:
         raise ValueError("algorithm 'winograd' needs a map with blocks: build it with pad_map(..., blocks='always').")
 
 
 def _choose(kernel_map: KernelMap) -> str:
     if jax.default_backend() != "cpu":
-        return "gather"
+        # Static: by the tiles' capacity, which is near the pairs there are only where `limit_tiles` made it so.
+        return "pairs" if pair_work(kernel_map) < DENSE_WORK else "im2col"
     if kernel_map.blocks is not None:
         return "winograd" if kernel_map.tiles is None else "winograd_or_tiles"
     return "gather" if kernel_map.tiles is None else "tiles"
@@ -143,6 +152,8 @@ _convolve.defvjp(_forward, _backward)
 _ALGORITHMS = {
     "gather": (gather_forward, gather_backward),
     "tiles": (tiles_forward, tiles_backward),
+    "im2col": (im2col_forward, im2col_backward),
+    "pairs": (pairs_forward, pairs_backward),
     "winograd": (winograd_forward, winograd_backward),
 }
 """Pairs of forward(x, w, gamma, scan_set, kmap, options) and backward(..., cotangent) -> (dx, dw, dgamma)."""

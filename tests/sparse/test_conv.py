@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from h2a2_jax import sparse
 from tests.sparse.transcription import TABLES, convolve, gradients, padded, pairs_of, random_sites, table_of
 
-ALGORITHMS = ("segment_sum", "gather", "tiles")
+ALGORITHMS = ("segment_sum", "gather", "tiles", "im2col", "pairs")
 SELECTIONS = ("one kernel", "own kernels", "gamma", "gamma, three kernels")
 C_IN, C_OUT = 3, 4
 
