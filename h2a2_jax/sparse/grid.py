@@ -19,8 +19,12 @@ _BITS = 16
 _BIAS = 1 << (_BITS - 1)
 _FIELD = (1 << _BITS) - 1
 MAX_COORDINATE = _BIAS - 1024
-"""Largest |coordinate| of a site; the rest of the 16-bit field is room for the offsets of kernels."""
-MAX_SCANS = 1 << (_BITS - 1)
+"""Largest |coordinate| of a given site; the rest of the 16-bit field is room for the offsets of kernels."""
+MAX_DERIVED = _BIAS - 512
+"""Largest |coordinate| of a site that was floored to a coarser grid or generated."""
+MAX_REACH = 2 * (_BIAS - MAX_DERIVED) - 1
+"""Largest offset of a kernel, in voxels. What leaves a field then still meets no site at its other end."""
+MAX_SCANS = 1 << (_BITS - 2)
 
 Size3 = int | tuple[int, int] | tuple[int, int, int]
 """A size of a kernel: one number for a cube, (x, y) in 2-D, (x, y, z)."""
@@ -64,19 +68,35 @@ def voxel_coordinates(points: Float[np.ndarray, "m 3"], voxel_size: float) -> In
     return scaled.astype(np.int32)
 
 
-def pack_keys(coords: Int[np.ndarray, "n 4"]) -> Int[np.ndarray, " n"]:
-    """int64 keys of (scan, x, y, z) rows; their order is the lexicographic order of the rows."""
+def pack_keys(coords: Int[np.ndarray, "n 4"], limit: int = MAX_COORDINATE) -> Int[np.ndarray, " n"]:
+    """int64 keys of (scan, x, y, z) rows; their order is the lexicographic order of the rows.
+
+    Args:
+        coords: the rows.
+        limit: largest |coordinate| that is let pass, `MAX_DERIVED` for sites made from others.
+
+    Raises:
+        InputError: a coordinate or a scan index is out of range.
+    """
     c = coords.astype(np.int64)
     if len(c):
-        if np.abs(c[:, 1:]).max() > MAX_COORDINATE:
-            raise InputError(
-                f"site coordinates reach {int(np.abs(c[:, 1:]).max())}, a key holds +-{MAX_COORDINATE}; "
-                "centre the scan or use larger voxels."
-            )
+        _check_reach(int(np.abs(c[:, 1:]).max()), limit)
         if c[:, 0].min() < 0 or c[:, 0].max() >= MAX_SCANS:
             raise InputError(f"scan indices must lie in 0..{MAX_SCANS - 1}, given up to {int(c[:, 0].max())}.")
     c[:, 1:] += _BIAS
     return (c[:, 0] << 3 * _BITS) | (c[:, 1] << 2 * _BITS) | (c[:, 2] << _BITS) | c[:, 3]
+
+
+def _check_reach(reach: int, limit: int) -> None:
+    if reach > limit:
+        raise InputError(
+            f"site coordinates reach {reach}, a key holds +-{limit}; centre the scan or use larger voxels."
+        )
+
+
+def _reach(keys: Int[np.ndarray, " n"]) -> int:
+    """Largest |coordinate|."""
+    return max(int(np.abs(((keys >> shift) & _FIELD) - _BIAS).max(initial=0)) for shift in (2 * _BITS, _BITS, 0))
 
 
 def unpack_keys(keys: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n 4"]:
@@ -111,6 +131,21 @@ def kernel_offsets(kernel_size: Size3, dilation: int = 1) -> Int[np.ndarray, "v 
     return (np.stack([x.ravel(), y.ravel(), z.ravel()], -1) * dilation).astype(np.int64)
 
 
+def moved_offsets(kernel_size: Size3, dilation: int, stride: int) -> Int[np.ndarray, "v 3"]:
+    """Offsets of a kernel's slices in finest voxels, for sites of a stride.
+
+    Raises:
+        InputError: the kernel reaches farther than a key has room for, `MAX_REACH` voxels.
+    """
+    reach = max(k // 2 if k % 2 else k - 1 for k in size3(kernel_size)) * abs(dilation) * stride
+    if reach > MAX_REACH:
+        raise InputError(
+            f"a kernel of size {kernel_size} and dilation {dilation} on sites of stride {stride} reaches {reach} "
+            f"voxels, a map holds at most {MAX_REACH}; use a smaller kernel, dilation or stride."
+        )
+    return kernel_offsets(kernel_size, dilation) * stride
+
+
 @dataclass(frozen=True)
 class SiteSet:
     """A set of sites on the host.
@@ -140,7 +175,7 @@ class SiteSet:
 
     def lookup(self, coords: Int[np.ndarray, "m 4"]) -> Int[np.ndarray, " m"]:
         """Row of each given site, int32, -1 where it is not in the set."""
-        return find_keys(self.keys, pack_keys(coords))
+        return find_keys(self.keys, pack_keys(coords, MAX_DERIVED))
 
 
 def find_keys(keys: Int[np.ndarray, " n"], queries: Int[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
@@ -199,16 +234,21 @@ def voxelize(clouds: Sequence[np.ndarray], voxel_size: float) -> Voxelization:
 
 
 def downsample(sites: SiteSet, factor: int) -> SiteSet:
-    """Sites of the coarser grid: unique(floor(c / s) * s) with s = sites.stride * factor, true floor."""
+    """Sites of the coarser grid: unique(floor(c / s) * s) with s = sites.stride * factor, true floor.
+
+    Raises:
+        InputError: a coarse site lies outside +-`MAX_DERIVED`.
+    """
     stride = sites.stride * factor
-    if stride & (stride - 1) == 0:  # the bias is a multiple of every power of two: clear the low bits of each field
+    if stride & (stride - 1) == 0 and MAX_DERIVED % stride == 0:
+        # The bias is a multiple of every power of two: clear the low bits of each field.
         low = _FIELD & ~(stride - 1)
         mask = (-1 << 3 * _BITS) | (low << 2 * _BITS) | (low << _BITS) | low
         keys = sites.keys & np.int64(mask)
     else:
         coords = sites.coords
         coords[:, 1:] = np.floor_divide(coords[:, 1:], stride) * stride
-        keys = pack_keys(coords)
+        keys = pack_keys(coords, MAX_DERIVED)
     return SiteSet(sorted_unique(keys), stride, sites.num_scans)
 
 
@@ -217,11 +257,14 @@ def generate(sites: SiteSet, kernel_size: Size3, factor: int = 2) -> SiteSet:
 
     Raises:
         ValueError: the stride of the sites is not a multiple of `factor`.
+        InputError: a made site may lie outside +-`MAX_DERIVED`.
     """
     if sites.stride % factor:
         raise ValueError(f"sites of stride {sites.stride} have no finer grid at 1/{factor} of it.")
     stride = sites.stride // factor
-    moves = key_offsets(kernel_offsets(kernel_size) * stride)
+    offsets = moved_offsets(kernel_size, 1, stride)
+    _check_reach(_reach(sites.keys) + int(np.abs(offsets).max(initial=0)), MAX_DERIVED)
+    moves = key_offsets(offsets)
     return SiteSet(sorted_unique((sites.keys[None, :] + moves[:, None]).ravel()), stride, sites.num_scans)
 
 

@@ -1,11 +1,12 @@
 """Tables of neighbours on the host: which input row each offset of a kernel brings to each output site."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
 
-from h2a2_jax.sparse.grid import SiteSet, Size3, kernel_offsets, key_offsets, size3
+from h2a2_jax.sparse.grid import SiteSet, Size3, key_offsets, moved_offsets, size3
 
 MISSING = -1
 
@@ -29,35 +30,49 @@ def submanifold_neighbors(sites: SiteSet, kernel_size: Size3 = 3, dilation: int 
     """Map of a stride-1 convolution: the output sites are the input sites.
 
     Half of an odd kernel's offsets is searched, the other half is its mirror image.
+
+    Raises:
+        InputError: the kernel reaches too far, see `moved_offsets`.
     """
-    offsets = kernel_offsets(kernel_size, dilation) * sites.stride
-    if all(k % 2 for k in size3(kernel_size)):
-        rows = np.full((len(offsets), len(sites)), MISSING, np.int32)
-        half = len(offsets) // 2
-        rows[half] = np.arange(len(sites), dtype=np.int32)
-        _search(sites.keys, sites.keys, offsets[:half], rows[:half])
-        for j in range(half):
-            hits = np.flatnonzero(rows[j] >= 0).astype(np.int32)
-            rows[-1 - j, rows[j, hits]] = hits
-        return NeighborTable(rows, sites, sites, "submanifold")
-    return NeighborTable(_neighbors(sites, sites, offsets), sites, sites, "submanifold")
+    offsets = moved_offsets(kernel_size, dilation, sites.stride)
+    if any(k % 2 == 0 for k in size3(kernel_size)):
+        return NeighborTable(_neighbors(sites, sites, offsets), sites, sites, "submanifold")
+    rows = np.full((len(offsets), len(sites)), MISSING, np.int32)
+    rows[len(offsets) // 2] = np.arange(len(sites), dtype=np.int32)
+    half = np.flatnonzero(key_offsets(offsets) > 0)  # whole runs along z, and of the centre's run the part behind it
+    for j, found, centres in _search(sites.keys, sites.keys, offsets[half]):
+        rows[half[j]][centres] = found
+        rows[-1 - half[j]][found] = centres
+    return NeighborTable(rows, sites, sites, "submanifold")
 
 
 def strided_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: Size3, dilation: int = 1) -> NeighborTable:
-    """Map of a strided convolution: in = out + offset * input stride. Kernel size 1 is a lookup of the coarse sites."""
-    rows = _neighbors(inputs, outputs, kernel_offsets(kernel_size, dilation) * inputs.stride)
+    """Map of a strided convolution: in = out + offset * input stride. Kernel size 1 is a lookup of the coarse sites.
+
+    Raises:
+        InputError: the kernel reaches too far, see `moved_offsets`.
+    """
+    rows = _neighbors(inputs, outputs, moved_offsets(kernel_size, dilation, inputs.stride))
     return NeighborTable(rows, inputs, outputs, "strided")
 
 
 def pool_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: Size3) -> NeighborTable:
-    """Map of a pooling: the inputs under each output site's window."""
-    rows = _neighbors(inputs, outputs, kernel_offsets(kernel_size) * inputs.stride)
+    """Map of a pooling: the inputs under each output site's window.
+
+    Raises:
+        InputError: the window reaches too far, see `moved_offsets`.
+    """
+    rows = _neighbors(inputs, outputs, moved_offsets(kernel_size, 1, inputs.stride))
     return NeighborTable(rows, inputs, outputs, "pool")
 
 
 def generative_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: Size3) -> NeighborTable:
-    """Map of a generative transposed convolution: out = in + offset * output stride, same slice order, no flip."""
-    rows = _neighbors(inputs, outputs, -kernel_offsets(kernel_size) * outputs.stride)
+    """Map of a generative transposed convolution: out = in + offset * output stride, same slice order, no flip.
+
+    Raises:
+        InputError: the kernel reaches too far, see `moved_offsets`.
+    """
+    rows = _neighbors(inputs, outputs, -moved_offsets(kernel_size, 1, outputs.stride))
     return NeighborTable(rows, inputs, outputs, "generative")
 
 
@@ -76,30 +91,58 @@ def inverse_neighbors(table: NeighborTable) -> NeighborTable:
 
 def _neighbors(inputs: SiteSet, outputs: SiteSet, offsets: Int[np.ndarray, "v 3"]) -> Int[np.ndarray, "v n"]:
     rows = np.full((len(offsets), len(outputs)), MISSING, np.int32)
-    _search(inputs.keys, outputs.keys, offsets, rows)
+    for j, found, centres in _search(inputs.keys, outputs.keys, offsets):
+        rows[j][centres] = found
     return rows
 
 
-def _search(keys: np.ndarray, centres: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> None:
-    """Fill rows [v, n] with the row of centre + offset in the sorted keys.
+def _search(
+    keys: Int[np.ndarray, " n"], centres: Int[np.ndarray, " m"], offsets: Int[np.ndarray, "v 3"]
+) -> Iterator[tuple[int, Int[np.ndarray, " p"], Int[np.ndarray, " p"]]]:
+    """For each offset j the pairs (row in keys, row in centres) with key = centre + offset; both are sorted.
 
-    Offsets that share dx, dy form a run along z, where keys are adjacent: one binary search finds the run's first key,
-    the next ones follow by comparing with the next key.
+    Offsets that share dx, dy form a run along z, where keys are adjacent: one search finds the first key at or behind
+    the run's first site, the next ones follow by comparing with the next key.
     """
-    if not len(keys):
-        return
-    ends = np.concatenate([keys, np.full(1, np.iinfo(np.int64).max)])
+    ends = np.append(keys, np.iinfo(np.int64).max)
     moves = key_offsets(offsets)
     runs: dict[tuple[int, int], list[int]] = {}
     for j in np.argsort(offsets[:, 2], kind="stable"):
         runs.setdefault((int(offsets[j, 0]), int(offsets[j, 1])), []).append(int(j))
     for run in runs.values():
-        position = np.searchsorted(keys, centres + moves[run[0]])
+        first = centres + moves[run[0]]
+        if centres is keys and moves[run[0]] > 0 and not offsets[run[0], :2].any():
+            position = np.arange(1, len(keys) + 1)  # the next site in z can only lie behind the site itself
+        else:
+            position = _lower_bounds(keys, first)
+        ahead = ends.take(position) - first
+        near = np.flatnonzero(ahead <= moves[run[-1]] - moves[run[0]])
+        position, first, ahead = position.take(near), first.take(near), ahead.take(near)
         for j in run:
-            target = centres + moves[j]
-            behind = ends[position] < target
-            while behind.any():  # one step where a run has no gaps; more where dilation passes over sites
-                position = position + behind
-                behind = ends[position] < target
-            found = np.flatnonzero(ends[position] == target)
-            rows[j, found] = position[found]
+            step = moves[j] - moves[run[0]]
+            behind = ahead < step
+            while behind.any():  # once where a run has no gaps; more often where dilation passes over sites
+                position += behind
+                ahead = ends.take(position) - first
+                behind = ahead < step
+            hits = np.flatnonzero(ahead == step)
+            yield j, position.take(hits).astype(np.int32), near.take(hits).astype(np.int32)
+
+
+def _lower_bounds(keys: Int[np.ndarray, " n"], queries: Int[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
+    """Number of keys below each query; both sorted.
+
+    By merging: a stable sort of two sorted lists is linear, and takes half the time of as many binary searches. The
+    lowest bit tells queries, which come before an equal key, from keys.
+    """
+    n = len(queries)
+    if len(keys) > 8 * n:
+        return np.searchsorted(keys, queries)
+    merged = np.empty(n + len(keys), np.int64)
+    np.left_shift(queries, 1, out=merged[:n])
+    np.left_shift(keys, 1, out=merged[n:])
+    merged[n:] |= 1
+    merged.sort(kind="stable")
+    position = np.flatnonzero((merged & 1) == 0)
+    position -= np.arange(n)
+    return position

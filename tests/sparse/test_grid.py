@@ -66,6 +66,19 @@ def test_a_scan_at_the_edge_keeps_its_pyramid():
     assert np.abs(children.coords[:27, 1:] - sites.coords[0, 1:]).max() == 32
 
 
+def test_sites_made_beyond_the_range_are_refused():
+    sites = sparse.site_set(np.array([[0, -MAX_COORDINATE, 0, 512]], np.int32), stride=512)
+    assert sparse.generate(sites, 3).coords[:, 1].min() == -MAX_COORDINATE - 256
+    for make in (
+        lambda: sparse.generate(sparse.generate(sites, 3, 1), 3, 1),
+        lambda: sparse.downsample(sites, 4),
+        lambda: sparse.downsample(sites, 5),
+    ):
+        with pytest.raises(InputError, match="centre the scan"):
+            make()
+    assert sparse.downsample(sites, 1).keys == sites.keys
+
+
 @pytest.mark.parametrize(("stride", "factor"), [(1, 2), (4, 2), (1, 3), (2, 3), (1, 5), (1, 8)])
 def test_coarse_sites_are_floors(stride, factor):
     sites = random_sites(stride=stride, reach=9)

@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 
 from h2a2_jax import sparse
-from tests.sparse.transcription import TABLES, padded, pairs_of, random_sites, table_of
+from h2a2_jax.errors import InputError
+from h2a2_jax.sparse.grid import MAX_COORDINATE, MAX_REACH
+from tests.sparse.transcription import TABLES, padded, pairs_by_search, pairs_of, random_sites, table_of
 
 
 def pairs_of_tiles(kmap, volume):
@@ -85,3 +87,61 @@ def test_rows_of_a_union():
 def test_maps_without_tiles():
     kmap = padded(table_of("strided 3"), tile_size=None)
     assert kmap.tiles is None and kmap.strides == (2, 4) and kmap.num_scans == 3
+
+
+def pairs_of_table(table):
+    return [[(int(rows[o]), int(o)) for o in np.flatnonzero(rows >= 0)] for rows in table.rows]
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, (3, 3), (2, 5), (1, 1, 3), (5, 2, 3)], ids=str)
+@pytest.mark.parametrize("draws", [{"reach": 3}, {"reach": 9, "counts": (400,)}, {"stride": 4, "reach": 3}], ids=str)
+def test_any_kernel_finds_the_pairs_that_a_dictionary_finds(size, dilation, draws):
+    sites = random_sites(**draws)
+    if isinstance(size, tuple) and len(size) == 2:
+        sites = sparse.site_set(sites.coords[:, :3], stride=sites.stride, num_scans=3)
+    offsets = sparse.kernel_offsets(size, dilation) * sites.stride
+    table = sparse.submanifold_neighbors(sites, size, dilation)
+    assert pairs_of_table(table) == pairs_by_search(sites.coords, sites.coords, offsets)
+    coarse = sparse.downsample(sites, 2)
+    table = sparse.strided_neighbors(sites, coarse, size, dilation)
+    assert pairs_of_table(table) == pairs_by_search(sites.coords, coarse.coords, offsets)
+
+
+@pytest.mark.parametrize(("fine", "coarse"), [(2000, 1), (2000, 20), (3, 2000)])
+def test_maps_between_sets_of_very_unlike_size(fine, coarse):
+    inputs = random_sites(counts=(fine, fine // 2), reach=9)
+    outputs = random_sites(counts=(coarse, coarse), reach=9, seed=1)
+    table = sparse.strided_neighbors(inputs, outputs, 3)
+    assert pairs_of_table(table) == pairs_by_search(inputs.coords, outputs.coords, sparse.kernel_offsets(3))
+
+
+def test_no_kernel_meets_the_other_end_of_the_range():
+    """Keys are sums of shifted fields: what leaves one field enters the next."""
+    ends = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]) * MAX_COORDINATE
+    coords = np.concatenate([np.c_[np.full(8, b), ends] for b in (0, 1, 2)]).astype(np.int32)
+    sites = sparse.site_set(coords)
+    assert sparse.submanifold_neighbors(sites, 3, MAX_REACH).pairs_per_offset.sum() == len(sites)
+    assert sparse.submanifold_neighbors(sites, 2, MAX_REACH).pairs_per_offset.sum() == len(sites)
+    coarse = sparse.downsample(sites, 512)
+    children = sparse.generate(coarse, 3)
+    table = sparse.strided_neighbors(children, coarse, 3)
+    assert (table.pairs_per_offset == len(coarse)).all()
+    wide = sparse.strided_neighbors(children, coarse, 3, 3)  # 768 voxels, beyond the children's 256
+    assert wide.pairs_per_offset.sum() == len(coarse)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda s: sparse.submanifold_neighbors(s, 3, 256),
+        lambda s: sparse.submanifold_neighbors(s, 3, -256),
+        lambda s: sparse.strided_neighbors(s, sparse.downsample(s, 2), (1, 1, 513)),
+        lambda s: sparse.pool_neighbors(s, sparse.downsample(s, 2), 513),
+        lambda s: sparse.generative_neighbors(sparse.downsample(s, 2), s, 513),
+        lambda s: sparse.generate(s, 1025),
+    ],
+)
+def test_a_kernel_that_reaches_too_far_is_refused(build):
+    with pytest.raises(InputError, match="smaller kernel, dilation or stride"):
+        build(sparse.site_set(np.array([[0, 0, 0, 0]], np.int32), stride=4))
