@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -19,7 +20,7 @@ from h2a2_jax.inputs.batching import BucketLadder, collate
 from h2a2_jax.inputs.scan import Scan, ScanError
 from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.layers import DatasetContext, ForwardContext
-from h2a2_jax.models import Detector, DetectorPlan, LevelSizes, Predictions, pad_plan
+from h2a2_jax.models import Detector, DetectorPlan, LevelSizes, PlanLayout, Predictions, fits_layout, pad_plan
 
 _RATIO = 1.5
 _RUNGS_BELOW = 2
@@ -59,6 +60,7 @@ class Predictor:
         self.specs = tuple(specs)
         self._thresholds = {"score_threshold": score_threshold, "iou_threshold": iou_threshold}
         self._voxel_size = model.config.voxel_size
+        self._layout = PlanLayout.of(model.config)
         graph, self._state = nnx.split(model)
         self._forward = jax.jit(partial(_forward, graph))
         self._ladders: dict[int, BucketLadder] = {}
@@ -95,7 +97,10 @@ class Predictor:
                 self._check(scan)
             raise
         capacities = self._capacities(batch.tables.sizes, len(scans))
-        plan = pad_plan(batch.tables, capacities, tiles=jax.default_backend() == "cpu")
+        layout = self._layout
+        if not fits_layout(batch.tables, capacities, layout):
+            layout = replace(layout, machine="any")
+        plan = pad_plan(batch.tables, capacities, layout)
         features = sparse.pad_rows(batch.features, capacities.voxels)
         weights = np.eye(len(self.specs), dtype=np.float32)[index]
         out = self._forward(self._state, features, plan, weights)

@@ -14,6 +14,7 @@ from jaxtyping import Float32, Int32
 
 from h2a2_jax import sparse
 from h2a2_jax.inputs.scan import Scan
+from h2a2_jax.models.layout import PlanLayout
 from h2a2_jax.models.plan import DetectorTables, LevelSizes, detector_tables, pad_plan, pyramid_sizes
 from h2a2_jax.typing import Leaf
 
@@ -152,20 +153,21 @@ def _crop(scan: Scan, keep: float) -> Scan:
     )
 
 
-def pad_batch(batch: ScanBatch, capacities: LevelSizes, max_boxes: int, *, tiles: bool = True) -> Batch:
+def pad_batch(batch: ScanBatch, capacities: LevelSizes, max_boxes: int, layout: PlanLayout | None = None) -> Batch:
     """A batch in the shape of a bucket (numpy arrays).
 
     Args:
         batch: voxelised scans.
         capacities: of the bucket.
         max_boxes: rows for the boxes of a scan.
-        tiles: whether maps carry the tiles that the algorithm for CPUs reads.
+        layout: lists of the maps, default those for CPUs.
 
     Raises:
         InputError: a level does not fit its capacity.
+        ValueError: the pairs do not fit the layout (`fits_layout`).
     """
     boxes, labels = pad_boxes(batch.scans, max_boxes)
-    plan = pad_plan(batch.tables, capacities, tiles=tiles)
+    plan = pad_plan(batch.tables, capacities, layout)
     features = sparse.pad_rows(batch.features, capacities.voxels)
     return Batch(features, plan, boxes, labels, np.asarray(True))
 

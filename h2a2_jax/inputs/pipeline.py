@@ -8,7 +8,7 @@ import math
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from h2a2_jax.inputs.batching import (
 )
 from h2a2_jax.inputs.scan import Scan, ScanError, ScanSource
 from h2a2_jax.inputs.specs import DatasetSpec
+from h2a2_jax.models import PlanLayout, fits_layout
 
 _MEASURED = 24
 """Scans of each dataset that are measured for the bucket ladder."""
@@ -43,7 +44,7 @@ class StreamConfig:
         voxel_size: metres.
         seed: of order, sampling and augmentation.
         max_rung: highest rung of the bucket ladder; what does not fit it is cropped, and counted.
-        tiles: whether maps carry the tiles that the algorithm for CPUs reads.
+        layout: lists of the maps, for the machine that trains.
     """
 
     batch_size: int
@@ -51,7 +52,7 @@ class StreamConfig:
     voxel_size: float = 0.01
     seed: int = 0
     max_rung: int = 3
-    tiles: bool = True
+    layout: PlanLayout = field(default_factory=PlanLayout)
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,12 @@ class JointStream:
         self._grow_box_rows(max(cell.num_boxes for cell in cells))
         capacities = self.ladder.capacities(rung)
 
+        layout = self.config.layout
+        if not all(fits_layout(cell.tables, capacities, layout) for cell in cells):
+            layout = replace(layout, machine="any")  # every device's batch has the same structure
+
         def padded(cell: ScanBatch) -> Batch:
-            return pad_batch(cell, capacities, self._box_rows, tiles=self.config.tiles)
+            return pad_batch(cell, capacities, self._box_rows, layout)
 
         return JointStep(
             step,

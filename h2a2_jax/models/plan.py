@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from h2a2_jax import sparse
+from h2a2_jax.models.layout import PlanLayout, Role
 from h2a2_jax.sparse import KernelMap, NeighborTable, Sites, SiteSet
 from h2a2_jax.typing import Leaf
 
@@ -157,32 +157,45 @@ def detector_tables(voxels: SiteSet) -> DetectorTables:
     )
 
 
-def pad_plan(tables: DetectorTables, capacities: LevelSizes, *, tiles: bool = True) -> DetectorPlan:
+def fits_layout(tables: DetectorTables, capacities: LevelSizes, layout: PlanLayout) -> bool:
+    """Whether the pairs of every map find places in the layout; if not, `replace(layout, machine="any")` takes them."""
+    stages = zip(tables.stages, capacities[3:7], strict=True)
+    ups = zip(tables.ups, capacities[7:], strict=True)
+    roles: list[tuple[NeighborTable, Role, int]] = [(tables.stem, "stem", capacities.stem)]
+    roles += [(down, "down", capacity) for (down, _, _), capacity in stages]
+    roles += [(tables.stages[0][2], "residual", capacities.stage1)]
+    roles += [(up.generate, "generate", capacity) for up, capacity in ups]
+    return all(layout.fits(*role) for role in roles)
+
+
+def pad_plan(tables: DetectorTables, capacities: LevelSizes, layout: PlanLayout | None = None) -> DetectorPlan:
     """The plan of a batch in the shape of a bucket (numpy arrays).
 
     Args:
         tables: of the batch.
         capacities: rows of each level; the generated children share the capacity of their union.
-        tiles: whether to cut the pairs into tiles, which the algorithm for CPUs reads.
+        layout: lists of the maps, default those for CPUs.
 
     Raises:
         InputError: a level does not fit.
+        ValueError: the pairs of a map do not fit the layout (`fits_layout`).
     """
+    layout = layout or PlanLayout()
     voxels = sparse.pad_sites(tables.voxels, capacities.voxels)
     stem = sparse.pad_sites(tables.stem.outputs, capacities.stem)
     pool = sparse.pad_sites(tables.pool.outputs, capacities.pool)
 
-    def padded(
-        table: NeighborTable, inputs: Sites, outputs: Sites, fill: float = 0.3, dense: bool = False
-    ) -> KernelMap:
-        tile_size = _tile_size(inputs, outputs, fill) if tiles and len(table.rows) > 1 else None
-        return sparse.pad_map(table, inputs, outputs, tile_size=tile_size, blocks="auto" if tiles and dense else None)
-
+    padded = layout.pad_map
     stages, fine = [], pool
-    for (down, skip, residual), capacity in zip(tables.stages, capacities[3:7], strict=True):
+    widths = layout.stage_channels
+    for s, ((down, skip, residual), capacity) in enumerate(zip(tables.stages, capacities[3:7], strict=True)):
         coarse = sparse.pad_sites(residual.outputs, capacity)
         stages.append(
-            StageMaps(padded(down, fine, coarse), padded(skip, fine, coarse), padded(residual, coarse, coarse))
+            StageMaps(
+                padded(down, fine, coarse, "down", widths[s]),
+                padded(skip, fine, coarse, "skip"),
+                padded(residual, coarse, coarse, "residual" if s == 0 else "deep residual", widths[s]),
+            )
         )
         fine = coarse
     ups, coarse = [], fine
@@ -191,23 +204,17 @@ def pad_plan(tables: DetectorTables, capacities: LevelSizes, *, tiles: bool = Tr
         outputs = sparse.pad_sites(union, capacity)
         ups.append(
             UpMaps(
-                padded(up.generate, coarse, sparse.pad_sites(children, capacity)),
+                padded(up.generate, coarse, sparse.pad_sites(children, capacity), "generate", layout.neck_channels),
                 sparse.union_rows(children, union, capacity, capacity),
                 sparse.union_rows(up.stage, union, stage_capacity, capacity),
-                padded(up.lateral, outputs, outputs, fill=0.8, dense=True),
+                padded(up.lateral, outputs, outputs, "lateral", layout.neck_channels),
             )
         )
         coarse = outputs
     return DetectorPlan(
         voxels,
-        padded(tables.stem, voxels, stem, fill=0.1),
+        padded(tables.stem, voxels, stem, "stem", 16),
         sparse.pad_map(tables.pool, stem, pool),
         tuple(stages),
         tuple(ups),
     )
-
-
-def _tile_size(inputs: Sites, outputs: Sites, fill: float) -> int:
-    """Pairs in a tile: about what one scan has at one offset, if that share of its sites has a given neighbour."""
-    pairs = fill * min(inputs.capacity, outputs.capacity) / max(1, inputs.num_scans)
-    return int(2 ** np.clip(np.round(np.log2(max(pairs, 1))), 5, 10))

@@ -4,6 +4,7 @@ Sites are built on the host (`grid`), maps from them (`kernel_map`), features ar
 `pool`).
 """
 
+from h2a2_jax.sparse.blocks import SiteBlocks
 from h2a2_jax.sparse.conv import convolve
 from h2a2_jax.sparse.conv_pairs import limit_tiles
 from h2a2_jax.sparse.grid import (
@@ -26,22 +27,26 @@ from h2a2_jax.sparse.neighbors import (
     strided_neighbors,
     submanifold_neighbors,
 )
-from h2a2_jax.sparse.pair_tiles import PairTiles
-from h2a2_jax.sparse.pool import max_pool
-from h2a2_jax.sparse.tensor import Sites, SparseTensor, pad_rows, pad_sites, scan_mean
+from h2a2_jax.sparse.pair_tiles import PairTiles, choose_tile_size
+from h2a2_jax.sparse.pool import average_pool, global_pool, max_pool
+from h2a2_jax.sparse.tensor import Sites, SparseTensor, pad_rows, pad_sites
 
 __all__ = [
     "KernelMap",
     "NeighborTable",
     "PairTiles",
+    "SiteBlocks",
     "SiteSet",
     "Sites",
     "SparseTensor",
     "Voxelization",
+    "average_pool",
+    "choose_tile_size",
     "convolve",
     "downsample",
     "generate",
     "generative_neighbors",
+    "global_pool",
     "inverse_neighbors",
     "kernel_offsets",
     "limit_tiles",
@@ -50,7 +55,6 @@ __all__ = [
     "pad_rows",
     "pad_sites",
     "pool_neighbors",
-    "scan_mean",
     "site_set",
     "strided_neighbors",
     "submanifold_neighbors",

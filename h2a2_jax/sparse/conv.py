@@ -77,13 +77,12 @@ def convolve(
         gamma = jnp.zeros((num_scans, kernel_map.kernel_volume), kernels.dtype)
     compute = jnp.dtype(dtype) if dtype is not None else features.dtype
     x, w = features.astype(compute), kernels.astype(compute)
-    if algorithm == "auto":
-        algorithm = _choose(kernel_map)
+    chosen = _choose(kernel_map) if algorithm == "auto" else algorithm
     options = ConvOptions(jnp.promote_types(compute, jnp.float32), precision)
-    if algorithm == "segment_sum":
+    if chosen == "segment_sum":
         out = _convolve_by_segment_sum(x, w, gamma, scan_set, kernel_map, options)
     else:
-        out = _convolve(x, w, gamma, scan_set, kernel_map, options, algorithm)
+        out = _convolve(x, w, gamma, scan_set, kernel_map, options, chosen)
     return out.astype(features.dtype)
 
 

@@ -55,7 +55,7 @@ def tiles_backward(
         # The barrier keeps XLA from folding the transpose into a slower product.
         dw = options.dot(lax.optimization_barrier(rows.T), grads)
         dstack = dstack.at[chosen[b, k]].add(dw)
-        if dgamma is not None:
+        if dgamma is not None and scan_set is not None:
             dgamma = dgamma.at[b, k].add(jnp.vdot(dw, w[0, k] - w[scan_set[b], k]))
         return dstack, dgamma
 

@@ -1,5 +1,6 @@
 """The pairs of a kernel map as a list sorted by offset and scan, cut into tiles."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -32,6 +33,21 @@ class PairTiles:
     scan: Leaf
     count: Leaf
     mirrored: bool = static_field()
+
+
+def choose_tile_size(pairs: float, channels: int) -> int:
+    """Pairs in a tile for the algorithm "tiles" on CPUs.
+
+    As many as a scan has at one offset, so that few tiles do it; not so many that rows leave the caches; at least as
+    many as keep the threads of one matmul busy (measured: 1024 at 128 channels, where 512 take as long).
+
+    Args:
+        pairs: expected at one offset of one scan.
+        channels: of the layer, the geometric mean of in and out.
+    """
+    most = min(4096, max(1024, 2**18 // max(1, channels)))
+    least = 1024 if pairs > 600 else 64
+    return int(min(most, max(least, 2 ** round(math.log2(max(pairs, 1))))))
 
 
 def cut_pairs(table: NeighborTable, in_capacity: int, out_capacity: int, tile: int) -> PairTiles:

@@ -19,7 +19,7 @@ from h2a2_jax.inputs.pipeline import JointStep, JointStream, StreamConfig, Strea
 from h2a2_jax.inputs.scan import ScanSource
 from h2a2_jax.inputs.sources import CachedSource, build_source, left_out, permuted_boxes
 from h2a2_jax.inputs.specs import DatasetSpec, dataset_spec
-from h2a2_jax.models import Detector, HeadConfig
+from h2a2_jax.models import Detector, HeadConfig, PlanLayout
 from h2a2_jax.training.checkpoint import CheckpointStore
 from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig, to_json
 from h2a2_jax.training.harmonize import HarmonizationState, norm_gradient_harmonization, plain_mean
@@ -69,7 +69,7 @@ def build_stream(config: ExperimentConfig, replicas: int) -> JointStream:
             voxel_size=config.model.voxel_size,
             seed=config.train.seed,
             max_rung=config.train.max_rung,
-            tiles=jax.default_backend() == "cpu",
+            layout=PlanLayout.of(config.model),
         ),
     )
 

@@ -4,7 +4,7 @@ import pytest
 
 from h2a2_jax import sparse
 from h2a2_jax.errors import InputError
-from h2a2_jax.models import LevelSizes, detector_tables, pad_plan, pyramid_sizes
+from h2a2_jax.models import LevelSizes, PlanLayout, detector_tables, pad_plan, pyramid_sizes
 from tests.boxes.golden import FIXTURES
 from tests.models.scenes import VOXEL, empty_scan, room
 
@@ -67,7 +67,7 @@ def test_a_plan_has_the_shapes_of_its_bucket():
         assert (kmap.neighbors[:, int(kmap.n_out) :] == kmap.in_capacity).all()
         real = kmap.neighbors[kmap.neighbors < kmap.in_capacity]
         assert real.max() < kmap.n_in
-    assert pad_plan(tables, capacities, tiles=False).stages[0].residual.tiles is None
+    assert pad_plan(tables, capacities, PlanLayout("any")).stages[0].residual.tiles is None
 
 
 @pytest.mark.parametrize("level", LevelSizes._fields)
