@@ -24,7 +24,8 @@ from h2a2_jax.layers.modulation import LinearModulation
 from h2a2_jax.sparse.conv import convolve
 from h2a2_jax.sparse.grid import Size3, size3
 from h2a2_jax.sparse.kernel_map import KernelMap
-from h2a2_jax.sparse.tensor import SparseTensor, scan_mean
+from h2a2_jax.sparse.pool import global_pool
+from h2a2_jax.sparse.tensor import SparseTensor
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def structural_consistency(
     """
     features = x.features.astype(jnp.promote_types(x.features.dtype, jnp.float32))
     exact = lax.Precision.HIGHEST
-    pooled = scan_mean(x.with_features(unit_rows(jnp.matmul(features, projection, precision=exact))))
+    pooled = global_pool(x.with_features(unit_rows(jnp.matmul(features, projection, precision=exact))))
     cosine = jnp.matmul(pooled, unit_rows(prototypes).T, precision=exact)
     return (1 + cosine) / 2 if kind == "half_cosine" else jax.nn.relu(cosine)
 

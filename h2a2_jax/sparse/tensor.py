@@ -87,10 +87,3 @@ def pad_rows(rows: AnyArray, capacity: int) -> np.ndarray:
     out = np.zeros((capacity, *rows.shape[1:]), rows.dtype)
     out[: len(rows)] = rows
     return out
-
-
-def scan_mean(x: SparseTensor) -> Float[Array, "B C"]:
-    """Mean of the features over the valid sites of each scan; zero for a scan without sites."""
-    sums = jax.ops.segment_sum(x.features, x.sites.scan, x.sites.num_scans, indices_are_sorted=True)
-    counts = jax.ops.segment_sum(jnp.ones_like(x.features[:, :1]), x.sites.scan, x.sites.num_scans)
-    return sums / jnp.maximum(counts, 1)
