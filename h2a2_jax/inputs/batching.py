@@ -1,9 +1,4 @@
-"""From scans to the padded arrays of a step, in one shape for every device.
-
-Shapes are static to the compiler, scans are not: a batch picks a bucket. All levels of the pyramid are coupled to
-one scalar ladder (a rung multiplies every capacity by the same ratio), so that a run compiles a handful of shapes and
-not one per combination of levels.
-"""
+"""From scans to the padded arrays of a step, in one shape for every device: a batch picks a bucket of a ladder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +11,7 @@ from h2a2_jax import sparse
 from h2a2_jax.inputs.scan import Scan
 from h2a2_jax.models.layout import PlanLayout
 from h2a2_jax.models.plan import DetectorTables, LevelSizes, detector_tables, pad_plan, pyramid_sizes
+from h2a2_jax.sparse import BucketLadder
 from h2a2_jax.typing import Leaf
 
 
@@ -37,53 +33,6 @@ class Batch:
     boxes: Leaf
     labels: Leaf
     present: Leaf
-
-
-@dataclass(frozen=True)
-class BucketLadder:
-    """Capacities by rung: those of rung r are base * ratio**r, rounded up to whole blocks of rows.
-
-    Attributes:
-        base: capacities of rung 0.
-        ratio: from one rung to the next.
-        max_rung: highest rung that training may use; a batch that does not fit it is cropped.
-    """
-
-    base: LevelSizes
-    ratio: float = 1.25
-    max_rung: int = 8
-
-    _BLOCK = 64
-
-    def capacities(self, rung: int) -> LevelSizes:
-        """Capacities of a rung."""
-        factor = self.ratio**rung
-        return LevelSizes(*(int(-(-size * factor // self._BLOCK) * self._BLOCK) for size in self.base))
-
-    def rung(self, sizes: LevelSizes, limit: int | None = None) -> int | None:
-        """Lowest rung that these sizes fit; None if it lies above the limit."""
-        rung = 0
-        while not sizes.fits(self.capacities(rung)):
-            rung += 1
-            if limit is not None and rung > limit:
-                return None
-        return rung
-
-    @classmethod
-    def measured(cls, sizes: Sequence[Sequence[LevelSizes]], scans: int, **options: object) -> "BucketLadder":
-        """A ladder for batches of `scans` scans from samples of the scans of each dataset.
-
-        Level by level the base holds the mean of the batch's sum plus three of its standard deviations, for whichever
-        dataset needs most.
-
-        Args:
-            sizes: for each dataset the sizes of some single scans.
-            scans: in a batch.
-            options: ratio and max_rung.
-        """
-        tables = [np.asarray(s, np.float64) for s in sizes if len(s)]
-        needs = [t.mean(0) * scans + 3 * t.std(0) * scans**0.5 for t in tables]
-        return cls(LevelSizes(*np.ceil(np.max(needs, 0)).astype(int).tolist()), **options)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -120,7 +69,7 @@ def collate(scans: Sequence[Scan], voxel_size: float) -> ScanBatch:
     return ScanBatch(tuple(scans), detector_tables(voxels.sites), colors[voxels.first_point].astype(np.float32))
 
 
-def collate_to_fit(scans: Sequence[Scan], voxel_size: float, ladder: BucketLadder) -> ScanBatch:
+def collate_to_fit(scans: Sequence[Scan], voxel_size: float, ladder: BucketLadder[LevelSizes]) -> ScanBatch:
     """Collate; where the ladder's highest rung is too small, crop the scans' outskirts until they fit.
 
     A crop keeps the points nearest to the middle of the scan (in x, y) and the boxes whose centre lies among them.

@@ -5,6 +5,7 @@ Sites are built on the host (`grid`), maps from them (`kernel_map`), features ar
 """
 
 from h2a2_jax.sparse.blocks import SiteBlocks
+from h2a2_jax.sparse.buckets import BucketLadder
 from h2a2_jax.sparse.conv import convolve
 from h2a2_jax.sparse.conv_pairs import limit_tiles
 from h2a2_jax.sparse.grid import (
@@ -32,6 +33,7 @@ from h2a2_jax.sparse.pool import average_pool, global_pool, max_pool
 from h2a2_jax.sparse.tensor import Sites, SparseTensor, pad_rows, pad_sites
 
 __all__ = [
+    "BucketLadder",
     "KernelMap",
     "NeighborTable",
     "PairTiles",

@@ -68,12 +68,12 @@ def voxel_coordinates(points: Float[np.ndarray, "m 3"], voxel_size: float) -> In
     return scaled.astype(np.int32)
 
 
-def pack_keys(coords: Int[np.ndarray, "n 4"], limit: int = MAX_COORDINATE) -> Int[np.ndarray, " n"]:
+def pack_keys(coords: Int[np.ndarray, "n 4"], limit: int = MAX_DERIVED) -> Int[np.ndarray, " n"]:
     """int64 keys of (scan, x, y, z) rows; their order is the lexicographic order of the rows.
 
     Args:
         coords: the rows.
-        limit: largest |coordinate| that is let pass, `MAX_DERIVED` for sites made from others.
+        limit: largest |coordinate| that is let pass, `MAX_COORDINATE` for sites that were not made from others.
 
     Raises:
         InputError: a coordinate or a scan index is out of range.
@@ -175,7 +175,7 @@ class SiteSet:
 
     def lookup(self, coords: Int[np.ndarray, "m 4"]) -> Int[np.ndarray, " m"]:
         """Row of each given site, int32, -1 where it is not in the set."""
-        return find_keys(self.keys, pack_keys(coords, MAX_DERIVED))
+        return find_keys(self.keys, pack_keys(coords))
 
 
 def find_keys(keys: Int[np.ndarray, " n"], queries: Int[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
@@ -193,11 +193,17 @@ def site_set(coords: Int[np.ndarray, "n d"], *, stride: int = 1, num_scans: int 
         coords: rows (scan, x, y, z), or (scan, x, y) in 2-D, where z is 0.
         stride: of the set; coordinates are multiples of it.
         num_scans: scans in the batch; default one more than the largest scan index.
+
+    Raises:
+        InputError: a coordinate or a scan index is out of range.
     """
     if coords.shape[1] == 3:
         coords = np.concatenate([coords, np.zeros_like(coords[:, :1])], 1)
-    scans = num_scans if num_scans is not None else (int(coords[:, 0].max()) + 1 if len(coords) else 1)
-    return SiteSet(sorted_unique(pack_keys(coords)), stride, scans)
+    most = int(coords[:, 0].max()) + 1 if len(coords) else 1
+    scans = most if num_scans is None else num_scans
+    if len(coords) and most > scans:
+        raise InputError(f"scan index {most - 1} is none of a batch of {scans} scans; count scans from 0.")
+    return SiteSet(sorted_unique(pack_keys(coords, MAX_COORDINATE)), stride, scans)
 
 
 @dataclass(frozen=True)
@@ -248,7 +254,7 @@ def downsample(sites: SiteSet, factor: int) -> SiteSet:
     else:
         coords = sites.coords
         coords[:, 1:] = np.floor_divide(coords[:, 1:], stride) * stride
-        keys = pack_keys(coords, MAX_DERIVED)
+        keys = pack_keys(coords)
     return SiteSet(sorted_unique(keys), stride, sites.num_scans)
 
 

@@ -44,6 +44,8 @@ def test_the_range_of_a_key_is_checked():
         sparse.site_set(np.array([[0, MAX_COORDINATE + 1, 0, 0]], np.int32))
     with pytest.raises(InputError, match="scan indices"):
         sparse.site_set(np.array([[-1, 0, 0, 0]], np.int32))
+    with pytest.raises(InputError, match="a batch of 2 scans"):
+        sparse.site_set(np.array([[2, 0, 0, 0]], np.int32), num_scans=2)
 
 
 def test_keys_are_ordered_as_their_rows_and_come_back():
