@@ -4,15 +4,18 @@ Batch norm is our own because padding must not count, because the replicas of a 
 (so that sums, not means, are to be added over devices), and because every dataset keeps its own running statistics.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from h2a2_jax.layers.context import AxisName, DatasetContext
+from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext
+from h2a2_jax.sparse.pool import scan_sum, sites_per_scan
 from h2a2_jax.sparse.tensor import SparseTensor
 
 
@@ -60,6 +63,51 @@ def normalize(
     return jnp.where(valid[:, None], y, 0).astype(x.dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def normalize_by_batch(
+    x: Float[Array, "n c"],
+    valid: Bool[Array, " n"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    eps: float,
+    axis_name: AxisName = None,
+) -> tuple[Float[Array, "n c"], BatchStatistics]:
+    """`normalize` with `batch_statistics` of the same rows, which are returned too.
+
+    With a gradient of its own: it keeps x alone for the backward pass, where the derivatives of mean and variance
+    would keep two more arrays of its size, and takes one pass over the rows to sum and one to write.
+    """
+    batch = batch_statistics(x, valid, axis_name)
+    return normalize(x, valid, batch.statistics, scale, bias, eps), batch
+
+
+def _by_batch_forward(
+    x: Array, valid: Array, scale: Array, bias: Array, eps: float, axis_name: AxisName
+) -> tuple[tuple[Array, BatchStatistics], tuple]:
+    y, batch = normalize_by_batch(x, valid, scale, bias, eps, axis_name)
+    return (y, batch), (x, valid, scale, batch)
+
+
+def _by_batch_backward(eps: float, axis_name: AxisName, residuals: tuple, cotangents: tuple) -> tuple:
+    x, valid, scale, ((mean, var), num_sites) = residuals
+    g, ((dmean, dvar), _) = cotangents
+    wide = mean.dtype
+    keep = valid[:, None]
+    g, centred = jnp.where(keep, g, 0).astype(wide), jnp.where(keep, x.astype(wide) - mean, 0)
+    inverse = lax.rsqrt(var + eps)
+    sum_g, sum_gx = g.sum(0), (g * centred).sum(0)
+    total_g, total_gx = lax.psum((sum_g, sum_gx), axis_name) if axis_name is not None else (sum_g, sum_gx)
+    count = jnp.maximum(num_sites, 1)
+    factor = scale * inverse
+    slope = (2 * dvar - factor * inverse**2 * total_gx) / count
+    dx = jnp.where(keep, g * factor + centred * slope + (dmean - factor * total_g) / count, 0)
+    dscale, dbias = (sum_gx * inverse).astype(scale.dtype), sum_g.astype(scale.dtype)
+    return dx.astype(x.dtype), np.zeros(valid.shape, jax.dtypes.float0), dscale, dbias
+
+
+normalize_by_batch.defvjp(_by_batch_forward, _by_batch_backward)
+
+
 def update_running(running: Statistics, batch: BatchStatistics, momentum: float) -> Statistics:
     """Running statistics after a batch: (1 - momentum) * old + momentum * new, with the unbiased variance.
 
@@ -75,17 +123,75 @@ def update_running(running: Statistics, batch: BatchStatistics, momentum: float)
 def instance_norm(
     x: SparseTensor, scale: Float[Array, " c"], bias: Float[Array, " c"], eps: float = 1e-8
 ) -> SparseTensor:
-    """Normalise each scan's channels over its own active sites, with the biased variance."""
-    scan, num_scans = x.sites.scan, x.sites.num_scans
-    counts = jnp.maximum(jax.ops.segment_sum(jnp.ones_like(x.features[:, :1]), scan, num_scans), 1)
+    """Normalise each scan's channels over its own active sites, with the biased variance.
+
+    Padding rows come out as zero; what they hold is never read.
+    """
+    valid, scan = x.sites.valid[:, None], jnp.asarray(x.sites.scan)
+    counts = jnp.maximum(sites_per_scan(x.sites), 1)[:, None]
 
     def mean(rows: Array) -> Array:
-        means = jax.ops.segment_sum(rows, scan, num_scans) / counts
-        return means.at[scan].get(mode="fill", fill_value=0)
+        return (scan_sum(rows, x.sites) / counts).at[scan].get(mode="fill", fill_value=0)
 
-    centred = x.features - mean(x.features)
+    rows = jnp.where(valid, x.features.astype(jnp.promote_types(x.features.dtype, jnp.float32)), 0)
+    centred = rows - mean(rows)
     y = centred * lax.rsqrt(mean(centred**2) + eps) * scale + bias
-    return x.with_features(jnp.where(x.sites.valid[:, None], y, 0))
+    return x.with_features(jnp.where(valid, y, 0).astype(x.features.dtype))
+
+
+def layer_norm(x: SparseTensor, scale: Float[Array, " c"], bias: Float[Array, " c"], eps: float = 1e-6) -> SparseTensor:
+    """Normalise each site over its channels, with the biased variance; padding rows come out as zero."""
+    valid = x.sites.valid[:, None]
+    rows = jnp.where(valid, x.features.astype(jnp.promote_types(x.features.dtype, jnp.float32)), 0)
+    centred = rows - rows.mean(1, keepdims=True)
+    y = centred * lax.rsqrt((centred**2).mean(1, keepdims=True) + eps) * scale + bias
+    return x.with_features(jnp.where(valid, y, 0).astype(x.features.dtype))
+
+
+class InstanceNorm(nnx.Module):
+    """Instance norm: each scan over its own active sites (`instance_norm`).
+
+    Attributes:
+        scale: [C].
+        bias: [C].
+    """
+
+    def __init__(self, channels: int, *, eps: float = 1e-5, rngs: nnx.Rngs | None = None):
+        """Nothing is drawn at random: `rngs` may be left out."""
+        self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
+        self.eps = eps
+
+    def __call__(self, x: SparseTensor, context: ForwardContext | None = None) -> SparseTensor:
+        """Normalise; the context is not read.
+
+        Raises:
+            ValueError: x has another number of channels.
+        """
+        _check_channels(self, x)
+        return instance_norm(x, self.scale[...], self.bias[...], self.eps)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm: each site over its channels (`layer_norm`).
+
+    Attributes:
+        scale: [C].
+        bias: [C].
+    """
+
+    def __init__(self, channels: int, *, eps: float = 1e-6, rngs: nnx.Rngs | None = None):
+        """Nothing is drawn at random: `rngs` may be left out."""
+        self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
+        self.eps = eps
+
+    def __call__(self, x: SparseTensor, context: ForwardContext | None = None) -> SparseTensor:
+        """Normalise; the context is not read.
+
+        Raises:
+            ValueError: x has another number of channels.
+        """
+        _check_channels(self, x)
+        return layer_norm(x, self.scale[...], self.bias[...], self.eps)
 
 
 class BatchNorm(nnx.Module):
@@ -98,36 +204,40 @@ class BatchNorm(nnx.Module):
         var: running variance, [D, C].
     """
 
-    def __init__(self, channels: int, *, num_datasets: int = 1, eps: float = 1e-5, momentum: float = 0.1):
-        """Args: `momentum` is the weight of the new batch in the running statistics."""
+    def __init__(
+        self,
+        channels: int,
+        *,
+        num_datasets: int = 1,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        rngs: nnx.Rngs | None = None,
+    ):
+        """Args: `momentum` is the weight of the new batch; nothing is drawn at random: `rngs` may be left out."""
         self.scale = nnx.Param(jnp.ones(channels))
         self.bias = nnx.Param(jnp.zeros(channels))
         self.mean = nnx.BatchStat(jnp.zeros((num_datasets, channels)), dataset_axis=0)
         self.var = nnx.BatchStat(jnp.ones((num_datasets, channels)), dataset_axis=0)
         self.eps, self.momentum = eps, momentum
 
-    def __call__(
-        self,
-        x: SparseTensor,
-        dataset: DatasetContext | None = None,
-        *,
-        training: bool = False,
-        axis_name: AxisName = None,
-    ) -> SparseTensor:
+    def __call__(self, x: SparseTensor, context: ForwardContext | None = None) -> SparseTensor:
         """Normalise; in training with the batch's statistics, which also enter the dataset's running ones.
 
         Args:
             x: features and sites.
-            dataset: whose running statistics; may be left out with one dataset.
-            training: see above.
-            axis_name: mesh axis over which the dataset's batch is spread.
+            context: whose running statistics, whether it trains, the mesh axis over which the batch is spread; left
+                out, the layer evaluates.
+
+        Raises:
+            ValueError: x has another number of channels; it trains on one of several datasets, not said which.
         """
-        dataset = dataset if dataset is not None else DatasetContext.mean(self.mean.shape[0])
-        valid = x.sites.valid
-        if not training:
+        _check_channels(self, x)
+        context = context or ForwardContext()
+        dataset, valid = context.dataset_of(self.mean.shape[0]), x.sites.valid
+        if not context.training:
             used = Statistics(dataset.pick(self.mean[...]), dataset.pick(self.var[...]))
         else:
-            batch = batch_statistics(x.features, valid, axis_name)
+            batch = batch_statistics(x.features, valid, context.axis_name)
             used = batch.statistics
             self._remember(batch, dataset)
         features = normalize(x.features, valid, used, self.scale[...], self.bias[...], self.eps)
@@ -139,3 +249,10 @@ class BatchNorm(nnx.Module):
         own = jnp.asarray(dataset.weights)[:, None] > 0
         self.mean[...] = jnp.where(own, new.mean, self.mean[...])
         self.var[...] = jnp.where(own, new.var, self.var[...])
+
+
+def _check_channels(norm: BatchNorm | InstanceNorm | LayerNorm, x: SparseTensor) -> None:
+    if x.features.shape[1] != norm.scale.shape[0]:
+        raise ValueError(
+            f"{type(norm).__name__} is of {norm.scale.shape[0]} channels, given features of {x.features.shape[1]}."
+        )
