@@ -37,7 +37,8 @@ def im2col_backward(
     g = jnp.where(valid, cotangent, 0).astype(x.dtype)
     dx = _product(g, w.swapaxes(2, 3), gamma, scan_set, inverse_table(kmap), jnp.asarray(kmap.in_scan), options)
     dw, dgamma = _kernel_gradients(x, g, w, gamma, scan_set, kmap, options)
-    dgamma = None if gamma is None else dgamma.astype(gamma.dtype)
+    if gamma is not None and dgamma is not None:
+        dgamma = dgamma.astype(gamma.dtype)
     return dx.astype(x.dtype), dw.astype(w.dtype), dgamma
 
 
@@ -58,7 +59,7 @@ def _product(
 ) -> Float[Array, "n b"]:
     """sum_k rows[table[k]] @ W[k], where `scan` says whose kernels an output row uses."""
     volume, a, b = w.shape[1:]
-    chosen = _chosen_sets(gamma, scan_set, volume)
+    chosen = _chosen_sets(gamma, scan_set)
     w = w if chosen is None or len(chosen) > 1 else _select(w, chosen)
     flat = w.reshape(len(w), volume * a, b)
 
@@ -79,14 +80,14 @@ def _kernel_gradients(
 ) -> tuple[Array, Array | None]:
     """Gradients of the kernels and of gamma."""
     sets, volume, a, b = w.shape
-    chosen = _chosen_sets(gamma, scan_set, volume)
+    chosen = _chosen_sets(gamma, scan_set)
     several = chosen is not None and len(chosen) > 1
     g = jnp.concatenate([g, jnp.zeros((1, b), g.dtype)])  # rows past the end of the last chunk read the zero
 
     def add_chunk(total: tuple, chunk: tuple[Array, Array, Array]) -> tuple[tuple, None]:
         table, scan, at = chunk
         columns, grads = _columns(x, table), g[at]
-        if not several:
+        if chosen is None or scan_set is None or len(chosen) == 1:
             return (total[0] + _outer(columns, grads, options)[None], None), None
         masks = _masks(chosen, sets, scan, x.dtype)
         dw = jnp.stack([_outer(columns * masks[:, s, :, None], grads, options) for s in range(sets)])
@@ -104,7 +105,7 @@ def _kernel_gradients(
     start = zeros((sets if several else 1, volume, a, b)), zeros((kmap.num_scans, volume)) if several else None
     chunks = _chunks(jnp.asarray(kmap.neighbors), jnp.asarray(kmap.out_scan), x)
     (dw, dgamma), _ = lax.scan(add_chunk, start, chunks)
-    if chosen is None:
+    if chosen is None or scan_set is None:
         return jnp.concatenate([dw, jnp.zeros((sets - 1, *dw.shape[1:]), dw.dtype)]), None
     if not several:
         difference = w[0] - w[scan_set[0]]
@@ -140,7 +141,7 @@ def _outer(columns: Array, grads: Array, options: ConvOptions) -> Float[Array, "
     )
 
 
-def _chosen_sets(gamma: Array | None, scan_set: Array | None, volume: int) -> Int[Array, "b v"] | None:
+def _chosen_sets(gamma: Array | None, scan_set: Array | None) -> Int[Array, "b v"] | None:
     """Kernel of the stack that each (scan, offset) uses; None if it is always 0."""
     if gamma is None or scan_set is None:
         return None

@@ -118,7 +118,7 @@ def pairs_backward(
         dstack, dgamma = carry
         of_kernel = jax.nn.one_hot(index, kernels, axis=0, dtype=dw.dtype)
         dstack = dstack + _exact(of_kernel, dw.reshape(len(dw), -1)).reshape(dstack.shape)
-        if dgamma is None:
+        if dgamma is None or scan_set is None:
             return dstack, None
         difference = stack[offset] - stack[scan_set[scan] * volume + offset]
         slope = (dw * difference).sum((1, 2), dtype=dw.dtype)
@@ -134,8 +134,10 @@ def pairs_backward(
     if lists.mirrored:
         dx_centre, dw_centre, dgamma_centre = _centre_backward(x, w, g, gamma, scan_set, kmap, options)
         dx, dw = dx + dx_centre, _with_centre(dw, dw_centre)
-        dgamma = None if dgamma is None else _with_centre(dgamma, dgamma_centre)
-    dgamma = None if gamma is None else dgamma.astype(gamma.dtype)
+        if dgamma is not None and dgamma_centre is not None:
+            dgamma = _with_centre(dgamma, dgamma_centre)
+    if gamma is not None and dgamma is not None:
+        dgamma = dgamma.astype(gamma.dtype)
     return dx.astype(x.dtype), dw.astype(w.dtype), dgamma
 
 
