@@ -3,10 +3,12 @@
 from h2a2_jax.layers.channel_gate import ChannelGate
 from h2a2_jax.layers.context import DatasetContext, ForwardContext
 from h2a2_jax.layers.conv import SparseConv, SparseConvTranspose
+from h2a2_jax.layers.functional import activate, add, average_pool, concatenate, max_pool, relu
 from h2a2_jax.layers.kernel_selection import KernelSelection, SelectiveConv, binarize, structural_consistency
 from h2a2_jax.layers.modulation import EmbeddingMLP, LinearModulation
-from h2a2_jax.layers.norm import BatchNorm, instance_norm
+from h2a2_jax.layers.norm import BatchNorm, InstanceNorm, LayerNorm, instance_norm, layer_norm
 from h2a2_jax.layers.residual import ConvNorm, ResidualBlock
+from h2a2_jax.sparse.pool import global_pool
 
 __all__ = [
     "BatchNorm",
@@ -15,13 +17,23 @@ __all__ = [
     "DatasetContext",
     "EmbeddingMLP",
     "ForwardContext",
+    "InstanceNorm",
     "KernelSelection",
+    "LayerNorm",
     "LinearModulation",
     "ResidualBlock",
     "SelectiveConv",
     "SparseConv",
     "SparseConvTranspose",
+    "activate",
+    "add",
+    "average_pool",
     "binarize",
+    "concatenate",
+    "global_pool",
     "instance_norm",
+    "layer_norm",
+    "max_pool",
+    "relu",
     "structural_consistency",
 ]

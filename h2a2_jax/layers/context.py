@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, Int
 
 from h2a2_jax.sparse.conv import Algorithm
 from h2a2_jax.typing import Leaf, static_field
@@ -23,15 +25,17 @@ class DatasetContext:
         weights: float32 [D], one-hot for a dataset; 1/D each runs a scan of an unseen dataset on the mean of the
             embeddings, exclusive kernels and statistics.
         kernels: "selected" by each scan's structure, or "shared" everywhere (gamma = 1) (static).
+        index: int32 [], the dataset of one-hot weights, whose values are then sliced and not summed; or None.
     """
 
     weights: Leaf
     kernels: Literal["selected", "shared"] = static_field(default="selected")
+    index: Leaf = None
 
     @classmethod
-    def one(cls, dataset: int, num_datasets: int) -> "DatasetContext":
+    def one(cls, dataset: int | Int[Array, ""], num_datasets: int) -> "DatasetContext":
         """The context of one dataset."""
-        return cls(jax.nn.one_hot(dataset, num_datasets))
+        return cls(jax.nn.one_hot(dataset, num_datasets), index=jnp.asarray(dataset, jnp.int32))
 
     @classmethod
     def mean(cls, num_datasets: int, kernels: Literal["selected", "shared"] = "selected") -> "DatasetContext":
@@ -39,16 +43,35 @@ class DatasetContext:
         return cls(jnp.full(num_datasets, 1 / num_datasets), kernels)
 
     def pick(self, exclusive: Float[Array, "d *p"]) -> Float[Array, "*p"]:
-        """The weighted sum over the leading dataset axis of exclusive values."""
-        return jnp.tensordot(jnp.asarray(self.weights, exclusive.dtype), exclusive, 1)
+        """The dataset's own values of exclusive ones with a leading dataset axis, or their weighted sum.
+
+        Raises:
+            ValueError: the values are of another number of datasets.
+        """
+        count, own = len(exclusive), len(self.weights)
+        if count != own:
+            raise ValueError(f"parameters of {count} datasets, a context of {own}: give both the same num_datasets.")
+        if count == 1:
+            return exclusive[0]
+        if self.index is not None:
+            return lax.dynamic_index_in_dim(exclusive, self.index, keepdims=False)
+        # In full precision: an accelerator would round the parameters.
+        return jnp.tensordot(jnp.asarray(self.weights, exclusive.dtype), exclusive, 1, precision=lax.Precision.HIGHEST)
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["dataset", "embedding"],
+    meta_fields=["training", "axis_name", "algorithm", "dtype", "precision", "tap"],
+)
 @dataclass(frozen=True)
 class ForwardContext:
     """How a forward pass runs; passed through a network unchanged.
 
+    `ForwardContext(training=True)` is all that training on one dataset takes; a layer that is given none evaluates.
+
     Attributes:
-        dataset: whose parameters and statistics.
+        dataset: whose parameters and statistics; None in a network of one dataset, or for the mean of all.
         embedding: float [d], that dataset's embedding, for layers with kernel selection.
         training: batch statistics instead of running ones, which are updated.
         axis_name: mesh axis over which one dataset's scans are spread (its replicas); batch statistics are summed over
@@ -59,14 +82,29 @@ class ForwardContext:
         tap: called with (name, value) for every named intermediate value, to look inside; values are tracers under jit.
     """
 
-    dataset: DatasetContext
-    embedding: Float[Array, " d"] | None = None
+    dataset: DatasetContext | None = None
+    embedding: Leaf = None
     training: bool = False
     axis_name: AxisName = None
     algorithm: Algorithm = "auto"
     dtype: Any = None
     precision: Any = None
     tap: Callable[[str, Any], None] | None = None
+
+    def dataset_of(self, num_datasets: int) -> DatasetContext:
+        """The dataset of the pass for a layer that knows so many; without one their mean.
+
+        Raises:
+            ValueError: training needs to know which of several datasets the batch is from.
+        """
+        if self.dataset is not None:
+            return self.dataset
+        if self.training and num_datasets > 1:
+            raise ValueError(
+                f"a layer of {num_datasets} datasets trains on one at a time: give the context dataset="
+                "DatasetContext.one(...)."
+            )
+        return DatasetContext.mean(num_datasets)
 
     def record(self, name: str, value: Any) -> None:
         """Hand a named intermediate value to the tap, if there is one."""

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from h2a2_jax.layers.context import ForwardContext
-from h2a2_jax.layers.conv import kaiming_fan_out
+from h2a2_jax.layers.conv import check_input, kaiming_fan_out
 from h2a2_jax.layers.modulation import LinearModulation
 from h2a2_jax.sparse.conv import convolve
 from h2a2_jax.sparse.grid import Size3, size3
@@ -134,31 +134,36 @@ class SelectiveConv(nnx.Module):
         self.prototypes = nnx.Param(jax.random.normal(rngs.params(), (volume, s.projection_dim)))
         self.modulation = LinearModulation(in_channels, embedding_dim=s.embedding_dim, hidden=s.hidden, rngs=rngs)
 
-    def __call__(self, x: SparseTensor, kernel_map: KernelMap, context: ForwardContext) -> SparseTensor:
+    def __call__(self, x: SparseTensor, kernel_map: KernelMap, context: ForwardContext | None = None) -> SparseTensor:
         """Convolve onto the map's output sites.
 
         Args:
             x: on the map's input sites.
             kernel_map: with as many offsets as the kernel has slices.
-            context: must carry the dataset and its embedding.
+            context: must carry the dataset's embedding, and the dataset where there are several.
 
         Raises:
-            ValueError: the context has no embedding.
+            ValueError: the context has no embedding, or no dataset in training; the map does not fit.
         """
-        if context.embedding is None:
+        if context is None or context.embedding is None:
             raise ValueError("kernel selection needs context.embedding, the embedding [d] of the dataset.")
+        check_input(self.name, x, kernel_map, self.shared.shape)
+        dataset = context.dataset_of(self.exclusive.shape[0])
         x = self.modulation(x, context.embedding)
-        kernels = jnp.stack([self.shared[...], context.dataset.pick(self.exclusive[...])])
         gamma = self.select(x, context)
+        if dataset.kernels == "shared":
+            kernels, chosen = self.shared[...][None], {}
+        else:
+            kernels = jnp.stack([self.shared[...], dataset.pick(self.exclusive[...])])
+            chosen = {"gamma": gamma, "scan_set": jnp.ones(gamma.shape[0], jnp.int32)}
         y = convolve(
             x.features,
             kernels,
             kernel_map,
-            gamma=gamma,
-            scan_set=jnp.ones(gamma.shape[0], jnp.int32),
             algorithm=context.algorithm,
             dtype=context.dtype,
             precision=context.precision,
+            **chosen,
         )
         return SparseTensor(y, kernel_map.outputs)
 
@@ -168,7 +173,7 @@ class SelectiveConv(nnx.Module):
         alpha = jax.nn.sigmoid(self.prior[...])
         beta = structural_consistency(x, self.projection[...], self.prototypes[...], s.consistency)
         gamma = binarize(alpha * beta, s.tau, s.straight_through, s.temperature)
-        if context.dataset.kernels == "shared":
+        if context.dataset is not None and context.dataset.kernels == "shared":
             gamma = jnp.ones_like(gamma)
         for part, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
             context.record(f"{self.name}.{part}", value)

@@ -1,26 +1,16 @@
 """Residual block of sparse convolutions, plain or with kernel selection."""
 
-import jax
 from flax import nnx
 
 from h2a2_jax.layers.channel_gate import ChannelGate
 from h2a2_jax.layers.context import ForwardContext
 from h2a2_jax.layers.conv import SparseConv
+from h2a2_jax.layers.functional import add, relu
 from h2a2_jax.layers.kernel_selection import KernelSelection, SelectiveConv
 from h2a2_jax.layers.norm import BatchNorm
 from h2a2_jax.sparse.grid import Size3
 from h2a2_jax.sparse.kernel_map import KernelMap
 from h2a2_jax.sparse.tensor import SparseTensor
-
-
-def relu(x: SparseTensor) -> SparseTensor:
-    """ReLU on the features."""
-    return x.with_features(jax.nn.relu(x.features))
-
-
-def add(a: SparseTensor, b: SparseTensor) -> SparseTensor:
-    """Sum of features on the same sites."""
-    return a.with_features(a.features + b.features)
 
 
 class ConvNorm(nnx.Module):
@@ -54,11 +44,21 @@ class ConvNorm(nnx.Module):
         )
         self.norm = BatchNorm(out_channels, num_datasets=num_datasets)
 
-    def __call__(self, x: SparseTensor, kernel_map: KernelMap, context: ForwardContext) -> SparseTensor:
-        """Apply onto the map's output sites; no activation."""
-        y = self.conv(x, kernel_map, context)
-        y = self.norm(y, context.dataset, training=context.training, axis_name=context.axis_name)
-        if self.gate is not None and context.embedding is not None:
+    def __call__(
+        self, x: SparseTensor, kernel_map: KernelMap | None = None, context: ForwardContext | None = None
+    ) -> SparseTensor:
+        """Apply onto the map's output sites; no activation.
+
+        Args:
+            x: on the map's input sites.
+            kernel_map: of the convolution; None for a kernel of one slice.
+            context: of the pass; left out, the layer evaluates.
+
+        Raises:
+            ValueError: as the convolution and the norm.
+        """
+        y = self.norm(self.conv(x, kernel_map, context), context)  # type: ignore[arg-type]
+        if self.gate is not None and context is not None and context.embedding is not None:
             y = self.gate(y, context.embedding)
         return y
 
@@ -66,7 +66,7 @@ class ConvNorm(nnx.Module):
 class ResidualBlock(nnx.Module):
     """relu(norm(conv(relu(norm(conv(x))))) + skip(x)), the basic block of ResNet-18 and -34.
 
-    The skip is the identity, or a 1^3 convolution and norm where stride or width change.
+    The skip is the identity, or a 1^3 convolution and norm where the stride or the width changes.
     """
 
     def __init__(
@@ -85,13 +85,18 @@ class ResidualBlock(nnx.Module):
         shared = {"selection": selection, "num_datasets": num_datasets, "rngs": rngs}
         self.first = ConvNorm(in_channels, out_channels, name=f"{name}.conv1", **shared)  # type: ignore[arg-type]
         self.second = ConvNorm(out_channels, out_channels, name=f"{name}.conv2", **shared)  # type: ignore[arg-type]
-        self.skip = ConvNorm(in_channels, out_channels, 1, num_datasets=num_datasets, rngs=rngs) if downsample else None
+        self.downsample = downsample
+        self.skip = (
+            ConvNorm(in_channels, out_channels, 1, num_datasets=num_datasets, rngs=rngs)
+            if downsample or in_channels != out_channels
+            else None
+        )
 
     def __call__(
         self,
         x: SparseTensor,
         residual_map: KernelMap,
-        context: ForwardContext,
+        context: ForwardContext | None = None,
         *,
         down_map: KernelMap | None = None,
         skip_map: KernelMap | None = None,
@@ -101,19 +106,20 @@ class ResidualBlock(nnx.Module):
         Args:
             x: input.
             residual_map: 3^3 submanifold map of the output sites.
-            context: of the pass.
+            context: of the pass; left out, the block evaluates.
             down_map: 3^3 strided map onto the output sites, for a block that downsamples.
             skip_map: 1^3 strided lookup of the output sites, likewise.
 
         Raises:
             ValueError: a block that downsamples was given no strided maps.
         """
+        if self.downsample and (down_map is None or skip_map is None):
+            raise ValueError(f"{self.name} downsamples: it needs down_map and skip_map.")
         skip = x
         if self.skip is not None:
-            if down_map is None or skip_map is None:
-                raise ValueError(f"{self.name} downsamples: it needs down_map and skip_map.")
             skip = self.skip(x, skip_map, context)
-            context.record(f"{self.name}_downsample", skip)
+            if context is not None:
+                context.record(f"{self.name}_downsample", skip)
         y = relu(self.first(x, residual_map if down_map is None else down_map, context))
         y = self.second(y, residual_map, context)
         return relu(add(y, skip))

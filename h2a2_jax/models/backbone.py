@@ -2,8 +2,7 @@
 
 from flax import nnx
 
-from h2a2_jax.layers import BatchNorm, ForwardContext, ResidualBlock, SparseConv
-from h2a2_jax.layers.residual import relu
+from h2a2_jax.layers import BatchNorm, ForwardContext, ResidualBlock, SparseConv, relu
 from h2a2_jax.models.config import DetectorConfig
 from h2a2_jax.models.plan import DetectorPlan
 from h2a2_jax.sparse import SparseTensor, max_pool
@@ -21,7 +20,7 @@ class Stem(nnx.Module):
         """Voxels of stride 1 to sites of stride 4."""
         y = self.conv(x, plan.stem, context)
         context.record("conv1", y)
-        y = relu(self.norm(y, context.dataset, training=context.training, axis_name=context.axis_name))
+        y = relu(self.norm(y, context))
         context.record("stem", y)
         y = SparseTensor(max_pool(y.features, plan.pool), plan.pool.outputs)
         context.record("maxpool", y)

@@ -95,12 +95,13 @@ class Detector(nnx.Module):
             plan: sites and maps of the batch.
             context: of the pass; its embedding is set here.
         """
+        dataset = context.dataset_of(len(self.heads_config))
         if self.embedding is not None:
-            context = replace(context, embedding=context.dataset.pick(self.embedding[...]))
+            context = replace(context, embedding=dataset.pick(self.embedding[...]))
         stages = self.backbone(SparseTensor(features, plan.voxels), plan, context)
         parts = []
         for level, x in enumerate(self.neck(stages, plan, context)):
-            boxes, logits = self.heads(x.features, context.dataset)
+            boxes, logits = self.heads(x.features, dataset)
             locations = jnp.asarray(x.sites.coords)[:, 1:].astype(jnp.float32) * self.config.voxel_size
             scan = jnp.asarray(x.sites.scan)
             parts.append(Predictions(locations, scan, jnp.full(len(scan), level, jnp.int32), boxes, logits))

@@ -4,8 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from h2a2_jax.layers import ConvNorm, ForwardContext, SparseConvTranspose
-from h2a2_jax.layers.residual import relu
+from h2a2_jax.layers import ConvNorm, ForwardContext, SparseConvTranspose, relu
 from h2a2_jax.models.config import DetectorConfig
 from h2a2_jax.models.plan import DetectorPlan, UpMaps
 from h2a2_jax.sparse import SparseTensor

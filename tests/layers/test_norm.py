@@ -5,8 +5,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from h2a2_jax import sparse
-from h2a2_jax.layers import BatchNorm, DatasetContext, instance_norm
+from h2a2_jax.layers import BatchNorm, DatasetContext, ForwardContext, InstanceNorm, LayerNorm, instance_norm
 from h2a2_jax.layers.norm import batch_statistics, normalize
+
+TRAINING = ForwardContext(training=True)
 
 
 def tensor(rows, capacity=20, fill=np.nan, scans=None):
@@ -26,7 +28,7 @@ def draw(n, channels=3, seed=0):
 def test_training_normalises_valid_sites_and_remembers():
     x, norm = draw(11), BatchNorm(3)
     norm.scale[...], norm.bias[...] = jnp.array([1.0, 2.0, -1.0]), jnp.array([0.0, 1.0, 3.0])
-    y = norm(tensor(x), training=True).features
+    y = norm(tensor(x), TRAINING).features
     expected = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) * norm.scale[...] + norm.bias[...]
     np.testing.assert_allclose(y[:11], expected, rtol=1e-4, atol=1e-5)
     assert (y[11:] == 0).all()
@@ -45,7 +47,7 @@ def test_training_normalises_valid_sites_and_remembers():
 def test_no_site_gives_zeros_and_leaves_the_statistics():
     norm = BatchNorm(3)
     norm.mean[...] = jnp.full((1, 3), 5.0)
-    y = norm(tensor(draw(0)), training=True).features
+    y = norm(tensor(draw(0)), TRAINING).features
     assert (y == 0).all()
     np.testing.assert_array_equal(norm.mean[0], 5)
     np.testing.assert_array_equal(norm.var[0], 1)
@@ -53,7 +55,7 @@ def test_no_site_gives_zeros_and_leaves_the_statistics():
 
 def test_one_site_counts_with_its_biased_variance():
     norm, x = BatchNorm(3), draw(1)
-    y = norm(tensor(x), training=True).features
+    y = norm(tensor(x), TRAINING).features
     assert (y == 0).all()
     np.testing.assert_allclose(norm.mean[0], 0.1 * x[0], rtol=1e-6)
     np.testing.assert_allclose(norm.var[0], 0.9, rtol=1e-6)
@@ -63,16 +65,42 @@ def test_statistics_of_datasets_never_mix():
     norm = BatchNorm(2, num_datasets=3)
     batches = [draw(9, 2, seed) + 10 * seed for seed in range(3)]
     for dataset in (0, 2):
-        norm(tensor(batches[dataset]), DatasetContext.one(dataset, 3), training=True)
+        norm(tensor(batches[dataset]), ForwardContext(DatasetContext.one(dataset, 3), training=True))
     for dataset, rate in ((0, 0.1), (1, 0.0), (2, 0.1)):
         x = batches[dataset]
         np.testing.assert_allclose(norm.mean[dataset], rate * x.mean(0), rtol=1e-5)
         np.testing.assert_allclose(norm.var[dataset], 1 - rate + rate * x.var(0, ddof=1), rtol=1e-5)
-    y = norm(tensor(batches[2]), DatasetContext.one(2, 3)).features[:9]
+    y = norm(tensor(batches[2]), ForwardContext(DatasetContext.one(2, 3))).features[:9]
     np.testing.assert_allclose(y, (batches[2] - norm.mean[2]) / np.sqrt(norm.var[2] + 1e-5), rtol=1e-4, atol=1e-5)
-    y = norm(tensor(batches[2]), DatasetContext.mean(3)).features[:9]
+    y = norm(tensor(batches[2]), ForwardContext(DatasetContext.mean(3))).features[:9]
     mean, var = norm.mean[...].mean(0), norm.var[...].mean(0)
     np.testing.assert_allclose(y, (batches[2] - mean) / np.sqrt(var + 1e-5), rtol=1e-4, atol=1e-5)
+
+
+def test_several_datasets_train_only_with_one_named():
+    with pytest.raises(ValueError, match="2 datasets trains on one at a time"):
+        BatchNorm(3, num_datasets=2)(tensor(draw(4)), TRAINING)
+
+
+@pytest.mark.parametrize("layer", [InstanceNorm, LayerNorm])
+def test_norms_without_statistics(layer):
+    rows, scans = draw(12), np.r_[np.zeros(5, int), np.full(7, 2)]
+    norm, x = layer(3), tensor(rows, scans=scans)
+    norm.scale[...], norm.bias[...] = jnp.array([1.0, 2.0, -1.0]), jnp.array([0.0, 1.0, 3.0])
+    parts = [rows[scans == b] for b in (0, 2)] if layer is InstanceNorm else list(rows[:, :, None])
+    normed = [(p - p.mean(0)) / np.sqrt(p.var(0) + norm.eps) for p in parts]
+    expected = np.concatenate(normed).reshape(12, 3) * norm.scale[...] + norm.bias[...]
+    y = norm(x).features
+    np.testing.assert_allclose(y[:12], expected, rtol=1e-4, atol=1e-5)
+    assert (y[12:] == 0).all()
+    half = norm(x.with_features(x.features.astype(jnp.bfloat16))).features
+    assert half.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("layer", [BatchNorm, InstanceNorm, LayerNorm])
+def test_other_channels_are_refused(layer):
+    with pytest.raises(ValueError, match=f"{layer.__name__} is of 2 channels, given features of 3"):
+        layer(2)(tensor(draw(4)))
 
 
 @pytest.mark.parametrize("counts", [(4, 9), (0, 9), (0, 0)], ids=str)
@@ -110,7 +138,11 @@ def test_replicas_of_unequal_size_equal_the_whole_batch(counts):
 @pytest.mark.parametrize("value", ["constant", "random", "zero"])
 def test_gradients_are_finite_and_padding_has_none(n, value):
     x = {"constant": np.full((n, 3), 7.0, np.float32), "random": draw(n), "zero": np.zeros((n, 3), np.float32)}[value]
-    for norm in (lambda t: BatchNorm(3)(t, training=True), lambda t: instance_norm(t, jnp.ones(3), jnp.zeros(3))):
+    for norm in (
+        lambda t: BatchNorm(3)(t, TRAINING),
+        lambda t: LayerNorm(3)(t),
+        lambda t: instance_norm(t, jnp.ones(3), jnp.zeros(3)),
+    ):
         t = tensor(x, fill=0.0)
         y, pull = jax.vjp(lambda rows, t=t, norm=norm: norm(t.with_features(rows)).features, t.features)
         (dx,) = pull(jnp.ones_like(y) * jnp.arange(20.0)[:, None])
@@ -118,14 +150,15 @@ def test_gradients_are_finite_and_padding_has_none(n, value):
         assert (dx[n:] == 0).all()
 
 
-def test_padding_may_hold_anything():
+@pytest.mark.parametrize("layer", [BatchNorm, InstanceNorm, LayerNorm])
+def test_padding_may_hold_anything(layer):
     x = draw(7)
 
     def slopes(fill):
         t = tensor(x, fill=fill)
-        return jax.value_and_grad(
-            lambda rows: (BatchNorm(3)(t.with_features(rows), training=True).features ** 3).sum()
-        )(t.features)
+        return jax.value_and_grad(lambda rows: (layer(3)(t.with_features(rows), TRAINING).features ** 3).sum())(
+            t.features
+        )
 
     clean, garbage = slopes(0.0), slopes(np.nan)
     jax.tree.map(np.testing.assert_array_equal, clean, garbage)

@@ -81,7 +81,7 @@ def test_the_gate_follows_the_norm(training):
     y = layer(x, KMAP, context)
     convolved = layer.conv(x, KMAP, context)
     again = ConvNorm(4, 6, num_datasets=2, rngs=nnx.Rngs(0)).norm  # the other's statistics have moved
-    normed = again(convolved, context.dataset, training=training)
+    normed = again(convolved, context)
     np.testing.assert_allclose(y.features, layer.gate(normed, EMBEDDING).features, rtol=1e-5, atol=1e-6)
 
 
@@ -109,6 +109,15 @@ def test_a_residual_block_is_its_formula(selection):
     first = jax.nn.relu(plain.first(z, inner, context).features)
     second = plain.second(z.with_features(first), inner, context).features
     np.testing.assert_array_equal(plain(z, inner, context).features, jax.nn.relu(second + y))
+
+
+def test_a_block_may_change_its_width_alone_and_go_without_a_context():
+    block, x = ResidualBlock(4, 6, rngs=nnx.Rngs(0)), features(KMAP)
+    first = jax.nn.relu(block.first(x, KMAP).features)
+    second = block.second(x.with_features(first), KMAP).features
+    y = block(x, KMAP)
+    np.testing.assert_array_equal(y.features, jax.nn.relu(second + block.skip(x).features))
+    assert y.features.shape == (KMAP.out_capacity, 6) and block.first.norm.mean[0].max() == 0
 
 
 def test_convolutions_add_their_bias_to_sites_only():
