@@ -31,6 +31,15 @@ from h2a2_jax.sparse.neighbors import (
 from h2a2_jax.sparse.pair_tiles import PairTiles, choose_tile_size
 from h2a2_jax.sparse.pool import average_pool, global_pool, max_pool
 from h2a2_jax.sparse.tensor import Sites, SparseTensor, pad_rows, pad_sites
+from h2a2_jax.sparse.traced_maps import generative_map, inverse_map, pool_map, strided_map, submanifold_map
+from h2a2_jax.sparse.traced_sites import (
+    downsample_sites,
+    generate_sites,
+    rows_of_part,
+    sites_from_coords,
+    unite_sites,
+    voxelize_points,
+)
 
 __all__ = [
     "BucketLadder",
@@ -46,9 +55,13 @@ __all__ = [
     "choose_tile_size",
     "convolve",
     "downsample",
+    "downsample_sites",
     "generate",
+    "generate_sites",
+    "generative_map",
     "generative_neighbors",
     "global_pool",
+    "inverse_map",
     "inverse_neighbors",
     "kernel_offsets",
     "limit_tiles",
@@ -56,12 +69,19 @@ __all__ = [
     "pad_map",
     "pad_rows",
     "pad_sites",
+    "pool_map",
     "pool_neighbors",
+    "rows_of_part",
     "site_set",
+    "sites_from_coords",
+    "strided_map",
     "strided_neighbors",
+    "submanifold_map",
     "submanifold_neighbors",
     "union_rows",
     "unite",
+    "unite_sites",
     "voxel_coordinates",
     "voxelize",
+    "voxelize_points",
 ]

@@ -95,5 +95,5 @@ class BucketLadder(Generic[SizesT]):
 
 def _like(example: SizesT, sizes: Iterable[int]) -> SizesT:
     """The numbers as a tuple of the example's type."""
-    kind = type(example)
+    kind: Any = type(example)
     return cast(SizesT, kind(*sizes) if hasattr(kind, "_fields") else tuple(sizes))
