@@ -1,7 +1,8 @@
 """Sparse convolution on padded active sites, without Flax: functions on arrays.
 
-Sites are built on the host (`grid`), maps from them (`kernel_map`), features are convolved on a device (`conv`,
-`pool`).
+Sites are built on the host (`grid`), tables of neighbours from them (`neighbors`), padded to the shapes of a bucket
+(`plan`, `buckets`) they are kernel maps; or sites and maps are built inside jit (`traced_sites`, `traced_maps`).
+Features are convolved and pooled on a device (`conv`, `pool`).
 """
 
 from h2a2_jax.sparse.blocks import SiteBlocks
@@ -29,6 +30,7 @@ from h2a2_jax.sparse.neighbors import (
     submanifold_neighbors,
 )
 from h2a2_jax.sparse.pair_tiles import PairTiles, choose_tile_size
+from h2a2_jax.sparse.plan import level_sizes, pad_tables
 from h2a2_jax.sparse.pool import average_pool, global_pool, max_pool
 from h2a2_jax.sparse.tensor import Sites, SparseTensor, pad_rows, pad_sites
 from h2a2_jax.sparse.traced_maps import generative_map, inverse_map, pool_map, strided_map, submanifold_map
@@ -64,11 +66,13 @@ __all__ = [
     "inverse_map",
     "inverse_neighbors",
     "kernel_offsets",
+    "level_sizes",
     "limit_tiles",
     "max_pool",
     "pad_map",
     "pad_rows",
     "pad_sites",
+    "pad_tables",
     "pool_map",
     "pool_neighbors",
     "rows_of_part",
