@@ -17,8 +17,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from h2a2_jax.sparse.conv_parts import ConvOptions, dot_by_set, per_row, set_masks, take_rows, zeros_varying_as
+from h2a2_jax.sparse.conv_parts import ConvOptions, take_rows, zeros_varying_as
+from h2a2_jax.sparse.conv_tiles import kernel_index
 from h2a2_jax.sparse.kernel_map import KernelMap
+from h2a2_jax.sparse.pair_tiles import PairTiles, directions
 
 CHUNK_BYTES = 256 * 2**20
 """Largest size of the gathered rows and kernels that exist at once."""
@@ -69,8 +71,7 @@ def pair_work(kernel_map: KernelMap) -> float:
     tiles = kernel_map.tiles
     if tiles is None:
         return 1.0
-    centre = kernel_map.out_capacity if tiles.mirrored else 0
-    products = tiles.in_rows.shape[-2] * tiles.in_rows.shape[-1] * (2 if tiles.mirrored else 1) + centre
+    products = tiles.in_rows.shape[-2] * tiles.in_rows.shape[-1] * (2 if tiles.mirrored else 1)
     return products / max(1, kernel_map.kernel_volume * kernel_map.out_capacity)
 
 
@@ -79,7 +80,7 @@ def pairs_forward(
 ) -> Array:
     """Arguments and result as in `convolve`, in the compute type; needs `kmap.tiles`."""
     lists = _lists(kmap)
-    index = _kernel_index(gamma, scan_set, kmap)[lists.scan, lists.offset]
+    index = kernel_index(gamma, scan_set, kmap)[lists.scan, lists.offset]
     stack = w.reshape(-1, *w.shape[2:])
 
     def multiply(chunk: tuple[Array, Array]) -> Array:
@@ -87,11 +88,7 @@ def pairs_forward(
         return options.dot(take_rows(x, source), stack[index])
 
     products = lax.map(multiply, _chunks((lists.source, index), x, w))
-    out = _gather_sum(products, _positions(lists, kmap.kernel_volume, kmap.out_capacity))
-    if not lists.mirrored:
-        return out
-    valid, by_set = _centre(gamma, scan_set, kmap, w.shape[0])
-    return out + jnp.where(valid, dot_by_set(x, w[:, kmap.kernel_volume // 2], by_set, options), 0)
+    return _gather_sum(products, _positions(lists.target, lists.offset, kmap.kernel_volume, kmap.out_capacity))
 
 
 def pairs_backward(
@@ -102,7 +99,7 @@ def pairs_backward(
     volume, lists = kmap.kernel_volume, _lists(kmap)
     valid = (jnp.arange(kmap.out_capacity) < kmap.n_out)[:, None]
     g = jnp.where(valid, cotangent, 0).astype(x.dtype)
-    index = _kernel_index(gamma, scan_set, kmap)[lists.scan, lists.offset]
+    index = kernel_index(gamma, scan_set, kmap)[lists.scan, lists.offset]
     stack = w.reshape(-1, *w.shape[2:])
     transposed = stack.swapaxes(1, 2)
     kernels = volume if gamma is None else len(stack)
@@ -129,13 +126,8 @@ def pairs_backward(
     start = zeros((kernels, *w.shape[2:])), None if gamma is None else zeros((kmap.num_scans, volume))
     chunks = _chunks((lists.source, lists.target, index, lists.offset, lists.scan), x, w)
     (dstack, dgamma), products = lax.scan(multiply, start, chunks)
-    dx = _gather_sum(products, _source_positions(lists, volume, kmap))
+    dx = _gather_sum(products, _positions(lists.source, lists.offset, volume, kmap.in_capacity))
     dw = jnp.concatenate([dstack, jnp.zeros((len(stack) - kernels, *dstack.shape[1:]), dstack.dtype)]).reshape(w.shape)
-    if lists.mirrored:
-        dx_centre, dw_centre, dgamma_centre = _centre_backward(x, w, g, gamma, scan_set, kmap, options)
-        dx, dw = dx + dx_centre, _with_centre(dw, dw_centre)
-        if dgamma is not None and dgamma_centre is not None:
-            dgamma = _with_centre(dgamma, dgamma_centre)
     if gamma is not None and dgamma is not None:
         dgamma = dgamma.astype(gamma.dtype)
     return dx.astype(x.dtype), dw.astype(w.dtype), dgamma
@@ -145,36 +137,25 @@ def pairs_backward(
 class _Lists:
     """Tiles that each go one way: int32 rows [C, T] to read and to write, offset [C] and scan [C].
 
-    A mirrored list holds the tiles of the map and then, in the same order, the tiles of the way back.
+    Of mirrored tiles those of the way back follow, in the same order.
     """
 
     source: Array
     target: Array
     offset: Array
     scan: Array
-    mirrored: bool
 
 
 def _lists(kmap: KernelMap) -> _Lists:
     assert kmap.tiles is not None
-    tiles = jax.tree.map(jnp.asarray, kmap.tiles)
-    if not tiles.mirrored:
-        return _Lists(tiles.in_rows, tiles.out_rows, tiles.offset, tiles.scan, False)
+    tiles: PairTiles = jax.tree.map(jnp.asarray, kmap.tiles)
+    ways = directions(tiles, slice(None), kmap.kernel_volume)
     return _Lists(
-        jnp.concatenate([tiles.in_rows, tiles.out_rows]),
-        jnp.concatenate([tiles.out_rows, tiles.in_rows]),
-        jnp.concatenate([tiles.offset, kmap.kernel_volume - 1 - tiles.offset]),
-        jnp.concatenate([tiles.scan, tiles.scan]),
-        True,
+        jnp.concatenate([way.source for way in ways]),
+        jnp.concatenate([way.target for way in ways]),
+        jnp.concatenate([way.offset for way in ways]),
+        jnp.concatenate([tiles.scan for _ in ways]),
     )
-
-
-def _kernel_index(gamma: Array | None, scan_set: Array | None, kmap: KernelMap) -> Int[Array, "b v"]:
-    """Index into the stack, flattened over (set, offset), of the kernel of each (scan, offset)."""
-    offsets = jnp.arange(kmap.kernel_volume, dtype=jnp.int32)
-    if gamma is None or scan_set is None:
-        return jnp.broadcast_to(offsets, (kmap.num_scans, kmap.kernel_volume))
-    return jnp.where(gamma >= 0.5, 0, scan_set[:, None]).astype(jnp.int32) * kmap.kernel_volume + offsets
 
 
 def _chunks(parts: tuple[Array, ...], x: Array, w: Array) -> tuple[Array, ...]:
@@ -194,24 +175,15 @@ def _chunks(parts: tuple[Array, ...], x: Array, w: Array) -> tuple[Array, ...]:
     return tuple(cut(part) for part in parts)
 
 
-def _positions(lists: _Lists, volume: int, rows: int) -> Int[Array, "v n"]:
-    """Place among the products of the pair of each (offset, row written), `_NOWHERE` where there is none.
+def _positions(of_pairs: Int[Array, "c t"], offset: Int[Array, " c"], volume: int, rows: int) -> Int[Array, "v n"]:
+    """Place among the products of the pair of each (offset, row), `_NOWHERE` where there is none.
 
     Made of nothing but the map: XLA keeps one copy for all convolutions of a program that share a map.
     """
-    place = jnp.arange(lists.target.size, dtype=jnp.int32).reshape(lists.target.shape)
-    row = jnp.where(lists.target < rows, lists.target, rows + place)  # distinct, also where dropped
+    place = jnp.arange(of_pairs.size, dtype=jnp.int32).reshape(of_pairs.shape)
+    row = jnp.where(of_pairs < rows, of_pairs, rows + place)  # distinct, also where dropped
     empty = jnp.full((volume, rows), _NOWHERE, jnp.int32)
-    return empty.at[lists.offset[:, None], row].set(place, mode="drop", unique_indices=True)
-
-
-def _source_positions(lists: _Lists, volume: int, kmap: KernelMap) -> Int[Array, "v n"]:
-    """As `_positions`, of each (offset, row read)."""
-    if not lists.mirrored:
-        return _positions(replace(lists, target=lists.source), volume, kmap.in_capacity)
-    # The pair that reads row i at offset k is the way back of the pair that writes it at offset V-1-k.
-    back, half = _positions(lists, volume, kmap.out_capacity)[::-1], lists.source.size // 2
-    return jnp.where(back == _NOWHERE, _NOWHERE, jnp.where(back < half, back + half, back - half))
+    return empty.at[offset[:, None], row].set(place, mode="drop", unique_indices=True)
 
 
 def _gather_sum(products: Float[Array, "*chunks t c"], positions: Int[Array, "v n"]) -> Float[Array, "n c"]:
@@ -224,37 +196,6 @@ def _gather_sum(products: Float[Array, "*chunks t c"], positions: Int[Array, "v 
     shape = positions.shape[1], products.shape[1]
     total = zeros_varying_as(shape, products.dtype, (products, positions))
     return lax.scan(add_offset, total, positions, unroll=min(len(positions), _UNROLL))[0]
-
-
-def _centre(gamma: Array | None, scan_set: Array | None, kmap: KernelMap, sets: int) -> tuple[Array, Array | None]:
-    """Valid rows, and which kernel each uses at the centre of a submanifold kernel, where row o reads row o."""
-    masks = set_masks(gamma, scan_set, sets, jnp.asarray(kmap.out_scan))
-    return (jnp.arange(kmap.out_capacity) < kmap.n_out)[:, None], masks(kmap.kernel_volume // 2)
-
-
-def _centre_backward(
-    x: Array, w: Array, g: Array, gamma: Array | None, scan_set: Array | None, kmap: KernelMap, options: ConvOptions
-) -> tuple[Array, Array, Array | None]:
-    """Gradients through the centre: of x, of the kernels [S, Cin, Cout] and of gamma [B]."""
-    valid, by_set = _centre(gamma, scan_set, kmap, w.shape[0])
-    x, w = jnp.where(valid, x, 0), w[:, kmap.kernel_volume // 2]
-    dx = dot_by_set(g, w.swapaxes(1, 2), by_set, options)
-    if by_set is None or gamma is None or scan_set is None:
-        dw = _outer("tm,tn->mn", x, g, options)[None]
-        return dx, jnp.concatenate([dw, jnp.zeros((len(w) - 1, *dw.shape[1:]), dw.dtype)]), None
-    masks = by_set.astype(x.dtype)
-    dw = jnp.stack([_outer("tm,tn->mn", x * masks[:, s : s + 1], g, options) for s in range(len(w))])
-    scan = jnp.asarray(kmap.out_scan)
-    own = per_row(scan_set, scan)[:, None]
-    change = sum(jnp.where(own == s, options.dot(x, w[0] - w[s]), 0) for s in range(1, len(w)))
-    slope = (change * g).sum(1, dtype=options.sum_type)
-    return dx, dw, _exact(jax.nn.one_hot(scan, kmap.num_scans, axis=0, dtype=options.sum_type), slope)
-
-
-def _with_centre(values: Array, centre: Array) -> Array:
-    """Values [B, V, ...] with those of the middle offset replaced by [B, ...]."""
-    middle = values.shape[1] // 2
-    return jnp.concatenate([values[:, :middle], centre[:, None], values[:, middle + 1 :]], 1)
 
 
 def _outer(formula: str, a: Array, b: Array, options: ConvOptions) -> Array:
