@@ -67,30 +67,45 @@ class BucketLadder(Generic[SizesT]):
 
     @classmethod
     def measured(
-        cls, sizes: Sequence[SizesT] | Sequence[Sequence[SizesT]], scans: int = 1, **options: Any
+        cls,
+        sizes: Sequence[SizesT] | Sequence[Sequence[SizesT]],
+        scans: int = 1,
+        *,
+        lowest: str = "usual",
+        **options: Any,
     ) -> "BucketLadder[SizesT]":
         """A ladder from samples of what is to fit.
 
         Level by level the base holds the mean of the batch's sum plus three of its standard deviations, for whichever
-        dataset needs most.
+        dataset needs most: nearly every batch is of one shape. Where batches differ much, as those of one scan do,
+        that pads most of them heavily; `lowest="smallest"` begins at the smallest ones and makes more shapes.
 
         Args:
             sizes: of some sample batches; or for each dataset the sizes of some of its single scans.
             scans: how many samples a batch holds: 1 where samples are batches.
+            lowest: what rung 0 holds, the "usual" batch or the "smallest".
             options: ratio and max_rung.
 
         Raises:
             InputError: there is no sample.
+            ValueError: `lowest` is neither.
         """
+        if lowest not in ("usual", "smallest"):
+            raise ValueError(f"lowest is {lowest!r}, expected 'usual' or 'smallest'.")
         # A sample is a tuple of numbers; a dataset is a sequence of such tuples.
         flat = any(len(s) and np.ndim(s[0]) == 0 for s in sizes)
         datasets = cast(Sequence[Sequence[SizesT]], [sizes] if flat else [s for s in sizes if len(s)])
         if not datasets:
             raise InputError("a ladder is measured on samples, given none; pass the sizes of at least one batch.")
         tables = [np.asarray(s, np.float64) for s in datasets]
-        needs = [t.mean(0) * scans + 3 * t.std(0) * scans**0.5 for t in tables]
-        base = np.ceil(np.max(needs, 0)).astype(int).tolist()
-        return cls(_like(datasets[0][0], base), **options)
+        means, spreads = [t.mean(0) * scans for t in tables], [3 * t.std(0) * scans**0.5 for t in tables]
+        base = np.max([mean + spread for mean, spread in zip(means, spreads, strict=True)], 0)
+        if lowest == "smallest":  # levels in their usual proportion
+            usual = np.maximum(np.mean(means, 0), 1)
+            least = [t.min(0) * scans for t in tables]
+            lows = [np.maximum(a, b - c) for a, b, c in zip(least, means, spreads, strict=True)]
+            base = usual * min((low / usual).max() for low in lows)
+        return cls(_like(datasets[0][0], np.ceil(base).astype(int).tolist()), **options)
 
 
 def _like(example: SizesT, sizes: Iterable[int]) -> SizesT:

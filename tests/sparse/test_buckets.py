@@ -46,6 +46,17 @@ def test_a_ladder_measured_on_batches():
     assert BucketLadder.measured([(90, 7), (110, 7)]) == BucketLadder.measured([[(90, 7), (110, 7)]])
 
 
+def test_a_ladder_may_begin_at_the_smallest_batch():
+    samples = [(100, 30), (200, 30), (300, 60)]
+    ladder = BucketLadder.measured(samples, lowest="smallest")
+    assert ladder.base == (150, 30)  # levels as in the mean, (200, 40), just so large that (100, 30) fits
+    two = BucketLadder.measured([samples, [(1000, 200)]], lowest="smallest")
+    assert two.base == (150, 30)  # levels as in (600, 120)
+    assert BucketLadder.measured([(1000, 200)], scans=4, lowest="smallest").base == (4000, 800)
+    with pytest.raises(ValueError, match="expected 'usual' or 'smallest'"):
+        BucketLadder.measured(samples, lowest="first")
+
+
 def test_a_level_without_sites_has_rows_all_the_same():
     ladder = BucketLadder((0, 64))
     assert ladder.capacities(0) == (64, 64)
