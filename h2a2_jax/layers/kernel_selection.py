@@ -111,7 +111,7 @@ class SelectiveConv(nnx.Module):
         out_channels: int,
         kernel_size: Size3 = 3,
         *,
-        num_datasets: int,
+        num_datasets: int = 1,
         selection: KernelSelection | None = None,
         name: str = "selective_conv",
         rngs: nnx.Rngs,

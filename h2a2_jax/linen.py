@@ -1,0 +1,235 @@
+"""The layers for Flax Linen: the same computation and the same parameters as `h2a2_jax.layers`, in Linen's collections.
+
+    conv = linen.SparseConv(3, 16)
+    variables = conv.init(key, x, kernel_map)
+    y = conv.apply(variables, x, kernel_map)
+
+A layer takes the arguments of its namesake in `h2a2_jax.layers` and is called alike. Parameters are in "params",
+running statistics in "batch_stats", plain arrays under the names of the NNX attributes. Training updates the statistics:
+
+    context = ForwardContext(training=True)
+    y, updates = model.apply(variables, x, kernel_map, context, mutable=["batch_stats"])
+
+What has no parameters (`relu`, `max_pool`, `global_pool`, ...) serves both and is found here too.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import errors, nnx
+from flax import linen as nn
+from flax.core import meta
+
+from h2a2_jax import layers
+from h2a2_jax.layers import (
+    DatasetContext,
+    ForwardContext,
+    KernelSelection,
+    activate,
+    add,
+    average_pool,
+    concatenate,
+    global_pool,
+    max_pool,
+    relu,
+)
+from h2a2_jax.sparse.conv import Algorithm
+from h2a2_jax.sparse.grid import Size3
+
+__all__ = [
+    "BatchNorm",
+    "ChannelGate",
+    "ConvNorm",
+    "DatasetContext",
+    "ForwardContext",
+    "InstanceNorm",
+    "KernelSelection",
+    "LayerNorm",
+    "LinearModulation",
+    "ResidualBlock",
+    "SelectiveConv",
+    "SparseConv",
+    "SparseConvTranspose",
+    "activate",
+    "add",
+    "average_pool",
+    "concatenate",
+    "global_pool",
+    "max_pool",
+    "relu",
+]
+
+_COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+
+
+class _Layer(nn.Module):
+    """An NNX layer whose variables live in Linen's collections.
+
+    Flax's own bridge (`nnx.bridge.ToLinen`) draws all parameters anew in every eager call, boxes those with metadata
+    and drops updates of statistics that are not mutable in silence; this one builds the layer from shapes.
+    """
+
+    layer: ClassVar[Callable[..., nnx.Module]]
+
+    @nn.compact
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the NNX layer.
+
+        Raises:
+            flax.errors.ScopeParamNotFoundError: a parameter is missing.
+            flax.errors.ScopeParamShapeError: a parameter has another shape.
+            flax.errors.ModifyScopeVariableError: training, but "batch_stats" is not mutable.
+            ValueError: as the NNX layer.
+        """
+        graph, *states = nnx.split(nnx.eval_shape(lambda: self._build(nnx.Rngs(0))), *_COLLECTIONS.values())
+        before = self._variables(dict(zip(_COLLECTIONS, states, strict=True)))
+        for state, values in zip(states, before.values(), strict=True):
+            nnx.replace_by_pure_dict(state, values)
+        module = nnx.merge(graph, *states)
+        out = module(*args, **kwargs)
+        if not self.is_initializing():
+            self._remember(before["batch_stats"], nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)))
+        return out
+
+    def _build(self, rngs: nnx.Rngs) -> nnx.Module:
+        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("parent", "name")}
+        if isinstance(options.get("conv"), type):
+            options["conv"] = options["conv"].layer
+        if self.name is not None and self.layer in (layers.SelectiveConv, layers.ConvNorm, layers.ResidualBlock):
+            options["name"] = self.name
+        return self.layer(**options, rngs=rngs)
+
+    def _variables(self, shapes: Mapping[str, nnx.State]) -> dict[str, dict]:
+        """Values by collection and name; what is missing is drawn while the collection may be changed."""
+        wanted = {collection: nnx.to_pure_dict(state) for collection, state in shapes.items()}
+        missing = [(c, name) for c, values in wanted.items() for name in values if not self.has_variable(c, name)]
+        if any(self.is_mutable_collection(collection) for collection, _ in missing):
+            drawn = self._build(nnx.Rngs(self.make_rng("params")))
+            for collection, name in missing:
+                if self.is_mutable_collection(collection):
+                    values = nnx.to_pure_dict(nnx.state(drawn, _COLLECTIONS[collection]))
+                    self.put_variable(collection, name, values[name])
+        found: dict[str, dict] = {collection: {} for collection in wanted}
+        for collection, values in wanted.items():
+            for name, shape in values.items():
+                if not self.has_variable(collection, name):
+                    raise errors.ScopeParamNotFoundError(name, "/".join(self.path))
+                value = meta.unbox(self.get_variable(collection, name))
+                self._check_shape(name, value, shape)
+                found[collection][name] = value
+        return found
+
+    def _check_shape(self, name: str, value: Any, wanted: Any) -> None:
+        has, wants = ({jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in
+                       jax.tree_util.tree_leaves_with_path(tree)} for tree in (value, wanted))  # fmt: skip
+        for path, shape in wants.items():
+            if has.get(path) != shape:
+                raise errors.ScopeParamShapeError(name + path, "/".join(self.path), has.get(path), shape)
+
+    def _remember(self, before: dict, after: dict) -> None:
+        for name, value in after.items():
+            if all(old is new for old, new in zip(jax.tree.leaves(before[name]), jax.tree.leaves(value), strict=True)):
+                continue
+            if not self.is_mutable_collection("batch_stats"):
+                raise errors.ModifyScopeVariableError("batch_stats", name, "/".join(self.path))
+            self.put_variable("batch_stats", name, value)
+
+
+class SparseConv(_Layer):
+    """As `layers.SparseConv`: `SparseConv(3, 16)(x, kernel_map)`."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: Size3 = 3
+    use_bias: bool = False
+    algorithm: Algorithm | None = None
+    dtype: Any = None
+    precision: Any = None
+    layer = layers.SparseConv
+
+
+class SparseConvTranspose(SparseConv):
+    """As `layers.SparseConvTranspose`."""
+
+    layer = layers.SparseConvTranspose
+
+
+class SelectiveConv(_Layer):
+    """As `layers.SelectiveConv`; its values reach a tap under the name of the Linen module."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: Size3 = 3
+    num_datasets: int = 1
+    selection: KernelSelection | None = None
+    layer = layers.SelectiveConv
+
+
+class LinearModulation(_Layer):
+    """As `layers.LinearModulation`."""
+
+    channels: int
+    embedding_dim: int = 64
+    hidden: int = 64
+    layer = layers.LinearModulation
+
+
+class ChannelGate(_Layer):
+    """As `layers.ChannelGate`."""
+
+    channels: int
+    embedding_dim: int = 64
+    hidden: int = 64
+    layer = layers.ChannelGate
+
+
+class BatchNorm(_Layer):
+    """As `layers.BatchNorm`: `BatchNorm(16)(x, context)`; mean and var are in "batch_stats"."""
+
+    channels: int
+    num_datasets: int = 1
+    eps: float = 1e-5
+    momentum: float = 0.1
+    layer = layers.BatchNorm
+
+
+class InstanceNorm(_Layer):
+    """As `layers.InstanceNorm`."""
+
+    channels: int
+    eps: float = 1e-5
+    layer = layers.InstanceNorm
+
+
+class LayerNorm(_Layer):
+    """As `layers.LayerNorm`."""
+
+    channels: int
+    eps: float = 1e-6
+    layer = layers.LayerNorm
+
+
+class ConvNorm(_Layer):
+    """As `layers.ConvNorm`; `conv` is a class of this module."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: Size3 = 3
+    conv: type[SparseConv] = SparseConv
+    selection: KernelSelection | None = None
+    num_datasets: int = 1
+    layer = layers.ConvNorm
+
+
+class ResidualBlock(_Layer):
+    """As `layers.ResidualBlock`."""
+
+    in_channels: int
+    out_channels: int
+    downsample: bool = False
+    selection: KernelSelection | None = None
+    num_datasets: int = 1
+    layer = layers.ResidualBlock
