@@ -1,0 +1,58 @@
+"""How the benchmarks measure: rivals take turns in one run, medians, beside the machine's own matmul."""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+PAUSE = 0.01
+"""Seconds between two measurements: time for the threads of one library to stop waiting for work."""
+
+
+def alternate(
+    functions: Mapping[str, Callable[[], object]], repeats: int, *, calls: int = 1, warm_ups: int = 1
+) -> dict[str, float]:
+    """Median seconds of a call of each function, measured in turns: A B C A B C ...
+
+    Args:
+        functions: by name; a result on a device is waited for.
+        repeats: rounds.
+        calls: of a function before its last result is waited for; more than one hides the time to start a call on an
+            accelerator.
+        warm_ups: calls of each function before the rounds, to compile.
+    """
+    for function in functions.values():
+        for _ in range(warm_ups):
+            jax.block_until_ready(function())
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            time.sleep(PAUSE)
+            start = time.perf_counter()
+            for _ in range(calls):
+                result = function()
+            jax.block_until_ready(result)
+            seconds[name].append((time.perf_counter() - start) / calls)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def matmul_rate(repeats: int, *, calls: int = 1) -> float:
+    """Operations a second of a square float32 matmul in JAX's default precision: the machine's ceiling."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((n, n), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    return 2 * n**3 / alternate({"matmul": lambda: product(a, a)}, repeats, calls=calls)["matmul"]
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def report(message: str) -> None:
+    """A line of progress, on standard error."""
+    print(message, file=sys.stderr, flush=True)
