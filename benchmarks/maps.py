@@ -163,7 +163,7 @@ def _on_device(sites: SiteSet) -> Sites:
 
 
 def surfaces(count: int, seed: int = 0) -> SiteSet:
-    """Sites on axis-parallel planes like walls, floors and tables, one to two voxels thick and as large as they come."""
+    """Sites on axis-parallel planes like walls, floors and tables, one to two voxels thick."""
     rng = np.random.default_rng(seed)
     scale = (count / 1e6) ** 0.5
     sites = np.zeros((0, 3), np.int32)

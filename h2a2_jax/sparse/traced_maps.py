@@ -116,29 +116,44 @@ def _cut_pairs(rows: Int[Array, "v n_out"], inputs: Sites, outputs: Sites, tile:
     """The pairs of a map in tiles of `tile` pairs, each in the place where `cut_pairs` puts it."""
     volume, num_scans = len(rows), inputs.num_scans
     mirrored = kind == "submanifold" and volume % 2 == 1
-    used = volume // 2 if mirrored else volume
-    capacity = max(1, used * (-(-min(inputs.capacity, outputs.capacity) // tile) + num_scans))
+    used, most = volume // 2 if mirrored else volume, min(inputs.capacity, outputs.capacity)
+    capacity = used * (-(-most // tile) + num_scans) + mirrored * (-(-most // (2 * tile)) + num_scans)
     rows, scan = rows[:used], jnp.asarray(outputs.scan)
     hit = rows < inputs.capacity
     rank = jnp.pad(jnp.cumsum(hit, 1, dtype=jnp.int32), ((0, 0), (1, 0)))
-    bounds = rank[:, jnp.searchsorted(scan, jnp.arange(num_scans + 1))]
-    ends = jnp.cumsum((-(-jnp.diff(bounds, axis=1) // tile)).reshape(-1), dtype=jnp.int32)
-    begins = jnp.pad(ends, (1, 0))[:-1].reshape(used, num_scans)
-    first = begins * tile - bounds[:, :-1]  # place of a pair: this of its offset and scan, and its rank in the row
-    place = first[:, jnp.minimum(scan, num_scans - 1)] + rank[:, :-1]
-    place = jnp.where(hit, place, capacity * tile).reshape(-1)
+    starts = jnp.searchsorted(scan, jnp.arange(num_scans + 1)).astype(jnp.int32)
+    bounds = rank[:, starts]
+    tiles = -(-jnp.diff(bounds, axis=1) // tile)
+    if mirrored:
+        tiles = jnp.concatenate([tiles, -(-jnp.diff(starts) // (2 * tile))[None]])
+    ends = jnp.cumsum(tiles.reshape(-1), dtype=jnp.int32)
+    begins = jnp.pad(ends, (1, 0))[:-1].reshape(-1, num_scans)
+    own = jnp.minimum(scan, num_scans - 1)
+    outs = jnp.arange(outputs.capacity, dtype=jnp.int32)
+    # Place of a pair: that of the first one of its offset and scan, and on by its rank among them.
+    places = (begins[:used] * tile - bounds[:, :-1])[:, own] + rank[:, :-1]
+    places = jnp.where(hit, places, capacity * tile).reshape(-1)
+    in_places, out_places = [places], [places]
+    in_values, out_values = [rows.reshape(-1)], [jnp.broadcast_to(outs, rows.shape).reshape(-1)]
+    if mirrored:  # the centre's tiles hold one row after the other, in either list
+        nth = outs - starts[own]
+        centre, place = begins[used][own] + nth // (2 * tile), nth % (2 * tile)
+        for half, (into, values) in enumerate([(in_places, in_values), (out_places, out_values)]):
+            here = (place // tile == half) & (scan < num_scans)
+            into.append(jnp.where(here, centre * tile + place % tile, capacity * tile))
+            values.append(outs)
 
-    def filled(values: Array, past: int) -> Array:
+    def filled(places: list[Array], values: list[Array], past: int) -> Array:
         empty = jnp.broadcast_to(past + jnp.arange(tile, dtype=jnp.int32), (capacity, tile)).reshape(-1)
-        return empty.at[place].set(values.reshape(-1), mode="drop").reshape(capacity, tile)
+        full = empty.at[jnp.concatenate(places)].set(jnp.concatenate(values), mode="drop")
+        return full.reshape(capacity, tile)
 
-    outs = jnp.broadcast_to(jnp.arange(outputs.capacity, dtype=jnp.int32), rows.shape)
-    count = ends[-1] if used else jnp.zeros((), jnp.int32)
+    count = ends[-1]
     index = jnp.arange(capacity, dtype=jnp.int32)
     of_tile = jnp.where(index < count, jnp.searchsorted(ends, index, side="right").astype(jnp.int32), 0)
     return PairTiles(
-        filled(rows, inputs.capacity),
-        filled(outs, outputs.capacity),
+        filled(in_places, in_values, inputs.capacity),
+        filled(out_places, out_values, outputs.capacity),
         of_tile // num_scans,
         of_tile % num_scans,
         count,

@@ -8,18 +8,23 @@ from tests.sparse.transcription import TABLES, padded, pairs_by_search, pairs_of
 
 
 def pairs_of_tiles(kmap, volume):
-    """Pairs by offset, as the tiles hold them, mirrored ones written out."""
+    """Pairs by offset, as the tiles hold them, mirrored ones and those of the centre written out."""
     tiles, found = kmap.tiles, [[] for _ in range(volume)]
     for t in range(int(tiles.count)):
+        k, scan = int(tiles.offset[t]), tiles.scan[t]
+        if tiles.mirrored and k == volume // 2:
+            for i in (*tiles.in_rows[t], *tiles.out_rows[t]):
+                if i < kmap.in_capacity:
+                    assert kmap.in_scan[i] == scan
+                    found[k].append((int(i), int(i)))
+            continue
         for i, o in zip(tiles.in_rows[t], tiles.out_rows[t], strict=True):
             assert (i < kmap.in_capacity) == (o < kmap.out_capacity)
             if i < kmap.in_capacity:
-                assert kmap.in_scan[i] == kmap.out_scan[o] == tiles.scan[t]
-                found[tiles.offset[t]].append((int(i), int(o)))
+                assert kmap.in_scan[i] == kmap.out_scan[o] == scan
+                found[k].append((int(i), int(o)))
                 if tiles.mirrored:
-                    found[volume - 1 - tiles.offset[t]].append((int(o), int(i)))
-    if tiles.mirrored:
-        found[volume // 2] = [(int(i), int(i)) for i in range(int(kmap.n_out))]
+                    found[volume - 1 - k].append((int(o), int(i)))
     return found
 
 
