@@ -5,7 +5,7 @@
     y = conv.apply(variables, x, kernel_map)
 
 A layer takes the arguments of its namesake in `h2a2_jax.layers` and is called alike. Parameters are in "params",
-running statistics in "batch_stats", plain arrays under the names of the NNX attributes. Training updates the statistics:
+running statistics in "batch_stats", plain arrays under the names of the NNX attributes. Training updates statistics:
 
     context = ForwardContext(training=True)
     y, updates = model.apply(variables, x, kernel_map, context, mutable=["batch_stats"])
