@@ -78,7 +78,11 @@ def normalize_by_batch(
     would keep two more arrays of its size, and takes one pass over the rows to sum and one to write.
     """
     batch = batch_statistics(x, valid, axis_name)
-    return normalize(x, valid, batch.statistics, scale, bias, eps), batch
+    mean, var = batch.statistics
+    factor = scale * lax.rsqrt(var + eps)
+    # Nothing of the rows' size appears in two expressions here or in the gradient: XLA would store it.
+    y = jnp.where(valid[:, None], x * factor + (bias - mean * factor), 0)
+    return y.astype(x.dtype), batch
 
 
 def _by_batch_forward(
@@ -91,16 +95,16 @@ def _by_batch_forward(
 def _by_batch_backward(eps: float, axis_name: AxisName, residuals: tuple, cotangents: tuple) -> tuple:
     x, valid, scale, ((mean, var), num_sites) = residuals
     g, ((dmean, dvar), _) = cotangents
-    wide = mean.dtype
-    keep = valid[:, None]
-    g, centred = jnp.where(keep, g, 0).astype(wide), jnp.where(keep, x.astype(wide) - mean, 0)
+    wide, keep = mean.dtype, valid[:, None]
     inverse = lax.rsqrt(var + eps)
-    sum_g, sum_gx = g.sum(0), (g * centred).sum(0)
+    sum_g = jnp.where(keep, g, 0).astype(wide).sum(0)
+    sum_gx = jnp.where(keep, g * (x - mean), 0).sum(0)
     total_g, total_gx = lax.psum((sum_g, sum_gx), axis_name) if axis_name is not None else (sum_g, sum_gx)
     count = jnp.maximum(num_sites, 1)
     factor = scale * inverse
     slope = (2 * dvar - factor * inverse**2 * total_gx) / count
-    dx = jnp.where(keep, g * factor + centred * slope + (dmean - factor * total_g) / count, 0)
+    shift = (dmean - factor * total_g) / count - mean * slope
+    dx = jnp.where(keep, g * factor + x * slope + shift, 0)
     dscale, dbias = (sum_gx * inverse).astype(scale.dtype), sum_g.astype(scale.dtype)
     return dx.astype(x.dtype), np.zeros(valid.shape, jax.dtypes.float0), dscale, dbias
 
@@ -234,13 +238,12 @@ class BatchNorm(nnx.Module):
         _check_channels(self, x)
         context = context or ForwardContext()
         dataset, valid = context.dataset_of(self.mean.shape[0]), x.sites.valid
+        scale, bias = self.scale[...], self.bias[...]
         if not context.training:
             used = Statistics(dataset.pick(self.mean[...]), dataset.pick(self.var[...]))
-        else:
-            batch = batch_statistics(x.features, valid, context.axis_name)
-            used = batch.statistics
-            self._remember(batch, dataset)
-        features = normalize(x.features, valid, used, self.scale[...], self.bias[...], self.eps)
+            return x.with_features(normalize(x.features, valid, used, scale, bias, self.eps))
+        features, batch = normalize_by_batch(x.features, valid, scale, bias, self.eps, context.axis_name)
+        self._remember(batch, dataset)
         return x.with_features(features)
 
     def _remember(self, batch: BatchStatistics, dataset: DatasetContext) -> None:
