@@ -9,29 +9,23 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-PAUSE = 0.01
-"""Seconds between two measurements: time for the threads of one library to stop waiting for work."""
 
-
-def alternate(
-    functions: Mapping[str, Callable[[], object]], repeats: int, *, calls: int = 1, warm_ups: int = 1
-) -> dict[str, float]:
+def alternate(functions: Mapping[str, Callable[[], object]], repeats: int, *, calls: int = 1) -> dict[str, float]:
     """Median seconds of a call of each function, measured in turns: A B C A B C ...
+
+    Each turn begins with a call that does not count: it compiles, wakes the threads of one library and lets those of
+    the one before it fall asleep, as in a network whose layers are all of one library.
 
     Args:
         functions: by name; a result on a device is waited for.
         repeats: rounds.
         calls: of a function before its last result is waited for; more than one hides the time to start a call on an
             accelerator.
-        warm_ups: calls of each function before the rounds, to compile.
     """
-    for function in functions.values():
-        for _ in range(warm_ups):
-            jax.block_until_ready(function())
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            time.sleep(PAUSE)
+            jax.block_until_ready(function())
             start = time.perf_counter()
             for _ in range(calls):
                 result = function()
