@@ -113,7 +113,7 @@ def pad_map(
             f"{len(table.rows)} offsets."
         )
     neighbors = np.full((len(table.rows), outputs.capacity), inputs.capacity, np.int32)
-    neighbors[:, : len(table.outputs)] = np.where(table.rows >= 0, table.rows, inputs.capacity)
+    np.copyto(neighbors[:, : len(table.outputs)], table.rows, where=table.rows >= 0)
     tiles = None if tile_size is None else cut_pairs(table, inputs.capacity, outputs.capacity, tile_size)
     cut = None if blocks is None else cut_blocks(table, inputs.capacity, always=blocks == "always")
     return KernelMap(neighbors, inputs, outputs, tiles, table.kind, cut)

@@ -13,12 +13,21 @@ MISSING = -1
 
 @dataclass(frozen=True)
 class NeighborTable:
-    """A kernel map before padding, on the host: int32 [V, n_out] input rows, -1 where there is none."""
+    """A kernel map before padding, on the host.
+
+    Attributes:
+        rows: int32 [V, n_out], input row that slice k brings to each output row, -1 where there is none.
+        inputs: the input sites.
+        outputs: the output sites.
+        kind: "submanifold", "strided", "inverse", "generative" or "pool".
+        offsets: int64 [V, 3], from the output to the input of slice k, in finest voxels.
+    """
 
     rows: np.ndarray
     inputs: SiteSet
     outputs: SiteSet
     kind: str
+    offsets: np.ndarray
 
     @property
     def pairs_per_offset(self) -> Int[np.ndarray, " v"]:
@@ -36,14 +45,14 @@ def submanifold_neighbors(sites: SiteSet, kernel_size: Size3 = 3, dilation: int 
     """
     offsets = moved_offsets(kernel_size, dilation, sites.stride)
     if any(k % 2 == 0 for k in size3(kernel_size)):
-        return NeighborTable(_neighbors(sites, sites, offsets), sites, sites, "submanifold")
+        return NeighborTable(_neighbors(sites, sites, offsets), sites, sites, "submanifold", offsets)
     rows = np.full((len(offsets), len(sites)), MISSING, np.int32)
     rows[len(offsets) // 2] = np.arange(len(sites), dtype=np.int32)
     half = np.flatnonzero(key_offsets(offsets) > 0)  # whole runs along z, and of the centre's run the part behind it
     for j, found, centres in _search(sites.keys, sites.keys, offsets[half]):
         rows[half[j]][centres] = found
         rows[-1 - half[j]][found] = centres
-    return NeighborTable(rows, sites, sites, "submanifold")
+    return NeighborTable(rows, sites, sites, "submanifold", offsets)
 
 
 def strided_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: Size3, dilation: int = 1) -> NeighborTable:
@@ -52,8 +61,8 @@ def strided_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: Size3, dil
     Raises:
         InputError: the kernel reaches too far, see `moved_offsets`.
     """
-    rows = _neighbors(inputs, outputs, moved_offsets(kernel_size, dilation, inputs.stride))
-    return NeighborTable(rows, inputs, outputs, "strided")
+    offsets = moved_offsets(kernel_size, dilation, inputs.stride)
+    return NeighborTable(_neighbors(inputs, outputs, offsets), inputs, outputs, "strided", offsets)
 
 
 def pool_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: Size3) -> NeighborTable:
@@ -62,8 +71,8 @@ def pool_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: Size3) -> Nei
     Raises:
         InputError: the window reaches too far, see `moved_offsets`.
     """
-    rows = _neighbors(inputs, outputs, moved_offsets(kernel_size, 1, inputs.stride))
-    return NeighborTable(rows, inputs, outputs, "pool")
+    offsets = moved_offsets(kernel_size, 1, inputs.stride)
+    return NeighborTable(_neighbors(inputs, outputs, offsets), inputs, outputs, "pool", offsets)
 
 
 def generative_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: Size3) -> NeighborTable:
@@ -72,8 +81,8 @@ def generative_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: Size3) 
     Raises:
         InputError: the kernel reaches too far, see `moved_offsets`.
     """
-    rows = _neighbors(inputs, outputs, -moved_offsets(kernel_size, 1, outputs.stride))
-    return NeighborTable(rows, inputs, outputs, "generative")
+    offsets = -moved_offsets(kernel_size, 1, outputs.stride)
+    return NeighborTable(_neighbors(inputs, outputs, offsets), inputs, outputs, "generative", offsets)
 
 
 def inverse_neighbors(table: NeighborTable) -> NeighborTable:
@@ -86,7 +95,7 @@ def inverse_neighbors(table: NeighborTable) -> NeighborTable:
     for inverse, forward in zip(rows, table.rows, strict=True):
         hits = np.flatnonzero(forward >= 0).astype(np.int32)
         inverse[forward[hits]] = hits
-    return NeighborTable(rows, table.outputs, table.inputs, "inverse")
+    return NeighborTable(rows, table.outputs, table.inputs, "inverse", -table.offsets)
 
 
 def _neighbors(inputs: SiteSet, outputs: SiteSet, offsets: Int[np.ndarray, "v 3"]) -> Int[np.ndarray, "v n"]:

@@ -1,0 +1,285 @@
+"""Time and memory of the whole detector on a scan: maps, forward, forward and backward, a step of training.
+
+    python -m benchmarks.detector --scan scan.bin [--width full] [--sfks on|off|both] [--batch N] [--dtype bfloat16]
+
+Every figure is a median of runs that take turns after a warm-up. The floor is what the machine's own matmul would need
+for the products of the pairs there are, 2 * pairs * Cin * Cout, three times that with the backward pass; its rate is
+measured between the rounds. "plain" is the same detector by one gather and one matmul an offset (`algorithm="gather"`).
+The loss is a stand-in, the mean square of the predictions; a step adds AdamW.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from benchmarks import timing
+from benchmarks.convolution import detector_layers
+from benchmarks.scans import load_points
+from h2a2_jax import sparse
+from h2a2_jax.errors import InputError
+from h2a2_jax.layers import DatasetContext, ForwardContext, KernelSelection
+from h2a2_jax.models import (
+    Detector,
+    DetectorConfig,
+    DetectorPlan,
+    HeadConfig,
+    LevelSizes,
+    PlanLayout,
+    detector_tables,
+    fits_layout,
+    pad_plan,
+)
+
+WIDTHS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "small": {"depth": 10, "stem_channels": 16, "stage_channels": (16, 32, 32, 32), "neck_channels": 32},
+}
+"""Architectures by name: TR3D's own, and one for small machines."""
+_BLOCK = 64
+_PASSES = ("evaluate", "forward", "forward+backward", "step")
+
+
+def run(
+    scan: Path | None, *, width: str, sfks: str, batch: int, dtype: str, repeats: int, plain: bool
+) -> dict[str, Any]:
+    """Measure; the result is what `--json` prints.
+
+    Raises:
+        InputError: the scan cannot be read.
+    """
+    name, points = load_points(scan)
+    maps, plan, tables, config = _maps([points] * batch, DetectorConfig(**WIDTHS[width]), repeats)
+    flops = sum(layer.flops * layer.times for layer in detector_layers(config, tables, plan))
+    calls = 1 if jax.default_backend() == "cpu" else 10
+    variants = {"off": [False], "on": [True], "both": [False, True]}[sfks]
+    functions: dict[str, Callable[[], object]] = {}
+    compiled: dict[str, dict[str, float]] = {}
+    for selective in variants:
+        label = "sfks" if selective else "tr3d"
+        for algorithm in ("auto", "gather") if plain else ("auto",):
+            suffix = "" if algorithm == "auto" else " plain"
+            for kind, (function, cost) in _passes(config, selective, plan, algorithm, dtype).items():
+                if suffix and kind not in ("forward", "forward+backward"):
+                    continue
+                timing.report(f"{label}{suffix} {kind}: compiled in {cost['compile_s']:.1f} s")
+                functions[f"{label}{suffix} {kind}"], compiled[f"{label}{suffix} {kind}"] = function, cost
+    rounds: dict[str, list[float]] = {key: [] for key in functions}
+    rates = []
+    for turn in range(repeats):
+        timing.report(f"round {turn + 1} of {repeats}")
+        rates.append(timing.matmul_rate(1, calls=calls))
+        for key, seconds in timing.alternate(functions, 1, calls=calls).items():
+            rounds[key].append(seconds)
+    rate = statistics.median(rates)
+    floor = flops / rate
+    ms = {key: statistics.median(values) * 1e3 for key, values in rounds.items()}
+    return {
+        "scan": {"name": name, "points": len(points), "batch": batch, "sites": tables.sizes._asdict()},
+        "machine": {"device": jax.devices()[0].device_kind, "cores": timing.cores(), "jax": jax.__version__},
+        "width": width,
+        "dtype": dtype,
+        "repeats": repeats,
+        "matmul_gflops": rate / 1e9,
+        "forward_gflop": flops / 1e9,
+        "floor_ms": {"forward": floor * 1e3, "forward+backward": 3 * floor * 1e3},
+        "maps_ms": maps,
+        "ms": ms,
+        "scans_per_second": {key: batch / (value / 1e3) for key, value in ms.items()},
+        "over_floor": {
+            key: value / (floor * 1e3) / (1 if key.endswith(("forward", "evaluate")) else 3)
+            for key, value in ms.items()
+        },
+        "sfks_over_tr3d": {
+            kind: statistics.median(
+                on / off for on, off in zip(rounds[f"sfks {kind}"], rounds[f"tr3d {kind}"], strict=True)
+            )
+            for kind in _PASSES
+        }
+        if sfks == "both"
+        else None,
+        "compiled": compiled,
+        "peak_memory_mb": _peak_memory(),
+    }
+
+
+def _maps(
+    clouds: list[np.ndarray], config: DetectorConfig, repeats: int
+) -> tuple[dict[str, float], DetectorPlan, Any, DetectorConfig]:
+    """Median ms of the steps from points to a plan, the plan on the device, its tables."""
+    stages: dict[str, list[float]] = {"voxelize": [], "tables": [], "lists": []}
+    layout = PlanLayout.of(config)
+    for turn in range(repeats + 1):
+        clock = [time.perf_counter()]
+        voxels = sparse.voxelize(clouds, config.voxel_size).sites
+        clock.append(time.perf_counter())
+        tables = detector_tables(voxels)
+        clock.append(time.perf_counter())
+        capacities = LevelSizes(*(-(-size // _BLOCK) * _BLOCK for size in tables.sizes))
+        if not fits_layout(tables, capacities, layout):
+            layout = PlanLayout.of(config, "any")
+        plan = pad_plan(tables, capacities, layout)
+        clock.append(time.perf_counter())
+        if turn:
+            for stage, start, end in zip(stages, clock[:-1], clock[1:], strict=True):
+                stages[stage].append((end - start) * 1e3)
+    ms = {stage: statistics.median(values) for stage, values in stages.items()}
+    ms["all"] = statistics.median(map(sum, zip(*stages.values(), strict=True)))
+    return ms, jax.device_put(plan), tables, config
+
+
+def _passes(
+    config: DetectorConfig, selective: bool, plan: DetectorPlan, algorithm: Any, dtype: str
+) -> dict[str, tuple[Callable[[], object], dict[str, float]]]:
+    """Compiled passes by name, ready to be called, with what compiling took and what they need."""
+    config = DetectorConfig(**{**vars(config), "selection": KernelSelection() if selective else None})
+    heads = [HeadConfig("scan", 18, 6)]
+    model = jax.jit(lambda: nnx.split(Detector(config, heads, rngs=nnx.Rngs(0)), nnx.Param, ...)[1:])()
+    graph = nnx.split(nnx.eval_shape(lambda: Detector(config, heads, rngs=nnx.Rngs(0))), nnx.Param, ...)[0]
+    params, rest = model
+    optimizer = optax.adamw(1e-3)
+    opt_state = jax.jit(optimizer.init)(params)
+    features = jax.random.uniform(jax.random.key(0), (plan.voxels.capacity, config.in_channels))
+    products = None if dtype == "float32" else jnp.dtype(dtype)
+
+    def predict(params: Any, features: Any, plan: Any, training: bool) -> Any:
+        context = ForwardContext(DatasetContext.one(0, 1), training=training, algorithm=algorithm, dtype=products)
+        return nnx.merge(graph, params, rest, copy=True)(features, plan, context)
+
+    def loss(params: Any, features: Any, plan: Any) -> Any:
+        out = predict(params, features, plan, training=True)
+        return (out.logits**2).mean() + (out.boxes**2).mean()
+
+    def step(params: Any, opt_state: Any, features: Any, plan: Any) -> Any:
+        value, grads = jax.value_and_grad(loss)(params, features, plan)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    jobs: dict[str, tuple[Any, tuple]] = {
+        "evaluate": (lambda *a: predict(*a, training=False), (params, features, plan)),
+        "forward": (lambda *a: predict(*a, training=True), (params, features, plan)),
+        "forward+backward": (jax.value_and_grad(loss), (params, features, plan)),
+        "step": (step, (params, opt_state, features, plan)),
+    }
+    if algorithm != "auto":
+        jobs = {kind: jobs[kind] for kind in ("forward", "forward+backward")}
+    compiled = {kind: _compile(function, arguments) for kind, (function, arguments) in jobs.items()}
+    return {
+        kind: (_repeated(program, jobs[kind][1]) if kind == "step" else partial(program, *jobs[kind][1]), cost)
+        for kind, (program, cost) in compiled.items()
+    }
+
+
+def _repeated(step: Callable[..., tuple], arguments: tuple) -> Callable[[], object]:
+    """A step whose state goes into the next one; its buffers are handed over, as in training."""
+    state = list(jax.tree.map(jnp.copy, arguments[:2]))
+
+    def function() -> object:
+        *state[:], value = step(*state, *arguments[2:])
+        return value
+
+    return function
+
+
+def _compile(function: Any, arguments: tuple) -> tuple[Callable[..., Any], dict[str, float]]:
+    start = time.perf_counter()
+    lowered = jax.jit(function, donate_argnums=(0, 1) if len(arguments) == 4 else ()).lower(*arguments)
+    traced = time.perf_counter()
+    program = lowered.compile()
+    seconds = time.perf_counter() - traced
+    memory = program.memory_analysis()
+    cost = {
+        "trace_s": traced - start,
+        "compile_s": seconds,
+        "temporaries_mb": memory.temp_size_in_bytes / 1e6 if memory is not None else float("nan"),
+    }
+    return program, cost
+
+
+def _peak_memory() -> float:
+    """Peak of the device's memory in use, MB; on CPU the process's resident memory."""
+    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def table_of(result: dict[str, Any]) -> str:
+    """The result for people."""
+    scan, maps = result["scan"], result["maps_ms"]
+    lines = [
+        f"{scan['name']} x {scan['batch']}: {scan['points']:,} points, {scan['sites']['voxels']:,} voxels, "
+        f"{scan['sites']['up0']:,} sites at 16; {result['width']} width, {result['dtype']} products",
+        f"{result['machine']['device']}, {result['machine']['cores']} cores; matmul {result['matmul_gflops']:.0f} "
+        f"GFLOP/s; {result['forward_gflop']:.1f} GFLOP forward: floor {result['floor_ms']['forward']:.0f} ms, with "
+        f"backward {result['floor_ms']['forward+backward']:.0f} ms",
+        "maps on the host: " + ", ".join(f"{stage} {ms:.1f} ms" for stage, ms in maps.items()),
+        "",
+        f"{'':24}{'ms':>9}{'x floor':>9}{'scans/s':>9}{'compile s':>11}{'temporaries MB':>16}",
+    ]
+    for key, ms in result["ms"].items():
+        cost = result["compiled"][key]
+        lines.append(
+            f"{key:24}{ms:9.1f}{result['over_floor'][key]:9.2f}{result['scans_per_second'][key]:9.2f}"
+            f"{cost['compile_s']:11.1f}{cost['temporaries_mb']:16.0f}"
+        )
+    if result["sfks_over_tr3d"] is not None:
+        ratios = ", ".join(f"{kind} {ratio:.3f}" for kind, ratio in result["sfks_over_tr3d"].items())
+        lines += ["", f"SF-KS over TR3D: {ratios}"]
+    lines += ["", f"peak memory of the process or device: {result['peak_memory_mb']:.0f} MB"]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.detector",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--scan", type=Path, help=".bin (float32 rows of six) or .ply; default a procedural room")
+    parser.add_argument("--width", choices=tuple(WIDTHS), default="full", help="default full, TR3D's own")
+    parser.add_argument("--sfks", choices=("on", "off", "both"), default="off", help="kernel selection (default off)")
+    parser.add_argument("--batch", type=int, default=1, help="copies of the scan in a batch (default 1)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products")
+    parser.add_argument("--plain", action="store_true", help="measure the plain form too")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="what JAX computes on; default JAX's own choice")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds; the median counts (default 7)")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    options = parser.parse_args(arguments)
+    for name in ("repeats", "batch"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}, expected 1 or more")
+    if options.device is not None:
+        jax.config.update("jax_platforms", "cpu" if options.device == "cpu" else "cuda,rocm")
+    try:
+        jax.default_backend()
+    except RuntimeError as error:
+        timing.report(f"JAX finds no {options.device}: {error}")
+        return 2
+    try:
+        result = run(
+            options.scan, width=options.width, sfks=options.sfks, batch=options.batch, dtype=options.dtype,
+            repeats=options.repeats, plain=options.plain,
+        )  # fmt: skip
+    except (InputError, FileNotFoundError) as error:
+        timing.report(str(error))
+        return 2
+    print(json.dumps(result, indent=1) if options.json else table_of(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
