@@ -9,9 +9,12 @@ import numpy as np
 
 from h2a2_jax import sparse
 from h2a2_jax.layers import norm
+from h2a2_jax.sparse.blocks import fits_blocks
 from tests.parity_case import CaseResult, guarded
 
 TOLERANCE = 1e-5
+WINOGRAD_TOLERANCE = 2e-5
+"""Winograd's transforms add numbers larger than the result: 4e-6 to 7e-6 were measured on a layer of real scans."""
 """Largest error allowed, as a fraction of the largest value."""
 
 Case = dict[str, np.ndarray]
@@ -82,7 +85,8 @@ def _padded(table: sparse.NeighborTable, more_in: int, more_out: int) -> sparse.
     inputs = sparse.pad_sites(table.inputs, len(table.inputs) + more_in)
     same = table.inputs is table.outputs
     outputs = inputs if same else sparse.pad_sites(table.outputs, len(table.outputs) + more_out)
-    return sparse.pad_map(table, inputs, outputs, tile_size=64)
+    blocks = "always" if fits_blocks(table) else None
+    return sparse.pad_map(table, inputs, outputs, tile_size=64, blocks=blocks)
 
 
 def _convolution(name: str, case: Case) -> Iterator[CaseResult]:
@@ -101,18 +105,21 @@ def _convolution(name: str, case: Case) -> Iterator[CaseResult]:
         yield compare(f"{name}.offsets", sparse.kernel_offsets(int(case["kernel_size"])), case["offsets"], 0.0)
     if "pairs_per_offset" in case:
         yield compare(f"{name}.pairs_per_offset", table.pairs_per_offset, case["pairs_per_offset"], 0.0)
-    for algorithm in ("segment_sum", "gather", "tiles", "im2col", "pairs"):
+    algorithms = ("segment_sum", "gather", "tiles", "im2col", "pairs", "winograd")
+    for algorithm in algorithms if kmap.blocks is not None else algorithms[:-1]:
+        tolerance = WINOGRAD_TOLERANCE if algorithm == "winograd" else TOLERANCE
 
         def forward(x: jax.Array, w: jax.Array, b: jax.Array, how: str = algorithm) -> jax.Array:
             return jnp.where(valid, sparse.convolve(x, w[None], kmap, algorithm=how) + b, 0)  # type: ignore[arg-type]
 
         out, pull = jax.vjp(jax.jit(forward), x, jnp.asarray(kernel), bias)
         grad_x, grad_w, grad_b = pull(weight)
-        yield compare(f"{name}.out_feats[{algorithm}]", out[: len(table.outputs)], case["out_feats"])
-        yield compare(f"{name}.grad_in[{algorithm}]", np.asarray(grad_x)[rows], case["grad_in"])
-        yield compare(f"{name}.grad_kernel[{algorithm}]", grad_w.reshape(case["kernel"].shape), case["grad_kernel"])
+        yield compare(f"{name}.out_feats[{algorithm}]", out[: len(table.outputs)], case["out_feats"], tolerance)
+        yield compare(f"{name}.grad_in[{algorithm}]", np.asarray(grad_x)[rows], case["grad_in"], tolerance)
+        grad_w = grad_w.reshape(case["kernel"].shape)
+        yield compare(f"{name}.grad_kernel[{algorithm}]", grad_w, case["grad_kernel"], tolerance)
         if "grad_bias" in case:
-            yield compare(f"{name}.grad_bias[{algorithm}]", grad_b, case["grad_bias"])
+            yield compare(f"{name}.grad_bias[{algorithm}]", grad_b, case["grad_bias"], tolerance)
 
 
 def _pooling(name: str, case: Case) -> Iterator[CaseResult]:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from h2a2_jax import sparse
+from h2a2_jax.sparse.blocks import fits_blocks
 
 
 def random_sites(counts=(40, 0, 55), stride=1, reach=4, seed=0):
@@ -82,7 +83,8 @@ def padded(table, more_in=6, more_out=9, tile_size=16):
     outputs = inputs
     if table.inputs is not table.outputs:
         outputs = sparse.pad_sites(table.outputs, len(table.outputs) + more_out)
-    return sparse.pad_map(table, inputs, outputs, tile_size=tile_size)
+    blocks = "always" if fits_blocks(table) else None
+    return sparse.pad_map(table, inputs, outputs, tile_size=tile_size, blocks=blocks)
 
 
 def convolve(x, kernels, pairs, out_scan, gamma=None, scan_set=None):
