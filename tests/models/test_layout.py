@@ -46,7 +46,7 @@ def test_a_fuller_scan_takes_the_layout_without_places():
     table, layout = sparse.submanifold_neighbors(sites), PlanLayout("accelerator")
     rows = sparse.pad_sites(sites, len(sites))
     assert not layout.fits(table, "residual", len(sites))
-    assert layout.fits(table, "residual", 2 * len(sites)) and layout.fits(table, "lateral", len(sites))
+    assert layout.fits(table, "residual", 3 * len(sites)) and layout.fits(table, "lateral", len(sites))
     with pytest.raises(ValueError, match="tiles are in use"):
         layout.pad_map(table, rows, rows, "residual")
     assert replace(layout, machine="any").pad_map(table, rows, rows, "residual").tiles is None
