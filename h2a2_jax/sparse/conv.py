@@ -79,6 +79,11 @@ def convolve(
     x, w = features.astype(compute), kernels.astype(compute)
     chosen = _choose(kernel_map) if algorithm == "auto" else algorithm
     options = ConvOptions(jnp.promote_types(compute, jnp.float32), precision)
+    if gamma is not None and scan_set is not None and num_scans == 1 and chosen != "segment_sum":
+        # One scan, one kernel an offset: selected once, its gradient split once, and not tile by tile.
+        use_shared = gamma[0].astype(w.dtype)[:, None, None]
+        w = (use_shared * w[0] + (1 - use_shared) * w[scan_set[0]])[None]
+        gamma = scan_set = None
     if chosen == "segment_sum":
         out = _convolve_by_segment_sum(x, w, gamma, scan_set, kernel_map, options)
     else:

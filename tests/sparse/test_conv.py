@@ -91,6 +91,18 @@ def test_every_algorithm_equals_the_transcription(kind):
     assert (kmap.blocks is not None) == (kind in ("submanifold 3", "submanifold 3, stride 4"))
 
 
+@pytest.mark.parametrize("selection", SELECTIONS[1:])
+def test_one_scan(selection):
+    """Its kernels are selected before the convolution: same result, same gradients."""
+    table = table_of("submanifold 3", counts=(50,))
+    kmap, pairs = padded(table), pairs_of("submanifold 3", table)
+    data = draw(table, selection)
+    for algorithm in ALGORITHMS:
+        with jax.enable_x64(True):
+            got = run(kmap, algorithm, *data)
+        check(got, table, kmap, *data, pairs, 1e-12 * (WINOGRAD_ROUNDS if algorithm == "winograd" else 1))
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_float32(algorithm):
     table = table_of("submanifold 3", counts=(200, 90))
