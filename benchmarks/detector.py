@@ -4,8 +4,8 @@
 
 Every figure is a median of runs that take turns after a warm-up. The floor is what the machine's own matmul would need
 for the products of the pairs there are, 2 * pairs * Cin * Cout, three times that with the backward pass; its rate is
-the best of those measured between the rounds. "plain" is the same detector by one gather and one matmul an offset (`algorithm="gather"`).
-The loss is a stand-in, the mean square of the predictions; a step adds AdamW.
+the best of those measured between the rounds. "plain" is the same detector by one gather and one matmul an offset
+(`algorithm="gather"`). The loss is a stand-in, the mean square of the predictions; a step adds AdamW.
 """
 
 import argparse
@@ -49,11 +49,19 @@ WIDTHS: dict[str, dict[str, Any]] = {
 }
 """Architectures by name: TR3D's own, and one for small machines."""
 _BLOCK = 64
-_PASSES = ("evaluate", "forward", "forward+backward", "step")
+PASSES = ("evaluate", "forward", "forward+backward", "step")
 
 
 def run(
-    scan: Path | None, *, width: str, sfks: str, batch: int, dtype: str, repeats: int, plain: bool
+    scan: Path | None,
+    *,
+    width: str,
+    sfks: str,
+    batch: int,
+    dtype: str,
+    repeats: int,
+    plain: bool,
+    passes: Sequence[str] = PASSES,
 ) -> dict[str, Any]:
     """Measure; the result is what `--json` prints.
 
@@ -71,9 +79,7 @@ def run(
         label = "sfks" if selective else "tr3d"
         for algorithm in ("auto", "gather") if plain else ("auto",):
             suffix = "" if algorithm == "auto" else " plain"
-            for kind, (function, cost) in _passes(config, selective, plan, algorithm, dtype).items():
-                if suffix and kind not in ("forward", "forward+backward"):
-                    continue
+            for kind, (function, cost) in _passes(config, selective, plan, algorithm, dtype, passes).items():
                 timing.report(f"{label}{suffix} {kind}: compiled in {cost['compile_s']:.1f} s")
                 functions[f"{label}{suffix} {kind}"], compiled[f"{label}{suffix} {kind}"] = function, cost
     rounds: dict[str, list[float]] = {key: [] for key in functions}
@@ -106,7 +112,7 @@ def run(
             kind: statistics.median(
                 on / off for on, off in zip(rounds[f"sfks {kind}"], rounds[f"tr3d {kind}"], strict=True)
             )
-            for kind in _PASSES
+            for kind in passes
         }
         if sfks == "both"
         else None,
@@ -141,7 +147,7 @@ def _maps(
 
 
 def _passes(
-    config: DetectorConfig, selective: bool, plan: DetectorPlan, algorithm: Any, dtype: str
+    config: DetectorConfig, selective: bool, plan: DetectorPlan, algorithm: Any, dtype: str, passes: Sequence[str]
 ) -> dict[str, tuple[Callable[[], object], dict[str, float]]]:
     """Compiled passes by name, ready to be called, with what compiling took and what they need."""
     config = DetectorConfig(**{**vars(config), "selection": KernelSelection() if selective else None})
@@ -168,13 +174,13 @@ def _passes(
         return optax.apply_updates(params, updates), opt_state, value
 
     jobs: dict[str, tuple[Any, tuple]] = {
-        "evaluate": (lambda *a: predict(*a, training=False), (params, features, plan)),
-        "forward": (lambda *a: predict(*a, training=True), (params, features, plan)),
+        "evaluate": (partial(predict, training=False), (params, features, plan)),
+        "forward": (partial(predict, training=True), (params, features, plan)),
         "forward+backward": (jax.value_and_grad(loss), (params, features, plan)),
         "step": (step, (params, opt_state, features, plan)),
     }
-    if algorithm != "auto":
-        jobs = {kind: jobs[kind] for kind in ("forward", "forward+backward")}
+    plain = ("forward", "forward+backward")
+    jobs = {kind: job for kind, job in jobs.items() if kind in passes and (algorithm == "auto" or kind in plain)}
     compiled = {kind: _compile(function, arguments) for kind, (function, arguments) in jobs.items()}
     return {
         kind: (_repeated(program, jobs[kind][1]) if kind == "step" else partial(program, *jobs[kind][1]), cost)
@@ -254,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sfks", choices=("on", "off", "both"), default="off", help="kernel selection (default off)")
     parser.add_argument("--batch", type=int, default=1, help="copies of the scan in a batch (default 1)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products")
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES, help="only these")
     parser.add_argument("--plain", action="store_true", help="measure the plain form too")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="what JAX computes on; default JAX's own choice")
     parser.add_argument("--repeats", type=int, default=7, help="rounds; the median counts (default 7)")
@@ -272,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = run(
             options.scan, width=options.width, sfks=options.sfks, batch=options.batch, dtype=options.dtype,
-            repeats=options.repeats, plain=options.plain,
+            repeats=options.repeats, plain=options.plain, passes=options.passes,
         )  # fmt: skip
     except (InputError, FileNotFoundError) as error:
         timing.report(str(error))

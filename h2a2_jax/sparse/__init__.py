@@ -8,7 +8,6 @@ Features are convolved and pooled on a device (`conv`, `pool`).
 from h2a2_jax.sparse.blocks import SiteBlocks
 from h2a2_jax.sparse.buckets import BucketLadder
 from h2a2_jax.sparse.conv import convolve
-from h2a2_jax.sparse.conv_pairs import limit_tiles
 from h2a2_jax.sparse.grid import (
     SiteSet,
     Voxelization,
@@ -20,7 +19,7 @@ from h2a2_jax.sparse.grid import (
     voxel_coordinates,
     voxelize,
 )
-from h2a2_jax.sparse.kernel_map import KernelMap, pad_map, union_rows
+from h2a2_jax.sparse.kernel_map import KernelMap, limit_tiles, pad_map, union_rows
 from h2a2_jax.sparse.neighbors import (
     NeighborTable,
     generative_neighbors,

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
+from h2a2_jax.sparse.conv_im2col import inverse_table
 from h2a2_jax.sparse.conv_parts import (
     ConvOptions,
     dot_by_set,
@@ -39,7 +40,7 @@ def gather_backward(
     valid = (jnp.arange(kmap.out_capacity) < kmap.n_out)[:, None]
     g = jnp.where(valid, cotangent, 0).astype(x.dtype)
     neighbors, out_scan = jnp.asarray(kmap.neighbors), jnp.asarray(kmap.out_scan)
-    inverse = _inverse_neighbors(kmap)
+    inverse = inverse_table(kmap)
     masks_in = set_masks(gamma, scan_set, w.shape[0], jnp.asarray(kmap.in_scan))
     masks_out = set_masks(gamma, scan_set, w.shape[0], out_scan)
 
@@ -65,14 +66,3 @@ def gather_backward(
 def _fill_sets(dw: Array, sets: int) -> Array:
     """Gradient [1, Cin, Cout] of the one kernel in use as [S, Cin, Cout]."""
     return dw if sets == 1 else jnp.concatenate([dw, jnp.zeros((sets - 1, *dw.shape[1:]), dw.dtype)])
-
-
-def _inverse_neighbors(kmap: KernelMap) -> Int[Array, "v n_in"]:
-    """Output row that each input row reaches through each offset, N_out where none."""
-    neighbors = jnp.asarray(kmap.neighbors)
-    volume, n_out = neighbors.shape
-    if kmap.kind == "submanifold" and volume % 2:
-        return neighbors[::-1]
-    empty = jnp.full((volume, kmap.in_capacity), n_out, jnp.int32)
-    outs = jnp.broadcast_to(jnp.arange(n_out, dtype=jnp.int32), neighbors.shape)
-    return empty.at[jnp.arange(volume)[:, None], neighbors].set(outs, mode="drop")

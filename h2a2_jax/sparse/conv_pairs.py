@@ -8,7 +8,7 @@ tiles: trip counts are static, no features are scattered in either direction, an
 capacity, in use or not. `limit_tiles` cuts a capacity down to what a bucket needs.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -26,44 +26,6 @@ CHUNK_BYTES = 256 * 2**20
 """Largest size of the gathered rows and kernels that exist at once."""
 _NOWHERE = np.iinfo(np.int32).max
 _UNROLL = 27
-
-
-def limit_tiles(kernel_map: KernelMap, capacity: int) -> KernelMap:
-    """The same map with room for fewer (or more) tiles; on the host (numpy arrays).
-
-    The capacity of a new map suffices for a full kernel on every site. Algorithm "pairs" multiplies all of it, so a
-    bucket of maps shares the largest number of tiles that it meets instead.
-
-    Args:
-        kernel_map: with tiles.
-        capacity: tiles.
-
-    Raises:
-        ValueError: the map has no tiles, or more in use than `capacity`.
-    """
-    tiles = kernel_map.tiles
-    if tiles is None:
-        raise ValueError("the map has no tiles: build it with pad_map(..., tile_size=...).")
-    if int(tiles.count) > capacity:
-        raise ValueError(f"{int(tiles.count)} tiles are in use, a capacity of {capacity} does not hold them.")
-
-    def resized(rows: np.ndarray, empty: np.ndarray | int) -> np.ndarray:
-        out = np.empty((capacity, *rows.shape[1:]), rows.dtype)
-        out[:] = empty
-        out[: len(rows)] = rows[:capacity]
-        return out
-
-    place = np.arange(tiles.in_rows.shape[1])
-    return replace(
-        kernel_map,
-        tiles=replace(
-            tiles,
-            in_rows=resized(tiles.in_rows, kernel_map.in_capacity + place),
-            out_rows=resized(tiles.out_rows, kernel_map.out_capacity + place),
-            offset=resized(tiles.offset, 0),
-            scan=resized(tiles.scan, 0),
-        ),
-    )
 
 
 def pair_work(kernel_map: KernelMap) -> float:

@@ -3,7 +3,7 @@
 A map is built once from coordinates and used by every convolution between the same two site sets.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -117,6 +117,44 @@ def pad_map(
     tiles = None if tile_size is None else cut_pairs(table, inputs.capacity, outputs.capacity, tile_size)
     cut = None if blocks is None else cut_blocks(table, inputs.capacity, always=blocks == "always")
     return KernelMap(neighbors, inputs, outputs, tiles, table.kind, cut)
+
+
+def limit_tiles(kernel_map: KernelMap, capacity: int) -> KernelMap:
+    """The same map with room for fewer (or more) tiles; on the host (numpy arrays).
+
+    The capacity of a new map suffices for a full kernel on every site. Algorithm "pairs" multiplies all of it, so a
+    bucket of maps shares the largest number of tiles that it meets instead.
+
+    Args:
+        kernel_map: with tiles.
+        capacity: tiles.
+
+    Raises:
+        ValueError: the map has no tiles, or more in use than `capacity`.
+    """
+    tiles = kernel_map.tiles
+    if tiles is None:
+        raise ValueError("the map has no tiles: build it with pad_map(..., tile_size=...).")
+    if int(tiles.count) > capacity:
+        raise ValueError(f"{int(tiles.count)} tiles are in use, a capacity of {capacity} does not hold them.")
+
+    def resized(rows: np.ndarray, empty: np.ndarray | int) -> np.ndarray:
+        out = np.empty((capacity, *rows.shape[1:]), rows.dtype)
+        out[:] = empty
+        out[: len(rows)] = rows[:capacity]
+        return out
+
+    place = np.arange(tiles.in_rows.shape[1])
+    return replace(
+        kernel_map,
+        tiles=replace(
+            tiles,
+            in_rows=resized(tiles.in_rows, kernel_map.in_capacity + place),
+            out_rows=resized(tiles.out_rows, kernel_map.out_capacity + place),
+            offset=resized(tiles.offset, 0),
+            scan=resized(tiles.scan, 0),
+        ),
+    )
 
 
 def union_rows(part: SiteSet, whole: SiteSet, part_capacity: int, whole_capacity: int) -> Int[np.ndarray, " n"]:
