@@ -30,6 +30,8 @@ def load_points(path: Path | None) -> tuple[str, Float32[np.ndarray, "m 3"]]:
     if path is None:
         scan = SyntheticSource(dataset_spec("scannet"), "val", 1)[0]
         return scan.name, scan.points
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; give a .bin of float32 rows of six numbers or a .ply.")
     if path.suffix == ".bin":
         values = np.fromfile(path, np.float32)
         if values.size == 0 or values.size % 6:
