@@ -100,6 +100,16 @@ def test_a_scan_that_does_not_fit_takes_a_higher_rung(predictor: Predictor, smal
     assert higher in [ladder.capacities(rung) for rung in range(20)]
 
 
+def test_a_bucket_that_was_seen_never_compiles_again(predictor: Predictor, small_boxes: Detections):
+    predictor.predict([OTHER], "sunrgbd")
+    compiled = predictor._forward._cache_size()
+    for scan in (SMALL, room("third", 450, 1.1), EMPTY):
+        predictor.predict([scan], "s3dis")
+    assert predictor._forward._cache_size() == compiled
+    predictor.predict([OTHER, SMALL], "s3dis")
+    assert predictor._forward._cache_size() == compiled + 1
+
+
 def test_a_scan_beside_others_gives_the_same_boxes(predictor: Predictor, small_boxes: Detections):
     found = predictor.predict([OTHER, SMALL, EMPTY], "sunrgbd")
     assert_same(found[1], small_boxes)
