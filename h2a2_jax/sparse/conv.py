@@ -5,8 +5,8 @@
 Every algorithm computes the same function; `segment_sum` is the one to read, the others are the ones to run.
 
 With structure-aware kernel selection each (scan b, offset k) uses one kernel of a stack [W_shared, W_exclusive_1, ...]:
-the shared one where gamma[b, k] is 1, the scan's own where it is 0. A selection, never a mixture: the fast algorithms
-index the stack and no mixed kernel is ever stored.
+the shared one where gamma[b, k] is 1, the scan's own where it is 0. A selection, never a mixture: for one scan it is
+made once, before the convolution; for several most algorithms index the stack and store no kernel a scan.
 """
 
 from functools import partial
@@ -55,7 +55,8 @@ def convolve(
         algorithm: "segment_sum": gather, matmul, segment sum, one offset after the other, by JAX's own derivative.
             "gather": the same without a scatter in either direction. "tiles": pairs sorted by offset and multiplied in
             tiles, only as many as there are (needs `kernel_map.tiles`). "winograd": F(4, 3)^3 on blocks, for nearly
-            dense 3^3 submanifold maps (needs `kernel_map.blocks`, in use); it rounds ten times as much as the others.
+            dense 3^3 submanifold maps (needs `kernel_map.blocks`; where the map does not use them, tiles); it rounds
+            ten times as much as the others.
             "im2col": one matmul of the full kernel on every row, for accelerators and nearly dense maps. "pairs": tiles
             in one batched matmul, then a gather-sum, for accelerators (needs `kernel_map.tiles`; costs their capacity).
             "auto": on CPU blocks where the map uses them, else tiles where it has them, else gather. On accelerators
@@ -116,8 +117,13 @@ def _choose(kernel_map: KernelMap) -> str:
         # Static: by the tiles' capacity, which is near the pairs there are only where `limit_tiles` made it so.
         return "pairs" if pair_work(kernel_map) < DENSE_WORK else "im2col"
     if kernel_map.blocks is not None:
-        return "winograd" if kernel_map.tiles is None else "winograd_or_tiles"
+        return "winograd"
     return "gather" if kernel_map.tiles is None else "tiles"
+
+
+def _may_use_tiles(algorithm: str, kmap: KernelMap) -> bool:
+    """Whether the map's coordinates, at run time, choose between its blocks and its tiles: one program serves both."""
+    return algorithm == "winograd" and kmap.tiles is not None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -125,9 +131,8 @@ def _convolve(
     x: Array, w: Array, gamma: Array | None, scan_set: Array | None, kmap: KernelMap, options: ConvOptions,
     algorithm: str,
 ) -> Array:  # fmt: skip
-    if algorithm == "winograd_or_tiles":  # known with the coordinates only: one program serves both
-        assert kmap.blocks is not None
-        use_blocks = jnp.asarray(kmap.blocks.count) > 0
+    if _may_use_tiles(algorithm, kmap):
+        use_blocks = jnp.asarray(kmap.blocks.count) > 0  # type: ignore[union-attr]
         forward = [partial(f, options=options) for f in (winograd_forward, tiles_forward)]
         return lax.cond(use_blocks, *forward, x, w, gamma, scan_set, kmap)
     return _ALGORITHMS[algorithm][0](x, w, gamma, scan_set, kmap, options)
@@ -142,8 +147,8 @@ def _forward(
 
 def _backward(options: ConvOptions, algorithm: str, residuals: tuple, cotangent: Array) -> tuple:
     x, w, gamma, scan_set, kmap = residuals
-    if algorithm == "winograd_or_tiles":
-        use_blocks = jnp.asarray(kmap.blocks.count) > 0
+    if _may_use_tiles(algorithm, kmap):
+        use_blocks = jnp.asarray(kmap.blocks.count) > 0  # type: ignore[union-attr]
         backward = [partial(f, options=options, cotangent=cotangent) for f in (winograd_backward, tiles_backward)]
         gradients = lax.cond(use_blocks, *backward, x, w, gamma, scan_set, kmap)
     else:

@@ -105,13 +105,16 @@ def pad_map(
             enough to pay, "always" in any case.
 
     Raises:
-        ValueError: blocks are asked for where the map is not that of a 3^3 submanifold convolution.
+        ValueError: blocks are asked for where the map is not that of a 3^3 submanifold convolution, or "auto" without
+            the tiles that serve a map on which they do not pay.
     """
     if blocks is not None and not fits_blocks(table):
         raise ValueError(
             f"blocks serve submanifold maps of 3^3 offsets without dilation; this one is {table.kind} with "
             f"{len(table.rows)} offsets."
         )
+    if blocks == "auto" and tile_size is None:
+        raise ValueError("blocks='auto' needs a tile_size: tiles serve the maps on which blocks do not pay.")
     neighbors = np.full((len(table.rows), outputs.capacity), inputs.capacity, np.int32)
     np.copyto(neighbors[:, : len(table.outputs)], table.rows, where=table.rows >= 0)
     tiles = None if tile_size is None else cut_pairs(table, inputs.capacity, outputs.capacity, tile_size)

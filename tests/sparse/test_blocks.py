@@ -117,6 +117,19 @@ def test_one_program_serves_dense_and_sparse_maps():
     assert traced == ["auto", "gather"]
 
 
+def test_blocks_that_do_not_pay_never_give_zeros():
+    """Forced or not, a map that leaves its blocks unused is convolved by its tiles; without tiles it is not made."""
+    sites = dense_sites(size=24, keep=0.15)
+    kmap = blocks_of(sites, blocks="auto")
+    assert int(kmap.blocks.count) == 0
+    x, kernels = jnp.ones((kmap.in_capacity, 2)), jnp.ones((1, 27, 2, 2))
+    expected = sparse.convolve(x, kernels, kmap, algorithm="gather")
+    np.testing.assert_allclose(sparse.convolve(x, kernels, kmap, algorithm="winograd"), expected, rtol=1e-6)
+    rows = sparse.pad_sites(sites, len(sites))
+    with pytest.raises(ValueError, match="needs a tile_size"):
+        sparse.pad_map(sparse.submanifold_neighbors(sites), rows, rows, blocks="auto")
+
+
 def test_permuted_scans_give_permuted_outputs():
     """The transforms of one scan never meet another's: swapping two scans swaps the rows, to the last bit."""
     a, b = dense_sites(size=9, seed=1, keep=0.9), dense_sites(size=9, seed=2, keep=0.9)
