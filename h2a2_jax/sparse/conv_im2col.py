@@ -60,13 +60,12 @@ def _product(
     """sum_k rows[table[k]] @ W[k], where `scan` says whose kernels an output row uses."""
     volume, a, b = w.shape[1:]
     chosen = _chosen_sets(gamma, scan_set)
-    w = w if chosen is None or len(chosen) > 1 else _select(w, chosen)
     flat = w.reshape(len(w), volume * a, b)
 
     def of_chunk(chunk: tuple[Array, Array, Array]) -> Array:
         table, scan, _ = chunk
         columns = _columns(rows, table)
-        if chosen is None or len(chosen) == 1:
+        if chosen is None:
             return options.dot(columns.reshape(-1, volume * a), flat[0])
         masks = _masks(chosen, len(w), scan, rows.dtype)
         parts = [options.dot((columns * masks[:, s, :, None]).reshape(-1, volume * a), flat[s]) for s in range(len(w))]
@@ -81,13 +80,12 @@ def _kernel_gradients(
     """Gradients of the kernels and of gamma."""
     sets, volume, a, b = w.shape
     chosen = _chosen_sets(gamma, scan_set)
-    several = chosen is not None and len(chosen) > 1
     g = jnp.concatenate([g, jnp.zeros((1, b), g.dtype)])  # rows past the end of the last chunk read the zero
 
     def add_chunk(total: tuple, chunk: tuple[Array, Array, Array]) -> tuple[tuple, None]:
         table, scan, at = chunk
         columns, grads = _columns(x, table), g[at]
-        if chosen is None or scan_set is None or len(chosen) == 1:
+        if chosen is None or scan_set is None:
             return (total[0] + _outer(columns, grads, options)[None], None), None
         masks = _masks(chosen, sets, scan, x.dtype)
         dw = jnp.stack([_outer(columns * masks[:, s, :, None], grads, options) for s in range(sets)])
@@ -102,15 +100,12 @@ def _kernel_gradients(
         return (total[0] + dw, total[1] + jnp.matmul(of_scan, dots, precision=lax.Precision.HIGHEST)), None
 
     zeros = partial(zeros_varying_as, dtype=options.sum_type, like=(x, w, gamma, g, kmap.n_out))
-    start = zeros((sets if several else 1, volume, a, b)), zeros((kmap.num_scans, volume)) if several else None
+    kernels = zeros((1 if chosen is None else sets, volume, a, b))
+    start = kernels, None if chosen is None else zeros((kmap.num_scans, volume))
     chunks = _chunks(jnp.asarray(kmap.neighbors), jnp.asarray(kmap.out_scan), x)
     (dw, dgamma), _ = lax.scan(add_chunk, start, chunks)
     if chosen is None or scan_set is None:
         return jnp.concatenate([dw, jnp.zeros((sets - 1, *dw.shape[1:]), dw.dtype)]), None
-    if not several:
-        difference = w[0] - w[scan_set[0]]
-        dgamma = (dw[0] * difference).sum((1, 2), dtype=options.sum_type)[None]
-        dw = jnp.where((chosen[0] == jnp.arange(sets)[:, None])[..., None, None], dw, 0)
     return dw, dgamma
 
 
@@ -146,11 +141,3 @@ def _chosen_sets(gamma: Array | None, scan_set: Array | None) -> Int[Array, "b v
     if gamma is None or scan_set is None:
         return None
     return jnp.where(gamma >= 0.5, 0, scan_set[:, None]).astype(jnp.int32)
-
-
-def _select(w: Array, chosen: Array) -> Float[Array, "1 v a b"]:
-    """The kernel that the only scan uses."""
-    selected = w[0]
-    for s in range(1, len(w)):
-        selected = jnp.where((chosen[0] == s)[:, None, None], w[s], selected)
-    return selected[None]
