@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,20 @@ from flax import nnx
 from h2a2_jax.evaluation import Evaluation
 from h2a2_jax.inference.evaluate import evaluate_source
 from h2a2_jax.inference.predictor import Predictor
-from h2a2_jax.inputs.pipeline import JointStep, JointStream, StreamConfig, StreamDataset
+from h2a2_jax.inputs.pipeline import JointStream, StreamConfig, StreamDataset
 from h2a2_jax.inputs.scan import ScanSource
 from h2a2_jax.inputs.sources import CachedSource, build_source, left_out, permuted_boxes
-from h2a2_jax.inputs.specs import DatasetSpec, dataset_spec
+from h2a2_jax.inputs.specs import dataset_spec
 from h2a2_jax.models import Detector, HeadConfig, PlanLayout
 from h2a2_jax.training.checkpoint import CheckpointStore
 from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig, to_json
-from h2a2_jax.training.harmonize import HarmonizationState, norm_gradient_harmonization, plain_mean
+from h2a2_jax.training.harmonize import norm_gradient_harmonization, plain_mean
 from h2a2_jax.training.mesh import DATASET, REPLICA, train_mesh
 from h2a2_jax.training.metrics import MetricsWriter, Progress
 from h2a2_jax.training.selection_report import selection_report, selection_table
 from h2a2_jax.training.state import create_state, merge_model, place_state
-from h2a2_jax.training.step import SelectionMetrics, StepConfig, StepMetrics, make_train_step
+from h2a2_jax.training.step import StepConfig, make_train_step
+from h2a2_jax.training.watch import Watch
 
 CACHED_SCANS = 2000
 """Sources of up to this many scans are kept in memory."""
@@ -132,7 +132,7 @@ def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device]
         # Only now: a workdir of another run stays as it is.
         (workdir / "config.json").write_text(to_json(config) + "\n")
         _print_start(config, stream, mesh, total)
-        watch = _Watch(config, specs, schedule, stream)
+        watch = Watch(config, specs, schedule, stream)
         first = int(state.step)
         with MetricsWriter(workdir) as writer:
             started, progress = time.monotonic(), None
@@ -202,81 +202,6 @@ def print_left_out(name: str, source: ScanSource) -> None:
     sentence = left_out(source)
     if sentence:
         print(f"{name}: {sentence}", flush=True)
-
-
-@dataclass
-class _Watch:
-    """Gathers what steps report between two lines of metrics."""
-
-    config: ExperimentConfig
-    specs: Sequence[DatasetSpec]
-    schedule: optax.Schedule
-    stream: JointStream
-    scans_since_summary: int = 0
-    selection: list[dict[str, SelectionMetrics]] = field(default_factory=list)
-    _pending: list[StepMetrics] = field(default_factory=list)
-    _dropped: int = 0
-    _since: float = field(default_factory=time.monotonic)
-    _scans: int = 0
-    _step: int = 0
-
-    _REMEMBERED = 50
-
-    def see(self, item: JointStep, metrics: StepMetrics) -> None:
-        """Take note of a step; what it computes stays on the device until the summary."""
-        self._pending.append(metrics)
-        self._scans += item.num_scans
-        self._dropped += item.dropped_points
-        self._step = item.step
-
-    def summary(self, balancer: Any) -> dict[str, float]:
-        """Means since the last summary, as one line of metrics.jsonl."""
-        steps = jax.device_get(self._pending)
-        self._pending = []
-        self.selection = (self.selection + [metrics.selection for metrics in steps])[-self._REMEMBERED :]
-        now = time.monotonic()
-        box = np.mean([metrics.box_loss for metrics in steps], 0)
-        classification = np.mean([metrics.class_loss for metrics in steps], 0)
-        values: dict[str, float] = {}
-        for d, spec in enumerate(self.specs):
-            values[f"loss/{spec.name}"] = float(box[d] + classification[d])
-            values[f"loss_box/{spec.name}"] = float(box[d])
-            values[f"loss_class/{spec.name}"] = float(classification[d])
-        values["learning_rate"] = float(self.schedule(self._step))
-        values["gradient_norm"] = float(np.mean([metrics.gradient_norm for metrics in steps]))
-        values |= self._harmonization(balancer)
-        shares = [layer.exclusive_share for metrics in steps for layer in metrics.selection.values()]
-        for d, spec in enumerate(self.specs if shares else ()):
-            values[f"exclusive_share/{spec.name}"] = float(np.mean([share[d] for share in shares]))
-        values["dropped_points"] = self._dropped
-        values["skipped_scans"] = len(self.stream.skipped)
-        values["scans_per_second"] = self._scans / max(now - self._since, 1e-9)
-        self.scans_since_summary, self._scans, self._dropped, self._since = self._scans, 0, 0, now
-        return values
-
-    def _harmonization(self, balancer: Any) -> dict[str, float]:
-        """Psi of the last step."""
-        if not isinstance(balancer, HarmonizationState):
-            return {}
-        psi = np.array(jax.tree.leaves(jax.device_get(balancer.psi)))
-        harmonized = psi < self.config.harmonize.threshold
-        return {
-            "psi/mean": float(psi.mean()),
-            "psi/min": float(psi.min()),
-            "psi/harmonized_share": float(harmonized.mean()),
-            "psi/cap_hits": int(balancer.cap_hits),
-        }
-
-    def mean_selection(self) -> dict[str, SelectionMetrics]:
-        """Kernel selection over the last steps: mean share, extreme scores."""
-        return {
-            layer: SelectionMetrics(
-                np.mean([step[layer].exclusive_share for step in self.selection], 0),
-                np.min([step[layer].lowest_score for step in self.selection], 0),
-                np.max([step[layer].highest_score for step in self.selection], 0),
-            )
-            for layer in self.selection[0]
-        }
 
 
 def _print_start(config: ExperimentConfig, stream: JointStream, mesh: Any, total: int) -> None:

@@ -27,6 +27,7 @@ from h2a2_jax.objective import detection_loss
 from h2a2_jax.training.harmonize import clip_by_global_norm_sharded, mean_over_datasets
 from h2a2_jax.training.mesh import DATASET, REPLICA
 from h2a2_jax.training.state import TrainState, merge_model, state_shardings, state_specs
+from h2a2_jax.typing import AnyArray
 
 
 class Targets(NamedTuple):
@@ -52,17 +53,27 @@ class Targets(NamedTuple):
 
 
 class SelectionMetrics(NamedTuple):
-    """Kernel selection in one layer, by dataset.
+    """Kernel selection in one layer, by dataset: means over the scans of a step.
 
     Attributes:
-        exclusive_share: share of (scan, offset) pairs that took the exclusive kernel.
-        lowest_score: smallest alpha * beta of a scan and offset; below the threshold it takes the exclusive kernel.
-        highest_score: largest one.
+        alpha: float32 [D, V], validity prior of each offset.
+        beta: float32 [D, V], structural consistency of each offset, mean over scans.
+        gamma: float32 [D, V], share of scans that took the shared kernel.
+        lowest_score: float32 [D], smallest alpha * beta of a scan and offset; below the threshold it takes the
+            exclusive kernel.
+        highest_score: float32 [D], largest one.
     """
 
-    exclusive_share: Float[Array, " d"]
+    alpha: Float[Array, "d v"]
+    beta: Float[Array, "d v"]
+    gamma: Float[Array, "d v"]
     lowest_score: Float[Array, " d"]
     highest_score: Float[Array, " d"]
+
+    @property
+    def exclusive_share(self) -> Float[AnyArray, " d"]:
+        """Share of (scan, offset) pairs that took the exclusive kernel."""
+        return 1 - self.gamma.mean(-1)
 
 
 class StepMetrics(NamedTuple):
@@ -242,9 +253,12 @@ def _selection_metrics(seen: dict[str, Array]) -> dict[str, SelectionMetrics]:
     layers = [name.removesuffix(".gamma") for name in seen if name.endswith(".gamma")]
     metrics = {}
     for layer in layers:
-        score = seen[f"{layer}.alpha"] * seen[f"{layer}.beta"]
+        alpha, beta, gamma = (seen[f"{layer}.{part}"] for part in ("alpha", "beta", "gamma"))
+        score = alpha * beta
         metrics[layer] = SelectionMetrics(
-            lax.pmean(1 - seen[f"{layer}.gamma"].mean(), REPLICA),
+            lax.pmean(alpha, REPLICA),
+            lax.pmean(beta.mean(0), REPLICA),
+            lax.pmean(gamma.mean(0), REPLICA),
             lax.pmin(score.min(), REPLICA),
             lax.pmax(score.max(), REPLICA),
         )

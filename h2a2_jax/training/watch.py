@@ -1,0 +1,93 @@
+"""What a run tells between two lines of metrics, gathered from its steps."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from h2a2_jax.inputs.pipeline import JointStep, JointStream
+from h2a2_jax.inputs.specs import DatasetSpec
+from h2a2_jax.training.config import ExperimentConfig
+from h2a2_jax.training.harmonize import HarmonizationState
+from h2a2_jax.training.step import SelectionMetrics, StepMetrics
+
+_MEANS = ("alpha", "beta", "gamma")
+
+
+@dataclass
+class Watch:
+    """Gathers what steps report between two lines of metrics."""
+
+    config: ExperimentConfig
+    specs: Sequence[DatasetSpec]
+    schedule: optax.Schedule
+    stream: JointStream
+    scans_since_summary: int = 0
+    selection: list[dict[str, SelectionMetrics]] = field(default_factory=list)
+    _pending: list[StepMetrics] = field(default_factory=list)
+    _dropped: int = 0
+    _since: float = field(default_factory=time.monotonic)
+    _scans: int = 0
+    _step: int = 0
+
+    _REMEMBERED = 50
+
+    def see(self, item: JointStep, metrics: StepMetrics) -> None:
+        """Take note of a step; what it computes stays on the device until the summary."""
+        self._pending.append(metrics)
+        self._scans += item.num_scans
+        self._dropped += item.dropped_points
+        self._step = item.step
+
+    def summary(self, balancer: Any) -> dict[str, float]:
+        """Means since the last summary, as one line of metrics.jsonl."""
+        steps = jax.device_get(self._pending)
+        self._pending = []
+        self.selection = (self.selection + [metrics.selection for metrics in steps])[-self._REMEMBERED :]
+        now = time.monotonic()
+        box = np.mean([metrics.box_loss for metrics in steps], 0)
+        classification = np.mean([metrics.class_loss for metrics in steps], 0)
+        values: dict[str, float] = {}
+        for d, spec in enumerate(self.specs):
+            values[f"loss/{spec.name}"] = float(box[d] + classification[d])
+            values[f"loss_box/{spec.name}"] = float(box[d])
+            values[f"loss_class/{spec.name}"] = float(classification[d])
+        values["learning_rate"] = float(self.schedule(self._step))
+        values["gradient_norm"] = float(np.mean([metrics.gradient_norm for metrics in steps]))
+        values |= self._harmonization(balancer)
+        shares = [layer.exclusive_share for metrics in steps for layer in metrics.selection.values()]
+        for d, spec in enumerate(self.specs if shares else ()):
+            values[f"exclusive_share/{spec.name}"] = float(np.mean([share[d] for share in shares]))
+        values["dropped_points"] = self._dropped
+        values["skipped_scans"] = len(self.stream.skipped)
+        values["scans_per_second"] = self._scans / max(now - self._since, 1e-9)
+        self.scans_since_summary, self._scans, self._dropped, self._since = self._scans, 0, 0, now
+        return values
+
+    def _harmonization(self, balancer: Any) -> dict[str, float]:
+        """Psi of the last step."""
+        if not isinstance(balancer, HarmonizationState):
+            return {}
+        psi = np.array(jax.tree.leaves(jax.device_get(balancer.psi)))
+        harmonized = psi < self.config.harmonize.threshold
+        return {
+            "psi/mean": float(psi.mean()),
+            "psi/min": float(psi.min()),
+            "psi/harmonized_share": float(harmonized.mean()),
+            "psi/cap_hits": int(balancer.cap_hits),
+        }
+
+    def mean_selection(self) -> dict[str, SelectionMetrics]:
+        """Kernel selection over the last steps: mean share, extreme scores."""
+        return {
+            layer: SelectionMetrics(
+                **{part: np.mean([getattr(step[layer], part) for step in self.selection], 0) for part in _MEANS},
+                lowest_score=np.min([step[layer].lowest_score for step in self.selection], 0),
+                highest_score=np.max([step[layer].highest_score for step in self.selection], 0),
+            )
+            for layer in self.selection[0]
+        }
