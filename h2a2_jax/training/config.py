@@ -43,16 +43,23 @@ class HarmonizeConfig:
     """How the datasets' gradients of shared parameters become one.
 
     Attributes:
-        method: "ngh", norm-based gradient harmonisation, or "mean", their plain mean.
-        threshold: agreement of norms (Psi, 0 to 1) below which gradients are scaled to their mean norm.
-        scope: norms per parameter "tensor", or one "global" norm over all shared parameters.
-        cap: largest factor by which a gradient is scaled up.
+        method: "ngh", norm-based gradient harmonisation; "mean", their plain mean; "pcgrad", the mean after projecting
+            conflicts away; "gradnorm", a mean with learned weights.
+        threshold: agreement of norms (Psi, 0 to 1) below which NGH scales gradients to their mean norm; every method
+            records how often that is so.
+        scope: norms per parameter "tensor", or one "global" norm over all shared parameters; for the methods other than
+            NGH of what is recorded only.
+        cap: largest factor by which NGH scales a gradient up.
+        alpha: how strongly GradNorm gives datasets that learn slowly larger gradients; 0 asks for equal norms.
+        weight_lr: learning rate of GradNorm's weights.
     """
 
-    method: Literal["ngh", "mean"] = "ngh"
+    method: Literal["ngh", "mean", "pcgrad", "gradnorm"] = "ngh"
     threshold: float = 0.8
     scope: Literal["tensor", "global"] = "tensor"
     cap: float = 100.0
+    alpha: float = 1.5
+    weight_lr: float = 0.025
 
 
 @dataclass(frozen=True)
@@ -263,6 +270,9 @@ def _check_model(model: DetectorConfig) -> None:
 def _check_training(config: ExperimentConfig) -> None:
     _require_fraction("harmonize", config.harmonize, "threshold")
     _require(config.harmonize.cap >= 1, "harmonize.cap", config.harmonize.cap, "1 or more")
+    alpha = config.harmonize.alpha
+    _require(0 <= alpha < math.inf, "harmonize.alpha", alpha, "a finite number from 0")
+    _require_positive("harmonize", config.harmonize, "weight_lr")
     optim, train = config.optim, config.train
     _require_positive("optim", optim, "lr", "clip_norm", "decay_factor")
     _require_at_least(0, "optim", optim, "weight_decay", "warmup_steps")

@@ -86,7 +86,7 @@ def test_keys_left_out_take_their_defaults():
         ("optim.decay_epochs", 8, "optim.decay_epochs is 8 (int); expected a list of any number of int."),
         ("model.stage_channels", [1, 2], "model.stage_channels has 2 entries ([1, 2]); expected a list of 4 int."),
         ("eval.iou_thresholds", [0.5, "a"], "eval.iou_thresholds.1 is 'a' (str); expected float."),
-        ("harmonize.method", "pcgrad", "harmonize.method is 'pcgrad'; expected one of 'ngh', 'mean'."),
+        ("harmonize.method", "nhg", "harmonize.method is 'nhg'; expected one of 'ngh', 'mean', 'pcgrad', 'gradnorm'."),
         ("model.selection.consistency", "x", "expected one of 'half_cosine', 'relu_cosine'."),
         ("optim", 3, "optim is 3 (int); expected a group with the keys lr,"),
         ("datasets.scannet", 3, "datasets.scannet is 3 (int); expected a group with the keys of a dataset."),
