@@ -24,6 +24,7 @@ from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig, to_json
 from h2a2_jax.training.harmonize import norm_gradient_harmonization, plain_mean
 from h2a2_jax.training.mesh import DATASET, REPLICA, train_mesh
 from h2a2_jax.training.metrics import MetricsWriter, Progress
+from h2a2_jax.training.selection_log import SelectionLog
 from h2a2_jax.training.selection_report import selection_report, selection_table
 from h2a2_jax.training.state import create_state, merge_model, place_state
 from h2a2_jax.training.step import StepConfig, make_train_step
@@ -98,7 +99,8 @@ def build_balancer(config: HarmonizeConfig, num_datasets: int) -> optax.Gradient
 def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device] | None = None) -> dict[str, Any]:
     """Train, save, evaluate; go on from the newest checkpoint where there is one.
 
-    Writes to the workdir: config.json, metrics.jsonl (`MetricsWriter`), checkpoints/, evaluation.json.
+    Writes to the workdir: config.json, metrics.jsonl (`MetricsWriter`), selection.jsonl (`SelectionLog`), checkpoints/,
+    evaluation.json.
 
     Args:
         config: of the run.
@@ -132,7 +134,8 @@ def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device]
         # Only now: a workdir of another run stays as it is.
         (workdir / "config.json").write_text(to_json(config) + "\n")
         _print_start(config, stream, mesh, total)
-        watch = Watch(config, specs, schedule, stream)
+        selection_log = SelectionLog(workdir, config.dataset_names, total, config.train.log_every)
+        watch = Watch(config, specs, schedule, stream, selection_log)
         first = int(state.step)
         with MetricsWriter(workdir) as writer:
             started, progress = time.monotonic(), None

@@ -1,6 +1,5 @@
 """What a run tells about itself: a file of metrics for programs, a line of progress for people."""
 
-import json
 import math
 import sys
 import time
@@ -11,6 +10,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from h2a2_jax.training.json_lines import JsonLinesWriter, read_json_lines
+
+FILE_NAME = "metrics.jsonl"
 SCHEMA_VERSION = 1
 
 
@@ -33,10 +35,8 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str | Path):
-        self.path = Path(workdir) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_cut_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._lines = JsonLinesWriter(Path(workdir) / FILE_NAME, SCHEMA_VERSION)
+        self.path = self._lines.path
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append the metrics of one step.
@@ -48,22 +48,26 @@ class MetricsWriter:
         Raises:
             ValueError: if a metric is no single number or is named as a key of the schema.
         """
-        reserved = {"step", "version"} & metrics.keys()
-        if reserved:
-            raise ValueError(f"metrics of step {step} contain {sorted(reserved)}, which the writer sets; rename them")
-        line = {"step": int(step), "version": SCHEMA_VERSION} | {k: _number(k, v) for k, v in metrics.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        self._lines.write(step, {name: _number(name, value) for name, value in metrics.items()})
 
     def close(self) -> None:
         """Close the file; writing after that is an error."""
-        self._file.close()
+        self._lines.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, float | None]]:
+    """The lines of a run's `metrics.jsonl` in the order of their steps, as `MetricsWriter` describes them.
+
+    Raises:
+        InputError: a line is damaged or of another version.
+    """
+    return read_json_lines(Path(workdir) / FILE_NAME, SCHEMA_VERSION)
 
 
 class Progress:
@@ -130,15 +134,6 @@ def _number(name: str, value: Any) -> float | int | None:
         raise ValueError(f"metric {name!r} is {value!r}, expected a single number; reduce or leave it out")
     number = array.item()
     return number if math.isfinite(number) else None
-
-
-def _drop_cut_line(path: Path) -> None:
-    """Cut the file behind its last line feed."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
 
 
 def _duration(seconds: float) -> str:

@@ -13,6 +13,7 @@ from h2a2_jax.inputs.pipeline import JointStep, JointStream
 from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.training.config import ExperimentConfig
 from h2a2_jax.training.harmonize import HarmonizationState
+from h2a2_jax.training.selection_log import SelectionLog
 from h2a2_jax.training.step import SelectionMetrics, StepMetrics
 
 _MEANS = ("alpha", "beta", "gamma")
@@ -20,12 +21,23 @@ _MEANS = ("alpha", "beta", "gamma")
 
 @dataclass
 class Watch:
-    """Gathers what steps report between two lines of metrics."""
+    """Gathers what steps report between two lines of metrics.
+
+    Attributes:
+        config: of the run.
+        specs: of its datasets.
+        schedule: learning rate by step.
+        stream: of the scans.
+        selection_log: is told of kernel selection with every summary.
+        scans_since_summary: scans of the steps that the last summary was of.
+        selection: of the last steps.
+    """
 
     config: ExperimentConfig
     specs: Sequence[DatasetSpec]
     schedule: optax.Schedule
     stream: JointStream
+    selection_log: SelectionLog | None = None
     scans_since_summary: int = 0
     selection: list[dict[str, SelectionMetrics]] = field(default_factory=list)
     _pending: list[StepMetrics] = field(default_factory=list)
@@ -48,6 +60,8 @@ class Watch:
         steps = jax.device_get(self._pending)
         self._pending = []
         self.selection = (self.selection + [metrics.selection for metrics in steps])[-self._REMEMBERED :]
+        if self.selection_log is not None:
+            self.selection_log.add(self._step + 1, [metrics.selection for metrics in steps])
         now = time.monotonic()
         box = np.mean([metrics.box_loss for metrics in steps], 0)
         classification = np.mean([metrics.class_loss for metrics in steps], 0)

@@ -1,0 +1,138 @@
+"""What kernel selection did over a run: `selection.jsonl`, at most some 200 lines."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.training.json_lines import JsonLinesWriter, read_json_lines
+from h2a2_jax.training.step import SelectionMetrics
+
+FILE_NAME = "selection.jsonl"
+SCHEMA_VERSION = 1
+MAX_LINES = 200
+_DIGITS = 4
+
+
+class SelectionLog:
+    """Gathers alpha, beta and gamma of every step and writes their means to `selection.jsonl` now and then.
+
+    Schema, version 1. Each line is an object of its own:
+
+    - "step": int, optimiser steps done; always the first key. Of two lines of one step (a killed run that went on) the
+      later one counts.
+    - "version": int, the version of this schema.
+    - "steps": int, how many steps the values are means over: those since the line before, of this process.
+    - "datasets": names, in the order of the dataset axis D.
+    - "layers": by name of the layer, an object with "alpha" [V], offset validity
+      prior; "beta" [D][V], structural consistency, mean over scans; "gamma" [D][V], share of scans that took the shared
+      kernel. V offsets, x fastest. Rounded to four digits; null stands for a value that is not finite.
+
+    A line is written after every `every` steps and after the last one; a run without kernel selection writes no file.
+
+    Attributes:
+        every: steps from one line to the next, a multiple of `log_every`.
+    """
+
+    def __init__(self, workdir: str | Path, datasets: Sequence[str], total_steps: int, log_every: int):
+        """Opens nothing yet.
+
+        Args:
+            workdir: folder of the run.
+            datasets: names, in the order of the dataset axis.
+            total_steps: of the run.
+            log_every: steps from one call of `add` to the next.
+        """
+        self.path = Path(workdir) / FILE_NAME
+        self.every = log_every * max(1, math.ceil(total_steps / MAX_LINES / log_every))
+        self._datasets, self._total = list(datasets), total_steps
+        self._sums: dict[str, tuple[np.ndarray, ...]] = {}
+        self._steps = 0
+
+    def add(self, step: int, selections: Sequence[Mapping[str, SelectionMetrics]]) -> None:
+        """Take note of what steps reported, and write a line if one is due.
+
+        Args:
+            step: steps done, those of `selections` included.
+            selections: of each step, by layer; arrays on the host.
+        """
+        for selection in selections:
+            self._steps += 1
+            for layer, seen in selection.items():
+                parts = (seen.alpha, seen.beta, seen.gamma)
+                old = self._sums.get(layer, (0.0, 0.0, 0.0))
+                self._sums[layer] = tuple(a + np.asarray(b, np.float64) for a, b in zip(old, parts, strict=True))
+        if self._sums and (step % self.every == 0 or step >= self._total):
+            self._write(step)
+
+    def _write(self, step: int) -> None:
+        layers = {}
+        for layer, sums in self._sums.items():
+            alpha, beta, gamma = (part / self._steps for part in sums)
+            layers[layer] = {"alpha": _rounded(alpha.mean(0)), "beta": _rounded(beta), "gamma": _rounded(gamma)}
+        # Opened for each line: there are few, and nothing is left to close.
+        writer = JsonLinesWriter(self.path, SCHEMA_VERSION)
+        writer.write(step, {"steps": self._steps, "datasets": self._datasets, "layers": layers})
+        writer.close()
+        self._sums, self._steps = {}, 0
+
+
+@dataclass(frozen=True)
+class SelectionHistory:
+    """One layer over training.
+
+    Attributes:
+        alpha: [T, V].
+        beta: [T, D, V].
+        gamma: [T, D, V].
+    """
+
+    alpha: Float[np.ndarray, "t v"]
+    beta: Float[np.ndarray, "t d v"]
+    gamma: Float[np.ndarray, "t d v"]
+
+
+def read_selection_log(
+    path: Path, datasets: Sequence[str]
+) -> tuple[Int[np.ndarray, " t"], dict[str, SelectionHistory]]:
+    """The steps of the lines and what they say of each layer.
+
+    Args:
+        path: of `selection.jsonl`.
+        datasets: names; sets the order of the dataset axis.
+
+    Raises:
+        InputError: the file is damaged, of another version, of other datasets, or its lines differ in their layers.
+    """
+    lines = read_json_lines(path, SCHEMA_VERSION)
+    if not lines:
+        return np.zeros(0, np.int64), {}
+    names = list(lines[-1]["layers"])
+    for line in lines:
+        if set(line["datasets"]) != set(datasets) or list(line["layers"]) != names:
+            raise InputError(
+                f"The line of step {line['step']} in {path} is of other datasets or layers than the run: expected are "
+                f"{', '.join(datasets)} and the layers of the last line; remove lines of another run."
+            )
+    orders = [[line["datasets"].index(name) for name in datasets] for line in lines]
+    history = {}
+    for name in names:
+        layers = [line["layers"][name] for line in lines]
+        history[name] = SelectionHistory(
+            np.array([layer["alpha"] for layer in layers], np.float64),
+            *(
+                np.array([np.array(layer[part], np.float64)[order] for layer, order in zip(layers, orders, strict=True)])
+                for part in ("beta", "gamma")
+            ),
+        )
+    return np.array([line["step"] for line in lines], np.int64), history
+
+
+def _rounded(values: np.ndarray) -> list:
+    rounded = np.round(values, _DIGITS).astype(object)
+    rounded[~np.isfinite(values)] = None
+    return rounded.tolist()
