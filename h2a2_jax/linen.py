@@ -15,7 +15,7 @@ What has no parameters (`relu`, `max_pool`, `global_pool`, ...) serves both and 
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +148,7 @@ class SparseConv(_Layer):
     algorithm: Algorithm | None = None
     dtype: Any = None
     precision: Any = None
+    exclusive_to: int | None = None
     layer = layers.SparseConv
 
 
@@ -174,6 +175,7 @@ class LinearModulation(_Layer):
     channels: int
     embedding_dim: int = 64
     hidden: int = 64
+    start: Literal["zero", "random"] = "zero"
     layer = layers.LinearModulation
 
 
@@ -183,6 +185,7 @@ class ChannelGate(_Layer):
     channels: int
     embedding_dim: int = 64
     hidden: int = 64
+    start: Literal["zero", "random"] = "zero"
     layer = layers.ChannelGate
 
 
@@ -193,6 +196,8 @@ class BatchNorm(_Layer):
     num_datasets: int = 1
     eps: float = 1e-5
     momentum: float = 0.1
+    exclusive_affine: bool = False
+    shared_statistics: bool = False
     layer = layers.BatchNorm
 
 
@@ -213,12 +218,13 @@ class LayerNorm(_Layer):
 
 
 class ConvNorm(_Layer):
-    """As `layers.ConvNorm`; `conv` is a class of this module."""
+    """As `layers.ConvNorm`; `conv` is a class of this module, `norm` one of `layers` or a partial of it."""
 
     in_channels: int
     out_channels: int
     kernel_size: Size3 = 3
     conv: type[SparseConv] = SparseConv
+    norm: Callable[..., layers.BatchNorm] = layers.BatchNorm
     selection: KernelSelection | None = None
     num_datasets: int = 1
     layer = layers.ConvNorm
@@ -230,6 +236,7 @@ class ResidualBlock(_Layer):
     in_channels: int
     out_channels: int
     downsample: bool = False
+    norm: Callable[..., layers.BatchNorm] = layers.BatchNorm
     selection: KernelSelection | None = None
     num_datasets: int = 1
     layer = layers.ResidualBlock

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from h2a2_jax.layers import BatchNorm, ConvNorm, SelectiveConv
+from h2a2_jax.layers import ConvNorm, SelectiveConv
 from h2a2_jax.models import Detector
 
 
@@ -65,8 +65,7 @@ def tr3d_slots(model: Detector, dataset: int = 0) -> dict[str, Slot]:
     """
     slots: dict[str, Slot] = {}
     stem = model.backbone.stem
-    slots["backbone.conv1.kernel"] = _whole(stem.conv.kernel)
-    slots |= _norm("backbone.norm1.bn", stem.norm, dataset)
+    slots |= _conv_norm("backbone.conv1.kernel", "backbone.norm1.bn", stem, dataset)
     for s, stage in enumerate(model.backbone.stages):
         for b, block in enumerate(stage):
             name = f"backbone.layer{s + 1}.{b}"
@@ -91,23 +90,23 @@ def tr3d_slots(model: Detector, dataset: int = 0) -> dict[str, Slot]:
     return slots
 
 
-def _whole(variable: nnx.Variable) -> Slot:
+def _slot(variable: nnx.Variable, dataset: int) -> Slot:
+    """The variable, or of one with a dataset axis the dataset's part."""
+    if variable.get_metadata().get("dataset_axis") == 0:
+        return Slot(variable, (dataset,), variable.shape[1:])
     return Slot(variable, (slice(None),), variable.shape)
 
 
-def _norm(name: str, norm: BatchNorm, dataset: int) -> dict[str, Slot]:
-    channels = norm.scale.shape
-    return {
-        f"{name}.weight": _whole(norm.scale),
-        f"{name}.bias": _whole(norm.bias),
-        f"{name}.running_mean": Slot(norm.mean, (dataset,), channels),
-        f"{name}.running_var": Slot(norm.var, (dataset,), channels),
-    }
-
-
 def _conv_norm(conv_name: str, norm_name: str, part: ConvNorm, dataset: int) -> dict[str, Slot]:
-    kernel = part.conv.shared if isinstance(part.conv, SelectiveConv) else part.conv.kernel
-    return {conv_name: _whole(kernel)} | _norm(norm_name, part.norm, dataset)
+    norm = part.norm
+    variables = {
+        conv_name: part.conv.shared if isinstance(part.conv, SelectiveConv) else part.conv.kernel,
+        f"{norm_name}.weight": norm.scale,
+        f"{norm_name}.bias": norm.bias,
+        f"{norm_name}.running_mean": norm.mean,
+        f"{norm_name}.running_var": norm.var,
+    }
+    return {name: _slot(variable, dataset) for name, variable in variables.items()}
 
 
 def load_tr3d(model: Detector, state: Mapping[str, np.ndarray], dataset: int = 0) -> LoadReport:

@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from h2a2_jax.layers.modulation import EmbeddingMLP
+from h2a2_jax.layers.modulation import EmbeddingMLP, Start, per_site
 from h2a2_jax.sparse.tensor import SparseTensor
 
 
@@ -15,11 +15,17 @@ class ChannelGate(nnx.Module):
     batch norm with that dataset's own statistics it would cancel.
     """
 
-    def __init__(self, channels: int, *, embedding_dim: int = 64, hidden: int = 64, rngs: nnx.Rngs):
-        """Args: `channels` of the features it gates."""
-        self.mlp = EmbeddingMLP(embedding_dim, hidden, channels, rngs=rngs)
+    def __init__(
+        self, channels: int, *, embedding_dim: int = 64, hidden: int = 64, start: Start = "zero", rngs: nnx.Rngs
+    ):
+        """Args: `channels` of the features it gates; with `start` "random" g does not start at one half."""
+        self.mlp = EmbeddingMLP(embedding_dim, hidden, channels, start=start, rngs=rngs)
 
-    def __call__(self, x: SparseTensor, embedding: Float[Array, " d"]) -> SparseTensor:
-        """Gate features [N, C]; padding rows stay zero."""
-        gate = jax.nn.sigmoid(self.mlp(embedding))
-        return x.with_features((x.features * (1 + gate)).astype(x.features.dtype))
+    def factor(self, embedding: Float[Array, "*b d"]) -> Float[Array, "*b c"]:
+        """1 + g."""
+        return 1 + jax.nn.sigmoid(self.mlp(embedding))
+
+    def __call__(self, x: SparseTensor, embedding: Float[Array, "*b d"]) -> SparseTensor:
+        """Gate features [N, C] by an embedding [d], or by one a scan [B, d]; padding rows stay zero."""
+        factor = per_site(self.factor(embedding), x.sites)
+        return x.with_features((x.features * factor).astype(x.features.dtype))

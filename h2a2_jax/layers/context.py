@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -59,6 +60,11 @@ class DatasetContext:
         return jnp.tensordot(jnp.asarray(self.weights, exclusive.dtype), exclusive, 1, precision=lax.Precision.HIGHEST)
 
 
+def parameter(value: Float[Array, "*p"], exclusive: bool) -> nnx.Param:
+    """A parameter that datasets share, or one with a leading dataset axis, marked as such."""
+    return nnx.Param(value, dataset_axis=0) if exclusive else nnx.Param(value)
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["dataset", "embedding"],
@@ -72,7 +78,8 @@ class ForwardContext:
 
     Attributes:
         dataset: whose parameters and statistics; None in a network of one dataset, or for the mean of all.
-        embedding: float [d], that dataset's embedding, for layers with kernel selection.
+        embedding: float [d], that dataset's embedding, for layers with kernel selection; [B, d] where scans have their
+            own.
         training: batch statistics instead of running ones, which are updated.
         axis_name: mesh axis over which one dataset's scans are spread (its replicas); batch statistics are summed over
             it.

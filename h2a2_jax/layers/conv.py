@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from h2a2_jax.layers.context import ForwardContext
+from h2a2_jax.layers.context import ForwardContext, parameter
 from h2a2_jax.sparse.conv import Algorithm, convolve
 from h2a2_jax.sparse.grid import Size3, size3
 from h2a2_jax.sparse.kernel_map import KernelMap
@@ -54,8 +54,8 @@ class SparseConv(nnx.Module):
     without a map: it then mixes the channels of each site.
 
     Attributes:
-        kernel: [V, Cin, Cout], slices x fastest.
-        bias: [Cout] or None.
+        kernel: [V, Cin, Cout], slices x fastest; [D, V, Cin, Cout] where datasets have their own.
+        bias: [Cout] or None; [D, Cout] likewise.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class SparseConv(nnx.Module):
         algorithm: Algorithm | None = None,
         dtype: Any = None,
         precision: Any = None,
+        exclusive_to: int | None = None,
         rngs: nnx.Rngs,
     ):
         """Kernels start kaiming-normal over the fan-out, biases at zero.
@@ -80,11 +81,15 @@ class SparseConv(nnx.Module):
             algorithm: as in `sparse.convolve`; None: the context's.
             dtype: compute type of the products; None: the context's, else the features' own.
             precision: of the products; None: the context's.
+            exclusive_to: number of datasets that each have a kernel of their own; None: one for all.
             rngs: random streams.
         """
         x, y, z = size3(kernel_size)
-        self.kernel = nnx.Param(self._init(rngs.params(), (x * y * z, in_channels, out_channels)))
-        self.bias = nnx.Param(jnp.zeros(out_channels)) if use_bias else None
+        own, exclusive = ((), False) if exclusive_to is None else ((exclusive_to,), True)
+        kernel = self._init(rngs.params(), (*own, x * y * z, in_channels, out_channels))
+        self.kernel = parameter(kernel, exclusive)
+        self.bias = parameter(jnp.zeros((*own, out_channels)), exclusive) if use_bias else None
+        self.exclusive_to = exclusive_to
         self.algorithm, self.dtype, self.precision = algorithm, dtype, precision
 
     _init = staticmethod(kaiming_fan_out)
@@ -105,31 +110,41 @@ class SparseConv(nnx.Module):
         context = context or ForwardContext()
         dtype = self.dtype if self.dtype is not None else context.dtype
         precision = self.precision if self.precision is not None else context.precision
+        kernel = self._own(self.kernel, context)
         if kernel_map is None:
-            y, sites = self._mix(x, dtype, precision), x.sites
+            y, sites = mix_channels(x, kernel, type(self).__name__, dtype, precision), x.sites
         else:
-            check_input(type(self).__name__, x, kernel_map, self.kernel.shape)
+            check_input(type(self).__name__, x, kernel_map, kernel.shape)
             algorithm = self.algorithm or context.algorithm
-            kernel = self.kernel[...][None]
-            y = convolve(x.features, kernel, kernel_map, algorithm=algorithm, dtype=dtype, precision=precision)
+            y = convolve(x.features, kernel[None], kernel_map, algorithm=algorithm, dtype=dtype, precision=precision)
             sites = kernel_map.outputs
         if self.bias is not None:
-            y = jnp.where(sites.valid[:, None], y + self.bias[...].astype(y.dtype), 0)
+            y = jnp.where(sites.valid[:, None], y + self._own(self.bias, context).astype(y.dtype), 0)
         return SparseTensor(y, sites)
 
-    def _mix(self, x: SparseTensor, dtype: Any, precision: Any) -> Array:
-        volume, channels, _ = self.kernel.shape
-        if volume != 1 or x.features.shape[1] != channels:
-            raise ValueError(
-                f"{type(self).__name__} with {volume} slices of {channels} channels was given no kernel map and "
-                f"features of {x.features.shape[1]}: without a map it mixes the channels of a site by one slice."
-            )
-        rows = jnp.where(x.sites.valid[:, None], x.features, 0)
-        compute = jnp.dtype(dtype) if dtype is not None else rows.dtype
-        sums = jnp.promote_types(compute, jnp.float32)
-        kernel = self.kernel[0].astype(compute)
-        y = jnp.matmul(rows.astype(compute), kernel, precision=precision, preferred_element_type=sums)
-        return y.astype(x.features.dtype)
+    def _own(self, value: nnx.Param, context: ForwardContext) -> Array:
+        return value[...] if self.exclusive_to is None else context.dataset_of(self.exclusive_to).pick(value[...])
+
+
+def mix_channels(
+    x: SparseTensor, kernel: Float[Array, "v c_in c_out"], layer: str, dtype: Any = None, precision: Any = None
+) -> Float[Array, "n c_out"]:
+    """Channels of each site mixed by a kernel of one slice, as a convolution without a map does.
+
+    Raises:
+        ValueError: the kernel has several slices or takes other channels; names the layer.
+    """
+    volume, channels, _ = kernel.shape
+    if volume != 1 or x.features.shape[1] != channels:
+        raise ValueError(
+            f"{layer} with {volume} slices of {channels} channels was given no kernel map and features of "
+            f"{x.features.shape[1]}: without a map it mixes the channels of a site by one slice."
+        )
+    rows = jnp.where(x.sites.valid[:, None], x.features, 0)
+    compute = jnp.dtype(dtype) if dtype is not None else rows.dtype
+    sums = jnp.promote_types(compute, jnp.float32)
+    y = jnp.matmul(rows.astype(compute), kernel[0].astype(compute), precision=precision, preferred_element_type=sums)
+    return y.astype(x.features.dtype)
 
 
 class SparseConvTranspose(SparseConv):

@@ -10,7 +10,7 @@ The functions are the method; the module holds the parameters and calls them.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,17 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from h2a2_jax.layers.context import ForwardContext
+from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext, parameter
 from h2a2_jax.layers.conv import check_input, kaiming_fan_out
-from h2a2_jax.layers.modulation import LinearModulation
+from h2a2_jax.layers.modulation import LinearModulation, Start
 from h2a2_jax.sparse.conv import convolve
 from h2a2_jax.sparse.grid import Size3, size3
 from h2a2_jax.sparse.kernel_map import KernelMap
-from h2a2_jax.sparse.pool import global_pool
+from h2a2_jax.sparse.pool import global_pool, scan_sum
 from h2a2_jax.sparse.tensor import SparseTensor
+
+Part = Literal["residual", "stem", "neck"]
+Scope = Literal["scan", "batch"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,12 @@ class KernelSelection:
     """How kernels are selected; each field is a point that the paper leaves open.
 
     Attributes:
+        convolutions: of a detector that select their kernels: the 3^3 ones of the "residual" stages ("in the
+            backbone"), of the "stem", and the "neck"'s on its own sites (its generative ones stay as they are).
+        scope: what one choice is for: a "scan", so that a prediction does not depend on which scans share its batch, or
+            a whole "batch" (all replicas of the dataset together).
+        structural_features: what A projects: the "modulated" features, or the convolution's "input" before modulation.
+        structure_parameters: O, A and P are "shared" by the datasets (global statistics), or "exclusive" to each.
         tau: threshold of alpha * beta. At 0.25 with O = 0 near half the offsets start on each side, so both kernels
             train.
         prior_init: O at the start.
@@ -44,8 +53,20 @@ class KernelSelection:
         exclusive_init: "independent" of the shared kernel, or a "copy" of it.
         embedding_dim: width of a dataset's embedding.
         hidden: width of the MLPs of modulation and gate.
+        embedding_start: last layers of these MLPs start at "zero", modulation as the identity and the gate at one half,
+            or "random".
+        gate: position of the channel gate. "after_norm": behind the batch norm that follows the convolution.
+            "before_norm": on the convolution's output, as the paper's text may be read; the gate depends on the dataset
+            only, so the norm with that dataset's own batch statistics takes it out again, in training exactly but for
+            the norm's eps, and neither it nor its gradient does anything.
+        scan_embedding: whether a scan adds a residual of its own to the dataset's embedding, computed from its mean
+            features behind the stem; it starts at zero. Modulation and gate then depend on the scan.
     """
 
+    convolutions: tuple[Part, ...] = ("residual",)
+    scope: Scope = "scan"
+    structural_features: Literal["modulated", "input"] = "modulated"
+    structure_parameters: Literal["shared", "exclusive"] = "shared"
     tau: float = 0.25
     prior_init: float = 0.0
     consistency: Literal["half_cosine", "relu_cosine"] = "half_cosine"
@@ -55,6 +76,9 @@ class KernelSelection:
     exclusive_init: Literal["independent", "copy"] = "independent"
     embedding_dim: int = 64
     hidden: int = 64
+    embedding_start: Start = "zero"
+    gate: Literal["after_norm", "before_norm"] = "after_norm"
+    scan_embedding: bool = False
 
 
 def unit_rows(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
@@ -67,18 +91,30 @@ def structural_consistency(
     projection: Float[Array, "c p"],
     prototypes: Float[Array, "v p"],
     kind: Literal["half_cosine", "relu_cosine"] = "half_cosine",
+    scope: Scope = "scan",
+    axis_name: AxisName = None,
 ) -> Float[Array, "b v"]:
     """beta: how well each offset's prototype agrees with a scan's structural features, in [0, 1].
 
     The mean over sites commutes with the dot product: the unit vectors A x / |A x| are pooled once per scan, then
     compared with each unit prototype. In float32 at least, products included: accelerators multiply in fewer bits by
     default, and a threshold follows.
+
+    With scope "batch" the mean is over the sites of all scans, on all devices along `axis_name`, and the same for each.
     """
     features = x.features.astype(jnp.promote_types(x.features.dtype, jnp.float32))
     exact = lax.Precision.HIGHEST
-    pooled = global_pool(x.with_features(unit_rows(jnp.matmul(features, projection, precision=exact))))
+    units = x.with_features(unit_rows(jnp.matmul(features, projection, precision=exact)))
+    pooled = global_pool(units) if scope == "scan" else _batch_mean(units, axis_name)
     cosine = jnp.matmul(pooled, unit_rows(prototypes).T, precision=exact)
     return (1 + cosine) / 2 if kind == "half_cosine" else jax.nn.relu(cosine)
+
+
+def _batch_mean(x: SparseTensor, axis_name: AxisName) -> Float[Array, "b c"]:
+    total, count = scan_sum(x.features, x.sites).sum(0), x.sites.valid.sum()
+    if axis_name is not None:
+        total, count = lax.psum((total, count), axis_name)
+    return jnp.broadcast_to(total / jnp.maximum(count, 1), (x.sites.num_scans, total.shape[0]))
 
 
 def binarize(
@@ -93,13 +129,44 @@ def binarize(
     return (score >= tau).astype(score.dtype) + (surrogate - lax.stop_gradient(surrogate))
 
 
+class Structure(NamedTuple):
+    """What a selection compares a scan with.
+
+    Attributes:
+        alpha: [V], validity prior.
+        projection: A, [Cin, p].
+        prototypes: P, [V, p].
+    """
+
+    alpha: Float[Array, " v"]
+    projection: Float[Array, "c p"]
+    prototypes: Float[Array, "v p"]
+
+
+def select_kernels(
+    x: SparseTensor, structure: Structure, selection: KernelSelection, context: ForwardContext, name: str
+) -> Float[Array, "b v"]:
+    """Gamma of each scan and offset; 1 everywhere where the context's dataset takes shared kernels only.
+
+    alpha, beta and gamma go to the context's tap as `<name>.alpha` and so on.
+    """
+    alpha, projection, prototypes = structure
+    beta = structural_consistency(x, projection, prototypes, selection.consistency, selection.scope, context.axis_name)
+    gamma = binarize(alpha * beta, selection.tau, selection.straight_through, selection.temperature)
+    if context.dataset is not None and context.dataset.kernels == "shared":
+        gamma = jnp.ones_like(gamma)
+    for part, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
+        context.record(f"{name}.{part}", value)
+    return gamma
+
+
 class SelectiveConv(nnx.Module):
     """Sparse convolution with TLM on its input and a kernel selected per scan and offset.
 
     Attributes:
         shared: [V, Cin, Cout].
         exclusive: [D, V, Cin, Cout], exclusive to each dataset.
-        prior: O, [V].
+        prior: O, [V]; [D, V] where datasets have their own, as A and P then.
         projection: A, [Cin, p].
         prototypes: P, [V, p].
         modulation: TLM.
@@ -122,17 +189,21 @@ class SelectiveConv(nnx.Module):
         s, volume = self.selection, math.prod(size3(kernel_size))
         kernel = (volume, in_channels, out_channels)
         self.shared = nnx.Param(kaiming_fan_out(rngs.params(), kernel))
-        own = (
+        exclusive = (
             jnp.broadcast_to(self.shared[...], (num_datasets, *kernel))
             if s.exclusive_init == "copy"
             else kaiming_fan_out(rngs.params(), (num_datasets, *kernel))
         )
-        self.exclusive = nnx.Param(own, dataset_axis=0)
-        self.prior = nnx.Param(jnp.full(volume, s.prior_init, jnp.float32))
-        projection = jax.random.normal(rngs.params(), (in_channels, s.projection_dim))
-        self.projection = nnx.Param(projection / in_channels**0.5)
-        self.prototypes = nnx.Param(jax.random.normal(rngs.params(), (volume, s.projection_dim)))
-        self.modulation = LinearModulation(in_channels, embedding_dim=s.embedding_dim, hidden=s.hidden, rngs=rngs)
+        self.exclusive = nnx.Param(exclusive, dataset_axis=0)
+        own = s.structure_parameters == "exclusive"
+        each = (num_datasets,) if own else ()
+        self.prior = parameter(jnp.full((*each, volume), s.prior_init, jnp.float32), own)
+        projection = jax.random.normal(rngs.params(), (*each, in_channels, s.projection_dim))
+        self.projection = parameter(projection / in_channels**0.5, own)
+        self.prototypes = parameter(jax.random.normal(rngs.params(), (*each, volume, s.projection_dim)), own)
+        self.modulation = LinearModulation(
+            in_channels, embedding_dim=s.embedding_dim, hidden=s.hidden, start=s.embedding_start, rngs=rngs
+        )
 
     def __call__(self, x: SparseTensor, kernel_map: KernelMap, context: ForwardContext | None = None) -> SparseTensor:
         """Convolve onto the map's output sites.
@@ -149,32 +220,32 @@ class SelectiveConv(nnx.Module):
             raise ValueError("kernel selection needs context.embedding, the embedding [d] of the dataset.")
         check_input(self.name, x, kernel_map, self.shared.shape)
         dataset = context.dataset_of(self.exclusive.shape[0])
-        x = self.modulation(x, context.embedding)
-        gamma = self.select(x, context)
-        if dataset.kernels == "shared":
-            kernels, chosen = self.shared[...][None], {}
-        else:
-            kernels = jnp.stack([self.shared[...], dataset.pick(self.exclusive[...])])
-            chosen = {"gamma": gamma, "scan_set": jnp.ones(gamma.shape[0], jnp.int32)}
+        structure = self.structure(dataset)
+        modulated = self.modulation(x, context.embedding)
+        seen = modulated if self.selection.structural_features == "modulated" else x
+        gamma = select_kernels(seen, structure, self.selection, context, self.name)
+        stack = self.kernels(dataset)
         y = convolve(
-            x.features,
-            kernels,
+            modulated.features,
+            stack,
             kernel_map,
+            gamma=gamma if len(stack) > 1 else None,
             algorithm=context.algorithm,
             dtype=context.dtype,
             precision=context.precision,
-            **chosen,
         )
         return SparseTensor(y, kernel_map.outputs)
 
-    def select(self, x: SparseTensor, context: ForwardContext) -> Float[Array, "b v"]:
-        """Returns gamma of each scan and offset for modulated input x."""
-        s = self.selection
-        alpha = jax.nn.sigmoid(self.prior[...])
-        beta = structural_consistency(x, self.projection[...], self.prototypes[...], s.consistency)
-        gamma = binarize(alpha * beta, s.tau, s.straight_through, s.temperature)
-        if context.dataset is not None and context.dataset.kernels == "shared":
-            gamma = jnp.ones_like(gamma)
-        for part, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
-            context.record(f"{self.name}.{part}", value)
-        return gamma
+    def kernels(self, dataset: DatasetContext) -> Float[Array, "s v c_in c_out"]:
+        """What is selected from: the shared kernel and the dataset's own, or the shared one alone."""
+        if dataset.kernels == "shared":
+            return self.shared[...][None]
+        return jnp.stack([self.shared[...], dataset.pick(self.exclusive[...])])
+
+    def structure(self, dataset: DatasetContext) -> Structure:
+        """alpha, A and P of a dataset."""
+        parts = (self.prior[...], self.projection[...], self.prototypes[...])
+        if self.selection.structure_parameters == "exclusive":
+            parts = (dataset.pick(parts[0]), dataset.pick(parts[1]), dataset.pick(parts[2]))
+        prior, projection, prototypes = parts
+        return Structure(jax.nn.sigmoid(prior), projection, prototypes)

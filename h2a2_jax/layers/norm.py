@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext
+from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext, parameter
 from h2a2_jax.sparse.pool import scan_sum, sites_per_scan
 from h2a2_jax.sparse.tensor import SparseTensor
 
@@ -201,9 +201,12 @@ class LayerNorm(nnx.Module):
 class BatchNorm(nnx.Module):
     """Batch norm over the active sites: scale and bias shared by all datasets, running statistics per dataset.
 
+    The statistics of a batch are always one dataset's: mixed ones would let one dataset's scans into the gradient of
+    another's loss.
+
     Attributes:
-        scale: [C].
-        bias: [C].
+        scale: [C]; [D, C] where datasets have their own.
+        bias: likewise.
         mean: running mean, [D, C].
         var: running variance, [D, C].
     """
@@ -215,14 +218,34 @@ class BatchNorm(nnx.Module):
         num_datasets: int = 1,
         eps: float = 1e-5,
         momentum: float = 0.1,
+        exclusive_affine: bool = False,
+        shared_statistics: bool = False,
         rngs: nnx.Rngs | None = None,
     ):
-        """Args: `momentum` is the weight of the new batch; nothing is drawn at random: `rngs` may be left out."""
-        self.scale = nnx.Param(jnp.ones(channels))
-        self.bias = nnx.Param(jnp.zeros(channels))
+        """Nothing is drawn at random.
+
+        Args:
+            channels: C.
+            num_datasets: D.
+            eps: added to variances.
+            momentum: weight of the new batch in the running statistics.
+            exclusive_affine: whether each dataset has its own scale and bias.
+            shared_statistics: whether every batch enters the running statistics of all datasets, which are then equal.
+            rngs: may be left out.
+        """
+        shape = (num_datasets, channels) if exclusive_affine else (channels,)
+        self.scale = parameter(jnp.ones(shape), exclusive_affine)
+        self.bias = parameter(jnp.zeros(shape), exclusive_affine)
         self.mean = nnx.BatchStat(jnp.zeros((num_datasets, channels)), dataset_axis=0)
         self.var = nnx.BatchStat(jnp.ones((num_datasets, channels)), dataset_axis=0)
         self.eps, self.momentum = eps, momentum
+        self.exclusive_affine, self.shared_statistics = exclusive_affine, shared_statistics
+
+    def affine(self, dataset: DatasetContext) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+        """Scale and bias of a dataset."""
+        if self.exclusive_affine:
+            return dataset.pick(self.scale[...]), dataset.pick(self.bias[...])
+        return self.scale[...], self.bias[...]
 
     def __call__(self, x: SparseTensor, context: ForwardContext | None = None) -> SparseTensor:
         """Normalise; in training with the batch's statistics, which also enter the dataset's running ones.
@@ -238,24 +261,27 @@ class BatchNorm(nnx.Module):
         _check_channels(self, x)
         context = context or ForwardContext()
         dataset, valid = context.dataset_of(self.mean.shape[0]), x.sites.valid
-        scale, bias = self.scale[...], self.bias[...]
+        scale, bias = self.affine(dataset)
         if not context.training:
-            used = Statistics(dataset.pick(self.mean[...]), dataset.pick(self.var[...]))
-            return x.with_features(normalize(x.features, valid, used, scale, bias, self.eps))
+            return x.with_features(normalize(x.features, valid, self.running(dataset), scale, bias, self.eps))
         features, batch = normalize_by_batch(x.features, valid, scale, bias, self.eps, context.axis_name)
         self._remember(batch, dataset)
         return x.with_features(features)
 
+    def running(self, dataset: DatasetContext) -> Statistics:
+        """Running statistics of a dataset."""
+        return Statistics(dataset.pick(self.mean[...]), dataset.pick(self.var[...]))
+
     def _remember(self, batch: BatchStatistics, dataset: DatasetContext) -> None:
         batch = jax.tree.map(lax.stop_gradient, batch)
         new = update_running(Statistics(self.mean[...], self.var[...]), batch, self.momentum)
-        own = jnp.asarray(dataset.weights)[:, None] > 0
+        own = (jnp.asarray(dataset.weights)[:, None] > 0) | self.shared_statistics
         self.mean[...] = jnp.where(own, new.mean, self.mean[...])
         self.var[...] = jnp.where(own, new.var, self.var[...])
 
 
 def _check_channels(norm: BatchNorm | InstanceNorm | LayerNorm, x: SparseTensor) -> None:
-    if x.features.shape[1] != norm.scale.shape[0]:
+    if x.features.shape[1] != norm.scale.shape[-1]:
         raise ValueError(
-            f"{type(norm).__name__} is of {norm.scale.shape[0]} channels, given features of {x.features.shape[1]}."
+            f"{type(norm).__name__} is of {norm.scale.shape[-1]} channels, given features of {x.features.shape[1]}."
         )

@@ -1,5 +1,7 @@
 """Residual block of sparse convolutions, plain or with kernel selection."""
 
+from collections.abc import Callable
+
 from flax import nnx
 
 from h2a2_jax.layers.channel_gate import ChannelGate
@@ -22,13 +24,26 @@ class ConvNorm(nnx.Module):
         out_channels: int,
         kernel_size: Size3 = 3,
         *,
-        conv: type[SparseConv] = SparseConv,
+        conv: Callable[..., SparseConv] = SparseConv,
+        norm: Callable[..., BatchNorm] = BatchNorm,
         selection: KernelSelection | None = None,
         num_datasets: int = 1,
         name: str = "conv",
         rngs: nnx.Rngs,
     ):
-        """With `selection` the convolution is a `SelectiveConv`, else of class `conv`."""
+        """With `selection` the convolution is a `SelectiveConv`, else what `conv` builds.
+
+        Args:
+            in_channels: of the input.
+            out_channels: of the output.
+            kernel_size: of the convolution.
+            conv: class of the convolution, or a partial of it, as `partial(SparseConv, exclusive_to=3)`.
+            norm: class of the norm, or a partial of it, as `partial(BatchNorm, eps=1e-3)`.
+            selection: how kernels are selected.
+            num_datasets: D.
+            name: under which a selection reaches the tap.
+            rngs: random streams.
+        """
         self.conv: SparseConv | SelectiveConv = (
             conv(in_channels, out_channels, kernel_size, rngs=rngs)
             if selection is None
@@ -40,9 +55,13 @@ class ConvNorm(nnx.Module):
         self.gate = (
             None
             if selection is None
-            else ChannelGate(out_channels, embedding_dim=selection.embedding_dim, hidden=selection.hidden, rngs=rngs)
-        )
-        self.norm = BatchNorm(out_channels, num_datasets=num_datasets)
+            else ChannelGate(
+                out_channels, embedding_dim=selection.embedding_dim, hidden=selection.hidden,
+                start=selection.embedding_start, rngs=rngs,
+            )
+        )  # fmt: skip
+        self.gate_first = selection is not None and selection.gate == "before_norm"
+        self.norm = norm(out_channels, num_datasets=num_datasets)
 
     def __call__(
         self, x: SparseTensor, kernel_map: KernelMap | None = None, context: ForwardContext | None = None
@@ -57,10 +76,15 @@ class ConvNorm(nnx.Module):
         Raises:
             ValueError: as the convolution and the norm.
         """
-        y = self.norm(self.conv(x, kernel_map, context), context)  # type: ignore[arg-type]
-        if self.gate is not None and context is not None and context.embedding is not None:
-            y = self.gate(y, context.embedding)
-        return y
+        return self.normalized(self.conv(x, kernel_map, context), context)  # type: ignore[arg-type]
+
+    def normalized(self, y: SparseTensor, context: ForwardContext | None = None) -> SparseTensor:
+        """Norm and gate of the convolution's output."""
+        if self.gate is None or context is None or context.embedding is None:
+            return self.norm(y, context)
+        if self.gate_first:
+            return self.norm(self.gate(y, context.embedding), context)
+        return self.gate(self.norm(y, context), context.embedding)
 
 
 class ResidualBlock(nnx.Module):
@@ -75,19 +99,20 @@ class ResidualBlock(nnx.Module):
         out_channels: int,
         *,
         downsample: bool = False,
+        norm: Callable[..., BatchNorm] = BatchNorm,
         selection: KernelSelection | None = None,
         num_datasets: int = 1,
         name: str = "block",
         rngs: nnx.Rngs,
     ):
-        """Args: `downsample` makes the first convolution and the skip strided."""
+        """Args: `downsample` makes the first convolution and the skip strided; the rest as in `ConvNorm`."""
         self.name = name
-        shared = {"selection": selection, "num_datasets": num_datasets, "rngs": rngs}
+        shared = {"norm": norm, "selection": selection, "num_datasets": num_datasets, "rngs": rngs}
         self.first = ConvNorm(in_channels, out_channels, name=f"{name}.conv1", **shared)  # type: ignore[arg-type]
         self.second = ConvNorm(out_channels, out_channels, name=f"{name}.conv2", **shared)  # type: ignore[arg-type]
         self.downsample = downsample
         self.skip = (
-            ConvNorm(in_channels, out_channels, 1, num_datasets=num_datasets, rngs=rngs)
+            ConvNorm(in_channels, out_channels, 1, norm=norm, num_datasets=num_datasets, rngs=rngs)
             if downsample or in_channels != out_channels
             else None
         )

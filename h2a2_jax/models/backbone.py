@@ -1,26 +1,30 @@
 """MinkResNet: the residual backbone on sparse voxels (TR3D)."""
 
+from dataclasses import replace
+
 from flax import nnx
 
-from h2a2_jax.layers import BatchNorm, ForwardContext, ResidualBlock, SparseConv, relu
+from h2a2_jax.layers import ConvNorm, EmbeddingMLP, ForwardContext, ResidualBlock, global_pool, relu
 from h2a2_jax.models.config import DetectorConfig
 from h2a2_jax.models.plan import DetectorPlan
 from h2a2_jax.sparse import SparseTensor, max_pool
 
 
-class Stem(nnx.Module):
+class Stem(ConvNorm):
     """3^3 stride-2 convolution, norm, ReLU, 2^3 max pool: 1 -> 4 voxels."""
 
     def __init__(self, config: DetectorConfig, num_datasets: int, *, rngs: nnx.Rngs):
         """Widths from the config."""
-        self.conv = SparseConv(config.in_channels, config.stem_channels, rngs=rngs)
-        self.norm = BatchNorm(config.stem_channels, num_datasets=num_datasets)
+        super().__init__(
+            config.in_channels, config.stem_channels, norm=config.norm, selection=config.selection_in("stem"),
+            num_datasets=num_datasets, name="stem", rngs=rngs,
+        )  # fmt: skip
 
-    def __call__(self, x: SparseTensor, plan: DetectorPlan, context: ForwardContext) -> SparseTensor:
+    def __call__(self, x: SparseTensor, plan: DetectorPlan, context: ForwardContext) -> SparseTensor:  # type: ignore[override]
         """Voxels of stride 1 to sites of stride 4."""
         y = self.conv(x, plan.stem, context)
         context.record("conv1", y)
-        y = relu(self.norm(y, context))
+        y = relu(self.normalized(y, context))
         context.record("stem", y)
         y = SparseTensor(max_pool(y.features, plan.pool), plan.pool.outputs)
         context.record("maxpool", y)
@@ -28,27 +32,40 @@ class Stem(nnx.Module):
 
 
 class MinkResNet(nnx.Module):
-    """Stem and four residual stages, each halving the resolution: features at 8, 16, 32, 64 voxels."""
+    """Stem and four residual stages, each halving the resolution: features at 8, 16, 32, 64 voxels.
+
+    Attributes:
+        scan_embedding: residual of a scan to its dataset's embedding, from its mean features behind the stem; or None.
+    """
 
     def __init__(self, config: DetectorConfig, num_datasets: int, *, rngs: nnx.Rngs):
-        """With `config.selection` every 3^3 residual convolution selects its kernels."""
+        """Parameters drawn from `rngs.params`; `config.selection` says which convolutions select their kernels."""
+        selection = config.selection
         self.stem = Stem(config, num_datasets, rngs=rngs)
+        self.scan_embedding = (
+            EmbeddingMLP(config.stem_channels, selection.hidden, selection.embedding_dim, rngs=rngs)
+            if selection is not None and selection.scan_embedding
+            else None
+        )
         stages, width = [], config.stem_channels
         for s, (blocks, channels) in enumerate(zip(config.stage_blocks, config.stage_channels, strict=True)):
             stage = []
             for b in range(blocks):
                 stage.append(
                     ResidualBlock(
-                        width, channels, downsample=b == 0, selection=config.selection,
-                        num_datasets=num_datasets, name=f"layer{s + 1}_{b}", rngs=rngs,
+                        width, channels, downsample=b == 0, norm=config.norm,
+                        selection=config.selection_in("residual"), num_datasets=num_datasets,
+                        name=f"layer{s + 1}_{b}", rngs=rngs,
                     )
                 )  # fmt: skip
                 width = channels
             stages.append(nnx.List(stage))
         self.stages = nnx.List(stages)
 
-    def __call__(self, x: SparseTensor, plan: DetectorPlan, context: ForwardContext) -> list[SparseTensor]:
-        """Features of the four stages, finest first.
+    def __call__(
+        self, x: SparseTensor, plan: DetectorPlan, context: ForwardContext
+    ) -> tuple[list[SparseTensor], ForwardContext]:
+        """Features of the four stages, finest first, and the context of the layers that follow the stem.
 
         Args:
             x: colour on the voxels of the plan.
@@ -56,6 +73,9 @@ class MinkResNet(nnx.Module):
             context: of the pass; taps conv1, stem, maxpool, layer<s>_<b>_downsample, layer<s>_<b>, layer<s>.
         """
         y, outputs = self.stem(x, plan, context), []
+        if self.scan_embedding is not None:
+            own = self.scan_embedding(global_pool(y))
+            context = replace(context, embedding=context.embedding + own)
         for s, (stage, maps) in enumerate(zip(self.stages, plan.stages, strict=True)):
             for b, block in enumerate(stage):
                 strided = {"down_map": maps.down, "skip_map": maps.skip} if b == 0 else {}
@@ -63,4 +83,4 @@ class MinkResNet(nnx.Module):
                 context.record(f"layer{s + 1}_{b}", y)
             context.record(f"layer{s + 1}", y)
             outputs.append(y)
-        return outputs
+        return outputs, context

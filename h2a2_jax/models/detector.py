@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from h2a2_jax.layers import DatasetContext, ForwardContext
+from h2a2_jax.layers import DatasetContext, ForwardContext, SelectiveConv
 from h2a2_jax.models.backbone import MinkResNet
 from h2a2_jax.models.config import DetectorConfig
 from h2a2_jax.models.head import DatasetHeads
@@ -87,25 +87,47 @@ class Detector(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, features: Float[Array, "n c"], plan: DetectorPlan, context: ForwardContext) -> Predictions:
+    def __call__(
+        self,
+        features: Float[Array, "n c"],
+        plan: DetectorPlan,
+        context: ForwardContext,
+        head: DatasetContext | None = None,
+    ) -> Predictions:
         """Predict at every location of a batch of scans.
+
+        Scans of a dataset that was not trained on take three choices: whose classes and box parameters (`head`); whose
+        embedding, statistics and exclusive kernels (`context.dataset`: one, or the mean of all); and whether kernels
+        are selected or the shared ones everywhere (`context.dataset.kernels`).
 
         Args:
             features: colour of the voxels, rows of `plan.voxels`.
             plan: sites and maps of the batch.
             context: of the pass; its embedding is set here.
+            head: whose head predicts; None: that of the context's dataset.
         """
         dataset = context.dataset_of(len(self.heads_config))
         if self.embedding is not None:
             context = replace(context, embedding=dataset.pick(self.embedding[...]))
-        stages = self.backbone(SparseTensor(features, plan.voxels), plan, context)
+        stages, context = self.backbone(SparseTensor(features, plan.voxels), plan, context)
         parts = []
         for level, x in enumerate(self.neck(stages, plan, context)):
-            boxes, logits = self.heads(x.features, dataset)
+            boxes, logits = self.heads(x.features, head or dataset)
             locations = jnp.asarray(x.sites.coords)[:, 1:].astype(jnp.float32) * self.config.voxel_size
             scan = jnp.asarray(x.sites.scan)
             parts.append(Predictions(locations, scan, jnp.full(len(scan), level, jnp.int32), boxes, logits))
         return Predictions(*(jnp.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def selective_layers(model: Detector) -> dict[str, SelectiveConv]:
+    """The layers with kernel selection, by name, in the order of the forward pass."""
+    blocks = (block for stage in model.backbone.stages for block in stage)
+    parts = [
+        model.backbone.stem,
+        *(part for block in blocks for part in (block.first, block.second)),
+        *(part for step in model.neck.steps for part in (step.lateral, step.out)),
+    ]
+    return {part.conv.name: part.conv for part in parts if isinstance(part.conv, SelectiveConv)}
 
 
 def single_context(num_datasets: int = 1, dataset: int = 0, *, training: bool = False) -> ForwardContext:

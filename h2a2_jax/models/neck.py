@@ -1,10 +1,12 @@
 """The neck of TR3D: up by generative transposed convolution, add the backbone's features, convolve."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from h2a2_jax.layers import ConvNorm, ForwardContext, SparseConvTranspose, relu
+from h2a2_jax.layers import ConvNorm, ForwardContext, SparseConv, SparseConvTranspose, relu
 from h2a2_jax.models.config import DetectorConfig
 from h2a2_jax.models.plan import DetectorPlan, UpMaps
 from h2a2_jax.sparse import SparseTensor
@@ -14,15 +16,23 @@ class UpStep(nnx.Module):
     """One step up: generate children, unite with a stage, lateral convolution (carried on), output convolution."""
 
     def __init__(
-        self, in_channels: int, stage_channels: int, out_channels: int, level: int, num_datasets: int,
+        self, in_channels: int, stage_channels: int, level: int, config: DetectorConfig, num_datasets: int,
         *, rngs: nnx.Rngs,
     ):  # fmt: skip
         """Args: `level` counts from the finest stage that the neck reads; it names the taps."""
         self.level = level
-        shared = {"num_datasets": num_datasets, "rngs": rngs}
-        self.up = ConvNorm(in_channels, stage_channels, conv=SparseConvTranspose, **shared)  # type: ignore[arg-type]
-        self.lateral = ConvNorm(stage_channels, stage_channels, **shared)  # type: ignore[arg-type]
-        self.out = ConvNorm(stage_channels, out_channels, **shared)  # type: ignore[arg-type]
+        own = num_datasets if config.neck == "exclusive" else None
+
+        def part(inputs: int, outputs: int, conv: type[SparseConv], name: str, select: bool) -> ConvNorm:
+            return ConvNorm(
+                inputs, outputs, conv=partial(conv, exclusive_to=own), norm=config.norm,
+                selection=config.selection_in("neck") if select else None, num_datasets=num_datasets,
+                name=f"neck{level}.{name}", rngs=rngs,
+            )  # fmt: skip
+
+        self.up = part(in_channels, stage_channels, SparseConvTranspose, "up", False)
+        self.lateral = part(stage_channels, stage_channels, SparseConv, "lateral", True)
+        self.out = part(stage_channels, config.neck_channels, SparseConv, "out", True)
 
     def __call__(
         self, x: SparseTensor, stage: SparseTensor, maps: UpMaps, context: ForwardContext
@@ -52,8 +62,8 @@ class Neck(nnx.Module):
         channels = config.stage_channels
         self.steps = nnx.List(
             [
-                UpStep(channels[3], channels[2], config.neck_channels, 1, num_datasets, rngs=rngs),
-                UpStep(channels[2], channels[1], config.neck_channels, 0, num_datasets, rngs=rngs),
+                UpStep(channels[3], channels[2], 1, config, num_datasets, rngs=rngs),
+                UpStep(channels[2], channels[1], 0, config, num_datasets, rngs=rngs),
             ]
         )
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from h2a2_jax.layers import SelectiveConv
 from h2a2_jax.models import Detector
+from h2a2_jax.models.detector import selective_layers
 from h2a2_jax.training.step import SelectionMetrics
 from h2a2_jax.typing import AnyArray
 
@@ -45,12 +45,6 @@ class LayerReport:
             elif share <= 0:
                 parts.append(f"{name} shared everywhere: alpha*beta at least {low:.3f} >= tau {self.tau}")
         return "; ".join(parts)
-
-
-def selective_layers(model: Detector) -> dict[str, SelectiveConv]:
-    """The layers with kernel selection, by name, in the order of the forward pass."""
-    parts = (part for stage in model.backbone.stages for block in stage for part in (block.first, block.second))
-    return {part.conv.name: part.conv for part in parts if isinstance(part.conv, SelectiveConv)}
 
 
 def selection_report(
