@@ -265,6 +265,11 @@ def _check_model(model: DetectorConfig) -> None:
         _require_fraction(path, model.selection, "tau")
         _require_positive(path, model.selection, "temperature")
         _require_at_least(1, path, model.selection, "projection_dim", "embedding_dim", "hidden")
+        parts = model.selection.convolutions
+        ok = len(set(parts)) == len(parts) > 0
+        _require(ok, f"{path}.convolutions", parts, "at least one of 'residual', 'stem', 'neck', each once")
+        ok = model.neck == "shared" or "neck" not in parts
+        _require(ok, "model.neck", model.neck, "'shared' where the neck selects its kernels, for it has both then")
 
 
 def _check_training(config: ExperimentConfig) -> None:

@@ -103,12 +103,15 @@ class StepConfig(NamedTuple):
         clip_norm: global gradient norm above which gradients are scaled down; over shared and exclusive together.
         center_distance: of the rotated DIoU loss, "xyz" or "published".
         algorithm: of the sparse convolutions.
+        average_statistics: whether running statistics become those of all datasets after each step
+            (`DetectorConfig.running_statistics` "shared").
         keep_gradients: whether metrics carry the gradients.
     """
 
     clip_norm: float = 10.0
     center_distance: str = "xyz"
     algorithm: str = "auto"
+    average_statistics: bool = False
     keep_gradients: bool = False
 
 
@@ -154,6 +157,8 @@ def make_train_step(
         g_shared, g_exclusive, stats, metrics = lax.map(one_dataset, (own, stats, batch, targets, present))
         g_exclusive, stats = jax.tree.map(lambda leaf: leaf[:, 0], (g_exclusive, stats))
         g_shared, g_exclusive = lax.psum((g_shared, g_exclusive), REPLICA)
+        if config.average_statistics:
+            stats = _averaged(stats, state.stats, present)
         losses = metrics.box_loss + metrics.class_loss
 
         balanced, balancer_state = balancer.update(
@@ -190,6 +195,13 @@ def make_train_step(
 
     # With its outputs placed as its inputs, the second step finds the first one's program.
     return jax.jit(sharded, donate_argnums=0, out_shardings=(state_shardings(state, mesh), None))
+
+
+def _averaged(stats: Any, before: Any, present: Bool[Array, " local"]) -> Any:
+    """Statistics [local, ...] of the datasets that took part, as their mean for every dataset."""
+    mean = mean_over_datasets(stats, present, DATASET)
+    some = lax.pmax(present.any().astype(jnp.int32), DATASET) > 0
+    return jax.tree.map(lambda old, new: jnp.where(some, jnp.broadcast_to(new, old.shape), old), before, mean)
 
 
 def _varying(tree: Any, axes: tuple[str, ...]) -> Any:
