@@ -1,4 +1,4 @@
-"""Train, evaluate or predict: python run.py --config=configs/joint.py:demo --workdir=runs/demo [--mode=train]."""
+"""Train, evaluate, predict, report or sweep: python run.py --config=configs/joint.py:demo --workdir=runs/demo."""
 
 import sys
 from pathlib import Path
@@ -10,23 +10,55 @@ from h2a2_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, as in configs/joint.py:demo.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "predict"], "What to do.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "eval", "predict", "report", "tau_sweep", "ablation"], "What to do."
+)
+_SINGLES = flags.DEFINE_list("singles", [], "Report: folders of single-dataset runs to compare with.")
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "Sweeps: seeds of training.")
+_TAUS = flags.DEFINE_list("taus", [], "Tau sweep: thresholds; by default 0.15 to 0.35 in steps of 0.05.")
+_JOBS = flags.DEFINE_integer("jobs", None, "Sweeps: runs at once; by default a CPU core each, at most 4; 1 on a GPU.")
+_ONLY_FOR = {"singles": ["report"], "taus": ["tau_sweep"], "seeds": ["tau_sweep", "ablation"]}
+_ONLY_FOR["jobs"] = _ONLY_FOR["seeds"]
 _EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
 
 
-def main(argv: list[str]) -> None:
-    """Run the chosen mode."""
+def main(argv: list[str]) -> int | None:
+    """Run the chosen mode; the result is the exit status."""
     logging.set_verbosity(logging.WARNING)  # which accelerators JAX did not find is no news
     if len(argv) > 1:
         raise InputError(f"run.py takes flags only, given {argv[1]!r}; an example is {_EXAMPLE}.")
     if _CONFIG.value is None or not _WORKDIR.value:
         raise InputError(f"run.py needs --config and --workdir, as in {_EXAMPLE}.")
+    mode = _MODE.value
+    for name, modes in _ONLY_FOR.items():
+        if flags.FLAGS[name].present and mode not in modes:
+            raise InputError(f"--{name} is for --mode={' and --mode='.join(modes)}, given with --mode={mode}.")
+    seeds, taus = _numbers("seeds", _SEEDS.value, int), _numbers("taus", _TAUS.value, float)
     # Imported here, so that a wrong flag is answered at once.
-    from h2a2_jax.commands import evaluate_command, predict_command, train_command
+    from h2a2_jax import commands
     from h2a2_jax.training.config import experiment_config
 
-    command = {"train": train_command, "eval": evaluate_command, "predict": predict_command}[_MODE.value]
-    command(experiment_config(_CONFIG.value), Path(_WORKDIR.value))
+    config, workdir = experiment_config(_CONFIG.value), Path(_WORKDIR.value)
+    if mode == "tau_sweep":
+        return commands.tau_sweep_command(config, workdir, taus, seeds, _JOBS.value)
+    if mode == "ablation":
+        return commands.ablation_command(config, workdir, seeds, _JOBS.value)
+    if mode == "report":
+        commands.report_command(config, workdir, [Path(folder) for folder in _SINGLES.value])
+    else:
+        {"train": commands.train_command, "eval": commands.evaluate_command, "predict": commands.predict_command}[mode](
+            config, workdir
+        )
+    return None
+
+
+def _numbers(flag: str, texts: list[str], kind: type) -> list:
+    """The numbers of a flag that lists them."""
+    try:
+        return [kind(text) for text in texts]
+    except ValueError as error:
+        example = "0,1" if kind is int else "0.2,0.3"
+        raise InputError(f"--{flag} is {','.join(texts)!r}; expected numbers as in --{flag}={example}.") from error
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

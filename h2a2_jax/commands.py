@@ -1,6 +1,8 @@
 """What `run.py` does, mode by mode."""
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from h2a2_jax.inference.evaluate import evaluate_source
@@ -9,6 +11,10 @@ from h2a2_jax.inference.predictor import Predictor
 from h2a2_jax.inputs.sources import CachedSource, build_source
 from h2a2_jax.inputs.specs import dataset_spec
 from h2a2_jax.models import Detector
+from h2a2_jax.sweeps.picture import draw_tau
+from h2a2_jax.sweeps.plan import Row, ablation_rows, default_taus, locate, tau_rows
+from h2a2_jax.sweeps.results import table, write_results
+from h2a2_jax.sweeps.runner import alone, run_all
 from h2a2_jax.training.checkpoint import CheckpointStore
 from h2a2_jax.training.config import ExperimentConfig
 from h2a2_jax.training.loop import evaluate, print_skipped, train
@@ -20,9 +26,7 @@ def train_command(config: ExperimentConfig, workdir: Path) -> None:
     Raises:
         InputError: data are missing, or the workdir belongs to another architecture.
     """
-    for source in config.datasets:  # both splits, before anything is written or compiled
-        for split in ("train", "val"):
-            build_source(source, split)
+    _check_data(config)
     train(config, workdir)
     print(
         f"Losses are in {workdir / 'metrics.jsonl'}, checkpoints in {workdir / 'checkpoints'}. Boxes as JSON: the same "
@@ -60,6 +64,75 @@ def predict_command(config: ExperimentConfig, workdir: Path) -> None:
         path = folder / f"{spec.name}.json"
         path.write_text(json.dumps(predictions_json(scans, detections, spec), indent=1) + "\n")
         print(f"{path}: {sum(len(found.scores) for found in detections)} boxes in {len(scans)} scans", flush=True)
+
+
+def report_command(config: ExperimentConfig, workdir: Path, singles: Sequence[Path]) -> None:
+    """Write what a run learnt about its kernels as an HTML page with pictures.
+
+    Args:
+        config: of the run.
+        workdir: of the run.
+        singles: folders of runs on one dataset each, to compare with.
+
+    Raises:
+        InputError: there is no checkpoint, or it is of another architecture than the config.
+    """
+    from h2a2_jax.report import write_report  # draws, which no other command needs
+
+    write_report(config, workdir, singles=singles)
+
+
+def tau_sweep_command(
+    config: ExperimentConfig, workdir: Path, taus: Sequence[float], seeds: Sequence[int], jobs: int | None
+) -> int:
+    """Train and evaluate the config with every tau and seed; write table.md, results.json and tau.png.
+
+    Args:
+        config: the base, with kernel selection.
+        workdir: of the sweep; what is finished there is not done again.
+        taus: thresholds; empty for the default ones.
+        seeds: of training.
+        jobs: runs at once; None for what suits the machine.
+
+    Returns:
+        The exit status: 0, or 1 if a run failed, or 130 if the user stopped it.
+
+    Raises:
+        InputError: the config is not fit for the sweep, or the workdir holds other runs of the same names.
+    """
+    return _sweep("tau_sweep", config, workdir, tau_rows(config, taus or default_taus(config), seeds), jobs)
+
+
+def ablation_command(config: ExperimentConfig, workdir: Path, seeds: Sequence[int], jobs: int | None) -> int:
+    """Train and evaluate naive joint training, SF-KS, NGH, both, and TR3D alone; see `tau_sweep_command`."""
+    _check_data(config)  # whose sizes the plan reads
+    return _sweep("ablation", config, workdir, ablation_rows(config, seeds), jobs)
+
+
+def _sweep(sweep: str, config: ExperimentConfig, workdir: Path, rows: Sequence[Row], jobs: int | None) -> int:
+    _check_data(config)
+    with alone(workdir):
+        folders = locate(rows, workdir)
+        try:
+            failures = run_all(folders, workdir / "cache", jobs)
+        except KeyboardInterrupt:
+            print("\nStopped; the same command goes on from the last checkpoint of every run.", file=sys.stderr)
+            return 130
+        result = write_results(sweep, config, rows, folders, workdir)
+        print(f"\n{table(result)}\nWritten to {workdir / 'table.md'} and {workdir / 'results.json'}", flush=True)
+        if sweep == "tau_sweep":
+            draw_tau(result, workdir / "tau.png")
+            print(f"Drawn in {workdir / 'tau.png'}", flush=True)
+    if failures:
+        print("\n".join([*failures.values(), "The same command tries again what failed."]), file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _check_data(config: ExperimentConfig) -> None:
+    """Both splits, before anything is written or compiled."""
+    for source in config.datasets:
+        for split in ("train", "val"):
+            build_source(source, split)
 
 
 def restore(config: ExperimentConfig, workdir: Path) -> Detector:

@@ -1,0 +1,204 @@
+"""Which runs a sweep is made of: the config of each, its name, and the row of the table that it counts for."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.inputs.sources import build_source
+from h2a2_jax.inputs.specs import dataset_spec
+from h2a2_jax.training.config import ExperimentConfig, from_json, to_json
+
+RUNS = "runs"
+"""Folder of the runs in the folder of a sweep."""
+
+DEFAULT_TAUS = (0.15, 0.2, 0.25, 0.3, 0.35)
+"""About the default 0.25: alpha starts at 0.5 and beta about 0.5, so that all offsets are exclusive far above it and
+none far below."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        name: of the setting, as in "tau0.15".
+        seed: of parameters, order of scans and augmentation.
+        config: everything else.
+    """
+
+    name: str
+    seed: int
+    config: ExperimentConfig
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder that the run has unless another one holds the same experiment."""
+        return f"{self.name}_seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+        label: what the row is called.
+        runs: those of all seeds; several of one seed have different datasets, and make the row together.
+        tau: the threshold that the row stands for; None where the sweep is not over it.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+    tau: float | None = None
+
+
+def default_taus(base: ExperimentConfig) -> tuple[float, ...]:
+    """The values swept when none are given; the base's own is among them."""
+    own = () if base.model.selection is None else (base.model.selection.tau,)
+    return tuple(sorted({*DEFAULT_TAUS, *own}))
+
+
+def tau_rows(base: ExperimentConfig, taus: Sequence[float], seeds: Sequence[int]) -> list[Row]:
+    """The base with every tau, a row each.
+
+    Args:
+        base: joint config with kernel selection.
+        taus: thresholds of alpha * beta, each once.
+        seeds: each once.
+
+    Raises:
+        InputError: the base has no kernel selection, or a value is given twice or makes no sense.
+    """
+    selection = base.model.selection
+    if selection is None:
+        raise InputError("The tau sweep needs kernel selection, and model.selection is off: give a config that has it.")
+    _check_once("taus", taus)
+    rows = []
+    for tau in taus:
+        model = replace(base.model, selection=replace(selection, tau=tau))
+        rows.append(Row(f"tau = {tau:g}", _seeded(f"tau{tau}", replace(base, model=model), seeds), tau))
+    return rows
+
+
+def ablation_rows(base: ExperimentConfig, seeds: Sequence[int]) -> list[Row]:
+    """Naive joint training, SF-KS, NGH, both, and TR3D alone on each dataset.
+
+    The single-dataset runs take as many steps as the joint ones, so that each sees as many of its scans, and lower
+    their learning rate after the number of their epochs that is nearest to the same number of steps.
+
+    Args:
+        base: joint config with kernel selection; all that the ablation does not switch stays.
+        seeds: each once.
+
+    Raises:
+        InputError: the base has no kernel selection or only one dataset, or a seed is given twice or makes no sense.
+    """
+    if base.model.selection is None:
+        raise InputError("The ablation switches kernel selection off itself: give a config that has model.selection.")
+    if len(base.datasets) < 2:
+        raise InputError(
+            f"The ablation is of joint training, and the config has only {base.dataset_names[0]}: give 2+."
+        )
+    naive = replace(base, model=replace(base.model, selection=None), harmonize=replace(base.harmonize, method="mean"))
+    selected = replace(base, harmonize=naive.harmonize)
+    harmonized = replace(naive, harmonize=replace(base.harmonize, method="ngh"))
+    both = replace(base, harmonize=harmonized.harmonize)
+    singles = [single(naive, name) for name in base.dataset_names]
+    return [
+        Row("naive joint", _seeded("naive", naive, seeds)),
+        Row("SF-KS", _seeded("sfks", selected, seeds)),
+        Row("NGH", _seeded("ngh", harmonized, seeds)),
+        Row("SF-KS + NGH", _seeded("sfks_ngh", both, seeds)),
+        Row("TR3D alone", tuple(r for c in singles for r in _seeded(f"tr3d_{c.dataset_names[0]}", c, seeds))),
+    ]
+
+
+def single(joint: ExperimentConfig, name: str) -> ExperimentConfig:
+    """The config on one of its datasets, with the steps of the joint run and its schedule to the nearest epoch."""
+    alone = replace(joint, datasets=tuple(source for source in joint.datasets if source.name == name))
+    epoch, joint_epoch = _steps_per_epoch(alone), _steps_per_epoch(joint)
+    decays = {max(1, round(e * joint_epoch / epoch)) for e in joint.optim.decay_epochs}
+    return replace(
+        alone,
+        optim=replace(joint.optim, decay_epochs=tuple(sorted(decays))),
+        train=replace(joint.train, steps=joint.train.steps or joint.train.epochs * joint_epoch),
+    )
+
+
+def locate(rows: Sequence[Row], workdir: Path) -> dict[Run, Path]:
+    """The folder of every run: one that holds the same experiment, else a new one by the run's name.
+
+    Args:
+        rows: of a sweep.
+        workdir: of the sweep, which may hold the runs of other sweeps.
+
+    Raises:
+        InputError: the folder of a run's name holds another experiment.
+    """
+    stored = {path.parent: path.read_text() for path in sorted((workdir / RUNS).glob("*/config.json"))}
+    folders = {}
+    for run in (run for row in rows for run in row.runs):
+        own = workdir / RUNS / run.folder
+        same = [folder for folder, text in stored.items() if _is(text, run.config)]
+        if own in stored and own not in same and not _cut_short(stored[own], run.config):
+            raise InputError(
+                f"{own} holds another experiment ({_difference(stored[own], run.config)}): give another --workdir, or "
+                "the flags that it was made with."
+            )
+        folders[run] = same[0] if same and own not in same else own
+    return folders
+
+
+def _seeded(name: str, config: ExperimentConfig, seeds: Sequence[int]) -> tuple[Run, ...]:
+    _check_once("seeds", seeds)
+    return tuple(Run(name, seed, replace(config, train=replace(config.train, seed=seed))) for seed in seeds)
+
+
+def _check_once(what: str, values: Sequence[int] | Sequence[float]) -> None:
+    if not values or len(set(values)) < len(values):
+        raise InputError(f"The {what} are {', '.join(map(str, values)) or 'none'}; expected at least one, each once.")
+
+
+def _steps_per_epoch(config: ExperimentConfig) -> int:
+    """As the stream of training scans counts them."""
+    scans = []
+    for source in config.datasets:
+        repeats = dataset_spec(source.name).repeats if source.repeats is None else source.repeats
+        scans.append(len(build_source(source, "train")) * repeats)
+    return math.ceil(max(scans) / config.train.batch_size)
+
+
+def _is(text: str, config: ExperimentConfig) -> bool:
+    try:
+        return from_json(text) == config
+    except InputError:
+        return False
+
+
+def _cut_short(text: str, config: ExperimentConfig) -> bool:
+    """Whether this is the beginning of the stored config: a kill may come while a run writes it."""
+    return to_json(config).startswith(text)
+
+
+def _difference(text: str, config: ExperimentConfig) -> str:
+    """The first value that differs."""
+    try:
+        theirs = _leaves("", dataclasses.asdict(from_json(text)))
+    except InputError:
+        return "its config.json cannot be read"
+    ours = _leaves("", dataclasses.asdict(config))
+    keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+    key = keys[0]
+    return f"{key} is {theirs.get(key)} there and {ours.get(key)} here" if keys else "its config differs"
+
+
+def _leaves(path: str, value: object) -> dict[str, object]:
+    if isinstance(value, dict):
+        entries = value.items()
+    elif isinstance(value, tuple) and value and isinstance(value[0], dict):
+        entries = {str(entry.get("name", i)): entry for i, entry in enumerate(value)}.items()
+    else:
+        return {path: value}
+    return {k: v for key, entry in entries for k, v in _leaves(f"{path}.{key}" if path else str(key), entry).items()}

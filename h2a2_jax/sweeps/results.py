@@ -1,0 +1,159 @@
+"""The tables of sweeps: means and spreads over seeds, as Markdown and as JSON."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from h2a2_jax.sweeps.plan import Row, Run
+from h2a2_jax.sweeps.runner import last_metrics, read_evaluation
+from h2a2_jax.training.config import ExperimentConfig
+
+VERSION = 1
+"""Of results.json."""
+
+_TITLES = {"tau_sweep": "Sweep of the threshold tau", "ablation": "Ablation"}
+_MEAN = "mean"
+
+
+def write_results(
+    sweep: str, base: ExperimentConfig, rows: Sequence[Row], folders: Mapping[Run, Path], workdir: Path
+) -> dict[str, Any]:
+    """Write <workdir>/results.json and table.md, which keep what other sweeps wrote there.
+
+    results.json, version 1: "version", and by the name of a sweep "note" (what the numbers are), "datasets",
+    "iou_thresholds" and "rows". A row has "setting", "tau" (or null), "seeds" (by seed: "folders" of its runs,
+    "mAP", by dataset and "mean" a list, one per threshold, in per cent, and "exclusive_share" by dataset, in per cent)
+    and "summary": of the same two groups each number's "mean", "std" (sample standard deviation; null for one seed)
+    and "n" (seeds that have it).
+
+    Args:
+        sweep: "tau_sweep" or "ablation".
+        base: config of the sweep.
+        rows: of the table; those of runs that are not finished are left out seed by seed.
+        folders: of the runs.
+        workdir: of the sweep.
+
+    Returns:
+        What results.json holds of this sweep.
+    """
+    names, thresholds = base.dataset_names, base.eval.iou_thresholds
+    entries = []
+    for row in rows:
+        seeds: dict[str, Any] = {}
+        for seed in dict.fromkeys(run.seed for run in row.runs):
+            found = _of_seed([folders[run] for run in row.runs if run.seed == seed], names, len(thresholds))
+            if found is not None:
+                seeds[str(seed)] = found
+        entries.append({"setting": row.label, "tau": row.tau, "seeds": seeds, "summary": _summary([*seeds.values()])})
+    result = {
+        "note": _note(base),
+        "datasets": list(names),
+        "iou_thresholds": list(thresholds),
+        "rows": entries,
+    }
+    path = workdir / "results.json"
+    document = json.loads(path.read_text()) if path.exists() else {}
+    document = {**(document if document.get("version") == VERSION else {}), "version": VERSION, sweep: result}
+    _replace(path, json.dumps(document, indent=2) + "\n")
+    parts = [f"## {title}\n\n{table(document[name])}" for name, title in _TITLES.items() if name in document]
+    _replace(workdir / "table.md", "\n".join(parts))
+    return result
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """A Markdown table of a sweep as results.json has it, and the note on what the numbers are.
+
+    Args:
+        result: from `write_results`.
+    """
+    columns: list[tuple[str, str, int | None]]
+    columns = [("mAP", name, t) for name in [*result["datasets"], _MEAN] for t in range(len(result["iou_thresholds"]))]
+    titles = [f"{name} mAP@{result['iou_thresholds'][t]:g}" for _, name, t in columns if t is not None]
+    if any(row["summary"]["exclusive_share"] for row in result["rows"]):
+        columns += [("exclusive_share", name, None) for name in result["datasets"]]
+        titles += [f"{name} exclusive" for name in result["datasets"]]
+    lines = [["setting", *titles, "seeds"]]
+    for row in result["rows"]:
+        cells = []
+        for group, name, t in columns:
+            value = row["summary"][group].get(name)
+            cells.append(_cell(value[t] if value is not None and t is not None else value))
+        lines.append([row["setting"], *cells, str(len(row["seeds"]))])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    rule = " | ".join("-" * width for width in widths)
+    return "\n".join(f"| {line} |" for line in [text[0], rule, *text[1:]]) + f"\n\n{result['note']}\n"
+
+
+def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
+    """Mean, sample standard deviation (None for one value) and number of the values that are there."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    std = statistics.stdev(known) if len(known) > 1 else None
+    return {"mean": statistics.fmean(known), "std": std, "n": len(known)}
+
+
+def _of_seed(folders: Sequence[Path], names: Sequence[str], thresholds: int) -> dict[str, Any] | None:
+    """Scores of one seed, from the one run or the runs that make the row; None unless all are finished."""
+    scores: dict[str, list[float | None]] = {}
+    shares: dict[str, float | None] = {}
+    for folder in folders:
+        evaluation, metrics = read_evaluation(folder), last_metrics(folder)
+        if evaluation is None:
+            return None
+        for name, found in evaluation.items():
+            scores[name] = [_per_cent(level["mAP"]) for level in found["thresholds"]]
+            if f"exclusive_share/{name}" in metrics:
+                shares[name] = _per_cent(metrics[f"exclusive_share/{name}"])
+    of_level = [[scores[name][t] for name in names] for t in range(thresholds)]
+    scores[_MEAN] = [
+        None if None in level else statistics.fmean(v for v in level if v is not None) for level in of_level
+    ]
+    return {"folders": [folder.name for folder in folders], "mAP": scores, "exclusive_share": shares}
+
+
+def _summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if not seeds:
+        return {"mAP": {}, "exclusive_share": {}}
+    scores = {
+        name: [spread([seed["mAP"][name][t] for seed in seeds]) for t in range(len(levels))]
+        for name, levels in seeds[0]["mAP"].items()
+    }
+    shares = {name: spread([seed["exclusive_share"][name] for seed in seeds]) for name in seeds[0]["exclusive_share"]}
+    return {"mAP": scores, "exclusive_share": shares}
+
+
+def _note(base: ExperimentConfig) -> str:
+    length = f"{base.train.steps} steps" if base.train.steps else f"{base.train.epochs} epochs"
+    text = (
+        f"All in per cent, after {length} of {base.train.batch_size} scans a dataset; mean ± sample standard deviation "
+        "over seeds; exclusive: share of the kernel offsets that use the dataset's own kernel, of the last line of "
+        "metrics."
+    )
+    procedural = [source.name for source in base.datasets if source.kind == "synthetic"]
+    if procedural:
+        text += (
+            f" The scans of {', '.join(procedural)} are procedural stand-ins: these numbers say nothing about the "
+            "benchmarks of these names."
+        )
+    return text
+
+
+def _cell(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value['mean']:.1f}" + ("" if value["std"] is None else f" ± {value['std']:.1f}")
+
+
+def _per_cent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file in one go: a kill leaves the old one or the new one."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    new.replace(path)

@@ -1,0 +1,290 @@
+"""Runs of a sweep in processes of their own, several at once, gone on with after any end."""
+
+import contextlib
+import itertools
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import h2a2_jax
+from h2a2_jax.errors import InputError
+from h2a2_jax.sweeps.plan import Run
+from h2a2_jax.training.config import to_json
+
+LOG = "log.txt"
+"""What a run prints, in its folder."""
+
+_MOST_JOBS = 4
+_SECONDS_BETWEEN_LOOKS = 0.2
+_GRACE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a run may use of the machine.
+
+    Attributes:
+        cores: numbers of processor cores; empty: as the system schedules it.
+        memory: share of an accelerator's memory; None: as JAX does.
+    """
+
+    cores: tuple[int, ...] = ()
+    memory: float | None = None
+
+
+@dataclass
+class _Job:
+    run: Run
+    folder: Path
+    process: subprocess.Popen
+    share: Share
+    started: float
+
+    def end(self) -> None:
+        """Let go of the process's standard input, at whose end it ends too."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+
+def shares(jobs: int | None) -> list[Share]:
+    """How the machine is divided among the runs at once.
+
+    Small models gain little from more cores, so on a CPU the default is a run a core, at most four at once; an
+    accelerator is not divided unless asked for.
+
+    Args:
+        jobs: runs at once; None for the default.
+
+    Raises:
+        InputError: less than 1, or more than there are cores.
+    """
+    cores = _cores()
+    if jobs is not None and not 1 <= jobs <= len(cores):
+        raise InputError(f"--jobs is {jobs}; expected 1 to {len(cores)}, the processor cores here.")
+    if jobs == 1:
+        return [Share()]
+    if _platform() != "cpu":
+        return [Share(memory=0.9 / jobs if jobs else None)] * (jobs or 1)
+    jobs = jobs or min(_MOST_JOBS, len(cores))
+    if not hasattr(os, "sched_setaffinity"):
+        return [Share()] * jobs
+    bounds = [len(cores) * j // jobs for j in range(jobs + 1)]
+    return [Share(tuple(cores[a:b])) for a, b in itertools.pairwise(bounds)]
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run's results are there and whole."""
+    return read_evaluation(folder) is not None
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """What evaluation.json of a run holds; None where it is not there or was cut short by a kill."""
+    try:
+        return json.loads((folder / "evaluation.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def last_metrics(folder: Path) -> dict[str, Any]:
+    """The last whole line of a run's metrics.jsonl; empty where there is none."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1]) if lines else {}
+
+
+def run_all(folders: Mapping[Run, Path], cache: Path, jobs: int | None = None) -> dict[Run, str]:
+    """Train and evaluate what is not finished; every run in a process, its output in <folder>/log.txt.
+
+    Args:
+        folders: of the runs.
+        cache: folder in which the runs share what they compile, unless JAX_COMPILATION_CACHE_DIR names another. It is
+            kept apart by machine: a program compiled on one processor may not run on another.
+        jobs: runs at once; None for the default of `shares`.
+
+    Returns:
+        What went wrong, a sentence each, by run; the others are finished.
+
+    Raises:
+        InputError: see `shares`.
+        KeyboardInterrupt: after all processes were ended.
+    """
+    waiting = [run for run, folder in folders.items() if not finished(folder)]
+    free = shares(jobs) if waiting else []
+    total, at_once = len(folders), len(free)
+    print(f"{total - len(waiting)} of {total} runs are finished; {len(waiting)} to do, {at_once} at once.", flush=True)
+    running: list[_Job] = []
+    failures: dict[Run, str] = {}
+    progress = _Progress(total, len(waiting), at_once)
+    try:
+        while waiting or running:
+            while waiting and free:
+                run, share = waiting.pop(0), free.pop(0)
+                running.append(_start(run, folders[run], share, cache))
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            for job in [job for job in running if job.process.poll() is not None]:
+                job.end()
+                running.remove(job)
+                free.insert(0, job.share)
+                if job.process.returncode or not finished(job.folder):
+                    failures[job.run] = _failure(job)
+                progress.ended(job, failures.get(job.run))
+            progress.show(running)
+    finally:
+        progress.close()
+        _stop(running)
+    return failures
+
+
+@contextlib.contextmanager
+def alone(workdir: Path) -> Iterator[None]:
+    """Keeps a second sweep out of the folder while this one runs; the system lets go of it however that ends.
+
+    Raises:
+        InputError: another sweep runs there.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "lock").open("w") as file:
+        try:
+            import fcntl
+        except ImportError:  # not a POSIX system: the user has to take care
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"Another sweep runs in {workdir}: wait for it, or give another --workdir.") from error
+        yield
+
+
+def score_line(evaluation: Mapping[str, Any]) -> str:
+    """The mean over datasets of each mAP in per cent, as in "mAP@0.25 51.3, mAP@0.5 20.1"."""
+    parts = []
+    for row, threshold in enumerate(next(iter(evaluation.values()))["thresholds"]):
+        scores = [found["thresholds"][row]["mAP"] for found in evaluation.values()]
+        known = [score for score in scores if score is not None]
+        mean = f"{100 * sum(known) / len(known):.1f}" if known else "-"
+        parts.append(f"mAP@{threshold['iou']:g} {mean}")
+    return ", ".join(parts)
+
+
+def _start(run: Run, folder: Path, share: Share, cache: Path) -> _Job:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    whole = path.with_suffix(".json.new")
+    whole.write_text(to_json(run.config) + "\n")
+    whole.replace(path)  # in one go: what a kill leaves behind is always a whole config
+    command = [sys.executable, "-m", "h2a2_jax.sweeps.worker", str(path), str(folder)]
+    with (folder / LOG).open("ab") as log, _on_cores(share.cores):
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_environment(share, cache),
+            start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others
+        )
+    return _Job(run, folder, process, share, time.monotonic())
+
+
+@contextlib.contextmanager
+def _on_cores(cores: Sequence[int]) -> Iterator[None]:
+    """What is started inside runs on these cores: JAX and numpy make as many threads as they are."""
+    if not cores:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _environment(share: Share, cache: Path) -> dict[str, str]:
+    # The package as this process found it, wherever it was started.
+    root = str(Path(h2a2_jax.__file__).parent.parent)
+    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
+    ours = {"JAX_COMPILATION_CACHE_DIR": str((cache / platform.node()).absolute())}
+    if share.memory is not None:
+        ours["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{share.memory:.3f}"
+    return {**ours, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def _stop(running: Sequence[_Job]) -> None:
+    for job in running:
+        job.process.terminate()
+        job.end()
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for job in running:
+        try:
+            job.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            job.process.kill()
+            job.process.wait()
+
+
+def _failure(job: _Job) -> str:
+    text = (job.folder / LOG).read_text(errors="replace").replace("\r", "\n")
+    last = next((line for line in reversed(text.splitlines()) if line.strip()), "its log is empty")
+    code = job.process.returncode
+    how = f"ended by {signal.Signals(-code).name}" if code < 0 else "failed"
+    return f"{job.run.folder} {how}: {last.strip()} (all of it: {job.folder / LOG})"
+
+
+class _Progress:
+    """One line a run that ended; on a terminal also one for the runs under way."""
+
+    def __init__(self, total: int, todo: int, at_once: int):
+        self._total, self._todo, self._at_once, self._ended = total, todo, at_once, 0
+        self._started = time.monotonic()
+        self._bar = tqdm(total=total, initial=total - todo, unit="run") if sys.stderr.isatty() and todo else None
+
+    def ended(self, job: _Job, failure: str | None) -> None:
+        self._ended += 1
+        left = self._todo - self._ended
+        # Runs of about one length in waves of as many as run at once: what is under way counts as half done.
+        pace = (time.monotonic() - self._started) / max(self._ended + 0.5 * min(self._at_once - 1, left), 1)
+        evaluation = read_evaluation(job.folder)
+        what = (
+            failure or f"{job.run.folder}: {_minutes(time.monotonic() - job.started)}, {score_line(evaluation or {})}"
+        )
+        line = f"[{self._total - left}/{self._total}] {what}; {left} left, about {_minutes(pace * left)}"
+        if self._bar is None:
+            print(line, flush=True)
+        else:
+            self._bar.write(line)
+            self._bar.update()
+
+    def show(self, running: Sequence[_Job]) -> None:
+        if self._bar is not None:
+            steps = [f"{j.run.folder} step {last_metrics(j.folder).get('step', 0)}" for j in running]
+            self._bar.set_postfix_str(", ".join(steps), refresh=False)
+            self._bar.refresh()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min"
+
+
+def _cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _platform() -> str:
+    """Asked in a process of its own: this one must not take memory of an accelerator."""
+    ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
