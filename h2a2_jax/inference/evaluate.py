@@ -1,8 +1,9 @@
 """Average precision of a detector over a source of scans."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -11,6 +12,7 @@ from h2a2_jax.evaluation import IOU_THRESHOLDS, Evaluation, GroundTruth, evaluat
 from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inputs.scan import Scan, ScanError, ScanSource, load_or_skip
 from h2a2_jax.inputs.specs import DatasetSpec
+from h2a2_jax.models import Detector
 
 _SECONDS_BETWEEN_LOG_LINES = 30
 
@@ -24,12 +26,29 @@ class EvalConfig:
         score_threshold: lowest score of a box.
         iou_threshold: bird's-eye-view IoU above which the lower score of a class is suppressed.
         batch_size: scans in one forward pass.
+        conditioning: whose embedding, statistics and exclusive kernels a dataset's scans are seen with: its "own",
+            those of another dataset by name, or the "mean" of all, as for data that no dataset stands for.
+        kernels: "selected" by each scan's structure, or "shared" everywhere.
     """
 
     iou_thresholds: tuple[float, ...] = IOU_THRESHOLDS
     score_threshold: float = 0.01
     iou_threshold: float = 0.5
     batch_size: int = 1
+    conditioning: str = "own"
+    kernels: Literal["selected", "shared"] = "selected"
+
+
+def build_predictor(model: Detector, specs: Sequence[DatasetSpec], config: EvalConfig) -> Predictor:
+    """The predictor of a config; see `Predictor` for what is raised."""
+    return Predictor(
+        model,
+        specs,
+        score_threshold=config.score_threshold,
+        iou_threshold=config.iou_threshold,
+        conditioning=config.conditioning,
+        kernels=config.kernels,
+    )
 
 
 def evaluate_source(
@@ -44,7 +63,7 @@ def evaluate_source(
     Points are drawn by the dataset's test protocol. Scans that cannot be used are left out of the score and named.
 
     Args:
-        predictor: has the thresholds of boxes; those of `eval_config` are for building it.
+        predictor: see `build_predictor`.
         source: of annotated scans.
         spec: of their dataset.
         eval_config: IoU thresholds and scans in a pass.

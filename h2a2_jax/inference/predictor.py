@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float
 from h2a2_jax import sparse
 from h2a2_jax.boxes.detections import Detections
 from h2a2_jax.errors import InputError
+from h2a2_jax.inference.folding import folded_parameters
 from h2a2_jax.inference.postprocess import postprocess
 from h2a2_jax.inputs.augment import sample_points
 from h2a2_jax.inputs.batching import BucketLadder, collate
@@ -31,6 +33,10 @@ _SMALLEST = LevelSizes(2048, 2048, 2048, 1024, 512, 256, 128, 512, 4096)
 class Predictor:
     """Runs a detector on scans; its running statistics are used, nothing in it changes.
 
+    What depends on the dataset alone is computed once (`folding`). Of scans that no dataset of the model stands for one
+    chooses whose head predicts (the dataset that `predict` is given), whose embedding, statistics and exclusive kernels
+    are used (`conditioning`), and whether kernels are selected or the shared ones everywhere (`kernels`).
+
     Each number of scans in a pass has its own ladder of padded shapes, set by the first pass: that one is two rungs up,
     so that smaller scans have smaller shapes. A shape is compiled when it is first needed. No scan is ever cropped.
     """
@@ -42,6 +48,9 @@ class Predictor:
         *,
         score_threshold: float = 0.01,
         iou_threshold: float = 0.5,
+        conditioning: str = "own",
+        kernels: Literal["selected", "shared"] = "selected",
+        folded: bool = True,
     ):
         """Takes over a model.
 
@@ -50,9 +59,13 @@ class Predictor:
             specs: of its datasets, in the order of its dataset axis.
             score_threshold: lowest score of a box.
             iou_threshold: bird's-eye-view IoU above which the lower score of a class is suppressed.
+            conditioning: "own": of the dataset whose head predicts; the name of another one; or "mean", of all.
+            kernels: "selected" by each scan's structure, or "shared" everywhere.
+            folded: whether what depends on the dataset alone is computed once; the results are equal up to rounding.
 
         Raises:
             ValueError: the specs are not those of the model.
+            InputError: the model was not trained on the dataset that conditions it.
         """
         given, expected = [spec.name for spec in specs], [head.dataset for head in model.heads_config]
         if given != expected:
@@ -61,8 +74,16 @@ class Predictor:
         self._thresholds = {"score_threshold": score_threshold, "iou_threshold": iou_threshold}
         self._voxel_size = model.config.voxel_size
         self._layout = PlanLayout.of(model.config)
+        self._kernels = kernels
+        self._conditioning = conditioning
+        if conditioning not in ("own", "mean"):
+            self._index(conditioning)
         graph, self._state = nnx.split(model)
-        self._forward = jax.jit(partial(_forward, graph))
+        # One program serves all datasets: folded detectors differ in their parameters only.
+        self._fold = jax.jit(partial(_fold, graph)) if folded else None
+        shapes = nnx.eval_shape(lambda: folded_parameters(model, *self._contexts(0))) if folded else model
+        self._forward = jax.jit(partial(_forward, nnx.graphdef(shapes)))
+        self._folded_states: dict[int, nnx.State] = {}
         self._ladders: dict[int, BucketLadder] = {}
 
     def spec(self, dataset: str) -> DatasetSpec:
@@ -102,14 +123,32 @@ class Predictor:
             layout = replace(layout, machine="any")
         plan = pad_plan(batch.tables, capacities, layout)
         features = sparse.pad_rows(batch.features, capacities.voxels)
-        weights = np.eye(len(self.specs), dtype=np.float32)[index]
-        out = self._forward(self._state, features, plan, weights)
+        out = self._forward(*self._parameters(index), features, plan)
         locations, rows, boxes, logits = map(np.asarray, (out.locations, out.scan, out.boxes, out.logits))
         spec, found = self.specs[index], []
         for scan_index in range(len(scans)):
             own = rows == scan_index
             found.append(postprocess(locations[own], boxes[own], logits[own], spec, **self._thresholds))
         return found
+
+    def _contexts(self, head: int) -> tuple[DatasetContext, DatasetContext]:
+        """What conditions the network, and whose head predicts."""
+        count = len(self.specs)
+        heads = DatasetContext.one(head, count)
+        if self._conditioning == "mean":
+            return DatasetContext.mean(count, self._kernels), heads
+        own = head if self._conditioning == "own" else self._index(self._conditioning)
+        return replace(DatasetContext.one(own, count), kernels=self._kernels), heads
+
+    def _parameters(self, head: int) -> tuple[nnx.State, tuple[DatasetContext, DatasetContext]]:
+        """Parameters and contexts of a pass; folded ones are kept."""
+        contexts = self._contexts(head)
+        if self._fold is None:
+            return self._state, contexts
+        if head not in self._folded_states:
+            self._folded_states[head] = self._fold(self._state, *contexts)
+        only = DatasetContext(jnp.ones(1), self._kernels)
+        return self._folded_states[head], (only, only)
 
     def _capacities(self, sizes: LevelSizes, count: int) -> LevelSizes:
         if count not in self._ladders:
@@ -143,12 +182,16 @@ def prepare(scan: Scan, spec: DatasetSpec) -> Scan:
     return sample_points(scan, spec.test_sampling, np.random.default_rng(zlib.crc32(scan.name.encode())))
 
 
+def _fold(graph: nnx.GraphDef, state: nnx.State, dataset: DatasetContext, head: DatasetContext) -> nnx.State:
+    return nnx.state(folded_parameters(nnx.merge(graph, state), dataset, head))
+
+
 def _forward(
     graph: nnx.GraphDef,
     state: nnx.State,
+    contexts: tuple[DatasetContext, DatasetContext],
     features: Float[Array, "n c"],
     plan: DetectorPlan,
-    weights: Float[Array, " d"],
 ) -> Predictions:
-    context = ForwardContext(DatasetContext(jnp.asarray(weights)), training=False)
-    return nnx.merge(graph, state)(features, plan, context)
+    dataset, head = contexts
+    return nnx.merge(graph, state)(features, plan, ForwardContext(dataset, training=False), head)

@@ -1,0 +1,180 @@
+"""A trained detector for scans of one kind: everything that depends on the dataset alone is computed once.
+
+Modulation, gates and exclusive kernels follow from the dataset's embedding, and in evaluation a batch norm is an affine
+map of each channel. So `conv(x * phi + theta)`, norm and gate become a convolution with other kernels and a bias:
+
+    y = (1 + g) * norm(conv(x'))  =  conv(x') with kernels W * scale and bias;    x' = x * phi + theta
+
+phi and theta themselves stay an affine map in front of the convolution: theta reaches an output once for each neighbour
+that is there, and the selection reads x'. Which kernel an offset takes still follows from each scan. With embeddings
+of scans (`KernelSelection.scan_embedding`) modulation and gates depend on the scan and are computed as before.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array
+
+from h2a2_jax.layers import ChannelGate, ConvNorm, DatasetContext, ForwardContext, LinearModulation, SelectiveConv
+from h2a2_jax.layers.context import parameter
+from h2a2_jax.layers.conv import check_input, mix_channels
+from h2a2_jax.layers.kernel_selection import KernelSelection, Structure, select_kernels
+from h2a2_jax.layers.modulation import modulate
+from h2a2_jax.models import Detector
+from h2a2_jax.sparse import KernelMap, SparseTensor, convolve
+
+
+def fold(model: Detector, dataset: DatasetContext, head: int) -> Detector:
+    """A detector of one dataset that predicts what `model` does in evaluation, up to rounding.
+
+    Its parameters are copies, its dataset axes have one entry; it evaluates only. Running it needs a context of one
+    dataset, which may ask for shared kernels only if `dataset` does.
+
+    Args:
+        model: trained; it stays as it is.
+        dataset: whose embedding, exclusive kernels and statistics, or the mean; and whether kernels are selected.
+        head: index of the dataset whose head predicts.
+    """
+    folded = folded_parameters(model, dataset, DatasetContext.one(head, len(model.heads_config)))
+    folded.heads_config = (model.heads_config[head],)
+    return folded
+
+
+def folded_parameters(model: Detector, dataset: DatasetContext, head: DatasetContext) -> Detector:
+    """`fold` for datasets that are known under jit only; the heads_config is that of the first dataset."""
+    per_scan = model.backbone.scan_embedding is not None
+    embedding = None if model.embedding is None else dataset.pick(model.embedding[...])
+    folded = nnx.clone(model)
+    for _, module in list(nnx.iter_modules(folded)):
+        if isinstance(module, ConvNorm):
+            kept = FoldedConv(module, dataset, embedding, per_scan)
+            module.conv, module.norm, module.gate = kept, Identity(), None  # type: ignore[assignment]
+    folded.embedding = parameter(embedding[None], exclusive=True) if per_scan and embedding is not None else None
+    folded.heads_config = model.heads_config[:1]
+    for name in ("box_kernel", "box_bias", "class_kernel", "class_bias"):
+        setattr(folded.heads, name, parameter(head.pick(getattr(model.heads, name)[...])[None], exclusive=True))
+    return folded
+
+
+class Identity(nnx.Module):
+    """In the place of what was folded into its neighbour."""
+
+    def __call__(self, x: SparseTensor, context: ForwardContext | None = None) -> SparseTensor:
+        """The input."""
+        return x
+
+
+class FoldedConv(nnx.Module):
+    """Modulation, convolution, batch norm and gate of one dataset.
+
+    Attributes:
+        kernels: [1, V, Cin, Cout], or shared and exclusive ones [2, V, Cin, Cout].
+        bias: [Cout].
+        phi: [Cin], with theta the modulation of the input; None where there is none.
+        theta: [Cin].
+        alpha: [V], with the projection A [Cin, p] and the prototypes P [V, p] what kernels are selected by.
+        modulation: where it depends on the scan, else None.
+        gate: likewise.
+    """
+
+    def __init__(self, part: ConvNorm, dataset: DatasetContext, embedding: Array | None, per_scan: bool):
+        """Compute the parameters.
+
+        Args:
+            part: convolution, norm and gate of a trained detector.
+            dataset: whose.
+            embedding: [d], the dataset's; None without kernel selection.
+            per_scan: whether scans have embeddings of their own.
+        """
+        self.name = "convolution"
+        self.selection: KernelSelection | None = None
+        self.phi: nnx.Param | None = None
+        self.theta: nnx.Param | None = None
+        self.modulation: LinearModulation | None = None
+        self.gate: ChannelGate | None = None
+        conv, gate_factor = part.conv, jnp.ones(())
+        # The stem selects before a scan has an embedding of its own.
+        fixed = not per_scan or getattr(conv, "name", None) == "stem"
+        if isinstance(conv, SelectiveConv):
+            assert embedding is not None and part.gate is not None
+            kernels = conv.kernels(dataset)
+            self.name = conv.name
+            self._remember_selection(conv, dataset, len(kernels) > 1)
+            if fixed:
+                phi, theta = conv.modulation.factors(embedding)
+                self.phi, self.theta = nnx.Param(phi), nnx.Param(theta)
+                gate_factor = part.gate.factor(embedding)
+            else:
+                self.modulation = conv.modulation
+                self.gate = part.gate
+        else:
+            kernel = conv.kernel[...]
+            kernels = (kernel if conv.exclusive_to is None else dataset.pick(kernel))[None]
+        (scale, bias), (mean, var) = part.norm.affine(dataset), part.norm.running(dataset)
+        factor = scale * lax.rsqrt(var + part.norm.eps)
+        shift = bias - mean * factor
+        if part.gate_first:
+            factor = factor * gate_factor
+        else:
+            factor, shift = factor * gate_factor, shift * gate_factor
+        self.gate_first = part.gate_first
+        self.kernels, self.bias = nnx.Param(kernels * factor), nnx.Param(shift)
+
+    def _remember_selection(self, conv: SelectiveConv, dataset: DatasetContext, selects: bool) -> None:
+        self.selection = conv.selection if selects else None
+        structure = conv.structure(dataset)
+        self.alpha, self.projection, self.prototypes = (nnx.Param(value) for value in structure)
+
+    def __call__(
+        self, x: SparseTensor, kernel_map: KernelMap | None = None, context: ForwardContext | None = None
+    ) -> SparseTensor:
+        """Apply onto the map's output sites.
+
+        Args:
+            x: on the map's input sites.
+            kernel_map: of the convolution; None for a kernel of one slice.
+            context: algorithm, compute type, tap; the embeddings of scans where they have any.
+
+        Raises:
+            ValueError: the map does not fit.
+        """
+        context = context or ForwardContext()
+        modulated = self._modulated(x, context)
+        if kernel_map is None:
+            y = mix_channels(modulated, self.kernels[0], self.name, context.dtype, context.precision)
+            sites = x.sites
+        else:
+            check_input(self.name, x, kernel_map, self.kernels.shape[1:])
+            y = convolve(
+                modulated.features,
+                self.kernels[...],
+                kernel_map,
+                gamma=self._gamma(x, modulated, context),
+                algorithm=context.algorithm,
+                dtype=context.dtype,
+                precision=context.precision,
+            )
+            sites = kernel_map.outputs
+        return self._finished(SparseTensor(y, sites), context)
+
+    def _modulated(self, x: SparseTensor, context: ForwardContext) -> SparseTensor:
+        if self.modulation is not None:
+            return self.modulation(x, context.embedding)
+        if self.phi is None or self.theta is None:
+            return x
+        return modulate(x, self.phi[...], self.theta[...])
+
+    def _gamma(self, x: SparseTensor, modulated: SparseTensor, context: ForwardContext) -> Array | None:
+        if self.selection is None:
+            return None
+        structure = Structure(self.alpha[...], self.projection[...], self.prototypes[...])
+        seen = modulated if self.selection.structural_features == "modulated" else x
+        return select_kernels(seen, structure, self.selection, context, self.name)
+
+    def _finished(self, y: SparseTensor, context: ForwardContext) -> SparseTensor:
+        if self.gate is not None and self.gate_first:
+            y = self.gate(y, context.embedding)
+        y = y.with_features(jnp.where(y.sites.valid[:, None], y.features + self.bias[...].astype(y.features.dtype), 0))
+        if self.gate is not None and not self.gate_first:
+            y = self.gate(y, context.embedding)
+        return y
