@@ -30,6 +30,12 @@ ROOT = Path(__file__).parent.parent
         (["--config=configs/joint.py:demo", "--config.optim.lrr=3"], 'unknown config key lrr Did you mean "lr"'),
         (["--config=configs/joint.py"], "The data of scannet is not there: data/scannet does not exist"),
         (["--config=configs/joint.py:demo", "--mode=eval"], "There is no checkpoint in"),
+        (["--config=configs/joint.py:demo", "--seeds=1"], "--seeds is for --mode=tau_sweep and --mode=ablation, given"),
+        (
+            ["--config=configs/joint.py:demo", "--mode=tau_sweep", "--taus=a,1"],
+            "--taus is 'a,1'; expected numbers as in",
+        ),
+        (["--config=configs/joint.py:demo,no_sfks", "--mode=ablation"], "give a config that has model.selection"),
     ],
 )
 def test_wrong_input_ends_in_one_sentence_and_status_2(tmp_path: Path, flags: list[str], sentence: str) -> None:

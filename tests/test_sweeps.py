@@ -254,7 +254,7 @@ def get_config():
 def test_a_killed_sweep_leaves_no_process_and_goes_on_from_its_checkpoints(tmp_path: Path):
     (tmp_path / "tiny.py").write_text(TINY)
     workdir = tmp_path / "sweep"
-    flags = [f"--config={tmp_path / 'tiny.py'}", f"--workdir={workdir}", "--taus=0.2,0.3", "--seeds=0"]
+    flags = [f"--config={tmp_path / 'tiny.py'}", f"--workdir={workdir}", "--taus=0.2", "--seeds=0", "--jobs=1"]
     command = [sys.executable, "run.py", "--mode=tau_sweep", *flags]
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
 
@@ -267,7 +267,7 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on_from_its_checkpoints(tmp_p
         while not [*workdir.glob("runs/*/checkpoints/4")]:
             assert first.poll() is None and time.monotonic() < deadline, (tmp_path / "first.txt").read_text()
             time.sleep(0.05)
-        assert len(workers()) >= 2
+        assert len(workers()) == 2  # the sweep and its run
         other = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert other.returncode == 2 and "Another sweep runs in" in other.stderr
         first.send_signal(signal.SIGKILL)
@@ -279,14 +279,10 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on_from_its_checkpoints(tmp_p
 
     second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr
-    logs = [(workdir / "runs" / f"tau{tau}_seed0" / "log.txt").read_text() for tau in (0.2, 0.3)]
-    assert any(re.search(r"Resuming .* after step (4|8|12|16|20|24) of 24", log) for log in logs)
-    assert last_metrics(workdir / "runs" / "tau0.2_seed0")["step"] == 24
+    run = workdir / "runs" / "tau0.2_seed0"
+    assert re.search(r"Resuming .* after step (4|8|12|16|20|24) of 24", (run / "log.txt").read_text())
+    assert last_metrics(run)["step"] == 24 and finished(run)
     assert "| tau = 0.2" in second.stdout and (workdir / "tau.png").exists()
-
-    third = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert third.returncode == 0 and "2 of 2 runs are finished" in third.stdout
-    assert [(workdir / "runs" / f"tau{tau}_seed0" / "log.txt").read_text() for tau in (0.2, 0.3)] == logs
 
 
 def _read(path: Path) -> bytes:

@@ -163,11 +163,12 @@ def _check_once(what: str, values: Sequence[int] | Sequence[float]) -> None:
 
 def _steps_per_epoch(config: ExperimentConfig) -> int:
     """As the stream of training scans counts them."""
-    scans = []
+    steps = []
     for source in config.datasets:
         repeats = dataset_spec(source.name).repeats if source.repeats is None else source.repeats
-        scans.append(len(build_source(source, "train")) * repeats)
-    return math.ceil(max(scans) / config.train.batch_size)
+        a_step = (source.batch_size or config.train.batch_size) * source.weight
+        steps.append(math.ceil(len(build_source(source, "train")) * repeats / a_step))
+    return max(steps)
 
 
 def _is(text: str, config: ExperimentConfig) -> bool:

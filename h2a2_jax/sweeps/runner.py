@@ -118,7 +118,8 @@ def run_all(folders: Mapping[Run, Path], cache: Path, jobs: int | None = None) -
         InputError: see `shares`.
         KeyboardInterrupt: after all processes were ended.
     """
-    waiting = [run for run, folder in folders.items() if not finished(folder)]
+    # Seed by seed: a setting's second seed finds what its first one compiled, and the table of one seed is there early.
+    waiting = sorted((run for run, folder in folders.items() if not finished(folder)), key=lambda run: run.seed)
     free = shares(jobs) if waiting else []
     total, at_once = len(folders), len(free)
     print(f"{total - len(waiting)} of {total} runs are finished; {len(waiting)} to do, {at_once} at once.", flush=True)
