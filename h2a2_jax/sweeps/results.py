@@ -23,10 +23,11 @@ def write_results(
     """Write <workdir>/results.json and table.md, which keep what other sweeps wrote there.
 
     results.json, version 1: "version", and by the name of a sweep "note" (what the numbers are), "datasets",
-    "iou_thresholds" and "rows". A row has "setting", "tau" (or null), "seeds" (by seed: "folders" of its runs,
-    "mAP", by dataset and "mean" a list, one per threshold, in per cent, and "exclusive_share" by dataset, in per cent)
-    and "summary": of the same two groups each number's "mean", "std" (sample standard deviation; null for one seed)
-    and "n" (seeds that have it).
+    "procedural" (those of them whose scans are procedural), "iou_thresholds" and "rows". A row has "setting", "tau" (or
+    null), "seeds" and "summary". Of each seed: "folders" of its runs, "mAP" (by dataset, and "mean" for the mean over
+    them, a list, one per threshold, in per cent) and "exclusive_share" (by dataset, in per cent). The summary has the
+    latter two with, in place of each number, its "mean", "std" (sample standard deviation; null for one seed) and "n"
+    (seeds that have it).
 
     Args:
         sweep: "tau_sweep" or "ablation".
@@ -50,6 +51,7 @@ def write_results(
     result = {
         "note": _note(base),
         "datasets": list(names),
+        "procedural": _procedural(base),
         "iou_thresholds": list(thresholds),
         "rows": entries,
     }
@@ -133,13 +135,16 @@ def _note(base: ExperimentConfig) -> str:
         "over seeds; exclusive: share of the kernel offsets that use the dataset's own kernel, of the last line of "
         "metrics."
     )
-    procedural = [source.name for source in base.datasets if source.kind == "synthetic"]
-    if procedural:
+    if procedural := _procedural(base):
         text += (
             f" The scans of {', '.join(procedural)} are procedural stand-ins: these numbers say nothing about the "
             "benchmarks of these names."
         )
     return text
+
+
+def _procedural(base: ExperimentConfig) -> list[str]:
+    return [source.name for source in base.datasets if source.kind == "synthetic"]
 
 
 def _cell(value: Mapping[str, Any] | None) -> str:
