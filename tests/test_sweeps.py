@@ -18,7 +18,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.sweeps.picture import draw_tau
 from h2a2_jax.sweeps.plan import Row, Run, ablation_rows, default_taus, locate, tau_rows
 from h2a2_jax.sweeps.results import spread, table, write_results
-from h2a2_jax.sweeps.runner import finished, last_metrics, run_all, shares
+from h2a2_jax.sweeps.runner import Share, finished, last_metrics, run_all, shares
 from h2a2_jax.training.config import ExperimentConfig, to_json
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +113,16 @@ def test_alone_a_dataset_takes_the_steps_of_joint_training_and_lowers_its_rate_a
 def test_what_makes_no_sense_is_refused(plan, sentence: str):
     with pytest.raises(InputError, match=re.escape(sentence)):
         plan()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen here")
+def test_runs_at_once_on_a_cpu_divide_its_cores():
+    cores = sorted(os.sched_getaffinity(0))
+    assert shares(1) == [Share()]  # alone: all of them
+    divided = shares(len(cores)) if len(cores) > 1 else []
+    assert [core for share in divided for core in share.cores] == (cores if divided else [])
+    assert all(len(share.cores) == 1 for share in divided)
+    assert len(shares(None)) == min(4, len(cores))
 
 
 def test_an_experiment_is_found_under_another_name_and_another_one_is_refused(tmp_path: Path):
