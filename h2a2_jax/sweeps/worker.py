@@ -6,6 +6,7 @@ It ends when its standard input closes, and that happens however the process tha
 import os
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 from h2a2_jax.errors import InputError
@@ -25,6 +26,10 @@ def main(config: str, workdir: str) -> None:
         train(from_json(Path(config).read_text()), Path(workdir))
     except InputError as error:
         sys.exit(str(error))
+    except Exception as error:
+        traceback.print_exc()
+        # Once more as the last line, which the sweep shows: JAX ends its tracebacks with a remark on them.
+        sys.exit(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
 def _end_with_parent() -> None:
