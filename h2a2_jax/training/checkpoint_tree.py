@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from h2a2_jax.inputs.specs import DatasetSpec
-from h2a2_jax.training.harmonize import HarmonizationState
+from h2a2_jax.training.balancers import has_dataset_axis
 from h2a2_jax.training.state import TrainState
 
 Arrays = dict[str, np.ndarray]
@@ -73,14 +73,16 @@ def stacked(stored: Mapping[str, Arrays], names: Sequence[str], like: Any) -> Ar
 def reordered_balancer(stored: Arrays, like: Any, saved: Sequence[str], names: Sequence[str]) -> Arrays:
     """The balancer's arrays where the dataset axis has another order than when they were saved.
 
-    Only `HarmonizationState` says which of its arrays have that axis; any other balancer starts anew.
+    A balancer of which it is not known which arrays have that axis starts anew.
     """
     if list(saved) == list(names):
         return stored
-    if not isinstance(like, HarmonizationState):
+    marked = has_dataset_axis(like)
+    if marked is None:
         return _host_arrays(like)
     rows = [list(saved).index(name) for name in names]
-    return {k: v[rows] if k.split(".")[0] in ("norms", "scales") else v for k, v in stored.items()}
+    moved = {path for path, has_axis in zip(flat_names(like), jax.tree.leaves(marked), strict=True) if has_axis}
+    return {path: array[rows] if path in moved else array for path, array in stored.items()}
 
 
 def differences(stored: Mapping[str, np.ndarray], like: Any) -> list[str]:

@@ -6,7 +6,6 @@ gradient of what is left. Where the datasets are spread over a mesh axis, with d
 device with index `k // local`, everything here runs inside `jax.shard_map` and knows of devices that axis name only.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-_SMALLEST_NORM = 1e-12
+from h2a2_jax.training.dataset_axis import (
+    SMALLEST_NORM,
+    check_datasets,
+    dataset_norms,
+    gather_datasets,
+    keep_present,
+    nonzero,
+    own_datasets,
+    per_dataset,
+)
 
 
 class HarmonizationState(NamedTuple):
@@ -107,20 +115,20 @@ def norm_gradient_harmonization(
         **extra_args: Any,
     ) -> tuple[PyTree[Float[Array, "local ..."]], HarmonizationState]:
         del state, params, losses, extra_args
-        _check_datasets(grads, present, num_datasets, axis_name)
+        check_datasets(grads, present, num_datasets, axis_name)
         leaves, structure = jax.tree.flatten(grads)
         if not leaves:
             return grads, init(grads)
-        own_norms = jnp.stack([_norms(leaf) for leaf in leaves], axis=1)
+        own_norms = jnp.stack([dataset_norms(leaf) for leaf in leaves], axis=1)
         if scope == "global":
-            own_norms = _norms(own_norms)[:, None]
-        norms = _gather_datasets(jnp.where(present[:, None], own_norms, 0), num_datasets, axis_name)
+            own_norms = dataset_norms(own_norms)[:, None]
+        norms = gather_datasets(jnp.where(present[:, None], own_norms, 0), num_datasets, axis_name)
 
         psi, scales, capped = _harmonize(norms, threshold, cap)
 
-        own_scales = _own_datasets(scales, present.shape[0], axis_name)
+        own_scales = own_datasets(scales, present.shape[0], axis_name)
         own_scales = jnp.broadcast_to(own_scales, (present.shape[0], len(leaves)))
-        updates = [_keep_present(leaf * _per_dataset(own_scales[:, i], leaf), present) for i, leaf in enumerate(leaves)]
+        updates = [keep_present(leaf * per_dataset(own_scales[:, i], leaf), present) for i, leaf in enumerate(leaves)]
 
         def split(rows: Float[Array, "*shape tensors"]) -> PyTree:
             rows = rows.astype(jnp.float32)
@@ -150,7 +158,7 @@ def plain_mean() -> optax.GradientTransformationExtraArgs:
         **extra_args: Any,
     ) -> tuple[PyTree[Float[Array, "local ..."]], optax.EmptyState]:
         del params, losses, extra_args
-        return jax.tree.map(lambda leaf: _keep_present(leaf, present), grads), state
+        return jax.tree.map(lambda leaf: keep_present(leaf, present), grads), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
@@ -176,7 +184,7 @@ def mean_over_datasets(
     count = jnp.maximum(count, 1)
 
     def mean(leaf: Float[Array, "local ..."]) -> Float[Array, "..."]:
-        total = jnp.sum(_keep_present(leaf, present), axis=0)
+        total = jnp.sum(keep_present(leaf, present), axis=0)
         if axis_name is not None:
             total = jax.lax.psum(total, axis_name)
         return total / count.astype(total.dtype)
@@ -206,7 +214,7 @@ def clip_by_global_norm_sharded(
     shared_norm = _flat_norm([_flat_norm([leaf]) for leaf in jax.tree.leaves(shared)])
     exclusive_norm = _flat_norm([_flat_norm([leaf]) for leaf in jax.tree.leaves(exclusive)])
     if axis_name is not None:
-        largest = _nonzero(jax.lax.pmax(exclusive_norm, axis_name))
+        largest = nonzero(jax.lax.pmax(exclusive_norm, axis_name))
         exclusive_norm = largest * jnp.sqrt(jax.lax.psum((exclusive_norm / largest) ** 2, axis_name))
     norm = _flat_norm([shared_norm, exclusive_norm])
     scale = max_norm / jnp.maximum(norm, max_norm)
@@ -221,7 +229,7 @@ def _harmonize(
     norms: Float[Array, "datasets tensors"], threshold: float, cap: float
 ) -> tuple[Float[Array, " tensors"], Float[Array, "datasets tensors"], Bool[Array, "datasets tensors"]]:
     """Psi and the factor of every gradient, tensor by tensor; last, whether the cap held the factor."""
-    active = norms >= _SMALLEST_NORM
+    active = norms >= SMALLEST_NORM
     norms = jnp.where(active, norms, 1)
     count = jnp.sum(active, axis=0)
 
@@ -236,60 +244,8 @@ def _harmonize(
     return psi, jnp.where(harmonized, jnp.minimum(wanted, cap), 1), harmonized & (wanted > cap)
 
 
-def _norms(grads: Float[Array, "local ..."]) -> Float[Array, " local"]:
-    """Norm of each dataset's gradient, in at least float32."""
-    grads = grads.astype(jnp.promote_types(grads.dtype, jnp.float32)).reshape(grads.shape[0], -1)
-    # Squares of gradients near 1e-20 vanish in float32 and those near 1e20 overflow.
-    largest = jnp.max(jnp.abs(grads), axis=1, initial=0)
-    return largest * jnp.sqrt(jnp.sum((grads / _nonzero(largest)[:, None]) ** 2, axis=1))
-
-
 def _flat_norm(parts: list[Array]) -> Float[Array, ""]:
     """Norm over all numbers of a list of arrays, in at least float32."""
     if not parts:
         return jnp.zeros((), jnp.float32)
-    return _norms(jnp.concatenate([part.reshape(1, -1) for part in parts], axis=1))[0]
-
-
-def _nonzero(scale: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.where(scale == 0, 1, scale)
-
-
-def _per_dataset(values: Array, leaf: Float[Array, "local ..."]) -> Array:
-    """Values [local] in the shape and type that multiply a gradient [local, ...]."""
-    return values.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype)
-
-
-def _keep_present(leaf: Float[Array, "local ..."], present: Bool[Array, " local"]) -> Float[Array, "local ..."]:
-    """Zero the absent datasets' gradients, be they NaN."""
-    return jnp.where(present.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
-
-
-def _gather_datasets(
-    own: Float[Array, "local tensors"], num_datasets: int, axis_name: str | None
-) -> Float[Array, "datasets tensors"]:
-    """The rows of all devices. A psum rather than an all_gather, whose result would not count as replicated."""
-    if axis_name is None:
-        return own
-    rows = jnp.zeros((num_datasets, own.shape[1]), own.dtype)
-    rows = jax.lax.pcast(rows, axis_name, to="varying")
-    start = jax.lax.axis_index(axis_name) * own.shape[0]
-    return jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(rows, own, start, axis=0), axis_name)
-
-
-def _own_datasets(
-    rows: Float[Array, "datasets tensors"], local: int, axis_name: str | None
-) -> Float[Array, "local tensors"]:
-    if axis_name is None:
-        return rows
-    return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(axis_name) * local, local, axis=0)
-
-
-def _check_datasets(grads: PyTree, present: Array, num_datasets: int, axis_name: str | None) -> None:
-    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-    leading = {leaf.shape[:1] for leaf in jax.tree.leaves(grads)} | {present.shape}
-    if any(math.prod(shape) * devices != num_datasets for shape in leading):
-        raise ValueError(
-            f"gradients and `present` have leading axes {sorted(leading)} on each of {devices} devices, expected"
-            f" {num_datasets} datasets in all; put a leading axis of {num_datasets} / {devices} on each array"
-        )
+    return dataset_norms(jnp.concatenate([part.reshape(1, -1) for part in parts], axis=1))[0]

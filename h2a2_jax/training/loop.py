@@ -19,9 +19,9 @@ from h2a2_jax.inputs.scan import ScanSource
 from h2a2_jax.inputs.sources import CachedSource, build_source, left_out, permuted_boxes
 from h2a2_jax.inputs.specs import dataset_spec
 from h2a2_jax.models import Detector, HeadConfig, PlanLayout
+from h2a2_jax.training.balancers import build_balancer
 from h2a2_jax.training.checkpoint import CheckpointStore
-from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig, to_json
-from h2a2_jax.training.harmonize import norm_gradient_harmonization, plain_mean
+from h2a2_jax.training.config import ExperimentConfig, to_json
 from h2a2_jax.training.mesh import DATASET, REPLICA, train_mesh
 from h2a2_jax.training.metrics import MetricsWriter, Progress
 from h2a2_jax.training.selection_log import SelectionLog
@@ -89,13 +89,6 @@ def learning_rate(config: ExperimentConfig, steps_per_epoch: int) -> optax.Sched
     return schedule
 
 
-def build_balancer(config: HarmonizeConfig, num_datasets: int) -> optax.GradientTransformationExtraArgs:
-    """The gradient balancer of a config."""
-    if config.method == "mean":
-        return plain_mean()
-    return norm_gradient_harmonization(num_datasets, config.threshold, config.scope, config.cap, DATASET)
-
-
 def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device] | None = None) -> dict[str, Any]:
     """Train, save, evaluate; go on from the newest checkpoint where there is one.
 
@@ -119,7 +112,7 @@ def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device]
     total = config.train.steps or config.train.epochs * stream.steps_per_epoch
     schedule = learning_rate(config, stream.steps_per_epoch)
     optimizer = optax.adamw(schedule, weight_decay=config.optim.weight_decay)
-    balancer = build_balancer(config.harmonize, len(specs))
+    balancer = build_balancer(config.harmonize, len(specs), DATASET, config.train.seed)
     graph, state = create_state(build_detector(config), optimizer, balancer)
     step_config = StepConfig(clip_norm=config.optim.clip_norm)
     take_step = make_train_step(graph, state, specs, optimizer, balancer, mesh, step_config)

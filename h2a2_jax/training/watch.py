@@ -11,8 +11,9 @@ import optax
 
 from h2a2_jax.inputs.pipeline import JointStep, JointStream
 from h2a2_jax.inputs.specs import DatasetSpec
+from h2a2_jax.training.balancers import recorded
 from h2a2_jax.training.config import ExperimentConfig
-from h2a2_jax.training.harmonize import HarmonizationState
+from h2a2_jax.training.parameter_groups import group_summary
 from h2a2_jax.training.selection_log import SelectionLog
 from h2a2_jax.training.step import SelectionMetrics, StepMetrics
 
@@ -83,16 +84,19 @@ class Watch:
         return values
 
     def _harmonization(self, balancer: Any) -> dict[str, float]:
-        """Psi of the last step."""
-        if not isinstance(balancer, HarmonizationState):
+        """Agreement, norms and factors of the last step."""
+        record = jax.device_get(recorded(balancer))
+        if record is None:
             return {}
-        psi = np.array(jax.tree.leaves(jax.device_get(balancer.psi)))
-        harmonized = psi < self.config.harmonize.threshold
+        threshold = self.config.harmonize.threshold
+        psi = np.array(jax.tree.leaves(record.psi))
+        harmonized = psi < threshold
         return {
             "psi/mean": float(psi.mean()),
             "psi/min": float(psi.min()),
             "psi/harmonized_share": float(harmonized.mean()),
-            "psi/cap_hits": int(balancer.cap_hits),
+            "psi/cap_hits": int(record.cap_hits),
+            **group_summary(record, self.config.dataset_names, threshold),
         }
 
     def mean_selection(self) -> dict[str, SelectionMetrics]:

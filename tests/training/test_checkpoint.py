@@ -19,9 +19,10 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.specs import dataset_spec
 from h2a2_jax.layers.kernel_selection import KernelSelection
 from h2a2_jax.models import Detector, DetectorConfig, HeadConfig
+from h2a2_jax.training.balancers import build_balancer
 from h2a2_jax.training.checkpoint import CheckpointStore
 from h2a2_jax.training.checkpoint_tree import flat_names
-from h2a2_jax.training.config import ExperimentConfig, SourceConfig
+from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig, SourceConfig
 from h2a2_jax.training.harmonize import norm_gradient_harmonization, plain_mean
 from h2a2_jax.training.mesh import train_mesh
 from h2a2_jax.training.state import TrainState, place_state, split_model
@@ -216,6 +217,31 @@ def test_other_datasets_are_refused(plain: tuple[Path, TrainState]):
     with CheckpointStore(folder) as store, pytest.raises(InputError) as error:
         store.restore_state(7, state, NAMES[:2])
     assert "holds the datasets scannet, sunrgbd, s3dis, the config asks for scannet, sunrgbd:" in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "gradnorm"])
+def test_a_balancer_with_a_state_of_its_own_is_restored_by_name(tmp_path: Path, method: Any):
+    balancer = build_balancer(HarmonizeConfig(method), len(NAMES))
+    state = make_state(1, model=PLAIN)
+    rng = np.random.default_rng(3)
+    start = jax.eval_shape(balancer.init, state.shared)
+    drawn = jax.tree.map(lambda leaf: jnp.asarray(rng.random(leaf.shape) * 9, leaf.dtype), start)
+    order, rows = ("s3dis", "scannet", "sunrgbd"), jnp.array([2, 0, 1])
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, dataclasses.replace(state, balancer=drawn), experiment(model=PLAIN), NAMES)
+        restored = store.restore_state(1, dataclasses.replace(state, balancer=drawn), NAMES)
+        assert_equal(restored.balancer, drawn)
+        like = dataclasses.replace(make_state(2, order, PLAIN), balancer=start)
+        moved = store.restore_state(1, like, order).balancer
+    assert jax.tree.structure(moved) == jax.tree.structure(drawn)
+    assert_equal(moved.record.psi, drawn.record.psi)
+    assert_equal(moved.record.norms, jax.tree.map(lambda leaf: leaf[rows], drawn.record.norms))
+    np.testing.assert_array_equal(moved.method.scales, drawn.method.scales[rows])
+    if method == "gradnorm":
+        np.testing.assert_array_equal(moved.method.weights, drawn.method.weights[rows])
+        np.testing.assert_array_equal(moved.method.first_losses, drawn.method.first_losses[rows])
+    else:
+        assert moved.method.steps == drawn.method.steps
 
 
 def test_another_balancer_is_refused(plain: tuple[Path, TrainState]):

@@ -325,3 +325,53 @@ def test_several_datasets_on_each_of_several_devices():
     updates, state = jax.jit(step)(grads, balancer.init(grads[0]), present)
     np.testing.assert_allclose(updates, expected, rtol=1e-6)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), state, expected_state)
+
+
+@cache
+def jitted_float64(num_datasets, threshold):
+    balancer = norm_gradient_harmonization(num_datasets, threshold)
+    return jax.jit(lambda grads, present: balancer.update(grads, balancer.init(grads[0]), present=present))
+
+
+@pytest.mark.parametrize("num_datasets", [1, 2, 3, 7])
+def test_equals_the_formula_in_float64_over_twelve_orders_of_magnitude(num_datasets):
+    """Random gradients, some zero, some absent: always finite, direction kept, identity where norms agree."""
+    generator = np.random.default_rng(num_datasets)
+    seen = set()
+    for turn in range(100):
+        size = int(generator.choice([1, 5, 64]))
+        span = generator.choice([0.2, 1.0, 12.0])
+        threshold = float(generator.choice([0.3, 0.8]))
+        norms = 10.0 ** (generator.uniform(-6, 6) if span < 12 else 0) * 10.0 ** generator.uniform(
+            -span / 2, span / 2, num_datasets
+        )
+        norms[generator.random(num_datasets) < 0.15] = 0
+        present = generator.random(num_datasets) > 0.15
+        directions = generator.normal(size=(num_datasets, size))
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+        grads = directions * norms[:, None]
+        expected, psi, expected_norms, factors = harmonized_by_hand(grads, present, threshold)
+        with jax.enable_x64(True):
+            updates, state = jitted_float64(num_datasets, threshold)(jnp.asarray(grads), jnp.asarray(present))
+        updates = np.asarray(updates)
+        assert updates.dtype == np.float64 and np.isfinite(updates).all()
+        if abs(psi - threshold) < 1e-9:
+            continue
+        np.testing.assert_allclose(updates, expected, rtol=1e-11, err_msg=f"turn {turn}")
+        np.testing.assert_allclose(state.psi, psi, rtol=1e-6)
+        np.testing.assert_allclose(state.norms, expected_norms, rtol=1e-6)
+        np.testing.assert_allclose(state.scales, factors, rtol=1e-6)
+        lengths = np.linalg.norm(updates, axis=1)
+        kept = present & (norms > 0)
+        np.testing.assert_allclose(updates[kept] / lengths[kept, None], directions[kept], rtol=1e-9, atol=1e-15)
+        if psi >= threshold:
+            np.testing.assert_array_equal(updates, np.where(present[:, None], grads, 0))
+        seen |= {"harmonized" if psi < threshold else "left alone", "capped" if (factors == 100).any() else "free"}
+        # In float32, whatever the norms, finite too.
+        small, _ = harmonize(jnp.asarray(grads, jnp.float32), tuple(map(bool, present)), threshold=threshold)
+        assert np.isfinite(small).all()
+        np.testing.assert_allclose(small, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    if num_datasets == 1:
+        assert seen == {"left alone", "free"}
+    else:
+        assert seen == {"harmonized", "left alone", "capped", "free"}

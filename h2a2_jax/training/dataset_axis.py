@@ -1,0 +1,71 @@
+"""Arrays with a leading axis of datasets, some on each device, dataset `k` as entry `k % local` of device `k // local`.
+
+What the gradient balancers share. A function with an axis name runs inside `jax.shard_map`; with None all datasets are
+local.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+SMALLEST_NORM = 1e-12
+"""A gradient of a smaller norm counts as none."""
+
+
+def check_datasets(grads: PyTree, present: Array, num_datasets: int, axis_name: str | None) -> None:
+    """See that every array has the local share of the datasets as its leading axis.
+
+    Raises:
+        ValueError: it has not.
+    """
+    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    leading = {leaf.shape[:1] for leaf in jax.tree.leaves(grads)} | {present.shape}
+    if any(math.prod(shape) * devices != num_datasets for shape in leading):
+        raise ValueError(
+            f"gradients and `present` have leading axes {sorted(leading)} on each of {devices} devices, expected"
+            f" {num_datasets} datasets in all; put a leading axis of {num_datasets} / {devices} on each array"
+        )
+
+
+def dataset_norms(grads: Float[Array, "local ..."]) -> Float[Array, " local"]:
+    """Norm of each dataset's entry, in at least float32."""
+    grads = grads.astype(jnp.promote_types(grads.dtype, jnp.float32)).reshape(grads.shape[0], -1)
+    # Squares of gradients near 1e-20 vanish in float32 and those near 1e20 overflow.
+    largest = jnp.max(jnp.abs(grads), axis=1, initial=0)
+    return largest * jnp.sqrt(jnp.sum((grads / nonzero(largest)[:, None]) ** 2, axis=1))
+
+
+def nonzero(scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    """1 for 0, to divide by."""
+    return jnp.where(scale == 0, 1, scale)
+
+
+def per_dataset(values: Array, leaf: Float[Array, "local ..."]) -> Array:
+    """Values [local] in the shape and type that multiply a gradient [local, ...]."""
+    return values.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype)
+
+
+def keep_present(leaf: Float[Array, "local ..."], present: Bool[Array, " local"]) -> Float[Array, "local ..."]:
+    """Zero the absent datasets' gradients, be they NaN."""
+    return jnp.where(present.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
+
+
+def gather_datasets(
+    own: Float[Array, "local columns"], num_datasets: int, axis_name: str | None
+) -> Float[Array, "datasets columns"]:
+    """The rows of all devices. A psum rather than an all_gather, whose result would not count as replicated."""
+    if axis_name is None:
+        return own
+    rows = jnp.zeros((num_datasets, own.shape[1]), own.dtype)
+    rows = jax.lax.pcast(rows, axis_name, to="varying")
+    start = jax.lax.axis_index(axis_name) * own.shape[0]
+    return jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(rows, own, start, axis=0), axis_name)
+
+
+def own_datasets(rows: Float[Array, "datasets ..."], local: int, axis_name: str | None) -> Float[Array, "local ..."]:
+    """This device's rows."""
+    if axis_name is None:
+        return rows
+    return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(axis_name) * local, local, axis=0)
