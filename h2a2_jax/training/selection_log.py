@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -26,11 +27,12 @@ class SelectionLog:
     - "step": int, optimiser steps done; always the first key. Of two lines of one step (a killed run that went on) the
       later one counts.
     - "version": int, the version of this schema.
-    - "steps": int, how many steps the values are means over: those since the line before, of this process.
+    - "steps": int, how many steps the values are means over: those since the line before, of this process. The values
+      of a dataset are means over those of them that it took part in.
     - "datasets": names, in the order of the dataset axis D.
-    - "layers": by name of the layer, an object with "alpha" [V], offset validity
-      prior; "beta" [D][V], structural consistency, mean over scans; "gamma" [D][V], share of scans that took the shared
-      kernel. V offsets, x fastest. Rounded to four digits; null stands for a value that is not finite.
+    - "layers": by name of the layer, an object with "alpha" [D][V], offset validity prior, the same for all datasets
+      unless each has its own; "beta" [D][V], structural consistency, mean over scans; "gamma" [D][V], share of scans
+      that took the shared kernel. V offsets, x fastest. Rounded to four digits; null where a dataset took no part.
 
     A line is written after every `every` steps and after the last one; a run without kernel selection writes no file.
 
@@ -50,7 +52,7 @@ class SelectionLog:
         self.path = Path(workdir) / FILE_NAME
         self.every = log_every * max(1, math.ceil(total_steps / MAX_LINES / log_every))
         self._datasets, self._total = list(datasets), total_steps
-        self._sums: dict[str, tuple[np.ndarray, ...]] = {}
+        self._sums: dict[str, tuple[Any, Any]] = {}
         self._steps = 0
 
     def add(self, step: int, selections: Sequence[Mapping[str, SelectionMetrics]]) -> None:
@@ -63,17 +65,18 @@ class SelectionLog:
         for selection in selections:
             self._steps += 1
             for layer, seen in selection.items():
-                parts = (seen.alpha, seen.beta, seen.gamma)
-                old = self._sums.get(layer, (0.0, 0.0, 0.0))
-                self._sums[layer] = tuple(a + np.asarray(b, np.float64) for a, b in zip(old, parts, strict=True))
+                values = np.stack([seen.alpha, seen.beta, seen.gamma]).astype(np.float64)
+                known = np.isfinite(values)  # NaN: the dataset took no part in the step
+                total, count = self._sums.get(layer, (0.0, 0))
+                self._sums[layer] = (total + np.where(known, values, 0), count + known)
         if self._sums and (step % self.every == 0 or step >= self._total):
             self._write(step)
 
     def _write(self, step: int) -> None:
         layers = {}
         for layer, sums in self._sums.items():
-            alpha, beta, gamma = (part / self._steps for part in sums)
-            layers[layer] = {"alpha": _rounded(alpha.mean(0)), "beta": _rounded(beta), "gamma": _rounded(gamma)}
+            alpha, beta, gamma = (_rounded(mean) for mean in _mean(*sums))
+            layers[layer] = {"alpha": alpha, "beta": beta, "gamma": gamma}
         # Opened for each line: there are few, and nothing is left to close.
         writer = JsonLinesWriter(self.path, SCHEMA_VERSION)
         writer.write(step, {"steps": self._steps, "datasets": self._datasets, "layers": layers})
@@ -86,12 +89,12 @@ class SelectionHistory:
     """One layer over training.
 
     Attributes:
-        alpha: [T, V].
+        alpha: [T, D, V].
         beta: [T, D, V].
         gamma: [T, D, V].
     """
 
-    alpha: Float[np.ndarray, "t v"]
+    alpha: Float[np.ndarray, "t d v"]
     beta: Float[np.ndarray, "t d v"]
     gamma: Float[np.ndarray, "t d v"]
 
@@ -118,18 +121,19 @@ def read_selection_log(
                 f"The line of step {line['step']} in {path} is of other datasets or layers than the run: expected are "
                 f"{', '.join(datasets)} and the layers of the last line; remove lines of another run."
             )
-    orders = [[line["datasets"].index(name) for name in datasets] for line in lines]
-    history = {}
-    for name in names:
-        layers = [line["layers"][name] for line in lines]
-        history[name] = SelectionHistory(
-            np.array([layer["alpha"] for layer in layers], np.float64),
-            *(
-                np.array([np.array(layer[part], np.float64)[order] for layer, order in zip(layers, orders, strict=True)])
-                for part in ("beta", "gamma")
-            ),
-        )
+
+    def of_datasets(layer: str, part: str) -> np.ndarray:
+        told = [(line["layers"][layer][part], line["datasets"]) for line in lines]
+        return np.array([[values[order.index(name)] for name in datasets] for values, order in told], np.float64)
+
+    history = {
+        layer: SelectionHistory(*(of_datasets(layer, part) for part in ("alpha", "beta", "gamma"))) for layer in names
+    }
     return np.array([line["step"] for line in lines], np.int64), history
+
+
+def _mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _rounded(values: np.ndarray) -> list:

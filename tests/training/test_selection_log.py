@@ -30,7 +30,7 @@ def test_a_line_holds_the_means_over_the_steps_since_the_last(tmp_path):
     assert list(first)[:2] == ["step", "version"]
     assert (first["step"], first["version"], first["steps"], first["datasets"]) == (2, 1, 2, list(NAMES))
     layer = second["layers"]["layer1_0.conv1"]
-    assert layer["alpha"] == [0.6] * 27
+    assert layer["alpha"] == [[0.6] * 27] * 2
     assert layer["beta"] == [[0.3] * 27] * 2
     assert layer["gamma"] == [[0.15] * 27] * 2
 
@@ -38,9 +38,18 @@ def test_a_line_holds_the_means_over_the_steps_since_the_last(tmp_path):
 def test_values_have_four_digits_and_what_is_not_finite_is_null(tmp_path):
     log = SelectionLog(tmp_path, NAMES, 1, 1)
     log.add(1, [metrics(1 / 3)])
-    assert lines(tmp_path)[0]["layers"]["layer1_0.conv1"]["alpha"][0] == 0.3333
+    assert lines(tmp_path)[0]["layers"]["layer1_0.conv1"]["alpha"][1][0] == 0.3333
     log.add(1, [metrics(float("nan"))])
     assert lines(tmp_path)[1]["layers"]["layer1_0.conv1"]["gamma"][1][26] is None
+
+
+def test_a_dataset_that_took_no_part_in_a_step_does_not_count_there(tmp_path):
+    log = SelectionLog(tmp_path, NAMES, 2, 2)
+    absent = metrics(0.4)["layer1_0.conv1"]
+    absent = absent._replace(gamma=absent.gamma.at[0].set(jnp.nan))
+    log.add(2, [metrics(0.8), {"layer1_0.conv1": absent}])
+    gamma = lines(tmp_path)[0]["layers"]["layer1_0.conv1"]["gamma"]
+    assert gamma[0] == [0.2] * 27 and gamma[1] == [0.15] * 27
 
 
 @pytest.mark.parametrize(("total", "log_every"), [(200, 10), (10_000, 50), (123_456, 50), (7, 50), (1001, 1)])
@@ -74,8 +83,8 @@ def test_reading_gives_arrays_in_the_order_asked_for_and_the_later_of_two_lines(
     steps, history = read_selection_log(tmp_path / "selection.jsonl", ("s3dis", "scannet"))
     layer = history["layer1_0.conv1"]
     assert steps.tolist() == [1, 2]
-    assert layer.alpha.shape == (2, 27) and layer.beta.shape == layer.gamma.shape == (2, 2, 27)
-    assert layer.alpha[0, 0] == 0.9
+    assert layer.alpha.shape == layer.beta.shape == layer.gamma.shape == (2, 2, 27)
+    assert layer.alpha[0, 0, 0] == 0.9
     assert np.allclose(layer.beta[1], [[0.9], [0.1]])
 
 

@@ -1,0 +1,107 @@
+"""The report as one HTML page that refers to nothing outside itself."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
+p { max-width: 52rem; } .note { color: #555; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: .92rem; }
+th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; } caption { text-align: left; color: #555; padding-bottom: .3rem; }
+figure { margin: 1.5rem 0; break-inside: avoid; } figure img { max-width: 100%; height: auto; }
+figcaption { color: #333; max-width: 60rem; font-size: .92rem; } nav a { margin-right: 1.2rem; }
+@media print { body { max-width: none; font-size: 11pt; } nav { display: none; } h2 { break-after: avoid; } }
+"""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG with its words.
+
+    Attributes:
+        path: of the file.
+        title: names the picture.
+        caption: what it shows and how it was computed.
+    """
+
+    path: Path
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under column names.
+
+    Attributes:
+        caption: what the numbers are.
+        columns: names.
+        rows: cells; the first one names the row.
+    """
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+        anchor: its id.
+        title: heading.
+        text: paragraphs.
+        contents: pictures and tables, in order.
+    """
+
+    anchor: str
+    title: str
+    text: Sequence[str] = ()
+    contents: Sequence[Picture | Table] = field(default_factory=tuple)
+
+
+def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+    """The whole document, pictures inlined."""
+    links = "".join(f'<a href="#{escape(s.anchor)}">{escape(s.title)}</a>' for s in sections)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n<body>\n'
+        f'<h1>{escape(title)}</h1>\n<p class="note">{escape(subtitle)}</p>\n<nav>{links}</nav>\n'
+        + "\n".join(_section(section) for section in sections)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for a table; a dash where there is none."""
+    return "\N{EN DASH}" if value is None or value != value else f"{value:.{digits}f}"
+
+
+def _section(section: Section) -> str:
+    parts = [f'<section id="{escape(section.anchor)}">', f"<h2>{escape(section.title)}</h2>"]
+    parts += [f"<p>{escape(paragraph)}</p>" for paragraph in section.text]
+    parts += [_table(item) if isinstance(item, Table) else _figure(item) for item in section.contents]
+    return "\n".join([*parts, "</section>"])
+
+
+def _table(table: Table) -> str:
+    def row(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "\n".join(row(cells, "td") for cells in table.rows)
+    head = row(table.columns, "th")
+    return f"<table><caption>{escape(table.caption)}</caption>\n<thead>{head}</thead>\n<tbody>{body}</tbody></table>"
+
+
+def _figure(picture: Picture) -> str:
+    data = base64.b64encode(picture.path.read_bytes()).decode()
+    return (
+        f'<figure><img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">\n'
+        f"<figcaption><b>{escape(picture.title)}.</b> {escape(picture.caption)}</figcaption></figure>"
+    )
