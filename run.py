@@ -17,8 +17,14 @@ _SINGLES = flags.DEFINE_list("singles", [], "Report: folders of single-dataset r
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "Sweeps: seeds of training.")
 _TAUS = flags.DEFINE_list("taus", [], "Tau sweep: thresholds; by default 0.15 to 0.35 in steps of 0.05.")
 _JOBS = flags.DEFINE_integer("jobs", None, "Sweeps: runs at once; by default a CPU core each, at most 4; 1 on a GPU.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Several processes: host:port of process 0; auto where a cluster such as SLURM started them."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes: how many.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: which of them this one is, from 0.")
 _ONLY_FOR = {"singles": ["report"], "taus": ["tau_sweep"], "seeds": ["tau_sweep", "ablation"]}
 _ONLY_FOR["jobs"] = _ONLY_FOR["seeds"]
+_ONLY_FOR |= dict.fromkeys(("coordinator", "num_processes", "process_id"), ["train", "eval", "predict"])
 _EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
 
 
@@ -37,6 +43,7 @@ def main(argv: list[str]) -> int | None:
     # Imported here, so that a wrong flag is answered at once.
     from h2a2_jax import commands
     from h2a2_jax.training.config import experiment_config
+    from h2a2_jax.training.distributed import processes
 
     config, workdir = experiment_config(_CONFIG.value), Path(_WORKDIR.value)
     if mode == "tau_sweep":
@@ -46,9 +53,13 @@ def main(argv: list[str]) -> int | None:
     if mode == "report":
         commands.report_command(config, workdir, [Path(folder) for folder in _SINGLES.value])
     else:
-        {"train": commands.train_command, "eval": commands.evaluate_command, "predict": commands.predict_command}[mode](
-            config, workdir
-        )
+        command = {
+            "train": commands.train_command,
+            "eval": commands.evaluate_command,
+            "predict": commands.predict_command,
+        }[mode]
+        with processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
+            command(config, workdir)
     return None
 
 

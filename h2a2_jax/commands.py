@@ -5,9 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from h2a2_jax.inference.evaluate import evaluate_source
+from h2a2_jax.inference.evaluate import build_predictor, evaluate_source
 from h2a2_jax.inference.predictions import predictions_json
-from h2a2_jax.inference.predictor import Predictor
 from h2a2_jax.inputs.sources import CachedSource, build_source
 from h2a2_jax.inputs.specs import dataset_spec
 from h2a2_jax.models import Detector
@@ -17,7 +16,9 @@ from h2a2_jax.sweeps.results import table, write_results
 from h2a2_jax.sweeps.runner import alone, run_all
 from h2a2_jax.training.checkpoint import CheckpointStore
 from h2a2_jax.training.config import ExperimentConfig
-from h2a2_jax.training.loop import evaluate, print_skipped, train
+from h2a2_jax.training.distributed import MeshDivision, say
+from h2a2_jax.training.loop import evaluate, say_skipped, train
+from h2a2_jax.training.mesh import train_mesh
 
 
 def train_command(config: ExperimentConfig, workdir: Path) -> None:
@@ -26,9 +27,10 @@ def train_command(config: ExperimentConfig, workdir: Path) -> None:
     Raises:
         InputError: data are missing, or the workdir belongs to another architecture.
     """
-    _check_data(config)
+    division = MeshDivision(train_mesh(len(config.datasets)), len(config.datasets))
+    division.together(lambda: _check_data(config, division.datasets), "open its data")
     train(config, workdir)
-    print(
+    say(
         f"Losses are in {workdir / 'metrics.jsonl'}, checkpoints in {workdir / 'checkpoints'}. Boxes as JSON: the same "
         "command with --mode=predict."
     )
@@ -51,15 +53,13 @@ def predict_command(config: ExperimentConfig, workdir: Path) -> None:
     """
     specs = [dataset_spec(name) for name in config.dataset_names]
     model = restore(config, workdir)
-    predictor = Predictor(
-        model, specs, score_threshold=config.eval.score_threshold, iou_threshold=config.eval.iou_threshold
-    )
+    predictor = build_predictor(model, specs, config.eval)
     folder = workdir / "predictions"
     folder.mkdir(parents=True, exist_ok=True)
-    for spec, chosen in zip(specs, config.datasets, strict=True):
-        source = CachedSource(build_source(chosen, "val"))
+    for d in MeshDivision(train_mesh(len(specs)), len(specs)).evaluated:
+        spec, source = specs[d], CachedSource(build_source(config.datasets[d], "val"))
         _, detections, skipped = evaluate_source(predictor, source, spec, config.eval)
-        print_skipped(skipped)
+        say_skipped(skipped)
         scans = [source[i] for i, name in enumerate(source.names) if name not in skipped]
         path = folder / f"{spec.name}.json"
         path.write_text(json.dumps(predictions_json(scans, detections, spec), indent=1) + "\n")
@@ -79,7 +79,7 @@ def report_command(config: ExperimentConfig, workdir: Path, singles: Sequence[Pa
     """
     from h2a2_jax.report import write_report  # draws, which no other command needs
 
-    write_report(config, workdir, singles=singles)
+    print(f"The report is {write_report(config, workdir, singles=singles)}.", flush=True)
 
 
 def tau_sweep_command(
@@ -128,11 +128,11 @@ def _sweep(sweep: str, config: ExperimentConfig, workdir: Path, rows: Sequence[R
     return 1 if failures else 0
 
 
-def _check_data(config: ExperimentConfig) -> None:
-    """Both splits, before anything is written or compiled."""
-    for source in config.datasets:
+def _check_data(config: ExperimentConfig, datasets: Sequence[int] | None = None) -> None:
+    """Both splits, of all datasets or those at some places, before anything is written or compiled."""
+    for d in range(len(config.datasets)) if datasets is None else datasets:
         for split in ("train", "val"):
-            build_source(source, split)
+            build_source(config.datasets[d], split)
 
 
 def restore(config: ExperimentConfig, workdir: Path) -> Detector:

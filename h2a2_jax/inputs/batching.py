@@ -57,6 +57,12 @@ class ScanBatch:
         return max((len(scan.boxes) for scan in self.scans), default=0)
 
 
+def no_scan() -> Scan:
+    """A scan with neither points nor boxes, which fills a row of a batch and changes nothing."""
+    none = np.zeros((0, 3), np.float32)
+    return Scan("", none, none, np.zeros((0, 7), np.float32), np.zeros(0, np.int32))
+
+
 def scan_sizes(scan: Scan, voxel_size: float) -> LevelSizes:
     """Sites of every level for one scan."""
     return pyramid_sizes(sparse.voxelize([scan.points], voxel_size).sites)

@@ -37,6 +37,8 @@ class SourceConfig:
         repeats: how often an epoch goes through the training scans; None: as the dataset's recipe says.
         augment: whether training scans are mirrored, turned, scaled and moved by the dataset's recipe.
         sample: whether points of training scans are drawn by the dataset's recipe; else all are used.
+        batch_size: training scans in a step, over all devices of the dataset; None: as `train.batch_size` says.
+        weight: probability, above 0 up to 1, with which the dataset takes part in a training step.
     """
 
     name: str
@@ -51,6 +53,8 @@ class SourceConfig:
     repeats: int | None = None
     augment: bool = True
     sample: bool = True
+    batch_size: int | None = None
+    weight: float = 1.0
 
 
 def build_source(source: SourceConfig, split: Split) -> ScanSource:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -186,9 +187,20 @@ class CheckpointStore:
         """Orbax's manager; None where there is no folder and none is to be made."""
         if self._manager is None and (create or self.directory.is_dir()):
             handlers: dict[str, Any] = {item: ocp.StandardCheckpointHandler() for item in _ARRAY_ITEMS}
+            if create:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            # Each process on its own: all hold what is stored, so that the first writes alone, and all read.
+            process = jax.process_index()
+            alone = ocp.options.MultiprocessingOptions(
+                primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
+            )
             self._manager = ocp.CheckpointManager(
                 self.directory,
-                options=ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=create),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=self._keep,
+                    create=create and jax.process_count() == 1,
+                    multiprocessing_options=alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions(),
+                ),
                 item_handlers={**handlers, "config": ocp.JsonCheckpointHandler()},
             )
         return self._manager

@@ -89,7 +89,8 @@ class TrainConfig:
     """Length and pace of training.
 
     Attributes:
-        batch_size: scans per dataset and step, over all replicas of the dataset.
+        batch_size: scans per dataset and step, over all replicas of the dataset; of datasets without a `batch_size` of
+            their own.
         epochs: passes through the largest dataset, its repeats included.
         steps: optimiser steps; 0: as many as `epochs` are.
         log_every: steps from one line of metrics to the next.
@@ -140,7 +141,7 @@ class ExperimentConfig:
         _check_datasets(self.datasets)
         _check_model(self.model)
         _check_training(self)
-        _check_evaluation(self.eval)
+        _check_evaluation(self.eval, self.dataset_names)
 
     @property
     def dataset_names(self) -> tuple[str, ...]:
@@ -252,6 +253,9 @@ def _check_datasets(datasets: tuple[SourceConfig, ...]) -> None:
         _require_at_least(1, path, source, "train_size", "val_size")
         _require_at_least(0, path, source, "seed")
         _require(source.repeats is None or source.repeats >= 1, f"{path}.repeats", source.repeats, "1 or more, or None")
+        size = source.batch_size
+        _require(size is None or size >= 1, f"{path}.batch_size", size, "1 or more, or None for train.batch_size")
+        _require(0 < source.weight <= 1, f"{path}.weight", source.weight, "a probability above 0 up to 1")
 
 
 def _check_model(model: DetectorConfig) -> None:
@@ -287,9 +291,11 @@ def _check_training(config: ExperimentConfig) -> None:
     _require_at_least(0, "train", train, "steps", "max_rung", "seed")
 
 
-def _check_evaluation(config: EvalConfig) -> None:
+def _check_evaluation(config: EvalConfig, names: tuple[str, ...]) -> None:
     thresholds = config.iou_thresholds
     ok = len(thresholds) > 0 and all(0 <= t < 1 for t in thresholds)
     _require(ok, "eval.iou_thresholds", thresholds, "at least one number, each from 0 to below 1")
     _require_fraction("eval", config, "score_threshold", "iou_threshold")
     _require_at_least(1, "eval", config, "batch_size")
+    choices = ("own", "mean", *names)
+    _require(config.conditioning in choices, "eval.conditioning", config.conditioning, f"one of {', '.join(choices)}")

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,26 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
-from h2a2_jax.evaluation import Evaluation
-from h2a2_jax.inference.evaluate import evaluate_source
-from h2a2_jax.inference.predictor import Predictor
+from h2a2_jax.errors import InputError
+from h2a2_jax.inference.evaluate import build_predictor, evaluate_source
 from h2a2_jax.inputs.pipeline import JointStream, StreamConfig, StreamDataset
 from h2a2_jax.inputs.scan import ScanSource
-from h2a2_jax.inputs.sources import CachedSource, build_source, left_out, permuted_boxes
+from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source, left_out, permuted_boxes
 from h2a2_jax.inputs.specs import dataset_spec
 from h2a2_jax.models import Detector, HeadConfig, PlanLayout
 from h2a2_jax.training.balancers import build_balancer
 from h2a2_jax.training.checkpoint import CheckpointStore
 from h2a2_jax.training.config import ExperimentConfig, to_json
+from h2a2_jax.training.distributed import MeshDivision, is_main, say
 from h2a2_jax.training.mesh import DATASET, REPLICA, train_mesh
 from h2a2_jax.training.metrics import MetricsWriter, Progress
 from h2a2_jax.training.selection_log import SelectionLog
 from h2a2_jax.training.selection_report import selection_report, selection_table
 from h2a2_jax.training.state import create_state, merge_model, place_state
 from h2a2_jax.training.step import StepConfig, make_train_step
-from h2a2_jax.training.watch import Watch
+from h2a2_jax.training.watch import Watch, mean_known
 
 CACHED_SCANS = 2000
 """Sources of up to this many scans are kept in memory."""
@@ -47,31 +49,42 @@ def build_detector(config: ExperimentConfig) -> Detector:
     return nnx.merge(graph, jax.jit(lambda: nnx.state(build()))())
 
 
-def build_stream(config: ExperimentConfig, replicas: int) -> JointStream:
-    """The training stream of a config.
+def build_stream(config: ExperimentConfig, division: MeshDivision) -> JointStream:
+    """The training stream of a config; a process opens the datasets that it loads.
 
     Raises:
         InputError: a dataset is missing or has no usable scan.
     """
-    datasets = []
-    for chosen in config.datasets:
+
+    def opened(chosen: SourceConfig) -> ScanSource:
         source = build_source(chosen, "train")
         if config.train.permute_boxes:
             source = permuted_boxes(source, config.train.seed)
-        if len(source) <= CACHED_SCANS:
-            source = CachedSource(source)
-        spec = dataset_spec(chosen.name)
-        datasets.append(StreamDataset(spec, source, chosen.repeats, chosen.sample, chosen.augment))
+        return CachedSource(source) if len(source) <= CACHED_SCANS else source
+
+    own = division.together(lambda: {d: opened(config.datasets[d]) for d in division.datasets}, "open its scans")
     return JointStream(
-        datasets,
+        [
+            StreamDataset(
+                dataset_spec(chosen.name),
+                own.get(d),
+                chosen.repeats,
+                chosen.sample,
+                chosen.augment,
+                chosen.batch_size,
+                chosen.weight,
+            )
+            for d, chosen in enumerate(config.datasets)
+        ],
         StreamConfig(
             batch_size=config.train.batch_size,
-            replicas=replicas,
+            replicas=division.mesh.shape[REPLICA],
             voxel_size=config.model.voxel_size,
             seed=config.train.seed,
             max_rung=config.train.max_rung,
             layout=PlanLayout.of(config.model),
         ),
+        division,
     )
 
 
@@ -93,7 +106,7 @@ def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device]
     """Train, save, evaluate; go on from the newest checkpoint where there is one.
 
     Writes to the workdir: config.json, metrics.jsonl (`MetricsWriter`), selection.jsonl (`SelectionLog`), checkpoints/,
-    evaluation.json.
+    evaluation.json. In a run of several processes all call it, with a workdir that all can read; the first writes.
 
     Args:
         config: of the run.
@@ -108,13 +121,16 @@ def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device]
     """
     specs = [dataset_spec(name) for name in config.dataset_names]
     mesh = train_mesh(len(specs), devices)
-    stream = build_stream(config, mesh.shape[REPLICA])
+    division = MeshDivision(mesh, len(specs))
+    stream = build_stream(config, division)
     total = config.train.steps or config.train.epochs * stream.steps_per_epoch
     schedule = learning_rate(config, stream.steps_per_epoch)
     optimizer = optax.adamw(schedule, weight_decay=config.optim.weight_decay)
     balancer = build_balancer(config.harmonize, len(specs), DATASET, config.train.seed)
     graph, state = create_state(build_detector(config), optimizer, balancer)
-    step_config = StepConfig(clip_norm=config.optim.clip_norm)
+    step_config = StepConfig(
+        clip_norm=config.optim.clip_norm, average_statistics=config.model.running_statistics == "shared"
+    )
     take_step = make_train_step(graph, state, specs, optimizer, balancer, mesh, step_config)
     state = place_state(state, mesh)
 
@@ -123,88 +139,123 @@ def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device]
         newest = store.latest_step()
         if newest is not None:
             state = store.restore_state(newest, state, config.dataset_names, config)
-            print(f"Resuming {workdir} after step {newest} of {total}.", flush=True)
+            say(f"Resuming {workdir} after step {newest} of {total}.")
+        first = int(state.step)
+        if len({row[0] for row in division.exchange(np.array([first], np.int32))().tolist()}) > 1:
+            raise InputError(f"The processes find different checkpoints in {workdir}: give a folder that all share.")
         # Only now: a workdir of another run stays as it is.
-        (workdir / "config.json").write_text(to_json(config) + "\n")
-        _print_start(config, stream, mesh, total)
+        if is_main():
+            (workdir / "config.json").write_text(to_json(config) + "\n")
+        _say_start(config, stream, mesh, total)
         selection_log = SelectionLog(workdir, config.dataset_names, total, config.train.log_every)
         watch = Watch(config, specs, schedule, stream, selection_log)
-        first = int(state.step)
-        with MetricsWriter(workdir) as writer:
+        with MetricsWriter(workdir) if is_main() else nullcontext() as writer:
             started, progress = time.monotonic(), None
             for item in stream.steps(first, total):
                 state, metrics = take_step(state, item.batch)
                 step = item.step + 1
-                watch.see(item, metrics)
-                if progress is None:  # what compiling takes says nothing of the time left
-                    jax.block_until_ready(metrics)
-                    print(f"First step done after {time.monotonic() - started:.0f} s.", flush=True)
-                    progress = Progress(total, step)
-                if step % config.train.log_every == 0 or step == total:
-                    values = watch.summary(state.balancer)
-                    writer.write(step, values)
-                    loss = float(np.mean([values[f"loss/{spec.name}"] for spec in specs]))
-                    progress.update(step, loss, watch.scans_since_summary)
+                if writer is not None:
+                    watch.see(item, metrics)
+                    if progress is None:  # what compiling takes says nothing of the time left
+                        jax.block_until_ready(metrics)
+                        say(f"First step done after {time.monotonic() - started:.0f} s.")
+                        progress = Progress(total, step)
+                    if step % config.train.log_every == 0 or step == total:
+                        values = watch.summary(state.balancer)
+                        writer.write(step, values)
+                        loss = float(mean_known(np.array([values[f"loss/{spec.name}"] for spec in specs])))
+                        progress.update(step, loss, watch.scans_since_summary)
                 if step % config.train.checkpoint_every == 0 or step == total:
-                    store.save(step, state, config, config.dataset_names)
+                    whole = state if division.alone else division.fetch(state)
+                    if is_main():
+                        store.save(step, whole, config, config.dataset_names)
             if progress is not None:
                 progress.close()
-    print_skipped(stream.skipped)
-    for dataset in stream.datasets:
-        print_left_out(dataset.spec.name, dataset.source)
-    end = merge_model(graph, *jax.device_get((state.exclusive, state.shared, state.stats)))
+    say_skipped(_merged(division.gather(stream.skipped)))
+    sentences = {d.spec.name: left_out(d.source) for d in stream.datasets if d.source is not None}
+    say_left_out(_merged(division.gather(sentences)))
+    end = merge_model(graph, *division.fetch((state.exclusive, state.shared, state.stats)))
     if config.model.selection is not None and watch.selection:
         reports, moved = selection_report(build_detector(config), end, watch.mean_selection())
-        print("\n" + selection_table(reports, moved, config.dataset_names), flush=True)
-    return evaluate(config, end, workdir)
+        say("\n" + selection_table(reports, moved, config.dataset_names))
+    return evaluate(config, end, workdir, division)
 
 
-def evaluate(config: ExperimentConfig, model: Detector, workdir: Path) -> dict[str, Any]:
+def evaluate(
+    config: ExperimentConfig, model: Detector, workdir: Path, division: MeshDivision | None = None
+) -> dict[str, Any]:
     """Evaluate on the validation scans of every dataset; print the tables and write evaluation.json.
+
+    Args:
+        config: of the run.
+        model: the detector; in a run of several processes, the same in all.
+        workdir: folder of the run.
+        division: which datasets each process evaluates; by default that of all devices.
+
+    Returns:
+        What evaluation.json holds.
 
     Raises:
         InputError: the validation scans of a dataset are missing.
     """
     specs = [dataset_spec(name) for name in config.dataset_names]
-    sources = [build_source(source, "val") for source in config.datasets]
-    predictor = Predictor(
-        model, specs, score_threshold=config.eval.score_threshold, iou_threshold=config.eval.iou_threshold
+    if division is None:
+        division = MeshDivision(train_mesh(len(specs)), len(specs))
+    own = division.together(
+        lambda: {d: build_source(config.datasets[d], "val") for d in division.evaluated}, "open its validation scans"
     )
-    results: dict[str, Any] = {}
-    tables: list[tuple[str, Evaluation]] = []
-    for spec, source in zip(specs, sources, strict=True):
-        evaluation, _, skipped = evaluate_source(predictor, source, spec, config.eval)
-        results[spec.name] = {**evaluation.to_dict(), "scans": len(source) - len(skipped), "skipped": skipped}
-        tables.append((spec.name, evaluation))
-        print_skipped({f"{spec.name}/{name}": reason for name, reason in skipped.items()})
-        print_left_out(spec.name, source)
-    for name, evaluation in tables:
-        print(f"\n{name}\n{evaluation.table()}")
-    (workdir / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\nWritten to {workdir / 'evaluation.json'}", flush=True)
+
+    def evaluated() -> dict[str, Any]:
+        predictor = build_predictor(model, specs, config.eval)
+        found = {}
+        for d, source in own.items():
+            evaluation, _, skipped = evaluate_source(predictor, source, specs[d], config.eval)
+            values = {**evaluation.to_dict(), "scans": len(source) - len(skipped), "skipped": skipped}
+            found[specs[d].name] = {"values": values, "table": evaluation.table(), "left_out": left_out(source)}
+        return found
+
+    found = _merged(division.gather(division.together(evaluated, "evaluate")))
+    found = {spec.name: found[spec.name] for spec in specs}
+    results = {name: one["values"] for name, one in found.items()}
+    for name, values in results.items():
+        say_skipped({f"{name}/{scan}": reason for scan, reason in values["skipped"].items()})
+    say_left_out({name: one["left_out"] for name, one in found.items()})
+    for name, one in found.items():
+        say(f"\n{name}\n{one['table']}")
+    if is_main():
+        (workdir / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
+    say(f"\nWritten to {workdir / 'evaluation.json'}")
     return results
 
 
-def print_skipped(skipped: Mapping[str, str]) -> None:
+def say_skipped(skipped: Mapping[str, str]) -> None:
     """Name the scans that were left out, and why."""
     for name, reason in skipped.items():
-        print(f"Skipped {name}: {reason}")
+        say(f"Skipped {name}: {reason}")
     if skipped:
-        print(f"{len(skipped)} scan(s) skipped.", flush=True)
+        say(f"{len(skipped)} scan(s) skipped.")
 
 
-def print_left_out(name: str, source: ScanSource) -> None:
-    """Say how many points and objects of the scans could not be used."""
-    sentence = left_out(source)
-    if sentence:
-        print(f"{name}: {sentence}", flush=True)
+def say_left_out(sentences: Mapping[str, str | None]) -> None:
+    """Say, by dataset, how many points and objects of the scans could not be used."""
+    for name, sentence in sentences.items():
+        if sentence:
+            say(f"{name}: {sentence}")
 
 
-def _print_start(config: ExperimentConfig, stream: JointStream, mesh: Any, total: int) -> None:
-    datasets = ", ".join(f"{d.spec.name} ({len(d.source)} scans)" for d in stream.datasets)
-    print(
-        f"Training on {datasets}; {total} steps of {config.train.batch_size} scans a dataset on "
-        f"{mesh.size} {jax.devices()[0].platform} device(s), {mesh.shape[DATASET]} x {mesh.shape[REPLICA]} "
-        "(dataset x replica). The first step compiles, which takes a minute or two.",
-        flush=True,
+def _merged(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What processes told, by name."""
+    return {name: value for each in told for name, value in each.items()}
+
+
+def _say_start(config: ExperimentConfig, stream: JointStream, mesh: Mesh, total: int) -> None:
+    names = config.dataset_names
+    datasets = ", ".join(f"{name} ({count} scans)" for name, count in zip(names, stream.num_scans, strict=True))
+    sizes = [str(size) for size in stream.batch_sizes]
+    size = f"{sizes[0]} scans a dataset" if len(set(sizes)) == 1 else f"{', '.join(sizes)} scans"
+    processes = f" of {jax.process_count()} processes" if mesh.is_multi_process else ""
+    say(
+        f"Training on {datasets}; {total} steps of {size} on "
+        f"{mesh.size} {jax.devices()[0].platform} device(s){processes}, {mesh.shape[DATASET]} x {mesh.shape[REPLICA]} "
+        "(dataset x replica). The first step compiles, which takes a minute or two."
     )

@@ -98,5 +98,17 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
 
 
 def place_state(state: TrainState, mesh: Mesh) -> TrainState:
-    """The state on the devices of a mesh, in arrays of its own (a step consumes the state it is given)."""
-    return jax.device_put(jax.tree.map(jnp.array, state), state_shardings(state, mesh))
+    """The state on the devices of a mesh, in arrays of its own (a step consumes the state it is given).
+
+    Where the mesh is of several processes, each gives the part of its own devices: all must hold the same state.
+    """
+    state, shardings = jax.tree.map(jnp.array, state), state_shardings(state, mesh)
+    if not mesh.is_multi_process:
+        return jax.device_put(state, shardings)
+
+    def placed(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+        parts = sharding.addressable_devices_indices_map(leaf.shape)
+        own = [jax.device_put(leaf[index], device) for device, index in parts.items()]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, own)
+
+    return jax.tree.map(placed, state, shardings)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -24,6 +24,7 @@ from h2a2_jax.inputs.batching import Batch
 from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.objective import detection_loss
+from h2a2_jax.sparse import Sites
 from h2a2_jax.training.harmonize import clip_by_global_norm_sharded, mean_over_datasets
 from h2a2_jax.training.mesh import DATASET, REPLICA
 from h2a2_jax.training.state import TrainState, merge_model, state_shardings, state_specs
@@ -53,7 +54,9 @@ class Targets(NamedTuple):
 
 
 class SelectionMetrics(NamedTuple):
-    """Kernel selection in one layer, by dataset: means over the scans of a step.
+    """Kernel selection in one layer, by dataset: means over the scans of a step that have sites.
+
+    Where a dataset has no such scan in the step, beta, gamma and the scores are NaN.
 
     Attributes:
         alpha: float32 [D, V], validity prior of each offset.
@@ -83,6 +86,7 @@ class StepMetrics(NamedTuple):
         box_loss: float32 [D], by dataset.
         class_loss: float32 [D].
         num_positives: int32 [D].
+        present: bool [D], which datasets took part in the step; the losses of the others are 0.
         selection: of each layer with kernel selection, by its name.
         gradient_norm: float32 [], before clipping.
         gradients: the gradients applied, after balancing and before clipping, (shared, exclusive), if asked for.
@@ -91,6 +95,7 @@ class StepMetrics(NamedTuple):
     box_loss: Float[Array, " d"]
     class_loss: Float[Array, " d"]
     num_positives: Int[Array, " d"]
+    present: Bool[Array, " d"]
     selection: dict[str, SelectionMetrics]
     gradient_norm: Float[Array, ""]
     gradients: Any = None
@@ -188,13 +193,16 @@ def make_train_step(
     def sharded(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         kept = (P(), P(DATASET)) if config.keep_gradients else None
         by_dataset = P(DATASET)
-        out = StepMetrics(by_dataset, by_dataset, by_dataset, by_dataset, P(), kept)  # type: ignore[arg-type]
+        each = dict.fromkeys(("box_loss", "class_loss", "num_positives", "present", "selection"), by_dataset)
+        out = StepMetrics(**each, gradient_norm=P(), gradients=kept)  # type: ignore[arg-type]
         return jax.shard_map(
             step, mesh=mesh, in_specs=(layout, P(DATASET, REPLICA), P(DATASET)), out_specs=(layout, out)
         )(state, batch, targets)
 
-    # With its outputs placed as its inputs, the second step finds the first one's program.
-    return jax.jit(sharded, donate_argnums=0, out_shardings=(state_shardings(state, mesh), None))
+    # With its outputs placed as its inputs, the second step finds the first one's program. Where there are several
+    # processes, each gets all metrics.
+    everywhere = NamedSharding(mesh, P()) if mesh.is_multi_process else None
+    return jax.jit(sharded, donate_argnums=0, out_shardings=(state_shardings(state, mesh), everywhere))
 
 
 def _averaged(stats: Any, before: Any, present: Bool[Array, " local"]) -> Any:
@@ -245,7 +253,7 @@ def _dataset_gradients(
             targets.label_to_level, targets.class_mask, targets.has_yaw,
             axis_name=REPLICA, center_distance=config.center_distance,  # type: ignore[arg-type]
         )  # fmt: skip
-        return losses.total, (losses, _selection_metrics(seen), nnx.state(model, nnx.BatchStat))
+        return losses.total, (losses, _selection_metrics(seen, batch.plan.voxels), nnx.state(model, nnx.BatchStat))
 
     value_and_grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     (_, (losses, selection, new_stats)), grads = value_and_grad(shared, exclusive)
@@ -254,24 +262,37 @@ def _dataset_gradients(
         box_loss=lax.psum(losses.box, REPLICA),
         class_loss=lax.psum(losses.classification, REPLICA),
         num_positives=losses.num_positives,
+        present=present,
         selection=selection,
         gradient_norm=jnp.zeros(()),
     )
     return *grads, new_stats, metrics
 
 
-def _selection_metrics(seen: dict[str, Array]) -> dict[str, SelectionMetrics]:
-    """From the values that the layers with kernel selection record."""
+def _selection_metrics(seen: dict[str, Array], voxels: Sites) -> dict[str, SelectionMetrics]:
+    """From the values that the layers with kernel selection record.
+
+    Scans without sites do not count: they only fill the rows of a batch, and their scores mean nothing.
+    """
+    real = jnp.zeros(voxels.num_scans, bool).at[voxels.scan].set(True, mode="drop")
+    count = lax.psum(real.sum(), REPLICA)
+
+    def mean(values: Array) -> Array:
+        total = lax.psum(jnp.where(real[:, None], values, 0).sum(0), REPLICA)
+        return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)
+
     layers = [name.removesuffix(".gamma") for name in seen if name.endswith(".gamma")]
     metrics = {}
     for layer in layers:
         alpha, beta, gamma = (seen[f"{layer}.{part}"] for part in ("alpha", "beta", "gamma"))
         score = alpha * beta
+        lowest = lax.pmin(jnp.where(real[:, None], score, jnp.inf).min(), REPLICA)
+        highest = lax.pmax(jnp.where(real[:, None], score, -jnp.inf).max(), REPLICA)
         metrics[layer] = SelectionMetrics(
             lax.pmean(alpha, REPLICA),
-            lax.pmean(beta.mean(0), REPLICA),
-            lax.pmean(gamma.mean(0), REPLICA),
-            lax.pmin(score.min(), REPLICA),
-            lax.pmax(score.max(), REPLICA),
+            mean(beta),
+            mean(gamma),
+            jnp.where(count > 0, lowest, jnp.nan),
+            jnp.where(count > 0, highest, jnp.nan),
         )
     return metrics

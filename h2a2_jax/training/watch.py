@@ -64,8 +64,11 @@ class Watch:
         if self.selection_log is not None:
             self.selection_log.add(self._step + 1, [metrics.selection for metrics in steps])
         now = time.monotonic()
-        box = np.mean([metrics.box_loss for metrics in steps], 0)
-        classification = np.mean([metrics.class_loss for metrics in steps], 0)
+        present = np.stack([metrics.present for metrics in steps])
+        box, classification = (
+            mean_known(np.where(present, np.stack([getattr(metrics, part) for metrics in steps]), np.nan))
+            for part in ("box_loss", "class_loss")
+        )
         values: dict[str, float] = {}
         for d, spec in enumerate(self.specs):
             values[f"loss/{spec.name}"] = float(box[d] + classification[d])
@@ -76,7 +79,7 @@ class Watch:
         values |= self._harmonization(balancer)
         shares = [layer.exclusive_share for metrics in steps for layer in metrics.selection.values()]
         for d, spec in enumerate(self.specs if shares else ()):
-            values[f"exclusive_share/{spec.name}"] = float(np.mean([share[d] for share in shares]))
+            values[f"exclusive_share/{spec.name}"] = float(mean_known(np.array([share[d] for share in shares])))
         values["dropped_points"] = self._dropped
         values["skipped_scans"] = len(self.stream.skipped)
         values["scans_per_second"] = self._scans / max(now - self._since, 1e-9)
@@ -103,9 +106,19 @@ class Watch:
         """Kernel selection over the last steps: mean share, extreme scores."""
         return {
             layer: SelectionMetrics(
-                **{part: np.mean([getattr(step[layer], part) for step in self.selection], 0) for part in _MEANS},
-                lowest_score=np.min([step[layer].lowest_score for step in self.selection], 0),
-                highest_score=np.max([step[layer].highest_score for step in self.selection], 0),
+                **{
+                    part: mean_known(np.stack([getattr(step[layer], part) for step in self.selection]))
+                    for part in _MEANS
+                },
+                lowest_score=np.fmin.reduce([step[layer].lowest_score for step in self.selection]),
+                highest_score=np.fmax.reduce([step[layer].highest_score for step in self.selection]),
             )
             for layer in self.selection[0]
         }
+
+
+def mean_known(values: np.ndarray) -> Any:
+    """Mean over the first axis of what is not NaN, as absent datasets are; NaN where there is nothing else."""
+    known = ~np.isnan(values)
+    count = known.sum(0)
+    return np.where(count > 0, np.where(known, values, 0).sum(0) / np.maximum(count, 1), np.nan)
