@@ -113,10 +113,10 @@ def draw_history(
             save(
                 figure, folder, f"history_{group}", f"alpha, beta and gamma over training, {group}",
                 "Left: the validity prior alpha = sigmoid(O), mean (line) and range (band) over the offsets of a "
-                "class (and the datasets). Middle: the structural consistency beta of a dataset's scans, mean and range "
-                "over the 27 offsets. Right: the share of training scans whose gamma is 1, one row an offset, grouped by class; "
-                "purple is the shared kernel. From selection.jsonl: means over the steps between two of its lines; "
-                "beta and gamma are those of augmented training scans.",
+                "class (and the datasets). Middle: the structural consistency beta of a dataset's scans, mean and "
+                "range over the 27 offsets. Right: the share of training scans whose gamma is 1, one row an offset, "
+                "grouped by class; purple is the shared kernel. From selection.jsonl: means over the steps between two "
+                "of its lines; beta and gamma are those of augmented training scans.",
             )
         )  # fmt: skip
     return pictures
