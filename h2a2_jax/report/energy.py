@@ -75,7 +75,7 @@ class Correlation(NamedTuple):
 
 
 def correlate(
-    a: Float[np.ndarray, " 27"], b: Float[np.ndarray, " 27"], with_centre: bool = True, fewest: int = 8
+    a: Float[np.ndarray, " 27"], b: Float[np.ndarray, " 27"], with_centre: bool = True, fewest: int = 13
 ) -> Correlation:
     """Correlation of two profiles over offsets.
 

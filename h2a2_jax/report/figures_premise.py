@@ -54,9 +54,10 @@ def draw_correlations(measured: Sequence[Measured], folder: Path) -> list[Pictur
                 f"Response energy per offset, correlated between detectors, {suffix} the centre offset",
                 "Bars are Pearson's, ticks Spearman's correlation of two detectors' energy profiles over the "
                 f"{27 if with_centre else 26} offsets, the mean over pairs of detectors; filled bars are trained, "
-                f"hatched ones untrained detectors (the control). {_CENTRE_SAYS[with_centre]} Detectors with the same "
-                "start have drawn the same first kernels, and a part of their agreement may be what is left of them: "
-                "compare with the untrained pair of the same start. Evidence for the premise is a trained bar of "
+                f"hatched ones untrained detectors (the control). {_CENTRE_SAYS[with_centre]} Two detectors of one "
+                "dataset ran on the same scans and show how much agreement can be expected at best. Detectors with "
+                "the same start have drawn the same first kernels, and a part of their agreement may be what is left "
+                "of them: compare with the untrained pair of the same start. Evidence for the premise is a trained bar of "
                 "different starts above the untrained one, at plane, edge and corner sites alike; no bar where a class "
                 "was met too rarely.",
             )
@@ -76,10 +77,9 @@ def draw_profiles(measured: Sequence[Measured], folder: Path) -> Picture:
     names = [f"{group}: {m.dataset} {m.start}" for group in SITE_CLASSES for m in trained]
     for ax, layer in zip(axes[0], layers, strict=True):
         rows = np.stack([m.profiles[layer][1 + g][order] for g in range(len(SITE_CLASSES)) for m in trained])
-        total = np.nansum(rows, 1, keepdims=True)
-        image = ax.imshow(
-            rows / np.where(total > 0, total, np.nan) * rows.shape[1], cmap="magma", vmin=0, vmax=2.5, aspect="auto"
-        )
+        known = np.isfinite(rows)
+        mean = np.where(known, rows, 0).sum(1, keepdims=True) / np.maximum(known.sum(1, keepdims=True), 1)
+        image = ax.imshow(rows / np.where(mean > 0, mean, np.nan), cmap="magma", vmin=0, vmax=2.5, aspect="auto")
         ax.set_title(layer, fontsize=10)
         ax.set_yticks(np.arange(len(names)), names if ax is axes[0, 0] else [""] * len(names), fontsize=7)
         ax.vlines(ends[:-1] - 0.5, -0.5, len(names) - 0.5, color="white", linewidth=1)
@@ -109,7 +109,7 @@ def draw_site_classes(counts: Mapping[str, Int[np.ndarray, "4 4"]], folder: Path
         ax.set_title(f"{name} ({int(rows[0].sum())} sites in layer1)", fontsize=9)
         ax.set_xticks(np.arange(4), [f"layer{s + 1}" for s in range(4)])
     axes[0, 0].set_ylabel("share of sites")
-    axes[0, -1].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     return save(
         figure, folder, "site_classes", "Plane, edge and corner sites",
         "How many sites of each stage are of which class, on the scans that the detectors ran on. The class follows "
