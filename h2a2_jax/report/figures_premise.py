@@ -57,9 +57,9 @@ def draw_correlations(measured: Sequence[Measured], folder: Path) -> list[Pictur
                 f"hatched ones untrained detectors (the control). {_CENTRE_SAYS[with_centre]} Two detectors of one "
                 "dataset ran on the same scans and show how much agreement can be expected at best. Detectors with "
                 "the same start have drawn the same first kernels, and a part of their agreement may be what is left "
-                "of them: compare with the untrained pair of the same start. Evidence for the premise is a trained bar of "
-                "different starts above the untrained one, at plane, edge and corner sites alike; no bar where a class "
-                "was met too rarely.",
+                "of them: compare with the untrained pair of the same start. Evidence for the premise is a trained bar "
+                "of different starts above the untrained one, at plane, edge and corner sites alike; no bar where a "
+                "class was met too rarely.",
             )
         )
     return pictures
