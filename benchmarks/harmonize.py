@@ -81,12 +81,16 @@ def run(size: str, *, batch: int, repeats: int, steps: bool = True) -> dict[str,
     }
     if steps:
         rounds = _steps(model, config, scale, batch, repeats)
-        ratios = [ngh / mean for ngh, mean in zip(rounds["ngh"], rounds["mean"], strict=True)]
+        ratios, control = (
+            [other / mean for other, mean in zip(rounds[name], rounds["mean"], strict=True)]
+            for name in ("ngh", "mean again")
+        )
         step_ms = {name: statistics.median(values) * 1e3 for name, values in rounds.items()}
         result |= {
             "step_ms": step_ms,
             "ngh_over_mean": statistics.median(ratios),
             "ngh_over_mean_rounds": ratios,
+            "mean_over_mean": statistics.median(control),
             "ngh_share_of_step": (alone["ngh"] - alone["plain mean"]) / step_ms["mean"],
         }
     return result
@@ -153,13 +157,15 @@ def _steps(model: Detector, config: DetectorConfig, scale: Any, batch: int, repe
         graph, state = create_state(model, optimizer, balancer)
         step = make_train_step(graph, state, SPECS, optimizer, balancer, mesh)
         functions[name] = _repeated(step, place_state(state, mesh), batches)
+        if name == "mean":
+            functions["mean again"] = _repeated(step, place_state(state, mesh), batches)
         start = time.perf_counter()
         jax.block_until_ready(functions[name]())
         timing.report(f"step with {name}: first one after {time.perf_counter() - start:.0f} s")
     rounds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats):
-        order = list(functions) if turn % 2 else list(functions)[::-1]
-        for name in order:
+        names = list(functions)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = time.perf_counter()
             jax.block_until_ready(functions[name]())
             rounds[name].append(time.perf_counter() - start)
@@ -198,6 +204,7 @@ def table_of(result: dict[str, Any]) -> str:
             f"NGH over the mean: {result['ngh_over_mean']:.4f} (median of {result['repeats']} rounds from "
             f"{min(result['ngh_over_mean_rounds']):.3f} to {max(result['ngh_over_mean_rounds']):.3f}); alone it is "
             f"{100 * result['ngh_share_of_step']:.2f} % of the step",
+            f"the mean over itself, a measure of the noise: {result['mean_over_mean']:.4f}",
         ]
     return "\n".join(lines)
 
