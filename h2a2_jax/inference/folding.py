@@ -86,44 +86,39 @@ class FoldedConv(nnx.Module):
             embedding: [d], the dataset's; None without kernel selection.
             per_scan: whether scans have embeddings of their own.
         """
-        self.name = "convolution"
-        self.selection: KernelSelection | None = None
-        self.phi: nnx.Param | None = None
-        self.theta: nnx.Param | None = None
-        self.modulation: LinearModulation | None = None
-        self.gate: ChannelGate | None = None
-        conv, gate_factor = part.conv, jnp.ones(())
-        # The stem selects before a scan has an embedding of its own.
-        fixed = not per_scan or getattr(conv, "name", None) == "stem"
+        conv = part.conv
+        phi: Array | None = None
+        theta: Array | None = None
+        gate_factor: Array | None = None
+        structure: Structure | None = None
+        varies = False
         if isinstance(conv, SelectiveConv):
             assert embedding is not None and part.gate is not None
             kernels = conv.kernels(dataset)
-            self.name = conv.name
-            self._remember_selection(conv, dataset, len(kernels) > 1)
-            if fixed:
+            structure = conv.structure(dataset) if len(kernels) > 1 else None
+            # The stem selects before a scan has an embedding of its own.
+            varies = per_scan and conv.name != "stem"
+            if not varies:
                 phi, theta = conv.modulation.factors(embedding)
-                self.phi, self.theta = nnx.Param(phi), nnx.Param(theta)
                 gate_factor = part.gate.factor(embedding)
-            else:
-                self.modulation = conv.modulation
-                self.gate = part.gate
         else:
             kernel = conv.kernel[...]
             kernels = (kernel if conv.exclusive_to is None else dataset.pick(kernel))[None]
         (scale, bias), (mean, var) = part.norm.affine(dataset), part.norm.running(dataset)
         factor = scale * lax.rsqrt(var + part.norm.eps)
         shift = bias - mean * factor
-        if part.gate_first:
+        if gate_factor is not None:
             factor = factor * gate_factor
-        else:
-            factor, shift = factor * gate_factor, shift * gate_factor
-        self.gate_first = part.gate_first
-        self.kernels, self.bias = nnx.Param(kernels * factor), nnx.Param(shift)
+            shift = shift if part.gate_first else shift * gate_factor
 
-    def _remember_selection(self, conv: SelectiveConv, dataset: DatasetContext, selects: bool) -> None:
-        self.selection = conv.selection if selects else None
-        structure = conv.structure(dataset)
-        self.alpha, self.projection, self.prototypes = (nnx.Param(value) for value in structure)
+        self.name: str = getattr(conv, "name", "convolution")
+        self.selection: KernelSelection | None = getattr(conv, "selection", None) if structure is not None else None
+        self.kernels, self.bias = nnx.Param(kernels * factor), nnx.Param(shift)
+        self.phi, self.theta = _param(phi), _param(theta)
+        self.alpha, self.projection, self.prototypes = map(_param, structure or (None, None, None))
+        self.modulation: LinearModulation | None = getattr(conv, "modulation", None) if varies else None
+        self.gate: ChannelGate | None = part.gate if varies else None
+        self.gate_first = part.gate_first
 
     def __call__(
         self, x: SparseTensor, kernel_map: KernelMap | None = None, context: ForwardContext | None = None
@@ -165,7 +160,7 @@ class FoldedConv(nnx.Module):
         return modulate(x, self.phi[...], self.theta[...])
 
     def _gamma(self, x: SparseTensor, modulated: SparseTensor, context: ForwardContext) -> Array | None:
-        if self.selection is None:
+        if self.selection is None or self.alpha is None or self.projection is None or self.prototypes is None:
             return None
         structure = Structure(self.alpha[...], self.projection[...], self.prototypes[...])
         seen = modulated if self.selection.structural_features == "modulated" else x
@@ -178,3 +173,7 @@ class FoldedConv(nnx.Module):
         if self.gate is not None and not self.gate_first:
             y = self.gate(y, context.embedding)
         return y
+
+
+def _param(value: Array | None) -> nnx.Param | None:
+    return None if value is None else nnx.Param(value)

@@ -102,7 +102,9 @@ def structural_consistency(
 
     With scope "batch" the mean is over the sites of all scans, on all devices along `axis_name`, and the same for each.
     """
-    features = x.features.astype(jnp.promote_types(x.features.dtype, jnp.float32))
+    # What padding holds must not reach the gradient of the projection.
+    features = jnp.where(x.sites.valid[:, None], x.features, 0)
+    features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
     exact = lax.Precision.HIGHEST
     units = x.with_features(unit_rows(jnp.matmul(features, projection, precision=exact)))
     pooled = global_pool(units) if scope == "scan" else _batch_mean(units, axis_name)
