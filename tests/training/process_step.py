@@ -1,0 +1,91 @@
+"""One training step over the devices of one or several processes; run as a program, it is one of the processes."""
+
+import pickle
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.inputs.batching import BucketLadder, collate, no_scan, pad_batch
+from h2a2_jax.inputs.specs import SPECS
+from h2a2_jax.models import LevelSizes
+from h2a2_jax.training.distributed import MeshDivision, processes
+from h2a2_jax.training.harmonize import norm_gradient_harmonization
+from h2a2_jax.training.mesh import REPLICA, train_mesh
+from h2a2_jax.training.state import create_state, place_state
+from h2a2_jax.training.step import StepConfig, make_train_step
+from tests.models.scenes import VOXEL, room, tiny_detector
+
+SEED = 2
+SCANS = [[room(10 * d + i, points=1500, boxes=8 - 2 * i, size=8.0 + d) for i in range(2 if d else 1)] for d in range(3)]
+"""By dataset; one scan of the first, two of the others."""
+
+
+def run_step(devices: Any) -> tuple[Any, Any, MeshDivision]:
+    """State and metrics after one step on these devices, each process loading what its devices work on."""
+    mesh = train_mesh(len(SPECS), devices)
+    division = MeshDivision(mesh, len(SPECS))
+    model = tiny_detector(seed=SEED)
+    nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(float), nnx.state(model)))
+    optimizer = optax.sgd(1e-3)
+    balancer = norm_gradient_harmonization(len(SPECS), axis_name="dataset")
+    graph, state = create_state(model, optimizer, balancer)
+    step = make_train_step(graph, state, SPECS, optimizer, balancer, mesh, StepConfig(keep_gradients=True))
+
+    replicas, rows = mesh.shape[REPLICA], 2 // mesh.shape[REPLICA]
+    own = {(d, r) for d in range(len(SPECS)) for r in range(replicas) if division.owns(d, r)}
+    grid = {(d, r): collate((SCANS[d] + [no_scan()] * 2)[r * rows : (r + 1) * rows], VOXEL) for d, r in sorted(own)}
+    # One bucket, agreed upon.
+    sizes = np.max([cell.tables.sizes for cell in grid.values()], axis=0).astype(np.int32)
+    most = division.exchange(sizes)().max(0)
+    capacities = BucketLadder(LevelSizes(*most.tolist())).capacities(0)
+
+    def padded(cell: Any) -> Any:
+        batch = pad_batch(cell, capacities, 8)
+        return replace(batch, features=batch.features.astype(float), boxes=batch.boxes.astype(float))
+
+    batch = division.assemble({key: padded(cell) for key, cell in grid.items()})
+    return *division.fetch(step(place_state(state, mesh), batch)), division
+
+
+def tree_by_name(state: Any, metrics: Any, division: MeshDivision) -> dict[str, np.ndarray]:
+    """What layouts must agree on, as arrays by dotted name."""
+    parts = {
+        "gradients": metrics.gradients[0],
+        "exclusive": metrics.gradients[1],
+        "stats": state.stats,
+        "losses": (metrics.box_loss, metrics.class_loss, metrics.num_positives, metrics.gradient_norm),
+        "norms": state.balancer.norms,
+        "psi": state.balancer.psi,
+        "scales": state.balancer.scales,
+        "selection": metrics.selection,
+    }
+    return {
+        f"{part}.{jax.tree_util.keystr(path)}": np.asarray(leaf)
+        for part, tree in parts.items()
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def main(coordinator: str, count: str, process: str, folder: str, *options: str) -> None:
+    with processes(coordinator, int(count), int(process)), jax.enable_x64(True):
+        if "fail" in options:
+
+            def opened() -> None:
+                if process == "1":
+                    raise InputError("the disk of process 1 is gone.")
+
+            MeshDivision(train_mesh(2), 2).together(opened, "open its scans")
+        state, metrics, division = run_step(jax.devices())
+        told = {"loaded": division.datasets, "values": tree_by_name(state, metrics, division)}
+        Path(folder, f"process{process}.pickle").write_bytes(pickle.dumps(told))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
