@@ -4,8 +4,9 @@
 
 Every figure is a median of runs that take turns after a warm-up. The floor is what the machine's own matmul would need
 for the products of the pairs there are, 2 * pairs * Cin * Cout, three times that with the backward pass; its rate is
-the best of those measured between the rounds. "plain" is the same detector by one gather and one matmul an offset
-(`algorithm="gather"`). The loss is a stand-in, the mean square of the predictions; a step adds AdamW.
+the best of those measured between the rounds. "folded" evaluates the detector of one dataset in which everything that
+depends on the dataset alone is computed once, as prediction does. "plain" is the same detector by one gather and one
+matmul an offset (`algorithm="gather"`). The loss is a stand-in, the mean square of the predictions; a step adds AdamW.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from benchmarks.convolution import detector_layers
 from benchmarks.scans import load_points
 from h2a2_jax import sparse
 from h2a2_jax.errors import InputError
+from h2a2_jax.inference.folding import fold
 from h2a2_jax.layers import DatasetContext, ForwardContext, KernelSelection
 from h2a2_jax.models import (
     Detector,
@@ -49,7 +51,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
 }
 """Architectures by name: TR3D's own, and one for small machines."""
 _BLOCK = 64
-PASSES = ("evaluate", "forward", "forward+backward", "step")
+PASSES = ("evaluate", "folded", "forward", "forward+backward", "step")
 
 
 def run(
@@ -105,7 +107,7 @@ def run(
         "ms": ms,
         "scans_per_second": {key: batch / (value / 1e3) for key, value in ms.items()},
         "over_floor": {
-            key: value / (floor * 1e3) / (1 if key.endswith(("forward", "evaluate")) else 3)
+            key: value / (floor * 1e3) / (1 if key.endswith(("forward", "evaluate", "folded")) else 3)
             for key, value in ms.items()
         },
         "sfks_over_tr3d": {
@@ -173,8 +175,19 @@ def _passes(
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
 
+    one = DatasetContext.one(0, 1)
+
+    def folded_model(params: Any) -> Detector:
+        return fold(nnx.merge(graph, params, rest), one, 0)
+
+    folded_graph = nnx.graphdef(nnx.eval_shape(folded_model, params))
+
+    def predict_folded(state: Any, features: Any, plan: Any) -> Any:
+        return nnx.merge(folded_graph, state)(features, plan, ForwardContext(one, algorithm=algorithm, dtype=products))
+
     jobs: dict[str, tuple[Any, tuple]] = {
         "evaluate": (partial(predict, training=False), (params, features, plan)),
+        "folded": (predict_folded, (jax.jit(lambda params: nnx.state(folded_model(params)))(params), features, plan)),
         "forward": (partial(predict, training=True), (params, features, plan)),
         "forward+backward": (jax.value_and_grad(loss), (params, features, plan)),
         "step": (step, (params, opt_state, features, plan)),

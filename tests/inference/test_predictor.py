@@ -47,8 +47,8 @@ EMPTY = Scan("empty", NOTHING, NOTHING, np.zeros((0, 7), np.float32), np.zeros(0
 
 
 @pytest.fixture(scope="module")
-def make_predictor() -> Callable[[], Predictor]:
-    """Makes predictors of one model: random weights that make scores differ."""
+def model() -> Detector:
+    """Random weights that make scores differ."""
     heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in SPECS]
     shapes = nnx.eval_shape(lambda: Detector(TINY, heads, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
@@ -64,7 +64,12 @@ def make_predictor() -> Callable[[], Predictor]:
         return jnp.asarray(values.astype(leaf.dtype))
 
     graph, state = nnx.split(shapes)
-    model = nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, state))
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, state))
+
+
+@pytest.fixture(scope="module")
+def make_predictor(model: Detector) -> Callable[[], Predictor]:
+    """Makes predictors of one model."""
     return lambda: Predictor(model, SPECS, score_threshold=0.1)
 
 
@@ -190,3 +195,19 @@ def test_evaluation_names_what_it_leaves_out(predictor: Predictor, capsys: pytes
     assert len(detections) == 1 and len(detections[0]) == len(found)
     assert set(skipped) == {"broken", "bad"} and "m from the origin" in skipped["bad"]
     assert "sunrgbd: 100%" in capsys.readouterr().err
+
+
+def test_unseen_data_take_a_head_a_conditioning_and_kernels(model: Detector, small_boxes: Detections):
+    def boxes(**choices: Any) -> Detections:
+        return Predictor(model, SPECS, score_threshold=0.1, **choices).predict([SMALL], "sunrgbd")[0]
+
+    for choices in ({"conditioning": "s3dis"}, {"conditioning": "mean"}, {"kernels": "shared"}):
+        other = boxes(**choices)
+        assert len(other) != len(small_boxes) or np.abs(other.scores - small_boxes.scores).max() > 0.01
+    with pytest.raises(InputError, match=r"trained on sunrgbd, s3dis, not on 'scannet'"):
+        boxes(conditioning="scannet")
+
+
+def test_what_is_not_folded_gives_the_same_boxes(model: Detector, small_boxes: Detections):
+    whole = Predictor(model, SPECS, score_threshold=0.1, folded=False)
+    assert_same(whole.predict([SMALL], "sunrgbd")[0], small_boxes)
