@@ -24,7 +24,7 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes:
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: which of them this one is, from 0.")
 _ONLY_FOR = {"singles": ["report"], "taus": ["tau_sweep"], "seeds": ["tau_sweep", "ablation"]}
 _ONLY_FOR["jobs"] = _ONLY_FOR["seeds"]
-_ONLY_FOR |= dict.fromkeys(("coordinator", "num_processes", "process_id"), ["train", "eval", "predict"])
+_ONLY_FOR |= {flag: ["train", "eval", "predict"] for flag in ("coordinator", "num_processes", "process_id")}
 _EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
 
 

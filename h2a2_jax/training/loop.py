@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.evaluate import build_predictor, evaluate_source
@@ -41,12 +42,12 @@ def build_detector(config: ExperimentConfig) -> Detector:
     specs = [dataset_spec(name) for name in config.dataset_names]
     heads = [HeadConfig(spec.name, spec.num_classes, spec.num_outputs) for spec in specs]
 
-    def build() -> Detector:
-        return Detector(config.model, heads, rngs=nnx.Rngs(config.train.seed))
+    def build(key: PRNGKeyArray) -> Detector:
+        return Detector(config.model, heads, rngs=nnx.Rngs(key))
 
-    # Drawn in one program: hundreds of small ones would be compiled otherwise.
-    graph, _ = nnx.split(nnx.eval_shape(build))
-    return nnx.merge(graph, jax.jit(lambda: nnx.state(build()))())
+    # Drawn in one program, for hundreds of small ones would be compiled otherwise; the same for all seeds.
+    key = jax.random.key(config.train.seed)
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(build, key)), jax.jit(lambda key: nnx.state(build(key)))(key))
 
 
 def build_stream(config: ExperimentConfig, division: MeshDivision) -> JointStream:

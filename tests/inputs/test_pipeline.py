@@ -123,7 +123,9 @@ def test_unequal_batches_share_one_shape_and_count_their_own_scans() -> None:
     assert item.batch.boxes.shape[:3] == (2, 2, 2)
     assert [len(names) for names in item.names] == [4, 2] and item.num_scans == 6
     assert ((item.batch.labels >= 0).any(-1).sum((1, 2)) == [4, 2]).all()
-    assert set(item.batch.plan.voxels.coords[1, 0, :, 0]) == {0, 2}, "the second row is a scan without sites; 2 is padding"
+    assert set(item.batch.plan.voxels.coords[1, 0, :, 0]) == {0, 2}, (
+        "the second row is a scan without sites; 2 is padding"
+    )
     # 5 scans x 13 repeats in steps of 4, against 3 x 5 in steps of 2.
     assert stream.steps_per_epoch == 17
     seen = [name for step in range(3) for name in stream.step(step).names[1]]

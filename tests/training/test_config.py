@@ -100,6 +100,8 @@ def test_keys_left_out_take_their_defaults():
         ("datasets", {"kitti": {"root": "a"}}, "Unknown dataset 'kitti'"),
         ("datasets.scannet.kind", "mmdet3d", "datasets.scannet.root is ''; expected the prepared folder."),
         ("datasets.scannet.repeats", 0, "datasets.scannet.repeats is 0; expected 1 or more, or None."),
+        ("datasets.scannet.batch_size", 0, "datasets.scannet.batch_size is 0; expected 1 or more, or None"),
+        ("datasets.scannet.weight", 0.0, "datasets.scannet.weight is 0.0; expected a probability above 0 up to 1."),
         ("datasets", [{"root": "a"}], "config key 'datasets.0.name' is missing; expected str."),
         ("datasets", [{"name": "s3dis", "root": "a"}] * 2, "expected every dataset once, not s3dis twice."),
         ("eval.iou_thresholds", [], "eval.iou_thresholds is (); expected at least one number"),
