@@ -291,7 +291,8 @@ class JointStream:
         try:
             for d in sorted({d for d, _ in self._cells}):
                 lengths[d] = len(self._source(d))
-                scans = [self._scan(d, position) for position in range(min(_MEASURED, 2 * lengths[d]))]
+                # Of one seed for all runs: runs that differ in it have the same shapes and the same program.
+                scans = [self._scan(d, position, 0) for position in range(min(_MEASURED, 2 * lengths[d]))]
                 boxes = max(boxes, *(len(scan.boxes) for scan in scans))
                 sizes = [scan_sizes(scan, self.config.voxel_size) for scan in scans]
                 ladder = BucketLadder.measured([sizes], self.batch_sizes[d] // self.config.replicas)
@@ -311,13 +312,14 @@ class JointStream:
         assert source is not None
         return source
 
-    def _scan(self, dataset: int, position: int) -> Scan:
+    def _scan(self, dataset: int, position: int, seed: int | None = None) -> Scan:
         """The scan at a position of a dataset's endless stream, sampled and augmented."""
         recipe = self.datasets[dataset]
         source, spec = self._source(dataset), recipe.spec
         epoch, place = divmod(position, len(source))
-        order = np.random.default_rng([self.config.seed, dataset, epoch]).permutation(len(source))
-        rng = np.random.default_rng([self.config.seed, dataset, position, 1])
+        seed = self.config.seed if seed is None else seed
+        order = np.random.default_rng([seed, dataset, epoch]).permutation(len(source))
+        rng = np.random.default_rng([seed, dataset, position, 1])
         for index in np.roll(order, -place):
             try:
                 scan = source[int(index)]
