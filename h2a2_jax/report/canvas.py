@@ -17,7 +17,7 @@ SHARED_MAP = LinearSegmentedColormap.from_list("shared", ["#e08214", "#f7f7f7", 
 _DPI = 110
 
 
-def canvas(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, Any]:
+def canvas(rows: int, columns: int, width: float | int, height: float | int, **options: Any) -> tuple[Figure, Any]:
     """A figure and its axes [rows, columns]; sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)

@@ -10,12 +10,12 @@ from jaxtyping import Float
 from h2a2_jax.report.canvas import COLORS, canvas, name_steps, save
 from h2a2_jax.report.page import Picture
 
-Series = Mapping[str, Float[np.ndarray, "t 2"]]
+Series = Mapping[str, Float[np.ndarray, "_ 2"]]
 """Of each metric its (step, value) rows."""
 _COLUMNS = 4
 
 
-def series_of(lines: Sequence[Mapping[str, float | None]]) -> dict[str, Float[np.ndarray, "t 2"]]:
+def series_of(lines: Sequence[Mapping[str, float | int | None]]) -> dict[str, Float[np.ndarray, "_ 2"]]:
     """The values of each metric over the steps; what is null is left out.
 
     Args:
@@ -29,9 +29,9 @@ def series_of(lines: Sequence[Mapping[str, float | None]]) -> dict[str, Float[np
     return {name: np.array(values) for name, values in found.items()}
 
 
-def by_group(series: Series, metric: str, datasets: Sequence[str]) -> dict[str, dict[str, Float[np.ndarray, "t 2"]]]:
+def by_group(series: Series, metric: str, datasets: Sequence[str]) -> dict[str, dict[str, Float[np.ndarray, "_ 2"]]]:
     """The series "<metric>/<group>/<dataset>", by group and dataset."""
-    groups: dict[str, dict[str, Float[np.ndarray, "t 2"]]] = {}
+    groups: dict[str, dict[str, Float[np.ndarray, "_ 2"]]] = {}
     for name, values in series.items():
         parts = name.split("/")
         if len(parts) == 3 and parts[0] == metric and parts[2] in datasets:

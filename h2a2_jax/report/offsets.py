@@ -67,4 +67,4 @@ def disagreement(gamma: Float[np.ndarray, "*s v"]) -> Float[np.ndarray, "*s"]:
 
     0: every offset takes the same kind in all scans; 1: half of the scans take each. A single scan never disagrees.
     """
-    return (1 - np.abs(2 * gamma - 1)).mean(-1)
+    return np.asarray((1 - np.abs(2 * gamma - 1)).mean(-1))

@@ -78,7 +78,7 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     )
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def number(value: float | int | None, digits: int = 3) -> str:
     """A number for a table; a dash where there is none."""
     return "\N{EN DASH}" if value is None or value != value else f"{value:.{digits}f}"
 

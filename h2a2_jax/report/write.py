@@ -141,7 +141,7 @@ def _summary(
     step: int | None,
     selections: dict[str, LayerSelection],
     counts: Sequence[int],
-    lines: Sequence[dict[str, float | None]],
+    lines: Sequence[dict[str, float | int | None]],
 ) -> Section:
     path = workdir / "evaluation.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -216,7 +216,10 @@ def _selection_sections(
 
 
 def _exclusive_table(selections: dict[str, LayerSelection], names: Sequence[str]) -> Table:
-    rows = [[layer, *(html.number(1 - share.mean(), 2) for share in s.shared_share)] for layer, s in selections.items()]
+    rows = [
+        [layer, *(html.number(float(1 - share.mean()), 2) for share in s.shared_share)]
+        for layer, s in selections.items()
+    ]
     return Table("Share of (scan, offset) pairs that take the dataset's own kernel.", ["layer", *names], rows)
 
 
@@ -231,7 +234,7 @@ def _agreement_table(selections: dict[str, LayerSelection]) -> Table:
     return Table("The same as numbers.", ["layer", *OFFSET_CLASSES, "chance"], rows)
 
 
-def _balance_section(config: ExperimentConfig, lines: Sequence[dict[str, float | None]], folder: Path) -> Section:
+def _balance_section(config: ExperimentConfig, lines: Sequence[dict[str, float | int | None]], folder: Path) -> Section:
     from h2a2_jax.report import figures_training as figures
 
     title = "Losses and gradient balance"

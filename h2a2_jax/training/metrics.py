@@ -61,7 +61,7 @@ class MetricsWriter:
         self.close()
 
 
-def read_metrics(workdir: str | Path) -> list[dict[str, float | None]]:
+def read_metrics(workdir: str | Path) -> list[dict[str, float | int | None]]:
     """The lines of a run's `metrics.jsonl` in the order of their steps, as `MetricsWriter` describes them.
 
     Raises:
