@@ -213,3 +213,10 @@ def test_some_dataset_takes_part_in_every_step() -> None:
     turns = Turns(0, [0.02, 0.01])
     present = np.array([turns.present(i) for i in range(300)])
     assert present.any(1).all() and not present.all(1).any() and present.any(0).all()
+
+
+def test_shapes_do_not_depend_on_the_seed() -> None:
+    scans = [make_scan(i, points=100 + 60 * i) for i in range(40)]
+    streams = [make_stream(StreamConfig(batch_size=2, voxel_size=0.02, seed=seed), scans) for seed in (0, 5)]
+    assert streams[0].ladder.capacities(0) == streams[1].ladder.capacities(0)
+    assert streams[0].step(0).names != streams[1].step(0).names

@@ -78,3 +78,14 @@ def batch_of(scans, capacities=None, max_boxes=4):
     if capacities is None:
         capacities = type(host.tables.sizes)(*(size + 32 for size in host.tables.sizes))
     return jax.tree.map(jax.numpy.asarray, pad_batch(host, capacities, max_boxes))
+
+
+def alive(model, seed=0):
+    """Running statistics in the range of the small features, so that ReLUs leave something in evaluation."""
+    rng = np.random.default_rng(seed)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, BatchNorm):
+            module.mean.set_value(jax.numpy.asarray(rng.normal(0, 0.01, module.mean.shape), np.float32))
+            module.var.set_value(jax.numpy.asarray(rng.uniform(0.2, 0.6, module.var.shape), np.float32))
+    model.heads.box_kernel.set_value(0.01 * model.heads.box_kernel[...])  # large features would make boxes infinite
+    return model
