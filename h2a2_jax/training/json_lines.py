@@ -62,7 +62,9 @@ def read_json_lines(path: Path, version: int) -> list[dict[str, Any]]:
             values = json.loads(line)
             step, given = values["step"], values["version"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(f"Line {number} of {path} is no JSON object with a step and a version: {error}.") from error
+            raise InputError(
+                f"Line {number} of {path} is no JSON object with a step and a version ({error})."
+            ) from error
         if given != version:
             raise InputError(
                 f"Line {number} of {path} has version {given}, this program reads version {version}: use the program "
