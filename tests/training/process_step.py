@@ -14,25 +14,52 @@ from flax import nnx
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.batching import BucketLadder, collate, no_scan, pad_batch
 from h2a2_jax.inputs.specs import SPECS
-from h2a2_jax.models import LevelSizes
+from h2a2_jax.layers import DatasetContext, ForwardContext
+from h2a2_jax.models import Detector, LevelSizes
+from h2a2_jax.sparse import SparseTensor
 from h2a2_jax.training.distributed import MeshDivision, processes
 from h2a2_jax.training.harmonize import norm_gradient_harmonization
 from h2a2_jax.training.mesh import REPLICA, train_mesh
 from h2a2_jax.training.state import create_state, place_state
 from h2a2_jax.training.step import StepConfig, make_train_step
-from tests.models.scenes import VOXEL, room, tiny_detector
+from tests.models.scenes import SELECTION, VOXEL, room, tiny_detector
 
 SEED = 2
+STEM_ONLY = replace(SELECTION, convolutions=("stem",))
+"""Selects kernels in one layer, so that what every process compiles is small."""
 SCANS = [[room(10 * d + i, points=1500, boxes=8 - 2 * i, size=8.0 + d) for i in range(2 if d else 1)] for d in range(3)]
 """By dataset; one scan of the first, two of the others."""
+
+
+def double_detector() -> Detector:
+    """Every parameter in float64."""
+    model = tiny_detector(STEM_ONLY, SEED)
+    nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(float), nnx.state(model)))
+    return model
+
+
+def smallest_margin() -> float:
+    """How near alpha * beta of any scan and offset comes to the threshold."""
+    model, margins = double_detector(), []
+    for d, scans in enumerate(SCANS):
+        host = collate(scans, VOXEL)
+        batch = pad_batch(host, host.tables.sizes, 8)
+        x = SparseTensor(batch.features.astype(float), batch.plan.voxels)
+        dataset = DatasetContext(np.eye(len(SPECS))[d])
+        seen: dict[str, Any] = {}
+        context = ForwardContext(dataset, training=True, tap=seen.__setitem__, embedding=model.embedding[d])
+        model.backbone.stem(x, batch.plan, context)
+        scores = [seen[name.replace("beta", "alpha")] * seen[name] for name in seen if name.endswith(".beta")]
+        margins += [float(abs(score - STEM_ONLY.tau).min()) for score in scores]
+    assert len(margins) == len(SCANS)
+    return min(margins)
 
 
 def run_step(devices: Any) -> tuple[Any, Any, MeshDivision]:
     """State and metrics after one step on these devices, each process loading what its devices work on."""
     mesh = train_mesh(len(SPECS), devices)
     division = MeshDivision(mesh, len(SPECS))
-    model = tiny_detector(seed=SEED)
-    nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(float), nnx.state(model)))
+    model = double_detector()
     optimizer = optax.sgd(1e-3)
     balancer = norm_gradient_harmonization(len(SPECS), axis_name="dataset")
     graph, state = create_state(model, optimizer, balancer)

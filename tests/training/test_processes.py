@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.training.process_step import run_step, tree_by_name
+from tests.training.process_step import run_step, smallest_margin, tree_by_name
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 400
@@ -76,19 +76,24 @@ def one_device() -> dict[str, np.ndarray]:
         return tree_by_name(*run_step(jax.devices()[:1]))
 
 
+def test_no_kernel_is_chosen_by_rounding() -> None:
+    with jax.enable_x64(True):
+        assert smallest_margin() > 1e-5
+
+
 def test_three_devices_are_one(one_device: dict[str, np.ndarray]) -> None:
     with jax.enable_x64(True):
         assert_same(tree_by_name(*run_step(jax.devices()[:3])), one_device)
 
 
-# Two processes that hold two datasets and one; then one dataset's two replicas in two processes (D = 1 and K = 1 each).
-@pytest.mark.parametrize("devices", [(1, 1, 1), (2, 1)])
+# One dataset a process; then two devices a dataset, of which one process has five and shares the last dataset.
+@pytest.mark.parametrize("devices", [(1, 1, 1), (5, 1)])
 def test_processes_are_devices(devices: tuple[int, ...], one_device: dict[str, np.ndarray], tmp_path: Path) -> None:
     codes, outputs = in_processes(tmp_path, devices, str(tmp_path))
     assert codes == [0] * len(devices), "\n".join(outputs)
     told = [pickle.loads((tmp_path / f"process{i}.pickle").read_bytes()) for i in range(len(devices))]
     datasets = [list(part["loaded"]) for part in told]
-    assert datasets == ([[0], [1], [2]] if len(devices) == 3 else [[0, 1], [2]])
+    assert datasets == ([[0], [1], [2]] if len(devices) == 3 else [[0, 1, 2], [2]])
     for part in told:
         assert_same(part["values"], one_device)
 

@@ -15,7 +15,7 @@ import optax
 import pytest
 from flax import nnx
 
-from h2a2_jax.inputs.batching import BucketLadder, collate, pad_batch, stack_batches
+from h2a2_jax.inputs.batching import BucketLadder, collate, no_scan, pad_batch, stack_batches
 from h2a2_jax.inputs.specs import SPECS
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.models import LevelSizes
@@ -37,6 +37,8 @@ SEED = 2
 
 # Large rooms: few sites at the coarsest level would make batch norm magnify rounding.
 SCANS = [[room(10 * d + i, points=2500, boxes=8 - 2 * i, classes=5, size=10.0 + d) for i in range(2)] for d in range(3)]
+UNEQUAL = [[SCANS[0][0], no_scan()], [no_scan(), SCANS[1][1]], SCANS[2]]
+"""One scan of two datasets: on six devices two replicas have none."""
 OPTIMIZER = optax.adamw(1e-3, weight_decay=1e-4)
 
 
@@ -83,9 +85,10 @@ def compiled(devices):
 
 
 @cache
-def after_a_step(devices, present=(True, True, True)):
+def after_a_step(devices, present=(True, True, True), unequal=False):
     mesh, state, step = compiled(devices)
-    after = jax.device_get(step(place_state(state, mesh), batch_for(mesh, present=present)))
+    batch = batch_for(mesh, UNEQUAL if unequal else SCANS, present)
+    after = jax.device_get(step(place_state(state, mesh), batch))
     assert all(leaf.dtype == float for leaf in jax.tree.leaves(after[1].gradients))
     return after
 
@@ -113,7 +116,6 @@ def test_meshes():
 
 def test_no_kernel_is_chosen_by_rounding():
     graph, exclusive, shared, stats = split_model(double_detector())
-    batch = batch_for(train_mesh(3, jax.devices()[:1]))
 
     @jax.jit
     def scores(features, plan, dataset):
@@ -122,10 +124,13 @@ def test_no_kernel_is_chosen_by_rounding():
         merge_model(graph, exclusive, shared, stats)(features, plan, context)
         return [seen[n.replace("beta", "alpha")] * seen[n] for n in seen if n.endswith(".beta")]
 
-    for d in range(3):
-        own = jax.tree.map(lambda leaf, d=d: leaf[d, 0], batch)
-        margins = [abs(s - SELECTION.tau).min() for s in scores(own.features, own.plan, jnp.eye(3)[d])]
-        assert len(margins) == 8 and min(margins) > NEAR_TIE
+    for scans in (SCANS, UNEQUAL):
+        batch = batch_for(train_mesh(3, jax.devices()[:1]), scans)
+        for d in range(3):
+            own = jax.tree.map(lambda leaf, d=d, batch=batch: leaf[d, 0], batch)
+            real = np.array([len(scan.points) > 0 for scan in scans[d]])
+            margins = [abs(s[real] - SELECTION.tau).min() for s in scores(own.features, own.plan, jnp.eye(3)[d])]
+            assert len(margins) == 8 and min(margins) > NEAR_TIE
 
 
 @pytest.mark.parametrize("devices", DEVICES[1:])
@@ -166,6 +171,54 @@ def test_an_absent_dataset_has_no_part(devices):
     for name, value in named(one.gradients[1]).items():
         np.testing.assert_allclose(value[[0, 2]], full[name][[0, 2]], rtol=1e-6, atol=1e-9)
     assert all((norms[1] == 0).all() for norms in jax.tree.leaves(one_state.balancer.norms))
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_scans_that_fill_a_batch_change_nothing(devices):
+    state, metrics = after_a_step(devices, unequal=True)
+    one_state, one = after_a_step(1, unequal=True)
+    for ours, theirs in zip(metrics.gradients, one.gradients, strict=True):
+        assert_close(ours, theirs)
+    assert_close(state.stats, one_state.stats)
+    assert_close(state.balancer.norms, one_state.balancer.norms)
+    full = after_a_step(1)[1]
+    assert (metrics.num_positives == one.num_positives).all()
+    assert (one.num_positives < full.num_positives).tolist() == [True, True, False]
+    np.testing.assert_allclose(one.box_loss[2] + one.class_loss[2], full.box_loss[2] + full.class_loss[2], rtol=1e-9)
+    for layer, seen in one.selection.items():
+        ours = metrics.selection[layer]
+        for part in ("alpha", "beta", "gamma", "lowest_score", "highest_score"):
+            np.testing.assert_allclose(getattr(ours, part), getattr(seen, part), rtol=1e-6)
+        # One scan: a mean with the other, which has no sites, would halve what it selects.
+        assert set(np.unique(np.asarray(seen.gamma)[:2].round(9))) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_one_dataset_alone_is_left_as_it_is(devices):
+    state, metrics = after_a_step(devices, present=(False, True, False))
+    one_state, one = after_a_step(1, present=(False, True, False))
+    for ours, theirs in zip(metrics.gradients, one.gradients, strict=True):
+        assert_close(ours, theirs)
+    assert all(psi == 1 for psi in jax.tree.leaves((state.balancer.psi, one_state.balancer.psi)))
+    norms = named(one_state.balancer.norms)
+    for name, gradient in named(one.gradients[0]).items():
+        np.testing.assert_allclose(np.linalg.norm(gradient), norms[name][1], rtol=1e-5, err_msg=name)
+    assert metrics.present.tolist() == [False, True, False]
+
+
+def test_shared_gradient_is_the_mean_of_what_harmonisation_leaves():
+    """By the formula, from the gradients that the datasets have alone."""
+    alone = [named(after_a_step(1, present=tuple(np.arange(3) == d))[1].gradients[0]) for d in range(3)]
+    for name, joint in named(after_a_step(1)[1].gradients[0]).items():
+        grads = np.stack([own[name] for own in alone])
+        n = np.sqrt((grads**2).reshape(3, -1).sum(1))
+        i, j = np.triu_indices(3, 1)
+        psi = np.mean(2 * n[i] * n[j] / (n[i] ** 2 + n[j] ** 2))
+        scale = n.mean() / n if psi < THRESHOLD else np.ones(3)
+        assert scale.max() < 100 and n.min() > 1e-12
+        expected = (grads.T * scale).T.mean(0)
+        # Factors are float32.
+        np.testing.assert_allclose(joint, expected, rtol=0, atol=1e-6 * np.abs(expected).max(), err_msg=name)
 
 
 def test_parameters_are_split_by_what_owns_them():
