@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from h2a2_jax.report.canvas import COLORS, canvas, name_steps, save
 from h2a2_jax.report.page import Picture
+from h2a2_jax.training.parameter_groups import KINDS
 
 Series = Mapping[str, Float[np.ndarray, "_ 2"]]
 """Of each metric its (step, value) rows."""
@@ -76,29 +77,34 @@ def draw_psi(series: Series, threshold: float | None, folder: Path) -> Picture |
     groups.pop("cap_hits", None)
     if not groups and not whole:
         return None
-    figure, axes = canvas(1, 3 if groups else 2, 15 if groups else 10, 4)
-    panels = [(axes[0, 0], whole, "over all tensors")] + ([(axes[0, 1], groups, "mean of a group")] if groups else [])
-    for ax, values, title in panels:
-        for i, (name, rows) in enumerate(values.items()):
-            ax.plot(*rows.T, color=COLORS[i % len(COLORS)], label=name, linewidth=1.3)
+    kinds = {name: values for name, values in groups.items() if name in KINDS}
+    places = {name: values for name, values in groups.items() if name not in KINDS}
+    parts = [("all tensors", whole, ["all tensors"]), ("by place", places, [*places]), ("by kind", kinds, [*kinds])]
+    parts = [part for part in parts if part[1]]
+    figure, axes = canvas(2, len(parts), 5 * len(parts), 7, sharex=True)
+    for column, (title, values, names) in enumerate(parts):
+        upper, lower = axes[:, column]
+        _lines(upper, values)
         if threshold is not None:
-            ax.axhline(threshold, color="0.3", linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
-        ax.set(title=title, ylabel="Psi (1: equal norms)", ylim=(0, 1.05))
-    ax = axes[0, -1]
-    for i, (name, rows) in enumerate(shares.items()):
-        ax.plot(*rows.T, color=COLORS[i % len(COLORS)], label=name, linewidth=1.3)
-    ax.set(title="harmonised tensors", ylabel="share with Psi below the threshold", ylim=(-0.02, 1.05))
-    for ax in axes[0]:
-        name_steps(ax)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=7)
+            upper.axhline(threshold, color="0.3", linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
+        upper.set(title=title, ylabel="Psi, mean over tensors (1: equal norms)", ylim=(0, 1.05))
+        _lines(lower, {name: shares[name] for name in names if name in shares})
+        lower.set(ylabel="share of tensors with Psi below the threshold", ylim=(-0.02, 1.05))
+        name_steps(lower)
+        upper.legend(fontsize=8, loc="lower left")
     return save(
         figure, folder, "psi", "Agreement of the datasets' gradient norms",
         "Psi of a parameter tensor is the mean over pairs of datasets of 2 a b / (a\u00b2 + b\u00b2), a and b the "
         "norms of their gradients: 1 for equal norms, 0.8 at a ratio of two. Below the threshold gradient "
-        "harmonisation scales the gradients to their mean norm. From metrics.jsonl; each line tells of its last step "
-        "or of the mean over its steps, as the balancer reports it.",
+        "harmonisation scales the gradients to their mean norm. Above Psi, below the share of tensors it is below the "
+        "threshold in: of all tensors, by where in the detector they are, and by what they are. From metrics.jsonl; "
+        "each line tells of its last step.",
     )  # fmt: skip
+
+
+def _lines(ax: Any, values: Series) -> None:
+    for i, (name, rows) in enumerate(values.items()):
+        ax.plot(*rows.T, color=COLORS[i % len(COLORS)], label=name, linewidth=1.3)
 
 
 def draw_by_group(
