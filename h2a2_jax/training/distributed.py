@@ -212,6 +212,10 @@ def _end(error: BaseException) -> None:
         print(f"run.py: {error}", file=sys.stderr)
     else:
         traceback.print_exception(error)
+        process = jax.process_index()
+        print(
+            f"run.py: process {process} ends. If another ended before, what that one printed says why.", file=sys.stderr
+        )
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(2 if isinstance(error, InputError) else 1)
