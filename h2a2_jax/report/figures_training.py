@@ -79,7 +79,11 @@ def draw_psi(series: Series, threshold: float | None, folder: Path) -> Picture |
         return None
     kinds = {name: values for name, values in groups.items() if name in KINDS}
     places = {name: values for name, values in groups.items() if name not in KINDS}
-    parts = [("all tensors", whole, ["all tensors"]), ("by place", places, [*places]), ("by kind", kinds, [*kinds])]
+    parts: list[tuple[str, Series, list[str]]] = [
+        ("all tensors", whole, ["all tensors"]),
+        ("by place", places, [*places]),
+        ("by kind", kinds, [*kinds]),
+    ]
     parts = [part for part in parts if part[1]]
     figure, axes = canvas(2, len(parts), 5 * len(parts), 7, sharex=True)
     for column, (title, values, names) in enumerate(parts):

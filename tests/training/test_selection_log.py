@@ -90,7 +90,7 @@ def test_reading_gives_arrays_in_the_order_asked_for_and_the_later_of_two_lines(
 
 def test_lines_of_other_datasets_are_refused(tmp_path):
     SelectionLog(tmp_path, NAMES, 1, 1).add(1, [metrics(0.5)])
-    with pytest.raises(InputError, match="step 1 .* other datasets"):
+    with pytest.raises(InputError, match=r"step 1 .* other datasets"):
         read_selection_log(tmp_path / "selection.jsonl", ("scannet", "sunrgbd"))
 
 
