@@ -70,7 +70,7 @@ def draw_losses(series: Series, datasets: Sequence[str], folder: Path) -> Pictur
 def draw_psi(series: Series, threshold: float | None, folder: Path) -> Picture | None:
     """Agreement of gradient norms over training; None without it."""
     groups = {name.split("/")[1]: values for name, values in series.items() if name.startswith("psi/")}
-    whole = {name: groups.pop(name) for name in ("mean", "min") if name in groups}
+    whole: Series = {name: groups.pop(name) for name in ("mean", "min") if name in groups}
     shares = {"/".join(n.split("/")[1:]): v for n, v in series.items() if n.startswith("harmonized_share/")}
     if "harmonized_share" in groups:
         shares["all tensors"] = groups.pop("harmonized_share")

@@ -1,4 +1,4 @@
-"""Three processes, three devices, one device: the same gradients, statistics, norms and losses.
+"""Three processes are one device: the same gradients, statistics, norms and losses. `test_step` has three devices.
 
 Each process is given the scans of its own datasets only and one CPU device, or two; they meet over gloo on this
 machine. In float64, as in `test_step`, whose scans and detector these are, smaller.
@@ -38,7 +38,8 @@ def in_processes(folder: Path, devices: tuple[int, ...], *arguments: str) -> tup
     for i, count in enumerate(devices):
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+            # Unoptimised, for compiling takes nearly all of the time.
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0",
             "PYTHONPATH": str(ROOT),
         }
         outputs.append(folder / f"output{i}.txt")
@@ -81,11 +82,6 @@ def one_device() -> dict[str, np.ndarray]:
 def test_no_kernel_is_chosen_by_rounding() -> None:
     with jax.enable_x64(True):
         assert smallest_margin() > 1e-5
-
-
-def test_three_devices_are_one(one_device: dict[str, np.ndarray]) -> None:
-    with jax.enable_x64(True):
-        assert_same(tree_by_name(*run_step(jax.devices()[:3])), one_device)
 
 
 # One dataset a process; then two devices a dataset, of which one process has five and shares the last dataset.
