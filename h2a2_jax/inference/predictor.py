@@ -78,11 +78,13 @@ class Predictor:
         self._conditioning = conditioning
         if conditioning not in ("own", "mean"):
             self._index(conditioning)
-        graph, self._state = nnx.split(model)
+        graph, state = nnx.split(model)
+        self._state = jax.tree.map(jnp.asarray, state)
         # One program serves all datasets: folded detectors differ in their parameters only.
         self._fold = jax.jit(partial(_fold, graph)) if folded else None
-        shapes = nnx.eval_shape(lambda: folded_parameters(model, *self._contexts(0))) if folded else model
-        self._forward = jax.jit(partial(_forward, nnx.graphdef(shapes)))
+        if folded:
+            graph = nnx.graphdef(nnx.eval_shape(partial(_folded, graph), self._state, *self._contexts(0)))
+        self._forward = jax.jit(partial(_forward, graph))
         self._folded_states: dict[int, nnx.State] = {}
         self._ladders: dict[int, BucketLadder] = {}
 
@@ -183,7 +185,11 @@ def prepare(scan: Scan, spec: DatasetSpec) -> Scan:
 
 
 def _fold(graph: nnx.GraphDef, state: nnx.State, dataset: DatasetContext, head: DatasetContext) -> nnx.State:
-    return nnx.state(folded_parameters(nnx.merge(graph, state), dataset, head))
+    return nnx.state(_folded(graph, state, dataset, head))
+
+
+def _folded(graph: nnx.GraphDef, state: nnx.State, dataset: DatasetContext, head: DatasetContext) -> Detector:
+    return folded_parameters(nnx.merge(graph, state), dataset, head)
 
 
 def _forward(

@@ -78,7 +78,7 @@ def test_keys_left_out_take_their_defaults():
         ("optim.lrr", 1.0, "unknown config key 'optim.lrr'; did you mean 'lr'? (keys there: lr, weight_decay,"),
         ("traim", {}, "unknown config key 'traim'; did you mean 'train'? (keys there: datasets, model,"),
         ("datasets.scannet.rot", "a", "unknown config key 'datasets.scannet.rot'; did you mean 'root'?"),
-        ("model.selection.xyz", 1, "unknown config key 'model.selection.xyz'; (keys there: tau,"),
+        ("model.selection.xyz", 1, "unknown config key 'model.selection.xyz'; (keys there: convolutions,"),
         ("train.batch_size", 2.5, "train.batch_size is 2.5 (float); expected int."),
         ("train.batch_size", True, "train.batch_size is True (bool); expected int."),
         ("optim.lr", "fast", "optim.lr is 'fast' (str); expected float."),
