@@ -1,6 +1,6 @@
 """One scan (a room or a frame) on the host, and what a source of scans is."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -25,6 +25,7 @@ class Scan:
         boxes: gravity centre x, y, z, sizes dx, dy, dz (m), yaw (rad, counter-clockwise about z; 0 if axis-aligned).
         labels: class of each box; -1 = ignore.
         transform: homogeneous matrix from the frame of the input file to the frame of `points` and `boxes`.
+        notes: what loading left out or repaired, a count by kind, as in {"points with NaN or infinite values": 3}.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Scan:
     boxes: Float32[np.ndarray, "g 7"]
     labels: Int32[np.ndarray, " g"]
     transform: Float32[np.ndarray, "4 4"] = field(default_factory=_identity)
+    notes: Mapping[str, int] = field(default_factory=dict)
 
 
 class ScanError(InputError):
