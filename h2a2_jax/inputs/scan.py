@@ -49,6 +49,10 @@ class ScanError(InputError):
         super().__init__(message)
         self.scan = scan
 
+    def __reduce__(self) -> tuple[type["ScanError"], tuple[str, str]]:
+        """Both arguments: what an exception keeps by itself, the message alone, does not make one in another process."""
+        return type(self), (self.scan, str(self))
+
 
 @runtime_checkable
 class ScanSource(Protocol):
