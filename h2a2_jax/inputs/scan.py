@@ -50,7 +50,7 @@ class ScanError(InputError):
         self.scan = scan
 
     def __reduce__(self) -> tuple[type["ScanError"], tuple[str, str]]:
-        """Both arguments: what an exception keeps by itself, the message alone, does not make one in another process."""
+        """Both arguments: an exception keeps only its message, from which another process cannot make it again."""
         return type(self), (self.scan, str(self))
 
 
