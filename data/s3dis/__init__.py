@@ -1,0 +1,1 @@
+"""S3DIS: 272 rooms of six building areas."""

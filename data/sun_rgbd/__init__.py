@@ -1,0 +1,1 @@
+"""SUN RGB-D: 10,335 RGB-D frames."""

@@ -1,0 +1,1 @@
+"""Procedural rooms as those of S3DIS."""

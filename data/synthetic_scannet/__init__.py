@@ -1,0 +1,1 @@
+"""Procedural scans as ScanNet's."""

@@ -1,0 +1,1 @@
+"""Procedural frames as those of SUN RGB-D."""

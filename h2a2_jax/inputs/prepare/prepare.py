@@ -1,0 +1,310 @@
+"""Prepares a dataset: scans in parallel into a cache, then all of them into TFDS, gone on with after any end."""
+
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.inputs.prepare.builder import STATISTICS_FILE, Packing, ScanDatasetBuilder
+from h2a2_jax.inputs.prepare.cache import (
+    DamagedScanError,
+    ScanCache,
+    difference,
+    make_folder,
+    read_json,
+    writing_to,
+)
+from h2a2_jax.inputs.prepare.statistics import ScanSummary, statistics, summarise, table
+from h2a2_jax.inputs.prepare.workers import in_processes
+from h2a2_jax.inputs.raw import RawDataset
+from h2a2_jax.inputs.scan import ScanError, validate_scan
+from h2a2_jax.inputs.tfds_source import METADATA_FILE, why_not_whole
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+@dataclass(frozen=True)
+class PrepareScan:
+    """Makes sure that the cache holds a scan; runs in a worker.
+
+    Attributes:
+        raw: where scans come from.
+        cache: where they go to.
+    """
+
+    raw: RawDataset
+    cache: ScanCache
+
+    def __call__(self, name: str) -> tuple[ScanSummary, bool]:
+        """Loads a scan and writes it to the cache, unless it is there and whole.
+
+        Returns:
+            What is counted of it, and whether it had to be made.
+
+        Raises:
+            ScanError: the scan cannot be used.
+            OutputError: it cannot be written.
+        """
+        num_classes = self.raw.spec.num_classes
+        with contextlib.suppress(DamagedScanError):
+            return summarise(self.cache.read(name), num_classes), False
+        scan = self.raw.load(name)
+        problems = validate_scan(scan, num_classes)
+        if problems:
+            raise ScanError(name, " ".join(problems))
+        self.cache.write(scan)
+        return summarise(scan, num_classes), True
+
+
+class FailedScansError(InputError):
+    """Some scans could not be prepared, so that nothing was packed."""
+
+
+def prepare(
+    builder: type[ScanDatasetBuilder],
+    raw: RawDataset,
+    settings: Mapping[str, Any],
+    output: Path,
+    *,
+    workers: int,
+    published: Mapping[str, int] | None = None,
+    skip_failed: bool = False,
+    keep_cache: bool = False,
+) -> Path:
+    """Prepares a dataset, or goes on where an earlier call was ended; tells what it does on standard output.
+
+    Args:
+        builder: of the dataset.
+        raw: the scans.
+        settings: what the scans depend on beside their names, numbers and strings by name: scans of other settings are
+            not mixed in.
+        output: folder for <dataset>/<version>/ and, until all is done, <dataset>.cache/.
+        workers: processes at once.
+        published: scans by split that the dataset's authors state, to compare with.
+        skip_failed: pack without the scans that cannot be prepared.
+        keep_cache: keep the cache after packing, as it is kept where scans failed.
+
+    Returns:
+        Folder of the prepared dataset.
+
+    Raises:
+        FailedScansError: scans failed, and `skip_failed` is not set.
+        InputError: the output holds other data, is in use, or cannot be written.
+    """
+    splits = _names(raw)
+    total = sum(map(len, splits.values()))
+    with _alone(output, builder.name):
+        folder = output / builder.name / str(builder.VERSION)
+        cache = ScanCache(output / f"{builder.name}.cache", settings)
+        _remove_left_overs(folder.parent)
+        if _holds(folder, cache, splits):
+            print(f"{folder} holds all {total} scans already.")
+            print(table(read_json(folder / STATISTICS_FILE)))
+        else:
+            cache.open()
+            summaries, failed = _fill(cache, raw, splits, workers)
+            cache.write_failures(failed)
+            _tell_failures(failed, total, skip_failed)
+            kept = {split: [name for name in names if name in summaries] for split, names in splits.items()}
+            empty = [split for split, names in kept.items() if not names]
+            if empty:
+                raise FailedScansError(f"No scan of {' and '.join(empty)} could be prepared, so nothing was packed.")
+            counted = {split: [summaries[name] for name in names] for split, names in kept.items()}
+            found = statistics(raw.spec, counted, published, failed, raw.notes)
+            if not _holds(folder, cache, kept):
+                _pack(builder, output, folder, Packing(cache, kept, _metadata(raw, cache, kept, failed), found))
+            print(table(found))
+        if not keep_cache and not cache.read_failures():
+            cache.remove()
+    print(f"Prepared: {folder}")
+    return folder
+
+
+def _names(raw: RawDataset) -> dict[str, list[str]]:
+    """Names of the scans by split, sorted."""
+    splits = {split: sorted(raw.splits[split]) for split in ("train", "val")}
+    both = [name for names in splits.values() for name in names]
+    if len(set(both)) != len(both):
+        twice = next(name for name in both if both.count(name) > 1)
+        raise InputError(f"Scan {twice} is named twice in the lists of the splits: name each once.")
+    empty = [split for split, names in splits.items() if not names]
+    if empty:
+        raise InputError(f"There is no scan in {' and '.join(empty)}: check the raw folder and its lists of scans.")
+    return splits
+
+
+@contextlib.contextmanager
+def _alone(output: Path, name: str) -> Iterator[None]:
+    """Keeps a second preparation out; the system lets go however this one ends."""
+    make_folder(output)
+    lock = output / f"{name}.lock"
+    with contextlib.ExitStack() as stack:
+        with writing_to(lock):
+            file: TextIO = stack.enter_context(lock.open("w"))
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"{name} is being prepared in {output} already: wait for that, or give another --output."
+            ) from error
+        yield
+
+
+def _remove_left_overs(parent: Path) -> None:
+    """Folders that a kill left half-written; nothing ever reads them."""
+    for folder in parent.glob("incomplete.*"):
+        with writing_to(folder):
+            shutil.rmtree(folder)
+
+
+def _holds(folder: Path, cache: ScanCache, splits: Mapping[str, Sequence[str]]) -> bool:
+    """Whether the folder is a prepared dataset of just these scans.
+
+    Raises:
+        InputError: it holds scans of other settings.
+    """
+    metadata = read_json(folder / METADATA_FILE)
+    if not isinstance(metadata, dict) or why_not_whole(folder) is not None:
+        return False
+    if metadata["settings"] != cache.settings:
+        raise InputError(
+            f"{folder} was prepared with other settings ({difference(metadata['settings'], cache.settings)}): "
+            "remove that folder, or give another --output."
+        )
+    return metadata["names"] == splits
+
+
+def _fill(
+    cache: ScanCache, raw: RawDataset, splits: Mapping[str, Sequence[str]], workers: int
+) -> tuple[dict[str, ScanSummary], dict[str, str]]:
+    """Prepares what the cache lacks; summaries, and reasons of those that failed, by name."""
+    names = [name for split in splits.values() for name in split]
+    there = {name for name in names if cache.path(name).exists()}
+    print(
+        f"{raw.spec.name}: {len(names)} scans, {len(there)} of them done before; "
+        f"{workers} process{'es' * (workers > 1)}.",
+        flush=True,
+    )
+    # Those that are there come first: checking them is fast, and must not make the rest look fast.
+    order = [name for name in names if name in there] + [name for name in names if name not in there]
+    summaries: dict[str, ScanSummary] = {}
+    failed: dict[str, str] = {}
+    made = 0
+    with ScanProgress(len(names), "preparing") as progress:
+        for outcome in in_processes(PrepareScan(raw, cache), order, workers):
+            if outcome.failure is not None:
+                failed[outcome.name] = outcome.failure
+                progress.note(f"Failed: {outcome.failure}")
+                progress.update(counts=True)
+                cache.write_failures(failed)
+            else:
+                summaries[outcome.name], new = outcome.value
+                made += new
+                progress.update(counts=new)
+    redone = made - (len(summaries) + len(failed) - len(there))
+    print(f"{made} scans prepared" + (f", {redone} of them since their files were damaged" * (redone > 0)) + ".")
+    return summaries, failed
+
+
+def _tell_failures(failed: Mapping[str, str], total: int, skip_failed: bool) -> None:
+    if not failed:
+        return
+    print(f"{len(failed)} of {total} scans cannot be prepared:")
+    for _, reason in sorted(failed.items()):
+        print(f"  {reason}")
+    if not skip_failed:
+        raise FailedScansError(
+            f"Nothing was packed, as {len(failed)} of {total} scans failed: mend them and give the same command again, "
+            "which tries only those, or pack the others with --skip-failed."
+        )
+
+
+def _metadata(
+    raw: RawDataset, cache: ScanCache, splits: Mapping[str, Sequence[str]], failed: Mapping[str, str]
+) -> dict[str, Any]:
+    return {
+        "dataset": raw.spec.name,
+        "classes": list(raw.spec.classes),
+        "has_yaw": raw.spec.has_yaw,
+        "settings": cache.settings,
+        "names": {split: list(names) for split, names in splits.items()},
+        "failed": dict(failed),
+    }
+
+
+def _pack(builder: type[ScanDatasetBuilder], output: Path, folder: Path, packing: Packing) -> None:
+    if folder.exists():
+        # In one step out of sight: a kill must not leave half of it where it would be read.
+        aside = folder.with_name(f"incomplete.old_{folder.name}")
+        with writing_to(folder):
+            folder.rename(aside)
+            shutil.rmtree(aside)
+    total = sum(map(len, packing.splits.values()))
+    with ScanProgress(total, "packing") as progress, writing_to(folder):
+        packing = Packing(
+            packing.cache, packing.splits, packing.metadata, packing.statistics, lambda: progress.update(counts=True)
+        )
+        builder(data_dir=output, packing=packing).download_and_prepare(download_dir=folder.parent / "incomplete.none")
+    _remove_left_overs(folder.parent)
+
+
+class ScanProgress:
+    """Scans done of how many, how fast, time taken and left, on standard error: a bar, or lines in a log.
+
+    Args:
+        total: scans.
+        what: is done with them.
+    """
+
+    def __init__(self, total: int, what: str):
+        self._total, self._what = total, what
+        self._done = self._counted = 0
+        self._begin = self._last = time.monotonic()
+        self._bar = tqdm(total=total, desc=what, unit="scan", smoothing=0.1) if sys.stderr.isatty() else None
+
+    def update(self, *, counts: bool) -> None:
+        """One more is done; it counts for the speed unless it only had to be checked."""
+        now = time.monotonic()
+        if counts and not self._counted and self._done:
+            self._begin = now  # those before only had to be checked
+        self._done += 1
+        self._counted += counts
+        if self._bar is not None:
+            self._bar.update()
+        elif self._done == self._total or now - self._last > _SECONDS_BETWEEN_LINES:
+            self._last = now
+            taken = now - self._begin
+            speed = (self._counted or self._done) / max(taken, 1e-9)
+            left = (self._total - self._done) / speed
+            print(
+                f"{self._what}: {self._done}/{self._total} scans  {speed:.1f} scans/s  "
+                f"elapsed {_duration(taken)}  left {_duration(left)}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def note(self, line: str) -> None:
+        """A line of its own."""
+        tqdm.write(line, file=sys.stderr)
+
+    def __enter__(self) -> "ScanProgress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
