@@ -243,7 +243,7 @@ def _relative(stored: str) -> str:
 def _text(value: Any) -> str:
     """The text in an array of one string, in a cell or not; empty if there is none."""
     array = np.asarray(value)
-    while array.dtype == object and array.size == 1 and array.item() is not value:
+    if array.dtype == object and array.size == 1:
         array = np.asarray(array.item())
     return str(array.ravel()[0]) if array.dtype.kind == "U" and array.size else ""
 
@@ -267,7 +267,9 @@ def _read_frames(path: Path) -> tuple[list[str], _Frames]:
     (meta,) = _load_mat(path, ("SUNRGBDMeta",))
     _require_fields(path, meta, _FIELDS)
     records = meta.ravel()
-    boxes, labels, offsets, notes = [], [], [0], []
+    boxes: list[np.ndarray] = []
+    labels: list[int] = []
+    offsets, notes = [0], []
     for truth in records["groundtruth3DBB"]:
         if truth.size:
             _require_fields(path, truth, _OBJECT_FIELDS)
