@@ -1,0 +1,140 @@
+"""Vertices of PLY files: ascii, and binary of either byte order."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from h2a2_jax.errors import InputError
+
+_TYPES = {
+    "char": "i1",
+    "uchar": "u1",
+    "short": "i2",
+    "ushort": "u2",
+    "int": "i4",
+    "uint": "u4",
+    "float": "f4",
+    "double": "f8",
+    "int8": "i1",
+    "uint8": "u1",
+    "int16": "i2",
+    "uint16": "u2",
+    "int32": "i4",
+    "uint32": "u4",
+    "float32": "f4",
+    "float64": "f8",
+}
+_ORDERS = {"ascii": "=", "binary_little_endian": "<", "binary_big_endian": ">"}
+_LONGEST_HEADER = 1 << 20
+
+
+@dataclass
+class _Element:
+    name: str
+    count: int
+    fields: dict[str, str] = field(default_factory=dict)
+    has_lists: bool = False
+
+
+def read_ply_columns(path: Path) -> Mapping[str, np.ndarray]:
+    """Properties of the vertices by name, one array of a number per vertex each.
+
+    Args:
+        path: a `.ply` file.
+
+    Raises:
+        InputError: the file is no PLY, is shorter than its header says, or cannot be parsed.
+        OSError: it cannot be opened.
+    """
+    with path.open("rb") as file:
+        form, elements = _header(path, file)
+        return _vertices(path, file, form, elements)
+
+
+def _header(path: Path, file: BinaryIO) -> tuple[str, list[_Element]]:
+    if file.readline(16).strip() != b"ply":
+        raise InputError(f"{path} is no PLY file: its first line is not 'ply'; export it again.")
+    form, elements = "", []
+    while True:
+        line = file.readline(4096)
+        if not line or file.tell() > _LONGEST_HEADER:
+            raise InputError(f"{path} is cut off: its PLY header has no end_header; copy it again.")
+        words = line.decode("latin1").split()
+        try:
+            match words:
+                case ["end_header"]:
+                    break
+                case ["format", form, *_]:
+                    pass
+                case ["element", name, count]:
+                    elements.append(_Element(name, int(count)))
+                case ["property", "list", *_]:
+                    elements[-1].has_lists = True
+                case ["property", kind, name]:
+                    if name in elements[-1].fields:
+                        raise ValueError(f"property {name} twice")
+                    elements[-1].fields[name] = _TYPES[kind]
+        except (ValueError, KeyError, IndexError) as error:
+            shown = line.decode("latin1").strip()
+            raise InputError(f"{path} has the PLY header line {shown!r}, not understood ({error}).") from error
+    if form not in _ORDERS:
+        raise InputError(f"{path} has the PLY format {form!r}; expected one of {', '.join(_ORDERS)}.")
+    return form, elements
+
+
+def _vertices(path: Path, file: BinaryIO, form: str, elements: list[_Element]) -> Mapping[str, np.ndarray]:
+    for element in elements:
+        if element.count < 0:
+            raise InputError(f"{path} says it has {element.count} {element.name} elements; write it again.")
+        if element.has_lists:
+            what = "holds lists" if element.name == "vertex" else f"comes after the lists of {element.name}"
+            raise InputError(f"{path}: its element vertex {what}, which is not read; write it with vertices first.")
+        if form == "ascii":
+            table = _text_rows(path, file, element)
+        else:
+            table = _binary_rows(path, file, element, _ORDERS[form])
+        if element.name == "vertex":
+            return table
+    raise InputError(f"{path} is a PLY file without vertices; expected an element vertex with x, y, z.")
+
+
+def _binary_rows(path: Path, file: BinaryIO, element: _Element, order: str) -> Mapping[str, np.ndarray]:
+    dtype = np.dtype([(name, order + kind) for name, kind in element.fields.items()])
+    left = path.stat().st_size - file.tell()
+    if element.count * dtype.itemsize > left:
+        raise InputError(
+            f"{path} is cut off: its header says {element.count} {element.name} elements of {dtype.itemsize} bytes, "
+            f"but {left} bytes follow; copy it again."
+        )
+    rows = np.frombuffer(file.read(element.count * dtype.itemsize), dtype, count=element.count if dtype.itemsize else 0)
+    return {name: rows[name] for name in element.fields}
+
+
+def _text_rows(path: Path, file: BinaryIO, element: _Element) -> Mapping[str, np.ndarray]:
+    left = path.stat().st_size - file.tell()
+    columns = len(element.fields)
+    if 2 * columns * element.count > left + 1:  # a digit and a separator each
+        raise InputError(
+            f"{path} is cut off: its header says {element.count} {element.name} elements of {columns} numbers, but "
+            f"{left} bytes follow; copy it again."
+        )
+    if not element.count or not columns:
+        return {name: np.zeros(0) for name in element.fields}
+    try:
+        # ndmin keeps a single row a row; lines() stops loadtxt from reading on into the faces.
+        lines = (line for _, line in zip(range(element.count), file, strict=False))
+        rows = np.loadtxt(lines, np.float64, comments=None, ndmin=2, encoding="latin1")
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{path} has a {element.name} that is not {columns} numbers ({error}).") from error
+    if rows.shape != (element.count, columns):
+        raise InputError(
+            f"{path} is cut off: its header says {element.count} {element.name} elements of {columns} numbers, read "
+            f"were {len(rows)} of {rows.shape[1] if len(rows) else 0}; copy it again."
+        )
+    return {
+        name: rows[:, i].astype(kind) if kind[0] == "u" or kind == "f4" else rows[:, i]
+        for i, (name, kind) in enumerate(element.fields.items())
+    }

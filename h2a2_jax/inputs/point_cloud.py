@@ -1,0 +1,314 @@
+"""Point clouds from files of any usual format, as the file has them: its frame, its unit, its scale of colours.
+
+| suffix | what is read |
+|---|---|
+| .ply | the element vertex: x, y, z and red, green, blue (or r, g, b); ascii, binary, big-endian |
+| .pcd | x, y, z and rgb, rgba (packed) or r, g, b; ascii, binary, binary_compressed |
+| .npy | rows x, y, z, r, g, b, or x, y, z, anything else; or a structured array with these names |
+| .npz | `points` (or `xyz`, `coords`) of 3 columns with `colors` (or `rgb`), or of 6 |
+| .bin | float32 rows of 6, 4 or 3 numbers; `PointCloud.assumed` says what was taken |
+| .txt, .xyz, .pts, .csv, .asc | a point a line; blanks, commas or semicolons between; leading lines of names pass |
+
+Nothing is allocated because a header says so: its counts are compared with the size of the file before.
+"""
+
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.inputs.pcd import read_pcd_columns
+from h2a2_jax.inputs.ply import read_ply_columns
+
+ColorRange = Literal["auto", "0-1", "0-255", "none"]
+COLOR_RANGES: tuple[ColorRange, ...] = ("auto", "0-1", "0-255", "none")
+NOT_FINITE = "points with NaN or infinite values"
+
+_COLOR_NAMES = (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue"))
+_POINT_ARRAYS = ("points", "xyz", "coords", "coordinates", "arr_0")
+_COLOR_ARRAYS = ("colors", "colours", "rgb", "color")
+_MOST_ZIP_GROWTH = 1040  # deflate packs at most 258 bytes into two bits
+_ROUNDING = 1e-3  # by which colours may exceed their range
+
+
+@dataclass(frozen=True, eq=False)
+class PointCloud:
+    """What a file holds of points that are finite.
+
+    Attributes:
+        points: x, y, z in the file's frame and unit; float64 if the file has more digits than float32 holds.
+        colors: red, green, blue in the file's scale, or None if it has none.
+        full_color: what stands for full brightness where the type of the colours says so (255 for bytes), else None.
+        assumed: sentences on what the file leaves open and was taken for granted.
+        notes: what was left out, a count by kind.
+    """
+
+    points: Float[np.ndarray, "n 3"]
+    colors: Float[np.ndarray, "n 3"] | None
+    full_color: float | None = None
+    assumed: tuple[str, ...] = ()
+    notes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Raw:
+    points: np.ndarray
+    colors: np.ndarray | None
+    assumed: tuple[str, ...] = ()
+
+
+def read_point_cloud(path: str | Path) -> PointCloud:
+    """Reads a point cloud; points with a NaN or infinite coordinate or colour are left out and counted.
+
+    Args:
+        path: a file with one of the suffixes in `SUFFIXES`.
+
+    Raises:
+        InputError: one sentence if there is no such file, or its suffix is unknown, or it is damaged. A file that
+            holds no point is none of these.
+    """
+    path = Path(path)
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"{path} has the suffix {path.suffix!r}; point clouds are read from {', '.join(SUFFIXES)}.")
+    try:
+        raw = reader(path)
+    except FileNotFoundError:
+        raise InputError(f"There is no file {path}: check the folder and the file name.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (MemoryError, OverflowError) as error:
+        raise InputError(f"{path} asks for more memory than there is ({error}): split it or thin it out.") from error
+    points = _real(raw.points)
+    colors = None if raw.colors is None else _real(raw.colors)
+    full_color = None
+    if raw.colors is not None and raw.colors.dtype.kind == "u":
+        full_color = float(np.iinfo(raw.colors.dtype).max)
+    finite = np.isfinite(points).all(axis=1)
+    if colors is not None:
+        finite &= np.isfinite(colors).all(axis=1)
+    notes = {}
+    if not finite.all():
+        notes[NOT_FINITE] = int((~finite).sum())
+        points, colors = points[finite], None if colors is None else colors[finite]
+    return PointCloud(points, colors, full_color, raw.assumed, notes)
+
+
+def unit_colors(cloud: PointCloud, color_range: ColorRange = "auto") -> Float32[np.ndarray, "n 3"] | None:
+    """Colours in 0-1.
+
+    Args:
+        cloud: the points.
+        color_range: what the file's numbers mean; "auto" goes by their type, or by the largest one if that is open:
+            up to 1 is 0-1, up to 255 is 0-255.
+
+    Returns:
+        One colour per point, or None if the cloud has none or `color_range` is "none".
+
+    Raises:
+        InputError: a number lies outside the range.
+    """
+    if cloud.colors is None or color_range == "none":
+        return None
+    low, high = float(cloud.colors.min(initial=0)), float(cloud.colors.max(initial=0))
+    if color_range == "auto":
+        scale = cloud.full_color or (1.0 if high <= 1 + _ROUNDING else 255.0)
+    else:
+        scale = 1.0 if color_range == "0-1" else 255.0
+    if low < -_ROUNDING * scale or high > scale * (1 + _ROUNDING):
+        raise InputError(f"its colours reach from {low:g} to {high:g}, but 0 to {scale:g} is expected: rescale them")
+    return np.clip(cloud.colors / scale, 0, 1).astype(np.float32)
+
+
+def _real(values: np.ndarray) -> np.ndarray:
+    """float32 where that keeps what the file holds, else float64; native byte order."""
+    exact = values.dtype.itemsize <= (4 if values.dtype.kind == "f" else 2)
+    return np.ascontiguousarray(values, np.float32 if exact else np.float64)
+
+
+def _from_columns(path: Path, columns: Mapping[str, np.ndarray]) -> _Raw:
+    by_name = {name.lower(): values for name, values in columns.items()}
+    missing = [name for name in "xyz" if name not in by_name]
+    if missing:
+        raise InputError(f"{path} has no {', '.join(missing)} among its fields ({', '.join(columns) or 'none'}).")
+    points = np.stack([by_name[name] for name in "xyz"], axis=1)
+    names = next((names for names in _COLOR_NAMES if all(name in by_name for name in names)), None)
+    return _Raw(points, None if names is None else np.stack([by_name[name] for name in names], axis=1))
+
+
+def _from_rows(path: Path, rows: np.ndarray, what: str = "its array") -> _Raw:
+    if rows.dtype.names:
+        return _from_columns(path, {name: rows[name].reshape(-1) for name in rows.dtype.names})
+    if rows.dtype.kind not in "fiu":
+        raise InputError(f"{path}: {what} has the type {rows.dtype}; expected are real numbers.")
+    if rows.ndim != 2 or rows.shape[1] < 3:
+        raise InputError(f"{path}: {what} has the shape {rows.shape}; expected are rows x, y, z or x, y, z, r, g, b.")
+    width = rows.shape[1]
+    if width >= 6:
+        assumed = () if width == 6 else (f"columns after the first 6 of {width} are not used",)
+        return _Raw(rows[:, :3], rows[:, 3:6], assumed)
+    return _Raw(rows[:, :3], None, () if width == 3 else (f"columns after x, y, z of {width} are not used",))
+
+
+def _read_ply(path: Path) -> _Raw:
+    return _from_columns(path, read_ply_columns(path))
+
+
+def _read_pcd(path: Path) -> _Raw:
+    return _from_columns(path, read_pcd_columns(path))
+
+
+def _read_npy(path: Path) -> _Raw:
+    with path.open("rb") as file:
+        return _from_rows(path, _array(path, file, path.stat().st_size))
+
+
+def _array(path: Path, file: Any, size: int) -> np.ndarray:
+    """One array in numpy's format, if as many bytes as its header says can be there."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }.get(version)
+        if read_header is None:
+            raise ValueError(f"version {version}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            shape, fortran, dtype = read_header(file)
+    except (ValueError, EOFError, SyntaxError, RecursionError) as error:
+        raise InputError(f"{path} is no numpy array ({error}): save it again with numpy.save.") from error
+    if dtype.hasobject:
+        raise InputError(f"{path} holds Python objects, which are never loaded: save plain numbers.")
+    count = 1
+    for length in shape:
+        count *= length
+    if count * dtype.itemsize > size:
+        raise InputError(
+            f"{path} is cut off: its header says {shape} of {dtype}, but it has {size} bytes; copy it again."
+        )
+    content = file.read(count * dtype.itemsize)
+    if len(content) < count * dtype.itemsize:
+        raise InputError(f"{path} is cut off: {len(content)} of {count * dtype.itemsize} bytes follow; copy it again.")
+    return np.frombuffer(content, dtype, count).reshape(shape, order="F" if fortran else "C")
+
+
+def _read_npz(path: Path) -> _Raw:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            points = next((name for name in _POINT_ARRAYS if name in members), None)
+            if points is None:
+                raise InputError(
+                    f"{path} has the arrays {', '.join(members) or 'none'}; expected is one called "
+                    f"{' or '.join(_POINT_ARRAYS[:3])}."
+                )
+            colors = next((name for name in _COLOR_ARRAYS if name in members), None)
+            raw = _from_rows(path, _member(path, archive, members[points]), f"its array {points}")
+            if colors is None:
+                return raw
+            values = _member(path, archive, members[colors])
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is no readable .npz ({error}): copy it again or write it again.") from error
+    if values.shape != raw.points.shape or values.dtype.kind not in "fiu":
+        raise InputError(
+            f"{path}: its array {colors} is {values.dtype} of shape {values.shape}, its points are {raw.points.shape}; "
+            "expected are as many colours of three numbers."
+        )
+    return _Raw(raw.points, values, raw.assumed)
+
+
+def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    if info.file_size > _MOST_ZIP_GROWTH * info.compress_size + 4096:
+        raise InputError(f"{path} is damaged: {info.filename} claims {info.file_size} bytes; write it again.")
+    try:
+        with archive.open(info) as file:
+            return _array(path, file, info.file_size)
+    except zlib.error as error:
+        raise InputError(f"{path} is damaged ({error}): copy it again.") from error
+
+
+def _read_bin(path: Path) -> _Raw:
+    size = path.stat().st_size
+    if size % 4 or not any(size % (4 * width) == 0 for width in (3, 4, 6)):
+        raise InputError(
+            f"{path} has {size} bytes, which are no whole rows of 6, 4 or 3 float32 numbers: it is cut off or of "
+            "another type; write x, y, z, r, g, b in float32."
+        )
+    values = np.fromfile(path, "<f4")
+    width = _row_width(values)
+    what = {6: "x, y, z, r, g, b", 4: "x, y, z and a value that is not used", 3: "x, y, z"}[width]
+    raw = _from_rows(path, values.reshape(-1, width))
+    return _Raw(raw.points, raw.colors, (f"{path.name} is taken as float32 rows of {what}",))
+
+
+def _row_width(values: np.ndarray) -> int:
+    """Numbers per row: the period in which columns are most alike, 6 where it makes no difference or there are few."""
+    widths = [width for width in (6, 4, 3) if len(values) % width == 0]
+    some = values[: 12 * 20_000].astype(np.float64)
+    if len(widths) == 1 or len(some) < 12 * 20:
+        return widths[0]
+    some = some[: len(some) // 12 * 12]
+    some[~np.isfinite(some) | (np.abs(some) > 1e9)] = np.nan
+
+    def spread(width: int) -> float:  # the mean code length of a number, if each column is a normal distribution
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return float(np.mean(np.log(np.nan_to_num(np.nanstd(some.reshape(-1, width), axis=0)) + 1e-6)))
+
+    spreads = {width: spread(width) for width in widths}
+    best = min(widths, key=lambda width: spreads[width])
+    # Rows of 3 are rows of 6 as well: the longer ones must be clearly better.
+    return 3 if best == 6 and 3 in spreads and spreads[3] < spreads[6] + 0.05 else best
+
+
+def _read_text(path: Path) -> _Raw:
+    with path.open("rb") as file:
+        head = [line for line in (file.readline(4096) for _ in range(64)) if line.strip()]
+    if b"\0" in b"".join(head):
+        raise InputError(f"{path} is no text: expected is one point a line, x y z or x y z r g b.")
+    skip, delimiter = 0, None
+    for line in head:
+        delimiter = ";" if b";" in line else "," if b"," in line else None
+        words = line.decode("latin1").replace(delimiter or " ", " ").split()
+        try:
+            if len([float(word) for word in words]) >= 3:
+                break
+        except ValueError:
+            pass
+        skip += 1  # names of columns, a comment, or the number of points
+    if skip == len(head):
+        if head:
+            raise InputError(f"{path} has no line of numbers x y z in its first {len(head)} lines.")
+        return _Raw(np.zeros((0, 3)), None)
+    try:
+        with path.open(encoding="latin1") as lines, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            filled = (line.rstrip().rstrip(delimiter or " ") for line in lines if line.strip())
+            for _ in range(skip):
+                next(filled)
+            rows = np.loadtxt(filled, np.float64, comments=("#", "//"), delimiter=delimiter, ndmin=2)
+    except ValueError as error:
+        raise InputError(f"{path} has a line that is not numbers ({error}).") from error
+    return _from_rows(path, rows, "the table")
+
+
+_READERS: dict[str, Callable[[Path], _Raw]] = {
+    ".ply": _read_ply,
+    ".pcd": _read_pcd,
+    ".npz": _read_npz,
+    ".npy": _read_npy,
+    ".bin": _read_bin,
+    **dict.fromkeys((".txt", ".xyz", ".pts", ".csv", ".asc"), _read_text),
+}
+SUFFIXES = tuple(_READERS)
+"""Suffixes of the files that `read_point_cloud` reads."""
