@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.raw.files import (
@@ -235,7 +235,7 @@ def _read_alignment(path: Path, name: str, notes: Counter[str]) -> Float[np.ndar
     return matrix
 
 
-def _read_vertices(path: Path, name: str) -> tuple[Float[np.ndarray, "m 3"], Int[np.ndarray, "m 3"]]:
+def _read_vertices(path: Path, name: str) -> tuple[Float[np.ndarray, "m 3"], UInt8[np.ndarray, "m 3"]]:
     try:
         from plyfile import PlyData, PlyParseError
     except ImportError:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64, UInt8, UInt16
@@ -102,7 +102,7 @@ class SunRgbd:
     The metadata is parsed once, at opening; copies in other processes receive the result.
     """
 
-    def __init__(self, root: str | Path, annotations: Literal["v2", "v1"] = "v2"):
+    def __init__(self, root: str | Path, annotations: str = "v2"):
         """Reads the metadata and the split.
 
         Args:
