@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from h2a2_jax.inputs.specs import DatasetSpec
-from h2a2_jax.inputs.synthetic import furniture
+from h2a2_jax.inputs.synthetic import furniture, plain_furniture
 from h2a2_jax.inputs.synthetic.furniture import Builder, Size
 
 Mount = Literal["wall", "free", "seat", "hung"]
@@ -25,6 +25,7 @@ class Kind:
         mount: where it goes.
         base: range of the height of its lower side above the floor (m).
         spread: standard deviation of the logarithm of each size.
+        height_spread: that of the height where it is another, as of what people sit and work at.
         limit: how many a room has at most.
     """
 
@@ -34,13 +35,14 @@ class Kind:
     base: tuple[float, float] = (0.0, 0.0)
     spread: float = 0.2
     limit: int = 2
+    height_spread: float | None = None
 
 
 # Sizes are class means of the SUN RGB-D boxes where it has the class, else chosen so that the axis-aligned boxes
-# of wall-bound objects have the means of ScanNet.
+# of wall-bound objects are about those of ScanNet.
 KINDS: Mapping[str, Kind] = {
     "bed": Kind(furniture.bed, (2.11, 1.62, 0.93), "wall", limit=1),
-    "table": Kind(furniture.table, (0.79, 1.28, 0.72), "free", spread=0.35),
+    "table": Kind(furniture.table, (0.79, 1.28, 0.72), "free", spread=0.35, height_spread=0.2),
     "sofa": Kind(furniture.sofa, (0.92, 1.87, 0.85), "wall"),
     "chair": Kind(furniture.chair, (0.59, 0.55, 0.83), "seat", limit=8),
     "desk": Kind(furniture.desk, (0.70, 1.35, 0.74), "wall", limit=3),
@@ -72,50 +74,56 @@ _S3DIS_SIZES: Mapping[str, Size] = {
     "sofa": (0.9, 1.8, 0.8),
 }
 
+# Closer to the means of ScanNet's axis-aligned boxes: half the sum of depth and width, and the height.
+_SCANNET_SIZES: Mapping[str, Size] = {
+    "door": (0.12, 1.0, 1.75),
+    "window": (0.12, 1.56, 1.15),
+    "picture": (0.05, 0.58, 0.54),
+    "counter": (0.68, 2.66, 0.27),
+    "curtain": (0.16, 1.88, 1.68),
+    "refrigerator": (0.67, 0.71, 1.30),
+    "showercurtrain": (0.14, 0.66, 1.75),
+    "garbagebin": (0.48, 0.49, 0.58),
+}
+
 _ALIASES = {"s3dis": {"bookshelf": "bookcase"}}
 
 Weights = Mapping[str, int | float]
 """How often each kind of furniture is drawn, relative to the others."""
 
 _BEDROOM: Weights = {
-    "bed": 6,
-    "night_stand": 3,
-    "dresser": 2,
-    "cabinet": 2,
-    "desk": 1,
-    "chair": 2,
-    "door": 3,
-    "window": 2,
-}
-_BEDROOM = {**_BEDROOM, "picture": 1.5, "curtain": 1.5, "bookshelf": 1, "garbagebin": 1, "carton": 1, "sofa": 0.5}
-_OFFICE: Weights = {"desk": 4, "chair": 7, "table": 2, "bookshelf": 2, "cabinet": 3, "door": 2, "window": 1.5}
-_OFFICE = {**_OFFICE, "garbagebin": 1.5, "picture": 1, "board": 1, "carton": 1, "plant": 0.5}
-_LIVING: Weights = {"sofa": 4, "table": 4, "chair": 4, "bookshelf": 1.5, "cabinet": 2, "door": 2, "window": 2}
-_LIVING = {**_LIVING, "curtain": 1.5, "picture": 1.5, "plant": 1, "night_stand": 0.5, "carton": 0.5}
-_KITCHEN: Weights = {"counter": 5, "sink": 3, "refrigerator": 3, "cabinet": 4, "table": 3, "chair": 5, "door": 2}
-_KITCHEN = {**_KITCHEN, "window": 1.5, "garbagebin": 2, "picture": 0.5}
+    "bed": 6, "night_stand": 3.5, "dresser": 2.5, "cabinet": 1.7, "desk": 1, "chair": 2.5, "door": 3.2, "window": 1.5,
+    "picture": 1.5, "curtain": 1.5, "bookshelf": 1, "garbagebin": 1, "carton": 1, "sofa": 0.5, "table": 1,
+}  # fmt: skip
+_OFFICE: Weights = {
+    "desk": 3, "chair": 9, "table": 3.5, "bookshelf": 1.5, "cabinet": 2.6, "door": 3.2, "window": 1.5,
+    "garbagebin": 1.5, "picture": 0.7, "board": 1, "carton": 1, "plant": 0.5,
+}  # fmt: skip
+_LIVING: Weights = {
+    "sofa": 4, "table": 5, "chair": 6, "bookshelf": 1.5, "cabinet": 2, "door": 3, "window": 1.5, "curtain": 1.5,
+    "picture": 1.5, "plant": 1, "night_stand": 0.5, "carton": 0.5,
+}  # fmt: skip
+_KITCHEN: Weights = {
+    "counter": 5, "sink": 3, "refrigerator": 4, "cabinet": 3.6, "table": 3.5, "chair": 7, "door": 3, "window": 1,
+    "garbagebin": 1.5, "picture": 0.5,
+}  # fmt: skip
 _BATHROOM: Weights = {
-    "toilet": 6,
-    "sink": 5,
-    "bathtub": 4,
-    "showercurtrain": 4,
-    "door": 4,
-    "cabinet": 2,
-    "garbagebin": 2,
-}
-_BATHROOM = {**_BATHROOM, "picture": 1, "window": 1}
-_CONFERENCE: Weights = {"table": 4, "chair": 9, "board": 3, "door": 1.5, "bookshelf": 1, "sofa": 0.5, "window": 1}
+    "toilet": 6, "sink": 5, "bathtub": 5, "showercurtrain": 5, "door": 4, "cabinet": 2.6, "garbagebin": 1.5,
+    "picture": 1, "window": 0.7, "chair": 1, "curtain": 0.5,
+}  # fmt: skip
+_BATH_AND_BED: Weights = {**_BATHROOM, "bed": 4, "night_stand": 3, "dresser": 2.5, "chair": 5, "desk": 1, "table": 3}
+_CONFERENCE: Weights = {"table": 5, "chair": 9, "board": 3, "door": 1.5, "bookshelf": 0.7, "sofa": 0.5, "window": 1}
 _LOUNGE: Weights = {
-    "sofa": 4,
-    "table": 3,
-    "chair": 3,
-    "bookshelf": 1.5,
-    "board": 0.5,
+    "sofa": 5,
+    "table": 4,
+    "chair": 5,
+    "bookshelf": 1,
+    "board": 1,
     "plant": 1,
     "door": 1,
     "window": 1,
 }
-_LIBRARY: Weights = {"bookshelf": 6, "table": 3, "chair": 5, "board": 1, "door": 1, "carton": 1}
+_LIBRARY: Weights = {"bookshelf": 3.5, "table": 4, "chair": 6, "board": 1, "door": 1, "carton": 1}
 
 
 @dataclass(frozen=True)
@@ -123,33 +131,27 @@ class Programme:
     """What the rooms of a dataset are like.
 
     Attributes:
+        scale: of the rooms; "demo" also keeps simpler furniture and rules of placement.
+        kinds: of furniture, by name.
         rooms: kinds of room; each scan draws one.
         objects: smallest and largest number of annotated objects to place.
+        boxes: smallest and largest number of boxes of a scan; a room that shows another number is not used.
         clutter: largest number of things of no class to place as well.
         width: range of the room along x (m).
         length: range of the room along y (m).
         height: range of the ceiling (m).
-        spread: factor on the spread of the sizes.
     """
 
+    scale: Scale
+    kinds: Mapping[str, Kind]
     rooms: tuple[Weights, ...]
     objects: tuple[int, int]
+    boxes: tuple[int, int]
     clutter: int
     width: tuple[float, float]
     length: tuple[float, float]
     height: tuple[float, float]
-    spread: float = 1.0
 
-
-_FULL = {
-    "scannet": Programme(
-        (_BEDROOM, _OFFICE, _OFFICE, _LIVING, _KITCHEN, _BATHROOM), (10, 18), 3, (3.0, 8.0), (3.0, 8.0), (2.4, 3.0)
-    ),
-    "sunrgbd": Programme(
-        (_BEDROOM, _BEDROOM, _OFFICE, _OFFICE, _LIVING, _BATHROOM), (5, 12), 3, (3.0, 8.0), (3.0, 8.0), (2.4, 3.0)
-    ),
-    "s3dis": Programme((_OFFICE, _CONFERENCE, _LOUNGE, _LIBRARY), (7, 15), 4, (3.0, 10.0), (3.0, 12.0), (2.7, 3.2)),
-}
 
 _DEMO_ROOMS: Mapping[str, Weights] = {
     "scannet": {"chair": 4, "table": 2.5, "sofa": 1.5, "bed": 2, "bookshelf": 1.5, "door": 2, "cabinet": 1.5},
@@ -158,28 +160,41 @@ _DEMO_ROOMS: Mapping[str, Weights] = {
 }
 
 
+_ROOM = (3.0, 8.0)
+
+
 def programme(spec: DatasetSpec, scale: Scale) -> Programme:
     """Returns what the rooms of a dataset are like at a scale."""
-    full = _FULL[spec.name]
+    kinds = {name: _kind_of(name, spec, scale) for name in KINDS}
+    rooms: tuple[Weights, ...]
+    match spec.name:
+        case "scannet":
+            rooms = (_BEDROOM, _OFFICE, _OFFICE, _LIVING, _KITCHEN, _BATHROOM)
+            full = Programme(scale, kinds, rooms, (9, 17), (8, 16), 3, _ROOM, _ROOM, (2.4, 3.0))
+        case "sunrgbd":
+            rooms = (_BEDROOM, _OFFICE, _LIVING, _BATH_AND_BED)
+            full = Programme(scale, kinds, rooms, (6, 12), (2, 6), 3, _ROOM, _ROOM, (2.4, 3.0))
+        case _:
+            rooms = (_OFFICE, _CONFERENCE, _LOUNGE, _LIBRARY)
+            full = Programme(scale, kinds, rooms, (7, 14), (6, 14), 4, (3.0, 10.0), (3.0, 12.0), (2.7, 3.2))
     if scale == "full":
         return full
     # One image shows little of a narrow room: most objects would stick out of it.
     extent = (4.0, 5.5) if spec.name == "sunrgbd" else (3.0, 4.5)
-    return replace(
-        full,
-        rooms=(_DEMO_ROOMS[spec.name],),
-        objects=(3, 6),
-        clutter=1,
-        width=extent,
-        length=extent,
-        spread=0.5,
-    )
+    demo_rooms = (_DEMO_ROOMS[spec.name],)
+    return replace(full, rooms=demo_rooms, objects=(3, 6), boxes=(1, 8), clutter=1, width=extent, length=extent)
 
 
-def kind_of(name: str, spec: DatasetSpec) -> Kind:
-    """Returns a kind of furniture with its mean size in a dataset."""
+def _kind_of(name: str, spec: DatasetSpec, scale: Scale) -> Kind:
+    """A kind of furniture with its mean size and spread in a dataset."""
     kind = KINDS[name]
-    return replace(kind, size=_S3DIS_SIZES.get(name, kind.size)) if spec.name == "s3dis" else kind
+    if spec.name == "s3dis":
+        kind = replace(kind, size=_S3DIS_SIZES.get(name, kind.size))
+    if scale == "demo":
+        return replace(kind, build=plain_furniture.BUILDERS.get(name, kind.build), spread=0.5 * kind.spread)
+    if spec.name == "scannet":
+        kind = replace(kind, size=_SCANNET_SIZES.get(name, kind.size))
+    return replace(kind, spread=max(kind.spread, 0.2))
 
 
 def label_of(name: str, spec: DatasetSpec) -> int:

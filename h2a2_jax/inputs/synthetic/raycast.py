@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, Int64
 
 from h2a2_jax.inputs.synthetic.rooms import Room
-from h2a2_jax.inputs.synthetic.shapes import Solids, corners
+from h2a2_jax.inputs.synthetic.shapes import Solids, corners, turned_each
 
 _NEAREST = 0.05  # m; what is closer than this to the sensor is not seen
+_STRIPS = np.array([1.0, 0.88, 1.06, 0.94, 1.1, 0.9, 1.02], np.float32)  # brightness of the strips of a floor
 Window = tuple[slice, slice]
 
 
@@ -66,14 +67,14 @@ class SphericalGrid:
     def windows(self, parts: Solids) -> list[list[Window]]:
         """Rows between the elevations of the nearest and farthest point, columns between the corners' azimuths."""
         rows, cols = self._shape
-        seen = corners(_boxes(parts)) - self.origin
+        seen = corners(parts.boxes) - self.origin
         toward = parts.centers - self.origin
         bearing = np.arctan2(toward[:, 1], toward[:, 0])
         turn = np.arctan2(seen[..., 1], seen[..., 0]) - bearing[:, None]
         turn = (turn + np.pi) % (2 * np.pi) - np.pi
         start, stop = bearing + turn.min(axis=1), bearing + turn.max(axis=1)
         # Distance to the footprint: nearest and farthest point of it, in the plane.
-        local = np.abs(_to_local(toward, parts.yaws)[:, :2]) - parts.halves[:, :2]
+        local = np.abs(turned_each(toward, -parts.yaws)[:, :2]) - parts.boxes[:, 3:5] / 2
         near = np.hypot(*np.maximum(local, 0).T)
         far = np.hypot(seen[..., 0], seen[..., 1]).max(axis=1)
         top, bottom = toward[:, 2] + parts.halves[:, 2], toward[:, 2] - parts.halves[:, 2]
@@ -166,7 +167,7 @@ class PinholeGrid:
     def windows(self, parts: Solids) -> list[list[Window]]:
         """Bounds of the corners' projections; the whole image if some corners lie behind the camera."""
         rows, cols = self._shape
-        u, v, depth = self._camera.image(corners(_boxes(parts)))
+        u, v, depth = self._camera.image(corners(parts.boxes))
         first_col = np.clip(np.floor((u.min(axis=1) + 1) / 2 * cols), 0, cols).astype(int)
         last_col = np.clip(np.ceil((u.max(axis=1) + 1) / 2 * cols), 0, cols).astype(int)
         first_row = np.clip(np.floor((v.min(axis=1) + 1) / 2 * rows), 0, rows).astype(int)
@@ -222,7 +223,7 @@ def look(room: Room, grid: RayGrid) -> View:
     hit_part = np.full(distances.shape, -1, np.int32)
     unoccluded = np.zeros(len(room.boxes), np.int64)
     touched = np.zeros(distances.shape, bool)
-    local_origins = _to_local(grid.origin - parts.centers, parts.yaws)
+    local_origins = parts.to_local(np.arange(len(parts)), np.broadcast_to(grid.origin, (len(parts), 3)))
     vertical = grid.directions[2]
     windows = grid.windows(parts)
     for index in range(len(parts)):
@@ -230,11 +231,10 @@ def look(room: Room, grid: RayGrid) -> View:
         owner = int(parts.owners[index])
         for window in windows[index]:
             x, y = grid.directions[0][window], grid.directions[1][window]
-            rays = (
-                x * np.float32(cos) + y * np.float32(sin),
-                y * np.float32(cos) - x * np.float32(sin),
-                vertical[window],
-            )
+            along, rise = x * np.float32(cos) + y * np.float32(sin), vertical[window]
+            if parts.leans[index]:
+                along = along - parts.leans[index] * rise
+            rays = (along, y * np.float32(cos) - x * np.float32(sin), rise)
             enter = _enter(local_origins[index], parts.halves[index], rays, bool(parts.is_round[index]))
             if owner >= 0:
                 touched[window] |= enter < np.inf
@@ -294,7 +294,7 @@ def _surface(
     on_part = hit_part >= 0
     hit = hit_part[on_part]
     if len(hit):
-        local = _to_local(points[on_part] - parts.centers[hit], parts.yaws[hit]) / parts.halves[hit]
+        local = parts.to_local(hit, points[on_part]) / parts.halves[hit]
         own = np.zeros_like(local)
         axis = np.abs(local).argmax(axis=1)
         side = parts.is_round[hit] & (np.abs(local[:, 2]) < 0.999)
@@ -304,24 +304,24 @@ def _surface(
         radial = local[side, :2] / parts.halves[hit[side], :2]
         own[side, :2] = radial / np.maximum(np.linalg.norm(radial, axis=1, keepdims=True), 1e-6)
         own[side, 2] = 0
-        normals[on_part] = _to_local(own, -parts.yaws[hit])
+        leaning = np.flatnonzero(parts.leans[hit])
+        own[leaning, 2] -= parts.leans[hit[leaning]] * own[leaning, 0]
+        own[leaning] /= np.linalg.norm(own[leaning], axis=1, keepdims=True)
+        normals[on_part] = turned_each(own, parts.yaws[hit])
         colors[on_part] = parts.colors[hit]
         owners[on_part] = parts.owners[hit]
     light = 0.82 + 0.18 * normals[..., 2] + 0.08 * normals[..., 0] - 0.05 * normals[..., 1]
+    if room.plank:
+        floor = (hit_part < 0) & (faces == 4)
+        strip = np.floor(points[floor, 0] / np.float32(room.plank)).astype(np.int64)
+        colors[floor] *= _STRIPS[strip % len(_STRIPS), None]
+    if room.lamp is not None:
+        toward = room.lamp - points
+        squared = np.einsum("rcx,rcx->rc", toward, toward)
+        cosine = np.einsum("rcx,rcx->rc", toward, normals) / np.sqrt(squared + 1e-4)
+        light = 0.6 * light + np.maximum(cosine, 0) * np.float32(1.0) / (1 + squared / 6)
     facing = np.abs(np.einsum("rcx,xrc->rc", normals, grid.directions))
     return np.clip(colors * light[..., None], 0, 1), owners, facing
-
-
-def _to_local(vectors: np.ndarray, yaws: np.ndarray) -> np.ndarray:
-    """Rotates vectors about z by minus their yaw."""
-    cos, sin = np.cos(yaws), np.sin(yaws)
-    x = vectors[..., 0] * cos + vectors[..., 1] * sin
-    y = vectors[..., 1] * cos - vectors[..., 0] * sin
-    return np.stack([x, y, vectors[..., 2]], axis=-1)
-
-
-def _boxes(parts: Solids) -> np.ndarray:
-    return np.concatenate([parts.centers, 2 * parts.halves, parts.yaws[:, None]], axis=1)
 
 
 def _sine(rise: Float[np.ndarray, " n"], distance: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

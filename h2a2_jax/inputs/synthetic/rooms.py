@@ -7,11 +7,13 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from h2a2_jax.inputs.specs import DatasetSpec
-from h2a2_jax.inputs.synthetic.catalogue import Kind, Programme, kind_of, label_of
+from h2a2_jax.inputs.synthetic.catalogue import Kind, Programme, label_of
 from h2a2_jax.inputs.synthetic.shapes import Primitive, Solids, joined, solids
 
 _TRIES = 25
 _GAP = 0.04
+_ALONG = math.radians(3)  # what counts as along a wall
+_ALIGNED = 0.78  # a little of the rest is so by chance, and finds a place less often
 _SEATED_AT = ("table", "desk")
 
 Box = tuple[float, float, float, float, float, float, float]
@@ -28,6 +30,8 @@ class Room:
         solids: primitives of all things, those of one object in a row; `owners` index `boxes`.
         boxes: the box of every object, annotated or not; yaw is the direction its front looks to.
         labels: class of every object; -1 if the dataset does not annotate it.
+        lamp: where the light comes from (m); None = evenly from above.
+        plank: width (m) of the strips of the floor, which differ in brightness; 0 = one colour.
     """
 
     size: Float32[np.ndarray, " 3"]
@@ -35,6 +39,8 @@ class Room:
     solids: Solids
     boxes: Float32[np.ndarray, "k 7"]
     labels: Int32[np.ndarray, " k"]
+    lamp: Float32[np.ndarray, " 3"] | None = None
+    plank: float = 0.0
 
     def is_free(self, x: float, y: float, z: float, clearance: float) -> bool:
         """Tells whether a point is at least `clearance` (m) from all objects that reach up to its height."""
@@ -62,30 +68,34 @@ def furnished_room(programme: Programme, spec: DatasetSpec, rng: np.random.Gener
     chosen = _draw_contents(programme, spec, rng)
     drawn = []
     for name in chosen:
-        kind = kind_of(name, spec)
-        # Heights vary less than footprints: people sit and work at one height.
-        spread = np.clip(rng.normal(0.0, kind.spread * programme.spread, 3) * (1, 1, 0.5), -0.5, 0.5)
-        depth, width, height = (np.array(kind.size) * np.exp(spread)).tolist()
-        drawn.append((name, kind, (depth, width, min(height, size[2] - 0.1))))
+        depth, width, height = _draw_size(programme.kinds[name], programme, rng)
+        drawn.append((name, programme.kinds[name], (depth, width, min(height, size[2] - 0.1))))
     # Large fronts first, seats last: they look for a table.
     drawn.sort(key=lambda item: (item[1].mount == "seat", -item[2][1] * item[2][2]))
 
+    place = _place_simply if programme.scale == "demo" else _place
     placed: list[tuple[str, Box]] = []
     parts: list[Solids] = []
     for name, kind, extent in drawn:
-        box = _place(kind, extent, size, placed, rng)
+        box = place(name, kind, extent, size, placed, rng)
         if box is not None:
             position = np.array([box[0], box[1], box[2] - box[5] / 2])
             parts.append(solids(kind.build(extent, rng)).placed(position, box[6], len(placed)))
             placed.append((name, box))
             if name == "counter":
                 parts.append(_cupboard_under(box))
+    lamp, plank = None, 0.0
+    if programme.scale != "demo":
+        lamp = (np.array([*rng.uniform(0.25, 0.75, 2), 0.95]) * size).astype(np.float32)
+        plank = float(rng.choice([0.0, 0.15, 0.4]))
     return Room(
         size=np.array(size, np.float32),
         shell_colors=_shell_colors(rng),
         solids=joined([*parts, solids([])]),
         boxes=np.array([box for _, box in placed], np.float32).reshape(-1, 7),
         labels=np.array([label_of(name, spec) for name, _ in placed], np.int32),
+        lamp=lamp,
+        plank=plank,
     )
 
 
@@ -101,21 +111,34 @@ def _draw_contents(programme: Programme, spec: DatasetSpec, rng: np.random.Gener
     for index in rng.choice(len(names), 8 * wanted, p=shares / shares.sum()):
         name = names[index]
         annotated = label_of(name, spec) >= 0
-        if counts[name] < kind_of(name, spec).limit and (wanted if annotated else clutter) > 0:
+        if counts[name] < programme.kinds[name].limit and (wanted if annotated else clutter) > 0:
             chosen.append(name)
             counts[name] += 1
             wanted, clutter = wanted - annotated, clutter - (not annotated)
     return chosen
 
 
-def _place(
+def _draw_size(kind: Kind, programme: Programme, rng: np.random.Generator) -> tuple[float, float, float]:
+    """Depth, width and height of one thing (m), log-normal."""
+    if programme.scale == "demo":
+        # Heights vary less than footprints: people sit and work at one height.
+        spread = np.clip(rng.normal(0.0, kind.spread, 3) * (1, 1, 0.5), -0.5, 0.5)
+    else:
+        sigma = np.array([kind.spread, kind.spread, kind.height_spread or kind.spread])
+        spread = sigma * np.clip(rng.normal(size=3), -2.5, 2.5) - sigma**2 / 2  # keeps the mean
+    depth, width, height = (np.array(kind.size) * np.exp(spread)).tolist()
+    return depth, width, height
+
+
+def _place_simply(
+    name: str,
     kind: Kind,
     extent: tuple[float, float, float],
     room: tuple[float, float, float],
     placed: list[tuple[str, Box]],
     rng: np.random.Generator,
 ) -> Box | None:
-    """Finds a free place for an object; None if there is none."""
+    """Finds a free place for an object of a small room; None if there is none."""
     bottom = rng.uniform(*kind.base)
     bottom = min(bottom, room[2] - extent[2] - 0.05)
     for _ in range(_TRIES):
@@ -134,6 +157,54 @@ def _place(
         if _inside(box, room) and not any(overlap(box, other, _GAP) for _, other in placed):
             return box
     return None
+
+
+def _place(
+    name: str,
+    kind: Kind,
+    extent: tuple[float, float, float],
+    room: tuple[float, float, float],
+    placed: list[tuple[str, Box]],
+    rng: np.random.Generator,
+) -> Box | None:
+    """Finds a free place for an object, four in five of them along the walls; None if there is none."""
+    bottom = min(rng.uniform(*kind.base), room[2] - extent[2] - 0.05)
+    aligned = kind.mount == "hung" or rng.random() < _ALIGNED
+    tables = [box for name, box in placed if name in _SEATED_AT and (not aligned or _is_aligned(box))]
+    taken = [_kept_free(name, box) for name, box in placed]
+    for _ in range(3 * _TRIES):
+        if kind.mount == "seat" and tables and rng.random() < 0.85:
+            x, y, facing = _at_table(tables[rng.integers(len(tables))], extent[0], rng)
+            if aligned:
+                yaw = round(facing / (math.pi / 2)) * math.pi / 2 + rng.uniform(-_ALONG, _ALONG)
+            else:
+                yaw = rng.uniform(-math.pi, math.pi)
+        elif aligned and (kind.mount == "hung" or (kind.mount == "wall" and rng.random() < 0.95)):
+            x, y, yaw = _along_wall(extent, room, kind.mount == "hung", rng)
+        else:
+            x, y = rng.uniform(0.0, room[0]), rng.uniform(0.0, room[1])
+            turns = int(rng.integers(4))
+            yaw = turns * math.pi / 2 + rng.uniform(-_ALONG, _ALONG) if aligned else rng.uniform(-math.pi, math.pi)
+        box = (x, y, bottom + extent[2] / 2, *extent, yaw)
+        if _inside(box, room) and not any(overlap(_kept_free(name, box), other, _GAP) for other in taken):
+            return box
+    return None
+
+
+def _is_aligned(box: Box) -> bool:
+    """Whether a box stands along the walls."""
+    return abs((box[6] + math.pi / 4) % (math.pi / 2) - math.pi / 4) <= _ALONG + 1e-9
+
+
+def _kept_free(name: str, box: Box) -> Box:
+    """What an object needs for itself: a counter the space below it, a door that it can be walked to."""
+    x, y, z, depth, width, height, yaw = box
+    if name == "counter":
+        top = z + height / 2
+        return x, y, top / 2, depth, width, top, yaw
+    if name == "door":
+        return x + 0.2 * math.cos(yaw), y + 0.2 * math.sin(yaw), z, depth + 0.4, width, height, yaw
+    return box
 
 
 def _roughly_along_walls(rng: np.random.Generator) -> float:

@@ -1,6 +1,7 @@
 """Three ways to acquire a room, which differ as ScanNet, SUN RGB-D and S3DIS do."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from h2a2_jax.inputs.synthetic.shapes import turned
 
 _FIELD = (math.radians(57), math.radians(45))
 _RANGE = (0.6, 8.0)  # m
+_CELL = (0.025, 0.034)  # m; cells of a fused surface
 _FRAMED = 0.4  # of a box, for the object to be in view
 
 
@@ -26,6 +28,7 @@ class Capture:
         owners: object that a point lies on; -1 = none that the room lists.
         boxes: the whole boxes of all objects of the room, in the frame of the points.
         visible: fraction of each object's rays that nothing else blocks; 0 for objects out of view.
+        losses: what part of the points is missing though seen, by cause.
     """
 
     points: Float32[np.ndarray, "m 3"]
@@ -33,49 +36,69 @@ class Capture:
     owners: Int32[np.ndarray, " m"]
     boxes: Float32[np.ndarray, "k 7"]
     visible: Float32[np.ndarray, " k"]
+    losses: Mapping[str, float]
 
 
 def fused_mesh(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
     """A walk through the room with a depth camera, fused: ScanNet.
 
-    Several viewpoints, no ceiling, one point per 2-3 cm (demo: 4.5 cm), 10-25 % of the surface missing in patches,
-    corners and colours smoothed. The floor is z = 0 and the origin lies somewhere in the room.
+    Several viewpoints, no ceiling, 50,000-150,000 points every 2-3 cm (demo: 4.5 cm), 10-25 % of the surface missing
+    in patches, corners and colours smoothed, bumps of 5-8 mm. The floor is z = 0 and the origin lies somewhere in the
+    room.
     """
-    views, rows, cols = (3, 80, 160) if scale == "demo" else (6, 170, 360)
-    elevation = (math.radians(-80), math.radians(18))
+    is_demo = scale == "demo"
+    views, rows, cols, highest = (3, 80, 160, 18) if is_demo else (8, 190, 380, 30)
+    elevation = (math.radians(-80), math.radians(highest))
     seen = [
         look(room, SphericalGrid(origin, rows, cols, elevation, rng))
         for origin in _free_points(room, views, (1.2, 1.7), 0.3, rng)
     ]
     points, colors, owners = _merged(seen, ~np.stack([view.is_ceiling for view in seen]))
-    points += rng.normal(0.0, rng.uniform(0.005, 0.008), points.shape).astype(np.float32)
-    spacing = 0.045 if scale == "demo" else rng.uniform(0.02, 0.028)
-    points, colors, owners = _thinned(points, colors, owners, spacing)
-    kept = _without_patches(points, rng.uniform(0.10, 0.25), rng)
-    kept = _at_most(kept, 12_000 if scale == "demo" else 150_000, rng)
+    sigma = rng.uniform(0.005, 0.008) if is_demo else rng.uniform(0.0053, 0.0075)
+    if is_demo:
+        points += rng.normal(0.0, sigma, points.shape).astype(np.float32)
+        points, colors, owners = _thinned(points, colors, owners, 0.045)
+        fraction = rng.uniform(0.10, 0.25)
+    else:
+        fraction = rng.uniform(0.10, 0.25)
+        spacing = _spacing(points, 1 - fraction, rng)
+        points, colors, owners = _thinned(points, colors, owners, spacing)
+        points += _bumps(points, sigma, rng)
+    kept = (_without_patches if is_demo else _without_holes)(points, fraction, rng)
+    losses = {"holes": 1 - len(kept) / len(points)}
+    kept = _at_most(kept, 12_000 if is_demo else 150_000, rng)
     shift = np.array([*(-rng.uniform(0.0, 1.0, 2) * room.size[:2]), 0.0], np.float32)
-    return _capture(room, seen, points[kept] + shift, _noisy(colors[kept], 12 / 255, rng), owners[kept], shift)
+    colors = _noisy(colors[kept], 12 / 255, rng)
+    return _capture(room, seen, points[kept] + shift, colors, owners[kept], shift, losses)
 
 
 def full_room(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
     """Tripod scans merged into one cloud: S3DIS.
 
-    Several positions, the ceiling included, 2-5 % missing, 2 mm noise, a warm tint. The smallest x, y, z are 0.
+    Several positions, the ceiling included, 200,000 points and more (demo: 14,000), 2-5 % missing, 2 mm noise, a warm
+    tint. The smallest x, y, z are 0.
     """
-    views, rows, cols = (2, 84, 170) if scale == "demo" else (4, 250, 440)
+    is_demo = scale == "demo"
+    views, rows, cols = (2, 84, 170) if is_demo else (5, 240, 420)
     elevation = (math.radians(-75), math.radians(89))
     seen = [
         look(room, SphericalGrid(origin, rows, cols, elevation, rng))
         for origin in _free_points(room, views, (1.4, 1.7), 0.35, rng)
     ]
     points, colors, owners = _merged(seen, np.ones((views, rows, cols), bool))
-    points += rng.normal(0.0, 0.002, points.shape).astype(np.float32)
-    points, colors, owners = _thinned(points, colors, owners, 0.04 if scale == "demo" else 0.012)
-    kept = _without_patches(points, rng.uniform(0.02, 0.05), rng)
-    kept = _at_most(kept, 14_000 if scale == "demo" else 400_000, rng)
+    if is_demo:
+        points += rng.normal(0.0, 0.002, points.shape).astype(np.float32)
+        points, colors, owners = _thinned(points, colors, owners, 0.04)
+    else:
+        points, colors, owners = _thinned(points, colors, owners, 0.012)
+        points += np.float32(0.002) * rng.standard_normal(points.shape, np.float32)
+    kept = (_without_patches if is_demo else _without_holes)(points, rng.uniform(0.02, 0.05), rng)
+    losses = {"holes": 1 - len(kept) / len(points)}
+    kept = _at_most(kept, 14_000 if is_demo else 1_000_000, rng)
     tint = np.array([1.06, 1.0, 0.86], np.float32)
     shift = -points[kept].min(axis=0)
-    return _capture(room, seen, points[kept] + shift, _noisy(colors[kept] * tint, 4 / 255, rng), owners[kept], shift)
+    colors = _noisy(colors[kept] * tint, 4 / 255, rng)
+    return _capture(room, seen, points[kept] + shift, colors, owners[kept], shift, losses)
 
 
 def depth_frame(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
@@ -83,19 +106,21 @@ def depth_frame(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
 
     A camera of 57 x 45 degrees at 0.6-8 m with noise that grows with the squared depth, quantised disparity, flying
     points at edges, and loss at random, at grazing angles and on dark surfaces. An object is in view if more than
-    40 % of its box is framed. The camera is the origin, y is forward and level, z up.
+    40 % of its box is framed. 50,000 points (demo: 12,000). The camera is the origin, y is forward and level, z up.
     """
-    rows, cols = (96, 124) if scale == "demo" else (232, 296)
+    is_demo = scale == "demo"
+    rows, cols = (96, 124) if is_demo else (300, 380)
     camera = _aimed_camera(room, rng)
     view = look(room, PinholeGrid(camera, rows, cols, rng))
     offset = view.points - camera.origin
     depth = offset @ camera.axes[1]
     measured, flying = _measured_depth(depth, rng)
     luminance = view.colors.mean(axis=-1)
-    lost = rng.random(depth.shape) < rng.uniform(0.05, 0.15)
-    lost |= (view.facing < 0.08) & (rng.random(depth.shape) < 0.7)
-    lost |= (luminance < 0.13) & (rng.random(depth.shape) < 0.5)
-    kept = ~lost & (measured > _RANGE[0]) & (measured < _RANGE[1])
+    dropped = rng.random(depth.shape) < rng.uniform(0.05, 0.15)
+    grazing = (view.facing < 0.08) & (rng.random(depth.shape) < 0.7)
+    dark = (luminance < 0.13) & (rng.random(depth.shape) < 0.5)
+    losses = {"dropout": dropped.mean(), "grazing or dark": (grazing | dark).mean(), "flying": flying.mean()}
+    kept = ~(dropped | grazing | dark) & (measured > _RANGE[0]) & (measured < _RANGE[1])
     points = (offset * (measured / depth)[..., None])[kept]
     colors = (view.colors * (rng.uniform(0.5, 1.4) * _vignette(rows, cols))[..., None])[kept]
     owners = np.where(flying, -1, view.owners)[kept].astype(np.int32)
@@ -104,13 +129,14 @@ def depth_frame(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
     boxes = room.boxes.copy()
     boxes[:, :3] = turned(boxes[:, :3] - camera.origin, turn)
     boxes[:, 6] = (boxes[:, 6] + turn + np.pi) % (2 * np.pi) - np.pi
-    chosen = _at_most(np.arange(len(points)), 12_000 if scale == "demo" else 50_000, rng)
+    chosen = _at_most(np.arange(len(points)), 12_000 if is_demo else 50_000, rng)
     return Capture(
         points=turned(points, turn)[chosen],
         colors=_noisy(colors, 5 / 255, rng)[chosen],
         owners=owners[chosen],
         boxes=boxes,
         visible=_visible([view], len(room.boxes)) * (_share_in_view(camera, room.boxes) > _FRAMED),
+        losses={cause: float(share) for cause, share in losses.items()},
     )
 
 
@@ -212,16 +238,60 @@ def _thinned(
     return sums[:, :3], sums[:, 3:], owners[order[starts]]
 
 
+def _spacing(points: np.ndarray, share: float, rng: np.random.Generator) -> float:
+    """Edge (m) of the cells that bring a surface to the number of points of a scan, within what scans have.
+
+    Args:
+        points: dense samples of the surface.
+        share: of the surface that will be left.
+        rng: source of randomness.
+    """
+    coarse = 0.05
+    cells = np.floor(points / coarse).astype(np.int64)
+    filled = len(np.unique((cells[:, 0] * 4096 + cells[:, 1]) * 4096 + cells[:, 2]))
+    spacing = coarse * math.sqrt(filled * share / rng.uniform(60_000, 140_000))
+    return float(np.clip(spacing, *_CELL))
+
+
+def _bumps(points: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
+    """Noise of a fused surface: one half of its variance is smooth over 0.2-0.6 m, the other free at every point."""
+    smooth = _smooth_fields(points, 3, (0.2, 0.6), rng) + rng.standard_normal(points.shape, np.float32)
+    return smooth * np.float32(sigma / math.sqrt(2))
+
+
+def _smooth_fields(points: np.ndarray, count: int, length: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """Random functions of the place with variance 1, as sums of waves of some range of lengths (m); [m, count]."""
+    waves = 10
+    direction = rng.normal(size=(3, waves))
+    direction *= 2 * math.pi / rng.uniform(*length, waves) / np.linalg.norm(direction, axis=0)
+    phase = rng.uniform(0, 2 * math.pi, waves).astype(np.float32)
+    heights = rng.normal(size=(waves, count))
+    heights *= math.sqrt(2) / np.linalg.norm(heights, axis=0)  # the mean square of a cosine is 1/2
+    return np.cos(points @ direction.astype(np.float32) + phase) @ heights.astype(np.float32)
+
+
+def _without_holes(points: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """Indices of the points left after `fraction` of them is lost in holes of irregular shape."""
+    field = _smooth_fields(points, 1, (0.25, 1.0), rng)[:, 0]
+    return np.flatnonzero(field < np.quantile(field, 1 - fraction))
+
+
 def _without_patches(points: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
     """Indices of the points left after about `fraction` of them is cut out in round patches."""
-    left = np.arange(len(points))
-    wanted = (1 - fraction) * len(points)
-    while len(left) > wanted:
-        middle = points[left[rng.integers(len(left))]]
+    order = np.argsort(points[:, 0], kind="stable")
+    along, ordered = points[order, 0], points[order]
+    alive = np.ones(len(points), bool)
+    left = len(points)
+    while left > (1 - fraction) * len(points):
+        middle = points[np.flatnonzero(alive)[rng.integers(left)]]
         radius = rng.uniform(0.1, 0.4)
-        offset = points[left] - middle
-        left = left[np.einsum("ij,ij->i", offset, offset) > radius * radius]
-    return left
+        # Only points in a slab about the patch can lie in it.
+        first, last = np.searchsorted(along, (middle[0] - 1.01 * radius, middle[0] + 1.01 * radius))
+        offset = ordered[first:last] - middle
+        inside = np.einsum("ij,ij->i", offset, offset) <= radius * radius
+        alive[order[first:last][inside]] = False
+        left = int(np.count_nonzero(alive))
+    return np.flatnonzero(alive)
 
 
 def _at_most(indices: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -241,8 +311,14 @@ def _visible(views: list[View], objects: int) -> np.ndarray:
 
 
 def _capture(
-    room: Room, views: list[View], points: np.ndarray, colors: np.ndarray, owners: np.ndarray, shift: np.ndarray
+    room: Room,
+    views: list[View],
+    points: np.ndarray,
+    colors: np.ndarray,
+    owners: np.ndarray,
+    shift: np.ndarray,
+    losses: Mapping[str, float],
 ) -> Capture:
     boxes = room.boxes.copy()
     boxes[:, :3] += shift
-    return Capture(points.astype(np.float32), colors, owners, boxes, _visible(views, len(room.boxes)))
+    return Capture(points.astype(np.float32), colors, owners, boxes, _visible(views, len(room.boxes)), losses)

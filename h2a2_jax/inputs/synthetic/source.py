@@ -88,17 +88,27 @@ class SyntheticSource:
         Raises:
             IndexError: the index is not in [0, size).
         """
+        scan, _, _ = self.acquire(index)
+        return scan
+
+    def acquire(self, index: int) -> tuple[Scan, Room, Capture]:
+        """Generates one scan, with the room it shows and what the sensor made of it.
+
+        Raises:
+            IndexError: the index is not in [0, size).
+        """
         if not 0 <= index < self._size:
             raise IndexError(f"scan {index} of {self._size}")
         rng = np.random.default_rng(
             [self._seed, zlib.crc32(self.spec.name.encode()), _SPLITS.index(self._split), index, self._scale == "demo"]
         )
+        plan = programme(self.spec, self._scale)
         for _ in range(_ATTEMPTS):
-            room = furnished_room(programme(self.spec, self._scale), self.spec, rng)
+            room = furnished_room(plan, self.spec, rng)
             capture = _SENSORS[self.spec.name](room, self._scale, rng)
             boxes, labels = _annotation(room, capture, self.spec.has_yaw)
-            if len(labels) and len(capture.points) >= _FEWEST_POINTS_OF_SCAN:
-                return Scan(self._name(index), capture.points, capture.colors, boxes, labels)
+            if plan.boxes[0] <= len(labels) <= plan.boxes[1] and len(capture.points) >= _FEWEST_POINTS_OF_SCAN:
+                return Scan(self._name(index), capture.points, capture.colors, boxes, labels), room, capture
         raise RuntimeError(f"{_ATTEMPTS} rooms in a row show too little: the catalogue is broken.")
 
     def _name(self, index: int) -> str:

@@ -12,7 +12,8 @@ def test_primitives_fill_exactly_the_size(name):
     for _ in range(10):
         size = (np.array(KINDS[name].size) * np.exp(rng.normal(0, 0.2, 3))).tolist()
         parts = solids(KINDS[name].build(tuple(size), rng))
-        low, high = (parts.centers - parts.halves).min(axis=0), (parts.centers + parts.halves).max(axis=0)
+        reach = parts.boxes[:, 3:6] / 2
+        low, high = (parts.centers - reach).min(axis=0), (parts.centers + reach).max(axis=0)
         np.testing.assert_allclose(low, [-size[0] / 2, -size[1] / 2, 0], atol=2e-3)
         np.testing.assert_allclose(high, [size[0] / 2, size[1] / 2, size[2]], atol=2e-3)
         assert (parts.halves > 0).all()

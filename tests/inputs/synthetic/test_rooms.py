@@ -61,7 +61,7 @@ def test_solids_of_an_object_are_in_a_row_and_in_its_box():
     local = np.stack(
         [offset[:, 0] * cos + offset[:, 1] * sin, offset[:, 1] * cos - offset[:, 0] * sin, offset[:, 2]], 1
     )
-    assert (np.abs(local) + parts.halves[own] <= box[:, 3:6] / 2 + 2e-3).all()
+    assert (np.abs(local) + parts.boxes[own, 3:6] / 2 <= box[:, 3:6] / 2 + 2e-3).all()
 
 
 def test_most_furniture_stands_along_the_walls():
