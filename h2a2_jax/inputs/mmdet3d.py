@@ -8,23 +8,31 @@ A `.bin` holds float32 rows x, y, z (m), r, g, b. Version 2 annotations are {met
 list with `annos`. In both a box is its gravity centre, its sizes and (SUN RGB-D) its yaw, counter-clockwise.
 Version 1 files written before mmdetection3d 1.0 carry the opposite yaw and nothing tells them apart: write
 those again.
+
+Of the paths in an info file only the name of the file counts, which lies in `points/`.
 """
 
+import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.inputs.point_cloud import NOT_FINITE
+from h2a2_jax.inputs.reach import FAR_POINTS, usable_boxes, within_reach
 from h2a2_jax.inputs.scan import Scan, ScanError
 from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.inputs.unpickle import load_plain_pickle
 
 _COLUMNS = 6
 _ROW_BYTES = 4 * _COLUMNS
+_NO_CLASS = "boxes of no class of the dataset"
+_NO_ALIGNMENT = "scans without an alignment, taken as aligned"
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +44,21 @@ class ScanInfo:
         boxes: one row per kept object; yaw 0 where the file has six columns.
         labels: class of each box in the dataset's own order.
         alignment: matrix that brings the stored points into the frame of the boxes.
-        ignored: number of objects left out: label outside the classes, or a size that is not positive.
+        notes: boxes left out and what was taken for granted, a count by kind.
+        aligned: whether the file gave the alignment.
     """
 
     name: str
     boxes: Float32[np.ndarray, "g 7"]
     labels: Int32[np.ndarray, " g"]
     alignment: Float32[np.ndarray, "4 4"]
-    ignored: int
+    notes: Mapping[str, int] = field(default_factory=dict)
+    aligned: bool = True
+
+    @property
+    def ignored(self) -> int:
+        """Number of boxes left out: label outside the classes, or numbers that are none of a box."""
+        return sum(count for kind, count in self.notes.items() if kind != _NO_ALIGNMENT)
 
 
 @dataclass
@@ -90,7 +105,7 @@ class Mmdet3dFolder:
             points_folder: name of the folder of `.bin` files in `root`.
 
         Raises:
-            InputError: a folder or file is missing, or an info file cannot be understood.
+            InputError: a folder or file is missing, an info file cannot be understood, or a scan is named twice.
         """
         self.spec = spec
         self._points = Path(root) / points_folder
@@ -103,13 +118,18 @@ class Mmdet3dFolder:
         self._infos = [info for file in files for info in read_infos(Path(root) / file, spec)]
         if not self._infos:
             raise InputError(f"{', '.join(files)} in {root} name no scan: prepare the folder again.")
+        twice = [name for name, count in Counter(info.name for info in self._infos).items() if count > 1]
+        if twice:
+            raise InputError(
+                f"{', '.join(files)} in {root} name {len(twice)} scans more than once ({_some(twice)}): "
+                "prepare the folder again."
+            )
         self._report = SourceReport(ignored_objects={i.name: i.ignored for i in self._infos if i.ignored})
         missing = [info.name for info in self._infos if not self._path(info.name).is_file()]
         if missing:
-            shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise InputError(
                 f"{len(missing)} of the {len(self._infos)} scans named in {', '.join(files)} have no .bin file in "
-                f"{self._points} ({shown}): finish preparing the folder."
+                f"{self._points} ({_some(missing)}): finish preparing the folder."
             )
 
     @property
@@ -124,16 +144,17 @@ class Mmdet3dFolder:
     def __getitem__(self, index: int) -> Scan:
         """Loads one scan, in the frame of its boxes.
 
-        Points with a NaN or infinite coordinate or colour are dropped and counted in `report`.
+        Points with a NaN or infinite coordinate or colour are dropped and counted in `Scan.notes` and `report`.
 
         Raises:
-            ScanError: the file is cut off, holds no usable point, or its colours are in another range.
+            ScanError: the file is cut off, holds no usable point, reaches too far, or its colours are in another range.
         """
         info = self._infos[index]
         rows = self._read(info.name)
+        notes = dict(info.notes)
         finite = np.isfinite(rows).all(axis=1)
         if not finite.all():
-            self._report.dropped_points[info.name] = int((~finite).sum())
+            notes[NOT_FINITE] = self._report.dropped_points[info.name] = int((~finite).sum())
             rows = rows[finite]
         if len(rows) == 0:
             raise ScanError(info.name, f"Scan {info.name} has no usable point: {self._path(info.name)} is empty.")
@@ -142,10 +163,16 @@ class Mmdet3dFolder:
             raise ScanError(
                 info.name,
                 f"Scan {info.name} has colours from {rows[:, 3:].min():g} to {rows[:, 3:].max():g}, but "
-                f"{self.spec.name} files hold 0 to {self.spec.color_scale:g}: rescale them.",
+                f"{self.spec.name} files hold 0 to {self.spec.color_scale:g}: rescale them"
+                f"{self._other_type(info.name)}.",
             )
-        points = rows[:, :3] @ info.alignment[:3, :3].T + info.alignment[:3, 3]
-        return Scan(info.name, points, colors, info.boxes, info.labels, info.alignment)
+        with np.errstate(over="ignore"):  # beyond float32 is beyond reach too
+            points = rows[:, :3] @ info.alignment[:3, :3].T + info.alignment[:3, 3]
+        near = within_reach(info.name, np.nan_to_num(points, nan=np.inf))
+        if not near.all():
+            notes[FAR_POINTS] = int((~near).sum())
+            points, colors = points[near], colors[near]
+        return Scan(info.name, points, colors, info.boxes, info.labels, info.alignment, notes)
 
     def report(self) -> SourceReport:
         """Returns what was left out so far."""
@@ -167,6 +194,14 @@ class Mmdet3dFolder:
                 "of a point (x, y, z, r, g, b in float32); copy it again.",
             )
         return np.frombuffer(content, "<f4").reshape(-1, _COLUMNS).astype(np.float32)
+
+    def _other_type(self, name: str) -> str:
+        """A hint where the file would make sense in float64."""
+        if self._path(name).stat().st_size % (2 * _ROW_BYTES):
+            return ""
+        values = np.fromfile(self._path(name), "<f8")
+        plausible = np.isfinite(values).all() and np.abs(values).max() < 1e4 and np.abs(values).max() > 1e-4
+        return ", or, for it looks like float64, write it in float32" if plausible else ""
 
 
 def default_info_files(spec: DatasetSpec, split: Literal["train", "val"]) -> tuple[str, ...]:
@@ -194,17 +229,27 @@ def read_infos(path: Path, spec: DatasetSpec) -> list[ScanInfo]:
     try:
         if isinstance(content, Mapping) and "data_list" in content:
             categories = content.get("metainfo", {}).get("categories")
+            _refuse_mixture(content["data_list"], "pts_path", 2)
             infos = [_read_v2(entry, categories, spec) for entry in content["data_list"]]
         elif isinstance(content, list):
+            _refuse_mixture(content, "lidar_points", 1)
             infos = [_read_v1(entry, spec) for entry in content]
         else:
             raise TypeError("neither {metainfo, data_list} nor a list")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(
-            f"{path} is no mmdetection3d info file of version 1 or 2 ({type(error).__name__}: {error}): "
-            "prepare the folder again."
+            f"{path} is no mmdetection3d info file of version 1 or 2 ({what}): prepare the folder again."
         ) from error
+    if spec.name == "scannet":  # whose points are stored before they are aligned
+        infos = [i if i.aligned else dataclasses.replace(i, notes={**i.notes, _NO_ALIGNMENT: 1}) for i in infos]
     return infos
+
+
+def _refuse_mixture(entries: Iterable[Any], key: str, version: int) -> None:
+    other = [i for i, entry in enumerate(entries) if key in entry]
+    if other:
+        raise ValueError(f"it is of version {version}, but {len(other)} entries, the first at {other[0]}, are not")
 
 
 def scan_name(stored_path: str) -> str:
@@ -214,13 +259,14 @@ def scan_name(stored_path: str) -> str:
 
 def _read_v2(entry: Mapping[str, Any], categories: Mapping[str, int] | None, spec: DatasetSpec) -> ScanInfo:
     instances = entry.get("instances", [])
-    labels = [int(instance["bbox_label_3d"]) for instance in instances]
+    labels = [instance["bbox_label_3d"] for instance in instances]
     if categories:
         # The file says what its label numbers mean; trust the names, not the order.
         to_label = {int(value): spec.classes.index(key) for key, value in categories.items() if key in spec.classes}
         labels = [to_label.get(label, -1) for label in labels]
     boxes = [instance["bbox_3d"] for instance in instances]
-    name = scan_name(entry["lidar_points"]["lidar_path"])
+    points = entry["lidar_points"]
+    name = _safe_name(points["lidar_path"], points.get("num_pts_feats"))
     return _scan_info(name, boxes, labels, entry.get("axis_align_matrix"), spec)
 
 
@@ -229,11 +275,24 @@ def _read_v1(entry: Mapping[str, Any], spec: DatasetSpec) -> ScanInfo:
     empty = int(annos.get("gt_num", 0)) == 0  # then the keys of the boxes are absent
     boxes = [] if empty else annos["gt_boxes_upright_depth"]
     labels = [] if empty else annos["class"]
-    return _scan_info(scan_name(entry["pts_path"]), boxes, labels, annos.get("axis_align_matrix"), spec)
+    name = _safe_name(entry["pts_path"], entry.get("point_cloud", {}).get("num_features"))
+    return _scan_info(name, boxes, labels, annos.get("axis_align_matrix"), spec)
+
+
+def _safe_name(stored_path: Any, columns: Any) -> str:
+    """Name of the scan, if its path is one that stays in a folder and its file has the six columns of a scan."""
+    if not isinstance(stored_path, str) or "\0" in stored_path or not scan_name(stored_path):
+        raise ValueError(f"the path of a scan is {stored_path!r}")
+    if ".." in PurePosixPath(stored_path.replace("\\", "/")).parts:
+        raise ValueError(f"the path {stored_path!r} leaves the folder")
+    if columns is not None and columns != _COLUMNS:
+        raise ValueError(f"scan {scan_name(stored_path)} has {columns} numbers per point, {_COLUMNS} expected")
+    return scan_name(stored_path)
 
 
 def _scan_info(name: str, boxes: Iterable[Any], labels: Iterable[Any], alignment: Any, spec: DatasetSpec) -> ScanInfo:
-    box_array = np.array(list(boxes), np.float32)
+    with np.errstate(over="ignore"):
+        box_array = np.array(list(boxes), np.float32)
     box_array = box_array.reshape(len(box_array), -1) if box_array.size else np.zeros((0, 7), np.float32)
     if box_array.shape[1] not in (6, 7):
         raise ValueError(f"boxes of scan {name} have {box_array.shape[1]} numbers, 6 or 7 expected")
@@ -241,10 +300,34 @@ def _scan_info(name: str, boxes: Iterable[Any], labels: Iterable[Any], alignment
         box_array = box_array[:, :6]
     yaw = np.zeros((len(box_array), 7 - box_array.shape[1]), np.float32)
     box_array = np.concatenate([box_array, yaw], axis=1)
-    label_array = np.array(list(labels), np.int32).reshape(-1)
+    given = np.array(list(labels), np.float64).reshape(-1)
+    label_array = np.nan_to_num(np.clip(given, -1, spec.num_classes), nan=0.5).astype(np.int32)
     if len(label_array) != len(box_array):
         raise ValueError(f"scan {name} has {len(box_array)} boxes but {len(label_array)} labels")
-    matrix = np.eye(4, dtype=np.float32) if alignment is None else np.array(alignment, np.float32).reshape(4, 4)
-    usable = (label_array >= 0) & (label_array < spec.num_classes)
-    usable &= np.isfinite(box_array).all(axis=1) & (box_array[:, 3:6] > 0).all(axis=1)
-    return ScanInfo(name, box_array[usable], label_array[usable], matrix, int((~usable).sum()))
+    if (given != np.rint(given)).any():
+        raise ValueError(f"scan {name} has a label that is no whole number")
+    known = (label_array >= 0) & (label_array < spec.num_classes)
+    usable, notes = usable_boxes(box_array)
+    if not known.all():
+        _, notes = usable_boxes(box_array[known])
+        notes[_NO_CLASS] = int((~known).sum())
+    kept = usable & known
+    matrix = _alignment(name, alignment)
+    return ScanInfo(name, box_array[kept], label_array[kept], matrix, notes, aligned=alignment is not None)
+
+
+def _alignment(name: str, alignment: Any) -> Float32[np.ndarray, "4 4"]:
+    if alignment is None:
+        return np.eye(4, dtype=np.float32)
+    matrix = np.array(alignment, np.float32)
+    if matrix.shape not in ((4, 4), (16,)):
+        raise ValueError(f"the alignment of scan {name} has the shape {matrix.shape}, (4, 4) expected")
+    matrix = matrix.reshape(4, 4)
+    square = matrix[:3, :3] @ matrix[:3, :3].T
+    if not np.isfinite(matrix).all() or np.abs(square - np.eye(3)).max() > 0.01 or (matrix[3] != [0, 0, 0, 1]).any():
+        raise ValueError(f"the alignment of scan {name} is no rotation and shift")
+    return matrix
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -18,19 +18,44 @@ def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
     return codecs.latin_1_encode(text)[0]
 
 
+def _reconstruct(kind: Any, shape: Any, dtype: Any) -> Any:
+    """Stands for numpy's, which allocates any shape; a pickle gives an empty one and sets the state afterwards."""
+    if kind is not _NDARRAY or shape != (0,):
+        raise pickle.UnpicklingError(f"an array of shape {shape} before its content")
+    return multiarray._reconstruct(np.ndarray, (0,), dtype)
+
+
+def _sequence(kind: type) -> Any:
+    """Stands for bytes or bytearray, which make as many zeros as a number says."""
+
+    def make(*arguments: Any) -> Any:
+        if any(isinstance(argument, int) for argument in arguments):
+            raise pickle.UnpicklingError(f"{kind.__name__} of a number")
+        return kind(*arguments)
+
+    return make
+
+
+class _Marker:
+    """Stands for numpy.ndarray, which pickles name and do not call."""
+
+
+_NDARRAY = _Marker()
 _ADMITTED: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): _encode_latin1,
     ("numpy", "dtype"): np.dtype,
-    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "ndarray"): _NDARRAY,
 }
 # Files written by numpy 1 say numpy.core, those by numpy 2 numpy._core.
 for _core in ("numpy.core", "numpy._core"):
-    _ADMITTED[f"{_core}.multiarray", "_reconstruct"] = multiarray._reconstruct
+    _ADMITTED[f"{_core}.multiarray", "_reconstruct"] = _reconstruct
     _ADMITTED[f"{_core}.multiarray", "scalar"] = multiarray.scalar
     _ADMITTED[f"{_core}.numeric", "_frombuffer"] = vars(numeric)["_frombuffer"]
-for _container in (dict, list, tuple, set, frozenset, bytes, bytearray, complex):
-    for _builtins in ("builtins", "__builtin__"):
+for _builtins in ("builtins", "__builtin__"):
+    for _container in (dict, list, tuple, set, frozenset, complex):
         _ADMITTED[_builtins, _container.__name__] = _container
+    for _bytes in (bytes, bytearray):
+        _ADMITTED[_builtins, _bytes.__name__] = _sequence(_bytes)
 
 
 class _NotAdmitted(Exception):
@@ -60,7 +85,11 @@ def load_plain_pickle(path: Path) -> Any:
     """
     if not path.is_file():
         raise InputError(f"There is no file {path}: check the folder and the file name.")
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    with file:
         try:
             return _PlainUnpickler(file).load()
         except _NotAdmitted as error:
@@ -68,5 +97,7 @@ def load_plain_pickle(path: Path) -> Any:
                 f"{path} holds {error}, which is not plain data: only numpy arrays and Python's own containers "
                 "are loaded; write the file again without it."
             ) from None
-        except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        except (MemoryError, RecursionError, OverflowError) as error:
+            raise InputError(f"{path} asks for more memory than there is: write or download it again.") from error
+        except Exception as error:  # what a damaged pickle does is anything; nothing of it is run
             raise InputError(f"{path} is not a readable pickle ({error}): write or download it again.") from error
