@@ -25,8 +25,8 @@ _BELOW = ("", "*/", "*/*/", "prepared/*/*/")
 class TfdsSource:
     """Scans of one split of a prepared dataset.
 
-    Files are opened by each process when it first reads, so that a source can be pickled, forked with and used by
-    several threads at once.
+    Files are opened by each process when it first reads, so that a source can be pickled and used by several threads at
+    once. array_record crashes in a process that is forked after its parent has read: such a process is refused.
 
     Attributes:
         folder: the version's folder that is read, as in data/scannet/prepared/scannet/1.0.0.
@@ -65,7 +65,8 @@ class TfdsSource:
         self._split = split
         self._names: tuple[str, ...] = tuple(metadata["names"][split])
         self._lock = threading.Lock()
-        self._opened: tuple[int, Any] | None = None
+        self._opened: Any = None
+        self._process = 0
 
     @property
     def names(self) -> Sequence[str]:
@@ -82,12 +83,15 @@ class TfdsSource:
         Raises:
             IndexError: the index is not in [0, number of scans).
             ScanError: its record is damaged.
+            InputError: the files cannot be opened.
+            RuntimeError: this process was forked from one that has read.
         """
         if not 0 <= index < len(self._names):
             raise IndexError(f"scan {index} of {len(self._names)}")
         name = self._names[index]
+        records = self._records()
         try:
-            found = self._records()[index]
+            found = records[index]
             scan = Scan(
                 found["name"].decode(),
                 found["points"],
@@ -108,17 +112,24 @@ class TfdsSource:
         return scan
 
     def _records(self) -> Any:
-        """TFDS's view of the files; one for each process, as their readers do not survive a fork."""
-        opened = self._opened
-        if opened is None or opened[0] != os.getpid():
+        """TFDS's view of the files."""
+        if self._opened is None or self._process != os.getpid():
             with self._lock:
-                opened = self._opened
-                if opened is None or opened[0] != os.getpid():
-                    import tensorflow_datasets as tfds
+                if self._opened is None or self._process != os.getpid():
+                    _check_not_forked()
+                    self._opened, self._process = self._open(), os.getpid()
+        return self._opened
 
-                    records = tfds.builder_from_directory(self.folder).as_data_source(split=self._split)
-                    opened = self._opened = (os.getpid(), records)
-        return opened[1]
+    def _open(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        try:
+            return tfds.builder_from_directory(self.folder).as_data_source(split=self._split)
+        except Exception as error:  # TFDS has no base class of its errors
+            raise InputError(
+                f"{self.folder} cannot be opened ({' '.join(str(error).split())[:200]}): remove it and prepare the "
+                "dataset again."
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lock": None, "_opened": None}
@@ -126,6 +137,20 @@ class TfdsSource:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+
+
+_first_reader: int | None = None
+
+
+def _check_not_forked() -> None:
+    """The array_record package keeps threads for all its readers, which a fork does not copy."""
+    global _first_reader
+    if _first_reader not in (None, os.getpid()):
+        raise RuntimeError(
+            "Prepared data are read in a process that was forked after its parent had read some: start processes by "
+            "spawn, or fork before reading."
+        )
+    _first_reader = os.getpid()
 
 
 def is_tfds(root: str | Path) -> bool:

@@ -30,6 +30,14 @@ class SyntheticRaw:
     seed: int = 0
     scale: Scale = "full"
 
+    def __post_init__(self) -> None:
+        """Refuses what there are no scans of.
+
+        Raises:
+            InputError: dataset, size or scale are none that there are.
+        """
+        _ = self.splits
+
     @property
     def spec(self) -> DatasetSpec:
         """Classes and protocol of the dataset that is stood in for."""
@@ -37,11 +45,7 @@ class SyntheticRaw:
 
     @property
     def splits(self) -> Mapping[str, tuple[str, ...]]:
-        """Names of the scans by split.
-
-        Raises:
-            InputError: dataset, size or scale are none that there are.
-        """
+        """Names of the scans by split."""
         return {"train": tuple(self._train.names), "val": tuple(self._val.names)}
 
     @property
