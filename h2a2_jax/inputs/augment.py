@@ -33,7 +33,7 @@ def sample_points(scan: Scan, sampling: Sampling, rng: np.random.Generator) -> S
             chosen = rng.choice(count, size, replace=False)
         case CountSampling(size):
             chosen = rng.choice(count, size, replace=size > count)
-    return dataclasses.replace(scan, points=scan.points[chosen], colors=scan.colors[chosen])
+    return dataclasses.replace(scan, points=scan.points.take(chosen, 0), colors=scan.colors.take(chosen, 0))
 
 
 def augment(scan: Scan, augmentation: Augmentation, rng: np.random.Generator, *, has_yaw: bool) -> Scan:
@@ -53,12 +53,17 @@ def augment(scan: Scan, augmentation: Augmentation, rng: np.random.Generator, *,
     angle = rng.uniform(-augmentation.rotation, augmentation.rotation)
     factor = rng.uniform(*augmentation.scale)
     shift = rng.normal(0.0, augmentation.translation_std, 3)
+    # The boxes go step by step; the points, of which there are many, follow in one step by the motion that results.
+    none = scan.points[:0]
+    moved = dataclasses.replace(scan, points=none, colors=none, transform=np.eye(4, dtype=np.float32))
     if flip_x:
-        scan = mirror(scan, axis=0)
+        moved = mirror(moved, axis=0)
     if flip_y:
-        scan = mirror(scan, axis=1)
-    scan = rotate(scan, angle, has_yaw=has_yaw)
-    return translate(rescale(scan, factor), shift)
+        moved = mirror(moved, axis=1)
+    moved = translate(rescale(rotate(moved, angle, has_yaw=has_yaw), factor), shift)
+    motion = moved.transform
+    points = _transformed(scan.points, motion[:3, :3], motion[:3, 3])
+    return dataclasses.replace(scan, points=points, boxes=moved.boxes, transform=motion @ scan.transform)
 
 
 def mirror(scan: Scan, axis: int) -> Scan:
@@ -112,6 +117,12 @@ def _moved(
     """The scan with points at matrix @ p + shift, the given boxes, and the motion appended to its transform."""
     motion = np.eye(4, dtype=np.float32)
     motion[:3, :3], motion[:3, 3] = matrix, shift
-    # einsum, not @: waking the threads of a BLAS for a 3 x 3 matrix takes longer than the product.
-    points = np.einsum("mj,ij->mi", scan.points, matrix) + shift
+    points = _transformed(scan.points, matrix, shift)
     return dataclasses.replace(scan, points=points, boxes=boxes, transform=motion @ scan.transform)
+
+
+def _transformed(
+    points: Float32[np.ndarray, "m 3"], matrix: Float32[np.ndarray, "3 3"], shift: Float32[np.ndarray, " 3"]
+) -> Float32[np.ndarray, "m 3"]:
+    # einsum, not @: waking the threads of a BLAS for a 3 x 3 matrix takes longer than the product.
+    return np.add(moved := np.einsum("mj,ij->mi", points, matrix), shift, out=moved)

@@ -138,6 +138,16 @@ def pad_boxes(scans: Sequence[Scan], max_boxes: int) -> tuple[Float32[np.ndarray
 
 
 def stack_batches(grid: Sequence[Sequence[Batch]]) -> Batch:
-    """Batches [dataset][replica] as one with leading axes [D, R]."""
-    rows = [jax.tree.map(lambda *leaves: np.stack(leaves), *row) for row in grid]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+    """Batches [dataset][replica] as one with leading axes [D, R]; a single one is not copied."""
+    cells = [batch for row in grid for batch in row]
+    stacked: dict[tuple[int, ...], np.ndarray] = {}
+
+    def stack(*leaves: np.ndarray) -> np.ndarray:
+        # Maps share the arrays of their sites: those are stacked once.
+        key = tuple(map(id, leaves))
+        if key not in stacked:
+            whole = leaves[0][None] if len(leaves) == 1 else np.stack(leaves)
+            stacked[key] = whole.reshape(len(grid), len(grid[0]), *leaves[0].shape)
+        return stacked[key]
+
+    return jax.tree.map(stack, *cells)

@@ -5,6 +5,7 @@ same batches as one that was never interrupted, and every process of a run draws
 """
 
 import math
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,20 +16,12 @@ import numpy as np
 from jaxtyping import Int32
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.inputs.augment import augment, sample_points
-from h2a2_jax.inputs.batching import (
-    Batch,
-    BucketLadder,
-    ScanBatch,
-    collate_to_fit,
-    no_scan,
-    pad_batch,
-    scan_sizes,
-)
+from h2a2_jax.inputs.batching import Batch, BucketLadder, ScanBatch, pad_batch, scan_sizes
 from h2a2_jax.inputs.division import Answer, Division
-from h2a2_jax.inputs.scan import Scan, ScanError, ScanSource
-from h2a2_jax.inputs.specs import DatasetSpec
+from h2a2_jax.inputs.drawing import Drawing, DrawnCell, Log, StreamDataset
+from h2a2_jax.inputs.scan import ScanSource
 from h2a2_jax.inputs.turns import Turns
+from h2a2_jax.inputs.workers import prepared_ahead
 from h2a2_jax.models import LevelSizes, PlanLayout, fits_layout
 
 _MEASURED = 24
@@ -49,6 +42,7 @@ class StreamConfig:
         seed: of order, sampling, augmentation, and of which datasets take part in a step.
         max_rung: highest rung of the bucket ladder; what does not fit it is cropped, and counted.
         layout: lists of the maps, for the machine that trains.
+        workers: processes that load scans and build maps; 0: a thread does.
     """
 
     batch_size: int
@@ -57,29 +51,7 @@ class StreamConfig:
     seed: int = 0
     max_rung: int = 3
     layout: PlanLayout = field(default_factory=PlanLayout)
-
-
-@dataclass(frozen=True)
-class StreamDataset:
-    """One dataset of a stream.
-
-    Attributes:
-        spec: of the dataset.
-        source: its training scans; None where another process loads them.
-        repeats: how often an epoch goes through them; None: as the spec says.
-        sample: whether points are drawn as the spec says, else all are used.
-        augment: whether scans are augmented as the spec says.
-        batch_size: its scans in a step; None: as many as the stream says.
-        weight: probability, above 0 up to 1, with which it takes part in a step (`Turns`).
-    """
-
-    spec: DatasetSpec
-    source: ScanSource | None
-    repeats: int | None = None
-    sample: bool = True
-    augment: bool = True
-    batch_size: int | None = None
-    weight: float = 1.0
+    workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,30 +97,42 @@ class _Drawn:
     """This process's part of a step before it has a bucket: its cells (dataset, replica)."""
 
     step: int
-    present: tuple[bool, ...]
-    cells: dict[tuple[int, int], ScanBatch]
-    names: tuple[tuple[str, ...], ...]
+    cells: dict[tuple[int, int], DrawnCell]
     needs: _Needs
+
+
+@dataclass(frozen=True)
+class _CellAt:
+    """The cells of a process, numbered through all steps; travels to workers."""
+
+    drawing: Drawing
+    turns: Turns
+    cells: tuple[tuple[int, int], ...]
+    ladder: BucketLadder[LevelSizes]
+
+    def __call__(self, number: int) -> DrawnCell:
+        step, place = divmod(number, len(self.cells))
+        return self.drawing.cell(step, *self.cells[place], self.ladder, self.turns)
 
 
 @dataclass
 class JointStream:
-    """Batches of several datasets, each dataset in an order of its own.
-
-    A dataset goes through a permutation of its scans, then through another one, for as long as the run lasts. A scan
-    that cannot be read is left out, with its name and the reason in `skipped`; the next one takes its place.
+    """Batches of several datasets, each dataset in an order of its own (`Drawing`).
 
     Attributes:
         datasets: in the order of the dataset axis.
         config: see there.
         division: which part of every step is this process's, and how all agree on its shape.
-        skipped: reason by scan name, of the scans that this process met.
+        log: what this process met; a scan that cannot be read is left out, with its name and the reason in
+            `log.skipped`, and the next one takes its place.
+        waited: seconds for which steps were asked for and not yet ready.
     """
 
     datasets: Sequence[StreamDataset]
     config: StreamConfig
     division: Division = field(default_factory=Division)
-    skipped: dict[str, str] = field(default_factory=dict)
+    log: Log = field(default_factory=Log)
+    waited: float = 0.0
 
     def __post_init__(self) -> None:
         """Measure the scans for the bucket ladder.
@@ -168,7 +152,6 @@ class JointStream:
                     f"{key} is {size}, shared by {replicas} devices a dataset: choose a multiple of {replicas}."
                 )
         self.batch_sizes = tuple(self.config.batch_size if size is None else size for size in chosen)
-        self._rows = max(self.batch_sizes) // replicas
         self._cells = [(d, r) for d in range(len(self.datasets)) for r in range(replicas) if self.division.owns(d, r)]
         for d, _ in self._cells:
             if self.datasets[d].source is None:
@@ -186,28 +169,53 @@ class JointStream:
             for d, count, size in each
         )
 
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Reason by "dataset/scan", of the scans that this process could not read."""
+        return self.log.skipped
+
+    @property
+    def scans_per_second_per_core(self) -> float:
+        """Scans that one core prepares in a second, from file to padded maps; NaN before the first."""
+        seconds = sum(self.log.seconds.values())
+        return self.log.scans / seconds if seconds else math.nan
+
     def step(self, step: int) -> JointStep:
         """The input of a step, from its number alone; in a run of several processes, all ask for it at once."""
-        drawn = self._draw(step)
+        draw = self._cell_at
+        cells = len(self._cells)
+        drawn = self._gathered(step, [draw(number) for number in range(step * cells, (step + 1) * cells)])
         return self._padded(drawn, self.division.exchange(np.array(drawn.needs, np.int32))())
 
     def steps(self, first: int, last: int, *, ahead: int = 2) -> Iterator[JointStep]:
-        """Steps first..last-1, prepared in threads while the device works on the ones before.
+        """Steps first..last-1, prepared by workers while the device works on the ones before.
 
         What processes exchange is asked for in the caller's thread, that of step k + 1 before step k is given: so all
         keep one order, and the answer does not wait for step k.
 
+        Args:
+            first: number of the first step.
+            last: behind that of the last step.
+            ahead: steps that are held ready.
+
         Raises:
             Exception: whatever preparing a step raised.
         """
+        own = len(self._cells)
+        cells = prepared_ahead(
+            self._cell_at, first * own, last * own, workers=self.config.workers, ahead=(ahead - 1) * own
+        )
         numbers = iter(range(first, last))
         drawn: deque[Future[_Drawn]] = deque()
         ready: deque[Future[JointStep]] = deque()
         drawer, padder = (ThreadPoolExecutor(1, name) for name in ("joint-stream-draw", "joint-stream-pad"))
 
+        def draw_next(step: int) -> _Drawn:
+            return self._gathered(step, [next(cells) for _ in range(own)])
+
         def draw_more() -> None:
             while len(drawn) < ahead and (number := next(numbers, None)) is not None:
-                drawn.append(drawer.submit(self._draw, number))
+                drawn.append(drawer.submit(draw_next, number))
 
         def pad_next() -> None:
             draw_more()
@@ -217,36 +225,42 @@ class JointStream:
                 draw_more()
 
         try:
+            asked = time.monotonic()
             pad_next()
             while ready:
                 pad_next()
-                yield ready.popleft().result()
+                item = ready.popleft().result()
+                self.waited += time.monotonic() - asked
+                yield item
+                asked = time.monotonic()
         finally:
             for pool in (drawer, padder):
                 pool.shutdown(cancel_futures=True)
+            cells.close()
 
-    def _draw(self, step: int) -> _Drawn:
-        """The scans of this process's cells, collated, and what they need of the bucket that all share."""
-        present = self._turns.present(step)
-        replicas, cells, names = self.config.replicas, {}, []
-        for d, r in self._cells:
-            per_replica = self.batch_sizes[d] // replicas if present[d] else 0
-            first = self._turns.before(d, step) * self.batch_sizes[d] + r * per_replica
-            scans = [self._scan(d, first + i) for i in range(per_replica)]
-            names.append((d, [scan.name for scan in scans]))
-            scans += [no_scan()] * (self._rows - per_replica)
-            cells[d, r] = collate_to_fit(scans, self.config.voxel_size, self.ladder)
+    @property
+    def _drawing(self) -> Drawing:
+        config = self.config
+        return Drawing(tuple(self.datasets), self.batch_sizes, config.replicas, config.voxel_size, config.seed)
+
+    @property
+    def _cell_at(self) -> _CellAt:
+        return _CellAt(self._drawing, self._turns, tuple(self._cells), self.ladder)
+
+    def _gathered(self, step: int, parts: Sequence[DrawnCell]) -> _Drawn:
+        """The cells of a step, and what they need of the bucket that all share."""
+        cells = dict(zip(self._cells, parts, strict=True))
+        for part in parts:
+            self.log.add(part.log)
+        batches = [part.batch for part in parts]
         needs = _Needs(
             failed=0,
-            rung=max((self.ladder.rung(cell.tables.sizes) or 0 for cell in cells.values()), default=0),
-            layout_rung=max(map(self._layout_rung, cells.values()), default=0),
-            boxes=max((cell.num_boxes for cell in cells.values()), default=0),
-            dropped_points=sum(cell.dropped_points for cell in cells.values()),
+            rung=max((self.ladder.rung(batch.tables.sizes) or 0 for batch in batches), default=0),
+            layout_rung=max(map(self._layout_rung, batches), default=0),
+            boxes=max((batch.num_boxes for batch in batches), default=0),
+            dropped_points=sum(batch.dropped_points for batch in batches),
         )
-        by_dataset = tuple(
-            tuple(name for owner, some in names if owner == d for name in some) for d in range(len(self.datasets))
-        )
-        return _Drawn(step, present, cells, by_dataset, needs)
+        return _Drawn(step, cells, needs)
 
     def _layout_rung(self, cell: ScanBatch) -> int:
         """Lowest rung in which the maps' pairs fit their layout."""
@@ -273,16 +287,21 @@ class JointStream:
         if most.layout_rung > most.rung:
             layout = replace(layout, machine="any")  # every device's batch has the same structure
 
-        def padded(cell: ScanBatch, present: bool) -> Batch:
-            return replace(pad_batch(cell, capacities, self._box_rows, layout), present=np.asarray(present))
+        present = self._turns.present(drawn.step)
 
-        return JointStep(
-            drawn.step,
-            self.division.assemble({key: padded(cell, drawn.present[key[0]]) for key, cell in drawn.cells.items()}),
-            drawn.names,
-            sum(size for size, present in zip(self.batch_sizes, drawn.present, strict=True) if present),
-            int(_Needs(*answers.sum(0).tolist()).dropped_points),
+        def padded(cell: ScanBatch, is_present: bool) -> Batch:
+            return replace(pad_batch(cell, capacities, self._box_rows, layout), present=np.asarray(is_present))
+
+        started = time.thread_time()
+        batch = self.division.assemble({key: padded(cell.batch, present[key[0]]) for key, cell in drawn.cells.items()})
+        self.log.spent("pad", time.thread_time() - started)
+        names = tuple(
+            tuple(name for (owner, _), cell in drawn.cells.items() if owner == d for name in cell.names)
+            for d in range(len(self.datasets))
         )
+        scans = sum(size for size, is_present in zip(self.batch_sizes, present, strict=True) if is_present)
+        dropped = int(_Needs(*answers.sum(0).tolist()).dropped_points)
+        return JointStep(drawn.step, batch, names, scans, dropped)
 
     def _measured(self) -> tuple[tuple[int, ...], BucketLadder[LevelSizes]]:
         """Numbers of scans and the ladder, from every process's own datasets."""
@@ -292,7 +311,10 @@ class JointStream:
             for d in sorted({d for d, _ in self._cells}):
                 lengths[d] = len(self._source(d))
                 # Of one seed for all runs: runs that differ in it have the same shapes and the same program.
-                scans = [self._scan(d, position, 0) for position in range(min(_MEASURED, 2 * lengths[d]))]
+                scans = [
+                    self._drawing.scan(d, position, self.log, seed=0)
+                    for position in range(min(_MEASURED, 2 * lengths[d]))
+                ]
                 boxes = max(boxes, *(len(scan.boxes) for scan in scans))
                 sizes = [scan_sizes(scan, self.config.voxel_size) for scan in scans]
                 ladder = BucketLadder.measured([sizes], self.batch_sizes[d] // self.config.replicas)
@@ -311,27 +333,6 @@ class JointStream:
         source = self.datasets[dataset].source
         assert source is not None
         return source
-
-    def _scan(self, dataset: int, position: int, seed: int | None = None) -> Scan:
-        """The scan at a position of a dataset's endless stream, sampled and augmented."""
-        recipe = self.datasets[dataset]
-        source, spec = self._source(dataset), recipe.spec
-        epoch, place = divmod(position, len(source))
-        seed = self.config.seed if seed is None else seed
-        order = np.random.default_rng([seed, dataset, epoch]).permutation(len(source))
-        rng = np.random.default_rng([seed, dataset, position, 1])
-        for index in np.roll(order, -place):
-            try:
-                scan = source[int(index)]
-            except ScanError as error:
-                self.skipped[f"{spec.name}/{error.scan}"] = str(error)
-                continue
-            if recipe.sample:
-                scan = sample_points(scan, spec.train_sampling, rng)
-            return augment(scan, spec.augmentation, rng, has_yaw=spec.has_yaw) if recipe.augment else scan
-        raise InputError(
-            f"none of the {len(source)} scans of {spec.name} can be used; the last: {list(self.skipped.values())[-1]}"
-        )
 
     def _grow_box_rows(self, boxes: int) -> None:
         while self._box_rows < boxes:

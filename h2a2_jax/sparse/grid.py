@@ -229,14 +229,48 @@ def voxelize(clouds: Sequence[np.ndarray], voxel_size: float) -> Voxelization:
     Raises:
         InputError: see `voxel_coordinates`.
     """
-    coords = [
-        np.concatenate([np.full((len(p), 1), b, np.int32), voxel_coordinates(p, voxel_size)], 1)
-        for b, p in enumerate(clouds)
-    ]
-    keys = pack_keys(np.concatenate(coords)) if coords else np.zeros(0, np.int64)
-    order = np.argsort(keys, kind="stable")
-    starts = _starts(keys[order])
-    return Voxelization(SiteSet(keys[order][starts], 1, len(clouds)), order[starts])
+    coords = [voxel_coordinates(points, voxel_size) for points in clouds]
+    rows = np.concatenate([np.empty((0, 3), np.int32), *coords])
+    scan = np.repeat(np.arange(len(clouds)), [len(c) for c in coords])
+    if len(clouds) > MAX_SCANS:
+        raise InputError(f"a batch of {len(clouds)} scans was given, a key holds {MAX_SCANS}; use smaller ones.")
+    keys, first = _sorted_cells(scan, rows)
+    return Voxelization(SiteSet(keys, 1, len(clouds)), first)
+
+
+def _sorted_cells(
+    scan: Int[np.ndarray, " n"], rows: Int[np.ndarray, "n 3"]
+) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
+    """Sorted distinct keys of (scan, x, y, z), and the first row that each is of."""
+    low = rows.min(0, initial=0)
+    bits = [int(extent).bit_length() for extent in (rows.max(0, initial=0) - low)]
+    x_bits, y_bits, z_bits = bits
+    place_bits = len(rows).bit_length()
+    scan_bits = int(scan[-1] if len(scan) else 0).bit_length()
+    if scan_bits + sum(bits) + place_bits > 63:
+        keys = pack_keys(np.concatenate([scan[:, None], rows], 1))
+        order = np.argsort(keys, kind="stable")
+        starts = _starts(keys[order])
+        return keys[order][starts], order[starts]
+    # Where cell and row fit one word together, that is sorted: several times faster than to sort the rows' order.
+    word = scan.astype(np.int64)
+    for axis, width in enumerate(bits):
+        word <<= width
+        word += rows[:, axis]
+        word -= low[axis]
+    word <<= place_bits
+    word += np.arange(len(rows))
+    word.sort()
+    cell = word >> place_bits
+    starts = _starts(cell)
+    cell, first = cell[starts], word[starts] & ((1 << place_bits) - 1)
+    z = cell & ((1 << z_bits) - 1)
+    y = (cell >> z_bits) & ((1 << y_bits) - 1)
+    x = (cell >> (z_bits + y_bits)) & ((1 << x_bits) - 1)
+    move = low.astype(np.int64) + _BIAS
+    keys = (cell >> sum(bits)) << 3 * _BITS
+    keys += ((x + move[0]) << 2 * _BITS) + ((y + move[1]) << _BITS) + (z + move[2])
+    return keys, first
 
 
 def downsample(sites: SiteSet, factor: int) -> SiteSet:

@@ -115,8 +115,11 @@ def pad_map(
         )
     if blocks == "auto" and tile_size is None:
         raise ValueError("blocks='auto' needs a tile_size: tiles serve the maps on which blocks do not pay.")
-    neighbors = np.full((len(table.rows), outputs.capacity), inputs.capacity, np.int32)
-    np.copyto(neighbors[:, : len(table.outputs)], table.rows, where=table.rows >= 0)
+    count = len(table.outputs)
+    neighbors = np.empty((len(table.rows), outputs.capacity), np.int32)
+    # Without sign a missing neighbour, -1, is the largest number: the minimum puts the capacity in its place.
+    np.minimum(table.rows.view(np.uint32), np.uint32(inputs.capacity), out=neighbors[:, :count].view(np.uint32))
+    neighbors[:, count:] = inputs.capacity
     tiles = None if tile_size is None else cut_pairs(table, inputs.capacity, outputs.capacity, tile_size)
     cut = None if blocks is None else cut_blocks(table, inputs.capacity, always=blocks == "always")
     return KernelMap(neighbors, inputs, outputs, tiles, table.kind, cut)

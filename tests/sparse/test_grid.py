@@ -115,9 +115,11 @@ def test_unions():
         sparse.unite(a, random_sites(stride=2))
 
 
-def test_the_first_point_of_a_voxel_represents_it():
+@pytest.mark.parametrize("reach", [0.0, 300.0], ids=["near", "too far for one word"])
+def test_the_first_point_of_a_voxel_represents_it(reach):
     rng = np.random.default_rng(2)
-    clouds = [rng.uniform(-0.05, 0.05, (n, 3)).astype(np.float32) for n in (300, 0, 200)]
+    clouds = [rng.uniform(-0.05, 0.05, (n, 3)).astype(np.float32) for n in (300, 0, 200, 30_000)]
+    clouds[2][0], clouds[2][1] = -reach, reach
     voxels = sparse.voxelize(clouds, 0.01)
     first = {}
     rows = np.concatenate([np.c_[np.full(len(c), b), np.floor(c / np.float32(0.01))] for b, c in enumerate(clouds)])
@@ -125,7 +127,7 @@ def test_the_first_point_of_a_voxel_represents_it():
         first.setdefault(key, row)
     np.testing.assert_array_equal(voxels.sites.coords, sorted(first))
     np.testing.assert_array_equal(voxels.first_point, [first[key] for key in sorted(first)])
-    assert voxels.sites.num_scans == 3
+    assert voxels.sites.num_scans == 4
 
 
 @pytest.mark.parametrize("clouds", [[], [np.zeros((0, 3), np.float32)] * 2])

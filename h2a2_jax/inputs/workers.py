@@ -1,0 +1,130 @@
+"""Values prepared ahead in threads or processes, in the order of their numbers: Grain under the hood.
+
+Whatever number of workers prepares them, the values and their order are the same.
+"""
+
+import gc
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+
+T = TypeVar("T")
+
+_ALIGNMENT = 64  # bytes: arrays begin where vector instructions like them to
+_PARENT_CHECK_S = 1.0
+
+
+def prepared_ahead(prepare: Callable[[int], T], first: int, last: int, *, workers: int, ahead: int) -> Generator[T]:
+    """Yields prepare(first), ..., prepare(last - 1), worked out before they are asked for.
+
+    Args:
+        prepare: depends on its number alone; with workers it is pickled, and so is what it returns.
+        first: number of the first value.
+        last: behind that of the last value.
+        workers: processes; 0 for a thread of this one. A script that asks for some needs the usual
+            `if __name__ == "__main__":`, for they begin by importing it.
+        ahead: values that a thread holds ready; a worker holds one.
+
+    Raises:
+        Exception: what preparing a value raised, in its turn.
+    """
+    if first >= last:
+        return
+    numbers = grain.MapDataset.range(first, last)
+    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=max(1, ahead))
+    if workers == 0:
+        values = iter(numbers.map(_Caught(prepare)).to_iter_dataset(reading))
+    else:
+        if not flags.FLAGS.is_parsed():  # Grain asks them for its debug options
+            flags.FLAGS.mark_as_parsed()
+        # A worker prepares one value at a time, and the next one while that waits to be fetched.
+        reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        options = grain.multiprocessing.MultiprocessingOptions(min(workers, last - first), per_worker_buffer_size=1)
+        dataset = numbers.map(_Packed(prepare)).to_iter_dataset(reading)
+        values = iter(dataset.mp_prefetch(options, worker_init_fn=_begin_worker))
+    try:
+        for value in values:
+            result = value if workers == 0 else unpack(value)
+            if isinstance(result, _Failure):
+                raise result.error
+            yield result
+    finally:
+        values.close()
+        value = result = None
+        gc.collect()  # shared memory that reference cycles still hold would be reported as leaked
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error on its way to who asked for the value: Grain would wrap it in a text of its own."""
+
+    error: Exception
+
+
+@dataclass(frozen=True)
+class _Caught(Generic[T]):
+    prepare: Callable[[int], T]
+
+    def __call__(self, number: int) -> T | _Failure:
+        try:
+            return self.prepare(int(number))
+        except Exception as error:  # raised again in the caller's thread
+            return _Failure(error)
+
+
+@dataclass(frozen=True)
+class _Packed(Generic[T]):
+    prepare: Callable[[int], T]
+
+    def __call__(self, number: int) -> dict[str, np.ndarray]:
+        return pack(_Caught(self.prepare)(number))
+
+
+def pack(value: Any) -> dict[str, np.ndarray]:
+    """A value as two arrays of bytes: Grain carries large arrays from process to process in shared memory.
+
+    Args:
+        value: anything that pickles; its numpy arrays make up the second array, each of them once.
+    """
+    buffers: list[pickle.PickleBuffer] = []
+    plain = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    views = [buffer.raw() for buffer in buffers]
+    starts, size = [], 0
+    for view in views:
+        starts.append((size, view.nbytes))
+        size += -(-view.nbytes // _ALIGNMENT) * _ALIGNMENT
+    body = np.empty(size, np.uint8)
+    for (start, length), view in zip(starts, views, strict=True):
+        body[start : start + length] = np.frombuffer(view, np.uint8)
+    return {"head": np.frombuffer(pickle.dumps((plain, starts)), np.uint8), "body": body}
+
+
+def unpack(packed: dict[str, np.ndarray]) -> Any:
+    """The value of `pack`; its arrays are read from where `packed` holds them, without a copy."""
+    plain, starts = pickle.loads(packed["head"].tobytes())
+    body = packed["body"].data
+    return pickle.loads(plain, buffers=[body[start : start + length] for start, length in starts])
+
+
+def _begin_worker(index: int, count: int) -> None:
+    """Workers leave accelerators alone and do not outlive the process that wants their values."""
+    jax.config.update("jax_platforms", "cpu")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops its workers
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_CHECK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
