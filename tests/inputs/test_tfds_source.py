@@ -18,7 +18,8 @@ from h2a2_jax.inputs.prepare.cache import ScanCache
 from h2a2_jax.inputs.scan import ScanError, ScanSource
 from h2a2_jax.inputs.specs import S3DIS, SCANNET
 from h2a2_jax.inputs.tfds_source import TfdsSource, is_tfds
-from tests.inputs.prepare.tiny import TinyBuilder, assert_equal, tiny_scan
+from tests.inputs.prepare.tiny import assert_equal, tiny_scan
+from tests.inputs.prepare.tiny_builder import TinyBuilder
 
 _NAMES = {"train": [f"a/{i}" for i in range(6)], "val": ["b 0"]}
 

@@ -5,7 +5,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,54 +12,14 @@ from tqdm import tqdm
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.prepare.builder import STATISTICS_FILE, Packing, ScanDatasetBuilder
-from h2a2_jax.inputs.prepare.cache import (
-    DamagedScanError,
-    ScanCache,
-    difference,
-    make_folder,
-    read_json,
-    writing_to,
-)
-from h2a2_jax.inputs.prepare.statistics import ScanSummary, statistics, summarise, table
+from h2a2_jax.inputs.prepare.cache import ScanCache, difference, make_folder, read_json, writing_to
+from h2a2_jax.inputs.prepare.prepare_scan import PrepareScan
+from h2a2_jax.inputs.prepare.statistics import ScanSummary, statistics, table
 from h2a2_jax.inputs.prepare.workers import in_processes
 from h2a2_jax.inputs.raw import RawDataset
-from h2a2_jax.inputs.scan import ScanError, validate_scan
 from h2a2_jax.inputs.tfds_source import METADATA_FILE, why_not_whole
 
 _SECONDS_BETWEEN_LINES = 15.0
-
-
-@dataclass(frozen=True)
-class PrepareScan:
-    """Makes sure that the cache holds a scan; runs in a worker.
-
-    Attributes:
-        raw: where scans come from.
-        cache: where they go to.
-    """
-
-    raw: RawDataset
-    cache: ScanCache
-
-    def __call__(self, name: str) -> tuple[ScanSummary, bool]:
-        """Loads a scan and writes it to the cache, unless it is there and whole.
-
-        Returns:
-            What is counted of it, and whether it had to be made.
-
-        Raises:
-            ScanError: the scan cannot be used.
-            OutputError: it cannot be written.
-        """
-        num_classes = self.raw.spec.num_classes
-        with contextlib.suppress(DamagedScanError):
-            return summarise(self.cache.read(name), num_classes), False
-        scan = self.raw.load(name)
-        problems = validate_scan(scan, num_classes)
-        if problems:
-            raise ScanError(name, " ".join(problems))
-        self.cache.write(scan)
-        return summarise(scan, num_classes), True
 
 
 class FailedScansError(InputError):

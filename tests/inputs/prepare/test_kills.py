@@ -96,15 +96,15 @@ def test_killed_while_preparing(tmp_path):
 
 def test_killed_while_packing(tmp_path):
     output, log = tmp_path / "out", tmp_path / "log"
-    raw = TinyRaw(log, 60, 40_000)
-    command = ("tests.inputs.prepare.tiny", output, log, raw.train, raw.points)
+    raw = TinyRaw(log, 40, 30_000)
+    command = ("tests.inputs.prepare.tiny_builder", output, log, raw.train, raw.points)
 
     def written() -> int:
         return sum(path.stat().st_size for path in output.glob("tiny/incomplete.*/*") if path.exists())
 
     for kill in range(_KILLS - 1):
         with _command(*command) as process:
-            _wait(lambda: written() > kill * 2_000_000, process)  # noqa: B023
+            _wait(lambda: written() > kill * 1_000_000, process)  # noqa: B023
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
         assert list(output.glob("tiny/incomplete.*")) and not (output / "tiny" / "1.0.0").exists()
@@ -116,7 +116,7 @@ def test_killed_while_packing(tmp_path):
     assert sorted(log.read_text().splitlines()) == sorted([*raw.splits["train"], "b 0"])
     assert [path.name for path in (output / "tiny").iterdir()] == ["1.0.0"]
     source = TfdsSource(output, "train", S3DIS)
-    for index in (0, 17, 59):
+    for index in (0, 17, 39):
         assert_equal(source[index], tiny_scan(source.names[index], raw.points))
 
 

@@ -12,7 +12,8 @@ from h2a2_jax.inputs.prepare.cache import OutputError, write_whole
 from h2a2_jax.inputs.prepare.prepare import FailedScansError, prepare
 from h2a2_jax.inputs.specs import S3DIS
 from h2a2_jax.inputs.tfds_source import TfdsSource
-from tests.inputs.prepare.tiny import TinyBuilder, TinyRaw, assert_equal, tiny_scan
+from tests.inputs.prepare.tiny import TinyRaw, assert_equal, tiny_scan
+from tests.inputs.prepare.tiny_builder import TinyBuilder
 
 
 def _loaded(raw: TinyRaw) -> list[str]:

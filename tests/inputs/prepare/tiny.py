@@ -1,12 +1,7 @@
-"""A raw dataset of tiny scans that can fail in every way, and writes down what is loaded.
-
-`python -m tests.inputs.prepare.tiny OUTPUT LOG TRAIN POINTS` prepares one.
-"""
+"""A raw dataset of tiny scans that can fail in every way, and writes down what is loaded."""
 
 import os
 import signal
-import sys
-import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,19 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from h2a2_jax.inputs.prepare.builder import ScanDatasetBuilder
 from h2a2_jax.inputs.scan import Scan, ScanError
 from h2a2_jax.inputs.specs import S3DIS, DatasetSpec
-
-
-class TinyBuilder(ScanDatasetBuilder, skip_registration=True):
-    """Tiny scans."""
-
-    name = "tiny"
-    spec = S3DIS
-    homepage = "https://example.org"
-    citation = ""
-    licence = "Apache-2.0"
 
 
 @dataclass(frozen=True)
@@ -37,7 +21,7 @@ class TinyRaw:
         log: file with the name of every scan that was loaded, a line each.
         train: number of training scans.
         points: in a scan.
-        bad: scan -> what its loading does: "missing", "bug", "no points", "label", "memory", "death", "hang".
+        bad: scan -> what its loading does: "missing", "bug", "no points", "label", "memory", "death".
     """
 
     log: Path
@@ -69,8 +53,6 @@ class TinyRaw:
                 raise MemoryError
             case "death":
                 os.kill(os.getpid(), signal.SIGKILL)
-            case "hang":
-                time.sleep(1000)
             case "no points":
                 return tiny_scan(name, 0)
             case "label":
@@ -103,10 +85,3 @@ def assert_equal(found: Scan, expected: Scan) -> None:
     assert found.colors.dtype == np.float32
     np.testing.assert_allclose(found.colors, expected.colors, rtol=0, atol=0.501 / 255)
     assert dict(found.notes) == dict(expected.notes)
-
-
-if __name__ == "__main__":
-    from h2a2_jax.inputs.prepare.prepare import prepare
-
-    output, log, train, points = sys.argv[1:]
-    prepare(TinyBuilder, TinyRaw(Path(log), int(train), int(points)), {}, Path(output), workers=2)
