@@ -24,7 +24,7 @@ from jaxtyping import Float, Float32
 from scipy.spatial import cKDTree
 
 from benchmarks.timing import cores, report
-from h2a2_jax.inputs.scan import Scan, points_in_box
+from h2a2_jax.inputs.scan import points_in_box
 from h2a2_jax.inputs.specs import SPECS, DatasetSpec, dataset_spec
 from h2a2_jax.inputs.synthetic.catalogue import label_of, programme
 from h2a2_jax.inputs.synthetic.rooms import Room, furnished_room
@@ -149,7 +149,7 @@ def measure(dataset: str, size: int, scale: str, index: int) -> dict[str, Any]:
     figures["points in a box"] = [int(points_in_box(scan.points, box).sum()) for box in scan.boxes]
     figures["surface seen (%)"] = surface_seen(room, capture, figures["spacing (cm)"] / 100)
     figures.update({f"{kind} (%)": 100 * share for kind, share in capture.losses.items()})
-    figures.update(floor_figures(spec, capture, scan))
+    figures.update(floor_figures(spec, room, capture))
     if dataset == "sunrgbd":
         figures["forward (m)"] = (float(scan.points[:, 1].min()), float(scan.points[:, 1].max()))
     if dataset == "s3dis":
@@ -228,21 +228,27 @@ def outer_surface(
     return np.concatenate(found)[:samples]
 
 
-def floor_figures(spec: DatasetSpec, capture: Capture, scan: Scan) -> dict[str, float]:
+def floor_figures(spec: DatasetSpec, room: Room, capture: Capture) -> dict[str, float]:
     """Height of the floor and how much the points scatter about it."""
-    standing = capture.boxes[:, 2] - capture.boxes[:, 5] / 2
-    points = capture.points[capture.owners < 0].astype(float)
+    shell = capture.points[capture.owners < 0].astype(float)
+    # Back to the frame of the room, where the floor is z = 0 and the walls are upright on the axes.
+    turn = room.boxes[0, 6] - capture.boxes[0, 6]
+    cos, sin = math.cos(turn), math.sin(turn)
+    there = (shell - capture.boxes[0, :3]) @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]]) + room.boxes[0, :3]
+    inner = ((there[:, :2] > 0.3) & (there[:, :2] < room.size[:2] - 0.3)).all(axis=1)
+    points = shell[inner & (np.abs(there[:, 2]) < 0.1)]
+    floor = float(capture.boxes[0, 2] - room.boxes[0, 2])
     if spec.name == "sunrgbd":
-        floor = float(standing.min())
-        rays = points[(np.abs(points[:, 2] - floor) < 0.1) & (points[:, 2] < -0.5) & (points[:, 1] < 4)]
-        depth = rays[:, 1] * floor / rays[:, 2]  # where the ray meets the floor
+        # The frame is level: the lowest ray of the middle column tells how far the camera looks down.
+        middle = capture.points[np.abs(capture.points[:, 0]) < 0.05 * capture.points[:, 1]].astype(float)
+        pitch = np.quantile(np.arctan2(middle[:, 2], middle[:, 1]), 0.001) + math.radians(45 / 2)
+        measured = points[:, 1] * math.cos(pitch) + points[:, 2] * math.sin(pitch)
+        depth = measured * floor / points[:, 2]  # where the ray meets the floor
         sigma = np.hypot(0.0012 + 0.0019 * (depth - 0.4) ** 2, 0.00285 * depth**2 / math.sqrt(12))
-        error = (rays[:, 1] - depth) / sigma
+        error = ((measured - depth) / sigma)[depth < 4]
         return {"floor z (m)": floor, "noise on the floor, of the formula's": deviation(error[np.abs(error) < 5])}
-    low, high = scan.points.min(axis=0), scan.points.max(axis=0)
-    inner = ((points[:, :2] > low[:2] + 0.2) & (points[:, :2] < high[:2] - 0.2)).all(axis=1)
-    level = points[inner & (np.abs(points[:, 2]) < 0.04), 2]
-    return {"floor z (m)": float(np.median(level)), "noise on the floor (mm)": 1000 * deviation(level)}
+    level = points[np.abs(points[:, 2] - floor) < 0.04, 2]
+    return {"floor z (m)": floor, "noise on the floor (mm)": 1000 * deviation(level)}
 
 
 def deviation(values: Float[np.ndarray, " n"]) -> float:

@@ -92,23 +92,23 @@ Weights = Mapping[str, int | float]
 """How often each kind of furniture is drawn, relative to the others."""
 
 _BEDROOM: Weights = {
-    "bed": 6, "night_stand": 3.5, "dresser": 2.5, "cabinet": 1.7, "desk": 1, "chair": 2.5, "door": 3.2, "window": 1.5,
-    "picture": 1.5, "curtain": 1.5, "bookshelf": 1, "garbagebin": 1, "carton": 1, "sofa": 0.5, "table": 1,
+    "bed": 6, "night_stand": 3.5, "dresser": 2.5, "cabinet": 1.5, "desk": 1, "chair": 2.5, "door": 3.2, "window": 1.5,
+    "picture": 1.5, "curtain": 1.5, "bookshelf": 1, "garbagebin": 1, "carton": 1, "sofa": 0.5, "table": 1.5,
 }  # fmt: skip
 _OFFICE: Weights = {
-    "desk": 3, "chair": 9, "table": 3.5, "bookshelf": 1.5, "cabinet": 2.6, "door": 3.2, "window": 1.5,
+    "desk": 3, "chair": 9, "table": 3.5, "bookshelf": 1.5, "cabinet": 2.3, "door": 3.2, "window": 1.5,
     "garbagebin": 1.5, "picture": 0.7, "board": 1, "carton": 1, "plant": 0.5,
 }  # fmt: skip
 _LIVING: Weights = {
-    "sofa": 4, "table": 5, "chair": 6, "bookshelf": 1.5, "cabinet": 2, "door": 3, "window": 1.5, "curtain": 1.5,
+    "sofa": 4, "table": 5, "chair": 6, "bookshelf": 1.5, "cabinet": 1.7, "door": 3, "window": 1.5, "curtain": 1.5,
     "picture": 1.5, "plant": 1, "night_stand": 0.5, "carton": 0.5,
 }  # fmt: skip
 _KITCHEN: Weights = {
-    "counter": 5, "sink": 3, "refrigerator": 4, "cabinet": 3.6, "table": 3.5, "chair": 7, "door": 3, "window": 1,
+    "counter": 5, "sink": 3, "refrigerator": 4, "cabinet": 3, "table": 3.5, "chair": 7, "door": 3, "window": 1,
     "garbagebin": 1.5, "picture": 0.5,
 }  # fmt: skip
 _BATHROOM: Weights = {
-    "toilet": 6, "sink": 5, "bathtub": 5, "showercurtrain": 5, "door": 4, "cabinet": 2.6, "garbagebin": 1.5,
+    "toilet": 6, "sink": 5, "bathtub": 5, "showercurtrain": 5, "door": 4, "cabinet": 2.2, "garbagebin": 1.5,
     "picture": 1, "window": 0.7, "chair": 1, "curtain": 0.5,
 }  # fmt: skip
 _BATH_AND_BED: Weights = {**_BATHROOM, "bed": 4, "night_stand": 3, "dresser": 2.5, "chair": 5, "desk": 1, "table": 3}
@@ -170,10 +170,10 @@ def programme(spec: DatasetSpec, scale: Scale) -> Programme:
     match spec.name:
         case "scannet":
             rooms = (_BEDROOM, _OFFICE, _OFFICE, _LIVING, _KITCHEN, _BATHROOM)
-            full = Programme(scale, kinds, rooms, (9, 17), (8, 16), 3, _ROOM, _ROOM, (2.4, 3.0))
+            full = Programme(scale, kinds, rooms, (9, 16), (8, 16), 3, _ROOM, _ROOM, (2.4, 3.0))
         case "sunrgbd":
             rooms = (_BEDROOM, _OFFICE, _LIVING, _BATH_AND_BED)
-            full = Programme(scale, kinds, rooms, (6, 12), (2, 6), 3, _ROOM, _ROOM, (2.4, 3.0))
+            full = Programme(scale, kinds, rooms, (5, 10), (2, 6), 3, _ROOM, _ROOM, (2.4, 3.0))
         case _:
             rooms = (_OFFICE, _CONFERENCE, _LOUNGE, _LIBRARY)
             full = Programme(scale, kinds, rooms, (7, 14), (6, 14), 4, (3.0, 10.0), (3.0, 12.0), (2.7, 3.2))

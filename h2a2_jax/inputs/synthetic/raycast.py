@@ -198,6 +198,7 @@ class View:
         colors: of the surface, lit from above.
         owners: object hit; -1 = the shell or something nobody annotates.
         is_ceiling: whether the ray hit the ceiling.
+        normals: unit vectors across the surface, in the frame of the room.
         facing: cosine between the ray and the surface normal; 0 = grazing.
         unoccluded: for each object, the number of rays that would hit it if nothing else were there.
     """
@@ -207,6 +208,7 @@ class View:
     colors: Float32[np.ndarray, "rows cols 3"]
     owners: Int32[np.ndarray, "rows cols"]
     is_ceiling: Bool[np.ndarray, "rows cols"]
+    normals: Float32[np.ndarray, "rows cols 3"]
     facing: Float32[np.ndarray, "rows cols"]
     unoccluded: Int64[np.ndarray, " k"]
 
@@ -245,8 +247,9 @@ def look(room: Room, grid: RayGrid) -> View:
             unoccluded[owner] = np.count_nonzero(touched)
             touched[:] = False
     points = grid.origin + np.moveaxis(grid.directions * distances, 0, -1)
-    colors, owners, facing = _surface(room, grid, points, faces, hit_part)
-    return View(distances, points, colors, owners, (hit_part < 0) & (faces == 5), facing, unoccluded)
+    colors, owners, normals = _surface(room, points, faces, hit_part)
+    facing = np.abs(np.einsum("rcx,xrc->rc", normals, grid.directions))
+    return View(distances, points, colors, owners, (hit_part < 0) & (faces == 5), normals, facing, unoccluded)
 
 
 def _enter(origin: np.ndarray, half: np.ndarray, rays: tuple[np.ndarray, ...], is_round: bool) -> np.ndarray:
@@ -283,9 +286,9 @@ def _shell(room: Room, grid: RayGrid) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _surface(
-    room: Room, grid: RayGrid, points: np.ndarray, faces: np.ndarray, hit_part: np.ndarray
+    room: Room, points: np.ndarray, faces: np.ndarray, hit_part: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Colour, owner and cosine of incidence where the rays hit."""
+    """Colour, owner and normal where the rays hit."""
     parts = room.solids
     normals = np.zeros(points.shape, np.float32)
     np.put_along_axis(normals, (faces // 2)[..., None], np.where(faces % 2, -1, 1)[..., None].astype(np.float32), -1)
@@ -309,6 +312,8 @@ def _surface(
         own[leaning] /= np.linalg.norm(own[leaning], axis=1, keepdims=True)
         normals[on_part] = turned_each(own, parts.yaws[hit])
         colors[on_part] = parts.colors[hit]
+        if room.lamp is not None:
+            colors[on_part] *= _grain(parts.colors, parts.halves, local, hit)[:, None]
         owners[on_part] = parts.owners[hit]
     light = 0.82 + 0.18 * normals[..., 2] + 0.08 * normals[..., 0] - 0.05 * normals[..., 1]
     if room.plank:
@@ -319,9 +324,17 @@ def _surface(
         toward = room.lamp - points
         squared = np.einsum("rcx,rcx->rc", toward, toward)
         cosine = np.einsum("rcx,rcx->rc", toward, normals) / np.sqrt(squared + 1e-4)
-        light = 0.6 * light + np.maximum(cosine, 0) * np.float32(1.0) / (1 + squared / 6)
-    facing = np.abs(np.einsum("rcx,xrc->rc", normals, grid.directions))
-    return np.clip(colors * light[..., None], 0, 1), owners, facing
+        light = np.float32(0.65) * light + np.float32(1.6) * np.maximum(cosine, 0) / (1 + squared / 4)
+    return np.clip(colors * light[..., None], 0, 1), owners, normals
+
+
+def _grain(colors: np.ndarray, halves: np.ndarray, local: np.ndarray, hit: np.ndarray) -> np.ndarray:
+    """Brightness of wavy stripes on what was hit; the colour of a part decides how wide and how strong they are."""
+    seed = colors @ np.array([37.7, 91.3, 53.9], np.float32)
+    strength, density = 0.14 * (seed % 1), 20 + 100 * (2.7 * seed % 1)
+    place = local * halves[hit]
+    bent = place[:, 1] + 0.7 * place[:, 2] + np.float32(0.05) * np.sin(9 * place[:, 0] + 7 * place[:, 2])
+    return (1 + strength[hit] * np.sin(density[hit] * bent)).astype(np.float32)
 
 
 def _sine(rise: Float[np.ndarray, " n"], distance: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

@@ -61,9 +61,12 @@ def fused_mesh(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
         fraction = rng.uniform(0.10, 0.25)
     else:
         fraction = rng.uniform(0.10, 0.25)
+        normals = np.stack([view.normals for view in seen])[~np.stack([view.is_ceiling for view in seen])]
         spacing = _spacing(points, 1 - fraction, rng)
-        points, colors, owners = _thinned(points, colors, owners, spacing)
-        points += _bumps(points, sigma, rng)
+        points, means, owners = _thinned(points, np.concatenate([colors, normals], axis=1), owners, spacing)
+        colors, normals = means[:, :3], means[:, 3:]
+        normals = normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-6)
+        points += normals * _bumps(points, sigma, rng)
     kept = (_without_patches if is_demo else _without_holes)(points, fraction, rng)
     losses = {"holes": 1 - len(kept) / len(points)}
     kept = _at_most(kept, 12_000 if is_demo else 150_000, rng)
@@ -225,7 +228,10 @@ def _merged(views: list[View], kept: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def _thinned(
     points: np.ndarray, colors: np.ndarray, owners: np.ndarray, spacing: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One point per cell of a grid of `spacing` (m): the mean of those in it, which rounds corners and blurs."""
+    """One point per cell of a grid of `spacing` (m): the mean of those in it, which rounds corners and blurs.
+
+    What goes for the colours goes for any other columns beside them.
+    """
     cells = np.floor((points - points.min(axis=0)) / spacing).astype(np.int64)
     extent = cells.max(axis=0) + 1
     keys = (cells[:, 0] * extent[1] + cells[:, 1]) * extent[2] + cells[:, 2]
@@ -255,24 +261,23 @@ def _spacing(points: np.ndarray, share: float, rng: np.random.Generator) -> floa
 
 def _bumps(points: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
     """Noise of a fused surface: one half of its variance is smooth over 0.2-0.6 m, the other free at every point."""
-    smooth = _smooth_fields(points, 3, (0.2, 0.6), rng) + rng.standard_normal(points.shape, np.float32)
-    return smooth * np.float32(sigma / math.sqrt(2))
+    smooth = _smooth_field(points, (0.2, 0.6), rng) + rng.standard_normal(len(points), np.float32)
+    return (smooth * np.float32(sigma / math.sqrt(2)))[:, None]
 
 
-def _smooth_fields(points: np.ndarray, count: int, length: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """Random functions of the place with variance 1, as sums of waves of some range of lengths (m); [m, count]."""
+def _smooth_field(points: np.ndarray, length: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """A random function of the place with variance 1, a sum of waves of some range of lengths (m)."""
     waves = 10
     direction = rng.normal(size=(3, waves))
     direction *= 2 * math.pi / rng.uniform(*length, waves) / np.linalg.norm(direction, axis=0)
     phase = rng.uniform(0, 2 * math.pi, waves).astype(np.float32)
-    heights = rng.normal(size=(waves, count))
-    heights *= math.sqrt(2) / np.linalg.norm(heights, axis=0)  # the mean square of a cosine is 1/2
-    return np.cos(points @ direction.astype(np.float32) + phase) @ heights.astype(np.float32)
+    heights = np.float32(math.sqrt(2 / waves))  # the mean square of a cosine is 1/2
+    return heights * np.cos(points @ direction.astype(np.float32) + phase).sum(axis=1)
 
 
 def _without_holes(points: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
     """Indices of the points left after `fraction` of them is lost in holes of irregular shape."""
-    field = _smooth_fields(points, 1, (0.25, 1.0), rng)[:, 0]
+    field = _smooth_field(points, (0.25, 1.0), rng)
     return np.flatnonzero(field < np.quantile(field, 1 - fraction))
 
 

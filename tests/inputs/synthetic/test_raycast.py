@@ -72,6 +72,50 @@ def test_a_cylinder_is_hit_on_its_mantle_and_its_top():
     assert radius[top].max() <= 1 + 1e-3
 
 
+@pytest.mark.parametrize("is_round", [False, True])
+@pytest.mark.parametrize("lean", [-0.6, 0.35])
+def test_leaning_primitives_are_hit_where_marching_along_the_rays_enters_them(is_round, lean):
+    parts = solids([Primitive((-0.7, -0.5, 0.0), (0.7, 0.5, 1.2), RED, is_round, lean)]).placed(
+        np.array([3.2, 4.1, 0.3]), 0.7, 0
+    )
+    room = Room(SIZE, np.full((6, 3), 0.5, np.float32), parts, np.zeros((1, 7), np.float32), np.zeros(1, np.int32))
+    grid = sphere((1.2, 3.0, 1.4), 40, 80)
+    view = look(room, grid)
+    steps = np.arange(0.5, 4.0, 0.005, dtype=np.float32)
+    rays = grid.directions.reshape(3, -1).T
+    marched = (grid.origin + rays[:, None] * steps[:, None]).reshape(-1, 3)
+    local = np.abs(parts.to_local(np.zeros(len(marched), int), marched) / parts.halves[0])
+    flat = np.hypot(local[:, 0], local[:, 1]) if is_round else local[:, :2].max(axis=1)
+    inside = ((flat <= 1) & (local[:, 2] <= 1)).reshape(len(rays), len(steps))
+    hit = view.owners.ravel() == 0
+    assert inside.any(axis=1).sum() > 50
+    assert (inside.any(axis=1) & ~hit).sum() == 0  # rays that only graze an edge may pass between two steps
+    assert (hit & ~inside.any(axis=1)).sum() < 20
+    both = hit & inside.any(axis=1)
+    np.testing.assert_allclose(view.distances.ravel()[both], steps[inside[both].argmax(axis=1)], atol=0.006)
+
+
+def test_normals_of_leaning_faces_are_across_them():
+    parts = solids([Primitive((3.0, 2.0, 0.5), (4.0, 6.0, 2.5), RED, lean=0.3)]).placed(np.zeros(3), 0.0, 0)
+    room = Room(SIZE, np.full((6, 3), 0.5, np.float32), parts, np.zeros((1, 7), np.float32), np.zeros(1, np.int32))
+    view = look(room, sphere((1, 4, 1.2)))
+    front = (view.owners == 0) & (np.abs(view.normals[..., 0]) > 0.5)
+    expected = np.array([-1, 0, 0.3]) / math.hypot(1, 0.3)
+    assert front.sum() > 50
+    np.testing.assert_allclose(view.normals[front], np.broadcast_to(expected, (front.sum(), 3)), atol=1e-5)
+    # The front passes through the lower left and the upper right edge of the bounds, less the slant.
+    x, _, z = view.points[front].T
+    np.testing.assert_allclose(x, 3.0 + 0.3 * (z - 0.5), atol=1e-4)
+
+
+def test_frames_of_primitives_and_back():
+    rng = np.random.default_rng(0)
+    parts = solids([Primitive((0.0, 0, 0), (1, 2, 3), RED, lean=0.2), Primitive((0.0, 0, 0), (1, 1, 1), RED)])
+    parts = parts.placed(np.array([1.0, 2.0, 0.5]), 1.1, 4)
+    points, index = rng.normal(size=(40, 3)), rng.integers(2, size=40)
+    np.testing.assert_allclose(parts.to_common(index, parts.to_local(index, points)), points, atol=1e-6)
+
+
 def test_surfaces_are_seen_at_the_cosine_of_their_normal():
     wall = [Primitive((3.0, 0.0, 0.0), (4.0, 8.0, 3.0), RED)]
     grid = sphere((1, 4, 1.5))

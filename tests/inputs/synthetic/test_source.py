@@ -1,5 +1,11 @@
+import hashlib
+import pickle
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+from scipy.spatial import cKDTree
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.scan import points_in_box, validate_scan
@@ -116,12 +122,102 @@ def test_sunrgbd_boxes_are_whole_objects(demo):
     assert np.median(fills) >= 0 and max(fills) > 0.1
 
 
+@pytest.fixture(scope="module")
+def full():
+    """Two scans of full scale per dataset, with what they show."""
+    sources = {spec.name: SyntheticSource(spec, "val", 2) for spec in SPECS}
+    return {name: [source.acquire(index) for index in range(2)] for name, source in sources.items()}
+
+
 @each_dataset
-def test_full_scans_are_of_real_size(spec):
-    scan = SyntheticSource(spec, "val", 1)[0]
-    low, high = {"scannet": (50_000, 150_000), "sunrgbd": (25_000, 50_000), "s3dis": (150_000, 1_000_000)}[spec.name]
-    assert low <= len(scan.points) <= high
-    assert validate_scan(scan, spec.num_classes) == []
+def test_full_scans_are_of_real_size(spec, full):
+    least, most = {"scannet": (50_000, 150_000), "sunrgbd": (50_000, 50_000), "s3dis": (200_000, 1_000_000)}[spec.name]
+    fewest, greatest = {"scannet": (8, 16), "sunrgbd": (2, 6), "s3dis": (6, 14)}[spec.name]
+    for scan, _, _ in full[spec.name]:
+        assert validate_scan(scan, spec.num_classes) == []
+        assert least <= len(scan.points) <= most
+        assert fewest <= len(scan.boxes) <= greatest
+        for box in scan.boxes:
+            assert points_in_box(scan.points, box).sum() >= 29
+
+
+def test_full_scannet(full):
+    for scan, room, capture in full["scannet"]:
+        extent = np.ptp(scan.points, axis=0)
+        assert (extent < room.size + 0.1).all() and (extent[:2] > room.size[:2] - 0.1).all()
+        assert extent[2] > room.size[2] - 0.3
+        spacing = np.median(cKDTree(scan.points).query(scan.points[::20], k=2)[0][:, 1])
+        assert 0.02 <= spacing <= 0.03
+        assert 0.1 <= capture.losses["holes"] <= 0.25
+        floor = scan.points[(capture.owners < 0) & (np.abs(scan.points[:, 2]) < 0.03), 2]
+        assert abs(np.median(floor)) < 0.003 and 0.0045 < 1.4826 * np.median(np.abs(floor)) < 0.0085
+        assert not (scan.points[:, 2] > room.size[2] + 0.05).any()
+        assert (scan.boxes[:, 6] == 0).all()
+
+
+def test_full_sunrgbd(full):
+    for scan, _, capture in full["sunrgbd"]:
+        x, y, _ = scan.points.T
+        assert 0.6 < np.linalg.norm(scan.points, axis=1).min() and y.max() < 8.2
+        standing = capture.boxes[:, 2] - capture.boxes[:, 5] / 2
+        assert -1.5 - 1e-4 < standing.min() < -0.9 + 1e-4
+        assert (np.abs(x) < 0.75 * y).all()  # 28.5 degrees on either side of a camera that looks down a little
+        assert 0.04 < capture.losses["dropout"] < 0.16
+        # Boxes are whole objects: those of the room, moved.
+        for box in scan.boxes:
+            assert (np.abs(capture.boxes - box).max(axis=1) < 1e-5).any()
+
+
+def test_full_s3dis(full):
+    for scan, room, capture in full["s3dis"]:
+        np.testing.assert_array_equal(scan.points.min(axis=0), 0)
+        np.testing.assert_allclose(scan.points.max(axis=0), room.size, atol=0.05)
+        floor = scan.points[(capture.owners < 0) & (scan.points[:, 2] < 0.03), 2]
+        assert 0.0015 < 1.4826 * np.median(np.abs(floor - np.median(floor))) < 0.0025
+        assert 0.02 <= capture.losses["holes"] <= 0.05
+        assert np.mean(scan.points[:, 2] > room.size[2] - 0.03) > 0.05  # the ceiling
+        warmth = scan.colors.mean(axis=0)
+        assert warmth[0] > warmth[2]
+
+
+@each_dataset
+def test_annotated_objects_show_themselves(spec, full):
+    for scan, room, capture in full[spec.name]:
+        counts = np.bincount(capture.owners[capture.owners >= 0], minlength=len(room.labels))
+        shown = (capture.visible >= 0.15) & (counts >= 30) & (room.labels >= 0)
+        np.testing.assert_array_equal(scan.labels, room.labels[shown])
+        assert shown.sum() >= (0.5 if spec.name != "sunrgbd" else 0.1) * (room.labels >= 0).sum()
+
+
+_HASHES = """
+import hashlib
+from h2a2_jax.inputs.specs import SPECS
+from h2a2_jax.inputs.synthetic import SyntheticSource
+for spec in SPECS:
+    for scale, index in (("demo", 2), ("full", 1)):
+        scan = SyntheticSource(spec, "val", 3, scale=scale)[index]
+        parts = (scan.points, scan.colors, scan.boxes, scan.labels)
+        print(hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest())
+"""
+
+
+def test_another_process_makes_the_same_scans(full):
+    command = [sys.executable, "-c", _HASHES]
+    theirs = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.split()
+    ours = []
+    for spec in SPECS:
+        for scan in (SyntheticSource(spec, "val", 3, scale="demo")[2], full[spec.name][1][0]):
+            parts = (scan.points, scan.colors, scan.boxes, scan.labels)
+            ours.append(hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest())
+    assert theirs == ours
+
+
+@each_dataset
+def test_a_source_can_be_pickled(spec):
+    source = SyntheticSource(spec, "val", 4, seed=3, scale="demo")
+    again = pickle.loads(pickle.dumps(source))
+    assert again.names == source.names
+    np.testing.assert_array_equal(again[1].points, source[1].points)
 
 
 def test_bad_requests_are_refused():
