@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64, UInt8, UInt16
-from scipy.io import loadmat
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.raw.files import NO_CLASS, NO_SIZE, check_folder, counted, first_existing, shown
+from h2a2_jax.inputs.raw.matlab import load_mat
 from h2a2_jax.inputs.scan import Scan, ScanError
 from h2a2_jax.inputs.specs import SUNRGBD, DatasetSpec
 
@@ -215,21 +215,6 @@ def _find(root: Path, file: str, folder: str) -> Path:
     return path
 
 
-def _load_mat(path: Path, names: tuple[str, ...]) -> list[np.ndarray]:
-    try:
-        content = loadmat(path, variable_names=names)
-    except NotImplementedError:
-        raise InputError(
-            f"{shown(path)} is a MATLAB file of version 7.3, but the original has version 5: download it again."
-        ) from None
-    except Exception as error:  # damaged bytes bring about every kind of exception in SciPy's reader
-        raise InputError(f"{shown(path)} is no readable MATLAB file ({error}): download it again.") from None
-    missing = [name for name in names if name not in content]
-    if missing:
-        raise InputError(f"{shown(path)} holds no variable {' and no '.join(missing)}: download it again.")
-    return [content[name] for name in names]
-
-
 def _relative(stored: str) -> str:
     """A path of the metadata below the user's root, with "/" between its parts and none around them."""
     parts = stored.split("/")
@@ -264,7 +249,7 @@ def _require_fields(path: Path, array: np.ndarray, fields: Iterable[str]) -> Non
 
 def _read_frames(path: Path) -> tuple[list[str], _Frames]:
     """Sequence names and metadata of all frames."""
-    (meta,) = _load_mat(path, ("SUNRGBDMeta",))
+    (meta,) = load_mat(path, ("SUNRGBDMeta",))
     _require_fields(path, meta, _FIELDS)
     records = meta.ravel()
     boxes: list[np.ndarray] = []
@@ -312,7 +297,7 @@ def _read_object(record: Any, boxes: list[np.ndarray], labels: list[int], notes:
 
 def _read_splits(path: Path, sequences: list[str]) -> tuple[dict[str, tuple[str, ...]], dict[str, int]]:
     """Names of the frames of each split, and what does not match."""
-    lists = dict(zip(("train", "val"), _load_mat(path, ("alltrain", "alltest")), strict=True))
+    lists = dict(zip(("train", "val"), load_mat(path, ("alltrain", "alltest")), strict=True))
     listed = {split: {_relative(_text(cell)) for cell in cells.ravel()} for split, cells in lists.items()}
     both = sorted(listed["train"] & listed["val"])
     if both:
