@@ -25,7 +25,6 @@ except ImportError as error:
     ) from error
 
 STATISTICS_FILE = "statistics.json"
-_SHARD_BYTES = 128 << 20  # a shard's scans are in memory while it is written
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Packing:
         metadata: written beside them.
         statistics: written beside them.
         on_scan: called after each scan.
+        shard_bytes: size of a shard, about; TFDS keeps its scans in memory while it writes it.
     """
 
     cache: ScanCache
@@ -45,6 +45,7 @@ class Packing:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     statistics: Mapping[str, Any] = field(default_factory=dict)
     on_scan: Callable[[], object] = lambda: None
+    shard_bytes: int = 128 << 20
 
 
 class ScanDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -114,7 +115,7 @@ class ScanDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  
                 f"{self.name} is made from raw files by python -m data.{self.name}, which its README.md describes."
             )
         return {
-            split: [functools.partial(_examples, packing, names) for names in _shards(packing.cache, split_names)]
+            split: [functools.partial(_examples, packing, names) for names in _shards(packing, split_names)]
             for split, split_names in packing.splits.items()
         }
 
@@ -156,13 +157,13 @@ def _examples(packing: Packing, names: Sequence[str]) -> Iterator[tuple[str, dic
         packing.on_scan()
 
 
-def _shards(cache: ScanCache, names: Sequence[str]) -> list[list[str]]:
+def _shards(packing: Packing, names: Sequence[str]) -> list[list[str]]:
     """Scans in their order, cut where a shard is full."""
     shards: list[list[str]] = [[]]
     size = 0
     for name in names:
-        more = cache.path(name).stat().st_size
-        if shards[-1] and size + more > _SHARD_BYTES:
+        more = packing.cache.path(name).stat().st_size
+        if shards[-1] and size + more > packing.shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)

@@ -1,6 +1,10 @@
 """Prepares a dataset: scans in parallel into a cache, then all of them into TFDS, gone on with after any end."""
 
 import contextlib
+import dataclasses
+import errno
+import os
+import re
 import shutil
 import sys
 import time
@@ -208,12 +212,23 @@ def _pack(builder: type[ScanDatasetBuilder], output: Path, folder: Path, packing
             folder.rename(aside)
             shutil.rmtree(aside)
     total = sum(map(len, packing.splits.values()))
-    with ScanProgress(total, "packing") as progress, writing_to(folder):
-        packing = Packing(
-            packing.cache, packing.splits, packing.metadata, packing.statistics, lambda: progress.update(counts=True)
-        )
+    with ScanProgress(total, "packing") as progress, writing_to(folder), _array_record_errors():
+        packing = dataclasses.replace(packing, on_scan=lambda: progress.update(counts=True))
         builder(data_dir=output, packing=packing).download_and_prepare(download_dir=folder.parent / "incomplete.none")
     _remove_left_overs(folder.parent)
+
+
+@contextlib.contextmanager
+def _array_record_errors() -> Iterator[None]:
+    """What array_record says when it cannot write, as the OSError that it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = re.search(r"(?:open|write|close)\(\) failed: ([^;]*)", str(error))
+        if reason is None:
+            raise
+        number = errno.ENOSPC if os.strerror(errno.ENOSPC) in reason[1] else errno.EIO
+        raise OSError(number, reason[1]) from error
 
 
 class ScanProgress:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,21 @@ def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path):
     with pytest.raises(OutputError, match=r"b 0.scan cannot be written \(Is a directory\)"):
         _prepare(TinyRaw(tmp_path / "log"), tmp_path / "out")
     assert not [name for name in os.listdir(tmp_path / "out" / "tiny.cache") if name.endswith(".writing")]
+
+
+def test_a_shard_that_cannot_be_written_is_one_sentence_and_the_cache_stays(tmp_path):
+    raw, output = TinyRaw(tmp_path / "log", 20, 3000), tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))  # bytes: enough for a scan, not for a shard
+    try:
+        with pytest.raises(OutputError, match=r"tiny/1\.0\.0 cannot be written \(File too large"):
+            _prepare(raw, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((output / "tiny").glob("*.*.*")) == []
+    raw.log.unlink()
+    _prepare(raw, output)
+    assert not raw.log.exists() and len(TfdsSource(output, "train", S3DIS)) == 20
 
 
 def test_a_full_disk_is_one_sentence(tmp_path):
