@@ -3,7 +3,6 @@
 import functools
 import inspect
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,8 +123,6 @@ class ScanDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  
         assert self._packing is not None
         folder = Path(self.data_dir)  # the temporary one, while TFDS is in here
         write_whole(folder / STATISTICS_FILE, (json.dumps(dict(self._packing.statistics), indent=1) + "\n").encode())
-        for file in folder.iterdir():
-            _sync(file)
 
     def _log_download_bytes(self) -> None:
         """Nothing is downloaded."""
@@ -169,11 +166,3 @@ def _shards(packing: Packing, names: Sequence[str]) -> list[list[str]]:
         shards[-1].append(name)
         size += more
     return shards
-
-
-def _sync(file: Path) -> None:
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -138,9 +138,10 @@ def _holds(folder: Path, cache: ScanCache, splits: Mapping[str, Sequence[str]]) 
     metadata = read_json(folder / METADATA_FILE)
     if not isinstance(metadata, dict) or why_not_whole(folder) is not None:
         return False
-    if metadata["settings"] != cache.settings:
+    settings = metadata.get("settings")
+    if settings != cache.settings:
         raise InputError(
-            f"{folder} was prepared with other settings ({difference(metadata['settings'], cache.settings)}): "
+            f"{folder} was prepared with other settings ({difference(settings, cache.settings)}): "
             "remove that folder, or give another --output."
         )
     return metadata["names"] == splits
@@ -215,7 +216,17 @@ def _pack(builder: type[ScanDatasetBuilder], output: Path, folder: Path, packing
     with ScanProgress(total, "packing") as progress, writing_to(folder), _array_record_errors():
         packing = dataclasses.replace(packing, on_scan=lambda: progress.update(counts=True))
         builder(data_dir=output, packing=packing).download_and_prepare(download_dir=folder.parent / "incomplete.none")
+        for path in (*folder.iterdir(), folder, folder.parent):  # on disk, before the cache goes
+            _sync(path)
     _remove_left_overs(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
