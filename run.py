@@ -1,4 +1,7 @@
-"""Train, evaluate, predict, report or sweep: python run.py --config=configs/joint.py:demo --workdir=runs/demo."""
+"""Train, evaluate, predict, report or sweep: python run.py --config=configs/joint.py:demo --workdir=runs/demo.
+
+Look over a folder of scans before: python run.py --mode=check --data=FOLDER.
+"""
 
 import sys
 from pathlib import Path
@@ -11,12 +14,17 @@ from h2a2_jax.errors import InputError
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, as in configs/joint.py:demo.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results.")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "predict", "report", "tau_sweep", "ablation"], "What to do."
+    "mode", "train", ["train", "eval", "predict", "report", "tau_sweep", "ablation", "check"], "What to do."
 )
 _SINGLES = flags.DEFINE_list("singles", [], "Report: folders of single-dataset runs to compare with.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "Sweeps: seeds of training.")
 _TAUS = flags.DEFINE_list("taus", [], "Tau sweep: thresholds; by default 0.15 to 0.35 in steps of 0.05.")
 _JOBS = flags.DEFINE_integer("jobs", None, "Sweeps: runs at once; by default a CPU core each, at most 4; 1 on a GPU.")
+_DATA = flags.DEFINE_string("data", None, "Check: folder of scans with their boxes; needs neither config nor workdir.")
+_DATASET = flags.DEFINE_string("dataset", None, "Check: whose classes count: scannet, sunrgbd, s3dis.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Check: folder of check.json and contact_sheet.png, by default runs/check."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Several processes: host:port of process 0; auto where a cluster such as SLURM started them."
 )
@@ -24,6 +32,7 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes:
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: which of them this one is, from 0.")
 _ONLY_FOR = {"singles": ["report"], "taus": ["tau_sweep"], "seeds": ["tau_sweep", "ablation"]}
 _ONLY_FOR["jobs"] = _ONLY_FOR["seeds"]
+_ONLY_FOR |= {flag: ["check"] for flag in ("data", "dataset", "output")}
 _ONLY_FOR |= {flag: ["train", "eval", "predict"] for flag in ("coordinator", "num_processes", "process_id")}
 _EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
 
@@ -33,12 +42,14 @@ def main(argv: list[str]) -> int | None:
     logging.set_verbosity(logging.WARNING)  # which accelerators JAX did not find is no news
     if len(argv) > 1:
         raise InputError(f"run.py takes flags only, given {argv[1]!r}; an example is {_EXAMPLE}.")
-    if _CONFIG.value is None or not _WORKDIR.value:
-        raise InputError(f"run.py needs --config and --workdir, as in {_EXAMPLE}.")
     mode = _MODE.value
     for name, modes in _ONLY_FOR.items():
         if flags.FLAGS[name].present and mode not in modes:
             raise InputError(f"--{name} is for --mode={' and --mode='.join(modes)}, given with --mode={mode}.")
+    if mode == "check":
+        return _check()
+    if _CONFIG.value is None or not _WORKDIR.value:
+        raise InputError(f"run.py needs --config and --workdir, as in {_EXAMPLE}.")
     seeds, taus = _numbers("seeds", _SEEDS.value, int), _numbers("taus", _TAUS.value, float)
     # Imported here, so that a wrong flag is answered at once.
     from h2a2_jax import commands
@@ -61,6 +72,14 @@ def main(argv: list[str]) -> int | None:
         with processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
             command(config, workdir)
     return None
+
+
+def _check() -> int:
+    if not _DATA.value:
+        raise InputError("--mode=check needs --data=FOLDER, the folder to look over.")
+    from h2a2_jax.inputs.check import check
+
+    return 0 if check(_DATA.value, _DATASET.value, _OUTPUT.value).ready else 1
 
 
 def _numbers(flag: str, texts: list[str], kind: type) -> list:

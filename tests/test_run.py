@@ -36,6 +36,8 @@ ROOT = Path(__file__).parent.parent
             ["--config=configs/joint.py:demo", "--mode=tau_sweep", "--taus=a,1"],
             "--taus is 'a,1'; expected numbers as in",
         ),
+        (["--config=configs/joint.py:demo", "--data=scans"], "--data is for --mode=check, given with --mode=train"),
+        (["--mode=check"], "--mode=check needs --data=FOLDER"),
         (["--config=configs/joint.py:demo,no_sfks", "--mode=ablation"], "give a config that has model.selection"),
     ],
 )

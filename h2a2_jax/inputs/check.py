@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.inputs.examine import BoxFinding, ScanFinding, examine
+from h2a2_jax.inputs.examine import BoxFinding, ScanFinding, examine, spread
 from h2a2_jax.inputs.mmdet3d import Mmdet3dFolder, default_info_files
 from h2a2_jax.inputs.prepare.workers import in_processes
 from h2a2_jax.inputs.scan import ScanError, ScanSource
@@ -35,7 +35,7 @@ from h2a2_jax.inputs.scan_folder import (
     point_cloud_files,
     read_folder,
 )
-from h2a2_jax.inputs.specs import SPECS, DatasetSpec, dataset_spec
+from h2a2_jax.inputs.specs import SPECS, DatasetSpec, dataset_spec, own_spec
 
 CHECK_VERSION = 1
 Split = Literal["train", "val"]
@@ -204,9 +204,12 @@ def _own_folder(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
     if spec is None:
         known = {s.name: sum(class_label(name, s) >= 0 for name in classes) for s in SPECS}
         spec = max(SPECS, key=lambda s: known[s.name])
+        if known[spec.name] < len(classes):
+            has_yaw = any(box.box[6] for scan in description.scans for box in scan.boxes)
+            spec = own_spec("its own", classes, has_yaw=has_yaw)
         hints.append(
-            f"{spec.name} has {known[spec.name]} of the {len(classes)} classes in {BOXES_FILE} "
-            f"({', '.join(f'{name} {count}' for name, count in known.items())}); choose with --dataset."
+            f"Of the {len(classes)} classes in {BOXES_FILE}, "
+            f"{', '.join(f'{name} has {count}' for name, count in known.items())}; choose whose count with --dataset."
         )
     named = {scan.file for scan in description.scans}
     others = [file for file in point_cloud_files(root) if Path(file).as_posix() not in named]
@@ -285,13 +288,16 @@ class _Examine:
     def __call__(self, where: str) -> ScanFinding:
         split, number = where.split()
         source, index = self.sources[cast(Split, split)], int(number)
+        cloud = None
         try:
             if isinstance(source, ScanFolder):
                 cloud = source.read(index)
                 return examine(split, source.convert(index, cloud), cloud)
             return examine(split, source[index])
         except ScanError as error:
-            return ScanFinding(split, source.names[index], str(error))
+            # A scan in another unit than is said may reach too far to be used, and still tells its unit.
+            axes = spread(cloud.points) if cloud is not None and len(cloud.points) else ()
+            return ScanFinding(split, source.names[index], str(error), axes=axes)
 
 
 def _findings(folder: CheckedFolder) -> Iterator[ScanFinding]:
@@ -314,7 +320,8 @@ def _document(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[st
     notes: Counter[str] = Counter()
     for finding in good:
         notes.update(finding.notes)
-    up, unit = _up(folder, good), _unit(folder, good)
+    measured = [finding for finding in findings if finding.axes]
+    up, unit = _up(folder, measured), _unit(folder, measured)
     mend, hints = [*folder.mend], [*folder.hints]
     bad = [finding for finding in findings if finding.error is not None]
     if bad:
@@ -364,7 +371,7 @@ def _split(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[str, 
     }
 
 
-def _range(values: Sequence[float]) -> dict[str, float] | None:
+def _range(values: Sequence[int | float]) -> dict[str, int | float] | None:
     if not values:
         return None
     return {"min": min(values), "median": float(np.median(values)), "max": max(values)}
@@ -529,9 +536,9 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
             yield f"  {i + 1}. {sentence}"
 
 
-def _spread(found: Mapping[str, float], form: str) -> str:
+def _spread(found: Mapping[str, int | float], form: str) -> str:
     return f"{found['min']:{form}} to {found['max']:{form}}, median {found['median']:{form}}"
 
 
-def _size(size: Sequence[float] | None) -> str:
+def _size(size: Sequence[int | float] | None) -> str:
     return "" if size is None else " x ".join(f"{length:.2f}" for length in size)

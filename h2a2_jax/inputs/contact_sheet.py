@@ -27,6 +27,7 @@ _BACKGROUND = (203, 211, 219)  # white furniture shows against it
 
 _ABOVE = np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
 _EDGES = [(i, i | bit) for i in range(8) for bit in (1, 2, 4) if not i & bit]
+_HALO = withStroke(linewidth=1.8, foreground="white")
 
 
 def _oblique() -> np.ndarray:
@@ -188,9 +189,8 @@ def _draw_boxes(
             x, y = _free_place(float(top[0]), float(top[1]), placed, side)
             text = spec.classes[label] if label >= 0 else "?"
             dark = tuple(0.55 * channel for channel in color[:3])
-            effects = [withStroke(linewidth=1.8, foreground="white")]
             axes.text(
-                x, y, text, color=dark, fontsize=6.5, ha="center", va="center", path_effects=effects, clip_on=True
+                x, y, text, color=dark, fontsize=6.5, ha="center", va="center", path_effects=[_HALO], clip_on=True
             )
 
 
@@ -212,4 +212,4 @@ def _draw_scale(axes: Any) -> None:
     length = next((n for n in (5, 2, 1, 0.5, 0.2) if n < (right - left) / 4), 0.1)
     x, y = left + 0.03 * (right - left), bottom + 0.03 * (top - bottom)
     axes.plot([x, x + length], [y, y], color="black", linewidth=2.5, solid_capstyle="butt")
-    axes.text(x, y + 0.012 * (top - bottom), f"{length:g} m", fontsize=6.5, va="bottom")
+    axes.text(x, y + 0.012 * (top - bottom), f"{length:g} m", fontsize=6.5, va="bottom", path_effects=[_HALO])

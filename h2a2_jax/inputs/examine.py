@@ -63,7 +63,7 @@ class ScanFinding:
     Attributes:
         split: "train" or "val".
         name: of the scan.
-        error: why it cannot be used; then the rest is that of no points.
+        error: why it cannot be used; then the rest is that of no points, but for `axes` if the file can be read.
         points: that can be used.
         axes: along x, y, z of the file, in its unit.
         colors: smallest and largest number, in the file's scale; None without colours.
