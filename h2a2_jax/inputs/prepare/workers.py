@@ -15,7 +15,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.prepare.cache import OutputError
 
 _GRACE_SECONDS = 5.0
-_MOST_DEATHS = 3  # in a row, without a scan done in between: the next would die too
+_MOST_DEATHS = 3  # in a row, of processes that had not begun: the next would die too
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def in_processes(work: Callable[[str], Any], names: Sequence[str], workers: int)
 
     Raises:
         OutputError: the work raised it.
-        InputError: three processes in a row die.
+        InputError: processes cannot be started, or die before they begin.
     """
     waiting = list(reversed(names))
     running: list[_Worker] = []
@@ -76,9 +76,10 @@ def in_processes(work: Callable[[str], Any], names: Sequence[str], workers: int)
                     how = _how_it_ended(worker)
                     if name is not None:
                         yield Outcome(name, failure=f"The process that worked on {name} {how}.")
+                        continue
                     deaths += 1
                     if deaths == _MOST_DEATHS:
-                        raise InputError(f"One process after another {how}.") from None
+                        raise InputError(f"One process after another {how}, before it had begun.") from None
                     continue
                 # What to do next first: the worker goes on while this process looks at the outcome.
                 if waiting:
@@ -91,8 +92,8 @@ def in_processes(work: Callable[[str], Any], names: Sequence[str], workers: int)
                     running.remove(worker)
                 if kind == "stop":
                     raise OutputError(value)
+                deaths = 0
                 if name is not None:
-                    deaths = 0
                     yield Outcome(name, value) if kind == "done" else Outcome(name, failure=value)
     finally:
         _stop(running)
@@ -108,6 +109,8 @@ def _start(work: Callable[[str], Any]) -> _Worker:
     try:
         with _one_thread_each():
             process.start()
+    except OSError as error:
+        raise InputError(f"No process can be started ({error}): use fewer --workers.") from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
@@ -159,7 +162,7 @@ def _how_it_ended(worker: _Worker) -> str:
     worker.process.join()
     code = worker.process.exitcode or 0
     if code == -signal.SIGKILL:
-        return "was killed (SIGKILL), as systems do where memory runs out: use fewer --workers"
+        return "was killed (SIGKILL; where memory ran out, use fewer --workers)"
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
 
 

@@ -63,7 +63,7 @@ def test_failing_scans_are_all_named_and_alone_tried_again(tmp_path, capsys):
     for sentence in (
         "Scan a/0 lacks its file.",
         "a/1 cannot be prepared (KeyError: 'vertex').",
-        "The process that worked on a/2 was killed (SIGKILL)",
+        "The process that worked on a/2 was killed (SIGKILL; where memory ran out, use fewer --workers).",
         "Scan a/3: it has no points.",
         "Scan a/4: some labels are outside the classes.",
         "There was not enough memory for a/5: use fewer --workers.",
