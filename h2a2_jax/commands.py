@@ -8,7 +8,6 @@ from pathlib import Path
 from h2a2_jax.inference.evaluate import build_predictor, evaluate_source
 from h2a2_jax.inference.predictions import predictions_json
 from h2a2_jax.inputs.sources import CachedSource, build_source
-from h2a2_jax.inputs.specs import dataset_spec
 from h2a2_jax.models import Detector
 from h2a2_jax.sweeps.picture import draw_tau
 from h2a2_jax.sweeps.plan import Row, ablation_rows, default_taus, locate, tau_rows
@@ -51,16 +50,16 @@ def predict_command(config: ExperimentConfig, workdir: Path) -> None:
     Raises:
         InputError: there is no checkpoint, or it is of another architecture than the config.
     """
-    specs = [dataset_spec(name) for name in config.dataset_names]
+    specs = config.specs
     model = restore(config, workdir)
     predictor = build_predictor(model, specs, config.eval)
     folder = workdir / "predictions"
     folder.mkdir(parents=True, exist_ok=True)
     for d in MeshDivision(train_mesh(len(specs)), len(specs)).evaluated:
         spec, source = specs[d], CachedSource(build_source(config.datasets[d], "val"))
-        _, detections, skipped = evaluate_source(predictor, source, spec, config.eval)
-        say_skipped(skipped)
-        scans = [source[i] for i, name in enumerate(source.names) if name not in skipped]
+        _, detections, log = evaluate_source(predictor, source, spec, config.eval)
+        say_skipped(log.skipped)
+        scans = [source[i] for i, name in enumerate(source.names) if name not in log.skipped]
         path = folder / f"{spec.name}.json"
         path.write_text(json.dumps(predictions_json(scans, detections, spec), indent=1) + "\n")
         print(f"{path}: {sum(len(found.scores) for found in detections)} boxes in {len(scans)} scans", flush=True)

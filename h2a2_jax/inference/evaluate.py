@@ -10,6 +10,7 @@ from tqdm import tqdm
 from h2a2_jax.boxes.detections import Detections
 from h2a2_jax.evaluation import IOU_THRESHOLDS, Evaluation, GroundTruth, evaluate_detections
 from h2a2_jax.inference.predictor import Predictor, prepare
+from h2a2_jax.inputs.drawing import Log
 from h2a2_jax.inputs.scan import Scan, ScanError, ScanSource, load_or_skip
 from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.models import Detector
@@ -57,7 +58,7 @@ def evaluate_source(
     spec: DatasetSpec,
     eval_config: EvalConfig | None = None,
     progress: bool = True,
-) -> tuple[Evaluation, list[Detections], dict[str, str]]:
+) -> tuple[Evaluation, list[Detections], Log]:
     """Predicts every scan of a source and scores the boxes against its annotation.
 
     Points are drawn by the dataset's test protocol. Scans that cannot be used are left out of the score and named.
@@ -70,22 +71,24 @@ def evaluate_source(
         progress: whether to show scans done and time left on standard error.
 
     Returns:
-        The scores; boxes of the scans that were used, in their order; name -> reason of the scans left out.
+        The scores; boxes of the scans that were used, in their order; by scan, why scans were left out (`Log.skipped`)
+        and what of the others was (`Log.notes`).
     """
     eval_config = eval_config or EvalConfig()
     detections: list[Detections] = []
     truth: list[GroundTruth] = []
-    skipped: dict[str, str] = {}
+    log = Log()
     interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LOG_LINES
     with tqdm(total=len(source), desc=spec.name, unit="scan", disable=not progress, mininterval=interval) as bar:
-        for chunk in _chunks(load_or_skip(source, skipped), eval_config.batch_size):
-            used, found = _predict_usable(predictor, [prepare(scan, spec) for scan in chunk], spec, skipped)
+        for chunk in _chunks(load_or_skip(source, log.skipped), eval_config.batch_size):
+            log.notes |= {scan.name: scan.notes for scan in chunk if scan.notes}
+            used, found = _predict_usable(predictor, [prepare(scan, spec) for scan in chunk], spec, log.skipped)
             detections += found
             truth += [GroundTruth(s.boxes[s.labels >= 0], s.labels[s.labels >= 0]) for s in used]
-            bar.update(len(detections) + len(skipped) - bar.n)
+            bar.update(len(detections) + len(log.skipped) - bar.n)
         bar.update(len(source) - bar.n)
     scores = evaluate_detections(detections, truth, spec.classes, eval_config.iou_thresholds, rotated=spec.has_yaw)
-    return scores, detections, skipped
+    return scores, detections, log
 
 
 def _predict_usable(

@@ -2,7 +2,8 @@
 
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,8 +13,10 @@ import numpy as np
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.mmdet3d import Mmdet3dFolder, default_info_files
 from h2a2_jax.inputs.scan import Scan, ScanError, ScanSource
-from h2a2_jax.inputs.specs import dataset_spec
+from h2a2_jax.inputs.scan_folder import BOXES_FILE, ScanFolder, is_scan_folder
+from h2a2_jax.inputs.specs import DatasetSpec, dataset_spec, own_spec
 from h2a2_jax.inputs.synthetic.source import SyntheticSource
+from h2a2_jax.inputs.tfds_source import TfdsSource, is_tfds
 
 Split = Literal["train", "val"]
 
@@ -25,9 +28,11 @@ class SourceConfig:
     """One dataset of a run, and where its scans come from.
 
     Attributes:
-        name: of the dataset: "scannet", "sunrgbd" or "s3dis".
-        kind: "mmdet3d", a folder prepared by mmdetection3d; or "synthetic", procedural scans.
-        root: the folder (mmdet3d).
+        name: of the dataset: "scannet", "sunrgbd", "s3dis", or any other with `classes` of its own.
+        kind: "mmdet3d", a folder prepared by mmdetection3d; "tfds", one that `python -m data.<dataset>` prepared;
+            "scans", a folder of scans with boxes.json (`ScanFolder`); "auto", whichever of these `root` is; or
+            "synthetic", procedural scans.
+        root: the folder; none for procedural scans.
         train_infos: info files of the training scans in `root` (mmdet3d); empty: the names mmdetection3d gives them.
         val_infos: likewise, of the validation scans.
         train_size: number of training scans (synthetic).
@@ -39,10 +44,13 @@ class SourceConfig:
         sample: whether points of training scans are drawn by the dataset's recipe; else all are used.
         batch_size: training scans in a step, over all devices of the dataset; None: as `train.batch_size` says.
         weight: probability, above 0 up to 1, with which the dataset takes part in a training step.
+        classes: of a dataset of one's own; the built-in ones have theirs.
+        has_yaw: whether the boxes of a dataset of one's own turn about z.
+        large_classes: see `own_spec`.
     """
 
     name: str
-    kind: Literal["mmdet3d", "synthetic"] = "mmdet3d"
+    kind: Literal["auto", "mmdet3d", "tfds", "scans", "synthetic"] = "auto"
     root: str = ""
     train_infos: tuple[str, ...] = ()
     val_infos: tuple[str, ...] = ()
@@ -55,6 +63,20 @@ class SourceConfig:
     sample: bool = True
     batch_size: int | None = None
     weight: float = 1.0
+    classes: tuple[str, ...] = ()
+    has_yaw: bool = False
+    large_classes: tuple[str, ...] | None = None
+
+    @property
+    def spec(self) -> DatasetSpec:
+        """What is fixed of the dataset.
+
+        Raises:
+            InputError: neither a built-in name nor classes, or both; see `own_spec`.
+        """
+        if self.classes:
+            return own_spec(self.name, self.classes, has_yaw=self.has_yaw, large_classes=self.large_classes)
+        return dataset_spec(self.name)
 
 
 def build_source(source: SourceConfig, split: Split) -> ScanSource:
@@ -67,13 +89,30 @@ def build_source(source: SourceConfig, split: Split) -> ScanSource:
     Raises:
         InputError: the dataset is unknown, or its folder or a file in it is missing or cannot be understood.
     """
-    spec = dataset_spec(source.name)
-    if source.kind == "synthetic":
-        size = source.train_size if split == "train" else source.val_size
-        return SyntheticSource(spec, split, size, seed=source.seed, scale=source.scale)
+    spec = source.spec
+    match _kind(source):
+        case "synthetic":
+            size = source.train_size if split == "train" else source.val_size
+            return SyntheticSource(spec, split, size, seed=source.seed, scale=source.scale)
+        case "tfds":
+            return TfdsSource(source.root, split, spec)
+        case "scans":
+            return ScanFolder(source.root, split, spec)
     infos = (source.train_infos if split == "train" else source.val_infos) or default_info_files(spec, split)
     _check_folder(source, infos)
     return Mmdet3dFolder(source.root, infos, spec, points_folder=_POINTS_FOLDER)
+
+
+def _kind(source: SourceConfig) -> str:
+    """What `root` is, where the config leaves it open."""
+    if source.kind != "auto":
+        return source.kind
+    root = Path(source.root)
+    if is_scan_folder(root):
+        return "scans"
+    if not (root / _POINTS_FOLDER).exists() and is_tfds(root):
+        return "tfds"
+    return "mmdet3d"
 
 
 def _check_folder(source: SourceConfig, infos: Sequence[str]) -> None:
@@ -83,19 +122,25 @@ def _check_folder(source: SourceConfig, infos: Sequence[str]) -> None:
     if missing is not None:
         raise InputError(
             f"The data of {source.name} is not there: {missing} does not exist; expected is a folder prepared by "
-            f"mmdetection3d, {root}/ with {', '.join(infos)} and {_POINTS_FOLDER}/<scan>.bin (set another one with "
+            f"mmdetection3d, {root}/ with {', '.join(infos)} and {_POINTS_FOLDER}/<scan>.bin, or one that "
+            f"`python -m data.<dataset>` prepared, or scans with {BOXES_FILE} (set another one with "
             f"--config.datasets.{source.name}.root=...); --config=configs/joint.py:demo runs without data."
         )
 
 
-def left_out(source: ScanSource) -> str | None:
-    """One sentence on the points and objects that a source had to leave out of its scans; None if there are none."""
-    while isinstance(source, CachedSource | _PermutedBoxes):
-        source = source.source
-    if not isinstance(source, Mmdet3dFolder):
+def summed_notes(notes: Mapping[str, Mapping[str, int]]) -> str | None:
+    """One sentence on what loading left out or repaired; None if there is nothing.
+
+    Args:
+        notes: a count by kind (`Scan.notes`), by scan.
+    """
+    total: Counter[str] = Counter()
+    for each in notes.values():
+        total.update(each)
+    if not total:
         return None
-    report = source.report()
-    return str(report) if report.dropped_points or report.ignored_objects else None
+    counts = "; ".join(f"{count:,} {kind}" for kind, count in total.items())
+    return f"In {len(notes)} of the scans: {counts}."
 
 
 class CachedSource:

@@ -156,4 +156,44 @@ def dataset_spec(name: str) -> DatasetSpec:
         if spec.name == name:
             return spec
     known = ", ".join(spec.name for spec in SPECS)
-    raise InputError(f"Unknown dataset {name!r}: use one of {known}.")
+    raise InputError(f"Unknown dataset {name!r}: use one of {known}, or name the classes of a dataset of your own.")
+
+
+def own_spec(
+    name: str, classes: tuple[str, ...], *, has_yaw: bool = False, large_classes: tuple[str, ...] | None = None
+) -> DatasetSpec:
+    """The spec of a dataset of one's own, with the recipe that the built-in ones share.
+
+    Args:
+        name: none of the built-in ones.
+        classes: class names; the position is the label.
+        has_yaw: whether boxes turn about z.
+        large_classes: those that the 32 cm level learns, of things wider than about a metre; None: those that a built-in
+            dataset learns there.
+
+    Raises:
+        InputError: the name is built in; no class, one twice; a large class is none of the classes.
+    """
+    if name in (spec.name for spec in SPECS):
+        raise InputError(
+            f"{name} is a built-in dataset, whose classes are fixed: give a dataset of your own another name."
+        )
+    if not classes or len(set(classes)) < len(classes):
+        raise InputError(f"dataset {name} has the classes {classes!r}; expected at least one, each once.")
+    if large_classes is None:
+        known = {c for spec in SPECS for c, level in zip(spec.classes, spec.label_to_level, strict=True) if level == 1}
+        large_classes = tuple(c for c in classes if c in known)
+    foreign = [c for c in large_classes if c not in classes]
+    if foreign:
+        raise InputError(f"dataset {name} has no class {foreign[0]!r}, which large_classes names; it has {classes!r}.")
+    return DatasetSpec(
+        name=name,
+        classes=classes,
+        has_yaw=has_yaw,
+        label_to_level=tuple(int(c in large_classes) for c in classes),
+        color_scale=1.0,
+        repeats=1,
+        augmentation=Augmentation(0.5, 0.5, 0.5236 if has_yaw else 0.02, (0.9, 1.1), 0.1),
+        train_sampling=CountSampling(100_000),
+        test_sampling=CountSampling(100_000),
+    )

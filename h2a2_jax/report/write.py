@@ -11,7 +11,6 @@ from jaxtyping import Int
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.sources import build_source
-from h2a2_jax.inputs.specs import dataset_spec
 from h2a2_jax.report import page as html
 from h2a2_jax.report.energy import Measured
 from h2a2_jax.report.page import Picture, Section, Table
@@ -83,7 +82,7 @@ def write_report(config: ExperimentConfig, workdir: Path, singles: Sequence[Path
     counts = [0] * len(names)
     if config.model.selection is not None:
         batches = [
-            load_batches(build_source(source, "val"), dataset_spec(source.name), scans, config.model.voxel_size)
+            load_batches(build_source(source, "val"), source.spec, scans, config.model.voxel_size)
             for source in config.datasets
         ]
         counts = [len(own) for own in batches]
@@ -305,7 +304,7 @@ def measure_singles(singles: Sequence[_Single], scans: int) -> tuple[list[Measur
         with CheckpointStore(single.folder / "checkpoints") as store:
             models.append(store.restore_model(expected=single.config)[0])
         source = build_source(single.config.datasets[0], "val")
-        batches.append(load_batches(source, dataset_spec(single.dataset), scans, first.model.voxel_size))
+        batches.append(load_batches(source, single.config.datasets[0].spec, scans, first.model.voxel_size))
     probe = EnergyProbe(Shape.of([batch for own in batches for batch in own], first.model))
     measured = []
     for i, (single, model, own) in enumerate(zip(singles, models, batches, strict=True)):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.sources import build_source
-from h2a2_jax.inputs.specs import dataset_spec
 from h2a2_jax.training.config import ExperimentConfig, from_json, to_json
 
 RUNS = "runs"
@@ -165,7 +164,7 @@ def _steps_per_epoch(config: ExperimentConfig) -> int:
     """As the stream of training scans counts them."""
     steps = []
     for source in config.datasets:
-        repeats = dataset_spec(source.name).repeats if source.repeats is None else source.repeats
+        repeats = source.spec.repeats if source.repeats is None else source.repeats
         a_step = (source.batch_size or config.train.batch_size) * source.weight
         steps.append(math.ceil(len(build_source(source, "train")) * repeats / a_step))
     return max(steps)

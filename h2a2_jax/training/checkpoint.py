@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.inputs.specs import dataset_spec
+from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.models import Detector, DetectorConfig, HeadConfig
 from h2a2_jax.training import checkpoint_tree as layout
 from h2a2_jax.training.config import ExperimentConfig, from_json, to_json
@@ -66,7 +66,7 @@ class CheckpointStore:
         assert manager is not None
         if step in manager.all_steps():
             return
-        specs = [dataset_spec(name) for name in names]
+        specs = _specs(config, names)
         stored_config = {
             "version": CHECKPOINT_VERSION,
             "datasets": list(names),
@@ -154,7 +154,7 @@ class CheckpointStore:
             self._check_datasets(step, names, expected.dataset_names)
             self._check_model(step, config.model, expected.model)
             names = list(expected.dataset_names)
-        heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in map(dataset_spec, names)]
+        heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in _specs(config, names)]
         shapes = nnx.eval_shape(lambda: Detector(config.model, heads, rngs=nnx.Rngs(0)))
         graph, exclusive, shared, stats = split_model(shapes)
         items = self._restore(step, ("params", "batch_stats"))
@@ -282,6 +282,12 @@ class CheckpointStore:
         scalars: layout.Arrays | None = None,
     ) -> Any:
         return self._fill(step, of_what, like, layout.stacked(stored, names, like) | (scalars or {}))
+
+
+def _specs(config: ExperimentConfig, names: Sequence[str]) -> list[DatasetSpec]:
+    """What is fixed of the named datasets of a config."""
+    by_name = {spec.name: spec for spec in config.specs}
+    return [by_name[name] for name in names]
 
 
 def _leaves(path: str, value: Any) -> dict[str, Any]:

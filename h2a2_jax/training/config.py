@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.evaluate import EvalConfig
 from h2a2_jax.inputs.sources import SourceConfig
-from h2a2_jax.inputs.specs import dataset_spec
+from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.models.config import DetectorConfig
 from h2a2_jax.training.config_tree import as_config_dict, build, wrong_type
 
@@ -98,6 +98,9 @@ class TrainConfig:
         keep_checkpoints: how many of the latest are kept.
         max_rung: highest bucket of padded shapes that training uses, each 1.25 times the one below; larger batches are
             cropped.
+        workers: processes that load scans and build their maps; 0: a thread does, beside the training; None: as many as
+            there are cores, less two, where an accelerator trains, and 0 where the CPU does. The scans of a step do not
+            depend on it.
         permute_boxes: every scan carries the boxes of another one of its dataset, always of the same: a control that
             shows what is scored without seeing.
         seed: of parameters, order of scans and augmentation.
@@ -110,6 +113,7 @@ class TrainConfig:
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     max_rung: int = 8
+    workers: int | None = None
     permute_boxes: bool = False
     seed: int = 0
 
@@ -147,6 +151,11 @@ class ExperimentConfig:
     def dataset_names(self) -> tuple[str, ...]:
         """Names of the datasets, in the order of the dataset axis."""
         return tuple(source.name for source in self.datasets)
+
+    @property
+    def specs(self) -> tuple[DatasetSpec, ...]:
+        """What is fixed of the datasets, in the same order."""
+        return tuple(source.spec for source in self.datasets)
 
 
 def config_dict(config: ExperimentConfig) -> ConfigDict:
@@ -243,13 +252,14 @@ def _require_fraction(path: str, group: Any, *keys: str) -> None:
 
 
 def _check_datasets(datasets: tuple[SourceConfig, ...]) -> None:
-    _require(len(datasets) > 0, "datasets", datasets, "at least one of scannet, sunrgbd, s3dis")
+    _require(len(datasets) > 0, "datasets", datasets, "at least one, such as scannet, sunrgbd, s3dis")
     names = [source.name for source in datasets]
     for source in datasets:
-        dataset_spec(source.name)
+        _ = source.spec  # raises for an unknown name without classes
         path = f"datasets.{source.name}"
         _require(names.count(source.name) == 1, "datasets", names, f"every dataset once, not {source.name} twice")
-        _require(source.kind != "mmdet3d" or source.root != "", f"{path}.root", source.root, "the prepared folder")
+        ok = source.kind == "synthetic" or source.root != ""
+        _require(ok, f"{path}.root", source.root, "the folder of the scans")
         _require_at_least(1, path, source, "train_size", "val_size")
         _require_at_least(0, path, source, "seed")
         _require(source.repeats is None or source.repeats >= 1, f"{path}.repeats", source.repeats, "1 or more, or None")
@@ -289,6 +299,7 @@ def _check_training(config: ExperimentConfig) -> None:
     _require(rising, "optim.decay_epochs", optim.decay_epochs, "rising epochs from 1")
     _require_at_least(1, "train", train, "batch_size", "epochs", "log_every", "checkpoint_every", "keep_checkpoints")
     _require_at_least(0, "train", train, "steps", "max_rung", "seed")
+    _require(train.workers is None or train.workers >= 0, "train.workers", train.workers, "0 or more, or None")
 
 
 def _check_evaluation(config: EvalConfig, names: tuple[str, ...]) -> None:

@@ -16,10 +16,12 @@ from jaxtyping import PRNGKeyArray
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.evaluate import build_predictor, evaluate_source
-from h2a2_jax.inputs.pipeline import JointStream, StreamConfig, StreamDataset
+from h2a2_jax.inputs.drawing import StreamDataset
+from h2a2_jax.inputs.pipeline import JointStream, StreamConfig
 from h2a2_jax.inputs.scan import ScanSource
-from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source, left_out, permuted_boxes
-from h2a2_jax.inputs.specs import dataset_spec
+from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source, permuted_boxes, summed_notes
+from h2a2_jax.inputs.specs import DatasetSpec
+from h2a2_jax.inputs.workers import available_cores
 from h2a2_jax.models import Detector, HeadConfig, PlanLayout
 from h2a2_jax.training.balancers import build_balancer
 from h2a2_jax.training.checkpoint import CheckpointStore
@@ -39,7 +41,7 @@ CACHED_SCANS = 2000
 
 def build_detector(config: ExperimentConfig) -> Detector:
     """The detector of a config with the parameters that its seed draws."""
-    specs = [dataset_spec(name) for name in config.dataset_names]
+    specs = config.specs
     heads = [HeadConfig(spec.name, spec.num_classes, spec.num_outputs) for spec in specs]
 
     def build(key: PRNGKeyArray) -> Detector:
@@ -56,18 +58,20 @@ def build_stream(config: ExperimentConfig, division: MeshDivision) -> JointStrea
     Raises:
         InputError: a dataset is missing or has no usable scan.
     """
+    workers = _workers(config)
 
     def opened(chosen: SourceConfig) -> ScanSource:
         source = build_source(chosen, "train")
         if config.train.permute_boxes:
             source = permuted_boxes(source, config.train.seed)
-        return CachedSource(source) if len(source) <= CACHED_SCANS else source
+        # Workers would each keep scans of their own, and prepared ones are read in milliseconds.
+        return CachedSource(source) if workers == 0 and len(source) <= CACHED_SCANS else source
 
     own = division.together(lambda: {d: opened(config.datasets[d]) for d in division.datasets}, "open its scans")
     return JointStream(
         [
             StreamDataset(
-                dataset_spec(chosen.name),
+                chosen.spec,
                 own.get(d),
                 chosen.repeats,
                 chosen.sample,
@@ -84,9 +88,19 @@ def build_stream(config: ExperimentConfig, division: MeshDivision) -> JointStrea
             seed=config.train.seed,
             max_rung=config.train.max_rung,
             layout=PlanLayout.of(config.model),
+            workers=workers,
         ),
         division,
     )
+
+
+def _workers(config: ExperimentConfig) -> int:
+    """Processes that prepare scans."""
+    if config.train.workers is not None:
+        return config.train.workers
+    if jax.default_backend() == "cpu":
+        return 0  # the cores are busy already
+    return max(1, available_cores() - 2)
 
 
 def learning_rate(config: ExperimentConfig, steps_per_epoch: int) -> optax.Schedule:
@@ -120,7 +134,7 @@ def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device]
     Raises:
         InputError: data missing, or the workdir holds checkpoints of another architecture.
     """
-    specs = [dataset_spec(name) for name in config.dataset_names]
+    specs = config.specs
     mesh = train_mesh(len(specs), devices)
     division = MeshDivision(mesh, len(specs))
     stream = build_stream(config, division)
@@ -173,8 +187,8 @@ def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device]
             if progress is not None:
                 progress.close()
     say_skipped(_merged(division.gather(stream.skipped)))
-    sentences = {d.spec.name: left_out(d.source) for d in stream.datasets if d.source is not None}
-    say_left_out(_merged(division.gather(sentences)))
+    say_notes(_merged(division.gather(stream.log.notes)), specs)
+    say(input_summary(stream))
     end = merge_model(graph, *division.fetch((state.exclusive, state.shared, state.stats)))
     if config.model.selection is not None and watch.selection:
         reports, moved = selection_report(build_detector(config), end, watch.mean_selection())
@@ -199,7 +213,7 @@ def evaluate(
     Raises:
         InputError: the validation scans of a dataset are missing.
     """
-    specs = [dataset_spec(name) for name in config.dataset_names]
+    specs = config.specs
     if division is None:
         division = MeshDivision(train_mesh(len(specs)), len(specs))
     own = division.together(
@@ -210,9 +224,9 @@ def evaluate(
         predictor = build_predictor(model, specs, config.eval)
         found = {}
         for d, source in own.items():
-            evaluation, _, skipped = evaluate_source(predictor, source, specs[d], config.eval)
-            values = {**evaluation.to_dict(), "scans": len(source) - len(skipped), "skipped": skipped}
-            found[specs[d].name] = {"values": values, "table": evaluation.table(), "left_out": left_out(source)}
+            evaluation, _, log = evaluate_source(predictor, source, specs[d], config.eval)
+            values = {**evaluation.to_dict(), "scans": len(source) - len(log.skipped), "skipped": log.skipped}
+            found[specs[d].name] = {"values": values, "table": evaluation.table(), "notes": log.notes}
         return found
 
     found = _merged(division.gather(division.together(evaluated, "evaluate")))
@@ -220,7 +234,7 @@ def evaluate(
     results = {name: one["values"] for name, one in found.items()}
     for name, values in results.items():
         say_skipped({f"{name}/{scan}": reason for scan, reason in values["skipped"].items()})
-    say_left_out({name: one["left_out"] for name, one in found.items()})
+    say_notes({f"{name}/{scan}": notes for name, one in found.items() for scan, notes in one["notes"].items()}, specs)
     for name, one in found.items():
         say(f"\n{name}\n{one['table']}")
     if is_main():
@@ -237,11 +251,20 @@ def say_skipped(skipped: Mapping[str, str]) -> None:
         say(f"{len(skipped)} scan(s) skipped.")
 
 
-def say_left_out(sentences: Mapping[str, str | None]) -> None:
-    """Say, by dataset, how many points and objects of the scans could not be used."""
-    for name, sentence in sentences.items():
+def say_notes(notes: Mapping[str, Mapping[str, int]], specs: Sequence[DatasetSpec]) -> None:
+    """Say, by dataset, how much of the scans could not be used or was repaired; `notes` by "dataset/scan"."""
+    for spec in specs:
+        sentence = summed_notes({name: each for name, each in notes.items() if name.startswith(f"{spec.name}/")})
         if sentence:
-            say(f"{name}: {sentence}")
+            say(f"{spec.name}: {sentence}")
+
+
+def input_summary(stream: JointStream) -> str:
+    """How fast scans were prepared, and what for."""
+    rate, scans = stream.scans_per_second_per_core, max(stream.log.scans, 1)
+    parts = ", ".join(f"{part} {1000 * seconds / scans:.0f}" for part, seconds in stream.log.seconds.items())
+    waited = f"steps waited {stream.waited:.1f} s for it"
+    return f"Input: {rate:.1f} scans per second per core ({parts} ms a scan); {waited}."
 
 
 def _merged(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

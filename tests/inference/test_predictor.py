@@ -186,14 +186,16 @@ def test_evaluation_names_what_it_leaves_out(predictor: Predictor, capsys: pytes
         SMALL,
         boxes=np.concatenate([found.boxes[best], found.boxes[:1]]),
         labels=np.append(found.labels[best], -1).astype(np.int32),
+        notes={"points repaired": 2},
     )
     bad = dataclasses.replace(SMALL, name="bad", points=np.full_like(SMALL.points, 1e4))
     source = Listed([None, annotated, bad])
-    evaluation, detections, skipped = evaluate_source(predictor, source, spec, EvalConfig(iou_thresholds=(0.9,)))
+    evaluation, detections, log = evaluate_source(predictor, source, spec, EvalConfig(iou_thresholds=(0.9,)))
     assert evaluation.iou_thresholds == (0.9,) and evaluation.mean_average_precision[0] == pytest.approx(1)
     assert evaluation.num_ground_truth.sum() == len(best)
     assert len(detections) == 1 and len(detections[0]) == len(found)
-    assert set(skipped) == {"broken", "bad"} and "m from the origin" in skipped["bad"]
+    assert set(log.skipped) == {"broken", "bad"} and "m from the origin" in log.skipped["bad"]
+    assert log.notes == {SMALL.name: {"points repaired": 2}}
     assert "sunrgbd: 100%" in capsys.readouterr().err
 
 

@@ -1,7 +1,9 @@
 """Sources from configs, the memory of scans, and the control with permuted boxes."""
 
+import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,9 @@ import pytest
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.scan import Scan, ScanError, ScanSource
-from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source, left_out, permuted_boxes
+from h2a2_jax.inputs.scan_folder import ScanFolder
+from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source, permuted_boxes, summed_notes
+from h2a2_jax.inputs.specs import S3DIS
 
 
 class Numbered:
@@ -120,16 +124,32 @@ def test_unknown_dataset_is_refused():
         build_source(SourceConfig("kitti", kind="synthetic"), "train")
 
 
-def test_what_was_left_out_is_said_through_any_wrapper(tmp_path):
-    points = np.ones((4, 6), np.float32)
-    points[0, 0] = np.nan
-    (tmp_path / "points").mkdir()
-    points.tofile(tmp_path / "points" / "one.bin")
-    entry = {"lidar_points": {"num_pts_feats": 6, "lidar_path": "one.bin"}, "instances": []}
-    with (tmp_path / "scannet_infos_val.pkl").open("wb") as file:
-        pickle.dump({"metainfo": {}, "data_list": [entry]}, file)
-    source = CachedSource(build_source(SourceConfig("scannet", root=str(tmp_path)), "val"))
-    assert left_out(source) is None
-    assert len(source[0].points) == 3
-    assert "Left out 1 points" in left_out(source)
-    assert left_out(build_source(SourceConfig("scannet", kind="synthetic", val_size=1), "val")) is None
+def test_what_was_left_out_is_said_in_one_sentence():
+    notes = {"a": {"points lost": 3, "boxes lost": 1}, "b": {"points lost": 1000}}
+    assert summed_notes(notes) == "In 2 of the scans: 1,003 points lost; 1 boxes lost."
+    assert summed_notes({}) is None
+
+
+def test_a_root_is_known_by_what_it_holds(tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    np.save(own / "a.npy", np.ones((5, 3), np.float32))
+    box = {"center": [1, 1, 1], "size": [1, 1, 1], "class": "lamp"}
+    (own / "boxes.json").write_text(json.dumps({"version": 1, "scans": [{"file": "a.npy", "boxes": [box]}]}))
+    config = SourceConfig("workshop", root=str(own), classes=("vice", "lamp"))
+    source = build_source(config, "train")
+    assert isinstance(source, ScanFolder) and source[0].labels.tolist() == [1]
+    with pytest.raises(InputError, match="is not there"):
+        build_source(replace(config, kind="mmdet3d"), "train")
+    with pytest.raises(InputError, match="Unknown dataset 'workshop'"):
+        build_source(replace(config, classes=()), "train")
+
+
+def test_a_dataset_of_ones_own_has_a_spec_of_its_own():
+    spec = SourceConfig("workshop", root="x", classes=("vice", "table", "lamp"), has_yaw=True).spec
+    assert (spec.num_classes, spec.num_outputs, spec.label_to_level) == (3, 8, (0, 1, 0))
+    assert SourceConfig("w", classes=("vice", "table"), large_classes=("vice",)).spec.label_to_level == (1, 0)
+    assert SourceConfig("s3dis").spec is S3DIS
+    for bad in ({"name": "s3dis"}, {"classes": ("a", "a")}, {"large_classes": ("b",)}):
+        with pytest.raises(InputError, match="dataset"):
+            _ = SourceConfig(**({"name": "w", "classes": ("a",)} | bad)).spec
