@@ -17,7 +17,7 @@ NOT_FINITE = "points with NaN or infinite values"
 TOO_FAR = "points more than 1 km from the origin"
 NO_CLASS = "objects of no class of the dataset"
 NO_POINTS = "objects without points"
-NO_SIZE = "objects without a usable size"
+NO_BOX = "objects without a usable box"
 
 
 def shown(path: str | os.PathLike[str]) -> str:
@@ -67,6 +67,8 @@ def usable_points(points: Float[np.ndarray, "m 3"], notes: Counter[str]) -> Bool
         points: x, y, z (m).
         notes: counts by kind; added to.
     """
+    if np.abs(points).max(initial=0) <= FAR:  # not so if one of them is NaN
+        return np.ones(len(points), bool)
     finite = np.isfinite(points).all(axis=1)
     near = np.abs(np.where(np.isfinite(points), points, 0)).max(axis=1, initial=0) <= FAR
     notes[NOT_FINITE] += int((~finite).sum())

@@ -116,7 +116,7 @@ def _check_matrix(content: bytes, start: int, end: int, order: str) -> None:
             if kinds[3:5] != [_INT32, _INT8] or integers(3)[0] < 1:
                 raise ValueError("a struct has no fields")
             count *= (parts[4][2] - parts[4][1]) // integers(3)[0]
-        whole = kinds[plain:] == [_MATRIX] * count
+        whole = len(parts) == plain + count and all(kind == _MATRIX for kind in kinds[plain:])
     elif of_class == _CHAR or of_class in _NUMERIC:
         plain = len(parts)
         data = [(kind, last - first) for kind, first, last in parts[3:]]

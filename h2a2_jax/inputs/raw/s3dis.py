@@ -17,9 +17,9 @@ from jaxtyping import Float
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.raw.files import (
+    NO_BOX,
     NO_CLASS,
     NO_POINTS,
-    NO_SIZE,
     check_folder,
     counted,
     instance_boxes,
@@ -120,19 +120,21 @@ class S3dis:
         instances = np.repeat(np.arange(len(files)), [len(rows) for rows in objects])
         rows = np.concatenate(objects)
         usable = usable_points(rows[:, :3], notes)
-        in_range = (rows[:, 3:] >= 0).all(axis=1) & (rows[:, 3:] <= 255).all(axis=1)
-        notes["points with colours outside 0-255"] += int((usable & ~in_range).sum())
-        usable &= in_range
+        if not np.abs(rows[:, 3:] - 127.5).max(initial=0) <= 127.5:  # so if one of them is NaN
+            in_range = (np.abs(rows[:, 3:] - 127.5) <= 127.5).all(axis=1)
+            notes["points with colours outside 0-255"] += int((usable & ~in_range).sum())
+            usable &= in_range
         if not usable.any():
             raise ScanError(name, f"Scan {name} has no usable point in {shown(folder)}: unpack that room again.")
-        rows, instances = rows[usable], instances[usable]
+        if not usable.all():
+            rows, instances = rows[usable], instances[usable]
         origin = rows[:, :3].min(axis=0)
         points = rows[:, :3] - origin
         boxes, filled = instance_boxes(points, instances, len(files))
         labels = np.array([_label(path, notes) for path in files], np.int32)
         sized = (boxes[:, 3:6] > 0).all(axis=1)
         notes[NO_POINTS] += int((~filled).sum())
-        notes[NO_SIZE] += int(((labels >= 0) & filled & ~sized).sum())
+        notes[NO_BOX] += int(((labels >= 0) & filled & ~sized).sum())
         kept = (labels >= 0) & filled & sized
         transform = np.eye(4, dtype=np.float32)
         transform[:3, 3] = -origin

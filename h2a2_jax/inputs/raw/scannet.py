@@ -23,9 +23,9 @@ from jaxtyping import Float, Int, UInt8
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.raw.files import (
+    NO_BOX,
     NO_CLASS,
     NO_POINTS,
-    NO_SIZE,
     check_folder,
     counted,
     first_existing,
@@ -155,7 +155,7 @@ class ScanNet:
         notes["objects whose name is not in the table of labels"] += int((labels == -2).sum())
         notes[NO_CLASS] += int((labels == -1).sum())
         notes[NO_POINTS] += int(((labels >= 0) & ~filled).sum())
-        notes[NO_SIZE] += int(((labels >= 0) & filled & ~sized).sum())
+        notes[NO_BOX] += int(((labels >= 0) & filled & ~sized).sum())
         kept = (labels >= 0) & filled & sized
         by_id = np.argsort(np.array(list(groups), np.int64), kind="stable")
         rows = by_id[kept[by_id]]

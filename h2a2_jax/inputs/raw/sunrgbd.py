@@ -9,19 +9,16 @@ the origin, metres.
 """
 
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64, UInt8, UInt16
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.inputs.raw.files import NO_CLASS, NO_SIZE, check_folder, counted, first_existing, shown
-from h2a2_jax.inputs.raw.matlab import load_mat
+from h2a2_jax.inputs.raw.files import check_folder, first_existing, shown
+from h2a2_jax.inputs.raw.sunrgbd_meta import read_frames, read_splits, relative_path
 from h2a2_jax.inputs.scan import Scan, ScanError
 from h2a2_jax.inputs.specs import SUNRGBD, DatasetSpec
 
@@ -32,11 +29,7 @@ MAX_DEPTH = 8.0
 """Depths (m) are clamped to this."""
 
 _FILES = {"v2": "SUNRGBDMeta3DBB_v2.mat", "v1": "SUNRGBDMeta.mat"}
-_FIELDS = ("sequenceName", "Rtilt", "K", "depthpath", "rgbpath", "groundtruth3DBB")
-_OBJECT_FIELDS = ("coeffs", "centroid", "classname", "orientation")
-_PREFIX = "/n/fs/sun3d/data"  # where the authors kept the data: 16 characters
 _LAYOUT = "SUNRGBD/ with the frames, {} and allsplit.mat (both are in SUNRGBDtoolbox.zip)"
-_NO_YAW = "objects with orientation 0, yaw 0 taken"
 
 
 def decode_depth(values: UInt16[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
@@ -79,23 +72,6 @@ def back_project(
     return (np.stack([right, distance, -down], axis=1) @ tilt.T).astype(np.float32)
 
 
-@dataclass(frozen=True, eq=False)
-class _Frames:
-    """The metadata of all frames in few arrays, so that sending them to another process costs little.
-
-    Objects of frame i are the rows offsets[i]:offsets[i + 1]. Values that could not be read are NaN.
-    """
-
-    depth_paths: tuple[str, ...]
-    color_paths: tuple[str, ...]
-    intrinsics: Float[np.ndarray, "n 3 3"]
-    tilts: Float[np.ndarray, "n 3 3"]
-    boxes: Float32[np.ndarray, "g 7"]
-    labels: np.ndarray
-    offsets: np.ndarray
-    notes: tuple[dict[str, int], ...]
-
-
 class SunRgbd:
     """Frames of SUN RGB-D; a `RawDataset`.
 
@@ -120,8 +96,8 @@ class SunRgbd:
         if not (self._root / "SUNRGBD").is_dir():
             raise InputError(f"There is no folder SUNRGBD in {shown(self._root)}: a SUN RGB-D folder holds {layout}.")
         _pillow()
-        sequences, self._frames = _read_frames(_find(self._root, _FILES[annotations], "Metadata"))
-        self._splits, self._notes = _read_splits(_find(self._root, "allsplit.mat", "traintestSUNRGBD"), sequences)
+        sequences, self._frames = read_frames(_find(self._root, _FILES[annotations], "Metadata"))
+        self._splits, self._notes = read_splits(_find(self._root, "allsplit.mat", "traintestSUNRGBD"), sequences)
 
     @property
     def spec(self) -> DatasetSpec:
@@ -186,7 +162,7 @@ class SunRgbd:
         )
 
     def _path(self, name: str, stored: str) -> Path:
-        relative = _relative(stored)
+        relative = relative_path(stored)
         if not relative or ".." in relative.split("/"):
             raise ScanError(
                 name,
@@ -213,117 +189,6 @@ def _find(root: Path, file: str, folder: str) -> Path:
             "https://rgbd.cs.princeton.edu and unpack it there."
         )
     return path
-
-
-def _relative(stored: str) -> str:
-    """A path of the metadata below the user's root, with "/" between its parts and none around them."""
-    parts = stored.split("/")
-    if "SUNRGBD" in parts:
-        parts = parts[parts.index("SUNRGBD") :]
-    elif stored.startswith(_PREFIX + "/"):
-        parts = stored[len(_PREFIX) :].split("/")
-    return "/".join(part for part in parts if part not in ("", "."))
-
-
-def _text(value: Any) -> str:
-    """The text in an array of one string, in a cell or not; empty if there is none."""
-    array = np.asarray(value)
-    if array.dtype == object and array.size == 1:
-        array = np.asarray(array.item())
-    return str(array.ravel()[0]) if array.dtype.kind == "U" and array.size else ""
-
-
-def _numbers(value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """An array of numbers of that shape (whether row or column), NaN if it is something else."""
-    array = np.asarray(value)
-    if array.dtype.kind not in "fiu" or array.size != np.prod(shape):
-        return np.full(shape, np.nan)
-    return array.astype(np.float64).reshape(shape)
-
-
-def _require_fields(path: Path, array: np.ndarray, fields: Iterable[str]) -> None:
-    missing = [field for field in fields if field not in (array.dtype.names or ())]
-    if missing:
-        raise InputError(f"{shown(path)} has frames without the field {', '.join(missing)}: download it again.")
-
-
-def _read_frames(path: Path) -> tuple[list[str], _Frames]:
-    """Sequence names and metadata of all frames."""
-    (meta,) = load_mat(path, ("SUNRGBDMeta",))
-    _require_fields(path, meta, _FIELDS)
-    records = meta.ravel()
-    boxes: list[np.ndarray] = []
-    labels: list[int] = []
-    offsets, notes = [0], []
-    for truth in records["groundtruth3DBB"]:
-        if truth.size:
-            _require_fields(path, truth, _OBJECT_FIELDS)
-        count: Counter[str] = Counter()
-        for record in truth.ravel() if truth.size else ():
-            _read_object(record, boxes, labels, count)
-        offsets.append(len(labels))
-        notes.append(counted(count))
-    frames = _Frames(
-        tuple(map(_text, records["depthpath"])),
-        tuple(map(_text, records["rgbpath"])),
-        np.array([_numbers(value, (3, 3)) for value in records["K"]]).reshape(-1, 3, 3),
-        np.array([_numbers(value, (3, 3)) for value in records["Rtilt"]]).reshape(-1, 3, 3),
-        np.array(boxes, np.float32).reshape(-1, 7),
-        np.array(labels, np.int32),
-        np.array(offsets),
-        tuple(notes),
-    )
-    return [_relative(_text(value)) for value in records["sequenceName"]], frames
-
-
-def _read_object(record: Any, boxes: list[np.ndarray], labels: list[int], notes: Counter[str]) -> None:
-    """Appends the box and label of an object, or counts why not."""
-    name = _text(record["classname"]).strip()
-    if name not in SUNRGBD.classes:
-        notes[NO_CLASS] += 1
-        return
-    # The first coefficient belongs to the second axis of the box.
-    sizes = 2 * np.abs(_numbers(record["coeffs"], (3,)))[[1, 0, 2]]
-    facing = np.asarray(record["orientation"])
-    toward = _numbers(facing.ravel()[:2] if facing.dtype.kind in "fiu" else None, (2,))
-    box = np.concatenate([_numbers(record["centroid"], (3,)), sizes, [np.arctan2(toward[1], toward[0])]])
-    if not np.isfinite(box).all() or (sizes <= 0).any():
-        notes[NO_SIZE] += 1
-        return
-    notes[_NO_YAW] += not toward.any()
-    boxes.append(box)
-    labels.append(SUNRGBD.classes.index(name))
-
-
-def _read_splits(path: Path, sequences: list[str]) -> tuple[dict[str, tuple[str, ...]], dict[str, int]]:
-    """Names of the frames of each split, and what does not match."""
-    lists = dict(zip(("train", "val"), load_mat(path, ("alltrain", "alltest")), strict=True))
-    listed = {split: {_relative(_text(cell)) for cell in cells.ravel()} for split, cells in lists.items()}
-    both = sorted(listed["train"] & listed["val"])
-    if both:
-        raise InputError(
-            f"{shown(path)} lists {len(both)} frames such as {both[0]} for training and for testing: download it again."
-        )
-    splits = {
-        split: tuple(f"{index:06d}" for index, sequence in enumerate(sequences, 1) if sequence in folders)
-        for split, folders in listed.items()
-    }
-    empty = [split for split, names in splits.items() if not names]
-    if empty:
-        raise InputError(
-            f"None of the frames that {shown(path)} lists for {empty[0]} is in the metadata: take both files from the "
-            "same SUNRGBDtoolbox.zip."
-        )
-    wanted = listed["train"] | listed["val"]
-    return splits, counted(
-        Counter(
-            {
-                "entries of the split lists given twice": sum(map(np.size, lists.values())) - len(wanted),
-                "frames of the split lists without metadata": len(wanted - set(sequences)),
-                "frames of the metadata in no split": sum(sequence not in wanted for sequence in sequences),
-            }
-        )
-    )
 
 
 def _check_camera(name: str, intrinsics: np.ndarray, tilt: np.ndarray) -> None:

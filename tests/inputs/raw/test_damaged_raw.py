@@ -242,7 +242,7 @@ def test_a_scan_that_cannot_be_used(tmp_path, kind, damage, sentence):
             assert validate_scan(dataset.load(name)) == []
 
 
-NO_CLASS, NO_SIZE = "objects of no class of the dataset", "objects without a usable size"
+NO_CLASS, NO_BOX = "objects of no class of the dataset", "objects without a usable box"
 SCENE_NOTES = {NO_CLASS: 1, "objects without points": 1}
 ROOM_NOTES = {NO_CLASS: 2, "objects of an unknown name, taken as clutter": 1}
 
@@ -265,7 +265,7 @@ COUNTED = [
         0,
         id="huge coordinate",
     ),
-    pytest.param(ScanNet, set_vertices(lambda v: v[10:20].fill(1)), {NO_SIZE: 1}, 0, 1, id="object in one point"),
+    pytest.param(ScanNet, set_vertices(lambda v: v[10:20].fill(1)), {NO_BOX: 1}, 0, 1, id="object in one point"),
     pytest.param(
         ScanNet,
         replace(TEXT, b"axisAlignment", b"axisalignment"),
@@ -298,10 +298,11 @@ COUNTED = [
         1,
         id="object without segments",
     ),
-    pytest.param(SunRgbd, set_object(coeffs=[[1, 0, 1.0]]), {NO_SIZE: 1}, 0, 1, id="degenerate box"),
-    pytest.param(SunRgbd, set_object(centroid=[[1, np.nan, 1]]), {NO_SIZE: 1}, 0, 1, id="centre of NaN"),
-    pytest.param(SunRgbd, set_object(coeffs=[[1.0, 2.0]]), {NO_SIZE: 1}, 0, 1, id="two sizes"),
-    pytest.param(SunRgbd, set_object(orientation="north"), {NO_SIZE: 1}, 0, 1, id="orientation of text"),
+    pytest.param(SunRgbd, set_object(coeffs=[[1, 0, 1.0]]), {NO_BOX: 1}, 0, 1, id="degenerate box"),
+    pytest.param(SunRgbd, set_object(centroid=[[1, np.nan, 1]]), {NO_BOX: 1}, 0, 1, id="centre of NaN"),
+    pytest.param(SunRgbd, set_object(centroid=[[1, 1e300, 1]]), {NO_BOX: 1}, 0, 1, id="centre far away"),
+    pytest.param(SunRgbd, set_object(coeffs=[[1.0, 2.0]]), {NO_BOX: 1}, 0, 1, id="two sizes"),
+    pytest.param(SunRgbd, set_object(orientation="north"), {NO_BOX: 1}, 0, 1, id="orientation of text"),
     pytest.param(
         SunRgbd,
         set_object(orientation=[[0.0, 0.0, 0.0]]),
@@ -314,7 +315,7 @@ COUNTED = [
     pytest.param(SunRgbd, set_object(classname=np.zeros((0, 0))), {NO_CLASS: 2}, 0, 1, id="no class name"),
     pytest.param(S3dis, room_file("chair_2.txt", b""), {"objects without points": 1}, 8, 1, id="empty annotation"),
     pytest.param(
-        S3dis, room_file("table_9.txt", b"-14 40 1 9 9 9\n" * 3), {NO_SIZE: 1}, -3, 0, id="object in one point of text"
+        S3dis, room_file("table_9.txt", b"-14 40 1 9 9 9\n" * 3), {NO_BOX: 1}, -3, 0, id="object in one point of text"
     ),
     pytest.param(
         S3dis,
