@@ -181,7 +181,7 @@ def spacing(points: Float32[np.ndarray, "m 3"]) -> float:
 
 
 def surface_seen(room: Room, capture: Capture, distance: float, samples: int = 300) -> list[float]:
-    """Share (%) of the outer surface of every object with a box that has a point of it within twice the spacing."""
+    """Share (%) of the outer surface of every boxed object with a point of it within twice the spacing or 3 cm."""
     parts, rng = room.solids, np.random.default_rng(0)
     seen = []
     for index in np.flatnonzero((room.labels >= 0) & (capture.visible >= 0.15)):
@@ -194,7 +194,7 @@ def surface_seen(room: Room, capture: Capture, distance: float, samples: int = 3
         points = capture.points[capture.owners == index]
         if len(points) >= 30:
             near, _ = cKDTree(points).query(moved + capture.boxes[index, :3])
-            seen.append(100 * float(np.mean(near < 2 * distance)))
+            seen.append(100 * float(np.mean(near < max(2 * distance, 0.03))))
     return seen
 
 

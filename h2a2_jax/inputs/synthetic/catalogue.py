@@ -76,12 +76,14 @@ _S3DIS_SIZES: Mapping[str, Size] = {
 
 # Closer to the means of ScanNet's axis-aligned boxes: half the sum of depth and width, and the height.
 _SCANNET_SIZES: Mapping[str, Size] = {
+    "cabinet": (0.46, 0.96, 0.90),
+    "bathtub": (0.70, 1.27, 0.48),
     "door": (0.12, 1.0, 1.75),
     "window": (0.12, 1.56, 1.15),
     "picture": (0.05, 0.58, 0.54),
     "counter": (0.68, 2.66, 0.27),
     "curtain": (0.16, 1.88, 1.68),
-    "refrigerator": (0.67, 0.71, 1.30),
+    "refrigerator": (0.62, 0.66, 1.25),
     "showercurtrain": (0.14, 0.66, 1.75),
     "garbagebin": (0.48, 0.49, 0.58),
 }

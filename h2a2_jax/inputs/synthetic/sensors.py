@@ -14,7 +14,7 @@ from h2a2_jax.inputs.synthetic.shapes import turned
 
 _FIELD = (math.radians(57), math.radians(45))
 _RANGE = (0.6, 8.0)  # m
-_CELL = (0.025, 0.034)  # m; cells of a fused surface
+_CELL = (0.0245, 0.0335)  # m; cells of a fused surface
 _FRAMED = 0.4  # of a box, for the object to be in view
 
 
