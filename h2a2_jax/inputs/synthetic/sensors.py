@@ -8,14 +8,12 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from h2a2_jax.inputs.synthetic.catalogue import Scale
-from h2a2_jax.inputs.synthetic.raycast import Camera, PinholeGrid, SphericalGrid, View, look
+from h2a2_jax.inputs.synthetic.raycast import PinholeGrid, SphericalGrid, View, look
 from h2a2_jax.inputs.synthetic.rooms import Room
 from h2a2_jax.inputs.synthetic.shapes import turned
+from h2a2_jax.inputs.synthetic.viewpoints import FRAMED, RANGE, aimed_camera, free_points, share_in_view
 
-_FIELD = (math.radians(57), math.radians(45))
-_RANGE = (0.6, 8.0)  # m
 _CELL = (0.0245, 0.0335)  # m; cells of a fused surface
-_FRAMED = 0.4  # of a box, for the object to be in view
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +49,7 @@ def fused_mesh(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
     elevation = (math.radians(-80), math.radians(highest))
     seen = [
         look(room, SphericalGrid(origin, rows, cols, elevation, rng))
-        for origin in _free_points(room, views, (1.2, 1.7), 0.3, rng)
+        for origin in free_points(room, views, (1.2, 1.7), 0.3, rng)
     ]
     points, colors, owners = _merged(seen, ~np.stack([view.is_ceiling for view in seen]))
     sigma = rng.uniform(0.005, 0.008) if is_demo else rng.uniform(0.0053, 0.0075)
@@ -86,7 +84,7 @@ def full_room(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
     elevation = (math.radians(-75), math.radians(89))
     seen = [
         look(room, SphericalGrid(origin, rows, cols, elevation, rng))
-        for origin in _free_points(room, views, (1.4, 1.7), 0.35, rng)
+        for origin in free_points(room, views, (1.4, 1.7), 0.35, rng)
     ]
     points, colors, owners = _merged(seen, np.ones((views, rows, cols), bool))
     if is_demo:
@@ -113,7 +111,7 @@ def depth_frame(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
     """
     is_demo = scale == "demo"
     rows, cols = (96, 124) if is_demo else (300, 380)
-    camera = _aimed_camera(room, rng)
+    camera = aimed_camera(room, rng)
     view = look(room, PinholeGrid(camera, rows, cols, rng))
     offset = view.points - camera.origin
     depth = offset @ camera.axes[1]
@@ -123,7 +121,7 @@ def depth_frame(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
     grazing = (view.facing < 0.08) & (rng.random(depth.shape) < 0.7)
     dark = (luminance < 0.13) & (rng.random(depth.shape) < 0.5)
     losses = {"dropout": dropped.mean(), "grazing or dark": (grazing | dark).mean(), "flying": flying.mean()}
-    kept = ~(dropped | grazing | dark) & (measured > _RANGE[0]) & (measured < _RANGE[1])
+    kept = ~(dropped | grazing | dark) & (measured > RANGE[0]) & (measured < RANGE[1])
     points = (offset * (measured / depth)[..., None])[kept]
     colors = (view.colors * (rng.uniform(0.5, 1.4) * _vignette(rows, cols))[..., None])[kept]
     owners = np.where(flying, -1, view.owners)[kept].astype(np.int32)
@@ -138,65 +136,9 @@ def depth_frame(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
         colors=_noisy(colors, 5 / 255, rng)[chosen],
         owners=owners[chosen],
         boxes=boxes,
-        visible=_visible([view], len(room.boxes)) * (_share_in_view(camera, room.boxes) > _FRAMED),
+        visible=_visible([view], len(room.boxes)) * (share_in_view(camera, room.boxes) > FRAMED),
         losses={cause: float(share) for cause, share in losses.items()},
     )
-
-
-def _free_points(
-    room: Room, count: int, height: tuple[float, float], clearance: float, rng: np.random.Generator
-) -> list[np.ndarray]:
-    """Places for a sensor, apart from furniture and from one another as far as that goes."""
-    found: list[np.ndarray] = []
-    for attempt in range(count * 60):
-        relaxed = clearance * (1 - attempt / (count * 60))
-        x, y = (rng.uniform(0.35, extent - 0.35) for extent in room.size[:2].tolist())
-        z = rng.uniform(*height)
-        apart = min((math.hypot(x - p[0], y - p[1]) for p in found), default=math.inf)
-        if apart > 3 * relaxed and room.is_free(x, y, z, relaxed):
-            found.append(np.array([x, y, z], np.float32))
-            if len(found) == count:
-                return found
-    # A crammed room: hang the sensor under the ceiling, above all furniture.
-    while len(found) < count:
-        found.append(np.append(rng.uniform(0.3, 0.7, 2) * room.size[:2], room.size[2] - 0.06).astype(np.float32))
-    return found
-
-
-def _aimed_camera(room: Room, rng: np.random.Generator) -> Camera:
-    """Of several random cameras, the one that sees most annotated objects."""
-    boxes = room.boxes[room.labels >= 0]
-    targets = boxes[:, :3]
-    best, best_score = None, -1.0
-    for origin in _free_points(room, 8, (0.9, 1.5), 0.3, rng):
-        for _ in range(2):
-            aim = room.size / 2
-            if len(targets):
-                aim = targets[rng.integers(len(targets), size=min(2, len(targets)))].mean(axis=0)
-            toward = aim - origin
-            yaw = math.atan2(toward[1], toward[0]) + rng.normal(0.0, 0.1)
-            pitch = float(np.clip(math.atan2(toward[2], math.hypot(toward[0], toward[1])), -0.6, -0.1))
-            camera = Camera(origin, yaw, pitch, _FIELD)
-            shares = _share_in_view(camera, boxes)
-            score = shares[shares > _FRAMED].sum() + 0.5 * rng.random()
-            if score > best_score:
-                best, best_score = camera, score
-    assert best is not None
-    return best
-
-
-def _share_in_view(camera: Camera, boxes: np.ndarray) -> np.ndarray:
-    """Which part of each box the camera frames and reaches, on a lattice of points in it."""
-    ticks = np.linspace(-0.9, 0.9, 4, dtype=np.float32)
-    lattice = np.stack(np.meshgrid(ticks, ticks, ticks[::3]), axis=-1).reshape(-1, 3)
-    offsets = lattice * boxes[:, None, 3:6] / 2
-    placed = [
-        turned(offset, yaw) + center
-        for offset, yaw, center in zip(offsets, boxes[:, 6].tolist(), boxes[:, :3], strict=True)
-    ]
-    right, down, depth = camera.image(np.array(placed, np.float32).reshape(-1, 3))
-    framed = (np.abs(right) < 1) & (np.abs(down) < 1) & (depth > _RANGE[0]) & (depth < _RANGE[1])
-    return framed.reshape(len(boxes), len(lattice)).mean(axis=1)
 
 
 def _measured_depth(depth: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
