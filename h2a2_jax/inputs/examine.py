@@ -68,7 +68,7 @@ class ScanFinding:
         axes: along x, y, z of the file, in its unit.
         colors: smallest and largest number, in the file's scale; None without colours.
         duplicates: share of points that are exactly where another one is.
-        boxes: that can be used, in metres, z up.
+        boxes: that can be used, in metres, z up; not those to be ignored.
         notes: what loading left out or repaired, a count by kind.
         assumed: sentences on what the file leaves open.
     """
@@ -104,7 +104,9 @@ def examine(split: str, scan: Scan, cloud: PointCloud | None = None) -> ScanFind
         colors=None if colors is None or not len(colors) else (float(colors.min()), float(colors.max())),
         duplicates=_duplicates(scan.points),
         boxes=tuple(
-            _box(scan.points, box, int(label), low, high) for box, label in zip(scan.boxes, scan.labels, strict=True)
+            _box(scan.points, box, int(label), low, high)
+            for box, label in zip(scan.boxes, scan.labels, strict=True)
+            if label >= 0
         ),
         notes=dict(scan.notes),
         assumed=() if cloud is None else cloud.assumed,

@@ -9,7 +9,12 @@ import pytest
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.check import check
+from h2a2_jax.inputs.prepare.builder import Packing
+from h2a2_jax.inputs.prepare.cache import ScanCache
 from h2a2_jax.inputs.scan import points_in_box
+from h2a2_jax.inputs.specs import S3DIS
+from tests.inputs.prepare.tiny import tiny_scan
+from tests.inputs.prepare.tiny_builder import TinyBuilder
 
 CHAIR = np.array([2.0, 1.0, 0.4, 0.6, 0.5, 0.8, 0.6])
 TABLE = np.array([1.0, 2.5, 0.35, 1.5, 0.8, 0.7, -0.5])
@@ -199,3 +204,23 @@ def test_no_such_folder_or_nothing_in_it(tmp_path):
     (tmp_path / "scans").mkdir()
     with pytest.raises(InputError, match=r"holds no scans: expected are boxes\.json"):
         checked(tmp_path)
+
+
+def test_prepared_datasets(tmp_path):
+    names = {"train": ["a/0", "a/1"], "val": ["b 0"]}
+    cache = ScanCache(tmp_path / "cache", {})
+    cache.open()
+    for name in ("a/0", "a/1", "b 0"):
+        cache.write(tiny_scan(name, 200))
+    metadata = {"dataset": "s3dis", "classes": list(S3DIS.classes), "names": names}
+    packing = Packing(cache, names, metadata)
+    TinyBuilder(data_dir=tmp_path / "scans", packing=packing).download_and_prepare(download_dir=tmp_path / "none")
+    found = checked(tmp_path)
+    assert found["dataset"] == "s3dis" and found["kind"] == "a dataset prepared by python -m data"
+    assert [(name, split["scans"], split["boxes"]) for name, split in found["splits"].items()] == [
+        ("train", 2, 2),
+        ("val", 1, 1),
+    ]
+    (shard,) = (tmp_path / "scans").rglob("*-train.array_record-*")
+    shard.write_bytes(shard.read_bytes()[:-9])
+    assert any("prepare the dataset again" in sentence for sentence in checked(tmp_path)["mend"])
