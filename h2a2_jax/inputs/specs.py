@@ -168,16 +168,14 @@ def own_spec(
         name: none of the built-in ones.
         classes: class names; the position is the label.
         has_yaw: whether boxes turn about z.
-        large_classes: those that the 32 cm level learns, of things wider than about a metre; None: those that a built-in
-            dataset learns there.
+        large_classes: those that the 32 cm level learns, of things wider than about a metre; None: those that a
+            built-in dataset learns there.
 
     Raises:
         InputError: the name is built in; no class, one twice; a large class is none of the classes.
     """
     if name in (spec.name for spec in SPECS):
-        raise InputError(
-            f"{name} is a built-in dataset, whose classes are fixed: give a dataset of your own another name."
-        )
+        raise InputError(f"{name} is a built-in dataset, whose classes are fixed: call one of your own otherwise.")
     if not classes or len(set(classes)) < len(classes):
         raise InputError(f"dataset {name} has the classes {classes!r}; expected at least one, each once.")
     if large_classes is None:

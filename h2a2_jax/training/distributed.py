@@ -170,16 +170,16 @@ class MeshDivision(Division):
         return result
 
     def assemble(self, cells: Mapping[tuple[int, int], Batch]) -> Batch:
-        """See `Division`; with several processes the arrays are global, each process holding its devices' part."""
+        """See `Division`; the arrays lie on the mesh, each process holding its devices' part."""
+        sharding = NamedSharding(self.mesh, P(DATASET, REPLICA))
         if self.alone:
-            return super().assemble(cells)
+            return jax.device_put(super().assemble(cells), sharding)
         parts = []
         for (row, column), device in np.ndenumerate(self.mesh.devices):
             if device in self._local:
                 own = [cells[row * self._per_row + i, column] for i in range(self._per_row)]
                 stacked = jax.tree.map(lambda *leaves: np.stack(leaves)[:, None], *own)
                 parts.append(jax.device_put(stacked, device))
-        sharding = NamedSharding(self.mesh, P(DATASET, REPLICA))
         size = (self.num_datasets, self.mesh.shape[REPLICA])
 
         def whole(*leaves: jax.Array) -> jax.Array:
