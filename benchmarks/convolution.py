@@ -24,6 +24,7 @@ from benchmarks import spconv_cpu, timing
 from benchmarks.scans import load_points
 from h2a2_jax import sparse
 from h2a2_jax.errors import InputError
+from h2a2_jax.inputs.workers import available_cores
 from h2a2_jax.models.config import DetectorConfig
 from h2a2_jax.models.layout import PlanLayout
 from h2a2_jax.models.plan import DetectorPlan, DetectorTables, detector_tables, pad_plan
@@ -149,7 +150,7 @@ def measure_layer(
                 raise RuntimeError(
                     f"{layer.name}: {algorithm} differs from spconv by {error:.1e} of the largest value."
                 )
-        for threads in sorted({timing.cores(), 1}):
+        for threads in sorted({available_cores(), 1}):
             rivals["forward"][f"spconv {threads} thr"] = partial(rival, threads)
     result: dict[str, Any] = {
         "name": layer.name,
@@ -213,7 +214,11 @@ def run(
         measured.append(measure_layer(layer, algorithms, repeats=repeats, calls=calls, with_spconv=with_spconv))
     return {
         "scan": {"name": name, "points": len(points), "voxels": len(tables.voxels), "voxel_size": config.voxel_size},
-        "machine": {"device": jax.devices()[0].device_kind, "processor": platform.machine(), "cores": timing.cores()},
+        "machine": {
+            "device": jax.devices()[0].device_kind,
+            "processor": platform.machine(),
+            "cores": available_cores(),
+        },
         "jax": jax.__version__,
         "spconv": spconv_cpu.version() if with_spconv else None,
         "repeats": repeats,

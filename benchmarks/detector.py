@@ -32,6 +32,7 @@ from benchmarks.scans import load_points
 from h2a2_jax import sparse
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.folding import fold
+from h2a2_jax.inputs.workers import available_cores
 from h2a2_jax.layers import DatasetContext, ForwardContext, KernelSelection
 from h2a2_jax.models import (
     Detector,
@@ -96,7 +97,7 @@ def run(
     ms = {key: statistics.median(values) * 1e3 for key, values in rounds.items()}
     return {
         "scan": {"name": name, "points": len(points), "batch": batch, "sites": tables.sizes._asdict()},
-        "machine": {"device": jax.devices()[0].device_kind, "cores": timing.cores(), "jax": jax.__version__},
+        "machine": {"device": jax.devices()[0].device_kind, "cores": available_cores(), "jax": jax.__version__},
         "width": width,
         "dtype": dtype,
         "repeats": repeats,

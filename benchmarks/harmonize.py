@@ -26,6 +26,7 @@ from benchmarks import timing
 from h2a2_jax.inputs.batching import collate, pad_batch, stack_batches
 from h2a2_jax.inputs.specs import SPECS
 from h2a2_jax.inputs.synthetic.source import SyntheticSource
+from h2a2_jax.inputs.workers import available_cores
 from h2a2_jax.layers import KernelSelection
 from h2a2_jax.models import Detector, DetectorConfig, HeadConfig, LevelSizes, PlanLayout
 from h2a2_jax.training.balancers import build_balancer, recorded
@@ -73,7 +74,7 @@ def run(size: str, *, batch: int, repeats: int, steps: bool = True) -> dict[str,
         "size": size,
         "batch": batch,
         "repeats": repeats,
-        "machine": {"device": jax.devices()[0].device_kind, "cores": timing.cores(), "jax": jax.__version__},
+        "machine": {"device": jax.devices()[0].device_kind, "cores": available_cores(), "jax": jax.__version__},
         "shared_parameters": sum(leaf.size for leaf in jax.tree.leaves(shared)),
         "shared_tensors": len(jax.tree.leaves(shared)),
         "balancer_ms": alone,

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 from scipy.spatial import cKDTree
 
-from benchmarks.timing import cores, report
+from benchmarks.timing import report
 from h2a2_jax.inputs.scan import points_in_box
 from h2a2_jax.inputs.specs import SPECS, DatasetSpec, dataset_spec
 from h2a2_jax.inputs.synthetic.catalogue import label_of, programme
@@ -31,6 +31,7 @@ from h2a2_jax.inputs.synthetic.rooms import Room, furnished_room
 from h2a2_jax.inputs.synthetic.sensors import Capture
 from h2a2_jax.inputs.synthetic.shapes import Solids
 from h2a2_jax.inputs.synthetic.source import SyntheticSource
+from h2a2_jax.inputs.workers import available_cores
 from h2a2_jax.models.plan import pyramid_sizes
 from h2a2_jax.sparse import voxelize
 
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument("--rooms", type=int, default=300, help="rooms drawn without a sensor, for sizes and yaw (300)")
     parser.add_argument("--dataset", choices=names, nargs="+", default=names, help="which datasets (default all)")
     parser.add_argument("--scale", choices=("full", "demo"), default="full", help="size of the rooms (default full)")
-    parser.add_argument("--jobs", type=int, default=cores(), help="processes (default one per core)")
+    parser.add_argument("--jobs", type=int, default=available_cores(), help="processes (default one per core)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     arguments = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}

@@ -1,6 +1,5 @@
 """How the benchmarks measure: rivals take turns in one run, medians, beside the machine's own matmul."""
 
-import os
 import statistics
 import sys
 import time
@@ -40,11 +39,6 @@ def matmul_rate(repeats: int, *, calls: int = 1) -> float:
     a = jnp.ones((n, n), jnp.float32)
     product = jax.jit(jnp.matmul)
     return 2 * n**3 / alternate({"matmul": lambda: product(a, a)}, repeats, calls=calls)["matmul"]
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def report(message: str) -> None:
