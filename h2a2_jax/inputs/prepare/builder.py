@@ -49,7 +49,7 @@ class Packing:
 
 class _LocalInfo(tfds.core.DatasetInfo):
     def initialize_from_bucket(self) -> None:
-        """Nothing on these datasets is on TFDS's servers; asking leaves an empty folder in the system's temporary one."""
+        """Nothing of these datasets is on TFDS's servers, and asking leaves an empty folder in /tmp."""
 
 
 class ScanDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
