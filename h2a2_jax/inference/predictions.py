@@ -10,11 +10,12 @@ Schema, version 1:
       "scans": [
         {
           "name": "scene0000_00",
+          ["up": "y", "unit": "mm",]          of a file whose y points up, in mm; without them z and m
           "boxes": [
             {
               "center": [x, y, z],            gravity centre
-              "size": [dx, dy, dz],           along the box's own axes, before it is turned
-              "yaw": 0.0,                     counter-clockwise about z, in [-pi, pi)
+              "size": [dx, dy, dz],           along the axes of the file, before the box is turned
+              "yaw": 0.0,                     counter-clockwise about z (or the axis that is up), in [-pi, pi)
               "score": 0.93,                  0 to 1
               "label": 2,
               "name": "chair"
@@ -25,8 +26,10 @@ Schema, version 1:
     }
 
 A detector works in the frame of its dataset; `Scan.transform` leads there from the input file, by a rotation about z
-and a shift, and boxes are led back by its inverse. A box that is axis-aligned in the dataset's frame (ScanNet, after
-its alignment) is therefore turned in the input file's, by minus the angle of the alignment: its yaw says so.
+and a shift (for a user's own scans also from another axis that points up and another unit, see
+`h2a2_jax.inputs.scan_folder`), and boxes are led back by its inverse. A box that is axis-aligned in the dataset's frame
+(ScanNet, after its alignment) is therefore turned in the input file's, by minus the angle of the alignment: its yaw
+says so.
 """
 
 import math
@@ -39,6 +42,7 @@ from jaxtyping import Float
 from h2a2_jax.boxes.detections import Detections
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.scan import Scan
+from h2a2_jax.inputs.scan_folder import UNITS, UPRIGHT
 from h2a2_jax.inputs.specs import DatasetSpec
 
 PREDICTIONS_VERSION = 1
@@ -91,33 +95,54 @@ def boxes_in_input_frame(
 
     Args:
         boxes: centre, sizes (m), yaw (rad) in the scan's frame.
-        transform: from the file's frame to the scan's: a rotation about z and a shift.
+        transform: from the file's frame to the scan's: a rotation about z and a shift, of a file in m, cm or mm whose
+            x, y or z points up or down.
 
     Returns:
-        The boxes with yaw in [-pi, pi), float64.
+        The boxes with yaw in [-pi, pi), float64, in the unit of the file; sizes along its axes, yaw about the one that
+        points up.
 
     Raises:
         ValueError: the transform scales, mirrors or tilts, as that of an augmented scan may.
     """
-    matrix = transform.astype(np.float64)
-    angle = math.atan2(matrix[1, 0], matrix[0, 0])
+    up, unit = _file_frame(transform)
+    matrix, upright = transform.astype(np.float64), np.array(UPRIGHT[up], np.float64)
+    turned = matrix[:3, :3] @ upright.T / UNITS[unit]
+    angle = math.atan2(turned[1, 0], turned[0, 0])
     cos, sin = math.cos(angle), math.sin(angle)
     rotation = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
-    if np.abs(matrix[:3, :3] - rotation).max() > _TOLERANCE:
-        raise ValueError(
-            f"the scan's transform {matrix[:3, :3].round(4).tolist()} is no rotation about z; "
-            "boxes can be led back only for scans that were not augmented."
-        )
+    if np.abs(turned - rotation).max() > _TOLERANCE:
+        raise _not_led_back(transform)
     moved = boxes.astype(np.float64)
-    moved[:, :3] = (moved[:, :3] - matrix[:3, 3]) @ rotation
+    moved[:, :3] = (moved[:, :3] - matrix[:3, 3]) @ rotation @ upright / UNITS[unit]
+    moved[:, 3:6] = moved[:, 3:6] @ np.abs(upright) / UNITS[unit]
     moved[:, 6] = (moved[:, 6] - angle + math.pi) % (2 * math.pi) - math.pi
     return moved
 
 
+def _file_frame(transform: np.ndarray) -> tuple[str, str]:
+    """Which axis of the file points up, and the file's unit."""
+    metres = float(np.linalg.norm(transform[2, :3]))
+    for unit, size in UNITS.items():
+        for up, upright in UPRIGHT.items():
+            if abs(metres / size - 1) < _TOLERANCE and np.abs(transform[2, :3] / size - upright[2]).max() < _TOLERANCE:
+                return up, unit
+    raise _not_led_back(transform)
+
+
+def _not_led_back(transform: np.ndarray) -> ValueError:
+    return ValueError(
+        f"the scan's transform {transform[:3, :3].round(4).tolist()} is no rotation about z; "
+        "boxes can be led back only for scans that were not augmented."
+    )
+
+
 def _scan_entry(scan: Scan, found: Detections, spec: DatasetSpec) -> dict[str, Any]:
     boxes = boxes_in_input_frame(found.boxes, scan.transform)
+    up, unit = _file_frame(scan.transform)
     return {
         "name": scan.name,
+        **({} if (up, unit) == ("z", "m") else {"up": up, "unit": unit}),
         "boxes": [
             {
                 "center": box[:3].round(6).tolist(),

@@ -156,7 +156,7 @@ def check(root: str | Path, dataset: str | None = None, output: str | Path | Non
     try:
         output.mkdir(parents=True, exist_ok=True)
         (output / "check.json").write_text(json.dumps(report.document, indent=1) + "\n")
-        usable = [(finding.split, finding.name) for finding in findings if finding.error is None]
+        usable = [(scan["split"], scan["name"]) for scan in report.document["scans"] if scan["error"] is None]
         if usable:
             from h2a2_jax.inputs.contact_sheet import draw_contact_sheet  # matplotlib takes a second
 
@@ -324,9 +324,9 @@ def _document(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[st
     up, unit = _up(folder, measured), _unit(folder, measured)
     mend, hints = [*folder.mend], [*folder.hints]
     bad = [finding for finding in findings if finding.error is not None]
-    if bad:
-        mend.append(f"{len(bad)} of {len(findings)} scans cannot be used; the first: {bad[0].error}")
     _judge_frame(folder, up, unit, mend)
+    if bad:  # which may be because of the unit
+        mend.append(f"{len(bad)} of {len(findings)} scans cannot be used; the first: {bad[0].error}")
     _judge_boxes(folder, good, mend, hints)
     twice = {finding.name for finding in findings if finding.split == "train"}
     twice &= {finding.name for finding in findings if finding.split == "val"}
@@ -426,7 +426,7 @@ def _unit(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[str, A
         return {"declared": folder.unit, "guess": None, "evidence": "no scan could be read"}
     extents = np.median([[axis.extent for axis in finding.axes] for finding in findings], axis=0)
     middle = float(np.sort(extents)[1])
-    shown = " x ".join(f"{extent:.3g}" for extent in extents)
+    shown = " x ".join(f"{extent:,.0f}" if extent >= 100 else f"{extent:.3g}" for extent in extents)
     # 0.3-40 m, 40-700 cm, 700 mm and more: a room of 8 m is 8, 800 or 8000, a corner of 1 m is 1, 100 or 1000.
     guess = next(
         (u for u, low, high in (("m", 0.3, 40), ("cm", 40, 700), ("mm", 700, 40e3)) if low <= middle < high), None

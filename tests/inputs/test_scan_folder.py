@@ -151,6 +151,19 @@ def test_a_source_travels_to_other_processes(tmp_path):
     assert copy.names == source.names
 
 
+@pytest.mark.parametrize(("up", "unit"), list(itertools.product(UPRIGHT, ["m", "cm", "mm"])))
+def test_predictions_for_a_folder_are_annotations_of_it(tmp_path, up, unit):
+    rows = room(np.random.default_rng(3), 50)
+    rows[:, :3] += 7e3 if unit == "mm" else 0
+    scan = ScanFolder(write(tmp_path, points=rows, up=up, unit=unit), "train", SUNRGBD)[0]
+    boxes = np.array([[1, 2, 0.5, 0.6, 0.4, 1, 0.3], [2, 1, 0.25, 1, 2, 1, -3]], np.float32)
+    found = Detections(boxes, np.array([0.9, 0.5], np.float32), np.array([3, 0], np.int32))
+    predicted = predictions_json([scan], [found], SUNRGBD)["scans"][0]
+    assert (predicted.get("up", "z"), predicted.get("unit", "m")) == (up, unit)
+    write(tmp_path, [{"file": "a.npy", "boxes": predicted["boxes"]}], rows, up=up, unit=unit)
+    np.testing.assert_allclose(ScanFolder(tmp_path, "train", SUNRGBD)[0].boxes, boxes, atol=1e-5)
+
+
 def test_boxes_as_predictions_write_them_are_annotations(tmp_path):
     boxes = np.array([[1, 2, 0.5, 0.6, 0.4, 1, 0.3], [2, 1, 0.5, 1, 2, 1, -3]], np.float32)
     scan = Scan("a", np.zeros((1, 3), np.float32), np.zeros((1, 3), np.float32), boxes, np.array([3, 0], np.int32))
