@@ -55,32 +55,6 @@ class ScanInfo:
     notes: Mapping[str, int] = field(default_factory=dict)
     aligned: bool = True
 
-    @property
-    def ignored(self) -> int:
-        """Number of boxes left out: label outside the classes, or numbers that are none of a box."""
-        return sum(count for kind, count in self.notes.items() if kind != _NO_ALIGNMENT)
-
-
-@dataclass
-class SourceReport:
-    """What a source left out so far, by scan name.
-
-    Attributes:
-        dropped_points: points with a NaN or infinite coordinate or colour, in the scans loaded so far.
-        ignored_objects: annotated objects without a usable label or size.
-    """
-
-    dropped_points: dict[str, int] = field(default_factory=dict)
-    ignored_objects: dict[str, int] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        """One sentence for a log."""
-        points, objects = sum(self.dropped_points.values()), sum(self.ignored_objects.values())
-        return (
-            f"Left out {points} points with NaN or infinite values in {len(self.dropped_points)} scans and "
-            f"{objects} objects without a usable class or size in {len(self.ignored_objects)} scans."
-        )
-
 
 class Mmdet3dFolder:
     """Scans of one prepared folder.
@@ -124,7 +98,6 @@ class Mmdet3dFolder:
                 f"{', '.join(files)} in {root} name {len(twice)} scans more than once ({_some(twice)}): "
                 "prepare the folder again."
             )
-        self._report = SourceReport(ignored_objects={i.name: i.ignored for i in self._infos if i.ignored})
         missing = [info.name for info in self._infos if not self._path(info.name).is_file()]
         if missing:
             raise InputError(
@@ -144,7 +117,7 @@ class Mmdet3dFolder:
     def __getitem__(self, index: int) -> Scan:
         """Loads one scan, in the frame of its boxes.
 
-        Points with a NaN or infinite coordinate or colour are dropped and counted in `Scan.notes` and `report`.
+        Points with a NaN or infinite coordinate or colour are dropped and counted in `Scan.notes`.
 
         Raises:
             ScanError: the file is cut off, holds no usable point, reaches too far, or its colours are in another range.
@@ -154,7 +127,7 @@ class Mmdet3dFolder:
         notes = dict(info.notes)
         finite = np.isfinite(rows).all(axis=1)
         if not finite.all():
-            notes[NOT_FINITE] = self._report.dropped_points[info.name] = int((~finite).sum())
+            notes[NOT_FINITE] = int((~finite).sum())
             rows = rows[finite]
         if len(rows) == 0:
             raise ScanError(info.name, f"Scan {info.name} has no usable point: {self._path(info.name)} is empty.")
@@ -173,10 +146,6 @@ class Mmdet3dFolder:
             notes[FAR_POINTS] = int((~near).sum())
             points, colors = points[near], colors[near]
         return Scan(info.name, points, colors, info.boxes, info.labels, info.alignment, notes)
-
-    def report(self) -> SourceReport:
-        """Returns what was left out so far."""
-        return self._report
 
     def _path(self, name: str) -> Path:
         return self._points / f"{name}.bin"

@@ -40,7 +40,12 @@ def lay_out(scans: Sequence[Path], infos: Path, spec: DatasetSpec, output: Path)
     content = load_plain_pickle(infos)
     if not isinstance(content, dict) or "data_list" not in content:
         raise InputError(f"{infos} is no version 2 info file: it should hold a dictionary with data_list.")
-    entries = {scan_name(entry["lidar_points"]["lidar_path"]): entry for entry in content["data_list"]}
+    try:
+        entries = {scan_name(entry["lidar_points"]["lidar_path"]): entry for entry in content["data_list"]}
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{infos} is no version 2 info file: an entry of data_list lacks lidar_points with lidar_path."
+        ) from error
     missing = [scan.stem for scan in scans if scan.stem not in entries]
     if missing:
         raise InputError(f"{infos} does not annotate {', '.join(missing)}: give the info file that does.")

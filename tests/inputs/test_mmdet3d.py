@@ -84,7 +84,8 @@ def test_unusable_objects_are_left_out_and_counted(tmp_path):
     write_v2(tmp_path, [v2_entry("a", [(good, -1), (good, 1), (good, 18), (flat, 1)])], {"a": ROWS})
     source = Mmdet3dFolder(tmp_path, "infos.pkl", SCANNET)
     assert source[0].labels.tolist() == [1]
-    assert source.report().ignored_objects == {"a": 3}
+    assert source[0].notes["boxes of no class of the dataset"] == 2
+    assert source[0].notes["boxes with a size that is not positive"] == 1
 
 
 def test_label_numbers_follow_the_names_in_the_file(tmp_path):
@@ -104,10 +105,8 @@ def test_several_info_files_follow_one_another(tmp_path):
 def test_points_that_are_not_finite_are_dropped_and_counted(tmp_path):
     write_v2(tmp_path, [v2_entry("a")], {"a": [*ROWS, [np.nan, 0, 0, 0, 0, 0], [0, np.inf, 0, 0, 0, 0]]})
     source = Mmdet3dFolder(tmp_path, "infos.pkl", SCANNET)
-    for _ in range(2):
-        assert len(source[0].points) == 2
-    assert source.report().dropped_points == {"a": 2}
-    assert "2 points" in str(source.report())
+    assert len(source[0].points) == 2
+    assert source[0].notes["points with NaN or infinite values"] == 2
 
 
 def test_scans_that_cannot_be_used(tmp_path):
