@@ -6,7 +6,10 @@ from jaxtyping import Bool, Float
 from h2a2_jax.inputs.scan import ScanError
 
 MAX_REACH = 250.0
-"""Largest |coordinate| of a point or box (m): voxels of 1 cm hold +-317 m, and augmentation needs some of it."""
+"""Largest distance of a point from the z axis and from the ground (m), and largest |number| of a box.
+
+Voxels of 1 cm hold +-317 m; augmentation turns about z, stretches and shifts.
+"""
 FAR_POINTS = f"points beyond {MAX_REACH:g} m"
 _STRAY_SHARE = 0.01
 
@@ -21,7 +24,8 @@ def within_reach(name: str, points: Float[np.ndarray, "m 3"]) -> Bool[np.ndarray
     Raises:
         ScanError: more than 1 % of the points lie beyond `MAX_REACH`.
     """
-    near = (np.abs(points) <= MAX_REACH).all(axis=1)
+    with np.errstate(over="ignore"):
+        near = (np.hypot(points[:, 0], points[:, 1]) <= MAX_REACH) & (np.abs(points[:, 2]) <= MAX_REACH)
     far = len(points) - int(near.sum())
     if far > _STRAY_SHARE * len(points):
         raise ScanError(
