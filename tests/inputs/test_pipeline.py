@@ -9,7 +9,8 @@ import pytest
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.batching import Batch
 from h2a2_jax.inputs.division import Answer, Division
-from h2a2_jax.inputs.pipeline import JointStream, StreamConfig, StreamDataset
+from h2a2_jax.inputs.drawing import Log, StreamDataset
+from h2a2_jax.inputs.pipeline import JointStream, StreamConfig
 from h2a2_jax.inputs.scan import Scan, ScanError
 from h2a2_jax.inputs.specs import S3DIS, SUNRGBD
 from h2a2_jax.inputs.turns import Turns
@@ -72,6 +73,22 @@ def test_a_step_depends_on_its_number_and_the_seed_alone() -> None:
 def test_prefetched_steps_are_the_steps() -> None:
     stream = make_stream()
     assert [item.names for item in stream.steps(2, 5)] == [stream.step(i).names for i in (2, 3, 4)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_stream_is_the_stream_whatever_the_workers(workers: int) -> None:
+    scans = [make_scan(0), None, replace(make_scan(2), notes={"points lost": 4})]
+    whole, resumed = make_stream(scans=scans), make_stream(StreamConfig(2, voxel_size=0.02, workers=workers), scans)
+    resumed.log = Log()
+    for item in resumed.steps(3, 6):
+        expected = whole.step(item.step)
+        assert item.names == expected.names
+        for a, b in zip(jax.tree.leaves(item.batch), jax.tree.leaves(expected.batch), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert resumed.skipped == {"s3dis/scan1": "scan1 is damaged."}
+    assert resumed.log.notes == {"s3dis/scan2": {"points lost": 4}} and resumed.log.scans == 3 * 4
+    assert set(resumed.log.seconds) == {"load", "sample and augment", "voxelise and build maps", "pad"}
+    assert 0 < resumed.scans_per_second_per_core < float("inf")
 
 
 def test_leading_axes_are_datasets_and_replicas() -> None:
