@@ -112,6 +112,18 @@ def test_frame_and_unit_are_guessed_and_the_keys_named(tmp_path, up, unit, axes,
     assert checked(tmp_path, "sunrgbd")["mend"] == []
 
 
+def test_the_long_wall_of_a_corridor_is_no_reason_to_refuse_it(tmp_path):
+    rng = np.random.default_rng(0)
+    floor = rng.uniform([0, 0, 0], [9, 2, 0.01], (1800, 3))
+    wall = rng.uniform([0, 2, 0], [9, 2.01, 3], (2700, 3))
+    points = np.concatenate([floor, wall])
+    chair = [entry("chair", CHAIR)]
+    write(tmp_path / "scans", {"a.npy": ("train", np.concatenate([points, 0 * points], axis=1), chair)})
+    found = checked(tmp_path, "sunrgbd")
+    assert found["ready"] and not found["up"]["certain"]
+    assert any(sentence.startswith("The up axis looks like -y, not z") for sentence in found["hints"])
+
+
 def test_a_unit_that_still_loads_is_questioned(tmp_path):
     rows = room()
     rows[:, :3] *= 20  # centimetres are too small, metres too large: what is far is not a room
