@@ -8,6 +8,7 @@ from typing import BinaryIO
 import numpy as np
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.inputs.ply import typed
 
 _MOST_LZF_GROWTH = 88  # three bytes stand for at most 264
 _LONGEST_HEADER = 1 << 16
@@ -150,9 +151,7 @@ def _text_columns(path: Path, file: BinaryIO, header: _Header) -> dict[str, np.n
     columns, column = {}, 0
     for name, kind, count in zip(header.names, header.kinds, header.counts, strict=True):
         if count == 1:
-            # Coordinates keep the digits they are written with; packed colours need their four bytes.
-            packed = name in ("rgb", "rgba")
-            columns[name] = rows[:, column].astype(kind) if packed or kind[1] == "u" else rows[:, column]
+            columns[name] = typed(path, name, rows[:, column], kind)
         column += count
     return columns
 

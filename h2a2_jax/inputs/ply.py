@@ -134,7 +134,26 @@ def _text_rows(path: Path, file: BinaryIO, element: _Element) -> Mapping[str, np
             f"{path} is cut off: its header says {element.count} {element.name} elements of {columns} numbers, read "
             f"were {len(rows)} of {rows.shape[1] if len(rows) else 0}; copy it again."
         )
-    return {
-        name: rows[:, i].astype(kind) if kind[0] == "u" or kind == "f4" else rows[:, i]
-        for i, (name, kind) in enumerate(element.fields.items())
-    }
+    return {name: typed(path, name, rows[:, i], kind) for i, (name, kind) in enumerate(element.fields.items())}
+
+
+def typed(path: Path, name: str, values: np.ndarray, kind: str) -> np.ndarray:
+    """Numbers read from text in the type that the header gives them.
+
+    Args:
+        path: of the file, for the error.
+        name: of the field, for the error.
+        values: float64 as read.
+        kind: a numpy type string.
+
+    Raises:
+        InputError: a whole number is not in the range of its type.
+    """
+    dtype = np.dtype(kind)
+    if dtype.kind == "f":
+        with np.errstate(over="ignore"):  # to infinity, which is left out later
+            return values.astype(dtype)
+    bounds = np.iinfo(dtype)
+    if not ((values >= bounds.min) & (values <= bounds.max)).all():
+        raise InputError(f"{path} has numbers that its field {name} of type {dtype} cannot hold; write it again.")
+    return values.astype(dtype)

@@ -84,8 +84,15 @@ def read_point_cloud(path: str | Path) -> PointCloud:
         raise InputError(f"There is no file {path}: check the folder and the file name.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except InputError:
+        raise
     except (MemoryError, OverflowError) as error:
         raise InputError(f"{path} asks for more memory than there is ({error}): split it or thin it out.") from error
+    except Exception as error:  # of damaged bytes libraries say the oddest things
+        what = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path} is damaged ({type(error).__name__}: {what}): copy it again or write it again."
+        ) from error
     points = _real(raw.points)
     colors = None if raw.colors is None else _real(raw.colors)
     full_color = None

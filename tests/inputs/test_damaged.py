@@ -94,6 +94,16 @@ FILES = {
         "header says 3 vertex .* read were 2",
     ),
     "ply: text without numbers": (".ply", ply(b"1 2 x\n", form="ascii", count=1), "a vertex that is not 3 numbers"),
+    "ply: colours that are no bytes": (
+        ".ply",
+        ply(
+            b"1 2 300\n",
+            "element vertex 1",
+            *(f"property {t}" for t in ("float x", "float y", "uchar red")),
+            form="ascii",
+        ),
+        "its field red of type uint8 cannot hold",
+    ),
     "ply: no vertices": (".ply", ply(b"", "element face 0"), "without vertices"),
     "ply: no coordinates": (
         ".ply",
@@ -123,6 +133,7 @@ FILES = {
     ),
     "pcd: compressed data cut off": (".pcd", pcd(struct.pack("<II", 99, 720) + b"abc", "binary_compressed"), "cut off"),
     "pcd: no LZF": (".pcd", pcd(LZF, "binary_compressed"), "not LZF"),
+    "npy: a header of another tongue": (".npy", npy(ROWS).replace(b"'descr'", b"b'desc'"), "is damaged|no numpy array"),
     "npy: no array": (".npy", b"nothing of that kind", "no numpy array"),
     "npy: cut off": (".npy", npy(ROWS)[:-9], "is cut off"),
     "npy: a shape that lies": (".npy", npy(ROWS, (10**12, 6)), "is cut off"),
