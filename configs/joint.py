@@ -1,6 +1,7 @@
 """Joint training on ScanNet, SUN RGB-D and S3DIS: the setting of H2A2 (Xie et al., CVPR 2026).
 
-    python run.py --config=configs/joint.py --workdir=runs/joint            data/scannet, data/sunrgbd, data/s3dis
+    python run.py --config=configs/joint.py --workdir=runs/joint            data/scannet, data/sun_rgbd, data/s3dis
+    python run.py --config=configs/joint.py:synthetic --workdir=runs/synth  data/synthetic_scannet, ..., same setting
     python run.py --config=configs/joint.py:demo --workdir=runs/demo        procedural scans, needs no data
     python run.py --config=configs/joint.py:two --workdir=runs/two          a handful of scans, learnt by heart
 
@@ -15,6 +16,7 @@ off, `:no_sfks` (after a comma behind another variant: `:demo,no_sfks`) kernel s
 from ml_collections import ConfigDict
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.inputs.sources import ROOTS
 from h2a2_jax.layers.kernel_selection import KernelSelection
 from h2a2_jax.models import DetectorConfig
 from h2a2_jax.training.config import (
@@ -26,7 +28,7 @@ from h2a2_jax.training.config import (
 )
 
 NAMES = ("scannet", "sunrgbd", "s3dis")
-VARIANTS = ("paper", "demo", "two", "no_sfks")
+VARIANTS = ("paper", "synthetic", "demo", "two", "no_sfks")
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
@@ -35,7 +37,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
     unknown = [part for part in chosen if part not in VARIANTS]
     if unknown:
         raise InputError(f"configs/joint.py has no variant {unknown[0]!r}; its variants are {', '.join(VARIANTS)}.")
-    config = demo() if "demo" in chosen else two() if "two" in chosen else paper()
+    base = next((make for name, make in BASES.items() if name in chosen), paper)
+    config = base()
     result = config_dict(config)
     if "no_sfks" in chosen:
         result.model.selection = None
@@ -45,7 +48,15 @@ def get_config(variant: str | None = None) -> ConfigDict:
 def paper() -> ExperimentConfig:
     """TR3D's schedule and widths, SF-KS and NGH on."""
     return ExperimentConfig(
-        datasets=tuple(SourceConfig(name, root=f"data/{name}") for name in NAMES),
+        datasets=tuple(SourceConfig(name, root=ROOTS[name]) for name in NAMES),
+        model=DetectorConfig(selection=KernelSelection()),
+    )
+
+
+def synthetic() -> ExperimentConfig:
+    """The paper's setting on procedural scans of full size, as `python -m data.synthetic_<dataset>` prepares them."""
+    return ExperimentConfig(
+        datasets=tuple(SourceConfig(name, root=f"data/synthetic_{name}", repeats=1) for name in NAMES),
         model=DetectorConfig(selection=KernelSelection()),
     )
 
@@ -77,8 +88,8 @@ def two() -> ExperimentConfig:
     """
     return ExperimentConfig(
         datasets=(
-            SourceConfig("scannet", root="data/scannet", repeats=1, augment=False, sample=False),
-            SourceConfig("sunrgbd", root="data/sunrgbd", repeats=1, augment=False, sample=True),
+            SourceConfig("scannet", root=ROOTS["scannet"], repeats=1, augment=False, sample=False),
+            SourceConfig("sunrgbd", root=ROOTS["sunrgbd"], repeats=1, augment=False, sample=True),
         ),
         model=DetectorConfig(
             depth=18,
@@ -91,3 +102,6 @@ def two() -> ExperimentConfig:
         optim=OptimConfig(lr=3e-3, decay_epochs=(400, 500), warmup_steps=20),
         train=TrainConfig(batch_size=1, steps=550, log_every=10, checkpoint_every=100, max_rung=0),
     )
+
+
+BASES = {"synthetic": synthetic, "demo": demo, "two": two}

@@ -3,13 +3,14 @@
     python run.py --config=configs/single.py:scannet --workdir=runs/scannet         or :sunrgbd, :s3dis
 
 Published, mAP@0.25 / mAP@0.5: ScanNet 72.9 / 59.3, SUN RGB-D 67.1 / 50.4, S3DIS 74.5 / 51.7. These numbers are the
-paper's; none of them was measured here. The prepared folder is data/<dataset>; another one is set with
-`--config.datasets.scannet.root=/data/scannet`.
+paper's; none of them was measured here. The prepared folder is data/scannet, data/sun_rgbd or data/s3dis; another
+one is set with `--config.datasets.scannet.root=/data/scannet`.
 """
 
 from ml_collections import ConfigDict
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.inputs.sources import ROOTS
 from h2a2_jax.inputs.specs import SPECS
 from h2a2_jax.models import DetectorConfig
 from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig, SourceConfig, config_dict
@@ -26,7 +27,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         )
     return config_dict(
         ExperimentConfig(
-            datasets=(SourceConfig(variant, root=f"data/{variant}"),),
+            datasets=(SourceConfig(variant, root=ROOTS[variant]),),
             model=DetectorConfig(selection=None),
             harmonize=HarmonizeConfig(method="mean"),
         )

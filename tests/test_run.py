@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
     ("flags", "sentence"),
     [
         ([], "needs --config and --workdir"),
-        (["--config=configs/joint.py:demoo"], "no variant 'demoo'; its variants are paper, demo"),
+        (["--config=configs/joint.py:demoo"], "no variant 'demoo'; its variants are paper, synthetic, demo"),
         (["--config=configs/nowhere.py"], "the config file cannot be read"),
         (["--config=configs/joint.py:demo", "--config.optim.lrr=3"], 'unknown config key lrr Did you mean "lr"'),
         (["--config=configs/joint.py"], "The data of scannet is not there: data/scannet"),
@@ -104,6 +104,7 @@ def test_config_files_give_the_settings_of_the_paper() -> None:
     assert config.model.selection is not None and config.harmonize.method == "ngh"
     assert (config.train.batch_size, config.train.epochs, config.optim.lr) == (16, 12, 1e-3)
     assert experiment_config(get_config("no_sfks")).model.selection is None
+    assert experiment_config(get_config("synthetic,no_sfks")).datasets[2].root == "data/synthetic_s3dis"
     assert DetectorConfig().voxel_size == 0.01 and TrainConfig().seed == 0
 
 

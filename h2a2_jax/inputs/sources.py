@@ -20,6 +20,9 @@ from h2a2_jax.inputs.tfds_source import TfdsSource, is_tfds
 
 Split = Literal["train", "val"]
 
+ROOTS: Mapping[str, str] = {"scannet": "data/scannet", "sunrgbd": "data/sun_rgbd", "s3dis": "data/s3dis"}
+"""Where a dataset is looked for, below the folder that a program is started in: where its command prepares it."""
+
 _POINTS_FOLDER = "points"
 
 
