@@ -1,9 +1,11 @@
 """Reading pickles that hold plain data, without running what else a pickle can hold."""
 
 import codecs
+import math
 import pickle
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy._core import multiarray, numeric
@@ -20,9 +22,24 @@ def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
 
 def _reconstruct(kind: Any, shape: Any, dtype: Any) -> Any:
     """Stands for numpy's, which allocates any shape; a pickle gives an empty one and sets the state afterwards."""
-    if kind is not _NDARRAY or shape != (0,):
+    if kind is not _NDARRAY or shape != (0,) or dtype not in (b"b", "b"):
         raise pickle.UnpicklingError(f"an array of shape {shape} before its content")
-    return multiarray._reconstruct(np.ndarray, (0,), dtype)
+    return multiarray._reconstruct(np.ndarray, (0,), b"b")
+
+
+def _dtype(text: Any, *_: Any) -> np.dtype:
+    """Stands for numpy.dtype: a new one of numbers, text or objects, not of records."""
+    dtype = np.dtype(text, copy=True) if isinstance(text, str) else None
+    if dtype is None or dtype.kind not in "biufcSUO" or dtype.subdtype is not None:
+        raise pickle.UnpicklingError(f"the type {text!r}")
+    return dtype
+
+
+def _scalar(dtype: Any, content: Any) -> Any:
+    """Stands for numpy's scalar from bytes."""
+    if not isinstance(dtype, np.dtype) or dtype.hasobject or not isinstance(content, bytes):
+        raise pickle.UnpicklingError("a scalar of objects")
+    return multiarray.scalar(dtype, content)
 
 
 def _sequence(kind: type) -> Any:
@@ -43,13 +60,13 @@ class _Marker:
 _NDARRAY = _Marker()
 _ADMITTED: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): _encode_latin1,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "dtype"): _dtype,
     ("numpy", "ndarray"): _NDARRAY,
 }
 # Files written by numpy 1 say numpy.core, those by numpy 2 numpy._core.
 for _core in ("numpy.core", "numpy._core"):
     _ADMITTED[f"{_core}.multiarray", "_reconstruct"] = _reconstruct
-    _ADMITTED[f"{_core}.multiarray", "scalar"] = multiarray.scalar
+    _ADMITTED[f"{_core}.multiarray", "scalar"] = _scalar
     _ADMITTED[f"{_core}.numeric", "_frombuffer"] = vars(numeric)["_frombuffer"]
 for _builtins in ("builtins", "__builtin__"):
     for _container in (dict, list, tuple, set, frozenset, complex):
@@ -62,7 +79,50 @@ class _NotAdmitted(Exception):
     pass
 
 
-class _PlainUnpickler(pickle.Unpickler):
+def _check_state(instance: Any, state: Any) -> None:
+    """Refuses what numpy would take for the state of a type or an array and crash on."""
+    match instance, state:
+        case np.dtype(), (
+            3,
+            "<" | ">" | "|" | "=",
+            None,
+            None,
+            None,
+            int() as size,
+            int() as alignment,
+            int() as flags,
+        ):
+            good = size in (-1, instance.itemsize) and alignment in (-1, instance.alignment) and flags == instance.flags
+        case np.ndarray(), (int(), tuple() as shape, np.dtype() as dtype, bool() | int(), bytes() | list() as content):
+            good = all(isinstance(length, int) and length >= 0 for length in shape)
+            size = math.prod(shape) * (1 if dtype.hasobject else dtype.itemsize) if good else -1
+            good = size == len(content) and dtype.hasobject == isinstance(content, list)
+        case _:
+            good = False
+    if not good:
+        raise pickle.UnpicklingError(f"the state of a {type(instance).__name__}")
+
+
+_Unpickler: Any = pickle._Unpickler
+
+
+class _PlainUnpickler(_Unpickler):
+    # The one in Python: that in C can be made to fill the memory by a few damaged bytes, and checks no states.
+    dispatch: ClassVar = dict(_Unpickler.dispatch)
+
+    def load_build(self) -> None:
+        _check_state(self.stack[-2], self.stack[-1])
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def load_bytearray8(self) -> None:
+        """Takes what is there; the original makes as many zeros first as a number says."""
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(size)))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _ADMITTED[module, name]

@@ -69,3 +69,31 @@ def test_broken_and_missing_files(tmp_path):
             load_plain_pickle(tmp_path / f"{name}.pkl")
     with pytest.raises(InputError, match="There is no file"):
         load_plain_pickle(tmp_path / "none.pkl")
+
+
+def as_text(array, **changes):
+    """An array pickled by protocol 0 to 2, with something else written for a part of it."""
+    content = pickle.dumps(array, 2)
+    for old, new in changes.values():
+        assert content.count(old) == 1
+        content = content.replace(old, new)
+    return content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        as_text(np.zeros(3), fewer_fields=(b"NNNJ", b"NNJ")),  # numpy's own check of the state crashes
+        as_text(np.zeros(3), size=(b"NNNJ\xff\xff\xff\xff", b"NNNJ\xff\xff\xff\x7f")),
+        as_text(np.zeros(3), objects=(b"f8q", b"O8q")),
+        as_text(np.zeros(3), length=(b"K\x03\x85", b"K\x05\x85")),
+        pickle.dumps(np.zeros(3, [("a", "f4"), ("b", "O")]), 2),
+        b"cnumpy\ndtype\nX\x03\x00\x00\x00V99\x85R.",
+        b"c__builtin__\nlist\n)R}b.",  # a list has no state
+    ],
+    ids=["dtype of fewer fields", "dtype of another size", "objects", "another length", "records", "void", "list"],
+)
+def test_states_that_numpy_would_crash_on_are_refused(tmp_path, content):
+    (tmp_path / "bad.pkl").write_bytes(content)
+    with pytest.raises(InputError, match=r"bad\.pkl is not a readable pickle"):
+        load_plain_pickle(tmp_path / "bad.pkl")
