@@ -12,6 +12,8 @@
 Nothing is allocated because a header says so: its counts are compared with the size of the file before.
 """
 
+import io
+import struct
 import warnings
 import zipfile
 import zlib
@@ -35,6 +37,8 @@ _COLOR_NAMES = (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diff
 _POINT_ARRAYS = ("points", "xyz", "coords", "coordinates", "arr_0")
 _COLOR_ARRAYS = ("colors", "colours", "rgb", "color")
 _MOST_ZIP_GROWTH = 1040  # deflate packs at most 258 bytes into two bits
+_NPY_START = 12  # bytes of magic, version and the longer of two kinds of length
+_LONGEST_HEADER = 10_000  # numpy's own limit
 _ROUNDING = 1e-3  # by which colours may exceed their range
 
 
@@ -179,18 +183,21 @@ def _read_npy(path: Path) -> _Raw:
 
 def _array(path: Path, file: Any, size: int) -> np.ndarray:
     """One array in numpy's format, if as many bytes as its header says can be there."""
+    start = file.read(_NPY_START)
+    version, digits = start[6:8], 2 if start[6:7] == b"\1" else 4
+    if start[:6] != b"\x93NUMPY" or version not in (b"\1\0", b"\2\0"):
+        raise InputError(f"{path} is no numpy array: save it again with numpy.save.")
+    length = int.from_bytes(start[8 : 8 + digits], "little")
+    header = start[8 + digits :] + file.read(max(0, min(length, _LONGEST_HEADER) - len(start) + 8 + digits))
+    header, content = header[:length], header[length:]
+    # Python's parser can crash on what is no text at all.
+    if len(header) < length or not all(32 <= byte < 127 or byte == 10 for byte in header):
+        raise InputError(f"{path} is no numpy array or is cut off: its header is damaged; save it again.")
     try:
-        version = np.lib.format.read_magic(file)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }.get(version)
-        if read_header is None:
-            raise ValueError(f"version {version}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            shape, fortran, dtype = read_header(file)
-    except (ValueError, EOFError, SyntaxError, RecursionError) as error:
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(io.BytesIO(struct.pack("<I", length) + header))
+    except Exception as error:  # of many kinds
         raise InputError(f"{path} is no numpy array ({error}): save it again with numpy.save.") from error
     if dtype.hasobject:
         raise InputError(f"{path} holds Python objects, which are never loaded: save plain numbers.")
@@ -201,7 +208,8 @@ def _array(path: Path, file: Any, size: int) -> np.ndarray:
         raise InputError(
             f"{path} is cut off: its header says {shape} of {dtype}, but it has {size} bytes; copy it again."
         )
-    content = file.read(count * dtype.itemsize)
+    content = content + file.read(max(0, count * dtype.itemsize - len(content)))
+    content = content[: count * dtype.itemsize]
     if len(content) < count * dtype.itemsize:
         raise InputError(f"{path} is cut off: {len(content)} of {count * dtype.itemsize} bytes follow; copy it again.")
     return np.frombuffer(content, dtype, count).reshape(shape, order="F" if fortran else "C")

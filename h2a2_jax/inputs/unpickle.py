@@ -1,6 +1,7 @@
 """Reading pickles that hold plain data, without running what else a pickle can hold."""
 
 import codecs
+import io
 import math
 import pickle
 import struct
@@ -146,18 +147,18 @@ def load_plain_pickle(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"There is no file {path}: check the folder and the file name.")
     try:
-        file = path.open("rb")
+        # Of bytes in memory no more can be read than are there, whatever a length in them says.
+        content = io.BytesIO(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    with file:
-        try:
-            return _PlainUnpickler(file).load()
-        except _NotAdmitted as error:
-            raise InputError(
-                f"{path} holds {error}, which is not plain data: only numpy arrays and Python's own containers "
-                "are loaded; write the file again without it."
-            ) from None
-        except (MemoryError, RecursionError, OverflowError) as error:
-            raise InputError(f"{path} asks for more memory than there is: write or download it again.") from error
-        except Exception as error:  # what a damaged pickle does is anything; nothing of it is run
-            raise InputError(f"{path} is not a readable pickle ({error}): write or download it again.") from error
+    try:
+        return _PlainUnpickler(content).load()
+    except _NotAdmitted as error:
+        raise InputError(
+            f"{path} holds {error}, which is not plain data: only numpy arrays and Python's own containers "
+            "are loaded; write the file again without it."
+        ) from None
+    except (MemoryError, RecursionError, OverflowError) as error:
+        raise InputError(f"{path} asks for more memory than there is: write or download it again.") from error
+    except Exception as error:  # what a damaged pickle does is anything; nothing of it is run
+        raise InputError(f"{path} is not a readable pickle ({error}): write or download it again.") from error
