@@ -29,8 +29,8 @@ def _reconstruct(kind: Any, shape: Any, dtype: Any) -> Any:
 
 
 def _dtype(text: Any, *_: Any) -> np.dtype:
-    """Stands for numpy.dtype: a new one of numbers, text or objects, not of records."""
-    dtype = np.dtype(text, copy=True) if isinstance(text, str) else None
+    """Stands for numpy.dtype: one of numbers, text or objects, not of records."""
+    dtype = np.dtype(text) if isinstance(text, str) else None
     if dtype is None or dtype.kind not in "biufcSUO" or dtype.subdtype is not None:
         raise pickle.UnpicklingError(f"the type {text!r}")
     return dtype
@@ -85,7 +85,7 @@ def _check_state(instance: Any, state: Any) -> None:
     match instance, state:
         case np.dtype(), (
             3,
-            "<" | ">" | "|" | "=",
+            "<" | "|" | "=",
             None,
             None,
             None,
@@ -113,7 +113,10 @@ class _PlainUnpickler(_Unpickler):
 
     def load_build(self) -> None:
         _check_state(self.stack[-2], self.stack[-1])
-        super().load_build()
+        if isinstance(self.stack[-2], np.dtype):
+            self.stack.pop()  # the type is already what its state says
+        else:
+            super().load_build()
 
     dispatch[pickle.BUILD[0]] = load_build
 
