@@ -20,38 +20,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from benchmarks import timing
+from configs.joint import demo, paper
 from h2a2_jax.inputs.batching import collate, pad_batch, stack_batches
 from h2a2_jax.inputs.specs import SPECS
 from h2a2_jax.inputs.synthetic.source import SyntheticSource
 from h2a2_jax.inputs.workers import available_cores
-from h2a2_jax.layers import KernelSelection
-from h2a2_jax.models import Detector, DetectorConfig, HeadConfig, LevelSizes, PlanLayout
+from h2a2_jax.models import Detector, DetectorConfig, LevelSizes, PlanLayout
 from h2a2_jax.training.balancers import build_balancer, recorded
-from h2a2_jax.training.config import HarmonizeConfig
+from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig
 from h2a2_jax.training.harmonize import mean_over_datasets, plain_mean
+from h2a2_jax.training.loop import build_detector
 from h2a2_jax.training.mesh import DATASET, train_mesh
 from h2a2_jax.training.parameter_groups import group_summary
 from h2a2_jax.training.state import create_state, place_state
 from h2a2_jax.training.step import make_train_step
 
-SIZES: dict[str, tuple[DetectorConfig, Any]] = {
-    "demo": (
-        DetectorConfig(
-            depth=10,
-            stem_channels=16,
-            stage_channels=(16, 16, 32, 32),
-            neck_channels=32,
-            voxel_size=0.015,
-            selection=KernelSelection(),
-        ),
-        "demo",
-    ),
-    "full": (DetectorConfig(selection=KernelSelection()), "full"),
-}
-"""Detector and size of the scans by name."""
+SIZES: dict[str, tuple[ExperimentConfig, Any]] = {"demo": (demo(), "demo"), "full": (paper(), "full")}
+"""Run and size of the scans by name."""
 _BLOCK = 64
 _MAX_BOXES = 64
 
@@ -66,8 +53,7 @@ def run(size: str, *, batch: int, repeats: int, steps: bool = True) -> dict[str,
         steps: whether to take whole steps, or the balancers alone.
     """
     config, scale = SIZES[size]
-    heads = [HeadConfig(spec.name, spec.num_classes, spec.num_outputs) for spec in SPECS]
-    model = _detector(config, heads)
+    model = build_detector(config)
     shared = create_state(model, optax.identity(), plain_mean())[1].shared
     alone, host_ms = _alone(shared, repeats)
     result = {
@@ -81,7 +67,7 @@ def run(size: str, *, batch: int, repeats: int, steps: bool = True) -> dict[str,
         "group_summary_ms": host_ms,
     }
     if steps:
-        rounds = _steps(model, config, scale, batch, repeats)
+        rounds = _steps(model, config.model, scale, batch, repeats)
         ratios, control = (
             [other / mean for other, mean in zip(rounds[name], rounds["mean"], strict=True)]
             for name in ("ngh", "mean again")
@@ -95,14 +81,6 @@ def run(size: str, *, batch: int, repeats: int, steps: bool = True) -> dict[str,
             "ngh_share_of_step": (alone["ngh"] - alone["plain mean"]) / step_ms["mean"],
         }
     return result
-
-
-def _detector(config: DetectorConfig, heads: Sequence[HeadConfig]) -> Detector:
-    def build() -> Detector:
-        return Detector(config, list(heads), rngs=nnx.Rngs(0))
-
-    graph, _ = nnx.split(nnx.eval_shape(build))
-    return nnx.merge(graph, jax.jit(lambda: nnx.state(build()))())
 
 
 def _alone(shared: Any, repeats: int) -> tuple[dict[str, float], float]:

@@ -84,6 +84,24 @@ def test_the_transform_includes_the_motion(spec):
     )
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_the_motion_is_mirror_rotation_scale_and_shift_in_this_order(spec):
+    scan, recipe, flips = make_scan(spec.has_yaw), spec.augmentation, set()
+    for seed in range(24):
+        moved = augment(scan, recipe, np.random.default_rng(seed), has_yaw=spec.has_yaw)
+        rng = np.random.default_rng(seed)
+        flip_x, flip_y = rng.random(2) < (recipe.flip_x, recipe.flip_y)
+        angle, factor = rng.uniform(-recipe.rotation, recipe.rotation), rng.uniform(*recipe.scale)
+        expected = mirror(scan, 0) if flip_x else scan
+        expected = rotate(mirror(expected, 1) if flip_y else expected, angle, has_yaw=spec.has_yaw)
+        expected = translate(rescale(expected, factor), rng.normal(0.0, recipe.translation_std, 3))
+        np.testing.assert_allclose(moved.points, expected.points, atol=1e-6)
+        np.testing.assert_array_equal(moved.boxes, expected.boxes)
+        np.testing.assert_array_equal(moved.colors, scan.colors)
+        flips.add((bool(flip_x), bool(flip_y)))
+    assert len(flips) == (2 if recipe.flip_y == 0 else 4)
+
+
 def test_the_same_generator_state_gives_the_same_scan():
     scan = make_scan(True)
 

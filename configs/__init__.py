@@ -1,0 +1,1 @@
+"""What to run: the configs of run.py."""
