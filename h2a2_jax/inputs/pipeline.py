@@ -157,8 +157,7 @@ class JointStream:
             if self.datasets[d].source is None:
                 raise ValueError(f"this process works on {self.datasets[d].spec.name}, whose source is None.")
         self._turns = Turns(self.config.seed, [d.weight for d in self.datasets])
-        self._box_rows = _BOX_ROWS
-        self.num_scans, self.ladder = self._measured()
+        self.num_scans, self.ladder, self._fewest_box_rows = self._measured()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -281,7 +280,8 @@ class JointStream:
         """The step in the shape that all processes' parts fit."""
         _refuse_failures(answers[:, 0], f"prepare step {drawn.step}")
         most = _Needs(*answers.max(0).tolist())
-        self._grow_box_rows(most.boxes)
+        # Of this step alone: rows that had grown with the steps before would make a resumed stream another one.
+        box_rows = _box_rows(most.boxes, self._fewest_box_rows)
         capacities = self.ladder.capacities(most.rung)
         layout = self.config.layout
         if most.layout_rung > most.rung:
@@ -290,7 +290,7 @@ class JointStream:
         present = self._turns.present(drawn.step)
 
         def padded(cell: ScanBatch, is_present: bool) -> Batch:
-            return replace(pad_batch(cell, capacities, self._box_rows, layout), present=np.asarray(is_present))
+            return replace(pad_batch(cell, capacities, box_rows, layout), present=np.asarray(is_present))
 
         started = time.thread_time()
         batch = self.division.assemble({key: padded(cell.batch, present[key[0]]) for key, cell in drawn.cells.items()})
@@ -303,17 +303,17 @@ class JointStream:
         dropped = int(_Needs(*answers.sum(0).tolist()).dropped_points)
         return JointStep(drawn.step, batch, names, scans, dropped)
 
-    def _measured(self) -> tuple[tuple[int, ...], BucketLadder[LevelSizes]]:
-        """Numbers of scans and the ladder, from every process's own datasets."""
+    def _measured(self) -> tuple[tuple[int, ...], BucketLadder[LevelSizes], int]:
+        """Numbers of scans, the ladder and the rows for boxes, from every process's own datasets."""
         levels = len(LevelSizes._fields)
+        log = Log()
         lengths, base, boxes = [0] * len(self.datasets), [0] * levels, 0
         try:
             for d in sorted({d for d, _ in self._cells}):
                 lengths[d] = len(self._source(d))
                 # Of one seed for all runs: runs that differ in it have the same shapes and the same program.
                 scans = [
-                    self._drawing.scan(d, position, self.log, seed=0)
-                    for position in range(min(_MEASURED, 2 * lengths[d]))
+                    self._drawing.scan(d, position, log, seed=0) for position in range(min(_MEASURED, 2 * lengths[d]))
                 ]
                 boxes = max(boxes, *(len(scan.boxes) for scan in scans))
                 sizes = [scan_sizes(scan, self.config.voxel_size) for scan in scans]
@@ -324,19 +324,23 @@ class JointStream:
             raise
         answers = self.division.exchange(np.array([0, *lengths, *base, boxes], np.int32))()
         _refuse_failures(answers[:, 0], "measure its scans")
+        # What measuring took is no part of what steps take.
+        self.log.add(Log(log.skipped, log.notes))
         _, *most = answers.max(0).tolist()
-        self._grow_box_rows(most[-1])
         ladder = BucketLadder(LevelSizes(*most[len(lengths) : -1]), max_rung=self.config.max_rung)
-        return tuple(most[: len(lengths)]), ladder
+        return tuple(most[: len(lengths)]), ladder, _box_rows(most[-1], _BOX_ROWS)
 
     def _source(self, dataset: int) -> ScanSource:
         source = self.datasets[dataset].source
         assert source is not None
         return source
 
-    def _grow_box_rows(self, boxes: int) -> None:
-        while self._box_rows < boxes:
-            self._box_rows *= 2
+
+def _box_rows(boxes: int, fewest: int) -> int:
+    """The smallest power of two times `fewest` that is at least `boxes`."""
+    while fewest < boxes:
+        fewest *= 2
+    return fewest
 
 
 def _refuse_failures(failed: Int32[np.ndarray, " processes"], of_what: str) -> None:

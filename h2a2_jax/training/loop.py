@@ -188,7 +188,8 @@ def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device]
                 progress.close()
     say_skipped(_merged(division.gather(stream.skipped)))
     say_notes(_merged(division.gather(stream.log.notes)), specs)
-    say(input_summary(stream))
+    if stream.log.scans:
+        say(input_summary(stream))
     end = merge_model(graph, *division.fetch((state.exclusive, state.shared, state.stats)))
     if config.model.selection is not None and watch.selection:
         reports, moved = selection_report(build_detector(config), end, watch.mean_selection())
@@ -260,8 +261,8 @@ def say_notes(notes: Mapping[str, Mapping[str, int]], specs: Sequence[DatasetSpe
 
 
 def input_summary(stream: JointStream) -> str:
-    """How fast scans were prepared, and what for."""
-    rate, scans = stream.scans_per_second_per_core, max(stream.log.scans, 1)
+    """How fast scans were prepared, and what for; the stream has given some."""
+    rate, scans = stream.scans_per_second_per_core, stream.log.scans
     parts = ", ".join(f"{part} {1000 * seconds / scans:.0f}" for part, seconds in stream.log.seconds.items())
     waited = f"steps waited {stream.waited:.1f} s for it"
     return f"Input: {rate:.1f} scans per second per core ({parts} ms a scan); {waited}."

@@ -70,6 +70,20 @@ def test_a_step_depends_on_its_number_and_the_seed_alone() -> None:
     assert [stream.step(i).names for i in range(4)] != [other.step(i).names for i in range(4)]
 
 
+def test_a_scan_of_many_boxes_widens_its_own_step_alone() -> None:
+    scans = [make_scan(i) for i in range(60)]
+    full = replace(scans[0], boxes=np.resize(scans[0].boxes, (20, 7)), labels=np.resize(scans[0].labels, 20))
+    stream = make_stream(scans=scans)  # measured without it
+    stream.datasets = [replace(stream.datasets[0], source=Memory([full, *scans[1:]])), stream.datasets[1]]
+    items = [stream.step(i) for i in range(30)]
+    assert [item.batch.boxes.shape[3] for item in items] == [32 if "scan0" in item.names[0] else 16 for item in items]
+
+
+def test_measuring_is_no_part_of_the_throughput() -> None:
+    stream = make_stream(scans=[make_scan(0), None])
+    assert (stream.log.scans, stream.log.seconds) == (0, {}) and set(stream.skipped) == {"s3dis/scan1"}
+
+
 def test_prefetched_steps_are_the_steps() -> None:
     stream = make_stream()
     assert [item.names for item in stream.steps(2, 5)] == [stream.step(i).names for i in (2, 3, 4)]
