@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.inputs.prepare.cache import OutputError, write_whole
+from h2a2_jax.inputs.prepare.cache import OutputError, ScanCache, write_whole
 from h2a2_jax.inputs.prepare.prepare import FailedScansError, prepare
+from h2a2_jax.inputs.prepare.prepare_scan import PrepareScan
+from h2a2_jax.inputs.scan import ScanError
 from h2a2_jax.inputs.specs import S3DIS
 from h2a2_jax.inputs.tfds_source import TfdsSource
 from tests.inputs.prepare.tiny import TinyRaw, assert_equal, tiny_scan
@@ -52,6 +54,19 @@ def test_prepared_and_read_back_equal_and_nothing_is_done_twice(tmp_path, capsys
 
     with pytest.raises(InputError, match=r"other settings \(seed: 3 there, 4 asked for\): remove that folder, or"):
         prepare(TinyBuilder, raw, {"seed": 4}, tmp_path / "out", workers=1)
+
+
+def test_what_no_voxel_reaches_is_left_out_and_counted(tmp_path):
+    cache = ScanCache(tmp_path / "cache", {})
+    cache.open()
+    work = PrepareScan(TinyRaw(tmp_path / "log", bad={"a/0": "stray", "a/1": "far"}), cache)
+    _, made = work("a/0")
+    scan, whole = cache.read("a/0"), tiny_scan("a/0", 200)
+    assert made and np.array_equal(scan.points, whole.points[1:]) and len(scan.colors) == 199
+    assert np.array_equal(scan.boxes, whole.boxes[1:]) and np.array_equal(scan.labels, whole.labels[1:])
+    assert scan.notes == {**whole.notes, "points beyond 250 m": 1, "boxes beyond 250 m": 1}
+    with pytest.raises(ScanError, match="a/1 has 100 of 200 points beyond 250 m"):
+        work("a/1")
 
 
 def test_failing_scans_are_all_named_and_alone_tried_again(tmp_path, capsys):

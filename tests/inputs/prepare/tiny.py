@@ -21,7 +21,7 @@ class TinyRaw:
         log: file with the name of every scan that was loaded, a line each.
         train: number of training scans.
         points: in a scan.
-        bad: scan -> what its loading does: "missing", "bug", "no points", "label", "memory", "death".
+        bad: scan -> what its loading does: "missing", "bug", "no points", "label", "memory", "death", "stray", "far".
     """
 
     log: Path
@@ -55,6 +55,12 @@ class TinyRaw:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "no points":
                 return tiny_scan(name, 0)
+            case "stray" | "far" as kind:
+                # One point and the box that encloses it, or every second point.
+                scan = tiny_scan(name, 4 * self.points)
+                scan.points[:: 2 if kind == "far" else len(scan.points), 0] = 400
+                scan.boxes[0, 3] = 400
+                return scan
             case "label":
                 scan = tiny_scan(name, self.points)
                 scan.labels[0] = 5
