@@ -24,7 +24,7 @@ from benchmarks import spconv_cpu, timing
 from benchmarks.scans import load_points
 from h2a2_jax import sparse
 from h2a2_jax.errors import InputError
-from h2a2_jax.inputs.workers import available_cores
+from h2a2_jax.host import available_cores
 from h2a2_jax.models.config import DetectorConfig
 from h2a2_jax.models.layout import PlanLayout
 from h2a2_jax.models.plan import DetectorPlan, DetectorTables, detector_tables, pad_plan

@@ -31,8 +31,8 @@ from benchmarks.convolution import detector_layers
 from benchmarks.scans import load_points
 from h2a2_jax import sparse
 from h2a2_jax.errors import InputError
+from h2a2_jax.host import available_cores
 from h2a2_jax.inference.folding import fold
-from h2a2_jax.inputs.workers import available_cores
 from h2a2_jax.layers import DatasetContext, ForwardContext, KernelSelection
 from h2a2_jax.models import (
     Detector,

@@ -23,10 +23,10 @@ import optax
 
 from benchmarks import timing
 from configs.joint import demo, paper
+from h2a2_jax.host import available_cores
 from h2a2_jax.inputs.batching import collate, pad_batch, stack_batches
 from h2a2_jax.inputs.specs import SPECS
 from h2a2_jax.inputs.synthetic.source import SyntheticSource
-from h2a2_jax.inputs.workers import available_cores
 from h2a2_jax.models import Detector, DetectorConfig, LevelSizes, PlanLayout
 from h2a2_jax.training.balancers import build_balancer, recorded
 from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig

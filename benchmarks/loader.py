@@ -20,12 +20,12 @@ from io import StringIO
 
 import numpy as np
 
+from h2a2_jax.host import available_cores
 from h2a2_jax.inputs.drawing import Log, StreamDataset
 from h2a2_jax.inputs.pipeline import JointStream, StreamConfig
 from h2a2_jax.inputs.prepare.command import synthetic_command
 from h2a2_jax.inputs.sources import SourceConfig, build_source
 from h2a2_jax.inputs.specs import SPECS
-from h2a2_jax.inputs.workers import available_cores
 from h2a2_jax.models import PlanLayout
 
 

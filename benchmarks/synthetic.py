@@ -24,6 +24,7 @@ from jaxtyping import Float, Float32
 from scipy.spatial import cKDTree
 
 from benchmarks.timing import report
+from h2a2_jax.host import available_cores
 from h2a2_jax.inputs.scan import points_in_box
 from h2a2_jax.inputs.specs import SPECS, DatasetSpec, dataset_spec
 from h2a2_jax.inputs.synthetic.catalogue import label_of, programme
@@ -31,7 +32,6 @@ from h2a2_jax.inputs.synthetic.rooms import Room, furnished_room
 from h2a2_jax.inputs.synthetic.sensors import Capture
 from h2a2_jax.inputs.synthetic.shapes import Solids
 from h2a2_jax.inputs.synthetic.source import SyntheticSource
-from h2a2_jax.inputs.workers import available_cores
 from h2a2_jax.models.plan import pyramid_sizes
 from h2a2_jax.sparse import voxelize
 

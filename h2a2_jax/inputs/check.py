@@ -8,7 +8,6 @@ document of `CheckReport.document`) and drawn as contact_sheet.png.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import cast
 from tqdm import tqdm
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.host import available_cores
 from h2a2_jax.inputs.check_report import CheckReport, report_on
 from h2a2_jax.inputs.examine import ScanFinding, examine, spread
 from h2a2_jax.inputs.prepare.workers import in_processes
@@ -87,7 +87,7 @@ def _findings(folder: CheckedFolder) -> Iterator[ScanFinding]:
     if len(places) <= _FEW_SCANS:
         yield from map(work, places)
         return
-    for outcome in in_processes(work, places, min(os.cpu_count() or 1, 16)):
+    for outcome in in_processes(work, places, min(available_cores(), 16)):
         split, number = outcome.name.split()
         name = folder.sources[cast(Split, split)].names[int(number)]
         yield ScanFinding(split, name, outcome.failure) if outcome.failure else outcome.value

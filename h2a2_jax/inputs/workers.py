@@ -24,11 +24,6 @@ _ALIGNMENT = 64  # bytes: arrays begin where vector instructions like them to
 _PARENT_CHECK_S = 1.0
 
 
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def prepared_ahead(prepare: Callable[[int], T], first: int, last: int, *, workers: int, ahead: int) -> Generator[T]:
     """Yields prepare(first), ..., prepare(last - 1), worked out before they are asked for.
 

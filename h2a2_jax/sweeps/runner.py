@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import h2a2_jax
 from h2a2_jax.errors import InputError
+from h2a2_jax.host import core_numbers
 from h2a2_jax.sweeps.plan import Run
 from h2a2_jax.training.config import to_json
 
@@ -68,7 +69,7 @@ def shares(jobs: int | None) -> list[Share]:
     Raises:
         InputError: less than 1, or more than there are cores.
     """
-    cores = _cores()
+    cores = core_numbers()
     if jobs is not None and not 1 <= jobs <= len(cores):
         raise InputError(f"--jobs is {jobs}; expected 1 to {len(cores)}, the processor cores here.")
     if jobs == 1:
@@ -279,10 +280,6 @@ class _Progress:
 
 def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f} min"
-
-
-def _cores() -> list[int]:
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def _platform() -> str:

@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.host import available_cores
 from h2a2_jax.inference.evaluate import build_predictor, evaluate_source
 from h2a2_jax.inputs.drawing import StreamDataset
 from h2a2_jax.inputs.pipeline import JointStream, StreamConfig
 from h2a2_jax.inputs.scan import ScanSource
 from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source, permuted_boxes, summed_notes
 from h2a2_jax.inputs.specs import DatasetSpec
-from h2a2_jax.inputs.workers import available_cores
 from h2a2_jax.models import Detector, HeadConfig, PlanLayout
 from h2a2_jax.training.balancers import build_balancer
 from h2a2_jax.training.checkpoint import CheckpointStore

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from h2a2_jax.host import duration
 from h2a2_jax.training.json_lines import JsonLinesWriter, read_json_lines
 
 FILE_NAME = "metrics.jsonl"
@@ -110,7 +111,7 @@ class Progress:
             left = elapsed / max(step - self._first, 1) * (self._total - step)
             print(
                 f"step {step}/{self._total}  loss {loss:.4f}  {rate:.1f} scans/s  "
-                f"elapsed {_duration(elapsed)}  left {_duration(left)}",
+                f"elapsed {duration(elapsed)}  left {duration(left)}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -134,9 +135,3 @@ def _number(name: str, value: Any) -> float | int | None:
         raise ValueError(f"metric {name!r} is {value!r}, expected a single number; reduce or leave it out")
     number = array.item()
     return number if math.isfinite(number) else None
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.host import available_cores
 from h2a2_jax.inputs.raw import PUBLISHED, RawDataset
 
 _Opened = tuple[RawDataset, Mapping[str, Any], Mapping[str, int] | None]
@@ -79,7 +79,8 @@ def _run(
 ) -> int:
     home = f"data/{dataset}/prepared"
     parser.add_argument("--output", type=Path, metavar="DIR", help=f"where the prepared dataset goes ({home})")
-    parser.add_argument("--workers", type=int, default=_cores(), metavar="N", help=f"scans at once ({_cores()}, cores)")
+    cores = available_cores()
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"scans at once ({cores}, cores)")
     parser.add_argument("--skip-failed", action="store_true", help="pack without scans that cannot be prepared")
     parser.add_argument("--keep-cache", action="store_true", help="keep the files of single scans after packing")
     again = "The same command goes on from there."
@@ -144,7 +145,3 @@ def _sigterm_stops() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

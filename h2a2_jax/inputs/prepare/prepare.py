@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.host import duration
 from h2a2_jax.inputs.prepare.builder import STATISTICS_FILE, Packing, ScanDatasetBuilder
 from h2a2_jax.inputs.prepare.cache import ScanCache, difference, make_folder, read_json, writing_to
 from h2a2_jax.inputs.prepare.prepare_scan import PrepareScan
@@ -272,7 +273,7 @@ class ScanProgress:
             left = (self._total - self._done) / speed
             print(
                 f"{self._what}: {self._done}/{self._total} scans  {speed:.1f} scans/s  "
-                f"elapsed {_duration(taken)}  left {_duration(left)}",
+                f"elapsed {duration(taken)}  left {duration(left)}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -287,9 +288,3 @@ class ScanProgress:
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
