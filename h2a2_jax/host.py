@@ -1,6 +1,9 @@
-"""The machine that a process runs on, and times as people read them."""
+"""The machine that a process runs on, its parent, and times as people read them."""
 
+import multiprocessing
 import os
+import threading
+from multiprocessing.connection import wait
 
 
 def core_numbers() -> list[int]:
@@ -11,6 +14,22 @@ def core_numbers() -> list[int]:
 def available_cores() -> int:
     """How many CPU cores this process may use."""
     return len(core_numbers())
+
+
+def end_with_parent() -> None:
+    """Ends this process, one that `multiprocessing` started, as soon as its parent ends, however that ends.
+
+    What tells is a pipe that the parent holds, not the number of the parent: a parent that was killed while this
+    process began has another number already.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
 def duration(seconds: float) -> str:

@@ -4,11 +4,8 @@ Whatever number of workers prepares them, the values and their order are the sam
 """
 
 import gc
-import os
 import pickle
 import signal
-import threading
-import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -18,10 +15,11 @@ import jax
 import numpy as np
 from absl import flags
 
+from h2a2_jax.host import end_with_parent
+
 T = TypeVar("T")
 
 _ALIGNMENT = 64  # bytes: arrays begin where vector instructions like them to
-_PARENT_CHECK_S = 1.0
 
 
 def prepared_ahead(prepare: Callable[[int], T], first: int, last: int, *, workers: int, ahead: int) -> Generator[T]:
@@ -120,11 +118,4 @@ def _begin_worker(index: int, count: int) -> None:
     """Workers leave accelerators alone and do not outlive the process that wants their values."""
     jax.config.update("jax_platforms", "cpu")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops its workers
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_CHECK_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+    end_with_parent()

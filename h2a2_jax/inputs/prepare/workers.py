@@ -4,7 +4,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -12,6 +11,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.host import end_with_parent
 from h2a2_jax.inputs.prepare.cache import OutputError
 
 _GRACE_SECONDS = 5.0
@@ -130,7 +130,7 @@ def _one_thread_each() -> Iterator[None]:
 
 
 def _serve(work: Callable[[str], Any], connection: Connection) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     connection.send(("ready", None))
     with contextlib.suppress(EOFError, OSError):  # the parent has no more work, or is no more
         while True:
@@ -148,13 +148,6 @@ def _answer(work: Callable[[str], Any], name: str) -> tuple[str, Any]:
         return "failed", f"There was not enough memory for {name}: use fewer --workers."
     except Exception as error:  # one scan must not stop the others, whatever it holds
         return "failed", f"{name} cannot be prepared ({type(error).__name__}: {error})."
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 def _how_it_ended(worker: _Worker) -> str:
