@@ -55,9 +55,7 @@ def test_a_process_ends_even_if_its_parent_was_killed_while_it_began(tmp_path):
     root = str(Path(__file__).parents[1])
     # Not to a pipe: the children would hold it open.
     with (tmp_path / "told").open("w+") as told:
-        status = subprocess.run(
-            [sys.executable, script], stdout=told, env={**os.environ, "PYTHONPATH": root}
-        ).returncode
+        ended = subprocess.run([sys.executable, script], stdout=told, env={**os.environ, "PYTHONPATH": root})
         told.seek(0)
         children = [int(line) for line in told]
     assert ended.returncode == -signal.SIGKILL and len(children) == 2
