@@ -20,6 +20,7 @@ from h2a2_jax.inference.evaluate import build_predictor, evaluate_source
 from h2a2_jax.inputs.drawing import StreamDataset
 from h2a2_jax.inputs.pipeline import JointStream, StreamConfig
 from h2a2_jax.inputs.scan import ScanSource
+from h2a2_jax.inputs.scan_folder import ScanFolder
 from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source, permuted_boxes, summed_notes
 from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.models import Detector, HeadConfig, PlanLayout
@@ -197,6 +198,13 @@ def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device]
     return evaluate(config, end, workdir, division)
 
 
+def say_warnings(sources: Mapping[str, ScanSource]) -> None:
+    """Say, by dataset, what holds for all scans of a source and who reads its results should know."""
+    for name, source in sources.items():
+        for warning in source.warnings if isinstance(source, ScanFolder) else ():
+            print(f"{name}: {warning}", flush=True)  # in the process that opened it
+
+
 def evaluate(
     config: ExperimentConfig, model: Detector, workdir: Path, division: MeshDivision | None = None
 ) -> dict[str, Any]:
@@ -220,6 +228,7 @@ def evaluate(
     own = division.together(
         lambda: {d: build_source(config.datasets[d], "val") for d in division.evaluated}, "open its validation scans"
     )
+    say_warnings({specs[d].name: source for d, source in own.items()})
 
     def evaluated() -> dict[str, Any]:
         predictor = build_predictor(model, specs, config.eval)
