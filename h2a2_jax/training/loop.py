@@ -18,11 +18,13 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.host import available_cores
 from h2a2_jax.inference.evaluate import build_predictor, evaluate_source
 from h2a2_jax.inputs.drawing import StreamDataset
+from h2a2_jax.inputs.mmdet3d import Mmdet3dFolder
 from h2a2_jax.inputs.pipeline import JointStream, StreamConfig
 from h2a2_jax.inputs.scan import ScanSource
 from h2a2_jax.inputs.scan_folder import ScanFolder
 from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source, permuted_boxes, summed_notes
 from h2a2_jax.inputs.specs import DatasetSpec
+from h2a2_jax.inputs.tfds_source import TfdsSource
 from h2a2_jax.models import Detector, HeadConfig, PlanLayout
 from h2a2_jax.training.balancers import build_balancer
 from h2a2_jax.training.checkpoint import CheckpointStore
@@ -37,7 +39,7 @@ from h2a2_jax.training.step import StepConfig, make_train_step
 from h2a2_jax.training.watch import Watch, mean_known
 
 CACHED_SCANS = 2000
-"""Sources of up to this many scans are kept in memory."""
+"""Sources of up to this many scans are kept in memory, where a thread loads them and loading takes long."""
 
 
 def build_detector(config: ExperimentConfig) -> Detector:
@@ -63,10 +65,11 @@ def build_stream(config: ExperimentConfig, division: MeshDivision) -> JointStrea
 
     def opened(chosen: SourceConfig) -> ScanSource:
         source = build_source(chosen, "train")
-        if config.train.permute_boxes:
-            source = permuted_boxes(source, config.train.seed)
-        # Workers would each keep scans of their own, and prepared ones are read in milliseconds.
-        return CachedSource(source) if workers == 0 and len(source) <= CACHED_SCANS else source
+        # Prepared scans are read in milliseconds, and all of them fill gigabytes; workers would each keep some.
+        is_quick = isinstance(source, Mmdet3dFolder | TfdsSource)
+        if workers == 0 and not is_quick and len(source) <= CACHED_SCANS:
+            source = CachedSource(source)
+        return permuted_boxes(source, config.train.seed) if config.train.permute_boxes else source
 
     own = division.together(lambda: {d: opened(config.datasets[d]) for d in division.datasets}, "open its scans")
     return JointStream(

@@ -1,13 +1,19 @@
 """What a run says about its scans."""
 
 import json
+import pickle
 
+import jax
 import numpy as np
 import pytest
 
-from h2a2_jax.inputs.sources import SourceConfig, build_source
+from h2a2_jax.inputs.mmdet3d import Mmdet3dFolder
+from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source
 from h2a2_jax.inputs.specs import S3DIS, SCANNET
-from h2a2_jax.training.loop import say_notes, say_warnings
+from h2a2_jax.training.config import ExperimentConfig
+from h2a2_jax.training.distributed import MeshDivision
+from h2a2_jax.training.loop import build_stream, say_notes, say_warnings
+from h2a2_jax.training.mesh import train_mesh
 
 
 def test_training_scans_that_validate_are_said(tmp_path, capsys: pytest.CaptureFixture[str]):
@@ -27,3 +33,18 @@ def test_what_was_left_out_is_said_by_dataset(capsys: pytest.CaptureFixture[str]
         "scannet: In 2 of the scans: 3 points lost.",
         "s3dis: In 1 of the scans: 5 boxes lost.",
     ]
+
+
+def test_scans_that_are_quick_to_read_are_not_kept_in_memory(tmp_path):
+    (tmp_path / "points").mkdir()
+    rows = np.random.default_rng(0).uniform(0, 1, (200, 6)).astype("<f4")
+    rows.tofile(tmp_path / "points" / "a.bin")
+    entry = {"lidar_points": {"lidar_path": "a.bin"}, "instances": []}
+    (tmp_path / "mine.pkl").write_bytes(pickle.dumps({"metainfo": {}, "data_list": [entry]}))
+    datasets = (
+        SourceConfig("s3dis", root=str(tmp_path), train_infos=("mine.pkl",)),
+        SourceConfig("scannet", kind="synthetic", train_size=1, scale="demo"),
+    )
+    division = MeshDivision(train_mesh(2, jax.devices()[:1]), 2)
+    stream = build_stream(ExperimentConfig(datasets=datasets), division)
+    assert [type(dataset.source) for dataset in stream.datasets] == [Mmdet3dFolder, CachedSource]
