@@ -6,6 +6,7 @@ Whatever number of workers prepares them, the values and their order are the sam
 import gc
 import pickle
 import signal
+import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -85,7 +86,19 @@ class _Packed(Generic[T]):
     prepare: Callable[[int], T]
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
-        return pack(_Caught(self.prepare)(number))
+        result = _Caught(self.prepare)(number)
+        return pack(_Failure(_travelling(result.error)) if isinstance(result, _Failure) else result)
+
+
+def _travelling(error: Exception) -> Exception:
+    """An error as another process can have it: its traceback stays behind, and goes along as a note."""
+    lines = "".join(traceback.format_exception(error))
+    error.add_note(f"In a worker process: {lines}")
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # as of an error that is made from more than its text
+        return RuntimeError(lines)
+    return error
 
 
 def pack(value: Any) -> dict[str, np.ndarray]:
