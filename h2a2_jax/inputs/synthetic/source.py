@@ -58,7 +58,7 @@ class SyntheticSource:
             scale: "demo" for small rooms with few and easily told classes, "full" for rooms like the real ones.
 
         Raises:
-            InputError: no stand-in exists for the dataset, or split, size or scale is none of the above.
+            InputError: no stand-in exists for the dataset, or split, size, seed or scale is none of the above.
         """
         if spec.name not in _SENSORS:
             raise InputError(f"There is no synthetic {spec.name}: use one of {', '.join(_SENSORS)}.")
@@ -68,6 +68,8 @@ class SyntheticSource:
             raise InputError(f"There is no scale {scale!r}: use demo or full.")
         if size < 1:
             raise InputError(f"A synthetic source of {size} scans was asked for: give at least 1.")
+        if seed < 0:
+            raise InputError(f"The seed {seed} was asked for: give 0 or more.")
         self.spec = spec
         self._split = split
         self._size = size

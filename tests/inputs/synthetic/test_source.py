@@ -226,5 +226,7 @@ def test_bad_requests_are_refused():
         SyntheticSource(other, "train", 1)
     with pytest.raises(InputError, match="give at least 1"):
         SyntheticSource(SUNRGBD, "train", 0)
+    with pytest.raises(InputError, match="seed -1 was asked for: give 0 or more"):
+        SyntheticSource(SUNRGBD, "train", 1, seed=-1)
     with pytest.raises(IndexError):
         SyntheticSource(SUNRGBD, "train", 3, scale="demo")[3]
