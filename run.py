@@ -77,6 +77,9 @@ def main(argv: list[str]) -> int | None:
 def _check() -> int:
     if not _DATA.value:
         raise InputError("--mode=check needs --data=FOLDER, the folder to look over.")
+    for name in ("config", "workdir"):
+        if flags.FLAGS[name].present:
+            raise InputError(f"--{name} is not for --mode=check, which looks over the folder --data; leave it out.")
     from h2a2_jax.inputs.check import check
 
     return 0 if check(_DATA.value, _DATASET.value, _OUTPUT.value).ready else 1

@@ -38,6 +38,8 @@ ROOT = Path(__file__).parent.parent
         ),
         (["--config=configs/joint.py:demo", "--data=scans"], "--data is for --mode=check, given with --mode=train"),
         (["--mode=check"], "--mode=check needs --data=FOLDER"),
+        (["--mode=check", "--data=data"], "--workdir is not for --mode=check"),
+        (["--mode=check", "--data=data", "--config=configs/joint.py:demo"], "--config is not for --mode=check"),
         (["--config=configs/joint.py:demo,no_sfks", "--mode=ablation"], "give a config that has model.selection"),
     ],
 )
