@@ -26,7 +26,8 @@ Schema of boxes.json, version 1; what is in brackets may be left out:
     }
 
 A box as `h2a2_jax.inference.predictions` writes it is one as well: "name" stands for "class", other keys of a box are
-passed over. Classes are compared without case, blanks, hyphens and underscores. If no scan is in the split "val", the
+passed over, unless they look like one of these misspelt.
+Classes are compared without case, blanks, hyphens and underscores. If no scan is in the split "val", the
 training scans are used for validation too, and `ScanFolder.warnings` says so: such scores tell how well scans were
 learnt by heart.
 """
@@ -64,6 +65,8 @@ UPRIGHT: Mapping[str, Sequence[Sequence[int]]] = {
 }
 """Rotation that turns the axis which points up in a file to z."""
 _FAR = 100.0
+_BOX_KEYS = {"center", "size", "yaw", "class", "name"}
+_CLOSE = 0.7
 _NO_COLORS = "scans without colours, made grey"
 _OTHER_SPELLINGS = {"showercurtain": "showercurtrain"}
 
@@ -362,6 +365,13 @@ def _refuse_escape(root: Path, file: str) -> None:
 def _box_entry(box: Any, where: str) -> BoxEntry:
     if not isinstance(box, dict):
         raise _Wrong(f'{where} is {box!r}; expected is {{"center": ..., "size": ..., "class": ...}}')
+    # Programs add keys of their own, such as a score; one spelt almost like one of these is a mistake.
+    named = {"class", "name"} if box.keys() & {"class", "name"} else set()
+    missing = sorted(_BOX_KEYS - box.keys() - named)
+    for key in box.keys() - _BOX_KEYS:
+        close = difflib.get_close_matches(key.lower(), missing, 1, _CLOSE)
+        if close:
+            raise _Wrong(f"{where} has the unknown key {key!r}; did you mean {close[0]!r}?")
     numbers: list[float] = []
     for key in ("center", "size"):
         values = box.get(key)

@@ -270,6 +270,14 @@ DOCUMENTS = {
         r"the center of box 1 of a\.npy",
     ),
     "yaw as text": ({"version": 1, "scans": [{**A, "boxes": [{**CHAIR, "yaw": "90"}]}]}, r"the yaw of box 1"),
+    "a misspelt centre": (
+        {"version": 1, "scans": [{**A, "boxes": [{"centre": [1, 2, 3], "size": [1, 1, 1], "class": "bed"}]}]},
+        "box 1 of .* has the unknown key 'centre'; did you mean 'center'",
+    ),
+    "a misspelt yaw": (
+        {"version": 1, "scans": [{**A, "boxes": [{"center": [1, 2, 3], "size": [1, 1, 1], "Yaw": 1, "class": "bed"}]}]},
+        "unknown key 'Yaw'; did you mean 'yaw'",
+    ),
     "a class as number": ({"version": 1, "scans": [{**A, "boxes": [{**CHAIR, "class": 4}]}]}, r"the class of box 1"),
 }
 
