@@ -29,7 +29,7 @@ MAX_DEPTH = 8.0
 """Depths (m) are clamped to this."""
 
 _FILES = {"v2": "SUNRGBDMeta3DBB_v2.mat", "v1": "SUNRGBDMeta.mat"}
-_LAYOUT = "SUNRGBD/ with the frames, {} and allsplit.mat (both are in SUNRGBDtoolbox.zip)"
+_LAYOUT = "SUNRGBD/ with the frames, {} and allsplit.mat (of SUNRGBDtoolbox.zip)"
 
 
 def decode_depth(values: UInt16[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
@@ -184,9 +184,11 @@ def _find(root: Path, file: str, folder: str) -> Path:
     places = [root, root / folder, root / "SUNRGBDtoolbox" / folder]
     path = first_existing([place / file for place in places])
     if path is None:
+        own = file == _FILES["v2"]  # a download of its own
         raise InputError(
-            f"There is no {file} in {shown(root)} (or in its SUNRGBDtoolbox/{folder}): fetch SUNRGBDtoolbox.zip from "
-            "https://rgbd.cs.princeton.edu and unpack it there."
+            f"There is no {file} in {shown(root)} (or in its SUNRGBDtoolbox/{folder}): fetch "
+            f"{'it' if own else 'SUNRGBDtoolbox.zip'} from https://rgbd.cs.princeton.edu and put it there"
+            f"{'' if own else ', unpacked'}."
         )
     return path
 

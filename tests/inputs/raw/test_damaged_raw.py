@@ -399,7 +399,7 @@ INPUT_ERRORS = [
     ),
     pytest.param(ScanNet, overwrite("scannetv2_val.txt", b"\n"), "lists no scan", id="empty list"),
     pytest.param(SunRgbd, remove_folder("SUNRGBD"), "no folder SUNRGBD in .*SUNRGBDMeta3DBB_v2.mat", id="no frames"),
-    pytest.param(SunRgbd, remove(META), "There is no SUNRGBDMeta3DBB_v2.mat .*SUNRGBDtoolbox.zip", id="no metadata"),
+    pytest.param(SunRgbd, remove(META), "There is no SUNRGBDMeta3DBB_v2.mat .*fetch it from", id="no metadata"),
     pytest.param(SunRgbd, remove(SPLIT), "There is no allsplit.mat", id="no split"),
     pytest.param(SunRgbd, overwrite(META, b"<html>404</html>"), "no readable MATLAB file", id="a web page"),
     pytest.param(SunRgbd, overwrite(META, b""), "no readable MATLAB file", id="empty metadata"),
