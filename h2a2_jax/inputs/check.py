@@ -7,6 +7,7 @@ The folder is one of a user's own scans (`scan_folder`), one prepared by mmdetec
 document of `CheckReport.document`) and drawn as contact_sheet.png.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,24 +40,31 @@ def check(root: str | Path, dataset: str | None = None, output: str | Path | Non
     Raises:
         InputError: there is no such folder, or it is none that is known, or `output` cannot be written.
     """
-    folder = recognise(Path(root), None if dataset is None else dataset_spec(dataset))
     output = Path("runs/check") / Path(root).resolve().name if output is None else Path(output)
+    folder = recognise(Path(root), None if dataset is None else dataset_spec(dataset))
     print(f"{folder.root}: {folder.kind}, compared with the classes of {folder.spec.name}", flush=True)
+    with _writing_to(output):  # before the scans are read, which may take long
+        output.mkdir(parents=True, exist_ok=True)
     findings = list(tqdm(_findings(folder), total=sum(map(len, folder.sources.values())), unit="scan", disable=None))
     report = report_on(folder, findings)
     print(report)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
+    with _writing_to(output):
         (output / "check.json").write_text(json.dumps(report.document, indent=1) + "\n")
         usable = [(scan["split"], scan["name"]) for scan in report.document["scans"] if scan["error"] is None]
         if usable:
             from h2a2_jax.inputs.contact_sheet import draw_contact_sheet  # matplotlib takes a second
 
             draw_contact_sheet(folder.sources, usable, folder.spec, output / "contact_sheet.png")
-    except OSError as error:
-        raise InputError(f"{output} cannot be written ({error.strerror}): choose another folder, --output.") from error
     print(f"Written to {output / 'check.json'}" + (f", drawn in {output / 'contact_sheet.png'}" if usable else ""))
     return report
+
+
+@contextlib.contextmanager
+def _writing_to(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error.strerror}): choose another folder, --output.") from error
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a folder of scans is: a user's own, prepared by mmdetection3d, or prepared by `python -m data.<dataset>`."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from h2a2_jax.inputs.specs import SPECS, DatasetSpec, own_spec
 
 Split = Literal["train", "val"]
 _SPLITS: tuple[Split, ...] = ("train", "val")
+_FULL_TURN = 6.3
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,12 @@ def _own_folder(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
         hints.append(f"{len(others)} point clouds are not in {BOXES_FILE} and not used ({some(others)}).")
     sources: dict[Split, ScanSource] = {}
     mend = []
+    yaws = [abs(box.box[6]) for scan in description.scans for box in scan.boxes]
+    far = [yaw for yaw in yaws if _FULL_TURN < yaw < math.inf]
+    if far:
+        mend.append(
+            f"{len(far)} boxes have a yaw of more than a full turn, up to {max(far):g}: give radians, not degrees."
+        )
     for split in _SPLITS:
         try:
             source = ScanFolder(root, split, spec, description=description)

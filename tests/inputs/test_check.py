@@ -218,6 +218,20 @@ def test_no_such_folder_or_nothing_in_it(tmp_path):
         checked(tmp_path)
 
 
+def test_an_output_that_cannot_be_written_is_told_before_scans_are_read(tmp_path, capsys):
+    write(tmp_path / "scans", {"a.npy": ("train", room(), entries())})
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(InputError, match=r"out cannot be written .* choose another folder"):
+        checked(tmp_path)
+    assert "boxes" not in capsys.readouterr().out
+
+
+def test_yaw_in_degrees(tmp_path):
+    boxes = [{**box, "yaw": float(np.degrees(box["yaw"]))} for box in entries()]
+    write(tmp_path / "scans", {"a.npy": ("train", room(), boxes), "b.npy": ("val", room(1), entries())})
+    assert "3 boxes have a yaw of more than a full turn, up to 34.3775: give radians" in checked(tmp_path)["mend"][0]
+
+
 def test_prepared_datasets(tmp_path):
     names = {"train": ["a/0", "a/1"], "val": ["b 0"]}
     cache = ScanCache(tmp_path / "cache", {})
