@@ -13,7 +13,7 @@ import numpy as np
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.mmdet3d import Mmdet3dFolder, default_info_files
 from h2a2_jax.inputs.scan import Scan, ScanError, ScanSource
-from h2a2_jax.inputs.scan_folder import BOXES_FILE, ScanFolder, is_scan_folder
+from h2a2_jax.inputs.scan_folder import BOXES_FILE, ScanFolder, class_label, folder_classes, is_scan_folder
 from h2a2_jax.inputs.specs import DatasetSpec, dataset_spec, own_spec
 from h2a2_jax.inputs.synthetic.source import SyntheticSource
 from h2a2_jax.inputs.tfds_source import TfdsSource, is_tfds
@@ -100,7 +100,9 @@ def build_source(source: SourceConfig, split: Split) -> ScanSource:
         case "tfds":
             return TfdsSource(source.root, split, spec)
         case "scans":
-            return ScanFolder(source.root, split, spec)
+            scans = ScanFolder(source.root, split, spec)
+            _check_classes(source)
+            return scans
     infos = (source.train_infos if split == "train" else source.val_infos) or default_info_files(spec, split)
     _check_folder(source, infos)
     return Mmdet3dFolder(source.root, infos, spec, points_folder=_POINTS_FOLDER)
@@ -116,6 +118,20 @@ def _kind(source: SourceConfig) -> str:
     if not (root / _POINTS_FOLDER).exists() and is_tfds(root):
         return "tfds"
     return "mmdet3d"
+
+
+def _check_classes(source: SourceConfig) -> None:
+    """Boxes of other classes than the dataset's are left out; nothing is learnt if that is all of them."""
+    found, spec = folder_classes(source.root), source.spec
+    if found and not any(class_label(name, spec) >= 0 for name in found):
+        raise InputError(
+            f"No box in {Path(source.root) / BOXES_FILE} is of a class of {source.name}: there are {_listed(found)}; "
+            f"expected are {_listed(spec.classes)}."
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
 def _check_folder(source: SourceConfig, infos: Sequence[str]) -> None:

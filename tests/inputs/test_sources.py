@@ -139,6 +139,8 @@ def test_a_root_is_known_by_what_it_holds(tmp_path):
     config = SourceConfig("workshop", root=str(own), classes=("vice", "lamp"))
     source = build_source(config, "train")
     assert isinstance(source, ScanFolder) and source[0].labels.tolist() == [1]
+    with pytest.raises(InputError, match="is of a class of workshop: there are lamp; expected are drill"):
+        build_source(replace(config, classes=("drill",)), "train")
     with pytest.raises(InputError, match="is not there"):
         build_source(replace(config, kind="mmdet3d"), "train")
     with pytest.raises(InputError, match="Unknown dataset 'workshop'"):
