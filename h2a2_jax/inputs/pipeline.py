@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.host import available_cores
 from h2a2_jax.inputs.batching import Batch, BucketLadder, ScanBatch, pad_batch, scan_sizes
 from h2a2_jax.inputs.division import Answer, Division
 from h2a2_jax.inputs.drawing import Drawing, DrawnCell, Log, StreamDataset
@@ -26,6 +27,9 @@ from h2a2_jax.models import LevelSizes, PlanLayout, fits_layout
 
 _MEASURED = 24
 """Scans of each dataset that are measured for the bucket ladder."""
+
+_MOST_PADDERS = 4
+"""Threads that pad cells beside each other; memory keeps no more of them busy."""
 
 _BOX_ROWS = 16
 """Rows for boxes come in powers of two times this."""
@@ -157,6 +161,7 @@ class JointStream:
             if self.datasets[d].source is None:
                 raise ValueError(f"this process works on {self.datasets[d].spec.name}, whose source is None.")
         self._turns = Turns(self.config.seed, [d.weight for d in self.datasets])
+        self._padders = ThreadPoolExecutor(min(_MOST_PADDERS, available_cores()), "joint-stream-pad-cell")
         self.num_scans, self.ladder, self._fewest_box_rows = self._measured()
 
     @property
@@ -289,12 +294,15 @@ class JointStream:
 
         present = self._turns.present(drawn.step)
 
-        def padded(cell: ScanBatch, is_present: bool) -> Batch:
-            return replace(pad_batch(cell, capacities, box_rows, layout), present=np.asarray(is_present))
+        def padded(key: tuple[int, int]) -> tuple[Batch, float]:
+            started = time.thread_time()
+            batch = pad_batch(drawn.cells[key].batch, capacities, box_rows, layout)
+            return replace(batch, present=np.asarray(present[key[0]])), time.thread_time() - started
 
+        cells = dict(zip(drawn.cells, self._padders.map(padded, drawn.cells), strict=True))
         started = time.thread_time()
-        batch = self.division.assemble({key: padded(cell.batch, present[key[0]]) for key, cell in drawn.cells.items()})
-        self.log.spent("pad", time.thread_time() - started)
+        batch = self.division.assemble({key: cell for key, (cell, _) in cells.items()})
+        self.log.spent("pad", time.thread_time() - started + sum(seconds for _, seconds in cells.values()))
         names = tuple(
             tuple(name for (owner, _), cell in drawn.cells.items() if owner == d for name in cell.names)
             for d in range(len(self.datasets))
