@@ -7,7 +7,7 @@ import gc
 import pickle
 import signal
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from h2a2_jax.errors import InputError
 from h2a2_jax.host import end_with_parent
 
 T = TypeVar("T")
@@ -36,6 +37,7 @@ def prepared_ahead(prepare: Callable[[int], T], first: int, last: int, *, worker
 
     Raises:
         Exception: what preparing a value raised, in its turn.
+        InputError: a worker died.
     """
     if first >= last:
         return
@@ -52,7 +54,7 @@ def prepared_ahead(prepare: Callable[[int], T], first: int, last: int, *, worker
         dataset = numbers.map(_Packed(prepare)).to_iter_dataset(reading)
         values = iter(dataset.mp_prefetch(options, worker_init_fn=_begin_worker))
     try:
-        for value in values:
+        for value in values if workers == 0 else _while_workers_live(values):
             result = value if workers == 0 else unpack(value)
             if isinstance(result, _Failure):
                 raise result.error
@@ -61,6 +63,18 @@ def prepared_ahead(prepare: Callable[[int], T], first: int, last: int, *, worker
         values.close()
         value = result = None
         gc.collect()  # shared memory that reference cycles still hold would be reported as leaked
+
+
+def _while_workers_live(values: Iterator[T]) -> Iterator[T]:
+    """The values; what preparing them raised is one of them, so that an error here is the death of a worker."""
+    try:
+        yield from values
+    except Exception as error:
+        raise InputError(
+            f"a worker process that loads scans died ({error}); if memory ran out, train with fewer "
+            "(--config.train.workers=2, or 0 for a thread); a script of one's own that uses workers must start its "
+            'work below `if __name__ == "__main__":`.'
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,22 @@ def _is_ours(name: str) -> bool:
     return name.startswith("psm_") and name in Path("/proc/self/maps").read_text()
 
 
+@dataclass(frozen=True)
+class Deadly:
+    """Kills the worker that prepares it, as a system does that has no memory left."""
+
+    def __call__(self, number: int) -> int:
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+
+def test_a_worker_that_dies_is_said_and_not_waited_for():
+    values = prepared_ahead(Deadly(), 0, 9, workers=1, ahead=1)
+    with pytest.raises(InputError, match=r"worker process that loads scans died .* fewer"):
+        list(values)
+
+
 _ENDLESS = """
 import sys
 from h2a2_jax.inputs.workers import prepared_ahead
