@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
         (["--config=configs/nowhere.py"], "the config file cannot be read"),
         (["--config=configs/joint.py:demo", "--config.optim.lrr=3"], 'unknown config key lrr Did you mean "lr"'),
         (["--config=configs/joint.py"], "The data of scannet is not there: data/scannet"),
+        (["--config=configs/joint.py:synthetic"], "or one that `python -m data.synthetic_scannet` prepared"),
         (["--config=configs/joint.py:demo", "--mode=eval"], "There is no checkpoint in"),
         (["--config=configs/joint.py:demo", "--coordinator=localhost:1"], "all three or none; or --coordinator=auto"),
         (["--config=configs/joint.py:demo", "--seeds=1"], "--seeds is for --mode=tau_sweep and --mode=ablation, given"),

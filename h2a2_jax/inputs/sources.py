@@ -139,10 +139,11 @@ def _check_folder(source: SourceConfig, infos: Sequence[str]) -> None:
     wanted = [root, root / _POINTS_FOLDER, *(root / info for info in infos)]
     missing = next((path for path in wanted if not path.exists()), None)
     if missing is not None:
+        prepares = ".".join(root.parts) if (root / "__main__.py").is_file() else "data.<dataset>"
         raise InputError(
             f"The data of {source.name} is not there: {missing} does not exist; expected is a folder prepared by "
             f"mmdetection3d, {root}/ with {', '.join(infos)} and {_POINTS_FOLDER}/<scan>.bin, or one that "
-            f"`python -m data.<dataset>` prepared, or scans with {BOXES_FILE} (set another one with "
+            f"`python -m {prepares}` prepared, or scans with {BOXES_FILE} (set another one with "
             f"--config.datasets.{source.name}.root=...); --config=configs/joint.py:demo runs without data."
         )
 
