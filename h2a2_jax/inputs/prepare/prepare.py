@@ -70,7 +70,8 @@ def prepare(
         _remove_left_overs(folder.parent)
         if _holds(folder, cache, splits):
             print(f"{folder} holds all {total} scans already.")
-            print(table(read_json(folder / STATISTICS_FILE)))
+            counted_before = read_json(folder / STATISTICS_FILE)
+            print(f"There is no {STATISTICS_FILE} beside them." if counted_before is None else table(counted_before))
         else:
             cache.open()
             summaries, failed = _fill(cache, raw, splits, workers)

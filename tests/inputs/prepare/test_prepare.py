@@ -51,6 +51,10 @@ def test_prepared_and_read_back_equal_and_nothing_is_done_twice(tmp_path, capsys
     _prepare(raw, tmp_path / "out")
     assert "holds all 4 scans already" in capsys.readouterr().out
     assert _loaded(raw) == ["a/0", "a/1", "a/2", "b 0"] and folder.stat().st_mtime_ns == before
+    (folder / "statistics.json").rename(tmp_path / "taken away")
+    _prepare(raw, tmp_path / "out")
+    assert "There is no statistics.json beside them" in capsys.readouterr().out
+    (tmp_path / "taken away").rename(folder / "statistics.json")
 
     with pytest.raises(InputError, match=r"other settings \(seed: 3 there, 4 asked for\): remove that folder, or"):
         prepare(TinyBuilder, raw, {"seed": 4}, tmp_path / "out", workers=1)
