@@ -276,7 +276,8 @@ def input_summary(stream: JointStream) -> str:
     """How fast scans were prepared, and what for; the stream has given some."""
     rate, scans = stream.scans_per_second_per_core, stream.log.scans
     parts = ", ".join(f"{part} {1000 * seconds / scans:.0f}" for part, seconds in stream.log.seconds.items())
-    waited = f"steps waited {stream.waited:.1f} s for it"
+    # Not the device: it works on what it was given while the loop waits.
+    waited = f"the loop waited {stream.waited:.1f} s for it"
     return f"Input: {rate:.1f} scans per second per core ({parts} ms a scan); {waited}."
 
 
