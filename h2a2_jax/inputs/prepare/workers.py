@@ -81,6 +81,8 @@ def in_processes(work: Callable[[str], Any], names: Sequence[str], workers: int)
                     if deaths == _MOST_DEATHS:
                         raise InputError(f"One process after another {how}, before it had begun.") from None
                     continue
+                if kind == "stop":  # before it begins another scan, which would be cut off
+                    raise OutputError(value)
                 # What to do next first: the worker goes on while this process looks at the outcome.
                 if waiting:
                     worker.name = waiting.pop()
@@ -90,8 +92,6 @@ def in_processes(work: Callable[[str], Any], names: Sequence[str], workers: int)
                     worker.connection.close()
                     worker.process.join()
                     running.remove(worker)
-                if kind == "stop":
-                    raise OutputError(value)
                 deaths = 0
                 if name is not None:
                     yield Outcome(name, value) if kind == "done" else Outcome(name, failure=value)
