@@ -108,14 +108,7 @@ class Drawing:
     voxel_size: float
     seed: int
 
-    @property
-    def turns(self) -> Turns:
-        """Which datasets take part in which step."""
-        return Turns(self.seed, [d.weight for d in self.datasets])
-
-    def cell(
-        self, step: int, dataset: int, replica: int, ladder: BucketLadder[LevelSizes], turns: Turns | None = None
-    ) -> DrawnCell:
+    def cell(self, step: int, dataset: int, replica: int, ladder: BucketLadder[LevelSizes], turns: Turns) -> DrawnCell:
         """One cell of a step; rows that it does not need hold scans with neither sites nor boxes.
 
         Args:
@@ -123,12 +116,11 @@ class Drawing:
             dataset: place on the dataset axis.
             replica: device of the dataset.
             ladder: a scan that does not fit its highest rung is cropped.
-            turns: `self.turns`, which draws steps in blocks: pass one that is kept.
+            turns: of the datasets, by the seed and weights of this drawing.
 
         Raises:
             InputError: no scan of the dataset can be used.
         """
-        turns = turns or self.turns
         log = Log()
         own = self.batch_sizes[dataset] // self.replicas if turns.present(step)[dataset] else 0
         first = turns.before(dataset, step) * self.batch_sizes[dataset] + replica * own

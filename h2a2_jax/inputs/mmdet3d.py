@@ -23,9 +23,8 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.inputs.point_cloud import NOT_FINITE
 from h2a2_jax.inputs.reach import FAR_POINTS, usable_boxes, within_reach
-from h2a2_jax.inputs.scan import Scan, ScanError
+from h2a2_jax.inputs.scan import NOT_FINITE, Scan, ScanError
 from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.inputs.unpickle import load_plain_pickle
 

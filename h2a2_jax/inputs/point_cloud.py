@@ -28,10 +28,10 @@ from jaxtyping import Float, Float32
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.pcd import read_pcd_columns
 from h2a2_jax.inputs.ply import read_ply_columns
+from h2a2_jax.inputs.scan import NOT_FINITE
 
 ColorRange = Literal["auto", "0-1", "0-255", "none"]
 COLOR_RANGES: tuple[ColorRange, ...] = ("auto", "0-1", "0-255", "none")
-NOT_FINITE = "points with NaN or infinite values"
 
 _COLOR_NAMES = (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue"))
 _POINT_ARRAYS = ("points", "xyz", "coords", "coordinates", "arr_0")

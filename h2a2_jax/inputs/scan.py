@@ -9,6 +9,9 @@ from jaxtyping import Bool, Float, Float32, Int32
 
 from h2a2_jax.errors import InputError
 
+NOT_FINITE = "points with NaN or infinite values"
+"""A kind of note (`Scan.notes`), whatever the points were read from."""
+
 
 def _identity() -> np.ndarray:
     return np.eye(4, dtype=np.float32)

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from h2a2_jax.errors import InputError
+from h2a2_jax.inputs.prepare.cache import colors_from_bytes, read_json
 from h2a2_jax.inputs.scan import Scan, ScanError
 from h2a2_jax.inputs.specs import DatasetSpec
 
@@ -95,7 +94,7 @@ class TfdsSource:
             scan = Scan(
                 found["name"].decode(),
                 found["points"],
-                found["colors"] / np.float32(255),
+                colors_from_bytes(found["colors"]),
                 found["boxes"],
                 found["labels"],
                 found["transform"],
@@ -198,8 +197,8 @@ def why_not_whole(folder: Path) -> str | None:
 
     Reads no record: a file that was cut or is missing shows in the sizes.
     """
-    info = _json(folder / _INFO_FILE)
-    if info is None or _json(folder / METADATA_FILE) is None:
+    info = read_json(folder / _INFO_FILE)
+    if info is None or read_json(folder / METADATA_FILE) is None:
         return f"{folder} lacks {_INFO_FILE} or {METADATA_FILE}"
     for split in info["splits"]:
         number = len(split["shardLengths"])
@@ -219,7 +218,7 @@ def why_not_whole(folder: Path) -> str | None:
 def _versions(root: Path) -> list[Path]:
     files = {file for below in _BELOW for file in root.glob(f"{below}{_INFO_FILE}")}
     folders = sorted(file.parent for file in files if not file.parent.name.startswith(_INCOMPLETE))
-    return [folder for folder in folders if "classes" in (_json(folder / METADATA_FILE) or {})]
+    return [folder for folder in folders if "classes" in (read_json(folder / METADATA_FILE) or {})]
 
 
 def _unfinished(root: Path) -> list[Path]:
@@ -233,13 +232,6 @@ def _version_number(folder: Path) -> list[int]:
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
-    metadata = _json(folder / METADATA_FILE)
+    metadata = read_json(folder / METADATA_FILE)
     assert isinstance(metadata, dict)  # as _versions has seen
     return metadata
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None

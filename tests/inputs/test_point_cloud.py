@@ -9,7 +9,8 @@ import pytest
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.pcd import decompress_lzf
-from h2a2_jax.inputs.point_cloud import NOT_FINITE, PointCloud, read_point_cloud, unit_colors
+from h2a2_jax.inputs.point_cloud import PointCloud, read_point_cloud, unit_colors
+from h2a2_jax.inputs.scan import NOT_FINITE
 
 POINTS = np.array([[0.5, -1.25, 2], [3, 4, -5.5], [0.125, 0, 2**-10]], np.float32)
 COLORS = np.array([[0, 128, 255], [1, 2, 3], [200, 100, 50]], np.uint8)

@@ -8,12 +8,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.inputs.scan import ScanError
+from h2a2_jax.inputs.scan import NOT_FINITE, ScanError
 
 FAR = 1000.0
 """Coordinates (m) beyond which a point is a mistake: the rooms of the benchmarks measure tens of metres."""
 
-NOT_FINITE = "points with NaN or infinite values"
 TOO_FAR = "points more than 1 km from the origin"
 NO_CLASS = "objects of no class of the dataset"
 NO_POINTS = "objects without points"
