@@ -1,0 +1,18 @@
+"""What `run.py` does, a module a mode."""
+
+from h2a2_jax.commands.evaluate import evaluate_command
+from h2a2_jax.commands.predict import predict_command
+from h2a2_jax.commands.report import report_command
+from h2a2_jax.commands.restore import restore
+from h2a2_jax.commands.sweep import ablation_command, tau_sweep_command
+from h2a2_jax.commands.train import train_command
+
+__all__ = [
+    "ablation_command",
+    "evaluate_command",
+    "predict_command",
+    "report_command",
+    "restore",
+    "tau_sweep_command",
+    "train_command",
+]

@@ -1,0 +1,22 @@
+"""`--mode=report`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from h2a2_jax.training.config import ExperimentConfig
+
+
+def report_command(config: ExperimentConfig, workdir: Path, singles: Sequence[Path]) -> None:
+    """Write what a run learnt about its kernels as an HTML page with pictures.
+
+    Args:
+        config: of the run.
+        workdir: of the run.
+        singles: folders of runs on one dataset each, to compare with.
+
+    Raises:
+        InputError: there is no checkpoint, or it is of another architecture than the config.
+    """
+    from h2a2_jax.report import write_report  # draws, which no other command needs
+
+    print(f"The report is {write_report(config, workdir, singles=singles)}.", flush=True)

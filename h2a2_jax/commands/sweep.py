@@ -1,0 +1,58 @@
+"""`--mode=tau_sweep` and `--mode=ablation`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from h2a2_jax.commands.data import check_data
+from h2a2_jax.sweeps.picture import draw_tau
+from h2a2_jax.sweeps.plan import Row, ablation_rows, default_taus, locate, tau_rows
+from h2a2_jax.sweeps.results import table, write_results
+from h2a2_jax.sweeps.runner import alone, run_all
+from h2a2_jax.training.config import ExperimentConfig
+
+
+def tau_sweep_command(
+    config: ExperimentConfig, workdir: Path, taus: Sequence[float], seeds: Sequence[int], jobs: int | None
+) -> int:
+    """Train and evaluate the config with every tau and seed; write table.md, results.json and tau.png.
+
+    Args:
+        config: the base, with kernel selection.
+        workdir: of the sweep; what is finished there is not done again.
+        taus: thresholds; empty for the default ones.
+        seeds: of training.
+        jobs: runs at once; None for what suits the machine.
+
+    Returns:
+        The exit status: 0, or 1 if a run failed, or 130 if the user stopped it.
+
+    Raises:
+        InputError: the config is not fit for the sweep, or the workdir holds other runs of the same names.
+    """
+    return _sweep("tau_sweep", config, workdir, tau_rows(config, taus or default_taus(config), seeds), jobs)
+
+
+def ablation_command(config: ExperimentConfig, workdir: Path, seeds: Sequence[int], jobs: int | None) -> int:
+    """Train and evaluate naive joint training, SF-KS, NGH, both, and TR3D alone; see `tau_sweep_command`."""
+    check_data(config)  # whose sizes the plan reads
+    return _sweep("ablation", config, workdir, ablation_rows(config, seeds), jobs)
+
+
+def _sweep(sweep: str, config: ExperimentConfig, workdir: Path, rows: Sequence[Row], jobs: int | None) -> int:
+    check_data(config)
+    with alone(workdir):
+        folders = locate(rows, workdir)
+        try:
+            failures = run_all(folders, workdir / "cache", jobs)
+        except KeyboardInterrupt:
+            print("\nStopped; the same command goes on from the last checkpoint of every run.", file=sys.stderr)
+            return 130
+        result = write_results(sweep, config, rows, folders, workdir)
+        print(f"\n{table(result)}\nWritten to {workdir / 'table.md'} and {workdir / 'results.json'}", flush=True)
+        if sweep == "tau_sweep":
+            draw_tau(result, workdir / "tau.png")
+            print(f"Drawn in {workdir / 'tau.png'}", flush=True)
+    if failures:
+        print("\n".join([*failures.values(), "The same command tries again what failed."]), file=sys.stderr)
+    return 1 if failures else 0
