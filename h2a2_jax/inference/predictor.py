@@ -1,6 +1,9 @@
 """Boxes of scans from a trained detector."""
 
+import threading
+import time
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -87,6 +90,7 @@ class Predictor:
         self._forward = jax.jit(partial(_forward, graph))
         self._folded_states: dict[int, nnx.State] = {}
         self._ladders: dict[int, BucketLadder] = {}
+        self._lock = threading.Lock()
 
     def spec(self, dataset: str) -> DatasetSpec:
         """The spec of one of the model's datasets.
@@ -96,12 +100,16 @@ class Predictor:
         """
         return self.specs[self._index(dataset)]
 
-    def predict(self, scans: Sequence[Scan], dataset: str) -> list[Detections]:
+    def predict(self, scans: Sequence[Scan], dataset: str, seconds: Counter[str] | None = None) -> list[Detections]:
         """Boxes of scans, in one pass; those of one do not depend on the others.
+
+        May be called from several threads.
 
         Args:
             scans: as they are to be seen: `prepare` draws their points as the dataset's protocol says.
             dataset: whose head, statistics and exclusive kernels are used.
+            seconds: what the pass takes is added here: "maps" (voxels, kernel maps, padding), "network", "boxes"
+                (decoding, suppression).
 
         Returns:
             For each scan its boxes, in the frame of its points; none for a scan without points.
@@ -113,6 +121,7 @@ class Predictor:
         index = self._index(dataset)
         if not scans:
             return []
+        times = [time.perf_counter()]
         try:
             batch = collate(scans, self._voxel_size)
         except InputError:
@@ -125,12 +134,18 @@ class Predictor:
             layout = replace(layout, machine="any")
         plan = pad_plan(batch.tables, capacities, layout)
         features = sparse.pad_rows(batch.features, capacities.voxels)
-        out = self._forward(*self._parameters(index), features, plan)
+        parameters = self._parameters(index)
+        times.append(time.perf_counter())
+        out = jax.block_until_ready(self._forward(*parameters, features, plan))
+        times.append(time.perf_counter())
         locations, rows, boxes, logits = map(np.asarray, (out.locations, out.scan, out.boxes, out.logits))
         spec, found = self.specs[index], []
         for scan_index in range(len(scans)):
             own = rows == scan_index
             found.append(postprocess(locations[own], boxes[own], logits[own], spec, **self._thresholds))
+        times.append(time.perf_counter())
+        if seconds is not None:
+            seconds.update(dict(zip(("maps", "network", "boxes"), np.diff(times).tolist(), strict=True)))
         return found
 
     def _contexts(self, head: int) -> tuple[DatasetContext, DatasetContext]:
@@ -147,19 +162,21 @@ class Predictor:
         contexts = self._contexts(head)
         if self._fold is None:
             return self._state, contexts
-        if head not in self._folded_states:
-            self._folded_states[head] = self._fold(self._state, *contexts)
+        with self._lock:
+            if head not in self._folded_states:
+                self._folded_states[head] = self._fold(self._state, *contexts)
         only = DatasetContext(jnp.ones(1), self._kernels)
         return self._folded_states[head], (only, only)
 
     def _capacities(self, sizes: LevelSizes, count: int) -> LevelSizes:
-        if count not in self._ladders:
-            base = [
-                max(count * least, int(np.ceil(size / _RATIO**_RUNGS_BELOW)))
-                for size, least in zip(sizes, _SMALLEST, strict=True)
-            ]
-            self._ladders[count] = BucketLadder(LevelSizes(*base), _RATIO)
-        ladder = self._ladders[count]
+        with self._lock:
+            if count not in self._ladders:
+                base = [
+                    max(count * least, int(np.ceil(size / _RATIO**_RUNGS_BELOW)))
+                    for size, least in zip(sizes, _SMALLEST, strict=True)
+                ]
+                self._ladders[count] = BucketLadder(LevelSizes(*base), _RATIO)
+            ladder = self._ladders[count]
         rung = ladder.rung(sizes)
         assert rung is not None  # without a limit there is always one
         return ladder.capacities(rung)
@@ -177,11 +194,18 @@ class Predictor:
             raise ScanError(scan.name, f"Scan {scan.name} cannot be used: {error}") from error
 
 
-def prepare(scan: Scan, spec: DatasetSpec) -> Scan:
-    """Draws a scan's points as the dataset's test protocol says; the same scan always gets the same draw."""
+def prepare(scan: Scan, spec: DatasetSpec, draw: int = 0) -> Scan:
+    """Draws a scan's points as the dataset's test protocol says.
+
+    Args:
+        scan: all its points.
+        spec: of the dataset whose head is to predict.
+        draw: number of the drawing; the same scan gets the same points in the same one.
+    """
     if not len(scan.points):
         return scan
-    return sample_points(scan, spec.test_sampling, np.random.default_rng(zlib.crc32(scan.name.encode())))
+    seed = zlib.crc32(scan.name.encode())
+    return sample_points(scan, spec.test_sampling, np.random.default_rng(seed if draw == 0 else (seed, draw)))
 
 
 def _fold(graph: nnx.GraphDef, state: nnx.State, dataset: DatasetContext, head: DatasetContext) -> nnx.State:

@@ -284,6 +284,43 @@ class CheckpointStore:
         return self._fill(step, of_what, like, layout.stacked(stored, names, like) | (scalars or {}))
 
 
+def restore_checkpoint(
+    path: str | Path, step: int | None = None, expected: ExperimentConfig | None = None
+) -> tuple[Detector, ExperimentConfig]:
+    """The detector of a checkpoint and the config it is built by, wherever in a run's folder one points.
+
+    Args:
+        path: the folder of a run, the "checkpoints" in it, or the folder of one step in that.
+        step: of the checkpoint; None: that of the path, or the last.
+        expected: see `CheckpointStore.restore_model`.
+
+    Returns:
+        Detector and config; the datasets of both in the order of `expected`, else of the stored config.
+
+    Raises:
+        InputError: there is no such checkpoint, it cannot be read, or it is not of the expected config.
+    """
+    directory, of_path = _locate(Path(path))
+    with CheckpointStore(directory) as store:
+        return store.restore_model(of_path if step is None else step, expected)
+
+
+def _locate(path: Path) -> tuple[Path, int | None]:
+    """The folder of checkpoints, and the step if the path names one."""
+    if path.is_file():
+        raise InputError(
+            f"{path} is a file; a checkpoint is a folder, that of a run or one in its checkpoints. Weights of other "
+            "programs are turned into one by `python -m h2a2_jax.convert.tr3d`."
+        )
+    if not path.is_dir():
+        raise InputError(f"There is no folder {path}: give the folder of a run, its workdir.")
+    if (path / "checkpoints").is_dir():
+        return path / "checkpoints", None
+    if path.name.isdecimal() and (path / "params").is_dir():
+        return path.parent, int(path.name)
+    return path, None
+
+
 def _specs(config: ExperimentConfig, names: Sequence[str]) -> list[DatasetSpec]:
     """What is fixed of the named datasets of a config."""
     by_name = {spec.name: spec for spec in config.specs}
