@@ -3,7 +3,6 @@
 import threading
 import time
 import zlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -100,7 +99,7 @@ class Predictor:
         """
         return self.specs[self._index(dataset)]
 
-    def predict(self, scans: Sequence[Scan], dataset: str, seconds: Counter[str] | None = None) -> list[Detections]:
+    def predict(self, scans: Sequence[Scan], dataset: str, seconds: dict[str, float] | None = None) -> list[Detections]:
         """Boxes of scans, in one pass; those of one do not depend on the others.
 
         May be called from several threads.
@@ -145,7 +144,8 @@ class Predictor:
             found.append(postprocess(locations[own], boxes[own], logits[own], spec, **self._thresholds))
         times.append(time.perf_counter())
         if seconds is not None:
-            seconds.update(dict(zip(("maps", "network", "boxes"), np.diff(times).tolist(), strict=True)))
+            for stage, taken in zip(("maps", "network", "boxes"), np.diff(times).tolist(), strict=True):
+                seconds[stage] = seconds.get(stage, 0.0) + taken
         return found
 
     def _contexts(self, head: int) -> tuple[DatasetContext, DatasetContext]:
