@@ -38,7 +38,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -46,8 +46,9 @@ import numpy as np
 from jaxtyping import Float
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.inputs.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud, unit_colors
-from h2a2_jax.inputs.reach import FAR_POINTS, usable_boxes, within_reach
+from h2a2_jax.inputs.cloud_scan import place_cloud
+from h2a2_jax.inputs.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
+from h2a2_jax.inputs.reach import usable_boxes
 from h2a2_jax.inputs.scan import Scan, ScanError
 from h2a2_jax.inputs.specs import DatasetSpec
 
@@ -64,10 +65,8 @@ UPRIGHT: Mapping[str, Sequence[Sequence[int]]] = {
     "-x": ((0, 1, 0), (0, 0, -1), (-1, 0, 0)),
 }
 """Rotation that turns the axis which points up in a file to z."""
-_FAR = 100.0
 _BOX_KEYS = {"center", "size", "yaw", "class", "name"}
 _CLOSE = 0.7
-_NO_COLORS = "scans without colours, made grey"
 _OTHER_SPELLINGS = {"showercurtain": "showercurtrain"}
 
 
@@ -250,30 +249,11 @@ def scan_of(cloud: PointCloud, entry: ScanEntry, description: FolderDescription,
     Raises:
         ScanError: there is no usable point, most are too far away, or the colours are in another range.
     """
-    name, matrix = entry.name, description.matrix
-    notes: Counter[str] = Counter(cloud.notes)
-    if not len(cloud.points):
-        raise ScanError(name, f"Scan {name} has no usable point: {entry.file} is empty or all its points are NaN.")
-    try:
-        colors = unit_colors(cloud, description.colors)
-    except InputError as error:
-        hint = f'or say "colors" in {BOXES_FILE} ({", ".join(COLOR_RANGES)})'
-        raise ScanError(name, f"Scan {name}: {error}, {hint}.") from error
-    if colors is None:
-        colors = np.full((len(cloud.points), 3), 0.5, np.float32)
-        notes[_NO_COLORS] += 1
-    # In float64, for map coordinates have more digits than float32; whole metres are exact in both.
-    points = cloud.points @ matrix[:3, :3].T
-    if np.abs(points).max() > _FAR:
-        middle = np.median(points, axis=0)
-        matrix[:3, 3] = -np.round(middle) * (np.abs(middle) > _FAR)
-        points = points + matrix[:3, 3]
-    near = within_reach(name, points)
-    if not near.all():
-        notes[FAR_POINTS] += int((~near).sum())
-        points, colors = points[near], colors[near]
+    hint = f'say "colors" in {BOXES_FILE} ({", ".join(COLOR_RANGES)})'
+    placed = place_cloud(entry.name, cloud, description.matrix, description.colors, colors_hint=hint)
+    scan, matrix, notes = placed.scan, placed.matrix, Counter(placed.scan.notes)
     boxes, labels = _boxes(entry, matrix, UNITS[description.unit], spec, notes)
-    return Scan(name, points.astype(np.float32), colors, boxes, labels, matrix.astype(np.float32), dict(notes))
+    return replace(scan, boxes=boxes, labels=labels, notes=dict(notes))
 
 
 def _boxes(
