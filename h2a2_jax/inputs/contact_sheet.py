@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
-from matplotlib import colormaps
+from jaxtyping import Bool, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from h2a2_jax.inputs.examine import spread
+from h2a2_jax.boxes.corners import BOX_EDGES, box_corners
+from h2a2_jax.inputs.appearance import below_ceiling, class_color, display_colors
 from h2a2_jax.inputs.scan import Scan, ScanSource, load_or_skip
 from h2a2_jax.inputs.specs import DatasetSpec
 
@@ -26,7 +26,6 @@ _SKIRTING = 0.8
 _BACKGROUND = (203, 211, 219)  # white furniture shows against it
 
 _ABOVE = np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
-_EDGES = [(i, i | bit) for i in range(8) for bit in (1, 2, 4) if not i & bit]
 _HALO = withStroke(linewidth=1.8, foreground="white")
 
 
@@ -85,8 +84,8 @@ def draw_scan(pair: Any, scan: Scan, spec: DatasetSpec, pixels: int, title: str)
         title: above them.
     """
     step = -(-len(scan.points) // _MOST_POINTS)
-    points, colors = scan.points[::step], _display_colors(scan)[::step]
-    below, open_side = _without_ceiling(points), _without_near_walls(points)
+    points, colors = scan.points[::step], display_colors(scan)[::step]
+    below, open_side = below_ceiling(points), _without_near_walls(points)
     views = ((pair[0], _ABOVE, below), (pair[1], _oblique(), below & open_side))
     for axes, view, shown in views:
         picture, extent = _raster(points[shown] @ view.T, colors[shown], _frame(scan, view), pixels)
@@ -100,22 +99,6 @@ def draw_scan(pair: Any, scan: Scan, spec: DatasetSpec, pixels: int, title: str)
     _draw_scale(pair[0])
 
 
-def _display_colors(scan: Scan) -> Float[np.ndarray, "m 3"]:
-    """The scan's own colours; by height where it has none."""
-    if len(scan.colors) > 1 and np.ptp(scan.colors, axis=0).max() > 0.02:
-        return scan.colors
-    low, high = np.percentile(scan.points[:, 2], [1, 99])
-    height = np.clip((scan.points[:, 2] - low) / max(high - low, 1e-6), 0, 1)
-    return colormaps["cividis"](0.15 + 0.8 * height)[:, :3]
-
-
-def _without_ceiling(points: np.ndarray) -> Bool[np.ndarray, " m"]:
-    low, high = np.percentile(points[:, 2], [0.2, 99.8])
-    if spread(points)[2].high < 0.08 or high - low < 2:
-        return np.ones(len(points), bool)
-    return points[:, 2] < high - 0.25
-
-
 def _without_near_walls(points: np.ndarray) -> Bool[np.ndarray, " m"]:
     low = np.percentile(points, 1, axis=0)
     return (points[:, 2] < low[2] + _SKIRTING) | (points[:, :2] > low[:2] + _WALL).all(axis=1)
@@ -126,7 +109,7 @@ def _frame(scan: Scan, view: np.ndarray) -> tuple[float, float, float, float]:
     flat = scan.points @ view[:2].T
     low, high = np.percentile(flat, [0.2, 99.8], axis=0)
     if len(scan.boxes):
-        corners = np.concatenate([_corners(box) for box in scan.boxes]) @ view[:2].T
+        corners = box_corners(scan.boxes).reshape(-1, 3) @ view[:2].T
         reach = high - low
         low = np.maximum(np.minimum(low, corners.min(0)), low - reach / 2)
         high = np.minimum(np.maximum(high, corners.max(0)), high + reach / 2)
@@ -161,24 +144,14 @@ def _raster(
     return picture, extent
 
 
-def _corners(box: np.ndarray) -> Float[np.ndarray, "8 3"]:
-    """Corner i has bit 1 for +x, 2 for +y, 4 for +z, in the box's own axes."""
-    signs = np.array([[1 if i & bit else -1 for bit in (1, 2, 4)] for i in range(8)])
-    offsets = signs * box[3:6] / 2
-    cos, sin = np.cos(box[6]), np.sin(box[6])
-    x, y = offsets[:, 0] * cos - offsets[:, 1] * sin, offsets[:, 0] * sin + offsets[:, 1] * cos
-    return np.stack([x, y, offsets[:, 2]], axis=1) + box[:3]
-
-
 def _draw_boxes(
     axes: Any, scan: Scan, spec: DatasetSpec, view: np.ndarray, extent: Sequence[float], names: bool
 ) -> None:
     placed: list[tuple[float, float]] = []
     side = extent[1] - extent[0]
-    for box, label in zip(scan.boxes, scan.labels, strict=True):
-        color = colormaps["tab20"](2 * (label % 10) + label // 10 % 2) if label >= 0 else (0, 0, 0, 1)
-        corners = _corners(box)
-        edges = [corners[[a, b]] for a, b in _EDGES]
+    for corners, label in zip(box_corners(scan.boxes), scan.labels.tolist(), strict=True):
+        color = class_color(label)
+        edges = [corners[[a, b]] for a, b in BOX_EDGES]
         if spec.has_yaw:  # a line to the middle of the side that yaw points at
             edges.append(np.stack([corners.mean(0), corners[[1, 3, 5, 7]].mean(0)]))
         lines = [edge @ view[:2].T for edge in edges]
@@ -188,7 +161,7 @@ def _draw_boxes(
             top = corners[4:].mean(0) @ view[:2].T
             x, y = _free_place(float(top[0]), float(top[1]), placed, side)
             text = spec.classes[label] if label >= 0 else "?"
-            dark = tuple(0.55 * channel for channel in color[:3])
+            dark = tuple(0.55 * channel for channel in color)
             axes.text(
                 x, y, text, color=dark, fontsize=6.5, ha="center", va="center", path_effects=[_HALO], clip_on=True
             )

@@ -3,19 +3,10 @@
 import matplotlib.image
 import numpy as np
 
-from h2a2_jax.inputs.contact_sheet import _corners, _free_place, _oblique, _raster, draw_contact_sheet
-from h2a2_jax.inputs.scan import Scan, points_in_box
+from h2a2_jax.inputs.contact_sheet import _free_place, _oblique, _raster, draw_contact_sheet
+from h2a2_jax.inputs.scan import Scan
 from h2a2_jax.inputs.specs import S3DIS
 from h2a2_jax.inputs.synthetic.source import SyntheticSource
-
-BOX = np.array([1, 2, 0.5, 2, 1, 1, 0.6], np.float32)
-
-
-def test_corners_are_those_of_the_box_that_holds_points():
-    corners = _corners(BOX)
-    inner = (BOX[:3] + 0.999 * (corners - BOX[:3])).astype(np.float32)
-    outer = (BOX[:3] + 1.001 * (corners - BOX[:3])).astype(np.float32)
-    assert points_in_box(inner, BOX).all() and not points_in_box(outer, BOX).any()
 
 
 def test_the_oblique_view_is_a_rotation_from_above_and_before():
