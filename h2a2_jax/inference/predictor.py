@@ -3,7 +3,7 @@
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -98,6 +98,17 @@ class Predictor:
             InputError: the model was not trained on it.
         """
         return self.specs[self._index(dataset)]
+
+    @property
+    def bucket_bases(self) -> dict[int, LevelSizes]:
+        """The lowest padded shape by number of scans in a pass, as scans set it."""
+        with self._lock:
+            return {count: ladder.base for count, ladder in self._ladders.items()}
+
+    def set_bucket_bases(self, bases: Mapping[int, LevelSizes]) -> None:
+        """Take the padded shapes of another predictor (`bucket_bases`), so that the same programs are compiled."""
+        with self._lock:
+            self._ladders |= {count: BucketLadder(base, _RATIO) for count, base in bases.items()}
 
     def predict(self, scans: Sequence[Scan], dataset: str, seconds: dict[str, float] | None = None) -> list[Detections]:
         """Boxes of scans, in one pass; those of one do not depend on the others.

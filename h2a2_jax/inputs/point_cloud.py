@@ -97,19 +97,30 @@ def read_point_cloud(path: str | Path) -> PointCloud:
         raise InputError(
             f"{path} is damaged ({type(error).__name__}: {what}): copy it again or write it again."
         ) from error
-    points = _real(raw.points)
-    colors = None if raw.colors is None else _real(raw.colors)
-    full_color = None
-    if raw.colors is not None and raw.colors.dtype.kind == "u":
-        full_color = float(np.iinfo(raw.colors.dtype).max)
-    finite = np.isfinite(points).all(axis=1)
-    if colors is not None:
-        finite &= np.isfinite(colors).all(axis=1)
-    notes = {}
-    if not finite.all():
-        notes[NOT_FINITE] = int((~finite).sum())
-        points, colors = points[finite], None if colors is None else colors[finite]
-    return PointCloud(points, colors, full_color, raw.assumed, notes)
+    return _finite(raw)
+
+
+def cloud_of_arrays(points: np.ndarray, colors: np.ndarray | None = None) -> PointCloud:
+    """A point cloud of arrays; points with a NaN or infinite coordinate or colour are left out and counted.
+
+    Args:
+        points: [n, 3] x, y, z, numbers of any type.
+        colors: [n, 3] red, green, blue; an unsigned type says their range.
+
+    Raises:
+        InputError: an array has another shape or holds no real numbers.
+    """
+    points = np.asarray(points)
+    for what, values, shape in (
+        ("points", points, (len(points) if points.ndim else 0, 3)),
+        ("colors", colors, points.shape),
+    ):
+        if values is not None and (np.shape(values) != shape or np.asarray(values).dtype.kind not in "fiu"):
+            raise InputError(
+                f"The {what} are {np.asarray(values).dtype} of shape {np.shape(values)}; expected are numbers of shape "
+                f"{shape if what == 'colors' else '[n, 3]'}, x, y, z or red, green, blue in a row."
+            )
+    return _finite(_Raw(points, None if colors is None else np.asarray(colors)))
 
 
 def unit_colors(cloud: PointCloud, color_range: ColorRange = "auto") -> Float32[np.ndarray, "n 3"] | None:
@@ -136,6 +147,23 @@ def unit_colors(cloud: PointCloud, color_range: ColorRange = "auto") -> Float32[
     if low < -_ROUNDING * scale or high > scale * (1 + _ROUNDING):
         raise InputError(f"its colours reach from {low:g} to {high:g}, but 0 to {scale:g} is expected: rescale them")
     return np.clip(cloud.colors / scale, 0, 1).astype(np.float32)
+
+
+def _finite(raw: _Raw) -> PointCloud:
+    """Without the points that are not finite."""
+    points = _real(raw.points)
+    colors = None if raw.colors is None else _real(raw.colors)
+    full_color = None
+    if raw.colors is not None and raw.colors.dtype.kind == "u":
+        full_color = float(np.iinfo(raw.colors.dtype).max)
+    finite = np.isfinite(points).all(axis=1)
+    if colors is not None:
+        finite &= np.isfinite(colors).all(axis=1)
+    notes = {}
+    if not finite.all():
+        notes[NOT_FINITE] = int((~finite).sum())
+        points, colors = points[finite], None if colors is None else colors[finite]
+    return PointCloud(points, colors, full_color, raw.assumed, notes)
 
 
 def _real(values: np.ndarray) -> np.ndarray:

@@ -1,0 +1,65 @@
+"""What a prediction remembers for later processes: padded shapes and the programs compiled for them."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.models import LevelSizes
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BucketFile:
+    """Lowest shapes of the ladders, by number of scans in a pass, in <folder>/buckets.json.
+
+    A ladder is set by the first scan that is seen. Remembered, it gives later processes the same shapes, and so the
+    programs that JAX's compilation cache in the same folder holds. It is a cache: what cannot be read is made again.
+
+    Attributes:
+        path: of the file.
+    """
+
+    path: Path
+
+    @classmethod
+    def opened(cls, folder: Path) -> "BucketFile":
+        """The file of a folder, which becomes JAX's compilation cache for this process as well.
+
+        Raises:
+            InputError: the folder cannot be made or written to.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"The cache {folder} cannot be made ({error.strerror}): give another folder.") from error
+        if not os.access(folder, os.W_OK):
+            raise InputError(f"The cache {folder} cannot be written to: give another folder.")
+        compilation_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+        return cls(folder / "buckets.json")
+
+    def read(self) -> dict[int, LevelSizes]:
+        """What is remembered; nothing if there is no such file or it is of another version."""
+        try:
+            stored = json.loads(self.path.read_text())
+            if stored["version"] != _VERSION:
+                return {}
+            bases = {int(count): LevelSizes(*map(int, base)) for count, base in stored["bases"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}  # a cache that is not there or damaged
+        return {count: base for count, base in bases.items() if count > 0 and min(base) > 0}
+
+    def write(self, bases: Mapping[int, LevelSizes]) -> None:
+        """Remember, unless that is what the file holds."""
+        if self.read() == bases:
+            return
+        temporary = self.path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({"version": _VERSION, "bases": {str(c): list(b) for c, b in bases.items()}}))
+        temporary.replace(self.path)

@@ -1,0 +1,270 @@
+"""A trained detector for arrays of points: restore it, call it, get boxes.
+
+    detector = Detector.restore("runs/joint")
+    boxes = detector(points, colors, dataset="scannet")
+
+`h2a2_jax.inputs.point_cloud.read_point_cloud` reads files; folders of files are the affair of `run.py --mode=predict`.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast, overload
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from h2a2_jax.boxes.detections import Detections
+from h2a2_jax.errors import InputError
+from h2a2_jax.inference.buckets import BucketFile
+from h2a2_jax.inference.predictions import boxes_in_input_frame
+from h2a2_jax.inference.predictor import Predictor, prepare
+from h2a2_jax.inputs.batching import no_scan
+from h2a2_jax.inputs.cloud_scan import PlacedCloud, place_cloud
+from h2a2_jax.inputs.point_cloud import COLOR_RANGES, ColorRange, cloud_of_arrays
+from h2a2_jax.inputs.scan_folder import UNITS, UPRIGHT
+from h2a2_jax.training.checkpoint import restore_checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class Boxes:
+    """Boxes found in one point cloud, in the frame and unit of its points, class by class by descending score.
+
+    Attributes:
+        centers: x, y, z of the middle.
+        sizes: full sizes along the axes of the points, before the box is turned.
+        yaws: radians, counter-clockwise about the axis that points up, seen from above; 0 for axis-aligned datasets.
+        scores: confidence, 0 to 1.
+        labels: index of the class among those of the dataset.
+        names: of the classes, one a box.
+        notes: what of the points was left out or assumed, a count by kind.
+    """
+
+    centers: Float[np.ndarray, "n 3"]
+    sizes: Float[np.ndarray, "n 3"]
+    yaws: Float[np.ndarray, " n"]
+    scores: Float[np.ndarray, " n"]
+    labels: Int[np.ndarray, " n"]
+    names: tuple[str, ...]
+    notes: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> Iterator["Boxes"]:
+        """Each box as one of its own."""
+        return (self[np.arange(len(self)) == i] for i in range(len(self)))
+
+    def __getitem__(self, chosen: Bool[np.ndarray, " n"]) -> "Boxes":
+        """Those boxes where a mask is true, as in `boxes[boxes.scores > 0.5]`."""
+        names = tuple(name for name, is_chosen in zip(self.names, chosen, strict=True) if is_chosen)
+        return Boxes(
+            self.centers[chosen],
+            self.sizes[chosen],
+            self.yaws[chosen],
+            self.scores[chosen],
+            self.labels[chosen],
+            names,
+            self.notes,
+        )
+
+
+class Detector:
+    """Boxes of point clouds from a trained model.
+
+    The first call of a number of scans, and of a much larger scan than before, compiles; others of the kind run at
+    once. With a `cache` folder that holds across processes. May be called from several threads.
+
+    Attributes:
+        predictor: what it stands on, for `Scan`s.
+    """
+
+    def __init__(self, predictor: Predictor, buckets: BucketFile | None = None):
+        """Takes a predictor; see `restore`.
+
+        Args:
+            predictor: of a trained model.
+            buckets: where the shapes that scans were padded to are remembered.
+        """
+        self.predictor = predictor
+        self._buckets = buckets
+        self._writing = threading.Lock()
+        if buckets is not None:
+            predictor.set_bucket_bases(buckets.read())
+
+    @classmethod
+    def restore(
+        cls,
+        checkpoint: str | Path,
+        *,
+        step: int | None = None,
+        score_threshold: float = 0.01,
+        iou_threshold: float = 0.5,
+        conditioning: str = "own",
+        kernels: Literal["selected", "shared"] = "selected",
+        cache: str | Path | None = None,
+    ) -> "Detector":
+        """The detector of a checkpoint.
+
+        Args:
+            checkpoint: folder of a run, its "checkpoints", or the folder of a step in that.
+            step: of the checkpoint; None: that of the path, or the last.
+            score_threshold: lowest score that a call can ask for.
+            iou_threshold: bird's-eye-view IoU above which the lower score of a class is suppressed.
+            conditioning: whose embedding, statistics and exclusive kernels are used: "own" of the dataset that is
+                called for, those of another one by name, or the "mean" of all, for data that no dataset stands for.
+            kernels: "selected" by each scan's structure, or "shared" everywhere.
+            cache: folder that keeps compiled programs and padded shapes for later processes; sets JAX's
+                compilation cache for this process.
+
+        Raises:
+            InputError: there is no such checkpoint, or it cannot be read, or has no such dataset to condition on.
+        """
+        buckets = None if cache is None else BucketFile.opened(Path(cache))
+        model, config = restore_checkpoint(checkpoint, step)
+        predictor = Predictor(
+            model,
+            config.specs,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            conditioning=conditioning,
+            kernels=kernels,
+        )
+        return cls(predictor, buckets)
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Those that it was trained on."""
+        return tuple(spec.name for spec in self.predictor.specs)
+
+    def classes(self, dataset: str) -> tuple[str, ...]:
+        """Names of a dataset's classes, by label.
+
+        Raises:
+            InputError: the model was not trained on it.
+        """
+        return self.predictor.spec(dataset).classes
+
+    @overload
+    def __call__(
+        self,
+        points: np.ndarray,
+        colors: np.ndarray | None = None,
+        dataset: str | None = None,
+        *,
+        score: float = ...,
+        up: str = ...,
+        unit: str = ...,
+        color_range: ColorRange = ...,
+        batch_size: int = ...,
+    ) -> Boxes: ...
+
+    @overload
+    def __call__(
+        self,
+        points: Sequence[np.ndarray],
+        colors: Sequence[np.ndarray | None] | None = None,
+        dataset: str | None = None,
+        *,
+        score: float = ...,
+        up: str = ...,
+        unit: str = ...,
+        color_range: ColorRange = ...,
+        batch_size: int = ...,
+    ) -> list[Boxes]: ...
+
+    def __call__(
+        self,
+        points: np.ndarray | Sequence[np.ndarray],
+        colors: np.ndarray | Sequence[np.ndarray | None] | None = None,
+        dataset: str | None = None,
+        *,
+        score: float = 0.1,
+        up: str = "z",
+        unit: str = "m",
+        color_range: ColorRange = "auto",
+        batch_size: int = 1,
+    ) -> Boxes | list[Boxes]:
+        """Boxes of one point cloud, or of several.
+
+        Args:
+            points: [n, 3] numbers x, y, z; or a list of such arrays. float64 keeps map coordinates exact.
+            colors: [n, 3] red, green, blue, 0-255 or 0-1; or a list of such arrays. Without them points are taken as
+                grey, and found objects are fewer and less sure.
+            dataset: whose head predicts: it sets classes, statistics and exclusive kernels, and whether boxes have
+                yaw. May be left out where the model knows one only.
+            score: lowest score of a box.
+            up: axis that points up, with its sign: z, -z, y, -y, x or -x.
+            unit: of the points, m, cm or mm; boxes are given in it.
+            color_range: "0-1", "0-255", "none" (do not use them), or "auto": by their type and largest value.
+            batch_size: point clouds in one pass of the network; more than one pays on accelerators.
+
+        Returns:
+            The boxes of each point cloud; a list for a list. Points are drawn as the dataset's test protocol says, the
+            same ones at each call.
+
+        Raises:
+            InputError: an argument is not as above; a point cloud has no finite point; its colours are in another
+                range.
+        """
+        single = not isinstance(points, list | tuple)
+        clouds = cast(Sequence[Any], [points] if single else points)
+        hues = cast(Sequence[Any], [colors] if single else [None] * len(clouds) if colors is None else colors)
+        if isinstance(hues, np.ndarray) or len(hues) != len(clouds):
+            raise InputError(
+                f"{len(clouds)} point clouds and {len(hues)} arrays of colours are given; expected is a list of one "
+                "for each, or None."
+            )
+        spec = self.predictor.spec(self._chosen(dataset))
+        matrix = _matrix(up, unit)
+        _one_of("color_range", color_range, COLOR_RANGES)
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; expected is 1 or more.")
+        placed = [
+            place_cloud(str(i + 1), cloud_of_arrays(cloud, hue), matrix, color_range, colors_hint="say color_range")
+            for i, (cloud, hue) in enumerate(zip(clouds, hues, strict=True))
+        ]
+        found: list[Boxes] = []
+        for start in range(0, len(placed), batch_size):
+            some = placed[start : start + batch_size]
+            # A last chunk that is smaller would be another shape to compile.
+            filler = [no_scan()] * (batch_size - len(some))
+            drawn = [prepare(replace(one.scan, name="scan"), spec) for one in some]
+            detections = self.predictor.predict([*drawn, *filler], spec.name)
+            found += [_boxes(d, one, spec.classes, score) for one, d in zip(some, detections, strict=False)]
+        self._remember()
+        return found[0] if single else found
+
+    def _chosen(self, dataset: str | None) -> str:
+        if dataset is not None:
+            return dataset
+        if len(self.datasets) > 1:
+            raise InputError(f"dataset is not given: say whose head predicts, one of {', '.join(self.datasets)}.")
+        return self.datasets[0]
+
+    def _remember(self) -> None:
+        if self._buckets is not None:
+            with self._writing:
+                self._buckets.write(self.predictor.bucket_bases)
+
+
+def _boxes(found: Detections, placed: PlacedCloud, classes: Sequence[str], score: float) -> Boxes:
+    boxes = boxes_in_input_frame(found.boxes, placed.matrix)
+    names = tuple(classes[label] for label in found.labels)
+    every = Boxes(boxes[:, :3], boxes[:, 3:6], boxes[:, 6], found.scores, found.labels, names, placed.scan.notes)
+    return every[found.scores >= score]
+
+
+def _matrix(up: str, unit: str) -> np.ndarray:
+    """From the frame and unit of the points to metres, z up."""
+    _one_of("up", up, UPRIGHT)
+    _one_of("unit", unit, UNITS)
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.array(UPRIGHT[up]) * UNITS[unit]
+    return matrix
+
+
+def _one_of(name: str, value: str, known: Sequence[str] | Mapping[str, object]) -> None:
+    if value not in known:
+        raise InputError(f"{name} is {value!r}; expected is one of {', '.join(known)}.")
