@@ -9,6 +9,7 @@ import numpy as np
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.ply import typed
+from h2a2_jax.inputs.thinning import Thinning
 
 _MOST_LZF_GROWTH = 88  # three bytes stand for at most 264
 _LONGEST_HEADER = 1 << 16
@@ -33,11 +34,12 @@ class _Header:
         return self.kinds[i] if self.counts[i] == 1 else f"V{np.dtype(self.kinds[i]).itemsize * self.counts[i]}"
 
 
-def read_pcd_columns(path: Path) -> Mapping[str, np.ndarray]:
+def read_pcd_columns(path: Path, thinning: Thinning | None = None) -> Mapping[str, np.ndarray]:
     """Fields of one number per point by name; packed colours (rgb, rgba) become red, green, blue in uint8.
 
     Args:
         path: a `.pcd` file.
+        thinning: which points; all without one. What is compressed is unpacked as a whole.
 
     Raises:
         InputError: the file is no PCD, is shorter than its header says, or cannot be parsed.
@@ -46,7 +48,7 @@ def read_pcd_columns(path: Path) -> Mapping[str, np.ndarray]:
     with path.open("rb") as file:
         header = _read_header(path, file)
         reader = {"ascii": _text_columns, "binary": _binary_columns, "binary_compressed": _compressed_columns}
-        columns = reader[header.data](path, file, header)
+        columns = reader[header.data](path, file, header, thinning or Thinning())
     for packed in ("rgb", "rgba"):
         if packed in columns:
             value = columns.pop(packed)
@@ -101,15 +103,15 @@ def _cut_off(path: Path, header: _Header, expected: str, left: int) -> InputErro
     )
 
 
-def _binary_columns(path: Path, file: BinaryIO, header: _Header) -> dict[str, np.ndarray]:
+def _binary_columns(path: Path, file: BinaryIO, header: _Header, thinning: Thinning) -> dict[str, np.ndarray]:
     wanted, left = header.points * header.dtype.itemsize, path.stat().st_size - file.tell()
     if wanted > left:
         raise _cut_off(path, header, f"{wanted} bytes", left)
-    rows = np.frombuffer(file.read(wanted), header.dtype)
+    rows = thinning.read(file, header.dtype, header.points if header.dtype.itemsize else 0)
     return {name: rows[name] for name, count in zip(header.names, header.counts, strict=True) if count == 1}
 
 
-def _compressed_columns(path: Path, file: BinaryIO, header: _Header) -> dict[str, np.ndarray]:
+def _compressed_columns(path: Path, file: BinaryIO, header: _Header, thinning: Thinning) -> dict[str, np.ndarray]:
     """Field after field, not point after point: so it compresses better."""
     wanted = header.points * header.dtype.itemsize
     sizes = np.frombuffer(file.read(8), "<u4")
@@ -126,27 +128,27 @@ def _compressed_columns(path: Path, file: BinaryIO, header: _Header) -> dict[str
         content = memoryview(decompress_lzf(file.read(int(sizes[0])), wanted))
     except (ValueError, IndexError) as error:
         raise InputError(f"{path} is damaged: its compressed data are not LZF ({error}); write it again.") from error
-    columns, first = {}, 0
+    columns, first, rows = {}, 0, thinning.rows(header.points)
     for i, name in enumerate(header.names):
         dtype = np.dtype(header.stored(i))
         if header.counts[i] == 1:
-            columns[name] = np.frombuffer(content, dtype, header.points, first)
+            column = np.frombuffer(content, dtype, header.points, first)
+            columns[name] = column if rows is None else column[rows]
         first += header.points * dtype.itemsize
     return columns
 
 
-def _text_columns(path: Path, file: BinaryIO, header: _Header) -> dict[str, np.ndarray]:
+def _text_columns(path: Path, file: BinaryIO, header: _Header, thinning: Thinning) -> dict[str, np.ndarray]:
     width, left = sum(header.counts), path.stat().st_size - file.tell()
     if 2 * width * header.points > left + 1:
         raise _cut_off(path, header, f"{width} numbers each", left)
     if not header.points:
         return {name: np.zeros(0, kind) for name, kind in zip(header.names, header.kinds, strict=True)}
     try:
-        lines = (line for _, line in zip(range(header.points), file, strict=False))
-        rows = np.loadtxt(lines, np.float64, comments=None, ndmin=2, encoding="latin1")
+        rows = np.loadtxt(thinning.lines(file, header.points), np.float64, comments=None, ndmin=2, encoding="latin1")
     except (ValueError, IndexError) as error:
         raise InputError(f"{path} has a point that is not {width} numbers ({error}).") from error
-    if rows.shape != (header.points, width):
+    if rows.shape != (thinning.kept(header.points), width):
         raise _cut_off(path, header, f"{width} numbers each (read were {rows.shape[0]} rows)", left)
     columns, column = {}, 0
     for name, kind, count in zip(header.names, header.kinds, header.counts, strict=True):

@@ -8,6 +8,7 @@ from typing import BinaryIO
 import numpy as np
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.inputs.thinning import Thinning
 
 _TYPES = {
     "char": "i1",
@@ -39,11 +40,12 @@ class _Element:
     has_lists: bool = False
 
 
-def read_ply_columns(path: Path) -> Mapping[str, np.ndarray]:
+def read_ply_columns(path: Path, thinning: Thinning | None = None) -> Mapping[str, np.ndarray]:
     """Properties of the vertices by name, one array of a number per vertex each.
 
     Args:
         path: a `.ply` file.
+        thinning: which vertices; all without one.
 
     Raises:
         InputError: the file is no PLY, is shorter than its header says, or cannot be parsed.
@@ -51,7 +53,7 @@ def read_ply_columns(path: Path) -> Mapping[str, np.ndarray]:
     """
     with path.open("rb") as file:
         form, elements = _header(path, file)
-        return _vertices(path, file, form, elements)
+        return _vertices(path, file, form, elements, thinning or Thinning())
 
 
 def _header(path: Path, file: BinaryIO) -> tuple[str, list[_Element]]:
@@ -85,23 +87,29 @@ def _header(path: Path, file: BinaryIO) -> tuple[str, list[_Element]]:
     return form, elements
 
 
-def _vertices(path: Path, file: BinaryIO, form: str, elements: list[_Element]) -> Mapping[str, np.ndarray]:
+def _vertices(
+    path: Path, file: BinaryIO, form: str, elements: list[_Element], thinning: Thinning
+) -> Mapping[str, np.ndarray]:
     for element in elements:
+        is_vertex = element.name == "vertex"
         if element.count < 0:
             raise InputError(f"{path} says it has {element.count} {element.name} elements; write it again.")
         if element.has_lists:
-            what = "holds lists" if element.name == "vertex" else f"comes after the lists of {element.name}"
+            what = "holds lists" if is_vertex else f"comes after the lists of {element.name}"
             raise InputError(f"{path}: its element vertex {what}, which is not read; write it with vertices first.")
+        chosen = thinning if is_vertex else Thinning()
         if form == "ascii":
-            table = _text_rows(path, file, element)
+            table = _text_rows(path, file, element, chosen)
         else:
-            table = _binary_rows(path, file, element, _ORDERS[form])
-        if element.name == "vertex":
+            table = _binary_rows(path, file, element, _ORDERS[form], chosen)
+        if is_vertex:
             return table
     raise InputError(f"{path} is a PLY file without vertices; expected an element vertex with x, y, z.")
 
 
-def _binary_rows(path: Path, file: BinaryIO, element: _Element, order: str) -> Mapping[str, np.ndarray]:
+def _binary_rows(
+    path: Path, file: BinaryIO, element: _Element, order: str, thinning: Thinning
+) -> Mapping[str, np.ndarray]:
     dtype = np.dtype([(name, order + kind) for name, kind in element.fields.items()])
     left = path.stat().st_size - file.tell()
     if element.count * dtype.itemsize > left:
@@ -109,11 +117,11 @@ def _binary_rows(path: Path, file: BinaryIO, element: _Element, order: str) -> M
             f"{path} is cut off: its header says {element.count} {element.name} elements of {dtype.itemsize} bytes, "
             f"but {left} bytes follow; copy it again."
         )
-    rows = np.frombuffer(file.read(element.count * dtype.itemsize), dtype, count=element.count if dtype.itemsize else 0)
+    rows = thinning.read(file, dtype, element.count if dtype.itemsize else 0)
     return {name: rows[name] for name in element.fields}
 
 
-def _text_rows(path: Path, file: BinaryIO, element: _Element) -> Mapping[str, np.ndarray]:
+def _text_rows(path: Path, file: BinaryIO, element: _Element, thinning: Thinning) -> Mapping[str, np.ndarray]:
     left = path.stat().st_size - file.tell()
     columns = len(element.fields)
     if 2 * columns * element.count > left + 1:  # a digit and a separator each
@@ -125,11 +133,10 @@ def _text_rows(path: Path, file: BinaryIO, element: _Element) -> Mapping[str, np
         return {name: np.zeros(0) for name in element.fields}
     try:
         # ndmin keeps a single row a row; lines() stops loadtxt from reading on into the faces.
-        lines = (line for _, line in zip(range(element.count), file, strict=False))
-        rows = np.loadtxt(lines, np.float64, comments=None, ndmin=2, encoding="latin1")
+        rows = np.loadtxt(thinning.lines(file, element.count), np.float64, comments=None, ndmin=2, encoding="latin1")
     except (ValueError, IndexError) as error:
         raise InputError(f"{path} has a {element.name} that is not {columns} numbers ({error}).") from error
-    if rows.shape != (element.count, columns):
+    if rows.shape != (thinning.kept(element.count), columns):
         raise InputError(
             f"{path} is cut off: its header says {element.count} {element.name} elements of {columns} numbers, read "
             f"were {len(rows)} of {rows.shape[1] if len(rows) else 0}; copy it again."

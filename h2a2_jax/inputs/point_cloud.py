@@ -8,8 +8,10 @@
 | .npz | `points` (or `xyz`, `coords`) of 3 columns with `colors` (or `rgb`), or of 6 |
 | .bin | float32 rows of 6, 4 or 3 numbers; `PointCloud.assumed` says what was taken |
 | .txt, .xyz, .pts, .csv, .asc | a point a line; blanks, commas or semicolons between; leading lines of names pass |
+| .las | versions to 1.4, point formats 0 to 10, uncompressed |
 
-Nothing is allocated because a header says so: its counts are compared with the size of the file before.
+Nothing is allocated because a header says so: its counts are compared with the size of the file before. A large file
+is thinned out while it is read, if one asks for it, so that memory does not grow with it.
 """
 
 import io
@@ -17,8 +19,8 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +28,11 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.inputs.las import LAZ, read_las
 from h2a2_jax.inputs.pcd import read_pcd_columns
 from h2a2_jax.inputs.ply import read_ply_columns
 from h2a2_jax.inputs.scan import NOT_FINITE
+from h2a2_jax.inputs.thinning import Thinning, count_lines
 
 ColorRange = Literal["auto", "0-1", "0-255", "none"]
 COLOR_RANGES: tuple[ColorRange, ...] = ("auto", "0-1", "0-255", "none")
@@ -39,6 +43,9 @@ _COLOR_ARRAYS = ("colors", "colours", "rgb", "color")
 _MOST_ZIP_GROWTH = 1040  # deflate packs at most 258 bytes into two bits
 _NPY_START = 12  # bytes of magic, version and the longer of two kinds of length
 _LONGEST_HEADER = 10_000  # numpy's own limit
+THINNED = "points left out of a large file"
+"""A kind of note, where a file has more points than were asked for."""
+_SHORTEST_LINE = 6  # bytes of "1 2 3"
 _ROUNDING = 1e-3  # by which colours may exceed their range
 
 
@@ -68,22 +75,26 @@ class _Raw:
     assumed: tuple[str, ...] = ()
 
 
-def read_point_cloud(path: str | Path) -> PointCloud:
+def read_point_cloud(path: str | Path, most: int | None = None) -> PointCloud:
     """Reads a point cloud; points with a NaN or infinite coordinate or colour are left out and counted.
 
     Args:
         path: a file with one of the suffixes in `SUFFIXES`.
+        most: of a file with more points, this many are read, one at random out of each of as many equal parts, and the
+            others counted (`THINNED`). Memory is bounded by it but for compressed PCD.
 
     Raises:
         InputError: one sentence if there is no such file, or its suffix is unknown, or it is damaged. A file that
             holds no point is none of these.
     """
-    path = Path(path)
+    path, thinning = Path(path), Thinning(most)
     reader = _READERS.get(path.suffix.lower())
+    if path.suffix.lower() in REFUSED:
+        raise InputError(f"{path} {REFUSED[path.suffix.lower()]}.")
     if reader is None:
         raise InputError(f"{path} has the suffix {path.suffix!r}; point clouds are read from {', '.join(SUFFIXES)}.")
     try:
-        raw = reader(path)
+        raw = reader(path, thinning)
     except FileNotFoundError:
         raise InputError(f"There is no file {path}: check the folder and the file name.") from None
     except OSError as error:
@@ -97,7 +108,10 @@ def read_point_cloud(path: str | Path) -> PointCloud:
         raise InputError(
             f"{path} is damaged ({type(error).__name__}: {what}): copy it again or write it again."
         ) from error
-    return _finite(raw)
+    cloud = _finite(raw)
+    if not thinning.left_out:
+        return cloud
+    return replace(cloud, notes={**cloud.notes, THINNED: thinning.left_out})
 
 
 def cloud_of_arrays(points: np.ndarray, colors: np.ndarray | None = None) -> PointCloud:
@@ -196,21 +210,25 @@ def _from_rows(path: Path, rows: np.ndarray, what: str = "its array") -> _Raw:
     return _Raw(rows[:, :3], None, () if width == 3 else (f"columns after x, y, z of {width} are not used",))
 
 
-def _read_ply(path: Path) -> _Raw:
-    return _from_columns(path, read_ply_columns(path))
+def _read_ply(path: Path, thinning: Thinning) -> _Raw:
+    return _from_columns(path, read_ply_columns(path, thinning))
 
 
-def _read_pcd(path: Path) -> _Raw:
-    return _from_columns(path, read_pcd_columns(path))
+def _read_pcd(path: Path, thinning: Thinning) -> _Raw:
+    return _from_columns(path, read_pcd_columns(path, thinning))
 
 
-def _read_npy(path: Path) -> _Raw:
+def _read_las(path: Path, thinning: Thinning) -> _Raw:
+    return _Raw(*read_las(path, thinning))
+
+
+def _read_npy(path: Path, thinning: Thinning) -> _Raw:
     with path.open("rb") as file:
-        return _from_rows(path, _array(path, file, path.stat().st_size))
+        return _from_rows(path, _array(path, file, path.stat().st_size, thinning))
 
 
-def _array(path: Path, file: Any, size: int) -> np.ndarray:
-    """One array in numpy's format, if as many bytes as its header says can be there."""
+def _array(path: Path, file: Any, size: int, thinning: Thinning) -> np.ndarray:
+    """One array in numpy's format, or some of its rows, if as many bytes as its header says can be there."""
     start = file.read(_NPY_START)
     version, digits = start[6:8], 2 if start[6:7] == b"\1" else 4
     if start[:6] != b"\x93NUMPY" or version not in (b"\1\0", b"\2\0"):
@@ -236,14 +254,31 @@ def _array(path: Path, file: Any, size: int) -> np.ndarray:
         raise InputError(
             f"{path} is cut off: its header says {shape} of {dtype}, but it has {size} bytes; copy it again."
         )
-    content = content + file.read(max(0, count * dtype.itemsize - len(content)))
-    content = content[: count * dtype.itemsize]
-    if len(content) < count * dtype.itemsize:
-        raise InputError(f"{path} is cut off: {len(content)} of {count * dtype.itemsize} bytes follow; copy it again.")
-    return np.frombuffer(content, dtype, count).reshape(shape, order="F" if fortran else "C")
+    content = _Following(content, file)
+    try:
+        if len(shape) == 2 and shape[0] and fortran:  # a column after the other
+            return np.stack([thinning.read(content, dtype, shape[0]) for _ in range(shape[1])], axis=1)
+        if len(shape) == 2 and shape[0] and shape[1]:
+            return thinning.read(content, dtype, shape[0], shape[1]).reshape(-1, shape[1])
+        if len(shape) == 1:
+            return thinning.read(content, dtype, shape[0])
+        return Thinning().read(content, dtype, count).reshape(shape, order="F" if fortran else "C")
+    except EOFError as error:
+        raise InputError(f"{path} is cut off: of {count * dtype.itemsize} bytes {error}; copy it again.") from error
 
 
-def _read_npz(path: Path) -> _Raw:
+class _Following:
+    """What was read of a file already, followed by the rest of it."""
+
+    def __init__(self, start: bytes, file: Any):
+        self._start, self._file = start, file
+
+    def read(self, size: int) -> bytes:
+        start, self._start = self._start[:size], self._start[size:]
+        return start + self._file.read(size - len(start)) if len(start) < size else start
+
+
+def _read_npz(path: Path, thinning: Thinning) -> _Raw:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
@@ -254,10 +289,10 @@ def _read_npz(path: Path) -> _Raw:
                     f"{' or '.join(_POINT_ARRAYS[:3])}."
                 )
             colors = next((name for name in _COLOR_ARRAYS if name in members), None)
-            raw = _from_rows(path, _member(path, archive, members[points]), f"its array {points}")
+            raw = _from_rows(path, _member(path, archive, members[points], thinning), f"its array {points}")
             if colors is None:
                 return raw
-            values = _member(path, archive, members[colors])
+            values = _member(path, archive, members[colors], thinning)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -270,34 +305,37 @@ def _read_npz(path: Path) -> _Raw:
     return _Raw(raw.points, values, raw.assumed)
 
 
-def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, thinning: Thinning) -> np.ndarray:
     if info.file_size > _MOST_ZIP_GROWTH * info.compress_size + 4096:
         raise InputError(f"{path} is damaged: {info.filename} claims {info.file_size} bytes; write it again.")
     try:
         with archive.open(info) as file:
-            return _array(path, file, info.file_size)
+            return _array(path, file, info.file_size, thinning)
     except zlib.error as error:
         raise InputError(f"{path} is damaged ({error}): copy it again.") from error
 
 
-def _read_bin(path: Path) -> _Raw:
+def _read_bin(path: Path, thinning: Thinning) -> _Raw:
     size = path.stat().st_size
     if size % 4 or not any(size % (4 * width) == 0 for width in (3, 4, 6)):
         raise InputError(
             f"{path} has {size} bytes, which are no whole rows of 6, 4 or 3 float32 numbers: it is cut off or of "
             "another type; write x, y, z, r, g, b in float32."
         )
-    values = np.fromfile(path, "<f4")
-    width = _row_width(values)
+    with path.open("rb") as file:
+        some = np.frombuffer(file.read(4 * 12 * 20_000), "<f4")
+        width = _row_width(some, size // 4)
+        file.seek(0)
+        values = thinning.read(file, np.dtype("<f4"), size // (4 * width), width)
     what = {6: "x, y, z, r, g, b", 4: "x, y, z and a value that is not used", 3: "x, y, z"}[width]
     raw = _from_rows(path, values.reshape(-1, width))
     return _Raw(raw.points, raw.colors, (f"{path.name} is taken as float32 rows of {what}",))
 
 
-def _row_width(values: np.ndarray) -> int:
+def _row_width(values: np.ndarray, count: int) -> int:
     """Numbers per row: the period in which columns are most alike, 6 where it makes no difference or there are few."""
-    widths = [width for width in (6, 4, 3) if len(values) % width == 0]
-    some = values[: 12 * 20_000].astype(np.float64)
+    widths = [width for width in (6, 4, 3) if count % width == 0]
+    some = values.astype(np.float64)
     if len(widths) == 1 or len(some) < 12 * 20:
         return widths[0]
     some = some[: len(some) // 12 * 12]
@@ -314,7 +352,7 @@ def _row_width(values: np.ndarray) -> int:
     return 3 if best == 6 and 3 in spreads and spreads[3] < spreads[6] + 0.05 else best
 
 
-def _read_text(path: Path) -> _Raw:
+def _read_text(path: Path, thinning: Thinning) -> _Raw:
     with path.open("rb") as file:
         head = [line for line in (file.readline(4096) for _ in range(64)) if line.strip()]
     if b"\0" in b"".join(head):
@@ -336,22 +374,27 @@ def _read_text(path: Path) -> _Raw:
     try:
         with path.open(encoding="latin1") as lines, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            filled = (line.rstrip().rstrip(delimiter or " ") for line in lines if line.strip())
+            filled: Iterator[str] = (line.rstrip().rstrip(delimiter or " ") for line in lines if line.strip())
             for _ in range(skip):
                 next(filled)
+            if thinning.kept(size := path.stat().st_size // _SHORTEST_LINE) < size:
+                filled = thinning.lines(filled, count_lines(lambda: path.open("rb")) - skip)
             rows = np.loadtxt(filled, np.float64, comments=("#", "//"), delimiter=delimiter, ndmin=2)
     except ValueError as error:
         raise InputError(f"{path} has a line that is not numbers ({error}).") from error
     return _from_rows(path, rows, "the table")
 
 
-_READERS: dict[str, Callable[[Path], _Raw]] = {
+_READERS: dict[str, Callable[[Path, Thinning], _Raw]] = {
     ".ply": _read_ply,
     ".pcd": _read_pcd,
     ".npz": _read_npz,
     ".npy": _read_npy,
     ".bin": _read_bin,
     **dict.fromkeys((".txt", ".xyz", ".pts", ".csv", ".asc"), _read_text),
+    ".las": _read_las,
 }
 SUFFIXES = tuple(_READERS)
 """Suffixes of the files that `read_point_cloud` reads."""
+REFUSED: Mapping[str, str] = {".laz": LAZ}
+"""Suffixes of files of points that are not read: what is wrong with them."""

@@ -1,0 +1,99 @@
+"""Reading a share of a large table, block by block, so that memory does not grow with the file."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+_BLOCK = 1 << 20  # rows
+_SEED = 0
+
+
+class Thinning:
+    """Which rows of a table are read: one at random out of each of `most` equal parts, all if there are no more.
+
+    A table of a given length always gives the same rows, so that points and colours in two tables stay together.
+
+    Attributes:
+        left_out: rows that were not read, of the table that was asked for last.
+
+    Args:
+        most: largest number of rows; None: all.
+    """
+
+    def __init__(self, most: int | None = None):
+        self._most = most
+        self.left_out = 0
+
+    def rows(self, count: int) -> Int[np.ndarray, " k"] | None:
+        """Numbers of the rows to read, rising; None for all of them."""
+        if self._most is None or count <= self._most:
+            self.left_out = 0
+            return None
+        self.left_out = count - self._most
+        edges = np.arange(self._most + 1, dtype=np.int64) * count // self._most
+        within = np.random.default_rng(_SEED).random(self._most)
+        return edges[:-1] + (within * np.diff(edges)).astype(np.int64)
+
+    def read(self, file: Any, dtype: np.dtype, count: int, columns: int = 1) -> np.ndarray:
+        """Rows of a binary file from where it stands, which it is left behind.
+
+        Args:
+            file: open for reading bytes; none needs to be sought.
+            dtype: of an entry.
+            count: rows there are.
+            columns: entries in a row; the result has two axes if there are several.
+
+        Raises:
+            EOFError: the file ends before.
+        """
+        wanted = self.rows(count)
+        width = dtype.itemsize * columns
+        shape = (-1, columns) if columns > 1 else (-1,)
+        if wanted is None:
+            return np.frombuffer(_exactly(file, count * width), dtype, count * columns).reshape(shape)
+        parts = []
+        for first in range(0, count, _BLOCK):
+            size = min(_BLOCK, count - first)
+            block = np.frombuffer(_exactly(file, size * width), dtype, size * columns).reshape(shape)
+            start, end = np.searchsorted(wanted, (first, first + size))
+            parts.append(block[wanted[start:end] - first])
+        return np.concatenate(parts)
+
+    def lines(self, lines: Iterator[Any], count: int) -> Iterator[Any]:
+        """The lines to read among `count`; fewer if there are fewer."""
+        wanted = self.rows(count)
+        if wanted is None:
+            yield from (line for _, line in zip(range(count), lines, strict=False))
+            return
+        position = 0
+        for row in wanted.tolist():
+            for line in lines:
+                position += 1
+                if position > row:
+                    yield line
+                    break
+            else:
+                return
+
+    def kept(self, count: int) -> int:
+        """How many rows of a table are read."""
+        return count if self._most is None else min(count, self._most)
+
+
+def _exactly(file: Any, size: int) -> bytes:
+    content = file.read(size)
+    if len(content) < size:
+        raise EOFError(f"{size - len(content)} bytes are missing at the end")
+    return content
+
+
+def count_lines(open_file: Callable[[], Any]) -> int:
+    """Lines of a text, without keeping it."""
+    lines, last = 0, b"\n"
+    with open_file() as file:
+        while block := file.read(1 << 22):
+            lines += block.count(b"\n")
+            last = block[-1:]
+    return lines + (last != b"\n")
