@@ -1,16 +1,25 @@
-"""How good detections are: matching with ground truth, average precision."""
+"""How good detections are: matching with ground truth, average precision, and by what it varies."""
 
-from h2a2_jax.evaluation.average_precision import average_precision, precision_recall
-from h2a2_jax.evaluation.evaluator import IOU_THRESHOLDS, Evaluation, GroundTruth, evaluate_detections
+from h2a2_jax.evaluation.average_precision import average_precision, precision_at_levels, precision_recall
+from h2a2_jax.evaluation.breakdown import distance_from, scan_origin
+from h2a2_jax.evaluation.evaluator import IOU_THRESHOLDS, Breakdown, Evaluation, GroundTruth, evaluate_detections
 from h2a2_jax.evaluation.matching import iou_matrix, match
+from h2a2_jax.evaluation.operating_point import OperatingPoint, best_f1, calibration
 
 __all__ = [
     "IOU_THRESHOLDS",
+    "Breakdown",
     "Evaluation",
     "GroundTruth",
+    "OperatingPoint",
     "average_precision",
+    "best_f1",
+    "calibration",
+    "distance_from",
     "evaluate_detections",
     "iou_matrix",
     "match",
+    "precision_at_levels",
     "precision_recall",
+    "scan_origin",
 ]

@@ -25,6 +25,24 @@ def precision_recall(
     return hits / np.arange(1, len(is_hit) + 1), hits / num_ground_truth
 
 
+RECALL_LEVELS = np.linspace(0, 1, 101)
+"""Where precision-recall curves are given."""
+
+
+def precision_at_levels(
+    precision: Float[np.ndarray, " n"], recall: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, " levels"]:
+    """Best precision at each of `RECALL_LEVELS` or beyond; 0 at a recall that is not reached.
+
+    Args:
+        precision: Precision after each detection.
+        recall: Recall after each detection, not falling.
+    """
+    envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
+    # A recall of 3 / 10 is to reach the level 0.3, however either is rounded.
+    return envelope[np.searchsorted(recall, RECALL_LEVELS - 1e-9)]
+
+
 def average_precision(precision: Float[np.ndarray, " n"], recall: Float[np.ndarray, " n"]) -> float:
     """Area under the curve, precision taken as the best at that recall or beyond.
 

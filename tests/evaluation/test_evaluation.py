@@ -122,13 +122,19 @@ def test_table_and_json_hold_the_numbers():
     assert lines[3].split() == ["class", "2", "0", "-", "-", "-", "-"]
     assert lines[4].split() == ["mean", "2", "50.00", "50.00", "50.00", "50.00"]
     plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    assert plain["thresholds"][1] == {
+    level = plain["thresholds"][1]
+    assert {key: level[key] for key in ("iou", "mAP", "mAR", "AP", "AR")} == {
         "iou": 0.5,
         "mAP": 0.5,
         "mAR": 0.5,
         "AP": {"class 0": 1.0, "class 1": 0.0, "class 2": None},
         "AR": {"class 0": 1.0, "class 1": 0.0, "class 2": None},
     }
+    assert level["curves"] == {"class 0": [1.0] * 101, "class 1": [0.0] * 101, "class 2": None}
+    assert level["best_f1"]["class 2"] is None and level["best_f1"]["class 0"]["f1"] == 1
+    assert level["best_f1_of_all"] == {"score": pytest.approx(0.9), "precision": 1.0, "recall": 0.5, "f1": 2 / 3}
+    assert plain["by_size"]["bins"][2]["thresholds"][1]["mAP"] == 0.5 and plain["by_distance"] is None
+    assert plain["num_detections"] == {"class 0": 2, "class 1": 0, "class 2": 0}
     assert plain["num_ground_truth"] == {"class 0": 1, "class 1": 1, "class 2": 0}
     assert plain["classes_left_out"] == ["class 2"]
 
