@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,29 +15,8 @@ from h2a2_jax.inference.predictor import _SMALLEST, Predictor, prepare
 from h2a2_jax.inputs.batching import BucketLadder, scan_sizes
 from h2a2_jax.inputs.scan import Scan, ScanError
 from h2a2_jax.inputs.specs import S3DIS, SCANNET, SUNRGBD
-from h2a2_jax.layers.kernel_selection import KernelSelection
-from h2a2_jax.models import Detector, DetectorConfig, HeadConfig, LevelSizes
-
-SPECS = (SUNRGBD, S3DIS)
-TINY = DetectorConfig(
-    depth=10,
-    stem_channels=4,
-    stage_channels=(4, 4, 4, 4),
-    neck_channels=4,
-    selection=KernelSelection(projection_dim=2, embedding_dim=4, hidden=4),
-)
-
-
-def room(name: str, points: int, extent: float) -> Scan:
-    """Points on a floor and in a few heaps, with one box."""
-    rng = np.random.default_rng(len(name) + points)
-    floor = rng.random((points // 2, 3)) * (extent, extent, 0.02)
-    heaps = rng.random((4, 3)) * (extent, extent, 1)
-    heap = heaps[rng.integers(0, 4, points - points // 2)] + 0.2 * rng.standard_normal((points - points // 2, 3))
-    xyz = np.concatenate([floor, heap]).astype(np.float32)
-    box = np.array([[*heaps[0], 0.5, 0.5, 0.5, 0]], np.float32)
-    return Scan(name, xyz, rng.random(xyz.shape, np.float32), box, np.zeros(1, np.int32))
-
+from h2a2_jax.models import Detector, HeadConfig, LevelSizes
+from tests.inference.tiny import SPECS, TINY, random_detector, room
 
 SMALL, OTHER, BIG = room("small", 500, 1.2), room("other", 400, 1.0), room("big", 6000, 8.0)
 NOTHING = np.zeros((0, 3), np.float32)
@@ -48,23 +25,7 @@ EMPTY = Scan("empty", NOTHING, NOTHING, np.zeros((0, 7), np.float32), np.zeros(0
 
 @pytest.fixture(scope="module")
 def model() -> Detector:
-    """Random weights that make scores differ."""
-    heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in SPECS]
-    shapes = nnx.eval_shape(lambda: Detector(TINY, heads, rngs=nnx.Rngs(0)))
-    rng = np.random.default_rng(0)
-
-    def draw(path: Any, leaf: Any) -> jax.Array:
-        place = jax.tree_util.keystr(path)
-        fan_in = np.prod(leaf.shape[-3:-1]) if leaf.ndim >= 3 and "heads" not in place else 16
-        values = rng.standard_normal(leaf.shape) / fan_in**0.5
-        if "class_bias" in place:
-            values -= 2
-        if "'scale'" in place or "'var'" in place:
-            values = 0.5 + np.abs(values)
-        return jnp.asarray(values.astype(leaf.dtype))
-
-    graph, state = nnx.split(shapes)
-    return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, state))
+    return random_detector()
 
 
 @pytest.fixture(scope="module")

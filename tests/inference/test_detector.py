@@ -1,0 +1,171 @@
+"""`h2a2_jax.Detector`: what goes in as arrays comes out as boxes in the frame and unit of the arrays."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import h2a2_jax
+from h2a2_jax.errors import InputError
+from h2a2_jax.inference.buckets import BucketFile
+from h2a2_jax.inference.detector import Boxes, Detector
+from h2a2_jax.inference.predictor import Predictor, prepare
+from h2a2_jax.inputs.scan_folder import UPRIGHT
+from h2a2_jax.models import LevelSizes
+from tests.inference.tiny import SPECS, random_detector, room
+
+SMALL, OTHER = room("small", 500, 1.2), room("other", 400, 1.0)
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return Detector(Predictor(random_detector(), SPECS, score_threshold=0.05))
+
+
+@pytest.fixture(scope="module")
+def found(detector: Detector) -> Boxes:
+    boxes = detector(SMALL.points, SMALL.colors, "s3dis")
+    assert len(boxes) > 20
+    return boxes
+
+
+def assert_same(a: Boxes, b: Boxes, atol: float = 1e-4) -> None:
+    assert a.names == b.names
+    np.testing.assert_allclose(a.scores, b.scores, atol=1e-5)
+    for ours, theirs in ((a.centers, b.centers), (a.sizes, b.sizes), (a.yaws, b.yaws)):
+        np.testing.assert_allclose(ours, theirs, atol=atol)
+
+
+def test_it_finds_what_the_predictor_finds(detector: Detector, found: Boxes):
+    spec = detector.predictor.spec("s3dis")
+    (expected,) = detector.predictor.predict([prepare(replace(SMALL, name="scan"), spec)], "s3dis")
+    chosen = expected.scores >= 0.1
+    np.testing.assert_allclose(
+        np.concatenate([found.centers, found.sizes, found.yaws[:, None]], 1), expected.boxes[chosen], atol=1e-5
+    )
+    np.testing.assert_array_equal(found.scores, expected.scores[chosen])
+    assert found.names == tuple(spec.classes[label] for label in expected.labels[chosen])
+    assert detector.datasets == ("sunrgbd", "s3dis") and detector.classes("s3dis") == spec.classes
+
+
+def test_scores_are_cut_after_the_fact(detector: Detector, found: Boxes):
+    median = float(np.median(found.scores))
+    assert_same(detector(SMALL.points, SMALL.colors, "s3dis", score=median), found[found.scores >= median])
+    single = next(iter(found))
+    assert (
+        len(single) == 1 and single.names == found.names[:1] and single.centers.tolist() == [found.centers[0].tolist()]
+    )
+
+
+@pytest.mark.parametrize(("up", "unit", "scale"), [("y", "mm", 1000), ("-x", "cm", 100)])
+def test_boxes_come_back_in_the_frame_and_unit_of_the_points(
+    detector: Detector, found: Boxes, up: str, unit: str, scale: int
+):
+    upright = np.array(UPRIGHT[up], np.float64)
+    # Of all digits: a float32 rounded in another unit may fall into the next voxel.
+    points = SMALL.points.astype(np.float64) @ upright * scale
+    turned = detector(points, SMALL.colors, "s3dis", up=up, unit=unit)
+    assert_same(
+        Boxes(
+            turned.centers @ upright.T / scale,
+            turned.sizes @ np.abs(upright).T / scale,
+            turned.yaws,
+            turned.scores,
+            turned.labels,
+            turned.names,
+        ),
+        found,
+    )
+
+
+def test_map_coordinates_keep_their_digits(detector: Detector, found: Boxes):
+    away = np.array([512_000, 5_403_000, 400])
+    moved = detector(SMALL.points.astype(np.float64) + away, SMALL.colors, "s3dis")
+    # The points are shifted back by whole metres, so that some fall into other voxels: the best boxes are the same.
+    assert np.abs(moved.centers - away).max() < 20
+    shifted = detector(SMALL.points + np.float32([3, -2, 1]), SMALL.colors, "s3dis")
+    assert shifted.centers.mean(0) == pytest.approx(found.centers.mean(0) + np.array([3, -2, 1]), abs=0.1)
+
+
+def test_lists_of_clouds_give_lists_of_boxes_in_passes_of_one_shape(detector: Detector, found: Boxes):
+    clouds, colors = [SMALL.points, OTHER.points, SMALL.points], [SMALL.colors, None, SMALL.colors]
+    one_by_one = detector(clouds, colors, "s3dis")
+    compiled = detector.predictor._forward._cache_size()
+    in_twos = detector(clouds, colors, "s3dis", batch_size=2)
+    assert detector.predictor._forward._cache_size() == compiled + 1
+    for single, paired in zip(one_by_one, in_twos, strict=True):
+        assert_same(single, paired)
+    assert_same(one_by_one[0], found)
+    assert one_by_one[1].notes == {"scans without colours, made grey": 1} and one_by_one[0].notes == {}
+    assert detector([], dataset="s3dis") == []
+
+
+def test_bytes_are_colours_too(detector: Detector):
+    as_bytes = np.round(SMALL.colors * 255).astype(np.uint8)
+    assert_same(detector(SMALL.points, as_bytes, "s3dis"), detector(SMALL.points, as_bytes / np.float32(255), "s3dis"))
+
+
+def test_points_that_are_not_finite_are_left_out(detector: Detector, found: Boxes):
+    points = np.concatenate([SMALL.points, np.full((3, 3), np.nan, np.float32)])
+    boxes = detector(points, np.concatenate([SMALL.colors, SMALL.colors[:3]]), "s3dis")
+    assert boxes.notes == {"points with NaN or infinite values": 3}
+    # As another number of points is drawn from, others are drawn.
+    assert len(boxes) > 0
+
+
+def test_threads_get_their_own_boxes(detector: Detector, found: Boxes):
+    other = detector(OTHER.points, OTHER.colors, "s3dis")
+    scans = [SMALL, OTHER] * 6
+    with ThreadPoolExecutor(4) as pool:
+        for scan, boxes in zip(scans, pool.map(lambda s: detector(s.points, s.colors, "s3dis"), scans), strict=True):
+            assert_same(boxes, found if scan is SMALL else other)
+
+
+def test_wrong_arguments_are_one_sentence(detector: Detector):
+    points, colors = SMALL.points, SMALL.colors
+    for arguments, options, sentence in (
+        ((points, colors), {}, "dataset is not given: say whose head predicts, one of sunrgbd, s3dis"),
+        ((points, colors, "scannet"), {}, "trained on sunrgbd, s3dis, not on 'scannet'"),
+        ((points[:, :2], colors), {"dataset": "s3dis"}, r"points are float32 of shape \(500, 2\)"),
+        ((points, colors[1:]), {"dataset": "s3dis"}, r"colors are float32 of shape \(499, 3\)"),
+        ((points.astype(str), colors), {"dataset": "s3dis"}, "points are <U"),
+        (([points, points], [colors]), {"dataset": "s3dis"}, "2 point clouds and 1 arrays of colours"),
+        ((points, colors * 3), {"dataset": "s3dis", "color_range": "0-1"}, "reach from 0 to .*, or say color_range"),
+        ((points[:0],), {"dataset": "s3dis"}, "no usable point"),
+        ((points, colors, "s3dis"), {"up": "w"}, "up is 'w'; expected is one of z, -z"),
+        ((points, colors, "s3dis"), {"unit": "inch"}, "unit is 'inch'"),
+        ((points, colors, "s3dis"), {"batch_size": 0}, "batch_size is 0"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            detector(*arguments, **options)
+
+
+def test_a_checkpoint_that_is_not_there_says_so(tmp_path: Path):
+    with pytest.raises(InputError, match="There is no folder"):
+        h2a2_jax.Detector.restore(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="There is no checkpoint in"):
+        h2a2_jax.Detector.restore(tmp_path)
+    (tmp_path / "model.pth").write_bytes(b"")
+    with pytest.raises(InputError, match=r"is a file; .* h2a2_jax.convert.tr3d"):
+        h2a2_jax.Detector.restore(tmp_path / "model.pth")
+
+
+def test_shapes_are_remembered(detector: Detector, found: Boxes, tmp_path: Path):
+    file = BucketFile(tmp_path / "buckets.json")
+    assert file.read() == {}
+    remembering = Detector(detector.predictor, file)
+    remembering(SMALL.points, SMALL.colors, "s3dis")
+    assert file.read() == detector.predictor.bucket_bases != {}
+    # A later process takes them over, whatever scan it sees first.
+    fresh = Predictor(random_detector(), SPECS)
+    Detector(fresh, file)
+    assert fresh.bucket_bases == detector.predictor.bucket_bases
+    assert [path.name for path in tmp_path.iterdir()] == ["buckets.json"]
+    for damaged in ("", "[]", '{"version": 1, "bases": {"1": [1, 2]}}', json.dumps({"version": 2, "bases": {}})):
+        file.path.write_text(damaged)
+        assert file.read() == {}
+    file.write({2: LevelSizes(*range(1, 10))})
+    assert file.read() == {2: LevelSizes(*range(1, 10))}
