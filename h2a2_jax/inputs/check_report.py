@@ -9,14 +9,13 @@ from typing import Any, cast
 import numpy as np
 
 from h2a2_jax.inputs.examine import BoxFinding, ScanFinding
+from h2a2_jax.inputs.guess import AXES, Guess, guess_unit, guess_up
 from h2a2_jax.inputs.recognise import CheckedFolder, Split, some
 from h2a2_jax.inputs.scan_folder import BOXES_FILE, UNITS
 from h2a2_jax.inputs.specs import DatasetSpec
 
 CHECK_VERSION = 1
 _FEW_POINTS = 5
-_CLEAR, _CERTAIN = 1.25, 1.6  # by how much more a slab must hold than those across the other axes
-_AXES = "xyz"
 
 USUAL_SIZES: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
     "scannet": {
@@ -96,8 +95,8 @@ def _document(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[st
     notes: Counter[str] = Counter()
     for finding in good:
         notes.update(finding.notes)
-    measured = [finding for finding in findings if finding.axes]
-    up, unit = _up(folder, measured), _unit(folder, measured)
+    measured = [finding.axes for finding in findings if finding.axes]
+    up, unit = guess_up(folder.up, measured), guess_unit(folder.unit, measured)
     mend, hints = [*folder.mend], [*folder.hints]
     bad = [finding for finding in findings if finding.error is not None]
     _judge_frame(folder, up, unit, mend, hints)
@@ -120,8 +119,8 @@ def _document(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[st
         "ready": not mend,
         "mend": mend,
         "hints": hints,
-        "up": up,
-        "unit": unit,
+        "up": up.document(),
+        "unit": unit.document(),
         "splits": {split: _split(folder, [f for f in findings if f.split == split]) for split in folder.sources},
         "classes": _classes(folder.spec, [box for finding in good for box in finding.boxes]),
         "notes": dict(notes.most_common()),
@@ -139,8 +138,7 @@ def _split(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[str, 
         "boxes": sum(len(finding.boxes) for finding in good),
         "points": _range([finding.points for finding in good]),
         "extent": {
-            axis: _range([round(finding.axes[i].extent * metres, 3) for finding in good])
-            for i, axis in enumerate(_AXES)
+            axis: _range([round(finding.axes[i].extent * metres, 3) for finding in good]) for i, axis in enumerate(AXES)
         },
         "colors": [min(low for low, _ in colors), max(high for _, high in colors)] if colors else None,
         "without_colors": len(good) - len(colors),
@@ -166,66 +164,17 @@ def _classes(spec: DatasetSpec, boxes: Sequence[BoxFinding]) -> dict[str, Any]:
     return found
 
 
-def _up(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[str, Any]:
-    """Which axis points up: a floor and a ceiling are the fullest slabs, and furniture stands on the floor."""
-    if not findings:
-        return {"declared": folder.up, "guess": None, "certain": False, "evidence": "no scan could be read"}
-    slabs = [float(np.mean([finding.axes[i].slab for finding in findings])) for i in range(3)]
-    best = int(np.argmax(slabs))
-    shares = ", ".join(f"{_AXES[i]} {slabs[i]:.0%}" for i in np.argsort(slabs)[::-1])
-    evidence = f"share of points in the fullest slab across an axis: {shares}"
-    found: dict[str, Any] = {"declared": folder.up, "guess": None, "certain": False}
-    if slabs[best] < _CLEAR * sorted(slabs)[1]:
-        return {**found, "evidence": f"{evidence}: no floor stands out; is it tilted?"}
-    votes = sum(_points_along(finding, best) for finding in findings)
-    if 2 * abs(votes) < len(findings):
-        # Which end is up stays open; what was declared is as good as its opposite.
-        sign = "-" if folder.up == f"-{_AXES[best]}" else ""
-    else:
-        sign = "-" if votes < 0 else ""
-        evidence += f"; floor or furniture at its {'high' if votes < 0 else 'low'} end"
-    certain = slabs[best] >= _CERTAIN * sorted(slabs)[1]  # less may be a wall of a corridor
-    return {**found, "guess": sign + _AXES[best], "certain": certain, "evidence": evidence}
-
-
-def _points_along(finding: ScanFinding, i: int) -> int:
-    """1 if an axis points up, -1 if down, 0 if that cannot be told."""
-    axis = finding.axes[i]
-    if axis.low > 3 * axis.high:
-        return 1
-    if axis.high > 3 * axis.low:
-        return -1
-    return int(axis.lower_half > 0.52) - int(axis.lower_half < 0.48)
-
-
-def _unit(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[str, Any]:
-    """Which unit makes rooms of rooms, by the middle one of a scan's three extents."""
-    if not findings:
-        return {"declared": folder.unit, "guess": None, "certain": False, "evidence": "no scan could be read"}
-    extents = np.median([[axis.extent for axis in finding.axes] for finding in findings], axis=0)
-    middle = float(np.sort(extents)[1])
-    shown = " x ".join(f"{extent:,.0f}" if extent >= 100 else f"{extent:.3g}" for extent in extents)
-    # 0.3-40 m, 40-700 cm, 700 mm and more: a room of 8 m is 8, 800 or 8000, a corner of 1 m is 1, 100 or 1000.
-    guess = next(
-        (u for u, low, high in (("m", 0.3, 40), ("cm", 40, 700), ("mm", 700, 40e3)) if low <= middle < high), None
-    )
-    evidence = f"median extents {shown}; rooms measure 3 to 10 m"
-    return {"declared": folder.unit, "guess": guess, "certain": guess is not None, "evidence": evidence}
-
-
-def _judge_frame(
-    folder: CheckedFolder, up: Mapping[str, Any], unit: Mapping[str, Any], mend: list[str], hints: list[str]
-) -> None:
+def _judge_frame(folder: CheckedFolder, up: Guess, unit: Guess, mend: list[str], hints: list[str]) -> None:
     for key, what, found in (("up", "the up axis", up), ("unit", "the unit", unit)):
-        if found["guess"] in (None, found["declared"]):
+        if not found.differs:
             continue
         remedy = (
-            f'set "{key}": "{found["guess"]}" in {BOXES_FILE}'
+            f'set "{key}": "{found.guess}" in {BOXES_FILE}'
             if folder.is_own
             else f"prepare the folder again with {'z up' if key == 'up' else 'metres'}"
         )
-        sentence = f"{what.capitalize()} looks like {found['guess']}, not {found['declared']} ({found['evidence']})"
-        if found["certain"]:
+        sentence = f"{what.capitalize()} looks like {found.guess}, not {found.declared} ({found.evidence})"
+        if found.certain:
             mend.append(f"{sentence}: {remedy}.")
         else:
             hints.append(f"{sentence}; if it is, {remedy}.")
