@@ -26,7 +26,7 @@ Schema of boxes.json, version 1; what is in brackets may be left out:
     }
 
 A box as `h2a2_jax.inference.predictions` writes it is one as well: "name" stands for "class", other keys of a box are
-passed over, unless they look like one of these misspelt.
+passed over, unless they look like one of these misspelt; one that does not stand upright in its file is refused.
 Classes are compared without case, blanks, hyphens and underscores. If no scan is in the split "val", the
 training scans are used for validation too, and `ScanFolder.warnings` says so: such scores tell how well scans were
 learnt by heart.
@@ -352,6 +352,8 @@ def _box_entry(box: Any, where: str) -> BoxEntry:
         close = difflib.get_close_matches(key.lower(), missing, 1, _CLOSE)
         if close:
             raise _Wrong(f"{where} has the unknown key {key!r}; did you mean {close[0]!r}?")
+    if box.get("upright", True) is not True:
+        raise _Wrong(f"{where} does not stand upright in its file; turn the file upright and predict its boxes again")
     numbers: list[float] = []
     for key in ("center", "size"):
         values = box.get(key)

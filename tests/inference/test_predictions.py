@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 
 from h2a2_jax.boxes import Detections
+from h2a2_jax.boxes.corners import box_corners
 from h2a2_jax.errors import InputError
-from h2a2_jax.inference.predictions import boxes_in_input_frame, predictions_json, read_predictions
+from h2a2_jax.inference.predictions import (
+    boxes_in_input_frame,
+    predictions_json,
+    read_predicted_scans,
+    read_predictions,
+    scan_entry,
+)
 from h2a2_jax.inputs.augment import mirror, rescale, rotate, translate
 from h2a2_jax.inputs.scan import Scan
+from h2a2_jax.inputs.scan_folder import UPRIGHT, _box_entry, _Wrong
 from h2a2_jax.inputs.specs import SCANNET, SUNRGBD
 
 BOXES = np.array([[1, 2, 0.5, 0.6, 0.7, 1, 0.3], [-4, 0, 1, 2, 1, 0.5, -3.1]], np.float32)
@@ -62,6 +70,40 @@ def test_an_axis_aligned_box_is_turned_in_the_file():
 def test_augmented_scans_are_refused(moved: Scan):
     with pytest.raises(ValueError, match="no rotation about z"):
         predictions_json([moved], [FOUND], SCANNET)
+
+
+def moved_file(matrix: np.ndarray) -> np.ndarray:
+    """Corners of the scan's boxes in the frame of a file, from the transform that leads from it to the scan."""
+    corners = box_corners(BOXES)
+    return (corners - matrix[:3, 3]) @ np.linalg.inv(matrix[:3, :3]).T
+
+
+def tilt(degrees: float) -> np.ndarray:
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+
+
+@pytest.mark.parametrize(("degrees", "tilted"), [(0, False), (17, True), (-80, True)])
+@pytest.mark.parametrize(("up", "unit"), [("z", 1), ("y", 0.001), ("-x", 0.01)])
+def test_corners_of_any_file(degrees: float, tilted: bool, up: str, unit: float):
+    matrix = np.eye(4)
+    matrix[:3, :3] = tilt(degrees) @ np.array(UPRIGHT[up]) * unit
+    matrix[:3, 3] = [-500_000, 3, 1]
+    entry = json.loads(json.dumps(scan_entry("a", matrix, FOUND, SUNRGBD, file="a.ply")))
+    document = {"version": 1, "scans": [entry]}
+    (scan,) = read_predicted_scans(document)
+    assert ("alignment" in entry) is tilted and scan.file == "a.ply"
+    assert [box.get("upright", True) for box in entry["boxes"]] == [not tilted] * 2
+    # A corner may have another number, for sizes go along other axes; the set of corners is the same.
+    expected, found = moved_file(matrix) * unit, scan.corners * unit
+    for one, other in zip(expected, found, strict=True):
+        distances = np.linalg.norm(one[:, None] - other[None], axis=-1)
+        assert distances.min(axis=0).max() < 1e-5 and distances.min(axis=1).max() < 1e-5
+    if tilted:
+        with pytest.raises(InputError, match="boxes of scan a do not stand upright in its file"):
+            read_predictions(document)
+        with pytest.raises(_Wrong, match="does not stand upright in its file"):
+            _box_entry(entry["boxes"][0], "box 1")
 
 
 INCOMPLETE = {"version": 1, "scans": [{"name": "a", "boxes": [{}]}]}
