@@ -1,8 +1,7 @@
 """Joint training from a config to a checkpoint, reading top to bottom."""
 
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,18 @@ from jaxtyping import PRNGKeyArray
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import available_cores
-from h2a2_jax.inference.evaluate import build_predictor, evaluate_source
 from h2a2_jax.inputs.drawing import StreamDataset
 from h2a2_jax.inputs.mmdet3d import Mmdet3dFolder
 from h2a2_jax.inputs.pipeline import JointStream, StreamConfig
 from h2a2_jax.inputs.scan import ScanSource
-from h2a2_jax.inputs.scan_folder import ScanFolder
-from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source, permuted_boxes, summed_notes
-from h2a2_jax.inputs.specs import DatasetSpec
+from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source, permuted_boxes
 from h2a2_jax.inputs.tfds_source import TfdsSource
 from h2a2_jax.models import Detector, HeadConfig, PlanLayout
 from h2a2_jax.training.balancers import build_balancer
 from h2a2_jax.training.checkpoint import CheckpointStore
 from h2a2_jax.training.config import ExperimentConfig, to_json
 from h2a2_jax.training.distributed import MeshDivision, is_main, say
+from h2a2_jax.training.evaluation import evaluate, merged, say_notes, say_skipped
 from h2a2_jax.training.mesh import DATASET, REPLICA, train_mesh
 from h2a2_jax.training.metrics import MetricsWriter, Progress
 from h2a2_jax.training.selection_log import SelectionLog
@@ -190,8 +187,8 @@ def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device]
                         store.save(step, whole, config, config.dataset_names)
             if progress is not None:
                 progress.close()
-    say_skipped(_merged(division.gather(stream.skipped)))
-    say_notes(_merged(division.gather(stream.log.notes)), specs)
+    say_skipped(merged(division.gather(stream.skipped)))
+    say_notes(merged(division.gather(stream.log.notes)), specs)
     if stream.log.scans:
         say(input_summary(stream))
     end = merge_model(graph, *division.fetch((state.exclusive, state.shared, state.stats)))
@@ -201,77 +198,6 @@ def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device]
     return evaluate(config, end, workdir, division)
 
 
-def say_warnings(sources: Mapping[str, ScanSource]) -> None:
-    """Say, by dataset, what holds for all scans of a source and who reads its results should know."""
-    for name, source in sources.items():
-        for warning in source.warnings if isinstance(source, ScanFolder) else ():
-            print(f"{name}: {warning}", flush=True)  # in the process that opened it
-
-
-def evaluate(
-    config: ExperimentConfig, model: Detector, workdir: Path, division: MeshDivision | None = None
-) -> dict[str, Any]:
-    """Evaluate on the validation scans of every dataset; print the tables and write evaluation.json.
-
-    Args:
-        config: of the run.
-        model: the detector; in a run of several processes, the same in all.
-        workdir: folder of the run.
-        division: which datasets each process evaluates; by default that of all devices.
-
-    Returns:
-        What evaluation.json holds.
-
-    Raises:
-        InputError: the validation scans of a dataset are missing.
-    """
-    specs = config.specs
-    if division is None:
-        division = MeshDivision(train_mesh(len(specs)), len(specs))
-    own = division.together(
-        lambda: {d: build_source(config.datasets[d], "val") for d in division.evaluated}, "open its validation scans"
-    )
-    say_warnings({specs[d].name: source for d, source in own.items()})
-
-    def evaluated() -> dict[str, Any]:
-        predictor = build_predictor(model, specs, config.eval)
-        found = {}
-        for d, source in own.items():
-            evaluation, _, log = evaluate_source(predictor, source, specs[d], config.eval)
-            values = {**evaluation.to_dict(), "scans": len(source) - len(log.skipped), "skipped": log.skipped}
-            found[specs[d].name] = {"values": values, "table": evaluation.table(), "notes": log.notes}
-        return found
-
-    found = _merged(division.gather(division.together(evaluated, "evaluate")))
-    found = {spec.name: found[spec.name] for spec in specs}
-    results = {name: one["values"] for name, one in found.items()}
-    for name, values in results.items():
-        say_skipped({f"{name}/{scan}": reason for scan, reason in values["skipped"].items()})
-    say_notes({f"{name}/{scan}": notes for name, one in found.items() for scan, notes in one["notes"].items()}, specs)
-    for name, one in found.items():
-        say(f"\n{name}\n{one['table']}")
-    if is_main():
-        (workdir / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
-    say(f"\nWritten to {workdir / 'evaluation.json'}")
-    return results
-
-
-def say_skipped(skipped: Mapping[str, str]) -> None:
-    """Name the scans that were left out, and why."""
-    for name, reason in skipped.items():
-        say(f"Skipped {name}: {reason}")
-    if skipped:
-        say(f"{len(skipped)} scan(s) skipped.")
-
-
-def say_notes(notes: Mapping[str, Mapping[str, int]], specs: Sequence[DatasetSpec]) -> None:
-    """Say, by dataset, how much of the scans could not be used or was repaired; `notes` by "dataset/scan"."""
-    for spec in specs:
-        sentence = summed_notes({name: each for name, each in notes.items() if name.startswith(f"{spec.name}/")})
-        if sentence:
-            say(f"{spec.name}: {sentence}")
-
-
 def input_summary(stream: JointStream) -> str:
     """How fast scans were prepared, and what for; the stream has given some."""
     rate, scans = stream.scans_per_second_per_core, stream.log.scans
@@ -279,11 +205,6 @@ def input_summary(stream: JointStream) -> str:
     # Not the device: it works on what it was given while the loop waits.
     waited = f"the loop waited {stream.waited:.1f} s for it"
     return f"Input: {rate:.1f} scans per second per core ({parts} ms a scan); {waited}."
-
-
-def _merged(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What processes told, by name."""
-    return {name: value for each in told for name, value in each.items()}
 
 
 def _say_start(config: ExperimentConfig, stream: JointStream, mesh: Mesh, total: int) -> None:
