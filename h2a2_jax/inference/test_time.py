@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -24,6 +24,7 @@ SCALES = (0.95, 1.05)
 """Of the scaled views."""
 
 
+@runtime_checkable
 class Predicts(Protocol):
     """Anything that finds boxes in scans, such as `Predictor`."""
 
