@@ -24,6 +24,7 @@ from h2a2_jax.boxes.rotated_iou import (
     rotated_bev_iou,
     rotated_iou,
 )
+from h2a2_jax.boxes.suppression import traced_detections, traced_multiclass_nms
 from h2a2_jax.boxes.tolerant_iou import PUBLISHED_TOLERANCE, tolerant_bev_iou
 
 __all__ = [
@@ -49,4 +50,6 @@ __all__ = [
     "rotated_bev_iou",
     "rotated_iou",
     "tolerant_bev_iou",
+    "traced_detections",
+    "traced_multiclass_nms",
 ]
