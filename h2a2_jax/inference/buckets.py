@@ -57,9 +57,8 @@ class BucketFile:
         return {count: base for count, base in bases.items() if count > 0 and min(base) > 0}
 
     def write(self, bases: Mapping[int, LevelSizes]) -> None:
-        """Remember, unless that is what the file holds."""
-        if self.read() == bases:
-            return
+        """Remember; what another process remembers for other numbers of scans stays."""
+        bases = self.read() | dict(bases)
         temporary = self.path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps({"version": _VERSION, "bases": {str(c): list(b) for c, b in bases.items()}}))
         temporary.replace(self.path)

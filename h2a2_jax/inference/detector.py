@@ -7,6 +7,7 @@
 """
 
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from h2a2_jax.inputs.batching import no_scan
 from h2a2_jax.inputs.cloud_scan import PlacedCloud, place_cloud
 from h2a2_jax.inputs.point_cloud import COLOR_RANGES, ColorRange, cloud_of_arrays
 from h2a2_jax.inputs.scan_folder import UNITS, UPRIGHT
+from h2a2_jax.models import LevelSizes
 from h2a2_jax.training.checkpoint import restore_checkpoint
 
 
@@ -90,8 +92,10 @@ class Detector:
         self.predictor = predictor
         self._buckets = buckets
         self._writing = threading.Lock()
+        self._remembered: dict[int, LevelSizes] = {}
         if buckets is not None:
-            predictor.set_bucket_bases(buckets.read())
+            self._remembered = buckets.read()
+            predictor.set_bucket_bases(self._remembered)
 
     @classmethod
     def restore(
@@ -244,9 +248,14 @@ class Detector:
         return self.datasets[0]
 
     def _remember(self) -> None:
-        if self._buckets is not None:
+        bases = self.predictor.bucket_bases
+        if self._buckets is not None and bases != self._remembered:
             with self._writing:
-                self._buckets.write(self.predictor.bucket_bases)
+                self._remembered = bases
+                try:
+                    self._buckets.write(bases)
+                except OSError as error:  # the boxes are there: the cache is no reason to lose them
+                    warnings.warn(f"{self._buckets.path} cannot be written ({error.strerror}).", stacklevel=3)
 
 
 def _boxes(found: Detections, placed: PlacedCloud, classes: Sequence[str], score: float) -> Boxes:

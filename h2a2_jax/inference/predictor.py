@@ -12,19 +12,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from h2a2_jax import sparse
+from h2a2_jax.boxes.codec import ROTATED_CHANNELS
 from h2a2_jax.boxes.detections import Detections
+from h2a2_jax.boxes.suppression import traced_detections
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.folding import folded_parameters
-from h2a2_jax.inference.postprocess import postprocess
 from h2a2_jax.inputs.augment import sample_points
 from h2a2_jax.inputs.batching import BucketLadder, collate
 from h2a2_jax.inputs.scan import Scan, ScanError
 from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.models import Detector, DetectorPlan, LevelSizes, PlanLayout, Predictions, fits_layout, pad_plan
+from h2a2_jax.typing import AnyArray
+
+MAX_CANDIDATES = 1000
+"""Locations of a scan that are decoded, those of the highest class score (TR3D)."""
 
 _RATIO = 1.5
 _RUNGS_BELOW = 2
@@ -73,7 +78,7 @@ class Predictor:
         if given != expected:
             raise ValueError(f"specs are those of {', '.join(given)}; the model expects {', '.join(expected)}.")
         self.specs = tuple(specs)
-        self._thresholds = {"score_threshold": score_threshold, "iou_threshold": iou_threshold}
+        self._thresholds = np.array(score_threshold, np.float32), np.array(iou_threshold, np.float32)
         self._voxel_size = model.config.voxel_size
         self._layout = PlanLayout.of(model.config)
         self._kernels = kernels
@@ -148,16 +153,20 @@ class Predictor:
         times.append(time.perf_counter())
         out = jax.block_until_ready(self._forward(*parameters, features, plan))
         times.append(time.perf_counter())
-        locations, rows, boxes, logits = map(np.asarray, (out.locations, out.scan, out.boxes, out.logits))
-        spec, found = self.specs[index], []
-        for scan_index in range(len(scans)):
-            own = rows == scan_index
-            found.append(postprocess(locations[own], boxes[own], logits[own], spec, **self._thresholds))
+        spec = self.specs[index]
+        found = _detect(
+            out, *self._thresholds, num_scans=len(scans), classes=spec.num_classes, outputs=spec.num_outputs
+        )
+        boxes, scores, labels, counts = map(np.asarray, found)
+        detections = [
+            Detections(boxes[i, :count].copy(), scores[i, :count].copy(), labels[i, :count].copy())
+            for i, count in enumerate(counts)
+        ]
         times.append(time.perf_counter())
         if seconds is not None:
             for stage, taken in zip(("maps", "network", "boxes"), np.diff(times).tolist(), strict=True):
                 seconds[stage] = seconds.get(stage, 0.0) + taken
-        return found
+        return detections
 
     def _contexts(self, head: int) -> tuple[DatasetContext, DatasetContext]:
         """What conditions the network, and whose head predicts."""
@@ -217,6 +226,30 @@ def prepare(scan: Scan, spec: DatasetSpec, draw: int = 0) -> Scan:
         return scan
     seed = zlib.crc32(scan.name.encode())
     return sample_points(scan, spec.test_sampling, np.random.default_rng(seed if draw == 0 else (seed, draw)))
+
+
+@partial(jax.jit, static_argnames=("num_scans", "classes", "outputs"))
+def _detect(
+    out: Predictions,
+    score_threshold: Float[AnyArray, ""],
+    iou_threshold: Float[AnyArray, ""],
+    *,
+    num_scans: int,
+    classes: int,
+    outputs: int,
+) -> tuple[Float[Array, "b k 7"], Float[Array, "b k"], Int32[Array, "b k"], Int32[Array, " b"]]:
+    """Boxes, scores, labels of each scan, and how many they are."""
+    detect = partial(
+        traced_detections,
+        locations=out.locations,
+        outputs=out.boxes[:, :outputs],
+        logits=out.logits[:, :classes],
+        rotated=outputs == ROTATED_CHANNELS,
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        max_candidates=MAX_CANDIDATES,
+    )
+    return jax.vmap(lambda scan: detect(valid=out.scan == scan))(jnp.arange(num_scans))
 
 
 def _fold(graph: nnx.GraphDef, state: nnx.State, dataset: DatasetContext, head: DatasetContext) -> nnx.State:
