@@ -1,0 +1,186 @@
+"""What there is to see of a scan: checked, thinned, matched; nothing here knows how it is drawn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.spatial import cKDTree
+
+from h2a2_jax.boxes.corners import box_corners
+from h2a2_jax.boxes.detections import Detections
+from h2a2_jax.evaluation import IOU_THRESHOLDS, GroundTruth, iou_matrix, match
+from h2a2_jax.inputs.scan import Scan
+
+_SEED = 0
+_SPACING_PROBES = 1000
+_BULK = (0.2, 99.8)
+"""Percentiles between which points count for what a picture frames: a few strays through a window do not."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """A scan as it is shown.
+
+    Attributes:
+        scan: finite points only, no more than were asked for; its boxes are not looked at.
+        num_points: of the scan before thinning.
+        detections: finite ones, by descending score.
+        truth: boxes of a class; None if nothing is known of it.
+        class_names: by label.
+        notes: sentences on what is not shown.
+    """
+
+    scan: Scan
+    num_points: int
+    detections: Detections
+    truth: GroundTruth | None
+    class_names: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def content(
+    scan: Scan,
+    detections: Detections | None,
+    class_names: Sequence[str],
+    truth: GroundTruth | None,
+    max_points: int,
+) -> Content:
+    """Checks what is to be shown and leaves out what cannot be.
+
+    Args:
+        scan: the points.
+        detections: in the scan's frame; None is none.
+        class_names: by label.
+        truth: in the scan's frame; boxes with label -1 are left out.
+        max_points: points beyond are thinned evenly along the order of the scan.
+
+    Raises:
+        ValueError: a label has no class name, colours and points or boxes and labels differ in number, or `max_points`
+            is not positive.
+    """
+    if max_points < 1:
+        raise ValueError(f"max_points is {max_points}; expected at least 1.")
+    if len(scan.points) != len(scan.colors):
+        raise ValueError(f"scan {scan.name} has {len(scan.points)} points but {len(scan.colors)} colours.")
+    if detections is None:
+        detections = Detections(np.zeros((0, 7), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+    notes = []
+    rows = np.flatnonzero(np.isfinite(scan.points).all(axis=1) & np.isfinite(scan.colors).all(axis=1))
+    if len(rows) < len(scan.points):
+        notes.append(f"{len(scan.points) - len(rows):,} points with NaN or infinite values are not shown.")
+    if len(rows) > max_points:
+        notes.append(f"{max_points:,} of {len(rows):,} points are shown, thinned evenly.")
+        rows = rows[_evenly(len(rows), max_points)]
+    detections, lost = _finite_detections(detections)
+    truth, lost_truth = (None, 0) if truth is None else _usable_truth(truth)
+    if lost + lost_truth:
+        notes.append(f"{lost + lost_truth:,} boxes with NaN or infinite numbers are not shown.")
+    for labels in (detections.labels, [] if truth is None else truth.labels):
+        _check_labels(np.asarray(labels, np.int64), len(class_names))
+    shown = replace(scan, points=scan.points[rows], colors=np.clip(scan.colors[rows], 0, 1))
+    return Content(shown, len(scan.points), detections, truth, tuple(class_names), tuple(notes))
+
+
+def framed(shown: Content) -> tuple[Float[np.ndarray, " 3"], Float[np.ndarray, " 3"]]:
+    """Lowest and highest x, y, z (m) that a picture frames: the points but for a few strays, and the boxes nearby."""
+    points, boxes = shown.scan.points, all_boxes(shown)
+    if not len(points):
+        corners = box_corners(boxes).reshape(-1, 3)
+        if not len(corners):
+            return np.zeros(3), np.ones(3)
+        return corners.min(axis=0), corners.max(axis=0)
+    low, high = np.percentile(points.astype(np.float64), _BULK, axis=0)
+    if len(boxes):
+        corners, reach = box_corners(boxes).reshape(-1, 3), high - low
+        low = np.maximum(np.minimum(low, corners.min(axis=0)), low - reach / 4)
+        high = np.minimum(np.maximum(high, corners.max(axis=0)), high + reach / 4)
+    return low, np.maximum(high, low + 1e-3)
+
+
+def all_boxes(shown: Content) -> Float[np.ndarray, "n 7"]:
+    """Detected and true boxes, float64."""
+    boxes = [shown.detections.boxes] + ([] if shown.truth is None else [shown.truth.boxes])
+    return np.concatenate(boxes).astype(np.float64)
+
+
+def point_spacing(points: Float[np.ndarray, "m 3"]) -> float:
+    """Typical distance (m) between neighbouring points: the median over a sample of them; 0.05 for fewer than two."""
+    if len(points) < 2:
+        return 0.05
+    probes = points[_evenly(len(points), min(len(points), _SPACING_PROBES))]
+    distances, _ = cKDTree(points).query(probes, k=min(5, len(points)))
+    # The mean over four neighbours: the nearest alone is close by chance, or a duplicate.
+    return float(max(np.median(distances[:, 1:].mean(axis=1)), 1e-4))
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Which detections hit which ground truth.
+
+    Attributes:
+        truth: per IoU threshold and detection the row of the ground-truth box it hits; -1 for none.
+        iou: of each detection with the ground-truth box of its class that it overlaps most.
+    """
+
+    truth: Int[np.ndarray, "t n"]
+    iou: Float[np.ndarray, " n"]
+
+
+def hits(shown: Content, iou_thresholds: Sequence[float] = IOU_THRESHOLDS) -> Hits:
+    """Matches detections with ground truth as evaluation does, each class by descending score.
+
+    A match depends on detections of higher score only, so it holds whatever scores are hidden.
+
+    Args:
+        shown: with ground truth or without.
+        iou_thresholds: volume IoU that a hit exceeds.
+    """
+    found, truth = shown.detections, shown.truth
+    hit = np.full((len(iou_thresholds), len(found)), -1)
+    best = np.zeros(len(found), np.float32)
+    if truth is None or not len(found) or not len(truth.labels):
+        return Hits(hit, best)
+    rotated = bool(found.boxes[:, 6].any() or truth.boxes[:, 6].any())
+    overlap = iou_matrix(found.boxes, truth.boxes, rotated=rotated)
+    for label in np.intersect1d(found.labels, truth.labels):
+        rows, columns = np.flatnonzero(found.labels == label), np.flatnonzero(truth.labels == label)
+        iou = overlap[np.ix_(rows, columns)]
+        best[rows] = iou.max(axis=1)
+        for row, threshold in enumerate(iou_thresholds):
+            is_hit = match(iou, threshold)
+            hit[row, rows[is_hit]] = columns[iou[is_hit].argmax(axis=1)]
+    return Hits(hit, best)
+
+
+def _evenly(count: int, kept: int) -> Int[np.ndarray, " k"]:
+    """One row at random of each of `kept` runs of equal length: rows of depth images show no stripes."""
+    edges = np.arange(kept + 1) * count // kept
+    return np.random.default_rng(_SEED).integers(edges[:-1], edges[1:])
+
+
+def _finite_detections(found: Detections) -> tuple[Detections, int]:
+    if not len(found.boxes) == len(found.scores) == len(found.labels):
+        raise ValueError(
+            f"detections have {len(found.boxes)} boxes, {len(found.scores)} scores and {len(found.labels)} labels; "
+            "expected as many of each."
+        )
+    rows = np.flatnonzero(np.isfinite(found.boxes).all(axis=1) & np.isfinite(found.scores))
+    rows = rows[np.argsort(-found.scores[rows], kind="stable")]
+    return Detections(found.boxes[rows], found.scores[rows], found.labels[rows]), len(found) - len(rows)
+
+
+def _usable_truth(truth: GroundTruth) -> tuple[GroundTruth, int]:
+    if len(truth.boxes) != len(truth.labels):
+        raise ValueError(f"ground truth has {len(truth.boxes)} boxes but {len(truth.labels)} labels.")
+    finite = np.isfinite(truth.boxes).all(axis=1)
+    rows = finite & (truth.labels >= 0)
+    return GroundTruth(truth.boxes[rows], truth.labels[rows]), int((~finite).sum())
+
+
+def _check_labels(labels: np.ndarray, num_classes: int) -> None:
+    if len(labels) and not (0 <= labels.min() and labels.max() < num_classes):
+        raise ValueError(
+            f"labels run from {labels.min()} to {labels.max()}; expected 0 to {num_classes - 1}, for {num_classes} "
+            "class names."
+        )

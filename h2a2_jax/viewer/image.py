@@ -1,0 +1,267 @@
+"""Pictures of scans with their boxes, drawn without a display."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+import numpy as np
+from jaxtyping import Bool, Float
+from PIL import Image, ImageDraw, ImageFont
+
+from h2a2_jax.boxes.corners import BOX_EDGES, box_corners
+from h2a2_jax.boxes.detections import Detections
+from h2a2_jax.evaluation import GroundTruth
+from h2a2_jax.inputs.appearance import below_ceiling, class_color, display_colors
+from h2a2_jax.inputs.scan import Scan
+from h2a2_jax.viewer.camera import Camera, camera_for
+from h2a2_jax.viewer.content import Content, content, framed, point_spacing
+from h2a2_jax.viewer.render import Canvas, Lines, draw_lines, draw_points, shade
+
+View = Literal["oblique", "top"]
+
+_OVERSAMPLING = 2
+_DIAMETER = 1.7  # of a point, in distances between points
+_BACKGROUND = (0.867, 0.89, 0.918)
+_PAPER = (255, 255, 255)
+_INK, _QUIET = (27, 36, 48), (88, 101, 118)
+_GRID = (0.45, 0.5, 0.56)
+_MOST_LABELS = 80
+_MOST_LEGEND = 24
+_HEADER, _ROW, _MARGIN = 46, 22, 14
+_LEGEND = 190
+
+
+def write_image(
+    path: str | Path,
+    scan: Scan,
+    detections: Detections | None,
+    class_names: Sequence[str],
+    *,
+    truth: GroundTruth | None = None,
+    title: str | None = None,
+    view: View = "oblique",
+    beside: bool = False,
+    score: float = 0.3,
+    size: tuple[int, int] = (1400, 900),
+    max_points: int = 400_000,
+) -> None:
+    """Writes a picture of a scan with its boxes; no display is needed.
+
+    Detections are drawn with solid edges and their scores, ground truth with dashed ones; what points hide is fainter.
+    Ceilings are cut off.
+
+    Args:
+        path: of the file; PNG, or what its suffix says.
+        scan: points and colours; without colours they are coloured by height. Its own boxes are not shown.
+        detections: boxes in the scan's frame; None is none.
+        class_names: by label.
+        truth: annotated boxes.
+        title: above the picture; the scan's name by default.
+        view: "oblique", in perspective from above; or "top", to scale.
+        beside: whether ground truth has a picture of its own beside the detections'.
+        score: detections below are not shown.
+        size: width and height in pixels.
+        max_points: a scan of more is thinned evenly.
+
+    Raises:
+        ValueError: see `content`.
+    """
+    shown = content(scan, detections, class_names, truth, max_points)
+    draw(shown, title=title, view=view, beside=beside, score=score, size=size).save(path)
+
+
+def draw(
+    shown: Content,
+    *,
+    title: str | None = None,
+    view: View = "oblique",
+    beside: bool = False,
+    score: float = 0.3,
+    size: tuple[int, int] = (1400, 900),
+) -> Image.Image:
+    """The picture of `write_image`."""
+    rows = shown.detections.scores >= score
+    found = shown.detections
+    shown = replace(shown, detections=Detections(found.boxes[rows], found.scores[rows], found.labels[rows]))
+    page = Image.new("RGB", size, _PAPER)
+    _write_header(page, shown, shown.scan.name if title is None else title, score)
+    panes = [(True, False), (False, True)] if beside and shown.truth is not None else [(True, shown.truth is not None)]
+    width = (size[0] - _LEGEND - _MARGIN * (len(panes) + 1)) // len(panes)
+    height = size[1] - _HEADER - _MARGIN
+    camera = camera_for(*framed(shown), view, max(width, 16), max(height, 16))
+    points = _draw_room(shown, camera)
+    for i, (with_found, with_truth) in enumerate(panes):
+        picture = _draw_pane(points, camera, shown, with_found, with_truth)
+        if len(panes) > 1:
+            ImageDraw.Draw(picture).text((10, 8), ("Detections", "Ground truth")[i], _INK, _font(14))
+        page.paste(picture, (_MARGIN + i * (width + _MARGIN), _HEADER))
+    _write_legend(page, shown)
+    return page
+
+
+def _draw_room(shown: Content, camera: Camera) -> Canvas:
+    """Points and the grid of the floor, several pixels for one of the picture."""
+    fine = _finer(camera)
+    points = shown.scan.points
+    kept = below_ceiling(points)
+    diameter = _DIAMETER * point_spacing(points)
+    canvas = draw_points(fine, points[kept], display_colors(shown.scan)[kept], diameter, _BACKGROUND)
+    canvas = shade(canvas, _OVERSAMPLING, camera.distance if camera.parallel else None)
+    low, high = framed(shown)
+    grid = _grid(low, high)
+    draw_lines(canvas, fine, Lines(grid, np.tile(_GRID, (len(grid), 1)), 0.8 * _OVERSAMPLING), visible=0.35, hidden=0.0)
+    return canvas
+
+
+def _draw_pane(room: Canvas, camera: Camera, shown: Content, with_found: bool, with_truth: bool) -> Image.Image:
+    canvas, fine = Canvas(room.colors.copy(), room.depth), _finer(camera)
+    if with_truth and shown.truth is not None:
+        lines = _box_lines(shown.truth.boxes, shown.truth.labels, fine, 1.6, dashed=True)
+        draw_lines(canvas, fine, lines, visible=1.0, hidden=0.35, halo=(1, 1, 1))
+    if with_found:
+        lines = _box_lines(shown.detections.boxes, shown.detections.labels, fine, 2.0, dashed=False)
+        draw_lines(canvas, fine, lines, visible=1.0, hidden=0.35, halo=(1, 1, 1))
+    height, width = camera.height, camera.width
+    small = canvas.colors.reshape(height, _OVERSAMPLING, width, _OVERSAMPLING, 3).mean(axis=(1, 3))
+    picture = Image.fromarray((np.clip(small, 0, 1) * 255 + 0.5).astype(np.uint8))
+    if with_found:
+        words = [
+            f"{shown.class_names[k]} {s:.2f}"
+            for k, s in zip(shown.detections.labels, shown.detections.scores, strict=True)
+        ]
+        _write_labels(picture, camera, shown.detections.boxes, shown.detections.labels, words)
+    elif with_truth and shown.truth is not None:
+        words = [shown.class_names[k] for k in shown.truth.labels]
+        _write_labels(picture, camera, shown.truth.boxes, shown.truth.labels, words)
+    if camera.parallel:
+        _draw_scale(picture, camera)
+    return picture
+
+
+def _finer(camera: Camera) -> Camera:
+    return replace(camera, width=_OVERSAMPLING * camera.width, height=_OVERSAMPLING * camera.height)
+
+
+def _box_lines(boxes: np.ndarray, labels: np.ndarray, camera: Camera, width: float, dashed: bool) -> Lines:
+    """Edges, and a line from the middle of the top to where yaw points; near boxes last."""
+    order = np.argsort(-camera.project(boxes[:, :3].astype(np.float64))[1], kind="stable")
+    corners = box_corners(boxes[order])
+    edges = corners[:, np.array(BOX_EDGES)]
+    turned = boxes[order, 6] != 0
+    heading = np.stack([corners[:, 4:].mean(axis=1), corners[:, [5, 7]].mean(axis=1)], axis=1)[:, None]
+    heading[~turned] = heading[~turned][:, :, :1]
+    ends = np.concatenate([edges, heading], axis=1).reshape(-1, 2, 3)
+    colors = np.array([class_color(int(label)) for label in labels[order]]).reshape(-1, 3)
+    return Lines(ends, np.repeat(colors, edges.shape[1] + 1, axis=0), width * _OVERSAMPLING, dashed)
+
+
+def _grid(low: np.ndarray, high: np.ndarray) -> Float[np.ndarray, "k 2 3"]:
+    """Lines at whole metres on the floor; of more than 60 m at tens, hundreds and so on."""
+    reach = float((high - low)[:2].max())
+    every = 1.0 if reach <= 60 else 10.0 ** np.ceil(np.log10(reach / 60))
+    first, last = np.floor(low[:2] / every) * every, np.ceil(high[:2] / every) * every
+    xs, ys = (np.arange(a, b + every / 2, every) for a, b in zip(first, last, strict=True))
+    along_y = [[[x, first[1], low[2]], [x, last[1], low[2]]] for x in xs]
+    along_x = [[[first[0], y, low[2]], [last[0], y, low[2]]] for y in ys]
+    return np.array(along_y + along_x)
+
+
+def _write_labels(
+    picture: Image.Image, camera: Camera, boxes: np.ndarray, labels: np.ndarray, words: list[str]
+) -> None:
+    """Names above boxes, in the given order; one that would cover another moves up a little or is left out."""
+    pen, font = ImageDraw.Draw(picture), _font(12)
+    tops = boxes[:, :3].astype(np.float64)
+    tops[:, 2] += boxes[:, 5] / 2
+    pixels, depth = camera.project(tops)
+    placed = np.zeros((0, 4))
+    for (x, y), away, label, word in zip(pixels, depth, labels, words, strict=True):
+        left, top, right, bottom = pen.textbbox((0, 0), word, font)
+        wide, high = right - left + 12, 18
+        outside = not (0 <= x < camera.width and 0 <= y < camera.height) or (away < 0 and not camera.parallel)
+        if outside or len(placed) >= _MOST_LABELS:
+            continue
+        x = min(max(x - wide / 2, 2), camera.width - wide - 2)
+        for lift in (0, 1, 2):
+            frame = np.array([x, y - high - 2 - lift * high, x + wide, y - 2 - lift * high])
+            if frame[1] >= 0 and not _overlaps(placed, frame).any():
+                break
+        else:
+            continue
+        placed = np.vstack([placed, frame])
+        color = tuple(int(255 * channel) for channel in class_color(int(label)))
+        pen.rounded_rectangle(frame.tolist(), 4, (255, 255, 255), color, 1)
+        pen.rectangle([frame[0] + 1, frame[1] + 3, frame[0] + 4, frame[3] - 3], color)
+        pen.text((frame[0] + 7, frame[1] + 9), word, _INK, font, anchor="lm")
+
+
+def _overlaps(placed: Float[np.ndarray, "n 4"], frame: Float[np.ndarray, " 4"]) -> Bool[np.ndarray, " n"]:
+    return (placed[:, 0] < frame[2]) & (placed[:, 2] > frame[0]) & (placed[:, 1] < frame[3]) & (placed[:, 3] > frame[1])
+
+
+def _write_header(page: Image.Image, shown: Content, title: str, score: float) -> None:
+    pen = ImageDraw.Draw(page)
+    words = [f"{shown.num_points:,} points", f"{len(shown.detections)} detections with score {score:g} or more"]
+    if shown.truth is not None:
+        words.append(f"{len(shown.truth.labels)} true boxes")
+    pen.text((_MARGIN, 17), title, _INK, _font(17), anchor="lm")
+    pen.text((_MARGIN, 35), ", ".join(words), _QUIET, _font(12), anchor="lm")
+
+
+def _write_legend(page: Image.Image, shown: Content) -> None:
+    pen, left, y = ImageDraw.Draw(page), page.width - _LEGEND, _HEADER
+    true_labels = np.zeros(0, int) if shown.truth is None else shown.truth.labels
+    found, true = (
+        np.bincount(labels, minlength=len(shown.class_names)) for labels in (shown.detections.labels, true_labels)
+    )
+    present = np.flatnonzero(found + true)
+    for label in present[:_MOST_LEGEND]:
+        color = tuple(int(255 * channel) for channel in class_color(int(label)))
+        pen.rounded_rectangle([left, y + 4, left + 12, y + 16], 3, color)
+        count = f"{found[label]}" if shown.truth is None else f"{found[label]} / {true[label]}"
+        pen.text((left + 20, y + 10), _shortened(shown.class_names[label], 104), _INK, _font(13), anchor="lm")
+        pen.text((page.width - _MARGIN, y + 10), count, _QUIET, _font(13), anchor="rm")
+        y += _ROW
+    if len(present) > _MOST_LEGEND:
+        pen.text((left, y + 10), f"and {len(present) - _MOST_LEGEND} more classes", _QUIET, _font(12), anchor="lm")
+        y += _ROW
+    y += 8
+    if shown.truth is not None:
+        for words, dashes in (("detected", [(0, 30)]), ("true", [(0, 8), (11, 19), (22, 30)])):
+            for start, end in dashes:
+                pen.line([left + start, y + 10, left + end, y + 10], _INK, 2)
+            pen.text((left + 38, y + 10), words, _INK, _font(12), anchor="lm")
+            y += _ROW
+    pen.text((left, y + 10), "Grid of 1 m on the floor" if _is_metric(shown) else "", _QUIET, _font(12), anchor="lm")
+
+
+def _is_metric(shown: Content) -> bool:
+    low, high = framed(shown)
+    return bool((high - low)[:2].max() <= 60)
+
+
+def _draw_scale(picture: Image.Image, camera: Camera) -> None:
+    most = 160 / camera.pixels_per_metre
+    power = 10.0 ** np.floor(np.log10(most))
+    length = next(n for n in (5, 2, 1) if n * power <= most) * power
+    pen, y = ImageDraw.Draw(picture), camera.height - 16
+    pen.line([16, y, 16 + length * camera.pixels_per_metre, y], _INK, 3)
+    pen.text((16, y - 6), f"{length:g} m", _INK, _font(12), anchor="ls")
+
+
+def _shortened(text: str, width: int) -> str:
+    font = _font(13)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}\N{HORIZONTAL ELLIPSIS}") > width:
+        text = text[:-1]
+    return f"{text}\N{HORIZONTAL ELLIPSIS}"
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """A font that comes with Matplotlib: the same on every machine."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)

@@ -1,0 +1,209 @@
+"""A renderer in NumPy: points with a depth buffer, shaded by what lies before them, and lines that points hide."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from h2a2_jax.viewer.camera import Camera
+
+_NEAR = 0.05  # m
+_LARGEST = 28  # pixels
+_ROUND = 0.3  # of a point's squared width: between a disc and a square, so that a regular grid shows no gaps
+_SHADING = 9.0
+_STEEPEST = 0.03  # of the depth, per neighbour
+_NEIGHBOURS = ((0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))
+_TOLERANCE = 0.02  # m by which a line may lie behind points and is still seen
+_DASH, _PERIOD = 6.0, 10.0  # pixels, for lines one pixel wide and more
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A picture in the making.
+
+    Attributes:
+        colors: red, green, blue in 0-1.
+        depth: distance in front of the eye (m); infinite where there is nothing.
+    """
+
+    colors: Float[np.ndarray, "h w 3"]
+    depth: Float[np.ndarray, "h w"]
+
+
+def draw_points(
+    camera: Camera,
+    points: Float[np.ndarray, "m 3"],
+    colors: Float[np.ndarray, "m 3"],
+    diameter: float,
+    background: tuple[float, float, float],
+) -> Canvas:
+    """Points as discs, near ones over far ones.
+
+    Args:
+        camera: it looks through.
+        points: x, y, z (m).
+        colors: in 0-1.
+        diameter: of a point (m).
+        background: where there is no point.
+    """
+    pixels, depth = camera.project(points)
+    seen = (depth > _NEAR) | camera.parallel
+    seen &= ((pixels > -_LARGEST) & (pixels < np.array([camera.width, camera.height]) + _LARGEST)).all(axis=1)
+    order = np.flatnonzero(seen)
+    order = order[np.argsort(-depth[order], kind="stable")]  # the last one wins
+    pixels, depth = pixels[order], depth[order]
+    scale = camera.pixels_per_metre * (np.ones_like(depth) if camera.parallel else camera.distance / depth)
+    width = np.clip(np.ceil(diameter * scale), 1, _LARGEST).astype(np.int64)
+    corner = np.floor(pixels - (width[:, None] - 1) / 2).astype(np.int64)
+    winner = np.full(camera.width * camera.height, -1)
+    for size in np.unique(width):
+        _stamp(winner, camera, corner[width == size], np.flatnonzero(width == size), int(size))
+    found = winner >= 0
+    picture = np.full((camera.height * camera.width, 3), background, np.float32)
+    picture[found] = colors[order[winner[found]]]
+    far = np.full(len(winner), np.inf, np.float32)
+    far[found] = depth[winner[found]]
+    shape = (camera.height, camera.width)
+    return Canvas(picture.reshape(*shape, 3), far.reshape(shape))
+
+
+def _stamp(winner: np.ndarray, camera: Camera, corner: np.ndarray, ranks: np.ndarray, size: int) -> None:
+    """Enters points of one width, in ascending order of `ranks`, where no higher rank is."""
+    steps = np.arange(size) - (size - 1) / 2
+    for i, j in np.argwhere(steps[:, None] ** 2 + steps**2 <= _ROUND * max(size, 2) ** 2):
+        x, y = corner[:, 0] + i, corner[:, 1] + j
+        inside = (x >= 0) & (y >= 0) & (x < camera.width) & (y < camera.height)
+        cells, own = (y * camera.width + x)[inside], ranks[inside]
+        nearer = winner[cells] < own
+        winner[cells[nearer]] = own[nearer]  # of several the last is kept, which is the nearest
+
+
+def shade(canvas: Canvas, radius: int, reference: float | None = None) -> Canvas:
+    """Darkens what lies behind its neighbours in the picture (eye-dome lighting, Boucheny 2009).
+
+    Args:
+        canvas: points.
+        radius: of the neighbourhood in pixels.
+        reference: distance (m) that steps in depth are relative to; each pixel's own depth by default.
+    """
+    depth = np.where(np.isfinite(canvas.depth), canvas.depth, np.float32(1e9))
+    scale = depth if reference is None else np.float32(reference)
+    height, width = depth.shape
+    padded = np.pad(depth, radius, mode="edge")
+    step = np.zeros_like(depth)
+    for i, j in _NEIGHBOURS:
+        y, x = radius * (1 + i), radius * (1 + j)
+        step += np.clip((depth - padded[y : y + height, x : x + width]) / scale, 0, _STEEPEST)
+    dark = np.where(np.isfinite(canvas.depth), np.exp(-_SHADING * step), 1).astype(np.float32)
+    return Canvas(canvas.colors * dark[..., None], canvas.depth)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Lines of one look.
+
+    Attributes:
+        ends: both ends of each (m).
+        colors: of each, in 0-1.
+        width: in pixels.
+        dashed: whether they are.
+    """
+
+    ends: Float[np.ndarray, "k 2 3"]
+    colors: Float[np.ndarray, "k 3"]
+    width: float
+    dashed: bool = False
+
+
+def draw_lines(
+    canvas: Canvas,
+    camera: Camera,
+    lines: Lines,
+    *,
+    visible: float,
+    hidden: float,
+    halo: tuple[float, float, float] | None = None,
+) -> None:
+    """Draws lines into a picture.
+
+    Args:
+        canvas: changed in place, but for its depth.
+        camera: the picture was drawn through.
+        lines: drawn in order; later ones cover earlier ones.
+        visible: opacity of what no point hides.
+        hidden: opacity of what points hide.
+        halo: colour of a seam on either side of what is visible.
+    """
+    pixels, depth, line, side, along = _samples(camera, lines.ends)
+    if lines.dashed:
+        drawn = along % (_PERIOD * lines.width) < _DASH * lines.width
+        pixels, depth, line, side = (values[drawn] for values in (pixels, depth, line, side))
+    cells, inside = _cells(camera, pixels)
+    before = np.zeros(len(depth), bool)
+    before[inside] = depth[inside] <= canvas.depth.reshape(-1)[cells[inside]] * 1.003 + _TOLERANCE
+    if halo is not None:
+        seam = np.broadcast_to(np.array(halo), lines.colors.shape)
+        _brush(canvas, camera, (pixels, line, side), before, seam, 1.8 * lines.width, 0.5 * visible)
+    _brush(canvas, camera, (pixels, line, side), ~before, lines.colors, lines.width, hidden)
+    _brush(canvas, camera, (pixels, line, side), before, lines.colors, lines.width, visible)
+
+
+def _samples(camera: Camera, ends: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Pixels, depth, line, direction across the line and pixels from its start, a sample for every pixel of a line."""
+    (start, from_depth), (end, to_depth) = camera.project(ends[:, 0]), camera.project(ends[:, 1])
+    if not camera.parallel:
+        ends, kept = _before_the_eye(ends, from_depth, to_depth)
+        (start, from_depth), (end, to_depth) = camera.project(ends[:, 0]), camera.project(ends[:, 1])
+    else:
+        kept = np.arange(len(ends))
+    # Lines that leave the picture far behind are sampled over a few of its widths only.
+    length = np.minimum(np.linalg.norm(end - start, axis=1), 4.0 * (camera.width + camera.height))
+    counts = np.ceil(1.3 * length).astype(np.int64) + 2
+    row = np.repeat(np.arange(len(ends)), counts)
+    share = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) / (counts[row] - 1)
+    pixels = start[row] + share[:, None] * (end - start)[row]
+    if camera.parallel:
+        depth = from_depth[row] + share * (to_depth - from_depth)[row]
+    else:  # what is linear in the picture is the inverse
+        depth = 1 / (1 / from_depth[row] + share * (1 / to_depth - 1 / from_depth)[row])
+    across = (end - start)[:, ::-1] * [-1, 1] / np.maximum(np.linalg.norm(end - start, axis=1, keepdims=True), 1e-9)
+    return pixels, depth, kept[row], across[row], share * length[row]
+
+
+def _before_the_eye(
+    ends: np.ndarray, first: np.ndarray, second: np.ndarray
+) -> tuple[np.ndarray, Int[np.ndarray, " k"]]:
+    """Ends of lines cut where they come too near the eye, and the rows of those that are left."""
+    kept = np.flatnonzero(np.maximum(first, second) > _NEAR)
+    ends, first, second = ends[kept].astype(np.float64), first[kept], second[kept]
+    for own, depth, other in ((0, first, second), (1, second, first)):
+        near = depth < _NEAR
+        share = (_NEAR - depth[near]) / (other[near] - depth[near])
+        ends[near, own] += share[:, None] * (ends[near, 1 - own] - ends[near, own])
+    return ends, kept
+
+
+def _cells(camera: Camera, pixels: np.ndarray) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+    x, y = np.floor(pixels).astype(np.int64).T
+    inside = (x >= 0) & (y >= 0) & (x < camera.width) & (y < camera.height)
+    return y * camera.width + x, inside
+
+
+def _brush(
+    canvas: Canvas,
+    camera: Camera,
+    samples: tuple[np.ndarray, np.ndarray, np.ndarray],
+    chosen: np.ndarray,
+    colors: np.ndarray,
+    width: float,
+    opacity: float,
+) -> None:
+    """Paints samples with a brush as wide as the line; where several meet, the last line's colour, once."""
+    pixels, line, side = (values[chosen] for values in samples)
+    painted = np.full(camera.width * camera.height, -1)
+    for off in np.linspace(-(width - 1) / 2, (width - 1) / 2, max(1, int(np.ceil(width * 1.3)))):
+        cells, inside = _cells(camera, pixels + off * side)
+        painted[cells[inside]] = line[inside]
+    found = painted >= 0
+    flat = canvas.colors.reshape(-1, 3)
+    flat[found] += opacity * (colors[painted[found]].astype(np.float32) - flat[found])

@@ -1,0 +1,156 @@
+"""Open3D's window, where there is one."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from h2a2_jax.boxes.corners import BOX_EDGES, box_corners
+from h2a2_jax.boxes.detections import Detections
+from h2a2_jax.errors import InputError
+from h2a2_jax.evaluation import GroundTruth
+from h2a2_jax.inputs.appearance import below_ceiling, class_color, display_colors
+from h2a2_jax.inputs.scan import Scan
+from h2a2_jax.viewer.content import Content, content, framed
+
+_INSTEAD = "; an HTML page and a PNG of the scan need none of this"
+_PACKAGES = "libusb-1.0-0 libgl1 libegl1 libx11-6 libudev1"
+_MOST_POINTS = 2_000_000
+_TRUTH_COLOR = (0.1, 0.1, 0.1)
+_UNLIT, _LINES = "defaultUnlit", "unlitLine"
+
+
+def show(
+    scan: Scan,
+    detections: Detections | None,
+    class_names: Sequence[str],
+    *,
+    truth: GroundTruth | None = None,
+    title: str | None = None,
+    score: float = 0.3,
+) -> None:
+    """Opens a window that shows a scan with its boxes, and returns when it is closed.
+
+    Detections have the colour of their class and a label, ground truth is black; a list at the side turns each class
+    on and off.
+
+    Args:
+        scan: points and colours; without colours they are coloured by height. Its own boxes are not shown.
+        detections: boxes in the scan's frame; None is none.
+        class_names: by label.
+        truth: annotated boxes.
+        title: of the window; the scan's name by default.
+        score: detections below are not shown.
+
+    Raises:
+        InputError: Open3D, a library it needs or a display is missing.
+        ValueError: see `content`.
+    """
+    open3d = _open3d()
+    _require_display()
+    shown = content(scan, detections, class_names, truth, _MOST_POINTS)
+    kept = shown.detections.scores >= score
+    found = shown.detections
+    shown = replace(shown, detections=Detections(found.boxes[kept], found.scores[kept], found.labels[kept]))
+    open3d.visualization.draw(
+        geometries(open3d, shown),
+        title=scan.name if title is None else title,
+        show_skybox=False,
+        bg_color=(0.867, 0.89, 0.918, 1.0),
+        point_size=3,
+        line_width=2,
+        show_ui=True,
+        on_init=lambda window: _add_labels(window, shown),
+        **_camera(shown),
+    )
+
+
+def geometries(open3d: Any, shown: Content) -> list[dict[str, Any]]:
+    """What Open3D's `draw` takes: the points, and a group of lines for each class.
+
+    Args:
+        open3d: the module.
+        shown: what is there to see, of the scores wanted.
+    """
+    # Lengths are relative to the scan's own place: the window computes in float32.
+    origin = _origin(shown)
+    points = shown.scan.points
+    below = below_ceiling(points)
+    cloud = open3d.geometry.PointCloud()
+    cloud.points = open3d.utility.Vector3dVector(points[below].astype(np.float64) - origin)
+    cloud.colors = open3d.utility.Vector3dVector(display_colors(shown.scan)[below].astype(np.float64))
+    parts = [_part(open3d, "points", "scan", cloud, _UNLIT)]
+    for label in np.unique(shown.detections.labels).tolist():
+        boxes = shown.detections.boxes[shown.detections.labels == label]
+        lines = _line_set(open3d, boxes, origin, class_color(label))
+        parts.append(_part(open3d, f"{shown.class_names[label]} ({len(boxes)})", "detections", lines, _LINES))
+    if shown.truth is not None:
+        for label in np.unique(shown.truth.labels).tolist():
+            boxes = shown.truth.boxes[shown.truth.labels == label]
+            lines = _line_set(open3d, boxes, origin, _TRUTH_COLOR)
+            parts.append(
+                _part(open3d, f"true {shown.class_names[label]} ({len(boxes)})", "ground truth", lines, _LINES)
+            )
+    return parts
+
+
+def _origin(shown: Content) -> np.ndarray:
+    return np.floor(framed(shown)[0])
+
+
+def _part(open3d: Any, name: str, group: str, geometry: Any, shader: str) -> dict[str, Any]:
+    material = open3d.visualization.rendering.MaterialRecord()
+    material.shader = shader
+    material.line_width = 2.0
+    material.point_size = 3.0
+    return {"name": name, "group": group, "geometry": geometry, "material": material}
+
+
+def _line_set(open3d: Any, boxes: np.ndarray, origin: np.ndarray, color: tuple[float, float, float]) -> Any:
+    corners = box_corners(boxes) - origin
+    edges = np.array(BOX_EDGES)[None] + 8 * np.arange(len(boxes))[:, None, None]
+    lines = open3d.geometry.LineSet()
+    lines.points = open3d.utility.Vector3dVector(corners.reshape(-1, 3))
+    lines.lines = open3d.utility.Vector2iVector(edges.reshape(-1, 2))
+    lines.paint_uniform_color(color)
+    return lines
+
+
+def _add_labels(window: Any, shown: Content) -> None:
+    found, origin = shown.detections, _origin(shown)
+    for box, label, score in zip(found.boxes, found.labels.tolist(), found.scores.tolist(), strict=True):
+        top = box[:3].astype(np.float64) - origin + [0, 0, box[5] / 2]
+        window.add_3d_label(top, f"{shown.class_names[label]} {score:.2f}")
+
+
+def _camera(shown: Content) -> dict[str, Any]:
+    low, high = (corner - _origin(shown) for corner in framed(shown))
+    middle, reach = (low + high) / 2, float(np.linalg.norm(high - low))
+    eye = middle + reach * np.array([-0.27, -0.6, 0.8])
+    return {"lookat": middle.astype(np.float32), "eye": eye.astype(np.float32), "up": np.array([0, 0, 1], np.float32)}
+
+
+def _open3d() -> Any:
+    try:
+        import open3d
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f'A window needs {error.name or "open3d"}: pip install "h2a2_jax[visual]"{_INSTEAD}.'
+        ) from error
+    except (ImportError, OSError) as error:
+        raise InputError(
+            f"Open3D is installed but cannot be loaded ({error}): apt-get install {_PACKAGES}{_INSTEAD}."
+        ) from error
+    return open3d
+
+
+def _require_display() -> None:
+    named = any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+    if sys.platform.startswith("linux") and not named:
+        raise InputError(
+            "A window needs a display, and neither DISPLAY nor WAYLAND_DISPLAY is set: run it on a desktop or with "
+            f"ssh -X{_INSTEAD}."
+        )
