@@ -134,7 +134,7 @@ class Evaluation:
             cells = []
             for b, name in enumerate(breakdown.bins.describe()):
                 scores = "/".join(_per_cent(value) for value in breakdown.mean_average_precision[:, b])
-                cells.append(f"{name} {scores}, {breakdown.num_ground_truth[b].sum()} boxes")
+                cells.append(f"{name} {scores}, ground truth {breakdown.num_ground_truth[b].sum()}")
             levels = "/".join(f"{threshold:g}" for threshold in self.iou_thresholds)
             lines.append(f"mAP@{levels} by {title}{measured}: {'; '.join(cells)}.")
         for threshold, point in zip(self.iou_thresholds, self.best_f1_of_all, strict=True):

@@ -19,6 +19,7 @@ from h2a2_jax.boxes.detections import Detections
 from h2a2_jax.boxes.nms import overlap_matrix
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.scan import Scan
+from h2a2_jax.inputs.specs import Augmentation, DatasetSpec
 
 SCALES = (0.95, 1.05)
 """Of the scaled views."""
@@ -85,12 +86,14 @@ class View:
         return result.astype(boxes.dtype)
 
 
-def views(names: Sequence[str]) -> tuple[View, ...]:
+def views(names: Sequence[str], augmentation: Augmentation | None = None) -> tuple[View, ...]:
     """The views of a choice of augmentations, the scan as it is first.
 
     Args:
         names: of "flip_x", "flip_y" (both: mirrored in both ways too), "scales" (`SCALES`) and "turns" (by 90, 180 and
-            270 degrees, which suits scans of whole rooms; those of a camera are always seen from one side).
+            270 degrees).
+        augmentation: of training. Mirrors that it does not have are left out, and turns where it has not both: scans
+            of one camera, as SUN RGB-D's, are never seen from behind.
 
     Raises:
         InputError: another name.
@@ -98,6 +101,9 @@ def views(names: Sequence[str]) -> tuple[View, ...]:
     unknown = [name for name in names if name not in ("flip_x", "flip_y", "scales", "turns")]
     if unknown:
         raise InputError(f"There is no test-time augmentation {unknown[0]!r}: use flip_x, flip_y, scales, turns.")
+    if augmentation is not None:
+        trained = {"flip_x": augmentation.flip_x > 0, "flip_y": augmentation.flip_y > 0}
+        names = [name for name in names if trained.get(name, name != "turns" or all(trained.values()))]
     flips = itertools.product(
         (False, True) if "flip_x" in names else (False,), (False, True) if "flip_y" in names else (False,)
     )
@@ -114,26 +120,29 @@ class TestTimeAugmented:
 
     __test__ = False  # no test, whatever its name
 
-    def __init__(self, predictor: Predicts, names: Sequence[str], rotated: dict[str, bool], iou_threshold: float = 0.5):
+    def __init__(
+        self, predictor: Predicts, names: Sequence[str], specs: Sequence[DatasetSpec], iou_threshold: float = 0.5
+    ):
         """Takes over a predictor.
 
         Args:
             predictor: of one view.
             names: of the augmentations, see `views`.
-            rotated: by dataset, whether its boxes turn.
+            specs: of the datasets.
             iou_threshold: bird's-eye-view IoU above which boxes of one class are one.
 
         Raises:
             InputError: see `views`.
         """
-        self._predictor, self._views = predictor, views(names)
-        self._rotated, self._iou_threshold = rotated, iou_threshold
+        self._predictor, self._iou_threshold = predictor, iou_threshold
+        self._has_yaw = {spec.name: spec.has_yaw for spec in specs}
+        self._views = {spec.name: views(names, spec.augmentation) for spec in specs}
 
     def predict(self, scans: Sequence[Scan], dataset: str) -> list[Detections]:
         """Boxes of scans, a pass per view; see `Predictor.predict`."""
-        has_yaw = self._rotated[dataset]
+        has_yaw = self._has_yaw[dataset]
         by_scan: list[list[Detections]] = [[] for _ in scans]
-        for view in self._views:
+        for view in self._views[dataset]:
             found = self._predictor.predict([view.see(scan) for scan in scans], dataset)
             for own, one in zip(by_scan, found, strict=True):
                 own.append(dataclasses.replace(one, boxes=view.lead_back(one.boxes, has_yaw=has_yaw)))
@@ -151,30 +160,43 @@ def fuse(found: Sequence[Detections], iou_threshold: float = 0.5, *, rotated: bo
     Returns:
         Boxes class by class, by descending score.
     """
-    boxes = np.concatenate([one.boxes for one in found])
-    scores = np.concatenate([one.scores for one in found])
     labels = np.concatenate([one.labels for one in found])
-    view = np.repeat(np.arange(len(found)), [len(one) for one in found])
+    boxes, scores, kept = [np.zeros((0, 7), np.float32)], [np.zeros(0, np.float32)], [np.zeros(0, np.int32)]
+    for label in np.unique(labels):
+        own = [one.labels == label for one in found]
+        fused = _fuse_class(
+            np.concatenate([one.boxes[rows] for one, rows in zip(found, own, strict=True)]),
+            np.concatenate([one.scores[rows] for one, rows in zip(found, own, strict=True)]),
+            np.repeat(np.arange(len(found)), [rows.sum() for rows in own]),
+            iou_threshold,
+            rotated,
+        )
+        order = np.argsort(-fused[1], kind="stable")
+        boxes.append(fused[0][order])
+        scores.append(fused[1][order] / np.float32(len(found)))
+        kept.append(np.full(len(order), label, np.int32))
+    return Detections(np.concatenate(boxes), np.concatenate(scores), np.concatenate(kept))
+
+
+def _fuse_class(
+    boxes: np.ndarray, scores: np.ndarray, view: np.ndarray, iou_threshold: float, rotated: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes of one class made one where they overlap, and the sums of their scores."""
+    order = np.argsort(-scores, kind="stable")
+    boxes, scores, view = boxes[order], scores[order], view[order]
     close = overlap_matrix(boxes, rotated=rotated) > iou_threshold
+    np.fill_diagonal(close, True)  # a box without area does not overlap itself
     is_free = np.ones(len(boxes), bool)
-    fused, means, kept = [], [], []
-    for best in np.argsort(-scores, kind="stable"):
+    fused, sums = [], []
+    for best in range(len(boxes)):
         if not is_free[best]:
             continue
-        near = is_free & close[best] & (labels == labels[best])
-        near[best] = True  # a box without area does not overlap itself
-        is_free &= ~near
-        members = np.flatnonzero(near)
-        members = members[np.argsort(-scores[members], kind="stable")]
+        members = np.flatnonzero(is_free & close[best])
+        is_free[members] = False
         members = members[np.unique(view[members], return_index=True)[1]]
         fused.append(_mean_box(boxes[best], boxes[members], scores[members]))
-        means.append(scores[members].sum() / len(found))
-        kept.append(labels[best])
-    result = np.array(means, np.float32), np.array(kept, np.int32)
-    order = np.lexsort((-result[0], result[1]))
-    return Detections(
-        np.array(fused, np.float32).reshape(-1, 7)[order], result[0][order], result[1][order].astype(labels.dtype)
-    )
+        sums.append(scores[members].sum())
+    return np.array(fused, np.float32), np.array(sums, np.float32)
 
 
 def _mean_box(leader: np.ndarray, boxes: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -78,7 +78,7 @@ def draw_breakdowns(name: str, document: Document, folder: Path) -> Picture:
         known = [(bin_["score"], bin_["precision"]) for bin_ in level["calibration"] if bin_["detections"]]
         if known:
             ax.plot(*zip(*known, strict=True), "o-", color=color, label=f"IoU above {level['iou']:g}", markersize=4)
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="score", ylabel="share of detections that are hits")
+    ax.set(xlim=(0, 1.02), ylim=(-0.01, 1.03), xlabel="score", ylabel="share of detections that are hits")
     ax.set_title("what a score means", fontsize="medium")
     ax.grid(alpha=0.3)
     if ax.get_legend_handles_labels()[0]:
@@ -108,7 +108,7 @@ def _draw_bars(ax: Any, breakdown: Mapping[str, Any]) -> None:
     ax.set_xticks(
         range(len(bins)),
         [
-            f"{one['name']}\n{values}\n{sum(one['num_ground_truth'].values())} boxes"
+            f"{one['name']}\n{values}\n{_boxes(sum(one['num_ground_truth'].values()))}"
             for one, values in zip(bins, ranges, strict=True)
         ],
     )
@@ -116,6 +116,10 @@ def _draw_bars(ax: Any, breakdown: Mapping[str, Any]) -> None:
     ax.legend(fontsize="small", loc="upper right")
     ax.grid(axis="y", alpha=0.3)
     ax.set_axisbelow(True)
+
+
+def _boxes(count: int) -> str:
+    return f"{count} box" if count == 1 else f"{count} boxes"
 
 
 def _ranges(breakdown: Mapping[str, Any]) -> list[str]:
@@ -173,12 +177,12 @@ def _classes(document: Document) -> Table:
         row = [label, str(document["num_ground_truth"][label]), str(document["num_detections"][label])]
         for level in levels:
             row += [_per_cent(level["AP"][label]), _per_cent(level["AR"][label])]
-            row += [_of(level["best_f1"][label], "f1", 1, 100), _of(level["best_f1"][label], "score", 2)]
+            row += [_of(level["best_f1"][label], "f1", 1, 100.0), _of(level["best_f1"][label], "score", 2)]
         rows.append(row)
     mean = ["mean", str(sum(document["num_ground_truth"].values())), str(sum(document["num_detections"].values()))]
     for level in levels:
         mean += [_per_cent(level["mAP"]), _per_cent(level["mAR"])]
-        mean += [_of(level["best_f1_of_all"], "f1", 1, 100), _of(level["best_f1_of_all"], "score", 2)]
+        mean += [_of(level["best_f1_of_all"], "f1", 1, 100.0), _of(level["best_f1_of_all"], "score", 2)]
     caption = (
         "Per cent; AP: area below the precision-recall curve, AR: recall of all detections, score from: where F1 is "
         "greatest, in the last row for all classes alike."
@@ -237,7 +241,7 @@ def _cell(head: str, name: str, document: Document, t: int) -> str:
     return f"{_per_cent(level['mAP'])} ({_per_cent(level['own_mAP'])}, {len(entry['classes'])})"
 
 
-def _of(point: Mapping[str, float | None] | None, key: str, digits: int, factor: float = 1) -> str:
+def _of(point: Mapping[str, float | None] | None, key: str, digits: int, factor: float = 1.0) -> str:
     value = None if point is None else point[key]
     return number(None if value is None else factor * value, digits)
 

@@ -28,6 +28,25 @@ def evaluate(
     folder: Path,
     division: MeshDivision | None = None,
     request: EvalRequest = _PLAIN,
+) -> dict[str, Any]:
+    """Evaluate a detector; see `evaluate_predictor`, which has the other arguments.
+
+    Args:
+        config: of the run.
+        model: the detector; in a run of several processes, the same in all.
+        folder: of the results.
+        division: which datasets each process evaluates.
+        request: which scans, and how.
+    """
+    return evaluate_predictor(config, build_predictor(model, config.specs, config.eval), folder, division, request)
+
+
+def evaluate_predictor(
+    config: ExperimentConfig,
+    predictor: Predicts,
+    folder: Path,
+    division: MeshDivision | None = None,
+    request: EvalRequest = _PLAIN,
     *,
     draw: int = 0,
 ) -> dict[str, Any]:
@@ -35,7 +54,7 @@ def evaluate(
 
     Args:
         config: of the run.
-        model: the detector; in a run of several processes, the same in all.
+        predictor: of the datasets of the config.
         folder: of the results.
         division: which datasets each process evaluates; by default that of all devices.
         request: which scans, and how.
@@ -56,12 +75,10 @@ def evaluate(
         "open the scans to evaluate",
     )
     say_warnings({specs[d].name: source for d, source in own.items()})
+    if request.tta:
+        predictor = TestTimeAugmented(predictor, request.tta, specs, config.eval.iou_threshold)
 
     def evaluated() -> dict[str, Any]:
-        predictor: Predicts = build_predictor(model, specs, config.eval)
-        if request.tta:
-            rotated = {spec.name: spec.has_yaw for spec in specs}
-            predictor = TestTimeAugmented(predictor, request.tta, rotated, config.eval.iou_threshold)
         return {
             specs[d].name: _evaluated(config, predictor, source, specs[d], request, draw) for d, source in own.items()
         }
@@ -74,7 +91,7 @@ def evaluate(
     say_notes({f"{name}/{scan}": notes for name, one in found.items() for scan, notes in one["notes"].items()}, specs)
     for name, one in found.items():
         say(f"\n{name}, {results[name]['scans']} scans\n{one['text']}")
-    if any("cross" in values for values in results.values()):
+    if request.cross:
         say("\n" + cross_table(results))
     if is_main():
         write_evaluation(folder, results)

@@ -97,7 +97,7 @@ def test_bins_ignore_what_belongs_to_others():
     assert result.by_distance is not None
     assert result.by_distance.num_ground_truth[:, 0].tolist() == [1, 0, 1]
     assert result.num_detections.tolist() == [3] and result.num_scans == 1
-    assert "small (below 0.1 m3) 100.0, 1 boxes" in result.summary()
+    assert "small (below 0.1 m3) 100.0, ground truth 1" in result.summary()
     assert "keep scores from 0.90 (precision 100.0, recall 50.0" in result.summary()
 
 
