@@ -76,8 +76,9 @@ def content(
     truth, lost_truth = (None, 0) if truth is None else _usable_truth(truth)
     if lost + lost_truth:
         notes.append(f"{lost + lost_truth:,} boxes with NaN or infinite numbers are not shown.")
-    for labels in (detections.labels, [] if truth is None else truth.labels):
-        _check_labels(np.asarray(labels, np.int64), len(class_names))
+    _check_labels(detections.labels, len(class_names))
+    if truth is not None:
+        _check_labels(truth.labels, len(class_names))
     shown = replace(scan, points=scan.points[rows], colors=np.clip(scan.colors[rows], 0, 1))
     return Content(shown, len(scan.points), detections, truth, tuple(class_names), tuple(notes))
 

@@ -179,8 +179,7 @@ def _write_labels(
     pixels, depth = camera.project(tops)
     placed = np.zeros((0, 4))
     for (x, y), away, label, word in zip(pixels, depth, labels, words, strict=True):
-        left, top, right, bottom = pen.textbbox((0, 0), word, font)
-        wide, high = right - left + 12, 18
+        wide, high = font.getlength(word) + 12, 18
         outside = not (0 <= x < camera.width and 0 <= y < camera.height) or (away < 0 and not camera.parallel)
         if outside or len(placed) >= _MOST_LABELS:
             continue
