@@ -1,34 +1,162 @@
 """`--mode=predict`."""
 
-import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from h2a2_jax.commands.restore import restore
-from h2a2_jax.inference.evaluate import build_predictor, evaluate_source
-from h2a2_jax.inference.predictions import predictions_json
-from h2a2_jax.inputs.sources import CachedSource, build_source
+import numpy as np
+from tqdm import tqdm
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.evaluation import GroundTruth
+from h2a2_jax.inference.evaluate import build_predictor
+from h2a2_jax.inference.files import FoundInputs, PredictRequest, find_inputs, printable
+from h2a2_jax.inference.predict_files import Outcome, predict_files
+from h2a2_jax.inference.predictions import document_of, scan_entry
+from h2a2_jax.inference.predictor import Predictor, prepare
+from h2a2_jax.inference.writers import check_output, write_document, write_scan
+from h2a2_jax.inputs.recognise import some
+from h2a2_jax.inputs.scan import ScanError, ScanSource, load_or_skip
+from h2a2_jax.inputs.sources import build_source
+from h2a2_jax.inputs.specs import DatasetSpec
+from h2a2_jax.training.checkpoint import restore_checkpoint
 from h2a2_jax.training.config import ExperimentConfig
 from h2a2_jax.training.distributed import MeshDivision
 from h2a2_jax.training.loop import say_skipped
 from h2a2_jax.training.mesh import train_mesh
 
+INTERRUPTED = 130
+_SECONDS_BETWEEN_LOG_LINES = 30
 
-def predict_command(config: ExperimentConfig, workdir: Path) -> None:
-    """Restore the newest checkpoint and write the boxes of the validation scans, <workdir>/predictions/<dataset>.json.
+
+def predict_files_command(workdir: Path, request: PredictRequest) -> int:
+    """Restore a checkpoint and write the boxes of files of points.
+
+    Args:
+        workdir: folder of a run, or of its checkpoints, or of one of them.
+        request: which files, and how.
+
+    Returns:
+        Exit status: 0, 1 if a file could not be predicted, 130 if the user stopped it.
+
+    Raises:
+        InputError: nothing can be predicted at all: no input is found, the results cannot be written, there is no
+            checkpoint, or the model was not trained on the dataset.
+    """
+    output = workdir / "boxes" if request.output is None else request.output
+    found = find_inputs(request.inputs, output)
+    check_output(output, (file.name for file in found.files), request.formats)
+    model, config = restore_checkpoint(workdir, request.step)
+    predictor = Predictor(
+        model,
+        config.specs,
+        score_threshold=request.score,
+        iou_threshold=config.eval.iou_threshold,
+        conditioning=config.eval.conditioning,
+        kernels=config.eval.kernels,
+    )
+    for line in _opening(found, request, predictor, output):
+        print(line, flush=True)
+    outcome = predict_files(predictor, found, request, output, say=lambda text: tqdm.write(text, file=sys.stdout))
+    for line in _closing(outcome, found, output):
+        print(line, flush=True)
+    return INTERRUPTED if outcome.interrupted else 1 if outcome.failed else 0
+
+
+def _opening(found: FoundInputs, request: PredictRequest, predictor: Predictor, output: Path) -> Iterator[str]:
+    names = [spec.name for spec in predictor.specs]
+    spec = predictor.specs[0] if request.dataset is None else predictor.spec(request.dataset)
+    choice = ""
+    if request.dataset is None and len(names) > 1:
+        choice = f" (the first of {', '.join(names)}; choose with --dataset)"
+    kind = "turned about the vertical" if spec.has_yaw else "axis-aligned"
+    yield f"{len(found.files)} files, boxes by the head of {spec.name}{choice}: {len(spec.classes)} classes, {kind}."
+    yield f"Files are taken as {_frame(request)}, boxes of score {request.score:g} and more go to {printable(output)}."
+    if found.passed_over:
+        shown = ", ".join(printable(path) for path in found.passed_over[:3])
+        yield f"{len(found.passed_over)} text files without points are passed over: {shown}."
+    yield from found.problems.values()
+
+
+def _frame(request: PredictRequest) -> str:
+    up = "whatever axis seems to point up" if request.up == "auto" else f"{request.up} up"
+    return f"{up}, in {'the unit that seems to be theirs' if request.unit == 'auto' else request.unit}"
+
+
+def _closing(outcome: Outcome, found: FoundInputs, output: Path) -> Iterator[str]:
+    for remark, names in outcome.remarks.items():
+        if len(names) > 1:
+            yield f"{len(names)} scans: {printable(remark)} ({some(names)})."
+    done = f"{outcome.boxes} boxes in {len(outcome.entries)} of {len(found.files)} scans: {printable(output)}"
+    if outcome.interrupted:
+        yield f"Stopped. Until then: {done}; the same command begins anew."
+    else:
+        yield done
+    if outcome.entries:
+        spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in outcome.seconds.items())
+        yield f"seconds, the next scan being read meanwhile: {spent}"
+    if outcome.failed:
+        yield f"{len(outcome.failed)} failed:"
+        yield from (f"  {name}: {sentence}" for name, sentence in outcome.failed.items())
+
+
+def predict_command(config: ExperimentConfig | None, workdir: Path, request: PredictRequest | None = None) -> None:
+    """Restore a checkpoint and write the boxes of the validation scans, <workdir>/predictions/<dataset>.json.
+
+    Args:
+        config: that the checkpoint must agree with, and whose data are used; None: the stored one.
+        workdir: folder of the run.
+        request: without inputs; its formats "ply", "html" and "png" are written scan by scan to
+            <output>/<dataset>/, with the annotated boxes beside those found. None: none of them.
 
     Raises:
         InputError: there is no checkpoint, or it is of another architecture than the config.
     """
-    specs = config.specs
-    model = restore(config, workdir)
-    predictor = build_predictor(model, specs, config.eval)
+    model, stored = restore_checkpoint(workdir, None if request is None else request.step, config)
+    config = stored if config is None else config
+    predictor = build_predictor(model, config.specs, config.eval)
     folder = workdir / "predictions"
-    folder.mkdir(parents=True, exist_ok=True)
-    for d in MeshDivision(train_mesh(len(specs)), len(specs)).evaluated:
-        spec, source = specs[d], CachedSource(build_source(config.datasets[d], "val"))
-        _, detections, log = evaluate_source(predictor, source, spec, config.eval)
-        say_skipped(log.skipped)
-        scans = [source[i] for i, name in enumerate(source.names) if name not in log.skipped]
+    if request is not None and request.output is not None:
+        folder = request.output
+    check_output(folder, (), ())
+    for d in MeshDivision(train_mesh(len(config.specs)), len(config.specs)).evaluated:
+        spec = config.specs[d]
+        if request is not None and request.dataset not in (None, spec.name):
+            continue
+        source = build_source(config.datasets[d], "val")
+        formats = () if request is None else tuple(name for name in request.formats if name in ("ply", "html", "png"))
+        entries, skipped = _predict_source(predictor, source, spec, folder / spec.name, formats)
+        say_skipped(skipped)
         path = folder / f"{spec.name}.json"
-        path.write_text(json.dumps(predictions_json(scans, detections, spec), indent=1) + "\n")
-        print(f"{path}: {sum(len(found.scores) for found in detections)} boxes in {len(scans)} scans", flush=True)
+        write_document(path, document_of(entries, spec))
+        print(f"{path}: {sum(len(entry['boxes']) for entry in entries)} boxes in {len(entries)} scans", flush=True)
+
+
+def _predict_source(
+    predictor: Predictor, source: ScanSource, spec: DatasetSpec, folder: Path, formats: tuple[str, ...]
+) -> tuple[list[dict], dict[str, str]]:
+    """Entries of the scans of a source, one in memory at a time, and why others were left out."""
+    entries, skipped = [], dict[str, str]()
+    interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LOG_LINES
+    with tqdm(total=len(source), desc=spec.name, unit="scan", mininterval=interval) as bar:
+        for scan in load_or_skip(source, skipped):
+            try:
+                (found,) = predictor.predict([prepare(scan, spec)], spec.name)
+            except ScanError as error:
+                skipped[error.scan] = str(error)
+                continue
+            entry = scan_entry(scan.name, scan.transform, found, spec)
+            entries.append(entry)
+            if formats:
+                known = scan.labels >= 0
+                truth = GroundTruth(scan.boxes[known], scan.labels[known])
+                matrix = scan.transform.astype(np.float64)
+                try:
+                    write_scan(folder, formats, entry, scan, matrix, found, spec, truth)
+                except OSError as error:
+                    raise InputError(
+                        f"{error.filename or folder} cannot be written ({error.strerror}): choose another --output."
+                    ) from error
+            bar.update(len(entries) + len(skipped) - bar.n)
+        bar.update(len(source) - bar.n)
+    return entries, skipped

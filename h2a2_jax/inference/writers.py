@@ -1,0 +1,266 @@
+"""Results of a prediction as files: boxes as JSON and as a table, points and boxes as PLY, a page, a picture.
+
+    DIR/predictions.json    boxes of all scans, the schema of `h2a2_jax.inference.predictions`
+    DIR/boxes.csv           the same as a table, a box a line
+    DIR/<scan>.json         boxes of one scan
+    DIR/<scan>_points.ply   its points in the frame of the file, with the class, number and score of the box they are in
+    DIR/<scan>_boxes.ply    frames of its boxes as a mesh, in the same frame
+    DIR/<scan>.html, .png   the viewer's page and picture
+
+boxes.csv has the columns `CSV_COLUMNS`. Whatever way the file stands, a corner of a box is center + Q @ (+-size_x/2,
++-size_y/2, +-size_z/2), Q the rotation of the unit quaternion qw, qx, qy, qz.
+
+A file is written beside its place and put there when it is whole.
+"""
+
+import contextlib
+import csv
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.spatial.transform import Rotation
+
+from h2a2_jax.boxes.corners import BOX_EDGES, box_corners
+from h2a2_jax.boxes.detections import Detections
+from h2a2_jax.errors import InputError
+from h2a2_jax.inference.predictions import PREDICTIONS_VERSION, document_of, read_predicted_scans
+from h2a2_jax.inputs.appearance import class_color
+from h2a2_jax.inputs.scan import Scan, points_in_box
+from h2a2_jax.inputs.specs import DatasetSpec
+
+CSV_COLUMNS = (
+    *("scan", "file", "class", "label", "score"),
+    *("center_x", "center_y", "center_z", "size_x", "size_y", "size_z", "yaw", "upright", "up", "unit"),
+    *("qw", "qx", "qy", "qz"),
+)
+ALL_BOXES, TABLE = "predictions.json", "boxes.csv"
+_COMMENT = "boxes of h2a2_jax"
+_BAR = 0.012  # m, thickness of the bars of a box's frame
+_CUBE = ((0, 2, 3, 1), (4, 5, 7, 6), (0, 1, 5, 4), (2, 6, 7, 3), (0, 4, 6, 2), (1, 3, 7, 5))  # corners of each face
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to that becomes `path` when all went well, and is removed otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_document(path: Path, document: dict[str, Any]) -> None:
+    """Writes JSON."""
+    with whole_file(path) as part:
+        part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def write_table(path: Path, entries: Iterable[dict[str, Any]], spec: DatasetSpec) -> None:
+    """Writes the boxes of scans as a table.
+
+    Args:
+        path: of the .csv.
+        entries: of `predictions.scan_entry`.
+        spec: of their dataset.
+    """
+    with whole_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(CSV_COLUMNS)
+        for entry in entries:
+            (scan,) = read_predicted_scans(document_of([entry], spec))
+            found = scan.detections
+            # Near 1e-17 it is rounding, which a table need not show.
+            turns = Rotation.from_matrix(scan.rotations).as_quat(scalar_first=True).round(9) if len(found) else ()
+            upright = int(scan.alignment is None)
+            for box, score, label, turn in zip(found.boxes, found.scores, found.labels, turns, strict=True):
+                numbers = [f"{value:.9g}" if abs(value) < 1e5 else f"{value:.6f}" for value in box]
+                named = (scan.name, scan.file or "", spec.classes[label], int(label), f"{score:.6g}")
+                quaternion = (f"{value + 0:.9g}" for value in turn)
+                rows.writerow([*named, *numbers, upright, scan.up, scan.unit, *quaternion])
+
+
+def write_points(path: Path, scan: Scan, matrix: Float[np.ndarray, "4 4"], found: Detections) -> None:
+    """Writes the points of a scan as a binary PLY in the frame of its file.
+
+    Vertices have x, y, z (double where float would lose a tenth of a millimetre), red, green, blue, label and instance
+    (class and number of the box of the highest score that holds the point; -1 where there is none), score.
+
+    Args:
+        path: of the .ply.
+        scan: points and colours.
+        matrix: from the file's frame and unit to the scan's.
+        found: boxes in the scan's frame.
+    """
+    labels, instances, scores = point_labels(scan.points, found)
+    places = _in_file(scan.points.astype(np.float64), matrix)
+    metres = float(np.linalg.norm(matrix[2, :3]))
+    real = "<f8" if np.abs(places).max(initial=0) * metres > 1e3 else "<f4"
+    kinds = [*((axis, real) for axis in "xyz"), *((color, "u1") for color in ("red", "green", "blue"))]
+    rows = np.empty(len(places), np.dtype([*kinds, ("label", "<i4"), ("instance", "<i4"), ("score", "<f4")]))
+    for i, axis in enumerate("xyz"):
+        rows[axis] = places[:, i]
+    for i, color in enumerate(("red", "green", "blue")):
+        rows[color] = np.round(255 * scan.colors[:, i])
+    rows["label"], rows["instance"], rows["score"] = labels, instances, scores
+    _write_ply(path, rows, None)
+
+
+def point_labels(
+    points: Float[np.ndarray, "m 3"], found: Detections
+) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"], Float[np.ndarray, " m"]]:
+    """Class, number and score of the best box that holds each point; -1, -1 and 0 where there is none."""
+    labels, instances = np.full(len(points), -1, np.int32), np.full(len(points), -1, np.int32)
+    scores = np.zeros(len(points), np.float32)
+    order = np.argsort(points[:, 0], kind="stable")
+    along = points[order, 0]
+    for i in np.argsort(found.scores, kind="stable"):
+        box = found.boxes[i].astype(np.float64)
+        reach = np.hypot(box[3], box[4]) / 2 + 1e-3
+        first, last = np.searchsorted(along, (box[0] - reach, box[0] + reach))
+        near = order[first:last]
+        inside = near[points_in_box(points[near].astype(np.float64), box)]
+        labels[inside], instances[inside], scores[inside] = found.labels[i], i, found.scores[i]
+    return labels, instances, scores
+
+
+def write_box_frames(path: Path, matrix: Float[np.ndarray, "4 4"], found: Detections) -> None:
+    """Writes boxes as a PLY mesh of bars along their edges, in the colours of their classes.
+
+    Args:
+        path: of the .ply.
+        matrix: from the file's frame and unit to that of the boxes.
+        found: boxes.
+    """
+    vertices, colors, faces = [np.zeros((0, 3))], [np.zeros((0, 3))], [np.zeros((0, 3), np.int64)]
+    signs = np.array([[1 if i & bit else -1 for bit in (1, 2, 4)] for i in range(8)])
+    triangles = np.array([(face[0], face[i], face[i + 1]) for face in _CUBE for i in (1, 2)])
+    for number, (box, corners) in enumerate(zip(found.boxes, box_corners(found.boxes), strict=True)):
+        axes = np.stack([corners[bit] - corners[0] for bit in (1, 2, 4)])
+        axes /= np.maximum(np.linalg.norm(axes, axis=1, keepdims=True), 1e-12)
+        for bar, (one, other) in enumerate(BOX_EDGES):
+            half = np.full(3, _BAR / 2)
+            direction = int(np.log2(one ^ other))
+            half[direction] += box[3 + direction] / 2
+            vertices.append((corners[one] + corners[other]) / 2 + (signs * half) @ axes)
+            faces.append(triangles + 8 * (12 * number + bar))
+        colors.append(np.tile(class_color(int(found.labels[number])), (96, 1)))
+    places = _in_file(np.concatenate(vertices), matrix)
+    metres = float(np.linalg.norm(matrix[2, :3]))
+    real = "<f8" if np.abs(places).max(initial=0) * metres > 1e3 else "<f4"
+    kinds = [*((axis, real) for axis in "xyz"), *((color, "u1") for color in ("red", "green", "blue"))]
+    rows = np.empty(len(places), np.dtype(kinds))
+    for i, axis in enumerate("xyz"):
+        rows[axis] = places[:, i]
+    for i, color in enumerate(("red", "green", "blue")):
+        rows[color] = np.round(255 * np.concatenate(colors)[:, i])
+    _write_ply(path, rows, np.concatenate(faces))
+
+
+def write_scan(
+    folder: Path,
+    formats: Sequence[str],
+    entry: dict[str, Any],
+    scan: Scan,
+    matrix: Float[np.ndarray, "4 4"],
+    found: Detections,
+    spec: DatasetSpec,
+    truth: Any = None,
+) -> None:
+    """Writes what is asked for of one scan.
+
+    Args:
+        folder: of the results.
+        formats: of `files.FORMATS`; "csv" is of all scans.
+        entry: of `predictions.scan_entry`.
+        scan: points and colours.
+        matrix: from the file's frame and unit to the scan's.
+        found: boxes in the scan's frame.
+        spec: of their dataset.
+        truth: `GroundTruth` for page and picture, or None.
+    """
+    stem = folder / str(entry["name"])
+    if "json" in formats:
+        write_document(_beside(stem, ".json"), document_of([entry], spec))
+    if "ply" in formats:
+        write_points(_beside(stem, "_points.ply"), scan, matrix, found)
+        write_box_frames(_beside(stem, "_boxes.ply"), matrix, found)
+    if "html" in formats or "png" in formats:
+        from h2a2_jax.viewer import write_image, write_viewer  # matplotlib takes a second
+
+        lowest = float(found.scores.min(initial=1.0))
+        for suffix, write in ((".html", write_viewer), (".png", write_image)):
+            if suffix[1:] in formats:
+                with whole_file(_beside(stem, suffix)) as part:
+                    write(part, scan, found, spec.classes, truth=truth, score=min(0.3, lowest))
+
+
+def check_output(folder: Path, names: Iterable[str], formats: Sequence[str]) -> None:
+    """Makes the folder of the results and makes sure that they can be written to it.
+
+    Args:
+        folder: of the results.
+        names: of the scans.
+        formats: that will be written.
+
+    Raises:
+        InputError: it cannot be made or written to, or a file of another program is where a result is to be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(folder / ".probe") as part:
+            part.write_bytes(b"")
+        (folder / ".probe").unlink()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InputError(f"{folder} cannot be written to ({reason}): choose another folder with --output.") from error
+    wanted = [folder / ALL_BOXES, folder / TABLE]
+    for name in names:
+        wanted += [_beside(folder / name, end) for end in (".json", "_points.ply", "_boxes.ply")]
+    for path in wanted:
+        if path.is_dir() or (path.is_file() and not _is_own(path)):
+            raise InputError(
+                f"{path} is there already and is no result of a prediction: choose another folder with --output."
+            )
+
+
+def _is_own(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            start = file.read(400)
+        if path.suffix == ".json":
+            document = json.loads(path.read_text(encoding="utf-8"))
+            return isinstance(document, dict) and document.get("version") == PREDICTIONS_VERSION and "frame" in document
+    except (OSError, ValueError):
+        return False
+    return start.startswith(",".join(CSV_COLUMNS).encode()) or _COMMENT.encode() in start
+
+
+def _beside(stem: Path, end: str) -> Path:
+    return stem.with_name(stem.name + end)  # a name may hold a dot
+
+
+def _in_file(places: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Places of a scan's frame in that of its file."""
+    return np.linalg.solve(matrix[:3, :3].astype(np.float64), (places - matrix[:3, 3]).T).T
+
+
+def _write_ply(path: Path, vertices: np.ndarray, faces: np.ndarray | None) -> None:
+    names = {"<f8": "double", "<f4": "float", "|u1": "uchar", "<i4": "int"}
+    assert vertices.dtype.fields is not None
+    lines = ["ply", "format binary_little_endian 1.0", f"comment {_COMMENT}", f"element vertex {len(vertices)}"]
+    lines += [f"property {names[kind.str]} {name}" for name, (kind, *_) in vertices.dtype.fields.items()]
+    if faces is not None:
+        lines += [f"element face {len(faces)}", "property list uchar int vertex_indices"]
+    with whole_file(path) as part, part.open("wb") as file:
+        file.write("\n".join([*lines, "end_header", ""]).encode("ascii"))
+        vertices.tofile(file)
+        if faces is not None:
+            rows = np.empty(len(faces), np.dtype([("count", "u1"), ("corners", "<i4", (3,))]))
+            rows["count"], rows["corners"] = 3, faces
+            rows.tofile(file)
