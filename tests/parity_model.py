@@ -12,9 +12,8 @@ import numpy as np
 from flax import nnx
 
 from h2a2_jax import sparse
-from h2a2_jax.boxes.codec import decode_boxes
+from h2a2_jax.boxes import Detections, decode_boxes, traced_detections
 from h2a2_jax.convert.tr3d import export_tr3d, load_tr3d
-from h2a2_jax.inference.postprocess import postprocess
 from h2a2_jax.inputs.specs import S3DIS, SCANNET, SUNRGBD, DatasetSpec
 from h2a2_jax.models import Detector, DetectorConfig, DetectorPlan, HeadConfig, Predictions, detector_tables, pad_plan
 from h2a2_jax.models.config import STAGE_BLOCKS
@@ -175,8 +174,10 @@ def _head(golden: _Golden, predictions: Predictions, level: int, scan: int) -> I
 def _predictions(golden: _Golden, predictions: Predictions, scan: int) -> Iterator[CaseResult]:
     stored, name = golden.stored, f"pred.scene{scan}"
     mine = predictions.scan == scan
-    found = postprocess(predictions.locations[mine], predictions.boxes[mine], predictions.logits[mine], golden.spec)
-    width = stored[f"{name}.boxes"].shape[1]
+    spec, width = golden.spec, stored[f"{name}.boxes"].shape[1]
+    outputs, logits = predictions.boxes[:, : spec.num_outputs], predictions.logits[:, : spec.num_classes]
+    *arrays, count = traced_detections(predictions.locations, mine, outputs, logits, rotated=spec.has_yaw)
+    found = Detections(*(np.asarray(array)[: int(count)] for array in arrays))
     share = min(
         _matched(stored[f"{name}.boxes"], stored[f"{name}.scores"], stored[f"{name}.labels"],
                  found.boxes[:, :width], found.scores, found.labels),

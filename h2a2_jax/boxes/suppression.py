@@ -25,6 +25,9 @@ from h2a2_jax.boxes.iou import pairwise_axis_aligned_bev_iou
 from h2a2_jax.boxes.rotated_iou import pairwise_rotated_bev_iou, rotated_bev_iou
 from h2a2_jax.typing import AnyArray
 
+MAX_CANDIDATES = 1000
+"""Locations of a scan that are decoded, those of the highest class score (TR3D)."""
+
 _WORD = 32
 
 
@@ -72,7 +75,7 @@ def traced_detections(
     rotated: bool,
     score_threshold: float | Float[AnyArray, ""] = 0.01,
     iou_threshold: float | Float[AnyArray, ""] = 0.5,
-    max_candidates: int = 1000,
+    max_candidates: int = MAX_CANDIDATES,
 ) -> tuple[Float[Array, "k 7"], Float[Array, " k"], Int32[Array, " k"], Int32[Array, ""]]:
     """Boxes of one scan from what a head says: the best locations, decoded, suppressed class by class.
 

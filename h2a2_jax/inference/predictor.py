@@ -28,9 +28,6 @@ from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.models import Detector, DetectorPlan, LevelSizes, PlanLayout, Predictions, fits_layout, pad_plan
 from h2a2_jax.typing import AnyArray
 
-MAX_CANDIDATES = 1000
-"""Locations of a scan that are decoded, those of the highest class score (TR3D)."""
-
 _RATIO = 1.5
 _RUNGS_BELOW = 2
 _SMALLEST = LevelSizes(2048, 2048, 2048, 1024, 512, 256, 128, 512, 4096)
@@ -247,7 +244,6 @@ def _detect(
         rotated=outputs == ROTATED_CHANNELS,
         score_threshold=score_threshold,
         iou_threshold=iou_threshold,
-        max_candidates=MAX_CANDIDATES,
     )
     return jax.vmap(lambda scan: detect(valid=out.scan == scan))(jnp.arange(num_scans))
 
