@@ -15,11 +15,13 @@ import pytest
 
 from configs.joint import demo, two
 from h2a2_jax.errors import InputError
+from h2a2_jax.sweeps import worker
 from h2a2_jax.sweeps.picture import draw_tau
 from h2a2_jax.sweeps.plan import Row, Run, ablation_rows, default_taus, locate, tau_rows
-from h2a2_jax.sweeps.results import spread, table, write_results
+from h2a2_jax.sweeps.protocol import protocol_rows, protocol_table, summarised
+from h2a2_jax.sweeps.results import spread, table, write_protocol, write_results
 from h2a2_jax.sweeps.runner import Share, finished, last_metrics, run_all, shares
-from h2a2_jax.training.config import ExperimentConfig, to_json
+from h2a2_jax.training.config import ExperimentConfig, from_json, to_json
 
 ROOT = Path(__file__).parent.parent
 LEVELS = (0.25, 0.5)
@@ -106,6 +108,8 @@ def test_alone_a_dataset_takes_the_steps_of_joint_training_and_lowers_its_rate_a
         (lambda: tau_rows(replace(demo(), model=replace(demo().model, selection=None)), (0.2,), (0,)), "is off"),
         (lambda: ablation_rows(demo(), (-1,)), "train.seed is -1"),
         (lambda: ablation_rows(replace(demo(), datasets=demo().datasets[:1]), (0,)), "only scannet"),
+        (lambda: protocol_rows(demo(), 0, 5), "--trainings is 0; expected 1 or more, 5 as the field has it"),
+        (lambda: protocol_rows(demo(), 5, 0), "--evaluations is 0"),
         (lambda: shares(0), "--jobs is 0; expected 1 to"),
         (lambda: shares(10**6), "the processor cores here"),
     ],
@@ -218,6 +222,39 @@ def test_the_results_keep_other_sweeps_and_real_data_need_no_warning(tmp_path: P
     assert (tmp_path / "tau.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_protocol_has_the_best_the_mean_and_the_spread(tmp_path: Path):
+    base = replace(demo(), datasets=demo().datasets[:2], train=replace(demo().train, seed=7))
+    rows = protocol_rows(base, 3, 2)
+    folders = locate(rows, tmp_path)
+    assert [folder.name for folder in folders.values()] == ["training_seed7", "training_seed8", "training_seed9"]
+    # SUN RGB-D's points are drawn, so that it has a second evaluation; ScanNet's first counts twice.
+    for (run, folder), again in zip(folders.items(), (0.3, 0.5, None), strict=True):
+        write_run(folder, run.config, {"scannet": (0.1 * (run.seed - 6), None), "sunrgbd": (0.2, 0.1)})
+        if again is not None:
+            write_run(folder / "evaluation_draw1", run.config, {"sunrgbd": (again, 0.1)})
+    assert [finished(folder, 2) for folder in folders.values()] == [True, True, False]
+    result = write_protocol(base, rows, folders, tmp_path, 2)
+    assert [run["seed"] for run in result["runs"]] == [7, 8]
+    assert result["runs"][0]["mAP"]["sunrgbd"][0] == pytest.approx([20, 30])
+    scannet, drawn = result["summary"]["scannet"][0], result["summary"]["sunrgbd"][0]
+    assert (scannet["best"], scannet["mean"], scannet["n"]) == pytest.approx((20, 15, 4))
+    assert scannet["std_evaluations"] == 0 and scannet["std_trainings"] == pytest.approx(10 / 2**0.5)
+    assert (drawn["best"], drawn["worst"], drawn["mean"]) == pytest.approx((50, 20, 30))
+    assert drawn["std_trainings"] == pytest.approx(10 / 2**0.5)  # of the means 25 and 35
+    assert drawn["std_evaluations"] == pytest.approx(((50 + 450) / 2) ** 0.5)  # of 20, 30 and of 20, 50
+    assert result["summary"]["scannet"][1] is None and result["summary"]["mean"][1] is None
+    assert result["summary"]["mean"][0]["best"] == pytest.approx(35)
+
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in protocol_table(result).splitlines()]
+    assert lines[0] == ["mAP", "best", "mean", "± all", "± trainings", "± evaluations", "worst", "n"]
+    assert lines[4] == ["sunrgbd @0.25", "50.00", "30.00", "14.14", "7.07", "15.81", "20.00", "4"]
+    assert lines[3][1:] == ["-"] * 6 + ["0"]
+    assert "of scannet uses all points" in result["note"] and "2 trainings of 200 steps" in result["note"]
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["protocol"] == result and "## Trainings and evaluations" in (tmp_path / "table.md").read_text()
+    assert summarised([[None], []]) is None and summarised([[1.0]])["std"] is None
+
+
 def test_what_is_finished_is_not_done_again_and_a_cut_evaluation_is_not_finished(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -252,7 +289,7 @@ from h2a2_jax.training.config import config_dict
 
 def get_config():
     config = demo()
-    source = replace(config.datasets[0], train_size=2, val_size=1)
+    source = replace(config.datasets[2], train_size=2, val_size=1)
     model = replace(config.model, stem_channels=2, stage_channels=(2, 2, 2, 2), neck_channels=2, voxel_size=0.05)
     train = replace(config.train, batch_size=1, steps=24, log_every=1, checkpoint_every=4)
     return config_dict(replace(config, datasets=(source,), model=model, train=train))
@@ -293,6 +330,15 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on_from_its_checkpoints(tmp_p
     assert re.search(r"Resuming .* after step (4|8|12|16|20|24) of 24", (run / "log.txt").read_text())
     assert last_metrics(run)["step"] == 24 and finished(run)
     assert "| tau = 0.2" in second.stdout and (workdir / "tau.png").exists()
+
+    # What is trained is evaluated again, with other points, once.
+    config = from_json((run / "config.json").read_text())
+    first = (run / "evaluation.json").read_text()
+    worker.run(config, run, 2)
+    assert finished(run, 2) and not finished(run, 3) and (run / "evaluation.json").read_text() == first
+    changed = (run / "evaluation_draw1" / "evaluation.json").stat().st_mtime_ns
+    worker.run(config, run, 2)
+    assert (run / "evaluation_draw1" / "evaluation.json").stat().st_mtime_ns == changed
 
 
 def _read(path: Path) -> bytes:

@@ -1,7 +1,8 @@
 """What `run.py` does, a module a mode."""
 
 from h2a2_jax.commands.evaluate import evaluate_command
-from h2a2_jax.commands.predict import predict_command
+from h2a2_jax.commands.predict import predict_command, predict_files_command
+from h2a2_jax.commands.protocol import protocol_command
 from h2a2_jax.commands.report import report_command
 from h2a2_jax.commands.restore import restore
 from h2a2_jax.commands.sweep import ablation_command, tau_sweep_command
@@ -11,6 +12,8 @@ __all__ = [
     "ablation_command",
     "evaluate_command",
     "predict_command",
+    "predict_files_command",
+    "protocol_command",
     "report_command",
     "restore",
     "tau_sweep_command",

@@ -14,9 +14,7 @@ from h2a2_jax.training.distributed import is_main, say
 from h2a2_jax.training.evaluation import chosen_sources, evaluate
 
 
-def evaluate_command(
-    config: ExperimentConfig | None, workdir: Path, request: EvalRequest | None = None
-) -> dict[str, Any]:
+def evaluate_command(config: ExperimentConfig | None, workdir: Path, request: EvalRequest | None = None) -> None:
     """Restore a checkpoint, evaluate it; write evaluation.json, evaluation.csv and evaluation.html.
 
     The validation scans of all datasets are evaluated into the workdir, as at the end of training; what is asked for
@@ -26,9 +24,6 @@ def evaluate_command(
         config: that the checkpoint must agree with, and whose data and evaluation are used; None: the stored one.
         workdir: folder of the run, the checkpoints in it, or that of one step.
         request: which scans, and how; by default the validation scans.
-
-    Returns:
-        What evaluation.json holds.
 
     Raises:
         InputError: there is no checkpoint, it is of another architecture, other datasets or classes than the config,
@@ -52,7 +47,6 @@ def evaluate_command(
         from h2a2_jax.report.evaluation_page import write_evaluation_page  # draws, which takes a second to load
 
         say(f"The page is {write_evaluation_page(results, folder, _subtitle(config, workdir, request))}.")
-    return results
 
 
 def _run_folder(path: Path) -> tuple[Path, int | None]:

@@ -1,12 +1,12 @@
 """`--mode=tau_sweep` and `--mode=ablation`."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from h2a2_jax.commands.data import check_data
 from h2a2_jax.sweeps.picture import draw_tau
-from h2a2_jax.sweeps.plan import Row, ablation_rows, default_taus, locate, tau_rows
+from h2a2_jax.sweeps.plan import Row, Run, ablation_rows, default_taus, locate, tau_rows
 from h2a2_jax.sweeps.results import table, write_results
 from h2a2_jax.sweeps.runner import alone, run_all
 from h2a2_jax.training.config import ExperimentConfig
@@ -40,19 +40,50 @@ def ablation_command(config: ExperimentConfig, workdir: Path, seeds: Sequence[in
 
 
 def _sweep(sweep: str, config: ExperimentConfig, workdir: Path, rows: Sequence[Row], jobs: int | None) -> int:
+    def write(folders: Mapping[Run, Path]) -> str:
+        result = write_results(sweep, config, rows, folders, workdir)
+        if sweep == "tau_sweep":
+            draw_tau(result, workdir / "tau.png")
+            print(f"Drawn in {workdir / 'tau.png'}", flush=True)
+        return table(result)
+
+    return run_sweep(config, workdir, rows, jobs, write)
+
+
+def run_sweep(
+    config: ExperimentConfig,
+    workdir: Path,
+    rows: Sequence[Row],
+    jobs: int | None,
+    write: Callable[[Mapping[Run, Path]], str],
+    evaluations: int = 1,
+) -> int:
+    """Do the runs of a sweep that are not finished, and write its results.
+
+    Args:
+        config: the base, whose data must be there.
+        workdir: of the sweep.
+        rows: of its table.
+        jobs: runs at once; None for what suits the machine.
+        write: given the folders of the runs, writes the results and returns the table.
+        evaluations: of each run.
+
+    Returns:
+        The exit status: 0, or 1 if a run failed, or 130 if the user stopped it.
+
+    Raises:
+        InputError: data are missing, or the workdir holds other runs of the same names.
+    """
     check_data(config)
     with alone(workdir):
         folders = locate(rows, workdir)
         try:
-            failures = run_all(folders, workdir / "cache", jobs)
+            failures = run_all(folders, workdir / "cache", jobs, evaluations)
         except KeyboardInterrupt:
             print("\nStopped; the same command goes on from the last checkpoint of every run.", file=sys.stderr)
             return 130
-        result = write_results(sweep, config, rows, folders, workdir)
-        print(f"\n{table(result)}\nWritten to {workdir / 'table.md'} and {workdir / 'results.json'}", flush=True)
-        if sweep == "tau_sweep":
-            draw_tau(result, workdir / "tau.png")
-            print(f"Drawn in {workdir / 'tau.png'}", flush=True)
+        text = write(folders)
+        print(f"\n{text}\nWritten to {workdir / 'table.md'} and {workdir / 'results.json'}", flush=True)
     if failures:
         print("\n".join([*failures.values(), "The same command tries again what failed."]), file=sys.stderr)
     return 1 if failures else 0

@@ -161,7 +161,9 @@ def fuse(found: Sequence[Detections], iou_threshold: float = 0.5, *, rotated: bo
         Boxes class by class, by descending score.
     """
     labels = np.concatenate([one.labels for one in found])
-    boxes, scores, kept = [np.zeros((0, 7), np.float32)], [np.zeros(0, np.float32)], [np.zeros(0, np.int32)]
+    boxes: list[np.ndarray] = [np.zeros((0, 7), np.float32)]
+    scores: list[np.ndarray] = [np.zeros(0, np.float32)]
+    kept: list[np.ndarray] = [np.zeros(0, np.int32)]
     for label in np.unique(labels):
         own = [one.labels == label for one in found]
         fused = _fuse_class(
@@ -187,7 +189,8 @@ def _fuse_class(
     close = overlap_matrix(boxes, rotated=rotated) > iou_threshold
     np.fill_diagonal(close, True)  # a box without area does not overlap itself
     is_free = np.ones(len(boxes), bool)
-    fused, sums = [], []
+    fused: list[np.ndarray] = []
+    sums: list[float] = []
     for best in range(len(boxes)):
         if not is_free[best]:
             continue

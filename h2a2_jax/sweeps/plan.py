@@ -77,7 +77,7 @@ def tau_rows(base: ExperimentConfig, taus: Sequence[float], seeds: Sequence[int]
     rows = []
     for tau in taus:
         model = replace(base.model, selection=replace(selection, tau=tau))
-        rows.append(Row(f"tau = {tau:g}", _seeded(f"tau{tau}", replace(base, model=model), seeds), tau))
+        rows.append(Row(f"tau = {tau:g}", seeded(f"tau{tau}", replace(base, model=model), seeds), tau))
     return rows
 
 
@@ -106,11 +106,11 @@ def ablation_rows(base: ExperimentConfig, seeds: Sequence[int]) -> list[Row]:
     both = replace(base, harmonize=harmonized.harmonize)
     singles = [single(naive, name) for name in base.dataset_names]
     return [
-        Row("naive joint", _seeded("naive", naive, seeds)),
-        Row("SF-KS", _seeded("sfks", selected, seeds)),
-        Row("NGH", _seeded("ngh", harmonized, seeds)),
-        Row("SF-KS + NGH", _seeded("sfks_ngh", both, seeds)),
-        Row("TR3D alone", tuple(r for c in singles for r in _seeded(f"tr3d_{c.dataset_names[0]}", c, seeds))),
+        Row("naive joint", seeded("naive", naive, seeds)),
+        Row("SF-KS", seeded("sfks", selected, seeds)),
+        Row("NGH", seeded("ngh", harmonized, seeds)),
+        Row("SF-KS + NGH", seeded("sfks_ngh", both, seeds)),
+        Row("TR3D alone", tuple(r for c in singles for r in seeded(f"tr3d_{c.dataset_names[0]}", c, seeds))),
     ]
 
 
@@ -150,7 +150,17 @@ def locate(rows: Sequence[Row], workdir: Path) -> dict[Run, Path]:
     return folders
 
 
-def _seeded(name: str, config: ExperimentConfig, seeds: Sequence[int]) -> tuple[Run, ...]:
+def drawn_datasets(config: ExperimentConfig) -> tuple[str, ...]:
+    """Those whose test protocol draws points, so that evaluating again may give other figures."""
+    return tuple(spec.name for spec in config.specs if spec.test_sampling is not None)
+
+
+def seeded(name: str, config: ExperimentConfig, seeds: Sequence[int]) -> tuple[Run, ...]:
+    """Runs of a config that differ in their seed.
+
+    Raises:
+        InputError: a seed is given twice or makes no sense, or there is none.
+    """
     _check_once("seeds", seeds)
     return tuple(Run(name, seed, replace(config, train=replace(config.train, seed=seed))) for seed in seeds)
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from h2a2_jax.sweeps.plan import Row, Run
+from h2a2_jax.sweeps.protocol import protocol_figures, protocol_table
 from h2a2_jax.sweeps.runner import last_metrics, read_evaluation
 from h2a2_jax.training.config import ExperimentConfig
 
 VERSION = 1
 """Of results.json."""
 
-_TITLES = {"tau_sweep": "Sweep of the threshold tau", "ablation": "Ablation"}
+_TITLES = {"tau_sweep": "Sweep of the threshold tau", "ablation": "Ablation", "protocol": "Trainings and evaluations"}
 _MEAN = "mean"
 
 
@@ -55,12 +56,44 @@ def write_results(
         "iou_thresholds": list(thresholds),
         "rows": entries,
     }
-    path = workdir / "results.json"
-    document = json.loads(path.read_text()) if path.exists() else {}
-    document = {**(document if document.get("version") == VERSION else {}), "version": VERSION, sweep: result}
-    _replace(path, json.dumps(document, indent=2) + "\n")
-    parts = [f"## {title}\n\n{table(document[name])}" for name, title in _TITLES.items() if name in document]
-    _replace(workdir / "table.md", "\n".join(parts))
+    _store(sweep, result, workdir)
+    return result
+
+
+def write_protocol(
+    base: ExperimentConfig, rows: Sequence[Row], folders: Mapping[Run, Path], workdir: Path, evaluations: int
+) -> dict[str, Any]:
+    """Write the protocol's part of <workdir>/results.json and table.md, which keep what sweeps wrote there.
+
+    In results.json, version 1, "protocol" holds "note", "datasets", "procedural" and "iou_thresholds" as sweeps do, and
+    what `protocol.protocol_figures` says.
+
+    Args:
+        base: config of the trainings.
+        rows: of the protocol.
+        folders: of the runs.
+        workdir: of the protocol.
+        evaluations: of each training.
+
+    Returns:
+        What results.json holds of the protocol.
+    """
+    figures = protocol_figures(base, rows, folders, evaluations)
+    fixed = [spec.name for spec in base.specs if spec.test_sampling is None]
+    note = (
+        f"mAP in per cent of {len(figures['runs'])} trainings of {_length(base)}, {evaluations} evaluations of each; "
+        "sample standard deviations of all values, of the trainings' means, and within a training."
+    )
+    if fixed and evaluations > 1:
+        note += f" The test protocol of {', '.join(fixed)} uses all points: its evaluations are one and the same."
+    result = {
+        "note": note + _procedural_note(base),
+        "datasets": list(base.dataset_names),
+        "procedural": _procedural(base),
+        "iou_thresholds": list(base.eval.iou_thresholds),
+        **figures,
+    }
+    _store("protocol", result, workdir)
     return result
 
 
@@ -128,19 +161,39 @@ def _summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"mAP": scores, "exclusive_share": shares}
 
 
+def _store(sweep: str, result: Mapping[str, Any], workdir: Path) -> None:
+    path = workdir / "results.json"
+    document = json.loads(path.read_text()) if path.exists() else {}
+    document = {**(document if document.get("version") == VERSION else {}), "version": VERSION, sweep: result}
+    _replace(path, json.dumps(document, indent=2) + "\n")
+    parts = []
+    for name, title in _TITLES.items():
+        if name in document:
+            text = protocol_table(document[name]) if name == "protocol" else table(document[name])
+            parts.append(f"## {title}\n\n{text}")
+    _replace(workdir / "table.md", "\n".join(parts))
+
+
+def _length(base: ExperimentConfig) -> str:
+    return f"{base.train.steps} steps" if base.train.steps else f"{base.train.epochs} epochs"
+
+
 def _note(base: ExperimentConfig) -> str:
-    length = f"{base.train.steps} steps" if base.train.steps else f"{base.train.epochs} epochs"
-    text = (
-        f"All in per cent, after {length} of {base.train.batch_size} scans a dataset; mean ± sample standard deviation "
-        "over seeds; exclusive: share of the kernel offsets that use the dataset's own kernel, of the last line of "
-        "metrics."
+    return (
+        f"All in per cent, after {_length(base)} of {base.train.batch_size} scans a dataset; mean ± sample standard "
+        "deviation over seeds; exclusive: share of the kernel offsets that use the dataset's own kernel, of the last "
+        "line of metrics."
+    ) + _procedural_note(base)
+
+
+def _procedural_note(base: ExperimentConfig) -> str:
+    procedural = _procedural(base)
+    if not procedural:
+        return ""
+    return (
+        f" The scans of {', '.join(procedural)} are procedural stand-ins: these numbers say nothing about the "
+        "benchmarks of these names."
     )
-    if procedural := _procedural(base):
-        text += (
-            f" The scans of {', '.join(procedural)} are procedural stand-ins: these numbers say nothing about the "
-            "benchmarks of these names."
-        )
-    return text
 
 
 def _procedural(base: ExperimentConfig) -> list[str]:

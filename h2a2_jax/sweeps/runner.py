@@ -19,7 +19,7 @@ from tqdm import tqdm
 import h2a2_jax
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import core_numbers
-from h2a2_jax.sweeps.plan import Run
+from h2a2_jax.sweeps.plan import Run, drawn_datasets
 from h2a2_jax.training.config import to_json
 
 LOG = "log.txt"
@@ -83,15 +83,20 @@ def shares(jobs: int | None) -> list[Share]:
     return [Share(tuple(cores[a:b])) for a, b in itertools.pairwise(bounds)]
 
 
-def finished(folder: Path) -> bool:
-    """Whether a run's results are there and whole."""
-    return read_evaluation(folder) is not None
+def finished(folder: Path, evaluations: int = 1) -> bool:
+    """Whether a run's results are there and whole, those of its further evaluations too."""
+    return all(read_evaluation(folder, draw) is not None for draw in range(evaluations))
 
 
-def read_evaluation(folder: Path) -> dict[str, Any] | None:
+def evaluation_folder(folder: Path, draw: int) -> Path:
+    """Where a run keeps an evaluation, by the number of its drawing of points."""
+    return folder / f"evaluation_draw{draw}" if draw else folder
+
+
+def read_evaluation(folder: Path, draw: int = 0) -> dict[str, Any] | None:
     """What evaluation.json of a run holds; None where it is not there or was cut short by a kill."""
     try:
-        return json.loads((folder / "evaluation.json").read_text())
+        return json.loads((evaluation_folder(folder, draw) / "evaluation.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
 
@@ -103,7 +108,7 @@ def last_metrics(folder: Path) -> dict[str, Any]:
     return json.loads(lines[-1]) if lines else {}
 
 
-def run_all(folders: Mapping[Run, Path], cache: Path, jobs: int | None = None) -> dict[Run, str]:
+def run_all(folders: Mapping[Run, Path], cache: Path, jobs: int | None = None, evaluations: int = 1) -> dict[Run, str]:
     """Train and evaluate what is not finished; every run in a process, its output in <folder>/log.txt.
 
     Args:
@@ -111,6 +116,7 @@ def run_all(folders: Mapping[Run, Path], cache: Path, jobs: int | None = None) -
         cache: folder in which the runs share what they compile, unless JAX_COMPILATION_CACHE_DIR names another. It is
             kept apart by machine: a program compiled on one processor may not run on another.
         jobs: runs at once; None for the default of `shares`.
+        evaluations: of each run, the first as it trains; the others draw other points.
 
     Returns:
         What went wrong, a sentence each, by run; the others are finished.
@@ -120,7 +126,9 @@ def run_all(folders: Mapping[Run, Path], cache: Path, jobs: int | None = None) -
         KeyboardInterrupt: after all processes were ended.
     """
     # Seed by seed: a setting's second seed finds what its first one compiled, and the table of one seed is there early.
-    waiting = sorted((run for run, folder in folders.items() if not finished(folder)), key=lambda run: run.seed)
+    wanted = {run: evaluations if drawn_datasets(run.config) else 1 for run in folders}
+    waiting = [run for run, folder in folders.items() if not finished(folder, wanted[run])]
+    waiting.sort(key=lambda run: run.seed)
     free = shares(jobs) if waiting else []
     total, at_once = len(folders), len(free)
     print(f"{total - len(waiting)} of {total} runs are finished; {len(waiting)} to do, {at_once} at once.", flush=True)
@@ -131,13 +139,13 @@ def run_all(folders: Mapping[Run, Path], cache: Path, jobs: int | None = None) -
         while waiting or running:
             while waiting and free:
                 run, share = waiting.pop(0), free.pop(0)
-                running.append(_start(run, folders[run], share, cache))
+                running.append(_start(run, folders[run], share, cache, wanted[run]))
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             for job in [job for job in running if job.process.poll() is not None]:
                 job.end()
                 running.remove(job)
                 free.insert(0, job.share)
-                if job.process.returncode or not finished(job.folder):
+                if job.process.returncode or not finished(job.folder, wanted[job.run]):
                     failures[job.run] = _failure(job)
                 progress.ended(job, failures.get(job.run))
             progress.show(running)
@@ -179,13 +187,13 @@ def score_line(evaluation: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _start(run: Run, folder: Path, share: Share, cache: Path) -> _Job:
+def _start(run: Run, folder: Path, share: Share, cache: Path, evaluations: int) -> _Job:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.json"
     whole = path.with_suffix(".json.new")
     whole.write_text(to_json(run.config) + "\n")
     whole.replace(path)  # in one go: what a kill leaves behind is always a whole config
-    command = [sys.executable, "-m", "h2a2_jax.sweeps.worker", str(path), str(folder)]
+    command = [sys.executable, "-m", "h2a2_jax.sweeps.worker", str(path), str(folder), str(evaluations)]
     with (folder / LOG).open("ab") as log, _on_cores(share.cores):
         process = subprocess.Popen(
             command,

@@ -49,6 +49,7 @@ def evaluate_predictor(
     request: EvalRequest = _PLAIN,
     *,
     draw: int = 0,
+    datasets: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Evaluate on the scans of every dataset, or what is asked for; print tables, write evaluation.json and .csv.
 
@@ -59,6 +60,7 @@ def evaluate_predictor(
         division: which datasets each process evaluates; by default that of all devices.
         request: which scans, and how.
         draw: number of the drawing of points, where the test protocol of a dataset draws some.
+        datasets: of those that the request is for, the ones evaluated; None: all.
 
     Returns:
         What evaluation.json holds (`h2a2_jax.evaluation.document`).
@@ -69,7 +71,11 @@ def evaluate_predictor(
     specs = config.specs
     if division is None:
         division = MeshDivision(train_mesh(len(specs)), len(specs))
-    chosen = chosen_sources(config, request)
+    chosen = {
+        d: source
+        for d, source in chosen_sources(config, request).items()
+        if datasets is None or source.name in datasets
+    }
     own = division.together(
         lambda: {d: build_source(chosen[d], request.split) for d in division.evaluated if d in chosen},
         "open the scans to evaluate",
