@@ -14,6 +14,7 @@ long for many pairs, since it computes the cosines anew for every corner.
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from h2a2_jax.boxes.iou import SMALLEST, ratio_of_overlap
@@ -109,8 +110,7 @@ def _corners_in_frame_of(first: AnyArray, second: AnyArray) -> list[tuple[Array,
     offset_x, offset_y = second[..., 0] - first[..., 0], second[..., 1] - first[..., 1]
     centre_x = cos_first * offset_x + sin_first * offset_y
     centre_y = cos_first * offset_y - sin_first * offset_x
-    turn = second[..., 6] - first[..., 6]
-    cos_turn, sin_turn = jnp.cos(turn), jnp.sin(turn)
+    cos_turn, sin_turn = _cos_sin_of_difference(second[..., 6], first[..., 6])
     half_x, half_y = second[..., 3] / 2, second[..., 4] / 2
     return [
         (
@@ -119,6 +119,20 @@ def _corners_in_frame_of(first: AnyArray, second: AnyArray) -> list[tuple[Array,
         )
         for sign_x, sign_y in _CORNER_SIGNS
     ]
+
+
+def _cos_sin_of_difference(angle: AnyArray, other: AnyArray) -> tuple[Array, Array]:
+    """Cosine and sine of angle - other, without the rounding of that difference.
+
+    Two boxes with one edge in common, told by yaws a quarter turn apart, would else be askew by half a digit of the
+    yaw, which over 10 m is a share of 5e-6 of a box 25 cm wide.
+    """
+    turn = angle - other
+    # Knuth's exact error of a sum; its derivative is zero.
+    recovered = turn - angle
+    rest = lax.stop_gradient((angle - (turn - recovered)) - (other + recovered))
+    cos, sin = jnp.cos(turn), jnp.sin(turn)
+    return cos - rest * sin, sin + rest * cos
 
 
 def _integral_under_edge(
