@@ -231,7 +231,8 @@ def measure(pairs: int, within: Range, dtype: type, seed: int) -> Iterator[Error
         largest, worst, meeting = np.zeros(2), np.zeros((2, 7)), 0
         for start in range(0, wanted, CHUNK):
             drawn = draw_pairs(rng, CHUNK, kind, within)
-            first, second = drawn[0].astype(dtype)[: wanted - start], drawn[1].astype(dtype)[: wanted - start]
+            first: np.ndarray = drawn[0].astype(dtype)[: wanted - start]
+            second: np.ndarray = drawn[1].astype(dtype)[: wanted - start]
             exact = exact_overlaps(first, second)
             meeting += int(np.sum(exact[0] > 1e-9))
             for of, function in enumerate(functions):
