@@ -4,7 +4,6 @@ from h2a2_jax.commands.evaluate import evaluate_command
 from h2a2_jax.commands.predict import predict_command, predict_files_command
 from h2a2_jax.commands.protocol import protocol_command
 from h2a2_jax.commands.report import report_command
-from h2a2_jax.commands.restore import restore
 from h2a2_jax.commands.sweep import ablation_command, tau_sweep_command
 from h2a2_jax.commands.train import train_command
 
@@ -15,7 +14,6 @@ __all__ = [
     "predict_files_command",
     "protocol_command",
     "report_command",
-    "restore",
     "tau_sweep_command",
     "train_command",
 ]

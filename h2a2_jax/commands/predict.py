@@ -11,7 +11,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation import GroundTruth
 from h2a2_jax.inference.evaluate import build_predictor
 from h2a2_jax.inference.files import FoundInputs, PredictRequest, find_inputs, printable
-from h2a2_jax.inference.predict_files import Outcome, predict_files
+from h2a2_jax.inference.predict_files import REPEATED, Outcome, predict_files
 from h2a2_jax.inference.predictions import document_of, scan_entry
 from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inference.writers import check_output, write_document, write_scan
@@ -29,12 +29,13 @@ INTERRUPTED = 130
 _SECONDS_BETWEEN_LOG_LINES = 30
 
 
-def predict_files_command(workdir: Path, request: PredictRequest) -> int:
+def predict_files_command(workdir: Path, request: PredictRequest, config: ExperimentConfig | None = None) -> int:
     """Restore a checkpoint and write the boxes of files of points.
 
     Args:
         workdir: folder of a run, or of its checkpoints, or of one of them.
         request: which files, and how.
+        config: that the checkpoint must agree with, and whose `eval` is used; None: the stored one.
 
     Returns:
         Exit status: 0, 1 if a file could not be predicted, 130 if the user stopped it.
@@ -46,7 +47,8 @@ def predict_files_command(workdir: Path, request: PredictRequest) -> int:
     output = workdir / "boxes" if request.output is None else request.output
     found = find_inputs(request.inputs, output)
     check_output(output, (file.name for file in found.files), request.formats)
-    model, config = restore_checkpoint(workdir, request.step)
+    model, stored = restore_checkpoint(workdir, request.step, config)
+    config = stored if config is None else config
     predictor = Predictor(
         model,
         config.specs,
@@ -70,7 +72,8 @@ def _opening(found: FoundInputs, request: PredictRequest, predictor: Predictor, 
     if request.dataset is None and len(names) > 1:
         choice = f" (the first of {', '.join(names)}; choose with --dataset)"
     kind = "turned about the vertical" if spec.has_yaw else "axis-aligned"
-    yield f"{len(found.files)} files, boxes by the head of {spec.name}{choice}: {len(spec.classes)} classes, {kind}."
+    files = "1 file" if len(found.files) == 1 else f"{len(found.files)} files"
+    yield f"{files}, boxes by the head of {spec.name}{choice}: {len(spec.classes)} classes, {kind}."
     yield f"Files are taken as {_frame(request)}, boxes of score {request.score:g} and more go to {printable(output)}."
     if found.passed_over:
         shown = ", ".join(printable(path) for path in found.passed_over[:3])
@@ -84,9 +87,9 @@ def _frame(request: PredictRequest) -> str:
 
 
 def _closing(outcome: Outcome, found: FoundInputs, output: Path) -> Iterator[str]:
-    for remark, names in outcome.remarks.items():
-        if len(names) > 1:
-            yield f"{len(names)} scans: {printable(remark)} ({some(names)})."
+    for remark, names in outcome.remarks.values():
+        if len(names) > REPEATED:
+            yield f"{len(names)} scans ({some(names)}), as the first one: {printable(remark)}."
     done = f"{outcome.boxes} boxes in {len(outcome.entries)} of {len(found.files)} scans: {printable(output)}"
     if outcome.interrupted:
         yield f"Stopped. Until then: {done}; the same command begins anew."

@@ -3,8 +3,8 @@
 A detector expects metres and z up. Where the origin lies does not matter to it: its input is the colour of voxels, and
 convolutions see the differences of their places only (a shift by other than multiples of the coarsest voxel changes
 which points share one, no more). So no floor is moved to the height that a dataset has it at; a scan far from the
-origin is shifted near it by whole metres. What does matter is which way is up, the unit, and, to heads whose boxes are
-axis-aligned, that walls run along x and y: `PredictRequest.align`.
+origin is shifted near it by whole voxels of every level. What does matter is which way is up, the unit, and, to heads
+whose boxes are axis-aligned, that walls run along x and y: `PredictRequest.align`.
 """
 
 import math
@@ -72,13 +72,13 @@ def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> Fi
     try:
         placed = place_cloud(file.name, cloud, matrix, request.colors, colors_hint=hint)
     except ScanError as error:
-        hints = [remark for remark in remarks if "add --" in remark]
+        hints = [f"It {remark}." for remark in remarks if "add --" in remark]
         raise InputError(" ".join([str(error), *hints])) from error
     if NO_COLORS in placed.scan.notes:
         remarks.append("has no colours and is taken as grey: fewer objects are found, and with lower scores")
     elif request.colors == "0-255" and cloud.colors is not None and cloud.colors.max(initial=0) <= 1:
         remarks.append("looks as if colours reach to 1, not 255: add --colors=0-1")
-    remarks += [each for each in cloud.assumed]
+    remarks += cloud.assumed
     for kind, count in placed.scan.notes.items():
         if kind != NO_COLORS:
             remarks.append(f"{count:,} {kind}")

@@ -1,5 +1,6 @@
 """Predicts file after file: what goes wrong with one stops no other, and what is done is on disk at once."""
 
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +19,10 @@ from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inference.writers import ALL_BOXES, TABLE, write_document, write_scan, write_table
 from h2a2_jax.inputs.specs import DatasetSpec
 
+REPEATED = 3
+"""How often remarks of one kind are said as they come up."""
 _SECONDS_BETWEEN_LOG_LINES = 30
+_NUMBER = re.compile(r"-?\d[\d.,]*")
 
 
 @dataclass
@@ -28,14 +32,14 @@ class Outcome:
     Attributes:
         entries: of `predictions.scan_entry`, of the scans that were predicted.
         failed: by file, why it was not; one sentence.
-        remarks: names of the scans by what was remarked on them.
+        remarks: by kind, the first remark and the names of all scans that it is true of, numbers apart.
         seconds: by stage: "load" (in a thread of its own), "maps", "network", "boxes", "write".
         interrupted: whether the user stopped it.
     """
 
     entries: list[dict[str, Any]] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    remarks: dict[str, list[str]] = field(default_factory=dict)
+    remarks: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     interrupted: bool = False
 
@@ -55,7 +59,7 @@ def predict_files(
         found: the files.
         request: how.
         output: folder of the results, which can be written to.
-        say: is told remarks as they come up, each kind once.
+        say: is told remarks as they come up, each kind `REPEATED` times.
 
     Returns:
         What became of them; also after Ctrl-C, with what was done until then.
@@ -100,10 +104,11 @@ def _predict_one(
         loaded, seconds = pending.result()
         outcome.seconds["load"] = outcome.seconds.get("load", 0.0) + seconds
         for remark in loaded.remarks:
-            kind = remark.replace(loaded.file.path.name, "it")
-            if kind not in outcome.remarks:
+            kind = _NUMBER.sub("#", remark.replace(loaded.file.path.name, "it"))
+            _, names = outcome.remarks.setdefault(kind, (remark, []))
+            names.append(loaded.scan.name)
+            if len(names) <= REPEATED:
                 say(f"{loaded.scan.name}: {printable(remark)}.")
-            outcome.remarks.setdefault(kind, []).append(loaded.scan.name)
         (boxes,) = predictor.predict([prepare(loaded.scan, spec)], spec.name, outcome.seconds)
         started = time.perf_counter()
         entry = scan_entry(loaded.scan.name, loaded.matrix, boxes, spec, printable(loaded.file.path))

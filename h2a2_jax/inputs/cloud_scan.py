@@ -15,6 +15,7 @@ GREY = 0.5
 """Of points without colour: what is between black and white."""
 NO_COLORS = "scans without colours, made grey"
 _FAR = 100.0
+_STEP = 16.0  # m; whole metres are exact in float32, and this is a multiple of the coarsest voxel, 64 of 1 cm
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ def place_cloud(
     """A scan of points as their file has them.
 
     Without colours it is made grey. Far from the origin (in the frame of a map, for example) it is shifted there by
-    whole metres.
+    multiples of 16 m, which leaves its voxels as they are.
 
     Args:
         name: of the scan.
@@ -66,9 +67,8 @@ def place_cloud(
     matrix = matrix.astype(np.float64)
     points = cloud.points @ matrix[:3, :3].T + matrix[:3, 3]
     if np.abs(points).max() > _FAR:
-        # Whole metres are exact in float32 as well.
         middle = np.median(points, axis=0)
-        shift = -np.round(middle) * (np.abs(middle) > _FAR)
+        shift = -_STEP * np.round(middle / _STEP) * (np.abs(middle) > _FAR)
         matrix[:3, 3] += shift
         points = points + shift
     near = within_reach(name, points)
