@@ -14,6 +14,8 @@ from h2a2_jax.inputs.scan import Scan
 
 _SEED = 0
 _SPACING_PROBES = 1000
+_SPACING_PERCENTILE = 80
+_SMALLEST_ROOM = 1.0  # m
 _BULK = (0.2, 99.8)
 """Percentiles between which points count for what a picture frames: a few strays through a window do not."""
 
@@ -93,10 +95,11 @@ def framed(shown: Content) -> tuple[Float[np.ndarray, " 3"], Float[np.ndarray, "
         return corners.min(axis=0), corners.max(axis=0)
     low, high = np.percentile(points.astype(np.float64), _BULK, axis=0)
     if len(boxes):
-        corners, reach = box_corners(boxes).reshape(-1, 3), high - low
+        corners, reach = box_corners(boxes).reshape(-1, 3), np.maximum(high - low, _SMALLEST_ROOM)
         low = np.maximum(np.minimum(low, corners.min(axis=0)), low - reach / 4)
         high = np.minimum(np.maximum(high, corners.max(axis=0)), high + reach / 4)
-    return low, np.maximum(high, low + 1e-3)
+    middle, half = (low + high) / 2, np.maximum(high - low, _SMALLEST_ROOM / 2) / 2
+    return middle - half, middle + half
 
 
 def all_boxes(shown: Content) -> Float[np.ndarray, "n 7"]:
@@ -106,13 +109,13 @@ def all_boxes(shown: Content) -> Float[np.ndarray, "n 7"]:
 
 
 def point_spacing(points: Float[np.ndarray, "m 3"]) -> float:
-    """Typical distance (m) between neighbouring points: the median over a sample of them; 0.05 for fewer than two."""
+    """Distance (m) between neighbouring points that most do not exceed, from a sample; 0.05 for fewer than two."""
     if len(points) < 2:
         return 0.05
     probes = points[_evenly(len(points), min(len(points), _SPACING_PROBES))]
     distances, _ = cKDTree(points).query(probes, k=min(5, len(points)))
     # The mean over four neighbours: the nearest alone is close by chance, or a duplicate.
-    return float(max(np.median(distances[:, 1:].mean(axis=1)), 1e-4))
+    return float(max(np.percentile(distances[:, 1:].mean(axis=1), _SPACING_PERCENTILE), 1e-4))
 
 
 @dataclass(frozen=True)

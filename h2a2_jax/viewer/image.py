@@ -23,7 +23,7 @@ from h2a2_jax.viewer.render import Canvas, Lines, draw_lines, draw_points, shade
 View = Literal["oblique", "top"]
 
 _OVERSAMPLING = 2
-_DIAMETER = 1.7  # of a point, in distances between points
+_DIAMETER = 1.4  # of a point, in distances between points
 _BACKGROUND = (0.867, 0.89, 0.918)
 _PAPER = (255, 255, 255)
 _INK, _QUIET = (27, 36, 48), (88, 101, 118)
@@ -206,7 +206,7 @@ def _write_header(page: Image.Image, shown: Content, title: str, score: float) -
     words = [f"{shown.num_points:,} points", f"{len(shown.detections)} detections with score {score:g} or more"]
     if shown.truth is not None:
         words.append(f"{len(shown.truth.labels)} true boxes")
-    pen.text((_MARGIN, 17), title, _INK, _font(17), anchor="lm")
+    pen.text((_MARGIN, 17), _shortened(title, page.width - 2 * _MARGIN, 17), _INK, _font(17), anchor="lm")
     pen.text((_MARGIN, 35), ", ".join(words), _QUIET, _font(12), anchor="lm")
 
 
@@ -221,7 +221,7 @@ def _write_legend(page: Image.Image, shown: Content) -> None:
         color = tuple(int(255 * channel) for channel in class_color(int(label)))
         pen.rounded_rectangle([left, y + 4, left + 12, y + 16], 3, color)
         count = f"{found[label]}" if shown.truth is None else f"{found[label]} / {true[label]}"
-        pen.text((left + 20, y + 10), _shortened(shown.class_names[label], 104), _INK, _font(13), anchor="lm")
+        pen.text((left + 20, y + 10), _shortened(shown.class_names[label], 104, 13), _INK, _font(13), anchor="lm")
         pen.text((page.width - _MARGIN, y + 10), count, _QUIET, _font(13), anchor="rm")
         y += _ROW
     if len(present) > _MOST_LEGEND:
@@ -251,8 +251,8 @@ def _draw_scale(picture: Image.Image, camera: Camera) -> None:
     pen.text((16, y - 6), f"{length:g} m", _INK, _font(12), anchor="ls")
 
 
-def _shortened(text: str, width: int) -> str:
-    font = _font(13)
+def _shortened(text: str, width: int, size: int) -> str:
+    font = _font(size)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}\N{HORIZONTAL ELLIPSIS}") > width:

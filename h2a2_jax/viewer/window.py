@@ -17,9 +17,12 @@ from h2a2_jax.inputs.scan import Scan
 from h2a2_jax.viewer.content import Content, content, framed
 
 _INSTEAD = "; an HTML page and a PNG of the scan need none of this"
-_PACKAGES = "libusb-1.0-0 libgl1 libegl1 libx11-6 libudev1"
+_PACKAGES = "libusb-1.0-0 libgl1 libegl1 libx11-6 libudev1 libvulkan1 mesa-vulkan-drivers"
 _MOST_POINTS = 2_000_000
+_GAMMA = 2.2  # the shader of lines takes its colours as linear light
+_POINT_SIZE = 4.0  # pixels
 _TRUTH_COLOR = (0.1, 0.1, 0.1)
+_BACKGROUND = (0.867, 0.89, 0.918, 1.0)
 _UNLIT, _LINES = "defaultUnlit", "unlitLine"
 
 
@@ -46,26 +49,31 @@ def show(
         score: detections below are not shown.
 
     Raises:
-        InputError: Open3D, a library it needs or a display is missing.
+        InputError: Open3D, a library it needs, a graphics driver or a display is missing.
         ValueError: see `content`.
     """
-    open3d = _open3d()
     _require_display()
+    open3d = _open3d()
     shown = content(scan, detections, class_names, truth, _MOST_POINTS)
     kept = shown.detections.scores >= score
     found = shown.detections
     shown = replace(shown, detections=Detections(found.boxes[kept], found.scores[kept], found.labels[kept]))
-    open3d.visualization.draw(
-        geometries(open3d, shown),
-        title=scan.name if title is None else title,
-        show_skybox=False,
-        bg_color=(0.867, 0.89, 0.918, 1.0),
-        point_size=3,
-        line_width=2,
-        show_ui=True,
-        on_init=lambda window: _add_labels(window, shown),
-        **_camera(shown),
-    )
+    try:
+        open3d.visualization.draw(
+            geometries(open3d, shown),
+            title=scan.name if title is None else title,
+            show_skybox=False,
+            bg_color=_BACKGROUND,
+            point_size=int(_POINT_SIZE),
+            line_width=3,
+            show_ui=True,
+            on_init=lambda window: _add_labels(window, shown),
+            **_camera(shown),
+        )
+    except RuntimeError as error:  # of Open3D, for want of a graphics driver
+        raise InputError(
+            f"Open3D cannot open its window ({str(error).rstrip('.!')}): apt-get install {_PACKAGES}{_INSTEAD}."
+        ) from error
 
 
 def geometries(open3d: Any, shown: Content) -> list[dict[str, Any]]:
@@ -104,8 +112,9 @@ def _origin(shown: Content) -> np.ndarray:
 def _part(open3d: Any, name: str, group: str, geometry: Any, shader: str) -> dict[str, Any]:
     material = open3d.visualization.rendering.MaterialRecord()
     material.shader = shader
-    material.line_width = 2.0
-    material.point_size = 3.0
+    material.line_width = 3.0
+    material.point_size = _POINT_SIZE
+    material.sRGB_color = True
     return {"name": name, "group": group, "geometry": geometry, "material": material}
 
 
@@ -115,7 +124,7 @@ def _line_set(open3d: Any, boxes: np.ndarray, origin: np.ndarray, color: tuple[f
     lines = open3d.geometry.LineSet()
     lines.points = open3d.utility.Vector3dVector(corners.reshape(-1, 3))
     lines.lines = open3d.utility.Vector2iVector(edges.reshape(-1, 2))
-    lines.paint_uniform_color(color)
+    lines.paint_uniform_color(np.array(color) ** _GAMMA)
     return lines
 
 

@@ -21,6 +21,7 @@ class Panel {
     byId("overlap").append(
       ...model.data.iouThresholds.map((iou, i) => element("option", { value: i, textContent: `IoU > ${iou}` })),
     );
+    byId("grid-spacing").textContent = `Grid of ${model.gridSpacing} m`;
     byId("point-color-row").hidden = !model.data.points.colored;
     this.classRows = model.data.classes.map((entry, label) => this.classRow(entry, label));
     const occurring = new Set(model.boxes.map((box) => box.label));

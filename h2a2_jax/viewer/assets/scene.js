@@ -19,7 +19,7 @@ void main() {
   vec3 where = place * extent;
   shade = byHeight > 0.5 ? heightColor(where.z) : color;
   gl_Position = camera * vec4(where, 1.0);
-  gl_PointSize = clamp(pixels / gl_Position.w, 1.0, 64.0);
+  gl_PointSize = clamp(pixels / gl_Position.w, 1.5, 64.0);
   bool away = where.z > cut || dot(depthRow, vec4(where, 1.0)) < front;
   if (away) gl_Position = vec4(2.0, 2.0, 2.0, 1.0);
 }`;

@@ -42,6 +42,12 @@ class Model {
     return this.boxes.filter((box) => this.isShown(box));
   }
 
+  // Metres between the lines on the floor.
+  get gridSpacing() {
+    const reach = Math.max(this.high[0] - this.low[0], this.high[1] - this.low[1]);
+    return reach > 60 ? 10 ** Math.ceil(Math.log10(reach / 60)) : 1;
+  }
+
   // The height above which points are cut off, in the scan's frame.
   cutHeight() {
     return this.origin[2] + this.low[2] + this.state.cut * (this.high[2] - this.low[2]);
@@ -227,8 +233,7 @@ class Viewer {
   grid() {
     const { low, high, origin } = this.model;
     const look = [...rgbOf("--quiet"), 0.35, 1, 0];
-    const reach = Math.max(high[0] - low[0], high[1] - low[1]);
-    const every = reach > 60 ? 10 ** Math.ceil(Math.log10(reach / 60)) : 1;
+    const every = this.model.gridSpacing;
     const wholes = (k) => {
       const [first, last] = [Math.floor((low[k] + origin[k]) / every), Math.ceil((high[k] + origin[k]) / every)];
       return [...Array(last - first + 1).keys()].map((i) => (first + i) * every - origin[k]);
@@ -299,7 +304,7 @@ class Viewer {
       halo: dark ? [0, 0, 0] : [1, 1, 1],
       cut: state.cut >= 1 ? Infinity : model.cutHeight() - model.origin[2],
       front: state.front > 0 ? camera.distance - depth + state.front * 1.6 * depth : -1e9,
-      pointSize: state.pointSize * 1.7 * model.data.points.spacing,
+      pointSize: state.pointSize * 1.4 * model.data.points.spacing,
       byHeight: state.byHeight,
       shading: state.shading,
       ratio: this.ratio,
@@ -416,11 +421,9 @@ function bindKeys(viewer) {
     "+": () => camera.zoom(0.85),
     "=": () => camera.zoom(0.85),
     "-": () => camera.zoom(1 / 0.85),
-    n: () => viewer.step(1),
-    p: () => viewer.step(-1),
     f: () => state.chosen && viewer.goTo(state.chosen),
-    Escape: () => viewer.choose(null),
   };
+  const choices = { n: () => viewer.step(1), p: () => viewer.step(-1), Escape: () => viewer.choose(null) };
   canvas.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const arrow = arrows[event.key];
@@ -428,6 +431,7 @@ function bindKeys(viewer) {
     if (arrow && event.shiftKey) camera.pan(-40 * arrow[0], -40 * arrow[1]);
     else if (arrow) camera.turn(-0.1 * arrow[0], -0.1 * arrow[1]);
     else if (view) return viewer.look(view);
+    else if (choices[event.key]) return choices[event.key]();
     else if (others[event.key]) others[event.key]();
     else return;
     event.preventDefault();
