@@ -27,6 +27,7 @@ _DIAMETER = 1.4  # of a point, in distances between points
 _BACKGROUND = (0.867, 0.89, 0.918)
 _PAPER = (255, 255, 255)
 _INK, _QUIET = (27, 36, 48), (88, 101, 118)
+_HALO = (1.0, 1.0, 1.0)
 _GRID = (0.45, 0.5, 0.56)
 _MOST_LABELS = 80
 _MOST_LEGEND = 24
@@ -44,7 +45,7 @@ def write_image(
     title: str | None = None,
     view: View = "oblique",
     beside: bool = False,
-    score: float = 0.3,
+    score: float | int = 0.3,
     size: tuple[int, int] = (1400, 900),
     max_points: int = 400_000,
 ) -> None:
@@ -79,7 +80,7 @@ def draw(
     title: str | None = None,
     view: View = "oblique",
     beside: bool = False,
-    score: float = 0.3,
+    score: float | int = 0.3,
     size: tuple[int, int] = (1400, 900),
 ) -> Image.Image:
     """The picture of `write_image`."""
@@ -120,10 +121,10 @@ def _draw_pane(room: Canvas, camera: Camera, shown: Content, with_found: bool, w
     canvas, fine = Canvas(room.colors.copy(), room.depth), _finer(camera)
     if with_truth and shown.truth is not None:
         lines = _box_lines(shown.truth.boxes, shown.truth.labels, fine, 1.6, dashed=True)
-        draw_lines(canvas, fine, lines, visible=1.0, hidden=0.35, halo=(1, 1, 1))
+        draw_lines(canvas, fine, lines, visible=1.0, hidden=0.35, halo=_HALO)
     if with_found:
         lines = _box_lines(shown.detections.boxes, shown.detections.labels, fine, 2.0, dashed=False)
-        draw_lines(canvas, fine, lines, visible=1.0, hidden=0.35, halo=(1, 1, 1))
+        draw_lines(canvas, fine, lines, visible=1.0, hidden=0.35, halo=_HALO)
     height, width = camera.height, camera.width
     small = canvas.colors.reshape(height, _OVERSAMPLING, width, _OVERSAMPLING, 3).mean(axis=(1, 3))
     picture = Image.fromarray((np.clip(small, 0, 1) * 255 + 0.5).astype(np.uint8))

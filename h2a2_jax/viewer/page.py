@@ -35,7 +35,7 @@ def write_viewer(
     *,
     truth: GroundTruth | None = None,
     title: str | None = None,
-    score: float = 0.3,
+    score: float | int = 0.3,
     max_points: int = 400_000,
     still: bool = True,
 ) -> None:

@@ -33,7 +33,7 @@ def show(
     *,
     truth: GroundTruth | None = None,
     title: str | None = None,
-    score: float = 0.3,
+    score: float | int = 0.3,
 ) -> None:
     """Opens a window that shows a scan with its boxes, and returns when it is closed.
 

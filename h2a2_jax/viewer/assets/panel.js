@@ -5,8 +5,8 @@ const cssColor = (color) => `rgb(${color.map((v) => Math.round(255 * v)).join(" 
 const plural = (count, one, more = `${one}s`) => `${count.toLocaleString("en")} ${count === 1 ? one : more}`;
 
 // Text is always set as text: names come from files.
-function element(tag, { className = "", color, ...properties } = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), { className, ...properties });
+function element(tag, { color, ...properties } = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
   if (color) made.style.setProperty("--own", cssColor(color));
   made.append(...children);
   return made;

@@ -252,7 +252,8 @@ class Viewer {
     for (const box of wanted) {
       if (!this.labels.has(box)) this.labels.set(box, byId("labels").appendChild(element("span")));
       const label = this.labels.get(box);
-      label.className = `${box.isTruth ? "truth" : ""} ${box === this.state.chosen ? "chosen" : ""}`;
+      label.classList.toggle("truth", box.isTruth);
+      label.classList.toggle("chosen", box === this.state.chosen);
       label.style.setProperty("--own", cssColor(this.model.colorOf(box)));
       label.textContent = box.name;
       if (!box.isTruth) label.append(element("b", { textContent: box.score.toFixed(2) }));
