@@ -1,0 +1,209 @@
+"""Prediction of files: time by stage, and what becomes of boxes when the same scan is given in another way.
+
+    python -m benchmarks.predict --workdir=runs/demo [--scans=FOLDER] [--moved=FILE] [--grey]
+
+- Each file of --scans (default: the folder H2A2_SCANS_DIR): reading, voxels and maps, network, boxes (decoding and
+  suppression) in ms, medians of warm passes; and the first pass, which may compile.
+- --moved: one file turned, shifted, in millimetres, with y up, shuffled, with every point twice, without colours, with
+  half of its points. Boxes are led back and matched with those of the file as it is: how many of these (of at least the
+  score .3) have one of their class with an IoU of .5, their mean IoU and mean difference in score. What is exact for a
+  network on voxels is exact in `tests/inference/test_predict_files.py`; what differs here is said beside.
+- --grey: mean average precision on the validation scans of the run, with and without their colours.
+"""
+
+import argparse
+import dataclasses
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from benchmarks.timing import report
+from h2a2_jax.boxes import Detections, pairwise_rotated_iou
+from h2a2_jax.inference.evaluate import EvalConfig, build_predictor, evaluate_source
+from h2a2_jax.inference.file_scans import FileScan, load_file
+from h2a2_jax.inference.files import InputFile, PredictRequest, find_inputs
+from h2a2_jax.inference.predictions import boxes_in_input_frame
+from h2a2_jax.inference.predictor import Predictor, prepare
+from h2a2_jax.inputs.cloud_scan import GREY
+from h2a2_jax.inputs.point_cloud import read_point_cloud
+from h2a2_jax.inputs.scan import Scan, ScanSource
+from h2a2_jax.inputs.sources import build_source
+from h2a2_jax.inputs.specs import DatasetSpec
+from h2a2_jax.training.checkpoint import restore_checkpoint
+
+STAGES = ("load", "maps", "network", "boxes")
+_LOWEST, _SURE, _HIT = 0.05, 0.3, 0.5
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of a run")
+    parser.add_argument("--scans", default=os.environ.get("H2A2_SCANS_DIR"), help="files, a folder or a pattern")
+    parser.add_argument("--dataset", help="whose head (default: the first of the model)")
+    parser.add_argument("--repeats", type=int, default=5, help="warm passes of each scan (default 5)")
+    parser.add_argument("--moved", type=Path, help="a file to give in other ways")
+    parser.add_argument("--grey", action="store_true", help="evaluate with and without colours")
+    arguments = parser.parse_args()
+    model, config = restore_checkpoint(arguments.workdir)
+    predictor = Predictor(model, config.specs, score_threshold=_LOWEST)
+    spec = predictor.specs[0] if arguments.dataset is None else predictor.spec(arguments.dataset)
+    if arguments.scans:
+        files = find_inputs([arguments.scans]).files
+        print(f"boxes by the head of {spec.name}, ms, median of {arguments.repeats} warm passes")
+        print(f"{'scan':26}{'points':>9}{'boxes':>6}" + "".join(f"{stage:>9}" for stage in STAGES) + "    first pass")
+        for file in files:
+            print(time_file(predictor, file, spec, arguments.repeats), flush=True)
+    if arguments.moved:
+        print(f"{arguments.moved.name} given in other ways, boxes by the head of {spec.name}")
+        print(f"{'':34}{'boxes':>6}{'found again':>13}{'IoU':>7}{'score off by':>14}")
+        for row in moved_rows(predictor, arguments.moved, spec):
+            print(row, flush=True)
+    if arguments.grey:
+        evaluator = build_predictor(model, config.specs, EvalConfig())
+        print("mAP@0.25 and mAP@0.5 of the validation scans, with colours and without")
+        for dataset in config.datasets:
+            source = build_source(dataset, "val")
+            figures = [
+                evaluate_source(evaluator, each, dataset.spec, progress=False)[0].mean_average_precision
+                for each in (source, _Grey(source))
+            ]
+            shown = " -> ".join(" ".join(f"{value:.3f}" for value in figure) for figure in figures)
+            print(f"  {dataset.name:10} {shown}", flush=True)
+
+
+def time_file(predictor: Predictor, file: InputFile, spec: DatasetSpec, repeats: int) -> str:
+    """A row of the table of times."""
+    request = PredictRequest((str(file.path),))
+    passes: list[dict[str, float]] = []
+    boxes, points = 0, 0
+    for _ in range(repeats + 1):
+        seconds: dict[str, float] = {}
+        loaded = _timed(lambda: load_file(file, request, spec), seconds, "load")
+        (found,) = predictor.predict([prepare(loaded.scan, spec)], spec.name, seconds)
+        boxes, points = int((found.scores >= _SURE).sum()), len(loaded.scan.points)
+        passes.append(seconds)
+    report(f"{file.name} done")
+    warm = [1e3 * statistics.median(seconds[stage] for seconds in passes[1:]) for stage in STAGES]
+    first = 1e3 * sum(passes[0].values())
+    return (
+        f"{file.name[:25]:26}{points:>9,}{boxes:>6}" + "".join(f"{value:>9.1f}" for value in warm) + f"{first:>14.0f}"
+    )
+
+
+def _timed(function: Callable[[], FileScan], seconds: dict[str, float], stage: str) -> FileScan:
+    started = time.perf_counter()
+    result = function()
+    seconds[stage] = time.perf_counter() - started
+    return result
+
+
+class Variant(NamedTuple):
+    """The same scan, given in another way.
+
+    Attributes:
+        name: in words.
+        points: in the frame of its file.
+        colors: of its points.
+        request: how the file is to be taken.
+        motion: from the original file's frame to that of the scan, z up in metres.
+    """
+
+    name: str
+    points: Float[np.ndarray, "m 3"]
+    colors: Float[np.ndarray, "m 3"] | None
+    request: dict[str, Any]
+    motion: Float[np.ndarray, "4 4"]
+
+
+def variants(points: Float[np.ndarray, "n 3"], colors: Float[np.ndarray, "n 3"] | None) -> list[Variant]:
+    """A scan (z up, metres) as it is, and in other ways."""
+    rng = np.random.default_rng(0)
+    points = points.astype(np.float64)
+    still, quarter, shifted, by_blocks = (np.eye(4) for _ in range(4))
+    quarter[:2, :2] = [[0, -1], [1, 0]]
+    shifted[:3, 3] = [1.234, -0.777, 0.151]
+    by_blocks[:3, 3] = [6.4, -12.8, 0.64]
+    order, some = rng.permutation(len(points)), rng.random(len(points)) < 0.5
+    upright = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
+
+    def at(motion: np.ndarray) -> np.ndarray:
+        return points @ motion[:3, :3].T + motion[:3, 3]
+
+    def pick(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        return points[rows], None if colors is None else colors[rows]
+
+    return [
+        Variant("as it is", points, colors, {}, still),
+        Variant("in millimetres", 1000 * points, colors, {"unit": "mm"}, still),
+        Variant("y up", points @ upright.T, colors, {"up": "y"}, still),
+        Variant("moved by multiples of 64 cm", at(by_blocks), colors, {}, by_blocks),
+        Variant("moved by other lengths", at(shifted), colors, {}, shifted),
+        Variant("turned by 90 degrees", at(quarter), colors, {}, quarter),
+        Variant("points in another order", *pick(order), {}, still),
+        Variant("every point twice", *pick(np.repeat(np.arange(len(points)), 2)), {}, still),
+        Variant("half of the points", *pick(np.flatnonzero(some)), {}, still),
+        Variant("without colours", points, None, {}, still),
+    ]
+
+
+def moved_rows(predictor: Predictor, path: Path, spec: DatasetSpec) -> list[str]:
+    """A row for each way in which a scan can be given."""
+    cloud = read_point_cloud(path)
+    found, rows = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for variant in variants(cloud.points, cloud.colors):
+            file = InputFile(Path(folder) / "scan.npz", "scan")  # one name: the points drawn depend on it
+            colors: dict[str, Any] = {} if variant.colors is None else {"colors": variant.colors}
+            np.savez(file.path, points=variant.points, **colors)
+            loaded = load_file(file, PredictRequest(("",), **variant.request), spec)
+            (boxes,) = predictor.predict([prepare(loaded.scan, spec)], spec.name)
+            back = boxes_in_input_frame(boxes.boxes, variant.motion).astype(np.float32)
+            found.append(Detections(back, boxes.scores, boxes.labels))
+            rows.append(_compared(variant.name, found[0], found[-1]))
+    return rows
+
+
+def _compared(name: str, still: Detections, other: Detections) -> str:
+    sure = np.flatnonzero(still.scores >= _SURE)
+    count = int((other.scores >= _SURE).sum())
+    if not len(sure) or not len(other):
+        return f"{name:34}{count:>6}"
+    overlaps = np.array(pairwise_rotated_iou(still.boxes[sure], other.boxes))
+    overlaps[still.labels[sure][:, None] != other.labels[None]] = 0
+    best, rows = overlaps.max(axis=1), overlaps.argmax(axis=1)
+    hit = best >= _HIT
+    again = f"{int(hit.sum())} of {len(sure)}"
+    if not hit.any():
+        return f"{name:34}{count:>6}{again:>13}"
+    off = np.abs(still.scores[sure] - other.scores[rows])[hit].mean()
+    return f"{name:34}{count:>6}{again:>13}{best[hit].mean():>7.3f}{off:>14.4f}"
+
+
+class _Grey:
+    """A source whose scans have lost their colours."""
+
+    def __init__(self, source: ScanSource):
+        self._source = source
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self._source.names
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Scan:
+        scan = self._source[index]
+        return dataclasses.replace(scan, colors=np.full_like(scan.colors, GREY))
+
+
+if __name__ == "__main__":
+    main()
