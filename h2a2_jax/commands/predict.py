@@ -122,6 +122,8 @@ def predict_command(config: ExperimentConfig | None, workdir: Path, request: Pre
     if request is not None and request.output is not None:
         folder = request.output
     check_output(folder, (), ())
+    if request is not None and request.dataset is not None:
+        predictor.spec(request.dataset)  # one that the model does not know is said
     for d in MeshDivision(train_mesh(len(config.specs)), len(config.specs)).evaluated:
         spec = config.specs[d]
         if request is not None and request.dataset not in (None, spec.name):

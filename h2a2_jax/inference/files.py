@@ -165,8 +165,13 @@ def _expand(text: str) -> Iterator[tuple[Path, PurePath]]:
         return
     if not glob.has_magic(text):
         raise InputError(f"There is no file or folder {printable(text)}: check the path given with --input.")
-    fixed = PurePath(*_until_magic(PurePath(text).parts))
-    matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
+    fixed = Path(*_until_magic(path.parts))
+    try:
+        # Not glob.glob, whose ** goes round with links.
+        matches = sorted(fixed.glob(str(path.relative_to(fixed))))
+    except (ValueError, NotImplementedError, OSError) as error:
+        raise InputError(f"{printable(text)} is no pattern ({printable(error)}): check --input.") from error
+    matches = [each for each in matches if not any(part.startswith(".") for part in each.relative_to(fixed).parts)]
     # A folder that a pattern matches is not searched where the pattern names files in it as well.
     files = [match for match in matches if not match.is_dir()]
     matches = files or matches

@@ -16,6 +16,7 @@ A file is written beside its place and put there when it is whole.
 import contextlib
 import csv
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -213,9 +214,8 @@ def check_output(folder: Path, names: Iterable[str], formats: Sequence[str]) -> 
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(folder / ".probe") as part:
-            part.write_bytes(b"")
-        (folder / ".probe").unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise InputError(f"{folder} cannot be written to ({reason}): choose another folder with --output.") from error

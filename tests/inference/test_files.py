@@ -67,6 +67,7 @@ def test_links_that_go_round(tmp_path):
     (tmp_path / "a" / "self.ply").symlink_to("self.ply")
     (tmp_path / "a" / "gone.ply").symlink_to("nowhere.ply")
     assert names(tmp_path) == ["a/gone", "a/one", "a/self", "other/two"]
+    assert names(tmp_path / "**" / "*.ply") == ["a/gone", "a/one", "a/self", "other/two"]
 
 
 def test_results_are_no_input(tmp_path):
@@ -93,6 +94,7 @@ def test_texts_without_points_are_passed_over(tmp_path):
         ((), "No input is given: give files, folders or patterns"),
         (("gone.ply",), r"There is no file or folder .*gone\.ply: check"),
         (("*.ply",), r"Nothing matches .*\*\.ply: check the pattern"),
+        (("**a/*.ply",), r"(is no pattern|Nothing matches) .*: check"),
         (("",), "There is no point cloud in .*: files with .ply"),
         (("a\0b",), r"has the entry '.*a\?b'"),
         (("x" * 5000,), "There is no file or folder"),
