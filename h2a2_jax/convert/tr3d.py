@@ -1,10 +1,15 @@
-"""Parameter names of TR3D in mmdetection3d, and ours.
+"""TR3D checkpoints of mmdetection3d: their names and ours, one to one.
+
+    python -m h2a2_jax.convert.tr3d tr3d.pth --output=runs/tr3d                 theirs to ours
+    python -m h2a2_jax.convert.tr3d runs/tr3d --reverse --output=tr3d.pth       ours to theirs
 
 A checkpoint there is one dataset's detector: its shared parameters are ours one to one, its running statistics and its
 head go to that dataset's place on the dataset axis. A detector with kernel selection takes the residual kernels as its
 shared ones.
 """
 
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from h2a2_jax.errors import InputError
 from h2a2_jax.layers import ConvNorm, SelectiveConv
-from h2a2_jax.models import Detector
+from h2a2_jax.models import Detector, DetectorConfig
+from h2a2_jax.models.config import STAGE_BLOCKS
+
+_STEM = "backbone.conv1.kernel"
 
 
 @dataclass(frozen=True)
@@ -132,3 +141,56 @@ def load_tr3d(model: Detector, state: Mapping[str, np.ndarray], dataset: int = 0
 def export_tr3d(model: Detector, dataset: int = 0) -> dict[str, np.ndarray]:
     """Our parameters and running statistics under TR3D's names and in its shapes."""
     return {name: slot.read() for name, slot in tr3d_slots(model, dataset).items()}
+
+
+def without_prefix(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The state with names as of a bare detector, where it was wrapped, as in "module.backbone.conv1.kernel".
+
+    Args:
+        state: by name; names without the prefix stay.
+    """
+    prefix = next((name.removesuffix(_STEM) for name in state if name.endswith(_STEM)), "")
+    return {name.removeprefix(prefix): value for name, value in state.items()}
+
+
+def config_of_weights(state: Mapping[str, np.ndarray]) -> DetectorConfig:
+    """The architecture that weights belong to, from their names and shapes.
+
+    Args:
+        state: by TR3D's names. Without a neck its default width is taken.
+
+    Raises:
+        InputError: there is no such backbone, or one of other blocks or another depth.
+    """
+
+    def last(name: str, dimensions: int) -> int:
+        if name not in state or state[name].ndim != dimensions:
+            found = f"is {'x'.join(map(str, state[name].shape))}" if name in state else "is missing"
+            raise InputError(f"These are no weights of TR3D or of its backbone: {name} {found}.")
+        return state[name].shape[-1]
+
+    stem = last(_STEM, 3)
+    first, second, third, fourth = (last(f"backbone.layer{stage}.0.conv1.kernel", 3) for stage in (1, 2, 3, 4))
+    numbers = [re.match(r"backbone\.layer([1-4])\.(\d{1,3})\.", name) for name in state]
+    places = {(int(found[1]), int(found[2])) for found in numbers if found}
+    blocks = tuple(sum(stage == place for place, _ in places) for stage in (1, 2, 3, 4))
+    depths = {known: depth for depth, known in STAGE_BLOCKS.items()}
+    if blocks not in depths or any(re.match(r"backbone\.layer\d+\.\d+\.conv3", name) for name in state):
+        raise InputError(
+            f"The backbone has stages of {', '.join(map(str, blocks))} blocks; those of depth "
+            f"{', '.join(map(str, STAGE_BLOCKS))} with blocks of two convolutions can be converted."
+        )
+    neck = "neck.out_block_0.0.kernel"
+    return DetectorConfig(
+        depth=depths[blocks],
+        in_channels=state[_STEM].shape[1],
+        stem_channels=stem,
+        stage_channels=(first, second, third, fourth),
+        neck_channels=last(neck, 3) if neck in state else DetectorConfig.neck_channels,
+    )
+
+
+if __name__ == "__main__":
+    from h2a2_jax.convert.command import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,348 @@
+"""The command `python -m h2a2_jax.convert.tr3d`."""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import optax
+
+from h2a2_jax.convert.torch_file import TorchFile, read_torch_file, write_torch_file
+from h2a2_jax.convert.tr3d import config_of_weights, export_tr3d, load_tr3d, tr3d_slots, without_prefix
+from h2a2_jax.errors import InputError
+from h2a2_jax.inputs.sources import ROOTS, SourceConfig
+from h2a2_jax.inputs.specs import SPECS
+from h2a2_jax.models import Detector
+from h2a2_jax.models.head import NUM_OUTPUTS
+from h2a2_jax.training.balancers import build_balancer
+from h2a2_jax.training.checkpoint import CheckpointStore, restore_checkpoint
+from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig, to_json
+from h2a2_jax.training.loop import build_detector, learning_rate
+from h2a2_jax.training.mesh import DATASET
+from h2a2_jax.training.state import create_state
+
+_HEAD = "bbox_head.conv_"
+_OF_FCAF3D = "bbox_head.conv_center.kernel"
+_SHOWN = 3
+_DESCRIPTION = """Converts TR3D checkpoints of mmdetection3d into checkpoints of this program, and back.
+
+The file's weights alone are read; nothing in it is imported or run. Depth, widths, classes and the form of the boxes
+are read off the weights. Of FCAF3D the backbone's convolutions and norms of the same names are taken (--partial)."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of one name.
+
+    Attributes:
+        fate: "used", "left over" (in the file, without a place in ours) or "missing" (ours, not in the file).
+        name: of the parameter.
+        form: its shape and type, as text.
+        why: a remark.
+    """
+
+    fate: str
+    name: str
+    form: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A detector with converted weights.
+
+    Attributes:
+        model: the detector.
+        config: of a run that it could come from.
+        entries: what became of every name.
+        notes: what else is worth knowing, a sentence each.
+    """
+
+    model: Detector
+    config: ExperimentConfig
+    entries: tuple[Entry, ...]
+    notes: tuple[str, ...] = ()
+
+    def of(self, fate: str) -> list[Entry]:
+        """The entries of one fate."""
+        return [entry for entry in self.entries if entry.fate == fate]
+
+
+def convert_file(
+    file: TorchFile, dataset: str | None = None, classes: tuple[str, ...] = (), seed: int = 0
+) -> Conversion:
+    """Builds the detector that a file's weights belong to, and sets them.
+
+    Args:
+        file: as read.
+        dataset: whose head it is; None: the built-in one of so many classes and outputs.
+        classes: of a dataset that is not built in; empty: as the file says.
+        seed: of the parameters that the file lacks.
+
+    Raises:
+        InputError: they are no weights of TR3D, their dataset cannot be told, or one of them is not finite.
+    """
+    whole = without_prefix(file.tensors)
+    numbers = {name: value for name, value in whole.items() if not name.endswith("num_batches_tracked")}
+    is_fcaf3d = _OF_FCAF3D in numbers
+    # FCAF3D's head has names of TR3D's for other things.
+    state = {k: v for k, v in numbers.items() if k.startswith("backbone.")} if is_fcaf3d else numbers
+    model_config = config_of_weights(state)
+    source, note = _source(state, file.classes, dataset, classes)
+    config = ExperimentConfig(datasets=(source,), model=model_config, harmonize=HarmonizeConfig(method="mean"))
+    model = build_detector(_with_seed(config, seed))
+    shapes = {name: slot.shape for name, slot in tr3d_slots(model).items()}
+    fitting, reasons = {}, {}
+    for name, value in state.items():
+        if name not in shapes:
+            continue
+        if np.squeeze(value).shape != tuple(length for length in shapes[name] if length != 1):
+            reasons[name] = f"{_shape(shapes[name])} expected"
+        elif value.dtype.kind in "biu":
+            reasons[name] = "no floating-point numbers"
+        else:
+            fitting[name] = np.asarray(value, np.float32).reshape(shapes[name])
+            if not np.isfinite(fitting[name]).all():
+                raise InputError(f"{name} holds NaN or infinity: the file is damaged, or its training diverged.")
+    report = load_tr3d(model, fitting)
+    if is_fcaf3d:
+        reasons |= dict.fromkeys((name for name in numbers if name not in state), "of FCAF3D, not of its backbone")
+    entries = [Entry("used", name, _form(state[name])) for name in report.used]
+    entries += [Entry("left over", k, _form(v), reasons.get(k, "")) for k, v in numbers.items() if k not in fitting]
+    entries += [Entry("left over", name, "no tensor") for name in file.others]
+    entries += [Entry("missing", name, _shape(shapes[name]), "initialised") for name in report.missing]
+    notes = [note] if note else []
+    if len(numbers) < len(whole):
+        notes.append(f"{len(whole) - len(numbers)} counters of batches (num_batches_tracked) say nothing of the model.")
+    if file.not_read:
+        names = ", ".join(file.not_read[:_SHOWN]) + (", ..." if len(file.not_read) > _SHOWN else "")
+        notes.append(f"The file names {len(file.not_read)} classes or functions, none was run: {names}.")
+    return Conversion(model, config, tuple(entries), tuple(notes))
+
+
+def table(entries: Sequence[Entry]) -> str:
+    """Every name with its fate, as text: used ones first."""
+    width = max((len(entry.name) for entry in entries), default=0)
+    forms = max((len(entry.form) for entry in entries), default=0)
+    lines = []
+    for fate in ("used", "left over", "missing"):
+        chosen = [entry for entry in entries if entry.fate == fate]
+        lines.append(f"{fate}: {len(chosen)}")
+        lines += [f"  {e.name:{width}}  {e.form:{forms}}  {e.why}".rstrip() for e in chosen]
+    return "\n".join(lines)
+
+
+def save_conversion(conversion: Conversion, workdir: Path) -> None:
+    """Writes a run's folder: config.json and a checkpoint of step 0, from which training can go on.
+
+    Args:
+        conversion: what to write.
+        workdir: the folder, without checkpoints yet.
+
+    Raises:
+        InputError: it holds checkpoints or cannot be written.
+    """
+    config = conversion.config
+    optimizer = optax.adamw(learning_rate(config, 1), weight_decay=config.optim.weight_decay)
+    balancer = build_balancer(config.harmonize, 1, DATASET, config.train.seed)
+    _, state = create_state(conversion.model, optimizer, balancer)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(to_json(config) + "\n")
+        with CheckpointStore(workdir / "checkpoints") as store:
+            store.save(0, state, config, config.dataset_names)
+    except OSError as error:
+        raise InputError(f"{workdir} cannot be written: {error.strerror or error}.") from error
+
+
+def export_checkpoint(path: Path, dataset: str | None = None, step: int | None = None) -> tuple[dict, dict[str, Any]]:
+    """Our checkpoint as mmdetection3d's TR3D would hold it.
+
+    Args:
+        path: folder of a run.
+        dataset: whose statistics and head, of a detector trained on several.
+        step: of the checkpoint; None: the last.
+
+    Returns:
+        The state dict, by TR3D's names, and what goes beside it.
+
+    Raises:
+        InputError: there is no such checkpoint; it selects kernels; the dataset is not told or not its own.
+    """
+    model, config = restore_checkpoint(path, step)
+    if config.model.selection is not None:
+        raise InputError(
+            f"{path} selects kernels by the dataset and the scan (model.selection), which TR3D cannot express, and its "
+            "shared kernels alone are another detector: export one trained with model.selection=None."
+        )
+    names = config.dataset_names
+    if dataset is None and len(names) > 1:
+        raise InputError(f"{path} was trained on {', '.join(names)}, TR3D holds one: choose it with --dataset.")
+    if dataset is not None and dataset not in names:
+        raise InputError(f"{path} was trained on {', '.join(names)}, not on {dataset}.")
+    index = 0 if dataset is None else names.index(dataset)
+    state: dict[str, np.ndarray] = {}
+    for name, value in export_tr3d(model, index).items():
+        state[name] = value
+        if name.endswith("running_var"):
+            state[name.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
+    return state, {"dataset_meta": {"classes": list(config.specs[index].classes)}}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: of the command line.
+
+    Returns:
+        Exit status: 0, or 2 after a sentence on standard error.
+    """
+    try:
+        _run(_parse(arguments))
+    except InputError as error:
+        print(f"convert: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; an example is tr3d.pth --output=runs/tr3d.")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m h2a2_jax.convert.tr3d",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("input", type=Path, help="a .pth file; with --reverse the folder of a run")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run; with --reverse a .pth file")
+    parser.add_argument("--dataset", help="whose head it is: scannet, sunrgbd, s3dis or another name with --classes")
+    parser.add_argument(
+        "--classes", default="", help="of a dataset that is not built in, with commas between, in order"
+    )
+    parser.add_argument("--partial", action="store_true", help="also if parameters are missing, which are initialised")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters that are initialised")
+    parser.add_argument("--reverse", action="store_true", help="from our checkpoint to a state dict of TR3D")
+    parser.add_argument("--step", type=int, help="with --reverse: of the checkpoint; by default the last")
+    chosen = parser.parse_args(arguments)
+    if chosen.reverse and (chosen.partial or chosen.classes or chosen.seed):
+        raise InputError("--partial, --classes and --seed are for the way into this program, not for --reverse.")
+    if chosen.step is not None and not chosen.reverse:
+        raise InputError("--step chooses a checkpoint of ours, with --reverse; a .pth file holds one.")
+    if chosen.seed < 0:
+        raise InputError(f"--seed is {chosen.seed}; expected 0 or more.")
+    return chosen
+
+
+def _run(chosen: argparse.Namespace) -> None:
+    if chosen.reverse:
+        _reverse(chosen)
+        return
+    if chosen.output.exists() and not chosen.output.is_dir():
+        raise InputError(f"--output={chosen.output} is a file; expected a folder for the run.")
+    if (chosen.output / "checkpoints").exists() or (chosen.output / "config.json").exists():
+        raise InputError(f"{chosen.output} is the folder of a run already: give another --output.")
+    classes = tuple(name.strip() for name in chosen.classes.split(",")) if chosen.classes else ()
+    conversion = convert_file(read_torch_file(chosen.input), chosen.dataset, classes, chosen.seed)
+    print(table(conversion.entries))
+    for note in conversion.notes:
+        print(note)
+    missing = [entry.name for entry in conversion.of("missing")]
+    if missing and not chosen.partial:
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise InputError(
+            f"{chosen.input} lacks {', '.join(missing[:_SHOWN])}{more}; nothing was written: --partial initialises "
+            "what is missing."
+        )
+    save_conversion(conversion, chosen.output)
+    model, source = conversion.config.model, conversion.config.datasets[0]
+    print(
+        f"{chosen.output}: TR3D of depth {model.depth}, stem {model.stem_channels}, stages "
+        f"{'-'.join(map(str, model.stage_channels))}, neck {model.neck_channels}, dataset {source.name}"
+        f" ({source.spec.num_classes} classes, {source.spec.num_outputs} box outputs)"
+        f"{f'; {len(missing)} parameters are initialised, not trained' if missing else ''}."
+    )
+
+
+def _reverse(chosen: argparse.Namespace) -> None:
+    if chosen.output.exists():
+        raise InputError(f"{chosen.output} exists: give another --output.")
+    state, meta = export_checkpoint(chosen.input, chosen.dataset, chosen.step)
+    try:
+        chosen.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        write_torch_file(chosen.output, state, meta)
+    except OSError as error:
+        raise InputError(f"{chosen.output} cannot be written: {error.strerror or error}.") from error
+    print(table([Entry("used", name, _form(value)) for name, value in state.items()]).replace("used:", "written:", 1))
+
+
+def _source(
+    state: Mapping[str, np.ndarray], stored: tuple[str, ...], dataset: str | None, classes: tuple[str, ...]
+) -> tuple[SourceConfig, str]:
+    """The dataset whose head weights are, and a remark on its classes."""
+    known = {spec.name: spec for spec in SPECS}
+    widths = {
+        part: state[f"{_HEAD}{part}.kernel"].shape[-1] for part in ("cls", "reg") if f"{_HEAD}{part}.kernel" in state
+    }
+    has_head = len(widths) == 2
+    num_classes, num_outputs = widths.get("cls", 0), widths.get("reg", 0)
+    found = f"{num_classes} classes and {num_outputs} box outputs"
+    if has_head and num_outputs not in (6, NUM_OUTPUTS):
+        raise InputError(f"The head has {found}; expected 6 outputs (boxes along the axes) or 8 (boxes with yaw).")
+    if dataset is None and classes:
+        raise InputError("--classes are of a dataset of your own: give it a name with --dataset.")
+    if dataset is None:
+        fitting = [s.name for s in SPECS if (s.num_classes, s.num_outputs) == (num_classes, num_outputs)]
+        if not fitting:
+            what = f"The head has {found}, which is none of" if has_head else "There is no head that would tell it from"
+            raise InputError(f"{what} {', '.join(known)}: name the dataset with --dataset, another one with --classes.")
+        dataset = fitting[0]
+    if dataset in known:
+        if classes:
+            raise InputError(
+                f"{dataset} is built in and has its classes: leave --classes out, or call yours otherwise."
+            )
+        spec = known[dataset]
+        if has_head and (spec.num_classes, spec.num_outputs) != (num_classes, num_outputs):
+            raise InputError(
+                f"The head has {found}, {dataset} has {spec.num_classes} and {spec.num_outputs}: give another "
+                "--dataset."
+            )
+        source, note = SourceConfig(dataset, root=ROOTS[dataset]), ""
+        if stored and [_plain(name) for name in stored] != [_plain(name) for name in spec.classes]:
+            note = (
+                f"Attention: the file calls its classes {', '.join(stored)}; those of {dataset} are "
+                f"{', '.join(spec.classes)}. If they are others, convert with --dataset=NAME --classes=..."
+            )
+        return source, note
+    own = classes or stored
+    if not own or (has_head and len(own) != num_classes):
+        given = f"{len(own)} are given" if own else "none are given"
+        raise InputError(
+            f"{dataset} is a dataset of your own: name its {num_classes or ''} classes with --classes=a,b,c; {given}."
+        )
+    source = SourceConfig(dataset, root=f"data/{dataset}", classes=own, has_yaw=num_outputs == NUM_OUTPUTS)
+    return source, "" if classes else f"Its classes are those that the file names: {', '.join(own)}."
+
+
+def _with_seed(config: ExperimentConfig, seed: int) -> ExperimentConfig:
+    return replace(config, train=replace(config.train, seed=seed))
+
+
+def _plain(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).lower()
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _form(array: np.ndarray) -> str:
+    return f"{_shape(array.shape)} {array.dtype}"

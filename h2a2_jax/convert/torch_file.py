@@ -1,0 +1,280 @@
+"""PyTorch files (.pth) without PyTorch: what their tensors hold, read and written; nothing in them is run.
+
+Since PyTorch 1.6 such a file is a zip archive, uncompressed: <name>/data.pkl, a pickle in which tensors refer to
+storages, and <name>/data/<key>, each storage's numbers. Before, and as OpenMMLab publishes its models, it is a row of
+pickles and behind them the storages. Both are read, the first is written.
+"""
+
+import io
+import mmap
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from h2a2_jax.convert.inert_pickle import Storage, StoredTensor, load_inert
+from h2a2_jax.errors import InputError
+
+MAX_PICKLE = 64 * 2**20
+"""Largest pickle of an archive that is read (bytes); that of a detector with its optimiser has some 200 kB."""
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+_STATE_KEYS = ("state_dict", "model_state_dict", "model")
+
+
+class _Damaged(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class TorchFile:
+    """What a file holds of a model.
+
+    Attributes:
+        tensors: the state dict's, by name, in order; of the type they are stored in.
+        others: names of its entries that are no tensors.
+        not_read: classes and functions that the file names and that were neither imported nor called.
+        classes: class names that the training framework stored beside it, if any.
+    """
+
+    tensors: dict[str, np.ndarray]
+    others: tuple[str, ...]
+    not_read: tuple[str, ...]
+    classes: tuple[str, ...]
+
+
+def read_torch_file(path: str | Path) -> TorchFile:
+    """Reads the state dict of a file, a checkpoint of a training framework or a bare one.
+
+    The memory taken is that of the state dict: of optimisers and the like nothing is read.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its tensors, and what else there is.
+
+    Raises:
+        InputError: no such file, one that is not PyTorch's, damaged, or one without a state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no file {path}: give a checkpoint of PyTorch, such as tr3d.pth.")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4)
+            if head[:4] == b"PK\x03\x04":
+                return _read_archive(path)
+            if head[:2] == b"\x80\x02":
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                    return _read_legacy(path, content)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except InputError:
+        raise
+    except _NEWER as error:
+        raise InputError(f"{path} is damaged or cut off ({error}): download or write it again.") from None
+    except (MemoryError, RecursionError, OverflowError) as error:
+        raise InputError(f"{path} asks for more memory than a checkpoint needs: download or write it again.") from error
+    except Exception as error:  # what a damaged file leads to is anything; nothing of it is run
+        raise InputError(
+            f"{path} is damaged or cut off ({type(error).__name__}: {str(error)[:200]}): download or write it again."
+        ) from error
+    raise InputError(f"{path} is no file of PyTorch: it begins neither as a zip archive nor as a pickle of torch.save.")
+
+
+_NEWER = (_Damaged, pickle.UnpicklingError, zipfile.BadZipFile)
+
+
+def _read_archive(path: Path) -> TorchFile:
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        records = {info.filename: info for info in archive.infolist()}
+        pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise InputError(f"{path} is a zip archive, but not one of torch.save: it holds no data.pkl.")
+        folder = pickles[0].removesuffix("data.pkl")
+
+        def record(name: str) -> bytes:
+            if name not in records:
+                raise _Damaged(f"{name} is missing")
+            info = records[name]
+            if info.compress_type != zipfile.ZIP_STORED or not info.file_size == info.compress_size <= size:
+                raise _Damaged(f"{name} is compressed or larger than the file")
+            return archive.read(info)
+
+        if records[pickles[0]].file_size > MAX_PICKLE:
+            raise InputError(f"{path} holds a pickle of more than {MAX_PICKLE >> 20} MB, which no detector needs.")
+        content, not_read = load_inert(io.BytesIO(record(pickles[0])))
+        order = record(f"{folder}byteorder") if f"{folder}byteorder" in records else b"little"
+        state, classes = _find_state(path, content)
+        # Records may overlap in a file made to; what is read of them together may not exceed it.
+        keys = {tensor.storage.key for tensor in state.values() if isinstance(tensor, StoredTensor)}
+        names = {key: f"{folder}data/{key}" for key in keys}
+        if sum(records[name].file_size for name in names.values() if name in records) > size:
+            raise _Damaged("its storages overlap")
+
+        def numbers(storage: Storage) -> np.ndarray:
+            content = record(names[storage.key])
+            if storage.numel * storage.dtype.itemsize > len(content):
+                raise _Damaged(f"a storage of {storage.numel} numbers has {len(content)} bytes")
+            dtype = storage.dtype.newbyteorder(">") if order == b"big" else storage.dtype
+            return np.frombuffer(content, dtype, storage.numel).astype(storage.dtype, copy=False)
+
+        return _filled(state, numbers, not_read, classes)
+
+
+def _read_legacy(path: Path, content: mmap.mmap) -> TorchFile:
+    magic, _ = load_inert(content)
+    if magic != _LEGACY_MAGIC:
+        raise InputError(f"{path} is a pickle, but not one of torch.save: give a checkpoint of PyTorch.")
+    protocol, _ = load_inert(content)
+    system, _ = load_inert(content)
+    if protocol != _LEGACY_PROTOCOL or not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise InputError(f"{path} is of another PyTorch or of a big-endian machine: save it anew with torch.save.")
+    checkpoint, not_read = load_inert(content)
+    keys, _ = load_inert(content)
+    state, classes = _find_state(path, checkpoint)
+    # The storages lie one behind the other; what each takes is known from its type, which the tensors name.
+    dtypes = _storage_dtypes(checkpoint)
+    places: dict[str, tuple[int, int]] = {}
+    place, end = content.tell(), len(content)
+    for key in keys:
+        if key not in dtypes or place + 8 > end:
+            raise _Damaged("its storages are not those of its tensors")
+        (numel,) = struct.unpack_from("<q", content, place)
+        places[key] = (place + 8, numel)
+        place += 8 + numel * dtypes[key].itemsize
+        if numel < 0 or place > end:
+            raise _Damaged(f"a storage of {numel} numbers ends behind the file")
+
+    def numbers(storage: Storage) -> np.ndarray:
+        if storage.key not in places or storage.numel > places[storage.key][1]:
+            raise _Damaged("a storage is missing")
+        start = places[storage.key][0]
+        return np.frombuffer(content[start : start + storage.numel * storage.dtype.itemsize], storage.dtype)
+
+    return _filled(state, numbers, not_read, classes)
+
+
+def _find_state(path: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The state dict and the class names of what a file holds."""
+    classes: tuple[str, ...] = ()
+    if isinstance(content, dict):
+        classes = _stored_classes(content.get("meta"))
+        inner = next((content[key] for key in _STATE_KEYS if isinstance(content.get(key), dict)), content)
+        if any(isinstance(value, StoredTensor) for value in inner.values()):
+            return {str(key): value for key, value in inner.items()}, classes
+    raise InputError(f"{path} holds no state dict: expected tensors by name, or such under 'state_dict'.")
+
+
+def _stored_classes(meta: Any) -> tuple[str, ...]:
+    """Class names as mmengine ("dataset_meta") or mmcv ("CLASSES") store them."""
+    if not isinstance(meta, dict):
+        return ()
+    inner = meta.get("dataset_meta")
+    for names in (
+        inner.get("classes") or inner.get("CLASSES") if isinstance(inner, dict) else None,
+        meta.get("CLASSES"),
+    ):
+        if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+            return tuple(name[:100] for name in names)
+    return ()
+
+
+def _storage_dtypes(content: Any) -> dict[str, np.dtype]:
+    """Type of every storage that an object's tensors refer to."""
+    found: dict[str, np.dtype] = {}
+    seen: set[int] = set()
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, StoredTensor):
+            found[value.storage.key] = value.storage.dtype
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+    return found
+
+
+def _filled(
+    state: Mapping[str, Any], numbers: Callable[[Storage], np.ndarray], not_read: set[str], classes: tuple[str, ...]
+) -> TorchFile:
+    """The state dict with the tensors' numbers: views of the storages, each read once."""
+    storages: dict[str, np.ndarray] = {}
+    tensors = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, StoredTensor):
+            continue
+        storage = tensor.storage
+        if storage.key not in storages:
+            storages[storage.key] = numbers(storage)
+        flat = storages[storage.key]
+        if flat.dtype != storage.dtype or len(flat) < storage.numel:
+            raise _Damaged(f"two tensors disagree on the storage {storage.key[:50]}")
+        strides = [stride * flat.itemsize for stride in tensor.strides]
+        start = flat[tensor.offset : tensor.offset + 1] if 0 in tensor.shape else flat[tensor.offset :]
+        tensors[name] = np.lib.stride_tricks.as_strided(start, tensor.shape, strides, writeable=False)
+    others = tuple(name for name in state if name not in tensors)
+    return TorchFile(tensors, others, tuple(sorted(not_read)), classes)
+
+
+def write_torch_file(path: str | Path, state: Mapping[str, np.ndarray], meta: Mapping[str, Any] | None = None) -> None:
+    """Writes a checkpoint as torch.save does, {"meta": ..., "state_dict": ...}.
+
+    torch.load reads it, with weights_only=True too, and so do mmengine and mmcv.
+
+    Args:
+        path: the file; replaced in one piece where it exists.
+        state: float32 or int64 arrays by name, in order.
+        meta: of text, numbers, lists and dicts.
+    """
+    path = Path(path)
+    arrays = [np.ascontiguousarray(array).reshape(array.shape) for array in state.values()]
+    partial = path.with_name(f"{path.name}.partial")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", _checkpoint_pickle(dict(zip(state, arrays, strict=True)), meta or {}))
+        archive.writestr("archive/byteorder", "little")
+        for key, array in enumerate(arrays):
+            archive.writestr(f"archive/data/{key}", array.astype(array.dtype.newbyteorder("<")).tobytes())
+        archive.writestr("archive/version", "3\n")
+    partial.replace(path)
+
+
+_WRITTEN = {np.dtype(np.float32): "FloatStorage", np.dtype(np.int64): "LongStorage"}
+_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
+
+
+def _checkpoint_pickle(state: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
+    """A pickle of protocol 2, written by hand: the names in it are of a library that need not be here."""
+    parts = [b"\x80\x02}(", _pickled("meta"), _pickled(dict(meta)), _pickled("state_dict"), _ORDERED_DICT, b"("]
+    for key, (name, array) in enumerate(state.items()):
+        strides = tuple(stride // array.itemsize for stride in array.strides)
+        storage = f"ctorch\n{_WRITTEN[array.dtype]}\n".encode()
+        parts += [_pickled(name), b"ctorch._utils\n_rebuild_tensor_v2\n(("]
+        parts += [_pickled("storage"), storage, _pickled(str(key)), _pickled("cpu"), _pickled(array.size), b"tQ"]
+        parts += [_pickled(0), _pickled(array.shape), _pickled(strides), b"\x89", _ORDERED_DICT, b"tR"]
+    return b"".join([*parts, b"uu."])
+
+
+def _pickled(value: Any) -> bytes:
+    """The operations that make a plain value, without the frame of a pickle and without its memo."""
+    match value:
+        case str():
+            text = value.encode()
+            return b"X" + struct.pack("<I", len(text)) + text
+        case int():
+            return b"J" + struct.pack("<i", value) if abs(value) < 2**31 else b"\x8a\x08" + struct.pack("<q", value)
+        case tuple():
+            return b"(" + b"".join(map(_pickled, value)) + b"t"
+        case list():
+            return b"](" + b"".join(map(_pickled, value)) + b"e"
+        case dict():
+            return b"}(" + b"".join(_pickled(key) + _pickled(item) for key, item in value.items()) + b"u"
+    raise TypeError(f"meta holds {value!r}; expected text, numbers, lists and dicts.")
