@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from h2a2_jax.boxes.detections import Detections
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.file_scans import FileScan, Pending, load_file, read_ahead
 from h2a2_jax.inference.files import FoundInputs, InputFile, PredictRequest, printable
@@ -104,11 +105,7 @@ def _predict_one(
         loaded, seconds = pending.result()
         outcome.seconds["load"] = outcome.seconds.get("load", 0.0) + seconds
         for remark in loaded.remarks:
-            kind = _NUMBER.sub("#", remark.replace(loaded.file.path.name, "it"))
-            _, names = outcome.remarks.setdefault(kind, (remark, []))
-            names.append(loaded.scan.name)
-            if len(names) <= REPEATED:
-                say(f"{loaded.scan.name}: {printable(remark)}.")
+            _remark(loaded, remark, outcome, say)
         (boxes,) = predictor.predict([prepare(loaded.scan, spec)], spec.name, outcome.seconds)
         started = time.perf_counter()
         entry = scan_entry(loaded.scan.name, loaded.matrix, boxes, spec, printable(loaded.file.path))
@@ -116,7 +113,7 @@ def _predict_one(
         outcome.seconds["write"] = outcome.seconds.get("write", 0.0) + time.perf_counter() - started
         outcome.entries.append(entry)
         if request.show:
-            _show(loaded, boxes, spec, say)
+            _show(loaded, boxes, request.score, spec, outcome, say)
     except InputError as error:
         return printable(error)
     except OSError as error:
@@ -129,13 +126,23 @@ def _predict_one(
     return None
 
 
-def _show(loaded: FileScan, boxes: Any, spec: DatasetSpec, say: Callable[[str], None]) -> None:
+def _remark(loaded: FileScan, remark: str, outcome: Outcome, say: Callable[[str], None]) -> None:
+    kind = _NUMBER.sub("#", remark.replace(loaded.file.path.name, "it"))
+    _, names = outcome.remarks.setdefault(kind, (remark, []))
+    names.append(loaded.scan.name)
+    if len(names) <= REPEATED:
+        say(f"{loaded.scan.name}: {printable(remark)}.")
+
+
+def _show(
+    loaded: FileScan, boxes: Detections, score: float, spec: DatasetSpec, outcome: Outcome, say: Callable[[str], None]
+) -> None:
     from h2a2_jax.viewer import show
 
     try:
-        show(loaded.scan, boxes, spec.classes, title=loaded.scan.name)
+        show(loaded.scan, boxes, spec.classes, title=loaded.scan.name, score=score)
     except InputError as error:  # no window is no reason to lose boxes
-        say(printable(error))
+        _remark(loaded, f"is not shown: {error}".removesuffix("."), outcome, say)
 
 
 def _write_together(output: Path, request: PredictRequest, spec: DatasetSpec, outcome: Outcome) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -289,6 +290,17 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     with pytest.raises(InputError, match=r"a\.json is there already and is no result of a prediction"):
         check_output(tmp_path, ["a"], ("json",))
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a display is always there")
+def test_without_a_display_boxes_are_there_all_the_same(predictor, tmp_path, monkeypatch):
+    for variable in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(variable, raising=False)
+    root, said = tmp_path / "scans", []
+    root.mkdir()
+    np.save(root / "a.npy", POINTS)
+    outcome = predict(predictor, root, said=said, show=True)
+    assert not outcome.failed and any(sentence.startswith("a: is not shown: ") for sentence in said)
 
 
 def test_another_dataset(predictor, tmp_path):
