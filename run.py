@@ -1,39 +1,83 @@
 """Train, evaluate, predict, report or sweep: python run.py --config=configs/joint.py:demo --workdir=runs/demo.
 
-Look over a folder of scans before: python run.py --mode=check --data=FOLDER.
+Boxes of files of points: python run.py --mode=predict --workdir=runs/demo --input=FOLDER --output=boxes.
+Look over a folder of scans before training on it: python run.py --mode=check --data=FOLDER.
 """
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from h2a2_jax.errors import InputError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, as in configs/joint.py:demo.")
+if TYPE_CHECKING:
+    from h2a2_jax.inference.evaluate import EvalRequest
+    from h2a2_jax.inference.files import PredictRequest
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "What to run, as in configs/joint.py:demo; eval and predict take the checkpoint's without it."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results.")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "eval", "predict", "report", "tau_sweep", "ablation", "check"], "What to do."
+    "mode",
+    "train",
+    ["train", "eval", "predict", "report", "tau_sweep", "ablation", "protocol", "check"],
+    "What to do.",
 )
+_STEP = flags.DEFINE_integer("step", None, "Eval, predict: step of the checkpoint; by default the last.")
+_DATASET = flags.DEFINE_string(
+    "dataset", None, "Predict, eval: the dataset whose head predicts. Check: whose classes count."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder of the results; by default in the workdir, of check runs/check.")
+_DATA = flags.DEFINE_string("data", None, "Check, eval: folder of scans with their boxes.")
+
+_INPUT = flags.DEFINE_list("input", [], "Predict: files, folders, patterns of point clouds, with commas between.")
+_UP = flags.DEFINE_enum("up", "z", ["z", "-z", "y", "-y", "x", "-x", "auto"], "Predict: axis that points up.")
+_UNIT = flags.DEFINE_enum("unit", "m", ["m", "cm", "mm", "auto"], "Predict: unit of the points.")
+_COLORS = flags.DEFINE_enum("colors", "auto", ["auto", "0-1", "0-255", "none"], "Predict: range of the colours.")
+_ALIGN = flags.DEFINE_enum(
+    "align", "none", ["none", "gravity", "manhattan", "both"], "Predict: turn the floor level, walls along x and y."
+)
+_SCORE = flags.DEFINE_float("score", None, "Predict: lowest score of a box.", lower_bound=0, upper_bound=1)
+_FORMATS = flags.DEFINE_list("formats", None, "Predict: what is written, of json, csv, ply, html, png.")
+_SHOW = flags.DEFINE_bool("show", False, "Predict: open a window with every scan (open3d).")
+
+_SPLIT = flags.DEFINE_enum("split", "val", ["val", "train"], "Eval: which scans.")
+_TTA = flags.DEFINE_list("tta", [], "Eval: test-time augmentation, of flip_x, flip_y, scales, turns.")
+_CROSS = flags.DEFINE_bool("cross", False, "Eval: every dataset's head on every dataset, over the classes they share.")
+
 _SINGLES = flags.DEFINE_list("singles", [], "Report: folders of single-dataset runs to compare with.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "Sweeps: seeds of training.")
 _TAUS = flags.DEFINE_list("taus", [], "Tau sweep: thresholds; by default 0.15 to 0.35 in steps of 0.05.")
 _JOBS = flags.DEFINE_integer("jobs", None, "Sweeps: runs at once; by default a CPU core each, at most 4; 1 on a GPU.")
-_DATA = flags.DEFINE_string("data", None, "Check: folder of scans with their boxes; needs neither config nor workdir.")
-_DATASET = flags.DEFINE_string("dataset", None, "Check: whose classes count: scannet, sunrgbd, s3dis.")
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "Check: folder of check.json and contact_sheet.png, by default runs/check."
-)
+_TRAININGS = flags.DEFINE_integer("trainings", 5, "Protocol: trainings, by seeds.", lower_bound=1)
+_EVALUATIONS = flags.DEFINE_integer("evaluations", 5, "Protocol: evaluations of each.", lower_bound=1)
+
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "Several processes: host:port of process 0; auto where a cluster such as SLURM started them."
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes: how many.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: which of them this one is, from 0.")
-_ONLY_FOR = {"singles": ["report"], "taus": ["tau_sweep"], "seeds": ["tau_sweep", "ablation"]}
-_ONLY_FOR["jobs"] = _ONLY_FOR["seeds"]
-_ONLY_FOR |= {flag: ["check"] for flag in ("data", "dataset", "output")}
-_ONLY_FOR |= {flag: ["train", "eval", "predict"] for flag in ("coordinator", "num_processes", "process_id")}
+
+_ONLY_FOR = {
+    "step": ("eval", "predict"),
+    "dataset": ("eval", "predict", "check"),
+    "output": ("eval", "predict", "check"),
+    "data": ("eval", "check"),
+    "singles": ("report",),
+    "seeds": ("tau_sweep", "ablation"),
+    "taus": ("tau_sweep",),
+    "jobs": ("tau_sweep", "ablation", "protocol"),
+    **dict.fromkeys(("input", "up", "unit", "colors", "align", "score", "formats", "show"), ("predict",)),
+    **dict.fromkeys(("split", "tta", "cross"), ("eval",)),
+    **dict.fromkeys(("trainings", "evaluations"), ("protocol",)),
+    **dict.fromkeys(("coordinator", "num_processes", "process_id"), ("train", "eval", "predict")),
+}
+_FROM_CHECKPOINT = ("eval", "predict")
+_ONLY_WITH_INPUT = ("up", "unit", "colors", "align", "score", "show")
 _EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
 
 
@@ -48,7 +92,15 @@ def main(argv: list[str]) -> int | None:
             raise InputError(f"--{name} is for --mode={' and --mode='.join(modes)}, given with --mode={mode}.")
     if mode == "check":
         return _check()
-    if _CONFIG.value is None or not _WORKDIR.value:
+    alone = [f"--{name}" for name in _ONLY_WITH_INPUT if flags.FLAGS[name].present and not _INPUT.value]
+    if alone:
+        raise InputError(
+            f"{', '.join(alone)} is for files of points: name them with --input; the scans of a config have their own."
+        )
+    if mode in _FROM_CHECKPOINT:
+        if not _WORKDIR.value:
+            raise InputError(f"--mode={mode} needs --workdir, the folder of a run with its checkpoints.")
+    elif _CONFIG.value is None or not _WORKDIR.value:
         raise InputError(f"run.py needs --config and --workdir, as in {_EXAMPLE}.")
     seeds, taus = _numbers("seeds", _SEEDS.value, int), _numbers("taus", _TAUS.value, float)
     # Imported here, so that a wrong flag is answered at once.
@@ -56,22 +108,64 @@ def main(argv: list[str]) -> int | None:
     from h2a2_jax.training.config import experiment_config
     from h2a2_jax.training.distributed import processes
 
-    config, workdir = experiment_config(_CONFIG.value), Path(_WORKDIR.value)
+    workdir = Path(_WORKDIR.value)
+    config = None if _CONFIG.value is None else experiment_config(_CONFIG.value)
+    if mode == "predict" and _INPUT.value:
+        return commands.predict_files_command(workdir, _predict_request(), config)
+    if mode in _FROM_CHECKPOINT:
+        with processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
+            if mode == "eval":
+                commands.evaluate_command(config, workdir, _eval_request())
+            else:
+                commands.predict_command(config, workdir, _predict_request())
+        return None
+    assert config is not None
     if mode == "tau_sweep":
         return commands.tau_sweep_command(config, workdir, taus, seeds, _JOBS.value)
     if mode == "ablation":
         return commands.ablation_command(config, workdir, seeds, _JOBS.value)
+    if mode == "protocol":
+        return commands.protocol_command(config, workdir, _TRAININGS.value, _EVALUATIONS.value, _JOBS.value)
     if mode == "report":
         commands.report_command(config, workdir, [Path(folder) for folder in _SINGLES.value])
-    else:
-        command = {
-            "train": commands.train_command,
-            "eval": commands.evaluate_command,
-            "predict": commands.predict_command,
-        }[mode]
-        with processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
-            command(config, workdir)
+        return None
+    with processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
+        commands.train_command(config, workdir)
     return None
+
+
+def _predict_request() -> "PredictRequest":
+    from h2a2_jax.inference.files import PredictRequest
+
+    chosen: dict[str, Any] = {"align": _ALIGN.value, "colors": _COLORS.value}
+    if _SCORE.value is not None:
+        chosen["score"] = _SCORE.value
+    if _FORMATS.value is not None or not _INPUT.value:  # scan by scan, scans of a config have what is asked for only
+        chosen["formats"] = tuple(_FORMATS.value or ())
+    return PredictRequest(
+        tuple(_INPUT.value),
+        output=None if _OUTPUT.value is None else Path(_OUTPUT.value),
+        dataset=_DATASET.value,
+        up=_UP.value,
+        unit=_UNIT.value,
+        show=_SHOW.value,
+        step=_STEP.value,
+        **chosen,
+    )
+
+
+def _eval_request() -> "EvalRequest":
+    from h2a2_jax.inference.evaluate import EvalRequest
+
+    return EvalRequest(
+        split=cast(Literal["train", "val"], _SPLIT.value),
+        dataset=_DATASET.value,
+        data=_DATA.value,
+        tta=tuple(_TTA.value),
+        cross=_CROSS.value,
+        output=None if _OUTPUT.value is None else Path(_OUTPUT.value),
+        step=_STEP.value,
+    )
 
 
 def _check() -> int:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from configs.joint import demo, get_config
-from h2a2_jax.commands import evaluate_command, predict_command, restore, train_command
+from h2a2_jax.commands import evaluate_command, predict_command, train_command
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.predictions import read_predictions
 from h2a2_jax.models import DetectorConfig
+from h2a2_jax.training.checkpoint import restore_checkpoint
 from h2a2_jax.training.config import ExperimentConfig, TrainConfig, experiment_config, from_json, to_json
 from h2a2_jax.training.loop import train
 
@@ -37,7 +38,13 @@ ROOT = Path(__file__).parent.parent
             ["--config=configs/joint.py:demo", "--mode=tau_sweep", "--taus=a,1"],
             "--taus is 'a,1'; expected numbers as in",
         ),
-        (["--config=configs/joint.py:demo", "--data=scans"], "--data is for --mode=check, given with --mode=train"),
+        (["--config=configs/joint.py:demo", "--data=scans"], "--data is for --mode=eval and --mode=check, given"),
+        (["--mode=predict"], "There is no folder"),
+        (["--mode=predict", "--up=y"], "--up is for files of points: name them with --input"),
+        (["--mode=predict", "--input=nothing.ply"], "nothing.ply"),
+        (["--mode=predict", "--input=README.md", "--formats=obj"], "--formats is 'obj'; expected is one of json, csv"),
+        (["--mode=eval", "--tta=flips"], "flips"),
+        (["--mode=eval", "--input=a.ply"], "--input is for --mode=predict, given with --mode=eval"),
         (["--mode=check"], "--mode=check needs --data=FOLDER"),
         (["--mode=check", "--data=data"], "--workdir is not for --mode=check"),
         (["--mode=check", "--data=data", "--config=configs/joint.py:demo"], "--config is not for --mode=check"),
@@ -87,9 +94,9 @@ def test_trained_on_three_devices_evaluated_on_one(tmp_path: Path, capsys: pytes
     assert len(read_predictions(document)) == 2
 
     with pytest.raises(InputError, match="stem_channels"):
-        restore(replace(config, model=replace(config.model, stem_channels=8)), tmp_path)
+        restore_checkpoint(tmp_path, expected=replace(config, model=replace(config.model, stem_channels=8)))
     with pytest.raises(InputError, match="datasets"):
-        restore(replace(config, datasets=config.datasets[:2]), tmp_path)
+        restore_checkpoint(tmp_path, expected=replace(config, datasets=config.datasets[:2]))
 
 
 def test_a_missing_validation_split_is_noticed_before_training(tmp_path: Path) -> None:
