@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
         (["--config=configs/joint.py:demo", "--config.optim.lrr=3"], 'unknown config key lrr Did you mean "lr"'),
         (["--config=configs/joint.py"], "The data of scannet is not there: data/scannet"),
         (["--config=configs/joint.py:synthetic"], "or one that `python -m data.synthetic_scannet` prepared"),
-        (["--config=configs/joint.py:demo", "--mode=eval"], "There is no checkpoint in"),
+        (["--config=configs/joint.py:demo", "--mode=eval"], "There is no folder"),
         (["--config=configs/joint.py:demo", "--coordinator=localhost:1"], "all three or none; or --coordinator=auto"),
         (["--config=configs/joint.py:demo", "--seeds=1"], "--seeds is for --mode=tau_sweep and --mode=ablation, given"),
         (
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent.parent
             "--taus is 'a,1'; expected numbers as in",
         ),
         (["--config=configs/joint.py:demo", "--data=scans"], "--data is for --mode=eval and --mode=check, given"),
-        (["--mode=predict"], "There is no folder"),
+        (["--mode=predict"], "train first, or give the folder of a run"),
         (["--mode=predict", "--up=y"], "--up is for files of points: name them with --input"),
         (["--mode=predict", "--input=nothing.ply"], "nothing.ply"),
         (["--mode=predict", "--input=README.md", "--formats=obj"], "--formats is 'obj'; expected is one of json, csv"),

@@ -313,7 +313,7 @@ def _locate(path: Path) -> tuple[Path, int | None]:
             "programs are turned into one by `python -m h2a2_jax.convert.tr3d`."
         )
     if not path.is_dir():
-        raise InputError(f"There is no folder {path}: give the folder of a run, its workdir.")
+        raise InputError(f"There is no folder {path}: train first, or give the folder of a run, its workdir.")
     if (path / "checkpoints").is_dir():
         return path / "checkpoints", None
     if path.name.isdecimal() and (path / "params").is_dir():
