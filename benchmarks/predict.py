@@ -40,6 +40,7 @@ from h2a2_jax.training.checkpoint import restore_checkpoint
 
 STAGES = ("load", "maps", "network", "boxes")
 _LOWEST, _SURE, _HIT = 0.05, 0.3, 0.5
+_COARSEST = 64  # voxels along one of the coarsest level
 
 
 def main() -> None:
@@ -64,7 +65,7 @@ def main() -> None:
     if arguments.moved:
         print(f"{arguments.moved.name} given in other ways, boxes by the head of {spec.name}")
         print(f"{'':34}{'boxes':>6}{'found again':>13}{'IoU':>7}{'score off by':>14}")
-        for row in moved_rows(predictor, arguments.moved, spec):
+        for row in moved_rows(predictor, arguments.moved, spec, _COARSEST * config.model.voxel_size):
             print(row, flush=True)
     if arguments.grey:
         evaluator = build_predictor(model, config.specs, EvalConfig())
@@ -123,14 +124,20 @@ class Variant(NamedTuple):
     motion: Float[np.ndarray, "4 4"]
 
 
-def variants(points: Float[np.ndarray, "n 3"], colors: Float[np.ndarray, "n 3"] | None) -> list[Variant]:
-    """A scan (z up, metres) as it is, and in other ways."""
+def variants(points: Float[np.ndarray, "n 3"], colors: Float[np.ndarray, "n 3"] | None, block: float) -> list[Variant]:
+    """A scan as it is, and in other ways.
+
+    Args:
+        points: metres, z up.
+        colors: of the points.
+        block: metres, a voxel of the coarsest level.
+    """
     rng = np.random.default_rng(0)
     points = points.astype(np.float64)
     still, quarter, shifted, by_blocks = (np.eye(4) for _ in range(4))
     quarter[:2, :2] = [[0, -1], [1, 0]]
     shifted[:3, 3] = [1.234, -0.777, 0.151]
-    by_blocks[:3, 3] = [6.4, -12.8, 0.64]
+    by_blocks[:3, 3] = np.array([10, -20, 1]) * block
     order, some = rng.permutation(len(points)), rng.random(len(points)) < 0.5
     upright = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
 
@@ -144,7 +151,7 @@ def variants(points: Float[np.ndarray, "n 3"], colors: Float[np.ndarray, "n 3"] 
         Variant("as it is", points, colors, {}, still),
         Variant("in millimetres", 1000 * points, colors, {"unit": "mm"}, still),
         Variant("y up", points @ upright.T, colors, {"up": "y"}, still),
-        Variant("moved by multiples of 64 cm", at(by_blocks), colors, {}, by_blocks),
+        Variant("moved by coarsest voxels", at(by_blocks), colors, {}, by_blocks),
         Variant("moved by other lengths", at(shifted), colors, {}, shifted),
         Variant("turned by 90 degrees", at(quarter), colors, {}, quarter),
         Variant("points in another order", *pick(order), {}, still),
@@ -154,12 +161,12 @@ def variants(points: Float[np.ndarray, "n 3"], colors: Float[np.ndarray, "n 3"] 
     ]
 
 
-def moved_rows(predictor: Predictor, path: Path, spec: DatasetSpec) -> list[str]:
-    """A row for each way in which a scan can be given."""
+def moved_rows(predictor: Predictor, path: Path, spec: DatasetSpec, block: float) -> list[str]:
+    """A row for each way in which a scan can be given; see `variants`."""
     cloud = read_point_cloud(path)
     found, rows = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for variant in variants(cloud.points, cloud.colors):
+        for variant in variants(cloud.points, cloud.colors, block):
             file = InputFile(Path(folder) / "scan.npz", "scan")  # one name: the points drawn depend on it
             colors: dict[str, Any] = {} if variant.colors is None else {"colors": variant.colors}
             np.savez(file.path, points=variant.points, **colors)

@@ -75,7 +75,7 @@ def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> Fi
         hints = [f"It {remark}." for remark in remarks if "add --" in remark]
         raise InputError(" ".join([str(error), *hints])) from error
     if NO_COLORS in placed.scan.notes:
-        remarks.append("has no colours and is taken as grey: fewer objects are found, and with lower scores")
+        remarks.append("has no colours and is taken as grey, unlike what the model was trained on")
     elif request.colors == "0-255" and cloud.colors is not None and cloud.colors.max(initial=0) <= 1:
         remarks.append("looks as if colours reach to 1, not 255: add --colors=0-1")
     remarks += cloud.assumed

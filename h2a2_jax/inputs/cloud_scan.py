@@ -15,7 +15,7 @@ GREY = 0.5
 """Of points without colour: what is between black and white."""
 NO_COLORS = "scans without colours, made grey"
 _FAR = 100.0
-_STEP = 16.0  # m; whole metres are exact in float32, and this is a multiple of the coarsest voxel, 64 of 1 cm
+_STEP = 96.0  # m; whole metres are exact in float32, and this is a multiple of 64 voxels of 1, 1.5 or 2 cm
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ def place_cloud(
     """A scan of points as their file has them.
 
     Without colours it is made grey. Far from the origin (in the frame of a map, for example) it is shifted there by
-    multiples of 16 m, which leaves its voxels as they are.
+    multiples of 96 m, which leaves its voxels as they are at all levels.
 
     Args:
         name: of the scan.

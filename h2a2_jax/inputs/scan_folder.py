@@ -211,7 +211,7 @@ class ScanFolder:
     def __getitem__(self, index: int) -> Scan:
         """Loads one scan in metres, z up, colours in 0-1 (grey .5 where the file has none).
 
-        A scan far from the origin (in the frame of a map, for example) is shifted there by whole metres; `transform`
+        A scan far from the origin (in the frame of a map, for example) is shifted there (`place_cloud`); `transform`
         has it.
 
         Raises:

@@ -11,7 +11,7 @@ from h2a2_jax.inputs.specs import SCANNET
 
 POINTS = np.random.default_rng(0).uniform(-2, 2, (500, 3)).astype(np.float32)
 COLORS = np.random.default_rng(1).integers(0, 256, POINTS.shape).astype(np.uint8)
-VARIANTS = variants(POINTS, COLORS)
+VARIANTS = variants(POINTS, COLORS, 0.64)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)

@@ -83,7 +83,7 @@ def test_map_coordinates_keep_their_digits(tmp_path):
     rows = room(np.random.default_rng(2))
     chair = {**CHAIR, "center": (np.array(CHAIR["center"]) + offset[:3]).tolist()}
     scan = ScanFolder(write(tmp_path, [{"file": "a.npy", "boxes": [chair]}], rows + offset), "train", SUNRGBD)[0]
-    assert np.abs(scan.points).max() < 13 and (scan.transform[:3, 3] % 16 == 0).all()
+    assert np.abs(scan.points).max() < 53 and (scan.transform[:3, 3] % 96 == 0).all()
     np.testing.assert_allclose(scan.points - scan.transform[:3, 3].astype(float), rows[:, :3] + offset[:3], atol=1e-5)
     np.testing.assert_allclose(scan.boxes[0, :3] - scan.points[0], CHAIR["center"] - rows[0, :3], atol=1e-5)
 
