@@ -5,18 +5,21 @@ for code of this module: how PyTorch writes a tensor, a parameter, an ordered di
 frameworks store beside the weights, becomes an `Inert` that takes any arguments, contents and state and keeps nothing.
 """
 
+import io
 import math
+import mmap
 import pickle
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
 
-MAX_READS = 8_000_000
-"""Reads of a pickle, some four an object; detectors with optimiser and history take a hundredth of it. It bounds the
-memory that a file made of nothing but small objects can take to some 500 MB."""
+MAX_READS = 2_000_000
+"""Reads of a pickle, some four an object; detectors with optimiser and history take a twentieth of it. It bounds the
+memory that a file made of nothing but small objects can take to some 150 MB."""
 MAX_DIMENSIONS = 8
 
 _STORAGES = {
@@ -79,17 +82,12 @@ class Inert:
         """Nothing."""
 
 
-class Reader(Protocol):
-    """What a pickle is read from; it gives no more than there is, whatever is asked for."""
-
-    def read(self, size: int, /) -> bytes:
-        """At most `size` bytes."""
-
-    def readline(self) -> bytes:
-        """Up to the end of the line."""
+Source = io.BytesIO | mmap.mmap
+"""What a pickle is read from: content in memory or mapped to it, which gives no more than there is, whatever a length
+in it says."""
 
 
-def load_inert(source: Reader) -> tuple[Any, set[str]]:
+def load_inert(source: Source) -> tuple[Any, set[str]]:
     """Reads one pickle.
 
     Args:
@@ -107,7 +105,7 @@ def load_inert(source: Reader) -> tuple[Any, set[str]]:
 
 
 class _Counted:
-    def __init__(self, source: Reader):
+    def __init__(self, source: Source):
         self._source, self._left = source, MAX_READS
 
     def read(self, size: int) -> bytes:
@@ -203,6 +201,11 @@ class _InertUnpickler(_Unpickler):
         del self.stack[-3:]
         self.append(Inert())
 
+    def load_bytearray8(self) -> None:
+        # What is there; the original makes as many zeros first as a number says.
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(size)))
+
     def load_set(self) -> None:
         self.append(Inert())
 
@@ -238,6 +241,7 @@ class _InertUnpickler(_Unpickler):
         (pickle.BUILD, load_build),
         (pickle.NEWOBJ, load_newobj),
         (pickle.NEWOBJ_EX, load_newobj_ex),
+        (pickle.BYTEARRAY8, load_bytearray8),
         (pickle.EMPTY_SET, load_set),
         (pickle.FROZENSET, load_frozenset),
         (pickle.ADDITEMS, load_additems),
