@@ -8,7 +8,7 @@ from typing import Any
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.evaluate import EvalRequest
 from h2a2_jax.inference.test_time import views
-from h2a2_jax.training.checkpoint import restore_checkpoint
+from h2a2_jax.training.checkpoint import checkpoint_place, restore_checkpoint
 from h2a2_jax.training.config import ExperimentConfig
 from h2a2_jax.training.distributed import is_main, say
 from h2a2_jax.training.evaluation import chosen_sources, evaluate
@@ -33,27 +33,20 @@ def evaluate_command(config: ExperimentConfig | None, workdir: Path, request: Ev
     views(request.tta)  # what is misspelt is said at once
     if request.split not in ("train", "val"):
         raise InputError(f"There is no split {request.split!r}: use train or val.")
-    run, step = _run_folder(workdir)
-    if request.step is None and step is not None:
-        request = replace(request, step=step)
+    place = checkpoint_place(workdir)
+    if request.step is None and place.step is not None:
+        request = replace(request, step=place.step)
     model, stored = restore_checkpoint(workdir, request.step, config)
     if config is not None:
         _check_classes(stored, config)
     config = stored if config is None else config
     chosen_sources(config, request)
-    folder = request.output or run / results_folder(request)
+    folder = request.output or place.run / results_folder(request)
     results = evaluate(config, model, folder, request=request)
     if is_main():
         from h2a2_jax.report.evaluation_page import write_evaluation_page  # draws, which takes a second to load
 
         say(f"The page is {write_evaluation_page(results, folder, _subtitle(config, workdir, request))}.")
-
-
-def _run_folder(path: Path) -> tuple[Path, int | None]:
-    """The folder of a run, and the step if the path is that of one of its checkpoints."""
-    if path.parent.name == "checkpoints" and path.name.isdecimal():
-        return path.parent.parent, int(path.name)
-    return (path.parent, None) if path.name == "checkpoints" else (path, None)
 
 
 def results_folder(request: EvalRequest) -> str:

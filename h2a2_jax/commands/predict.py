@@ -1,5 +1,6 @@
 """`--mode=predict`."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation import GroundTruth
+from h2a2_jax.inference.buckets import BucketFile
 from h2a2_jax.inference.evaluate import build_predictor
 from h2a2_jax.inference.files import FoundInputs, PredictRequest, find_inputs, printable
 from h2a2_jax.inference.predict_files import REPEATED, Outcome, predict_files
@@ -19,7 +21,7 @@ from h2a2_jax.inputs.recognise import some
 from h2a2_jax.inputs.scan import ScanError, ScanSource, load_or_skip
 from h2a2_jax.inputs.sources import build_source
 from h2a2_jax.inputs.specs import DatasetSpec
-from h2a2_jax.training.checkpoint import restore_checkpoint
+from h2a2_jax.training.checkpoint import checkpoint_place, restore_checkpoint
 from h2a2_jax.training.config import ExperimentConfig
 from h2a2_jax.training.distributed import MeshDivision
 from h2a2_jax.training.loop import say_skipped
@@ -31,6 +33,8 @@ _SECONDS_BETWEEN_LOG_LINES = 30
 
 def predict_files_command(workdir: Path, request: PredictRequest, config: ExperimentConfig | None = None) -> int:
     """Restore a checkpoint and write the boxes of files of points.
+
+    Padded shapes and compiled programs are kept in <run>/cache for the next time, where that can be written to.
 
     Args:
         workdir: folder of a run, or of its checkpoints, or of one of them.
@@ -44,7 +48,8 @@ def predict_files_command(workdir: Path, request: PredictRequest, config: Experi
         InputError: nothing can be predicted at all: no input is found, the results cannot be written, there is no
             checkpoint, or the model was not trained on the dataset.
     """
-    output = workdir / "boxes" if request.output is None else request.output
+    run = checkpoint_place(workdir).run
+    output = run / "boxes" if request.output is None else request.output
     found = find_inputs(request.inputs, output)
     check_output(output, (file.name for file in found.files), request.formats)
     model, stored = restore_checkpoint(workdir, request.step, config)
@@ -57,9 +62,14 @@ def predict_files_command(workdir: Path, request: PredictRequest, config: Experi
         conditioning=config.eval.conditioning,
         kernels=config.eval.kernels,
     )
+    shapes = BucketFile.opened(run / "cache") if os.access(run, os.W_OK) else None
+    if shapes is not None:
+        predictor.set_bucket_bases(shapes.read())
     for line in _opening(found, request, predictor, output):
         print(line, flush=True)
     outcome = predict_files(predictor, found, request, output, say=lambda text: tqdm.write(text, file=sys.stdout))
+    if shapes is not None:
+        shapes.write(predictor.bucket_bases)
     for line in _closing(outcome, found, output):
         print(line, flush=True)
     return INTERRUPTED if outcome.interrupted else 1 if outcome.failed else 0
@@ -118,7 +128,7 @@ def predict_command(config: ExperimentConfig | None, workdir: Path, request: Pre
     model, stored = restore_checkpoint(workdir, None if request is None else request.step, config)
     config = stored if config is None else config
     predictor = build_predictor(model, config.specs, config.eval)
-    folder = workdir / "predictions"
+    folder = checkpoint_place(workdir).run / "predictions"
     if request is not None and request.output is not None:
         folder = request.output
     check_output(folder, (), ())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,18 @@ class BucketFile:
         return {count: base for count, base in bases.items() if count > 0 and min(base) > 0}
 
     def write(self, bases: Mapping[int, LevelSizes]) -> None:
-        """Remember; what another process remembers for other numbers of scans stays."""
+        """Remember; what another process remembers for other numbers of scans stays.
+
+        A full disk or a folder that is gone is a warning.
+        """
         bases = self.read() | dict(bases)
         temporary = self.path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"version": _VERSION, "bases": {str(c): list(b) for c, b in bases.items()}}))
-        temporary.replace(self.path)
+        try:
+            temporary.write_text(
+                json.dumps({"version": _VERSION, "bases": {str(c): list(b) for c, b in bases.items()}})
+            )
+            temporary.replace(self.path)
+        except OSError as error:  # no reason to lose the boxes that were just found
+            warnings.warn(f"The cache {self.path} cannot be written ({error.strerror}).", stacklevel=2)
+        finally:
+            temporary.unlink(missing_ok=True)

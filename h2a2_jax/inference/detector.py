@@ -7,7 +7,6 @@
 """
 
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -252,10 +251,7 @@ class Detector:
         if self._buckets is not None and bases != self._remembered:
             with self._writing:
                 self._remembered = bases
-                try:
-                    self._buckets.write(bases)
-                except OSError as error:  # the boxes are there: the cache is no reason to lose them
-                    warnings.warn(f"{self._buckets.path} cannot be written ({error.strerror}).", stacklevel=3)
+                self._buckets.write(bases)
 
 
 def _boxes(found: Detections, placed: PlacedCloud, classes: Sequence[str], score: float) -> Boxes:

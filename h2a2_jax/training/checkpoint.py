@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -300,13 +300,7 @@ def restore_checkpoint(
     Raises:
         InputError: there is no such checkpoint, it cannot be read, or it is not of the expected config.
     """
-    directory, of_path = _locate(Path(path))
-    with CheckpointStore(directory) as store:
-        return store.restore_model(of_path if step is None else step, expected)
-
-
-def _locate(path: Path) -> tuple[Path, int | None]:
-    """The folder of checkpoints, and the step if the path names one."""
+    path = Path(path)
     if path.is_file():
         raise InputError(
             f"{path} is a file; a checkpoint is a folder, that of a run or one in its checkpoints. Weights of other "
@@ -314,11 +308,37 @@ def _locate(path: Path) -> tuple[Path, int | None]:
         )
     if not path.is_dir():
         raise InputError(f"There is no folder {path}: train first, or give the folder of a run, its workdir.")
-    if (path / "checkpoints").is_dir():
-        return path / "checkpoints", None
-    if path.name.isdecimal() and (path / "params").is_dir():
-        return path.parent, int(path.name)
-    return path, None
+    place = checkpoint_place(path)
+    with CheckpointStore(place.directory) as store:
+        return store.restore_model(place.step if step is None else step, expected)
+
+
+class CheckpointPlace(NamedTuple):
+    """Where a path points in the folder of a run.
+
+    Attributes:
+        run: folder of the run, where results belong.
+        directory: of its checkpoints.
+        step: if the path is that of one.
+    """
+
+    run: Path
+    directory: Path
+    step: int | None
+
+
+def checkpoint_place(path: Path) -> CheckpointPlace:
+    """What the folder of a run, the checkpoints in it, or the folder of one of these stands for.
+
+    Checkpoints that were copied elsewhere, into a folder of another name, are their own run.
+    """
+    step = int(path.name) if path.name.isdecimal() and (path / "params").is_dir() else None
+    directory = path if step is None else path.parent
+    if directory.name == "checkpoints":
+        return CheckpointPlace(directory.parent, directory, step)
+    if step is None and not any(child.name.isdecimal() for child in directory.glob("*/")):
+        return CheckpointPlace(directory, directory / "checkpoints", None)
+    return CheckpointPlace(directory, directory, step)
 
 
 def _specs(config: ExperimentConfig, names: Sequence[str]) -> list[DatasetSpec]:

@@ -169,3 +169,5 @@ def test_shapes_are_remembered(detector: Detector, found: Boxes, tmp_path: Path)
         assert file.read() == {}
     file.write({2: LevelSizes(*range(1, 10))})
     assert file.read() == {2: LevelSizes(*range(1, 10))}
+    with pytest.warns(UserWarning, match="cannot be written"):
+        BucketFile(tmp_path / "gone" / "buckets.json").write(file.read())

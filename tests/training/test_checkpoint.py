@@ -20,7 +20,7 @@ from h2a2_jax.inputs.specs import dataset_spec
 from h2a2_jax.layers.kernel_selection import KernelSelection
 from h2a2_jax.models import Detector, DetectorConfig, HeadConfig
 from h2a2_jax.training.balancers import build_balancer
-from h2a2_jax.training.checkpoint import CheckpointStore
+from h2a2_jax.training.checkpoint import CheckpointStore, checkpoint_place
 from h2a2_jax.training.checkpoint_tree import flat_names
 from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig, SourceConfig
 from h2a2_jax.training.harmonize import norm_gradient_harmonization, plain_mean
@@ -264,3 +264,16 @@ def test_nothing_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
         store.wait()
         store.restore_model()
     assert not caplog.records
+
+
+def test_a_path_stands_for_a_run_its_checkpoints_or_one_of_them(tmp_path: Path):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    for step in (run / "checkpoints" / "100", moved / "200"):
+        (step / "params").mkdir(parents=True)
+    directory = run / "checkpoints"
+    assert checkpoint_place(run) == checkpoint_place(directory) == (run, directory, None)
+    assert checkpoint_place(directory / "100") == (run, directory, 100)
+    assert checkpoint_place(moved) == (moved, moved, None) and checkpoint_place(moved / "200") == (moved, moved, 200)
+    # A run may be called by a number.
+    (tmp_path / "7" / "checkpoints").mkdir(parents=True)
+    assert checkpoint_place(tmp_path / "7").directory == tmp_path / "7" / "checkpoints"

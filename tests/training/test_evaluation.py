@@ -12,7 +12,7 @@ import pytest
 
 from configs.joint import demo
 from h2a2_jax.boxes import Detections
-from h2a2_jax.commands.evaluate import _check_classes, _run_folder, results_folder
+from h2a2_jax.commands.evaluate import _check_classes, results_folder
 from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation.document import evaluation_json
 from h2a2_jax.inference.evaluate import EvalRequest
@@ -184,5 +184,3 @@ def test_results_of_other_requests_leave_the_runs_own_alone():
     assert results_folder(EvalRequest()) == results_folder(EvalRequest(output=Path("x"))) == "."
     request = EvalRequest("train", "s3dis", "some/scans", ("flip_x", "scales"), True, None, 100)
     assert results_folder(request) == "evaluation_train_s3dis_scans_flip_x_scales_cross_step100"
-    assert _run_folder(Path("runs/a")) == _run_folder(Path("runs/a/checkpoints")) == (Path("runs/a"), None)
-    assert _run_folder(Path("runs/a/checkpoints/200")) == (Path("runs/a"), 200)
