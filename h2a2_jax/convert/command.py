@@ -7,15 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from h2a2_jax.convert.torch_file import TorchFile, read_torch_file, write_torch_file
 from h2a2_jax.convert.tr3d import config_of_weights, export_tr3d, load_tr3d, tr3d_slots, without_prefix
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.sources import ROOTS, SourceConfig
 from h2a2_jax.inputs.specs import SPECS
-from h2a2_jax.models import Detector
+from h2a2_jax.models import Detector, HeadConfig
 from h2a2_jax.models.head import NUM_OUTPUTS
 from h2a2_jax.training.balancers import build_balancer
 from h2a2_jax.training.checkpoint import CheckpointStore, restore_checkpoint
@@ -52,17 +55,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A detector with converted weights.
+    """What a file's weights make.
 
     Attributes:
-        model: the detector.
-        config: of a run that it could come from.
+        config: of a run that they could come from.
+        weights: those that have a place in its detector, by TR3D's names.
         entries: what became of every name.
         notes: what else is worth knowing, a sentence each.
     """
 
-    model: Detector
     config: ExperimentConfig
+    weights: Mapping[str, np.ndarray]
     entries: tuple[Entry, ...]
     notes: tuple[str, ...] = ()
 
@@ -70,11 +73,18 @@ class Conversion:
         """The entries of one fate."""
         return [entry for entry in self.entries if entry.fate == fate]
 
+    def build(self) -> Detector:
+        """The detector with the weights; what is missing is drawn from the config's seed."""
+        # Drawing parameters takes longer than everything else.
+        model = build_detector(self.config) if self.of("missing") else _zero_detector(self.config)
+        load_tr3d(model, self.weights)
+        return model
+
 
 def convert_file(
     file: TorchFile, dataset: str | None = None, classes: tuple[str, ...] = (), seed: int = 0
 ) -> Conversion:
-    """Builds the detector that a file's weights belong to, and sets them.
+    """Finds the detector that a file's weights belong to, and the place of each.
 
     Args:
         file: as read.
@@ -93,8 +103,8 @@ def convert_file(
     model_config = config_of_weights(state)
     source, note = _source(state, file.classes, dataset, classes)
     config = ExperimentConfig(datasets=(source,), model=model_config, harmonize=HarmonizeConfig(method="mean"))
-    model = build_detector(_with_seed(config, seed))
-    shapes = {name: slot.shape for name, slot in tr3d_slots(model).items()}
+    config = replace(config, train=replace(config.train, seed=seed))
+    shapes = {name: slot.shape for name, slot in tr3d_slots(_shape_detector(config)).items()}
     fitting, reasons = {}, {}
     for name, value in state.items():
         if name not in shapes:
@@ -107,20 +117,19 @@ def convert_file(
             fitting[name] = np.asarray(value, np.float32).reshape(shapes[name])
             if not np.isfinite(fitting[name]).all():
                 raise InputError(f"{name} holds NaN or infinity: the file is damaged, or its training diverged.")
-    report = load_tr3d(model, fitting)
     if is_fcaf3d:
         reasons |= dict.fromkeys((name for name in numbers if name not in state), "of FCAF3D, not of its backbone")
-    entries = [Entry("used", name, _form(state[name])) for name in report.used]
+    entries = [Entry("used", name, _form(state[name])) for name in shapes if name in fitting]
     entries += [Entry("left over", k, _form(v), reasons.get(k, "")) for k, v in numbers.items() if k not in fitting]
     entries += [Entry("left over", name, "no tensor") for name in file.others]
-    entries += [Entry("missing", name, _shape(shapes[name]), "initialised") for name in report.missing]
+    entries += [Entry("missing", name, _shape(shapes[name]), "initialised") for name in shapes if name not in fitting]
     notes = [note] if note else []
     if len(numbers) < len(whole):
         notes.append(f"{len(whole) - len(numbers)} counters of batches (num_batches_tracked) say nothing of the model.")
     if file.not_read:
         names = ", ".join(file.not_read[:_SHOWN]) + (", ..." if len(file.not_read) > _SHOWN else "")
         notes.append(f"The file names {len(file.not_read)} classes or functions, none was run: {names}.")
-    return Conversion(model, config, tuple(entries), tuple(notes))
+    return Conversion(config, fitting, tuple(entries), tuple(notes))
 
 
 def table(entries: Sequence[Entry]) -> str:
@@ -148,7 +157,7 @@ def save_conversion(conversion: Conversion, workdir: Path) -> None:
     config = conversion.config
     optimizer = optax.adamw(learning_rate(config, 1), weight_decay=config.optim.weight_decay)
     balancer = build_balancer(config.harmonize, 1, DATASET, config.train.seed)
-    _, state = create_state(conversion.model, optimizer, balancer)
+    _, state = create_state(conversion.build(), optimizer, balancer)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(to_json(config) + "\n")
@@ -332,8 +341,15 @@ def _source(
     return source, "" if classes else f"Its classes are those that the file names: {', '.join(own)}."
 
 
-def _with_seed(config: ExperimentConfig, seed: int) -> ExperimentConfig:
-    return replace(config, train=replace(config.train, seed=seed))
+def _shape_detector(config: ExperimentConfig) -> Detector:
+    """The detector with shapes in place of arrays."""
+    heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in config.specs]
+    return nnx.eval_shape(lambda: Detector(config.model, heads, rngs=nnx.Rngs(0)))
+
+
+def _zero_detector(config: ExperimentConfig) -> Detector:
+    graph, state = nnx.split(_shape_detector(config))
+    return nnx.merge(graph, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state))
 
 
 def _plain(name: str) -> str:

@@ -78,18 +78,20 @@ def read_torch_file(path: str | Path) -> TorchFile:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     except InputError:
         raise
-    except _NEWER as error:
-        raise InputError(f"{path} is damaged or cut off ({error}): download or write it again.") from None
+    except (_Damaged, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is damaged or cut off ({_line(error)}): download or write it again.") from None
     except (MemoryError, RecursionError, OverflowError) as error:
         raise InputError(f"{path} asks for more memory than a checkpoint needs: download or write it again.") from error
     except Exception as error:  # what a damaged file leads to is anything; nothing of it is run
         raise InputError(
-            f"{path} is damaged or cut off ({type(error).__name__}: {str(error)[:200]}): download or write it again."
+            f"{path} is damaged or cut off ({type(error).__name__}: {_line(error)}): download or write it again."
         ) from error
     raise InputError(f"{path} is no file of PyTorch: it begins neither as a zip archive nor as a pickle of torch.save.")
 
 
-_NEWER = (_Damaged, pickle.UnpicklingError, zipfile.BadZipFile)
+def _line(error: Exception) -> str:
+    """What an error says, in one line: it may quote the file."""
+    return " ".join(str(error).split())[:200]
 
 
 def _read_archive(path: Path) -> TorchFile:

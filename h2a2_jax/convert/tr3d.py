@@ -46,8 +46,9 @@ class Slot:
 
     def write(self, value: np.ndarray) -> None:
         """Set the value from the shape it has in TR3D."""
-        whole = self.variable[...]
-        self.variable[...] = whole.at[self.index].set(jnp.asarray(value).reshape(whole[self.index].shape))
+        whole = np.array(self.variable[...])
+        whole[self.index] = np.asarray(value).reshape(whole[self.index].shape)
+        self.variable[...] = jnp.asarray(whole)
 
 
 @dataclass(frozen=True)
