@@ -115,6 +115,7 @@ class Variant(NamedTuple):
         colors: of its points.
         request: how the file is to be taken.
         motion: from the original file's frame to that of the scan, z up in metres.
+        why: boxes may differ.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Variant(NamedTuple):
     colors: Float[np.ndarray, "m 3"] | None
     request: dict[str, Any]
     motion: Float[np.ndarray, "4 4"]
+    why: str = ""
 
 
 def variants(points: Float[np.ndarray, "n 3"], colors: Float[np.ndarray, "n 3"] | None, block: float) -> list[Variant]:
@@ -149,15 +151,19 @@ def variants(points: Float[np.ndarray, "n 3"], colors: Float[np.ndarray, "n 3"] 
 
     return [
         Variant("as it is", points, colors, {}, still),
-        Variant("in millimetres", 1000 * points, colors, {"unit": "mm"}, still),
-        Variant("y up", points @ upright.T, colors, {"up": "y"}, still),
-        Variant("moved by coarsest voxels", at(by_blocks), colors, {}, by_blocks),
-        Variant("moved by other lengths", at(shifted), colors, {}, shifted),
-        Variant("turned by 90 degrees", at(quarter), colors, {}, quarter),
-        Variant("points in another order", *pick(order), {}, still),
-        Variant("every point twice", *pick(np.repeat(np.arange(len(points)), 2)), {}, still),
-        Variant("half of the points", *pick(np.flatnonzero(some)), {}, still),
-        Variant("without colours", points, None, {}, still),
+        Variant("in millimetres", 1000 * points, colors, {"unit": "mm"}, still, "rounding"),
+        Variant("y up", points @ upright.T, colors, {"up": "y"}, still, "rounding"),
+        Variant(
+            "moved by coarsest voxels", at(by_blocks), colors, {}, by_blocks, "rounding: points at the face of a voxel"
+        ),
+        Variant(
+            "moved by other lengths", at(shifted), colors, {}, shifted, "other points share a voxel, at every level"
+        ),
+        Variant("turned by 90 degrees", at(quarter), colors, {}, quarter, "other voxels; a kernel has no symmetry"),
+        Variant("points in another order", *pick(order), {}, still, "other points are drawn, or first in their voxel"),
+        Variant("every point twice", *pick(np.repeat(np.arange(len(points)), 2)), {}, still, "other points are drawn"),
+        Variant("half of the points", *pick(np.flatnonzero(some)), {}, still, "fewer voxels hold a point"),
+        Variant("without colours", points, None, {}, still, "grey instead"),
     ]
 
 
@@ -174,7 +180,7 @@ def moved_rows(predictor: Predictor, path: Path, spec: DatasetSpec, block: float
             (boxes,) = predictor.predict([prepare(loaded.scan, spec)], spec.name)
             back = boxes_in_input_frame(boxes.boxes, variant.motion).astype(np.float32)
             found.append(Detections(back, boxes.scores, boxes.labels))
-            rows.append(_compared(variant.name, found[0], found[-1]))
+            rows.append(f"{_compared(variant.name, found[0], found[-1])}  {variant.why}".rstrip())
     return rows
 
 

@@ -15,8 +15,8 @@ from h2a2_jax.inputs.scan_folder import UNITS, UPRIGHT
 Align = Literal["none", "gravity", "manhattan", "both"]
 ALIGNMENTS: tuple[Align, ...] = ("none", "gravity", "manhattan", "both")
 FORMATS = ("json", "csv", "ply", "html", "png")
-MOST_POINTS = 1_000_000
-"""Points read of a larger file: dense scans of rooms have no more at 1 cm, and memory stays below 2 GB."""
+MOST_POINTS = 500_000
+"""Points read of a larger file: as many as large scans of rooms have, and memory stays below 2 GB at full width."""
 
 _TEXTS = (".txt", ".csv", ".asc", ".pts", ".xyz")
 _RESERVED = ("predictions",)  # predictions.json holds the boxes of all
