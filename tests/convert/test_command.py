@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from h2a2_jax.convert.command import convert_file, main
+from h2a2_jax.convert.command import main
+from h2a2_jax.convert.conversion import convert_file
 from h2a2_jax.convert.torch_file import read_torch_file, write_torch_file
 from h2a2_jax.convert.tr3d import config_of_weights, export_tr3d, tr3d_slots
 from h2a2_jax.errors import InputError
@@ -53,6 +54,7 @@ def test_there_and_back_keeps_every_bit(tmp_path, capsys):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
     assert main([str(tmp_path / "run"), "--reverse", f"--output={tmp_path / 'back.pth'}"]) == 0
+    assert capsys.readouterr().out.startswith("written: ")
     back = read_torch_file(tmp_path / "back.pth")
     assert back.classes == config.specs[0].classes
     counted = {name for name in back.tensors if name.endswith("num_batches_tracked")}
