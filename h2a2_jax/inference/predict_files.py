@@ -109,7 +109,7 @@ def _predict_one(
         (boxes,) = predictor.predict([prepare(loaded.scan, spec)], spec.name, outcome.seconds)
         started = time.perf_counter()
         entry = scan_entry(loaded.scan.name, loaded.matrix, boxes, spec, printable(loaded.file.path))
-        write_scan(output, request.formats, entry, loaded.scan, loaded.matrix, boxes, spec)
+        write_scan(output, request.formats, entry, loaded.scan, loaded.matrix, boxes, spec, shown=request.score)
         outcome.seconds["write"] = outcome.seconds.get("write", 0.0) + time.perf_counter() - started
         outcome.entries.append(entry)
         if request.show:

@@ -172,6 +172,7 @@ def write_scan(
     found: Detections,
     spec: DatasetSpec,
     truth: Any = None,
+    shown: float = 0.3,
 ) -> None:
     """Writes what is asked for of one scan.
 
@@ -184,6 +185,7 @@ def write_scan(
         found: boxes in the scan's frame.
         spec: of their dataset.
         truth: `GroundTruth` for page and picture, or None.
+        shown: lowest score of boxes in the picture, and in the page until one moves its slider.
     """
     stem = folder / str(entry["name"])
     if "json" in formats:
@@ -194,11 +196,10 @@ def write_scan(
     if "html" in formats or "png" in formats:
         from h2a2_jax.viewer import write_image, write_viewer  # matplotlib takes a second
 
-        lowest = float(found.scores.min(initial=1.0))
         for suffix, write in ((".html", write_viewer), (".png", write_image)):
             if suffix[1:] in formats:
                 with whole_file(_beside(stem, suffix)) as part:
-                    write(part, scan, found, spec.classes, truth=truth, score=min(0.3, lowest))
+                    write(part, scan, found, spec.classes, truth=truth, score=shown)
 
 
 def check_output(folder: Path, names: Iterable[str], formats: Sequence[str]) -> None:
