@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from configs.joint import demo, two
+from h2a2_jax.commands import tau_sweep_command
 from h2a2_jax.errors import InputError
-from h2a2_jax.sweeps import worker
 from h2a2_jax.sweeps.picture import draw_tau
 from h2a2_jax.sweeps.plan import Row, Run, ablation_rows, default_taus, locate, tau_rows
 from h2a2_jax.sweeps.protocol import protocol_rows, protocol_table, summarised
 from h2a2_jax.sweeps.results import spread, table, write_protocol, write_results
 from h2a2_jax.sweeps.runner import Share, finished, last_metrics, run_all, shares
-from h2a2_jax.training.config import ExperimentConfig, from_json, to_json
+from h2a2_jax.training.config import ExperimentConfig, to_json
 
 ROOT = Path(__file__).parent.parent
 LEVELS = (0.25, 0.5)
@@ -272,6 +272,16 @@ def test_what_is_finished_is_not_done_again_and_a_cut_evaluation_is_not_finished
     assert not finished(path.parent)
 
 
+def test_a_sweep_whose_runs_are_finished_writes_its_table_and_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for run, folder in locate(tau_rows(demo(), (0.15, 0.25), (0,)), tmp_path).items():
+        write_run(folder, run.config, {name: (0.3, 0.2) for name in demo().dataset_names})
+    assert tau_sweep_command(demo(), tmp_path, (0.15, 0.25), (0,), 1) == 0
+    assert "| tau = 0.25 | 30.0" in capsys.readouterr().out
+    assert (tmp_path / "tau.png").exists() and "| tau = 0.15" in (tmp_path / "table.md").read_text()
+
+
 def test_a_run_that_fails_is_named_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     run = Run("tau0.2", 0, two())  # whose data are not there
@@ -301,8 +311,8 @@ def get_config():
 def test_a_killed_sweep_leaves_no_process_and_goes_on_from_its_checkpoints(tmp_path: Path):
     (tmp_path / "tiny.py").write_text(TINY)
     workdir = tmp_path / "sweep"
-    flags = [f"--config={tmp_path / 'tiny.py'}", f"--workdir={workdir}", "--taus=0.2", "--seeds=0", "--jobs=1"]
-    command = [sys.executable, "run.py", "--mode=tau_sweep", *flags]
+    flags = [f"--config={tmp_path / 'tiny.py'}", f"--workdir={workdir}", "--jobs=1"]
+    command = [sys.executable, "run.py", "--mode=tau_sweep", "--taus=0.25", "--seeds=0", *flags]
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
 
     def workers() -> list[Path]:
@@ -324,21 +334,16 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on_from_its_checkpoints(tmp_p
         time.sleep(0.05)
     assert not [*workdir.glob("runs/*/evaluation.json")]
 
+    # The protocol's first training is the same experiment; it is evaluated once more, with other points.
+    command = [sys.executable, "run.py", "--mode=protocol", "--trainings=1", "--evaluations=2", *flags]
     second = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr
-    run = workdir / "runs" / "tau0.2_seed0"
+    run = workdir / "runs" / "tau0.25_seed0"
     assert re.search(r"Resuming .* after step (4|8|12|16|20|24) of 24", (run / "log.txt").read_text())
-    assert last_metrics(run)["step"] == 24 and finished(run)
-    assert "| tau = 0.2" in second.stdout and (workdir / "tau.png").exists()
-
-    # What is trained is evaluated again, with other points, once.
-    config = from_json((run / "config.json").read_text())
-    first = (run / "evaluation.json").read_text()
-    worker.run(config, run, 2)
-    assert finished(run, 2) and not finished(run, 3) and (run / "evaluation.json").read_text() == first
-    changed = (run / "evaluation_draw1" / "evaluation.json").stat().st_mtime_ns
-    worker.run(config, run, 2)
-    assert (run / "evaluation_draw1" / "evaluation.json").stat().st_mtime_ns == changed
+    assert last_metrics(run)["step"] == 24 and finished(run, 2) and not finished(run, 3)
+    assert "| s3dis @0.25" in second.stdout
+    (found,) = json.loads((workdir / "results.json").read_text())["protocol"]["runs"]
+    assert found["folder"] == run.name and len(found["mAP"]["s3dis"][1]) == 2
 
 
 def _read(path: Path) -> bytes:
