@@ -194,7 +194,7 @@ class Detector:
         Args:
             points: [n, 3] numbers x, y, z; or a list of such arrays. float64 keeps map coordinates exact.
             colors: [n, 3] red, green, blue, 0-255 or 0-1; or a list of such arrays. Without them points are taken as
-                grey, and found objects are fewer and less sure.
+                grey, which the model has not seen in training.
             dataset: whose head predicts: it sets classes, statistics and exclusive kernels, and whether boxes have
                 yaw. May be left out where the model knows one only.
             score: lowest score of a box.
