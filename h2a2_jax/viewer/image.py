@@ -55,7 +55,7 @@ def write_image(
     Ceilings are cut off.
 
     Args:
-        path: of the file; PNG, or what its suffix says.
+        path: of the PNG file, whatever its suffix.
         scan: points and colours; without colours they are coloured by height. Its own boxes are not shown.
         detections: boxes in the scan's frame; None is none.
         class_names: by label.
@@ -71,7 +71,7 @@ def write_image(
         ValueError: see `content`.
     """
     shown = content(scan, detections, class_names, truth, max_points)
-    draw(shown, title=title, view=view, beside=beside, score=score, size=size).save(path)
+    draw(shown, title=title, view=view, beside=beside, score=score, size=size).save(path, "PNG")
 
 
 def draw(

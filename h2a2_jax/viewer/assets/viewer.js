@@ -53,14 +53,17 @@ class Model {
     return this.origin[2] + this.low[2] + this.state.cut * (this.high[2] - this.low[2]);
   }
 
-  // The box on the other side of a hit among detections of the present score; null for none.
-  partner(box) {
+  // Pairs up hits among detections of the present score; to be called when the score or the overlap changes.
+  match() {
     const rows = this.data.detections.hits[this.state.overlap];
-    const other = this.boxes.find((candidate) =>
-      box.isTruth
-        ? !candidate.isTruth && candidate.score >= this.state.score && rows[candidate.row] === box.row
-        : candidate.isTruth && rows[box.row] === candidate.row);
-    return other ?? null;
+    const there = this.boxes.filter((box) => box.isTruth);
+    const hits = this.boxes.filter((box) => !box.isTruth && box.score >= this.state.score && rows[box.row] >= 0);
+    this.partners = new Map(hits.flatMap((box) => [[box, there[rows[box.row]]], [there[rows[box.row]], box]]));
+  }
+
+  // The box on the other side of a hit; undefined for none.
+  partner(box) {
+    return this.partners.get(box);
   }
 
   verdict(box) {
@@ -129,6 +132,7 @@ class Viewer {
     Object.assign(this.state, part);
     if (this.state.theme === "auto") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = this.state.theme;
+    this.model.match();
     if (this.state.chosen && !this.model.isShown(this.state.chosen)) this.state.chosen = null;
     this.panel.update();
     this.updateShapes();
@@ -224,7 +228,7 @@ class Viewer {
 
   faces(box) {
     const corners = boxCorners(box.local);
-    const look = [...this.model.colorOf(box), box === this.state.chosen ? 0.28 : box.isTruth ? 0.0 : 0.07];
+    const look = [...this.model.colorOf(box), box === this.state.chosen ? 0.28 : box.isTruth ? 0 : 0.05];
     if (look[3] === 0) return [];
     return FACES.flatMap(([a, b, c, d]) => [a, b, c, a, c, d].map((row) => [...corners[row], ...look]));
   }
