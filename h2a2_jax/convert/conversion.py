@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import PRNGKeyArray
 
 from h2a2_jax.convert.torch_file import TorchFile
 from h2a2_jax.convert.tr3d import config_of_weights, export_tr3d, load_tr3d, tr3d_slots, without_prefix
@@ -21,7 +22,7 @@ from h2a2_jax.models.head import NUM_OUTPUTS
 from h2a2_jax.training.balancers import build_balancer
 from h2a2_jax.training.checkpoint import CheckpointStore, restore_checkpoint
 from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig, to_json
-from h2a2_jax.training.loop import build_detector, learning_rate
+from h2a2_jax.training.loop import learning_rate
 from h2a2_jax.training.mesh import DATASET
 from h2a2_jax.training.state import create_state
 
@@ -69,9 +70,10 @@ class Conversion:
 
     def build(self) -> Detector:
         """The detector with the weights; what is missing is drawn from the config's seed."""
-        # Drawing parameters takes longer than everything else.
-        model = build_detector(self.config) if self.of("missing") else _zero_detector(self.config)
-        load_tr3d(model, self.weights)
+        graph, state = nnx.split(_shape_detector(self.config))
+        model = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state))
+        missing = [entry.name for entry in self.of("missing")]
+        load_tr3d(model, {**self.weights, **(_draw(self.config, missing) if missing else {})})
         return model
 
 
@@ -234,15 +236,24 @@ def _source(
     return source, "" if classes else f"Its classes are those that the file names: {', '.join(own)}."
 
 
+def _new_detector(config: ExperimentConfig, key: PRNGKeyArray) -> Detector:
+    heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in config.specs]
+    return Detector(config.model, heads, rngs=nnx.Rngs(key))
+
+
 def _shape_detector(config: ExperimentConfig) -> Detector:
     """The detector with shapes in place of arrays."""
-    heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in config.specs]
-    return nnx.eval_shape(lambda: Detector(config.model, heads, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: _new_detector(config, jax.random.key(0)))
 
 
-def _zero_detector(config: ExperimentConfig) -> Detector:
-    graph, state = nnx.split(_shape_detector(config))
-    return nnx.merge(graph, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state))
+def _draw(config: ExperimentConfig, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Parameters of a new detector, by TR3D's names; compiled for these alone, since all of them take long."""
+
+    def draw(key: PRNGKeyArray) -> dict[str, jax.Array]:
+        slots = tr3d_slots(_new_detector(config, key))
+        return {name: slots[name].variable[...][slots[name].index].reshape(slots[name].shape) for name in names}
+
+    return jax.device_get(jax.jit(draw)(jax.random.key(config.train.seed)))
 
 
 def _plain(name: str) -> str:
