@@ -20,7 +20,7 @@ from h2a2_jax.inputs.scan import Scan
 from h2a2_jax.viewer.content import Content, content, framed, hits, point_spacing
 from h2a2_jax.viewer.image import draw
 
-_SCRIPTS = ("camera.js", "scene.js", "panel.js", "viewer.js")
+_SCRIPTS = ("camera.js", "scene.js", "model.js", "panel.js", "input.js", "viewer.js")
 _STEPS = 65535
 _RAMP = 8
 _STILL_SIZE = (1000, 640)
