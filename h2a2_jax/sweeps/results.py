@@ -81,7 +81,7 @@ def write_protocol(
     figures = protocol_figures(base, rows, folders, evaluations)
     fixed = [spec.name for spec in base.specs if spec.test_sampling is None]
     note = (
-        f"mAP in per cent of {len(figures['runs'])} trainings of {_length(base)}, {evaluations} evaluations of each; "
+        f"mAP in per cent after {_length(base)}; trainings: {len(figures['runs'])}, evaluations of each: {evaluations}; "
         "sample standard deviations of all values, of the trainings' means, and within a training."
     )
     if fixed and evaluations > 1:
