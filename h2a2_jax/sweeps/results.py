@@ -81,8 +81,8 @@ def write_protocol(
     figures = protocol_figures(base, rows, folders, evaluations)
     fixed = [spec.name for spec in base.specs if spec.test_sampling is None]
     note = (
-        f"mAP in per cent after {_length(base)}; trainings: {len(figures['runs'])}, evaluations of each: {evaluations}; "
-        "sample standard deviations of all values, of the trainings' means, and within a training."
+        f"mAP in per cent after {_length(base)}; trainings: {len(figures['runs'])}, evaluations of each: "
+        f"{evaluations}; sample standard deviations of all values, of the trainings' means, and within a training."
     )
     if fixed and evaluations > 1:
         note += f" The test protocol of {', '.join(fixed)} uses all points: its evaluations are one and the same."
