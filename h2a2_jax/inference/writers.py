@@ -202,6 +202,21 @@ def write_scan(
                     write(part, scan, found, spec.classes, truth=truth, score=shown)
 
 
+def check_results_folder(folder: Path) -> None:
+    """Makes a folder of results and makes sure that files can be written to it.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InputError(f"{folder} cannot be written to ({reason}): choose another folder with --output.") from error
+
+
 def check_output(folder: Path, names: Iterable[str], formats: Sequence[str]) -> None:
     """Makes the folder of the results and makes sure that they can be written to it.
 
@@ -213,13 +228,7 @@ def check_output(folder: Path, names: Iterable[str], formats: Sequence[str]) -> 
     Raises:
         InputError: it cannot be made or written to, or a file of another program is where a result is to be.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise InputError(f"{folder} cannot be written to ({reason}): choose another folder with --output.") from error
+    check_results_folder(folder)
     wanted = [folder / ALL_BOXES, folder / TABLE]
     for name in names:
         wanted += [_beside(folder / name, end) for end in (".json", "_points.ply", "_boxes.ply")]

@@ -10,6 +10,7 @@ from h2a2_jax.evaluation.document import JSON_FILE, write_evaluation
 from h2a2_jax.inference.cross import common_classes
 from h2a2_jax.inference.evaluate import EvalRequest, Found, build_predictor, predict_source
 from h2a2_jax.inference.test_time import Predicts, TestTimeAugmented
+from h2a2_jax.inference.writers import check_results_folder
 from h2a2_jax.inputs.scan import ScanSource
 from h2a2_jax.inputs.scan_folder import ScanFolder
 from h2a2_jax.inputs.sources import SourceConfig, build_source, summed_notes
@@ -66,7 +67,7 @@ def evaluate_predictor(
         What evaluation.json holds (`h2a2_jax.evaluation.document`).
 
     Raises:
-        InputError: scans are missing, or the request does not fit the config.
+        InputError: scans are missing, the request does not fit the config, or the folder cannot be written to.
     """
     specs = config.specs
     if division is None:
@@ -76,10 +77,14 @@ def evaluate_predictor(
         for d, source in chosen_sources(config, request).items()
         if datasets is None or source.name in datasets
     }
-    own = division.together(
-        lambda: {d: build_source(chosen[d], request.split) for d in division.evaluated if d in chosen},
-        "open the scans to evaluate",
-    )
+
+    def opened() -> dict[int, ScanSource]:
+        sources = {d: build_source(chosen[d], request.split) for d in division.evaluated if d in chosen}
+        if is_main():  # rather now than when all is evaluated
+            check_results_folder(folder)
+        return sources
+
+    own = division.together(opened, "open the scans to evaluate")
     say_warnings({specs[d].name: source for d, source in own.items()})
     if request.tta:
         predictor = TestTimeAugmented(predictor, request.tta, specs, config.eval.iou_threshold)
@@ -92,6 +97,8 @@ def evaluate_predictor(
     found = merged(division.gather(division.together(evaluated, "evaluate")))
     found = {specs[d].name: found[specs[d].name] for d in sorted(chosen)}
     results = {name: one["values"] for name, one in found.items()}
+    if is_main():  # before it is told: who reads along may go away
+        write_evaluation(folder, results)
     for name, values in results.items():
         say_skipped({f"{name}/{scan}": reason for scan, reason in values["skipped"].items()})
     say_notes({f"{name}/{scan}": notes for name, one in found.items() for scan, notes in one["notes"].items()}, specs)
@@ -99,8 +106,6 @@ def evaluate_predictor(
         say(f"\n{name}, {results[name]['scans']} scans\n{one['text']}")
     if request.cross:
         say("\n" + cross_table(results))
-    if is_main():
-        write_evaluation(folder, results)
     say(f"\nWritten to {folder / JSON_FILE}")
     return results
 

@@ -184,3 +184,9 @@ def test_results_of_other_requests_leave_the_runs_own_alone():
     assert results_folder(EvalRequest()) == results_folder(EvalRequest(output=Path("x"))) == "."
     request = EvalRequest("train", "s3dis", "some/scans", ("flip_x", "scales"), True, None, 100)
     assert results_folder(request) == "evaluation_train_s3dis_scans_flip_x_scales_cross_step100"
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_the_work(tmp_path: Path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(InputError, match="taken cannot be written to"):
+        evaluate_predictor(small(), Knowing({}), tmp_path / "taken")
