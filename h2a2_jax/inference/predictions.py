@@ -237,7 +237,9 @@ def boxes_in_input_frame(
     if np.abs(turned - rotation).max() > _TOLERANCE:
         raise _not_led_back(transform)
     moved = boxes.astype(np.float64)
-    moved[:, :3] = (moved[:, :3] - matrix[:3, 3]) @ rotation @ upright / UNITS[unit]
+    # A tilt too small to say of a box is kilometres in the frame of a map: centres are led back by the whole rotation.
+    left, _, right = np.linalg.svd(turned)
+    moved[:, :3] = (moved[:, :3] - matrix[:3, 3]) @ (left @ right) @ upright / UNITS[unit]
     moved[:, 3:6] = moved[:, 3:6] @ np.abs(upright) / UNITS[unit]
     moved[:, 6] = (moved[:, 6] - angle + math.pi) % (2 * math.pi) - math.pi
     return moved

@@ -106,6 +106,19 @@ def test_corners_of_any_file(degrees: float, tilted: bool, up: str, unit: float)
             _box_entry(entry["boxes"][0], "box 1")
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("unit", [1, 0.001])
+def test_map_coordinates_are_exact_whatever_the_rounding_of_a_rotation(dtype: type, unit: float):
+    # A tilt of 0.04 degrees is none to tell of a box, and is 300 m at the places of a map.
+    matrix = np.eye(4)
+    matrix[:3, :3] = tilt(0.04 if dtype is np.float64 else 0) * unit
+    shift = np.array([-499_968, -5_500_032, -96.0])
+    matrix[:3, 3] = matrix[:3, :3] @ shift / unit
+    back = boxes_in_input_frame(BOXES, matrix.astype(dtype))
+    expected = BOXES[:, :3] @ matrix[:3, :3] / unit - shift
+    np.testing.assert_allclose(back[:, :3] * unit, expected, rtol=0, atol=1e-5)
+
+
 INCOMPLETE = {"version": 1, "scans": [{"name": "a", "boxes": [{}]}]}
 
 
