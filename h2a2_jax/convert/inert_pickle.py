@@ -119,7 +119,8 @@ class _Counted:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    # A product of numbers of a million digits takes minutes.
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> StoredTensor:
@@ -201,6 +202,10 @@ class _InertUnpickler(_Unpickler):
         del self.stack[-3:]
         self.append(Inert())
 
+    def load_frame(self) -> None:
+        # Frames are hints for buffering; the original would take what is in one without its being counted.
+        self.read(8)
+
     def load_bytearray8(self) -> None:
         # What is there; the original makes as many zeros first as a number says.
         (size,) = struct.unpack("<Q", self.read(8))
@@ -241,6 +246,7 @@ class _InertUnpickler(_Unpickler):
         (pickle.BUILD, load_build),
         (pickle.NEWOBJ, load_newobj),
         (pickle.NEWOBJ_EX, load_newobj_ex),
+        (pickle.FRAME, load_frame),
         (pickle.BYTEARRAY8, load_bytearray8),
         (pickle.EMPTY_SET, load_set),
         (pickle.FROZENSET, load_frozenset),

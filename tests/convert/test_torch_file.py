@@ -225,6 +225,19 @@ def test_bombs_end_in_a_sentence(written, bomb, monkeypatch):
     assert_refused(written, "damaged|state dict")
 
 
+@pytest.mark.parametrize("start", [b"", b"\x95" + struct.pack("<Q", 100_001)], ids=["plain", "in a frame"])
+def test_objects_are_counted(written, monkeypatch, start):
+    monkeypatch.setattr(inert_pickle, "MAX_READS", 50_000)
+    replace_pickle(written, b"\x80\x04" + start + b"]" * 100_000 + b".")
+    assert_refused(written, "more objects")
+
+
+def test_shapes_of_millions_of_digits_are_no_shapes(written):
+    # Their product alone would take a minute.
+    replace_pickle(written, tensor_pickle(shape=(1 << 8_000_000,) * 8, strides=(1,) * 8))
+    assert_refused(written, "without storage, shape or strides")
+
+
 def test_random_damage_ends_in_a_sentence_or_in_the_same_names(written):
     with zipfile.ZipFile(written) as archive:
         whole = archive.read("archive/data.pkl")
