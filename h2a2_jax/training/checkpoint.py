@@ -336,8 +336,9 @@ def checkpoint_place(path: Path) -> CheckpointPlace:
     directory = path if step is None else path.parent
     if directory.name == "checkpoints":
         return CheckpointPlace(directory.parent, directory, step)
-    if step is None and not any(child.name.isdecimal() for child in directory.glob("*/")):
-        return CheckpointPlace(directory, directory / "checkpoints", None)
+    inside = directory / "checkpoints"  # beside which a run may hold results in folders of any name
+    if step is None and (inside.is_dir() or not any(child.name.isdecimal() for child in directory.glob("*/"))):
+        return CheckpointPlace(directory, inside, None)
     return CheckpointPlace(directory, directory, step)
 
 

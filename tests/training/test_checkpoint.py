@@ -270,6 +270,7 @@ def test_a_path_stands_for_a_run_its_checkpoints_or_one_of_them(tmp_path: Path):
     run, moved = tmp_path / "run", tmp_path / "moved"
     for step in (run / "checkpoints" / "100", moved / "200"):
         (step / "params").mkdir(parents=True)
+    (run / "2026").mkdir()  # of somebody's results
     directory = run / "checkpoints"
     assert checkpoint_place(run) == checkpoint_place(directory) == (run, directory, None)
     assert checkpoint_place(directory / "100") == (run, directory, 100)
