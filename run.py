@@ -92,6 +92,10 @@ def main(argv: list[str]) -> int | None:
             raise InputError(f"--{name} is for --mode={' and --mode='.join(modes)}, given with --mode={mode}.")
     if mode == "check":
         return _check()
+    if mode == "predict" and _INPUT.present and not _INPUT.value:
+        raise InputError(
+            "--input is empty; expected are files, folders or patterns (leave it out for a run's own scans)."
+        )
     alone = [f"--{name}" for name in _ONLY_WITH_INPUT if flags.FLAGS[name].present and not _INPUT.value]
     if alone:
         raise InputError(

@@ -87,7 +87,12 @@ def _opening(found: FoundInputs, request: PredictRequest, predictor: Predictor, 
     yield f"Files are taken as {_frame(request)}, boxes of score {request.score:g} and more go to {printable(output)}."
     if found.passed_over:
         shown = ", ".join(printable(path) for path in found.passed_over[:3])
-        yield f"{len(found.passed_over)} text files without points are passed over: {shown}."
+        texts = "1 text file" if len(found.passed_over) == 1 else f"{len(found.passed_over)} text files"
+        yield f"Passed over, as without points: {texts}, {shown}."
+    if found.results:
+        shown = ", ".join(printable(path) for path in found.results[:3])
+        files = "1 file" if len(found.results) == 1 else f"{len(found.results)} files"
+        yield f"Passed over, as results of a prediction: {files}, {shown}{', ...' if len(found.results) > 3 else ''}."
     yield from found.problems.values()
 
 

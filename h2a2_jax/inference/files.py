@@ -20,6 +20,8 @@ MOST_POINTS = 500_000
 
 _TEXTS = (".txt", ".csv", ".asc", ".pts", ".xyz")
 _RESERVED = ("predictions",)  # predictions.json holds the boxes of all
+OWN_COMMENT = "boxes of h2a2_jax"
+"""In the header of every PLY file that a prediction writes."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,10 @@ class PredictRequest:
         ):
             if value not in known:
                 raise InputError(f"--{flag} is {value!r}; expected is one of {', '.join(known)}.")
+        if self.inputs and not self.formats and not self.show:
+            raise InputError(
+                f"--formats is empty, nothing would be written; expected are some of {', '.join(FORMATS)}."
+            )
         if not 0 <= self.score <= 1:
             raise InputError(f"--score is {self.score:g}; expected is a number from 0 to 1.")
         if self.most_points < 1:
@@ -97,11 +103,13 @@ class FoundInputs:
         files: in order of their paths, input by input.
         problems: by path, why something could not be looked into.
         passed_over: text files without a line of numbers, such as a README.
+        results: PLY files of an earlier prediction, which are passed over unless they are named one by one.
     """
 
     files: tuple[InputFile, ...]
     problems: dict[str, str]
     passed_over: tuple[Path, ...] = ()
+    results: tuple[Path, ...] = ()
 
 
 def printable(text: object) -> str:
@@ -127,30 +135,36 @@ def find_inputs(inputs: Sequence[str], output: Path | None = None) -> FoundInput
         raise InputError("No input is given: give files, folders or patterns with --input=FILE|FOLDER|GLOB.")
     aside = None if output is None else os.path.realpath(output)
     found: dict[str, tuple[Path, PurePath]] = {}
-    search = _Search(aside, {}, [])
+    search = _Search(aside, {}, [], [])
     for text in inputs:
-        for path, below in _expand(text):
+        named_alone = os.path.lexists(text)
+        for path, below in _expand(text, len(inputs)):
             if path.is_dir():
                 if aside is not None and os.path.realpath(path) == aside:
                     raise InputError(
                         f"{printable(path)} is the folder of the input and of the output: choose another --output."
                     )
                 files = search.below(path, below)
+            elif not named_alone and _is_result(path):
+                search.results.append(path)
+                continue
             else:
                 files = iter([(path, below)])
             for file, place in files:
                 found.setdefault(os.path.abspath(file), (file, place))
+    if not found and not search.problems and search.results:
+        raise InputError(f"{printable(', '.join(inputs))} holds results of predictions only: give other point clouds.")
     if not found and not search.problems:
         raise InputError(
             f"There is no point cloud in {printable(', '.join(inputs))}: files with {', '.join(SUFFIXES)} are read."
         )
     names = _names([place for _, place in found.values()])
     named = tuple(InputFile(path, name) for (path, _), name in zip(found.values(), names, strict=True))
-    return FoundInputs(named, search.problems, tuple(search.passed_over))
+    return FoundInputs(named, search.problems, tuple(search.passed_over), tuple(search.results))
 
 
-def _expand(text: str) -> Iterator[tuple[Path, PurePath]]:
-    """Files and folders of one input, each with the start of its results' names."""
+def _expand(text: str, of: int) -> Iterator[tuple[Path, PurePath]]:
+    """Files and folders of one input of so many, each with the start of its results' names."""
     path = Path(text)
     if not text or "\0" in text:
         raise InputError(f"--input has the entry {printable(text)!r}; expected are files, folders or patterns.")
@@ -164,7 +178,8 @@ def _expand(text: str) -> Iterator[tuple[Path, PurePath]]:
         yield path, PurePath() if path.is_dir() else PurePath(path.name)
         return
     if not glob.has_magic(text):
-        raise InputError(f"There is no file or folder {printable(text)}: check the path given with --input.")
+        comma = " (a comma separates two; in a pattern, ? stands for one that is part of a name)" if of > 1 else ""
+        raise InputError(f"There is no file or folder {printable(text)}: check the path given with --input{comma}.")
     fixed = Path(*_until_magic(path.parts))
     try:
         # Not glob.glob, whose ** goes round with links.
@@ -194,6 +209,7 @@ class _Search:
     aside: str | None
     problems: dict[str, str]
     passed_over: list[Path]
+    results: list[Path]
 
     def below(self, folder: Path, name: PurePath) -> Iterator[tuple[Path, PurePath]]:
         """Files of points in a folder and below."""
@@ -217,7 +233,21 @@ class _Search:
                 if path.suffix.lower() in _TEXTS and not _has_numbers(path):
                     self.passed_over.append(path)
                     continue
+                if _is_result(path):
+                    self.results.append(path)
+                    continue
                 yield path, name / os.path.relpath(path, folder)
+
+
+def _is_result(path: Path) -> bool:
+    """Whether it is a PLY file that a prediction wrote."""
+    if path.suffix.lower() != ".ply" or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return f"comment {OWN_COMMENT}\n".encode() in file.read(400)
+    except OSError:
+        return False
 
 
 def _has_numbers(path: Path) -> bool:

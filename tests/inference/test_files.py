@@ -7,7 +7,7 @@ import pytest
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.file_scans import Pending, read_ahead
-from h2a2_jax.inference.files import PredictRequest, find_inputs, printable
+from h2a2_jax.inference.files import OWN_COMMENT, PredictRequest, find_inputs, printable
 
 
 def touch(root, *names, content="1 2 3\n"):
@@ -86,6 +86,32 @@ def test_texts_without_points_are_passed_over(tmp_path):
     assert [file.name for file in found.files] == ["a", "empty"]
     assert [path.name for path in found.passed_over] == ["README.txt"]
     assert names(tmp_path / "README.txt") == ["README"]  # asked for by name
+
+
+def test_results_of_a_prediction_are_no_input(tmp_path):
+    touch(tmp_path, "a.ply", content="ply\nformat ascii 1.0\nelement vertex 0\nend_header\n")
+    own = f"ply\nformat binary_little_endian 1.0\ncomment {OWN_COMMENT}\nelement vertex 0\nend_header\n"
+    touch(tmp_path, "a_points.ply", "out/b_boxes.ply", content=own)
+    found = find_inputs([str(tmp_path)])
+    assert [file.name for file in found.files] == ["a"]
+    assert [path.name for path in found.results] == ["a_points.ply", "b_boxes.ply"]
+    assert names(tmp_path / "**" / "*.ply") == ["a"]
+    assert names(tmp_path / "a_points.ply") == ["a_points"]  # asked for by name
+    with pytest.raises(InputError, match="holds results of predictions only"):
+        names(tmp_path / "out")
+
+
+def test_a_comma_in_a_name_is_spoken_of(tmp_path):
+    touch(tmp_path, "a,b.ply")
+    with pytest.raises(InputError, match=r"a: check the path given with --input \(a comma separates two"):
+        names(tmp_path / "a", "b.ply")
+    assert names(tmp_path / "a?b.ply") == ["a,b"]
+
+
+def test_formats_of_nothing_are_refused():
+    with pytest.raises(InputError, match="--formats is empty"):
+        PredictRequest(("a.ply",), formats=())
+    assert PredictRequest(("a.ply",), formats=(), show=True).show and PredictRequest((), formats=()).formats == ()
 
 
 @pytest.mark.parametrize(
