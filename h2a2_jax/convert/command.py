@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,6 +20,7 @@ are read off the weights. Of FCAF3D the backbone's convolutions and norms of the
 
 def table(entries: Sequence[Entry], fates: Sequence[str] = ("used", "left over", "missing")) -> str:
     """Every name with its fate, as text: used ones first."""
+    entries = [replace(entry, name=_printable(entry.name)) for entry in entries]
     width = max((len(entry.name) for entry in entries), default=0)
     forms = max((len(entry.form) for entry in entries), default=0)
     lines = []
@@ -27,6 +29,11 @@ def table(entries: Sequence[Entry], fates: Sequence[str] = ("used", "left over",
         lines.append(f"{fate}: {len(chosen)}")
         lines += [f"  {e.name:{width}}  {e.form:{forms}}  {e.why}".rstrip() for e in chosen]
     return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    """Text with names out of a file, which may hold anything: no escape sequence, and nothing that cannot be encoded."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         _run(_parse(arguments))
     except InputError as error:
-        print(f"convert: {error}", file=sys.stderr)
+        print(f"convert: {_printable(str(error))}", file=sys.stderr)
         return 2
     return 0
 
@@ -90,7 +97,7 @@ def _run(chosen: argparse.Namespace) -> None:
     conversion = convert_file(read_torch_file(chosen.input), chosen.dataset, classes, chosen.seed)
     print(table(conversion.entries))
     for note in conversion.notes:
-        print(note)
+        print(_printable(note))
     missing = [entry.name for entry in conversion.of("missing")]
     if missing and not chosen.partial:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from h2a2_jax.convert.command import main
-from h2a2_jax.convert.conversion import convert_file
+from h2a2_jax.convert.command import main, table
+from h2a2_jax.convert.conversion import Entry, convert_file
 from h2a2_jax.convert.torch_file import read_torch_file, write_torch_file
 from h2a2_jax.convert.tr3d import config_of_weights, export_tr3d, tr3d_slots
 from h2a2_jax.errors import InputError
@@ -81,6 +81,12 @@ def test_the_reference_weights_keep_every_bit(tmp_path, capsys, kind):
     assert config.dataset_names == (kind,) and config.model.depth == 34
     for name, value in state.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_names_are_printed_whatever_they_hold():
+    # A lone surrogate cannot be printed, and an escape sequence would clear the terminal.
+    text = table([Entry("left over", "a\ud800b\x1b[2Jc\nd", "3 float32")])
+    assert "a?b?[2Jc?d  3 float32" in text and text.encode()
 
 
 def test_half_a_model_is_refused_and_loaded_if_told(tmp_path, capsys):
