@@ -32,7 +32,7 @@ def table(entries: Sequence[Entry], fates: Sequence[str] = ("used", "left over",
 
 
 def _printable(text: str) -> str:
-    """Text with names out of a file, which may hold anything: no escape sequence, and nothing that cannot be encoded."""
+    """Text with names out of a file, which hold anything: no escape sequence, and nothing that no encoding takes."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
