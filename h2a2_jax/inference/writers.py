@@ -229,9 +229,10 @@ def check_output(folder: Path, names: Iterable[str], formats: Sequence[str]) -> 
         InputError: it cannot be made or written to, or a file of another program is where a result is to be.
     """
     check_results_folder(folder)
-    wanted = [folder / ALL_BOXES, folder / TABLE]
+    wanted = [folder / name for kind, name in (("json", ALL_BOXES), ("csv", TABLE)) if kind in formats]
+    ends = {"json": (".json",), "ply": ("_points.ply", "_boxes.ply")}
     for name in names:
-        wanted += [_beside(folder / name, end) for end in (".json", "_points.ply", "_boxes.ply")]
+        wanted += [_beside(folder / name, end) for kind in formats for end in ends.get(kind, ())]
     for path in wanted:
         if path.is_dir() or (path.is_file() and not _is_own(path)):
             raise InputError(

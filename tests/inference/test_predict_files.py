@@ -289,6 +289,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "a.json").write_text('{"version": 1}')
     with pytest.raises(InputError, match=r"a\.json is there already and is no result of a prediction"):
         check_output(tmp_path, ["a"], ("json",))
+    check_output(tmp_path, ["a"], ("csv", "ply", "html"))  # none of which is called so
     assert not list(tmp_path.glob(".*"))
 
 
