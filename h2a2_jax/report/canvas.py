@@ -26,7 +26,7 @@ def canvas(rows: int, columns: int, width: float | int, height: float | int, **o
 
 def save(figure: Figure, folder: Path, name: str, title: str, caption: str) -> Picture:
     """Write <folder>/<name>.png."""
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     path = folder / f"{name}.png"
     figure.savefig(path, dpi=_DPI)
     return Picture(path, title, caption)

@@ -14,10 +14,11 @@ from configs.joint import demo
 from h2a2_jax.boxes import Detections
 from h2a2_jax.commands.evaluate import _check_classes, results_folder
 from h2a2_jax.errors import InputError
+from h2a2_jax.evaluation import GroundTruth, evaluate_detections
 from h2a2_jax.evaluation.document import evaluation_json
 from h2a2_jax.inference.evaluate import EvalRequest
 from h2a2_jax.inputs.specs import dataset_spec
-from h2a2_jax.report.evaluation_page import write_evaluation_page
+from h2a2_jax.report.evaluation_page import draw_curves, write_evaluation_page
 from h2a2_jax.training.config import ExperimentConfig, SourceConfig
 from h2a2_jax.training.distributed import MeshDivision
 from h2a2_jax.training.evaluation import chosen_sources, cross_table, evaluate_predictor
@@ -109,6 +110,15 @@ def test_heads_on_the_scans_of_others_and_the_page(tmp_path: Path, capsys: pytes
     assert text.count("<img") == 6 and not re.search(r"(src|href)=\"(?!data:|#)", text)
     assert 'id="cross"' in text and "bookcase (bookshelf)" in text and "what it is" in text
     assert "left out of the means" in text and "AP by class, size and distance" in text
+
+
+def test_names_of_classes_are_drawn_as_they_are(tmp_path: Path):
+    box, one, zero = np.ones((1, 7), np.float32), np.ones(1, np.float32), np.zeros(1, np.int32)
+    document = evaluate_detections(
+        [Detections(box, one, zero)], [GroundTruth(box, zero)], ["cost $\\foo$"], rotated=False
+    ).to_dict()
+    picture = draw_curves("a $\\b$", document, tmp_path)
+    assert picture.path.is_file() and picture.title.startswith("a $\\b$:")
 
 
 def test_a_folder_is_evaluated_with_the_head_of_a_dataset(tmp_path: Path):
