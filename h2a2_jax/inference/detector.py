@@ -22,7 +22,7 @@ from h2a2_jax.inference.predictions import boxes_in_input_frame
 from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inputs.batching import no_scan
 from h2a2_jax.inputs.cloud_scan import PlacedCloud, place_cloud
-from h2a2_jax.inputs.point_cloud import COLOR_RANGES, ColorRange, cloud_of_arrays
+from h2a2_jax.inputs.point_cloud import COLOR_RANGES, ColorRange, PointCloud, cloud_of_arrays
 from h2a2_jax.inputs.scan_folder import UNITS, UPRIGHT
 from h2a2_jax.models import LevelSizes
 from h2a2_jax.training.checkpoint import restore_checkpoint
@@ -55,18 +55,18 @@ class Boxes:
 
     def __iter__(self) -> Iterator["Boxes"]:
         """Each box as one of its own."""
-        return (self[np.arange(len(self)) == i] for i in range(len(self)))
+        return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, chosen: Bool[np.ndarray, " n"]) -> "Boxes":
-        """Those boxes where a mask is true, as in `boxes[boxes.scores > 0.5]`."""
-        names = tuple(name for name, is_chosen in zip(self.names, chosen, strict=True) if is_chosen)
+    def __getitem__(self, chosen: Bool[np.ndarray, " n"] | Int[np.ndarray, " m"] | slice | int) -> "Boxes":
+        """Those boxes where a mask is true, as in `boxes[boxes.scores > 0.5]`, or of some rows: an index, a slice."""
+        rows = np.atleast_1d(np.arange(len(self))[chosen])
         return Boxes(
-            self.centers[chosen],
-            self.sizes[chosen],
-            self.yaws[chosen],
-            self.scores[chosen],
-            self.labels[chosen],
-            names,
+            self.centers[rows],
+            self.sizes[rows],
+            self.yaws[rows],
+            self.scores[rows],
+            self.labels[rows],
+            tuple(self.names[row] for row in rows),
             self.notes,
         )
 
@@ -122,8 +122,12 @@ class Detector:
                 compilation cache for this process.
 
         Raises:
-            InputError: there is no such checkpoint, or it cannot be read, or has no such dataset to condition on.
+            InputError: there is no such checkpoint, or it cannot be read, or has no such dataset to condition on; or
+                an argument is not as above.
         """
+        _one_of("kernels", kernels, ("selected", "shared"))
+        _share("score_threshold", score_threshold)
+        _share("iou_threshold", iou_threshold)
         buckets = None if cache is None else BucketFile.opened(Path(cache))
         model, config = restore_checkpoint(checkpoint, step)
         predictor = Predictor(
@@ -211,6 +215,12 @@ class Detector:
             InputError: an argument is not as above; a point cloud has no finite point; its colours are in another
                 range.
         """
+        for cloud in points if isinstance(points, list | tuple) else [points]:
+            if isinstance(cloud, str | Path | PointCloud):
+                raise InputError(
+                    f"The points are a {type(cloud).__name__}; expected is an array of shape [n, 3]: of a file, "
+                    "cloud = h2a2_jax.read_point_cloud(FILE) has cloud.points and cloud.colors."
+                )
         single = not isinstance(points, list | tuple)
         clouds = cast(Sequence[Any], [points] if single else points)
         hues = cast(Sequence[Any], [colors] if single else [None] * len(clouds) if colors is None else colors)
@@ -222,6 +232,7 @@ class Detector:
         spec = self.predictor.spec(self._chosen(dataset))
         matrix = _matrix(up, unit)
         _one_of("color_range", color_range, COLOR_RANGES)
+        _share("score", score)
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected is 1 or more.")
         placed = [
@@ -273,3 +284,8 @@ def _matrix(up: str, unit: str) -> np.ndarray:
 def _one_of(name: str, value: str, known: Sequence[str] | Mapping[str, object]) -> None:
     if value not in known:
         raise InputError(f"{name} is {value!r}; expected is one of {', '.join(known)}.")
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise InputError(f"{name} is {value}; expected is a number from 0 to 1.")

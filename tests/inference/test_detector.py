@@ -138,9 +138,27 @@ def test_wrong_arguments_are_one_sentence(detector: Detector):
         ((points, colors, "s3dis"), {"up": "w"}, "up is 'w'; expected is one of z, -z"),
         ((points, colors, "s3dis"), {"unit": "inch"}, "unit is 'inch'"),
         ((points, colors, "s3dis"), {"batch_size": 0}, "batch_size is 0"),
+        ((points, colors, "s3dis"), {"score": 2.0}, "score is 2.0; expected is a number from 0 to 1"),
     ):
         with pytest.raises(InputError, match=sentence):
             detector(*arguments, **options)
+
+
+def test_boxes_are_chosen_by_index_slice_and_mask(found: Boxes):
+    assert found[0].names == found[:1].names == found.names[:1] and len(found[2:5]) == 3
+    assert found[np.array([3, 1])].scores.tolist() == [found.scores[3], found.scores[1]]
+    assert_same(found[-1], found[np.arange(len(found)) == len(found) - 1])
+    with pytest.raises(IndexError):
+        found[len(found)]
+
+
+def test_wrong_arguments_of_restoring_are_one_sentence(tmp_path: Path):
+    for name, value, sentence in (
+        ("score_threshold", 7.0, "score_threshold is 7.0; expected is a number from 0 to 1"),
+        ("iou_threshold", float("nan"), "iou_threshold is nan"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            h2a2_jax.Detector.restore(tmp_path, **{name: value})
 
 
 def test_a_checkpoint_that_is_not_there_says_so(tmp_path: Path):
