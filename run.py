@@ -227,3 +227,6 @@ if __name__ == "__main__":
     except InputError as error:
         print(f"run.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("run.py: stopped.", file=sys.stderr)
+        sys.exit(130)
