@@ -21,7 +21,7 @@ MOST_POINTS = 500_000
 _TEXTS = (".txt", ".csv", ".asc", ".pts", ".xyz")
 _RESERVED = ("predictions",)  # predictions.json holds the boxes of all
 OWN_COMMENT = "boxes of h2a2_jax"
-"""In the header of every PLY file that a prediction writes."""
+"""In the first bytes of every PLY file, page and picture that a prediction writes."""
 
 
 @dataclass(frozen=True)

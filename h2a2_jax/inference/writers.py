@@ -16,6 +16,7 @@ A file is written beside its place and put there when it is whole.
 import contextlib
 import csv
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from scipy.spatial.transform import Rotation
 from h2a2_jax.boxes.corners import BOX_EDGES, box_corners
 from h2a2_jax.boxes.detections import Detections
 from h2a2_jax.errors import InputError
+from h2a2_jax.inference.files import OWN_COMMENT
 from h2a2_jax.inference.predictions import PREDICTIONS_VERSION, document_of, read_predicted_scans
 from h2a2_jax.inputs.appearance import class_color
 from h2a2_jax.inputs.scan import Scan, points_in_box
@@ -39,7 +41,6 @@ CSV_COLUMNS = (
     *("qw", "qx", "qy", "qz"),
 )
 ALL_BOXES, TABLE = "predictions.json", "boxes.csv"
-_COMMENT = "boxes of h2a2_jax"
 _BAR = 0.012  # m, thickness of the bars of a box's frame
 _CUBE = ((0, 2, 3, 1), (4, 5, 7, 6), (0, 1, 5, 4), (2, 6, 7, 3), (0, 4, 6, 2), (1, 3, 7, 5))  # corners of each face
 
@@ -48,7 +49,7 @@ _CUBE = ((0, 2, 3, 1), (4, 5, 7, 6), (0, 1, 5, 4), (2, 6, 7, 3), (0, 4, 6, 2), (
 def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to that becomes `path` when all went well, and is removed otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")  # of several processes each its own
     try:
         yield part
         part.replace(path)
@@ -230,7 +231,7 @@ def check_output(folder: Path, names: Iterable[str], formats: Sequence[str]) -> 
     """
     check_results_folder(folder)
     wanted = [folder / name for kind, name in (("json", ALL_BOXES), ("csv", TABLE)) if kind in formats]
-    ends = {"json": (".json",), "ply": ("_points.ply", "_boxes.ply")}
+    ends = {"json": (".json",), "ply": ("_points.ply", "_boxes.ply"), "html": (".html",), "png": (".png",)}
     for name in names:
         wanted += [_beside(folder / name, end) for kind in formats for end in ends.get(kind, ())]
     for path in wanted:
@@ -249,7 +250,7 @@ def _is_own(path: Path) -> bool:
             return isinstance(document, dict) and document.get("version") == PREDICTIONS_VERSION and "frame" in document
     except (OSError, ValueError):
         return False
-    return start.startswith(",".join(CSV_COLUMNS).encode()) or _COMMENT.encode() in start
+    return start.startswith(",".join(CSV_COLUMNS).encode()) or OWN_COMMENT.encode() in start
 
 
 def _beside(stem: Path, end: str) -> Path:
@@ -264,7 +265,7 @@ def _in_file(places: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 def _write_ply(path: Path, vertices: np.ndarray, faces: np.ndarray | None) -> None:
     names = {"<f8": "double", "<f4": "float", "|u1": "uchar", "<i4": "int"}
     assert vertices.dtype.fields is not None
-    lines = ["ply", "format binary_little_endian 1.0", f"comment {_COMMENT}", f"element vertex {len(vertices)}"]
+    lines = ["ply", "format binary_little_endian 1.0", f"comment {OWN_COMMENT}", f"element vertex {len(vertices)}"]
     lines += [f"property {names[kind.str]} {name}" for name, (kind, *_) in vertices.dtype.fields.items()]
     if faces is not None:
         lines += [f"element face {len(faces)}", "property list uchar int vertex_indices"]

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from h2a2_jax.boxes.corners import BOX_EDGES, box_corners
 from h2a2_jax.boxes.detections import Detections
@@ -71,7 +72,10 @@ def write_image(
         ValueError: see `content`.
     """
     shown = content(scan, detections, class_names, truth, max_points)
-    draw(shown, title=title, view=view, beside=beside, score=score, size=size).save(path, "PNG")
+    software = PngInfo()
+    software.add_text("Software", "boxes of h2a2_jax")
+    drawn = draw(shown, title=title, view=view, beside=beside, score=score, size=size)
+    drawn.save(path, "PNG", pnginfo=software)
 
 
 def draw(

@@ -291,6 +291,9 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
         check_output(tmp_path, ["a"], ("json",))
     check_output(tmp_path, ["a"], ("csv", "ply", "html"))  # none of which is called so
     assert not list(tmp_path.glob(".*"))
+    (tmp_path / "a.png").write_bytes(b"a photograph")
+    with pytest.raises(InputError, match=r"a\.png is there already and is no result of a prediction"):
+        check_output(tmp_path, ["a"], ("png",))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a display is always there")

@@ -7,8 +7,17 @@ import pytest
 
 from h2a2_jax.boxes import Detections
 from h2a2_jax.boxes.corners import box_corners
+from h2a2_jax.inference.files import FORMATS
 from h2a2_jax.inference.predictions import scan_entry
-from h2a2_jax.inference.writers import point_labels, whole_file, write_box_frames, write_points, write_scan, write_table
+from h2a2_jax.inference.writers import (
+    check_output,
+    point_labels,
+    whole_file,
+    write_box_frames,
+    write_points,
+    write_scan,
+    write_table,
+)
 from h2a2_jax.inputs.appearance import class_color
 from h2a2_jax.inputs.ply import read_ply_columns
 from h2a2_jax.inputs.scan import Scan, points_in_box
@@ -72,8 +81,18 @@ def test_page_picture_and_table(tmp_path):
     assert {path.name for path in (tmp_path / "below").iterdir()} == {f"a.b{end}" for end in ends}
     assert json.loads((tmp_path / "below" / "a.b.json").read_text())["scans"] == [entry]
     write_table(tmp_path / "boxes.csv", [entry], SUNRGBD)
+    check_output(tmp_path, ["below/a.b"], FORMATS)  # all may be written again
     lines = (tmp_path / "boxes.csv").read_text().splitlines()
     assert len(lines) == 4 and lines[1].startswith("below/a.b,,chair,3,0.4,") and ",1,y,mm," in lines[1]
+
+
+def test_two_processes_write_one_file(tmp_path, monkeypatch):
+    with whole_file(tmp_path / "a.txt") as mine:
+        monkeypatch.setattr("os.getpid", lambda: 0)
+        with whole_file(tmp_path / "a.txt") as other:
+            mine.write_text("mine")
+            other.write_text("other")
+    assert (tmp_path / "a.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_nothing_is_half_written(tmp_path):
