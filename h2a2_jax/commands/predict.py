@@ -62,7 +62,7 @@ def predict_files_command(workdir: Path, request: PredictRequest, config: Experi
         conditioning=config.eval.conditioning,
         kernels=config.eval.kernels,
     )
-    shapes = BucketFile.opened(run / "cache") if os.access(run, os.W_OK) else None
+    shapes = _shapes(run)
     if shapes is not None:
         predictor.set_bucket_bases(shapes.read())
     for line in _opening(found, request, predictor, output):
@@ -73,6 +73,16 @@ def predict_files_command(workdir: Path, request: PredictRequest, config: Experi
     for line in _closing(outcome, found, output):
         print(line, flush=True)
     return INTERRUPTED if outcome.interrupted else 1 if outcome.failed else 0
+
+
+def _shapes(run: Path) -> BucketFile | None:
+    """Where shapes and programs are kept; None where nothing can be, which is no reason not to predict."""
+    if not os.access(run, os.W_OK):
+        return None
+    try:
+        return BucketFile.opened(run / "cache")
+    except InputError:
+        return None
 
 
 def _opening(found: FoundInputs, request: PredictRequest, predictor: Predictor, output: Path) -> Iterator[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from h2a2_jax.commands.predict import _shapes
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.files import FoundInputs, PredictRequest, find_inputs
 from h2a2_jax.inference.predict_files import Outcome, predict_files
@@ -294,6 +295,11 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "a.png").write_bytes(b"a photograph")
     with pytest.raises(InputError, match=r"a\.png is there already and is no result of a prediction"):
         check_output(tmp_path, ["a"], ("png",))
+
+
+def test_a_run_whose_cache_cannot_be_made_predicts_without(tmp_path):
+    (tmp_path / "cache").write_text("a file of somebody else")
+    assert _shapes(tmp_path) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a display is always there")
