@@ -62,6 +62,7 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes: how many.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: which of them this one is, from 0.")
 
+_OF_PROCESSES = ("coordinator", "num_processes", "process_id")
 _ONLY_FOR = {
     "step": ("eval", "predict"),
     "dataset": ("eval", "predict", "check"),
@@ -74,7 +75,7 @@ _ONLY_FOR = {
     **dict.fromkeys(("input", "up", "unit", "colors", "align", "score", "formats", "show"), ("predict",)),
     **dict.fromkeys(("split", "tta", "cross"), ("eval",)),
     **dict.fromkeys(("trainings", "evaluations"), ("protocol",)),
-    **dict.fromkeys(("coordinator", "num_processes", "process_id"), ("train", "eval", "predict")),
+    **dict.fromkeys(_OF_PROCESSES, ("train", "eval", "predict")),
 }
 _FROM_CHECKPOINT = ("eval", "predict")
 _ONLY_WITH_INPUT = ("up", "unit", "colors", "align", "score", "show")
@@ -100,6 +101,12 @@ def main(argv: list[str]) -> int | None:
     if alone:
         raise InputError(
             f"{', '.join(alone)} is for files of points: name them with --input; the scans of a config have their own."
+        )
+    together = [f"--{name}" for name in _OF_PROCESSES if flags.FLAGS[name].present and _INPUT.value]
+    if together:
+        raise InputError(
+            f"{', '.join(together)} is for the scans of a config: files of points are predicted by one process; give "
+            "each process files and an --output of its own."
         )
     if mode in _FROM_CHECKPOINT:
         if not _WORKDIR.value:

@@ -42,6 +42,7 @@ ROOT = Path(__file__).parent.parent
         (["--mode=predict"], "train first, or give the folder of a run"),
         (["--mode=predict", "--up=y"], "--up is for files of points: name them with --input"),
         (["--mode=predict", "--input=nothing.ply"], "nothing.ply"),
+        (["--mode=predict", "--input=a.ply", "--process_id=1"], "--process_id is for the scans of a config"),
         (["--mode=predict", "--input="], "--input is empty; expected are files, folders or patterns"),
         (["--mode=predict", "--input=README.md", "--formats=obj"], "--formats is 'obj'; expected is one of json, csv"),
         (["--mode=eval", "--tta=flips"], "flips"),
