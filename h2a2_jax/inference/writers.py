@@ -197,10 +197,14 @@ def write_scan(
     if "html" in formats or "png" in formats:
         from h2a2_jax.viewer import write_image, write_viewer  # matplotlib takes a second
 
-        for suffix, write in ((".html", write_viewer), (".png", write_image)):
-            if suffix[1:] in formats:
-                with whole_file(_beside(stem, suffix)) as part:
-                    write(part, scan, found, spec.classes, truth=truth, score=shown)
+        moved = not np.allclose(matrix, np.eye(4), rtol=0, atol=1e-9)
+        note = "Numbers on this page are in metres with z up; JSON and CSV have those of the file." if moved else ""
+        if "html" in formats:
+            with whole_file(_beside(stem, ".html")) as part:
+                write_viewer(part, scan, found, spec.classes, truth=truth, score=shown, note=note)
+        if "png" in formats:
+            with whole_file(_beside(stem, ".png")) as part:
+                write_image(part, scan, found, spec.classes, truth=truth, score=shown)
 
 
 def check_results_folder(folder: Path) -> None:

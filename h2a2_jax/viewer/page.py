@@ -38,6 +38,7 @@ def write_viewer(
     score: float | int = 0.3,
     max_points: int = 400_000,
     still: bool = True,
+    note: str = "",
 ) -> None:
     """Writes a page that shows a scan with its boxes in any browser, from disk, without a network.
 
@@ -55,6 +56,7 @@ def write_viewer(
         score: lowest score shown at first; a slider changes it.
         max_points: a scan of more is thinned evenly, and the page says so.
         still: whether to include a still picture for browsers without WebGL 2 (about 100 kB).
+        note: a sentence on the page, as on the frame that its numbers are in.
 
     Raises:
         ValueError: see `content`.
@@ -62,6 +64,7 @@ def write_viewer(
     shown = content(scan, detections, class_names, truth, max_points)
     document = _payload(shown, scan.name if title is None else title, score)
     low, step, places = quantise(shown.scan.points)
+    document["notes"] += [note] if note else []
     document["points"] |= {"origin": low.tolist(), "step": step.tolist()}
     colors = np.round(shown.scan.colors * 255).astype(np.uint8) if document["points"]["colored"] else b""
     parts = {

@@ -82,6 +82,7 @@ def test_page_picture_and_table(tmp_path):
     assert json.loads((tmp_path / "below" / "a.b.json").read_text())["scans"] == [entry]
     write_table(tmp_path / "boxes.csv", [entry], SUNRGBD)
     check_output(tmp_path, ["below/a.b"], FORMATS)  # all may be written again
+    assert "Numbers on this page are in metres" in (tmp_path / "below" / "a.b.html").read_text()  # the file's are not
     lines = (tmp_path / "boxes.csv").read_text().splitlines()
     assert len(lines) == 4 and lines[1].startswith("below/a.b,,chair,3,0.4,") and ",1,y,mm," in lines[1]
 
