@@ -19,6 +19,6 @@ def train_command(config: ExperimentConfig, workdir: Path) -> None:
     division.together(lambda: check_data(config, division.datasets), "open its data")
     train(config, workdir)
     say(
-        f"Losses are in {workdir / 'metrics.jsonl'}, checkpoints in {workdir / 'checkpoints'}. Boxes as JSON: the same "
-        "command with --mode=predict."
+        f"Losses are in {workdir / 'metrics.jsonl'}, checkpoints in {workdir / 'checkpoints'}. Boxes of point clouds: "
+        f"python run.py --mode=predict --workdir={workdir} --input=FOLDER"
     )
