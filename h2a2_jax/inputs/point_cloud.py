@@ -378,7 +378,7 @@ def _read_text(path: Path, thinning: Thinning) -> _Raw:
             for _ in range(skip):
                 next(filled)
             if thinning.kept(size := path.stat().st_size // _SHORTEST_LINE) < size:
-                filled = thinning.lines(filled, count_lines(lambda: path.open("rb")) - skip)
+                filled = thinning.lines(filled, count_lines(lambda: path.open(encoding="latin1")) - skip)
             rows = np.loadtxt(filled, np.float64, comments=("#", "//"), delimiter=delimiter, ndmin=2)
     except ValueError as error:
         raise InputError(f"{path} has a line that is not numbers ({error}).") from error

@@ -90,10 +90,6 @@ def _exactly(file: Any, size: int) -> bytes:
 
 
 def count_lines(open_file: Callable[[], Any]) -> int:
-    """Lines of a text, without keeping it."""
-    lines, last = 0, b"\n"
+    """Lines of a text that are not blank, without keeping it."""
     with open_file() as file:
-        while block := file.read(1 << 22):
-            lines += block.count(b"\n")
-            last = block[-1:]
-    return lines + (last != b"\n")
+        return sum(bool(line.strip()) for line in file)

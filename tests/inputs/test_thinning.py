@@ -115,3 +115,12 @@ def test_other_las(tmp_path, content, sentence):
     (tmp_path / "a.laz").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.laz is compressed LAS: turn it into \.las"):
         read_point_cloud(tmp_path / "a.laz")
+
+
+@pytest.mark.parametrize("end", ["\n", "\n\n", "\r\n \r\n", "\r"], ids=repr)
+def test_blank_lines_and_other_ends_of_lines_count_for_nothing(tmp_path, end):
+    lines = [" ".join(map(str, row)) for row in XYZ]
+    (tmp_path / "a.txt").write_text(end.join(["x y z", *lines, ""]), newline="")
+    cloud = read_point_cloud(tmp_path / "a.txt", MOST)
+    assert len(cloud.points) == MOST and cloud.notes == {THINNED: N - MOST}
+    assert len(read_point_cloud(tmp_path / "a.txt", N).points) == N
