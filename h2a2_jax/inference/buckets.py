@@ -1,7 +1,9 @@
 """What a prediction remembers for later processes: padded shapes and the programs compiled for them."""
 
+import contextlib
 import json
 import os
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.models import LevelSizes
 
 _VERSION = 1
+_WRITING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,15 @@ class BucketFile:
 
         A full disk or a folder that is gone is a warning.
         """
-        bases = self.read() | dict(bases)
         temporary = self.path.with_suffix(f".{os.getpid()}")
-        try:
-            temporary.write_text(
-                json.dumps({"version": _VERSION, "bases": {str(c): list(b) for c, b in bases.items()}})
-            )
-            temporary.replace(self.path)
-        except OSError as error:  # no reason to lose the boxes that were just found
-            warnings.warn(f"The cache {self.path} cannot be written ({error.strerror}).", stacklevel=2)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _WRITING:  # threads of one process
+            bases = self.read() | dict(bases)
+            document = {"version": _VERSION, "bases": {str(count): list(base) for count, base in bases.items()}}
+            try:
+                temporary.write_text(json.dumps(document))
+                temporary.replace(self.path)
+            except OSError as error:  # no reason to lose the boxes that were just found
+                warnings.warn(f"The cache {self.path} cannot be written ({error.strerror}).", stacklevel=2)
+            finally:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()

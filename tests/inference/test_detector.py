@@ -189,3 +189,11 @@ def test_shapes_are_remembered(detector: Detector, found: Boxes, tmp_path: Path)
     assert file.read() == {2: LevelSizes(*range(1, 10))}
     with pytest.warns(UserWarning, match="cannot be written"):
         BucketFile(tmp_path / "gone" / "buckets.json").write(file.read())
+
+
+def test_threads_remember_shapes_side_by_side(tmp_path):
+    # Warnings are errors here: a thread that took another's file away would be told of by one.
+    file = BucketFile(tmp_path / "buckets.json")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: file.write({1 + i % 8: LevelSizes(*[1] * 9)}), range(400)))
+    assert set(file.read()) == set(range(1, 9)) and [path.name for path in tmp_path.iterdir()] == ["buckets.json"]
