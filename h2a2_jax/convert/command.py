@@ -111,6 +111,7 @@ def _run(chosen: argparse.Namespace) -> None:
         f"{chosen.output}: TR3D of depth {model.depth}, stem {model.stem_channels}, stages "
         f"{'-'.join(map(str, model.stage_channels))}, neck {model.neck_channels}, dataset {source.name}"
         f" ({source.spec.num_classes} classes, {source.spec.num_outputs} box outputs)"
+        f", voxels of {model.voxel_size:g} m, as TR3D has them: weights do not tell"
         f"{f'; {len(missing)} parameters are initialised, not trained' if missing else ''}."
     )
 
