@@ -40,6 +40,7 @@ ROOT = Path(__file__).parent.parent
         ),
         (["--config=configs/joint.py:demo", "--data=scans"], "--data is for --mode=eval and --mode=check, given"),
         (["--mode=predict"], "train first, or give the folder of a run"),
+        (["--mode=predict", "--formats=csv"], "--formats=csv is for files of points"),
         (["--mode=predict", "--up=y"], "--up is for files of points: name them with --input"),
         (["--mode=predict", "--input=nothing.ply"], "nothing.ply"),
         (["--mode=predict", "--input=a.ply", "--process_id=1"], "--process_id is for the scans of a config"),

@@ -138,8 +138,10 @@ def predict_command(config: ExperimentConfig | None, workdir: Path, request: Pre
             <output>/<dataset>/, with the annotated boxes beside those found. None: none of them.
 
     Raises:
-        InputError: there is no checkpoint, or it is of another architecture than the config.
+        InputError: there is no checkpoint, it is of another architecture than the config, or a table is asked for.
     """
+    if request is not None and "csv" in request.formats:
+        raise InputError("--formats=csv is for files of points (--input); scans of a config have json, ply, html, png.")
     model, stored = restore_checkpoint(workdir, None if request is None else request.step, config)
     config = stored if config is None else config
     predictor = build_predictor(model, config.specs, config.eval)

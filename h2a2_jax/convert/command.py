@@ -1,6 +1,7 @@
 """The command `python -m h2a2_jax.convert.tr3d`."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -72,12 +73,17 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--classes", default="", help="of a dataset that is not built in, with commas between, in order"
     )
     parser.add_argument("--partial", action="store_true", help="also if parameters are missing, which are initialised")
+    parser.add_argument("--voxel_size", type=float, help="in metres, which weights do not tell; by default TR3D's 0.01")
     parser.add_argument("--seed", type=int, default=0, help="of parameters that are initialised")
     parser.add_argument("--reverse", action="store_true", help="from our checkpoint to a state dict of TR3D")
     parser.add_argument("--step", type=int, help="with --reverse: of the checkpoint; by default the last")
     chosen = parser.parse_args(arguments)
-    if chosen.reverse and (chosen.partial or chosen.classes or chosen.seed):
-        raise InputError("--partial, --classes and --seed are for the way into this program, not for --reverse.")
+    if chosen.reverse and (chosen.partial or chosen.classes or chosen.seed or chosen.voxel_size is not None):
+        raise InputError(
+            "--partial, --classes, --seed and --voxel_size are for the way into this program, not for --reverse."
+        )
+    if chosen.voxel_size is not None and not 0 < chosen.voxel_size < math.inf:
+        raise InputError(f"--voxel_size is {chosen.voxel_size:g}; expected is a length in metres, as 0.01.")
     if chosen.step is not None and not chosen.reverse:
         raise InputError("--step chooses a checkpoint of ours, with --reverse; a .pth file holds one.")
     if chosen.seed < 0:
@@ -105,13 +111,16 @@ def _run(chosen: argparse.Namespace) -> None:
             f"{chosen.input} lacks {', '.join(missing[:_SHOWN])}{more}; nothing was written: --partial initialises "
             "what is missing."
         )
+    if chosen.voxel_size is not None:
+        model = replace(conversion.config.model, voxel_size=chosen.voxel_size)
+        conversion = replace(conversion, config=replace(conversion.config, model=model))
     save_conversion(conversion, chosen.output)
     model, source = conversion.config.model, conversion.config.datasets[0]
     print(
         f"{chosen.output}: TR3D of depth {model.depth}, stem {model.stem_channels}, stages "
         f"{'-'.join(map(str, model.stage_channels))}, neck {model.neck_channels}, dataset {source.name}"
         f" ({source.spec.num_classes} classes, {source.spec.num_outputs} box outputs)"
-        f", voxels of {model.voxel_size:g} m, as TR3D has them: weights do not tell"
+        f", voxels of {model.voxel_size:g} m (weights do not tell: --voxel_size)"
         f"{f'; {len(missing)} parameters are initialised, not trained' if missing else ''}."
     )
 

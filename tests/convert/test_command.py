@@ -40,6 +40,14 @@ def restored(tmp_path, index=0):
     return export_tr3d(model, index), config
 
 
+def test_the_voxel_size_is_said(tmp_path, capsys):
+    assert "--voxel_size is 0; expected is a length" in converted(tmp_path, capsys, STATE, "--voxel_size=0")[2]
+    status, out, _ = converted(tmp_path, capsys, STATE, "--voxel_size=0.015")
+    assert status == 0 and "voxels of 0.015 m" in out
+    model, config = restore_checkpoint(tmp_path / "run")
+    assert config.model.voxel_size == model.config.voxel_size == 0.015
+
+
 def test_there_and_back_keeps_every_bit(tmp_path, capsys):
     counters = {"backbone.norm1.bn.num_batches_tracked": np.array(7, np.int64)}
     wrapped = {f"module.{name}": value for name, value in (STATE | counters).items()}
@@ -65,6 +73,7 @@ def test_there_and_back_keeps_every_bit(tmp_path, capsys):
         ([f"--output={tmp_path / 'back.pth'}"], "exists"),
         ([f"--output={tmp_path / 'other.pth'}", "--dataset=s3dis"], "not on s3dis"),
         ([f"--output={tmp_path / 'other.pth'}", "--step=3"], "no checkpoint of step 3"),
+        ([f"--output={tmp_path / 'other.pth'}", "--voxel_size=0.02"], "not for --reverse"),
     ):
         assert main([str(tmp_path / "run"), "--reverse", *arguments]) == 2
         assert match in capsys.readouterr().err
