@@ -1,13 +1,23 @@
-"""What every test needs before anything imports JAX: six virtual CPU devices and checked shape annotations."""
+"""What every test needs before anything imports JAX: six CPU devices, quick compilation, checked annotations."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=6".strip()
 
 import pytest
 from jaxtyping import install_import_hook
+
+# Compiling is most of the time of the tests: little is optimised, and what one worker or process of a run compiled the
+# others take over.
+_FLAGS = "--xla_force_host_platform_device_count=6 --xla_backend_optimization_level=0"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="h2a2_jax_tests_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 install_import_hook("h2a2_jax", "beartype.beartype")
 
