@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 import threading
 from multiprocessing.connection import wait
 
@@ -30,6 +31,11 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+def progress_interval() -> float:
+    """Seconds between two updates of a progress bar on standard error: often on a terminal, seldom in a log."""
+    return 0.1 if sys.stderr.isatty() else 30.0
 
 
 def duration(seconds: float) -> str:

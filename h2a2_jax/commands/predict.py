@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation import GroundTruth
+from h2a2_jax.host import progress_interval
 from h2a2_jax.inference.buckets import BucketFile
 from h2a2_jax.inference.evaluate import build_predictor
 from h2a2_jax.inference.files import FoundInputs, PredictRequest, find_inputs, printable
@@ -28,7 +30,6 @@ from h2a2_jax.training.loop import say_skipped
 from h2a2_jax.training.mesh import train_mesh
 
 INTERRUPTED = 130
-_SECONDS_BETWEEN_LOG_LINES = 30
 
 
 def predict_files_command(workdir: Path, request: PredictRequest, config: ExperimentConfig | None = None) -> int:
@@ -54,14 +55,7 @@ def predict_files_command(workdir: Path, request: PredictRequest, config: Experi
     check_output(output, (file.name for file in found.files), request.formats)
     model, stored = restore_checkpoint(workdir, request.step, config)
     config = stored if config is None else config
-    predictor = Predictor(
-        model,
-        config.specs,
-        score_threshold=request.score,
-        iou_threshold=config.eval.iou_threshold,
-        conditioning=config.eval.conditioning,
-        kernels=config.eval.kernels,
-    )
+    predictor = build_predictor(model, config.specs, replace(config.eval, score_threshold=request.score))
     shapes = _shapes(run)
     if shapes is not None:
         predictor.set_bucket_bases(shapes.read())
@@ -140,23 +134,22 @@ def predict_command(config: ExperimentConfig | None, workdir: Path, request: Pre
     Raises:
         InputError: there is no checkpoint, it is of another architecture than the config, or a table is asked for.
     """
-    if request is not None and "csv" in request.formats:
+    request = request or PredictRequest((), formats=())
+    if "csv" in request.formats:
         raise InputError("--formats=csv is for files of points (--input); scans of a config have json, ply, html, png.")
-    model, stored = restore_checkpoint(workdir, None if request is None else request.step, config)
+    model, stored = restore_checkpoint(workdir, request.step, config)
     config = stored if config is None else config
     predictor = build_predictor(model, config.specs, config.eval)
-    folder = checkpoint_place(workdir).run / "predictions"
-    if request is not None and request.output is not None:
-        folder = request.output
+    folder = checkpoint_place(workdir).run / "predictions" if request.output is None else request.output
     check_output(folder, (), ())
-    if request is not None and request.dataset is not None:
+    if request.dataset is not None:
         predictor.spec(request.dataset)  # one that the model does not know is said
     for d in MeshDivision(train_mesh(len(config.specs)), len(config.specs)).evaluated:
         spec = config.specs[d]
-        if request is not None and request.dataset not in (None, spec.name):
+        if request.dataset not in (None, spec.name):
             continue
         source = build_source(config.datasets[d], "val")
-        formats = () if request is None else tuple(name for name in request.formats if name in ("ply", "html", "png"))
+        formats = tuple(name for name in request.formats if name in ("ply", "html", "png"))
         entries, skipped = _predict_source(predictor, source, spec, folder / spec.name, formats)
         say_skipped(skipped)
         path = folder / f"{spec.name}.json"
@@ -169,8 +162,7 @@ def _predict_source(
 ) -> tuple[list[dict], dict[str, str]]:
     """Entries of the scans of a source, one in memory at a time, and why others were left out."""
     entries, skipped = [], dict[str, str]()
-    interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LOG_LINES
-    with tqdm(total=len(source), desc=spec.name, unit="scan", mininterval=interval) as bar:
+    with tqdm(total=len(source), desc=spec.name, unit="scan", mininterval=progress_interval()) as bar:
         for scan in load_or_skip(source, skipped):
             try:
                 (found,) = predictor.predict([prepare(scan, spec)], spec.name)

@@ -12,7 +12,8 @@ import numpy as np
 
 from h2a2_jax.boxes.detections import Detections
 from h2a2_jax.evaluation import GroundTruth
-from h2a2_jax.inputs.scan_folder import class_label
+from h2a2_jax.inputs.scan import enclosing_boxes
+from h2a2_jax.inputs.scan_folder import class_label, plain_name
 from h2a2_jax.inputs.specs import DatasetSpec
 
 SYNONYMS = (
@@ -63,7 +64,7 @@ class CommonClasses:
         kept = labels >= 0
         boxes = found.boxes[kept]
         if not self.data.has_yaw:
-            boxes = enclosing(boxes)
+            boxes = enclosing_boxes(boxes)
         return Detections(boxes, found.scores[kept], labels[kept])
 
     def truth(self, there: GroundTruth) -> GroundTruth:
@@ -84,16 +85,6 @@ def common_classes(head: DatasetSpec, data: DatasetSpec) -> CommonClasses:
     return CommonClasses(head, data, tuple(sorted(found.items())))
 
 
-def enclosing(boxes: np.ndarray) -> np.ndarray:
-    """The axis-aligned boxes [n, 7] that enclose turned ones."""
-    cos, sin = np.abs(np.cos(boxes[:, 6])), np.abs(np.sin(boxes[:, 6]))
-    result = boxes.copy()
-    result[:, 3] = boxes[:, 3] * cos + boxes[:, 4] * sin
-    result[:, 4] = boxes[:, 3] * sin + boxes[:, 4] * cos
-    result[:, 6] = 0
-    return result
-
-
 def _relabelled(labels: np.ndarray, kept: Sequence[int], count: int) -> np.ndarray:
     """Labels by their place in `kept`; -1 for others."""
     places = np.full(count, -1, np.int32)
@@ -102,7 +93,4 @@ def _relabelled(labels: np.ndarray, kept: Sequence[int], count: int) -> np.ndarr
 
 
 def _synonyms(name: str) -> list[str]:
-    def plain(text: str) -> str:
-        return "".join(c for c in text.lower() if c not in " _-")
-
-    return [other for group in SYNONYMS if plain(name) in map(plain, group) for other in group]
+    return [other for group in SYNONYMS if plain_name(name) in map(plain_name, group) for other in group]

@@ -23,7 +23,7 @@ from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inputs.batching import no_scan
 from h2a2_jax.inputs.cloud_scan import PlacedCloud, place_cloud
 from h2a2_jax.inputs.point_cloud import COLOR_RANGES, ColorRange, PointCloud, cloud_of_arrays
-from h2a2_jax.inputs.scan_folder import UNITS, UPRIGHT
+from h2a2_jax.inputs.scan_folder import UNITS, UPRIGHT, upright_matrix
 from h2a2_jax.models import LevelSizes
 from h2a2_jax.training.checkpoint import restore_checkpoint
 
@@ -276,9 +276,7 @@ def _matrix(up: str, unit: str) -> np.ndarray:
     """From the frame and unit of the points to metres, z up."""
     _one_of("up", up, UPRIGHT)
     _one_of("unit", unit, UNITS)
-    matrix = np.eye(4)
-    matrix[:3, :3] = np.array(UPRIGHT[up]) * UNITS[unit]
-    return matrix
+    return upright_matrix(up, unit)
 
 
 def _one_of(name: str, value: str, known: Sequence[str] | Mapping[str, object]) -> None:

@@ -1,6 +1,5 @@
 """Average precision of a detector over a source of scans."""
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from h2a2_jax.evaluation import (
     evaluate_detections,
     scan_origin,
 )
+from h2a2_jax.host import progress_interval
 from h2a2_jax.inference.cross import CommonClasses
 from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inference.test_time import Predicts
@@ -25,8 +25,6 @@ from h2a2_jax.inputs.drawing import Log
 from h2a2_jax.inputs.scan import Scan, ScanError, ScanSource, load_or_skip
 from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.models import Detector
-
-_SECONDS_BETWEEN_LOG_LINES = 30
 
 
 @dataclass(frozen=True)
@@ -165,8 +163,7 @@ def predict_source(
     found = Found()
     head = head or spec.name
     title = spec.name if head == spec.name else f"{spec.name}, head of {head}"
-    interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LOG_LINES
-    with tqdm(total=len(source), desc=title, unit="scan", disable=not progress, mininterval=interval) as bar:
+    with tqdm(total=len(source), desc=title, unit="scan", disable=not progress, mininterval=progress_interval()) as bar:
         for chunk in _chunks(load_or_skip(source, found.log.skipped), batch_size):
             found.log.notes |= {scan.name: scan.notes for scan in chunk if scan.notes}
             drawn = [prepare(scan, spec, draw) for scan in chunk]

@@ -24,7 +24,7 @@ from h2a2_jax.inputs.examine import spread
 from h2a2_jax.inputs.guess import guess_unit, guess_up
 from h2a2_jax.inputs.point_cloud import COLOR_RANGES, PointCloud, read_point_cloud
 from h2a2_jax.inputs.scan import Scan, ScanError
-from h2a2_jax.inputs.scan_folder import UNITS, UPRIGHT
+from h2a2_jax.inputs.scan_folder import upright_matrix
 from h2a2_jax.inputs.specs import DatasetSpec
 
 _MEASURED = 200_000  # points that the spread is measured on
@@ -66,11 +66,9 @@ def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> Fi
         raise InputError(f"{printable(file.path)} is no regular file: give a point cloud.")
     cloud = read_point_cloud(file.path, request.most_points)
     up, unit, remarks = _frame(cloud, request)
-    matrix = np.eye(4)
-    matrix[:3, :3] = np.array(UPRIGHT[up]) * UNITS[unit]
     hint = f"say which with --colors ({', '.join(COLOR_RANGES)})"
     try:
-        placed = place_cloud(file.name, cloud, matrix, request.colors, colors_hint=hint)
+        placed = place_cloud(file.name, cloud, upright_matrix(up, unit), request.colors, colors_hint=hint)
     except ScanError as error:
         hints = [f"It {remark}." for remark in remarks if "add --" in remark]
         raise InputError(" ".join([str(error), *hints])) from error

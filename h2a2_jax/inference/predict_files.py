@@ -1,7 +1,6 @@
 """Predicts file after file: what goes wrong with one stops no other, and what is done is on disk at once."""
 
 import re
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from h2a2_jax.boxes.detections import Detections
 from h2a2_jax.errors import InputError
+from h2a2_jax.host import progress_interval
 from h2a2_jax.inference.file_scans import FileScan, Pending, load_file, read_ahead
 from h2a2_jax.inference.files import FoundInputs, InputFile, PredictRequest, printable
 from h2a2_jax.inference.predictions import document_of, scan_entry
@@ -22,7 +22,6 @@ from h2a2_jax.inputs.specs import DatasetSpec
 
 REPEATED = 3
 """How often remarks of one kind are said as they come up."""
-_SECONDS_BETWEEN_LOG_LINES = 30
 _NUMBER = re.compile(r"-?\d[\d.,]*")
 
 
@@ -70,9 +69,8 @@ def predict_files(
     """
     spec = predictor.specs[0] if request.dataset is None else predictor.spec(request.dataset)
     outcome = Outcome(failed=dict(found.problems))
-    interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LOG_LINES
     loads = [partial(_timed_load, file, request, spec) for file in found.files]
-    with tqdm(total=len(found.files), unit="scan", mininterval=interval, disable=None) as bar:
+    with tqdm(total=len(found.files), unit="scan", mininterval=progress_interval(), disable=None) as bar:
         try:
             for file, pending in zip(found.files, read_ahead(loads), strict=True):
                 failure = _predict_one(predictor, pending, request, spec, output, outcome, say)

@@ -100,15 +100,8 @@ def write_points(path: Path, scan: Scan, matrix: Float[np.ndarray, "4 4"], found
         found: boxes in the scan's frame.
     """
     labels, instances, scores = point_labels(scan.points, found)
-    places = _in_file(scan.points.astype(np.float64), matrix)
-    metres = float(np.linalg.norm(matrix[2, :3]))
-    real = "<f8" if np.abs(places).max(initial=0) * metres > 1e3 else "<f4"
-    kinds = [*((axis, real) for axis in "xyz"), *((color, "u1") for color in ("red", "green", "blue"))]
-    rows = np.empty(len(places), np.dtype([*kinds, ("label", "<i4"), ("instance", "<i4"), ("score", "<f4")]))
-    for i, axis in enumerate("xyz"):
-        rows[axis] = places[:, i]
-    for i, color in enumerate(("red", "green", "blue")):
-        rows[color] = np.round(255 * scan.colors[:, i])
+    more = [("label", "<i4"), ("instance", "<i4"), ("score", "<f4")]
+    rows = _vertices(scan.points.astype(np.float64), scan.colors, matrix, more)
     rows["label"], rows["instance"], rows["score"] = labels, instances, scores
     _write_ply(path, rows, None)
 
@@ -152,15 +145,7 @@ def write_box_frames(path: Path, matrix: Float[np.ndarray, "4 4"], found: Detect
             vertices.append((corners[one] + corners[other]) / 2 + (signs * half) @ axes)
             faces.append(triangles + 8 * (12 * number + bar))
         colors.append(np.tile(class_color(int(found.labels[number])), (96, 1)))
-    places = _in_file(np.concatenate(vertices), matrix)
-    metres = float(np.linalg.norm(matrix[2, :3]))
-    real = "<f8" if np.abs(places).max(initial=0) * metres > 1e3 else "<f4"
-    kinds = [*((axis, real) for axis in "xyz"), *((color, "u1") for color in ("red", "green", "blue"))]
-    rows = np.empty(len(places), np.dtype(kinds))
-    for i, axis in enumerate("xyz"):
-        rows[axis] = places[:, i]
-    for i, color in enumerate(("red", "green", "blue")):
-        rows[color] = np.round(255 * np.concatenate(colors)[:, i])
+    rows = _vertices(np.concatenate(vertices), np.concatenate(colors), matrix)
     _write_ply(path, rows, np.concatenate(faces))
 
 
@@ -261,9 +246,20 @@ def _beside(stem: Path, end: str) -> Path:
     return stem.with_name(stem.name + end)  # a name may hold a dot
 
 
-def _in_file(places: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Places of a scan's frame in that of its file."""
-    return np.linalg.solve(matrix[:3, :3].astype(np.float64), (places - matrix[:3, 3]).T).T
+def _vertices(
+    places: np.ndarray, colors: np.ndarray, matrix: np.ndarray, more: Sequence[tuple[str, str]] = ()
+) -> np.ndarray:
+    """Vertices of a PLY in the frame of the file, with their colours (0-1), and room for more columns."""
+    places = np.linalg.solve(matrix[:3, :3].astype(np.float64), (places - matrix[:3, 3]).T).T
+    metres = float(np.linalg.norm(matrix[2, :3]))
+    real = "<f8" if np.abs(places).max(initial=0) * metres > 1e3 else "<f4"
+    kinds = [*((axis, real) for axis in "xyz"), *((color, "u1") for color in ("red", "green", "blue"))]
+    rows = np.empty(len(places), np.dtype([*kinds, *more]))
+    for i, axis in enumerate("xyz"):
+        rows[axis] = places[:, i]
+    for i, color in enumerate(("red", "green", "blue")):
+        rows[color] = np.round(255 * colors[:, i])
+    return rows
 
 
 def _write_ply(path: Path, vertices: np.ndarray, faces: np.ndarray | None) -> None:

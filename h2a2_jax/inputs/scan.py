@@ -132,3 +132,20 @@ def validate_scan(scan: Scan, num_classes: int | None = None) -> list[str]:
     if (scan.labels < -1).any() or (num_classes is not None and (scan.labels >= num_classes).any()):
         problems.append("some labels are outside the classes")
     return [f"Scan {scan.name}: {problem}." for problem in problems]
+
+
+def enclosing_boxes(boxes: Float[np.ndarray, "n 7"]) -> Float[np.ndarray, "n 7"]:
+    """The axis-aligned boxes that enclose turned ones.
+
+    Args:
+        boxes: centre, sizes (m), yaw (rad).
+
+    Returns:
+        The same centres and heights, yaw 0, in the type of the boxes.
+    """
+    cos, sin = np.abs(np.cos(boxes[:, 6])), np.abs(np.sin(boxes[:, 6]))
+    result = boxes.copy()
+    result[:, 3] = boxes[:, 3] * cos + boxes[:, 4] * sin
+    result[:, 4] = boxes[:, 3] * sin + boxes[:, 4] * cos
+    result[:, 6] = 0
+    return result

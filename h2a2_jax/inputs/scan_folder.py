@@ -49,7 +49,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.cloud_scan import place_cloud
 from h2a2_jax.inputs.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
 from h2a2_jax.inputs.reach import usable_boxes
-from h2a2_jax.inputs.scan import Scan, ScanError
+from h2a2_jax.inputs.scan import Scan, ScanError, enclosing_boxes
 from h2a2_jax.inputs.specs import DatasetSpec
 
 BOXES_FILE = "boxes.json"
@@ -111,9 +111,14 @@ class FolderDescription:
     @property
     def matrix(self) -> Float[np.ndarray, "4 4"]:
         """From the files' frame and unit to metres, z up."""
-        matrix = np.eye(4)
-        matrix[:3, :3] = np.array(UPRIGHT[self.up]) * UNITS[self.unit]
-        return matrix
+        return upright_matrix(self.up, self.unit)
+
+
+def upright_matrix(up: str, unit: str) -> Float[np.ndarray, "4 4"]:
+    """From a frame with that axis up, in that unit (keys of `UPRIGHT` and `UNITS`), to metres with z up."""
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.array(UPRIGHT[up]) * UNITS[unit]
+    return matrix
 
 
 def is_scan_folder(root: str | Path) -> bool:
@@ -273,20 +278,18 @@ def _boxes(
         notes.update(left_out)
         boxes, labels = boxes[usable], labels[usable]
     if not spec.has_yaw:
-        cos, sin = np.abs(np.cos(boxes[:, 6])), np.abs(np.sin(boxes[:, 6]))
-        turned = cos * sin > 1e-6  # a box turned by 90 degrees stays itself
+        turned = np.abs(np.cos(boxes[:, 6]) * np.sin(boxes[:, 6])) > 1e-6  # one turned by 90 degrees stays itself
         if turned.any():
             notes["boxes with yaw, replaced by the axis-aligned ones that enclose them"] += int(turned.sum())
-        dx, dy = boxes[:, 3].copy(), boxes[:, 4].copy()
-        boxes[:, 3], boxes[:, 4], boxes[:, 6] = dx * cos + dy * sin, dx * sin + dy * cos, 0
+        boxes = enclosing_boxes(boxes)
     return boxes.astype(np.float32), labels
 
 
 def class_label(name: str, spec: DatasetSpec) -> int:
     """Label of a class by its name, whatever its case, blanks, hyphens and underscores; -1 if the spec has none."""
-    plain = _plain(name)
+    plain = plain_name(name)
     plain = _OTHER_SPELLINGS.get(plain, plain)
-    return next((label for label, known in enumerate(spec.classes) if _plain(known) == plain), -1)
+    return next((label for label, known in enumerate(spec.classes) if plain_name(known) == plain), -1)
 
 
 def unknown_class_note(name: str, spec: DatasetSpec) -> str:
@@ -294,7 +297,8 @@ def unknown_class_note(name: str, spec: DatasetSpec) -> str:
     return f"boxes of the class {name!r}, which {spec.name} does not have"
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A class name without what is not compared: case, blanks, hyphens and underscores."""
     return re.sub(r"[\s_-]", "", name.lower())
 
 

@@ -1,6 +1,5 @@
 """Runs detectors on a few validation scans and keeps what the report looks at."""
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from h2a2_jax import sparse
 from h2a2_jax.errors import InputError
+from h2a2_jax.host import progress_interval
 from h2a2_jax.inference.predictor import prepare
 from h2a2_jax.inputs.batching import ScanBatch, collate
 from h2a2_jax.inputs.scan import ScanSource, load_or_skip
@@ -27,14 +27,12 @@ from h2a2_jax.report.energy import EnergySums
 from h2a2_jax.report.geometry import SITE_CLASSES, classify_sites
 from h2a2_jax.sparse import NeighborTable, SparseTensor
 
-_SECONDS_BETWEEN_LOG_LINES = 30
 T = TypeVar("T")
 
 
 def with_progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
     """Yields items, with how many are done and the time left on standard error."""
-    interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LOG_LINES
-    yield from tqdm(items, desc=what, total=total, unit="scan", mininterval=interval)
+    yield from tqdm(items, desc=what, total=total, unit="scan", mininterval=progress_interval())
 
 
 def load_batches(source: ScanSource, spec: DatasetSpec, count: int, voxel_size: float) -> list[ScanBatch]:

@@ -6,7 +6,8 @@ import numpy as np
 
 from h2a2_jax.boxes import Detections
 from h2a2_jax.evaluation import GroundTruth
-from h2a2_jax.inference.cross import common_classes, enclosing
+from h2a2_jax.inference.cross import common_classes
+from h2a2_jax.inputs.scan import enclosing_boxes
 from h2a2_jax.inputs.specs import S3DIS, SCANNET, SUNRGBD, own_spec
 
 
@@ -46,4 +47,4 @@ def test_boxes_of_a_head_are_counted_and_turned_as_the_scans_boxes_are():
 
 def test_an_enclosing_box_of_one_that_is_not_turned_is_itself():
     boxes = np.array([[1, 2, 3, 4, 5, 6, 0], [0, 0, 0, 2, 1, 1, math.pi]], np.float32)
-    np.testing.assert_allclose(enclosing(boxes)[:, :6], boxes[:, :6], atol=1e-6)
+    np.testing.assert_allclose(enclosing_boxes(boxes)[:, :6], boxes[:, :6], atol=1e-6)
