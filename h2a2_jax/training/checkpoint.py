@@ -1,13 +1,15 @@
 """Checkpoints of a run: written in the background, restored on any number of devices.
 
-A checkpoint of step s is the folder <directory>/<s> with four items: params, batch_stats, optimizer (both optimiser
-states, step, balancer) and config (JSON). `checkpoint_tree` says what the first three hold.
+A checkpoint of step s is the folder <directory>/<s> with the items params, batch_stats, optimizer (both optimiser
+states, step, balancer), averages where the run averages its parameters, and config (JSON; with checksums of the
+others). `checkpoint_tree` says what they hold.
 """
 
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +22,19 @@ from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.models import Detector, DetectorConfig, HeadConfig
 from h2a2_jax.training import checkpoint_tree as layout
 from h2a2_jax.training.config import ExperimentConfig, from_json, to_json
-from h2a2_jax.training.state import TrainState, merge_model, split_model
+from h2a2_jax.training.state import Averages, TrainState, merge_model, split_model
 
 CHECKPOINT_VERSION = 1
 """Version of the layout; stored beside the config."""
 
-_ARRAY_ITEMS = ("params", "batch_stats", "optimizer")
+_ITEMS = ("params", "batch_stats", "optimizer")
+_AVERAGES = "averages"
+_UNKNOWN: Mapping[str, int | None] = {}
 _SHOWN = 3
+
+
+class DamagedCheckpointError(InputError):
+    """A checkpoint of which something is missing or is not what was saved."""
 
 
 class CheckpointStore:
@@ -38,15 +46,16 @@ class CheckpointStore:
         directory: absolute path; made by the first `save`.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2):
+    def __init__(self, directory: str | Path, keep: int = 2, best: Callable[[], int | None] = lambda: None):
         """Opens the folder.
 
         Args:
             directory: of the checkpoints, "<workdir>/checkpoints".
             keep: how many of the latest stay when another is saved.
+            best: step of one that stays whatever its age, asked for when another is saved.
         """
         self.directory = Path(directory).absolute()
-        self._keep = keep
+        self._kept = _Kept(keep, best)
         self._manager: ocp.CheckpointManager | None = None
         _quieten_orbax()
 
@@ -67,26 +76,30 @@ class CheckpointStore:
         if step in manager.all_steps():
             return
         specs = _specs(config, names)
+        items = {
+            "params": layout.stored_params(state.shared, state.exclusive, specs),
+            "batch_stats": layout.stored_statistics(state.stats, specs),
+            "optimizer": layout.stored_optimizer(state, specs),
+        }
+        if state.averages is not None:
+            items[_AVERAGES] = layout.stored_averages(state.averages, specs)
         stored_config = {
             "version": CHECKPOINT_VERSION,
             "datasets": list(names),
             "config": json.loads(to_json(config)),
+            "checksums": {name: layout.checksum(item) for name, item in items.items()},
         }
-        save = ocp.args.StandardSave
-        manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=save(layout.stored_params(state.shared, state.exclusive, specs)),
-                batch_stats=save(layout.stored_statistics(state.stats, specs)),
-                optimizer=save(layout.stored_optimizer(state, specs)),
-                config=ocp.args.JsonSave(stored_config),
-            ),
-        )
+        arguments: dict[str, Any] = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        manager.save(step, args=ocp.args.Composite(**arguments, config=ocp.args.JsonSave(stored_config)))
 
     def latest_step(self) -> int | None:
         """Number of the last finished checkpoint; None without one."""
+        return max(self.steps(), default=None)
+
+    def steps(self) -> list[int]:
+        """Numbers of the finished checkpoints, rising."""
         manager = self._open()
-        return manager.latest_step() if manager is not None else None
+        return sorted(manager.all_steps()) if manager is not None else []
 
     def restore_state(
         self,
@@ -108,14 +121,13 @@ class CheckpointStore:
                 optimiser.
         """
         step = self._existing(step)
-        saved_names, saved_config = self._restore_config(step)
-        self._check_datasets(step, saved_names, names)
+        stored = self._restore_config(step)
+        self._check_datasets(step, stored.names, names)
         if config is not None:
-            self._check_model(step, saved_config.model, config.model)
-        items = self._restore(step, _ARRAY_ITEMS)
+            self._check_model(step, stored.config.model, config.model)
+        items = self._restore(step, tuple(stored.checksums), stored.checksums)
         params, optimizer = items["params"], items["optimizer"]
-        state = TrainState(
-            step=like.step,
+        return TrainState(
             shared=self._fill(step, "model", like.shared, params["shared"]),
             exclusive=self._fill_stacked(step, "model", like.exclusive, params["datasets"], names),
             stats=self._fill_stacked(step, "model", like.stats, items["batch_stats"], names),
@@ -127,19 +139,22 @@ class CheckpointStore:
                 step,
                 "gradient harmonisation (harmonize.method)",
                 like.balancer,
-                layout.reordered_balancer(optimizer["balancer"], like.balancer, saved_names, names),
+                layout.reordered_balancer(optimizer["balancer"], like.balancer, stored.names, names),
             ),
+            averages=like.averages and self._averages(step, like.averages, items.get(_AVERAGES) or items, names),
+            accumulated=like.accumulated,
+            **layout.filled(counters := _counters(like), {name: optimizer.get(name, 0) for name in counters}),
         )
-        return dataclasses.replace(state, step=layout.filled({"step": like.step}, {"step": optimizer["step"]})["step"])
 
     def restore_model(
-        self, step: int | None = None, expected: ExperimentConfig | None = None
+        self, step: int | None = None, expected: ExperimentConfig | None = None, *, averaged: bool = True
     ) -> tuple[Detector, ExperimentConfig]:
         """The detector alone, built from the stored config, where JAX puts its arrays.
 
         Args:
             step: of the checkpoint; None: the last.
             expected: config that the checkpoint must agree with in architecture and datasets; it sets their order.
+            averaged: whether to take the averages of parameters and statistics where the run kept some.
 
         Returns:
             Detector and stored config; the dataset axis has the order of the datasets of `expected`, else of the
@@ -149,7 +164,8 @@ class CheckpointStore:
             InputError: there is no such checkpoint, it cannot be read, or it is not of the expected config.
         """
         step = self._existing(step)
-        names, config = self._restore_config(step)
+        stored = self._restore_config(step)
+        names, config = stored.names, stored.config
         if expected is not None:
             self._check_datasets(step, names, expected.dataset_names)
             self._check_model(step, config.model, expected.model)
@@ -157,7 +173,10 @@ class CheckpointStore:
         heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in _specs(config, names)]
         shapes = nnx.eval_shape(lambda: Detector(config.model, heads, rngs=nnx.Rngs(0)))
         graph, exclusive, shared, stats = split_model(shapes)
-        items = self._restore(step, ("params", "batch_stats"))
+        if averaged and _AVERAGES in stored.checksums:
+            items = self._restore(step, (_AVERAGES,), stored.checksums)[_AVERAGES]
+        else:
+            items = self._restore(step, ("params", "batch_stats"), stored.checksums)
         params = items["params"]
         return merge_model(
             graph,
@@ -165,6 +184,29 @@ class CheckpointStore:
             self._fill(step, "model", shared, params["shared"]),
             self._fill_stacked(step, "model", stats, items["batch_stats"], names),
         ), config
+
+    def set_aside(self, step: int) -> Path:
+        """Move a checkpoint out of the way, into the folder <directory>_damaged, so that it does not count any more.
+
+        Returns:
+            Where it is now.
+        """
+        self.close()
+        place = self.directory.with_name(f"{self.directory.name}_damaged") / str(step)
+        place.parent.mkdir(exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)  # one that was set aside before
+        return (self.directory / str(step)).rename(place)
+
+    def tidy(self) -> None:
+        """Remove what a kill in the middle of saving or removing a checkpoint left behind.
+
+        Nobody else may be saving there.
+        """
+        self.close()
+        for folder in self.directory.glob("*/"):
+            whole = folder.name.isdecimal() and all((folder / item).is_dir() for item in (*_ITEMS, "config"))
+            if not whole:
+                shutil.rmtree(folder)
 
     def wait(self) -> None:
         """Until everything saved so far is on disk."""
@@ -186,7 +228,7 @@ class CheckpointStore:
     def _open(self, create: bool = False) -> ocp.CheckpointManager | None:
         """Orbax's manager; None where there is no folder and none is to be made."""
         if self._manager is None and (create or self.directory.is_dir()):
-            handlers: dict[str, Any] = {item: ocp.StandardCheckpointHandler() for item in _ARRAY_ITEMS}
+            handlers: dict[str, Any] = {item: ocp.StandardCheckpointHandler() for item in (*_ITEMS, _AVERAGES)}
             if create:
                 self.directory.mkdir(parents=True, exist_ok=True)
             # Each process on its own: all hold what is stored, so that the first writes alone, and all read.
@@ -197,7 +239,7 @@ class CheckpointStore:
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=self._keep,
+                    preservation_policy=self._kept,
                     create=create and jax.process_count() == 1,
                     multiprocessing_options=alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions(),
                 ),
@@ -219,26 +261,41 @@ class CheckpointStore:
             )
         return step
 
-    def _restore(self, step: int, items: Sequence[str]) -> ocp.args.Composite:
+    def _restore(
+        self, step: int, items: Sequence[str], checksums: Mapping[str, int | None] = _UNKNOWN
+    ) -> Mapping[str, Any]:
+        """Items of a checkpoint; those whose checksum is known as they were saved."""
         manager = self._open()
         assert manager is not None
         arguments = {item: ocp.args.JsonRestore() if item == "config" else ocp.args.StandardRestore() for item in items}
         try:
-            return manager.restore(step, args=ocp.args.Composite(**arguments))
+            restored = manager.restore(step, args=ocp.args.Composite(**arguments))
         except (OSError, KeyError, ValueError) as error:
-            raise InputError(
+            raise DamagedCheckpointError(
                 f"{self._place(step)} cannot be read, a file in it is missing or damaged "
                 f"({str(error).splitlines()[0]}): choose another step."
             ) from error
+        found = {item: restored[item] for item in items}
+        for item, value in found.items():
+            if checksums.get(item) not in (None, layout.checksum(value)):
+                raise DamagedCheckpointError(
+                    f"{self._place(step)} is damaged: {item} is not what was saved (its checksum differs); choose "
+                    "another step."
+                )
+        return found
 
-    def _restore_config(self, step: int) -> tuple[list[str], ExperimentConfig]:
+    def _restore_config(self, step: int) -> "_Stored":
         stored = self._restore(step, ("config",))["config"]
         if stored.get("version") != CHECKPOINT_VERSION:
             raise InputError(
                 f"{self._place(step)} has version {stored.get('version')}, this program reads version "
                 f"{CHECKPOINT_VERSION}: use the program that stored it."
             )
-        return stored["datasets"], from_json(json.dumps(stored["config"]))
+        items = tuple(
+            item for item in _ARRAY_ITEMS if item != _AVERAGES or (self.directory / str(step) / item).is_dir()
+        )
+        config = from_json(json.dumps(stored["config"]))
+        return _Stored(stored["datasets"], config, items, stored.get("checksums", {}))
 
     def _place(self, step: int) -> str:
         return f"The checkpoint of step {step} in {self.directory}"
@@ -268,6 +325,15 @@ class CheckpointStore:
                 "was trained with, or another --workdir."
             )
 
+    def _averages(self, step: int, like: Averages, items: Mapping[str, Any], names: Sequence[str]) -> Averages:
+        """Averages of a checkpoint; where it has none, they begin with what `items` hold instead: its parameters."""
+        params = items["params"]
+        return Averages(
+            self._fill(step, "model", like.shared, params["shared"]),
+            self._fill_stacked(step, "model", like.exclusive, params["datasets"], names),
+            self._fill_stacked(step, "model", like.stats, items["batch_stats"], names),
+        )
+
     def _fill(self, step: int, of_what: str, like: Any, stored: layout.Arrays) -> Any:
         self._refuse_differences(step, of_what, layout.differences(stored, like))
         return layout.filled(like, stored)
@@ -282,6 +348,30 @@ class CheckpointStore:
         scalars: layout.Arrays | None = None,
     ) -> Any:
         return self._fill(step, of_what, like, layout.stacked(stored, names, like) | (scalars or {}))
+
+
+class _Stored(NamedTuple):
+    """What a checkpoint says of itself."""
+
+    names: list[str]
+    config: ExperimentConfig
+    checksums: Mapping[str, int | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """Which checkpoints stay, as Orbax asks it: the latest, and the best."""
+
+    latest: int
+    best: Callable[[], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        best, latest = self.best(), [info.step for info in checkpoints][-self.latest :]
+        return [info.step == best or info.step in latest for info in checkpoints]
+
+
+def _counters(like: TrainState) -> dict[str, Any]:
+    return {name: getattr(like, name) for name in ("step", "skipped", "skipped_in_row")}
 
 
 def restore_checkpoint(

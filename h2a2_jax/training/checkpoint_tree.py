@@ -2,14 +2,18 @@
 
     params        {"shared": {path: array}, "datasets": {name: {path: array}}}
     batch_stats   {name: {path: array}}
-    optimizer     {"step": array, "shared": {...}, "datasets": {name: {...}}, "scalars": {...}, "balancer": {...}}
+    optimizer     {"step": array, "skipped": array, "skipped_in_row": array,
+                   "shared": {...}, "datasets": {name: {...}}, "scalars": {...}, "balancer": {...}}
+    averages      {"params": {...}, "batch_stats": {...}}, as the first two; only of runs that average their parameters
 
 A path is where the array is found in the model, as in "backbone.stem.conv.kernel"; in the optimiser, the path of its
 state comes first. A dataset's arrays are its slices, without the dataset axis, and those of its head have the dataset's
 own number of outputs and classes. So what is stored of a dataset depends neither on the order nor on the others.
+Gradients on their way to a step of several batches are not stored: there are none between steps.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.training.balancers import has_dataset_axis
-from h2a2_jax.training.state import TrainState
+from h2a2_jax.training.state import Averages, TrainState
 
 Arrays = dict[str, np.ndarray]
 
@@ -44,11 +48,39 @@ def stored_optimizer(state: TrainState, specs: Sequence[DatasetSpec]) -> dict[st
     own = _host_arrays(state.exclusive_optimizer)
     return {
         "step": _host_array(state.step),
+        "skipped": _host_array(state.skipped),
+        "skipped_in_row": _host_array(state.skipped_in_row),
         "shared": _host_arrays(state.shared_optimizer),
         "datasets": _by_dataset({k: v for k, v in own.items() if v.ndim}, specs),
         "scalars": {k: v for k, v in own.items() if not v.ndim},
         "balancer": _host_arrays(state.balancer),
     }
+
+
+def stored_averages(averages: Averages, specs: Sequence[DatasetSpec]) -> dict[str, Any]:
+    """The item "averages"."""
+    return {
+        "params": stored_params(averages.shared, averages.exclusive, specs),
+        "batch_stats": stored_statistics(averages.stats, specs),
+    }
+
+
+def checksum(item: Any) -> int:
+    """CRC-32 of an item's arrays and their names: Orbax does not notice a bit that a disk turned."""
+    value = 0
+    for name, array in _arrays("", item):
+        value = zlib.crc32(f"{name} {_form(array)}".encode(), value)
+        value = zlib.crc32(np.ascontiguousarray(array), value)
+    return value
+
+
+def _arrays(name: str, item: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Arrays of nested dicts with their names, in the order of these."""
+    if not isinstance(item, Mapping):
+        yield name, np.asarray(item)
+        return
+    for key in sorted(item):
+        yield from _arrays(f"{name}/{key}", item[key])
 
 
 def stacked(stored: Mapping[str, Arrays], names: Sequence[str], like: Any) -> Arrays:

@@ -5,6 +5,7 @@ local.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,12 @@ def per_dataset(values: Array, leaf: Float[Array, "local ..."]) -> Array:
 
 def keep_present(leaf: Float[Array, "local ..."], present: Bool[Array, " local"]) -> Float[Array, "local ..."]:
     """Zero the absent datasets' gradients, be they NaN."""
-    return jnp.where(present.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
+    return where_present(present, leaf, 0)
+
+
+def where_present(present: Bool[Array, " local"], leaf: Float[Array, "local ..."], other: Any) -> Array:
+    """The entries of the datasets that are present, those of `other` for the rest."""
+    return jnp.where(present.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, other)
 
 
 def gather_datasets(

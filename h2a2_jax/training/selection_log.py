@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.training.gradients import SelectionMetrics
 from h2a2_jax.training.json_lines import JsonLinesWriter, read_json_lines
-from h2a2_jax.training.step import SelectionMetrics
 
 FILE_NAME = "selection.jsonl"
 SCHEMA_VERSION = 1

@@ -8,7 +8,7 @@ import numpy as np
 
 from h2a2_jax.models import Detector
 from h2a2_jax.models.detector import selective_layers
-from h2a2_jax.training.step import SelectionMetrics
+from h2a2_jax.training.gradients import SelectionMetrics
 from h2a2_jax.typing import AnyArray
 
 

@@ -21,13 +21,17 @@ class TrainState:
     """Everything a step changes.
 
     Attributes:
-        step: int32 [], steps taken.
+        step: int32 [], steps taken, skipped ones among them.
         shared: parameters that all datasets share (`nnx.State`).
         exclusive: parameters with a leading dataset axis.
         stats: running statistics, with a leading dataset axis.
         shared_optimizer: optax state of the shared parameters.
         exclusive_optimizer: optax state of the exclusive ones.
         balancer: state of the gradient balancer.
+        skipped: int32 [], steps that were skipped, for something in them was not finite.
+        skipped_in_row: int32 [], how many of them were the last ones.
+        averages: `Averages`; None where none are kept.
+        accumulated: `Accumulated`; None where a step is one batch.
     """
 
     step: Leaf
@@ -37,6 +41,46 @@ class TrainState:
     shared_optimizer: Leaf
     exclusive_optimizer: Leaf
     balancer: Leaf
+    skipped: Leaf = 0
+    skipped_in_row: Leaf = 0
+    averages: Leaf = None
+    accumulated: Leaf = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Averages:
+    """Exponential moving averages of what a detector is made of: smoother than the parameters, and evaluated.
+
+    Attributes:
+        shared: of the shared parameters.
+        exclusive: of the exclusive ones.
+        stats: of the running statistics.
+    """
+
+    shared: Leaf
+    exclusive: Leaf
+    stats: Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Accumulated:
+    """Gradients of the batches that a step has seen so far; zero between steps.
+
+    Attributes:
+        shared: sums for the shared parameters, with a leading dataset axis: balancing needs each dataset's own.
+        exclusive: sums for the exclusive ones.
+        losses: float [D], sums of the losses.
+        count: int32 [D], batches that each dataset took part in.
+        batches: int32 [], batches seen.
+    """
+
+    shared: Leaf
+    exclusive: Leaf
+    losses: Leaf
+    count: Leaf
+    batches: Leaf
 
 
 def is_exclusive(path: Any, variable: Any) -> bool:
@@ -58,8 +102,19 @@ def create_state(
     model: Detector,
     optimizer: optax.GradientTransformation,
     balancer: optax.GradientTransformationExtraArgs,
+    *,
+    averaged: bool = False,
+    accumulating: bool = False,
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """The state of a run before its first step."""
+    """The state of a run before its first step.
+
+    Args:
+        model: at its start.
+        optimizer: of the parameters, shared and exclusive.
+        balancer: of the shared gradients.
+        averaged: whether averages of the parameters are kept.
+        accumulating: whether a step is of several batches.
+    """
     graph, exclusive, shared, stats = split_model(model)
     return graph, TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -69,6 +124,21 @@ def create_state(
         shared_optimizer=optimizer.init(shared),
         exclusive_optimizer=optimizer.init(exclusive),
         balancer=balancer.init(shared),
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_row=jnp.zeros((), jnp.int32),
+        averages=Averages(shared, exclusive, stats) if averaged else None,
+        accumulated=_nothing_accumulated(shared, exclusive, stats) if accumulating else None,
+    )
+
+
+def _nothing_accumulated(shared: nnx.State, exclusive: nnx.State, stats: nnx.State) -> Accumulated:
+    datasets = len(jax.tree.leaves(stats)[0])
+    return Accumulated(
+        shared=jax.tree.map(lambda leaf: jnp.zeros((datasets, *leaf.shape), leaf.dtype), shared),
+        exclusive=jax.tree.map(jnp.zeros_like, exclusive),
+        losses=jnp.zeros(datasets),
+        count=jnp.zeros(datasets, jnp.int32),
+        batches=jnp.zeros((), jnp.int32),
     )
 
 
@@ -81,6 +151,7 @@ def state_specs(state: TrainState) -> TrainState:
     def everywhere(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: P(), tree)
 
+    averages, accumulated = state.averages, state.accumulated
     return TrainState(
         step=P(),
         shared=everywhere(state.shared),
@@ -89,6 +160,11 @@ def state_specs(state: TrainState) -> TrainState:
         shared_optimizer=everywhere(state.shared_optimizer),
         exclusive_optimizer=along_datasets(state.exclusive_optimizer),
         balancer=everywhere(state.balancer),
+        skipped=P(),
+        skipped_in_row=P(),
+        averages=averages
+        and Averages(everywhere(averages.shared), along_datasets(averages.exclusive), along_datasets(averages.stats)),
+        accumulated=accumulated and along_datasets(accumulated),
     )
 
 

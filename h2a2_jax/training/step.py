@@ -6,9 +6,14 @@
 A device works on whole datasets. Where it holds several it runs them one after the other and stacks their gradients on
 a leading axis. A dataset's own parameters are taken as its slice, so their gradients never grow a second dataset axis;
 they take their gradient as it is, not divided by the number of datasets.
+
+A step in which anything is not finite (a loss, a gradient, new running statistics) is skipped: the state stays as it
+is, but for its counters. A step may be of several batches: their gradients are averaged, dataset by dataset, before
+they are balanced.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -22,65 +27,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from h2a2_jax.inputs.batching import Batch
 from h2a2_jax.inputs.specs import DatasetSpec
-from h2a2_jax.layers import DatasetContext, ForwardContext
-from h2a2_jax.objective import detection_loss
-from h2a2_jax.sparse import Sites
+from h2a2_jax.training.checkpoint_tree import flat_names
+from h2a2_jax.training.dataset_axis import dataset_norms, keep_present, per_dataset, where_present
+from h2a2_jax.training.gradients import LossConfig, SelectionMetrics, Targets, dataset_gradients
 from h2a2_jax.training.harmonize import clip_by_global_norm_sharded, mean_over_datasets
 from h2a2_jax.training.mesh import DATASET, REPLICA
-from h2a2_jax.training.state import TrainState, merge_model, state_shardings, state_specs
-from h2a2_jax.typing import AnyArray
-
-
-class Targets(NamedTuple):
-    """What the loss knows of each dataset; leading dataset axis.
-
-    Attributes:
-        label_to_level: int32 [D, K].
-        class_mask: bool [D, K], False on padded classes.
-        has_yaw: bool [D].
-    """
-
-    label_to_level: Int[Array, "d k"]
-    class_mask: Bool[Array, "d k"]
-    has_yaw: Bool[Array, " d"]
-
-    @classmethod
-    def of(cls, specs: Sequence[DatasetSpec]) -> "Targets":
-        """From the specs, in the order of the dataset axis."""
-        most = max(spec.num_classes for spec in specs)
-        levels = [list(spec.label_to_level) + [0] * (most - spec.num_classes) for spec in specs]
-        mask = [[k < spec.num_classes for k in range(most)] for spec in specs]
-        return cls(jnp.array(levels, jnp.int32), jnp.array(mask), jnp.array([spec.has_yaw for spec in specs]))
-
-
-class SelectionMetrics(NamedTuple):
-    """Kernel selection in one layer, by dataset: means over the scans of a step that have sites.
-
-    Where a dataset has no such scan in the step, beta, gamma and the scores are NaN.
-
-    Attributes:
-        alpha: float32 [D, V], validity prior of each offset.
-        beta: float32 [D, V], structural consistency of each offset, mean over scans.
-        gamma: float32 [D, V], share of scans that took the shared kernel.
-        lowest_score: float32 [D], smallest alpha * beta of a scan and offset; below the threshold it takes the
-            exclusive kernel.
-        highest_score: float32 [D], largest one.
-    """
-
-    alpha: Float[Array, "d v"]
-    beta: Float[Array, "d v"]
-    gamma: Float[Array, "d v"]
-    lowest_score: Float[Array, " d"]
-    highest_score: Float[Array, " d"]
-
-    @property
-    def exclusive_share(self) -> Float[AnyArray, " d"]:
-        """Share of (scan, offset) pairs that took the exclusive kernel."""
-        return 1 - self.gamma.mean(-1)
+from h2a2_jax.training.state import Accumulated, Averages, TrainState, state_shardings, state_specs
 
 
 class StepMetrics(NamedTuple):
-    """What a step reports.
+    """What a step, or one batch of it, reports.
 
     Attributes:
         box_loss: float32 [D], by dataset.
@@ -88,7 +44,12 @@ class StepMetrics(NamedTuple):
         num_positives: int32 [D].
         present: bool [D], which datasets took part in the step; the losses of the others are 0.
         selection: of each layer with kernel selection, by its name.
-        gradient_norm: float32 [], before clipping.
+        gradient_norm: float32 [], before clipping; 0 where nothing was applied: the step was skipped, or is of further
+            batches.
+        nonfinite: bool [D, T], what of a dataset was not finite: the gradients of the parameters of `tensor_names`, its
+            running statistics, its loss.
+        skipped: int32 [], steps skipped so far.
+        skipped_in_row: int32 [], how many of them were the last ones.
         gradients: the gradients applied, after balancing and before clipping, (shared, exclusive), if asked for.
     """
 
@@ -98,6 +59,9 @@ class StepMetrics(NamedTuple):
     present: Bool[Array, " d"]
     selection: dict[str, SelectionMetrics]
     gradient_norm: Float[Array, ""]
+    nonfinite: Bool[Array, "d t"]
+    skipped: Int[Array, ""]
+    skipped_in_row: Int[Array, ""]
     gradients: Any = None
 
 
@@ -106,17 +70,23 @@ class StepConfig(NamedTuple):
 
     Attributes:
         clip_norm: global gradient norm above which gradients are scaled down; over shared and exclusive together.
-        center_distance: of the rotated DIoU loss, "xyz" or "published".
-        algorithm: of the sparse convolutions.
+        loss: how losses and gradients are computed.
         average_statistics: whether running statistics become those of all datasets after each step
             (`DetectorConfig.running_statistics` "shared").
+        batches: of a step.
+        averages_decay: of the averages of the parameters, where the state has some. Early on it is lower,
+            (1 + steps) / (10 + steps), so that the start is soon forgotten.
+        most_skipped: of this many skipped steps in a row on, the state stays as it is whatever comes, so that the run
+            that is about to end keeps the state in which they were not finite; 0: never.
         keep_gradients: whether metrics carry the gradients.
     """
 
     clip_norm: float = 10.0
-    center_distance: str = "xyz"
-    algorithm: str = "auto"
+    loss: LossConfig = LossConfig()
     average_statistics: bool = False
+    batches: int = 1
+    averages_decay: float = 0.0
+    most_skipped: int = 0
     keep_gradients: bool = False
 
 
@@ -128,6 +98,7 @@ def make_train_step(
     balancer: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
     config: StepConfig | None = None,
+    frozen: tuple[Any, Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The compiled step.
 
@@ -140,10 +111,11 @@ def make_train_step(
         balancer: of the shared gradients, with `axis_name` 'dataset'.
         mesh: see `train_mesh`.
         config: choices of the step.
+        frozen: trees of bool like the shared and the exclusive parameters: those without gradient. None: nothing is.
 
     Returns:
         A function (state, batch) -> (state, metrics); `batch` has leading axes [D, replicas]. The state it is given is
-        consumed.
+        consumed. Where a step is of several batches it is called with each of them.
     """
     config = config or StepConfig()
     targets = Targets.of(specs)
@@ -155,46 +127,59 @@ def make_train_step(
         present = lax.pmax(batch.present.astype(jnp.int32), REPLICA) > 0
 
         def one_dataset(part: tuple) -> tuple:
-            exclusive, stats, batch, targets, present = part
-            return _dataset_gradients(graph, shared, exclusive, stats, batch, targets, present, config)
+            exclusive, stats, batch, targets = part
+            return dataset_gradients(graph, shared, exclusive, stats, batch, targets, frozen, config.loss)
 
         own, stats = jax.tree.map(lambda leaf: leaf[:, None], (exclusive, state.stats))
-        g_shared, g_exclusive, stats, metrics = lax.map(one_dataset, (own, stats, batch, targets, present))
+        g_shared, g_exclusive, stats, metrics = lax.map(one_dataset, (own, stats, batch, targets))
         g_exclusive, stats = jax.tree.map(lambda leaf: leaf[:, 0], (g_exclusive, stats))
         g_shared, g_exclusive = lax.psum((g_shared, g_exclusive), REPLICA)
-        if config.average_statistics:
-            stats = _averaged(stats, state.stats, present)
-        losses = metrics.box_loss + metrics.class_loss
 
-        balanced, balancer_state = balancer.update(
-            g_shared, state.balancer, state.shared, present=present, losses=losses
+        losses = metrics.box_loss + metrics.class_loss
+        nonfinite = present[:, None] & _nonfinite(g_shared, g_exclusive, stats, losses)
+        good = lax.psum(nonfinite.any().astype(jnp.int32), DATASET) == 0
+        stopped = (state.skipped_in_row >= config.most_skipped) & (config.most_skipped > 0)
+        state = _with_statistics(state, stats, present & good & ~stopped, config)
+        gathered = Accumulated(g_shared, g_exclusive, losses, present.astype(jnp.int32), jnp.ones((), jnp.int32))
+        if state.accumulated is not None:
+            gathered = _added(state.accumulated, gathered, good & ~stopped)
+            good = lax.psum(gathered.count.sum(), DATASET) > 0
+        complete = gathered.batches == config.batches
+        applies = complete & good & ~stopped
+        updated, norm, gradients = _applied(state, gathered, optimizer, balancer, config)
+        # Not by lax.cond: its branches are compiled apart, which takes twice the time, and nothing in them fuses.
+        state = jax.tree.map(lambda new, old: jnp.where(applies, new, old), updated, state)
+        skips = complete & ~applies & ~stopped
+        state = replace(
+            state,
+            step=state.step + (complete & ~stopped),
+            skipped=state.skipped + skips,
+            skipped_in_row=jnp.where(applies, 0, state.skipped_in_row + skips),
+            accumulated=None if state.accumulated is None else _from_zero(complete, gathered),
         )
-        mean = mean_over_datasets(balanced, present, DATASET)
-        g_exclusive = jax.tree.map(
-            lambda leaf: jnp.where(present.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0), g_exclusive
+        told = StepMetrics(
+            **metrics._asdict(),
+            present=present,
+            gradient_norm=jnp.where(applies, norm, 0),
+            nonfinite=nonfinite,
+            skipped=state.skipped,
+            skipped_in_row=state.skipped_in_row,
+            gradients=gradients,
         )
-        kept = (mean, g_exclusive) if config.keep_gradients else None
-        mean, g_exclusive, norm = clip_by_global_norm_sharded(mean, g_exclusive, config.clip_norm, DATASET)
-        shared_updates, shared_optimizer = optimizer.update(mean, state.shared_optimizer, state.shared)
-        own_updates, exclusive_optimizer = optimizer.update(g_exclusive, state.exclusive_optimizer, state.exclusive)
-        new = TrainState(
-            step=state.step + 1,
-            shared=optax.apply_updates(state.shared, shared_updates),
-            exclusive=optax.apply_updates(state.exclusive, own_updates),
-            stats=stats,
-            shared_optimizer=shared_optimizer,
-            exclusive_optimizer=exclusive_optimizer,
-            balancer=balancer_state,
-        )
-        return new, metrics._replace(gradient_norm=norm, gradients=kept)
+        return state, told
 
     layout = state_specs(state)
 
     def sharded(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        kept = (P(), P(DATASET)) if config.keep_gradients else None
         by_dataset = P(DATASET)
-        each = dict.fromkeys(("box_loss", "class_loss", "num_positives", "present", "selection"), by_dataset)
-        out = StepMetrics(**each, gradient_norm=P(), gradients=kept)  # type: ignore[arg-type]
+        out = StepMetrics(
+            *(by_dataset,) * 5,  # type: ignore[arg-type]
+            gradient_norm=P(),  # type: ignore[arg-type]
+            nonfinite=by_dataset,  # type: ignore[arg-type]
+            skipped=P(),  # type: ignore[arg-type]
+            skipped_in_row=P(),  # type: ignore[arg-type]
+            gradients=(P(), by_dataset) if config.keep_gradients else None,
+        )
         return jax.shard_map(
             step, mesh=mesh, in_specs=(layout, P(DATASET, REPLICA), P(DATASET)), out_specs=(layout, out)
         )(state, batch, targets)
@@ -203,6 +188,86 @@ def make_train_step(
     # processes, each gets all metrics.
     everywhere = NamedSharding(mesh, P()) if mesh.is_multi_process else None
     return jax.jit(sharded, donate_argnums=0, out_shardings=(state_shardings(state, mesh), everywhere))
+
+
+def tensor_names(state: TrainState) -> list[str]:
+    """What the columns of `StepMetrics.nonfinite` stand for: parameters by path, "statistics", "loss"."""
+    return [*flat_names(state.shared), *flat_names(state.exclusive), "statistics", "loss"]
+
+
+def _nonfinite(shared: Any, exclusive: Any, stats: Any, losses: Float[Array, " local"]) -> Bool[Array, "local tensors"]:
+    """Whether each gradient of a dataset is not finite; in the last two columns its new statistics, its loss.
+
+    By norms, for balancing takes those of the shared gradients anyway.
+    """
+    columns = [dataset_norms(leaf) for leaf in jax.tree.leaves((shared, exclusive))]
+    columns += [jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(stats)], 1).sum(1), losses]
+    return ~jnp.isfinite(jnp.stack(columns, axis=1))
+
+
+def _with_statistics(state: TrainState, new: Any, counts: Bool[Array, " local"], config: StepConfig) -> TrainState:
+    """The state with the new running statistics of the datasets that count."""
+    stats = jax.tree.map(lambda new, old: where_present(counts, new, old), new, state.stats)
+    if config.average_statistics:
+        stats = _averaged(stats, state.stats, counts)
+    return replace(state, stats=stats)
+
+
+def _added(before: Accumulated, new: Accumulated, good: Bool[Array, ""]) -> Accumulated:
+    """The gradients of a step so far with those of a further batch, which counts only if it is good."""
+    counts = (new.count > 0) & good
+    sums = [jax.tree.map(lambda leaf: keep_present(leaf, counts), part) for part in (new.shared, new.exclusive)]
+    this = Accumulated(*sums, keep_present(new.losses, counts), counts.astype(jnp.int32), new.batches)
+    return jax.tree.map(jnp.add, before, this)
+
+
+def _applied(
+    state: TrainState,
+    gathered: Accumulated,
+    optimizer: optax.GradientTransformation,
+    balancer: optax.GradientTransformationExtraArgs,
+    config: StepConfig,
+) -> tuple[TrainState, Float[Array, ""], Any]:
+    """The state after an update, the gradient's norm before clipping, and the gradients if asked for."""
+    present = gathered.count > 0
+    gradients = (gathered.shared, gathered.exclusive, gathered.losses)
+    if config.batches > 1:
+        batches = jnp.maximum(gathered.count, 1)
+        gradients = jax.tree.map(lambda leaf: leaf / per_dataset(batches, leaf), gradients)
+    g_shared, g_exclusive, losses = gradients
+    g_exclusive = jax.tree.map(lambda leaf: keep_present(leaf, present), g_exclusive)
+    balanced, balancer_state = balancer.update(g_shared, state.balancer, state.shared, present=present, losses=losses)
+    mean = mean_over_datasets(balanced, present, DATASET)
+    kept = (mean, g_exclusive) if config.keep_gradients else None
+    mean, g_exclusive, norm = clip_by_global_norm_sharded(mean, g_exclusive, config.clip_norm, DATASET)
+    shared_updates, shared_optimizer = optimizer.update(mean, state.shared_optimizer, state.shared)
+    own_updates, exclusive_optimizer = optimizer.update(g_exclusive, state.exclusive_optimizer, state.exclusive)
+    state = replace(
+        state,
+        shared=optax.apply_updates(state.shared, shared_updates),
+        exclusive=optax.apply_updates(state.exclusive, own_updates),
+        shared_optimizer=shared_optimizer,
+        exclusive_optimizer=exclusive_optimizer,
+        balancer=balancer_state,
+    )
+    if state.averages is not None:
+        state = replace(state, averages=_moved_averages(state, config.averages_decay))
+    return state, norm.astype(jnp.float32), kept
+
+
+def _moved_averages(state: TrainState, decay: float) -> Averages:
+    """The averages after an update, its parameters being those of the state."""
+    updates = (state.step - state.skipped + 1).astype(jnp.float32)
+    decay_now = jnp.minimum(decay, (1 + updates) / (10 + updates))
+    latest = Averages(state.shared, state.exclusive, state.stats)
+    return jax.tree.map(
+        lambda old, new: old + ((1 - decay_now) * (new - old)).astype(old.dtype), state.averages, latest
+    )
+
+
+def _from_zero(complete: Bool[Array, ""], gathered: Accumulated) -> Accumulated:
+    """What the next batch is added to."""
+    return jax.tree.map(lambda leaf: jnp.where(complete, jnp.zeros_like(leaf), leaf), gathered)
 
 
 def _averaged(stats: Any, before: Any, present: Bool[Array, " local"]) -> Any:
@@ -218,81 +283,3 @@ def _varying(tree: Any, axes: tuple[str, ...]) -> Any:
     Without this the gradient arrives already summed over devices, and a balancer would see equal norms.
     """
     return jax.tree.map(lambda leaf: lax.pcast(leaf, axes, to="varying"), tree)
-
-
-def _dataset_gradients(
-    graph: nnx.GraphDef,
-    shared: nnx.State,
-    exclusive: nnx.State,
-    stats: nnx.State,
-    batch: Batch,
-    targets: Targets,
-    present: Array,
-    config: StepConfig,
-) -> tuple[nnx.State, nnx.State, nnx.State, StepMetrics]:
-    """Gradients of one dataset's loss on this device's scans, its new statistics, its metrics."""
-
-    def loss(shared: nnx.State, exclusive: nnx.State) -> tuple[Array, tuple]:
-        model = merge_model(graph, exclusive, shared, stats)
-        seen: dict[str, Array] = {}
-
-        def tap(name: str, value: Any) -> None:
-            if name.endswith((".alpha", ".beta", ".gamma")):
-                seen[name] = lax.stop_gradient(value)
-
-        context = ForwardContext(
-            DatasetContext(jnp.ones(1)),
-            training=True,
-            axis_name=REPLICA,
-            algorithm=config.algorithm,  # type: ignore[arg-type]
-            tap=tap,
-        )
-        out = model(batch.features, batch.plan, context)
-        losses = detection_loss(
-            out.locations, out.scan, out.level, out.boxes, out.logits, batch.boxes, batch.labels,
-            targets.label_to_level, targets.class_mask, targets.has_yaw,
-            axis_name=REPLICA, center_distance=config.center_distance,  # type: ignore[arg-type]
-        )  # fmt: skip
-        return losses.total, (losses, _selection_metrics(seen, batch.plan.voxels), nnx.state(model, nnx.BatchStat))
-
-    value_and_grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    (_, (losses, selection, new_stats)), grads = value_and_grad(shared, exclusive)
-    new_stats = jax.tree.map(lambda new, old: jnp.where(present, new, old), new_stats, stats)
-    metrics = StepMetrics(
-        box_loss=lax.psum(losses.box, REPLICA),
-        class_loss=lax.psum(losses.classification, REPLICA),
-        num_positives=losses.num_positives,
-        present=present,
-        selection=selection,
-        gradient_norm=jnp.zeros(()),
-    )
-    return *grads, new_stats, metrics
-
-
-def _selection_metrics(seen: dict[str, Array], voxels: Sites) -> dict[str, SelectionMetrics]:
-    """From the values that the layers with kernel selection record.
-
-    Scans without sites do not count: they only fill the rows of a batch, and their scores mean nothing.
-    """
-    real = jnp.zeros(voxels.num_scans, bool).at[voxels.scan].set(True, mode="drop")
-    count = lax.psum(real.sum(), REPLICA)
-
-    def mean(values: Array) -> Array:
-        total = lax.psum(jnp.where(real[:, None], values, 0).sum(0), REPLICA)
-        return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)
-
-    layers = [name.removesuffix(".gamma") for name in seen if name.endswith(".gamma")]
-    metrics = {}
-    for layer in layers:
-        alpha, beta, gamma = (seen[f"{layer}.{part}"] for part in ("alpha", "beta", "gamma"))
-        score = alpha * beta
-        lowest = lax.pmin(jnp.where(real[:, None], score, jnp.inf).min(), REPLICA)
-        highest = lax.pmax(jnp.where(real[:, None], score, -jnp.inf).max(), REPLICA)
-        metrics[layer] = SelectionMetrics(
-            lax.pmean(alpha, REPLICA),
-            mean(beta),
-            mean(gamma),
-            jnp.where(count > 0, lowest, jnp.nan),
-            jnp.where(count > 0, highest, jnp.nan),
-        )
-    return metrics

@@ -13,9 +13,10 @@ from h2a2_jax.inputs.pipeline import JointStep, JointStream
 from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.training.balancers import recorded
 from h2a2_jax.training.config import ExperimentConfig
+from h2a2_jax.training.gradients import SelectionMetrics
 from h2a2_jax.training.parameter_groups import group_summary
 from h2a2_jax.training.selection_log import SelectionLog
-from h2a2_jax.training.step import SelectionMetrics, StepMetrics
+from h2a2_jax.training.step import StepMetrics
 
 _MEANS = ("alpha", "beta", "gamma")
 

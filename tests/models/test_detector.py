@@ -13,7 +13,7 @@ from h2a2_jax.inputs.specs import SCANNET, SPECS
 from h2a2_jax.layers import DatasetContext, ForwardContext, KernelSelection, SelectiveConv
 from h2a2_jax.models import Detector, DetectorConfig, HeadConfig, LevelSizes
 from h2a2_jax.objective import detection_loss
-from h2a2_jax.training.step import Targets
+from h2a2_jax.training.gradients import Targets
 from tests.models.scenes import SELECTION, VOXEL, batch_of, empty_scan, room, tiny_config, tiny_detector
 
 DATASET = 1
