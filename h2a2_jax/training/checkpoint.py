@@ -166,6 +166,21 @@ class CheckpointStore:
             self._fill_stacked(step, "model", stats, items["batch_stats"], names),
         ), config
 
+    def restore_arrays(self, step: int | None = None) -> "StoredModel":
+        """What is stored of the detector, as it is, whatever detector it is to go into.
+
+        Args:
+            step: of the checkpoint; None: the last.
+
+        Raises:
+            InputError: there is no such checkpoint, or it cannot be read.
+        """
+        step = self._existing(step)
+        _, config = self._restore_config(step)
+        items = self._restore(step, ("params", "batch_stats"))
+        params = items["params"]
+        return StoredModel(step, config, params["shared"], params["datasets"], items["batch_stats"])
+
     def wait(self) -> None:
         """Until everything saved so far is on disk."""
         if self._manager is not None:
@@ -282,6 +297,24 @@ class CheckpointStore:
         scalars: layout.Arrays | None = None,
     ) -> Any:
         return self._fill(step, of_what, like, layout.stacked(stored, names, like) | (scalars or {}))
+
+
+class StoredModel(NamedTuple):
+    """The arrays of a checkpoint's detector by path, in the layout of `checkpoint_tree`.
+
+    Attributes:
+        step: of the checkpoint.
+        config: of the run.
+        shared: parameters that its datasets share.
+        datasets: each dataset's own parameters, by its name.
+        statistics: running statistics, likewise.
+    """
+
+    step: int
+    config: ExperimentConfig
+    shared: layout.Arrays
+    datasets: dict[str, layout.Arrays]
+    statistics: dict[str, layout.Arrays]
 
 
 def restore_checkpoint(
