@@ -173,10 +173,7 @@ class CheckpointStore:
         heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in _specs(config, names)]
         shapes = nnx.eval_shape(lambda: Detector(config.model, heads, rngs=nnx.Rngs(0)))
         graph, exclusive, shared, stats = split_model(shapes)
-        if averaged and _AVERAGES in stored.checksums:
-            items = self._restore(step, (_AVERAGES,), stored.checksums)[_AVERAGES]
-        else:
-            items = self._restore(step, ("params", "batch_stats"), stored.checksums)
+        items = self._restore_detector(step, stored, averaged)
         params = items["params"]
         return merge_model(
             graph,
@@ -207,6 +204,21 @@ class CheckpointStore:
             whole = folder.name.isdecimal() and all((folder / item).is_dir() for item in (*_ITEMS, "config"))
             if not whole:
                 shutil.rmtree(folder)
+
+    def restore_arrays(self, step: int | None = None) -> "StoredModel":
+        """What is stored of the detector, as it is, whatever detector it is to go into.
+
+        Args:
+            step: of the checkpoint; None: the last.
+
+        Raises:
+            InputError: there is no such checkpoint, or it cannot be read.
+        """
+        step = self._existing(step)
+        stored = self._restore_config(step)
+        items = self._restore_detector(step, stored, averaged=True)
+        params = items["params"]
+        return StoredModel(step, stored.config, params["shared"], params["datasets"], items["batch_stats"])
 
     def wait(self) -> None:
         """Until everything saved so far is on disk."""
@@ -283,6 +295,12 @@ class CheckpointStore:
                     "another step."
                 )
         return found
+
+    def _restore_detector(self, step: int, stored: "_Stored", averaged: bool) -> Mapping[str, Any]:
+        """The items params and batch_stats, or the averages of them."""
+        if averaged and _AVERAGES in stored.checksums:
+            return self._restore(step, (_AVERAGES,), stored.checksums)[_AVERAGES]
+        return self._restore(step, ("params", "batch_stats"), stored.checksums)
 
     def _restore_config(self, step: int) -> "_Stored":
         stored = self._restore(step, ("config",))["config"]
@@ -372,6 +390,24 @@ class _Kept:
 
 def _counters(like: TrainState) -> dict[str, Any]:
     return {name: getattr(like, name) for name in ("step", "skipped", "skipped_in_row")}
+
+
+class StoredModel(NamedTuple):
+    """The arrays of a checkpoint's detector by path, in the layout of `checkpoint_tree`.
+
+    Attributes:
+        step: of the checkpoint.
+        config: of the run.
+        shared: parameters that its datasets share.
+        datasets: each dataset's own parameters, by its name.
+        statistics: running statistics, likewise.
+    """
+
+    step: int
+    config: ExperimentConfig
+    shared: layout.Arrays
+    datasets: dict[str, layout.Arrays]
+    statistics: dict[str, layout.Arrays]
 
 
 def restore_checkpoint(

@@ -1,6 +1,6 @@
 """Loss and gradient of one dataset on the scans of one device: what a training step balances and applies."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.objective import detection_loss
 from h2a2_jax.sparse import Sites
+from h2a2_jax.training.freezing import without_frozen_gradients
 from h2a2_jax.training.mesh import REPLICA
 from h2a2_jax.training.state import merge_model
 from h2a2_jax.typing import AnyArray
@@ -107,7 +108,7 @@ def dataset_gradients(
     stats: nnx.State,
     batch: Batch,
     targets: Targets,
-    frozen: tuple[Any, Any] | None,
+    frozen: Collection[str],
     config: LossConfig,
 ) -> tuple[nnx.State, nnx.State, nnx.State, DatasetMetrics]:
     """Gradients of one dataset's loss on this device's scans, its statistics after them, its metrics.
@@ -122,13 +123,12 @@ def dataset_gradients(
         stats: its running statistics, likewise.
         batch: its scans on this device.
         targets: of the dataset, without the dataset axis.
-        frozen: trees of bool like `shared` and `exclusive`; no gradient is worked out where True. None: nowhere.
+        frozen: paths of the parameters for which no gradient is worked out.
         config: how.
     """
 
     def loss(shared: nnx.State, exclusive: nnx.State) -> tuple[Array, tuple]:
-        if frozen is not None:
-            shared, exclusive = (_stopped(*pair) for pair in zip((shared, exclusive), frozen, strict=True))
+        shared, exclusive = (without_frozen_gradients(tree, frozen) for tree in (shared, exclusive))
         model = merge_model(graph, exclusive, shared, stats)
         seen: dict[str, Array] = {}
 
@@ -161,10 +161,6 @@ def dataset_gradients(
         selection=selection,
     )
     return *grads, new_stats, metrics
-
-
-def _stopped(tree: nnx.State, frozen: Any) -> nnx.State:
-    return jax.tree.map(lambda leaf, stop: lax.stop_gradient(leaf) if stop else leaf, tree, frozen)
 
 
 def _selection_metrics(seen: dict[str, Array], voxels: Sites) -> dict[str, SelectionMetrics]:

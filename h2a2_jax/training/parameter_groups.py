@@ -28,6 +28,11 @@ KINDS: Mapping[str, str] = {
 the kernel selection; linear modulation; channel gates. The scan embedding's parameters are of no kind."""
 
 
+def place_of(path: str) -> str:
+    """The one of `PLACES` that a parameter is in; else the first name of its path, as "heads" or "embedding"."""
+    return next((place for place, pattern in PLACES.items() if re.search(pattern, path)), path.split(".", 1)[0])
+
+
 def group_summary(
     record: HarmonizationState,
     dataset_names: Sequence[str],

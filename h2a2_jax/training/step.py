@@ -12,7 +12,7 @@ is, but for its counters. A step may be of several batches: their gradients are 
 they are balanced.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -98,7 +98,7 @@ def make_train_step(
     balancer: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
     config: StepConfig | None = None,
-    frozen: tuple[Any, Any] | None = None,
+    frozen: Collection[str] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The compiled step.
 
@@ -111,7 +111,7 @@ def make_train_step(
         balancer: of the shared gradients, with `axis_name` 'dataset'.
         mesh: see `train_mesh`.
         config: choices of the step.
-        frozen: trees of bool like the shared and the exclusive parameters: those without gradient. None: nothing is.
+        frozen: paths of the parameters that have no gradient (`frozen_paths`); the optimiser must hold them too.
 
     Returns:
         A function (state, batch) -> (state, metrics); `batch` has leading axes [D, replicas]. The state it is given is
