@@ -19,6 +19,7 @@ from tqdm import tqdm
 import h2a2_jax
 from h2a2_jax.compilation_cache import remove_damaged_entries
 from h2a2_jax.errors import InputError
+from h2a2_jax.files import whole_file
 from h2a2_jax.host import core_numbers
 from h2a2_jax.sweeps.plan import Run, drawn_datasets
 from h2a2_jax.training.config import to_json
@@ -190,11 +191,9 @@ def score_line(evaluation: Mapping[str, Any]) -> str:
 
 
 def _start(run: Run, folder: Path, share: Share, cache: Path, evaluations: int) -> _Job:
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.json"
-    whole = path.with_suffix(".json.new")
-    whole.write_text(to_json(run.config) + "\n")
-    whole.replace(path)  # in one go: what a kill leaves behind is always a whole config
+    with whole_file(path) as part:  # what a kill leaves behind is always a whole config
+        part.write_text(to_json(run.config) + "\n")
     command = [sys.executable, "-m", "h2a2_jax.sweeps.worker", str(path), str(folder), str(evaluations)]
     with (folder / LOG).open("ab") as log, _on_cores(share.cores):
         process = subprocess.Popen(
