@@ -140,7 +140,7 @@ def _draw(ax: Any, panel: _Panel, datasets: Sequence[str], last: float) -> None:
     else:
         top = float(values.max(initial=0))
         ax.set_ylim(0, 1.08 * top if top > 0 else 1)
-    if len(panel.others) > 1:  # beside the title, where it covers no curve
+    if any(panel.others):  # beside the title, where it covers no curve
         place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.1}
         ax.legend(**place, ncols=3, fontsize=8, frameon=False, handlelength=1.2, columnspacing=1)
 
