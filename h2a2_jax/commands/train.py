@@ -4,13 +4,14 @@ from pathlib import Path
 
 from h2a2_jax.commands.data import check_data
 from h2a2_jax.training.config import ExperimentConfig
-from h2a2_jax.training.distributed import MeshDivision, say
+from h2a2_jax.training.distributed import MeshDivision, is_main, say
 from h2a2_jax.training.loop import train
 from h2a2_jax.training.mesh import train_mesh
+from h2a2_jax.training.metrics import FILE_NAME
 
 
 def train_command(config: ExperimentConfig, workdir: Path) -> None:
-    """Train and evaluate; a workdir with checkpoints is gone on with.
+    """Train, evaluate and draw the curves; a workdir with checkpoints is gone on with.
 
     Raises:
         InputError: data are missing, or the workdir belongs to another architecture.
@@ -18,7 +19,12 @@ def train_command(config: ExperimentConfig, workdir: Path) -> None:
     division = MeshDivision(train_mesh(len(config.datasets)), len(config.datasets))
     division.together(lambda: check_data(config, division.datasets), "open its data")
     train(config, workdir)
+    curves = ""
+    if is_main() and (workdir / FILE_NAME).exists():
+        from h2a2_jax.report.curves import draw_curves  # matplotlib takes a while to load
+
+        curves = f", drawn in {draw_curves(workdir)}"
     say(
-        f"Losses are in {workdir / 'metrics.jsonl'}, checkpoints in {workdir / 'checkpoints'}. Boxes of point clouds: "
-        f"python run.py --mode=predict --workdir={workdir} --input=FOLDER"
+        f"Losses are in {workdir / FILE_NAME}{curves}; checkpoints in {workdir / 'checkpoints'}. "
+        f"Boxes of point clouds: python run.py --mode=predict --workdir={workdir} --input=FOLDER"
     )

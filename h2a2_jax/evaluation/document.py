@@ -52,6 +52,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from h2a2_jax.files import whole_file
+
 JSON_FILE = "evaluation.json"
 CSV_FILE = "evaluation.csv"
 MEAN = "(mean)"
@@ -64,11 +66,9 @@ def write_evaluation(folder: Path, documents: Mapping[str, Any]) -> None:
         folder: Made if missing.
         documents: By dataset, see the schema.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in ((JSON_FILE, evaluation_json(documents)), (CSV_FILE, evaluation_csv(documents))):
-        new = folder / f"{name}.new"
-        new.write_text(text, encoding="utf-8", newline="")
-        new.replace(folder / name)
+        with whole_file(folder / name) as part:
+            part.write_text(text, encoding="utf-8", newline="")
 
 
 def evaluation_json(documents: Mapping[str, Any]) -> str:

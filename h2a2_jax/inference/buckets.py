@@ -9,10 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-from jax.experimental.compilation_cache import compilation_cache
-
-from h2a2_jax.errors import InputError
+from h2a2_jax.compilation_cache import use_compilation_cache
 from h2a2_jax.models import LevelSizes
 
 _VERSION = 1
@@ -39,14 +36,7 @@ class BucketFile:
         Raises:
             InputError: the folder cannot be made or written to.
         """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"The cache {folder} cannot be made ({error.strerror}): give another folder.") from error
-        if not os.access(folder, os.W_OK):
-            raise InputError(f"The cache {folder} cannot be written to: give another folder.")
-        compilation_cache.reset_cache()
-        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+        use_compilation_cache(folder)
         return cls(folder / "buckets.json")
 
     def read(self) -> dict[int, LevelSizes]:

@@ -13,12 +13,10 @@ boxes.csv has the columns `CSV_COLUMNS`. Whatever way the file stands, a corner 
 A file is written beside its place and put there when it is whole.
 """
 
-import contextlib
 import csv
 import json
-import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from scipy.spatial.transform import Rotation
 from h2a2_jax.boxes.corners import BOX_EDGES, box_corners
 from h2a2_jax.boxes.detections import Detections
 from h2a2_jax.errors import InputError
+from h2a2_jax.files import whole_file
 from h2a2_jax.inference.files import OWN_COMMENT
 from h2a2_jax.inference.predictions import PREDICTIONS_VERSION, document_of, read_predicted_scans
 from h2a2_jax.inputs.appearance import class_color
@@ -43,18 +42,6 @@ CSV_COLUMNS = (
 ALL_BOXES, TABLE = "predictions.json", "boxes.csv"
 _BAR = 0.012  # m, thickness of the bars of a box's frame
 _CUBE = ((0, 2, 3, 1), (4, 5, 7, 6), (0, 1, 5, 4), (2, 6, 7, 3), (0, 4, 6, 2), (1, 3, 7, 5))  # corners of each face
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes `path` when all went well, and is removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")  # of several processes each its own
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_document(path: Path, document: dict[str, Any]) -> None:

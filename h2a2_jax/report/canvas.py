@@ -37,6 +37,11 @@ def name_steps(axes: Any) -> None:
     axes.set_xlabel("training step")
 
 
+def as_text(name: str) -> str:
+    """A name that matplotlib sets as it is: "$" begins a formula, and a label that begins with "_" is left out."""
+    return f"\N{ZERO WIDTH SPACE}{name}".replace("$", r"\$")
+
+
 def groups_of(layers: Sequence[str]) -> dict[str, list[str]]:
     """Layers by the part of the network they are in: layer1 to layer4, stem, neck."""
     groups: dict[str, list[str]] = {}

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from h2a2_jax.inputs.appearance import class_color
-from h2a2_jax.report.canvas import COLORS, canvas, save
+from h2a2_jax.report.canvas import COLORS, as_text, canvas, save
 from h2a2_jax.report.page import Picture, Section, Table, number, page
 
 PAGE_FILE = "evaluation.html"
@@ -48,7 +48,7 @@ def draw_curves(name: str, document: Document, folder: Path) -> Picture:
                 reach = next((i for i, value in enumerate(curve) if value == 0), len(curve))
                 recall = [i / (len(curve) - 1) for i in range(reach)]
                 style = ("-", "--")[label // 10 % 2]
-                ax.plot(recall, curve[:reach], style, color=class_color(label), label=_as_text(title), linewidth=1.6)
+                ax.plot(recall, curve[:reach], style, color=class_color(label), label=as_text(title), linewidth=1.6)
         ax.set(xlim=(0, 1.01), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
         ax.set_title(f"IoU above {level['iou']:g}", fontsize="medium")
         ax.grid(alpha=0.3)
@@ -60,11 +60,6 @@ def draw_curves(name: str, document: Document, folder: Path) -> Picture:
         "reach. Average precision is the area below."
     )
     return save(figure, folder, f"{name}_curves", f"{name}: precision and recall by class", caption)
-
-
-def _as_text(name: str) -> str:
-    """A name that matplotlib sets as it is: "$" begins a formula, and a label that begins with "_" is left out."""
-    return f"\N{ZERO WIDTH SPACE}{name}".replace("$", r"\$")
 
 
 def draw_breakdowns(name: str, document: Document, folder: Path) -> Picture:

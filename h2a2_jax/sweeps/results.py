@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from h2a2_jax.files import whole_file
 from h2a2_jax.sweeps.plan import Row, Run
 from h2a2_jax.sweeps.protocol import protocol_figures, protocol_table
 from h2a2_jax.sweeps.runner import last_metrics, read_evaluation
@@ -212,6 +213,5 @@ def _per_cent(share: float | None) -> float | None:
 
 def _replace(path: Path, text: str) -> None:
     """Write a file in one go: a kill leaves the old one or the new one."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    new.replace(path)
+    with whole_file(path) as part:
+        part.write_text(text)

@@ -17,7 +17,9 @@ from typing import Any
 from tqdm import tqdm
 
 import h2a2_jax
+from h2a2_jax.compilation_cache import remove_damaged_entries
 from h2a2_jax.errors import InputError
+from h2a2_jax.files import whole_file
 from h2a2_jax.host import core_numbers
 from h2a2_jax.sweeps.plan import Run, drawn_datasets
 from h2a2_jax.training.config import to_json
@@ -135,6 +137,7 @@ def run_all(folders: Mapping[Run, Path], cache: Path, jobs: int | None = None, e
     running: list[_Job] = []
     failures: dict[Run, str] = {}
     progress = _Progress(total, len(waiting), at_once)
+    remove_damaged_entries(_programs(cache))  # of runs that were killed, before any run writes
     try:
         while waiting or running:
             while waiting and free:
@@ -188,11 +191,9 @@ def score_line(evaluation: Mapping[str, Any]) -> str:
 
 
 def _start(run: Run, folder: Path, share: Share, cache: Path, evaluations: int) -> _Job:
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.json"
-    whole = path.with_suffix(".json.new")
-    whole.write_text(to_json(run.config) + "\n")
-    whole.replace(path)  # in one go: what a kill leaves behind is always a whole config
+    with whole_file(path) as part:  # what a kill leaves behind is always a whole config
+        part.write_text(to_json(run.config) + "\n")
     command = [sys.executable, "-m", "h2a2_jax.sweeps.worker", str(path), str(folder), str(evaluations)]
     with (folder / LOG).open("ab") as log, _on_cores(share.cores):
         process = subprocess.Popen(
@@ -220,11 +221,16 @@ def _on_cores(cores: Sequence[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+def _programs(cache: Path) -> Path:
+    """This machine's part of the cache."""
+    return (cache / platform.node()).absolute()
+
+
 def _environment(share: Share, cache: Path) -> dict[str, str]:
     # The package as this process found it, wherever it was started.
     root = str(Path(h2a2_jax.__file__).parent.parent)
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
-    ours = {"JAX_COMPILATION_CACHE_DIR": str((cache / platform.node()).absolute())}
+    ours = {"JAX_COMPILATION_CACHE_DIR": str(_programs(cache))}
     if share.memory is not None:
         ours["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{share.memory:.3f}"
     return {**ours, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}

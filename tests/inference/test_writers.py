@@ -12,7 +12,6 @@ from h2a2_jax.inference.predictions import scan_entry
 from h2a2_jax.inference.writers import (
     check_output,
     point_labels,
-    whole_file,
     write_box_frames,
     write_points,
     write_scan,
@@ -85,20 +84,3 @@ def test_page_picture_and_table(tmp_path):
     assert "Numbers on this page are in metres" in (tmp_path / "below" / "a.b.html").read_text()  # the file's are not
     lines = (tmp_path / "boxes.csv").read_text().splitlines()
     assert len(lines) == 4 and lines[1].startswith("below/a.b,,chair,3,0.4,") and ",1,y,mm," in lines[1]
-
-
-def test_two_processes_write_one_file(tmp_path, monkeypatch):
-    with whole_file(tmp_path / "a.txt") as mine:
-        monkeypatch.setattr("os.getpid", lambda: 0)
-        with whole_file(tmp_path / "a.txt") as other:
-            mine.write_text("mine")
-            other.write_text("other")
-    assert (tmp_path / "a.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_nothing_is_half_written(tmp_path):
-    (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(RuntimeError), whole_file(tmp_path / "a.txt") as part:
-        part.write_text("half")
-        raise RuntimeError
-    assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1

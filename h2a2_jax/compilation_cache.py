@@ -1,0 +1,129 @@
+"""JAX's persistent compilation cache in a folder: what one process compiled, later ones load.
+
+JAX writes an entry in place and never over one that is there. A process that is killed while it writes leaves a part of
+an entry behind, which every later process would fail to read and compile anew; such parts are removed here first.
+"""
+
+import contextlib
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
+
+from h2a2_jax.errors import InputError
+
+_ENTRY, _LAST_USE = "-cache", "-atime"
+"""How the names of JAX's entries end, and of the files that tell when each was used."""
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_CHUNK = 1 << 20
+
+
+@contextlib.contextmanager
+def compilation_cache(folder: Path | None) -> Iterator[None]:
+    """JAX keeps what it compiles in the folder while this is entered.
+
+    Kept are programs that took a second or more to compile, as train steps do, unless
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says otherwise. A cache that JAX_COMPILATION_CACHE_DIR or
+    `jax.config` names already is used instead, as it is.
+
+    Args:
+        folder: made if missing; None: nothing is kept.
+
+    Raises:
+        InputError: the folder cannot be made or written to.
+    """
+    if folder is None or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        yield
+        return
+    use_compilation_cache(folder)
+    try:
+        yield
+    finally:
+        _point_jax_to(None)
+
+
+def use_compilation_cache(folder: Path) -> None:
+    """Make the folder JAX's compilation cache for the rest of this process, whichever it was before.
+
+    Args:
+        folder: made if missing; damaged entries in it are removed.
+
+    Raises:
+        InputError: the folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The cache {folder} cannot be made ({error.strerror}): give another folder.") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"The cache {folder} cannot be written to: give another folder.")
+    remove_damaged_entries(folder)
+    _point_jax_to(folder)
+
+
+def remove_damaged_entries(folder: Path) -> int:
+    """Remove entries that are not whole, as a kill leaves them; what cannot be read or removed stays.
+
+    An entry that another process is writing at this moment goes too; it is compiled again when it is next needed.
+
+    Args:
+        folder: of a compilation cache; need not be there.
+
+    Returns:
+        How many were removed.
+    """
+    removed = 0
+    for entry in folder.glob(f"*{_ENTRY}"):
+        with contextlib.suppress(OSError):
+            if not _is_whole(entry):
+                entry.unlink()
+                entry.with_name(entry.name.removesuffix(_ENTRY) + _LAST_USE).unlink(missing_ok=True)
+                removed += 1
+    return removed
+
+
+def _point_jax_to(folder: Path | None) -> None:
+    jax_cache.reset_cache()  # JAX decides once whether and where it keeps programs
+    jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder.absolute()))
+
+
+def _is_whole(entry: Path) -> bool:
+    """Whether JAX can decompress an entry here, up to its end."""
+    with entry.open("rb") as file:
+        magic = file.read(len(_ZSTD_MAGIC))
+        file.seek(0)
+        if magic != _ZSTD_MAGIC:
+            return _ends(file, zlib.decompressobj(), zlib.error)
+        module, decompressor = _zstandard()
+        # Without the package JAX cannot read it either, nor write another one in its place.
+        return module is not None and _ends(file, decompressor, module.ZstdError)
+
+
+def _ends(file: BinaryIO, decompressor: Any, damaged: type[Exception]) -> bool:
+    """Whether compressed data come to their own end; in parts, for programs are large."""
+    try:
+        while chunk := file.read(_CHUNK):
+            decompressor.decompress(chunk)
+            if decompressor.eof:
+                return True
+    except damaged:
+        return False
+    return False
+
+
+def _zstandard() -> tuple[ModuleType | None, Any]:
+    """The package that JAX takes, and a decompressor of it."""
+    try:
+        from compression import zstd  # Python 3.14
+    except ImportError:
+        with contextlib.suppress(ImportError):
+            import zstandard
+
+            return zstandard, zstandard.ZstdDecompressor().decompressobj()
+        return None, None
+    return zstd, zstd.ZstdDecompressor()

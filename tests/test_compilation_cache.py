@@ -1,0 +1,105 @@
+"""Programs that outlive a process, and what a kill leaves of them."""
+
+import os
+import warnings
+import zlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
+
+from h2a2_jax.compilation_cache import compilation_cache, remove_damaged_entries, use_compilation_cache
+from h2a2_jax.errors import InputError
+from h2a2_jax.training.compilations import CompilationCounter
+
+OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+
+
+@pytest.fixture
+def no_cache():
+    """No cache is named, as in most processes, and what is quick to compile is kept too."""
+    before = {name: getattr(jax.config, name) for name in OPTIONS}
+    jax_cache.reset_cache()
+    for name, value in zip(OPTIONS, (None, 0.0), strict=True):
+        jax.config.update(name, value)
+    yield
+    jax_cache.reset_cache()
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def program(x):
+    return jnp.sin(x) @ jnp.cos(x).T + 41
+
+
+def run_anew() -> tuple[int, int]:
+    """The program in what might be a new process; how often it was compiled and loaded."""
+    jax.clear_caches()
+    x = jnp.ones((3, 3))
+    with CompilationCounter(1) as counter, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        jax.block_until_ready(jax.jit(program)(x))
+    assert not said, said[0].message
+    return counter.compiled, counter.loaded
+
+
+def test_a_second_process_loads_what_the_first_compiled(tmp_path, no_cache):
+    folder = tmp_path / "new" / "cache"
+    with compilation_cache(folder):
+        assert run_anew() == (1, 0)
+    assert any(folder.glob("*-cache"))
+    assert jax.config.jax_compilation_cache_dir is None
+    assert run_anew() == (1, 0)
+    with compilation_cache(folder):
+        assert run_anew() == (0, 1)
+
+
+def test_an_entry_that_a_kill_cut_short_becomes_whole_again(tmp_path, no_cache):
+    with compilation_cache(tmp_path):
+        run_anew()
+    (entry,) = tmp_path.glob("jit_program*-cache")
+    size = entry.stat().st_size
+    os.truncate(entry, size // 2)
+    with compilation_cache(tmp_path):
+        assert not entry.exists()
+        assert run_anew() == (1, 0)
+    assert abs(entry.stat().st_size - size) < 0.2 * size
+    with compilation_cache(tmp_path):
+        assert run_anew() == (0, 1)
+
+
+def test_what_is_no_whole_entry_is_removed_and_nothing_else(tmp_path):
+    whole = zlib.compress(bytes(range(256)) * 10_000)
+    entries = {"whole": whole, "cut": whole[:-1], "empty": b"", "other": b"no program", "zstd": b"\x28\xb5\x2f\xfd"}
+    for name, content in entries.items():
+        (tmp_path / f"{name}-cache").write_bytes(content)
+        (tmp_path / f"{name}-atime").write_bytes(b"12345678")
+    (tmp_path / "buckets.json").write_text("")
+    assert remove_damaged_entries(tmp_path) == 4
+    assert {path.name for path in tmp_path.iterdir()} == {"whole-cache", "whole-atime", "buckets.json"}
+    assert remove_damaged_entries(tmp_path / "missing") == 0
+
+
+def test_a_cache_that_is_named_already_is_used(tmp_path, no_cache):
+    use_compilation_cache(tmp_path / "named")
+    (tmp_path / "named" / "cut-cache").write_bytes(b"")
+    with compilation_cache(tmp_path / "mine"):
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "named")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "named")
+    assert not (tmp_path / "mine").exists()
+    assert (tmp_path / "named" / "cut-cache").exists()
+
+
+def test_without_a_folder_nothing_is_kept(no_cache):
+    with compilation_cache(None):
+        assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, no_cache):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(InputError, match=r"The cache .*file/cache cannot be made"),
+        compilation_cache(tmp_path / "file" / "cache"),
+    ):
+        pass

@@ -1,0 +1,22 @@
+"""Files are there in full or as they were before."""
+
+import pytest
+
+from h2a2_jax.files import whole_file
+
+
+def test_two_processes_write_one_file(tmp_path, monkeypatch):
+    with whole_file(tmp_path / "a.txt") as mine:
+        monkeypatch.setattr("os.getpid", lambda: 0)
+        with whole_file(tmp_path / "a.txt") as other:
+            mine.write_text("mine")
+            other.write_text("other")
+    assert (tmp_path / "a.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_nothing_is_half_written(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(RuntimeError), whole_file(tmp_path / "a.txt") as part:
+        part.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
