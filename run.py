@@ -24,10 +24,15 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints,
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "predict", "report", "tau_sweep", "ablation", "protocol", "check"],
+    ["train", "eval", "predict", "report", "tau_sweep", "ablation", "protocol", "check", "replay"],
     "What to do.",
 )
-_STEP = flags.DEFINE_integer("step", None, "Eval, predict: step of the checkpoint; by default the last.")
+_STEP = flags.DEFINE_string(
+    "step", None, "Eval, predict: step of the checkpoint, a number, best or last; by default the last. Replay: batch."
+)
+_ACCEPT_CHANGES = flags.DEFINE_bool(
+    "accept_changes", False, "Train: go on with a config that differs from the one that the run was begun with."
+)
 _DATASET = flags.DEFINE_string(
     "dataset", None, "Predict, eval: the dataset whose head predicts. Check: whose classes count."
 )
@@ -64,7 +69,8 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: which
 
 _OF_PROCESSES = ("coordinator", "num_processes", "process_id")
 _ONLY_FOR = {
-    "step": ("eval", "predict"),
+    "step": ("eval", "predict", "replay"),
+    "accept_changes": ("train",),
     "dataset": ("eval", "predict", "check"),
     "output": ("eval", "predict", "check"),
     "data": ("eval", "check"),
@@ -77,7 +83,7 @@ _ONLY_FOR = {
     **dict.fromkeys(("trainings", "evaluations"), ("protocol",)),
     **dict.fromkeys(_OF_PROCESSES, ("train", "eval", "predict")),
 }
-_FROM_CHECKPOINT = ("eval", "predict")
+_FROM_CHECKPOINT = ("eval", "predict", "replay")
 _ONLY_WITH_INPUT = ("up", "unit", "colors", "align", "score", "show")
 _EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
 
@@ -121,6 +127,8 @@ def main(argv: list[str]) -> int | None:
 
     workdir = Path(_WORKDIR.value)
     config = None if _CONFIG.value is None else experiment_config(_CONFIG.value)
+    if mode == "replay":
+        return commands.replay_command(workdir, _STEP.value)
     if mode == "predict" and _INPUT.value:
         return commands.predict_files_command(workdir, _predict_request(), config)
     if mode in _FROM_CHECKPOINT:
@@ -140,8 +148,18 @@ def main(argv: list[str]) -> int | None:
     if mode == "report":
         commands.report_command(config, workdir, [Path(folder) for folder in _SINGLES.value])
         return None
-    with processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
-        commands.train_command(config, workdir)
+    from h2a2_jax.training.stopping import Stopped
+
+    try:
+        with processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
+            commands.train_command(
+                config,
+                workdir,
+                accept_changes=_ACCEPT_CHANGES.value,
+                config_file=config_flags.get_config_filename(flags.FLAGS["config"]),
+            )
+    except Stopped as stopped:  # it said what is saved
+        return stopped.status
     return None
 
 
@@ -160,7 +178,7 @@ def _predict_request() -> "PredictRequest":
         up=_UP.value,
         unit=_UNIT.value,
         show=_SHOW.value,
-        step=_STEP.value,
+        step=_chosen_step(),
         **chosen,
     )
 
@@ -175,8 +193,15 @@ def _eval_request() -> "EvalRequest":
         tta=tuple(_TTA.value),
         cross=_CROSS.value,
         output=None if _OUTPUT.value is None else Path(_OUTPUT.value),
-        step=_STEP.value,
+        step=_chosen_step(),
     )
+
+
+def _chosen_step() -> int | None:
+    from h2a2_jax.training.checkpoint import checkpoint_place
+    from h2a2_jax.training.evaluations import chosen_step
+
+    return chosen_step(checkpoint_place(Path(_WORKDIR.value or ".")).run, _STEP.value)
 
 
 def _check() -> int:

@@ -29,9 +29,9 @@ from h2a2_jax.inputs.specs import SPECS
 from h2a2_jax.inputs.synthetic.source import SyntheticSource
 from h2a2_jax.models import Detector, DetectorConfig, LevelSizes, PlanLayout
 from h2a2_jax.training.balancers import build_balancer, recorded
+from h2a2_jax.training.build import build_detector
 from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig
 from h2a2_jax.training.harmonize import mean_over_datasets, plain_mean
-from h2a2_jax.training.loop import build_detector
 from h2a2_jax.training.mesh import DATASET, train_mesh
 from h2a2_jax.training.parameter_groups import group_summary
 from h2a2_jax.training.state import create_state, place_state

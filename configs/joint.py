@@ -3,6 +3,7 @@
     python run.py --config=configs/joint.py --workdir=runs/joint            data/scannet, data/sun_rgbd, data/s3dis
     python run.py --config=configs/joint.py:synthetic --workdir=runs/synth  data/synthetic_scannet, ..., same setting
     python run.py --config=configs/joint.py:demo --workdir=runs/demo        procedural scans, needs no data
+    python run.py --config=configs/joint.py:tiny --workdir=runs/tiny        the same in half a minute, learns nothing
     python run.py --config=configs/joint.py:two --workdir=runs/two          a handful of scans, learnt by heart
 
 Published for this setting, mAP@0.25 / mAP@0.5: ScanNet 77.5 / 63.8, SUN RGB-D 68.0 / 51.4, S3DIS 78.7 / 59.3. These
@@ -12,6 +13,8 @@ Any value can be set from the command line: `--config.optim.lr=3e-4`, `--config.
 `--config.train.batch_size=8`. The paper's ablation: `--config.harmonize.method=mean` turns gradient harmonisation (NGH)
 off, `:no_sfks` (after a comma behind another variant: `:demo,no_sfks`) kernel selection (SF-KS).
 """
+
+from dataclasses import replace
 
 from ml_collections import ConfigDict
 
@@ -28,7 +31,7 @@ from h2a2_jax.training.config import (
 )
 
 NAMES = ("scannet", "sunrgbd", "s3dis")
-VARIANTS = ("paper", "synthetic", "demo", "two", "no_sfks")
+VARIANTS = ("paper", "synthetic", "demo", "tiny", "two", "no_sfks")
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
@@ -81,6 +84,19 @@ def demo() -> ExperimentConfig:
     )
 
 
+def tiny() -> ExperimentConfig:
+    """A training of under half a minute once compiled, for trying out what surrounds the steps."""
+    config = demo()
+    return replace(
+        config,
+        datasets=tuple(replace(source, train_size=8, val_size=2) for source in config.datasets),
+        model=replace(config.model, stem_channels=4, stage_channels=(4, 4, 4, 4), neck_channels=4, voxel_size=0.04),
+        train=replace(
+            config.train, batch_size=2, steps=40, log_every=2, checkpoint_every=8, evaluate_every=16, max_rung=0
+        ),
+    )
+
+
 def two() -> ExperimentConfig:
     """ScanNet and SUN RGB-D at reduced width and without augmentation, to fit a handful of real scans.
 
@@ -104,4 +120,4 @@ def two() -> ExperimentConfig:
     )
 
 
-BASES = {"synthetic": synthetic, "demo": demo, "two": two}
+BASES = {"synthetic": synthetic, "demo": demo, "tiny": tiny, "two": two}

@@ -1,7 +1,7 @@
 """Array types shared by the whole package."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -11,6 +11,10 @@ AnyArray = jax.Array | np.ndarray
 
 Leaf = Any
 """A data field of a pytree dataclass: an array in use, but anything at all while JAX maps over the tree."""
+
+
+Schedule = Literal["step", "cosine", "constant"]
+"""Of a learning rate."""
 
 
 def static_field(**kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from h2a2_jax.commands.evaluate import evaluate_command
 from h2a2_jax.commands.predict import predict_command, predict_files_command
 from h2a2_jax.commands.protocol import protocol_command
+from h2a2_jax.commands.replay import replay_command
 from h2a2_jax.commands.report import report_command
 from h2a2_jax.commands.sweep import ablation_command, tau_sweep_command
 from h2a2_jax.commands.train import train_command
@@ -13,6 +14,7 @@ __all__ = [
     "predict_command",
     "predict_files_command",
     "protocol_command",
+    "replay_command",
     "report_command",
     "tau_sweep_command",
     "train_command",

@@ -26,7 +26,7 @@ from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.training.checkpoint import checkpoint_place, restore_checkpoint
 from h2a2_jax.training.config import ExperimentConfig
 from h2a2_jax.training.distributed import MeshDivision
-from h2a2_jax.training.loop import say_skipped
+from h2a2_jax.training.evaluation import say_skipped
 from h2a2_jax.training.mesh import train_mesh
 
 INTERRUPTED = 130

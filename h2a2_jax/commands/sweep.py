@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from h2a2_jax.commands.data import check_data
+from h2a2_jax.lock import alone_in
 from h2a2_jax.sweeps.picture import draw_tau
 from h2a2_jax.sweeps.plan import Row, Run, ablation_rows, default_taus, locate, tau_rows
 from h2a2_jax.sweeps.results import table, write_results
-from h2a2_jax.sweeps.runner import alone, run_all
+from h2a2_jax.sweeps.runner import run_all
 from h2a2_jax.training.config import ExperimentConfig
 
 
@@ -75,7 +76,7 @@ def run_sweep(
         InputError: data are missing, or the workdir holds other runs of the same names.
     """
     check_data(config)
-    with alone(workdir):
+    with alone_in(workdir, "sweep"):
         folders = locate(rows, workdir)
         try:
             failures = run_all(folders, workdir / "cache", jobs, evaluations)

@@ -10,15 +10,18 @@ from h2a2_jax.training.mesh import train_mesh
 from h2a2_jax.training.metrics import FILE_NAME
 
 
-def train_command(config: ExperimentConfig, workdir: Path) -> None:
-    """Train, evaluate and draw the curves; a workdir with checkpoints is gone on with.
+def train_command(
+    config: ExperimentConfig, workdir: Path, *, accept_changes: bool = False, config_file: str | None = None
+) -> None:
+    """Train, evaluate and draw the curves; a workdir with checkpoints is gone on with (`train` has the arguments).
 
     Raises:
-        InputError: data are missing, or the workdir belongs to another architecture.
+        InputError: see `train`.
+        Stopped: likewise.
     """
     division = MeshDivision(train_mesh(len(config.datasets)), len(config.datasets))
     division.together(lambda: check_data(config, division.datasets), "open its data")
-    train(config, workdir)
+    train(config, workdir, accept_changes=accept_changes, config_file=config_file)
     curves = ""
     if is_main() and (workdir / FILE_NAME).exists():
         from h2a2_jax.report.curves import draw_curves  # matplotlib takes a while to load

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
@@ -22,8 +21,8 @@ from h2a2_jax.models.head import NUM_OUTPUTS
 from h2a2_jax.training.balancers import build_balancer
 from h2a2_jax.training.checkpoint import CheckpointStore, restore_checkpoint
 from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig, to_json
-from h2a2_jax.training.loop import learning_rate
 from h2a2_jax.training.mesh import DATASET
+from h2a2_jax.training.optimizer import build_optimizer, learning_rate
 from h2a2_jax.training.state import create_state
 
 _HEAD = "bbox_head.conv_"
@@ -141,7 +140,9 @@ def save_conversion(conversion: Conversion, workdir: Path) -> None:
         InputError: it holds checkpoints or cannot be written.
     """
     config = conversion.config
-    optimizer = optax.adamw(learning_rate(config, 1), weight_decay=config.optim.weight_decay)
+    optimizer = build_optimizer(
+        learning_rate(config.optim.lr, steps_per_epoch=1, total_steps=1), config.optim.weight_decay
+    )
     balancer = build_balancer(config.harmonize, 1, DATASET, config.train.seed)
     _, state = create_state(conversion.build(), optimizer, balancer)
     try:

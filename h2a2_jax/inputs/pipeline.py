@@ -186,10 +186,17 @@ class JointStream:
 
     def step(self, step: int) -> JointStep:
         """The input of a step, from its number alone; in a run of several processes, all ask for it at once."""
-        draw = self._cell_at
-        cells = len(self._cells)
-        drawn = self._gathered(step, [draw(number) for number in range(step * cells, (step + 1) * cells)])
+        drawn = self._gathered(step, list(self.cells(step).values()))
         return self._padded(drawn, self.division.exchange(np.array(drawn.needs, np.int32))())
+
+    def cells(self, step: int) -> dict[tuple[int, int], DrawnCell]:
+        """This process's cells (dataset, replica) of a step, before they have a bucket; other processes are not asked.
+
+        Raises:
+            InputError: no scan of a dataset can be used.
+        """
+        first = step * len(self._cells)
+        return {cell: self._cell_at(first + place) for place, cell in enumerate(self._cells)}
 
     def steps(self, first: int, last: int, *, ahead: int = 2) -> Iterator[JointStep]:
         """Steps first..last-1, prepared by workers while the device works on the ones before.

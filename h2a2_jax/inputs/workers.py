@@ -24,6 +24,10 @@ T = TypeVar("T")
 _ALIGNMENT = 64  # bytes: arrays begin where vector instructions like them to
 
 
+class WorkerDiedError(InputError):
+    """A worker process is gone: it was killed, or memory ran out."""
+
+
 def prepared_ahead(prepare: Callable[[int], T], first: int, last: int, *, workers: int, ahead: int) -> Generator[T]:
     """Yields prepare(first), ..., prepare(last - 1), worked out before they are asked for.
 
@@ -37,7 +41,7 @@ def prepared_ahead(prepare: Callable[[int], T], first: int, last: int, *, worker
 
     Raises:
         Exception: what preparing a value raised, in its turn.
-        InputError: a worker died.
+        WorkerDiedError: a worker died.
     """
     if first >= last:
         return
@@ -70,7 +74,7 @@ def _while_workers_live(values: Iterator[T]) -> Iterator[T]:
     try:
         yield from values
     except Exception as error:
-        raise InputError(
+        raise WorkerDiedError(
             f"a worker process that loads scans died ({error}); if memory ran out, train with fewer "
             "(--config.train.workers=2, or 0 for a thread); a script of one's own that uses workers must start its "
             'work below `if __name__ == "__main__":`.'

@@ -23,9 +23,9 @@ from h2a2_jax.report.probe import (
     site_class_counts,
 )
 from h2a2_jax.training import metrics, selection_log
+from h2a2_jax.training.build import build_detector
 from h2a2_jax.training.checkpoint import CheckpointStore
 from h2a2_jax.training.config import ExperimentConfig, from_json
-from h2a2_jax.training.loop import build_detector
 
 OTHER_START = 1000
 """Added to a seed for a control with other kernels."""

@@ -1,6 +1,5 @@
 """Which runs a sweep is made of: the config of each, its name, and the row of the table that it counts for."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +8,7 @@ from pathlib import Path
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.sources import build_source
 from h2a2_jax.training.config import ExperimentConfig, from_json, to_json
+from h2a2_jax.training.config_tree import leaves_of
 
 RUNS = "runs"
 """Folder of the runs in the folder of a sweep."""
@@ -195,20 +195,10 @@ def _cut_short(text: str, config: ExperimentConfig) -> bool:
 def _difference(text: str, config: ExperimentConfig) -> str:
     """The first value that differs."""
     try:
-        theirs = _leaves("", dataclasses.asdict(from_json(text)))
+        theirs = leaves_of(from_json(text))
     except InputError:
         return "its config.json cannot be read"
-    ours = _leaves("", dataclasses.asdict(config))
+    ours = leaves_of(config)
     keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
     key = keys[0]
     return f"{key} is {theirs.get(key)} there and {ours.get(key)} here" if keys else "its config differs"
-
-
-def _leaves(path: str, value: object) -> dict[str, object]:
-    if isinstance(value, dict):
-        entries = value.items()
-    elif isinstance(value, tuple) and value and isinstance(value[0], dict):
-        entries = {str(entry.get("name", i)): entry for i, entry in enumerate(value)}.items()
-    else:
-        return {path: value}
-    return {k: v for key, entry in entries for k, v in _leaves(f"{path}.{key}" if path else str(key), entry).items()}

@@ -158,27 +158,6 @@ def run_all(folders: Mapping[Run, Path], cache: Path, jobs: int | None = None, e
     return failures
 
 
-@contextlib.contextmanager
-def alone(workdir: Path) -> Iterator[None]:
-    """Keeps a second sweep out of the folder while this one runs; the system lets go of it however that ends.
-
-    Raises:
-        InputError: another sweep runs there.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "lock").open("w") as file:
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system: the user has to take care
-            yield
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"Another sweep runs in {workdir}: wait for it, or give another --workdir.") from error
-        yield
-
-
 def score_line(evaluation: Mapping[str, Any]) -> str:
     """The mean over datasets of each mAP in per cent, as in "mAP@0.25 51.3, mAP@0.5 20.1"."""
     parts = []

@@ -19,6 +19,7 @@ from h2a2_jax.training.checkpoint import restore_checkpoint
 from h2a2_jax.training.config import ExperimentConfig, from_json
 from h2a2_jax.training.evaluation import evaluate_predictor
 from h2a2_jax.training.loop import train
+from h2a2_jax.training.stopping import Stopped
 
 
 def main(config: str, workdir: str, evaluations: str = "1") -> None:
@@ -34,6 +35,8 @@ def main(config: str, workdir: str, evaluations: str = "1") -> None:
         run(from_json(Path(config).read_text()), Path(workdir), int(evaluations))
     except InputError as error:
         sys.exit(str(error))
+    except Stopped as stopped:
+        sys.exit(stopped.status)
     except Exception as error:
         traceback.print_exc()
         # Once more as the last line, which the sweep shows: JAX ends its tracebacks with a remark on them.

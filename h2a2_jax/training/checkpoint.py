@@ -5,11 +5,12 @@ states, step, balancer), averages where the run averages its parameters, and con
 others). `checkpoint_tree` says what they hold.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +31,16 @@ CHECKPOINT_VERSION = 1
 _ITEMS = ("params", "batch_stats", "optimizer")
 _AVERAGES = "averages"
 _UNKNOWN: Mapping[str, int | None] = {}
+_OF_THE_SYSTEM = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
 _SHOWN = 3
 
 
 class DamagedCheckpointError(InputError):
     """A checkpoint of which something is missing or is not what was saved."""
+
+
+class UnsavedCheckpointError(InputError):
+    """A checkpoint could not be written, for want of space as a rule."""
 
 
 class CheckpointStore:
@@ -63,18 +69,22 @@ class CheckpointStore:
         """Store a state; returns when it is copied, and writes it in the background.
 
         A checkpoint that is not finished, whatever kills the program, does not count as one. A step that is stored
-        already is left as it is.
+        already is left as it is. What fails in the background is raised by the next call here or of `check`, `wait`.
 
         Args:
             step: steps done, the number of the checkpoint.
             state: the state after that step, on any devices.
             config: of the run.
             names: of the datasets, in the order of the dataset axis.
+
+        Raises:
+            UnsavedCheckpointError: this one, or the one before, could not be written.
         """
-        manager = self._open(create=True)
-        assert manager is not None
-        if step in manager.all_steps():
-            return
+        with self._noticing_failure():
+            manager = self._open(create=True)
+            assert manager is not None
+            if step in manager.all_steps():
+                return
         specs = _specs(config, names)
         items = {
             "params": layout.stored_params(state.shared, state.exclusive, specs),
@@ -90,7 +100,8 @@ class CheckpointStore:
             "checksums": {name: layout.checksum(item) for name, item in items.items()},
         }
         arguments: dict[str, Any] = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        manager.save(step, args=ocp.args.Composite(**arguments, config=ocp.args.JsonSave(stored_config)))
+        with self._noticing_failure():
+            manager.save(step, args=ocp.args.Composite(**arguments, config=ocp.args.JsonSave(stored_config)))
 
     def latest_step(self) -> int | None:
         """Number of the last finished checkpoint; None without one."""
@@ -100,6 +111,14 @@ class CheckpointStore:
         """Numbers of the finished checkpoints, rising."""
         manager = self._open()
         return sorted(manager.all_steps()) if manager is not None else []
+
+    def stored_config(self, step: int) -> ExperimentConfig:
+        """The config that a checkpoint was saved with.
+
+        Raises:
+            InputError: there is no such checkpoint, or its config cannot be read.
+        """
+        return self._restore_config(self._existing(step)).config
 
     def restore_state(
         self,
@@ -220,15 +239,35 @@ class CheckpointStore:
         params = items["params"]
         return StoredModel(step, stored.config, params["shared"], params["datasets"], items["batch_stats"])
 
-    def wait(self) -> None:
-        """Until everything saved so far is on disk."""
+    def check(self) -> None:
+        """Notice what failed in the background.
+
+        Raises:
+            UnsavedCheckpointError: a checkpoint could not be written.
+        """
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            with self._noticing_failure():
+                self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Until everything saved so far is on disk.
+
+        Raises:
+            UnsavedCheckpointError: a checkpoint could not be written.
+        """
+        if self._manager is not None:
+            with self._noticing_failure():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, and let go of the folder."""
+        """Wait, and let go of the folder.
+
+        Raises:
+            UnsavedCheckpointError: a checkpoint could not be written.
+        """
         if self._manager is not None:
-            self._manager.close()
+            with self._noticing_failure():
+                self._manager.close()
             self._manager = None
 
     def __enter__(self) -> "CheckpointStore":
@@ -236,6 +275,29 @@ class CheckpointStore:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @contextlib.contextmanager
+    def _noticing_failure(self) -> Iterator[None]:
+        """What Orbax and the threads that write for it met, as one sentence; nothing half-written remains."""
+        try:
+            yield
+        except Exception as error:  # of many kinds, most of them RuntimeErrors of other errors
+            manager, self._manager = self._manager, None
+            if manager is not None:
+                with contextlib.suppress(Exception):  # it says again what was said
+                    manager.close()
+            with contextlib.suppress(OSError):
+                self.tidy()
+            raise UnsavedCheckpointError(
+                f"A checkpoint could not be written to {self.directory} ({_reason(error)}): free space there or make "
+                f"it writable; {self._what_is_left()}"
+            ) from error
+
+    def _what_is_left(self) -> str:
+        with contextlib.suppress(Exception):
+            if (newest := self.latest_step()) is not None:
+                return f"the same command goes on after step {newest}, which is saved."
+        return "there is no earlier one, so that the same command begins anew."
 
     def _open(self, create: bool = False) -> ocp.CheckpointManager | None:
         """Orbax's manager; None where there is no folder and none is to be made."""
@@ -289,7 +351,8 @@ class CheckpointStore:
             ) from error
         found = {item: restored[item] for item in items}
         for item, value in found.items():
-            if checksums.get(item) not in (None, layout.checksum(value)):
+            expected = checksums.get(item)
+            if expected is not None and layout.checksum(value) != expected:
                 raise DamagedCheckpointError(
                     f"{self._place(step)} is damaged: {item} is not what was saved (its checksum differs); choose "
                     "another step."
@@ -309,11 +372,8 @@ class CheckpointStore:
                 f"{self._place(step)} has version {stored.get('version')}, this program reads version "
                 f"{CHECKPOINT_VERSION}: use the program that stored it."
             )
-        items = tuple(
-            item for item in _ARRAY_ITEMS if item != _AVERAGES or (self.directory / str(step) / item).is_dir()
-        )
-        config = from_json(json.dumps(stored["config"]))
-        return _Stored(stored["datasets"], config, items, stored.get("checksums", {}))
+        checksums = stored.get("checksums", dict.fromkeys(_ITEMS))  # those of programs before this one have none
+        return _Stored(stored["datasets"], from_json(json.dumps(stored["config"])), checksums)
 
     def _place(self, step: int) -> str:
         return f"The checkpoint of step {step} in {self.directory}"
@@ -386,6 +446,16 @@ class _Kept:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         best, latest = self.best(), [info.step for info in checkpoints][-self.latest :]
         return [info.step == best or info.step in latest for info in checkpoints]
+
+
+def _reason(error: BaseException) -> str:
+    """What was met first, in a line; where it is the system's word for it, that."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    known = next((link.strerror for link in reversed(chain) if isinstance(link, OSError) and link.strerror), None)
+    phrases = [phrase for phrase in _OF_THE_SYSTEM if phrase in str(error)]  # as TensorStore passes them on
+    return known or next(iter((*phrases, *str(error).splitlines())), type(error).__name__)
 
 
 def _counters(like: TrainState) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def checksum(item: Any) -> int:
     value = 0
     for name, array in _arrays("", item):
         value = zlib.crc32(f"{name} {_form(array)}".encode(), value)
-        value = zlib.crc32(np.ascontiguousarray(array), value)
+        value = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, value)
     return value
 
 

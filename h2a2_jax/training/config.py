@@ -19,7 +19,8 @@ from h2a2_jax.inference.evaluate import EvalConfig
 from h2a2_jax.inputs.sources import SourceConfig
 from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.models.config import DetectorConfig
-from h2a2_jax.training.config_tree import as_config_dict, build, wrong_type
+from h2a2_jax.training.config_tree import as_config_dict, build, leaves_of, wrong_type
+from h2a2_jax.typing import Schedule
 
 __all__ = [
     "EvalConfig",
@@ -71,17 +72,32 @@ class OptimConfig:
         weight_decay: decoupled.
         clip_norm: global gradient norm, over shared and exclusive parameters together, above which gradients are
             scaled down.
-        decay_epochs: epochs after which the learning rate is multiplied by `decay_factor`.
+        schedule: of the learning rate after warm-up: "step", multiplied by `decay_factor` after each of `decay_epochs`;
+            "cosine", down to `final_lr` at the last step; "constant".
+        decay_epochs: see there.
         decay_factor: see there.
+        final_lr: of the cosine, as a fraction of `lr`.
         warmup_steps: steps over which the learning rate rises linearly from zero.
+        decay_norms_and_biases: whether weight decay pulls at every parameter, or at kernels and other weights only.
+        batches: of a step; their gradients are averaged, dataset by dataset, before they are balanced and applied.
+        average_decay: of the moving averages of parameters and running statistics that are then evaluated and predicted
+            with, as 0.999; 0: none are kept.
+        freeze: parameters that stay as they are: groups, as "backbone", "stem", "layer1", "norms", or beginnings of
+            paths (`h2a2_jax.training.freezing`).
     """
 
     lr: float = 1e-3
     weight_decay: float = 1e-4
     clip_norm: float = 10.0
+    schedule: Schedule = "step"
     decay_epochs: tuple[int, ...] = (8, 11)
     decay_factor: float = 0.1
+    final_lr: float = 0.0
     warmup_steps: int = 0
+    decay_norms_and_biases: bool = True
+    batches: int = 1
+    average_decay: float = 0.0
+    freeze: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,9 +109,19 @@ class TrainConfig:
             their own.
         epochs: passes through the largest dataset, its repeats included.
         steps: optimiser steps; 0: as many as `epochs` are.
-        log_every: steps from one line of metrics to the next.
+        log_every: steps from one line of metrics to the next; each checkpoint has one too.
         checkpoint_every: steps from one checkpoint to the next; the last step always has one.
-        keep_checkpoints: how many of the latest are kept.
+        keep_checkpoints: how many of the latest are kept, beside the best that was evaluated.
+        evaluate_every: steps from one evaluation to the next, each of a checkpoint; 0: only the last step is.
+        precision: type that the network computes in: "float32" or "bfloat16". Parameters, statistics and losses are
+            float32 in both.
+        rematerialize: whether what a block of the network computes is computed again for the gradient rather than kept:
+            takes less memory and more time.
+        most_skipped: after so many steps in a row that were skipped because something was not finite, the run ends.
+        init_from: folder of a run whose checkpoint a new run starts with, for what fits of it; "": none.
+        init_step: of that checkpoint; None: the last.
+        profile: first and last step that a trace is recorded of; (0, 0): none.
+        compilation_cache: whether compiled programs are kept in the workdir for the next start.
         max_rung: highest bucket of padded shapes that training uses, each 1.25 times the one below; larger batches are
             cropped.
         workers: processes that load scans and build their maps; 0: a thread does, beside the training; None: as many as
@@ -112,6 +138,14 @@ class TrainConfig:
     log_every: int = 50
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
+    evaluate_every: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    rematerialize: bool = False
+    most_skipped: int = 10
+    init_from: str = ""
+    init_step: int | None = None
+    profile: tuple[int, int] = (0, 0)
+    compilation_cache: bool = True
     max_rung: int = 8
     workers: int | None = None
     permute_boxes: bool = False
@@ -221,6 +255,33 @@ def from_json(text: str) -> ExperimentConfig:
     return experiment_config(values)
 
 
+_FREE = (
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.evaluate_every",
+    "train.workers",
+    "train.most_skipped",
+    "train.profile",
+    "train.compilation_cache",
+    "eval",
+)
+
+
+def changes(stored: ExperimentConfig, given: ExperimentConfig) -> list[str]:
+    """What differs between the config that a run was begun with and one to go on with, a phrase each.
+
+    What only says how often something is written, looked at or kept, or how scans are evaluated, may differ.
+    """
+    theirs, ours = (leaves_of(config) for config in (stored, given))
+    keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+    return [
+        f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}"
+        for key in keys
+        if not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+    ]
+
+
 def _named(name: str, entry: Any) -> dict[str, Any]:
     """An entry of the mapping of datasets as one of the list."""
     if not isinstance(entry, Mapping):
@@ -295,10 +356,17 @@ def _check_training(config: ExperimentConfig) -> None:
     optim, train = config.optim, config.train
     _require_positive("optim", optim, "lr", "clip_norm", "decay_factor")
     _require_at_least(0, "optim", optim, "weight_decay", "warmup_steps")
+    _require_at_least(1, "optim", optim, "batches")
+    _require_fraction("optim", optim, "final_lr")
+    decay = optim.average_decay
+    _require(0 <= decay < 1, "optim.average_decay", decay, "a number from 0 to below 1, such as 0.999")
     rising = all(a < b for a, b in itertools.pairwise((0, *optim.decay_epochs)))
     _require(rising, "optim.decay_epochs", optim.decay_epochs, "rising epochs from 1")
     _require_at_least(1, "train", train, "batch_size", "epochs", "log_every", "checkpoint_every", "keep_checkpoints")
-    _require_at_least(0, "train", train, "steps", "max_rung", "seed")
+    _require_at_least(1, "train", train, "most_skipped")
+    _require_at_least(0, "train", train, "steps", "max_rung", "seed", "evaluate_every")
+    first, last = train.profile
+    _require((first, last) == (0, 0) or 1 <= first <= last, "train.profile", train.profile, "(first, last) or (0, 0)")
     _require(train.workers is None or train.workers >= 0, "train.workers", train.workers, "0 or more, or None")
 
 

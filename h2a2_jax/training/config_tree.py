@@ -107,6 +107,21 @@ def _kind_name(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
+def leaves_of(config: Any) -> dict[str, object]:
+    """The values of a dataclass by dotted key; entries of a tuple that have a name, by that."""
+    return _leaves("", dataclasses.asdict(config))
+
+
+def _leaves(path: str, value: object) -> dict[str, object]:
+    if isinstance(value, dict):
+        entries = value.items()
+    elif isinstance(value, tuple) and value and isinstance(value[0], dict):
+        entries = {str(entry.get("name", i)): entry for i, entry in enumerate(value)}.items()
+    else:
+        return {path: value}
+    return {k: v for key, entry in entries for k, v in _leaves(f"{path}.{key}" if path else str(key), entry).items()}
+
+
 def wrong_type(path: str, value: Any, expected: str) -> InputError:
     """The sentence for a value of another type."""
     return InputError(f"{path or 'the config'} is {value!r} ({type(value).__name__}); expected {expected}.")

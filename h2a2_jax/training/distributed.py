@@ -24,6 +24,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.batching import Batch
 from h2a2_jax.inputs.division import Answer, Division
 from h2a2_jax.training.mesh import DATASET, REPLICA
+from h2a2_jax.training.stopping import Stopped
 
 _EXAMPLE = "--coordinator=localhost:12345 --num_processes=3 --process_id=0"
 _HEARTBEAT_S = 30
@@ -36,8 +37,8 @@ def processes(
 ) -> Iterator[None]:
     """Joins the processes of a run, if there are several; to be entered before JAX is used.
 
-    An error in one process ends it at once, with status 2 for wrong input and 1 otherwise: waiting for the others, as
-    a process that ends in order does, would leave them waiting for it.
+    An error in one process ends it at once, with status 2 for wrong input, that of `Stopped`, and 1 otherwise: waiting
+    for the others, as a process that ends in order does, would leave them waiting for it.
 
     Args:
         coordinator: "host:port" of process 0, reachable by all; "auto" where JAX finds it itself, as under SLURM; None
@@ -208,9 +209,13 @@ class MeshDivision(Division):
 
 def _end(error: BaseException) -> None:
     """Leave a run of several processes at once: an error here shall not wait for the others."""
-    if isinstance(error, InputError):
+    if isinstance(error, Stopped):
+        status = error.status
+    elif isinstance(error, InputError):
+        status = 2
         print(f"run.py: {error}", file=sys.stderr)
     else:
+        status = 1
         traceback.print_exception(error)
         process = jax.process_index()
         print(
@@ -218,4 +223,4 @@ def _end(error: BaseException) -> None:
         )
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(2 if isinstance(error, InputError) else 1)
+    os._exit(status)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.files import whole_file
 
 
 class JsonLinesWriter:
@@ -72,6 +73,32 @@ def read_json_lines(path: Path, version: int) -> list[dict[str, Any]]:
             )
         by_step[step] = values
     return [by_step[step] for step in sorted(by_step)]
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Cut the lines of later steps off a file that may not be there, and what a kill cut short.
+
+    Args:
+        path: of the file.
+        step: the last one to stay.
+
+    Raises:
+        InputError: a line is no JSON object with a step.
+    """
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line, path) <= step]
+    if len(kept) < len(lines):
+        with whole_file(path) as part:
+            part.write_bytes(b"".join(kept))
+
+
+def _step_of(line: bytes, path: Path) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"A line of {path} is no JSON object with a step ({error}): repair or remove it.") from error
 
 
 def _drop_cut_line(path: Path) -> None:

@@ -1,201 +1,198 @@
 """Joint training from a config to a checkpoint, reading top to bottom."""
 
+import contextlib
+import errno
+import platform
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
-from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
 
+from h2a2_jax.compilation_cache import compilation_cache
 from h2a2_jax.errors import InputError
-from h2a2_jax.host import available_cores
-from h2a2_jax.inputs.drawing import StreamDataset
-from h2a2_jax.inputs.mmdet3d import Mmdet3dFolder
-from h2a2_jax.inputs.pipeline import JointStream, StreamConfig
-from h2a2_jax.inputs.scan import ScanSource
-from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source, permuted_boxes
-from h2a2_jax.inputs.tfds_source import TfdsSource
-from h2a2_jax.models import Detector, HeadConfig, PlanLayout
-from h2a2_jax.training.balancers import build_balancer
+from h2a2_jax.files import whole_file
+from h2a2_jax.inputs.pipeline import JointStream
+from h2a2_jax.lock import alone_in
+from h2a2_jax.provenance import revision, versions
+from h2a2_jax.training.build import build_detector, build_stream, build_trainer, steps_of_run
 from h2a2_jax.training.checkpoint import CheckpointStore
+from h2a2_jax.training.compilations import CompilationCounter
 from h2a2_jax.training.config import ExperimentConfig, to_json
 from h2a2_jax.training.distributed import MeshDivision, is_main, say
-from h2a2_jax.training.evaluation import evaluate, merged, say_notes, say_skipped
+from h2a2_jax.training.evaluation import merged, say_notes, say_skipped
+from h2a2_jax.training.evaluations import best_step, read_evaluations
 from h2a2_jax.training.mesh import DATASET, REPLICA, train_mesh
-from h2a2_jax.training.metrics import MetricsWriter, Progress
+from h2a2_jax.training.nonfinite import NonFiniteError, NonFiniteWatch
+from h2a2_jax.training.profiler import StepProfiler
+from h2a2_jax.training.resume import drop_lines_of_lost_steps, initial_detector, restore_newest
+from h2a2_jax.training.run import Run
 from h2a2_jax.training.selection_log import SelectionLog
 from h2a2_jax.training.selection_report import selection_report, selection_table
-from h2a2_jax.training.state import create_state, merge_model, place_state
-from h2a2_jax.training.step import StepConfig, make_train_step
-from h2a2_jax.training.watch import Watch, mean_known
+from h2a2_jax.training.step import tensor_names
+from h2a2_jax.training.stopping import Stopped, StopSignals
+from h2a2_jax.training.summary import CheckpointScores, RunDevices, RunFacts, write_summary
+from h2a2_jax.training.watch import Watch
 
-CACHED_SCANS = 2000
-"""Sources of up to this many scans are kept in memory, where a thread loads them and loading takes long."""
+CACHE = "cache"
+"""In the workdir: compiled programs, in a folder a machine."""
 
-
-def build_detector(config: ExperimentConfig) -> Detector:
-    """The detector of a config with the parameters that its seed draws."""
-    specs = config.specs
-    heads = [HeadConfig(spec.name, spec.num_classes, spec.num_outputs) for spec in specs]
-
-    def build(key: PRNGKeyArray) -> Detector:
-        return Detector(config.model, heads, rngs=nnx.Rngs(key))
-
-    # Drawn in one program, for hundreds of small ones would be compiled otherwise; the same for all seeds.
-    key = jax.random.key(config.train.seed)
-    return nnx.merge(nnx.graphdef(nnx.eval_shape(build, key)), jax.jit(lambda key: nnx.state(build(key)))(key))
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
 
-def build_stream(config: ExperimentConfig, division: MeshDivision) -> JointStream:
-    """The training stream of a config; a process opens the datasets that it loads.
-
-    Raises:
-        InputError: a dataset is missing or has no usable scan.
-    """
-    workers = _workers(config)
-
-    def opened(chosen: SourceConfig) -> ScanSource:
-        source = build_source(chosen, "train")
-        # Prepared scans are read in milliseconds, and all of them fill gigabytes; workers would each keep some.
-        is_quick = isinstance(source, Mmdet3dFolder | TfdsSource)
-        if workers == 0 and not is_quick and len(source) <= CACHED_SCANS:
-            source = CachedSource(source)
-        return permuted_boxes(source, config.train.seed) if config.train.permute_boxes else source
-
-    own = division.together(lambda: {d: opened(config.datasets[d]) for d in division.datasets}, "open its scans")
-    return JointStream(
-        [
-            StreamDataset(
-                chosen.spec,
-                own.get(d),
-                chosen.repeats,
-                chosen.sample,
-                chosen.augment,
-                chosen.batch_size,
-                chosen.weight,
-            )
-            for d, chosen in enumerate(config.datasets)
-        ],
-        StreamConfig(
-            batch_size=config.train.batch_size,
-            replicas=division.mesh.shape[REPLICA],
-            voxel_size=config.model.voxel_size,
-            seed=config.train.seed,
-            max_rung=config.train.max_rung,
-            layout=PlanLayout.of(config.model),
-            workers=workers,
-        ),
-        division,
-    )
-
-
-def _workers(config: ExperimentConfig) -> int:
-    """Processes that prepare scans."""
-    if config.train.workers is not None:
-        return config.train.workers
-    if jax.default_backend() == "cpu":
-        return 0  # the cores are busy already
-    return max(1, available_cores() - 2)
-
-
-def learning_rate(config: ExperimentConfig, steps_per_epoch: int) -> optax.Schedule:
-    """Linear warm-up, then steps down after the epochs that the config names."""
-    optim = config.optim
-    decays = {epoch * steps_per_epoch: optim.decay_factor for epoch in optim.decay_epochs}
-    steps = optax.piecewise_constant_schedule(optim.lr, decays)
-
-    def schedule(count: Any) -> Any:
-        if not optim.warmup_steps:
-            return steps(count)
-        return steps(count) * jax.numpy.minimum(1.0, (count + 1) / optim.warmup_steps)
-
-    return schedule
-
-
-def train(config: ExperimentConfig, workdir: Path, devices: Sequence[jax.Device] | None = None) -> dict[str, Any]:
+def train(
+    config: ExperimentConfig,
+    workdir: Path,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    accept_changes: bool = False,
+    config_file: str | None = None,
+) -> dict[str, Any]:
     """Train, save, evaluate; go on from the newest checkpoint where there is one.
 
-    Writes to the workdir: config.json, metrics.jsonl (`MetricsWriter`), selection.jsonl (`SelectionLog`), checkpoints/,
-    evaluation.json. In a run of several processes all call it, with a workdir that all can read; the first writes.
+    Writes to the workdir: config.json, metrics.jsonl (`MetricsWriter`), selection.jsonl (`SelectionLog`), tensorboard/,
+    checkpoints/, evaluations/, evaluation.json and summary.md; keeps compiled programs in cache/. In a run of several
+    processes all call it, with a workdir that all can read; the first writes.
+
+    SIGTERM and Ctrl-C end it after the step under way, which is saved. A second Ctrl-C ends it at once.
 
     Args:
         config: of the run.
         workdir: folder of the run, made if missing.
         devices: all of them by default.
+        accept_changes: whether a run may go on with another config than it was begun with.
+        config_file: what the config was read from, for the commands in summary.md.
 
     Returns:
         What evaluation.json holds.
 
     Raises:
-        InputError: data missing, or the workdir holds checkpoints of another architecture.
+        InputError: data are missing; the workdir is in use, cannot be written to, or holds a run of another config; a
+            step could not be taken, for its numbers were not finite many times in a row.
+        Stopped: a signal came.
     """
-    specs = config.specs
-    mesh = train_mesh(len(specs), devices)
-    division = MeshDivision(mesh, len(specs))
-    stream = build_stream(config, division)
-    total = config.train.steps or config.train.epochs * stream.steps_per_epoch
-    schedule = learning_rate(config, stream.steps_per_epoch)
-    optimizer = optax.adamw(schedule, weight_decay=config.optim.weight_decay)
-    balancer = build_balancer(config.harmonize, len(specs), DATASET, config.train.seed)
-    graph, state = create_state(build_detector(config), optimizer, balancer)
-    step_config = StepConfig(
-        clip_norm=config.optim.clip_norm, average_statistics=config.model.running_statistics == "shared"
-    )
-    take_step = make_train_step(graph, state, specs, optimizer, balancer, mesh, step_config)
-    state = place_state(state, mesh)
-
-    workdir.mkdir(parents=True, exist_ok=True)
-    with CheckpointStore(workdir / "checkpoints", keep=config.train.keep_checkpoints) as store:
-        newest = store.latest_step()
-        if newest is not None:
-            state = store.restore_state(newest, state, config.dataset_names, config)
-            say(f"Resuming {workdir} after step {newest} of {total}.")
-        first = int(state.step)
-        if len({row[0] for row in division.exchange(np.array([first], np.int32))().tolist()}) > 1:
-            raise InputError(f"The processes find different checkpoints in {workdir}: give a folder that all share.")
-        # Only now: a workdir of another run stays as it is.
+    began, code = time.monotonic(), revision()
+    with StopSignals().watched() as signals, contextlib.ExitStack() as opened:
+        try:
+            run = _opened(config, workdir, devices, opened, accept_changes)
+            _take_steps(run, signals)
+            documents = _evaluated(run)
+        except Stopped as stopped:
+            opened.close()  # what is on its way to the disk arrives there
+            _say_stopped(stopped, workdir)
+            raise
+        run.store.wait()
         if is_main():
-            (workdir / "config.json").write_text(to_json(config) + "\n")
-        _say_start(config, stream, mesh, total)
-        selection_log = SelectionLog(workdir, config.dataset_names, total, config.train.log_every)
-        watch = Watch(config, specs, schedule, stream, selection_log)
-        with MetricsWriter(workdir) if is_main() else nullcontext() as writer:
-            started, progress = time.monotonic(), None
-            for item in stream.steps(first, total):
-                state, metrics = take_step(state, item.batch)
-                step = item.step + 1
-                if writer is not None:
-                    watch.see(item, metrics)
-                    if progress is None:  # what compiling takes says nothing of the time left
-                        jax.block_until_ready(metrics)
-                        say(f"First step done after {time.monotonic() - started:.0f} s.")
-                        progress = Progress(total, step)
-                    if step % config.train.log_every == 0 or step == total:
-                        values = watch.summary(state.balancer)
-                        writer.write(step, values)
-                        loss = float(mean_known(np.array([values[f"loss/{spec.name}"] for spec in specs])))
-                        progress.update(step, loss, watch.scans_since_summary)
-                if step % config.train.checkpoint_every == 0 or step == total:
-                    whole = state if division.alone else division.fetch(state)
-                    if is_main():
-                        store.save(step, whole, config, config.dataset_names)
-            if progress is not None:
-                progress.close()
-    say_skipped(merged(division.gather(stream.skipped)))
-    say_notes(merged(division.gather(stream.log.notes)), specs)
-    if stream.log.scans:
-        say(input_summary(stream))
-    end = merge_model(graph, *division.fetch((state.exclusive, state.shared, state.stats)))
-    if config.model.selection is not None and watch.selection:
-        reports, moved = selection_report(build_detector(config), end, watch.mean_selection())
-        say("\n" + selection_table(reports, moved, config.dataset_names))
-    return evaluate(config, end, workdir, division)
+            facts = _facts(run, documents, began, code, config_file)
+            say(f"What the run did is summed up in {write_summary(workdir, facts)}.")
+        return documents
+
+
+def _opened(
+    config: ExperimentConfig,
+    workdir: Path,
+    devices: Sequence[jax.Device] | None,
+    opened: contextlib.ExitStack,
+    accept_changes: bool,
+) -> Run:
+    """The run at its beginning, or where its newest checkpoint is."""
+    mesh = train_mesh(len(config.specs), devices)
+    division = MeshDivision(mesh, len(config.specs))
+    stream = build_stream(config, division)
+    steps_per_epoch, total = steps_of_run(config, stream)
+    _have_alone(workdir, division, opened)
+    opened.enter_context(_naming_what_cannot_be_written(workdir))
+    cache = workdir / CACHE / platform.node() if config.train.compilation_cache else None
+    opened.enter_context(compilation_cache(cache))  # before anything is compiled
+    compilations = opened.enter_context(CompilationCounter(config.train.max_rung + 1))
+
+    best = partial(best_step, workdir)
+    store = opened.enter_context(CheckpointStore(workdir / "checkpoints", config.train.keep_checkpoints, best))
+    if is_main():
+        store.tidy()
+    is_new = store.latest_step() is None
+    start = initial_detector(config, is_new)
+    trainer = build_trainer(config, start or build_detector(config), division, steps_per_epoch, total)
+    state = restore_newest(store, trainer.start, config, division, accept_changes=accept_changes) or trainer.start
+    first = int(state.step)
+    if len(set(division.exchange(np.array([first], np.int32))()[:, 0].tolist())) > 1:
+        raise InputError(f"The processes find different checkpoints in {workdir}: give a folder that all share.")
+    if is_main():  # only now: a workdir of another run stays as it is
+        with whole_file(workdir / "config.json") as part:
+            part.write_text(to_json(config) + "\n")
+        drop_lines_of_lost_steps(workdir, first)
+    if not is_new:
+        say(f"Resuming {workdir} after step {first} of {total}.")
+    _say_start(config, stream, mesh, total)
+
+    log = SelectionLog(workdir, config.dataset_names, total, config.train.log_every)
+    watch = Watch(config, config.specs, trainer.schedule, stream, log)
+    saved = None if is_new else first
+    run = Run(config, workdir, division, stream, trainer, store, watch, compilations, total, start, state, first, saved)
+    return opened.enter_context(run)
+
+
+def _take_steps(run: Run, signals: StopSignals) -> None:
+    """All that are left."""
+    train, each = run.config.train, run.config.optim.batches
+    nonfinite = NonFiniteWatch(
+        run.workdir, run.config.dataset_names, tensor_names(run.state), run.stream, train.most_skipped
+    )
+    if 0 < run.step < run.total and run.is_due(train.evaluate_every) and not run.is_evaluated():
+        run.evaluate()  # which a kill, or a signal, kept from being done
+    with (
+        signals.deferred(),
+        StepProfiler(run.workdir, *train.profile) as profiler,
+        contextlib.closing(run.batches()) as batches,
+    ):
+        for item in batches:
+            step, place = divmod(item.step, each)
+            profiler.before_step(step + 1)
+            with run.compilations.step():
+                run.state, metrics = run.trainer.take_step(run.state, item.batch)
+            profiler.after_step(step + 1, metrics)
+            run.watch.see(item, metrics)
+            with run.left_by(NonFiniteError):
+                nonfinite.see(item, metrics)
+            if place + 1 < each:
+                continue
+            run.step = step + 1
+            run.show_progress(metrics)
+            if warning := run.compilations.warning(run.step):
+                say(warning)
+            stopping, evaluates = run.is_stopping(signals), run.is_due(train.evaluate_every)
+            saves = stopping or evaluates or run.is_due(train.checkpoint_every)
+            if saves or run.is_due(train.log_every):
+                with run.left_by(NonFiniteError):
+                    nonfinite.look()
+                run.log()
+            if saves:
+                run.save()
+            if stopping:
+                raise signals.stopped()
+            if evaluates and run.step < run.total:
+                with signals.immediate():  # all is saved
+                    run.evaluate()
+    run.close_progress()
+
+
+def _evaluated(run: Run) -> dict[str, Any]:
+    """What is said and evaluated when all steps are taken."""
+    say_skipped(merged(run.division.gather(run.stream.skipped)))
+    say_notes(merged(run.division.gather(run.stream.log.notes)), run.config.specs)
+    if run.stream.log.scans:
+        say(input_summary(run.stream))
+    if (skipped := int(run.state.skipped)) > 0:
+        say(f"{skipped} of {run.step} steps were skipped, for something in them was not finite.")
+    end = run.trainer.detector(run.state, run.division)
+    if run.config.model.selection is not None and run.watch.selection and run.start is not None:
+        reports, moved = selection_report(run.start, end, run.watch.mean_selection())
+        say("\n" + selection_table(reports, moved, run.config.dataset_names))
+    return run.evaluate_end(end)
 
 
 def input_summary(stream: JointStream) -> str:
@@ -207,14 +204,77 @@ def input_summary(stream: JointStream) -> str:
     return f"Input: {rate:.1f} scans per second per core ({parts} ms a scan); {waited}."
 
 
-def _say_start(config: ExperimentConfig, stream: JointStream, mesh: Mesh, total: int) -> None:
+def _facts(run: Run, documents: dict[str, Any], began: float, code: str, config_file: str | None) -> RunFacts:
+    """What summary.md tells."""
+    config, counter = run.config, run.compilations
     names = config.dataset_names
+    results = [CheckpointScores.of("last", run.step, documents)]
+    best = best_step(run.workdir)
+    if config.train.evaluate_every and best is not None:
+        results.append(CheckpointScores.of("best", best, read_evaluations(run.workdir)[best]))
+    return RunFacts(
+        config=config,
+        num_scans=dict(zip(names, run.stream.num_scans, strict=True)),
+        steps=run.step,
+        epochs=run.step / steps_of_run(config, run.stream)[0],
+        results=results,
+        seconds=time.monotonic() - began,
+        scans_per_second=run.watch.scans_per_second,
+        resumed_after=run.began_after,
+        skipped_steps=int(run.state.skipped),
+        skipped_scans=len(run.stream.skipped),
+        compilations=counter.count,
+        loaded_compilations=counter.loaded,
+        compilation_seconds=counter.seconds,
+        devices=RunDevices.of(run.division.mesh),
+        versions=versions(),
+        revision=code,
+        config_file=config_file,
+    )
+
+
+def _have_alone(workdir: Path, division: MeshDivision, opened: contextlib.ExitStack) -> None:
+    """Keep other runs out of the workdir."""
+
+    def locked() -> None:
+        if is_main():
+            opened.enter_context(alone_in(workdir, "training run"))
+
+    division.together(locked, "have the workdir for itself")
+
+
+@contextlib.contextmanager
+def _naming_what_cannot_be_written(workdir: Path) -> Iterator[None]:
+    """A full disk and its like, met anywhere in the run, as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        raise InputError(
+            f"{error.filename or workdir} cannot be written ({error.strerror}): free space there or make it writable; "
+            "the same command goes on from the newest checkpoint."
+        ) from error
+
+
+def _say_start(config: ExperimentConfig, stream: JointStream, mesh: Mesh, total: int) -> None:
+    names, batches = config.dataset_names, config.optim.batches
     datasets = ", ".join(f"{name} ({count} scans)" for name, count in zip(names, stream.num_scans, strict=True))
     sizes = [str(size) for size in stream.batch_sizes]
     size = f"{sizes[0]} scans a dataset" if len(set(sizes)) == 1 else f"{', '.join(sizes)} scans"
+    several = f"{batches} batches of " if batches > 1 else ""
     processes = f" of {jax.process_count()} processes" if mesh.is_multi_process else ""
     say(
-        f"Training on {datasets}; {total} steps of {size} on "
+        f"Training on {datasets}; {total} steps of {several}{size} on "
         f"{mesh.size} {jax.devices()[0].platform} device(s){processes}, {mesh.shape[DATASET]} x {mesh.shape[REPLICA]} "
         "(dataset x replica). The first step compiles, which takes a minute or two."
     )
+
+
+def _say_stopped(stopped: Stopped, workdir: Path) -> None:
+    with CheckpointStore(workdir / "checkpoints") as store:
+        newest = store.latest_step()
+    if newest is None:
+        say(f"{stopped} before anything was saved; the same command begins anew.")
+    else:
+        say(f"{stopped}; step {newest} is saved in {workdir}, and the same command goes on from there.")

@@ -44,7 +44,8 @@ class MetricsWriter:
 
         Args:
             step: optimiser steps done.
-            metrics: numbers by name; arrays of one element count as numbers and are fetched from their device here.
+            metrics: numbers by name, None for one that is not known; arrays of one element count as numbers and
+                are fetched from their device here.
 
         Raises:
             ValueError: if a metric is no single number or is named as a key of the schema.
@@ -129,6 +130,8 @@ class Progress:
 
 
 def _number(name: str, value: Any) -> float | int | None:
+    if value is None:
+        return None
     array = np.asarray(value)
     # Kind V is bfloat16 and its like.
     if array.size != 1 or array.dtype.kind not in "iufV":

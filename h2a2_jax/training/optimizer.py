@@ -6,7 +6,7 @@ another choice.
 
 import re
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,7 @@ import optax
 
 from h2a2_jax.training.checkpoint_tree import flat_names
 from h2a2_jax.training.freezing import frozen_mask
-
-Schedule = Literal["step", "cosine", "constant"]
+from h2a2_jax.typing import Schedule
 
 _WEIGHTS = r"(^|\.)(kernel|box_kernel|class_kernel|shared|exclusive|projection)$"
 """Paths of what multiplies features. Others are scales and biases of norms, biases, validity priors, and tables of

@@ -41,8 +41,8 @@ class TrainState:
     shared_optimizer: Leaf
     exclusive_optimizer: Leaf
     balancer: Leaf
-    skipped: Leaf = 0
-    skipped_in_row: Leaf = 0
+    skipped: Leaf
+    skipped_in_row: Leaf
     averages: Leaf = None
     accumulated: Leaf = None
 

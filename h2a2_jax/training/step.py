@@ -216,8 +216,9 @@ def _with_statistics(state: TrainState, new: Any, counts: Bool[Array, " local"],
 def _added(before: Accumulated, new: Accumulated, good: Bool[Array, ""]) -> Accumulated:
     """The gradients of a step so far with those of a further batch, which counts only if it is good."""
     counts = (new.count > 0) & good
-    sums = [jax.tree.map(lambda leaf: keep_present(leaf, counts), part) for part in (new.shared, new.exclusive)]
-    this = Accumulated(*sums, keep_present(new.losses, counts), counts.astype(jnp.int32), new.batches)
+    sums = (new.shared, new.exclusive, new.losses)
+    shared, exclusive, losses = jax.tree.map(lambda leaf: keep_present(leaf, counts), sums)
+    this = Accumulated(shared, exclusive, losses, counts.astype(jnp.int32), new.batches)
     return jax.tree.map(jnp.add, before, this)
 
 

@@ -20,7 +20,7 @@ class Stopped(BaseException):
     """
 
     def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+        super().__init__(f"Stopped by {signal.Signals(number).name}")
         self.status = INTERRUPTED if number == signal.SIGINT else 0
 
 
@@ -67,11 +67,24 @@ class StopSignals:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Inside, a signal is taken note of only."""
-        self._deferring = True
+        with self._set(True):
+            yield
+
+    @contextmanager
+    def immediate(self) -> Iterator[None]:
+        """Inside, and `deferred` outside, a signal raises at once."""
+        if self.requested:
+            raise self.stopped()
+        with self._set(False):
+            yield
+
+    @contextmanager
+    def _set(self, deferring: bool) -> Iterator[None]:
+        before, self._deferring = self._deferring, deferring
         try:
             yield
         finally:
-            self._deferring = False
+            self._deferring = before
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         again = self._received == signal.SIGINT == number

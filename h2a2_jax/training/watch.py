@@ -1,7 +1,9 @@
 """What a run tells between two lines of metrics, gathered from its steps."""
 
+import contextlib
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +30,7 @@ class Watch:
     Attributes:
         config: of the run.
         specs: of its datasets.
-        schedule: learning rate by step.
+        schedule: learning rate by the number of steps applied.
         stream: of the scans.
         selection_log: is told of kernel selection with every summary.
         scans_since_summary: scans of the steps that the last summary was of.
@@ -47,15 +49,30 @@ class Watch:
     _since: float = field(default_factory=time.monotonic)
     _scans: int = 0
     _step: int = 0
+    _summaries: int = 0
+    _timed_scans: int = 0
+    _timed_seconds: float = 0.0
 
     _REMEMBERED = 50
 
     def see(self, item: JointStep, metrics: StepMetrics) -> None:
-        """Take note of a step; what it computes stays on the device until the summary."""
+        """Take note of a batch; what it computes stays on the device until the summary."""
         self._pending.append(metrics)
         self._scans += item.num_scans
         self._dropped += item.dropped_points
-        self._step = item.step
+        self._step = item.step // self.config.optim.batches
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What takes place inside is no part of the scans per second."""
+        started = time.monotonic()
+        yield
+        self._since += time.monotonic() - started
+
+    @property
+    def scans_per_second(self) -> float | None:
+        """Of all steps but those before the first summary, of which one compiled; None where there are no others."""
+        return self._timed_scans / self._timed_seconds if self._timed_seconds else None
 
     def summary(self, balancer: Any) -> dict[str, float]:
         """Means since the last summary, as one line of metrics.jsonl."""
@@ -65,7 +82,9 @@ class Watch:
         if self.selection_log is not None:
             self.selection_log.add(self._step + 1, [metrics.selection for metrics in steps])
         now = time.monotonic()
-        present = np.stack([metrics.present for metrics in steps])
+        good = np.array([not metrics.nonfinite.any() for metrics in steps])
+        present = np.stack([metrics.present for metrics in steps]) & good[:, None]
+        skipped = int(steps[-1].skipped)
         box, classification = (
             mean_known(np.where(present, np.stack([getattr(metrics, part) for metrics in steps]), np.nan))
             for part in ("box_loss", "class_loss")
@@ -75,17 +94,28 @@ class Watch:
             values[f"loss/{spec.name}"] = float(box[d] + classification[d])
             values[f"loss_box/{spec.name}"] = float(box[d])
             values[f"loss_class/{spec.name}"] = float(classification[d])
-        values["learning_rate"] = float(self.schedule(self._step))
-        values["gradient_norm"] = float(np.mean([metrics.gradient_norm for metrics in steps]))
+        values["learning_rate"] = float(self.schedule(max(self._step - skipped, 0)))
+        norms = [float(metrics.gradient_norm) for metrics in steps if metrics.gradient_norm > 0]
+        values["gradient_norm"] = sum(norms) / len(norms) if norms else math.nan
         values |= self._harmonization(balancer)
         shares = [layer.exclusive_share for metrics in steps for layer in metrics.selection.values()]
         for d, spec in enumerate(self.specs if shares else ()):
             values[f"exclusive_share/{spec.name}"] = float(mean_known(np.array([share[d] for share in shares])))
         values["dropped_points"] = self._dropped
         values["skipped_scans"] = len(self.stream.skipped)
-        values["scans_per_second"] = self._scans / max(now - self._since, 1e-9)
+        values["skipped_steps"] = skipped
+        seconds = max(now - self._since, 1e-9)
+        values["scans_per_second"] = self._scans / seconds
+        if self._summaries:
+            self._timed_scans, self._timed_seconds = self._timed_scans + self._scans, self._timed_seconds + seconds
+        self._summaries += 1
         self.scans_since_summary, self._scans, self._dropped, self._since = self._scans, 0, 0, now
         return values
+
+    @property
+    def has_news(self) -> bool:
+        """Whether steps were seen since the last summary."""
+        return bool(self._pending)
 
     def _harmonization(self, balancer: Any) -> dict[str, float]:
         """Agreement, norms and factors of the last step."""

@@ -49,8 +49,11 @@ def state_shapes(names: Sequence[str], model: DetectorConfig, balanced: bool) ->
     heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in specs]
     _, exclusive, shared, stats = split_model(nnx.eval_shape(lambda: Detector(model, heads, rngs=nnx.Rngs(0))))
     balancer = norm_gradient_harmonization(len(names)) if balanced else plain_mean()
+    number = jax.ShapeDtypeStruct((), jnp.int32)
     return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32),
+        step=number,
+        skipped=number,
+        skipped_in_row=number,
         shared=shared,
         exclusive=exclusive,
         stats=stats,

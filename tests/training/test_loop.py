@@ -10,10 +10,10 @@ import pytest
 from h2a2_jax.inputs.mmdet3d import Mmdet3dFolder
 from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source
 from h2a2_jax.inputs.specs import S3DIS, SCANNET
+from h2a2_jax.training.build import build_stream
 from h2a2_jax.training.config import ExperimentConfig
 from h2a2_jax.training.distributed import MeshDivision
 from h2a2_jax.training.evaluation import say_notes, say_warnings
-from h2a2_jax.training.loop import build_stream
 from h2a2_jax.training.mesh import train_mesh
 
 

@@ -53,7 +53,9 @@ def save(run: Path, seed: int, sources: Sources, model: DetectorConfig, step: in
     trained, nothing = detector(seed, sources, model), {"count": jnp.int32(0)}
     _, exclusive, shared, stats = split_model(trained)
     with CheckpointStore(run / "checkpoints") as store:
-        state = TrainState(jnp.int32(step), shared, exclusive, stats, nothing, nothing, nothing)
+        state = TrainState(
+            jnp.int32(step), shared, exclusive, stats, nothing, nothing, nothing, jnp.int32(0), jnp.int32(0)
+        )
         store.save(step, state, ExperimentConfig(sources, model), [source.name for source in sources])
     return arrays(trained, sources)
 

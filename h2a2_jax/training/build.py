@@ -1,0 +1,177 @@
+"""What a run is made of, from its config: detector, optimiser, stream of scans, compiled step."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import optax
+from flax import nnx
+from jaxtyping import PRNGKeyArray
+
+from h2a2_jax.host import available_cores
+from h2a2_jax.inputs.batching import Batch
+from h2a2_jax.inputs.drawing import StreamDataset
+from h2a2_jax.inputs.mmdet3d import Mmdet3dFolder
+from h2a2_jax.inputs.pipeline import JointStream, StreamConfig
+from h2a2_jax.inputs.scan import ScanSource
+from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source, permuted_boxes
+from h2a2_jax.inputs.tfds_source import TfdsSource
+from h2a2_jax.models import Detector, HeadConfig, PlanLayout
+from h2a2_jax.training.balancers import build_balancer
+from h2a2_jax.training.config import ExperimentConfig
+from h2a2_jax.training.distributed import MeshDivision, say
+from h2a2_jax.training.freezing import frozen_paths, frozen_text
+from h2a2_jax.training.gradients import LossConfig
+from h2a2_jax.training.mesh import DATASET, REPLICA
+from h2a2_jax.training.optimizer import build_optimizer, learning_rate
+from h2a2_jax.training.state import TrainState, create_state, merge_model, place_state, split_model
+from h2a2_jax.training.step import StepConfig, StepMetrics, make_train_step
+
+CACHED_SCANS = 2000
+"""Sources of up to this many scans are kept in memory, where a thread loads them and loading takes long."""
+
+
+def build_detector(config: ExperimentConfig) -> Detector:
+    """The detector of a config with the parameters that its seed draws."""
+    specs = config.specs
+    heads = [HeadConfig(spec.name, spec.num_classes, spec.num_outputs) for spec in specs]
+
+    def build(key: PRNGKeyArray) -> Detector:
+        return Detector(config.model, heads, rngs=nnx.Rngs(key))
+
+    # Drawn in one program, for hundreds of small ones would be compiled otherwise; the same for all seeds.
+    key = jax.random.key(config.train.seed)
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(build, key)), jax.jit(lambda key: nnx.state(build(key)))(key))
+
+
+def build_stream(config: ExperimentConfig, division: MeshDivision) -> JointStream:
+    """The training stream of a config; a process opens the datasets that it loads.
+
+    Raises:
+        InputError: a dataset is missing or has no usable scan.
+    """
+    workers = _workers(config)
+
+    def opened(chosen: SourceConfig) -> ScanSource:
+        source = build_source(chosen, "train")
+        # Prepared scans are read in milliseconds, and all of them fill gigabytes; workers would each keep some.
+        is_quick = isinstance(source, Mmdet3dFolder | TfdsSource)
+        if workers == 0 and not is_quick and len(source) <= CACHED_SCANS:
+            source = CachedSource(source)
+        return permuted_boxes(source, config.train.seed) if config.train.permute_boxes else source
+
+    own = division.together(lambda: {d: opened(config.datasets[d]) for d in division.datasets}, "open its scans")
+    return JointStream(
+        [
+            StreamDataset(
+                chosen.spec,
+                own.get(d),
+                chosen.repeats,
+                chosen.sample,
+                chosen.augment,
+                chosen.batch_size,
+                chosen.weight,
+            )
+            for d, chosen in enumerate(config.datasets)
+        ],
+        StreamConfig(
+            batch_size=config.train.batch_size,
+            replicas=division.mesh.shape[REPLICA],
+            voxel_size=config.model.voxel_size,
+            seed=config.train.seed,
+            max_rung=config.train.max_rung,
+            layout=PlanLayout.of(config.model),
+            workers=workers,
+        ),
+        division,
+    )
+
+
+def _workers(config: ExperimentConfig) -> int:
+    """Processes that prepare scans."""
+    if config.train.workers is not None:
+        return config.train.workers
+    if jax.default_backend() == "cpu":
+        return 0  # the cores are busy already
+    return max(1, available_cores() - 2)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What takes the steps of a run.
+
+    Attributes:
+        graph: structure of the detector.
+        start: state before the first step, on the devices; consumed by `take_step`.
+        schedule: learning rate by the number of steps applied.
+        take_step: see `make_train_step`.
+    """
+
+    graph: nnx.GraphDef
+    start: TrainState
+    schedule: optax.Schedule
+    take_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+    def detector(self, state: TrainState, division: MeshDivision) -> Detector:
+        """What is evaluated of a state, on the host: the averages where there are some."""
+        source = state if state.averages is None else state.averages
+        return merge_model(self.graph, *division.fetch((source.exclusive, source.shared, source.stats)))
+
+
+def build_trainer(
+    config: ExperimentConfig, detector: Detector, division: MeshDivision, steps_per_epoch: int, total: int
+) -> Trainer:
+    """Optimiser, balancer, state and step of a config.
+
+    Args:
+        config: of the run.
+        detector: as it starts.
+        division: of the mesh.
+        steps_per_epoch: optimiser steps of an epoch.
+        total: optimiser steps of the run.
+
+    Raises:
+        InputError: what is to be frozen is not there.
+    """
+    optim, names, mesh = config.optim, config.dataset_names, division.mesh
+    schedule = learning_rate(
+        optim.lr,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+        schedule=optim.schedule,
+        decay_epochs=optim.decay_epochs,
+        decay_factor=optim.decay_factor,
+        final_lr=optim.final_lr,
+        warmup_steps=optim.warmup_steps,
+    )
+    _, exclusive, shared, _ = split_model(detector)
+    frozen = frozen_paths(shared, exclusive, optim.freeze)
+    if frozen:
+        say(frozen_text(shared, exclusive, frozen))
+    optimizer = build_optimizer(
+        schedule, optim.weight_decay, decay_norms_and_biases=optim.decay_norms_and_biases, frozen=frozen
+    )
+    balancer = build_balancer(config.harmonize, len(names), DATASET, config.train.seed)
+    graph, state = create_state(
+        detector, optimizer, balancer, averaged=optim.average_decay > 0, accumulating=optim.batches > 1
+    )
+    step_config = StepConfig(
+        clip_norm=optim.clip_norm,
+        loss=LossConfig(
+            dtype=None if config.train.precision == "float32" else config.train.precision,
+            rematerialize=config.train.rematerialize,
+        ),
+        average_statistics=config.model.running_statistics == "shared",
+        batches=optim.batches,
+        averages_decay=optim.average_decay,
+        most_skipped=config.train.most_skipped,
+    )
+    take_step = make_train_step(graph, state, config.specs, optimizer, balancer, mesh, step_config, frozen)
+    return Trainer(graph, place_state(state, mesh), schedule, take_step)
+
+
+def steps_of_run(config: ExperimentConfig, stream: JointStream) -> tuple[int, int]:
+    """Optimiser steps of an epoch and of the run."""
+    steps_per_epoch = math.ceil(stream.steps_per_epoch / config.optim.batches)
+    return steps_per_epoch, config.train.steps or config.train.epochs * steps_per_epoch
