@@ -101,6 +101,21 @@ class Predictor:
         """
         return self.specs[self._index(dataset)]
 
+    def take_over(self, model: Detector) -> None:
+        """Go on with the parameters of another model of the same structure, for which nothing is compiled anew.
+
+        Args:
+            model: trained.
+
+        Raises:
+            ValueError: its structure is another one.
+        """
+        state = jax.tree.map(jnp.asarray, nnx.split(model)[1])
+        if jax.tree.structure(state) != jax.tree.structure(self._state):  # type: ignore[operator]
+            raise ValueError("the model has other parameters than the predictor was made for: make another predictor.")
+        with self._lock:
+            self._state, self._folded_states = state, {}
+
     @property
     def bucket_bases(self) -> dict[int, LevelSizes]:
         """The lowest padded shape by number of scans in a pass, as scans set it."""

@@ -51,6 +51,7 @@ def evaluate_predictor(
     *,
     draw: int = 0,
     datasets: Sequence[str] | None = None,
+    tables: bool = True,
 ) -> dict[str, Any]:
     """Evaluate on the scans of every dataset, or what is asked for; print tables, write evaluation.json and .csv.
 
@@ -62,6 +63,7 @@ def evaluate_predictor(
         request: which scans, and how.
         draw: number of the drawing of points, where the test protocol of a dataset draws some.
         datasets: of those that the request is for, the ones evaluated; None: all.
+        tables: whether the results are printed.
 
     Returns:
         What evaluation.json holds (`h2a2_jax.evaluation.document`).
@@ -102,11 +104,12 @@ def evaluate_predictor(
     for name, values in results.items():
         say_skipped({f"{name}/{scan}": reason for scan, reason in values["skipped"].items()})
     say_notes({f"{name}/{scan}": notes for name, one in found.items() for scan, notes in one["notes"].items()}, specs)
-    for name, one in found.items():
+    for name, one in found.items() if tables else ():
         say(f"\n{name}, {results[name]['scans']} scans\n{one['text']}")
     if request.cross:
         say("\n" + cross_table(results))
-    say(f"\nWritten to {folder / JSON_FILE}")
+    if tables:
+        say(f"\nWritten to {folder / JSON_FILE}")
     return results
 
 

@@ -71,6 +71,19 @@ def chosen_step(workdir: Path, text: str | None) -> int | None:
     return int(text)
 
 
+def score_text(documents: Mapping[str, Any]) -> str:
+    """MAP in per cent in a line, as in "mAP@0.25/0.5 scannet 51.3/20.1, s3dis 49.0/-"."""
+    levels = "/".join(f"{level['iou']:g}" for level in next(iter(documents.values()))["thresholds"])
+
+    def per_cent(score: float | None) -> str:
+        return "-" if score is None else f"{100 * score:.1f}"
+
+    scores = [
+        f"{name} {'/'.join(per_cent(level['mAP']) for level in own['thresholds'])}" for name, own in documents.items()
+    ]
+    return f"mAP@{levels} {', '.join(scores)}"
+
+
 def score_metrics(documents: Mapping[str, Any]) -> dict[str, float | None]:
     """MAP as a line of metrics has it: by "mAP@<IoU>/<dataset>", 0 to 1."""
     return {

@@ -13,6 +13,8 @@ import numpy as np
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation.document import JSON_FILE, write_evaluation
+from h2a2_jax.inference.evaluate import build_predictor
+from h2a2_jax.inference.predictor import Predictor
 from h2a2_jax.inputs.division import Answer
 from h2a2_jax.inputs.pipeline import JointStep, JointStream
 from h2a2_jax.inputs.workers import WorkerDiedError
@@ -22,8 +24,8 @@ from h2a2_jax.training.checkpoint import CheckpointStore
 from h2a2_jax.training.compilations import CompilationCounter
 from h2a2_jax.training.config import ExperimentConfig
 from h2a2_jax.training.distributed import MeshDivision, is_main, say
-from h2a2_jax.training.evaluation import evaluate
-from h2a2_jax.training.evaluations import evaluation_folder, score_metrics
+from h2a2_jax.training.evaluation import evaluate_predictor
+from h2a2_jax.training.evaluations import best_step, evaluation_folder, score_metrics, score_text
 from h2a2_jax.training.metrics import MetricsWriter, Progress, read_metrics
 from h2a2_jax.training.state import TrainState
 from h2a2_jax.training.step import StepMetrics
@@ -73,6 +75,7 @@ class Run:
     _progress: Progress | None = None
     _opened: float = field(default_factory=time.monotonic)
     _asked: Answer | None = None
+    _predictor: Predictor | None = None
     _writers: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _metrics: MetricsWriter | None = None
     _board: TensorBoardWriter | None = None
@@ -136,21 +139,28 @@ class Run:
         say(f"Evaluating step {self.step}.")
         with self.watch.paused():
             detector = self.trainer.detector(self.state, self.division)
-            self._log_scores(evaluate(self.config, detector, evaluation_folder(self.workdir, self.step), self.division))
+            folder = evaluation_folder(self.workdir, self.step)
+            documents = self._evaluated(detector, folder, tables=False)
+        say(f"Step {self.step}: {score_text(documents)}; the best so far is step {best_step(self.workdir)}.")
 
     def evaluate_end(self, detector: Detector) -> dict[str, Any]:
         """Evaluate the detector of the last step, into the workdir, and beside the others where there are others."""
-        documents = evaluate(self.config, detector, self.workdir, self.division)
+        documents = self._evaluated(detector, self.workdir)
         if is_main() and self.config.train.evaluate_every:
             write_evaluation(evaluation_folder(self.workdir, self.step), documents)
-        self._log_scores(documents)
         return documents
 
-    def _log_scores(self, documents: dict[str, Any]) -> None:
-        if self._metrics is None:
-            return
-        before = next((line for line in read_metrics(self.workdir) if line["step"] == self.step), {})
-        self._write({**before, **score_metrics(documents)})
+    def _evaluated(self, detector: Detector, folder: Path, *, tables: bool = True) -> dict[str, Any]:
+        """The evaluation of a detector of this step, whose scores join the metrics of the step."""
+        if self._predictor is None:
+            self._predictor = build_predictor(detector, self.config.specs, self.config.eval)
+        else:
+            self._predictor.take_over(detector)
+        documents = evaluate_predictor(self.config, self._predictor, folder, self.division, tables=tables)
+        if self._metrics is not None:
+            before = next((line for line in read_metrics(self.workdir) if line["step"] == self.step), {})
+            self._write({**before, **score_metrics(documents)})
+        return documents
 
     def is_evaluated(self) -> bool:
         """Whether the newest step has an evaluation."""
