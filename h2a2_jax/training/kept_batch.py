@@ -101,7 +101,7 @@ def read_batch(path: Path) -> list[KeptCell]:
         InputError: it cannot be read.
     """
     try:
-        with np.load(path) as file:
+        with path.open("rb") as opened, np.load(opened) as file:
             return [
                 KeptCell(
                     entry["dataset"],

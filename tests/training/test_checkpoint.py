@@ -1,6 +1,7 @@
 """Checkpoints: exact, by name, on any devices, and refused in a sentence where they do not fit."""
 
 import dataclasses
+import errno
 import functools
 import logging
 from collections.abc import Sequence
@@ -20,12 +21,17 @@ from h2a2_jax.inputs.specs import dataset_spec
 from h2a2_jax.layers.kernel_selection import KernelSelection
 from h2a2_jax.models import Detector, DetectorConfig, HeadConfig
 from h2a2_jax.training.balancers import build_balancer
-from h2a2_jax.training.checkpoint import CheckpointStore, checkpoint_place
+from h2a2_jax.training.checkpoint import (
+    CheckpointStore,
+    DamagedCheckpointError,
+    UnsavedCheckpointError,
+    checkpoint_place,
+)
 from h2a2_jax.training.checkpoint_tree import flat_names
 from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig, SourceConfig
 from h2a2_jax.training.harmonize import norm_gradient_harmonization, plain_mean
 from h2a2_jax.training.mesh import train_mesh
-from h2a2_jax.training.state import TrainState, place_state, split_model
+from h2a2_jax.training.state import Averages, TrainState, place_state, split_model
 
 NAMES = ("scannet", "sunrgbd", "s3dis")
 TINY = DetectorConfig(
@@ -281,3 +287,95 @@ def test_a_path_stands_for_a_run_its_checkpoints_or_one_of_them(tmp_path: Path):
     # A run may be called by a number.
     (tmp_path / "7" / "checkpoints").mkdir(parents=True)
     assert checkpoint_place(tmp_path / "7").directory == tmp_path / "7" / "checkpoints"
+
+
+def test_averages_are_stored_and_are_what_is_restored_as_the_model(tmp_path: Path):
+    state = make_state(1, model=PLAIN)
+    other = make_state(5, model=PLAIN)
+    averaged = dataclasses.replace(state, averages=Averages(other.shared, other.exclusive, other.stats))
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, averaged, experiment(model=PLAIN), NAMES)
+        again = store.restore_state(1, averaged, NAMES)
+        assert_equal(again, averaged)
+        for wanted, use in ((other, True), (state, False)):
+            model, _ = store.restore_model(1, averaged=use)
+            _, exclusive, shared, stats = split_model(model)
+            assert_equal((exclusive, shared, stats), (wanted.exclusive, wanted.shared, wanted.stats))
+        # A run that keeps none any more leaves them.
+        assert store.restore_state(1, state, NAMES).averages is None
+
+
+def test_averages_begin_with_the_parameters_of_a_checkpoint_without_them(tmp_path: Path):
+    state = make_state(1, model=PLAIN)
+    like = dataclasses.replace(state, averages=Averages(state.shared, state.exclusive, state.stats))
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, state, experiment(model=PLAIN), NAMES)
+        averages = store.restore_state(1, like, NAMES).averages
+    assert_equal((averages.shared, averages.exclusive, averages.stats), (state.shared, state.exclusive, state.stats))
+
+
+def largest_file(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize("item", ["params", "batch_stats", "optimizer"])
+def test_a_bit_that_a_disk_turned_is_noticed(tmp_path: Path, item: str):
+    state = make_state(1, model=PLAIN)
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, state, experiment(model=PLAIN), NAMES)
+    path = largest_file(tmp_path / "1" / item)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+    with (
+        CheckpointStore(tmp_path) as store,
+        pytest.raises(DamagedCheckpointError, match="is damaged|cannot be read"),
+    ):
+        store.restore_state(1, state, NAMES)
+
+
+def test_the_best_stays_beside_the_latest(tmp_path: Path):
+    state, best = make_state(1, model=PLAIN), [None]
+    with CheckpointStore(tmp_path, keep=2, best=lambda: best[0]) as store:
+        for step in (1, 2, 3, 4, 5):
+            store.save(step, state, experiment(model=PLAIN), NAMES)
+            store.wait()
+            best[0] = 2
+        assert store.steps() == [2, 4, 5]
+        best[0] = 4
+        store.save(6, state, experiment(model=PLAIN), NAMES)
+        store.wait()
+        assert store.steps() == [4, 5, 6]
+
+
+def test_what_a_kill_leaves_is_tidied_and_what_is_damaged_set_aside(tmp_path: Path):
+    folder = tmp_path / "checkpoints"
+    with CheckpointStore(folder) as store:
+        for step in (1, 2):
+            store.save(step, make_state(1, model=PLAIN), experiment(model=PLAIN), NAMES)
+        store.wait()
+        (folder / "3.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+        (folder / "4" / "params").mkdir(parents=True)  # half removed
+        store.tidy()
+        assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+        assert store.set_aside(2) == tmp_path / "checkpoints_damaged" / "2"
+        assert store.steps() == [1] and (tmp_path / "checkpoints_damaged" / "2" / "params").is_dir()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_with_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    state = make_state(1, model=PLAIN)
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, state, experiment(model=PLAIN), NAMES)
+        store.wait()
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+        with pytest.raises(UnsavedCheckpointError, match=r"\(No space left on device\).* after step 1"):
+            store.save(2, state, experiment(model=PLAIN), NAMES)
+        monkeypatch.undo()
+        assert store.steps() == [1]
+        store.save(2, state, experiment(model=PLAIN), NAMES)
+    with CheckpointStore(tmp_path) as store:
+        assert store.steps() == [1, 2]

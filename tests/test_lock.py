@@ -1,0 +1,42 @@
+"""One program at a time in a folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.lock import alone_in
+
+
+def test_a_second_one_is_refused_and_told_who_is_there(tmp_path: Path):
+    folder = tmp_path / "run"
+    with alone_in(folder, "training run"):
+        with pytest.raises(InputError, match=rf"Another training run is at work in .*run \(process {os.getpid()}\)"):
+            with alone_in(folder, "training run"):
+                pytest.fail("both are in")
+    with alone_in(folder, "training run"):
+        assert (folder / "lock").read_text() == f"process {os.getpid()}\n"
+
+
+def test_a_program_that_is_killed_lets_go(tmp_path: Path):
+    code = (
+        "import sys, time; from pathlib import Path; from h2a2_jax.lock import alone_in\n"
+        f"with alone_in(Path({str(tmp_path)!r}), 'run'): print('in', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "in\n"
+        with pytest.raises(InputError, match=f"process {child.pid}"), alone_in(tmp_path, "run"):
+            pytest.fail("both are in")
+        child.kill()
+    with alone_in(tmp_path, "run"):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot be written to .*give another --workdir"):
+        with alone_in(tmp_path / "file" / "run", "run"):
+            pytest.fail("there is no such folder")

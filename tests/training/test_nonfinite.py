@@ -1,0 +1,131 @@
+"""What is said and kept of a step that is not finite, and when the run ends."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.inputs.drawing import StreamDataset
+from h2a2_jax.inputs.pipeline import JointStream, StreamConfig
+from h2a2_jax.inputs.scan import Scan
+from h2a2_jax.inputs.specs import S3DIS, SCANNET
+from h2a2_jax.training.kept_batch import KeptCell, read_batch, write_batch
+from h2a2_jax.training.nonfinite import NonFiniteError, NonFiniteWatch, places_of
+from h2a2_jax.training.step import StepMetrics
+from tests.models.scenes import room
+
+TENSORS = [
+    "backbone.stem.conv.kernel",
+    "backbone.stages.0.0.first.conv.shared",
+    "heads.class_bias",
+    "statistics",
+    "loss",
+]
+POISONED = 2
+
+
+class Rooms:
+    """Four rooms, one of them with a colour that is not finite."""
+
+    def __init__(self, poisoned: int | None):
+        self.poisoned = poisoned
+        self.names = [f"room{i}" for i in range(4)]
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Scan:
+        scan = room(index, points=200, boxes=2)
+        if index == self.poisoned:
+            scan = replace(scan, colors=np.where(np.arange(3) == 0, np.nan, scan.colors).astype(np.float32))
+        return scan
+
+
+def stream() -> JointStream:
+    datasets = [
+        StreamDataset(spec, Rooms(poisoned), sample=False, augment=False)
+        for spec, poisoned in ((SCANNET, POISONED), (S3DIS, None))
+    ]
+    return JointStream(datasets, StreamConfig(2, voxel_size=0.1))
+
+
+def metrics(*bad: tuple[int, int], in_row: int = 0, skipped: int = 0) -> StepMetrics:
+    """Of a step in which these columns of these datasets are not finite."""
+    found = np.zeros((2, len(TENSORS)), bool)
+    for place in bad:
+        found[place] = True
+    nothing: Any = None
+    return StepMetrics(nothing, nothing, nothing, nothing, {}, nothing, found, np.array(skipped), np.array(in_row))
+
+
+def poisoned_step(of: JointStream) -> int:
+    """A step that draws the poisoned room."""
+    return next(step for step in range(2) if f"room{POISONED}" in of.step(step).names[0])
+
+
+def test_a_bad_batch_is_named_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    of = stream()
+    watch = NonFiniteWatch(tmp_path, ("scannet", "s3dis"), TENSORS, of, most_in_row=3)
+    number = poisoned_step(of)
+    item = of.step(number)
+    watch.see(item, metrics((0, 0), (0, 1), (0, 4), in_row=1, skipped=1))
+    assert capsys.readouterr().out == "", "looked at when the next step is under way"
+    watch.see(of.step(number + 1), metrics())
+    said = capsys.readouterr().out
+    assert said == (
+        f"Batch {number} is not finite and is skipped: the loss, the gradients of stem, layer1 of scannet "
+        f"(room{POISONED} has values that are not finite). It is kept in {tmp_path / 'nonfinite' / f'{number}.npz'}.\n"
+    )
+    assert watch.skipped == 1
+
+    kept = read_batch(tmp_path / "nonfinite" / f"{number}.npz")
+    assert [cell.dataset for cell in kept] == ["scannet", "s3dis"]
+    assert [cell.names for cell in kept] == [tuple(names) for names in item.names]
+    assert kept[0].bad_inputs() == (f"room{POISONED}",) and kept[1].bad_inputs() == ()
+    for cell, drawn in zip(kept, of.cells(number).values(), strict=True):
+        again = cell.batch()
+        np.testing.assert_array_equal(again.features, drawn.batch.features)
+        np.testing.assert_array_equal(again.tables.ups[0].lateral.rows, drawn.batch.tables.ups[0].lateral.rows)
+        for ours, theirs in zip(again.scans, drawn.batch.scans, strict=True):
+            assert ours.name == theirs.name
+            np.testing.assert_array_equal(ours.boxes, theirs.boxes)
+            np.testing.assert_array_equal(ours.labels, theirs.labels)
+
+
+def test_without_a_bad_input_all_scans_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    of = stream()
+    watch = NonFiniteWatch(tmp_path, ("scannet", "s3dis"), TENSORS, of, most_in_row=3)
+    item = of.step(0)
+    watch.see(item, metrics((1, 3), in_row=1, skipped=1))
+    watch.look()
+    assert f"the running statistics of s3dis (scans {', '.join(item.names[1])})" in capsys.readouterr().out
+
+
+def test_many_in_a_row_end_the_run_with_the_last_batches_kept(tmp_path: Path):
+    of = stream()
+    watch = NonFiniteWatch(tmp_path, ("scannet", "s3dis"), TENSORS, of, most_in_row=25)
+    for number in range(24):
+        watch.see(of.step(number), metrics((0, 4), in_row=number + 1, skipped=number + 1))
+    watch.see(of.step(24), metrics((0, 4), in_row=25, skipped=25))
+    with pytest.raises(NonFiniteError, match=r"25 steps in a row were not finite.*--mode=replay --workdir="):
+        watch.look()
+    kept = sorted(int(path.stem) for path in (tmp_path / "nonfinite").iterdir())
+    assert kept == list(range(5, 25))
+
+
+def test_places_are_said_in_few_words():
+    assert places_of(["heads.class_bias", "loss", "heads.box_bias"]) == ["the loss", "the gradients of heads"]
+
+
+def test_a_file_that_is_no_batch_is_refused(tmp_path: Path):
+    path = tmp_path / "1.npz"
+    path.write_bytes(b"nothing")
+    with pytest.raises(InputError, match="is no batch that a run kept"):
+        read_batch(path)
+    write_batch(path, [KeptCell.of("s3dis", cell) for cell in stream().cells(0).values()])
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(InputError, match="is no batch that a run kept"):
+        read_batch(path)

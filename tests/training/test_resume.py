@@ -1,0 +1,104 @@
+"""With what a run goes on: the newest checkpoint that can be read, of the same config."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.training.checkpoint import CheckpointStore
+from h2a2_jax.training.config import ExperimentConfig, changes
+from h2a2_jax.training.distributed import MeshDivision
+from h2a2_jax.training.json_lines import JsonLinesWriter, drop_lines_after, read_json_lines
+from h2a2_jax.training.mesh import train_mesh
+from h2a2_jax.training.resume import restore_newest
+from h2a2_jax.training.state import TrainState
+from tests.training.test_checkpoint import NAMES, PLAIN, assert_equal, experiment, largest_file, make_state
+
+CONFIG = experiment(model=PLAIN)
+
+
+def saved(folder: Path, *steps: int) -> dict[int, TrainState]:
+    """Checkpoints of these steps, and their states."""
+    states = {step: replace(make_state(step, model=PLAIN), step=np.int32(step)) for step in steps}
+    with CheckpointStore(folder, keep=9) as store:
+        for step, state in states.items():
+            store.save(step, state, CONFIG, NAMES)
+    return states
+
+
+def restored(folder: Path, config: ExperimentConfig = CONFIG, *, accept_changes: bool = False) -> TrainState | None:
+    division = MeshDivision(train_mesh(3, jax.devices()[:1]), 3)
+    with CheckpointStore(folder) as store:
+        return restore_newest(store, make_state(9, model=PLAIN), config, division, accept_changes=accept_changes)
+
+
+def damage(folder: Path) -> None:
+    path = largest_file(folder / "params")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "checkpoints"
+    states = saved(folder, 1, 2, 3)
+    damage(folder / "3")
+    (folder / "2" / "optimizer" / "manifest.ocdbt").unlink()
+    state = restored(folder)
+    said = capsys.readouterr().out
+    assert state is not None
+    assert_equal(replace(state, skipped_in_row=states[1].skipped_in_row), states[1])
+    assert state.skipped_in_row == 0
+    for step in (3, 2):
+        place = tmp_path / "checkpoints_damaged" / str(step)
+        assert place.is_dir() and f"It is set aside in {place}" in said
+    assert [path.name for path in folder.iterdir()] == ["1"]
+
+
+def test_where_none_can_be_read_nothing_is_begun_anew(tmp_path: Path):
+    folder = tmp_path / "checkpoints"
+    saved(folder, 1)
+    damage(folder / "1")
+    with pytest.raises(InputError, match=r"There is no other one in .*remove the folder to begin anew"):
+        restored(folder)
+    assert (folder / "1").is_dir()
+    assert restored(tmp_path / "none") is None
+
+
+def test_another_config_is_refused_unless_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "checkpoints"
+    saved(folder, 1)
+    other = replace(CONFIG, optim=replace(CONFIG.optim, lr=5.0), train=replace(CONFIG.train, steps=7, log_every=3))
+    with pytest.raises(InputError) as error:
+        restored(folder, other)
+    assert "optim.lr was 0.001 and is 5.0; train.steps was 0 and is 7. Give the one it was begun with" in str(
+        error.value
+    )
+    assert "log_every" not in str(error.value)
+    assert restored(folder, other, accept_changes=True) is not None
+    assert "Going on with another config: optim.lr was 0.001 and is 5.0" in capsys.readouterr().out
+
+
+def test_what_changes_no_result_may_differ():
+    train = replace(CONFIG.train, log_every=1, checkpoint_every=2, workers=3, profile=(1, 2), compilation_cache=False)
+    assert changes(CONFIG, replace(CONFIG, train=train, eval=replace(CONFIG.eval, batch_size=4))) == []
+    root = replace(CONFIG.datasets[1], root="elsewhere")
+    other = replace(CONFIG, datasets=(CONFIG.datasets[0], root, CONFIG.datasets[2]))
+    assert changes(CONFIG, other) == ["datasets.sunrgbd.root was 'data' and is 'elsewhere'"]
+    # In another order they are the same.
+    assert changes(CONFIG, replace(CONFIG, datasets=CONFIG.datasets[::-1])) == []
+
+
+def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    drop_lines_after(path, 3)
+    assert not path.exists()
+    writer = JsonLinesWriter(path, 1)
+    for step in (1, 2, 4, 3):
+        writer.write(step, {"loss": step})
+    writer.close()
+    path.write_bytes(path.read_bytes() + b'{"step": 2, "ver')
+    drop_lines_after(path, 3)
+    assert [line["step"] for line in read_json_lines(path, 1)] == [1, 2, 3]
+    assert path.read_bytes().endswith(b"}\n") and [child.name for child in tmp_path.iterdir()] == [path.name]
