@@ -329,7 +329,7 @@ def test_a_bit_that_a_disk_turned_is_noticed(tmp_path: Path, item: str):
     path.write_bytes(content)
     with (
         CheckpointStore(tmp_path) as store,
-        pytest.raises(DamagedCheckpointError, match="is damaged|cannot be read"),
+        pytest.raises(DamagedCheckpointError, match=r"is damaged|cannot be read"),
     ):
         store.restore_state(1, state, NAMES)
 
