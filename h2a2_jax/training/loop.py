@@ -78,8 +78,8 @@ def train(
     began, code = time.monotonic(), revision()
     with StopSignals().watched() as signals, contextlib.ExitStack() as opened:
         try:
-            run = _opened(config, workdir, devices, opened, accept_changes)
-            _take_steps(run, signals)
+            run = open_run(config, workdir, devices, opened, accept_changes)
+            take_steps(run, signals)
             documents = _evaluated(run)
         except Stopped as stopped:
             opened.close()  # what is on its way to the disk arrives there
@@ -92,7 +92,7 @@ def train(
         return documents
 
 
-def _opened(
+def open_run(
     config: ExperimentConfig,
     workdir: Path,
     devices: Sequence[jax.Device] | None,
@@ -136,7 +136,7 @@ def _opened(
     return opened.enter_context(run)
 
 
-def _take_steps(run: Run, signals: StopSignals) -> None:
+def take_steps(run: Run, signals: StopSignals) -> None:
     """All that are left."""
     train, each = run.config.train, run.config.optim.batches
     nonfinite = NonFiniteWatch(
