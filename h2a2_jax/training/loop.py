@@ -151,16 +151,17 @@ def take_steps(run: Run, signals: StopSignals) -> None:
     ):
         for item in batches:
             step, place = divmod(item.step, each)
-            profiler.before_step(step + 1)
+            if place == 0:
+                profiler.before_step(step + 1)
             with run.compilations.step():
                 run.state, metrics = run.trainer.take_step(run.state, item.batch)
-            profiler.after_step(step + 1, metrics)
             run.watch.see(item, metrics)
             with run.left_by(NonFiniteError):
                 nonfinite.see(item, metrics)
             if place + 1 < each:
                 continue
             run.step = step + 1
+            profiler.after_step(run.step, metrics)
             run.show_progress(metrics)
             if warning := run.compilations.warning(run.step):
                 say(warning)

@@ -46,20 +46,20 @@ class NonFiniteWatch:
     stream: JointStream
     most_in_row: int
     skipped: int = 0
-    _pending: tuple[JointStep, StepMetrics] | None = None
+    _pending: tuple[int, StepMetrics] | None = None
     _said: int = field(default=0)
 
     def see(self, item: JointStep, metrics: StepMetrics) -> None:
         """Look at the batch before this one.
 
         Args:
-            item: the batch, of which the names are kept until the next one.
+            item: the batch.
             metrics: what the step reports, still on the device.
 
         Raises:
             NonFiniteError: so many steps in a row were skipped.
         """
-        before, self._pending = self._pending, (item, metrics)
+        before, self._pending = self._pending, (item.step, metrics)  # not the batch, which fills memory
         if before is not None:
             self._look(*before)
 
@@ -73,15 +73,15 @@ class NonFiniteWatch:
         if before is not None:
             self._look(*before)
 
-    def _look(self, item: JointStep, metrics: StepMetrics) -> None:
+    def _look(self, number: int, metrics: StepMetrics) -> None:
         found, self.skipped, in_row = jax.device_get((metrics.nonfinite, metrics.skipped, metrics.skipped_in_row))
         if not found.any():
             return
-        drawn = self.stream.cells(item.step)
+        drawn = self.stream.cells(number)
         cells = [KeptCell.of(self.datasets[d], cell) for (d, _), cell in sorted(drawn.items())]
-        path = self._keep(item.step, cells)
+        path = self._keep(number, cells)
         if self._said < _FIRST_SAID:
-            say(self._sentence(item.step, found, cells, path))
+            say(self._sentence(number, found, cells, path))
         elif self._said == _FIRST_SAID:
             say("Further batches that are not finite are counted (skipped_steps in metrics.jsonl), not named.")
         self._said += 1
