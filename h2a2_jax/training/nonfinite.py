@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from h2a2_jax.inputs.pipeline import JointStep, JointStream
-from h2a2_jax.training.distributed import say
+from h2a2_jax.training.distributed import is_main, say
 from h2a2_jax.training.kept_batch import KeptCell, write_batch
 from h2a2_jax.training.parameter_groups import place_of
 from h2a2_jax.training.step import StepMetrics
@@ -80,8 +80,10 @@ class NonFiniteWatch:
         drawn = self.stream.cells(number)
         cells = [KeptCell.of(self.datasets[d], cell) for (d, _), cell in sorted(drawn.items())]
         path = self._keep(number, cells)
+        bad = {self.datasets[d] for d in np.flatnonzero(found.any(1)).tolist()}
         if self._said < _FIRST_SAID:
-            say(self._sentence(number, found, cells, path))
+            if is_main() or any(cell.dataset in bad for cell in cells):  # who loads the scans knows their names
+                print(self._sentence(number, found, cells, path), flush=True)
         elif self._said == _FIRST_SAID:
             say("Further batches that are not finite are counted (skipped_steps in metrics.jsonl), not named.")
         self._said += 1
