@@ -5,65 +5,39 @@ states, step, balancer), averages where the run averages its parameters, and con
 others). `checkpoint_tree` says what they hold.
 """
 
-import contextlib
 import dataclasses
 import json
-import logging
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import orbax.checkpoint as ocp
 from flax import nnx
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.models import Detector, DetectorConfig, HeadConfig
 from h2a2_jax.training import checkpoint_tree as layout
+from h2a2_jax.training.checkpoint_files import AVERAGES, ITEMS, CheckpointFiles
 from h2a2_jax.training.config import ExperimentConfig, from_json, to_json
 from h2a2_jax.training.state import Averages, TrainState, merge_model, split_model
 
 CHECKPOINT_VERSION = 1
 """Version of the layout; stored beside the config."""
 
-_ITEMS = ("params", "batch_stats", "optimizer")
-_AVERAGES = "averages"
-_UNKNOWN: Mapping[str, int | None] = {}
-_OF_THE_SYSTEM = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
 _SHOWN = 3
 
 
-class DamagedCheckpointError(InputError):
-    """A checkpoint of which something is missing or is not what was saved."""
-
-
-class UnsavedCheckpointError(InputError):
-    """A checkpoint could not be written, for want of space as a rule."""
-
-
-class CheckpointStore:
-    """The checkpoints of one run.
+class CheckpointStore(CheckpointFiles):
+    """The checkpoints of one run: its states, and the detectors in them.
 
     Used as a context manager, or closed, so that the last one is complete.
-
-    Attributes:
-        directory: absolute path; made by the first `save`.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2, best: Callable[[], int | None] = lambda: None):
-        """Opens the folder.
+    def __enter__(self) -> "CheckpointStore":
+        return self
 
-        Args:
-            directory: of the checkpoints, "<workdir>/checkpoints".
-            keep: how many of the latest stay when another is saved.
-            best: step of one that stays whatever its age, asked for when another is saved.
-        """
-        self.directory = Path(directory).absolute()
-        self._kept = _Kept(keep, best)
-        self._manager: ocp.CheckpointManager | None = None
-        _quieten_orbax()
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def save(self, step: int, state: TrainState, config: ExperimentConfig, names: Sequence[str]) -> None:
         """Store a state; returns when it is copied, and writes it in the background.
@@ -80,11 +54,8 @@ class CheckpointStore:
         Raises:
             UnsavedCheckpointError: this one, or the one before, could not be written.
         """
-        with self._noticing_failure():
-            manager = self._open(create=True)
-            assert manager is not None
-            if step in manager.all_steps():
-                return
+        if step in self.steps():
+            return
         specs = _specs(config, names)
         items = {
             "params": layout.stored_params(state.shared, state.exclusive, specs),
@@ -92,25 +63,13 @@ class CheckpointStore:
             "optimizer": layout.stored_optimizer(state, specs),
         }
         if state.averages is not None:
-            items[_AVERAGES] = layout.stored_averages(state.averages, specs)
+            items[AVERAGES] = layout.stored_averages(state.averages, specs)
         stored_config = {
             "version": CHECKPOINT_VERSION,
             "datasets": list(names),
             "config": json.loads(to_json(config)),
-            "checksums": {name: layout.checksum(item) for name, item in items.items()},
         }
-        arguments: dict[str, Any] = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        with self._noticing_failure():
-            manager.save(step, args=ocp.args.Composite(**arguments, config=ocp.args.JsonSave(stored_config)))
-
-    def latest_step(self) -> int | None:
-        """Number of the last finished checkpoint; None without one."""
-        return max(self.steps(), default=None)
-
-    def steps(self) -> list[int]:
-        """Numbers of the finished checkpoints, rising."""
-        manager = self._open()
-        return sorted(manager.all_steps()) if manager is not None else []
+        self.save_items(step, items, stored_config)
 
     def stored_config(self, step: int) -> ExperimentConfig:
         """The config that a checkpoint was saved with.
@@ -118,7 +77,7 @@ class CheckpointStore:
         Raises:
             InputError: there is no such checkpoint, or its config cannot be read.
         """
-        return self._restore_config(self._existing(step)).config
+        return self._restore_config(self.existing(step)).config
 
     def restore_state(
         self,
@@ -139,12 +98,12 @@ class CheckpointStore:
             InputError: there is no such checkpoint, or it holds other datasets, another architecture or another
                 optimiser.
         """
-        step = self._existing(step)
+        step = self.existing(step)
         stored = self._restore_config(step)
         self._check_datasets(step, stored.names, names)
         if config is not None:
             self._check_model(step, stored.config.model, config.model)
-        items = self._restore(step, tuple(stored.checksums), stored.checksums)
+        items = self.read_items(step, tuple(stored.checksums), stored.checksums)
         params, optimizer = items["params"], items["optimizer"]
         return TrainState(
             shared=self._fill(step, "model", like.shared, params["shared"]),
@@ -160,7 +119,7 @@ class CheckpointStore:
                 like.balancer,
                 layout.reordered_balancer(optimizer["balancer"], like.balancer, stored.names, names),
             ),
-            averages=like.averages and self._averages(step, like.averages, items.get(_AVERAGES) or items, names),
+            averages=like.averages and self._averages(step, like.averages, items.get(AVERAGES) or items, names),
             accumulated=like.accumulated,
             **layout.filled(counters := _counters(like), {name: optimizer.get(name, 0) for name in counters}),
         )
@@ -182,7 +141,7 @@ class CheckpointStore:
         Raises:
             InputError: there is no such checkpoint, it cannot be read, or it is not of the expected config.
         """
-        step = self._existing(step)
+        step = self.existing(step)
         stored = self._restore_config(step)
         names, config = stored.names, stored.config
         if expected is not None:
@@ -201,29 +160,6 @@ class CheckpointStore:
             self._fill_stacked(step, "model", stats, items["batch_stats"], names),
         ), config
 
-    def set_aside(self, step: int) -> Path:
-        """Move a checkpoint out of the way, into the folder <directory>_damaged, so that it does not count any more.
-
-        Returns:
-            Where it is now.
-        """
-        self.close()
-        place = self.directory.with_name(f"{self.directory.name}_damaged") / str(step)
-        place.parent.mkdir(exist_ok=True)
-        shutil.rmtree(place, ignore_errors=True)  # one that was set aside before
-        return (self.directory / str(step)).rename(place)
-
-    def tidy(self) -> None:
-        """Remove what a kill in the middle of saving or removing a checkpoint left behind.
-
-        Nobody else may be saving there.
-        """
-        self.close()
-        for folder in self.directory.glob("*/"):
-            whole = folder.name.isdecimal() and all((folder / item).is_dir() for item in (*_ITEMS, "config"))
-            if not whole:
-                shutil.rmtree(folder)
-
     def restore_arrays(self, step: int | None = None) -> "StoredModel":
         """What is stored of the detector, as it is, whatever detector it is to go into.
 
@@ -233,155 +169,32 @@ class CheckpointStore:
         Raises:
             InputError: there is no such checkpoint, or it cannot be read.
         """
-        step = self._existing(step)
+        step = self.existing(step)
         stored = self._restore_config(step)
         items = self._restore_detector(step, stored, averaged=True)
         params = items["params"]
         return StoredModel(step, stored.config, params["shared"], params["datasets"], items["batch_stats"])
 
-    def check(self) -> None:
-        """Notice what failed in the background.
-
-        Raises:
-            UnsavedCheckpointError: a checkpoint could not be written.
-        """
-        if self._manager is not None:
-            with self._noticing_failure():
-                self._manager.check_for_errors()
-
-    def wait(self) -> None:
-        """Until everything saved so far is on disk.
-
-        Raises:
-            UnsavedCheckpointError: a checkpoint could not be written.
-        """
-        if self._manager is not None:
-            with self._noticing_failure():
-                self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Wait, and let go of the folder.
-
-        Raises:
-            UnsavedCheckpointError: a checkpoint could not be written.
-        """
-        if self._manager is not None:
-            with self._noticing_failure():
-                self._manager.close()
-            self._manager = None
-
-    def __enter__(self) -> "CheckpointStore":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    @contextlib.contextmanager
-    def _noticing_failure(self) -> Iterator[None]:
-        """What Orbax and the threads that write for it met, as one sentence; nothing half-written remains."""
-        try:
-            yield
-        except Exception as error:  # of many kinds, most of them RuntimeErrors of other errors
-            manager, self._manager = self._manager, None
-            if manager is not None:
-                with contextlib.suppress(Exception):  # it says again what was said
-                    manager.close()
-            with contextlib.suppress(OSError):
-                self.tidy()
-            raise UnsavedCheckpointError(
-                f"A checkpoint could not be written to {self.directory} ({_reason(error)}): free space there or make "
-                f"it writable; {self._what_is_left()}"
-            ) from error
-
-    def _what_is_left(self) -> str:
-        with contextlib.suppress(Exception):
-            if (newest := self.latest_step()) is not None:
-                return f"the same command goes on after step {newest}, which is saved."
-        return "there is no earlier one, so that the same command begins anew."
-
-    def _open(self, create: bool = False) -> ocp.CheckpointManager | None:
-        """Orbax's manager; None where there is no folder and none is to be made."""
-        if self._manager is None and (create or self.directory.is_dir()):
-            handlers: dict[str, Any] = {item: ocp.StandardCheckpointHandler() for item in (*_ITEMS, _AVERAGES)}
-            if create:
-                self.directory.mkdir(parents=True, exist_ok=True)
-            # Each process on its own: all hold what is stored, so that the first writes alone, and all read.
-            process = jax.process_index()
-            alone = ocp.options.MultiprocessingOptions(
-                primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
-            )
-            self._manager = ocp.CheckpointManager(
-                self.directory,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=self._kept,
-                    create=create and jax.process_count() == 1,
-                    multiprocessing_options=alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions(),
-                ),
-                item_handlers={**handlers, "config": ocp.JsonCheckpointHandler()},
-            )
-        return self._manager
-
-    def _existing(self, step: int | None) -> int:
-        manager = self._open()
-        steps = sorted(manager.all_steps()) if manager is not None else []
-        if not steps:
-            raise InputError(f"There is no checkpoint in {self.directory}: train first, or give another --workdir.")
-        if step is None:
-            return steps[-1]
-        if step not in steps:
-            raise InputError(
-                f"There is no checkpoint of step {step} in {self.directory}; there are those of "
-                f"{', '.join(map(str, steps))}."
-            )
-        return step
-
-    def _restore(
-        self, step: int, items: Sequence[str], checksums: Mapping[str, int | None] = _UNKNOWN
-    ) -> Mapping[str, Any]:
-        """Items of a checkpoint; those whose checksum is known as they were saved."""
-        manager = self._open()
-        assert manager is not None
-        arguments = {item: ocp.args.JsonRestore() if item == "config" else ocp.args.StandardRestore() for item in items}
-        try:
-            restored = manager.restore(step, args=ocp.args.Composite(**arguments))
-        except (OSError, KeyError, ValueError) as error:
-            raise DamagedCheckpointError(
-                f"{self._place(step)} cannot be read, a file in it is missing or damaged "
-                f"({str(error).splitlines()[0]}): choose another step."
-            ) from error
-        found = {item: restored[item] for item in items}
-        for item, value in found.items():
-            expected = checksums.get(item)
-            if expected is not None and layout.checksum(value) != expected:
-                raise DamagedCheckpointError(
-                    f"{self._place(step)} is damaged: {item} is not what was saved (its checksum differs); choose "
-                    "another step."
-                )
-        return found
-
     def _restore_detector(self, step: int, stored: "_Stored", averaged: bool) -> Mapping[str, Any]:
         """The items params and batch_stats, or the averages of them."""
-        if averaged and _AVERAGES in stored.checksums:
-            return self._restore(step, (_AVERAGES,), stored.checksums)[_AVERAGES]
-        return self._restore(step, ("params", "batch_stats"), stored.checksums)
+        if averaged and AVERAGES in stored.checksums:
+            return self.read_items(step, (AVERAGES,), stored.checksums)[AVERAGES]
+        return self.read_items(step, ("params", "batch_stats"), stored.checksums)
 
     def _restore_config(self, step: int) -> "_Stored":
-        stored = self._restore(step, ("config",))["config"]
+        stored = self.read_items(step, ("config",))["config"]
         if stored.get("version") != CHECKPOINT_VERSION:
             raise InputError(
-                f"{self._place(step)} has version {stored.get('version')}, this program reads version "
+                f"{self.place(step)} has version {stored.get('version')}, this program reads version "
                 f"{CHECKPOINT_VERSION}: use the program that stored it."
             )
-        checksums = stored.get("checksums", dict.fromkeys(_ITEMS))  # those of programs before this one have none
+        checksums = stored.get("checksums", dict.fromkeys(ITEMS))  # those of programs before this one have none
         return _Stored(stored["datasets"], from_json(json.dumps(stored["config"])), checksums)
-
-    def _place(self, step: int) -> str:
-        return f"The checkpoint of step {step} in {self.directory}"
 
     def _check_datasets(self, step: int, saved: Sequence[str], names: Sequence[str]) -> None:
         if set(saved) != set(names):
             raise InputError(
-                f"{self._place(step)} holds the datasets {', '.join(saved)}, the config asks for {', '.join(names)}: "
+                f"{self.place(step)} holds the datasets {', '.join(saved)}, the config asks for {', '.join(names)}: "
                 "give the same ones, in any order."
             )
 
@@ -399,7 +212,7 @@ class CheckpointStore:
         if found:
             more = f" (and {len(found) - _SHOWN} more)" if len(found) > _SHOWN else ""
             raise InputError(
-                f"{self._place(step)} is of another {of_what}: {'; '.join(found[:_SHOWN])}{more}. Give the config it "
+                f"{self.place(step)} is of another {of_what}: {'; '.join(found[:_SHOWN])}{more}. Give the config it "
                 "was trained with, or another --workdir."
             )
 
@@ -434,28 +247,6 @@ class _Stored(NamedTuple):
     names: list[str]
     config: ExperimentConfig
     checksums: Mapping[str, int | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    """Which checkpoints stay, as Orbax asks it: the latest, and the best."""
-
-    latest: int
-    best: Callable[[], int | None]
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        best, latest = self.best(), [info.step for info in checkpoints][-self.latest :]
-        return [info.step == best or info.step in latest for info in checkpoints]
-
-
-def _reason(error: BaseException) -> str:
-    """What was met first, in a line; where it is the system's word for it, that."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    known = next((link.strerror for link in reversed(chain) if isinstance(link, OSError) and link.strerror), None)
-    phrases = [phrase for phrase in _OF_THE_SYSTEM if phrase in str(error)]  # as TensorStore passes them on
-    return known or next(iter((*phrases, *str(error).splitlines())), type(error).__name__)
 
 
 def _counters(like: TrainState) -> dict[str, Any]:
@@ -550,16 +341,3 @@ def _leaves(path: str, value: Any) -> dict[str, Any]:
         return {path: value}
     parts = [_leaves(f"{path}.{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value)]
     return {key: leaf for part in parts for key, leaf in part.items()}
-
-
-class _NoOrbax(logging.Filter):
-    """Drops what Orbax logs below an error: it comments on every folder and file it meets."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname or record.levelno >= logging.ERROR
-
-
-def _quieten_orbax() -> None:
-    logger = logging.getLogger("absl")
-    if not any(isinstance(f, _NoOrbax) for f in logger.filters):
-        logger.addFilter(_NoOrbax())

@@ -9,7 +9,8 @@ import numpy as np
 from h2a2_jax.errors import InputError
 from h2a2_jax.models import Detector
 from h2a2_jax.training.build import build_detector
-from h2a2_jax.training.checkpoint import CheckpointStore, DamagedCheckpointError
+from h2a2_jax.training.checkpoint import CheckpointStore
+from h2a2_jax.training.checkpoint_files import DamagedCheckpointError
 from h2a2_jax.training.config import ExperimentConfig, changes
 from h2a2_jax.training.distributed import MeshDivision, is_main, say
 from h2a2_jax.training.json_lines import drop_lines_after

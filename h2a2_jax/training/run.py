@@ -124,6 +124,7 @@ class Run:
         if self._progress is not None:
             losses = np.array([values[f"loss/{name}"] for name in self.config.dataset_names])
             self._progress.update(self.step, float(mean_known(losses)), self.watch.scans_since_summary)
+        self.store.check()
 
     def save(self) -> None:
         """A checkpoint of the state, in the background; nothing where there is one of this step."""

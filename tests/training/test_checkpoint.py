@@ -21,12 +21,8 @@ from h2a2_jax.inputs.specs import dataset_spec
 from h2a2_jax.layers.kernel_selection import KernelSelection
 from h2a2_jax.models import Detector, DetectorConfig, HeadConfig
 from h2a2_jax.training.balancers import build_balancer
-from h2a2_jax.training.checkpoint import (
-    CheckpointStore,
-    DamagedCheckpointError,
-    UnsavedCheckpointError,
-    checkpoint_place,
-)
+from h2a2_jax.training.checkpoint import CheckpointStore, checkpoint_place
+from h2a2_jax.training.checkpoint_files import DamagedCheckpointError, UnsavedCheckpointError
 from h2a2_jax.training.checkpoint_tree import flat_names
 from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig, SourceConfig
 from h2a2_jax.training.harmonize import norm_gradient_harmonization, plain_mean
