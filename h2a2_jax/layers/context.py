@@ -84,7 +84,10 @@ class ForwardContext:
         axis_name: mesh axis over which one dataset's scans are spread (its replicas); batch statistics are summed over
             it.
         algorithm: of the sparse convolutions.
-        dtype: compute type of the products, None for the features' own.
+        dtype: compute type of the products, None for the features' own. A detector casts its features to it where they
+            enter, and every layer returns the type that it is given: with bfloat16 what is kept for the backward pass
+            is bfloat16. Parameters, their gradients, sums, statistics, what selects kernels and predictions stay
+            float32.
         precision: of the products.
         tap: called with (name, value) for every named intermediate value, to look inside; values are tracers under jit.
     """

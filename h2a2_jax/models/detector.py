@@ -103,13 +103,15 @@ class Detector(nnx.Module):
         Args:
             features: colour of the voxels, rows of `plan.voxels`.
             plan: sites and maps of the batch.
-            context: of the pass; its embedding is set here.
+            context: of the pass; its embedding is set here, and its compute type is that of all features from here on.
             head: whose head predicts; None: that of the context's dataset.
         """
         dataset = context.dataset_of(len(self.heads_config))
         if self.embedding is not None:
             context = replace(context, embedding=dataset.pick(self.embedding[...]))
-        stages, context = self.backbone(SparseTensor(features, plan.voxels), plan, context)
+        # Once: every layer returns the type of the features that it is given.
+        x = SparseTensor(jnp.asarray(features, context.dtype), plan.voxels)
+        stages, context = self.backbone(x, plan, context)
         parts = []
         for level, x in enumerate(self.neck(stages, plan, context)):
             boxes, logits = self.heads(x.features, head or dataset)

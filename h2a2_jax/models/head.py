@@ -48,7 +48,8 @@ class DatasetHeads(nnx.Module):
     def __call__(
         self, features: Float[Array, "n c"], dataset: DatasetContext
     ) -> tuple[Float[Array, "n 8"], Float[Array, "n k"]]:
-        """Box predictions, columns 3:6 exp()-ed to face distances in metres, and class logits."""
+        """Box predictions, columns 3:6 exp()-ed to face distances in metres, and class logits; in float32 at least."""
+        features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
         boxes = features @ dataset.pick(self.box_kernel[...]) + dataset.pick(self.box_bias[...])
         logits = features @ dataset.pick(self.class_kernel[...]) + dataset.pick(self.class_bias[...])
         boxes = jnp.concatenate([boxes[:, :3], jnp.exp(boxes[:, 3:6]), boxes[:, 6:]], 1)

@@ -24,6 +24,7 @@ from h2a2_jax.sparse.conv_parts import ConvOptions, no_gradient, per_row, take_r
 from h2a2_jax.sparse.conv_tiles import tiles_backward, tiles_forward
 from h2a2_jax.sparse.conv_winograd import winograd_backward, winograd_forward
 from h2a2_jax.sparse.kernel_map import KernelMap
+from h2a2_jax.sparse.rounding import round_rows
 
 Algorithm = Literal["auto", "segment_sum", "gather", "tiles", "winograd", "im2col", "pairs"]
 
@@ -55,13 +56,15 @@ def convolve(
         algorithm: "segment_sum": gather, matmul, segment sum, one offset after the other, by JAX's own derivative.
             "gather": the same without a scatter in either direction. "tiles": pairs sorted by offset and multiplied in
             tiles, only as many as there are (needs `kernel_map.tiles`). "winograd": F(4, 3)^3 on blocks, for nearly
-            dense 3^3 submanifold maps (needs `kernel_map.blocks`; where the map does not use them, tiles); it rounds
-            ten times as much as the others.
+            dense 3^3 submanifold maps (needs `kernel_map.blocks`; where the map does not use them, tiles); in float32
+            it rounds ten times as much as the others.
             "im2col": one matmul of the full kernel on every row, for accelerators and nearly dense maps. "pairs": tiles
             in one batched matmul, then a gather-sum, for accelerators (needs `kernel_map.tiles`; costs their capacity).
             "auto": on CPU blocks where the map uses them, else tiles where it has them, else gather. On accelerators
             pairs where the tiles' capacity is below half of a full kernel (`limit_tiles`), else im2col.
-        dtype: compute type of the products; sums are float32 (float64 stays float64). Default: the features'.
+        dtype: compute type of the products; sums are float32 (float64 stays float64), and so is the gradient of float32
+            kernels. Default: the features'. "winograd" multiplies in the type of the sums whatever the compute type,
+            for its transforms magnify the rounding of what is multiplied.
         precision: of the products, as in `jax.lax.dot_general`.
 
     Returns:
@@ -77,19 +80,20 @@ def convolve(
     if gamma is None and scan_set is not None:
         gamma = jnp.zeros((num_scans, kernel_map.kernel_volume), kernels.dtype)
     compute = jnp.dtype(dtype) if dtype is not None else features.dtype
-    x, w = features.astype(compute), kernels.astype(compute)
+    x, w = features.astype(compute), kernels
     chosen = _choose(kernel_map) if algorithm == "auto" else algorithm
-    options = ConvOptions(jnp.promote_types(compute, jnp.float32), precision)
+    options = ConvOptions(jnp.promote_types(compute, jnp.float32), precision, kernels.dtype)
     if gamma is not None and scan_set is not None and num_scans == 1 and chosen != "segment_sum":
-        # One scan, one kernel an offset: selected once, its gradient split once, and not tile by tile.
+        # One scan, one kernel an offset: selected once, its gradient split once, and not tile by tile. In the type of
+        # the kernels: gamma's gradient is a difference of long sums.
         use_shared = gamma[0].astype(w.dtype)[:, None, None]
         w = (use_shared * w[0] + (1 - use_shared) * w[scan_set[0]])[None]
         gamma = scan_set = None
     if chosen == "segment_sum":
-        out = _convolve_by_segment_sum(x, w, gamma, scan_set, kernel_map, options)
+        out = _convolve_by_segment_sum(x, w.astype(compute), gamma, scan_set, kernel_map, options)
     else:
         out = _convolve(x, w, gamma, scan_set, kernel_map, options, chosen)
-    return out.astype(features.dtype)
+    return round_rows(out, features.dtype, kernel_map.n_out)
 
 
 def _check(features: Array, kernels: Array, kernel_map: KernelMap, gamma: Array | None, algorithm: str) -> None:
@@ -131,6 +135,7 @@ def _convolve(
     x: Array, w: Array, gamma: Array | None, scan_set: Array | None, kmap: KernelMap, options: ConvOptions,
     algorithm: str,
 ) -> Array:  # fmt: skip
+    w = w.astype(x.dtype)
     if _may_use_tiles(algorithm, kmap):
         use_blocks = jnp.asarray(kmap.blocks.count) > 0  # type: ignore[union-attr]
         forward = [partial(f, options=options) for f in (winograd_forward, tiles_forward)]
@@ -142,6 +147,7 @@ def _forward(
     x: Array, w: Array, gamma: Array | None, scan_set: Array | None, kmap: KernelMap, options: ConvOptions,
     algorithm: str,
 ) -> tuple[Array, tuple]:  # fmt: skip
+    w = w.astype(x.dtype)
     return _convolve(x, w, gamma, scan_set, kmap, options, algorithm), (x, w, gamma, scan_set, kmap)
 
 
@@ -174,9 +180,10 @@ def _convolve_by_segment_sum(
     """The definition: for each offset gather, multiply, sum the products by output row."""
     rows = jnp.arange(kmap.out_capacity)
     valid = (rows < kmap.n_out)[:, None]
+    wide = x.astype(options.sum_type)  # the derivative of a gather is a sum
 
     def add_offset(total: Array, k: Array) -> tuple[Array, None]:
-        neighbors = take_rows(x, jnp.asarray(kmap.neighbors)[k])
+        neighbors = take_rows(wide, jnp.asarray(kmap.neighbors)[k]).astype(x.dtype)
         products = options.dot(neighbors, w[0, k])
         if gamma is not None and scan_set is not None:
             use_shared = per_row(gamma[:, k], jnp.asarray(kmap.out_scan))[:, None]

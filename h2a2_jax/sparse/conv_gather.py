@@ -60,7 +60,7 @@ def gather_backward(
     dx = zeros_varying_as(x.shape, options.sum_type, (x, w, gamma, g, kmap.n_out))
     dx, (dw, dgamma) = lax.scan(add_offset, dx, jnp.arange(kmap.kernel_volume))
     dgamma = None if gamma is None else dgamma.T.astype(gamma.dtype)
-    return dx.astype(x.dtype), dw.swapaxes(0, 1).astype(w.dtype), dgamma
+    return dx.astype(x.dtype), dw.swapaxes(0, 1).astype(options.kernel_type), dgamma
 
 
 def _fill_sets(dw: Array, sets: int) -> Array:

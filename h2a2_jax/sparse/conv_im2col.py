@@ -39,7 +39,7 @@ def im2col_backward(
     dw, dgamma = _kernel_gradients(x, g, w, gamma, scan_set, kmap, options)
     if gamma is not None and dgamma is not None:
         dgamma = dgamma.astype(gamma.dtype)
-    return dx.astype(x.dtype), dw.astype(w.dtype), dgamma
+    return dx.astype(x.dtype), dw.astype(options.kernel_type), dgamma
 
 
 def inverse_table(kmap: KernelMap) -> Int[Array, "v n_in"]:

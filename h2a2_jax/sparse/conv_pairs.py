@@ -92,7 +92,7 @@ def pairs_backward(
     dw = jnp.concatenate([dstack, jnp.zeros((len(stack) - kernels, *dstack.shape[1:]), dstack.dtype)]).reshape(w.shape)
     if gamma is not None and dgamma is not None:
         dgamma = dgamma.astype(gamma.dtype)
-    return dx.astype(x.dtype), dw.astype(w.dtype), dgamma
+    return dx.astype(x.dtype), dw.astype(options.kernel_type), dgamma
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 
@@ -16,10 +17,12 @@ class ConvOptions:
     Attributes:
         sum_type: in which products are summed.
         precision: of the products, as in `jax.lax.dot_general`.
+        kernel_type: of the kernels as they were given, and of their gradient; products take them in the compute type.
     """
 
     sum_type: Any
     precision: Any
+    kernel_type: Any
 
     def dot(self, a: Array, b: Array) -> Array:
         """Matrix product, summed in `sum_type`."""
@@ -27,8 +30,15 @@ class ConvOptions:
 
 
 def take_rows(rows: Array, index: Array) -> Array:
-    """Rows by index; an index past the end gives zeros."""
-    return rows.at[index].get(mode="fill", fill_value=0)
+    """Rows by index; an index past the end gives zeros. Not differentiable where rows are narrower than float32.
+
+    Those are read as bits: XLA's CPU compiler gathers bfloat16 as float32, from a float32 copy of all rows that it
+    keeps from the forward pass to the backward one, and then multiplies in float32 too.
+    """
+    if rows.dtype.itemsize >= 4:
+        return rows.at[index].get(mode="fill", fill_value=0)
+    bits = lax.bitcast_convert_type(rows, jnp.uint16).at[index].get(mode="fill", fill_value=0)
+    return lax.bitcast_convert_type(bits, rows.dtype)
 
 
 def per_row(values: Num[Array, "b *c"], scan: Int[Array, " n"]) -> Num[Array, "n *c"]:

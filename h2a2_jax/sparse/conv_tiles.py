@@ -58,7 +58,7 @@ def tiles_backward(
     dgamma = None if gamma is None else zeros_varying_as(gamma.shape, options.sum_type, like)
     dx, dstack, dgamma = lax.fori_loop(0, tiles.count, add_tile, (dx, dstack, dgamma))
     dgamma = None if gamma is None else dgamma.astype(gamma.dtype)
-    return dx.astype(x.dtype), dstack.reshape(w.shape).astype(w.dtype), dgamma
+    return dx.astype(x.dtype), dstack.reshape(w.shape).astype(options.kernel_type), dgamma
 
 
 def kernel_index(gamma: Array | None, scan_set: Array | None, kmap: KernelMap) -> Int[Array, "b v"]:

@@ -50,7 +50,7 @@ def winograd_backward(
         dx = _scatter(dx, blocks.rows[t], _apply(gradients, mirrored, scan, options))
         inputs = _input_transform(_gather(x, blocks.rows[t], options))
         outputs = _output_transposed(gradients[_INNER, _INNER, _INNER])
-        products = [_batched(options, "tbc,tbd->tcd", v, u, x.dtype) for v, u in zip(inputs, outputs, strict=True)]
+        products = [_batched(options, "tbc,tbd->tcd", v, u) for v, u in zip(inputs, outputs, strict=True)]
         return dx, [part.at[scan].add(product) for part, product in zip(parts, products, strict=True)]
 
     dx = zeros_varying_as(x.shape, options.sum_type, like)
@@ -59,7 +59,7 @@ def winograd_backward(
     dx, parts = lax.fori_loop(0, blocks.count, add_chunk, (dx, parts))
     dselected = _kernel_transposed(parts)
     dw, dgamma = _to_stack(dselected, w, gamma, scan_set)
-    return dx.astype(x.dtype), dw.astype(w.dtype), dgamma
+    return dx.astype(x.dtype), dw.astype(options.kernel_type), dgamma
 
 
 def _convolve_blocks(x: Array, kernels: list[Array], blocks: SiteBlocks, like: tuple, options: ConvOptions) -> Array:
@@ -113,18 +113,18 @@ def _scatter(out: Array, rows: Array, cells: Float[Array, "z y x n c"]) -> Array
 
 def _apply(cells: Array, kernels: list[Array], scan: Array | int, options: ConvOptions) -> Float[Array, "z y x n d"]:
     transformed = _input_transform(cells)
-    dtype = kernels[0].dtype
     return _output_transform([
-        _batched(options, "tbc,tcd->tbd", v, kernel[scan], dtype)
+        _batched(options, "tbc,tcd->tbd", v, kernel[scan])
         for v, kernel in zip(transformed, kernels, strict=True)
     ])  # fmt: skip
 
 
-def _batched(options: ConvOptions, spec: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
-    """Batched products of transformed values, in the compute type."""
-    return jnp.einsum(
-        spec, a.astype(dtype), b.astype(dtype), precision=options.precision, preferred_element_type=options.sum_type
-    )
+def _batched(options: ConvOptions, spec: str, a: Array, b: Array) -> Array:
+    """Batched products of transformed values, in the type of the sums.
+
+    Rounded to bfloat16, transformed values would make the result ten times less exact than the other algorithms'.
+    """
+    return jnp.einsum(spec, a, b, precision=options.precision, preferred_element_type=options.sum_type)
 
 
 @cache
@@ -139,7 +139,7 @@ def _kernel_transform(kernels: Float[Array, "b v c d"], options: ConvOptions) ->
     _, _, cube, _ = _matrices()
     return [
         jnp.einsum("tv,bvcd->btcd", jnp.asarray(part, options.sum_type), kernels.astype(options.sum_type),
-                   precision=lax.Precision.HIGHEST).astype(kernels.dtype)
+                   precision=lax.Precision.HIGHEST)
         for part in cube
     ]  # fmt: skip
 

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from h2a2_jax import sparse
@@ -42,6 +43,31 @@ def test_training_normalises_valid_sites_and_remembers():
     assert (y[11:] == 0).all()
     np.testing.assert_array_equal(norm.mean[...], before[0])
     np.testing.assert_array_equal(norm.var[...], before[1])
+
+
+def test_half_precision_rounds_features_only():
+    """Statistics, sums and gradients of scale and bias of bfloat16 features are those of the same values in float32."""
+    x, weight = (tensor(draw(300, seed=s), 310, fill=0.0).features.astype(jnp.bfloat16) for s in (0, 1))
+    sites = tensor(draw(300), 310).sites
+
+    def slopes(dtype):
+        graph, params, stats = nnx.split(BatchNorm(3), nnx.Param, ...)
+
+        def loss(params, x):
+            norm = nnx.merge(graph, params, stats, copy=True)
+            y = norm(sparse.SparseTensor(x, sites), TRAINING).features
+            return (y * weight.astype(dtype)).astype(jnp.float32).sum(), (y, norm.mean[...], norm.var[...])
+
+        (_, aux), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x.astype(dtype))
+        return aux, grads
+
+    ((y, *stats), (params, dx)), ((y32, *stats32), (params32, dx32)) = slopes(jnp.bfloat16), slopes(jnp.float32)
+    assert y.dtype == dx.dtype == jnp.bfloat16
+    for ours, theirs in zip(jax.tree.leaves((stats, params)), jax.tree.leaves((stats32, params32)), strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    for ours, theirs in ((y, y32), (dx, dx32)):
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs, rtol=2.0**-8, atol=1e-6)
 
 
 def test_no_site_gives_zeros_and_leaves_the_statistics():

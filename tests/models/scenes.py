@@ -54,10 +54,10 @@ def tiny_config(selection=SELECTION, width=4):
     )  # fmt: skip
 
 
-def tiny_detector(selection=SELECTION, seed=0, specs=SPECS, **options):
+def tiny_detector(selection=SELECTION, seed=0, specs=SPECS, width=4, **options):
     """A detector of the given datasets; running statistics and silent layers drawn at random."""
     heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in specs]
-    model = Detector(replace(tiny_config(selection), **options), heads, rngs=nnx.Rngs(seed))
+    model = Detector(replace(tiny_config(selection, width), **options), heads, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, EmbeddingMLP):
