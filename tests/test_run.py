@@ -1,10 +1,14 @@
 """The command line as a user meets it, and a whole small run."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,9 +19,12 @@ from h2a2_jax.commands import evaluate_command, predict_command, train_command
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.predictions import read_predictions
 from h2a2_jax.models import DetectorConfig
-from h2a2_jax.training.checkpoint import restore_checkpoint
+from h2a2_jax.training.checkpoint import CheckpointStore, restore_checkpoint
+from h2a2_jax.training.checkpoint_files import ITEMS
 from h2a2_jax.training.config import ExperimentConfig, TrainConfig, experiment_config, from_json, to_json
 from h2a2_jax.training.loop import train
+from h2a2_jax.training.metrics import MetricsWriter, read_metrics
+from h2a2_jax.training.stopping import Stopped
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,6 +59,15 @@ ROOT = Path(__file__).parent.parent
         (["--mode=check", "--data=data"], "--workdir is not for --mode=check"),
         (["--mode=check", "--data=data", "--config=configs/joint.py:demo"], "--config is not for --mode=check"),
         (["--config=configs/joint.py:demo,no_sfks", "--mode=ablation"], "give a config that has model.selection"),
+        (["--config=configs/joint.py:demo", "--mode=eval", "--accept_changes"], "--accept_changes is for --mode=train"),
+        (["--config=configs/joint.py:demo", "--config.optim.batches=0"], "optim.batches is 0; expected 1 or more"),
+        (["--config=configs/joint.py:demo", "--config.optim.average_decay=1.0"], "expected a number from 0 to below 1"),
+        (
+            ["--config=configs/joint.py:tiny", "--config.optim.freeze=('stm',)"],
+            "optim.freeze has 'stm', which names no",
+        ),
+        (["--mode=eval", "--step=first"], "--step is 'first'; expected a number, best or last"),
+        (["--mode=replay"], "has no kept batch: nothing was not finite in that run"),
     ],
 )
 def test_wrong_input_ends_in_one_sentence_and_status_2(tmp_path: Path, flags: list[str], sentence: str) -> None:
@@ -100,6 +116,57 @@ def test_trained_on_three_devices_evaluated_on_one(tmp_path: Path, capsys: pytes
         restore_checkpoint(tmp_path, expected=replace(config, model=replace(config.model, stem_channels=8)))
     with pytest.raises(InputError, match="datasets"):
         restore_checkpoint(tmp_path, expected=replace(config, datasets=config.datasets[:2]))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_goes_on_to_the_same_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(small(), train=replace(small().train, steps=4, checkpoint_every=3, evaluate_every=2))
+    whole, stopped, devices = tmp_path / "whole", tmp_path / "stopped", jax.devices()[:3]
+    results = train(config, whole, devices)
+
+    write = MetricsWriter.write
+
+    def write_and_signal(self: MetricsWriter, step: int, metrics: Any) -> None:
+        write(self, step, metrics)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsWriter, "write", write_and_signal)
+    capsys.readouterr()
+    with pytest.raises(Stopped) as end:
+        train(config, stopped, devices)
+    monkeypatch.undo()
+    assert end.value.status == 0
+    assert f"step 4 is saved in {stopped}, and the same command goes on" in capsys.readouterr().out
+    assert not (stopped / "summary.md").exists()
+    shutil.rmtree(stopped / "checkpoints" / "4")  # as if it had been killed before
+
+    assert train(config, stopped, devices) == results
+    assert f"Resuming {stopped} after step 3 of 4." in capsys.readouterr().out
+    stores = [CheckpointStore(folder / "checkpoints") for folder in (whole, stopped)]
+    assert stores[0].steps() == stores[1].steps()
+    ours, theirs = (jax.tree.leaves(store.read_items(4, ITEMS)) for store in stores)
+    assert ours and all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for store in stores:
+        store.close()
+    for name in ("metrics.jsonl", "selection.jsonl"):
+        told = [[json.loads(line) for line in (folder / name).read_text().splitlines()] for folder in (whole, stopped)]
+        for lines in told:
+            for line in lines:
+                line.pop("scans_per_second", None), line.pop("compilations", None)
+        assert told[0] == told[1]
+    evaluations = [(folder / "evaluations" / "2" / "evaluation.json").read_text() for folder in (whole, stopped)]
+    assert evaluations[0] == evaluations[1]
+    scores = {line["step"]: line.get("mAP@0.25/scannet") for line in read_metrics(stopped)}
+    assert list(scores) == [1, 2, 3, 4] and [step for step, score in scores.items() if score is not None] == [2, 4]
+    assert "last" in (stopped / "summary.md").read_text() and "best" in (stopped / "summary.md").read_text()
+    event_files = [*(whole / "tensorboard").iterdir()]
+    assert len(event_files) == 1 and not [*stopped.rglob("*.part*"), *stopped.rglob("*tmp*")]
+
+    with pytest.raises(InputError, match=r"begun with another config: optim.lr was 0.001 and is 0.5"):
+        train(replace(config, optim=replace(config.optim, lr=0.5)), stopped, devices)
 
 
 def test_a_missing_validation_split_is_noticed_before_training(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import optax
@@ -34,15 +35,15 @@ CACHED_SCANS = 2000
 
 def build_detector(config: ExperimentConfig) -> Detector:
     """The detector of a config with the parameters that its seed draws."""
-    specs = config.specs
-    heads = [HeadConfig(spec.name, spec.num_classes, spec.num_outputs) for spec in specs]
-
-    def build(key: PRNGKeyArray) -> Detector:
-        return Detector(config.model, heads, rngs=nnx.Rngs(key))
-
+    build = partial(_drawn, config)
     # Drawn in one program, for hundreds of small ones would be compiled otherwise; the same for all seeds.
     key = jax.random.key(config.train.seed)
     return nnx.merge(nnx.graphdef(nnx.eval_shape(build, key)), jax.jit(lambda key: nnx.state(build(key)))(key))
+
+
+def _drawn(config: ExperimentConfig, key: PRNGKeyArray) -> Detector:
+    heads = [HeadConfig(spec.name, spec.num_classes, spec.num_outputs) for spec in config.specs]
+    return Detector(config.model, heads, rngs=nnx.Rngs(key))
 
 
 def build_stream(config: ExperimentConfig, division: MeshDivision) -> JointStream:
@@ -171,7 +172,23 @@ def build_trainer(
     return Trainer(graph, place_state(state, mesh), schedule, take_step)
 
 
-def steps_of_run(config: ExperimentConfig, stream: JointStream) -> tuple[int, int]:
-    """Optimiser steps of an epoch and of the run."""
-    steps_per_epoch = math.ceil(stream.steps_per_epoch / config.optim.batches)
+def check_frozen(config: ExperimentConfig) -> None:
+    """Whether what is to be frozen is there, before anything is drawn or compiled.
+
+    Raises:
+        InputError: see `frozen_paths`.
+    """
+    if config.optim.freeze:
+        _, exclusive, shared, _ = split_model(nnx.eval_shape(lambda: _drawn(config, jax.random.key(0))))
+        frozen_paths(shared, exclusive, config.optim.freeze)
+
+
+def steps_of_run(config: ExperimentConfig, batches_per_epoch: int) -> tuple[int, int]:
+    """Optimiser steps of an epoch and of the run.
+
+    Args:
+        config: of the run.
+        batches_per_epoch: that the stream counts.
+    """
+    steps_per_epoch = math.ceil(batches_per_epoch / config.optim.batches)
     return steps_per_epoch, config.train.steps or config.train.epochs * steps_per_epoch

@@ -19,7 +19,7 @@ from h2a2_jax.files import whole_file
 from h2a2_jax.inputs.pipeline import JointStream
 from h2a2_jax.lock import alone_in
 from h2a2_jax.provenance import revision, versions
-from h2a2_jax.training.build import build_detector, build_stream, build_trainer, steps_of_run
+from h2a2_jax.training.build import build_detector, build_stream, build_trainer, check_frozen, steps_of_run
 from h2a2_jax.training.checkpoint import CheckpointStore
 from h2a2_jax.training.compilations import CompilationCounter
 from h2a2_jax.training.config import ExperimentConfig, to_json
@@ -29,7 +29,7 @@ from h2a2_jax.training.evaluations import best_step, read_evaluations
 from h2a2_jax.training.mesh import DATASET, REPLICA, train_mesh
 from h2a2_jax.training.nonfinite import NonFiniteError, NonFiniteWatch
 from h2a2_jax.training.profiler import StepProfiler
-from h2a2_jax.training.resume import drop_lines_of_lost_steps, initial_detector, restore_newest
+from h2a2_jax.training.resume import check_init, drop_lines_of_lost_steps, initial_detector, restore_newest
 from h2a2_jax.training.run import Run
 from h2a2_jax.training.selection_log import SelectionLog
 from h2a2_jax.training.selection_report import selection_report, selection_table
@@ -102,8 +102,10 @@ def open_run(
     """The run at its beginning, or where its newest checkpoint is."""
     mesh = train_mesh(len(config.specs), devices)
     division = MeshDivision(mesh, len(config.specs))
+    check_frozen(config)
+    check_init(config, workdir)
     stream = build_stream(config, division)
-    steps_per_epoch, total = steps_of_run(config, stream)
+    steps_per_epoch, total = steps_of_run(config, stream.steps_per_epoch)
     _have_alone(workdir, division, opened)
     opened.enter_context(_naming_what_cannot_be_written(workdir))
     cache = workdir / CACHE / platform.node() if config.train.compilation_cache else None
@@ -217,7 +219,7 @@ def _facts(run: Run, documents: dict[str, Any], began: float, code: str, config_
         config=config,
         num_scans=dict(zip(names, run.stream.num_scans, strict=True)),
         steps=run.step,
-        epochs=run.step / steps_of_run(config, run.stream)[0],
+        epochs=run.step / steps_of_run(config, run.stream.steps_per_epoch)[0],
         results=results,
         seconds=time.monotonic() - began,
         scans_per_second=run.watch.scans_per_second,

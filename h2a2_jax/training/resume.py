@@ -9,7 +9,7 @@ import numpy as np
 from h2a2_jax.errors import InputError
 from h2a2_jax.models import Detector
 from h2a2_jax.training.build import build_detector
-from h2a2_jax.training.checkpoint import CheckpointStore
+from h2a2_jax.training.checkpoint import CheckpointStore, checkpoint_place
 from h2a2_jax.training.checkpoint_files import DamagedCheckpointError
 from h2a2_jax.training.config import ExperimentConfig, changes
 from h2a2_jax.training.distributed import MeshDivision, is_main, say
@@ -18,6 +18,18 @@ from h2a2_jax.training.state import TrainState
 from h2a2_jax.training.warm_start import warm_start
 
 _SHOWN = 5
+
+
+def check_init(config: ExperimentConfig, workdir: Path) -> None:
+    """Whether there is a folder for a new run to start from, before its own is made.
+
+    Raises:
+        InputError: there is not.
+    """
+    folder = config.train.init_from
+    is_new = not (workdir / "checkpoints").is_dir()
+    if folder and is_new and not checkpoint_place(Path(folder)).directory.is_dir():
+        raise InputError(f"train.init_from is {folder!r}, where there are no checkpoints: give the folder of a run.")
 
 
 def initial_detector(config: ExperimentConfig, is_new: bool) -> Detector | None:
