@@ -1,8 +1,8 @@
 """Checkpoints of a run: written in the background, restored on any number of devices.
 
 A checkpoint of step s is the folder <directory>/<s> with the items params, batch_stats, optimizer (both optimiser
-states, step, balancer), averages where the run averages its parameters, and config (JSON; with checksums of the
-others). `checkpoint_tree` says what they hold.
+states, step, balancer), averages where the run averages its parameters, and config (JSON; with checksums of all).
+`checkpoint_tree` says what they hold.
 """
 
 import contextlib
@@ -10,6 +10,8 @@ import dataclasses
 import json
 import logging
 import shutil
+import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,6 +101,7 @@ class CheckpointStore:
             "config": json.loads(to_json(config)),
             "checksums": {name: layout.checksum(item) for name, item in items.items()},
         }
+        stored_config["checksum"] = _checksum(stored_config)
         arguments: dict[str, Any] = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         with self._noticing_failure():
             manager.save(step, args=ocp.args.Composite(**arguments, config=ocp.args.JsonSave(stored_config)))
@@ -216,12 +219,15 @@ class CheckpointStore:
     def tidy(self) -> None:
         """Remove what a kill in the middle of saving or removing a checkpoint left behind.
 
-        Nobody else may be saving there.
+        A checkpoint is removed when newer ones are there, so that what lacks something without them is damaged: it
+        stays. Nobody else may be saving there.
         """
         self.close()
+        folders = {int(folder.name): folder for folder in self.directory.glob("*/") if folder.name.isdecimal()}
+        whole = [step for step in sorted(folders) if _has_all_items(folders[step])]
+        stay = {*self._kept.of(whole), *(step for step in folders if sum(w > step for w in whole) < self._kept.latest)}
         for folder in self.directory.glob("*/"):
-            whole = folder.name.isdecimal() and all((folder / item).is_dir() for item in (*_ITEMS, "config"))
-            if not whole:
+            if not folder.name.isdecimal() or int(folder.name) not in stay:
                 shutil.rmtree(folder)
 
     def restore_arrays(self, step: int | None = None) -> "StoredModel":
@@ -367,6 +373,11 @@ class CheckpointStore:
 
     def _restore_config(self, step: int) -> "_Stored":
         stored = self._restore(step, ("config",))["config"]
+        if stored.get("checksum", _checksum(stored)) != _checksum(stored):
+            raise DamagedCheckpointError(
+                f"{self._place(step)} is damaged: config is not what was saved (its checksum differs); choose another "
+                "step."
+            )
         if stored.get("version") != CHECKPOINT_VERSION:
             raise InputError(
                 f"{self._place(step)} has version {stored.get('version')}, this program reads version "
@@ -444,8 +455,17 @@ class _Kept:
     best: Callable[[], int | None]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        best, latest = self.best(), [info.step for info in checkpoints][-self.latest :]
-        return [info.step == best or info.step in latest for info in checkpoints]
+        stay = self.of([info.step for info in checkpoints])
+        return [info.step in stay for info in checkpoints]
+
+    def of(self, steps: Sequence[int]) -> set[int]:
+        """Those of rising steps that stay."""
+        best = self.best()
+        return {*steps[-self.latest :], *(step for step in steps if step == best)}
+
+
+def _has_all_items(folder: Path) -> bool:
+    return all((folder / item).is_dir() for item in (*_ITEMS, "config"))
 
 
 def _reason(error: BaseException) -> str:
@@ -456,6 +476,12 @@ def _reason(error: BaseException) -> str:
     known = next((link.strerror for link in reversed(chain) if isinstance(link, OSError) and link.strerror), None)
     phrases = [phrase for phrase in _OF_THE_SYSTEM if phrase in str(error)]  # as TensorStore passes them on
     return known or next(iter((*phrases, *str(error).splitlines())), type(error).__name__)
+
+
+def _checksum(stored: Mapping[str, Any]) -> int:
+    """Of what a checkpoint says of itself."""
+    rest = {key: value for key, value in stored.items() if key != "checksum"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def _counters(like: TrainState) -> dict[str, Any]:
@@ -559,7 +585,20 @@ class _NoOrbax(logging.Filter):
         return "orbax" not in record.pathname or record.levelno >= logging.ERROR
 
 
+@dataclasses.dataclass(frozen=True)
+class _NoClosedLoop:
+    """Drops what TensorStore prints when a file could not be read and Orbax no longer waits for the others."""
+
+    before: Callable[[Any], Any]
+
+    def __call__(self, unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)):
+            self.before(unraisable)
+
+
 def _quieten_orbax() -> None:
     logger = logging.getLogger("absl")
     if not any(isinstance(f, _NoOrbax) for f in logger.filters):
         logger.addFilter(_NoOrbax())
+    if not isinstance(sys.unraisablehook, _NoClosedLoop):
+        sys.unraisablehook = _NoClosedLoop(sys.unraisablehook)
