@@ -60,13 +60,13 @@ MEAN = "(mean)"
 
 
 def write_evaluation(folder: Path, documents: Mapping[str, Any]) -> None:
-    """Write both files, each in one go.
+    """Write both files, each in one go; where evaluation.json is there, so is the other.
 
     Args:
         folder: Made if missing.
         documents: By dataset, see the schema.
     """
-    for name, text in ((JSON_FILE, evaluation_json(documents)), (CSV_FILE, evaluation_csv(documents))):
+    for name, text in ((CSV_FILE, evaluation_csv(documents)), (JSON_FILE, evaluation_json(documents))):
         with whole_file(folder / name) as part:
             part.write_text(text, encoding="utf-8", newline="")
 

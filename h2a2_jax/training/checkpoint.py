@@ -1,8 +1,8 @@
 """Checkpoints of a run: written in the background, restored on any number of devices.
 
 A checkpoint of step s is the folder <directory>/<s> with the items params, batch_stats, optimizer (both optimiser
-states, step, balancer), averages where the run averages its parameters, and config (JSON; with checksums of the
-others). `checkpoint_tree` says what they hold.
+states, step, balancer), averages where the run averages its parameters, and config (JSON; with checksums of all).
+`checkpoint_tree` says what they hold.
 """
 
 import dataclasses
@@ -182,7 +182,7 @@ class CheckpointStore(CheckpointFiles):
         return self.read_items(step, ("params", "batch_stats"), stored.checksums)
 
     def _restore_config(self, step: int) -> "_Stored":
-        stored = self.read_items(step, ("config",))["config"]
+        stored = self.read_config(step)
         if stored.get("version") != CHECKPOINT_VERSION:
             raise InputError(
                 f"{self.place(step)} has version {stored.get('version')}, this program reads version "

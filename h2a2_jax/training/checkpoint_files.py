@@ -6,8 +6,11 @@ fails, and nothing half-written left behind; the best checkpoint kept beside the
 
 import contextlib
 import dataclasses
+import json
 import logging
 import shutil
+import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,9 +84,23 @@ class CheckpointFiles:
             if step in manager.all_steps():
                 return
             arguments: dict[str, Any] = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-            sums = {name: checksum(item) for name, item in items.items()}
-            config = ocp.args.JsonSave({**config, "checksums": sums})
-            manager.save(step, args=ocp.args.Composite(**arguments, config=config))
+            told = {**config, "checksums": {name: checksum(item) for name, item in items.items()}}
+            told["checksum"] = _own_checksum(told)
+            manager.save(step, args=ocp.args.Composite(**arguments, config=ocp.args.JsonSave(told)))
+
+    def read_config(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says of itself: the config it was saved with, and "checksums" of its items.
+
+        Raises:
+            DamagedCheckpointError: it is missing, cannot be read, or is not what was saved.
+        """
+        stored = self.read_items(step, ("config",))["config"]
+        if stored.get("checksum", _own_checksum(stored)) != _own_checksum(stored):
+            raise DamagedCheckpointError(
+                f"{self.place(step)} is damaged: config is not what was saved (its checksum differs); choose another "
+                "step."
+            )
+        return stored
 
     def read_items(
         self, step: int, items: Sequence[str], checksums: Mapping[str, int | None] = _UNKNOWN
@@ -133,12 +150,15 @@ class CheckpointFiles:
     def tidy(self) -> None:
         """Remove what a kill in the middle of saving or removing a checkpoint left behind.
 
-        Nobody else may be saving there.
+        A checkpoint is removed when newer ones are there, so that what lacks something without them is damaged: it
+        stays. Nobody else may be saving there.
         """
         self.close()
+        folders = {int(folder.name): folder for folder in self.directory.glob("*/") if folder.name.isdecimal()}
+        whole = [step for step in sorted(folders) if _has_all_items(folders[step])]
+        stay = {*self._kept.of(whole), *(step for step in folders if sum(w > step for w in whole) < self._kept.latest)}
         for folder in self.directory.glob("*/"):
-            whole = folder.name.isdecimal() and all((folder / item).is_dir() for item in (*ITEMS, "config"))
-            if not whole:
+            if not folder.name.isdecimal() or int(folder.name) not in stay:
                 shutil.rmtree(folder)
 
     def check(self) -> None:
@@ -251,8 +271,23 @@ class _Kept:
     best: Callable[[], int | None]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        best, latest = self.best(), [info.step for info in checkpoints][-self.latest :]
-        return [info.step == best or info.step in latest for info in checkpoints]
+        stay = self.of([info.step for info in checkpoints])
+        return [info.step in stay for info in checkpoints]
+
+    def of(self, steps: Sequence[int]) -> set[int]:
+        """Those of rising steps that stay."""
+        best = self.best()
+        return {*steps[-self.latest :], *(step for step in steps if step == best)}
+
+
+def _has_all_items(folder: Path) -> bool:
+    return all((folder / item).is_dir() for item in (*ITEMS, "config"))
+
+
+def _own_checksum(stored: Mapping[str, Any]) -> int:
+    """Of what a checkpoint says of itself."""
+    rest = {key: value for key, value in stored.items() if key != "checksum"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def _reason(error: BaseException) -> str:
@@ -272,7 +307,20 @@ class _NoOrbax(logging.Filter):
         return "orbax" not in record.pathname or record.levelno >= logging.ERROR
 
 
+@dataclasses.dataclass(frozen=True)
+class _NoClosedLoop:
+    """Drops what TensorStore prints when a file could not be read and Orbax no longer waits for the others."""
+
+    before: Callable[[Any], Any]
+
+    def __call__(self, unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)):
+            self.before(unraisable)
+
+
 def _quieten_orbax() -> None:
     logger = logging.getLogger("absl")
     if not any(isinstance(f, _NoOrbax) for f in logger.filters):
         logger.addFilter(_NoOrbax())
+    if not isinstance(sys.unraisablehook, _NoClosedLoop):
+        sys.unraisablehook = _NoClosedLoop(sys.unraisablehook)

@@ -29,7 +29,7 @@ from h2a2_jax.training.evaluations import best_step, read_evaluations
 from h2a2_jax.training.mesh import DATASET, REPLICA, train_mesh
 from h2a2_jax.training.nonfinite import NonFiniteError, NonFiniteWatch
 from h2a2_jax.training.profiler import StepProfiler
-from h2a2_jax.training.resume import check_init, drop_lines_of_lost_steps, initial_detector, restore_newest
+from h2a2_jax.training.resume import check_init, drop_lost_steps, initial_detector, restore_newest
 from h2a2_jax.training.run import Run
 from h2a2_jax.training.selection_log import SelectionLog
 from h2a2_jax.training.selection_report import selection_report, selection_table
@@ -126,7 +126,7 @@ def open_run(
     if is_main():  # only now: a workdir of another run stays as it is
         with whole_file(workdir / "config.json") as part:
             part.write_text(to_json(config) + "\n")
-        drop_lines_of_lost_steps(workdir, first)
+        drop_lost_steps(workdir, first)
     if not is_new:
         say(f"Resuming {workdir} after step {first} of {total}.")
     _say_start(config, stream, mesh, total)
@@ -256,7 +256,7 @@ def _naming_what_cannot_be_written(workdir: Path) -> Iterator[None]:
             raise
         raise InputError(
             f"{error.filename or workdir} cannot be written ({error.strerror}): free space there or make it writable; "
-            "the same command goes on from the newest checkpoint."
+            f"{_what_is_saved(workdir)}."
         ) from error
 
 
@@ -275,9 +275,13 @@ def _say_start(config: ExperimentConfig, stream: JointStream, mesh: Mesh, total:
 
 
 def _say_stopped(stopped: Stopped, workdir: Path) -> None:
+    say(f"{stopped}; {_what_is_saved(workdir)}.")
+
+
+def _what_is_saved(workdir: Path) -> str:
+    """What the same command does after the run was left."""
     with CheckpointStore(workdir / "checkpoints") as store:
         newest = store.latest_step()
     if newest is None:
-        say(f"{stopped} before anything was saved; the same command begins anew.")
-    else:
-        say(f"{stopped}; step {newest} is saved in {workdir}, and the same command goes on from there.")
+        return "nothing was saved before, so that the same command begins anew"
+    return f"step {newest} is saved in {workdir}, and the same command goes on from there"

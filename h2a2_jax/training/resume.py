@@ -1,5 +1,6 @@
 """With what a run begins: its newest checkpoint that can be read, another run's, or parameters drawn by its seed."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from h2a2_jax.training.checkpoint import CheckpointStore, checkpoint_place
 from h2a2_jax.training.checkpoint_files import DamagedCheckpointError
 from h2a2_jax.training.config import ExperimentConfig, changes
 from h2a2_jax.training.distributed import MeshDivision, is_main, say
+from h2a2_jax.training.evaluations import FOLDER as EVALUATIONS
 from h2a2_jax.training.json_lines import drop_lines_after
 from h2a2_jax.training.state import TrainState
 from h2a2_jax.training.warm_start import warm_start
@@ -105,10 +107,13 @@ def restore_newest(
     return None
 
 
-def drop_lines_of_lost_steps(workdir: Path, step: int) -> None:
-    """Cut off what the logs say of steps after the checkpoint that a run goes on from: they are taken again."""
+def drop_lost_steps(workdir: Path, step: int) -> None:
+    """Drop what logs and evaluations say of steps after the one that a run goes on from: they are taken again."""
     for name in ("metrics.jsonl", "selection.jsonl"):
         drop_lines_after(workdir / name, step)
+    for folder in (workdir / EVALUATIONS).glob("*/"):
+        if folder.name.isdecimal() and int(folder.name) > step:
+            shutil.rmtree(folder)
 
 
 def _refuse_changes(store: CheckpointStore, step: int, config: ExperimentConfig, accept_changes: bool) -> None:

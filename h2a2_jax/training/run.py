@@ -1,6 +1,7 @@
 """What a run keeps on disk while it steps: lines of metrics, checkpoints, evaluations; and how it is left."""
 
 import contextlib
+import json
 import signal
 import time
 from collections.abc import Generator, Iterator, Mapping
@@ -158,14 +159,17 @@ class Run:
         else:
             self._predictor.take_over(detector)
         documents = evaluate_predictor(self.config, self._predictor, folder, self.division, tables=tables)
-        if self._metrics is not None:
-            before = next((line for line in read_metrics(self.workdir) if line["step"] == self.step), {})
-            self._write({**before, **score_metrics(documents)})
+        scores = score_metrics(documents)
+        if self._metrics is not None and not scores.items() <= (before := self._line()).items():
+            self._write({**before, **scores})
         return documents
 
     def is_evaluated(self) -> bool:
-        """Whether the newest step has an evaluation."""
-        return (evaluation_folder(self.workdir, self.step) / JSON_FILE).exists()
+        """Whether the newest step has an evaluation, whose scores are among the metrics too; all processes agree."""
+        path, found = evaluation_folder(self.workdir, self.step) / JSON_FILE, False
+        if is_main() and path.exists():
+            found = score_metrics(json.loads(path.read_text())).keys() <= self._line().keys()
+        return bool(self.division.exchange(np.array([found], np.int32))().any())
 
     def is_due(self, every: int) -> bool:
         """Whether something that is done now and then is to be done after this step."""
@@ -203,6 +207,10 @@ class Run:
         if self._progress is not None:
             self._progress.close()
             self._progress = None
+
+    def _line(self) -> Mapping[str, Any]:
+        """The line of metrics of the newest step; empty where there is none."""
+        return next((line for line in read_metrics(self.workdir) if line["step"] == self.step), {})
 
     def _write(self, values: Mapping[str, Any]) -> None:
         assert self._metrics is not None and self._board is not None

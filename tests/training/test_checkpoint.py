@@ -347,15 +347,37 @@ def test_the_best_stays_beside_the_latest(tmp_path: Path):
 def test_what_a_kill_leaves_is_tidied_and_what_is_damaged_set_aside(tmp_path: Path):
     folder = tmp_path / "checkpoints"
     with CheckpointStore(folder) as store:
-        for step in (1, 2):
+        for step in (2, 3):
             store.save(step, make_state(1, model=PLAIN), experiment(model=PLAIN), NAMES)
         store.wait()
-        (folder / "3.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
-        (folder / "4" / "params").mkdir(parents=True)  # half removed
+        (folder / "4.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+        (folder / "1" / "params").mkdir(parents=True)  # half removed
+        (folder / "4" / "params").mkdir(parents=True)  # damaged, for nothing newer is there
         store.tidy()
-        assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
-        assert store.set_aside(2) == tmp_path / "checkpoints_damaged" / "2"
-        assert store.steps() == [1] and (tmp_path / "checkpoints_damaged" / "2" / "params").is_dir()
+        assert sorted(path.name for path in folder.iterdir()) == ["2", "3", "4"]
+        assert store.set_aside(4) == tmp_path / "checkpoints_damaged" / "4"
+        assert store.steps() == [2, 3] and (tmp_path / "checkpoints_damaged" / "4" / "params").is_dir()
+
+
+def test_a_checkpoint_that_was_to_be_removed_when_a_kill_came_is_tidied(tmp_path: Path):
+    with CheckpointStore(tmp_path, keep=9) as store:
+        for step in (1, 2, 3, 4):
+            store.save(step, make_state(1, model=PLAIN), experiment(model=PLAIN), NAMES)
+    with CheckpointStore(tmp_path, keep=2, best=lambda: 1) as store:
+        store.tidy()
+        assert store.steps() == [1, 3, 4]
+
+
+def test_a_config_that_is_not_what_was_saved_is_damage(tmp_path: Path):
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, make_state(1, model=PLAIN), experiment(model=PLAIN), NAMES)
+        store.wait()
+        path = tmp_path / "1" / "config" / "metadata"
+        text = path.read_text()
+        assert '"lr": 0.001' in text
+        path.write_text(text.replace('"lr": 0.001', '"lr": 0.003'))
+        with pytest.raises(DamagedCheckpointError, match="config is not what was saved"):
+            store.stored_config(1)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_said_with_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,6 @@
 """With what a run goes on: the newest checkpoint that can be read, of the same config."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.training.checkpoint import CheckpointStore
 from h2a2_jax.training.config import ExperimentConfig, changes
 from h2a2_jax.training.distributed import MeshDivision
+from h2a2_jax.training.evaluations import evaluation_folder
 from h2a2_jax.training.json_lines import JsonLinesWriter, drop_lines_after, read_json_lines
 from h2a2_jax.training.mesh import train_mesh
-from h2a2_jax.training.resume import restore_newest
+from h2a2_jax.training.resume import drop_lost_steps, restore_newest
 from h2a2_jax.training.state import TrainState
 from tests.training.test_checkpoint import NAMES, PLAIN, assert_equal, experiment, largest_file, make_state
 
@@ -54,6 +56,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, capsys
         place = tmp_path / "checkpoints_damaged" / str(step)
         assert place.is_dir() and f"It is set aside in {place}" in said
     assert [path.name for path in folder.iterdir()] == ["1"]
+
+
+def test_a_checkpoint_without_an_item_is_damaged_and_not_begun_anew_over(tmp_path: Path):
+    folder = tmp_path / "checkpoints"
+    saved(folder, 1)
+    shutil.rmtree(folder / "1" / "optimizer")
+    with CheckpointStore(folder) as store:
+        store.tidy()
+    with pytest.raises(InputError, match=r"There is no other one in"):
+        restored(folder)
+    assert (folder / "1" / "params").is_dir()
 
 
 def test_where_none_can_be_read_nothing_is_begun_anew(tmp_path: Path):
@@ -102,3 +115,10 @@ def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path: Path):
     drop_lines_after(path, 3)
     assert [line["step"] for line in read_json_lines(path, 1)] == [1, 2, 3]
     assert path.read_bytes().endswith(b"}\n") and [child.name for child in tmp_path.iterdir()] == [path.name]
+
+
+def test_evaluations_of_steps_that_are_taken_again_are_dropped(tmp_path: Path):
+    for name in ("4", "8", "mine"):
+        evaluation_folder(tmp_path, 0).with_name(name).mkdir(parents=True)
+    drop_lost_steps(tmp_path, 4)
+    assert sorted(path.name for path in evaluation_folder(tmp_path, 0).parent.iterdir()) == ["4", "mine"]

@@ -1,0 +1,165 @@
+"""Disks that are full or read-only, and checkpoints that are damaged: part of `benchmarks.faults`."""
+
+import contextlib
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.fault_children import Bench, Fault, half_saved, newest, saved_steps
+from benchmarks.fault_compare import differences, state_differences
+from benchmarks.fault_stops import saved_step
+
+_TWO_CHECKPOINTS, _LARGE = "size=4600k", "size=64m"
+_BALLAST = "ballast"
+
+
+class NoDisk(Exception):
+    """A disk cannot be mounted here."""
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A disk in memory, mounted on a folder."""
+    folder.mkdir(parents=True)
+    if (problem := _mount("-t", "tmpfs", "-o", size, "tmpfs", str(folder))) is not None:
+        raise NoDisk(problem)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=False)
+
+
+def _mount(*arguments: str) -> str | None:
+    """Calls `mount`; what it says where it fails."""
+    try:
+        done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return str(error)
+    return None if done.returncode == 0 else done.stderr.strip()
+
+
+def remount(folder: Path, options: str) -> None:
+    """Changes the size of a disk, or whether it can be written to."""
+    if (problem := _mount("-o", f"remount,{options}", str(folder))) is not None:
+        raise Fault(f"{folder} cannot be mounted again with {options}: {problem}")
+
+
+def disk(bench: Bench) -> None:
+    """Disks that fill up, and one that is read-only."""
+    for scenario in (_full_for_a_checkpoint, _full_for_a_line, _read_only):
+        try:
+            scenario(bench)
+        except NoDisk as problem:
+            bench.report.event(f"left out, for no disk can be mounted here: {problem}")
+            return
+
+
+def _full_for_a_checkpoint(bench: Bench) -> None:
+    place = bench.folder / "disk_checkpoint"
+    workdir = place / "run"
+    with small_disk(place, _TWO_CHECKPOINTS):
+        child = bench.train(workdir)
+        child.wait_for(lambda: newest(workdir) >= 8)
+        first = _sizes(workdir / "checkpoints" / "8")
+        line = child.expect(2, "A checkpoint could not be written", "No space left on device", "free space there")
+        _refused(bench, workdir, "a disk that is full at a checkpoint", line)
+        if 8 in saved_steps(workdir) and _sizes(workdir / "checkpoints" / "8") != first:
+            bench.report.failed("the checkpoint before is not what it was")
+        remount(place, _LARGE)
+        bench.train(workdir).expect(0, f"after step {saved_step(line)} of")
+        bench.report.equal("the end, once there was space,", differences(bench.reference, workdir))
+
+
+def _full_for_a_line(bench: Bench) -> None:
+    place = bench.folder / "disk_line"
+    workdir = place / "run"
+    with small_disk(place, _LARGE):
+        child = bench.train(workdir)
+        child.wait_for(lambda: newest(workdir) >= 8)
+        with contextlib.suppress(OSError), (place / _BALLAST).open("wb") as file:
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+        line = child.expect(2, "No space left on device", "free space there")
+        _refused(bench, workdir, "a disk that is full at a line", line)
+        (place / _BALLAST).unlink()
+        bench.train(workdir).expect(0, f"after step {newest(workdir)} of")
+        bench.report.equal("the end, once there was space,", differences(bench.reference, workdir))
+
+
+def _read_only(bench: Bench) -> None:
+    place = bench.folder / "disk_read_only"
+    workdir = place / "run"
+    with small_disk(place, _LARGE):
+        remount(place, "ro")
+        line = bench.train(workdir).expect(2, "cannot be written to", "give another --workdir")
+        bench.report.event(f"a new run on a read-only disk: {line!r}")
+        remount(place, "rw")
+        shutil.copytree(bench.rewound("for_read_only", 32), workdir)
+        remount(place, "ro")
+        line = bench.train(workdir).expect(2, "cannot be written to", "give another --workdir")
+        bench.report.event(f"a run that was begun, on a read-only disk: {line!r}")
+        remount(place, "rw")
+        bench.train(workdir).expect(0, "after step 32 of")
+        bench.report.equal("the end, once it could be written to,", differences(bench.reference, workdir))
+
+
+def _refused(bench: Bench, workdir: Path, what: str, line: str) -> None:
+    """What a full disk has to leave behind."""
+    bench.report.event(f"{what}: {line!r}")
+    if (step := saved_step(line)) != newest(workdir):
+        bench.report.failed(f"it said that step {step} is saved, the newest checkpoint is of step {newest(workdir)}")
+    if half := half_saved(workdir):
+        bench.report.failed(f"half-written is {', '.join(half)}")
+    bench.report.equal(
+        "what was saved", state_differences(bench.reference, workdir, 16) if newest(workdir) == 16 else []
+    )
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def damaged(bench: Bench) -> None:
+    """Damages the newest of two checkpoints, in three ways; then both."""
+    ways = (("a file cut in half", _cut), ("a bit turned", _turn_bit), ("a folder gone", _remove_item))
+    for what, damage in ways:
+        workdir = bench.rewound("damaged", 32)
+        damage(bench, workdir / "checkpoints" / "32")
+        child = bench.train(workdir)
+        line = child.expect(0, "The checkpoint of step 32", "It is set aside in", "the one before it is taken")
+        bench.report.event(f"{what}: {line!r}")
+        if child.said("after step 16 of") is None:
+            bench.report.failed("it did not go on after step 16")
+        bench.report.equal("the end after that", differences(bench.reference, workdir))
+    for what, damage in (ways[0], ways[2]):
+        workdir = bench.rewound("damaged", 32)
+        for step in (16, 32):
+            damage(bench, workdir / "checkpoints" / str(step))
+        line = bench.train(workdir).expect(2, "run.py: ", "There is no other one in")
+        bench.report.event(f"both checkpoints with {what}: {line!r}")
+        if 16 not in (kept := saved_steps(workdir)):
+            bench.report.failed(f"the last of them is gone, there are {kept}")
+
+
+def _largest(checkpoint: Path) -> Path:
+    return max(
+        (path for path in checkpoint.glob("params/**/d/*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+
+
+def _cut(bench: Bench, checkpoint: Path) -> None:
+    path = _largest(checkpoint)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _turn_bit(bench: Bench, checkpoint: Path) -> None:
+    path = _largest(checkpoint)
+    content = bytearray(path.read_bytes())
+    content[bench.rng.integers(len(content))] ^= 1 << int(bench.rng.integers(8))
+    path.write_bytes(content)
+
+
+def _remove_item(bench: Bench, checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / "optimizer")

@@ -1,0 +1,97 @@
+"""Other numbers of devices, and numbers that are not finite: part of `benchmarks.faults`."""
+
+import re
+import shutil
+import signal
+from pathlib import Path
+
+from benchmarks.fault_children import CONFIG, Bench, Fault, newest
+from benchmarks.fault_compare import metric_lines, state_differences
+from benchmarks.fault_stops import saved_step
+
+_PLAIN = ("--config.train.steps=24", "--config.train.log_every=1", "--config.train.evaluate_every=0")
+_FIRST, _TOLERANCE = 4, 1e-4
+"""Losses of so many steps after the change may differ by so much, relatively. Sums over devices are added in another
+order, 1e-7 of a loss; Adam's first steps turn the noise of gradients near zero into updates of the learning rate's
+size, so that the difference grows with every step and later ones tell nothing."""
+_MOST_SKIPPED = 10
+
+
+def devices(bench: Bench) -> None:
+    """Goes on with a training of three devices on one and on six; evaluates one checkpoint on one, three and six."""
+    report, whole, stopped = bench.report, bench.folder / "devices_whole", bench.folder / "devices_stopped"
+    shutil.rmtree(whole, ignore_errors=True)
+    shutil.rmtree(stopped, ignore_errors=True)
+    bench.train(whole, *_PLAIN, devices=3).expect(0, "3 cpu device(s), 3 x 1")
+    child = bench.train(stopped, *_PLAIN, devices=3)
+    if not child.wait_for(lambda: child.said("First step done")) or not child.wait(bench.rng.uniform(1, 3)):
+        raise Fault("the training of three devices ended before it was told to stop")
+    child.process.send_signal(signal.SIGTERM)
+    step = saved_step(child.expect(0, "Stopped by SIGTERM; step"))
+    report.event(f"three devices were told to stop; step {step} is saved")
+    for count, mesh in ((3, "3 x 1"), (1, "1 x 1"), (6, "3 x 2")):
+        workdir = bench.folder / f"devices_{count}"
+        shutil.rmtree(workdir, ignore_errors=True)
+        shutil.copytree(stopped, workdir)
+        bench.train(workdir, *_PLAIN, devices=count).expect(0, f"{count} cpu device(s), {mesh}")
+        by_step = _loss_differences(whole, workdir, step)
+        shown = ", ".join(f"{value:.1e}" for value in by_step)
+        report.event(f"gone on with on {count} devices, losses differ relatively by {shown} in the steps after {step}")
+        limit = 0 if count == 3 else _TOLERANCE
+        if max(by_step[:_FIRST]) > limit:
+            report.failed(f"that is more than {limit} in the first {_FIRST} steps")
+    texts = {count: _evaluation(bench, whole, count) for count in (1, 3, 6)}
+    report.equal("an evaluation on 3 and 6 devices", [f"on {n}" for n in (3, 6) if texts[n] != texts[1]])
+
+
+def _loss_differences(whole: Path, workdir: Path, step: int) -> list[float]:
+    """The largest relative difference of a loss, in each step after one."""
+    found = []
+    for a, b in zip(metric_lines(whole), metric_lines(workdir), strict=True):
+        if a["step"] > step and "loss/scannet" in a:
+            losses = [(a[key], b[key]) for key in a if key.startswith("loss/")]
+            found.append(max(abs(x - y) / abs(x) for x, y in losses))
+    return found[: _FIRST * 2]
+
+
+def _evaluation(bench: Bench, workdir: Path, count: int) -> bytes:
+    folder = bench.folder / f"evaluation_{count}"
+    bench.start(["run.py", "--mode=eval", f"--workdir={workdir}", f"--output={folder}"], devices=count).expect(0)
+    return (folder / "evaluation.json").read_bytes()
+
+
+def poison(bench: Bench) -> None:
+    """One scan with colours that are not finite; then all of them."""
+    report, workdir = bench.report, bench.folder / "poison_one"
+    shutil.rmtree(workdir, ignore_errors=True)
+    scan = "synthetic_sunrgbd/train/000003"
+    child = bench.start(["-m", "benchmarks.fault_poison", scan, CONFIG, f"--workdir={workdir}", *_PLAIN])
+    line = child.expect(0, "is not finite and is skipped", "of sunrgbd", f"{scan} has values", "the gradients of")
+    report.event(f"one poisoned scan: {line!r}")
+    kept = sorted(int(path.stem) for path in workdir.glob("nonfinite/*.npz"))
+    told, last = sum("is skipped" in line for line in child.lines), metric_lines(workdir)[-1]["skipped_steps"]
+    if not len(kept) == told == last > 0:
+        report.failed(f"{len(kept)} batches are kept, {told} were named, {last} are counted")
+    _replay(bench, workdir, kept[-1], scan)
+    workdir = bench.rewound("poison_all", 16)
+    child = bench.start(["-m", "benchmarks.fault_poison", "all", CONFIG, f"--workdir={workdir}"])
+    line = child.expect(2, f"{_MOST_SKIPPED} steps in a row were not finite", "--mode=replay")
+    report.event(f"all scans poisoned: {line!r}")
+    if (step := newest(workdir)) != 16 + _MOST_SKIPPED:
+        report.failed(f"the newest checkpoint is of step {step}, not of {16 + _MOST_SKIPPED}")
+    found = state_differences(bench.reference, workdir, 16, step)
+    report.equal(
+        "what it saved",
+        [name for name in found if name not in ("optimizer//step", "optimizer//skipped", "optimizer//skipped_in_row")],
+    )
+    _replay(bench, workdir, step - 1, "scannet")
+    bench.train(workdir).expect(0, f"after step {step} of")
+    report.event("with finite scans it goes on to the end")
+
+
+def _replay(bench: Bench, workdir: Path, number: int, named: str) -> None:
+    child = bench.start(["run.py", "--mode=replay", f"--workdir={workdir}"])
+    line = child.expect(1, named, "not finite among the inputs")
+    if not re.match(rf"Batch {number} of", child.lines[0]):
+        bench.report.failed(f"batch {number} is the last one kept, {child.lines[0]!r} was run again")
+    bench.report.event(f"run again: {line.strip()!r}")

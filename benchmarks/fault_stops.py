@@ -1,0 +1,119 @@
+"""Signals, a second run, another config, lost workers: part of `benchmarks.faults`."""
+
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.fault_children import Bench, Child, Fault, newest
+from benchmarks.fault_compare import differences, state_differences
+from benchmarks.input_kills import descendants
+
+_LATEST_S = 12
+
+
+def sigterm(bench: Bench) -> None:
+    """Signals at start-up, in steps, in an evaluation; then the training goes on to its end."""
+    report = bench.report
+    for number in (1, 2):
+        child, seconds = bench.train(bench.folder / "stopped_early"), bench.rng.uniform(0.5, _LATEST_S)
+        child.wait(seconds)
+        status = child.signal(signal.SIGTERM)
+        said = child.lines[-1] if child.lines else "nothing"
+        early = status == -signal.SIGTERM and child.said("Training on") is None and child.said("Stopped") is None
+        if not early and (status != 0 or "Stopped by SIGTERM" not in said):
+            report.failed(f"SIGTERM {seconds:.1f} s after the start: status {status}, it said: {said}")
+        report.event(f"SIGTERM {number}, {seconds:.1f} s after the start: status {status}, {said!r}")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        workdir = bench.rewound(f"stopped_{number.name}", 16)
+        for when, condition in (("a step", _stepping), ("a step", _stepping), ("an evaluation", _evaluating)):
+            _stop(bench, workdir, number, when, condition)
+        bench.train(workdir).expect(0)
+        report.equal(f"the end after three times {number.name}", differences(bench.reference, workdir, files=False))
+
+
+def _stepping(child: Child) -> Callable[[], object]:
+    return lambda: child.said("First step done")
+
+
+def _evaluating(child: Child) -> Callable[[], object]:
+    return lambda: child.said("Evaluating step")
+
+
+def _stop(
+    bench: Bench,
+    workdir: Path,
+    number: signal.Signals,
+    when: str,
+    condition: Callable[[Child], Callable[[], object]],
+    **how: int,
+) -> None:
+    """Sends a signal during steps or an evaluation."""
+    child = bench.train(workdir, **how)  # type: ignore[arg-type]
+    if not child.wait_for(condition(child)) or not child.wait(bench.rng.uniform(0, 1.5)):
+        raise Fault(f"the training ended before {number.name} in {when}")
+    child.process.send_signal(number)
+    line = child.expect(130 if number == signal.SIGINT else 0, f"Stopped by {number.name}; step", "the same command")
+    step = saved_step(line)
+    bench.report.event(f"{number.name} in {when}: {line!r}")
+    if newest(workdir) != step:
+        bench.report.failed(f"it said that step {step} is saved, the newest checkpoint is of step {newest(workdir)}")
+
+
+def saved_step(line: str) -> int:
+    """The step that a training says it saved."""
+    found = re.search(r"step (\d+) is saved|after step (\d+), which is saved", line)
+    if found is None:
+        raise Fault(f"no step is named in {line!r}")
+    return int(found[1] or found[2])
+
+
+def second(bench: Bench) -> None:
+    """A second run beside the first, and one of another config after it."""
+    report, workdir = bench.report, bench.rewound("second", 16)
+    first = bench.train(workdir)
+    if not first.wait_for(lambda: first.said("First step done")):
+        raise Fault("the first run ended before the second one")
+    line = bench.train(workdir).expect(2, "run.py: Another training run is at work in", str(first.process.pid))
+    report.event(f"a second run: {line!r}")
+    first.expect(0)
+    report.equal("the first run, after the second was refused,", differences(bench.reference, workdir))
+    workdir = bench.rewound("changed", 32)
+    before = {path: path.read_bytes() for path in sorted(workdir.rglob("*.json*"))}
+    line = bench.train(workdir, "--config.optim.lr=0.002").expect(2, "optim.lr was 0.001 and is 0.002")
+    report.event(f"another learning rate: {line!r}")
+    if changed := [str(path.relative_to(workdir)) for path, content in before.items() if path.read_bytes() != content]:
+        report.failed(f"the run that was refused changed {', '.join(changed)}")
+    child = bench.train(workdir, "--config.optim.lr=0.002", "--accept_changes")
+    line = child.expect(0, "Going on with another config: optim.lr was 0.001 and is 0.002")
+    report.event(f"with --accept_changes: {line!r}")
+    if not state_differences(bench.reference, workdir):
+        report.failed("another learning rate changed nothing")
+
+
+def workers(bench: Bench) -> None:
+    """Kills a process that loads scans."""
+    workdir = bench.folder / "workers"
+    shutil.rmtree(workdir, ignore_errors=True)
+    child = bench.train(workdir, "--config.train.workers=2")
+    if not child.wait_for(lambda: child.said("First step done")):
+        raise Fault("the training with workers ended before its first step")
+    loading = sorted(pid for pid in descendants(child.process.pid) if _is_worker(pid))
+    if not loading:
+        raise Fault("there are no workers")
+    os.kill(loading[0], signal.SIGKILL)
+    line = child.expect(0, "a worker process that loads scans died", "They are started again (1 of 3 times).")
+    bench.report.event(f"one of {len(loading)} workers killed: {line!r}")
+    found = differences(bench.reference, workdir)
+    bench.report.equal("the training that lost a worker", [name for name in found if name != "config.json"])
+
+
+def _is_worker(pid: int) -> bool:
+    """Whether a descendant is a process that Grain started, rather than one of Python's own helpers."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
+    return "spawn_main" in command

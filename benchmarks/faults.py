@@ -1,0 +1,86 @@
+"""Faults met by a training, and whether it comes through them: kills, signals, full disks, damage, poison.
+
+    python -m benchmarks.faults [--only kills,disk] [--kills 20] [--seed 0] [--folder DIR]
+
+`run.py` trains `configs/joint.py:tiny` in child processes on CPU devices, once without a fault; then it is killed,
+told to stop, robbed of its disk, and so on, and started again with the same command. What it ends with must be what the
+training without a fault ended with, bit by bit. A line tells of each event, with the time taken and left; the exit
+status is 1 where something failed. Everything lies in a temporary folder, or in --folder, which stays.
+
+    kills      SIGKILL at moments spread over start-up, steps, saving, evaluation and the end; some with the cache of
+               compiled programs in the workdir, which kills cut short
+    sigterm    SIGTERM and SIGINT: the step is saved, the status is 0 and 130
+    disk       a disk that is full when a checkpoint, or a line, is to be written; one that is read-only (needs root)
+    damaged    checkpoints of which a file is cut or has a bit turned, or a folder is gone
+    second     two runs in one workdir, and a run that goes on with another config
+    workers    a process that loads scans is killed
+    devices    saved on three devices, gone on with on one and on six; evaluated on one, three and six
+    poison     scans with colours that are not finite
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from benchmarks.fault_children import Bench, Fault, Report
+from benchmarks.fault_damage import damaged, disk
+from benchmarks.fault_kills import kills, own_cache
+from benchmarks.fault_numbers import devices, poison
+from benchmarks.fault_stops import second, sigterm, workers
+
+SCENARIOS: dict[str, tuple[tuple[Callable[[Bench], None], ...], int]] = {
+    "kills": ((kills, own_cache), 6),
+    "sigterm": ((sigterm,), 12),
+    "disk": ((disk,), 8),
+    "damaged": ((damaged,), 5),
+    "second": ((second,), 4),
+    "workers": ((workers,), 1),
+    "devices": ((devices,), 7),
+    "poison": ((poison,), 4),
+}
+"""What makes a scenario, and how many trainings it starts; beside the kills that are asked for."""
+
+
+def main() -> int:
+    """Run the scenarios; the exit status tells."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(SCENARIOS), help="scenarios, with commas between")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", type=Path, help="stays; the training without a fault in it is taken as it is")
+    options = parser.parse_args()
+    chosen = options.only.split(",")
+    if unknown := set(chosen) - set(SCENARIOS):
+        parser.error(f"there is no scenario {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")
+    with TemporaryDirectory(prefix="faults_") as folder:
+        report = Report({name: SCENARIOS[name][1] + options.kills * (name == "kills") for name in chosen})
+        bench = Bench(options.folder or Path(folder), options.kills, np.random.default_rng(options.seed), report)
+        report.scenario = "none"
+        bench.make_reference()  # whose programs the others find compiled
+        for name in chosen:
+            report.scenario = name
+            for scenario in SCENARIOS[name][0]:
+                attempt(scenario, bench)
+            report.planned[name] = 0
+        report.scenario = ""
+        for failure in report.failures:
+            print(f"FAILED {failure}")
+        count = len(report.failures) or "nothing"
+        report.event(f"{count} failed in {', '.join(chosen)}")
+    return int(bool(report.failures))
+
+
+def attempt(scenario: Callable[[Bench], None], bench: Bench) -> None:
+    """Runs a scenario; where one of its faults ends it, the others still run."""
+    try:
+        scenario(bench)
+    except Fault as fault:
+        bench.report.failed(str(fault))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
