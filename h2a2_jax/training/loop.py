@@ -157,7 +157,8 @@ def take_steps(run: Run, signals: StopSignals) -> None:
                 profiler.before_step(step + 1)
             with run.compilations.step():
                 run.state, metrics = run.trainer.take_step(run.state, item.batch)
-            run.watch.see(item, metrics)
+            if is_main():  # in others nobody would look
+                run.watch.see(item, metrics)
             with run.left_by(NonFiniteError):
                 nonfinite.see(item, metrics)
             if place + 1 < each:
