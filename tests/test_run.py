@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs.joint import demo, get_config
+from configs.joint import get_config, tiny
 from h2a2_jax.commands import evaluate_command, predict_command, train_command
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.predictions import read_predictions
@@ -82,13 +82,12 @@ def test_wrong_input_ends_in_one_sentence_and_status_2(tmp_path: Path, flags: li
 
 
 def small() -> ExperimentConfig:
-    """The demo with a few scans and steps; what it compiles is what takes the time."""
-    config = demo()
+    """The tiny run with fewer scans and steps; what it compiles is what takes the time."""
+    config = tiny()
     return replace(
         config,
-        datasets=tuple(replace(d, train_size=3, val_size=2) for d in config.datasets),
-        model=replace(config.model, stem_channels=4, stage_channels=(4, 4, 4, 4), neck_channels=4, voxel_size=0.03),
-        train=replace(config.train, batch_size=1, steps=2, log_every=1),
+        datasets=tuple(replace(d, train_size=3) for d in config.datasets),
+        train=replace(config.train, batch_size=1, steps=2, log_every=1, checkpoint_every=100, evaluate_every=0),
     )
 
 
