@@ -5,6 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from h2a2_jax.layers.modulation import EmbeddingMLP, Start, per_site
+from h2a2_jax.layers.rematerialize import recomputed_if_narrow
 from h2a2_jax.sparse.tensor import SparseTensor
 
 
@@ -27,5 +28,8 @@ class ChannelGate(nnx.Module):
 
     def __call__(self, x: SparseTensor, embedding: Float[Array, "*b d"]) -> SparseTensor:
         """Gate features [N, C] by an embedding [d], or by one a scan [B, d]; padding rows stay zero."""
-        factor = per_site(self.factor(embedding), x.sites)
-        return x.with_features((x.features * factor).astype(x.features.dtype))
+        return recomputed_if_narrow(_scale, x, self.factor(embedding))
+
+
+def _scale(x: SparseTensor, factor: Float[Array, "*b c"]) -> SparseTensor:
+    return x.with_features((x.features * per_site(factor, x.sites)).astype(x.features.dtype))

@@ -68,7 +68,7 @@ def parameter(value: Float[Array, "*p"], exclusive: bool) -> nnx.Param:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["dataset", "embedding"],
-    meta_fields=["training", "axis_name", "algorithm", "dtype", "precision", "tap"],
+    meta_fields=["training", "axis_name", "algorithm", "dtype", "precision", "rematerialize", "tap"],
 )
 @dataclass(frozen=True)
 class ForwardContext:
@@ -89,6 +89,9 @@ class ForwardContext:
             is bfloat16. Parameters, their gradients, sums, statistics, what selects kernels and predictions stay
             float32.
         precision: of the products.
+        rematerialize: whether a detector that trains keeps no more than the inputs of its residual blocks and of the
+            steps of its neck for the backward pass, which then runs each of them a second time: less memory, and near
+            one more forward pass of time. Losses and gradients are the same.
         tap: called with (name, value) for every named intermediate value, to look inside; values are tracers under jit.
     """
 
@@ -99,6 +102,7 @@ class ForwardContext:
     algorithm: Algorithm = "auto"
     dtype: Any = None
     precision: Any = None
+    rematerialize: bool = False
     tap: Callable[[str, Any], None] | None = None
 
     def dataset_of(self, num_datasets: int) -> DatasetContext:

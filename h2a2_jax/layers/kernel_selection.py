@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext, parameter
 from h2a2_jax.layers.conv import check_input, kaiming_fan_out
 from h2a2_jax.layers.modulation import LinearModulation, Start
+from h2a2_jax.layers.rematerialize import recomputed_if_narrow
 from h2a2_jax.sparse.conv import convolve
 from h2a2_jax.sparse.grid import Size3, size3
 from h2a2_jax.sparse.kernel_map import KernelMap
@@ -102,12 +103,16 @@ def structural_consistency(
 
     With scope "batch" the mean is over the sites of all scans, on all devices along `axis_name`, and the same for each.
     """
-    # What padding holds must not reach the gradient of the projection.
-    features = jnp.where(x.sites.valid[:, None], x.features, 0)
-    features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
     exact = lax.Precision.HIGHEST
-    units = x.with_features(unit_rows(jnp.matmul(features, projection, precision=exact)))
-    pooled = global_pool(units) if scope == "scan" else _batch_mean(units, axis_name)
+
+    def pool(x: SparseTensor, projection: Array) -> Array:
+        # What padding holds must not reach the gradient of the projection.
+        features = jnp.where(x.sites.valid[:, None], x.features, 0)
+        features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+        units = x.with_features(unit_rows(jnp.matmul(features, projection, precision=exact)))
+        return global_pool(units) if scope == "scan" else _batch_mean(units, axis_name)
+
+    pooled = recomputed_if_narrow(pool, x, projection)
     cosine = jnp.matmul(pooled, unit_rows(prototypes).T, precision=exact)
     return (1 + cosine) / 2 if kind == "half_cosine" else jax.nn.relu(cosine)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from h2a2_jax.layers.rematerialize import recomputed_if_narrow
 from h2a2_jax.sparse.tensor import Sites, SparseTensor
 
 Start = Literal["zero", "random"]
@@ -52,7 +53,7 @@ class LinearModulation(nnx.Module):
 
     def __call__(self, x: SparseTensor, embedding: Float[Array, "*b d"]) -> SparseTensor:
         """Modulate features [N, C] by an embedding [d], or by one a scan [B, d]."""
-        return modulate(x, *self.factors(embedding))
+        return recomputed_if_narrow(modulate, x, *self.factors(embedding))
 
 
 def modulate(x: SparseTensor, phi: Float[Array, "*b c"], theta: Float[Array, "*b c"]) -> SparseTensor:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext, parameter
 from h2a2_jax.sparse.pool import scan_sum, sites_per_scan
+from h2a2_jax.sparse.residuals import after
 from h2a2_jax.sparse.tensor import SparseTensor
 
 
@@ -95,6 +96,8 @@ def _by_batch_forward(
 def _by_batch_backward(eps: float, axis_name: AxisName, residuals: tuple, cotangents: tuple) -> tuple:
     x, valid, scale, ((mean, var), num_sites) = residuals
     g, ((dmean, dvar), _) = cotangents
+    if x.dtype != mean.dtype:
+        x = after(g, x)  # else the float32 values of the forward pass would be kept for here
     wide, keep = mean.dtype, valid[:, None]
     inverse = lax.rsqrt(var + eps)
     sum_g = jnp.where(keep, g, 0).astype(wide).sum(0)

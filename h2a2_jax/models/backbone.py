@@ -5,6 +5,7 @@ from dataclasses import replace
 from flax import nnx
 
 from h2a2_jax.layers import ConvNorm, EmbeddingMLP, ForwardContext, ResidualBlock, global_pool, relu
+from h2a2_jax.layers.rematerialize import rematerialized
 from h2a2_jax.models.config import DetectorConfig
 from h2a2_jax.models.plan import DetectorPlan
 from h2a2_jax.sparse import SparseTensor, max_pool
@@ -79,7 +80,7 @@ class MinkResNet(nnx.Module):
         for s, (stage, maps) in enumerate(zip(self.stages, plan.stages, strict=True)):
             for b, block in enumerate(stage):
                 strided = {"down_map": maps.down, "skip_map": maps.skip} if b == 0 else {}
-                y = block(y, maps.residual, context, **strided)
+                y = rematerialized(block, context, y, maps.residual, **strided)
                 context.record(f"layer{s + 1}_{b}", y)
             context.record(f"layer{s + 1}", y)
             outputs.append(y)

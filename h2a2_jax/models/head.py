@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from h2a2_jax.layers import DatasetContext
+from h2a2_jax.layers.rematerialize import recomputed_if_narrow
 
 NUM_OUTPUTS = 8
 """Box outputs with yaw; axis-aligned datasets use the first 6."""
@@ -49,8 +50,14 @@ class DatasetHeads(nnx.Module):
         self, features: Float[Array, "n c"], dataset: DatasetContext
     ) -> tuple[Float[Array, "n 8"], Float[Array, "n k"]]:
         """Box predictions, columns 3:6 exp()-ed to face distances in metres, and class logits; in float32 at least."""
-        features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-        boxes = features @ dataset.pick(self.box_kernel[...]) + dataset.pick(self.box_bias[...])
-        logits = features @ dataset.pick(self.class_kernel[...]) + dataset.pick(self.class_bias[...])
+        parts = (self.box_kernel, self.box_bias, self.class_kernel, self.class_bias)
+        boxes, logits = recomputed_if_narrow(_outputs, features, *(dataset.pick(part[...]) for part in parts))
         boxes = jnp.concatenate([boxes[:, :3], jnp.exp(boxes[:, 3:6]), boxes[:, 6:]], 1)
         return boxes, logits
+
+
+def _outputs(
+    features: Array, box_kernel: Array, box_bias: Array, class_kernel: Array, class_bias: Array
+) -> tuple[Array, Array]:
+    features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+    return features @ box_kernel + box_bias, features @ class_kernel + class_bias

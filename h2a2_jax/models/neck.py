@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from h2a2_jax.layers import ConvNorm, ForwardContext, SparseConv, SparseConvTranspose, relu
+from h2a2_jax.layers.rematerialize import rematerialized
 from h2a2_jax.models.config import DetectorConfig
 from h2a2_jax.models.plan import DetectorPlan, UpMaps
 from h2a2_jax.sparse import SparseTensor
@@ -71,6 +72,6 @@ class Neck(nnx.Module):
         """Features at 16 and 32 voxels, finest first, from the backbone's four stages."""
         x, outputs = stages[-1], []
         for step, stage, maps in zip(self.steps, stages[-2:0:-1], plan.ups, strict=True):
-            x, out = step(x, stage, maps, context)
+            x, out = rematerialized(step, context, x, stage, maps)
             outputs.append(out)
         return outputs[::-1]

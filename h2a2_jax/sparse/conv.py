@@ -24,7 +24,7 @@ from h2a2_jax.sparse.conv_parts import ConvOptions, no_gradient, per_row, take_r
 from h2a2_jax.sparse.conv_tiles import tiles_backward, tiles_forward
 from h2a2_jax.sparse.conv_winograd import winograd_backward, winograd_forward
 from h2a2_jax.sparse.kernel_map import KernelMap
-from h2a2_jax.sparse.rounding import round_rows
+from h2a2_jax.sparse.residuals import after, round_rows
 
 Algorithm = Literal["auto", "segment_sum", "gather", "tiles", "winograd", "im2col", "pairs"]
 
@@ -153,6 +153,7 @@ def _forward(
 
 def _backward(options: ConvOptions, algorithm: str, residuals: tuple, cotangent: Array) -> tuple:
     x, w, gamma, scan_set, kmap = residuals
+    w = after(cotangent, w)  # else what is made of the kernels alone would be made and kept long before
     if _may_use_tiles(algorithm, kmap):
         use_blocks = jnp.asarray(kmap.blocks.count) > 0  # type: ignore[union-attr]
         backward = [partial(f, options=options, cotangent=cotangent) for f in (winograd_backward, tiles_backward)]

@@ -7,7 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from h2a2_jax.typing import AnyArray
+
+_NEVER = 0x7FA5_5A3C
+"""Bits of a float32 NaN that no computation makes."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,27 @@ def per_row(values: Num[Array, "b *c"], scan: Int[Array, " n"]) -> Num[Array, "n
 def zeros_varying_as(shape: tuple[int, ...], dtype: Any, like: tuple[Any, ...]) -> Array:
     """Zeros that vary over every mesh axis that one of `like` varies over: a loop under shard_map may add to them.
 
-    A choice that never falls on the array's value passes its type on, and compiles to nothing.
+    A choice that never falls on the array's value passes its type on, and compiles to nothing. Nor are they there
+    before the floats of `like` are: XLA's CPU compiler would fill the arrays of all loops of a program at its start.
     """
     zero = jnp.zeros((), dtype)
     for leaf in jax.tree.leaves(like):
         zero = zero + jnp.where(False, jnp.asarray(leaf).reshape(-1)[:1].sum().astype(dtype), 0)
-    return jnp.broadcast_to(zero, shape)
+    return jnp.broadcast_to(jnp.where(known(like), zero, jnp.array(-1, dtype)), shape)
+
+
+def known(values: Any) -> Bool[Array, ""]:
+    """True, once the floats among the leaves of a pytree are there; XLA's CPU compiler cannot tell that it is."""
+    leaves = [leaf for leaf in jax.tree.leaves(values) if is_float(leaf) and leaf.size]
+    if jax.default_backend() != "cpu" or not leaves:
+        return jnp.array(True)
+    entry = sum(leaf.reshape(-1)[0].astype(jnp.float32) for leaf in leaves)
+    return lax.bitcast_convert_type(entry, jnp.uint32) != np.uint32(_NEVER)
+
+
+def is_float(value: AnyArray) -> bool:
+    """Whether an array is of numbers that gradients are taken of."""
+    return jnp.issubdtype(jnp.result_type(value), jnp.inexact)
 
 
 def set_masks(gamma: Array | None, scan_set: Array | None, sets: int, scan: Array) -> Any:
