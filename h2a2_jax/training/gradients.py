@@ -142,6 +142,7 @@ def dataset_gradients(
             axis_name=REPLICA,
             algorithm=config.algorithm,  # type: ignore[arg-type]
             dtype=None if config.dtype is None else jnp.dtype(config.dtype),
+            rematerialize=config.rematerialize,
             tap=tap,
         )
         out = model(batch.features, batch.plan, context)
