@@ -174,7 +174,7 @@ def test_joint_variants():
     assert {source.kind for source in demo.datasets} == {"synthetic"} and demo.model.selection is not None
     without = experiment_config(module.get_config("demo,no_sfks"))
     assert without == dataclasses.replace(demo, model=dataclasses.replace(demo.model, selection=None))
-    with pytest.raises(InputError, match=r"no variant 'demmo'; its variants are paper, synthetic, demo, two"):
+    with pytest.raises(InputError, match=r"no variant 'demmo'; its variants are paper, synthetic, demo, tiny, two"):
         module.get_config("demmo")
 
 

@@ -56,11 +56,17 @@ def test_going_on_appends_and_drops_a_line_that_was_cut_short(tmp_path):
     assert [(line["step"], line["a"]) for line in read(tmp_path)] == [(1, 1), (2, 2)]
 
 
-@pytest.mark.parametrize("value", [np.zeros(2), "0.5", None, True, 1j])
+@pytest.mark.parametrize("value", [np.zeros(2), "0.5", True, 1j])
 def test_what_is_no_number_is_refused_by_name(tmp_path, value):
     with MetricsWriter(tmp_path) as writer, pytest.raises(ValueError, match=r"metric 'psi' is .*single number"):
         writer.write(1, {"psi": value})
     assert read(tmp_path) == []
+
+
+def test_what_is_not_known_is_null(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"mAP@0.25/scannet": None, "psi": np.float32("inf")})
+    assert read(tmp_path) == [{"step": 1, "version": 1, "mAP@0.25/scannet": None, "psi": None}]
 
 
 def test_keys_of_the_schema_are_refused(tmp_path):
