@@ -94,12 +94,12 @@ def _read_only(bench: Bench) -> None:
     with small_disk(place, _LARGE):
         remount(place, "ro")
         line = bench.train(workdir).expect(2, "cannot be written to", "give another --workdir")
-        bench.report.event(f"a new run on a read-only disk: {line!r}")
+        bench.report.event(f"a new run on a read-only disk: {line}")
         remount(place, "rw")
         shutil.copytree(bench.rewound("for_read_only", 32), workdir)
         remount(place, "ro")
         line = bench.train(workdir).expect(2, "cannot be written to", "give another --workdir")
-        bench.report.event(f"a run that was begun, on a read-only disk: {line!r}")
+        bench.report.event(f"a run that was begun, on a read-only disk: {line}")
         remount(place, "rw")
         bench.train(workdir).expect(0, "after step 32 of")
         bench.report.equal("the end, once it could be written to,", differences(bench.reference, workdir))
@@ -107,7 +107,7 @@ def _read_only(bench: Bench) -> None:
 
 def _refused(bench: Bench, workdir: Path, what: str, line: str) -> None:
     """What a full disk has to leave behind."""
-    bench.report.event(f"{what}: {line!r}")
+    bench.report.event(f"{what}: {line}")
     if (step := saved_step(line)) != newest(workdir):
         bench.report.failed(f"it said that step {step} is saved, the newest checkpoint is of step {newest(workdir)}")
     if half := half_saved(workdir):
@@ -129,7 +129,7 @@ def damaged(bench: Bench) -> None:
         damage(bench, workdir / "checkpoints" / "32")
         child = bench.train(workdir)
         line = child.expect(0, "The checkpoint of step 32", "It is set aside in", "the one before it is taken")
-        bench.report.event(f"{what}: {line!r}")
+        bench.report.event(f"{what}: {line}")
         if child.said("after step 16 of") is None:
             bench.report.failed("it did not go on after step 16")
         bench.report.equal("the end after that", differences(bench.reference, workdir))
@@ -138,7 +138,7 @@ def damaged(bench: Bench) -> None:
         for step in (16, 32):
             damage(bench, workdir / "checkpoints" / str(step))
         line = bench.train(workdir).expect(2, "run.py: ", "There is no other one in")
-        bench.report.event(f"both checkpoints with {what}: {line!r}")
+        bench.report.event(f"both checkpoints with {what}: {line}")
         if 16 not in (kept := saved_steps(workdir)):
             bench.report.failed(f"the last of them is gone, there are {kept}")
 

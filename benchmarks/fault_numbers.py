@@ -67,7 +67,7 @@ def poison(bench: Bench) -> None:
     scan = "synthetic_sunrgbd/train/000003"
     child = bench.start(["-m", "benchmarks.fault_poison", scan, CONFIG, f"--workdir={workdir}", *_PLAIN])
     line = child.expect(0, "is not finite and is skipped", "of sunrgbd", f"{scan} has values", "the gradients of")
-    report.event(f"one poisoned scan: {line!r}")
+    report.event(f"one poisoned scan: {line}")
     kept = sorted(int(path.stem) for path in workdir.glob("nonfinite/*.npz"))
     told, last = sum("is skipped" in line for line in child.lines), metric_lines(workdir)[-1]["skipped_steps"]
     if not len(kept) == told == last > 0:
@@ -76,7 +76,7 @@ def poison(bench: Bench) -> None:
     workdir = bench.rewound("poison_all", 16)
     child = bench.start(["-m", "benchmarks.fault_poison", "all", CONFIG, f"--workdir={workdir}"])
     line = child.expect(2, f"{_MOST_SKIPPED} steps in a row were not finite", "--mode=replay")
-    report.event(f"all scans poisoned: {line!r}")
+    report.event(f"all scans poisoned: {line}")
     if (step := newest(workdir)) != 16 + _MOST_SKIPPED:
         report.failed(f"the newest checkpoint is of step {step}, not of {16 + _MOST_SKIPPED}")
     found = state_differences(bench.reference, workdir, 16, step)
@@ -94,4 +94,4 @@ def _replay(bench: Bench, workdir: Path, number: int, named: str) -> None:
     line = child.expect(1, named, "not finite among the inputs")
     if not re.match(rf"Batch {number} of", child.lines[0]):
         bench.report.failed(f"batch {number} is the last one kept, {child.lines[0]!r} was run again")
-    bench.report.event(f"run again: {line.strip()!r}")
+    bench.report.event(f"run again: {line.strip()}")

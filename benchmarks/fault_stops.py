@@ -57,7 +57,7 @@ def _stop(
     child.process.send_signal(number)
     line = child.expect(130 if number == signal.SIGINT else 0, f"Stopped by {number.name}; step", "the same command")
     step = saved_step(line)
-    bench.report.event(f"{number.name} in {when}: {line!r}")
+    bench.report.event(f"{number.name} in {when}: {line}")
     if newest(workdir) != step:
         bench.report.failed(f"it said that step {step} is saved, the newest checkpoint is of step {newest(workdir)}")
 
@@ -66,7 +66,7 @@ def saved_step(line: str) -> int:
     """The step that a training says it saved."""
     found = re.search(r"step (\d+) is saved|after step (\d+), which is saved", line)
     if found is None:
-        raise Fault(f"no step is named in {line!r}")
+        raise Fault(f"no step is named in {line}")
     return int(found[1] or found[2])
 
 
@@ -77,18 +77,18 @@ def second(bench: Bench) -> None:
     if not first.wait_for(lambda: first.said("First step done")):
         raise Fault("the first run ended before the second one")
     line = bench.train(workdir).expect(2, "run.py: Another training run is at work in", str(first.process.pid))
-    report.event(f"a second run: {line!r}")
+    report.event(f"a second run: {line}")
     first.expect(0)
     report.equal("the first run, after the second was refused,", differences(bench.reference, workdir))
     workdir = bench.rewound("changed", 32)
     before = {path: path.read_bytes() for path in sorted(workdir.rglob("*.json*"))}
     line = bench.train(workdir, "--config.optim.lr=0.002").expect(2, "optim.lr was 0.001 and is 0.002")
-    report.event(f"another learning rate: {line!r}")
+    report.event(f"another learning rate: {line}")
     if changed := [str(path.relative_to(workdir)) for path, content in before.items() if path.read_bytes() != content]:
         report.failed(f"the run that was refused changed {', '.join(changed)}")
     child = bench.train(workdir, "--config.optim.lr=0.002", "--accept_changes")
     line = child.expect(0, "Going on with another config: optim.lr was 0.001 and is 0.002")
-    report.event(f"with --accept_changes: {line!r}")
+    report.event(f"with --accept_changes: {line}")
     if not state_differences(bench.reference, workdir):
         report.failed("another learning rate changed nothing")
 
@@ -105,7 +105,7 @@ def workers(bench: Bench) -> None:
         raise Fault("there are no workers")
     os.kill(loading[0], signal.SIGKILL)
     line = child.expect(0, "a worker process that loads scans died", "They are started again (1 of 3 times).")
-    bench.report.event(f"one of {len(loading)} workers killed: {line!r}")
+    bench.report.event(f"one of {len(loading)} workers killed: {line}")
     found = differences(bench.reference, workdir)
     bench.report.equal("the training that lost a worker", [name for name in found if name != "config.json"])
 

@@ -19,6 +19,7 @@ status is 1 where something failed. Everything lies in a temporary folder, or in
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,7 @@ def main() -> int:
     chosen = options.only.split(",")
     if unknown := set(chosen) - set(SCENARIOS):
         parser.error(f"there is no scenario {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # below nohup it is ignored, by children too
     with TemporaryDirectory(prefix="faults_") as folder:
         report = Report({name: SCENARIOS[name][1] + options.kills * (name == "kills") for name in chosen})
         bench = Bench(options.folder or Path(folder), options.kills, np.random.default_rng(options.seed), report)

@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ ITEMS = ("params", "batch_stats", "optimizer")
 AVERAGES = "averages"
 """What some have."""
 
+_PATIENCE, _PAUSE_S = 20, 0.1
 _UNKNOWN: Mapping[str, int | None] = {}
 _OF_THE_SYSTEM = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
 
@@ -227,12 +229,20 @@ class CheckpointFiles:
             if manager is not None:
                 with contextlib.suppress(Exception):  # it says again what was said
                     manager.close()
-            with contextlib.suppress(OSError):
-                self.tidy()
+            self._tidy_behind_writers()
             raise UnsavedCheckpointError(
                 f"A checkpoint could not be written to {self.directory} ({_reason(error)}): free space there or make "
                 f"it writable; {self._what_is_left()}"
             ) from error
+
+    def _tidy_behind_writers(self) -> None:
+        """`tidy` until nothing comes after it: TensorStore writes on for a while when one of its writes failed."""
+        for _ in range(_PATIENCE):
+            with contextlib.suppress(OSError):
+                self.tidy()
+            time.sleep(_PAUSE_S)
+            if all(folder.name.isdecimal() for folder in self.directory.glob("*/")):
+                return
 
     def _what_is_left(self) -> str:
         with contextlib.suppress(Exception):
@@ -301,10 +311,10 @@ def _reason(error: BaseException) -> str:
 
 
 class _NoOrbax(logging.Filter):
-    """Drops what Orbax logs below an error: it comments on every folder and file it meets."""
+    """Drops what Orbax logs below an error, on each folder it meets, and with an exception, which it raises too."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname or record.levelno >= logging.ERROR
+        return "orbax" not in record.pathname or (record.levelno >= logging.ERROR and not record.exc_info)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import functools
 import logging
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,21 @@ def test_nothing_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
         store.wait()
         store.restore_model()
     assert not caplog.records
+
+
+def test_what_fails_in_the_background_is_raised_once_and_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    store = CheckpointStore(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # bytes of a file, as if the disk were full
+    try:
+        store.save(1, make_state(1, model=PLAIN), experiment(model=PLAIN), NAMES)
+        with pytest.raises(UnsavedCheckpointError, match=r"could not be written .*the same command begins anew"):
+            store.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    store.close()
+    assert store.steps() == [] and list(tmp_path.iterdir()) == []
+    assert caplog.text == ""
 
 
 def test_a_path_stands_for_a_run_its_checkpoints_or_one_of_them(tmp_path: Path):
