@@ -98,9 +98,9 @@ def test_trained_on_three_devices_evaluated_on_one(tmp_path: Path, capsys: pytes
     printed = capsys.readouterr().out
     assert "3 cpu device(s), 3 x 1" in printed
     assert "layer1_0.conv1" in printed and "Embeddings E moved by" in printed
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2]
-    for key in ("loss/scannet", "loss/s3dis", "learning_rate", "psi/mean", "exclusive_share/sunrgbd"):
+    for key in ("loss/scannet", "loss/s3dis", "learning_rate", "psi/mean", "exclusive_share/sunrgbd", "mAP@0.25/s3dis"):
         assert np.isfinite(lines[-1][key])
     assert {"dropped_points", "scans_per_second"} <= lines[-1].keys()
 

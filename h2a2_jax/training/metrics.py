@@ -22,8 +22,8 @@ class MetricsWriter:
 
     Schema, version 1. Each line is an object of its own:
 
-    - "step": int, optimiser steps done; always the first key. A run that was killed may have logged steps after its
-      last checkpoint, and logs them again when it goes on: of two lines of one step the later one counts.
+    - "step": int, optimiser steps done; always the first key. Of two lines of one step the later one counts: where an
+      evaluation follows, the line is written once more with its scores.
     - "version": int, the version of this schema; always the second key.
     - any further key: the value of a metric, a number or null. A slash parts a metric from what it is of, as in
       "loss/scannet". Null stands for a value that is not finite, which JSON cannot express.

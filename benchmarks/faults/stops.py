@@ -7,8 +7,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.fault_children import Bench, Child, Fault, newest
-from benchmarks.fault_compare import differences, state_differences
+from benchmarks.faults.children import Bench, Child, Fault, newest
+from benchmarks.faults.compare import differences, state_differences
 from benchmarks.input_kills import descendants
 
 _LATEST_S = 12

@@ -17,7 +17,7 @@ import numpy as np
 from h2a2_jax.compilation_cache import remove_damaged_entries
 from h2a2_jax.host import duration
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = "--config=configs/joint.py:tiny"
 STEPS, CHECKPOINT_EVERY = 40, 8
 """Of that config."""

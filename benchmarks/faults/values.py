@@ -5,9 +5,9 @@ import shutil
 import signal
 from pathlib import Path
 
-from benchmarks.fault_children import CONFIG, Bench, Fault, newest
-from benchmarks.fault_compare import metric_lines, state_differences
-from benchmarks.fault_stops import saved_step
+from benchmarks.faults.children import CONFIG, Bench, Fault, newest
+from benchmarks.faults.compare import metric_lines, state_differences
+from benchmarks.faults.stops import saved_step
 
 _PLAIN = ("--config.train.steps=24", "--config.train.log_every=1", "--config.train.evaluate_every=0")
 _FIRST, _TOLERANCE = 4, 1e-4
@@ -65,7 +65,7 @@ def poison(bench: Bench) -> None:
     report, workdir = bench.report, bench.folder / "poison_one"
     shutil.rmtree(workdir, ignore_errors=True)
     scan = "synthetic_sunrgbd/train/000003"
-    child = bench.start(["-m", "benchmarks.fault_poison", scan, CONFIG, f"--workdir={workdir}", *_PLAIN])
+    child = bench.start(["-m", "benchmarks.faults.poison", scan, CONFIG, f"--workdir={workdir}", *_PLAIN])
     line = child.expect(0, "is not finite and is skipped", "of sunrgbd", f"{scan} has values", "the gradients of")
     report.event(f"one poisoned scan: {line}")
     kept = sorted(int(path.stem) for path in workdir.glob("nonfinite/*.npz"))
@@ -74,7 +74,7 @@ def poison(bench: Bench) -> None:
         report.failed(f"{len(kept)} batches are kept, {told} were named, {last} are counted")
     _replay(bench, workdir, kept[-1], scan)
     workdir = bench.rewound("poison_all", 16)
-    child = bench.start(["-m", "benchmarks.fault_poison", "all", CONFIG, f"--workdir={workdir}"])
+    child = bench.start(["-m", "benchmarks.faults.poison", "all", CONFIG, f"--workdir={workdir}"])
     line = child.expect(2, f"{_MOST_SKIPPED} steps in a row were not finite", "--mode=replay")
     report.event(f"all scans poisoned: {line}")
     if (step := newest(workdir)) != 16 + _MOST_SKIPPED:

@@ -6,9 +6,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.fault_children import Bench, Fault, half_saved, newest, saved_steps
-from benchmarks.fault_compare import differences, state_differences
-from benchmarks.fault_stops import saved_step
+from benchmarks.faults.children import Bench, Fault, half_saved, newest, saved_steps
+from benchmarks.faults.compare import differences, state_differences
+from benchmarks.faults.stops import saved_step
 
 _TWO_CHECKPOINTS, _LARGE = "size=4600k", "size=64m"
 _BALLAST = "ballast"

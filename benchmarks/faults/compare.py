@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from benchmarks.fault_children import half_saved, saved_steps
+from benchmarks.faults.children import half_saved, saved_steps
 from h2a2_jax.training.evaluations import best_step
 
 _ITEMS = ("params", "batch_stats", "optimizer")

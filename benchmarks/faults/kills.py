@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.fault_children import (
+from benchmarks.faults.children import (
     CHECKPOINT_EVERY,
     STEPS,
     Bench,
@@ -15,7 +15,7 @@ from benchmarks.fault_children import (
     newest,
     saved_steps,
 )
-from benchmarks.fault_compare import differences
+from benchmarks.faults.compare import differences
 from h2a2_jax.compilation_cache import remove_damaged_entries
 
 Condition = Callable[[], object]

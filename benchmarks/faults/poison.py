@@ -1,6 +1,6 @@
 """`run.py` with colours of training scans that are not finite, which no source of this library lets through.
 
-python -m benchmarks.fault_poison SCAN|all FLAGS_OF_RUN_PY...
+python -m benchmarks.faults.poison SCAN|all FLAGS_OF_RUN_PY...
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.fault_children import ROOT
+from benchmarks.faults.children import ROOT
 from h2a2_jax.inputs.scan import Scan, ScanSource
 from h2a2_jax.training import build
 

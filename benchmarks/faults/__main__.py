@@ -27,11 +27,11 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from benchmarks.fault_children import Bench, Fault, Report
-from benchmarks.fault_damage import damaged, disk
-from benchmarks.fault_kills import kills, own_cache
-from benchmarks.fault_numbers import devices, poison
-from benchmarks.fault_stops import second, sigterm, workers
+from benchmarks.faults.children import Bench, Fault, Report
+from benchmarks.faults.damage import damaged, disk
+from benchmarks.faults.kills import kills, own_cache
+from benchmarks.faults.stops import second, sigterm, workers
+from benchmarks.faults.values import devices, poison
 
 SCENARIOS: dict[str, tuple[tuple[Callable[[Bench], None], ...], int]] = {
     "kills": ((kills, own_cache), 6),
