@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from benchmarks import timing
@@ -87,16 +88,15 @@ def _alone(shared: Any, repeats: int) -> tuple[dict[str, float], float]:
     """Median ms of the balancers with the mean that follows, on random gradients; and of the metrics on the host."""
     datasets = len(SPECS)
     present, losses = jnp.ones(datasets, bool), 1 + jnp.arange(datasets, dtype=jnp.float32)
-    scales = jnp.array([0.02, 1.0, 7.0])
+    scales = np.array([0.02, 1.0, 7.0], np.float32)
 
-    @jax.jit
-    def draw() -> Any:
-        leaves, structure = jax.tree.flatten(shared)
-        keys = jax.random.split(jax.random.key(0), len(leaves))
-        draws = [jax.random.normal(key, (datasets, *leaf.shape)) for key, leaf in zip(keys, leaves, strict=True)]
-        return jax.tree.unflatten(structure, [d * scales.reshape(-1, *[1] * (d.ndim - 1)) for d in draws])
+    rng = np.random.default_rng(0)
 
-    grads = draw()
+    def draw(leaf: Any) -> Any:
+        values = rng.standard_normal((datasets, *leaf.shape), np.float32)
+        return jnp.asarray(values * scales.reshape(-1, *[1] * leaf.ndim))
+
+    grads = jax.tree.map(draw, shared)
     balancers = {"plain mean": plain_mean()}
     for method in ("ngh", "mean", "pcgrad", "gradnorm"):
         balancers["recorded mean" if method == "mean" else method] = build_balancer(HarmonizeConfig(method), datasets)

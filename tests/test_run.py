@@ -1,12 +1,14 @@
 """The command line as a user meets it, and a whole small run."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,43 +89,59 @@ def small() -> ExperimentConfig:
     return replace(
         config,
         datasets=tuple(replace(d, train_size=3) for d in config.datasets),
-        train=replace(config.train, batch_size=1, steps=2, log_every=1, checkpoint_every=100, evaluate_every=0),
+        train=replace(config.train, batch_size=1, steps=4, log_every=1, checkpoint_every=3, evaluate_every=2),
     )
 
 
+@dataclass(frozen=True)
+class WholeRun:
+    """A run of `small` on three devices that nothing happened to: its folder, results and output."""
+
+    workdir: Path
+    results: dict[str, Any]
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> WholeRun:
+    workdir = tmp_path_factory.mktemp("whole")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        results = train(small(), workdir, jax.devices()[:3])
+    return WholeRun(workdir, results, printed.getvalue())
+
+
 @pytest.mark.slow
-def test_trained_on_three_devices_evaluated_on_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = small()
-    trained = train(config, tmp_path, jax.devices()[:3])
-    printed = capsys.readouterr().out
-    assert "3 cpu device(s), 3 x 1" in printed
-    assert "layer1_0.conv1" in printed and "Embeddings E moved by" in printed
-    lines = read_metrics(tmp_path)
-    assert [line["step"] for line in lines] == [1, 2]
+def test_trained_on_three_devices_evaluated_on_one(whole: WholeRun) -> None:
+    config, workdir = small(), whole.workdir
+    assert "3 cpu device(s), 3 x 1" in whole.printed
+    assert "layer1_0.conv1" in whole.printed and "Embeddings E moved by" in whole.printed
+    lines = read_metrics(workdir)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for key in ("loss/scannet", "loss/s3dis", "learning_rate", "psi/mean", "exclusive_share/sunrgbd", "mAP@0.25/s3dis"):
         assert np.isfinite(lines[-1][key])
     assert {"dropped_points", "scans_per_second"} <= lines[-1].keys()
 
-    evaluate_command(config, tmp_path)
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(json.dumps(trained))
+    before = (workdir / "evaluation.json").read_text()
+    (workdir / "evaluation.json").unlink()
+    evaluate_command(config, workdir)
+    assert (workdir / "evaluation.json").read_text() == before
+    assert json.loads(before) == json.loads(json.dumps(whole.results))
 
-    predict_command(config, tmp_path)
-    document = json.loads((tmp_path / "predictions" / "sunrgbd.json").read_text())
+    predict_command(config, workdir)
+    document = json.loads((workdir / "predictions" / "sunrgbd.json").read_text())
     assert len(read_predictions(document)) == 2
 
     with pytest.raises(InputError, match="stem_channels"):
-        restore_checkpoint(tmp_path, expected=replace(config, model=replace(config.model, stem_channels=8)))
+        restore_checkpoint(workdir, expected=replace(config, model=replace(config.model, stem_channels=8)))
     with pytest.raises(InputError, match="datasets"):
-        restore_checkpoint(tmp_path, expected=replace(config, datasets=config.datasets[:2]))
+        restore_checkpoint(workdir, expected=replace(config, datasets=config.datasets[:2]))
 
 
 @pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on_to_the_same_end(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    whole: WholeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(small(), train=replace(small().train, steps=4, checkpoint_every=3, evaluate_every=2))
-    whole, stopped, devices = tmp_path / "whole", tmp_path / "stopped", jax.devices()[:3]
-    results = train(config, whole, devices)
+    config, stopped, devices = small(), tmp_path / "stopped", jax.devices()[:3]
 
     write = MetricsWriter.write
 
@@ -142,26 +160,27 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(
     assert not (stopped / "summary.md").exists()
     shutil.rmtree(stopped / "checkpoints" / "4")  # as if it had been killed before
 
-    assert train(config, stopped, devices) == results
+    assert train(config, stopped, devices) == whole.results
     assert f"Resuming {stopped} after step 3 of 4." in capsys.readouterr().out
-    stores = [CheckpointStore(folder / "checkpoints") for folder in (whole, stopped)]
+    folders = (whole.workdir, stopped)
+    stores = [CheckpointStore(folder / "checkpoints") for folder in folders]
     assert stores[0].steps() == stores[1].steps()
     ours, theirs = (jax.tree.leaves(store.read_items(4, ITEMS)) for store in stores)
     assert ours and all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
     for store in stores:
         store.close()
     for name in ("metrics.jsonl", "selection.jsonl"):
-        told = [[json.loads(line) for line in (folder / name).read_text().splitlines()] for folder in (whole, stopped)]
+        told = [[json.loads(line) for line in (folder / name).read_text().splitlines()] for folder in folders]
         for lines in told:
             for line in lines:
                 line.pop("scans_per_second", None), line.pop("compilations", None)
         assert told[0] == told[1]
-    evaluations = [(folder / "evaluations" / "2" / "evaluation.json").read_text() for folder in (whole, stopped)]
+    evaluations = [(folder / "evaluations" / "2" / "evaluation.json").read_text() for folder in folders]
     assert evaluations[0] == evaluations[1]
     scores = {line["step"]: line.get("mAP@0.25/scannet") for line in read_metrics(stopped)}
     assert list(scores) == [1, 2, 3, 4] and [step for step, score in scores.items() if score is not None] == [2, 4]
     assert "last" in (stopped / "summary.md").read_text() and "best" in (stopped / "summary.md").read_text()
-    event_files = [*(whole / "tensorboard").iterdir()]
+    event_files = [*(whole.workdir / "tensorboard").iterdir()]
     assert len(event_files) == 1 and not [*stopped.rglob("*.part*"), *stopped.rglob("*tmp*")]
 
     with pytest.raises(InputError, match=r"begun with another config: optim.lr was 0.001 and is 0.5"):

@@ -327,7 +327,7 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on_from_its_checkpoints(tmp_p
             time.sleep(0.05)
         assert len(workers()) == 2  # the sweep and its run
         other = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert other.returncode == 2 and "Another sweep runs in" in other.stderr
+        assert other.returncode == 2 and "Another sweep is at work in" in other.stderr
         first.send_signal(signal.SIGKILL)
         first.wait()
     while workers():
