@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from h2a2_jax.inference.detector import Boxes, Detector
     from h2a2_jax.inputs.point_cloud import PointCloud, read_point_cloud
 
-__version__ = "0.0.1"
+__version__ = "0.1.0"
 
 _HOMES = {
     "Boxes": "h2a2_jax.inference.detector",

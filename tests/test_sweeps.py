@@ -302,6 +302,7 @@ def get_config():
     config = demo()
     source = replace(config.datasets[2], train_size=2, val_size=1)
     model = replace(config.model, stem_channels=2, stage_channels=(2, 2, 2, 2), neck_channels=2, voxel_size=0.05)
+    model = replace(model, selection=replace(model.selection, convolutions=("stem",)))
     train = replace(config.train, batch_size=1, steps=24, log_every=1, checkpoint_every=4)
     return config_dict(replace(config, datasets=(source,), model=model, train=train))
 """

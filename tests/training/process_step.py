@@ -15,7 +15,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.batching import BucketLadder, collate, no_scan, pad_batch
 from h2a2_jax.inputs.specs import SPECS
 from h2a2_jax.layers import DatasetContext, ForwardContext
-from h2a2_jax.models import Detector, LevelSizes
+from h2a2_jax.models import Detector, LevelSizes, PlanLayout
 from h2a2_jax.sparse import SparseTensor
 from h2a2_jax.training.distributed import MeshDivision, processes
 from h2a2_jax.training.harmonize import norm_gradient_harmonization
@@ -74,7 +74,7 @@ def run_step(devices: Any) -> tuple[Any, Any, MeshDivision]:
     capacities = BucketLadder(LevelSizes(*most.tolist())).capacities(0)
 
     def padded(cell: Any) -> Any:
-        batch = pad_batch(cell, capacities, 8)
+        batch = pad_batch(cell, capacities, 8, PlanLayout("any"))  # which compiles in less time
         return replace(batch, features=batch.features.astype(float), boxes=batch.boxes.astype(float))
 
     batch = division.assemble({key: padded(cell) for key, cell in grid.items()})

@@ -1,0 +1,116 @@
+"""The Python blocks of README, docs and the tutorial run, in order; what they train learns; links lead somewhere."""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from flax import nnx
+
+from h2a2_jax.layers import ForwardContext
+from h2a2_jax.training.checkpoint import CheckpointStore
+from tests.training.test_checkpoint import NAMES, experiment, make_state
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TRAINED = {"layers.md": 3}
+"""Losses that the blocks of a page record."""
+
+
+def blocks(page: Path) -> list[str]:
+    """Python blocks of a page."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What links to headings of a page end in, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_no_block_is_left_out() -> None:
+    assert sum(len(blocks(page)) for page in PAGES) == sum(page.read_text().count("```python") for page in PAGES) >= 10
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name} links to {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_folders_files_and_modules_that_a_page_names_are_there(page: Path) -> None:
+    named = re.findall(r"`((?:h2a2_jax|configs|tests|benchmarks)/[\w/.]+)`", page.read_text())
+    modules = re.findall(r"python -m ((?:h2a2_jax|benchmarks|data|tests)[\w.]*)", page.read_text())
+    paths = [*named, *(module.replace(".", "/") for module in modules)]
+    missing = [p for p in paths if not any((ROOT / f"{p}{ending}").exists() for ending in ("", ".py", "/__main__.py"))]
+    assert not missing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "runs/demo" in "".join(blocks(page)):
+        with CheckpointStore("runs/demo/checkpoints") as store:
+            store.save(1, make_state(1), experiment(), NAMES)
+    names: dict[str, Any] = {}
+    trained = 0
+    for block in blocks(page):
+        exec(compile(block, page.name, "exec"), names)
+        if losses := names.pop("losses", None):
+            assert len(losses) >= 20 and max(losses[-5:]) < 0.5 * losses[0]
+            trained += 1
+    assert trained == TRAINED.get(page.name, 0)
+    if page.name == "layers.md":
+        compare_with_vmap(names)
+    if page.name == "README.md":
+        assert names["codes"].shape == (2, 16) and np.isfinite(names["codes"]).all()
+
+
+def compare_with_vmap(names: dict[str, Any]) -> None:
+    """The gradient over devices is that of one device that maps over the stack."""
+
+    def loss(maps: Any, labels: Any, params: Any) -> jax.Array:
+        model = nnx.merge(names["graph"], params, names["stats"], copy=True)
+        context = ForwardContext(training=True, axis_name="data", algorithm="gather")
+        return names["mean_loss"](model(maps, context), labels, maps)
+
+    def mean(params: Any, stack: Any) -> jax.Array:
+        return jax.vmap(loss, in_axes=(0, 0, None), axis_name="data")(*stack, params).mean()
+
+    value, grads = jax.jit(jax.value_and_grad(mean))(names["params"], names["stack"])
+    assert names["devices"] > 1
+    np.testing.assert_allclose(names["value"], value, rtol=1e-4)
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(close, nnx.to_pure_dict(names["grads"]), nnx.to_pure_dict(grads))
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    with CheckpointStore(tmp_path / "run" / "checkpoints") as store:
+        store.save(1, make_state(1), experiment(), NAMES)
+    monkeypatch.setenv("H2A2_RUN", str(tmp_path / "run"))
+    plt.switch_backend("agg")
+    names: dict[str, Any] = {}
+    for cell in cells:
+        exec(compile(cell, "tutorial.ipynb", "exec"), names)
+    drawn = len(plt.get_fignums())
+    plt.close("all")
+    assert drawn == sum("plt.subplots" in cell for cell in cells) >= 4
+    assert jax.numpy.allclose(names["by_nnx"].features, names["by_linen"].features, atol=1e-5)
+    assert set(np.unique(names["gamma"])) == {0, 1}
+    stored = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
+    assert stored and not any(output["output_type"] == "error" for output in stored)
