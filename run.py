@@ -58,6 +58,9 @@ _SINGLES = flags.DEFINE_list("singles", [], "Report: folders of single-dataset r
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "Sweeps: seeds of training.")
 _TAUS = flags.DEFINE_list("taus", [], "Tau sweep: thresholds; by default 0.15 to 0.35 in steps of 0.05.")
 _JOBS = flags.DEFINE_integer("jobs", None, "Sweeps: runs at once; by default a CPU core each, at most 4; 1 on a GPU.")
+_BUDGET_MINUTES = flags.DEFINE_float(
+    "budget_minutes", None, "Sweeps: begin and go on with runs for so long; the same command does the rest."
+)
 _TRAININGS = flags.DEFINE_integer("trainings", 5, "Protocol: trainings, by seeds.", lower_bound=1)
 _EVALUATIONS = flags.DEFINE_integer("evaluations", 5, "Protocol: evaluations of each.", lower_bound=1)
 
@@ -78,6 +81,7 @@ _ONLY_FOR = {
     "seeds": ("tau_sweep", "ablation"),
     "taus": ("tau_sweep",),
     "jobs": ("tau_sweep", "ablation", "protocol"),
+    "budget_minutes": ("tau_sweep", "ablation", "protocol"),
     **dict.fromkeys(("input", "up", "unit", "colors", "align", "score", "formats", "show"), ("predict",)),
     **dict.fromkeys(("split", "tta", "cross"), ("eval",)),
     **dict.fromkeys(("trainings", "evaluations"), ("protocol",)),
@@ -140,11 +144,13 @@ def main(argv: list[str]) -> int | None:
         return None
     assert config is not None
     if mode == "tau_sweep":
-        return commands.tau_sweep_command(config, workdir, taus, seeds, _JOBS.value)
+        return commands.tau_sweep_command(config, workdir, taus, seeds, _JOBS.value, _BUDGET_MINUTES.value)
     if mode == "ablation":
-        return commands.ablation_command(config, workdir, seeds, _JOBS.value)
+        return commands.ablation_command(config, workdir, seeds, _JOBS.value, _BUDGET_MINUTES.value)
     if mode == "protocol":
-        return commands.protocol_command(config, workdir, _TRAININGS.value, _EVALUATIONS.value, _JOBS.value)
+        return commands.protocol_command(
+            config, workdir, _TRAININGS.value, _EVALUATIONS.value, _JOBS.value, _BUDGET_MINUTES.value
+        )
     if mode == "report":
         commands.report_command(config, workdir, [Path(folder) for folder in _SINGLES.value])
         return None

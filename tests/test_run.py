@@ -24,6 +24,7 @@ from h2a2_jax.models import DetectorConfig
 from h2a2_jax.training.checkpoint import CheckpointStore, restore_checkpoint
 from h2a2_jax.training.checkpoint_files import ITEMS
 from h2a2_jax.training.config import ExperimentConfig, TrainConfig, experiment_config, from_json, to_json
+from h2a2_jax.training.evaluations import best_step
 from h2a2_jax.training.loop import train
 from h2a2_jax.training.metrics import MetricsWriter, read_metrics
 from h2a2_jax.training.stopping import Stopped
@@ -164,7 +165,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(
     assert f"Resuming {stopped} after step 3 of 4." in capsys.readouterr().out
     folders = (whole.workdir, stopped)
     stores = [CheckpointStore(folder / "checkpoints") for folder in folders]
-    assert stores[0].steps() == stores[1].steps()
+    assert stores[0].steps() == stores[1].steps() == sorted({3, 4, best_step(stopped)})  # the latest two, and the best
     ours, theirs = (jax.tree.leaves(store.read_items(4, ITEMS)) for store in stores)
     assert ours and all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
     for store in stores:

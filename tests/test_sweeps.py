@@ -110,6 +110,7 @@ def test_alone_a_dataset_takes_the_steps_of_joint_training_and_lowers_its_rate_a
         (lambda: ablation_rows(replace(demo(), datasets=demo().datasets[:1]), (0,)), "only scannet"),
         (lambda: protocol_rows(demo(), 0, 5), "--trainings is 0; expected 1 or more, 5 as the field has it"),
         (lambda: protocol_rows(demo(), 5, 0), "--evaluations is 0"),
+        (lambda: run_all({}, Path("cache"), budget_minutes=0.0), "--budget_minutes is 0; expected a number above 0"),
         (lambda: shares(0), "--jobs is 0; expected 1 to"),
         (lambda: shares(10**6), "the processor cores here"),
     ],
@@ -335,6 +336,15 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on_from_its_checkpoints(tmp_p
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not [*workdir.glob("runs/*/evaluation.json")]
+
+    # A budget that is over before the run is: what was saved stays, and the table is of what is finished.
+    saved = sorted(workdir.glob("runs/*/checkpoints/*"))
+    short = [*command, "--budget_minutes=0.05"]
+    budget = subprocess.run(short, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert budget.returncode == 0, budget.stderr
+    assert "The budget of 0.05 minutes is used; 1 run left, and the same command goes on." in budget.stdout
+    assert "| tau = 0.25 | -" in budget.stdout and not workers()
+    assert sorted(workdir.glob("runs/*/checkpoints/*")) == saved
 
     # The protocol's first training is the same experiment; it is evaluated once more, with other points.
     command = [sys.executable, "run.py", "--mode=protocol", "--trainings=1", "--evaluations=2", *flags]

@@ -9,7 +9,12 @@ from h2a2_jax.training.config import ExperimentConfig
 
 
 def protocol_command(
-    config: ExperimentConfig, workdir: Path, trainings: int = 5, evaluations: int = 5, jobs: int | None = None
+    config: ExperimentConfig,
+    workdir: Path,
+    trainings: int = 5,
+    evaluations: int = 5,
+    jobs: int | None = None,
+    budget_minutes: float | None = None,
 ) -> int:
     """Train several times, evaluate each training several times; write table.md and results.json.
 
@@ -20,6 +25,7 @@ def protocol_command(
         trainings: how many.
         evaluations: of each training, which differ in the points that are drawn.
         jobs: trainings at once; None for what suits the machine.
+        budget_minutes: see `run_all`; the table is then of what is finished.
 
     Returns:
         The exit status: 0, or 1 if a run failed, or 130 if the user stopped it.
@@ -35,4 +41,5 @@ def protocol_command(
         jobs,
         lambda folders: protocol_table(write_protocol(config, rows, folders, workdir, evaluations)),
         evaluations,
+        budget_minutes,
     )

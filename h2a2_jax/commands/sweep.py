@@ -14,7 +14,12 @@ from h2a2_jax.training.config import ExperimentConfig
 
 
 def tau_sweep_command(
-    config: ExperimentConfig, workdir: Path, taus: Sequence[float], seeds: Sequence[int], jobs: int | None
+    config: ExperimentConfig,
+    workdir: Path,
+    taus: Sequence[float],
+    seeds: Sequence[int],
+    jobs: int | None,
+    budget_minutes: float | None = None,
 ) -> int:
     """Train and evaluate the config with every tau and seed; write table.md, results.json and tau.png.
 
@@ -24,6 +29,7 @@ def tau_sweep_command(
         taus: thresholds; empty for the default ones.
         seeds: of training.
         jobs: runs at once; None for what suits the machine.
+        budget_minutes: see `run_all`; the table is then of what is finished.
 
     Returns:
         The exit status: 0, or 1 if a run failed, or 130 if the user stopped it.
@@ -31,16 +37,30 @@ def tau_sweep_command(
     Raises:
         InputError: the config is not fit for the sweep, or the workdir holds other runs of the same names.
     """
-    return _sweep("tau_sweep", config, workdir, tau_rows(config, taus or default_taus(config), seeds), jobs)
+    rows = tau_rows(config, taus or default_taus(config), seeds)
+    return _sweep("tau_sweep", config, workdir, rows, jobs, budget_minutes)
 
 
-def ablation_command(config: ExperimentConfig, workdir: Path, seeds: Sequence[int], jobs: int | None) -> int:
+def ablation_command(
+    config: ExperimentConfig,
+    workdir: Path,
+    seeds: Sequence[int],
+    jobs: int | None,
+    budget_minutes: float | None = None,
+) -> int:
     """Train and evaluate naive joint training, SF-KS, NGH, both, and TR3D alone; see `tau_sweep_command`."""
     check_data(config)  # whose sizes the plan reads
-    return _sweep("ablation", config, workdir, ablation_rows(config, seeds), jobs)
+    return _sweep("ablation", config, workdir, ablation_rows(config, seeds), jobs, budget_minutes)
 
 
-def _sweep(sweep: str, config: ExperimentConfig, workdir: Path, rows: Sequence[Row], jobs: int | None) -> int:
+def _sweep(
+    sweep: str,
+    config: ExperimentConfig,
+    workdir: Path,
+    rows: Sequence[Row],
+    jobs: int | None,
+    budget_minutes: float | None,
+) -> int:
     def write(folders: Mapping[Run, Path]) -> str:
         result = write_results(sweep, config, rows, folders, workdir)
         if sweep == "tau_sweep":
@@ -48,7 +68,7 @@ def _sweep(sweep: str, config: ExperimentConfig, workdir: Path, rows: Sequence[R
             print(f"Drawn in {workdir / 'tau.png'}", flush=True)
         return table(result)
 
-    return run_sweep(config, workdir, rows, jobs, write)
+    return run_sweep(config, workdir, rows, jobs, write, budget_minutes=budget_minutes)
 
 
 def run_sweep(
@@ -58,6 +78,7 @@ def run_sweep(
     jobs: int | None,
     write: Callable[[Mapping[Run, Path]], str],
     evaluations: int = 1,
+    budget_minutes: float | None = None,
 ) -> int:
     """Do the runs of a sweep that are not finished, and write its results.
 
@@ -68,6 +89,7 @@ def run_sweep(
         jobs: runs at once; None for what suits the machine.
         write: given the folders of the runs, writes the results and returns the table.
         evaluations: of each run.
+        budget_minutes: see `run_all`.
 
     Returns:
         The exit status: 0, or 1 if a run failed, or 130 if the user stopped it.
@@ -79,7 +101,7 @@ def run_sweep(
     with alone_in(workdir, "sweep"):
         folders = locate(rows, workdir)
         try:
-            failures = run_all(folders, workdir / "cache", jobs, evaluations)
+            failures = run_all(folders, workdir / "cache", jobs, evaluations, budget_minutes)
         except KeyboardInterrupt:
             print("\nStopped; the same command goes on from the last checkpoint of every run.", file=sys.stderr)
             return 130

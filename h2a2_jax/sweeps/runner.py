@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import platform
 import signal
@@ -29,7 +30,8 @@ LOG = "log.txt"
 
 _MOST_JOBS = 4
 _SECONDS_BETWEEN_LOOKS = 0.2
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 30.0
+"""For a run that is told to end: the step under way is finished and saved."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,13 @@ def last_metrics(folder: Path) -> dict[str, Any]:
     return json.loads(lines[-1]) if lines else {}
 
 
-def run_all(folders: Mapping[Run, Path], cache: Path, jobs: int | None = None, evaluations: int = 1) -> dict[Run, str]:
+def run_all(
+    folders: Mapping[Run, Path],
+    cache: Path,
+    jobs: int | None = None,
+    evaluations: int = 1,
+    budget_minutes: float | None = None,
+) -> dict[Run, str]:
     """Train and evaluate what is not finished; every run in a process, its output in <folder>/log.txt.
 
     Args:
@@ -119,14 +127,18 @@ def run_all(folders: Mapping[Run, Path], cache: Path, jobs: int | None = None, e
             kept apart by machine: a program compiled on one processor may not run on another.
         jobs: runs at once; None for the default of `shares`.
         evaluations: of each run, the first as it trains; the others draw other points.
+        budget_minutes: after which runs under way save their step and end, and no other begins; None: no limit.
 
     Returns:
-        What went wrong, a sentence each, by run; the others are finished.
+        What went wrong, a sentence each, by run; the others are finished, or left for another time.
 
     Raises:
-        InputError: see `shares`.
+        InputError: see `shares`; the budget is not positive.
         KeyboardInterrupt: after all processes were ended.
     """
+    if budget_minutes is not None and not budget_minutes > 0:
+        raise InputError(f"--budget_minutes is {budget_minutes:g}; expected a number above 0.")
+    end = math.inf if budget_minutes is None else time.monotonic() + 60 * budget_minutes
     # Seed by seed: a setting's second seed finds what its first one compiled, and the table of one seed is there early.
     wanted = {run: evaluations if drawn_datasets(run.config) else 1 for run in folders}
     waiting = [run for run, folder in folders.items() if not finished(folder, wanted[run])]
@@ -139,7 +151,7 @@ def run_all(folders: Mapping[Run, Path], cache: Path, jobs: int | None = None, e
     progress = _Progress(total, len(waiting), at_once)
     remove_damaged_entries(_programs(cache))  # of runs that were killed, before any run writes
     try:
-        while waiting or running:
+        while (waiting or running) and time.monotonic() < end:
             while waiting and free:
                 run, share = waiting.pop(0), free.pop(0)
                 running.append(_start(run, folders[run], share, cache, wanted[run]))
@@ -155,6 +167,11 @@ def run_all(folders: Mapping[Run, Path], cache: Path, jobs: int | None = None, e
     finally:
         progress.close()
         _stop(running)
+    if left := len(waiting) + len(running):
+        runs = "1 run" if left == 1 else f"{left} runs"
+        print(
+            f"The budget of {budget_minutes:g} minutes is used; {runs} left, and the same command goes on.", flush=True
+        )
     return failures
 
 
@@ -216,14 +233,17 @@ def _environment(share: Share, cache: Path) -> dict[str, str]:
 
 
 def _stop(running: Sequence[_Job]) -> None:
+    """End runs; each saves the step under way if it does so in time."""
     for job in running:
         job.process.terminate()
-        job.end()
     deadline = time.monotonic() + _GRACE_SECONDS
-    for job in running:
-        try:
-            job.process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+    try:
+        for job in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                job.process.wait(max(0.0, deadline - time.monotonic()))
+    finally:  # also where the user does not want to wait
+        for job in running:
+            job.end()
             job.process.kill()
             job.process.wait()
 

@@ -87,6 +87,7 @@ def train(
             raise
         run.store.wait()
         if is_main():
+            run.store.tidy()  # the last evaluation may have found another best one
             facts = _facts(run, documents, began, code, config_file)
             say(f"What the run did is summed up in {write_summary(workdir, facts)}.")
         return documents
