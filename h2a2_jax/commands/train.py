@@ -8,6 +8,7 @@ from h2a2_jax.training.distributed import MeshDivision, is_main, say
 from h2a2_jax.training.loop import train
 from h2a2_jax.training.mesh import train_mesh
 from h2a2_jax.training.metrics import FILE_NAME
+from h2a2_jax.training.summary import next_commands
 
 
 def train_command(
@@ -27,7 +28,6 @@ def train_command(
         from h2a2_jax.report.curves import draw_curves  # matplotlib takes a while to load
 
         curves = f", drawn in {draw_curves(workdir)}"
-    say(
-        f"Losses are in {workdir / FILE_NAME}{curves}; checkpoints in {workdir / 'checkpoints'}. "
-        f"Boxes of point clouds: python run.py --mode=predict --workdir={workdir} --input=FOLDER"
-    )
+    say(f"Losses are in {workdir / FILE_NAME}{curves}; checkpoints in {workdir / 'checkpoints'}. What may come next:")
+    for command in next_commands(workdir, config, config_file):
+        say(f"    {command}")

@@ -145,7 +145,7 @@ def summary(workdir: Path, facts: RunFacts) -> str:
         "## The run",
         _table([("", ""), *_rows(facts)]),
         "## What next",
-        _commands(workdir, facts),
+        "\n".join(["```bash", *next_commands(workdir, facts.config, facts.config_file), "```"]),
         f"<details>\n<summary>Config</summary>\n\n```json\n{to_json(facts.config)}\n```\n\n</details>",
     ]
     return "\n\n".join(parts) + "\n"
@@ -195,16 +195,22 @@ def _rows(facts: RunFacts) -> list[tuple[str, str]]:
     ]
 
 
-def _commands(workdir: Path, facts: RunFacts) -> str:
-    home = shlex.quote(str(workdir))
-    head = f" --dataset={next(iter(facts.num_scans))}" if len(facts.num_scans) > 1 else ""
-    config = shlex.quote(facts.config_file) if facts.config_file else "CONFIG"
-    lines = [
+def next_commands(workdir: Path, config: ExperimentConfig, config_file: str | None = None) -> list[str]:
+    """What may be done with a run that is trained, commands as they are typed.
+
+    Args:
+        workdir: of the run.
+        config: of the run.
+        config_file: what --config was given as; None: not known.
+    """
+    home, names = shlex.quote(str(workdir)), config.dataset_names
+    head = f" --dataset={names[0]}" if len(names) > 1 else ""
+    given = shlex.quote(config_file) if config_file else "CONFIG"
+    return [
         f"python run.py --mode=eval --workdir={home}",
         f"python run.py --mode=predict --workdir={home} --input=FOLDER --output=boxes{head}",
-        f"python run.py --mode=report --config={config} --workdir={home}",
+        f"python run.py --mode=report --config={given} --workdir={home}",
     ]
-    return "\n".join(["```bash", *lines, "```"])
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
