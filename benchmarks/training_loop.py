@@ -27,6 +27,7 @@ from configs.joint import get_config
 from h2a2_jax.inputs.pipeline import JointStep, JointStream
 from h2a2_jax.training.config import ExperimentConfig, experiment_config
 from h2a2_jax.training.loop import open_run, take_steps
+from h2a2_jax.training.profiler import StepProfiler
 from h2a2_jax.training.run import Run
 from h2a2_jax.training.stopping import StopSignals
 
@@ -60,7 +61,7 @@ def looped(run: Run, stream: Any, steps: int) -> float:
     run.stream, run.total = stream, run.step + steps
     run.saved = run.total  # checkpoints are timed apart
     started = time.perf_counter()
-    take_steps(run, StopSignals())
+    take_steps(run, StopSignals(), StepProfiler(run.workdir))
     jax.block_until_ready(run.state)
     return (time.perf_counter() - started) / steps
 

@@ -1,10 +1,14 @@
 """The machine that a process runs on, its parent, and times as people read them."""
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
+from collections.abc import Iterator
 from multiprocessing.connection import wait
+from typing import Any
 
 
 def core_numbers() -> list[int]:
@@ -31,6 +35,19 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Inside, SIGTERM raises KeyboardInterrupt; outside of the main thread, which gets no signals, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: Any = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def progress_interval() -> float:

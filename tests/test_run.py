@@ -185,7 +185,10 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(
     assert len(event_files) == 1 and not [*stopped.rglob("*.part*"), *stopped.rglob("*tmp*")]
 
     with pytest.raises(InputError, match=r"begun with another config: optim.lr was 0.001 and is 0.5"):
-        train(replace(config, optim=replace(config.optim, lr=0.5)), stopped, devices)
+        other = replace(config, train=replace(config.train, keep_checkpoints=1))
+        train(replace(other, optim=replace(config.optim, lr=0.5)), stopped, devices)
+    with CheckpointStore(stopped / "checkpoints") as store:
+        assert store.steps() == sorted({3, 4, best_step(stopped)})
 
 
 def test_a_missing_validation_split_is_noticed_before_training(tmp_path: Path) -> None:

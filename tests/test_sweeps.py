@@ -342,7 +342,7 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on_from_its_checkpoints(tmp_p
     short = [*command, "--budget_minutes=0.05"]
     budget = subprocess.run(short, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert budget.returncode == 0, budget.stderr
-    assert "The budget of 0.05 minutes is used; 1 run left, and the same command goes on." in budget.stdout
+    assert "The budget of 0.05 minutes is used; 1 run is left, the same command goes on." in budget.stdout
     assert "| tau = 0.25 | -" in budget.stdout and not workers()
     assert sorted(workdir.glob("runs/*/checkpoints/*")) == saved
 

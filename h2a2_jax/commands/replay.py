@@ -22,8 +22,8 @@ def replay_command(workdir: Path, step: str | None = None) -> int:
     """
     if step is not None and not step.isdecimal():
         raise InputError(f"--step is {step!r}; expected the number of a batch that the run kept.")
-    number, found = replay(checkpoint_place(workdir).run, None if step is None else int(step))
-    print(f"Batch {number} of {workdir}:")
-    for cell in found:
+    number, saved, cells = replay(checkpoint_place(workdir).run, None if step is None else int(step))
+    print(f"Batch {number} of {workdir}, with the parameters of step {saved}:")
+    for cell in cells:
         print(f"  {cell.text()}")
-    return int(not all(cell.is_finite for cell in found))
+    return int(not all(cell.is_finite for cell in cells))

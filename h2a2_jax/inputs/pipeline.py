@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -231,8 +231,10 @@ class JointStream:
         def pad_next() -> None:
             draw_more()
             if drawn:
-                part, answer = self._outcome(drawn.popleft())
-                ready.append(padder.submit(lambda: self._padded(part, answer())))
+                part = drawn.popleft()
+                answer = self._told(part)
+                # What could not be drawn is raised in its turn: till then all processes do the same in the same order.
+                ready.append(padder.submit(lambda: self._padded(part.result(), answer())))
                 draw_more()
 
         try:
@@ -279,14 +281,15 @@ class JointStream:
         fits = (fits_layout(cell.tables, self.ladder.capacities(rung), layout) for rung in range(highest + 1))
         return next((rung for rung, fit in enumerate(fits) if fit), highest + 1)
 
-    def _outcome(self, drawn: "Future[_Drawn]") -> tuple[_Drawn, Answer]:
-        """A drawn part and the answer to come; a failure is told to the other processes before it is raised."""
+    def _told(self, drawn: "Future[_Drawn]") -> Answer:
+        """The answer to come to what a drawn part needs, or to its failure; waits until it is drawn."""
         try:
-            part = drawn.result()
-        except BaseException:
+            wait([drawn])
+        except BaseException:  # a second Ctrl-C
             self.division.exchange(np.array(_Needs(failed=1), np.int32))()
             raise
-        return part, self.division.exchange(np.array(part.needs, np.int32))
+        needs = _Needs(failed=1) if drawn.exception() is not None else drawn.result().needs
+        return self.division.exchange(np.array(needs, np.int32))
 
     def _padded(self, drawn: _Drawn, answers: Int32[np.ndarray, "processes needs"]) -> JointStep:
         """The step in the shape that all processes' parts fit."""

@@ -167,11 +167,12 @@ def run_all(
     finally:
         progress.close()
         _stop(running)
-    if left := len(waiting) + len(running):
-        runs = "1 run" if left == 1 else f"{left} runs"
-        print(
-            f"The budget of {budget_minutes:g} minutes is used; {runs} left, and the same command goes on.", flush=True
-        )
+    # Those that the end of the budget met: finished meanwhile, or stopped, or they failed just now.
+    failures |= {job.run: _failure(job) for job in running if job.process.returncode > 0}
+    left = [run for run, folder in folders.items() if run not in failures and not finished(folder, wanted[run])]
+    if left:
+        runs = "1 run is" if len(left) == 1 else f"{len(left)} runs are"
+        print(f"The budget of {budget_minutes:g} minutes is used; {runs} left, the same command goes on.", flush=True)
     return failures
 
 

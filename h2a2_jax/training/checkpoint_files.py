@@ -27,6 +27,8 @@ ITEMS = ("params", "batch_stats", "optimizer")
 AVERAGES = "averages"
 """What some have."""
 
+_UNFINISHED = ".orbax-checkpoint-tmp"
+"""In the name of a checkpoint's folder while Orbax writes it."""
 _PATIENCE, _PAUSE_S = 20, 0.1
 _UNKNOWN: Mapping[str, int | None] = {}
 _OF_THE_SYSTEM = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
@@ -150,7 +152,7 @@ class CheckpointFiles:
         return (self.directory / str(step)).rename(place)
 
     def tidy(self) -> None:
-        """Remove what a kill in the middle of saving or removing a checkpoint left behind.
+        """Remove checkpoints that need not stay, and what a kill in the middle of saving or removing one left behind.
 
         A checkpoint is removed when newer ones are there, so that what lacks something without them is damaged: it
         stays. Nobody else may be saving there.
@@ -159,9 +161,9 @@ class CheckpointFiles:
         folders = {int(folder.name): folder for folder in self.directory.glob("*/") if folder.name.isdecimal()}
         whole = [step for step in sorted(folders) if _has_all_items(folders[step])]
         stay = {*self._kept.of(whole), *(step for step in folders if sum(w > step for w in whole) < self._kept.latest)}
-        for folder in self.directory.glob("*/"):
-            if not folder.name.isdecimal() or int(folder.name) not in stay:
-                shutil.rmtree(folder)
+        unfinished = [folder for folder in self.directory.glob("*/") if _UNFINISHED in folder.name]
+        for folder in [*unfinished, *(folder for step, folder in folders.items() if step not in stay)]:
+            shutil.rmtree(folder)
 
     def check(self) -> None:
         """Notice what failed in the background.
@@ -241,7 +243,7 @@ class CheckpointFiles:
             with contextlib.suppress(OSError):
                 self.tidy()
             time.sleep(_PAUSE_S)
-            if all(folder.name.isdecimal() for folder in self.directory.glob("*/")):
+            if not any(_UNFINISHED in folder.name for folder in self.directory.glob("*/")):
                 return
 
     def _what_is_left(self) -> str:

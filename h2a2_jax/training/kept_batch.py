@@ -21,6 +21,9 @@ from h2a2_jax.inputs.scan import Scan
 from h2a2_jax.models import detector_tables
 from h2a2_jax.sparse import SiteSet
 
+FOLDER = "nonfinite"
+"""In the workdir: the kept batches, `<batch>.npz`; in a run of several processes each has a folder of its own in it."""
+
 _ARRAYS = ("keys", "features", "boxes", "labels", "box_scans")
 
 
@@ -82,6 +85,15 @@ class KeptCell:
         return ScanBatch(tuple(scans), detector_tables(sites), self.features)
 
 
+def kept_batches(workdir: Path) -> dict[int, list[Path]]:
+    """Files of the batches that a run kept, by number, rising; of several processes a file each."""
+    found: dict[int, list[Path]] = {}
+    for path in sorted((workdir / FOLDER).rglob("*.npz")):
+        if path.stem.isdecimal():
+            found.setdefault(int(path.stem), []).append(path)
+    return dict(sorted(found.items()))
+
+
 def write_batch(path: Path, cells: list[KeptCell]) -> None:
     """Write the file in one go.
 
@@ -111,5 +123,5 @@ def read_batch(path: Path) -> list[KeptCell]:
                 )
                 for i, entry in enumerate(json.loads(str(file["cells"])))
             ]
-    except (OSError, KeyError, ValueError, BadZipFile) as error:
+    except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
         raise InputError(f"{path} is no batch that a run kept ({error}): give one of its folder nonfinite.") from error

@@ -29,12 +29,13 @@ from h2a2_jax.training.evaluations import best_step, read_evaluations
 from h2a2_jax.training.mesh import DATASET, REPLICA, train_mesh
 from h2a2_jax.training.nonfinite import NonFiniteError, NonFiniteWatch
 from h2a2_jax.training.profiler import StepProfiler
-from h2a2_jax.training.resume import check_init, drop_lost_steps, initial_detector, restore_newest
+from h2a2_jax.training.resume import check_init, check_unchanged, drop_lost_steps, initial_detector, restore_newest
 from h2a2_jax.training.run import Run
 from h2a2_jax.training.selection_log import SelectionLog
 from h2a2_jax.training.selection_report import selection_report, selection_table
 from h2a2_jax.training.step import tensor_names
 from h2a2_jax.training.stopping import Stopped, StopSignals
+from h2a2_jax.training.summary import FILE_NAME as SUMMARY
 from h2a2_jax.training.summary import CheckpointScores, RunDevices, RunFacts, write_summary
 from h2a2_jax.training.watch import Watch
 
@@ -78,18 +79,20 @@ def train(
     began, code = time.monotonic(), revision()
     with StopSignals().watched() as signals, contextlib.ExitStack() as opened:
         try:
+            # First of all: the signal that asks for a profile would end a process that does not listen.
+            profiler = opened.enter_context(StepProfiler(workdir, *config.train.profile))
             run = open_run(config, workdir, devices, opened, accept_changes)
-            take_steps(run, signals)
+            take_steps(run, signals, profiler)
+            run.store.wait()  # an evaluation tells of a checkpoint that is there
             documents = _evaluated(run)
+            if is_main():
+                run.store.tidy()  # the last evaluation may have found another best one
+                _sum_up(run, _facts(run, documents, began, code, config_file))
         except Stopped as stopped:
-            opened.close()  # what is on its way to the disk arrives there
+            with signals.deferred():
+                opened.close()  # what is on its way to the disk arrives there
             _say_stopped(stopped, workdir)
             raise
-        run.store.wait()
-        if is_main():
-            run.store.tidy()  # the last evaluation may have found another best one
-            facts = _facts(run, documents, began, code, config_file)
-            say(f"What the run did is summed up in {write_summary(workdir, facts)}.")
         return documents
 
 
@@ -107,16 +110,18 @@ def open_run(
     check_init(config, workdir)
     stream = build_stream(config, division)
     steps_per_epoch, total = steps_of_run(config, stream.steps_per_epoch)
-    _have_alone(workdir, division, opened)
     opened.enter_context(_naming_what_cannot_be_written(workdir))
+    _have_alone(workdir, division, opened)
     cache = workdir / CACHE / platform.node() if config.train.compilation_cache else None
     opened.enter_context(compilation_cache(cache))  # before anything is compiled
     compilations = opened.enter_context(CompilationCounter(config.train.max_rung + 1))
 
     best = partial(best_step, workdir)
     store = opened.enter_context(CheckpointStore(workdir / "checkpoints", config.train.keep_checkpoints, best))
-    if is_main():
+    check_unchanged(store, config, accept_changes=accept_changes)
+    if is_main():  # only now: what a run of another config has stays as it is
         store.tidy()
+    division.exchange(np.zeros(1, np.int32))()
     is_new = store.latest_step() is None
     start = initial_detector(config, is_new)
     trainer = build_trainer(config, start or build_detector(config), division, steps_per_epoch, total)
@@ -124,10 +129,10 @@ def open_run(
     first = int(state.step)
     if len(set(division.exchange(np.array([first], np.int32))()[:, 0].tolist())) > 1:
         raise InputError(f"The processes find different checkpoints in {workdir}: give a folder that all share.")
-    if is_main():  # only now: a workdir of another run stays as it is
+    if is_main():
         with whole_file(workdir / "config.json") as part:
             part.write_text(to_json(config) + "\n")
-        drop_lost_steps(workdir, first)
+        drop_lost_steps(workdir, first, config.optim.batches)
     if not is_new:
         say(f"Resuming {workdir} after step {first} of {total}.")
     _say_start(config, stream, mesh, total)
@@ -139,7 +144,7 @@ def open_run(
     return opened.enter_context(run)
 
 
-def take_steps(run: Run, signals: StopSignals) -> None:
+def take_steps(run: Run, signals: StopSignals, profiler: StepProfiler) -> None:
     """All that are left."""
     train, each = run.config.train, run.config.optim.batches
     nonfinite = NonFiniteWatch(
@@ -147,11 +152,7 @@ def take_steps(run: Run, signals: StopSignals) -> None:
     )
     if 0 < run.step < run.total and run.is_due(train.evaluate_every) and not run.is_evaluated():
         run.evaluate()  # which a kill, or a signal, kept from being done
-    with (
-        signals.deferred(),
-        StepProfiler(run.workdir, *train.profile) as profiler,
-        contextlib.closing(run.batches()) as batches,
-    ):
+    with signals.deferred(), contextlib.closing(run.batches()) as batches, profiler.steps():
         for item in batches:
             step, place = divmod(item.step, each)
             if place == 0:
@@ -183,11 +184,14 @@ def take_steps(run: Run, signals: StopSignals) -> None:
                 with signals.immediate():  # all is saved
                     run.evaluate()
     run.close_progress()
+    if run.someone_asked(signals):  # a signal in the last step
+        raise signals.stopped()
 
 
 def _evaluated(run: Run) -> dict[str, Any]:
     """What is said and evaluated when all steps are taken."""
-    say_skipped(merged(run.division.gather(run.stream.skipped)))
+    run.skipped_scans = merged(run.division.gather(run.stream.skipped))
+    say_skipped(run.skipped_scans)
     say_notes(merged(run.division.gather(run.stream.log.notes)), run.config.specs)
     if run.stream.log.scans:
         say(input_summary(run.stream))
@@ -227,7 +231,7 @@ def _facts(run: Run, documents: dict[str, Any], began: float, code: str, config_
         scans_per_second=run.watch.scans_per_second,
         resumed_after=run.began_after,
         skipped_steps=int(run.state.skipped),
-        skipped_scans=len(run.stream.skipped),
+        skipped_scans=len(run.skipped_scans),
         compilations=counter.count,
         loaded_compilations=counter.loaded,
         compilation_seconds=counter.seconds,
@@ -236,6 +240,14 @@ def _facts(run: Run, documents: dict[str, Any], began: float, code: str, config_
         revision=code,
         config_file=config_file,
     )
+
+
+def _sum_up(run: Run, facts: RunFacts) -> None:
+    """summary.md; that of a run which had taken all its steps already stays, for it tells of them."""
+    path = run.workdir / SUMMARY
+    if run.began_after < run.total or not path.exists():
+        write_summary(run.workdir, facts)
+    say(f"What the run did is summed up in {path}.")
 
 
 def _have_alone(workdir: Path, division: MeshDivision, opened: contextlib.ExitStack) -> None:

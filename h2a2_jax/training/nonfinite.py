@@ -13,12 +13,10 @@ import numpy as np
 
 from h2a2_jax.inputs.pipeline import JointStep, JointStream
 from h2a2_jax.training.distributed import is_main, say
-from h2a2_jax.training.kept_batch import KeptCell, write_batch
+from h2a2_jax.training.kept_batch import FOLDER, KeptCell, write_batch
 from h2a2_jax.training.parameter_groups import place_of
 from h2a2_jax.training.step import StepMetrics
 
-FOLDER = "nonfinite"
-"""In the workdir: the batches of such steps, `<batch>.npz`."""
 _MOST_KEPT = 20
 _FIRST_SAID = 10
 
@@ -106,12 +104,12 @@ class NonFiniteWatch:
     def _keep(self, number: int, cells: list[KeptCell]) -> Path:
         """Writes the batch; the oldest of many give way, for the last ones are those that end a run."""
         folder = self.workdir / FOLDER
+        if jax.process_count() > 1:
+            folder /= f"process{jax.process_index()}"
         others = sorted(folder.glob("*.npz"), key=lambda path: int(path.stem))
         for path in others[: max(0, len(others) + 1 - _MOST_KEPT)]:
             path.unlink()
         path = folder / f"{number}.npz"
-        if jax.process_count() > 1:
-            path = folder / f"process{jax.process_index()}" / path.name
         write_batch(path, cells)
         return path
 

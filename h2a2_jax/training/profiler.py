@@ -1,7 +1,9 @@
 """What the machine does during some steps, recorded by JAX's profiler when asked for."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +22,7 @@ _HOW_TO_OPEN = (
 class StepProfiler:
     """Traces chosen steps into <workdir>/profile, and the next five after a SIGUSR1 (`kill -USR1 PID`).
 
-        with StepProfiler(workdir, first, last) as profiler:
+        with StepProfiler(workdir, first, last) as profiler, profiler.steps():
             for ...:
                 profiler.before_step(step)
                 state, metrics = take_step(state, batch)
@@ -73,14 +75,25 @@ class StepProfiler:
             jax.block_until_ready(outputs)
             self._stop()
 
+    @contextlib.contextmanager
+    def steps(self) -> Iterator[None]:
+        """Behind the steps a trace under way ends; a signal that comes then is passed over."""
+        try:
+            yield
+        finally:
+            self._end()
+
     def close(self) -> None:
         """End a trace under way, and listen no longer."""
-        if self._ends is not None:
-            self._stop()
+        self._end()
         if self._listens:
             self._listens = False
             # None stands for a handler that was not set from Python, and cannot be set from there.
             signal.signal(signal.SIGUSR1, signal.SIG_DFL if self._before is None else self._before)
+
+    def _end(self) -> None:
+        if self._ends is not None:
+            self._stop()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self._requested = True

@@ -1,5 +1,6 @@
 """With what a run begins: its newest checkpoint that can be read, another run's, or parameters drawn by its seed."""
 
+import contextlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from h2a2_jax.training.config import ExperimentConfig, changes
 from h2a2_jax.training.distributed import MeshDivision, is_main, say
 from h2a2_jax.training.evaluations import FOLDER as EVALUATIONS
 from h2a2_jax.training.json_lines import drop_lines_after
+from h2a2_jax.training.kept_batch import kept_batches
 from h2a2_jax.training.state import TrainState
 from h2a2_jax.training.warm_start import warm_start
 
@@ -107,13 +109,34 @@ def restore_newest(
     return None
 
 
-def drop_lost_steps(workdir: Path, step: int) -> None:
-    """Drop what logs and evaluations say of steps after the one that a run goes on from: they are taken again."""
+def check_unchanged(store: CheckpointStore, config: ExperimentConfig, *, accept_changes: bool = False) -> None:
+    """Whether a run may go on with this config, by its newest checkpoint, before anything of it is touched.
+
+    Raises:
+        InputError: it differs from the one that the run was begun with, and changes are not accepted.
+    """
+    step = store.latest_step()
+    if step is not None and not accept_changes:
+        with contextlib.suppress(DamagedCheckpointError):  # `restore_newest` says so
+            _refuse_changes(store, step, config, accept_changes)
+
+
+def drop_lost_steps(workdir: Path, step: int, batches: int = 1) -> None:
+    """Drop what was told of steps after the one that a run goes on from, for they are taken again.
+
+    Args:
+        workdir: of the run.
+        step: the one that it goes on from.
+        batches: of a step.
+    """
     for name in ("metrics.jsonl", "selection.jsonl"):
         drop_lines_after(workdir / name, step)
     for folder in (workdir / EVALUATIONS).glob("*/"):
         if folder.name.isdecimal() and int(folder.name) > step:
             shutil.rmtree(folder)
+    for number, paths in kept_batches(workdir).items():
+        for path in paths if number >= step * batches else ():
+            path.unlink()
 
 
 def _refuse_changes(store: CheckpointStore, step: int, config: ExperimentConfig, accept_changes: bool) -> None:

@@ -1,7 +1,6 @@
 """What a run keeps on disk while it steps: lines of metrics, checkpoints, evaluations; and how it is left."""
 
 import contextlib
-import json
 import signal
 import time
 from collections.abc import Generator, Iterator, Mapping
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.evaluation.document import JSON_FILE, write_evaluation
+from h2a2_jax.evaluation.document import write_evaluation
 from h2a2_jax.inference.evaluate import build_predictor
 from h2a2_jax.inference.predictor import Predictor
 from h2a2_jax.inputs.division import Answer
@@ -26,7 +25,13 @@ from h2a2_jax.training.compilations import CompilationCounter
 from h2a2_jax.training.config import ExperimentConfig
 from h2a2_jax.training.distributed import MeshDivision, is_main, say
 from h2a2_jax.training.evaluation import evaluate_predictor
-from h2a2_jax.training.evaluations import best_step, evaluation_folder, score_metrics, score_text
+from h2a2_jax.training.evaluations import (
+    best_step,
+    evaluation_folder,
+    read_evaluations,
+    score_metrics,
+    score_text,
+)
 from h2a2_jax.training.metrics import MetricsWriter, Progress, read_metrics
 from h2a2_jax.training.state import TrainState
 from h2a2_jax.training.step import StepMetrics
@@ -57,6 +62,7 @@ class Run:
         step: optimiser steps done.
         saved: step of the newest checkpoint on its way to the disk; None without one.
         began_after: steps done before this process.
+        skipped_scans: of all processes, with why; known when all steps are taken.
     """
 
     config: ExperimentConfig
@@ -73,6 +79,7 @@ class Run:
     step: int
     saved: int | None
     began_after: int = field(init=False)
+    skipped_scans: Mapping[str, str] = field(default_factory=dict)
     _progress: Progress | None = None
     _opened: float = field(default_factory=time.monotonic)
     _asked: Answer | None = None
@@ -166,9 +173,9 @@ class Run:
 
     def is_evaluated(self) -> bool:
         """Whether the newest step has an evaluation, whose scores are among the metrics too; all processes agree."""
-        path, found = evaluation_folder(self.workdir, self.step) / JSON_FILE, False
-        if is_main() and path.exists():
-            found = score_metrics(json.loads(path.read_text())).keys() <= self._line().keys()
+        found = False
+        if is_main() and (documents := read_evaluations(self.workdir).get(self.step)) is not None:
+            found = score_metrics(documents).keys() <= self._line().keys()
         return bool(self.division.exchange(np.array([found], np.int32))().any())
 
     def is_due(self, every: int) -> bool:
@@ -184,6 +191,13 @@ class Run:
         if stopping and not signals.requested:
             signals.request(signal.SIGTERM)
         return stopping
+
+    def someone_asked(self, signals: StopSignals) -> bool:
+        """Whether a process of the run was told to stop, after its last step; one answer in all."""
+        asked = self.division.exchange(np.array([signals.requested], np.int32))().any()
+        if asked and not signals.requested:
+            signals.request(signal.SIGTERM)
+        return bool(asked)
 
     @contextlib.contextmanager
     def left_by(self, kind: type[Exception]) -> Iterator[None]:

@@ -84,7 +84,7 @@ def selection_report(
 
 def _mean_angle(first: AnyArray, second: AnyArray) -> float:
     a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
     return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))).mean())
 
 

@@ -62,7 +62,8 @@ class StopSignals:
             yield self
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # None stands for a handler that was not set from Python, and cannot be set from there.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

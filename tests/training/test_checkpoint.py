@@ -369,8 +369,9 @@ def test_what_a_kill_leaves_is_tidied_and_what_is_damaged_set_aside(tmp_path: Pa
         (folder / "4.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
         (folder / "1" / "params").mkdir(parents=True)  # half removed
         (folder / "4" / "params").mkdir(parents=True)  # damaged, for nothing newer is there
+        (folder / "2_before_tuning").mkdir()  # somebody's own
         store.tidy()
-        assert sorted(path.name for path in folder.iterdir()) == ["2", "3", "4"]
+        assert sorted(path.name for path in folder.iterdir()) == ["2", "2_before_tuning", "3", "4"]
         assert store.set_aside(4) == tmp_path / "checkpoints_damaged" / "4"
         assert store.steps() == [2, 3] and (tmp_path / "checkpoints_damaged" / "4" / "params").is_dir()
 

@@ -12,10 +12,14 @@ from h2a2_jax.inputs.drawing import StreamDataset
 from h2a2_jax.inputs.pipeline import JointStream, StreamConfig
 from h2a2_jax.inputs.scan import Scan
 from h2a2_jax.inputs.specs import S3DIS, SCANNET
-from h2a2_jax.training.kept_batch import KeptCell, read_batch, write_batch
+from h2a2_jax.training.checkpoint import CheckpointStore
+from h2a2_jax.training.kept_batch import KeptCell, kept_batches, read_batch, write_batch
 from h2a2_jax.training.nonfinite import NonFiniteError, NonFiniteWatch, places_of
+from h2a2_jax.training.replay import checkpoint_of, replay
+from h2a2_jax.training.resume import drop_lost_steps
 from h2a2_jax.training.step import StepMetrics
 from tests.models.scenes import room
+from tests.training.test_checkpoint import NAMES, PLAIN, experiment, make_state
 
 TENSORS = [
     "backbone.stem.conv.kernel",
@@ -114,6 +118,35 @@ def test_many_in_a_row_end_the_run_with_the_last_batches_kept(tmp_path: Path):
         watch.look()
     kept = sorted(int(path.stem) for path in (tmp_path / "nonfinite").iterdir())
     assert kept == list(range(5, 25))
+
+
+def test_of_several_processes_each_keeps_its_part_in_a_folder(tmp_path: Path):
+    cells = stream().cells(0)
+    for process, cell in enumerate(cells.values()):
+        write_batch(tmp_path / "nonfinite" / f"process{process}" / "7.npz", [KeptCell.of("s3dis", cell)])
+    write_batch(tmp_path / "nonfinite" / "process1" / "12.npz", [KeptCell.of("s3dis", cells[1, 0])])
+    found = kept_batches(tmp_path)
+    assert list(found) == [7, 12] and [len(paths) for paths in found.values()] == [2, 1]
+    drop_lost_steps(tmp_path, step=3, batches=4)
+    assert list(kept_batches(tmp_path)) == [7]
+
+
+def test_a_skipped_step_is_replayed_with_the_parameters_it_was_met_with():
+    assert [checkpoint_of(step, [2, 4]) for step in (0, 1, 2, 3, 9)] == [2, 2, 2, 4, 4]
+
+
+@pytest.mark.slow
+def test_a_poisoned_batch_is_replayed(tmp_path: Path):
+    config = experiment(model=PLAIN)
+    with CheckpointStore(tmp_path / "checkpoints") as store:
+        store.save(2, make_state(2, model=PLAIN), config, NAMES)
+    of = stream()
+    number = next(n for n in range(8) if KeptCell.of("s3dis", of.cells(n)[0, 0]).bad_inputs())
+    write_batch(tmp_path / "nonfinite" / f"{number}.npz", [KeptCell.of("s3dis", of.cells(number)[0, 0])])
+    found, step, (cell,) = replay(tmp_path)
+    assert (found, step) == (number, 2) and not cell.is_finite
+    assert cell.bad_inputs == (f"room{POISONED}",) and cell.first is not None
+    assert "the running statistics" in cell.places and "the loss" in cell.places
 
 
 def test_places_are_said_in_few_words():
