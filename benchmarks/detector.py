@@ -6,7 +6,9 @@ Every figure is a median of runs that take turns after a warm-up. The floor is w
 for the products of the pairs there are, 2 * pairs * Cin * Cout, three times that with the backward pass; its rate is
 the best of those measured between the rounds. "folded" evaluates the detector of one dataset in which everything that
 depends on the dataset alone is computed once, as prediction does. "plain" is the same detector by one gather and one
-matmul an offset (`algorithm="gather"`). The loss is a stand-in, the mean square of the predictions; a step adds AdamW.
+matmul an offset (`algorithm="gather"`), "again" computes blocks twice and keeps less (`rematerialize`), which is told
+apart only with a backward pass. "temporaries" are what XLA's program needs beside its inputs. The loss is a stand-in,
+the mean square of the predictions; a step adds AdamW.
 """
 
 import argparse
@@ -65,6 +67,7 @@ def run(
     repeats: int,
     plain: bool,
     passes: Sequence[str] = PASSES,
+    rematerialize: str = "off",
 ) -> dict[str, Any]:
     """Measure; the result is what `--json` prints.
 
@@ -75,16 +78,19 @@ def run(
     maps, plan, tables, config = _maps([points] * batch, DetectorConfig(**WIDTHS[width]), repeats)
     flops = sum(layer.flops * layer.times for layer in detector_layers(config, tables, plan))
     calls = 1 if jax.default_backend() == "cpu" else 10
+    products = None if dtype == "float32" else jnp.dtype(dtype)
     variants = {"off": [False], "on": [True], "both": [False, True]}[sfks]
     functions: dict[str, Callable[[], object]] = {}
     compiled: dict[str, dict[str, float]] = {}
     for selective in variants:
         label = "sfks" if selective else "tr3d"
         for algorithm in ("auto", "gather") if plain else ("auto",):
-            suffix = "" if algorithm == "auto" else " plain"
-            for kind, (function, cost) in _passes(config, selective, plan, algorithm, dtype, passes).items():
-                timing.report(f"{label}{suffix} {kind}: compiled in {cost['compile_s']:.1f} s")
-                functions[f"{label}{suffix} {kind}"], compiled[f"{label}{suffix} {kind}"] = function, cost
+            for again in {"off": [False], "on": [True], "both": [False, True]}[rematerialize]:
+                suffix = ("" if algorithm == "auto" else " plain") + (" again" if again else "")
+                context = partial(ForwardContext, algorithm=algorithm, dtype=products, rematerialize=again)
+                for kind, (function, cost) in _passes(config, selective, plan, context, passes).items():
+                    timing.report(f"{label}{suffix} {kind}: compiled in {cost['compile_s']:.1f} s")
+                    functions[f"{label}{suffix} {kind}"], compiled[f"{label}{suffix} {kind}"] = function, cost
     rounds: dict[str, list[float]] = {key: [] for key in functions}
     rates = []
     for turn in range(repeats):
@@ -117,8 +123,17 @@ def run(
             )
             for kind in passes
         }
-        if sfks == "both"
+        if sfks == "both" and rematerialize != "on"
         else None,
+        "again_over_kept": {
+            f"{label} {kind}": statistics.median(
+                again / kept
+                for kept, again in zip(rounds[f"{label} {kind}"], rounds[f"{label} again {kind}"], strict=True)
+            )
+            for label in ("tr3d", "sfks")
+            for kind in passes
+            if {f"{label} {kind}", f"{label} again {kind}"} <= rounds.keys()
+        },
         "compiled": compiled,
         "peak_memory_mb": _peak_memory(),
     }
@@ -150,7 +165,11 @@ def _maps(
 
 
 def _passes(
-    config: DetectorConfig, selective: bool, plan: DetectorPlan, algorithm: Any, dtype: str, passes: Sequence[str]
+    config: DetectorConfig,
+    selective: bool,
+    plan: DetectorPlan,
+    made_context: Callable[..., ForwardContext],
+    passes: Sequence[str],
 ) -> dict[str, tuple[Callable[[], object], dict[str, float]]]:
     """Compiled passes by name, ready to be called, with what compiling took and what they need."""
     config = DetectorConfig(**{**vars(config), "selection": KernelSelection() if selective else None})
@@ -161,10 +180,9 @@ def _passes(
     optimizer = optax.adamw(1e-3)
     opt_state = jax.jit(optimizer.init)(params)
     features = jax.random.uniform(jax.random.key(0), (plan.voxels.capacity, config.in_channels))
-    products = None if dtype == "float32" else jnp.dtype(dtype)
 
     def predict(params: Any, features: Any, plan: Any, training: bool) -> Any:
-        context = ForwardContext(DatasetContext.one(0, 1), training=training, algorithm=algorithm, dtype=products)
+        context = made_context(DatasetContext.one(0, 1), training=training)
         return nnx.merge(graph, params, rest, copy=True)(features, plan, context)
 
     def loss(params: Any, features: Any, plan: Any) -> Any:
@@ -184,7 +202,7 @@ def _passes(
     folded_graph = nnx.graphdef(nnx.eval_shape(folded_model, params))
 
     def predict_folded(state: Any, features: Any, plan: Any) -> Any:
-        return nnx.merge(folded_graph, state)(features, plan, ForwardContext(one, algorithm=algorithm, dtype=products))
+        return nnx.merge(folded_graph, state)(features, plan, made_context(one))
 
     jobs: dict[str, tuple[Any, tuple]] = {
         "evaluate": (partial(predict, training=False), (params, features, plan)),
@@ -194,7 +212,8 @@ def _passes(
         "step": (step, (params, opt_state, features, plan)),
     }
     plain = ("forward", "forward+backward")
-    jobs = {kind: job for kind, job in jobs.items() if kind in passes and (algorithm == "auto" or kind in plain)}
+    is_plain = made_context(one).algorithm != "auto"
+    jobs = {kind: job for kind, job in jobs.items() if kind in passes and (not is_plain or kind in plain)}
     compiled = {kind: _compile(function, arguments) for kind, (function, arguments) in jobs.items()}
     return {
         kind: (_repeated(program, jobs[kind][1]) if kind == "step" else partial(program, *jobs[kind][1]), cost)
@@ -258,6 +277,8 @@ def table_of(result: dict[str, Any]) -> str:
     if result["sfks_over_tr3d"] is not None:
         ratios = ", ".join(f"{kind} {ratio:.3f}" for kind, ratio in result["sfks_over_tr3d"].items())
         lines += ["", f"SF-KS over TR3D: {ratios}"]
+    for key, ratio in result["again_over_kept"].items():
+        lines.append(f"{key}: computing blocks twice takes {ratio:.3f} times as long")
     lines += ["", f"peak memory of the process or device: {result['peak_memory_mb']:.0f} MB"]
     return "\n".join(lines)
 
@@ -274,6 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sfks", choices=("on", "off", "both"), default="off", help="kernel selection (default off)")
     parser.add_argument("--batch", type=int, default=1, help="copies of the scan in a batch (default 1)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the products")
+    parser.add_argument("--rematerialize", choices=("on", "off", "both"), default="off", help="compute blocks twice")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES, help="only these")
     parser.add_argument("--plain", action="store_true", help="measure the plain form too")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="what JAX computes on; default JAX's own choice")
@@ -294,6 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = run(
             options.scan, width=options.width, sfks=options.sfks, batch=options.batch, dtype=options.dtype,
             repeats=options.repeats, plain=options.plain, passes=options.passes,
+            rematerialize=options.rematerialize,
         )  # fmt: skip
     except (InputError, FileNotFoundError) as error:
         timing.report(str(error))

@@ -28,11 +28,13 @@ def test_a_small_scan(scan, capsys):
         "1",
         "--passes",
         "evaluate",
+        "--rematerialize",
+        "both",
         "--json",
     ]
     assert detector.main(arguments) == 0
     result = json.loads(capsys.readouterr().out)
-    passes = {"tr3d evaluate"}
+    passes = {"tr3d evaluate", "tr3d again evaluate"}
     assert set(result["ms"]) == set(result["compiled"]) == set(result["over_floor"]) == passes
     assert result["scan"]["points"] == 400 and result["scan"]["batch"] == 2
     assert result["scan"]["sites"]["voxels"] <= 2 * 400
@@ -43,6 +45,7 @@ def test_a_small_scan(scan, capsys):
         assert result["over_floor"][key] == pytest.approx(ms / result["floor_ms"]["forward"])
         assert result["scans_per_second"][key] == pytest.approx(2000 / ms)
         assert result["compiled"][key]["temporaries_mb"] > 0
+    assert result["again_over_kept"].keys() == {"tr3d evaluate"}
     assert "GFLOP forward" in detector.table_of(result)
 
 
