@@ -16,6 +16,7 @@ status is 1 where something failed. Everything lies in a temporary folder, or in
     workers    a process that loads scans is killed
     devices    saved on three devices, gone on with on one and on six; evaluated on one, three and six
     poison     scans with colours that are not finite
+    processes  three processes, one of which is told to stop
 """
 
 import argparse
@@ -30,6 +31,7 @@ import numpy as np
 from benchmarks.faults.children import Bench, Fault, Report
 from benchmarks.faults.damage import damaged, disk
 from benchmarks.faults.kills import kills, own_cache
+from benchmarks.faults.processes import processes
 from benchmarks.faults.stops import second, sigterm, workers
 from benchmarks.faults.values import devices, poison
 
@@ -42,6 +44,7 @@ SCENARIOS: dict[str, tuple[tuple[Callable[[Bench], None], ...], int]] = {
     "workers": ((workers,), 1),
     "devices": ((devices,), 7),
     "poison": ((poison,), 4),
+    "processes": ((processes,), 4),
 }
 """What makes a scenario, and how many trainings it starts; beside the kills that are asked for."""
 

@@ -12,7 +12,7 @@ import pytest
 
 from h2a2_jax.inputs.batching import Batch, BucketLadder, collate, pad_batch, stack_batches
 from h2a2_jax.inputs.specs import SPECS
-from h2a2_jax.models import LevelSizes
+from h2a2_jax.models import LevelSizes, PlanLayout
 from h2a2_jax.training.checkpoint_tree import flat_names
 from h2a2_jax.training.freezing import frozen_paths
 from h2a2_jax.training.harmonize import plain_mean
@@ -35,7 +35,9 @@ def batches() -> tuple[Batch, ...]:
     hosts = [[collate(scans, VOXEL) for scans in batch] for batch in SCANS]
     sizes = [host.tables.sizes for batch in hosts for host in batch]
     capacities = BucketLadder(LevelSizes(*(max(column) for column in zip(*sizes, strict=True)))).capacities(0)
-    return tuple(stack_batches([[pad_batch(host, capacities, 4)] for host in batch]) for batch in hosts)
+    return tuple(
+        stack_batches([[pad_batch(host, capacities, 4, PlanLayout("any"))] for host in batch]) for batch in hosts
+    )
 
 
 def poisoned(batch: Batch, dataset: int) -> Batch:

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -105,6 +106,7 @@ def _start(work: Callable[[str], Any]) -> _Worker:
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(work, theirs), daemon=True)
     # Ctrl-C in a terminal goes to all processes: the others must not see it, also not while they start.
+    resource_tracker.ensure_running()  # which unblocks the signal where it is started, so not while a worker is
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with _one_thread_each():

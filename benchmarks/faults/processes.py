@@ -1,0 +1,40 @@
+"""A training of three processes that is told to stop: part of `benchmarks.faults`."""
+
+import shutil
+import signal
+import socket
+
+from benchmarks.faults.children import CONFIG, Bench, Fault, newest
+from benchmarks.faults.stops import saved_step
+
+_PROCESSES = 3
+_FLAGS = ("--config.train.steps=24", "--config.train.evaluate_every=0", "--config.train.log_every=1")
+
+
+def processes(bench: Bench) -> None:
+    """SIGTERM to one process that is not the first; then one process alone goes on to the end."""
+    workdir = bench.folder / "processes"
+    shutil.rmtree(workdir, ignore_errors=True)
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        address = f"localhost:{listening.getsockname()[1]}"
+    several = [f"--coordinator={address}", f"--num_processes={_PROCESSES}"]
+    children = [
+        bench.start(["run.py", CONFIG, f"--workdir={workdir}", *_FLAGS, *several, f"--process_id={i}"])
+        for i in range(_PROCESSES)
+    ]
+    first = children[0]
+    if not first.wait_for(lambda: first.said("First step done")) or not first.wait(bench.rng.uniform(0, 2)):
+        for child in children[1:]:
+            child.kill()
+        raise Fault(f"the first process ended before one was told to stop: {' / '.join(first.lines[-6:])}")
+    children[-1].process.send_signal(signal.SIGTERM)
+    line = first.expect(0, "Stopped by SIGTERM; step", "the same command")
+    for child in children[1:]:
+        child.expect(0)
+    step = saved_step(line)
+    bench.report.event(f"one of {_PROCESSES} processes was told to stop, all ended: {line}")
+    if newest(workdir) != step:
+        bench.report.failed(f"it said that step {step} is saved, the newest checkpoint is of step {newest(workdir)}")
+    bench.train(workdir, *_FLAGS).expect(0, f"after step {step} of 24")
+    bench.report.event("one process alone goes on to the end")
