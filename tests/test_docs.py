@@ -22,9 +22,17 @@ TRAINED = {"layers.md": 3}
 """Losses that the blocks of a page record."""
 
 
-def blocks(page: Path) -> list[str]:
-    """Python blocks of a page."""
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+def python_blocks(text: str) -> list[str]:
+    """Python blocks of a text."""
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def sequences() -> dict[str, list[str]]:
+    """Blocks that share a namespace: those of a section of the README, each for another reader, or of a page."""
+    found = {page.name: page.read_text() for page in PAGES[1:]}
+    for part in re.split(r"^## ", PAGES[0].read_text(), flags=re.MULTILINE)[1:]:
+        found[part.splitlines()[0]] = part
+    return {name: blocks for name, text in found.items() if (blocks := python_blocks(text))}
 
 
 def anchors(page: Path) -> set[str]:
@@ -34,7 +42,9 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_no_block_is_left_out() -> None:
-    assert sum(len(blocks(page)) for page in PAGES) == sum(page.read_text().count("```python") for page in PAGES) >= 10
+    texts = [page.read_text() for page in PAGES]
+    assert not any("<!-- not run" in text for text in texts)
+    assert sum(map(len, sequences().values())) == sum(text.count("```python") for text in texts) >= 10
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -58,23 +68,24 @@ def test_folders_files_and_modules_that_a_page_names_are_there(page: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
-def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", sequences())
+def test_the_blocks_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    if "runs/demo" in "".join(blocks(page)):
+    blocks = sequences()[name]
+    if "runs/demo" in "".join(blocks):
         with CheckpointStore("runs/demo/checkpoints") as store:
             store.save(1, make_state(1), experiment(), NAMES)
     names: dict[str, Any] = {}
     trained = 0
-    for block in blocks(page):
-        exec(compile(block, page.name, "exec"), names)
+    for block in blocks:
+        exec(compile(block, name, "exec"), names)
         if losses := names.pop("losses", None):
             assert len(losses) >= 20 and max(losses[-5:]) < 0.5 * losses[0]
             trained += 1
-    assert trained == TRAINED.get(page.name, 0)
-    if page.name == "layers.md":
+    assert trained == TRAINED.get(name, 0)
+    if name == "layers.md":
         compare_with_vmap(names)
-    if page.name == "README.md":
+    if name == "For engineers":
         assert names["codes"].shape == (2, 16) and np.isfinite(names["codes"]).all()
 
 

@@ -323,7 +323,7 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on_from_its_checkpoints(tmp_p
 
     with (tmp_path / "first.txt").open("w") as out:
         first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 120
         while not [*workdir.glob("runs/*/checkpoints/4")]:
             assert first.poll() is None and time.monotonic() < deadline, (tmp_path / "first.txt").read_text()
             time.sleep(0.05)

@@ -1,17 +1,13 @@
 """The benchmark of the balancers runs and says what it measured; no figure is asserted to be fast."""
 
 import json
-from dataclasses import replace
 
 from benchmarks import harmonize
 
 
-def test_the_balancers_alone(capsys, monkeypatch):
-    config, scale = harmonize.SIZES["demo"]
-    fewer = replace(config, model=replace(config.model, selection=None))  # tensors, each of which takes time to compile
-    monkeypatch.setitem(harmonize.SIZES, "demo", (fewer, scale))
+def test_the_balancers_alone(capsys):
     assert harmonize.main(["--alone", "--repeats", "1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert set(result["balancer_ms"]) == {"plain mean", "recorded mean", "ngh", "pcgrad", "gradnorm"}
     assert all(ms > 0 for ms in result["balancer_ms"].values()) and result["group_summary_ms"] > 0
-    assert "step_ms" not in result and result["shared_tensors"] > 50
+    assert "step_ms" not in result and result["shared_tensors"] > 100

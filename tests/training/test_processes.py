@@ -1,4 +1,4 @@
-"""Three processes are one device: the same gradients, statistics, norms and losses. `test_step` has six devices.
+"""Three processes are one device: the same gradients, statistics, norms and losses. `test_step` has three devices.
 
 Each process is given the scans of its own datasets only and one CPU device, or two; they meet over gloo on this
 machine. In float64, as in `test_step`, whose scans and detector these are, smaller.

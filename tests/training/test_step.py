@@ -1,6 +1,4 @@
-"""The same six scans on 1 and on 6 devices: gradients, statistics and the next state are the same.
-
-Three devices, one a dataset, are those of `test_processes`.
+"""The same six scans on 1, 3 and 6 devices: gradients, statistics and the next state are the same.
 
 In float64, so that a wrong sum shows and rounding does not: layouts differ by some 1e-13 in exclusive gradients, and by
 3e-7 in shared ones, whose factors of harmonisation are float32. In float32 the same network's layouts differ by 1e-5 to
@@ -27,7 +25,7 @@ from h2a2_jax.training.state import create_state, merge_model, place_state, spli
 from h2a2_jax.training.step import StepConfig, make_train_step
 from tests.models.scenes import SELECTION, VOXEL, room, tiny_detector
 
-DEVICES = (1, 6)
+DEVICES = (1, 3, 6)
 THRESHOLD = 0.8
 TOLERANCE = 1e-5
 """Of each tensor's largest gradient."""
