@@ -17,13 +17,14 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from benchmarks.scans import ChangedScans
 from benchmarks.timing import report
 from h2a2_jax.boxes import Detections, pairwise_rotated_iou
 from h2a2_jax.inference.evaluate import EvalConfig, build_predictor, evaluate_source
@@ -33,7 +34,7 @@ from h2a2_jax.inference.predictions import boxes_in_input_frame
 from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inputs.cloud_scan import GREY
 from h2a2_jax.inputs.point_cloud import read_point_cloud
-from h2a2_jax.inputs.scan import Scan, ScanSource
+from h2a2_jax.inputs.scan import Scan
 from h2a2_jax.inputs.sources import build_source
 from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.training.checkpoint import restore_checkpoint
@@ -74,7 +75,7 @@ def main() -> None:
             source = build_source(dataset, "val")
             figures = [
                 evaluate_source(evaluator, each, dataset.spec, progress=False)[0].mean_average_precision
-                for each in (source, _Grey(source))
+                for each in (source, ChangedScans(source, _grey))
             ]
             shown = " -> ".join(" ".join(f"{value:.3f}" for value in figure) for figure in figures)
             print(f"  {dataset.name:10} {shown}", flush=True)
@@ -200,22 +201,9 @@ def _compared(name: str, still: Detections, other: Detections) -> str:
     return f"{name:34}{count:>6}{again:>13}{best[hit].mean():>7.3f}{off:>14.4f}"
 
 
-class _Grey:
-    """A source whose scans have lost their colours."""
-
-    def __init__(self, source: ScanSource):
-        self._source = source
-
-    @property
-    def names(self) -> Sequence[str]:
-        return self._source.names
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Scan:
-        scan = self._source[index]
-        return dataclasses.replace(scan, colors=np.full_like(scan.colors, GREY))
+def _grey(scan: Scan) -> Scan:
+    """A scan that has lost its colours."""
+    return dataclasses.replace(scan, colors=np.full_like(scan.colors, GREY))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Scans that the benchmarks run on: a file, or a procedural room."""
+"""Scans that the benchmarks run on: a file, or a procedural room; and what they make of a source's."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.inputs.scan import Scan, ScanSource
 from h2a2_jax.inputs.specs import dataset_spec
 from h2a2_jax.inputs.synthetic.source import SyntheticSource
 
@@ -14,6 +16,31 @@ _PLY_TYPES = {
     "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
     "float": "f4", "double": "f8", "float32": "f4", "float64": "f8",
 }  # fmt: skip
+
+
+class ChangedScans:
+    """A source whose scans are changed when they are asked for.
+
+    Args:
+        source: the scans.
+        change: of each.
+    """
+
+    def __init__(self, source: ScanSource, change: Callable[[Scan], Scan]):
+        self.source, self.change = source, change
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the scans, in order."""
+        return self.source.names
+
+    def __len__(self) -> int:
+        """Number of scans."""
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Scan:
+        """One scan."""
+        return self.change(self.source[index])
 
 
 def load_points(path: Path | None) -> tuple[str, Float32[np.ndarray, "m 3"]]:

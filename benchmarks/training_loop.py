@@ -61,7 +61,8 @@ def looped(run: Run, stream: Any, steps: int) -> float:
     run.stream, run.total = stream, run.step + steps
     run.saved = run.total  # checkpoints are timed apart
     started = time.perf_counter()
-    take_steps(run, StopSignals(), StepProfiler(run.workdir))
+    with StepProfiler(run.workdir) as profiler:
+        take_steps(run, StopSignals(), profiler)
     jax.block_until_ready(run.state)
     return (time.perf_counter() - started) / steps
 

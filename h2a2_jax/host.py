@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, NoReturn
 
 
 def core_numbers() -> list[int]:
@@ -38,16 +38,35 @@ def end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM raises KeyboardInterrupt; outside of the main thread, which gets no signals, nothing changes."""
+def sigterm_raises(kind: type[KeyboardInterrupt]) -> Iterator[None]:
+    """Inside, SIGTERM raises this; outside of the main thread, which gets no signals, nothing changes.
+
+    Args:
+        kind: KeyboardInterrupt itself, or one that tells the two apart.
+    """
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise kind
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before: Any = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        restore_handler(signal.SIGTERM, before)
+
+
+def restore_handler(number: int, before: Any) -> None:
+    """Put back the handler of a signal.
+
+    Args:
+        number: of the signal.
+        before: what `signal.signal` returned; None stands for a handler that was not set from Python and cannot be set
+            from there, in whose place the system's default comes.
+    """
+    signal.signal(number, signal.SIG_DFL if before is None else before)
 
 
 def progress_interval() -> float:

@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 CONFIG = "--config=configs/joint.py:tiny"
 STEPS, CHECKPOINT_EVERY = 40, 8
 """Of that config."""
+SHORT = ("--config.train.steps=24", "--config.train.log_every=1", "--config.train.evaluate_every=0")
+"""Flags of a shorter training that tells of every step."""
 
 _POLL_S = 0.005
 _PATIENCE_S = 900

@@ -67,8 +67,7 @@ def _full_for_a_checkpoint(bench: Bench) -> None:
         if 8 in saved_steps(workdir) and _sizes(workdir / "checkpoints" / "8") != first:
             bench.report.failed("the checkpoint before is not what it was")
         remount(place, _LARGE)
-        bench.train(workdir).expect(0, f"after step {saved_step(line)} of")
-        bench.report.equal("the end, once there was space,", differences(bench.reference, workdir))
+        _goes_on(bench, workdir, saved_step(line), "once there was space")
 
 
 def _full_for_a_line(bench: Bench) -> None:
@@ -84,8 +83,7 @@ def _full_for_a_line(bench: Bench) -> None:
         line = child.expect(2, "No space left on device", "free space there")
         _refused(bench, workdir, "a disk that is full at a line", line)
         (place / _BALLAST).unlink()
-        bench.train(workdir).expect(0, f"after step {newest(workdir)} of")
-        bench.report.equal("the end, once there was space,", differences(bench.reference, workdir))
+        _goes_on(bench, workdir, newest(workdir), "once there was space")
 
 
 def _read_only(bench: Bench) -> None:
@@ -101,8 +99,7 @@ def _read_only(bench: Bench) -> None:
         line = bench.train(workdir).expect(2, "cannot be written to", "give another --workdir")
         bench.report.event(f"a run that was begun, on a read-only disk: {line}")
         remount(place, "rw")
-        bench.train(workdir).expect(0, "after step 32 of")
-        bench.report.equal("the end, once it could be written to,", differences(bench.reference, workdir))
+        _goes_on(bench, workdir, 32, "once it could be written to")
 
 
 def _refused(bench: Bench, workdir: Path, what: str, line: str) -> None:
@@ -115,6 +112,12 @@ def _refused(bench: Bench, workdir: Path, what: str, line: str) -> None:
     bench.report.equal(
         "what was saved", state_differences(bench.reference, workdir, 16) if newest(workdir) == 16 else []
     )
+
+
+def _goes_on(bench: Bench, workdir: Path, step: int, when: str) -> None:
+    """The training goes on after a step, and ends as the one that nothing happened to."""
+    bench.train(workdir).expect(0, f"after step {step} of")
+    bench.report.equal(f"the end, {when},", differences(bench.reference, workdir))
 
 
 def _sizes(folder: Path) -> dict[str, int]:

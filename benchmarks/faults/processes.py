@@ -4,11 +4,10 @@ import shutil
 import signal
 import socket
 
-from benchmarks.faults.children import CONFIG, Bench, Fault, newest
+from benchmarks.faults.children import CONFIG, SHORT, Bench, Fault, newest
 from benchmarks.faults.stops import saved_step
 
 _PROCESSES = 3
-_FLAGS = ("--config.train.steps=24", "--config.train.evaluate_every=0", "--config.train.log_every=1")
 
 
 def processes(bench: Bench) -> None:
@@ -20,7 +19,7 @@ def processes(bench: Bench) -> None:
         address = f"localhost:{listening.getsockname()[1]}"
     several = [f"--coordinator={address}", f"--num_processes={_PROCESSES}"]
     children = [
-        bench.start(["run.py", CONFIG, f"--workdir={workdir}", *_FLAGS, *several, f"--process_id={i}"])
+        bench.start(["run.py", CONFIG, f"--workdir={workdir}", *SHORT, *several, f"--process_id={i}"])
         for i in range(_PROCESSES)
     ]
     first = children[0]
@@ -36,5 +35,5 @@ def processes(bench: Bench) -> None:
     bench.report.event(f"one of {_PROCESSES} processes was told to stop, all ended: {line}")
     if newest(workdir) != step:
         bench.report.failed(f"it said that step {step} is saved, the newest checkpoint is of step {newest(workdir)}")
-    bench.train(workdir, *_FLAGS).expect(0, f"after step {step} of 24")
+    bench.train(workdir, *SHORT).expect(0, f"after step {step} of 24")
     bench.report.event("one process alone goes on to the end")

@@ -5,11 +5,10 @@ import shutil
 import signal
 from pathlib import Path
 
-from benchmarks.faults.children import CONFIG, Bench, Fault, newest
+from benchmarks.faults.children import CONFIG, SHORT, Bench, Fault, newest
 from benchmarks.faults.compare import metric_lines, state_differences
 from benchmarks.faults.stops import saved_step
 
-_PLAIN = ("--config.train.steps=24", "--config.train.log_every=1", "--config.train.evaluate_every=0")
 _FIRST, _TOLERANCE = 4, 1e-4
 """Losses of so many steps after the change may differ by so much, relatively. Sums over devices are added in another
 order, 1e-7 of a loss; Adam's first steps turn the noise of gradients near zero into updates of the learning rate's
@@ -22,8 +21,8 @@ def devices(bench: Bench) -> None:
     report, whole, stopped = bench.report, bench.folder / "devices_whole", bench.folder / "devices_stopped"
     shutil.rmtree(whole, ignore_errors=True)
     shutil.rmtree(stopped, ignore_errors=True)
-    bench.train(whole, *_PLAIN, devices=3).expect(0, "3 cpu device(s), 3 x 1")
-    child = bench.train(stopped, *_PLAIN, devices=3)
+    bench.train(whole, *SHORT, devices=3).expect(0, "3 cpu device(s), 3 x 1")
+    child = bench.train(stopped, *SHORT, devices=3)
     if not child.wait_for(lambda: child.said("First step done")) or not child.wait(bench.rng.uniform(1, 3)):
         raise Fault("the training of three devices ended before it was told to stop")
     child.process.send_signal(signal.SIGTERM)
@@ -33,7 +32,7 @@ def devices(bench: Bench) -> None:
         workdir = bench.folder / f"devices_{count}"
         shutil.rmtree(workdir, ignore_errors=True)
         shutil.copytree(stopped, workdir)
-        bench.train(workdir, *_PLAIN, devices=count).expect(0, f"{count} cpu device(s), {mesh}")
+        bench.train(workdir, *SHORT, devices=count).expect(0, f"{count} cpu device(s), {mesh}")
         by_step = _loss_differences(whole, workdir, step)
         shown = ", ".join(f"{value:.1e}" for value in by_step)
         report.event(f"gone on with on {count} devices, losses differ relatively by {shown} in the steps after {step}")
@@ -65,7 +64,7 @@ def poison(bench: Bench) -> None:
     report, workdir = bench.report, bench.folder / "poison_one"
     shutil.rmtree(workdir, ignore_errors=True)
     scan = "synthetic_sunrgbd/train/000003"
-    child = bench.start(["-m", "benchmarks.faults.poison", scan, CONFIG, f"--workdir={workdir}", *_PLAIN])
+    child = bench.start(["-m", "benchmarks.faults.poison", scan, CONFIG, f"--workdir={workdir}", *SHORT])
     line = child.expect(0, "is not finite and is skipped", "of sunrgbd", f"{scan} has values", "the gradients of")
     report.event(f"one poisoned scan: {line}")
     kept = sorted(int(path.stem) for path in workdir.glob("nonfinite/*.npz"))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from h2a2_jax.commands.data import check_data
-from h2a2_jax.host import sigterm_interrupts
+from h2a2_jax.host import sigterm_raises
 from h2a2_jax.lock import alone_in
 from h2a2_jax.sweeps.picture import draw_tau
 from h2a2_jax.sweeps.plan import Row, Run, ablation_rows, default_taus, locate, tau_rows
@@ -102,7 +102,7 @@ def run_sweep(
     with alone_in(workdir, "sweep"):
         folders = locate(rows, workdir)
         try:
-            with sigterm_interrupts():
+            with sigterm_raises(KeyboardInterrupt):
                 failures = run_all(folders, workdir / "cache", jobs, evaluations, budget_minutes)
         except KeyboardInterrupt:
             print("\nStopped; the same command goes on from the last checkpoint of every run.", file=sys.stderr)

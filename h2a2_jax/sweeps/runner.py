@@ -244,8 +244,8 @@ def _stop(running: Sequence[_Job]) -> None:
                 job.process.wait(max(0.0, deadline - time.monotonic()))
     finally:  # also where the user does not want to wait
         for job in running:
+            job.process.kill()  # before it sees the end of its input, which would look like a failure of its own
             job.end()
-            job.process.kill()
             job.process.wait()
 
 

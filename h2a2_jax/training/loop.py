@@ -29,7 +29,7 @@ from h2a2_jax.training.evaluations import best_step, read_evaluations
 from h2a2_jax.training.mesh import DATASET, REPLICA, train_mesh
 from h2a2_jax.training.nonfinite import NonFiniteError, NonFiniteWatch
 from h2a2_jax.training.profiler import StepProfiler
-from h2a2_jax.training.resume import check_init, check_unchanged, drop_lost_steps, initial_detector, restore_newest
+from h2a2_jax.training.resume import check_init, drop_lost_steps, initial_detector, restore_newest
 from h2a2_jax.training.run import Run
 from h2a2_jax.training.selection_log import SelectionLog
 from h2a2_jax.training.selection_report import selection_report, selection_table
@@ -118,10 +118,6 @@ def open_run(
 
     best = partial(best_step, workdir)
     store = opened.enter_context(CheckpointStore(workdir / "checkpoints", config.train.keep_checkpoints, best))
-    check_unchanged(store, config, accept_changes=accept_changes)
-    if is_main():  # only now: what a run of another config has stays as it is
-        store.tidy()
-    division.exchange(np.zeros(1, np.int32))()
     is_new = store.latest_step() is None
     start = initial_detector(config, is_new)
     trainer = build_trainer(config, start or build_detector(config), division, steps_per_epoch, total)
@@ -129,7 +125,8 @@ def open_run(
     first = int(state.step)
     if len(set(division.exchange(np.array([first], np.int32))()[:, 0].tolist())) > 1:
         raise InputError(f"The processes find different checkpoints in {workdir}: give a folder that all share.")
-    if is_main():
+    if is_main():  # only now: a workdir of another run stays as it is
+        store.tidy()
         with whole_file(workdir / "config.json") as part:
             part.write_text(to_json(config) + "\n")
         drop_lost_steps(workdir, first, config.optim.batches)
@@ -184,7 +181,7 @@ def take_steps(run: Run, signals: StopSignals, profiler: StepProfiler) -> None:
                 with signals.immediate():  # all is saved
                     run.evaluate()
     run.close_progress()
-    if run.someone_asked(signals):  # a signal in the last step
+    if run.was_told_to_stop(signals):
         raise signals.stopped()
 
 

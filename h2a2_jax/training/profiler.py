@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from h2a2_jax.host import restore_handler
+
 FOLDER = "profile"
 """In the workdir of a run."""
 _ON_SIGNAL = 5
@@ -88,8 +90,7 @@ class StepProfiler:
         self._end()
         if self._listens:
             self._listens = False
-            # None stands for a handler that was not set from Python, and cannot be set from there.
-            signal.signal(signal.SIGUSR1, signal.SIG_DFL if self._before is None else self._before)
+            restore_handler(signal.SIGUSR1, self._before)
 
     def _end(self) -> None:
         if self._ends is not None:

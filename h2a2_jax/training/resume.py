@@ -1,6 +1,5 @@
 """With what a run begins: its newest checkpoint that can be read, another run's, or parameters drawn by its seed."""
 
-import contextlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -107,18 +106,6 @@ def restore_newest(
         division.exchange(np.zeros(1, np.int32))()
         store.close()  # what is there is looked up anew
     return None
-
-
-def check_unchanged(store: CheckpointStore, config: ExperimentConfig, *, accept_changes: bool = False) -> None:
-    """Whether a run may go on with this config, by its newest checkpoint, before anything of it is touched.
-
-    Raises:
-        InputError: it differs from the one that the run was begun with, and changes are not accepted.
-    """
-    step = store.latest_step()
-    if step is not None and not accept_changes:
-        with contextlib.suppress(DamagedCheckpointError):  # `restore_newest` says so
-            _refuse_changes(store, step, config, accept_changes)
 
 
 def drop_lost_steps(workdir: Path, step: int, batches: int = 1) -> None:

@@ -186,18 +186,22 @@ class Run:
         """Whether a process of the run was told to stop: one answer in all, a step later where there are several."""
         if self.division.alone:
             return signals.requested
-        before, self._asked = self._asked, self.division.exchange(np.array([signals.requested], np.int32))
-        stopping = before is not None and bool(before().any())
-        if stopping and not signals.requested:
-            signals.request(signal.SIGTERM)
-        return stopping
+        before, self._asked = self._asked, self._asking(signals)
+        return before is not None and self._noted(before, signals)
 
-    def someone_asked(self, signals: StopSignals) -> bool:
-        """Whether a process of the run was told to stop, after its last step; one answer in all."""
-        asked = self.division.exchange(np.array([signals.requested], np.int32))().any()
-        if asked and not signals.requested:
+    def was_told_to_stop(self, signals: StopSignals) -> bool:
+        """The same behind the last step, after which no other tells: the answer is waited for."""
+        return self._noted(self._asking(signals), signals)
+
+    def _asking(self, signals: StopSignals) -> Answer:
+        return self.division.exchange(np.array([signals.requested], np.int32))
+
+    def _noted(self, answer: Answer, signals: StopSignals) -> bool:
+        """Whether a process was told, which all then take note of."""
+        told = bool(answer().any())
+        if told and not signals.requested:
             signals.request(signal.SIGTERM)
-        return bool(asked)
+        return told
 
     @contextlib.contextmanager
     def left_by(self, kind: type[Exception]) -> Iterator[None]:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from h2a2_jax.host import restore_handler
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 INTERRUPTED = 130
 """Exit status after Ctrl-C; after SIGTERM it is 0, for then the run did what was asked."""
@@ -62,8 +64,7 @@ class StopSignals:
             yield self
         finally:
             for number, handler in before.items():
-                # None stands for a handler that was not set from Python, and cannot be set from there.
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+                restore_handler(number, handler)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

@@ -1,16 +1,15 @@
 """The commands `python -m data.<dataset>`: arguments, what is told at the end, exit status."""
 
 import argparse
-import contextlib
 import importlib
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.host import available_cores
+from h2a2_jax.host import available_cores, sigterm_raises
 from h2a2_jax.inputs.raw import PUBLISHED, RawDataset
 
 _Opened = tuple[RawDataset, Mapping[str, Any], Mapping[str, int] | None]
@@ -88,7 +87,7 @@ def _run(
         options = parser.parse_args(arguments)
         if options.workers < 1:
             raise InputError(f"--workers is {options.workers}; expected at least 1.")
-        with _sigterm_stops():
+        with sigterm_raises(_TerminatedError):
             module = importlib.import_module(f"data.{dataset}.{dataset}_dataset_builder")
             # Imported late: a wrong argument is answered at once, and TFDS may be missing.
             from h2a2_jax.inputs.prepare.prepare import FailedScansError, prepare
@@ -133,15 +132,3 @@ class _Parser(argparse.ArgumentParser):
 
 class _TerminatedError(KeyboardInterrupt):
     """SIGTERM, which unwinds as Ctrl-C does."""
-
-
-@contextlib.contextmanager
-def _sigterm_stops() -> Iterator[None]:
-    def stop(number: int, frame: object) -> NoReturn:
-        raise _TerminatedError
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
