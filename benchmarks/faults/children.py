@@ -16,6 +16,7 @@ import numpy as np
 
 from h2a2_jax.compilation_cache import remove_damaged_entries
 from h2a2_jax.host import duration
+from h2a2_jax.training.evaluations import best_step
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=configs/joint.py:tiny"
@@ -24,6 +25,7 @@ STEPS, CHECKPOINT_EVERY = 40, 8
 SHORT = ("--config.train.steps=24", "--config.train.log_every=1", "--config.train.evaluate_every=0")
 """Flags of a shorter training that tells of every step."""
 
+_KEEP_ALL = f"--config.train.keep_checkpoints={STEPS // CHECKPOINT_EVERY}"
 _POLL_S = 0.005
 _PATIENCE_S = 900
 
@@ -187,12 +189,18 @@ class Bench:
         """The workdir of a training that nothing happened to."""
         return self.folder / "reference"
 
+    @property
+    def every(self) -> Path:
+        """The workdir of the same training with all of its checkpoints."""
+        return self.folder / "every"
+
     def make_reference(self) -> None:
-        """Trains it, where it is not there yet."""
-        if not (self.reference / "summary.md").exists():
-            started = time.monotonic()
-            self.train(self.reference).expect(0)
-            self.report.event(f"{STEPS} steps without a fault in {time.monotonic() - started:.0f} s")
+        """Trains it, and once more to keep all checkpoints, where they are not there yet."""
+        for workdir, flags in ((self.reference, ()), (self.every, (_KEEP_ALL,))):
+            if not (workdir / "summary.md").exists():
+                started = time.monotonic()
+                self.train(workdir, *flags).expect(0)
+                self.report.event(f"{STEPS} steps without a fault in {time.monotonic() - started:.0f} s")
 
     def start(self, command: Sequence[str], *, devices: int = 1, own_cache: bool = False) -> Child:
         """Starts a program on some CPU devices."""
@@ -216,14 +224,21 @@ class Bench:
         """Starts a training, or goes on with it."""
         return self.start(["run.py", CONFIG, f"--workdir={workdir}", *flags], devices=devices, own_cache=own_cache)
 
-    def rewound(self, name: str, step: int) -> Path:
-        """A copy of the reference as if it had been killed right after a checkpoint that it still has."""
+    def empty(self, name: str) -> Path:
+        """A workdir that is not there, for a training to begin in."""
         workdir = self.folder / name
         shutil.rmtree(workdir, ignore_errors=True)
-        shutil.copytree(self.reference, workdir)
-        for later in [*workdir.glob("checkpoints/*"), *workdir.glob("evaluations/*")]:
-            if int(later.name) > step or (int(later.name) == step and later.parent.name == "evaluations"):
+        return workdir
+
+    def rewound(self, name: str, step: int) -> Path:
+        """A copy of the reference as if it had been killed right after a checkpoint."""
+        workdir = self.empty(name)
+        shutil.copytree(self.reference, workdir, ignore=shutil.ignore_patterns("checkpoints"))
+        for later in workdir.glob("evaluations/*"):
+            if int(later.name) >= step:
                 shutil.rmtree(later)
+        for kept in {step, step - CHECKPOINT_EVERY, best_step(workdir) or step}:
+            shutil.copytree(self.every / "checkpoints" / str(kept), workdir / "checkpoints" / str(kept))
         for path in [*workdir.glob("evaluation.*"), workdir / "summary.md", workdir / "curves.png"]:
             path.unlink()
         return workdir

@@ -95,7 +95,7 @@ def kills(bench: Bench) -> None:
     """Kills and starts again; whenever a training comes to its end, it is compared and another one begun."""
     done, number = 0, 0
     while done < bench.kills:
-        workdir, starts = bench.folder / f"killed{number}", 0
+        workdir, starts = bench.empty(f"killed{number}"), 0
         while done < bench.kills:
             starts += 1
             killed = _kill(bench, workdir, bench.train(workdir), _TURNS[done % len(_TURNS)], f"kill {done + 1}")
@@ -110,7 +110,7 @@ def kills(bench: Bench) -> None:
 
 def own_cache(bench: Bench) -> None:
     """Kills of a training with its own cache of compiled programs, among others while they are written."""
-    workdir = bench.folder / "own_cache"
+    workdir = bench.empty("own_cache")
     moments = (_COMPILED, _COMPILED, _START, _STEP)
     for number, moment in enumerate(moments, 1):
         _kill(bench, workdir, bench.train(workdir, own_cache=True), moment, f"own cache, kill {number}")

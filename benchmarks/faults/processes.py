@@ -1,6 +1,5 @@
 """A training of three processes that is told to stop: part of `benchmarks.faults`."""
 
-import shutil
 import signal
 import socket
 
@@ -12,8 +11,7 @@ _PROCESSES = 3
 
 def processes(bench: Bench) -> None:
     """SIGTERM to one process that is not the first; then one process alone goes on to the end."""
-    workdir = bench.folder / "processes"
-    shutil.rmtree(workdir, ignore_errors=True)
+    workdir = bench.empty("processes")
     with socket.socket() as listening:
         listening.bind(("localhost", 0))
         address = f"localhost:{listening.getsockname()[1]}"

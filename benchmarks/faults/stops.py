@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +15,9 @@ _LATEST_S = 12
 
 def sigterm(bench: Bench) -> None:
     """Signals at start-up, in steps, in an evaluation; then the training goes on to its end."""
-    report = bench.report
+    report, early_workdir = bench.report, bench.empty("stopped_early")
     for number in (1, 2):
-        child, seconds = bench.train(bench.folder / "stopped_early"), bench.rng.uniform(0.5, _LATEST_S)
+        child, seconds = bench.train(early_workdir), bench.rng.uniform(0.5, _LATEST_S)
         child.wait(seconds)
         status = child.signal(signal.SIGTERM)
         said = child.lines[-1] if child.lines else "nothing"
@@ -95,8 +94,7 @@ def second(bench: Bench) -> None:
 
 def workers(bench: Bench) -> None:
     """Kills a process that loads scans."""
-    workdir = bench.folder / "workers"
-    shutil.rmtree(workdir, ignore_errors=True)
+    workdir = bench.empty("workers")
     child = bench.train(workdir, "--config.train.workers=2")
     if not child.wait_for(lambda: child.said("First step done")):
         raise Fault("the training with workers ended before its first step")

@@ -18,9 +18,7 @@ _MOST_SKIPPED = 10
 
 def devices(bench: Bench) -> None:
     """Goes on with a training of three devices on one and on six; evaluates one checkpoint on one, three and six."""
-    report, whole, stopped = bench.report, bench.folder / "devices_whole", bench.folder / "devices_stopped"
-    shutil.rmtree(whole, ignore_errors=True)
-    shutil.rmtree(stopped, ignore_errors=True)
+    report, whole, stopped = bench.report, bench.empty("devices_whole"), bench.empty("devices_stopped")
     bench.train(whole, *SHORT, devices=3).expect(0, "3 cpu device(s), 3 x 1")
     child = bench.train(stopped, *SHORT, devices=3)
     if not child.wait_for(lambda: child.said("First step done")) or not child.wait(bench.rng.uniform(1, 3)):
@@ -29,8 +27,7 @@ def devices(bench: Bench) -> None:
     step = saved_step(child.expect(0, "Stopped by SIGTERM; step"))
     report.event(f"three devices were told to stop; step {step} is saved")
     for count, mesh in ((3, "3 x 1"), (1, "1 x 1"), (6, "3 x 2")):
-        workdir = bench.folder / f"devices_{count}"
-        shutil.rmtree(workdir, ignore_errors=True)
+        workdir = bench.empty(f"devices_{count}")
         shutil.copytree(stopped, workdir)
         bench.train(workdir, *SHORT, devices=count).expect(0, f"{count} cpu device(s), {mesh}")
         by_step = _loss_differences(whole, workdir, step)
@@ -61,8 +58,7 @@ def _evaluation(bench: Bench, workdir: Path, count: int) -> bytes:
 
 def poison(bench: Bench) -> None:
     """One scan with colours that are not finite; then all of them."""
-    report, workdir = bench.report, bench.folder / "poison_one"
-    shutil.rmtree(workdir, ignore_errors=True)
+    report, workdir = bench.report, bench.empty("poison_one")
     scan = "synthetic_sunrgbd/train/000003"
     child = bench.start(["-m", "benchmarks.faults.poison", scan, CONFIG, f"--workdir={workdir}", *SHORT])
     line = child.expect(0, "is not finite and is skipped", "of sunrgbd", f"{scan} has values", "the gradients of")
@@ -78,7 +74,7 @@ def poison(bench: Bench) -> None:
     report.event(f"all scans poisoned: {line}")
     if (step := newest(workdir)) != 16 + _MOST_SKIPPED:
         report.failed(f"the newest checkpoint is of step {step}, not of {16 + _MOST_SKIPPED}")
-    found = state_differences(bench.reference, workdir, 16, step)
+    found = state_differences(bench.every, workdir, 16, step)
     report.equal(
         "what it saved",
         [name for name in found if name not in ("optimizer//step", "optimizer//skipped", "optimizer//skipped_in_row")],
