@@ -24,7 +24,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints,
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "eval", "predict", "report", "tau_sweep", "ablation", "protocol", "check", "replay"],
+    ["train", "eval", "predict", "report", "tau_sweep", "ablation", "transfer", "protocol", "check", "replay"],
     "What to do.",
 )
 _STEP = flags.DEFINE_string(
@@ -57,6 +57,13 @@ _CROSS = flags.DEFINE_bool("cross", False, "Eval: every dataset's head on every 
 _SINGLES = flags.DEFINE_list("singles", [], "Report: folders of single-dataset runs to compare with.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "Sweeps: seeds of training.")
 _TAUS = flags.DEFINE_list("taus", [], "Tau sweep: thresholds; by default 0.15 to 0.35 in steps of 0.05.")
+_ROWS = flags.DEFINE_list(
+    "rows", [], "Ablation: of naive, sfks, ngh, sfks_ngh, tr3d, tr3d_<dataset>; by default the first five."
+)
+_HELD_OUT = flags.DEFINE_string(
+    "held_out", None, "Transfer: dataset to train without, then to predict and fine-tune to."
+)
+_TUNING_STEPS = flags.DEFINE_integer("tuning_steps", None, "Transfer: of fine-tuning; by default half of training's.")
 _JOBS = flags.DEFINE_integer("jobs", None, "Sweeps: runs at once; by default a CPU core each, at most 4; 1 on a GPU.")
 _BUDGET_MINUTES = flags.DEFINE_float(
     "budget_minutes", None, "Sweeps: begin and go on with runs for so long; the same command does the rest."
@@ -78,10 +85,11 @@ _ONLY_FOR = {
     "output": ("eval", "predict", "check"),
     "data": ("eval", "check"),
     "singles": ("report",),
-    "seeds": ("tau_sweep", "ablation"),
+    "seeds": ("tau_sweep", "ablation", "transfer"),
+    "rows": ("ablation",),
     "taus": ("tau_sweep",),
-    "jobs": ("tau_sweep", "ablation", "protocol"),
-    "budget_minutes": ("tau_sweep", "ablation", "protocol"),
+    **dict.fromkeys(("jobs", "budget_minutes"), ("tau_sweep", "ablation", "transfer", "protocol")),
+    **dict.fromkeys(("held_out", "tuning_steps"), ("transfer",)),
     **dict.fromkeys(("input", "up", "unit", "colors", "align", "score", "formats", "show"), ("predict",)),
     **dict.fromkeys(("split", "tta", "cross"), ("eval",)),
     **dict.fromkeys(("trainings", "evaluations"), ("protocol",)),
@@ -146,7 +154,13 @@ def main(argv: list[str]) -> int | None:
     if mode == "tau_sweep":
         return commands.tau_sweep_command(config, workdir, taus, seeds, _JOBS.value, _BUDGET_MINUTES.value)
     if mode == "ablation":
-        return commands.ablation_command(config, workdir, seeds, _JOBS.value, _BUDGET_MINUTES.value)
+        return commands.ablation_command(config, workdir, seeds, _JOBS.value, _BUDGET_MINUTES.value, _ROWS.value)
+    if mode == "transfer":
+        if _HELD_OUT.value is None:
+            raise InputError("--mode=transfer needs --held_out, the dataset to train without, as in --held_out=s3dis.")
+        return commands.transfer_command(
+            config, workdir, _HELD_OUT.value, seeds, _TUNING_STEPS.value, _JOBS.value, _BUDGET_MINUTES.value
+        )
     if mode == "protocol":
         return commands.protocol_command(
             config, workdir, _TRAININGS.value, _EVALUATIONS.value, _JOBS.value, _BUDGET_MINUTES.value

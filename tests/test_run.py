@@ -43,7 +43,10 @@ ROOT = Path(__file__).parent.parent
         (["--config=configs/joint.py:synthetic"], "or one that `python -m data.synthetic_scannet` prepared"),
         (["--config=configs/joint.py:demo", "--mode=eval"], "There is no folder"),
         (["--config=configs/joint.py:demo", "--coordinator=localhost:1"], "all three or none; or --coordinator=auto"),
-        (["--config=configs/joint.py:demo", "--seeds=1"], "--seeds is for --mode=tau_sweep and --mode=ablation, given"),
+        (
+            ["--config=configs/joint.py:demo", "--seeds=1"],
+            "--seeds is for --mode=tau_sweep and --mode=ablation and --mode=transfer, given",
+        ),
         (
             ["--config=configs/joint.py:demo", "--mode=tau_sweep", "--taus=a,1"],
             "--taus is 'a,1'; expected numbers as in",
@@ -61,6 +64,7 @@ ROOT = Path(__file__).parent.parent
         (["--mode=check"], "--mode=check needs --data=FOLDER"),
         (["--mode=check", "--data=data"], "--workdir is not for --mode=check"),
         (["--mode=check", "--data=data", "--config=configs/joint.py:demo"], "--config is not for --mode=check"),
+        (["--config=configs/joint.py:demo", "--mode=transfer"], "--mode=transfer needs --held_out, the dataset"),
         (["--config=configs/joint.py:demo,no_sfks", "--mode=ablation"], "give a config that has model.selection"),
         (["--config=configs/joint.py:demo", "--mode=eval", "--accept_changes"], "--accept_changes is for --mode=train"),
         (["--config=configs/joint.py:demo", "--config.optim.batches=0"], "optim.batches is 0; expected 1 or more"),

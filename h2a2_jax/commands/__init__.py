@@ -7,6 +7,7 @@ from h2a2_jax.commands.replay import replay_command
 from h2a2_jax.commands.report import report_command
 from h2a2_jax.commands.sweep import ablation_command, tau_sweep_command
 from h2a2_jax.commands.train import train_command
+from h2a2_jax.commands.transfer import transfer_command
 
 __all__ = [
     "ablation_command",
@@ -18,4 +19,5 @@ __all__ = [
     "report_command",
     "tau_sweep_command",
     "train_command",
+    "transfer_command",
 ]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from h2a2_jax.commands.sweep import run_sweep
+from h2a2_jax.sweeps.plan import locate
 from h2a2_jax.sweeps.protocol import protocol_rows, protocol_table
 from h2a2_jax.sweeps.results import write_protocol
 from h2a2_jax.training.config import ExperimentConfig
@@ -37,7 +38,7 @@ def protocol_command(
     return run_sweep(
         config,
         workdir,
-        rows,
+        lambda: locate(rows, workdir),
         jobs,
         lambda folders: protocol_table(write_protocol(config, rows, folders, workdir, evaluations)),
         evaluations,

@@ -48,10 +48,26 @@ def ablation_command(
     seeds: Sequence[int],
     jobs: int | None,
     budget_minutes: float | None = None,
+    rows: Sequence[str] = (),
 ) -> int:
-    """Train and evaluate naive joint training, SF-KS, NGH, both, and TR3D alone; see `tau_sweep_command`."""
+    """Train and evaluate naive joint training, SF-KS, NGH, both, and TR3D alone; write table.md and results.json.
+
+    Args:
+        config: the base, with kernel selection.
+        workdir: of the sweep; what is finished there is not done again.
+        seeds: of training.
+        jobs: runs at once; None for what suits the machine.
+        budget_minutes: see `run_all`; the table is then of what is finished.
+        rows: which, by the names of `ablation_rows`; empty: those named above.
+
+    Returns:
+        The exit status, as of `tau_sweep_command`.
+
+    Raises:
+        InputError: as there, or there is no such row.
+    """
     check_data(config)  # whose sizes the plan reads
-    return _sweep("ablation", config, workdir, ablation_rows(config, seeds), jobs, budget_minutes)
+    return _sweep("ablation", config, workdir, ablation_rows(config, seeds, rows), jobs, budget_minutes)
 
 
 def _sweep(
@@ -69,28 +85,30 @@ def _sweep(
             print(f"Drawn in {workdir / 'tau.png'}", flush=True)
         return table(result)
 
-    return run_sweep(config, workdir, rows, jobs, write, budget_minutes=budget_minutes)
+    return run_sweep(config, workdir, lambda: locate(rows, workdir), jobs, write, budget_minutes=budget_minutes)
 
 
 def run_sweep(
     config: ExperimentConfig,
     workdir: Path,
-    rows: Sequence[Row],
+    located: Callable[[], Mapping[Run, Path]],
     jobs: int | None,
     write: Callable[[Mapping[Run, Path]], str],
     evaluations: int = 1,
     budget_minutes: float | None = None,
+    then: Callable[[Mapping[Run, Path]], None] = lambda folders: None,
 ) -> int:
     """Do the runs of a sweep that are not finished, and write its results.
 
     Args:
         config: the base, whose data must be there.
         workdir: of the sweep.
-        rows: of its table.
+        located: the runs of the sweep and their folders.
         jobs: runs at once; None for what suits the machine.
         write: given the folders of the runs, writes the results and returns the table.
         evaluations: of each run.
         budget_minutes: see `run_all`.
+        then: done after the runs, before the results are written.
 
     Returns:
         The exit status: 0, or 1 if a run failed, or 130 if the user stopped it.
@@ -100,10 +118,11 @@ def run_sweep(
     """
     check_data(config)
     with alone_in(workdir, "sweep"):
-        folders = locate(rows, workdir)
+        folders = located()
         try:
             with sigterm_raises(KeyboardInterrupt):
                 failures = run_all(folders, workdir / "cache", jobs, evaluations, budget_minutes)
+                then(folders)
         except KeyboardInterrupt:
             print("\nStopped; the same command goes on from the last checkpoint of every run.", file=sys.stderr)
             return 130

@@ -13,6 +13,8 @@ from h2a2_jax.training.config_tree import leaves_of
 RUNS = "runs"
 """Folder of the runs in the folder of a sweep."""
 
+ABLATION_ROWS = ("naive", "sfks", "ngh", "sfks_ngh", "tr3d")
+
 DEFAULT_TAUS = (0.15, 0.2, 0.25, 0.3, 0.35)
 """About the default 0.25: alpha starts at 0.5 and beta about 0.5, so that all offsets are exclusive far above it and
 none far below."""
@@ -26,11 +28,13 @@ class Run:
         name: of the setting, as in "tau0.15".
         seed: of parameters, order of scans and augmentation.
         config: everything else.
+        after: the run that has to be finished before.
     """
 
     name: str
     seed: int
     config: ExperimentConfig
+    after: "Run | None" = None
 
     @property
     def folder(self) -> str:
@@ -81,7 +85,7 @@ def tau_rows(base: ExperimentConfig, taus: Sequence[float], seeds: Sequence[int]
     return rows
 
 
-def ablation_rows(base: ExperimentConfig, seeds: Sequence[int]) -> list[Row]:
+def ablation_rows(base: ExperimentConfig, seeds: Sequence[int], names: Sequence[str] = ()) -> list[Row]:
     """Naive joint training, SF-KS, NGH, both, and TR3D alone on each dataset.
 
     The single-dataset runs take as many steps as the joint ones, so that each sees as many of its scans, and lower
@@ -90,9 +94,12 @@ def ablation_rows(base: ExperimentConfig, seeds: Sequence[int]) -> list[Row]:
     Args:
         base: joint config with kernel selection; all that the ablation does not switch stays.
         seeds: each once.
+        names: of the rows wanted, in their order: of `ABLATION_ROWS`, or "tr3d_" and a dataset for TR3D on that alone;
+            empty: all of the former.
 
     Raises:
-        InputError: the base has no kernel selection or only one dataset, or a seed is given twice or makes no sense.
+        InputError: the base has no kernel selection or only one dataset, a seed is given twice or makes no sense, or
+            there is no such row.
     """
     if base.model.selection is None:
         raise InputError("The ablation switches kernel selection off itself: give a config that has model.selection.")
@@ -100,29 +107,47 @@ def ablation_rows(base: ExperimentConfig, seeds: Sequence[int]) -> list[Row]:
         raise InputError(
             f"The ablation is of joint training, and the config has only {base.dataset_names[0]}: give 2+."
         )
-    naive = replace(base, model=replace(base.model, selection=None), harmonize=replace(base.harmonize, method="mean"))
-    selected = replace(base, harmonize=naive.harmonize)
+    naive = naive_joint(base)
     harmonized = replace(naive, harmonize=replace(base.harmonize, method="ngh"))
-    both = replace(base, harmonize=harmonized.harmonize)
-    singles = [single(naive, name) for name in base.dataset_names]
-    return [
-        Row("naive joint", seeded("naive", naive, seeds)),
-        Row("SF-KS", seeded("sfks", selected, seeds)),
-        Row("NGH", seeded("ngh", harmonized, seeds)),
-        Row("SF-KS + NGH", seeded("sfks_ngh", both, seeds)),
-        Row("TR3D alone", tuple(r for c in singles for r in seeded(f"tr3d_{c.dataset_names[0]}", c, seeds))),
-    ]
+    joint = {
+        "naive": ("naive joint", naive),
+        "sfks": ("SF-KS", replace(base, harmonize=naive.harmonize)),
+        "ngh": ("NGH", harmonized),
+        "sfks_ngh": ("SF-KS + NGH", replace(base, harmonize=harmonized.harmonize)),
+    }
+    rows = {name: Row(label, seeded(name, config, seeds)) for name, (label, config) in joint.items()}
+    alone = {f"tr3d_{name}": seeded(f"tr3d_{name}", restricted(naive, [name]), seeds) for name in base.dataset_names}
+    rows["tr3d"] = Row("TR3D alone", tuple(run for runs in alone.values() for run in runs))
+    rows |= {name: Row(f"TR3D alone on {name.removeprefix('tr3d_')}", runs) for name, runs in alone.items()}
+    if unknown := [name for name in names if name not in rows]:
+        raise InputError(f"The ablation has no row {unknown[0]!r}; its rows are {', '.join(rows)}.")
+    _check_once("rows", names or ABLATION_ROWS)
+    return [rows[name] for name in names or ABLATION_ROWS]
 
 
-def single(joint: ExperimentConfig, name: str) -> ExperimentConfig:
-    """The config on one of its datasets, with the steps of the joint run and its schedule to the nearest epoch."""
-    alone = replace(joint, datasets=tuple(source for source in joint.datasets if source.name == name))
-    epoch, joint_epoch = _steps_per_epoch(alone), _steps_per_epoch(joint)
-    decays = {max(1, round(e * joint_epoch / epoch)) for e in joint.optim.decay_epochs}
+def naive_joint(base: ExperimentConfig) -> ExperimentConfig:
+    """The config without kernel selection and gradient harmonisation."""
+    return replace(base, model=replace(base.model, selection=None), harmonize=replace(base.harmonize, method="mean"))
+
+
+def restricted(joint: ExperimentConfig, names: Sequence[str], steps: int | None = None) -> ExperimentConfig:
+    """The config on some of its datasets.
+
+    Args:
+        joint: a config.
+        names: of its datasets.
+        steps: of training; None: those of the joint run. The learning rate falls at the same parts of them, to the
+            nearest epoch.
+    """
+    rest = replace(joint, datasets=tuple(source for source in joint.datasets if source.name in names))
+    epoch, joint_epoch = _steps_per_epoch(rest), _steps_per_epoch(joint)
+    whole = joint.train.steps or joint.train.epochs * joint_epoch
+    steps = whole if steps is None else steps
+    decays = {max(1, round(e * joint_epoch * steps / whole / epoch)) for e in joint.optim.decay_epochs}
     return replace(
-        alone,
+        rest,
         optim=replace(joint.optim, decay_epochs=tuple(sorted(decays))),
-        train=replace(joint.train, steps=joint.train.steps or joint.train.epochs * joint_epoch),
+        train=replace(joint.train, steps=steps),
     )
 
 
@@ -165,7 +190,7 @@ def seeded(name: str, config: ExperimentConfig, seeds: Sequence[int]) -> tuple[R
     return tuple(Run(name, seed, replace(config, train=replace(config.train, seed=seed))) for seed in seeds)
 
 
-def _check_once(what: str, values: Sequence[int] | Sequence[float]) -> None:
+def _check_once(what: str, values: Sequence[int] | Sequence[float] | Sequence[str]) -> None:
     if not values or len(set(values)) < len(values):
         raise InputError(f"The {what} are {', '.join(map(str, values)) or 'none'}; expected at least one, each once.")
 

@@ -12,6 +12,7 @@ from typing import Any
 from h2a2_jax.errors import InputError
 from h2a2_jax.sweeps.plan import Row, Run, drawn_datasets, seeded
 from h2a2_jax.sweeps.runner import read_evaluation
+from h2a2_jax.sweeps.tables import markdown_table, per_cent
 from h2a2_jax.training.config import ExperimentConfig
 
 
@@ -56,7 +57,7 @@ def protocol_figures(
         for name in base.dataset_names:
             of_draw = [one if one is not None and name in repeated else first for one in found]
             of_draw += [first] * (evaluations - len(found))
-            scores[name] = [[_per_cent(one[name]["thresholds"][t]["mAP"]) for one in of_draw] for t in thresholds]
+            scores[name] = [[per_cent(one[name]["thresholds"][t]["mAP"]) for one in of_draw] for t in thresholds]
         scores["mean"] = [
             [_mean([scores[name][t][draw] for name in base.dataset_names]) for draw in range(evaluations)]
             for t in thresholds
@@ -104,10 +105,7 @@ def protocol_table(result: Mapping[str, Any]) -> str:
         for threshold, level in zip(result["iou_thresholds"], levels, strict=True):
             cells = ["-"] * 6 if level is None else [_cell(level[key]) for key in keys]
             lines.append([f"{name} @{threshold:g}", *cells, "0" if level is None else str(level["n"])])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    rule = " | ".join("-" * width for width in widths)
-    return "\n".join(f"| {line} |" for line in [text[0], rule, *text[1:]]) + f"\n\n{result['note']}\n"
+    return f"{markdown_table(lines)}\n\n{result['note']}\n"
 
 
 def _cell(value: float | None) -> str:
@@ -121,7 +119,3 @@ def _std(values: Sequence[float]) -> float | None:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if len(known) == len(values) else None
-
-
-def _per_cent(share: float | None) -> float | None:
-    return None if share is None else 100 * share

@@ -9,13 +9,21 @@ from typing import Any
 from h2a2_jax.files import whole_file
 from h2a2_jax.sweeps.plan import Row, Run
 from h2a2_jax.sweeps.protocol import protocol_figures, protocol_table
-from h2a2_jax.sweeps.runner import last_metrics, read_evaluation
+from h2a2_jax.sweeps.runner import last_metrics, read_evaluation, scans_per_second
+from h2a2_jax.sweeps.tables import markdown_table, per_cent, spread, spread_cell
+from h2a2_jax.sweeps.transfer import transfer_figures, transfer_table
+from h2a2_jax.training.build import count_parameters
 from h2a2_jax.training.config import ExperimentConfig
 
-VERSION = 1
+VERSION = 2
 """Of results.json."""
 
-_TITLES = {"tau_sweep": "Sweep of the threshold tau", "ablation": "Ablation", "protocol": "Trainings and evaluations"}
+_TITLES = {
+    "tau_sweep": "Sweep of the threshold tau",
+    "ablation": "Ablation",
+    "protocol": "Trainings and evaluations",
+    "transfer": "Transfer",
+}
 _MEAN = "mean"
 
 
@@ -24,12 +32,13 @@ def write_results(
 ) -> dict[str, Any]:
     """Write <workdir>/results.json and table.md, which keep what other sweeps wrote there.
 
-    results.json, version 1: "version", and by the name of a sweep "note" (what the numbers are), "datasets",
+    results.json, version 2: "version", and by the name of a sweep "note" (what the numbers are), "datasets",
     "procedural" (those of them whose scans are procedural), "iou_thresholds" and "rows". A row has "setting", "tau" (or
-    null), "seeds" and "summary". Of each seed: "folders" of its runs, "mAP" (by dataset, and "mean" for the mean over
-    them, a list, one per threshold, in per cent) and "exclusive_share" (by dataset, in per cent). The summary has the
-    latter two with, in place of each number, its "mean", "std" (sample standard deviation; null for one seed) and "n"
-    (seeds that have it).
+    null), "parameters" (how many, of all its detectors together), "seeds" and "summary". Of each seed: "folders" of its
+    runs, "mAP" (by dataset, and "mean" for the mean over them, a list, one per threshold, in per cent; null where the
+    row has no such dataset), "exclusive_share" (by dataset, in per cent) and "scans_per_second" (in training). The
+    summary has the latter three with, in place of each number, its "mean", "std" (sample standard deviation; null for
+    one seed) and "n" (seeds that have it).
 
     Args:
         sweep: "tau_sweep" or "ablation".
@@ -49,7 +58,16 @@ def write_results(
             found = _of_seed([folders[run] for run in row.runs if run.seed == seed], names, len(thresholds))
             if found is not None:
                 seeds[str(seed)] = found
-        entries.append({"setting": row.label, "tau": row.tau, "seeds": seeds, "summary": _summary([*seeds.values()])})
+        parameters = sum(count_parameters(run.config) for run in row.runs if run.seed == row.runs[0].seed)
+        entries.append(
+            {
+                "setting": row.label,
+                "tau": row.tau,
+                "parameters": parameters,
+                "seeds": seeds,
+                "summary": _summary([*seeds.values()]),
+            }
+        )
     result = {
         "note": _note(base),
         "datasets": list(names),
@@ -66,7 +84,7 @@ def write_protocol(
 ) -> dict[str, Any]:
     """Write the protocol's part of <workdir>/results.json and table.md, which keep what sweeps wrote there.
 
-    In results.json, version 1, "protocol" holds "note", "datasets", "procedural" and "iou_thresholds" as sweeps do, and
+    In results.json, version 2, "protocol" holds "note", "datasets", "procedural" and "iou_thresholds" as sweeps do, and
     what `protocol.protocol_figures` says.
 
     Args:
@@ -98,6 +116,47 @@ def write_protocol(
     return result
 
 
+def write_transfer(
+    base: ExperimentConfig,
+    held_out: str,
+    pretrained: Sequence[Row],
+    tuned: Sequence[Row],
+    folders: Mapping[Run, Path],
+    workdir: Path,
+) -> dict[str, Any]:
+    """Write transfer's part of <workdir>/results.json and table.md, which keep what other sweeps wrote there.
+
+    In results.json, version 2, "transfer" holds "note", "datasets", "procedural" and "iou_thresholds" as sweeps do, and
+    what `transfer.transfer_figures` says.
+
+    Args:
+        base: config of the sweep.
+        held_out: the dataset.
+        pretrained: rows of what was trained without it.
+        tuned: rows of what was trained on it.
+        folders: of the runs.
+        workdir: of the sweep.
+
+    Returns:
+        What results.json holds of transfer.
+    """
+    steps = tuned[0].runs[0].config.train.steps
+    note = (
+        f"mAP in per cent on the validation scans of {held_out}, mean ± sample standard deviation over seeds. Trained "
+        f"without it for {_length(base)} of {base.train.batch_size} scans a dataset, fine-tuned on it for {steps} "
+        "steps; as they are, detectors are scored over the classes that the head's dataset has too."
+    )
+    result = {
+        "note": note + _procedural_note(base),
+        "datasets": list(base.dataset_names),
+        "procedural": _procedural(base),
+        "iou_thresholds": list(base.eval.iou_thresholds),
+        **transfer_figures(base, held_out, pretrained, tuned, folders),
+    }
+    _store("transfer", result, workdir)
+    return result
+
+
 def table(result: Mapping[str, Any]) -> str:
     """A Markdown table of a sweep as results.json has it, and the note on what the numbers are.
 
@@ -110,26 +169,16 @@ def table(result: Mapping[str, Any]) -> str:
     if any(row["summary"]["exclusive_share"] for row in result["rows"]):
         columns += [("exclusive_share", name, None) for name in result["datasets"]]
         titles += [f"{name} exclusive" for name in result["datasets"]]
-    lines = [["setting", *titles, "seeds"]]
+    lines = [["setting", *titles, "parameters", "scans/s", "seeds"]]
     for row in result["rows"]:
         cells = []
         for group, name, t in columns:
             value = row["summary"][group].get(name)
-            cells.append(_cell(value[t] if value is not None and t is not None else value))
-        lines.append([row["setting"], *cells, str(len(row["seeds"]))])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    rule = " | ".join("-" * width for width in widths)
-    return "\n".join(f"| {line} |" for line in [text[0], rule, *text[1:]]) + f"\n\n{result['note']}\n"
-
-
-def spread(values: Sequence[float | None]) -> dict[str, Any] | None:
-    """Mean, sample standard deviation (None for one value) and number of the values that are there."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    std = statistics.stdev(known) if len(known) > 1 else None
-    return {"mean": statistics.fmean(known), "std": std, "n": len(known)}
+            cells.append(spread_cell(value[t] if value is not None and t is not None else value))
+        counted = f"{row['parameters'] / 1e6:.2f} M"
+        speed = spread_cell(row["summary"]["scans_per_second"])
+        lines.append([row["setting"], *cells, counted, speed, str(len(row["seeds"]))])
+    return f"{markdown_table(lines)}\n\n{result['note']}\n"
 
 
 def _of_seed(folders: Sequence[Path], names: Sequence[str], thresholds: int) -> dict[str, Any] | None:
@@ -141,25 +190,35 @@ def _of_seed(folders: Sequence[Path], names: Sequence[str], thresholds: int) -> 
         if evaluation is None:
             return None
         for name, found in evaluation.items():
-            scores[name] = [_per_cent(level["mAP"]) for level in found["thresholds"]]
+            scores[name] = [per_cent(level["mAP"]) for level in found["thresholds"]]
             if f"exclusive_share/{name}" in metrics:
-                shares[name] = _per_cent(metrics[f"exclusive_share/{name}"])
+                shares[name] = per_cent(metrics[f"exclusive_share/{name}"])
+    scores |= {name: [None] * thresholds for name in names if name not in scores}
     of_level = [[scores[name][t] for name in names] for t in range(thresholds)]
     scores[_MEAN] = [
         None if None in level else statistics.fmean(v for v in level if v is not None) for level in of_level
     ]
-    return {"folders": [folder.name for folder in folders], "mAP": scores, "exclusive_share": shares}
+    # Scans over seconds, of runs that take as many scans each.
+    rates = [rate for rate in map(scans_per_second, folders) if rate is not None]
+    speed = statistics.harmonic_mean(rates) if len(rates) == len(folders) else None
+    return {
+        "folders": [folder.name for folder in folders],
+        "mAP": scores,
+        "exclusive_share": shares,
+        "scans_per_second": speed,
+    }
 
 
 def _summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not seeds:
-        return {"mAP": {}, "exclusive_share": {}}
+        return {"mAP": {}, "exclusive_share": {}, "scans_per_second": None}
     scores = {
         name: [spread([seed["mAP"][name][t] for seed in seeds]) for t in range(len(levels))]
         for name, levels in seeds[0]["mAP"].items()
     }
     shares = {name: spread([seed["exclusive_share"][name] for seed in seeds]) for name in seeds[0]["exclusive_share"]}
-    return {"mAP": scores, "exclusive_share": shares}
+    speed = spread([seed["scans_per_second"] for seed in seeds])
+    return {"mAP": scores, "exclusive_share": shares, "scans_per_second": speed}
 
 
 def _store(sweep: str, result: Mapping[str, Any], workdir: Path) -> None:
@@ -170,7 +229,7 @@ def _store(sweep: str, result: Mapping[str, Any], workdir: Path) -> None:
     parts = []
     for name, title in _TITLES.items():
         if name in document:
-            text = protocol_table(document[name]) if name == "protocol" else table(document[name])
+            text = {"protocol": protocol_table, "transfer": transfer_table}.get(name, table)(document[name])
             parts.append(f"## {title}\n\n{text}")
     _replace(workdir / "table.md", "\n".join(parts))
 
@@ -183,7 +242,7 @@ def _note(base: ExperimentConfig) -> str:
     return (
         f"All in per cent, after {_length(base)} of {base.train.batch_size} scans a dataset; mean ± sample standard "
         "deviation over seeds; exclusive: share of the kernel offsets that use the dataset's own kernel, of the last "
-        "line of metrics."
+        "line of metrics; parameters: of all detectors of a row; scans/s: in training, median of the run's lines."
     ) + _procedural_note(base)
 
 
@@ -199,16 +258,6 @@ def _procedural_note(base: ExperimentConfig) -> str:
 
 def _procedural(base: ExperimentConfig) -> list[str]:
     return [source.name for source in base.datasets if source.kind == "synthetic"]
-
-
-def _cell(value: Mapping[str, Any] | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value['mean']:.1f}" + ("" if value["std"] is None else f" ± {value['std']:.1f}")
-
-
-def _per_cent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
 
 
 def _replace(path: Path, text: str) -> None:

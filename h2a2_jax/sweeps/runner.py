@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -107,9 +108,20 @@ def read_evaluation(folder: Path, draw: int = 0) -> dict[str, Any] | None:
 
 def last_metrics(folder: Path) -> dict[str, Any]:
     """The last whole line of a run's metrics.jsonl; empty where there is none."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    lines = _metric_lines(folder)
     return json.loads(lines[-1]) if lines else {}
+
+
+def scans_per_second(folder: Path) -> float | None:
+    """How many scans a run trained on in a second: the median of its lines; None where no line tells."""
+    found = [json.loads(line).get("scans_per_second") for line in _metric_lines(folder)]
+    known = [value for value in found if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _metric_lines(folder: Path) -> list[bytes]:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
 def run_all(
@@ -122,7 +134,7 @@ def run_all(
     """Train and evaluate what is not finished; every run in a process, its output in <folder>/log.txt.
 
     Args:
-        folders: of the runs.
+        folders: of the runs, those that others wait for included.
         cache: folder in which the runs share what they compile, unless JAX_COMPILATION_CACHE_DIR names another. It is
             kept apart by machine: a program compiled on one processor may not run on another.
         jobs: runs at once; None for the default of `shares`.
@@ -149,12 +161,15 @@ def run_all(
     running: list[_Job] = []
     failures: dict[Run, str] = {}
     progress = _Progress(total, len(waiting), at_once)
-    remove_damaged_entries(_programs(cache))  # of runs that were killed, before any run writes
+    remove_damaged_entries(programs_folder(cache))  # of runs that were killed, before any run writes
     try:
         while (waiting or running) and time.monotonic() < end:
-            while waiting and free:
-                run, share = waiting.pop(0), free.pop(0)
-                running.append(_start(run, folders[run], share, cache, wanted[run]))
+            while free and (run := _next(waiting, folders)):
+                waiting.remove(run)
+                running.append(_start(run, folders[run], free.pop(0), cache, wanted[run]))
+            for run in [run for run in waiting if run.after in failures]:
+                waiting.remove(run)
+                failures[run] = f"{run.folder} was not begun: it waits for a run that failed."
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             for job in [job for job in running if job.process.poll() is not None]:
                 job.end()
@@ -185,6 +200,11 @@ def score_line(evaluation: Mapping[str, Any]) -> str:
         mean = f"{100 * sum(known) / len(known):.1f}" if known else "-"
         parts.append(f"mAP@{threshold['iou']:g} {mean}")
     return ", ".join(parts)
+
+
+def _next(waiting: Sequence[Run], folders: Mapping[Run, Path]) -> Run | None:
+    """The first run that waits for no other one."""
+    return next((run for run in waiting if run.after is None or finished(folders[run.after])), None)
 
 
 def _start(run: Run, folder: Path, share: Share, cache: Path, evaluations: int) -> _Job:
@@ -218,8 +238,8 @@ def _on_cores(cores: Sequence[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def _programs(cache: Path) -> Path:
-    """This machine's part of the cache."""
+def programs_folder(cache: Path) -> Path:
+    """This machine's part of the cache of a sweep."""
     return (cache / platform.node()).absolute()
 
 
@@ -227,7 +247,7 @@ def _environment(share: Share, cache: Path) -> dict[str, str]:
     # The package as this process found it, wherever it was started.
     root = str(Path(h2a2_jax.__file__).parent.parent)
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
-    ours = {"JAX_COMPILATION_CACHE_DIR": str(_programs(cache))}
+    ours = {"JAX_COMPILATION_CACHE_DIR": str(programs_folder(cache))}
     if share.memory is not None:
         ours["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{share.memory:.3f}"
     return {**ours, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import jax
 import optax
@@ -18,7 +18,7 @@ from h2a2_jax.inputs.pipeline import JointStream, StreamConfig
 from h2a2_jax.inputs.scan import ScanSource
 from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source, permuted_boxes
 from h2a2_jax.inputs.tfds_source import TfdsSource
-from h2a2_jax.models import Detector, HeadConfig, PlanLayout
+from h2a2_jax.models import Detector, DetectorConfig, HeadConfig, PlanLayout
 from h2a2_jax.training.balancers import build_balancer
 from h2a2_jax.training.config import ExperimentConfig
 from h2a2_jax.training.distributed import MeshDivision, say
@@ -42,8 +42,22 @@ def build_detector(config: ExperimentConfig) -> Detector:
 
 
 def _drawn(config: ExperimentConfig, key: PRNGKeyArray) -> Detector:
-    heads = [HeadConfig(spec.name, spec.num_classes, spec.num_outputs) for spec in config.specs]
-    return Detector(config.model, heads, rngs=nnx.Rngs(key))
+    return Detector(config.model, _heads(config), rngs=nnx.Rngs(key))
+
+
+def _heads(config: ExperimentConfig) -> list[HeadConfig]:
+    return [HeadConfig(spec.name, spec.num_classes, spec.num_outputs) for spec in config.specs]
+
+
+def count_parameters(config: ExperimentConfig) -> int:
+    """Trained numbers of the detector of a config, those of all datasets together; none of them is drawn."""
+    return _count_parameters(config.model, tuple(_heads(config)))
+
+
+@cache
+def _count_parameters(model: DetectorConfig, heads: tuple[HeadConfig, ...]) -> int:
+    shapes = nnx.eval_shape(lambda: Detector(model, heads, rngs=nnx.Rngs(0)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
 
 
 def build_stream(config: ExperimentConfig, division: MeshDivision) -> JointStream:

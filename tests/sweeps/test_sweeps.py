@@ -16,14 +16,17 @@ import pytest
 from configs.joint import demo, two
 from h2a2_jax.commands import tau_sweep_command
 from h2a2_jax.errors import InputError
+from h2a2_jax.sweeps import runner
 from h2a2_jax.sweeps.picture import draw_tau
 from h2a2_jax.sweeps.plan import Row, Run, ablation_rows, default_taus, locate, tau_rows
 from h2a2_jax.sweeps.protocol import protocol_rows, protocol_table, summarised
-from h2a2_jax.sweeps.results import spread, table, write_protocol, write_results
+from h2a2_jax.sweeps.results import table, write_protocol, write_results
 from h2a2_jax.sweeps.runner import Share, finished, last_metrics, run_all, shares
+from h2a2_jax.sweeps.tables import spread
+from h2a2_jax.training.build import count_parameters
 from h2a2_jax.training.config import ExperimentConfig, to_json
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LEVELS = (0.25, 0.5)
 
 
@@ -86,6 +89,10 @@ def test_the_ablation_switches_selection_and_harmonisation():
     assert list(alone) == ["tr3d_scannet", "tr3d_sunrgbd", "tr3d_s3dis"]
     for source, config in zip(base.datasets, alone.values(), strict=True):
         assert config == replace(joint["naive"], datasets=(source,))
+    chosen = ablation_rows(base, (0, 1), ("sfks_ngh", "tr3d_s3dis"))
+    assert [row.label for row in chosen] == ["SF-KS + NGH", "TR3D alone on s3dis"]
+    assert chosen[0].runs[0].config == base and [run.seed for run in chosen[1].runs] == [0, 1]
+    assert chosen[1].runs[0].config == alone["tr3d_s3dis"]
 
 
 def test_alone_a_dataset_takes_the_steps_of_joint_training_and_lowers_its_rate_after_as_many():
@@ -108,6 +115,11 @@ def test_alone_a_dataset_takes_the_steps_of_joint_training_and_lowers_its_rate_a
         (lambda: tau_rows(replace(demo(), model=replace(demo().model, selection=None)), (0.2,), (0,)), "is off"),
         (lambda: ablation_rows(demo(), (-1,)), "train.seed is -1"),
         (lambda: ablation_rows(replace(demo(), datasets=demo().datasets[:1]), (0,)), "only scannet"),
+        (lambda: ablation_rows(demo(), (0,), ("both",)), "no row 'both'; its rows are naive, sfks, ngh, sfks_ngh,"),
+        (
+            lambda: ablation_rows(demo(), (0,), ("ngh", "ngh")),
+            "The rows are ngh, ngh; expected at least one, each once",
+        ),
         (lambda: protocol_rows(demo(), 0, 5), "--trainings is 0; expected 1 or more, 5 as the field has it"),
         (lambda: protocol_rows(demo(), 5, 0), "--evaluations is 0"),
         (lambda: run_all({}, Path("cache"), budget_minutes=0.0), "--budget_minutes is 0; expected a number above 0"),
@@ -184,14 +196,32 @@ def test_the_table_has_means_over_seeds_and_over_datasets(tmp_path: Path):
     }
     for run, folder in folders.items():
         write_run(folder, run.config, scores.get(folder.name))
+    for name, rates in {
+        "sfks_ngh_seed0": (1.0, 8.0, 9.0),
+        "sfks_ngh_seed1": (12.0,),
+        "tr3d_scannet_seed0": (8.0,),
+        "tr3d_sunrgbd_seed0": (16.0,),
+    }.items():
+        text = "".join(json.dumps({"step": step, "scans_per_second": rate}) + "\n" for step, rate in enumerate(rates))
+        (tmp_path / "runs" / name / "metrics.jsonl").write_text(text)
     result = write_results("ablation", base, rows, folders, tmp_path)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(result).splitlines() if "|" in line]
     assert lines[0] == [
         "setting",
         *(f"{name} mAP@{level}" for name in ("scannet", "sunrgbd", "mean") for level in LEVELS),
+        "parameters",
+        "scans/s",
         "seeds",
     ]
-    by_label = {cells[0]: cells[1:] for cells in lines[2:]}
+    assert [row["parameters"] for row in result["rows"]] == [
+        sum(count_parameters(run.config) for run in row.runs if run.seed == 0) for row in rows
+    ]
+    counted = {cells[0]: cells[-3:-1] for cells in lines[2:]}
+    assert float(counted["SF-KS"][0].removesuffix(" M")) > float(counted["naive joint"][0].removesuffix(" M")) > 0
+    # Of the medians 8 and 12; alone 16 scans take two seconds, then one, 16 and 12 without a line of the other dataset.
+    assert counted["SF-KS + NGH"][1] == "10.0 ± 2.8" and counted["TR3D alone"][1] == f"{2 / (1 / 8 + 1 / 16):.1f}"
+    assert counted["naive joint"][1] == "-"
+    by_label = {cells[0]: [*cells[1:-3], cells[-1]] for cells in lines[2:]}
     # Deviations of two values: their difference over the root of 2. The last mean is of one seed, without a spread.
     assert by_label["SF-KS + NGH"] == ["55.0 ± 7.1", "20.0 ± 0.0", "20.0 ± 14.1", "10.0", "37.5 ± 3.5", "15.0", "2"]
     assert by_label["naive joint"] == ["25.0", "12.5", "75.0", "37.5", "50.0", "25.0", "1"]
@@ -212,7 +242,7 @@ def test_the_results_keep_other_sweeps_and_real_data_need_no_warning(tmp_path: P
     swept = write_results("tau_sweep", base, sweep, folders, tmp_path)
     write_results("ablation", demo(), ablation, locate(ablation, tmp_path), tmp_path)
     document = json.loads((tmp_path / "results.json").read_text())
-    assert document["version"] == 1 and document["tau_sweep"] == swept and len(document["ablation"]["rows"]) == 5
+    assert document["version"] == 2 and document["tau_sweep"] == swept and len(document["ablation"]["rows"]) == 5
     assert [row["tau"] for row in swept["rows"]] == [0.2, 0.3]
     assert swept["rows"][1]["summary"]["exclusive_share"]["sunrgbd"]["mean"] == pytest.approx(60)
     text = (tmp_path / "table.md").read_text()
@@ -282,6 +312,28 @@ def test_a_sweep_whose_runs_are_finished_writes_its_table_and_picture(
     assert tau_sweep_command(demo(), tmp_path, (0.15, 0.25), (0,), 1) == 0
     assert "| tau = 0.25 | 30.0" in capsys.readouterr().out
     assert (tmp_path / "tau.png").exists() and "| tau = 0.15" in (tmp_path / "table.md").read_text()
+
+
+def test_a_run_waits_for_the_one_that_it_starts_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first, broken, other = (Run(name, 0, demo()) for name in ("first", "broken", "other"))
+    waiting = [Run("second", 0, demo(), after=first), Run("never", 0, demo(), after=broken), broken, first, other]
+    folders = {run: tmp_path / run.folder for run in waiting}
+    begun = []
+
+    def start(run, folder, share, *others):
+        begun.append(run.name)
+        write_run(folder, run.config, None if run is broken else {"scannet": (0.1, 0.2)})
+        (folder / runner.LOG).write_text("it broke")
+        command = [sys.executable, "-c", "raise SystemExit(1)" if run is broken else ""]
+        return runner._Job(run, folder, subprocess.Popen(command, stdin=subprocess.PIPE), share, time.monotonic())
+
+    monkeypatch.setattr(runner, "_start", start)
+    failures = run_all(folders, tmp_path / "cache", jobs=1)
+    assert begun == ["broken", "first", "second", "other"]
+    assert {run.name: reason.partition(" (all")[0] for run, reason in failures.items()} == {
+        "broken": "broken_seed0 failed: it broke",
+        "never": "never_seed0 was not begun: it waits for a run that failed.",
+    }
 
 
 def test_a_run_that_fails_is_named_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

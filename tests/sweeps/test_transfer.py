@@ -1,0 +1,158 @@
+"""Transfer: what is trained without a dataset, how it is predicted, what starts with it, and the tables."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from configs.joint import demo
+from h2a2_jax.commands import transfer_command
+from h2a2_jax.errors import InputError
+from h2a2_jax.sweeps import transfer
+from h2a2_jax.sweeps.plan import Run, locate, naive_joint
+from h2a2_jax.sweeps.results import write_transfer
+from h2a2_jax.sweeps.transfer import (
+    evaluate_zero_shot,
+    pretraining_rows,
+    read_zero_shot,
+    transfer_table,
+    tuning_rows,
+    without_zero_shot,
+)
+from h2a2_jax.training.config import ExperimentConfig
+from tests.inference.tiny import random_detector
+from tests.sweeps.test_sweeps import write_run
+from tests.training.test_evaluation import KNOWING
+
+
+def write_all(folders: Mapping[Run, Path], scores: Mapping[str, tuple[float, float]]) -> None:
+    """What finished runs leave, the scores by the name of the run."""
+    for run, folder in folders.items():
+        names = run.config.dataset_names
+        write_run(folder, run.config, {name: scores.get(run.name, (0.5, 0.25)) for name in names})
+
+
+def test_what_is_trained_without_a_dataset_and_what_starts_with_it(tmp_path: Path):
+    base = demo()
+    rows = pretraining_rows(base, "s3dis", (0, 1))
+    assert [row.label for row in rows] == ["TR3D on scannet", "TR3D on sunrgbd", "naive joint", "H2A2"]
+    configs = {row.label: row.runs[1].config for row in rows}
+    others = replace(base, datasets=base.datasets[:2], train=replace(base.train, seed=1))
+    assert configs["H2A2"] == others and configs["naive joint"] == naive_joint(others)
+    assert configs["TR3D on sunrgbd"] == naive_joint(replace(others, datasets=base.datasets[1:2]))
+
+    folders = locate(rows, tmp_path)
+    tuned = tuning_rows(base, "s3dis", (0, 1), folders)
+    assert [row.label for row in tuned] == [
+        "from scratch",
+        "from scratch, SF-KS",
+        "from tr3d_scannet",
+        "from tr3d_sunrgbd",
+        "from naive_without_s3dis",
+        "from h2a2_without_s3dis",
+    ]
+    for row in tuned:
+        assert [run.seed for run in row.runs] == [run.config.train.seed for run in row.runs] == [0, 1]
+        for run in row.runs:
+            config = run.config
+            assert config.dataset_names == ("s3dis",) and config.train.steps == 100
+            assert config.optim.decay_epochs == (3, 4)  # 6 and 8 of 200 steps, with epochs as long
+            assert (config.model.selection is not None) == (row.label in ("from scratch, SF-KS", tuned[-1].label))
+            start = folders.get(run.after)
+            assert config.train.init_from == ("" if start is None else str(start))
+            assert run.after is None or run.after.seed == run.seed
+    assert tuning_rows(base, "s3dis", (0,), {}, 7)[0].runs[0].config.train.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("base", "held_out", "sentence"),
+    [
+        (demo(), "kitti", "--held_out is 'kitti'; expected one of scannet, sunrgbd, s3dis"),
+        (replace(demo(), datasets=demo().datasets[:2]), "scannet", "has only scannet and sunrgbd: give 3+"),
+        (naive_joint(demo()), "s3dis", "give a config that has model.selection"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(base: ExperimentConfig, held_out: str, sentence: str):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        pretraining_rows(base, held_out, (0,))
+
+
+def test_no_steps_of_tuning_are_refused():
+    with pytest.raises(InputError, match="--tuning_steps is 0; expected 1 or more"):
+        tuning_rows(demo(), "s3dis", (0,), {}, 0)
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_as_it_is_a_detector_is_asked_in_every_way_that_it_has(
+    row: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = pretraining_rows(demo(), "s3dis", (0,))[row].runs[0].config
+    asked = []
+
+    def build_predictor(model, specs, way):
+        asked.append((way.conditioning, way.kernels))
+        return KNOWING
+
+    monkeypatch.setattr(transfer, "restore_checkpoint", lambda folder: (random_detector(), config))
+    monkeypatch.setattr(transfer, "build_predictor", build_predictor)
+    evaluate_zero_shot(tmp_path, replace(demo().datasets[2], val_size=2), tmp_path / "cache")
+    ways = [("own", "selected"), ("mean", "selected"), ("mean", "shared")][: (1, 1, 2, 3)[row]]
+    assert asked == ways
+    found = read_zero_shot(tmp_path, "s3dis")
+    assert found is not None
+    assert [(e["conditioning"], e["kernels"], e["head"]) for e in found] == [
+        (*way, head) for way in ways for head in config.dataset_names
+    ]
+    for entry in found:
+        # The predictor finds all boxes of a class by the same name; a bookshelf would be a bookcase.
+        assert entry["classes"] == ["table", "chair", "sofa", "bookcase"]
+        assert all(0 < score <= 1 for score in entry["mAP"])
+    assert read_zero_shot(tmp_path, "scannet") is None
+
+
+def test_the_tables_and_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    base = demo()
+    rows = pretraining_rows(base, "s3dis", (0, 1))
+    folders = locate(rows, tmp_path)
+    assert without_zero_shot(folders, "s3dis") == []  # nothing is trained yet
+    write_all(folders, {})
+    assert without_zero_shot(folders, "s3dis") == [*folders.values()]
+    for run, folder in folders.items():
+        entries = [
+            {
+                "head": head,
+                "conditioning": "own",
+                "kernels": "selected",
+                "classes": ["table", "chair"],
+                "mAP": [0.1 + 0.2 * run.seed, None],
+            }
+            for head in run.config.dataset_names
+        ]
+        (folder / "zero_shot_s3dis.json").write_text(json.dumps({"version": 1, "entries": entries}))
+    assert without_zero_shot(folders, "s3dis") == []
+    tuned = tuning_rows(base, "s3dis", (0, 1), folders)
+    tuned_folders = locate(tuned, tmp_path)
+    write_all(
+        {run: folder for run, folder in tuned_folders.items() if run.seed == 0 or run.after is None},
+        {"s3dis_from_scratch": (0.3, 0.1)},
+    )
+    result = write_transfer(base, "s3dis", rows, tuned, {**folders, **tuned_folders}, tmp_path)
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in transfer_table(result).splitlines() if "|" in line]
+    assert lines[0][-3:] == ["s3dis mAP@0.25", "s3dis mAP@0.5", "seeds"]
+    assert lines[2] == ["TR3D on scannet", "scannet", "own", "selected", "2", "20.0 ± 14.1", "-", "2"]
+    assert [line[:2] for line in lines[4:8]] == [
+        [label, head] for label in ("naive joint", "H2A2") for head in base.dataset_names[:2]
+    ]
+    by_start = {line[0]: line[1:] for line in lines[10:]}
+    assert by_start["from scratch"] == ["30.0 ± 0.0", "10.0 ± 0.0", "2"]
+    assert by_start["from h2a2_without_s3dis"] == ["50.0", "25.0", "1"]
+    assert "fine-tuned on it for 100 steps" in result["note"] and "say nothing about the benchmarks" in result["note"]
+    assert json.loads((tmp_path / "results.json").read_text())["transfer"] == result
+
+    write_all({run: folder for run, folder in tuned_folders.items() if not folder.exists()}, {})
+    assert transfer_command(base, tmp_path, "s3dis", (0, 1), jobs=1) == 0
+    assert "| from h2a2_without_s3dis" in capsys.readouterr().out
+    assert "## Transfer" in (tmp_path / "table.md").read_text()
