@@ -1,6 +1,6 @@
 """Prediction of files: time by stage, and what becomes of boxes when the same scan is given in another way.
 
-    python -m benchmarks.predict --workdir=runs/demo [--scans=FOLDER] [--moved=FILE] [--grey]
+    python -m benchmarks.predict --workdir=runs/demo [--scans=FOLDER] [--moved=FILE] [--grey] [--beside=RUN,RUN]
 
 - Each file of --scans (default: the folder H2A2_SCANS_DIR): reading, voxels and maps, network, boxes (decoding and
   suppression) in ms, medians of warm passes; and the first pass, which may compile.
@@ -9,6 +9,8 @@
   score .3) have one of their class with an IoU of .5, their mean IoU and mean difference in score. What is exact for a
   network on voxels is exact in `tests/inference/test_predict_files.py`; what differs here is said beside.
 - --grey: mean average precision on the validation scans of the run, with and without their colours.
+- --beside: other runs, which take turns with this one on the validation scans of a dataset that all know: ms a scan by
+  stage, medians over scans of warm passes, and the network's time as a multiple of the first run's.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ from jaxtyping import Float
 from benchmarks.scans import ChangedScans
 from benchmarks.timing import report
 from h2a2_jax.boxes import Detections, pairwise_rotated_iou
+from h2a2_jax.errors import InputError
 from h2a2_jax.inference.evaluate import EvalConfig, build_predictor, evaluate_source
 from h2a2_jax.inference.file_scans import FileScan, load_file
 from h2a2_jax.inference.files import InputFile, PredictRequest, find_inputs
@@ -37,6 +40,7 @@ from h2a2_jax.inputs.point_cloud import read_point_cloud
 from h2a2_jax.inputs.scan import Scan
 from h2a2_jax.inputs.sources import build_source
 from h2a2_jax.inputs.specs import DatasetSpec
+from h2a2_jax.training.build import count_parameters
 from h2a2_jax.training.checkpoint import restore_checkpoint
 
 STAGES = ("load", "maps", "network", "boxes")
@@ -53,7 +57,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="warm passes of each scan (default 5)")
     parser.add_argument("--moved", type=Path, help="a file to give in other ways")
     parser.add_argument("--grey", action="store_true", help="evaluate with and without colours")
+    parser.add_argument("--beside", type=lambda text: [Path(each) for each in text.split(",")], default=[])
     arguments = parser.parse_args()
+    if arguments.beside:
+        for row in rows_in_turns([arguments.workdir, *arguments.beside], arguments.dataset, arguments.repeats):
+            print(row, flush=True)
+        return
     model, config = restore_checkpoint(arguments.workdir)
     predictor = Predictor(model, config.specs, score_threshold=_LOWEST)
     spec = predictor.specs[0] if arguments.dataset is None else predictor.spec(arguments.dataset)
@@ -98,6 +107,36 @@ def time_file(predictor: Predictor, file: InputFile, spec: DatasetSpec, repeats:
     return (
         f"{file.name[:25]:26}{points:>9,}{boxes:>6}" + "".join(f"{value:>9.1f}" for value in warm) + f"{first:>14.0f}"
     )
+
+
+def rows_in_turns(workdirs: Sequence[Path], dataset: str | None, repeats: int) -> Iterator[str]:
+    """Rows of the table of runs that take turns."""
+    restored = [restore_checkpoint(workdir) for workdir in workdirs]
+    known = [config.dataset_names for _, config in restored]
+    name = dataset or next((name for name in known[0] if all(name in names for names in known)), None)
+    if name is None:
+        raise InputError(f"No dataset is known to all of {', '.join(map(str, workdirs))}: give runs of a common one.")
+    predictors = [build_predictor(model, config.specs, EvalConfig()) for model, config in restored]
+    chosen = next(source for source in restored[0][1].datasets if source.name == name)
+    source = build_source(chosen, "val")
+    scans = [prepare(source[i], chosen.spec) for i in range(len(source))]
+    passes: list[dict[str, list[float]]] = [{stage: [] for stage in STAGES[1:]} for _ in predictors]
+    for turn in range(repeats + 1):
+        for scan in scans:
+            for predictor, seconds in zip(predictors, passes, strict=True):
+                taken: dict[str, float] = {}
+                predictor.predict([scan], name, taken)
+                for stage in seconds if turn else ():  # the first compiles
+                    seconds[stage].append(taken[stage])
+        report(f"{turn} of {repeats} warm passes done")
+    yield f"{len(scans)} validation scans of {name}, ms a scan, medians of {repeats} warm passes in turns"
+    yield f"{'run':26}{'parameters':>12}" + "".join(f"{stage:>9}" for stage in STAGES[1:]) + "  network, relatively"
+    first = statistics.median(passes[0]["network"])
+    for workdir, (_, config), seconds in zip(workdirs, restored, passes, strict=True):
+        medians = {stage: statistics.median(values) for stage, values in seconds.items()}
+        cells = "".join(f"{1e3 * value:>9.1f}" for value in medians.values())
+        ratio = medians["network"] / first
+        yield f"{workdir.name[:25]:26}{count_parameters(config) / 1e6:>10.2f} M{cells}{ratio:>9.2f}"
 
 
 def _timed(function: Callable[[], FileScan], seconds: dict[str, float], stage: str) -> FileScan:
