@@ -129,6 +129,8 @@ def main(argv: list[str]) -> int | None:
     if mode in _FROM_CHECKPOINT:
         if not _WORKDIR.value:
             raise InputError(f"--mode={mode} needs --workdir, the folder of a run with its checkpoints.")
+    elif mode == "transfer" and _HELD_OUT.value is None:
+        raise InputError("--mode=transfer needs --held_out, the dataset to train without, as in --held_out=s3dis.")
     elif _CONFIG.value is None or not _WORKDIR.value:
         raise InputError(f"run.py needs --config and --workdir, as in {_EXAMPLE}.")
     seeds, taus = _numbers("seeds", _SEEDS.value, int), _numbers("taus", _TAUS.value, float)
@@ -156,8 +158,7 @@ def main(argv: list[str]) -> int | None:
     if mode == "ablation":
         return commands.ablation_command(config, workdir, seeds, _JOBS.value, _BUDGET_MINUTES.value, _ROWS.value)
     if mode == "transfer":
-        if _HELD_OUT.value is None:
-            raise InputError("--mode=transfer needs --held_out, the dataset to train without, as in --held_out=s3dis.")
+        assert _HELD_OUT.value is not None
         return commands.transfer_command(
             config, workdir, _HELD_OUT.value, seeds, _TUNING_STEPS.value, _JOBS.value, _BUDGET_MINUTES.value
         )

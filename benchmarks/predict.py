@@ -37,7 +37,7 @@ from h2a2_jax.inference.predictions import boxes_in_input_frame
 from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inputs.cloud_scan import GREY
 from h2a2_jax.inputs.point_cloud import read_point_cloud
-from h2a2_jax.inputs.scan import Scan
+from h2a2_jax.inputs.scan import Scan, load_or_skip
 from h2a2_jax.inputs.sources import build_source
 from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.training.build import count_parameters
@@ -57,11 +57,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="warm passes of each scan (default 5)")
     parser.add_argument("--moved", type=Path, help="a file to give in other ways")
     parser.add_argument("--grey", action="store_true", help="evaluate with and without colours")
-    parser.add_argument("--beside", type=lambda text: [Path(each) for each in text.split(",")], default=[])
+    parser.add_argument("--beside", help="other runs, with commas between, that take turns with this one")
     arguments = parser.parse_args()
+    if arguments.repeats < 1:
+        parser.error("--repeats must be 1 or more")
     if arguments.beside:
-        for row in rows_in_turns([arguments.workdir, *arguments.beside], arguments.dataset, arguments.repeats):
-            print(row, flush=True)
+        if arguments.moved or arguments.grey:
+            parser.error("--beside is measured alone, without --moved and --grey")
+        workdirs = [arguments.workdir, *map(Path, arguments.beside.split(","))]
+        try:
+            for row in rows_in_turns(workdirs, arguments.dataset, arguments.repeats):
+                print(row, flush=True)
+        except InputError as error:
+            parser.error(str(error))
         return
     model, config = restore_checkpoint(arguments.workdir)
     predictor = Predictor(model, config.specs, score_threshold=_LOWEST)
@@ -112,14 +120,18 @@ def time_file(predictor: Predictor, file: InputFile, spec: DatasetSpec, repeats:
 def rows_in_turns(workdirs: Sequence[Path], dataset: str | None, repeats: int) -> Iterator[str]:
     """Rows of the table of runs that take turns."""
     restored = [restore_checkpoint(workdir) for workdir in workdirs]
-    known = [config.dataset_names for _, config in restored]
-    name = dataset or next((name for name in known[0] if all(name in names for names in known)), None)
-    if name is None:
-        raise InputError(f"No dataset is known to all of {', '.join(map(str, workdirs))}: give runs of a common one.")
+    specs = [{spec.name: spec for spec in config.specs} for _, config in restored]
+    common = [name for name, spec in specs[0].items() if all(spec == known.get(name) for known in specs)]
+    if not common or (dataset is not None and dataset not in common):
+        raise InputError(f"{', '.join(map(str, workdirs))} all know {', '.join(common) or 'no common dataset'}.")
+    name = dataset or common[0]
     predictors = [build_predictor(model, config.specs, EvalConfig()) for model, config in restored]
     chosen = next(source for source in restored[0][1].datasets if source.name == name)
     source = build_source(chosen, "val")
-    scans = [prepare(source[i], chosen.spec) for i in range(len(source))]
+    skipped: dict[str, str] = {}
+    scans = [prepare(scan, chosen.spec) for scan in load_or_skip(source, skipped)]
+    for left_out, reason in skipped.items():
+        report(f"{left_out} is left out: {reason}")
     passes: list[dict[str, list[float]]] = [{stage: [] for stage in STAGES[1:]} for _ in predictors]
     for turn in range(repeats + 1):
         for scan in scans:

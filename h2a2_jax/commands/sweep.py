@@ -1,6 +1,8 @@
 """`--mode=tau_sweep` and `--mode=ablation`."""
 
+import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -96,7 +98,7 @@ def run_sweep(
     write: Callable[[Mapping[Run, Path]], str],
     evaluations: int = 1,
     budget_minutes: float | None = None,
-    then: Callable[[Mapping[Run, Path]], None] = lambda folders: None,
+    then: Callable[[float], list[str]] = lambda until: [],
 ) -> int:
     """Do the runs of a sweep that are not finished, and write its results.
 
@@ -108,7 +110,8 @@ def run_sweep(
         write: given the folders of the runs, writes the results and returns the table.
         evaluations: of each run.
         budget_minutes: see `run_all`.
-        then: done after the runs, before the results are written.
+        then: done after the runs, before the results are written; is told until when (`time.monotonic`), and tells what
+            went wrong.
 
     Returns:
         The exit status: 0, or 1 if a run failed, or 130 if the user stopped it.
@@ -117,17 +120,18 @@ def run_sweep(
         InputError: data are missing, or the workdir holds other runs of the same names.
     """
     check_data(config)
+    until = math.inf if budget_minutes is None else time.monotonic() + 60 * budget_minutes
     with alone_in(workdir, "sweep"):
         folders = located()
         try:
             with sigterm_raises(KeyboardInterrupt):
-                failures = run_all(folders, workdir / "cache", jobs, evaluations, budget_minutes)
-                then(folders)
+                runs = run_all(folders, workdir / "cache", jobs, evaluations, budget_minutes)
+                failures = [*runs.values(), *then(until)]
         except KeyboardInterrupt:
             print("\nStopped; the same command goes on from the last checkpoint of every run.", file=sys.stderr)
             return 130
         text = write(folders)
         print(f"\n{text}\nWritten to {workdir / 'table.md'} and {workdir / 'results.json'}", flush=True)
     if failures:
-        print("\n".join([*failures.values(), "The same command tries again what failed."]), file=sys.stderr)
+        print("\n".join([*failures, "The same command tries again what failed."]), file=sys.stderr)
     return 1 if failures else 0

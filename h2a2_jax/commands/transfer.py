@@ -1,15 +1,18 @@
 """`--mode=transfer`."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from h2a2_jax.commands.data import check_data
 from h2a2_jax.commands.sweep import run_sweep
-from h2a2_jax.sweeps.plan import Run, locate
+from h2a2_jax.errors import InputError
+from h2a2_jax.sweeps.plan import Row, Run, locate
 from h2a2_jax.sweeps.results import write_transfer
 from h2a2_jax.sweeps.runner import programs_folder
 from h2a2_jax.sweeps.transfer import (
     evaluate_zero_shot,
+    held_out_source,
     pretraining_rows,
     transfer_table,
     tuning_rows,
@@ -47,21 +50,33 @@ def transfer_command(
             names.
     """
     check_data(config)  # whose sizes the plan reads
-    pretrained = pretraining_rows(config, held_out, seeds)
-    before = locate(pretrained, workdir)
-    tuned = tuning_rows(config, held_out, seeds, before, tuning_steps)
-    source = next(source for source in config.datasets if source.name == held_out)
+    pretrained, tuned = pretraining_rows(config, held_out, seeds), list[Row]()
+    before: dict[Run, Path] = {}
 
-    def predict(folders: Mapping[Run, Path]) -> None:
-        missing = without_zero_shot(before, held_out)
+    def located() -> dict[Run, Path]:
+        before.update(locate(pretrained, workdir))
+        tuned.extend(tuning_rows(config, held_out, seeds, pretrained, before, tuning_steps))
+        return {**before, **locate(tuned, workdir)}
+
+    def predict(until: float) -> list[str]:
+        source, cache, failures = held_out_source(config, held_out), programs_folder(workdir / "cache"), []
+        missing = without_zero_shot(pretrained, before, source)
         for number, folder in enumerate(missing, 1):
+            if time.monotonic() > until:
+                left = len(missing) - number + 1
+                print(f"The budget is used; {left} predictions of {held_out} are left, the same command does them.")
+                break
             print(f"[{number}/{len(missing)}] {folder.name} predicts the scans of {held_out}.", flush=True)
-            evaluate_zero_shot(folder, source, programs_folder(workdir / "cache"))
+            try:
+                evaluate_zero_shot(folder, source, cache)
+            except InputError as error:
+                failures.append(f"{folder.name} did not predict {held_out}: {error}")
+        return failures
 
     return run_sweep(
         config,
         workdir,
-        lambda: {**before, **locate(tuned, workdir)},
+        located,
         jobs,
         lambda folders: transfer_table(write_transfer(config, held_out, pretrained, tuned, folders, workdir)),
         budget_minutes=budget_minutes,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.sources import build_source
+from h2a2_jax.training.build import steps_of_run
 from h2a2_jax.training.config import ExperimentConfig, from_json, to_json
 from h2a2_jax.training.config_tree import leaves_of
 
@@ -108,12 +109,12 @@ def ablation_rows(base: ExperimentConfig, seeds: Sequence[int], names: Sequence[
             f"The ablation is of joint training, and the config has only {base.dataset_names[0]}: give 2+."
         )
     naive = naive_joint(base)
-    harmonized = replace(naive, harmonize=replace(base.harmonize, method="ngh"))
+    both = selected_and_harmonized(base)
     joint = {
         "naive": ("naive joint", naive),
-        "sfks": ("SF-KS", replace(base, harmonize=naive.harmonize)),
-        "ngh": ("NGH", harmonized),
-        "sfks_ngh": ("SF-KS + NGH", replace(base, harmonize=harmonized.harmonize)),
+        "sfks": ("SF-KS", replace(both, harmonize=naive.harmonize)),
+        "ngh": ("NGH", replace(naive, harmonize=both.harmonize)),
+        "sfks_ngh": ("SF-KS + NGH", both),
     }
     rows = {name: Row(label, seeded(name, config, seeds)) for name, (label, config) in joint.items()}
     alone = {f"tr3d_{name}": seeded(f"tr3d_{name}", restricted(naive, [name]), seeds) for name in base.dataset_names}
@@ -130,23 +131,34 @@ def naive_joint(base: ExperimentConfig) -> ExperimentConfig:
     return replace(base, model=replace(base.model, selection=None), harmonize=replace(base.harmonize, method="mean"))
 
 
+def selected_and_harmonized(base: ExperimentConfig) -> ExperimentConfig:
+    """The config with NGH; the kernel selection is its own."""
+    return replace(base, harmonize=replace(base.harmonize, method="ngh"))
+
+
 def restricted(joint: ExperimentConfig, names: Sequence[str], steps: int | None = None) -> ExperimentConfig:
     """The config on some of its datasets.
 
     Args:
         joint: a config.
         names: of its datasets.
-        steps: of training; None: those of the joint run. The learning rate falls at the same parts of them, to the
-            nearest epoch.
+        steps: of training; None: those of the joint run. The learning rate falls after the same parts of them, to the
+            nearest epoch that is not the last; of falls at one epoch all but the first come an epoch later. Warm-up
+            takes the steps that it takes.
     """
     rest = replace(joint, datasets=tuple(source for source in joint.datasets if source.name in names))
-    epoch, joint_epoch = _steps_per_epoch(rest), _steps_per_epoch(joint)
-    whole = joint.train.steps or joint.train.epochs * joint_epoch
+    epoch = steps_of_run(rest, _batches_per_epoch(rest))[0]
+    joint_epoch, whole = steps_of_run(joint, _batches_per_epoch(joint))
     steps = whole if steps is None else steps
-    decays = {max(1, round(e * joint_epoch * steps / whole / epoch)) for e in joint.optim.decay_epochs}
+    decays: list[int] = []
+    for wanted in joint.optim.decay_epochs:
+        nearest = math.ceil(wanted * joint_epoch * steps / whole / epoch - 0.5)
+        decay = max(nearest, decays[-1] + 1 if decays else 1)
+        if decay * epoch < steps:
+            decays.append(decay)
     return replace(
         rest,
-        optim=replace(joint.optim, decay_epochs=tuple(sorted(decays))),
+        optim=replace(joint.optim, decay_epochs=tuple(decays)),
         train=replace(joint.train, steps=steps),
     )
 
@@ -165,7 +177,7 @@ def locate(rows: Sequence[Row], workdir: Path) -> dict[Run, Path]:
     folders = {}
     for run in (run for row in rows for run in row.runs):
         own = workdir / RUNS / run.folder
-        same = [folder for folder, text in stored.items() if _is(text, run.config)]
+        same = [folder for folder, text in stored.items() if _is(text, run)]
         if own in stored and own not in same and not _cut_short(stored[own], run.config):
             raise InputError(
                 f"{own} holds another experiment ({_difference(stored[own], run.config)}): give another --workdir, or "
@@ -195,21 +207,30 @@ def _check_once(what: str, values: Sequence[int] | Sequence[float] | Sequence[st
         raise InputError(f"The {what} are {', '.join(map(str, values)) or 'none'}; expected at least one, each once.")
 
 
-def _steps_per_epoch(config: ExperimentConfig) -> int:
+def _batches_per_epoch(config: ExperimentConfig) -> int:
     """As the stream of training scans counts them."""
-    steps = []
+    batches = []
     for source in config.datasets:
         repeats = source.spec.repeats if source.repeats is None else source.repeats
         a_step = (source.batch_size or config.train.batch_size) * source.weight
-        steps.append(math.ceil(len(build_source(source, "train")) * repeats / a_step))
-    return max(steps)
+        batches.append(math.ceil(len(build_source(source, "train")) * repeats / a_step))
+    return max(batches)
 
 
-def _is(text: str, config: ExperimentConfig) -> bool:
+def _is(text: str, run: Run) -> bool:
+    """Whether a stored config is a run's, wherever the folder of the sweep lay and however it was spelt."""
     try:
-        return from_json(text) == config
+        stored = from_json(text)
     except InputError:
         return False
+    if run.after is None:
+        return stored == run.config
+    return _without_place(stored) == _without_place(run.config)
+
+
+def _without_place(config: ExperimentConfig) -> ExperimentConfig:
+    """The config with the name alone of the folder that it starts from."""
+    return replace(config, train=replace(config.train, init_from=Path(config.train.init_from).name))
 
 
 def _cut_short(text: str, config: ExperimentConfig) -> bool:

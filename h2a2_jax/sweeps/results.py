@@ -15,15 +15,16 @@ from h2a2_jax.sweeps.transfer import transfer_figures, transfer_table
 from h2a2_jax.training.build import count_parameters
 from h2a2_jax.training.config import ExperimentConfig
 
-VERSION = 2
+VERSION = 1
 """Of results.json."""
 
 _TITLES = {
     "tau_sweep": "Sweep of the threshold tau",
     "ablation": "Ablation",
     "protocol": "Trainings and evaluations",
-    "transfer": "Transfer",
 }
+TRANSFER = "transfer_to_"
+"""How a transfer is called in results.json, before the name of the dataset."""
 _MEAN = "mean"
 
 
@@ -32,7 +33,7 @@ def write_results(
 ) -> dict[str, Any]:
     """Write <workdir>/results.json and table.md, which keep what other sweeps wrote there.
 
-    results.json, version 2: "version", and by the name of a sweep "note" (what the numbers are), "datasets",
+    results.json, version 1: "version", and by the name of a sweep "note" (what the numbers are), "datasets",
     "procedural" (those of them whose scans are procedural), "iou_thresholds" and "rows". A row has "setting", "tau" (or
     null), "parameters" (how many, of all its detectors together), "seeds" and "summary". Of each seed: "folders" of its
     runs, "mAP" (by dataset, and "mean" for the mean over them, a list, one per threshold, in per cent; null where the
@@ -55,7 +56,8 @@ def write_results(
     for row in rows:
         seeds: dict[str, Any] = {}
         for seed in dict.fromkeys(run.seed for run in row.runs):
-            found = _of_seed([folders[run] for run in row.runs if run.seed == seed], names, len(thresholds))
+            of_seed = {run: folders[run] for run in row.runs if run.seed == seed}
+            found = _of_seed(of_seed, names, len(thresholds))
             if found is not None:
                 seeds[str(seed)] = found
         parameters = sum(count_parameters(run.config) for run in row.runs if run.seed == row.runs[0].seed)
@@ -84,7 +86,7 @@ def write_protocol(
 ) -> dict[str, Any]:
     """Write the protocol's part of <workdir>/results.json and table.md, which keep what sweeps wrote there.
 
-    In results.json, version 2, "protocol" holds "note", "datasets", "procedural" and "iou_thresholds" as sweeps do, and
+    In results.json, version 1, "protocol" holds "note", "datasets", "procedural" and "iou_thresholds" as sweeps do, and
     what `protocol.protocol_figures` says.
 
     Args:
@@ -126,8 +128,8 @@ def write_transfer(
 ) -> dict[str, Any]:
     """Write transfer's part of <workdir>/results.json and table.md, which keep what other sweeps wrote there.
 
-    In results.json, version 2, "transfer" holds "note", "datasets", "procedural" and "iou_thresholds" as sweeps do, and
-    what `transfer.transfer_figures` says.
+    In results.json, version 1, "transfer_to_<dataset>" holds "note", "datasets", "procedural" and "iou_thresholds" as
+    sweeps do, and what `transfer.transfer_figures` says.
 
     Args:
         base: config of the sweep.
@@ -140,11 +142,11 @@ def write_transfer(
     Returns:
         What results.json holds of transfer.
     """
-    steps = tuned[0].runs[0].config.train.steps
+    without, on_it = (rows[0].runs[0].config.train.steps for rows in (pretrained, tuned))
     note = (
         f"mAP in per cent on the validation scans of {held_out}, mean ± sample standard deviation over seeds. Trained "
-        f"without it for {_length(base)} of {base.train.batch_size} scans a dataset, fine-tuned on it for {steps} "
-        "steps; as they are, detectors are scored over the classes that the head's dataset has too."
+        f"without it for {without} steps of {base.train.batch_size} scans a dataset, on it for {on_it} steps. The "
+        "first table is over the classes that the head's dataset has too, the second over all."
     )
     result = {
         "note": note + _procedural_note(base),
@@ -153,7 +155,7 @@ def write_transfer(
         "iou_thresholds": list(base.eval.iou_thresholds),
         **transfer_figures(base, held_out, pretrained, tuned, folders),
     }
-    _store("transfer", result, workdir)
+    _store(f"{TRANSFER}{held_out}", result, workdir)
     return result
 
 
@@ -175,14 +177,16 @@ def table(result: Mapping[str, Any]) -> str:
         for group, name, t in columns:
             value = row["summary"][group].get(name)
             cells.append(spread_cell(value[t] if value is not None and t is not None else value))
-        counted = f"{row['parameters'] / 1e6:.2f} M"
-        speed = spread_cell(row["summary"]["scans_per_second"])
+        parameters = row.get("parameters")  # which were not counted from the beginning
+        counted = "-" if parameters is None else f"{parameters / 1e6:.2f} M"
+        speed = spread_cell(row["summary"].get("scans_per_second"))
         lines.append([row["setting"], *cells, counted, speed, str(len(row["seeds"]))])
     return f"{markdown_table(lines)}\n\n{result['note']}\n"
 
 
-def _of_seed(folders: Sequence[Path], names: Sequence[str], thresholds: int) -> dict[str, Any] | None:
+def _of_seed(of_seed: Mapping[Run, Path], names: Sequence[str], thresholds: int) -> dict[str, Any] | None:
     """Scores of one seed, from the one run or the runs that make the row; None unless all are finished."""
+    folders = [*of_seed.values()]
     scores: dict[str, list[float | None]] = {}
     shares: dict[str, float | None] = {}
     for folder in folders:
@@ -198,15 +202,21 @@ def _of_seed(folders: Sequence[Path], names: Sequence[str], thresholds: int) -> 
     scores[_MEAN] = [
         None if None in level else statistics.fmean(v for v in level if v is not None) for level in of_level
     ]
-    # Scans over seconds, of runs that take as many scans each.
+    scans = [_scans_of_step(run.config) * run.config.train.steps for run in of_seed]
     rates = [rate for rate in map(scans_per_second, folders) if rate is not None]
-    speed = statistics.harmonic_mean(rates) if len(rates) == len(folders) else None
+    # Of runs one after the other. Without a number of steps, the only run's weight is of no account.
+    weights = scans if all(scans) else None
+    speed = statistics.harmonic_mean(rates, weights) if len(rates) == len(folders) else None
     return {
         "folders": [folder.name for folder in folders],
         "mAP": scores,
         "exclusive_share": shares,
         "scans_per_second": speed,
     }
+
+
+def _scans_of_step(config: ExperimentConfig) -> float:
+    return sum((source.batch_size or config.train.batch_size) * source.weight for source in config.datasets)
 
 
 def _summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -226,11 +236,14 @@ def _store(sweep: str, result: Mapping[str, Any], workdir: Path) -> None:
     document = json.loads(path.read_text()) if path.exists() else {}
     document = {**(document if document.get("version") == VERSION else {}), "version": VERSION, sweep: result}
     _replace(path, json.dumps(document, indent=2) + "\n")
-    parts = []
-    for name, title in _TITLES.items():
-        if name in document:
-            text = {"protocol": protocol_table, "transfer": transfer_table}.get(name, table)(document[name])
-            parts.append(f"## {title}\n\n{text}")
+    parts = [
+        f"## {title}\n\n{(protocol_table if name == 'protocol' else table)(document[name])}"
+        for name, title in _TITLES.items()
+        if name in document
+    ]
+    for name, found in document.items():
+        if name.startswith(TRANSFER):
+            parts.append(f"## Transfer to {name.removeprefix(TRANSFER)}\n\n{transfer_table(found)}")
     _replace(workdir / "table.md", "\n".join(parts))
 
 
@@ -240,9 +253,10 @@ def _length(base: ExperimentConfig) -> str:
 
 def _note(base: ExperimentConfig) -> str:
     return (
-        f"All in per cent, after {_length(base)} of {base.train.batch_size} scans a dataset; mean ± sample standard "
-        "deviation over seeds; exclusive: share of the kernel offsets that use the dataset's own kernel, of the last "
-        "line of metrics; parameters: of all detectors of a row; scans/s: in training, median of the run's lines."
+        f"mAP and exclusive in per cent, after {_length(base)} of {base.train.batch_size} scans a dataset; mean ± "
+        "sample standard deviation over seeds; exclusive: share of the kernel offsets that use the dataset's own "
+        "kernel, of the last line of metrics; parameters: of all detectors of a row; scans/s: in training, median over "
+        "the run's logged steps, beside whatever ran at the same time."
     ) + _procedural_note(base)
 
 

@@ -113,9 +113,10 @@ def last_metrics(folder: Path) -> dict[str, Any]:
 
 
 def scans_per_second(folder: Path) -> float | None:
-    """How many scans a run trained on in a second: the median of its lines; None where no line tells."""
-    found = [json.loads(line).get("scans_per_second") for line in _metric_lines(folder)]
-    known = [value for value in found if value is not None]
+    """How many scans a run trained on in a second: the median over its logged steps; None where none tells."""
+    lines = [json.loads(line) for line in _metric_lines(folder)]
+    by_step = {line.get("step"): line.get("scans_per_second") for line in lines}
+    known = [value for value in by_step.values() if value is not None]
     return statistics.median(known) if known else None
 
 
@@ -167,9 +168,10 @@ def run_all(
             while free and (run := _next(waiting, folders)):
                 waiting.remove(run)
                 running.append(_start(run, folders[run], free.pop(0), cache, wanted[run]))
-            for run in [run for run in waiting if run.after in failures]:
+            for run in [run for run in waiting if run.after in failures and not _may_begin(run, folders)]:
                 waiting.remove(run)
                 failures[run] = f"{run.folder} was not begun: it waits for a run that failed."
+                progress.left_out(failures[run])
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             for job in [job for job in running if job.process.poll() is not None]:
                 job.end()
@@ -203,8 +205,12 @@ def score_line(evaluation: Mapping[str, Any]) -> str:
 
 
 def _next(waiting: Sequence[Run], folders: Mapping[Run, Path]) -> Run | None:
-    """The first run that waits for no other one."""
-    return next((run for run in waiting if run.after is None or finished(folders[run.after])), None)
+    """The first run that may begin."""
+    return next((run for run in waiting if _may_begin(run, folders)), None)
+
+
+def _may_begin(run: Run, folders: Mapping[Run, Path]) -> bool:
+    return run.after is None or finished(folders[run.after])
 
 
 def _start(run: Run, folder: Path, share: Share, cache: Path, evaluations: int) -> _Job:
@@ -286,14 +292,21 @@ class _Progress:
         self._bar = tqdm(total=total, initial=total - todo, unit="run") if sys.stderr.isatty() and todo else None
 
     def ended(self, job: _Job, failure: str | None) -> None:
+        """Tell of a run that ended."""
+        evaluation = read_evaluation(job.folder)
+        self._tell(
+            failure or f"{job.run.folder}: {_minutes(time.monotonic() - job.started)}, {score_line(evaluation or {})}"
+        )
+
+    def left_out(self, failure: str) -> None:
+        """Tell of a run that is not begun."""
+        self._tell(failure)
+
+    def _tell(self, what: str) -> None:
         self._ended += 1
         left = self._todo - self._ended
         # Runs of about one length in waves of as many as run at once: what is under way counts as half done.
         pace = (time.monotonic() - self._started) / max(self._ended + 0.5 * min(self._at_once - 1, left), 1)
-        evaluation = read_evaluation(job.folder)
-        what = (
-            failure or f"{job.run.folder}: {_minutes(time.monotonic() - job.started)}, {score_line(evaluation or {})}"
-        )
         line = f"[{self._total - left}/{self._total}] {what}; {left} left, about {_minutes(pace * left)}"
         if self._bar is None:
             print(line, flush=True)

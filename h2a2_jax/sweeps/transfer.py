@@ -7,7 +7,7 @@ all that the detector knows ("mean"), and then also with the shared kernels ever
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from h2a2_jax.files import whole_file
 from h2a2_jax.inference.cross import common_classes
 from h2a2_jax.inference.evaluate import build_predictor, predict_source
 from h2a2_jax.inputs.sources import SourceConfig, build_source
-from h2a2_jax.sweeps.plan import Row, Run, naive_joint, restricted, seeded
+from h2a2_jax.sweeps.plan import Row, Run, naive_joint, restricted, seeded, selected_and_harmonized
 from h2a2_jax.sweeps.runner import finished, read_evaluation
 from h2a2_jax.sweeps.tables import markdown_table, per_cent, spread, spread_cell
 from h2a2_jax.training.checkpoint import restore_checkpoint
 from h2a2_jax.training.config import ExperimentConfig
+from h2a2_jax.training.distributed import say
+from h2a2_jax.training.evaluation import say_skipped
 
 ZERO_SHOT_VERSION = 1
 """Of zero_shot_<dataset>.json in the folder of a run."""
@@ -46,9 +48,10 @@ def pretraining_rows(base: ExperimentConfig, held_out: str, seeds: Sequence[int]
         raise InputError(f"Transfer is from joint training, and the config has only {' and '.join(names)}: give 3+.")
     if base.model.selection is None:
         raise InputError("Transfer compares with kernel selection: give a config that has model.selection.")
-    others, naive = [name for name in names if name != held_out], naive_joint(base)
+    others = [name for name in names if name != held_out]
+    naive, both = naive_joint(base), selected_and_harmonized(base)
     rows = [Row(f"TR3D on {name}", seeded(f"tr3d_{name}", restricted(naive, [name]), seeds)) for name in others]
-    for label, name, config in (("naive joint", "naive", naive), ("H2A2", "h2a2", _h2a2(base))):
+    for label, name, config in (("naive joint", "naive", naive), ("H2A2", "h2a2", both)):
         rows.append(Row(label, seeded(f"{name}_without_{held_out}", restricted(config, others), seeds)))
     return rows
 
@@ -57,7 +60,8 @@ def tuning_rows(
     base: ExperimentConfig,
     held_out: str,
     seeds: Sequence[int],
-    pretrained: Mapping[Run, Path],
+    pretrained: Sequence[Row],
+    folders: Mapping[Run, Path],
     steps: int | None = None,
 ) -> list[Row]:
     """Training on the dataset that was held out, from scratch and from what was trained without it.
@@ -68,38 +72,45 @@ def tuning_rows(
         base: joint config with kernel selection.
         held_out: the dataset.
         seeds: each once.
-        pretrained: runs of `pretraining_rows`, and where they are.
+        pretrained: `pretraining_rows`.
+        folders: of their runs.
         steps: of the training; None: half of those of the base.
 
     Raises:
         InputError: the number of steps makes no sense.
     """
-    plain, selected = naive_joint(base), _h2a2(base)
     if steps is None:
         steps = max(1, restricted(base, [held_out]).train.steps // 2)
     if steps < 1:
         raise InputError(f"--tuning_steps is {steps}; expected 1 or more.")
-    plain, selected = (restricted(config, [held_out], steps) for config in (plain, selected))
+    plain, selected = (
+        restricted(config, [held_out], steps) for config in (naive_joint(base), selected_and_harmonized(base))
+    )
     rows = [
         Row("from scratch", seeded(f"{held_out}_from_scratch", plain, seeds)),
         Row("from scratch, SF-KS", seeded(f"{held_out}_from_scratch_sfks", selected, seeds)),
     ]
-    by_name: dict[str, list[Run]] = {}
-    for run, folder in pretrained.items():
+
+    def tuned(run: Run) -> Run:
         config = plain if run.config.model.selection is None else selected
-        train = replace(config.train, seed=run.seed, init_from=str(folder))
-        tuned = Run(f"{held_out}_from_{run.name}", run.seed, replace(config, train=train), after=run)
-        by_name.setdefault(run.name, []).append(tuned)
-    return rows + [Row(f"from {name}", tuple(runs)) for name, runs in by_name.items()]
+        train = replace(config.train, seed=run.seed, init_from=str(folders[run].absolute()))
+        return Run(f"{held_out}_from_{run.name}", run.seed, replace(config, train=train), after=run)
+
+    return rows + [Row(f"from {row.label}", tuple(tuned(run) for run in row.runs)) for row in pretrained]
 
 
 def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
     """Writes zero_shot_<dataset>.json into the folder of a run that was trained without a dataset.
 
+    What of the dataset's scans could not be used, and which heads have no class in common with it, is said.
+
     Args:
         folder: of the run.
         source: of the dataset, whose validation scans are predicted.
         cache: folder of compiled programs.
+
+    Raises:
+        InputError: the run's checkpoint cannot be read, or the scans are not there.
     """
     model, config = restore_checkpoint(folder)
     several = len(config.specs) > 1
@@ -108,15 +119,18 @@ def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
         ways.append(replace(ways[0], conditioning="mean"))
     if several and config.model.selection is not None:
         ways.append(replace(ways[1], kernels="shared"))
+    common_with = {head.name: common_classes(head, source.spec) for head in config.specs}
+    if strangers := [name for name, common in common_with.items() if not common.pairs]:
+        say(f"{', '.join(strangers)} and {source.name} have no class in common.")
     scans, entries = build_source(source, "val"), []
+    skipped: dict[str, str] = {}
     with compilation_cache(cache):
         for way in ways:
             predictor = build_predictor(model, config.specs, way)
-            for head in config.specs:
-                common = common_classes(head, source.spec)
-                if not common.pairs:
-                    continue
+            for head in (head for head in config.specs if head.name not in strangers):
+                common = common_with[head.name]
                 found = predict_source(predictor, scans, source.spec, way.batch_size, head=head.name)
+                skipped |= found.log.skipped
                 levels = found.evaluate_common(common, way.iou_thresholds).to_dict()["thresholds"]
                 entries.append(
                     {
@@ -127,19 +141,31 @@ def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
                         "mAP": [level["mAP"] for level in levels],
                     }
                 )
+    say_skipped(skipped)
+    document = {
+        "version": ZERO_SHOT_VERSION,
+        "source": _identity(source),
+        "skipped": skipped,
+        "entries": entries,
+    }
     with whole_file(_zero_shot_file(folder, source.name)) as part:
-        part.write_text(json.dumps({"version": ZERO_SHOT_VERSION, "entries": entries}, indent=2) + "\n")
+        part.write_text(json.dumps(document, indent=2) + "\n")
 
 
-def read_zero_shot(folder: Path, held_out: str) -> list[dict[str, Any]] | None:
-    """The entries of zero_shot_<dataset>.json; None where it is not there."""
-    path = _zero_shot_file(folder, held_out)
-    return json.loads(path.read_text())["entries"] if path.exists() else None
+def read_zero_shot(folder: Path, source: SourceConfig) -> list[dict[str, Any]] | None:
+    """The entries of zero_shot_<dataset>.json; None where it is not there, or of other scans or another version."""
+    try:
+        document = json.loads(_zero_shot_file(folder, source.name).read_text())
+    except FileNotFoundError:
+        return None
+    same = (document.get("version"), document.get("source")) == (ZERO_SHOT_VERSION, _identity(source))
+    return document["entries"] if same else None
 
 
-def without_zero_shot(pretrained: Mapping[Run, Path], held_out: str) -> list[Path]:
-    """Folders of the finished runs that were not evaluated yet."""
-    return [f for f in pretrained.values() if finished(f) and read_zero_shot(f, held_out) is None]
+def without_zero_shot(pretrained: Sequence[Row], folders: Mapping[Run, Path], source: SourceConfig) -> list[Path]:
+    """Folders of the finished runs that were not evaluated yet on the scans of a dataset."""
+    of_runs = [folders[run] for row in pretrained for run in row.runs]
+    return [folder for folder in of_runs if finished(folder) and read_zero_shot(folder, source) is None]
 
 
 def transfer_figures(
@@ -157,11 +183,12 @@ def transfer_figures(
         threshold of "mean", "std" (sample standard deviation over seeds) and "n".
     """
     thresholds = range(len(base.eval.iou_thresholds))
+    source = held_out_source(base, held_out)
     zero_shot = []
     for row in pretrained:
         entries: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for run in row.runs:
-            for entry in read_zero_shot(folders[run], held_out) or ():
+            for entry in read_zero_shot(folders[run], source) or ():
                 entries.setdefault((entry["head"], entry["conditioning"], entry["kernels"]), []).append(entry)
         for (head, conditioning, kernels), found in entries.items():
             levels = [spread([per_cent(entry["mAP"][t]) for entry in found]) for t in thresholds]
@@ -186,18 +213,25 @@ def transfer_figures(
 def transfer_table(result: Mapping[str, Any]) -> str:
     """Two Markdown tables of what results.json holds of transfer, and the note on what the numbers are."""
     held_out = result["held_out"]
-    titles = [f"{held_out} mAP@{threshold:g}" for threshold in result["iou_thresholds"]]
-    zero_shot = [["trained without it", "head", "conditioning", "kernels", "common classes", *titles, "seeds"]]
+    levels = [f"mAP@{threshold:g}" for threshold in result["iou_thresholds"]]
+    titles = [f"{level} of these" for level in levels]
+    zero_shot = [[f"without {held_out}", "head", "conditioning", "kernels", "classes", *titles, "seeds"]]
     for entry in result["zero_shot"]:
         cells = [entry["trained"], entry["head"], entry["conditioning"], entry["kernels"], str(len(entry["classes"]))]
         zero_shot.append([*cells, *map(spread_cell, entry["mAP"]), _seeds(entry)])
-    tuned = [["fine-tuned on it", *titles, "seeds"]]
+    tuned = [[f"on {held_out}", *levels, "seeds"]]
     tuned += [[entry["start"], *map(spread_cell, entry["mAP"]), _seeds(entry)] for entry in result["tuned"]]
     return f"{markdown_table(zero_shot)}\n\n{markdown_table(tuned)}\n\n{result['note']}\n"
 
 
-def _h2a2(base: ExperimentConfig) -> ExperimentConfig:
-    return replace(base, harmonize=replace(base.harmonize, method="ngh"))
+def held_out_source(base: ExperimentConfig, held_out: str) -> SourceConfig:
+    """The dataset of that name."""
+    return next(source for source in base.datasets if source.name == held_out)
+
+
+def _identity(source: SourceConfig) -> dict[str, Any]:
+    """What says which scans of a source are predicted, as JSON gives it back."""
+    return json.loads(json.dumps(asdict(source)))
 
 
 def _zero_shot_file(folder: Path, held_out: str) -> Path:

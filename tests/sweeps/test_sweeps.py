@@ -18,7 +18,7 @@ from h2a2_jax.commands import tau_sweep_command
 from h2a2_jax.errors import InputError
 from h2a2_jax.sweeps import runner
 from h2a2_jax.sweeps.picture import draw_tau
-from h2a2_jax.sweeps.plan import Row, Run, ablation_rows, default_taus, locate, tau_rows
+from h2a2_jax.sweeps.plan import Row, Run, ablation_rows, default_taus, locate, restricted, tau_rows
 from h2a2_jax.sweeps.protocol import protocol_rows, protocol_table, summarised
 from h2a2_jax.sweeps.results import table, write_protocol, write_results
 from h2a2_jax.sweeps.runner import Share, finished, last_metrics, run_all, shares
@@ -104,6 +104,27 @@ def test_alone_a_dataset_takes_the_steps_of_joint_training_and_lowers_its_rate_a
     assert large.train.steps == small.train.steps == 225
     assert large.optim.decay_epochs == base.optim.decay_epochs == (6, 8)
     assert small.optim.decay_epochs == (19, 25)  # 150 and 200 joint steps are 18.75 and 25 of its epochs
+    # Of two batches: 13 joint steps are an epoch, 4 alone, and 78 and 104 of 117 joint steps 19.5 and 26 of its epochs.
+    base = replace(base, optim=replace(base.optim, batches=2))
+    small = restricted(base, ["sunrgbd"])
+    assert small.train.steps == 117 and small.optim.decay_epochs == (19, 26)
+
+
+@pytest.mark.parametrize(
+    ("decays", "steps", "expected"),
+    [
+        ((8, 11), 150, (4, 5)),  # of 6 epochs: 5.5 is nearer to 5 than to the end
+        ((8, 9), 50, (1,)),  # 1.33 and 1.5 of 2 epochs: a second one would come at the end
+        ((6, 8), 100, (2, 3)),  # 2 and 2.67 of 4
+        ((2, 3), 100, (1, 2)),  # 0.67 and 1, of which the second comes an epoch later
+        ((8, 11), 25, ()),
+    ],
+)
+def test_a_shorter_training_lowers_its_rate_at_the_same_parts(decays: tuple, steps: int, expected: tuple):
+    base = replace(demo(), datasets=tuple(replace(source, train_size=100) for source in demo().datasets))
+    base = replace(base, optim=replace(base.optim, decay_epochs=decays), train=replace(base.train, steps=0, epochs=12))
+    found = restricted(base, ["s3dis"], steps)
+    assert (found.train.steps, found.optim.decay_epochs) == (steps, expected)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +223,8 @@ def test_the_table_has_means_over_seeds_and_over_datasets(tmp_path: Path):
         "tr3d_scannet_seed0": (8.0,),
         "tr3d_sunrgbd_seed0": (16.0,),
     }.items():
-        text = "".join(json.dumps({"step": step, "scans_per_second": rate}) + "\n" for step, rate in enumerate(rates))
+        lines = [(0, 100.0), *enumerate(rates)]
+        text = "".join(json.dumps({"step": step, "scans_per_second": rate}) + "\n" for step, rate in lines)
         (tmp_path / "runs" / name / "metrics.jsonl").write_text(text)
     result = write_results("ablation", base, rows, folders, tmp_path)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(result).splitlines() if "|" in line]
@@ -218,7 +240,7 @@ def test_the_table_has_means_over_seeds_and_over_datasets(tmp_path: Path):
     ]
     counted = {cells[0]: cells[-3:-1] for cells in lines[2:]}
     assert float(counted["SF-KS"][0].removesuffix(" M")) > float(counted["naive joint"][0].removesuffix(" M")) > 0
-    # Of the medians 8 and 12; alone 16 scans take two seconds, then one, 16 and 12 without a line of the other dataset.
+    # Of the medians 8 and 12, where of two lines of a step the later counts; alone, of as many scans at 8 and at 16.
     assert counted["SF-KS + NGH"][1] == "10.0 ± 2.8" and counted["TR3D alone"][1] == f"{2 / (1 / 8 + 1 / 16):.1f}"
     assert counted["naive joint"][1] == "-"
     by_label = {cells[0]: [*cells[1:-3], cells[-1]] for cells in lines[2:]}
@@ -242,7 +264,7 @@ def test_the_results_keep_other_sweeps_and_real_data_need_no_warning(tmp_path: P
     swept = write_results("tau_sweep", base, sweep, folders, tmp_path)
     write_results("ablation", demo(), ablation, locate(ablation, tmp_path), tmp_path)
     document = json.loads((tmp_path / "results.json").read_text())
-    assert document["version"] == 2 and document["tau_sweep"] == swept and len(document["ablation"]["rows"]) == 5
+    assert document["version"] == 1 and document["tau_sweep"] == swept and len(document["ablation"]["rows"]) == 5
     assert [row["tau"] for row in swept["rows"]] == [0.2, 0.3]
     assert swept["rows"][1]["summary"]["exclusive_share"]["sunrgbd"]["mean"] == pytest.approx(60)
     text = (tmp_path / "table.md").read_text()
@@ -318,7 +340,8 @@ def test_a_run_waits_for_the_one_that_it_starts_with(tmp_path: Path, monkeypatch
     first, broken, other = (Run(name, 0, demo()) for name in ("first", "broken", "other"))
     waiting = [Run("second", 0, demo(), after=first), Run("never", 0, demo(), after=broken), broken, first, other]
     folders = {run: tmp_path / run.folder for run in waiting}
-    begun = []
+    begun, told = [], []
+    monkeypatch.setattr(runner._Progress, "_tell", lambda self, what: told.append(what.partition(":")[0]))
 
     def start(run, folder, share, *others):
         begun.append(run.name)
@@ -330,6 +353,8 @@ def test_a_run_waits_for_the_one_that_it_starts_with(tmp_path: Path, monkeypatch
     monkeypatch.setattr(runner, "_start", start)
     failures = run_all(folders, tmp_path / "cache", jobs=1)
     assert begun == ["broken", "first", "second", "other"]
+    named = ("broken_seed0 failed", "never_seed0 was not begun", "first_seed0", "second_seed0", "other_seed0")
+    assert tuple(told) == named
     assert {run.name: reason.partition(" (all")[0] for run, reason in failures.items()} == {
         "broken": "broken_seed0 failed: it broke",
         "never": "never_seed0 was not begun: it waits for a run that failed.",

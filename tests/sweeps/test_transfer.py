@@ -3,16 +3,20 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from configs.joint import demo
+from h2a2_jax.commands import transfer as commands_transfer
 from h2a2_jax.commands import transfer_command
 from h2a2_jax.errors import InputError
+from h2a2_jax.inference.cross import CommonClasses, common_classes
+from h2a2_jax.inputs.sources import build_source
+from h2a2_jax.inputs.specs import S3DIS, DatasetSpec, dataset_spec
 from h2a2_jax.sweeps import transfer
-from h2a2_jax.sweeps.plan import Run, locate, naive_joint
+from h2a2_jax.sweeps.plan import Row, Run, locate, naive_joint
 from h2a2_jax.sweeps.results import write_transfer
 from h2a2_jax.sweeps.transfer import (
     evaluate_zero_shot,
@@ -45,14 +49,14 @@ def test_what_is_trained_without_a_dataset_and_what_starts_with_it(tmp_path: Pat
     assert configs["TR3D on sunrgbd"] == naive_joint(replace(others, datasets=base.datasets[1:2]))
 
     folders = locate(rows, tmp_path)
-    tuned = tuning_rows(base, "s3dis", (0, 1), folders)
+    tuned = tuning_rows(base, "s3dis", (0, 1), rows, folders)
     assert [row.label for row in tuned] == [
         "from scratch",
         "from scratch, SF-KS",
-        "from tr3d_scannet",
-        "from tr3d_sunrgbd",
-        "from naive_without_s3dis",
-        "from h2a2_without_s3dis",
+        "from TR3D on scannet",
+        "from TR3D on sunrgbd",
+        "from naive joint",
+        "from H2A2",
     ]
     for row in tuned:
         assert [run.seed for run in row.runs] == [run.config.train.seed for run in row.runs] == [0, 1]
@@ -64,7 +68,27 @@ def test_what_is_trained_without_a_dataset_and_what_starts_with_it(tmp_path: Pat
             start = folders.get(run.after)
             assert config.train.init_from == ("" if start is None else str(start))
             assert run.after is None or run.after.seed == run.seed
-    assert tuning_rows(base, "s3dis", (0,), {}, 7)[0].runs[0].config.train.steps == 7
+    assert tuning_rows(base, "s3dis", (0,), (), {}, 7)[0].runs[0].config.train.steps == 7
+
+
+def test_what_was_tuned_is_found_again_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base, workdir = demo(), tmp_path / "sweep"
+
+    def located(workdir: Path) -> dict[Run, Path]:
+        rows = pretraining_rows(base, "s3dis", (0,))
+        return locate(tuning_rows(base, "s3dis", (0,), rows, locate(rows, workdir)), workdir)
+
+    for run, folder in located(workdir).items():
+        write_run(folder, run.config, {"s3dis": (0.5, 0.2)})
+    monkeypatch.chdir(tmp_path)
+    assert [*located(Path("sweep")).values()] == [folder.relative_to(tmp_path) for folder in located(workdir).values()]
+    workdir.rename(tmp_path / "moved")
+    assert all((folder / "evaluation.json").exists() for folder in located(tmp_path / "moved").values())
+    # A start of the user's own is not known by its name alone.
+    (run,) = (run for run in located(Path("moved")) if run.name == "s3dis_from_scratch")
+    other = replace(run, config=replace(run.config, train=replace(run.config.train, init_from="somewhere")))
+    with pytest.raises(InputError, match=r"another experiment \(train.init_from is  there and somewhere here"):
+        locate([Row("other", (other,))], Path("moved"))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +106,21 @@ def test_what_makes_no_sense_is_refused(base: ExperimentConfig, held_out: str, s
 
 def test_no_steps_of_tuning_are_refused():
     with pytest.raises(InputError, match="--tuning_steps is 0; expected 1 or more"):
-        tuning_rows(demo(), "s3dis", (0,), {}, 0)
+        tuning_rows(demo(), "s3dis", (0,), (), {}, 0)
+
+
+class Choosy:
+    """Finds what `KNOWING` does, but as the head of one dataset, in one way, the chairs only."""
+
+    def __init__(self, is_choosy: bool):
+        self.is_choosy = is_choosy
+
+    def predict(self, scans, dataset):
+        found = KNOWING.predict(scans, dataset)
+        if self.is_choosy and dataset == "scannet":
+            chair = dataset_spec(dataset).classes.index("chair")
+            found = [each[each.labels == chair] for each in found]
+        return found
 
 
 @pytest.mark.parametrize("row", range(4))
@@ -90,36 +128,68 @@ def test_as_it_is_a_detector_is_asked_in_every_way_that_it_has(
     row: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = pretraining_rows(demo(), "s3dis", (0,))[row].runs[0].config
-    asked = []
+    source = replace(demo().datasets[2], val_size=4)
+    asked, choosy = [], ("mean", "selected")
 
     def build_predictor(model, specs, way):
         asked.append((way.conditioning, way.kernels))
-        return KNOWING
+        return Choosy(asked[-1] == choosy)
 
     monkeypatch.setattr(transfer, "restore_checkpoint", lambda folder: (random_detector(), config))
     monkeypatch.setattr(transfer, "build_predictor", build_predictor)
-    evaluate_zero_shot(tmp_path, replace(demo().datasets[2], val_size=2), tmp_path / "cache")
+    evaluate_zero_shot(tmp_path, source, tmp_path / "cache")
     ways = [("own", "selected"), ("mean", "selected"), ("mean", "shared")][: (1, 1, 2, 3)[row]]
     assert asked == ways
-    found = read_zero_shot(tmp_path, "s3dis")
+    found = read_zero_shot(tmp_path, source)
     assert found is not None
     assert [(e["conditioning"], e["kernels"], e["head"]) for e in found] == [
         (*way, head) for way in ways for head in config.dataset_names
     ]
+    held = [build_source(source, "val")[i] for i in range(4)]
+    there = {S3DIS.classes[label] for scan in held for label in scan.labels}
+    assert {"chair", "table", "bookcase"} < there
     for entry in found:
-        # The predictor finds all boxes of a class by the same name; a bookshelf would be a bookcase.
         assert entry["classes"] == ["table", "chair", "sofa", "bookcase"]
-        assert all(0 < score <= 1 for score in entry["mAP"])
-    assert read_zero_shot(tmp_path, "scannet") is None
+        common = there & {*entry["classes"]}
+        # The predictor finds all boxes of a class by the same name; a bookshelf would be a bookcase.
+        is_choosy = entry["head"] == "scannet" and (entry["conditioning"], entry["kernels"]) == choosy
+        expected = (1 if is_choosy else len(common) - 1) / len(common)
+        assert entry["mAP"] == pytest.approx([expected] * 2)
+    # What is of other scans, or of another version, does not count.
+    assert read_zero_shot(tmp_path, replace(source, val_size=3)) is None
+    assert read_zero_shot(tmp_path, demo().datasets[0]) is None
+    path = tmp_path / "zero_shot_s3dis.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 0'))
+    assert read_zero_shot(tmp_path, source) is None
 
 
-def test_the_tables_and_what_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_head_without_common_classes_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    config = pretraining_rows(demo(), "s3dis", (0,))[2].runs[0].config
+    source = replace(demo().datasets[2], val_size=1)
+
+    def without_sunrgbd(head: DatasetSpec, data: DatasetSpec) -> CommonClasses:
+        return CommonClasses(head, data, ()) if head.name == "sunrgbd" else common_classes(head, data)
+
+    monkeypatch.setattr(transfer, "restore_checkpoint", lambda folder: (random_detector(), config))
+    monkeypatch.setattr(transfer, "build_predictor", lambda *given: KNOWING)
+    monkeypatch.setattr(transfer, "common_classes", without_sunrgbd)
+    evaluate_zero_shot(tmp_path, source, tmp_path / "cache")
+    assert capsys.readouterr().out == "sunrgbd and s3dis have no class in common.\n"
+    assert [entry["head"] for entry in read_zero_shot(tmp_path, source) or ()] == ["scannet", "scannet"]
+
+
+def test_the_tables_and_what_is_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     base = demo()
     rows = pretraining_rows(base, "s3dis", (0, 1))
     folders = locate(rows, tmp_path)
-    assert without_zero_shot(folders, "s3dis") == []  # nothing is trained yet
+    source = base.datasets[2]
+    assert without_zero_shot(rows, folders, source) == []  # nothing is trained yet
     write_all(folders, {})
-    assert without_zero_shot(folders, "s3dis") == [*folders.values()]
+    assert without_zero_shot(rows, folders, source) == [*folders.values()]
     for run, folder in folders.items():
         entries = [
             {
@@ -131,9 +201,10 @@ def test_the_tables_and_what_is_finished(tmp_path: Path, capsys: pytest.CaptureF
             }
             for head in run.config.dataset_names
         ]
-        (folder / "zero_shot_s3dis.json").write_text(json.dumps({"version": 1, "entries": entries}))
-    assert without_zero_shot(folders, "s3dis") == []
-    tuned = tuning_rows(base, "s3dis", (0, 1), folders)
+        document = {"version": 1, "source": asdict(source), "entries": entries}
+        (folder / "zero_shot_s3dis.json").write_text(json.dumps(document))
+    assert without_zero_shot(rows, folders, source) == []
+    tuned = tuning_rows(base, "s3dis", (0, 1), rows, folders)
     tuned_folders = locate(tuned, tmp_path)
     write_all(
         {run: folder for run, folder in tuned_folders.items() if run.seed == 0 or run.after is None},
@@ -141,18 +212,41 @@ def test_the_tables_and_what_is_finished(tmp_path: Path, capsys: pytest.CaptureF
     )
     result = write_transfer(base, "s3dis", rows, tuned, {**folders, **tuned_folders}, tmp_path)
     lines = [[c.strip() for c in line.split("|")[1:-1]] for line in transfer_table(result).splitlines() if "|" in line]
-    assert lines[0][-3:] == ["s3dis mAP@0.25", "s3dis mAP@0.5", "seeds"]
+    assert lines[0][-3:] == ["mAP@0.25 of these", "mAP@0.5 of these", "seeds"]
     assert lines[2] == ["TR3D on scannet", "scannet", "own", "selected", "2", "20.0 ± 14.1", "-", "2"]
     assert [line[:2] for line in lines[4:8]] == [
         [label, head] for label in ("naive joint", "H2A2") for head in base.dataset_names[:2]
     ]
     by_start = {line[0]: line[1:] for line in lines[10:]}
     assert by_start["from scratch"] == ["30.0 ± 0.0", "10.0 ± 0.0", "2"]
-    assert by_start["from h2a2_without_s3dis"] == ["50.0", "25.0", "1"]
-    assert "fine-tuned on it for 100 steps" in result["note"] and "say nothing about the benchmarks" in result["note"]
-    assert json.loads((tmp_path / "results.json").read_text())["transfer"] == result
+    assert by_start["from H2A2"] == ["50.0", "25.0", "1"]
+    assert (
+        "without it for 200 steps of 4 scans a dataset, on it for 100 steps" in result["note"]
+        and "say nothing about the benchmarks" in result["note"]
+    )
+    assert json.loads((tmp_path / "results.json").read_text())["transfer_to_s3dis"] == result
 
     write_all({run: folder for run, folder in tuned_folders.items() if not folder.exists()}, {})
     assert transfer_command(base, tmp_path, "s3dis", (0, 1), jobs=1) == 0
-    assert "| from h2a2_without_s3dis" in capsys.readouterr().out
-    assert "## Transfer" in (tmp_path / "table.md").read_text()
+    assert "| from H2A2" in capsys.readouterr().out
+    assert "## Transfer to s3dis" in (tmp_path / "table.md").read_text()
+
+    # One checkpoint that cannot be read is named; the others are predicted, and the table is written.
+    broken, *others = [folder for folder in folders.values()]
+    for folder in folders.values():
+        (folder / "zero_shot_s3dis.json").unlink()
+    predicted = []
+
+    def evaluate(folder, source, cache):
+        if folder == broken:
+            raise InputError("its checkpoint is gone")
+        predicted.append(folder)
+
+    monkeypatch.setattr(commands_transfer, "evaluate_zero_shot", evaluate)
+    assert transfer_command(base, tmp_path, "s3dis", (0, 1), jobs=1) == 1
+    said = capsys.readouterr()
+    assert f"{broken.name} did not predict s3dis: its checkpoint is gone" in said.err and predicted == others
+    assert "| TR3D on scannet" not in said.out and "| from H2A2" in said.out
+    predicted.clear()
+    assert transfer_command(base, tmp_path, "s3dis", (0, 1), jobs=1, budget_minutes=1e-9) == 0
+    assert f"{len(folders)} predictions of s3dis are left" in capsys.readouterr().out and predicted == []
