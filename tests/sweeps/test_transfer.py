@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs.joint import demo
+from h2a2_jax.boxes import Detections
 from h2a2_jax.commands import transfer as commands_transfer
 from h2a2_jax.commands import transfer_command
 from h2a2_jax.errors import InputError
@@ -119,7 +120,8 @@ class Choosy:
         found = KNOWING.predict(scans, dataset)
         if self.is_choosy and dataset == "scannet":
             chair = dataset_spec(dataset).classes.index("chair")
-            found = [each[each.labels == chair] for each in found]
+            chosen = [(each, each.labels == chair) for each in found]
+            found = [Detections(each.boxes[kept], each.scores[kept], each.labels[kept]) for each, kept in chosen]
         return found
 
 
