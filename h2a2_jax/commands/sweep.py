@@ -9,11 +9,13 @@ from pathlib import Path
 from h2a2_jax.commands.data import check_data
 from h2a2_jax.host import sigterm_raises
 from h2a2_jax.lock import alone_in
-from h2a2_jax.sweeps.picture import draw_tau
+from h2a2_jax.sweeps.picture import draw_ablation, draw_tau
 from h2a2_jax.sweeps.plan import Row, Run, ablation_rows, default_taus, locate, tau_rows
 from h2a2_jax.sweeps.results import table, write_results
 from h2a2_jax.sweeps.runner import run_all
 from h2a2_jax.training.config import ExperimentConfig
+
+_PICTURES = {"tau_sweep": (draw_tau, "tau.png"), "ablation": (draw_ablation, "ablation.png")}
 
 
 def tau_sweep_command(
@@ -52,7 +54,9 @@ def ablation_command(
     budget_minutes: float | None = None,
     rows: Sequence[str] = (),
 ) -> int:
-    """Train and evaluate naive joint training, SF-KS, NGH, both, and TR3D alone; write table.md and results.json.
+    """Train and evaluate naive joint training, SF-KS, NGH, both, and TR3D alone.
+
+    Written are table.md, results.json and ablation.png.
 
     Args:
         config: the base, with kernel selection.
@@ -82,9 +86,9 @@ def _sweep(
 ) -> int:
     def write(folders: Mapping[Run, Path]) -> str:
         result = write_results(sweep, config, rows, folders, workdir)
-        if sweep == "tau_sweep":
-            draw_tau(result, workdir / "tau.png")
-            print(f"Drawn in {workdir / 'tau.png'}", flush=True)
+        draw, picture = _PICTURES[sweep]
+        draw(result, workdir / picture)
+        print(f"Drawn in {workdir / picture}", flush=True)
         return table(result)
 
     return run_sweep(config, workdir, lambda: locate(rows, workdir), jobs, write, budget_minutes=budget_minutes)

@@ -10,7 +10,7 @@ from h2a2_jax.files import whole_file
 from h2a2_jax.sweeps.plan import Row, Run
 from h2a2_jax.sweeps.protocol import protocol_figures, protocol_table
 from h2a2_jax.sweeps.runner import last_metrics, read_evaluation, scans_per_second
-from h2a2_jax.sweeps.tables import markdown_table, per_cent, spread, spread_cell
+from h2a2_jax.sweeps.tables import MEAN, markdown_table, per_cent, spread, spread_cell
 from h2a2_jax.sweeps.transfer import transfer_figures, transfer_table
 from h2a2_jax.training.build import count_parameters
 from h2a2_jax.training.config import ExperimentConfig
@@ -25,7 +25,6 @@ _TITLES = {
 }
 TRANSFER = "transfer_to_"
 """How a transfer is called in results.json, before the name of the dataset."""
-_MEAN = "mean"
 
 
 def write_results(
@@ -166,7 +165,7 @@ def table(result: Mapping[str, Any]) -> str:
         result: from `write_results`.
     """
     columns: list[tuple[str, str, int | None]]
-    columns = [("mAP", name, t) for name in [*result["datasets"], _MEAN] for t in range(len(result["iou_thresholds"]))]
+    columns = [("mAP", name, t) for name in [*result["datasets"], MEAN] for t in range(len(result["iou_thresholds"]))]
     titles = [f"{name} mAP@{result['iou_thresholds'][t]:g}" for _, name, t in columns if t is not None]
     if any(row["summary"]["exclusive_share"] for row in result["rows"]):
         columns += [("exclusive_share", name, None) for name in result["datasets"]]
@@ -199,7 +198,7 @@ def _of_seed(of_seed: Mapping[Run, Path], names: Sequence[str], thresholds: int)
                 shares[name] = per_cent(metrics[f"exclusive_share/{name}"])
     scores |= {name: [None] * thresholds for name in names if name not in scores}
     of_level = [[scores[name][t] for name in names] for t in range(thresholds)]
-    scores[_MEAN] = [
+    scores[MEAN] = [
         None if None in level else statistics.fmean(v for v in level if v is not None) for level in of_level
     ]
     scans = [_scans_of_step(run.config) * run.config.train.steps for run in of_seed]

@@ -4,6 +4,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+MEAN = "mean"
+"""In place of a dataset's name: the mean over datasets."""
+
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table of lines of cells, the first of which are titles; columns are aligned."""

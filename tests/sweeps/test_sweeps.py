@@ -17,7 +17,7 @@ from configs.joint import demo, two
 from h2a2_jax.commands import tau_sweep_command
 from h2a2_jax.errors import InputError
 from h2a2_jax.sweeps import runner
-from h2a2_jax.sweeps.picture import draw_tau
+from h2a2_jax.sweeps.picture import draw_ablation, draw_tau
 from h2a2_jax.sweeps.plan import Row, Run, ablation_rows, default_taus, locate, restricted, tau_rows
 from h2a2_jax.sweeps.protocol import protocol_rows, protocol_table, summarised
 from h2a2_jax.sweeps.results import table, write_protocol, write_results
@@ -251,6 +251,8 @@ def test_the_table_has_means_over_seeds_and_over_datasets(tmp_path: Path):
     # Seed 1 has no run on SUN RGB-D yet: a row's seeds are whole or not counted.
     assert by_label["TR3D alone"] == ["40.0", "10.0", "20.0", "0.0", "30.0", "5.0", "1"]
     assert "say nothing about the benchmarks" in table(result)
+    draw_ablation(result, tmp_path / "ablation.png")
+    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_results_keep_other_sweeps_and_real_data_need_no_warning(tmp_path: Path):
