@@ -8,8 +8,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+try:
+    from absl import app, flags, logging
+    from ml_collections import config_flags
+except ModuleNotFoundError as missing:
+    print(
+        f"run.py: {missing.name} is not installed for {sys.executable}: activate the environment that the README's "
+        "first command makes (source .venv/bin/activate), or pip install -e .",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 from h2a2_jax.errors import InputError
 
@@ -18,7 +26,9 @@ if TYPE_CHECKING:
     from h2a2_jax.inference.files import PredictRequest
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "What to run, as in configs/joint.py:demo; eval and predict take the checkpoint's without it."
+    "config",
+    None,
+    "What to run, as in configs/joint.py:demo; eval, predict and report take the checkpoint's without it.",
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results.")
 _MODE = flags.DEFINE_enum(
@@ -95,7 +105,7 @@ _ONLY_FOR = {
     **dict.fromkeys(("trainings", "evaluations"), ("protocol",)),
     **dict.fromkeys(_OF_PROCESSES, ("train", "eval", "predict")),
 }
-_FROM_CHECKPOINT = ("eval", "predict", "replay")
+_FROM_CHECKPOINT = ("eval", "predict", "replay", "report")
 _ONLY_WITH_INPUT = ("up", "unit", "colors", "align", "score", "show")
 _EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
 
@@ -132,7 +142,8 @@ def main(argv: list[str]) -> int | None:
     elif mode == "transfer" and _HELD_OUT.value is None:
         raise InputError("--mode=transfer needs --held_out, the dataset to train without, as in --held_out=s3dis.")
     elif _CONFIG.value is None or not _WORKDIR.value:
-        raise InputError(f"run.py needs --config and --workdir, as in {_EXAMPLE}.")
+        example = _EXAMPLE if mode == "train" else f"--mode={mode} {_EXAMPLE}"
+        raise InputError(f"run.py needs --config and --workdir, as in {example}; --help lists modes and flags.")
     seeds, taus = _numbers("seeds", _SEEDS.value, int), _numbers("taus", _TAUS.value, float)
     # Imported here, so that a wrong flag is answered at once.
     from h2a2_jax import commands
@@ -145,6 +156,9 @@ def main(argv: list[str]) -> int | None:
         return commands.replay_command(workdir, _STEP.value)
     if mode == "predict" and _INPUT.value:
         return commands.predict_files_command(workdir, _predict_request(), config)
+    if mode == "report":
+        commands.report_command(config, workdir, [Path(folder) for folder in _SINGLES.value])
+        return None
     if mode in _FROM_CHECKPOINT:
         with processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
             if mode == "eval":
@@ -166,19 +180,11 @@ def main(argv: list[str]) -> int | None:
         return commands.protocol_command(
             config, workdir, _TRAININGS.value, _EVALUATIONS.value, _JOBS.value, _BUDGET_MINUTES.value
         )
-    if mode == "report":
-        commands.report_command(config, workdir, [Path(folder) for folder in _SINGLES.value])
-        return None
     from h2a2_jax.training.stopping import Stopped
 
     try:
         with processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
-            commands.train_command(
-                config,
-                workdir,
-                accept_changes=_ACCEPT_CHANGES.value,
-                config_file=config_flags.get_config_filename(flags.FLAGS["config"]),
-            )
+            commands.train_command(config, workdir, accept_changes=_ACCEPT_CHANGES.value)
     except Stopped as stopped:  # it said what is saved
         return stopped.status
     return None

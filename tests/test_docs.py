@@ -18,6 +18,7 @@ from tests.training.test_checkpoint import NAMES, experiment, make_state
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COLUMNS = [("float", name) for name in "xyz"] + [("uchar", name) for name in ("red", "green", "blue")]
 TRAINED = {"layers.md": 3}
 """Losses that the blocks of a page record."""
 
@@ -75,6 +76,13 @@ def test_the_blocks_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pytest
     if "runs/demo" in "".join(blocks):
         with CheckpointStore("runs/demo/checkpoints") as store:
             store.save(1, make_state(1), experiment(), NAMES)
+    if "myscans/room.ply" in "".join(blocks):
+        Path("myscans").mkdir()
+        rows = np.random.default_rng(0).random((3000, 3)) * 2
+        header = "".join(f"property {kind} {name}\n" for kind, name in COLUMNS)
+        points = "".join(f"{x:.3f} {y:.3f} {z:.3f} 90 120 {int(100 * z)}\n" for x, y, z in rows)
+        text = f"ply\nformat ascii 1.0\nelement vertex {len(rows)}\n{header}end_header\n{points}"
+        Path("myscans/room.ply").write_text(text)
     names: dict[str, Any] = {}
     trained = 0
     for block in blocks:
@@ -85,6 +93,8 @@ def test_the_blocks_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pytest
     assert trained == TRAINED.get(name, 0)
     if name == "layers.md":
         compare_with_vmap(names)
+    if "cloud" in names:
+        assert len(names["cloud"].points) == 3000 and names["boxes"].scores.min(initial=1) >= 0.3
     if name == "For engineers":
         assert names["codes"].shape == (2, 16) and np.isfinite(names["codes"]).all()
 

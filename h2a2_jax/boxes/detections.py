@@ -22,3 +22,8 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def of_score(self, lowest: float) -> "Detections":
+        """Those of at least this score."""
+        kept = self.scores >= np.float32(lowest)
+        return Detections(self.boxes[kept], self.scores[kept], self.labels[kept])

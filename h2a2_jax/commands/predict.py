@@ -15,7 +15,7 @@ from h2a2_jax.host import progress_interval
 from h2a2_jax.inference.buckets import BucketFile
 from h2a2_jax.inference.evaluate import build_predictor
 from h2a2_jax.inference.files import FoundInputs, PredictRequest, find_inputs, printable
-from h2a2_jax.inference.predict_files import REPEATED, Outcome, predict_files
+from h2a2_jax.inference.predict_files import FAINT_SCORE, REPEATED, Outcome, predict_files
 from h2a2_jax.inference.predictions import document_of, scan_entry
 from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inference.writers import check_output, write_document, write_scan
@@ -55,12 +55,17 @@ def predict_files_command(workdir: Path, request: PredictRequest, config: Experi
     check_output(output, (file.name for file in found.files), request.formats)
     model, stored = restore_checkpoint(workdir, request.step, config)
     config = stored if config is None else config
-    predictor = build_predictor(model, config.specs, replace(config.eval, score_threshold=request.score))
+    lowest = min(request.score, FAINT_SCORE)
+    predictor = build_predictor(model, config.specs, replace(config.eval, score_threshold=lowest))
     shapes = _shapes(run)
     if shapes is not None:
         predictor.set_bucket_bases(shapes.read())
     for line in _opening(found, request, predictor, output):
         print(line, flush=True)
+    if all(source.kind == "synthetic" for source in stored.datasets):
+        print(
+            "The model has seen procedural scans only: on others its boxes show how things work, no more.", flush=True
+        )
     outcome = predict_files(predictor, found, request, output, say=lambda text: tqdm.write(text, file=sys.stdout))
     if shapes is not None:
         shapes.write(predictor.bucket_bases)
@@ -109,14 +114,16 @@ def _closing(outcome: Outcome, found: FoundInputs, output: Path) -> Iterator[str
     for remark, names in outcome.remarks.values():
         if len(names) > REPEATED:
             yield f"{len(names)} scans ({some(names)}), as the first one: {printable(remark)}."
-    done = f"{outcome.boxes} boxes in {len(outcome.entries)} of {len(found.files)} scans: {printable(output)}"
+    boxes = "1 box" if outcome.boxes == 1 else f"{outcome.boxes} boxes"
+    scans = "1 scan" if len(found.files) == 1 else f"{len(found.files)} scans"
+    done = f"{boxes} in {len(outcome.entries)} of {scans}: {printable(output)}"
     if outcome.interrupted:
         yield f"Stopped. Until then: {done}; the same command begins anew."
     else:
         yield done
     if outcome.entries:
         spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in outcome.seconds.items())
-        yield f"seconds, the next scan being read meanwhile: {spent}"
+        yield f"Seconds by stage, the next scan being read meanwhile: {spent}."
     if outcome.failed:
         yield f"{len(outcome.failed)} failed:"
         yield from (f"  {name}: {sentence}" for name, sentence in outcome.failed.items())

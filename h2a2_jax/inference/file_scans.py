@@ -23,7 +23,7 @@ from h2a2_jax.inputs.cloud_scan import NO_COLORS, PlacedCloud, place_cloud
 from h2a2_jax.inputs.examine import spread
 from h2a2_jax.inputs.guess import guess_unit, guess_up
 from h2a2_jax.inputs.point_cloud import COLOR_RANGES, PointCloud, read_point_cloud
-from h2a2_jax.inputs.scan import Scan, ScanError
+from h2a2_jax.inputs.scan import NOT_FINITE, Scan, ScanError
 from h2a2_jax.inputs.scan_folder import upright_matrix
 from h2a2_jax.inputs.specs import DatasetSpec
 
@@ -79,7 +79,7 @@ def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> Fi
     remarks += cloud.assumed
     for kind, count in placed.scan.notes.items():
         if kind != NO_COLORS:
-            remarks.append(f"{count:,} {kind}")
+            remarks.append(f"{count:,} {kind}{' are left out' * (kind == NOT_FINITE)}")
     placed, more = align(placed, request, spec)
     return FileScan(file, placed.scan, placed.matrix, tuple([*remarks, *more]))
 
@@ -134,7 +134,10 @@ def align(placed: PlacedCloud, request: PredictRequest, spec: DatasetSpec) -> tu
         else:
             remarks.append("does not show which way is up (too few floors and walls) and is left as it is")
     elif gravity.sure and gravity.tilt > _TILTED:
-        remarks.append(f"looks tilted by {tilt}: add --align=gravity")
+        # Level, its walls can be told better: both at once saves a round.
+        is_turned = request.align == "manhattan" or not spec.has_yaw
+        remarks.append(f"looks tilted by {tilt}: add --align={'both' if is_turned else 'gravity'}")
+    is_tilted = request.align not in ("gravity", "both") and gravity.sure and gravity.tilt > _TILTED
     walls = estimate_walls(normals @ rotation.T)
     angle = f"{math.degrees(walls.angle):.1f} degrees"
     if request.align in ("manhattan", "both"):
@@ -143,7 +146,7 @@ def align(placed: PlacedCloud, request: PredictRequest, spec: DatasetSpec) -> tu
             remarks.append(f"has its walls at {angle} to x and y and is turned along them")
         else:
             remarks.append("shows no direction of its walls and is not turned along them")
-    elif walls.sure and not spec.has_yaw and abs(walls.angle) > _TURNED:
+    elif walls.sure and not spec.has_yaw and abs(walls.angle) > _TURNED and not is_tilted:
         both = "both" if request.align == "gravity" else "manhattan"
         remarks.append(
             f"has its walls at {angle} to x and y, and boxes of {spec.name} are axis-aligned: add --align={both}"

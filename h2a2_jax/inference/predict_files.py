@@ -20,6 +20,8 @@ from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inference.writers import ALL_BOXES, TABLE, write_document, write_scan, write_table
 from h2a2_jax.inputs.specs import DatasetSpec
 
+FAINT_SCORE = 0.05
+"""Boxes down to this score, or to that of the request if it is lower, are on the page behind its slider."""
 REPEATED = 3
 """How often remarks of one kind are said as they come up."""
 _NUMBER = re.compile(r"-?\d[\d.,]*")
@@ -55,7 +57,7 @@ def predict_files(
     """Predicts files and writes the results, the next one being read meanwhile.
 
     Args:
-        predictor: whose lowest score is that of the request.
+        predictor: whose lowest score is that of the request, or `FAINT_SCORE` if this is lower.
         found: the files.
         request: how.
         output: folder of the results, which can be written to.
@@ -104,10 +106,16 @@ def _predict_one(
         outcome.seconds["load"] = outcome.seconds.get("load", 0.0) + seconds
         for remark in loaded.remarks:
             _remark(loaded, remark, outcome, say)
-        (boxes,) = predictor.predict([prepare(loaded.scan, spec)], spec.name, outcome.seconds)
+        (every,) = predictor.predict([prepare(loaded.scan, spec)], spec.name, outcome.seconds)
+        boxes = every.of_score(request.score)
+        if not len(boxes):
+            best = f"the best has {every.scores.max():.2f}: --score lowers the bound" if len(every) else "nor near it"
+            _remark(loaded, f"no box has a score of {request.score:g} or more, {best}", outcome, say)
         started = time.perf_counter()
         entry = scan_entry(loaded.scan.name, loaded.matrix, boxes, spec, printable(loaded.file.path))
-        write_scan(output, request.formats, entry, loaded.scan, loaded.matrix, boxes, spec, shown=request.score)
+        write_scan(
+            output, request.formats, entry, loaded.scan, loaded.matrix, boxes, spec, shown=request.score, every=every
+        )
         outcome.seconds["write"] = outcome.seconds.get("write", 0.0) + time.perf_counter() - started
         outcome.entries.append(entry)
         if request.show:

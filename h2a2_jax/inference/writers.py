@@ -146,6 +146,7 @@ def write_scan(
     spec: DatasetSpec,
     truth: Any = None,
     shown: float = 0.3,
+    every: Detections | None = None,
 ) -> None:
     """Writes what is asked for of one scan.
 
@@ -159,6 +160,7 @@ def write_scan(
         spec: of their dataset.
         truth: `GroundTruth` for page and picture, or None.
         shown: lowest score of boxes in the picture, and in the page until one moves its slider.
+        every: boxes of any score, for the page; None: those found.
     """
     stem = folder / str(entry["name"])
     if "json" in formats:
@@ -173,7 +175,9 @@ def write_scan(
         note = "Numbers on this page are in metres with z up; JSON and CSV have those of the file." if moved else ""
         if "html" in formats:
             with whole_file(_beside(stem, ".html")) as part:
-                write_viewer(part, scan, found, spec.classes, truth=truth, score=shown, note=note)
+                write_viewer(
+                    part, scan, found if every is None else every, spec.classes, truth=truth, score=shown, note=note
+                )
         if "png" in formats:
             with whole_file(_beside(stem, ".png")) as part:
                 write_image(part, scan, found, spec.classes, truth=truth, score=shown)

@@ -71,7 +71,8 @@ def recognise(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
     from h2a2_jax.inputs.tfds_source import is_tfds
 
     if not root.is_dir():
-        raise InputError(f"There is no folder {root}: give one with --data=FOLDER.")
+        what = f"{root} is a file, not a folder" if root.is_file() else f"There is no folder {root}"
+        raise InputError(f"{what}: give a folder of scans with --data=FOLDER.")
     if is_scan_folder(root):
         return _own_folder(root, spec)
     if is_tfds(root):

@@ -51,8 +51,11 @@ def voxel_coordinates(points: Float[np.ndarray, "m 3"], voxel_size: float) -> In
         int32 coordinates.
 
     Raises:
-        InputError: a coordinate is not finite or lies outside the +-31,743 voxels that a site key can hold.
+        InputError: a coordinate is not finite or lies outside the +-31,743 voxels that a site key can hold, or voxels
+            have no size.
     """
+    if not voxel_size > 0:
+        raise InputError(f"voxel_size is {voxel_size}; expected metres above 0.")
     finite = np.isfinite(points).all(1)
     if not finite.all():
         raise InputError(
@@ -227,8 +230,10 @@ def voxelize(clouds: Sequence[np.ndarray], voxel_size: float) -> Voxelization:
         voxel_size: metres.
 
     Raises:
-        InputError: see `voxel_coordinates`.
+        InputError: see `voxel_coordinates`; or one array is given in place of a list of them.
     """
+    if isinstance(clouds, np.ndarray) and clouds.ndim < 3:
+        raise InputError(f"an array {list(clouds.shape)} was given; expected is a list with an array [m, 3] a scan.")
     coords = [voxel_coordinates(points, voxel_size) for points in clouds]
     rows = np.concatenate([np.empty((0, 3), np.int32), *coords])
     scan = np.repeat(np.arange(len(clouds)), [len(c) for c in coords])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.evaluate import build_predictor
+from h2a2_jax.report.curves import draw_curves
 from h2a2_jax.sweeps.plan import drawn_datasets
 from h2a2_jax.sweeps.runner import evaluation_folder, finished, read_evaluation
 from h2a2_jax.training.checkpoint import restore_checkpoint
@@ -53,6 +54,7 @@ def run(config: ExperimentConfig, workdir: Path, evaluations: int = 1) -> None:
     """
     if not finished(workdir):
         train(config, workdir)
+        draw_curves(workdir)  # which its summary shows
     missing = [draw for draw in range(1, evaluations) if read_evaluation(workdir, draw) is None]
     if not missing:
         return

@@ -51,7 +51,6 @@ def train(
     devices: Sequence[jax.Device] | None = None,
     *,
     accept_changes: bool = False,
-    config_file: str | None = None,
 ) -> dict[str, Any]:
     """Train, save, evaluate; go on from the newest checkpoint where there is one.
 
@@ -66,7 +65,6 @@ def train(
         workdir: folder of the run, made if missing.
         devices: all of them by default.
         accept_changes: whether a run may go on with another config than it was begun with.
-        config_file: what the config was read from, for the commands in summary.md.
 
     Returns:
         What evaluation.json holds.
@@ -87,7 +85,7 @@ def train(
             documents = _evaluated(run)
             if is_main():
                 run.store.tidy()  # the last evaluation may have found another best one
-                _sum_up(run, _facts(run, documents, began, code, config_file))
+                _sum_up(run, _facts(run, documents, began, code))
         except Stopped as stopped:
             with signals.deferred():
                 opened.close()  # what is on its way to the disk arrives there
@@ -131,8 +129,9 @@ def open_run(
             part.write_text(to_json(config) + "\n")
         drop_lost_steps(workdir, first, config.optim.batches)
     if not is_new:
-        say(f"Resuming {workdir} after step {first} of {total}.")
-    _say_start(config, stream, mesh, total)
+        say(f"Resuming {workdir} after step {first} of {total}{', the last: it is evaluated' * (first >= total)}.")
+    if first < total:
+        _say_start(config, stream, mesh, total)
 
     log = SelectionLog(workdir, config.dataset_names, total, config.train.log_every)
     watch = Watch(config, config.specs, trainer.schedule, stream, log)
@@ -210,7 +209,7 @@ def input_summary(stream: JointStream) -> str:
     return f"Input: {rate:.1f} scans per second per core ({parts} ms a scan); {waited}."
 
 
-def _facts(run: Run, documents: dict[str, Any], began: float, code: str, config_file: str | None) -> RunFacts:
+def _facts(run: Run, documents: dict[str, Any], began: float, code: str) -> RunFacts:
     """What summary.md tells."""
     config, counter = run.config, run.compilations
     names = config.dataset_names
@@ -235,7 +234,6 @@ def _facts(run: Run, documents: dict[str, Any], began: float, code: str, config_
         devices=RunDevices.of(run.division.mesh),
         versions=versions(),
         revision=code,
-        config_file=config_file,
     )
 
 
@@ -273,7 +271,9 @@ def _naming_what_cannot_be_written(workdir: Path) -> Iterator[None]:
 
 def _say_start(config: ExperimentConfig, stream: JointStream, mesh: Mesh, total: int) -> None:
     names, batches = config.dataset_names, config.optim.batches
-    datasets = ", ".join(f"{name} ({count} scans)" for name, count in zip(names, stream.num_scans, strict=True))
+    kinds = ["procedural scans" if source.kind == "synthetic" else "scans" for source in config.datasets]
+    counted = zip(names, stream.num_scans, kinds, strict=True)
+    datasets = ", ".join(f"{name} ({count} {kind})" for name, count, kind in counted)
     sizes = [str(size) for size in stream.batch_sizes]
     size = f"{sizes[0]} scans a dataset" if len(set(sizes)) == 1 else f"{', '.join(sizes)} scans"
     several = f"{batches} batches of " if batches > 1 else ""

@@ -86,7 +86,6 @@ class RunFacts:
         devices: trained on.
         versions: of packages, by name (`h2a2_jax.provenance.versions`).
         revision: of this package (`h2a2_jax.provenance.revision`), as the run began.
-        config_file: what --config was given as, for the commands; None: not known.
     """
 
     config: ExperimentConfig
@@ -105,7 +104,6 @@ class RunFacts:
     devices: RunDevices
     versions: Mapping[str, str]
     revision: str
-    config_file: str | None = None
 
 
 def write_summary(workdir: Path, facts: RunFacts) -> Path:
@@ -134,7 +132,9 @@ def summary(workdir: Path, facts: RunFacts) -> str:
         workdir: of the run; its commands name it as it is given.
         facts: of the run.
     """
-    datasets = ", ".join(f"{name} ({_counted(count, 'scan')})" for name, count in facts.num_scans.items())
+    kinds = {source.name: source.kind for source in facts.config.datasets}
+    nouns = {name: "procedural scan" if kinds[name] == "synthetic" else "scan" for name in facts.num_scans}
+    datasets = ", ".join(f"{name} ({_counted(count, nouns[name])})" for name, count in facts.num_scans.items())
     epochs = f"{facts.epochs:.3g} epoch{'' if facts.epochs == 1 else 's'}"
     parts = [
         f"# {workdir.absolute().name}",
@@ -145,7 +145,7 @@ def summary(workdir: Path, facts: RunFacts) -> str:
         "## The run",
         _table([("", ""), *_rows(facts)]),
         "## What next",
-        "\n".join(["```bash", *next_commands(workdir, facts.config, facts.config_file), "```"]),
+        "\n".join(["```bash", *next_commands(workdir, facts.config), "```"]),
         f"<details>\n<summary>Config</summary>\n\n```json\n{to_json(facts.config)}\n```\n\n</details>",
     ]
     return "\n\n".join(parts) + "\n"
@@ -195,21 +195,19 @@ def _rows(facts: RunFacts) -> list[tuple[str, str]]:
     ]
 
 
-def next_commands(workdir: Path, config: ExperimentConfig, config_file: str | None = None) -> list[str]:
+def next_commands(workdir: Path, config: ExperimentConfig) -> list[str]:
     """What may be done with a run that is trained, commands as they are typed.
 
     Args:
         workdir: of the run.
         config: of the run.
-        config_file: what --config was given as; None: not known.
     """
     home, names = shlex.quote(str(workdir)), config.dataset_names
     head = f" --dataset={names[0]}" if len(names) > 1 else ""
-    given = shlex.quote(config_file) if config_file else "CONFIG"
     return [
         f"python run.py --mode=eval --workdir={home}",
         f"python run.py --mode=predict --workdir={home} --input=FOLDER --output=boxes{head}",
-        f"python run.py --mode=report --config={given} --workdir={home}",
+        f"python run.py --mode=report --workdir={home}",
     ]
 
 

@@ -36,7 +36,6 @@ FACTS = RunFacts(
     devices=RunDevices("H100", 6, 1, {"dataset": 3, "replica": 2}),
     versions={"python": "3.11.7", "jax": "0.10.2"},
     revision="abc + uncommitted changes",
-    config_file="configs/joint.py:demo",
 )
 
 
@@ -93,7 +92,7 @@ def test_the_commands_can_be_pasted():
     assert text.split("```bash\n")[1].split("\n```")[0].splitlines() == [
         "python run.py --mode=eval --workdir='my runs/joint'",
         "python run.py --mode=predict --workdir='my runs/joint' --input=FOLDER --output=boxes --dataset=scannet",
-        "python run.py --mode=report --config=configs/joint.py:demo --workdir='my runs/joint'",
+        "python run.py --mode=report --workdir='my runs/joint'",
     ]
 
 
