@@ -14,7 +14,8 @@ FLOORS: tuple[set[str], ...] = (
     {"inputs"},
     {"viewer"},
     {"training", "inference"},
-    {"convert", "report", "sweeps"},
+    {"convert", "report"},
+    {"sweeps"},
     {"commands"},
 )
 """Parts of the package; those of one floor may import one another only where they stand together with reason: a run

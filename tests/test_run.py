@@ -64,6 +64,8 @@ ROOT = Path(__file__).parent.parent
         (["--mode=check"], "--mode=check needs --data=FOLDER"),
         (["--mode=check", "--data=data"], "--workdir is not for --mode=check"),
         (["--mode=check", "--data=data", "--config=configs/joint.py:demo"], "--config is not for --mode=check"),
+        (["--mode=report"], "There is no folder"),
+        (["--mode=ablation"], "as in --mode=ablation --config=configs/joint.py:demo --workdir=runs/demo; --help lists"),
         (["--config=configs/joint.py:demo", "--mode=transfer"], "--mode=transfer needs --held_out, the dataset"),
         (["--config=configs/joint.py:demo,no_sfks", "--mode=ablation"], "give a config that has model.selection"),
         (["--config=configs/joint.py:demo", "--mode=eval", "--accept_changes"], "--accept_changes is for --mode=train"),

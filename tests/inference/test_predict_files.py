@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -54,7 +55,8 @@ POINTS, COLORS = grid_room()
 
 def predict(predictor, folder: Path, output: Path | None = None, said: list[str] | None = None, **request) -> Outcome:
     output = output or folder.with_name(f"{folder.name}_boxes")
-    request = PredictRequest((str(folder),), output, score=SCORE, formats=request.pop("formats", ("json",)), **request)
+    chosen = {"score": SCORE, "formats": ("json",), **request}
+    request = PredictRequest((str(folder),), output, **chosen)
     found = find_inputs(request.inputs, output)
     check_output(output, [file.name for file in found.files], request.formats)
     return predict_files(predictor, found, request, output, [].append if said is None else said.append)
@@ -139,6 +141,11 @@ def test_a_tilted_scan_is_turned_upright_and_its_boxes_back(predictor, tmp_path)
     np.save(root / "a.npy", np.concatenate(sides).astype(np.float32) @ tilt.T.astype(np.float32))
     predict(predictor, root, said=said)
     assert any("looks tilted by 20" in sentence and "add --align=gravity" in sentence for sentence in said)
+    for chosen in ({}, {"align": "manhattan"}):  # for axis-aligned boxes, both at once
+        said = []
+        predict(predictor, root, said=said, dataset="s3dis", **chosen)
+        (advice,) = (sentence for sentence in said if "add --align" in sentence)
+        assert advice.endswith("looks tilted by 20.0 degrees: add --align=both.")
     outcome = predict(predictor, root, align="both", formats=("json", "csv", "ply"))
     (scan,) = read_predicted_scans(json.loads((tmp_path / "scans_boxes" / "a.json").read_text()))
     up = scan.alignment.T @ [0, 0, 1]
@@ -192,6 +199,27 @@ def test_what_is_written(predictor, tmp_path):
         rows = list(csv.DictReader(file))
     assert [float(row["center_x"]) for row in rows] == pytest.approx(scan.detections.boxes[:, 0], abs=1e-5)
     assert {row["scan"] for row in rows} == {"below/a"} and rows[0]["unit"] == "m"
+
+
+def test_boxes_of_lower_scores_are_on_the_page_alone_and_none_is_told(predictor, tmp_path):
+    root = tmp_path / "scans"
+    root.mkdir()
+    np.savez(root / "a.npz", points=POINTS, colors=COLORS)
+    (entry,) = predict(predictor, root).entries
+    scores = sorted(box["score"] for box in entry["boxes"])
+    middle = (scores[len(scores) // 2 - 1] + scores[len(scores) // 2]) / 2
+    for lowest, expected in ((middle, len(scores) - len(scores) // 2), (0.99, 0)):
+        said, output = [], tmp_path / f"at{lowest}"
+        outcome = predict(predictor, root, output, said, score=lowest, formats=("json", "csv", "ply", "html"))
+        assert not outcome.failed and outcome.boxes == expected
+        assert len(json.loads((output / "a.json").read_text())["scans"][0]["boxes"]) == expected
+        assert read_ply_columns(output / "a_points.ply")["score"].max(initial=0) == 0 or expected
+        assert len((output / "boxes.csv").read_text().splitlines()) == expected + 1
+        page = (output / "a.html").read_text()
+        told = re.search(r'"scores": ?\[([^]]*)\]', page)
+        assert told is not None and len(told[1].split(",")) == len(scores)
+    none = f"a: no box has a score of 0.99 or more, the best has {scores[-1]:.2f}: --score lowers the bound."
+    assert none in said
 
 
 def bad_files(root: Path) -> list[str]:

@@ -213,6 +213,10 @@ def test_scans_without_boxes_are_told_what_is_missing(tmp_path):
 def test_no_such_folder_or_nothing_in_it(tmp_path):
     with pytest.raises(InputError, match="There is no folder"):
         checked(tmp_path)
+    (tmp_path / "scans").touch()
+    with pytest.raises(InputError, match="scans is a file, not a folder: give a folder of scans"):
+        checked(tmp_path)
+    (tmp_path / "scans").unlink()
     (tmp_path / "scans").mkdir()
     with pytest.raises(InputError, match=r"holds no scans: expected are boxes\.json"):
         checked(tmp_path)

@@ -36,6 +36,8 @@ def test_the_range_of_a_key_is_checked():
     edge = np.float32((MAX_COORDINATE - 1) * 0.25)
     points = np.array([[edge, -edge, 0]], np.float32)
     np.testing.assert_array_equal(sparse.voxel_coordinates(points, 0.25), [[MAX_COORDINATE - 1, 1 - MAX_COORDINATE, 0]])
+    with pytest.raises(InputError, match=r"voxel_size is 0\.0; expected metres above 0"):
+        sparse.voxelize([np.zeros((5, 3), np.float32)], 0.0)
     with pytest.raises(InputError, match="centre the scan"):
         sparse.voxel_coordinates(points + np.float32(0.25), 0.25)
     with pytest.raises(InputError, match="check its unit"):

@@ -64,7 +64,13 @@ def test_a_checkpoint_that_is_both_is_there_once():
 
 def test_what_the_run_did_is_told():
     text = summary(Path("runs/joint"), FACTS)
-    assert text.startswith("# joint\n\nTrained on scannet (1,201 scans), s3dis (1 scan): 12,000 steps, 12 epochs of")
+    first = (
+        "# joint\n\nTrained on scannet (1,201 procedural scans), s3dis (1 procedural scan): 12,000 steps, 12 epochs of"
+    )
+    assert text.startswith(first)
+    real = tuple(replace(source, kind="auto", root="data") for source in FACTS.config.datasets)
+    text_of_real = summary(Path("runs/joint"), replace(FACTS, config=replace(FACTS.config, datasets=real)))
+    assert "Trained on scannet (1,201 scans), s3dis (1 scan): 12,000 steps" in text_of_real
     assert {name: cells[0] for name, cells in table(text, "").items() if name not in ("", "---")} == {
         "time": "1:02:03, going on after step 500",
         "scans per second": "12.3",
