@@ -4,6 +4,7 @@ Boxes of files of points: python run.py --mode=predict --workdir=runs/demo --inp
 Look over a folder of scans before training on it: python run.py --mode=check --data=FOLDER.
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -274,6 +275,8 @@ def _sentence(error: BaseException) -> str:
         return str(ours[-1])
     text = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").replace("'", "").split())
     if isinstance(error, OSError):
+        if missing := re.search(r"No such file or directory: ([^ )]+)", text):
+            return f"There is no config file {missing[1]}; an example is {_EXAMPLE}."
         return f"the config file cannot be read ({text}); an example is {_EXAMPLE}."
     if isinstance(error, KeyError | AttributeError):
         return f"unknown config key {text.replace(chr(92), '')}"

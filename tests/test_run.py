@@ -37,7 +37,10 @@ ROOT = Path(__file__).parent.parent
     [
         ([], "needs --config and --workdir"),
         (["--config=configs/joint.py:demoo"], "no variant 'demoo'; its variants are paper, synthetic, demo"),
-        (["--config=configs/nowhere.py"], "the config file cannot be read"),
+        (
+            ["--config=configs/nowhere.py"],
+            "There is no config file configs/nowhere.py; an example is --config=configs/",
+        ),
         (["--config=configs/joint.py:demo", "--config.optim.lrr=3"], 'unknown config key lrr Did you mean "lr"'),
         (["--config=configs/joint.py"], "The data of scannet is not there: data/scannet"),
         (["--config=configs/joint.py:synthetic"], "or one that `python -m data.synthetic_scannet` prepared"),
