@@ -92,7 +92,8 @@ def selection_table(reports: Sequence[LayerReport], embedding_moved: np.ndarray,
     """The report as text."""
     width = max(len(report.name) for report in reports)
     lines = [
-        "Kernel selection: share of exclusive offsets by dataset; how far O (mean change) and P (mean angle) moved",
+        "Kernel selection: share of exclusive offsets by dataset; how far the validity priors O (mean change) and the "
+        "prototypes P (mean angle) moved",
         f"{'layer':{width}s} " + " ".join(f"{name:>9s}" for name in datasets) + "       O        P",
     ]
     for report in reports:
