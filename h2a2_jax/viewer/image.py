@@ -239,6 +239,8 @@ def _write_legend(page: Image.Image, shown: Content) -> None:
                 pen.line([left + start, y + 10, left + end, y + 10], _INK, 2)
             pen.text((left + 38, y + 10), words, _INK, _font(12), anchor="lm")
             y += _ROW
+        pen.text((left, y + 10), "Numbers: detected / true", _QUIET, _font(12), anchor="lm")
+        y += _ROW
     pen.text((left, y + 10), "Grid of 1 m on the floor" if _is_metric(shown) else "", _QUIET, _font(12), anchor="lm")
 
 
