@@ -60,11 +60,12 @@ def assert_equal(ours, theirs):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=jax.tree_util.keystr(path))
 
 
-def assert_close(ours, theirs):
+def assert_close(ours, theirs, tolerance=1e-5):
+    """Up to a part of each array's largest number."""
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        atol = 1e-5 * np.abs(b).max(initial=0)
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        atol = tolerance * np.abs(b).max(initial=0)
         np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
@@ -73,7 +74,9 @@ def test_nothing_changes(dtype):
     plain, again = (
         jax.jit(lambda *args, r=r: slopes(*args, dtype=dtype, rematerialize=r))(*inputs(dtype)) for r in (False, True)
     )
-    assert_equal(again, plain)
+    assert_equal(again[0], plain[0])
+    # Computed twice the same values go through other programs, whose last bit is the compiler's choice.
+    assert_close(again[1], plain[1], 1e-6 if dtype == jnp.float32 else 1e-2)
     assert names[-1] == names[-2]
     assert names[-1][:2] == ["b_downsample", "b.conv1.alpha"] and len(names[-1]) == 7
     (_, (_, stats, _)), (params, *_) = again
