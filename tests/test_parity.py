@@ -17,6 +17,7 @@ def assert_all_pass(path):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ops_seed0.npz", "boxes_seed0.npz"])
 def test_every_case_of_a_fixture_is_run_and_passes(name):
     results = assert_all_pass(FIXTURES / name)

@@ -23,6 +23,7 @@ def run(capsys, *arguments):
     return status, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_numbers_of_every_layer(small_scan, capsys, monkeypatch):
     monkeypatch.setattr(spconv_cpu, "MISSING", "spconv is left out")
     names = ["stem", "stage1.residual", "up0.generate"]

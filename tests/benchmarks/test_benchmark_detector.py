@@ -16,6 +16,7 @@ def scan(tmp_path):
     return tmp_path / "floor.bin"
 
 
+@pytest.mark.slow
 def test_a_small_scan(scan, capsys):
     arguments = [
         "--scan",

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from benchmarks import harmonize
 
 
+@pytest.mark.slow
 def test_the_balancers_alone(capsys):
     assert harmonize.main(["--alone", "--repeats", "1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

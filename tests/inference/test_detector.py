@@ -39,6 +39,7 @@ def assert_same(a: Boxes, b: Boxes, atol: float = 1e-4) -> None:
         np.testing.assert_allclose(ours, theirs, atol=atol)
 
 
+@pytest.mark.slow
 def test_it_finds_what_the_predictor_finds(detector: Detector, found: Boxes):
     spec = detector.predictor.spec("s3dis")
     (expected,) = detector.predictor.predict([prepare(replace(SMALL, name="scan"), spec)], "s3dis")
@@ -90,6 +91,7 @@ def test_map_coordinates_keep_their_digits(detector: Detector, found: Boxes):
     assert shifted.centers.mean(0) == pytest.approx(found.centers.mean(0) + np.array([3, -2, 1]), abs=0.1)
 
 
+@pytest.mark.slow
 def test_lists_of_clouds_give_lists_of_boxes_in_passes_of_one_shape(detector: Detector, found: Boxes):
     clouds, colors = [SMALL.points, OTHER.points, SMALL.points], [SMALL.colors, None, SMALL.colors]
     one_by_one = detector(clouds, colors, "s3dis")

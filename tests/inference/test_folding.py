@@ -61,6 +61,7 @@ def predictions(model, batch, dataset, head=None):
     return out, min((np.abs(s - model.config.selection.tau).min() for s in scores), default=np.inf), seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "conditioning"),
     [*((case, "own") for case in CASES), *(("default", c) for c in ("another", "mean", "shared kernels"))],

@@ -107,6 +107,7 @@ MOTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MOTIONS)
 def test_boxes_move_with_the_scan(predictor, still, tmp_path, kind):
     motion, request = MOTIONS[kind]

@@ -43,6 +43,7 @@ def capacities_of(*batches, more=32):
     return LevelSizes(*(max(s) + more for s in zip(*sizes, strict=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", [SELECTION, None], ids=["selection", "plain"])
 def test_padding_and_company_change_nothing(selection):
     _, forward = detector(selection)
@@ -107,6 +108,7 @@ FEW = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scans", FEW)
 @pytest.mark.parametrize("colors", ["as they are", "black"])
 def test_gradients_are_finite(scans, colors):

@@ -82,6 +82,7 @@ def cosine(ours, theirs):
     return ours @ theirs / np.sqrt((ours @ ours) * (theirs @ theirs))
 
 
+@pytest.mark.slow
 def test_features_are_of_the_compute_type_and_all_else_is_float32():
     loss, seen, out, stats, gradients = slopes_of(jnp.bfloat16)(rooms())
     features = [name for name, value in seen.items() if hasattr(value, "features")]
@@ -96,6 +97,7 @@ def test_features_are_of_the_compute_type_and_all_else_is_float32():
         np.testing.assert_array_equal(seen[f"{name}.gamma"], score >= np.float32(SELECTION.tau))
 
 
+@pytest.mark.slow
 def test_results_are_near_those_in_float32():
     loss, seen, out, stats, _ = slopes_of(jnp.bfloat16)(rooms())
     expected = slopes_of(None)(rooms())
@@ -133,6 +135,7 @@ def test_empty_scans_and_padding_give_no_nan(scans):
     assert (gradients[1][int(batch.plan.voxels.n) :] == 0).all()
 
 
+@pytest.mark.slow
 def test_another_algorithm_gives_the_same():
     ours = slopes_of(jnp.bfloat16, "auto")(rooms())
     theirs = slopes_of(jnp.bfloat16)(rooms())

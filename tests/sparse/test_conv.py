@@ -75,6 +75,7 @@ def check(got, table, kmap, x, kernels, weight, gamma, scan_set, pairs, toleranc
     assert (y[n_out:] == 0).all() and (dx[n_in:] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in TABLES if kind != "pool"])
 def test_every_algorithm_equals_the_transcription(kind):
     table = table_of(kind)

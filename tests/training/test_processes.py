@@ -79,6 +79,7 @@ def one_device() -> dict[str, np.ndarray]:
         return tree_by_name(*run_step(jax.devices()[:1]))
 
 
+@pytest.mark.slow
 def test_no_kernel_is_chosen_by_rounding() -> None:
     with jax.enable_x64(True):
         assert smallest_margin() > 1e-5

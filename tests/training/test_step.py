@@ -135,6 +135,7 @@ def test_no_kernel_is_chosen_by_rounding():
             assert len(margins) == 8 and min(margins) > NEAR_TIE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", DEVICES[1:])
 def test_gradients_after_one_step(devices):
     (state, metrics), (one_state, one) = after_a_step(devices), after_a_step(1)
