@@ -77,7 +77,7 @@ def _check_classes(stored: ExperimentConfig, config: ExperimentConfig) -> None:
 
 def _subtitle(config: ExperimentConfig, workdir: Path, request: EvalRequest) -> str:
     chosen = chosen_sources(config, request).values()
-    procedural = [source.name for source in chosen if source.kind == "synthetic"]
+    procedural = [source.name for source in chosen if source.is_procedural]
     parts = [f"{workdir}, split {request.split}"]
     if request.step is not None:
         parts.append(f"step {request.step}")

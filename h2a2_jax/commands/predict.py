@@ -62,7 +62,7 @@ def predict_files_command(workdir: Path, request: PredictRequest, config: Experi
         predictor.set_bucket_bases(shapes.read())
     for line in _opening(found, request, predictor, output):
         print(line, flush=True)
-    if all(source.kind == "synthetic" for source in stored.datasets):
+    if all(source.is_procedural for source in stored.datasets):
         print(
             "The model has seen procedural scans only: on others its boxes show how things work, no more.", flush=True
         )

@@ -16,9 +16,10 @@ from h2a2_jax.convert.tr3d import config_of_weights, export_tr3d, load_tr3d, tr3
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.sources import ROOTS, SourceConfig
 from h2a2_jax.inputs.specs import SPECS
-from h2a2_jax.models import Detector, HeadConfig
+from h2a2_jax.models import Detector
 from h2a2_jax.models.head import NUM_OUTPUTS
 from h2a2_jax.training.balancers import build_balancer
+from h2a2_jax.training.build import draw_detector
 from h2a2_jax.training.checkpoint import CheckpointStore, restore_checkpoint
 from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig, to_json
 from h2a2_jax.training.mesh import DATASET
@@ -237,21 +238,16 @@ def _source(
     return source, "" if classes else f"Its classes are those that the file names: {', '.join(own)}."
 
 
-def _new_detector(config: ExperimentConfig, key: PRNGKeyArray) -> Detector:
-    heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in config.specs]
-    return Detector(config.model, heads, rngs=nnx.Rngs(key))
-
-
 def _shape_detector(config: ExperimentConfig) -> Detector:
     """The detector with shapes in place of arrays."""
-    return nnx.eval_shape(lambda: _new_detector(config, jax.random.key(0)))
+    return nnx.eval_shape(lambda: draw_detector(config, jax.random.key(0)))
 
 
 def _draw(config: ExperimentConfig, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Parameters of a new detector, by TR3D's names; compiled for these alone, since all of them take long."""
 
     def draw(key: PRNGKeyArray) -> dict[str, jax.Array]:
-        slots = tr3d_slots(_new_detector(config, key))
+        slots = tr3d_slots(draw_detector(config, key))
         return {name: slots[name].variable[...][slots[name].index].reshape(slots[name].shape) for name in names}
 
     return jax.device_get(jax.jit(draw)(jax.random.key(config.train.seed)))

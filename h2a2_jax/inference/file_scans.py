@@ -127,17 +127,18 @@ def align(placed: PlacedCloud, request: PredictRequest, spec: DatasetSpec) -> tu
     gravity = estimate_gravity(normals)
     rotation, remarks = np.eye(3), []
     tilt = f"{math.degrees(gravity.tilt):.1f} degrees"
-    if request.align in ("gravity", "both"):
+    levels = request.align in ("gravity", "both")
+    is_tilted = not levels and gravity.sure and gravity.tilt > _TILTED
+    if levels:
         if gravity.sure:
             rotation = gravity.rotation
             remarks.append(f"was tilted by {tilt} and is turned upright")
         else:
             remarks.append("does not show which way is up (too few floors and walls) and is left as it is")
-    elif gravity.sure and gravity.tilt > _TILTED:
+    elif is_tilted:
         # Level, its walls can be told better: both at once saves a round.
         is_turned = request.align == "manhattan" or not spec.has_yaw
         remarks.append(f"looks tilted by {tilt}: add --align={'both' if is_turned else 'gravity'}")
-    is_tilted = request.align not in ("gravity", "both") and gravity.sure and gravity.tilt > _TILTED
     walls = estimate_walls(normals @ rotation.T)
     angle = f"{math.degrees(walls.angle):.1f} degrees"
     if request.align in ("manhattan", "both"):

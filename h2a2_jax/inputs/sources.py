@@ -71,6 +71,11 @@ class SourceConfig:
     large_classes: tuple[str, ...] | None = None
 
     @property
+    def is_procedural(self) -> bool:
+        """Whether its scans are made here, so that what is measured on them says nothing about the real ones."""
+        return self.kind == "synthetic"
+
+    @property
     def spec(self) -> DatasetSpec:
         """What is fixed of the dataset.
 

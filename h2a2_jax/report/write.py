@@ -174,7 +174,7 @@ def _summary(
         ["learning rate, last line", "\N{EN DASH}" if not last else f"{last.get('learning_rate') or 0:.1e}"],
     ]
     text = [] if results else ["There is no evaluation.json: run --mode=eval for average precision."]
-    if any(source.kind == "synthetic" for source in config.datasets):
+    if any(source.is_procedural for source in config.datasets):
         text.append("Some data are procedural: the numbers say nothing about the benchmarks of these names.")
     return Section("summary", "Summary", text, [per_dataset, Table("The run.", ["", ""], facts)])
 

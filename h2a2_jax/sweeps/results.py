@@ -270,7 +270,7 @@ def _procedural_note(base: ExperimentConfig) -> str:
 
 
 def _procedural(base: ExperimentConfig) -> list[str]:
-    return [source.name for source in base.datasets if source.kind == "synthetic"]
+    return [source.name for source in base.datasets if source.is_procedural]
 
 
 def _replace(path: Path, text: str) -> None:

@@ -25,6 +25,7 @@ from h2a2_jax.files import whole_file
 from h2a2_jax.host import core_numbers
 from h2a2_jax.sweeps.plan import Run, drawn_datasets
 from h2a2_jax.training.config import to_json
+from h2a2_jax.training.metrics import FILE_NAME, read_metrics
 
 LOG = "log.txt"
 """What a run prints, in its folder."""
@@ -108,21 +109,20 @@ def read_evaluation(folder: Path, draw: int = 0) -> dict[str, Any] | None:
 
 def last_metrics(folder: Path) -> dict[str, Any]:
     """The last whole line of a run's metrics.jsonl; empty where there is none."""
-    lines = _metric_lines(folder)
+    path = folder / FILE_NAME
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return json.loads(lines[-1]) if lines else {}
 
 
 def scans_per_second(folder: Path) -> float | None:
-    """How many scans a run trained on in a second: the median over its logged steps; None where none tells."""
-    lines = [json.loads(line) for line in _metric_lines(folder)]
-    by_step = {line.get("step"): line.get("scans_per_second") for line in lines}
-    known = [value for value in by_step.values() if value is not None]
+    """How many scans a run trained on in a second: the median over its logged steps; None where none tells.
+
+    Raises:
+        InputError: a line of the run's metrics is damaged or of another version.
+    """
+    lines = read_metrics(folder) if (folder / FILE_NAME).exists() else []
+    known = [value for line in lines if (value := line.get("scans_per_second")) is not None]
     return statistics.median(known) if known else None
-
-
-def _metric_lines(folder: Path) -> list[bytes]:
-    path = folder / "metrics.jsonl"
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
 def run_all(
@@ -171,7 +171,7 @@ def run_all(
             for run in [run for run in waiting if run.after in failures and not _may_begin(run, folders)]:
                 waiting.remove(run)
                 failures[run] = f"{run.folder} was not begun: it waits for a run that failed."
-                progress.left_out(failures[run])
+                progress.tell(failures[run])
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             for job in [job for job in running if job.process.poll() is not None]:
                 job.end()
@@ -294,15 +294,12 @@ class _Progress:
     def ended(self, job: _Job, failure: str | None) -> None:
         """Tell of a run that ended."""
         evaluation = read_evaluation(job.folder)
-        self._tell(
+        self.tell(
             failure or f"{job.run.folder}: {_minutes(time.monotonic() - job.started)}, {score_line(evaluation or {})}"
         )
 
-    def left_out(self, failure: str) -> None:
-        """Tell of a run that is not begun."""
-        self._tell(failure)
-
-    def _tell(self, what: str) -> None:
+    def tell(self, what: str) -> None:
+        """One more run of which nothing is to come, and what became of it."""
         self._ended += 1
         left = self._todo - self._ended
         # Runs of about one length in waves of as many as run at once: what is under way counts as half done.

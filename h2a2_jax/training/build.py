@@ -26,7 +26,7 @@ from h2a2_jax.training.freezing import frozen_paths, frozen_text
 from h2a2_jax.training.gradients import LossConfig
 from h2a2_jax.training.mesh import DATASET, REPLICA
 from h2a2_jax.training.optimizer import build_optimizer, learning_rate
-from h2a2_jax.training.state import TrainState, create_state, merge_model, place_state, split_model
+from h2a2_jax.training.state import TrainState, create_state, head_configs, merge_model, place_state, split_model
 from h2a2_jax.training.step import StepConfig, StepMetrics, make_train_step
 
 CACHED_SCANS = 2000
@@ -35,23 +35,20 @@ CACHED_SCANS = 2000
 
 def build_detector(config: ExperimentConfig) -> Detector:
     """The detector of a config with the parameters that its seed draws."""
-    build = partial(_drawn, config)
+    build = partial(draw_detector, config)
     # Drawn in one program, for hundreds of small ones would be compiled otherwise; the same for all seeds.
     key = jax.random.key(config.train.seed)
     return nnx.merge(nnx.graphdef(nnx.eval_shape(build, key)), jax.jit(lambda key: nnx.state(build(key)))(key))
 
 
-def _drawn(config: ExperimentConfig, key: PRNGKeyArray) -> Detector:
-    return Detector(config.model, _heads(config), rngs=nnx.Rngs(key))
-
-
-def _heads(config: ExperimentConfig) -> list[HeadConfig]:
-    return [HeadConfig(spec.name, spec.num_classes, spec.num_outputs) for spec in config.specs]
+def draw_detector(config: ExperimentConfig, key: PRNGKeyArray) -> Detector:
+    """The detector of a config with the parameters that a key draws; for use inside jit or `nnx.eval_shape`."""
+    return Detector(config.model, head_configs(config.specs), rngs=nnx.Rngs(key))
 
 
 def count_parameters(config: ExperimentConfig) -> int:
     """Trained numbers of the detector of a config, those of all datasets together; none of them is drawn."""
-    return _count_parameters(config.model, tuple(_heads(config)))
+    return _count_parameters(config.model, tuple(head_configs(config.specs)))
 
 
 @cache
@@ -193,7 +190,7 @@ def check_frozen(config: ExperimentConfig) -> None:
         InputError: see `frozen_paths`.
     """
     if config.optim.freeze:
-        _, exclusive, shared, _ = split_model(nnx.eval_shape(lambda: _drawn(config, jax.random.key(0))))
+        _, exclusive, shared, _ = split_model(nnx.eval_shape(lambda: draw_detector(config, jax.random.key(0))))
         frozen_paths(shared, exclusive, config.optim.freeze)
 
 

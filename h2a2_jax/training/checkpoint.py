@@ -15,11 +15,11 @@ from flax import nnx
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inputs.specs import DatasetSpec
-from h2a2_jax.models import Detector, DetectorConfig, HeadConfig
+from h2a2_jax.models import Detector, DetectorConfig
 from h2a2_jax.training import checkpoint_tree as layout
 from h2a2_jax.training.checkpoint_files import AVERAGES, ITEMS, CheckpointFiles
 from h2a2_jax.training.config import ExperimentConfig, from_json, to_json
-from h2a2_jax.training.state import Averages, TrainState, merge_model, split_model
+from h2a2_jax.training.state import Averages, TrainState, head_configs, merge_model, split_model
 
 CHECKPOINT_VERSION = 1
 """Version of the layout; stored beside the config."""
@@ -148,7 +148,7 @@ class CheckpointStore(CheckpointFiles):
             self._check_datasets(step, names, expected.dataset_names)
             self._check_model(step, config.model, expected.model)
             names = list(expected.dataset_names)
-        heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in _specs(config, names)]
+        heads = head_configs(_specs(config, names))
         shapes = nnx.eval_shape(lambda: Detector(config.model, heads, rngs=nnx.Rngs(0)))
         graph, exclusive, shared, stats = split_model(shapes)
         items = self._restore_detector(step, stored, averaged)

@@ -319,7 +319,7 @@ def _check_datasets(datasets: tuple[SourceConfig, ...]) -> None:
         _ = source.spec  # raises for an unknown name without classes
         path = f"datasets.{source.name}"
         _require(names.count(source.name) == 1, "datasets", names, f"every dataset once, not {source.name} twice")
-        ok = source.kind == "synthetic" or source.root != ""
+        ok = source.is_procedural or source.root != ""
         _require(ok, f"{path}.root", source.root, "the folder of the scans")
         _require_at_least(1, path, source, "train_size", "val_size")
         _require_at_least(0, path, source, "seed")

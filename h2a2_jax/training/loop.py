@@ -271,7 +271,7 @@ def _naming_what_cannot_be_written(workdir: Path) -> Iterator[None]:
 
 def _say_start(config: ExperimentConfig, stream: JointStream, mesh: Mesh, total: int) -> None:
     names, batches = config.dataset_names, config.optim.batches
-    kinds = ["procedural scans" if source.kind == "synthetic" else "scans" for source in config.datasets]
+    kinds = ["procedural scans" if source.is_procedural else "scans" for source in config.datasets]
     counted = zip(names, stream.num_scans, kinds, strict=True)
     datasets = ", ".join(f"{name} ({count} {kind})" for name, count, kind in counted)
     sizes = [str(size) for size in stream.batch_sizes]

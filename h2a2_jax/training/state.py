@@ -1,5 +1,6 @@
 """The state of a training run, split into what datasets share and what each keeps to itself."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from h2a2_jax.models import Detector
+from h2a2_jax.inputs.specs import DatasetSpec
+from h2a2_jax.models import Detector, HeadConfig
 from h2a2_jax.training.mesh import DATASET
 from h2a2_jax.typing import Leaf
 
@@ -81,6 +83,11 @@ class Accumulated:
     losses: Leaf
     count: Leaf
     batches: Leaf
+
+
+def head_configs(specs: Sequence[DatasetSpec]) -> list[HeadConfig]:
+    """The head of each dataset, in their order."""
+    return [HeadConfig(spec.name, spec.num_classes, spec.num_outputs) for spec in specs]
 
 
 def is_exclusive(path: Any, variable: Any) -> bool:

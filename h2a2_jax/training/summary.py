@@ -132,8 +132,7 @@ def summary(workdir: Path, facts: RunFacts) -> str:
         workdir: of the run; its commands name it as it is given.
         facts: of the run.
     """
-    kinds = {source.name: source.kind for source in facts.config.datasets}
-    nouns = {name: "procedural scan" if kinds[name] == "synthetic" else "scan" for name in facts.num_scans}
+    nouns = {source.name: "procedural scan" if source.is_procedural else "scan" for source in facts.config.datasets}
     datasets = ", ".join(f"{name} ({_counted(count, nouns[name])})" for name, count in facts.num_scans.items())
     epochs = f"{facts.epochs:.3g} epoch{'' if facts.epochs == 1 else 's'}"
     parts = [

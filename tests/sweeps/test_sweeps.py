@@ -224,7 +224,9 @@ def test_the_table_has_means_over_seeds_and_over_datasets(tmp_path: Path):
         "tr3d_sunrgbd_seed0": (16.0,),
     }.items():
         lines = [(0, 100.0), *enumerate(rates)]
-        text = "".join(json.dumps({"step": step, "scans_per_second": rate}) + "\n" for step, rate in lines)
+        text = "".join(
+            json.dumps({"step": step, "version": 1, "scans_per_second": rate}) + "\n" for step, rate in lines
+        )
         (tmp_path / "runs" / name / "metrics.jsonl").write_text(text)
     result = write_results("ablation", base, rows, folders, tmp_path)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(result).splitlines() if "|" in line]
@@ -262,7 +264,9 @@ def test_the_results_keep_other_sweeps_and_real_data_need_no_warning(tmp_path: P
     for i, (run, folder) in enumerate(folders.items()):
         write_run(folder, run.config, {name: (0.1 * i, 0.05 * i) for name in base.dataset_names})
         shares = {f"exclusive_share/{name}": 0.5 + 0.1 * i for name in base.dataset_names}
-        (folder / "metrics.jsonl").write_text(json.dumps({"step": 9, **shares}) + '\n{"step": 10, "cut sho')
+        (folder / "metrics.jsonl").write_text(
+            json.dumps({"step": 9, "version": 1, **shares}) + '\n{"step": 10, "cut sho'
+        )
     swept = write_results("tau_sweep", base, sweep, folders, tmp_path)
     write_results("ablation", demo(), ablation, locate(ablation, tmp_path), tmp_path)
     document = json.loads((tmp_path / "results.json").read_text())
@@ -343,7 +347,7 @@ def test_a_run_waits_for_the_one_that_it_starts_with(tmp_path: Path, monkeypatch
     waiting = [Run("second", 0, demo(), after=first), Run("never", 0, demo(), after=broken), broken, first, other]
     folders = {run: tmp_path / run.folder for run in waiting}
     begun, told = [], []
-    monkeypatch.setattr(runner._Progress, "_tell", lambda self, what: told.append(what.partition(":")[0]))
+    monkeypatch.setattr(runner._Progress, "tell", lambda self, what: told.append(what.partition(":")[0]))
 
     def start(run, folder, share, *others):
         begun.append(run.name)
