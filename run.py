@@ -5,6 +5,7 @@ Look over a folder of scans before training on it: python run.py --mode=check --
 """
 
 import re
+import runpy
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -260,10 +261,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
             _CONFIG.value.to_dict()  # a config file that failed to load says so only when it is used
         return rest
     except Exception as error:  # config files run any code, and flags wrap what it raises
-        raise InputError(_sentence(error)) from error
+        raise InputError(_sentence(error, argv)) from error
 
 
-def _sentence(error: BaseException) -> str:
+def _sentence(error: BaseException, argv: list[str]) -> str:
     """What went wrong, without the wrapping: flags put the text of a traceback into the error they raise."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
@@ -279,8 +280,22 @@ def _sentence(error: BaseException) -> str:
             return f"There is no config file {missing[1]}; an example is {_EXAMPLE}."
         return f"the config file cannot be read ({text}); an example is {_EXAMPLE}."
     if isinstance(error, KeyError | AttributeError):
-        return f"unknown config key {text.replace(chr(92), '')}"
+        text = text.replace("\\", "").replace('"', "'")
+        return f"unknown config key {text}{_keys_beside(text.split()[0].strip(chr(39)), argv)}"
     return text
+
+
+def _keys_beside(unknown: str, argv: list[str]) -> str:
+    """The keys that the config has where a flag looked for one that it has not, in brackets; empty where none did."""
+    given = dict(argument.lstrip("-").partition("=")[::2] for argument in argv if argument.startswith("-"))
+    path = next((flag.split(".")[1:] for flag in given if unknown in flag.split(".")[1:]), None)
+    if path is None or not given.get("config"):
+        return ""
+    file, _, variant = given["config"].partition(":")
+    part = runpy.run_path(file)["get_config"](*[variant] * bool(variant))
+    for key in path[: path.index(unknown)]:
+        part = part[key]
+    return f" (keys there: {', '.join(part)})"
 
 
 if __name__ == "__main__":

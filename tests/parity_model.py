@@ -24,7 +24,13 @@ from tests.parity_case import CaseResult, guarded
 from tests.parity_ops import compare
 
 STAGE_TOLERANCE = 1e-4
-GRADIENT_NORM_TOLERANCE = 1e-3
+GRADIENT_TOLERANCE = 1e-3
+FLOAT64_TOLERANCE = 1e-6
+"""The reference computed in float64 and stored float32."""
+FLOAT32_GRADIENT_SITES = 20_000
+"""Scans with more voxels have gradients compared in float64 only. Among so many sites some ReLU reads a
+number within float32's rounding of zero: which side it falls on, and with it 0.4 % of a norm's gradient, is up to the
+order in which a compiler sums."""
 MATCHED_SHARE = 0.995
 """Share of predicted boxes that must have a counterpart: scores near a threshold come and go with rounding."""
 MATCH_TOLERANCE = 1e-3
@@ -47,6 +53,11 @@ def run_model_file(path: Path) -> Iterator[CaseResult]:
     golden = _Golden.build(stored, weights)
     for name, part in (("voxels", _voxels), ("evaluation", _evaluation), ("training", _training)):
         yield from guarded(name, part(golden))
+    # A list, so that nothing else runs in float64.
+    with jax.enable_x64(True):
+        doubles = list(guarded("training", _training(golden.in_float64())))
+    for result in doubles:
+        yield replace(result, name=f"float64.{result.name}")
 
 
 def _load(path: Path) -> Stored:
@@ -79,6 +90,16 @@ class _Golden:
         plan = jax.tree.map(jnp.asarray, pad_plan(tables, capacities))
         padded = jnp.asarray(sparse.pad_rows(features, capacities.voxels))
         return cls(stored, spec, model, sites, rows, padded, plan, num_scans)
+
+    def in_float64(self) -> "_Golden":
+        """The same with parameters, running statistics and features in float64, inside `jax.enable_x64`."""
+        graph, state = nnx.split(self.model)
+        model = nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(jnp.float64), state))
+        return replace(self, model=model, features=self.features.astype(jnp.float64))
+
+    @property
+    def is_float64(self) -> bool:
+        return self.features.dtype == jnp.float64
 
 
 def _build_model(weights: Stored) -> Detector:
@@ -211,7 +232,10 @@ def _turns(others: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def _training(golden: _Golden) -> Iterator[CaseResult]:
+    """One step; in float64 within its tolerance, else within that of stages and gradients."""
     stored, spec = golden.stored, golden.spec
+    tolerance = FLOAT64_TOLERANCE if golden.is_float64 else STAGE_TOLERANCE
+    gradient_tolerance = FLOAT64_TOLERANCE if golden.is_float64 else GRADIENT_TOLERANCE
     if "train.bbox_loss" not in stored:
         return
     graph, params, stats = nnx.split(golden.model, nnx.Param, nnx.BatchStat)
@@ -235,22 +259,22 @@ def _training(golden: _Golden) -> Iterator[CaseResult]:
         )
         return published.total, (published, predictions, nnx.state(model, nnx.BatchStat))
 
-    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    (_, (losses, predictions, new_stats)), (grads, grad_input) = step(params, golden.features)
-    yield compare("train.bbox_loss", losses.box, stored["train.bbox_loss"], STAGE_TOLERANCE)
-    yield compare("train.cls_loss", losses.classification, stored["train.cls_loss"], STAGE_TOLERANCE)
+    with_gradients = golden.is_float64 or len(golden.sites) <= FLOAT32_GRADIENT_SITES
+    if with_gradients:
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        (_, (losses, predictions, new_stats)), (grads, grad_input) = step(params, golden.features)
+        exported = export_tr3d(nnx.merge(graph, grads, stats))
+        yield from _gradients(stored, exported, np.asarray(grad_input)[golden.rows], gradient_tolerance)
+    else:
+        losses, predictions, new_stats = jax.jit(loss)(params, golden.features)[1]
+    yield compare("train.bbox_loss", losses.box, stored["train.bbox_loss"], tolerance)
+    yield compare("train.cls_loss", losses.classification, stored["train.cls_loss"], tolerance)
     yield compare("train.num_pos", np.asarray(losses.num_positives, np.int32), stored["train.num_pos"], 0.0)
-    yield from _positives(golden, jax.device_get(predictions), boxes, labels)
-    yield from _gradients(stored, export_tr3d(nnx.merge(graph, grads, stats)))
-    grad_voxels = np.asarray(grad_input)[golden.rows]
-    norm = np.linalg.norm(grad_voxels)
-    yield compare("train.grad_input_norm", norm, stored["train.grad_input_norm"], GRADIENT_NORM_TOLERANCE)
-    first = stored["train.grad_input_first2000"]
-    yield compare("train.grad_input_first2000", grad_voxels[: len(first)], first, GRADIENT_NORM_TOLERANCE)
+    yield from _positives(golden, jax.device_get(predictions), boxes, labels, tolerance)
     after = export_tr3d(nnx.merge(graph, params, new_stats))
     for key in stored:
         if key.startswith("train.after."):
-            yield compare(key, after[key.removeprefix("train.after.")], stored[key], STAGE_TOLERANCE)
+            yield compare(key, after[key.removeprefix("train.after.")], stored[key], tolerance)
 
 
 def _ground_truth(golden: _Golden) -> tuple[jax.Array, jax.Array]:
@@ -265,7 +289,7 @@ def _ground_truth(golden: _Golden) -> tuple[jax.Array, jax.Array]:
 
 
 def _positives(
-    golden: _Golden, predictions: Predictions, boxes: jax.Array, box_labels: jax.Array
+    golden: _Golden, predictions: Predictions, boxes: jax.Array, box_labels: jax.Array, tolerance: float
 ) -> Iterator[CaseResult]:
     levels = jnp.asarray(golden.spec.label_to_level, jnp.int32)
     at = (jnp.asarray(predictions.locations), jnp.asarray(predictions.scan), jnp.asarray(predictions.level))
@@ -299,15 +323,19 @@ def _positives(
             expected = golden.stored[f"{name}.{key}"]
             value = np.asarray(value)
             value = value[:, : expected.shape[1]] if expected.ndim == 2 else value
-            yield compare(f"{name}.{key}", value, expected, STAGE_TOLERANCE)
+            yield compare(f"{name}.{key}", value, expected, tolerance)
 
 
-def _gradients(stored: Stored, grads: Stored) -> Iterator[CaseResult]:
-    total = np.sqrt(sum(float((grads[str(n)].astype(np.float64) ** 2).sum()) for n in stored["train.grad_names"]))
-    yield compare("train.total_grad_norm", total, stored["train.total_grad_norm"], GRADIENT_NORM_TOLERANCE)
+def _gradients(stored: Stored, grads: Stored, grad_voxels: np.ndarray, tolerance: float) -> Iterator[CaseResult]:
+    total = np.sqrt(sum(np.square(grads[str(name)], dtype=np.float64).sum() for name in stored["train.grad_names"]))
+    yield compare("train.total_grad_norm", total, stored["train.total_grad_norm"], tolerance)
     for name, expected in zip(stored["train.grad_names"], stored["train.grad_norms"], strict=True):
         norm = np.linalg.norm(grads[str(name)])
-        yield compare(f"train.grad_norm.{name}", norm, expected, GRADIENT_NORM_TOLERANCE)
+        yield compare(f"train.grad_norm.{name}", norm, expected, tolerance)
         if f"train.grad.{name}" in stored:
             full = stored[f"train.grad.{name}"]
-            yield compare(f"train.grad.{name}", grads[str(name)], full, GRADIENT_NORM_TOLERANCE)
+            yield compare(f"train.grad.{name}", grads[str(name)], full, tolerance)
+    norm = np.linalg.norm(grad_voxels)
+    yield compare("train.grad_input_norm", norm, stored["train.grad_input_norm"], tolerance)
+    first = stored["train.grad_input_first2000"]
+    yield compare("train.grad_input_first2000", grad_voxels[: len(first)], first, tolerance)

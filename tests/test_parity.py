@@ -33,8 +33,8 @@ def test_whole_models_of_the_fixtures(kind):
     with np.load(path) as stored:
         stages = {key.split(".")[0] for key in stored.files if key.endswith(".stride")}
         parameters = len(stored["train.grad_names"])
-    assert stages | {"head", "pred", "train", "voxel_coords", "first_point_index"} == set(compared)
-    assert compared["train"] > parameters
+    assert stages | {"head", "pred", "train", "float64", "voxel_coords", "first_point_index"} == set(compared)
+    assert compared["float64"] == compared["train"] > parameters
 
 
 @pytest.mark.slow

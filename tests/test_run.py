@@ -41,7 +41,11 @@ ROOT = Path(__file__).parent.parent
             ["--config=configs/nowhere.py"],
             "There is no config file configs/nowhere.py; an example is --config=configs/",
         ),
-        (["--config=configs/joint.py:demo", "--config.optim.lrr=3"], 'unknown config key lrr Did you mean "lr"'),
+        (["--config=configs/joint.py:demo", "--config.optim.lrr=3"], "unknown config key lrr Did you mean 'lr'"),
+        (
+            ["--config=configs/joint.py:demo", "--config.optim.learning_rate=3"],
+            "unknown config key 'learning_rate' (keys there: lr, weight_decay, ",
+        ),
         (["--config=configs/joint.py"], "The data of scannet is not there: data/scannet"),
         (["--config=configs/joint.py:synthetic"], "or one that `python -m data.synthetic_scannet` prepared"),
         (["--config=configs/joint.py:demo", "--mode=eval"], "There is no folder"),

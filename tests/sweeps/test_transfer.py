@@ -29,7 +29,7 @@ from h2a2_jax.sweeps.transfer import (
 )
 from h2a2_jax.training.config import ExperimentConfig
 from tests.inference.tiny import random_detector
-from tests.sweeps.test_sweeps import write_run
+from tests.sweeps.finished import write_run
 from tests.training.test_evaluation import KNOWING
 
 

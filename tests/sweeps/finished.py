@@ -1,0 +1,19 @@
+"""Folders as runs leave them, without having run."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from h2a2_jax.training.config import ExperimentConfig, to_json
+
+LEVELS = (0.25, 0.5)
+"""Thresholds of IoU."""
+
+
+def write_run(folder: Path, config: ExperimentConfig, scores: dict[str, Sequence[float | None]] | None) -> None:
+    """The files that a run leaves: one that finished, or one that was stopped."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(to_json(config) + "\n")
+    if scores is not None:
+        levels = {n: [{"iou": iou, "mAP": x} for iou, x in zip(LEVELS, s, strict=True)] for n, s in scores.items()}
+        (folder / "evaluation.json").write_text(json.dumps({n: {"thresholds": t} for n, t in levels.items()}))
