@@ -15,7 +15,7 @@ from h2a2_jax.host import progress_interval
 from h2a2_jax.inference.buckets import BucketFile
 from h2a2_jax.inference.evaluate import build_predictor
 from h2a2_jax.inference.files import FoundInputs, PredictRequest, find_inputs, printable
-from h2a2_jax.inference.predict_files import FAINT_SCORE, REPEATED, Outcome, predict_files
+from h2a2_jax.inference.predict_files import FAINT_SCORE, REPEATED, Outcome, after_name, predict_files
 from h2a2_jax.inference.predictions import document_of, scan_entry
 from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inference.writers import check_output, write_document, write_scan
@@ -126,7 +126,7 @@ def _closing(outcome: Outcome, found: FoundInputs, output: Path) -> Iterator[str
         yield f"Seconds by stage, the next scan being read meanwhile: {spent}."
     if outcome.failed:
         yield f"{len(outcome.failed)} failed:"
-        yield from (f"  {name}: {sentence}" for name, sentence in outcome.failed.items())
+        yield from (f"  {after_name(name, sentence)}" for name, sentence in outcome.failed.items())
 
 
 def predict_command(config: ExperimentConfig | None, workdir: Path, request: PredictRequest | None = None) -> None:

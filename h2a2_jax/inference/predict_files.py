@@ -78,12 +78,17 @@ def predict_files(
                 failure = _predict_one(predictor, pending, request, spec, output, outcome, say)
                 if failure is not None:
                     outcome.failed[printable(file.path)] = failure
-                    say(f"{printable(file.path)} failed: {failure}")
+                    say(f"failed: {after_name(printable(file.path), failure)}")
                 bar.update()
         except KeyboardInterrupt:
             outcome.interrupted = True
     _write_together(output, request, spec, outcome)
     return outcome
+
+
+def after_name(name: str, sentence: str) -> str:
+    """The sentence behind the name of what it is about, unless it begins with that already."""
+    return sentence if sentence.startswith(name) else f"{name}: {sentence}"
 
 
 def _timed_load(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> tuple[FileScan, float]:

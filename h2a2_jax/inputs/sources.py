@@ -113,6 +113,11 @@ def build_source(source: SourceConfig, split: Split) -> ScanSource:
     return Mmdet3dFolder(source.root, infos, spec, points_folder=_POINTS_FOLDER)
 
 
+def holds_dataset(root: Path) -> bool:
+    """Whether a folder has scans with their boxes in one of the forms that `kind` "auto" knows."""
+    return is_scan_folder(root) or (root / _POINTS_FOLDER).exists() or is_tfds(root)
+
+
 def _kind(source: SourceConfig) -> str:
     """What `root` is, where the config leaves it open."""
     if source.kind != "auto":

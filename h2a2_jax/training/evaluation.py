@@ -13,7 +13,7 @@ from h2a2_jax.inference.test_time import Predicts, TestTimeAugmented
 from h2a2_jax.inference.writers import check_results_folder
 from h2a2_jax.inputs.scan import ScanSource
 from h2a2_jax.inputs.scan_folder import ScanFolder
-from h2a2_jax.inputs.sources import SourceConfig, build_source, summed_notes
+from h2a2_jax.inputs.sources import SourceConfig, build_source, holds_dataset, summed_notes
 from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.models import Detector
 from h2a2_jax.training.config import ExperimentConfig
@@ -133,6 +133,11 @@ def chosen_sources(config: ExperimentConfig, request: EvalRequest) -> dict[int, 
         raise InputError(f"The model has heads for {listed}: say whose classes {request.data} has (--dataset).")
     if not Path(request.data).is_dir():
         raise InputError(f"There is no folder {request.data}: give one with scans and their boxes.")
+    if not holds_dataset(Path(request.data)):
+        raise InputError(
+            f"Nothing in {request.data} says where the boxes are: --mode=check --data={request.data} tells what is "
+            f"missing, and --mode=predict --input={request.data} finds boxes without scoring them."
+        )
     place = names.index(dataset)
     return {place: replace(config.datasets[place], kind="auto", root=request.data, train_infos=(), val_infos=())}
 

@@ -265,6 +265,11 @@ def test_bad_files_stop_nothing_and_are_named(predictor, tmp_path):
     for sentence in outcome.failed.values():
         assert sentence.endswith(".") and "unexpected" not in sentence and "Traceback" not in sentence, sentence
         assert "\n" not in sentence and len(sentence) < 600 and sentence.encode("utf-8")
+    told = [sentence.removeprefix("failed: ") for sentence in said if sentence.startswith("failed: ")]
+    assert len(told) >= 30
+    for name, sentence in outcome.failed.items():
+        (named,) = (line for line in told if line.endswith(sentence))
+        assert named.startswith(name) and not named.startswith(f"{name}: {name}")
     assert "colours reach" in outcome.failed[str(root / "colours.npy")] and "--colors" in str(outcome.failed)
     good = ["a_good", "m_point", "n_same", "o_line", "p_far", "z_nan"]
     assert [entry["name"] for entry in outcome.entries] == good

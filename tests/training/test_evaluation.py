@@ -166,6 +166,10 @@ def test_another_drawing_gives_other_points_where_some_are_drawn(tmp_path: Path)
         (EvalRequest(dataset="kitti"), "was trained on scannet, sunrgbd, s3dis, not on 'kitti': choose one of them"),
         (EvalRequest(data="."), "has heads for scannet, sunrgbd, s3dis: say whose classes . has (--dataset)"),
         (EvalRequest(data="nowhere", dataset="s3dis"), "There is no folder nowhere"),
+        (
+            EvalRequest(data="docs", dataset="s3dis"),
+            "Nothing in docs says where the boxes are: --mode=check --data=docs",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_sentence(request_: EvalRequest, sentence: str):
