@@ -51,7 +51,8 @@ class KernelSelection:
             or "identity".
         temperature: of that sigmoid.
         projection_dim: width of the structural features A x.
-        exclusive_init: "independent" of the shared kernel, or a "copy" of it.
+        exclusive_init: a "copy" of the shared kernel, so that a choice matters as far as the two have parted, and a
+            detector loaded from one without selection starts as it was; or "independent" of it.
         embedding_dim: width of a dataset's embedding.
         hidden: width of the MLPs of modulation and gate.
         embedding_start: last layers of these MLPs start at "zero", modulation as the identity and the gate at one half,
@@ -74,7 +75,7 @@ class KernelSelection:
     straight_through: Literal["sigmoid", "identity"] = "sigmoid"
     temperature: float = 0.1
     projection_dim: int = 32
-    exclusive_init: Literal["independent", "copy"] = "independent"
+    exclusive_init: Literal["copy", "independent"] = "copy"
     embedding_dim: int = 64
     hidden: int = 64
     embedding_start: Start = "zero"

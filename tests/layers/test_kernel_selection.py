@@ -19,7 +19,7 @@ SMALL = {"projection_dim": 4, "embedding_dim": 3, "hidden": 5}
 READINGS = {
     "default": KernelSelection(**SMALL),
     "others": KernelSelection(
-        tau=0.05, consistency="relu_cosine", straight_through="identity", exclusive_init="copy", **SMALL
+        tau=0.05, consistency="relu_cosine", straight_through="identity", exclusive_init="independent", **SMALL
     ),
     "batch of inputs": KernelSelection(scope="batch", structural_features="input", tau=0.26, **SMALL),
 }
@@ -238,7 +238,9 @@ def test_shared_kernels_everywhere_are_the_plain_convolution_of_modulated_featur
 
 
 def test_an_unseen_dataset_takes_the_mean_of_the_exclusive_kernels():
-    selection = KernelSelection(tau=2.0, **SMALL)  # alpha * beta <= 1: all offsets are exclusive
+    selection = KernelSelection(
+        tau=2.0, exclusive_init="independent", **SMALL
+    )  # alpha * beta <= 1: all offsets are exclusive
     table = table_of("submanifold 3")
     kmap, layer = padded(table), build(selection, 27)
     x = jnp.asarray(sparse.pad_rows(parameters(selection, table)["x"].astype(np.float32), kmap.in_capacity))
@@ -302,13 +304,14 @@ def test_near_half_the_offsets_start_on_each_side():
 
 
 def test_parameters_start_as_stated():
-    layer = SelectiveConv(32, 48, num_datasets=2, rngs=nnx.Rngs(0))
+    independent = KernelSelection(exclusive_init="independent")
+    layer = SelectiveConv(32, 48, num_datasets=2, selection=independent, rngs=nnx.Rngs(0))
     for kernel in (layer.shared[...], *layer.exclusive[...]):
         np.testing.assert_allclose(kernel.std(), math.sqrt(2 / (27 * 48)), rtol=0.02)
     np.testing.assert_allclose(layer.projection[...].std(), 32**-0.5, rtol=0.1)
     assert (layer.prior[...] == 0).all() and layer.exclusive.get_metadata()["dataset_axis"] == 0
     assert not np.allclose(layer.shared[...], layer.exclusive[0])
-    copied = SelectiveConv(2, 3, num_datasets=2, selection=KernelSelection(exclusive_init="copy"), rngs=nnx.Rngs(0))
+    copied = SelectiveConv(2, 3, num_datasets=2, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(copied.exclusive[...], np.stack([copied.shared[...]] * 2))
 
 

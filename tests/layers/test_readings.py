@@ -15,7 +15,9 @@ from h2a2_jax.layers.modulation import modulate
 from tests.sparse.transcription import padded, table_of
 
 CHANNELS, DATASETS = 6, 2
-PLAIN = KernelSelection(projection_dim=4, embedding_dim=3, hidden=5, embedding_start="random")
+PLAIN = KernelSelection(
+    projection_dim=4, embedding_dim=3, hidden=5, embedding_start="random", exclusive_init="independent"
+)
 """Random last layers, so that modulation and gate say something."""
 
 

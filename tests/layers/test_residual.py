@@ -19,7 +19,7 @@ from h2a2_jax.layers import (
 from h2a2_jax.layers.conv import kaiming_fan_out, uniform_fan_out
 from tests.sparse.transcription import padded, table_of
 
-SELECTION = KernelSelection(projection_dim=4, embedding_dim=3, hidden=5)
+SELECTION = KernelSelection(projection_dim=4, embedding_dim=3, hidden=5, exclusive_init="independent")
 
 
 def features(kmap, channels=4, seed=0):

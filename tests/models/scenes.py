@@ -14,7 +14,7 @@ from h2a2_jax.models import Detector, DetectorConfig, HeadConfig
 
 VOXEL = 0.05
 """Coarse, so that few points cover all levels."""
-SELECTION = KernelSelection(projection_dim=4, embedding_dim=5, hidden=6)
+SELECTION = KernelSelection(projection_dim=4, embedding_dim=5, hidden=6, exclusive_init="independent")
 
 
 def room(seed, points=700, boxes=3, classes=5, size=4.0):

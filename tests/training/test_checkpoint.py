@@ -36,7 +36,7 @@ TINY = DetectorConfig(
     stem_channels=4,
     stage_channels=(4, 4, 4, 4),
     neck_channels=4,
-    selection=KernelSelection(projection_dim=2, embedding_dim=4, hidden=4),
+    selection=KernelSelection(projection_dim=2, embedding_dim=4, hidden=4, exclusive_init="independent"),
 )
 PLAIN = dataclasses.replace(TINY, selection=None)
 OPTIMIZER = optax.adamw(optax.constant_schedule(1e-3))

@@ -23,7 +23,10 @@ FULL = DetectorConfig(
     depth=10,
     norm_affine="exclusive",
     selection=KernelSelection(
-        convolutions=("stem", "residual", "neck"), structure_parameters="exclusive", scan_embedding=True
+        convolutions=("stem", "residual", "neck"),
+        structure_parameters="exclusive",
+        scan_embedding=True,
+        exclusive_init="independent",
     ),
 )
 FROZEN = frozenset({"backbone.stem.conv.kernel", "backbone.stem.norm.bias", "heads.box_kernel"})
