@@ -44,7 +44,7 @@ ROOT = Path(__file__).parent.parent
         (["--config=configs/joint.py:demo", "--config.optim.lrr=3"], "unknown config key lrr Did you mean 'lr'"),
         (
             ["--config=configs/joint.py:demo", "--config.optim.learning_rate=3"],
-            "unknown config key 'learning_rate' (keys there: lr, weight_decay, ",
+            "unknown config key 'learning_rate' (keys there: average_decay, batches, ",
         ),
         (["--config=configs/joint.py"], "The data of scannet is not there: data/scannet"),
         (["--config=configs/joint.py:synthetic"], "or one that `python -m data.synthetic_scannet` prepared"),
