@@ -281,7 +281,8 @@ def _sentence(error: BaseException, argv: list[str]) -> str:
         return f"the config file cannot be read ({text}); an example is {_EXAMPLE}."
     if isinstance(error, KeyError | AttributeError):
         text = text.replace("\\", "").replace('"', "'")
-        return f"unknown config key {text}{_keys_beside(text.split()[0].strip(chr(39)), argv)}"
+        unknown = text.partition(" ")[0].strip("'")
+        return f"unknown config key {text}{_keys_beside(unknown, argv)}"
     return text
 
 

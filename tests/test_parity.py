@@ -29,12 +29,14 @@ def test_every_case_of_a_fixture_is_run_and_passes(name):
 @pytest.mark.parametrize("kind", ["scannet", "sunrgbd"])
 def test_whole_models_of_the_fixtures(kind):
     path = FIXTURES / f"model_batch2_{kind}_seed7.npz"
-    compared = Counter(result.name.split(".")[0] for result in assert_all_pass(path))
+    results = assert_all_pass(path)
+    compared = Counter(result.name.split(".")[0] for result in results)
     with np.load(path) as stored:
         stages = {key.split(".")[0] for key in stored.files if key.endswith(".stride")}
         parameters = len(stored["train.grad_names"])
     assert stages | {"head", "pred", "train", "float64", "voxel_coords", "first_point_index"} == set(compared)
     assert compared["float64"] == compared["train"] > parameters
+    assert max(result.tolerance for result in results if result.name.startswith("float64.")) == 1e-6
 
 
 @pytest.mark.slow
