@@ -174,10 +174,11 @@ def locate(rows: Sequence[Row], workdir: Path) -> dict[Run, Path]:
         InputError: the folder of a run's name holds another experiment.
     """
     stored = {path.parent: path.read_text() for path in sorted((workdir / RUNS).glob("*/config.json"))}
+    experiments = {folder: experiment for folder, text in stored.items() if (experiment := _experiment(text))}
     folders = {}
     for run in (run for row in rows for run in row.runs):
         own = workdir / RUNS / run.folder
-        same = [folder for folder, text in stored.items() if _is(text, run)]
+        same = [folder for folder, experiment in experiments.items() if _is(experiment, run)]
         if own in stored and own not in same and not _cut_short(stored[own], run.config):
             raise InputError(
                 f"{own} holds another experiment ({_difference(stored[own], run.config)}): give another --workdir, or "
@@ -217,12 +218,16 @@ def _batches_per_epoch(config: ExperimentConfig) -> int:
     return max(batches)
 
 
-def _is(text: str, run: Run) -> bool:
-    """Whether a stored config is a run's, wherever the folder of the sweep lay and however it was spelt."""
+def _experiment(text: str) -> ExperimentConfig | None:
+    """What a stored config says; None if it cannot be read."""
     try:
-        stored = from_json(text)
+        return from_json(text)
     except InputError:
-        return False
+        return None
+
+
+def _is(stored: ExperimentConfig, run: Run) -> bool:
+    """Whether a stored config is a run's, wherever the folder of the sweep lay and however it was spelt."""
     if run.after is None:
         return stored == run.config
     return _without_place(stored) == _without_place(run.config)
@@ -240,11 +245,10 @@ def _cut_short(text: str, config: ExperimentConfig) -> bool:
 
 def _difference(text: str, config: ExperimentConfig) -> str:
     """The first value that differs."""
-    try:
-        theirs = leaves_of(from_json(text))
-    except InputError:
+    stored = _experiment(text)
+    if stored is None:
         return "its config.json cannot be read"
-    ours = leaves_of(config)
+    theirs, ours = leaves_of(stored), leaves_of(config)
     keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
     key = keys[0]
     return f"{key} is {theirs.get(key)} there and {ours.get(key)} here" if keys else "its config differs"

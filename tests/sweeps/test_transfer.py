@@ -182,7 +182,6 @@ def test_a_head_without_common_classes_is_named(
     assert [entry["head"] for entry in read_zero_shot(tmp_path, source) or ()] == ["scannet", "scannet"]
 
 
-@pytest.mark.slow
 def test_the_tables_and_what_is_finished(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
