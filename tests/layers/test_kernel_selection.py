@@ -56,8 +56,10 @@ class Transcription:
         scores = np.zeros((self.num_scans, len(alpha)))
         for b in range(self.num_scans):
             rows = x[self.scan_in == b] if self.selection.scope == "scan" else x
+            projected = [unit(row @ p["projection"]) for row in rows]
             for j in range(len(alpha)):
-                cosines = [unit(row @ p["projection"]) @ unit(p["prototypes"][j]) for row in rows]
+                prototype = unit(p["prototypes"][j])
+                cosines = [direction @ prototype for direction in projected]
                 cosine = sum(cosines) / max(len(cosines), 1)
                 half = self.selection.consistency == "half_cosine"
                 scores[b, j] = alpha[j] * ((1 + cosine) / 2 if half else max(cosine, 0))
