@@ -115,19 +115,20 @@ def build_source(source: SourceConfig, split: Split) -> ScanSource:
 
 def holds_dataset(root: Path) -> bool:
     """Whether a folder has scans with their boxes in one of the forms that `kind` "auto" knows."""
-    return is_scan_folder(root) or (root / _POINTS_FOLDER).exists() or is_tfds(root)
+    return _kind_found(root) is not None
 
 
 def _kind(source: SourceConfig) -> str:
-    """What `root` is, where the config leaves it open."""
-    if source.kind != "auto":
-        return source.kind
-    root = Path(source.root)
+    """What `root` is, where the config leaves it open; of a folder that is nothing mmdetection3d's files are missed."""
+    return source.kind if source.kind != "auto" else _kind_found(Path(source.root)) or "mmdet3d"
+
+
+def _kind_found(root: Path) -> str | None:
     if is_scan_folder(root):
         return "scans"
-    if not (root / _POINTS_FOLDER).exists() and is_tfds(root):
-        return "tfds"
-    return "mmdet3d"
+    if (root / _POINTS_FOLDER).exists():
+        return "mmdet3d"
+    return "tfds" if is_tfds(root) else None
 
 
 def _check_classes(source: SourceConfig) -> None:
