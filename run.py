@@ -24,8 +24,8 @@ except ModuleNotFoundError as missing:
 from h2a2_jax.errors import InputError
 
 if TYPE_CHECKING:
-    from h2a2_jax.inference.evaluate import EvalRequest
-    from h2a2_jax.inference.files import PredictRequest
+    from h2a2_jax.evaluation.evaluate import EvalRequest
+    from h2a2_jax.inference.input_files import PredictRequest
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -149,8 +149,8 @@ def main(argv: list[str]) -> int | None:
     seeds, taus = _numbers("seeds", _SEEDS.value, int), _numbers("taus", _TAUS.value, float)
     # Imported here, so that a wrong flag is answered at once.
     from h2a2_jax import commands
-    from h2a2_jax.training.config import experiment_config
-    from h2a2_jax.training.distributed import processes
+    from h2a2_jax.config import experiment_config
+    from h2a2_jax.distributed import processes
 
     workdir = Path(_WORKDIR.value)
     config = None if _CONFIG.value is None else experiment_config(_CONFIG.value)
@@ -182,7 +182,7 @@ def main(argv: list[str]) -> int | None:
         return commands.protocol_command(
             config, workdir, _TRAININGS.value, _EVALUATIONS.value, _JOBS.value, _BUDGET_MINUTES.value
         )
-    from h2a2_jax.training.stopping import Stopped
+    from h2a2_jax.errors import Stopped
 
     try:
         with processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
@@ -193,7 +193,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def _predict_request() -> "PredictRequest":
-    from h2a2_jax.inference.files import PredictRequest
+    from h2a2_jax.inference.input_files import PredictRequest
 
     chosen: dict[str, Any] = {"align": _ALIGN.value, "colors": _COLORS.value}
     if _SCORE.value is not None:
@@ -213,7 +213,7 @@ def _predict_request() -> "PredictRequest":
 
 
 def _eval_request() -> "EvalRequest":
-    from h2a2_jax.inference.evaluate import EvalRequest
+    from h2a2_jax.evaluation.evaluate import EvalRequest
 
     return EvalRequest(
         split=cast(Literal["train", "val"], _SPLIT.value),
@@ -227,8 +227,8 @@ def _eval_request() -> "EvalRequest":
 
 
 def _chosen_step() -> int | None:
-    from h2a2_jax.training.checkpoint import checkpoint_place
-    from h2a2_jax.training.evaluations import chosen_step
+    from h2a2_jax.checkpoint.store import checkpoint_place
+    from h2a2_jax.evaluation.documents import chosen_step
 
     return chosen_step(checkpoint_place(Path(_WORKDIR.value or ".")).run, _STEP.value)
 
@@ -239,7 +239,7 @@ def _check() -> int:
     for name in ("config", "workdir"):
         if flags.FLAGS[name].present:
             raise InputError(f"--{name} is not for --mode=check, which looks over the folder --data; leave it out.")
-    from h2a2_jax.inputs.check import check
+    from h2a2_jax.check import check
 
     return 0 if check(_DATA.value, _DATASET.value, _OUTPUT.value).ready else 1
 

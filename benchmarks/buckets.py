@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.timing import report
-from h2a2_jax.inputs.batching import scan_sizes
-from h2a2_jax.inputs.specs import dataset_spec
-from h2a2_jax.inputs.synthetic.source import SyntheticSource
+from h2a2_jax.loader.batching import scan_sizes
 from h2a2_jax.models import LevelSizes
+from h2a2_jax.scans.specs import dataset_spec
+from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 from h2a2_jax.sparse import BucketLadder
 
 DATASETS = ("scannet", "sunrgbd", "s3dis")

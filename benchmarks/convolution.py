@@ -25,12 +25,11 @@ from benchmarks.scans import load_points
 from h2a2_jax import sparse
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import available_cores
-from h2a2_jax.models.config import DetectorConfig
-from h2a2_jax.models.layout import PlanLayout
-from h2a2_jax.models.plan import DetectorPlan, DetectorTables, detector_tables, pad_plan
+from h2a2_jax.models.architecture import DetectorConfig
+from h2a2_jax.models.maps import DetectorPlan, DetectorTables, PlanLayout, detector_tables, pad_plan
 from h2a2_jax.sparse import KernelMap, NeighborTable
-from h2a2_jax.sparse.blocks import fits_blocks
 from h2a2_jax.sparse.conv import Algorithm
+from h2a2_jax.sparse.kernel_map import fits_blocks
 
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 DIRECTIONS = ("forward", "forward_backward")

@@ -35,9 +35,9 @@ from h2a2_jax import sparse
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import available_cores
 from h2a2_jax.inference.folding import fold
-from h2a2_jax.layers import DatasetContext, ForwardContext, KernelSelection
+from h2a2_jax.layers import DatasetContext, ForwardContext, SelectionConfig
 from h2a2_jax.models import (
-    Detector,
+    TR3D,
     DetectorConfig,
     DetectorPlan,
     HeadConfig,
@@ -172,10 +172,10 @@ def _passes(
     passes: Sequence[str],
 ) -> dict[str, tuple[Callable[[], object], dict[str, float]]]:
     """Compiled passes by name, ready to be called, with what compiling took and what they need."""
-    config = DetectorConfig(**{**vars(config), "selection": KernelSelection() if selective else None})
+    config = DetectorConfig(**{**vars(config), "selection": SelectionConfig() if selective else None})
     heads = [HeadConfig("scan", 18, 6)]
-    model = jax.jit(lambda: nnx.split(Detector(config, heads, rngs=nnx.Rngs(0)), nnx.Param, ...)[1:])()
-    graph = nnx.split(nnx.eval_shape(lambda: Detector(config, heads, rngs=nnx.Rngs(0))), nnx.Param, ...)[0]
+    model = jax.jit(lambda: nnx.split(TR3D(config, heads, rngs=nnx.Rngs(0)), nnx.Param, ...)[1:])()
+    graph = nnx.split(nnx.eval_shape(lambda: TR3D(config, heads, rngs=nnx.Rngs(0))), nnx.Param, ...)[0]
     params, rest = model
     optimizer = optax.adamw(1e-3)
     opt_state = jax.jit(optimizer.init)(params)
@@ -196,7 +196,7 @@ def _passes(
 
     one = DatasetContext.one(0, 1)
 
-    def folded_model(params: Any) -> Detector:
+    def folded_model(params: Any) -> TR3D:
         return fold(nnx.merge(graph, params, rest), one, 0)
 
     folded_graph = nnx.graphdef(nnx.eval_shape(folded_model, params))

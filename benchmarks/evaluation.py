@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from h2a2_jax.boxes import Detections
-from h2a2_jax.evaluation import GroundTruth, evaluate_detections
+from h2a2_jax.boxes.matching import GroundTruth
+from h2a2_jax.evaluation import evaluate_detections
 
 CASES = (("axis-aligned", 18, 60), ("turned", 10, 60), ("turned", 10, 400))
 """Boxes, classes and detections a scan."""

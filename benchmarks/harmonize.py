@@ -24,18 +24,18 @@ import optax
 
 from benchmarks import timing
 from configs.joint import demo, paper
+from h2a2_jax.balancers import build_balancer, recorded
+from h2a2_jax.balancers.ngh import mean_over_datasets, plain_mean
+from h2a2_jax.checkpoint.train_state import create_state, place_state
+from h2a2_jax.config import ExperimentConfig, HarmonizeConfig
+from h2a2_jax.distributed import DATASET, train_mesh
 from h2a2_jax.host import available_cores
-from h2a2_jax.inputs.batching import collate, pad_batch, stack_batches
-from h2a2_jax.inputs.specs import SPECS
-from h2a2_jax.inputs.synthetic.source import SyntheticSource
-from h2a2_jax.models import Detector, DetectorConfig, LevelSizes, PlanLayout
-from h2a2_jax.training.balancers import build_balancer, recorded
+from h2a2_jax.loader.batching import collate, pad_batch, stack_batches
+from h2a2_jax.models import TR3D, DetectorConfig, LevelSizes, PlanLayout
+from h2a2_jax.scans.specs import SPECS
+from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 from h2a2_jax.training.build import build_detector
-from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig
-from h2a2_jax.training.harmonize import mean_over_datasets, plain_mean
-from h2a2_jax.training.mesh import DATASET, train_mesh
-from h2a2_jax.training.parameter_groups import group_summary
-from h2a2_jax.training.state import create_state, place_state
+from h2a2_jax.training.metrics import group_summary
 from h2a2_jax.training.step import make_train_step
 
 SIZES: dict[str, tuple[ExperimentConfig, Any]] = {"demo": (demo(), "demo"), "full": (paper(), "full")}
@@ -119,7 +119,7 @@ def _alone(shared: Any, repeats: int) -> tuple[dict[str, float], float]:
     return ms, statistics.median(clock) * 1e3
 
 
-def _steps(model: Detector, config: DetectorConfig, scale: Any, batch: int, repeats: int) -> dict[str, list[float]]:
+def _steps(model: TR3D, config: DetectorConfig, scale: Any, batch: int, repeats: int) -> dict[str, list[float]]:
     """Seconds of each round's step by balancer."""
     mesh = train_mesh(len(SPECS), jax.devices()[:1])
     collated = [collate([source[i] for i in range(batch)], config.voxel_size) for source in _sources(scale, batch)]

@@ -21,10 +21,10 @@ from tempfile import TemporaryDirectory
 import jax
 import numpy as np
 
-from h2a2_jax.inputs.drawing import StreamDataset
-from h2a2_jax.inputs.pipeline import JointStep, JointStream, StreamConfig
-from h2a2_jax.inputs.specs import SPECS
-from h2a2_jax.inputs.synthetic import SyntheticSource
+from h2a2_jax.loader.drawing import StreamDataset
+from h2a2_jax.loader.stream import JointStep, JointStream, StreamConfig
+from h2a2_jax.scans.specs import SPECS
+from h2a2_jax.scans.synthetic import SyntheticSource
 
 _ENDS_WITHIN_S = 20
 

@@ -21,12 +21,12 @@ from io import StringIO
 import numpy as np
 
 from h2a2_jax.host import available_cores
-from h2a2_jax.inputs.drawing import Log, StreamDataset
-from h2a2_jax.inputs.pipeline import JointStream, StreamConfig
-from h2a2_jax.inputs.prepare.command import synthetic_command
-from h2a2_jax.inputs.sources import SourceConfig, build_source
-from h2a2_jax.inputs.specs import SPECS
+from h2a2_jax.loader.drawing import Log, StreamDataset
+from h2a2_jax.loader.stream import JointStream, StreamConfig
 from h2a2_jax.models import PlanLayout
+from h2a2_jax.prepare.prepare import synthetic_command
+from h2a2_jax.scans.sources import SourceConfig, build_source
+from h2a2_jax.scans.specs import SPECS
 
 
 def joint_stream(

@@ -29,19 +29,19 @@ from jaxtyping import Float
 from benchmarks.scans import ChangedScans
 from benchmarks.timing import report
 from h2a2_jax.boxes import Detections, pairwise_rotated_iou
+from h2a2_jax.checkpoint.store import restore_checkpoint
+from h2a2_jax.config import EvalConfig
 from h2a2_jax.errors import InputError
-from h2a2_jax.inference.evaluate import EvalConfig, build_predictor, evaluate_source
-from h2a2_jax.inference.file_scans import FileScan, load_file
-from h2a2_jax.inference.files import InputFile, PredictRequest, find_inputs
-from h2a2_jax.inference.predictions import boxes_in_input_frame
+from h2a2_jax.evaluation.evaluate import build_predictor, evaluate_source
+from h2a2_jax.inference.input_files import FileScan, InputFile, PredictRequest, find_inputs, load_file
 from h2a2_jax.inference.predictor import Predictor, prepare
-from h2a2_jax.inputs.cloud_scan import GREY
-from h2a2_jax.inputs.point_cloud import read_point_cloud
-from h2a2_jax.inputs.scan import Scan, load_or_skip
-from h2a2_jax.inputs.sources import build_source
-from h2a2_jax.inputs.specs import DatasetSpec
+from h2a2_jax.inference.results import boxes_in_input_frame
+from h2a2_jax.scans.cloud_scan import GREY
+from h2a2_jax.scans.formats.point_cloud import read_point_cloud
+from h2a2_jax.scans.scan import Scan, load_or_skip
+from h2a2_jax.scans.sources import build_source
+from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.training.build import count_parameters
-from h2a2_jax.training.checkpoint import restore_checkpoint
 
 STAGES = ("load", "maps", "network", "boxes")
 _LOWEST, _SURE, _HIT = 0.05, 0.3, 0.5

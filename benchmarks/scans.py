@@ -7,9 +7,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.inputs.scan import Scan, ScanSource
-from h2a2_jax.inputs.specs import dataset_spec
-from h2a2_jax.inputs.synthetic.source import SyntheticSource
+from h2a2_jax.scans.scan import Scan, ScanSource
+from h2a2_jax.scans.specs import dataset_spec
+from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 
 _PLY_TYPES = {
     "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4",

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from h2a2_jax.sparse import NeighborTable
-from h2a2_jax.sparse.blocks import fits_blocks
+from h2a2_jax.sparse.kernel_map import fits_blocks
 
 try:
     with warnings.catch_warnings():

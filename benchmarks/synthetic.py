@@ -25,14 +25,14 @@ from scipy.spatial import cKDTree
 
 from benchmarks.timing import report
 from h2a2_jax.host import available_cores
-from h2a2_jax.inputs.scan import points_in_box
-from h2a2_jax.inputs.specs import SPECS, DatasetSpec, dataset_spec
-from h2a2_jax.inputs.synthetic.catalogue import label_of, programme
-from h2a2_jax.inputs.synthetic.rooms import Room, furnished_room
-from h2a2_jax.inputs.synthetic.sensors import Capture
-from h2a2_jax.inputs.synthetic.shapes import Solids
-from h2a2_jax.inputs.synthetic.source import SyntheticSource
-from h2a2_jax.models.plan import pyramid_sizes
+from h2a2_jax.models.maps import pyramid_sizes
+from h2a2_jax.scans.scan import points_in_box
+from h2a2_jax.scans.specs import SPECS, DatasetSpec, dataset_spec
+from h2a2_jax.scans.synthetic.catalogue import label_of, programme
+from h2a2_jax.scans.synthetic.rooms import Room, furnished_room
+from h2a2_jax.scans.synthetic.sensors import Capture
+from h2a2_jax.scans.synthetic.shapes import Solids
+from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 from h2a2_jax.sparse import voxelize
 
 VOXEL_SIZE = 0.01

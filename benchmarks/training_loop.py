@@ -24,8 +24,8 @@ import jax
 
 from benchmarks.timing import report
 from configs.joint import get_config
-from h2a2_jax.inputs.pipeline import JointStep, JointStream
-from h2a2_jax.training.config import ExperimentConfig, experiment_config
+from h2a2_jax.config import ExperimentConfig, experiment_config
+from h2a2_jax.loader.stream import JointStep, JointStream
 from h2a2_jax.training.loop import open_run, take_steps
 from h2a2_jax.training.profiler import StepProfiler
 from h2a2_jax.training.run import Run

@@ -18,17 +18,11 @@ from dataclasses import replace
 
 from ml_collections import ConfigDict
 
+from h2a2_jax.config import ExperimentConfig, OptimConfig, SourceConfig, TrainConfig, config_dict
 from h2a2_jax.errors import InputError
-from h2a2_jax.inputs.sources import ROOTS
-from h2a2_jax.layers.kernel_selection import KernelSelection
+from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.models import DetectorConfig
-from h2a2_jax.training.config import (
-    ExperimentConfig,
-    OptimConfig,
-    SourceConfig,
-    TrainConfig,
-    config_dict,
-)
+from h2a2_jax.scans.sources import ROOTS
 
 NAMES = ("scannet", "sunrgbd", "s3dis")
 VARIANTS = ("paper", "synthetic", "demo", "tiny", "two", "no_sfks")
@@ -52,7 +46,7 @@ def paper() -> ExperimentConfig:
     """TR3D's schedule and widths, SF-KS and NGH on."""
     return ExperimentConfig(
         datasets=tuple(SourceConfig(name, root=ROOTS[name]) for name in NAMES),
-        model=DetectorConfig(selection=KernelSelection()),
+        model=DetectorConfig(selection=SelectionConfig()),
     )
 
 
@@ -60,7 +54,7 @@ def synthetic() -> ExperimentConfig:
     """The paper's setting on procedural scans of full size, as `python -m data.synthetic_<dataset>` prepares them."""
     return ExperimentConfig(
         datasets=tuple(SourceConfig(name, root=f"data/synthetic_{name}", repeats=1) for name in NAMES),
-        model=DetectorConfig(selection=KernelSelection()),
+        model=DetectorConfig(selection=SelectionConfig()),
     )
 
 
@@ -76,11 +70,11 @@ def demo() -> ExperimentConfig:
             stage_channels=(16, 16, 32, 32),
             neck_channels=32,
             voxel_size=0.015,
-            selection=KernelSelection(),
+            selection=SelectionConfig(),
         ),
         optim=OptimConfig(decay_epochs=(6, 8), warmup_steps=20),
         # One bucket, for one compilation.
-        train=TrainConfig(batch_size=4, steps=200, log_every=10, checkpoint_every=100, max_rung=0),
+        train=TrainConfig(batch_size=4, steps=200, log_every=10, checkpoint_every=100, max_bucket=0),
     )
 
 
@@ -92,7 +86,7 @@ def tiny() -> ExperimentConfig:
         datasets=tuple(replace(source, train_size=8, val_size=2) for source in config.datasets),
         model=replace(config.model, stem_channels=4, stage_channels=(4, 4, 4, 4), neck_channels=4, voxel_size=0.04),
         train=replace(
-            config.train, batch_size=2, steps=40, log_every=2, checkpoint_every=8, evaluate_every=16, max_rung=0
+            config.train, batch_size=2, steps=40, log_every=2, checkpoint_every=8, evaluate_every=16, max_bucket=0
         ),
     )
 
@@ -112,11 +106,11 @@ def two() -> ExperimentConfig:
             stem_channels=16,
             stage_channels=(16, 32, 32, 32),
             neck_channels=32,
-            selection=KernelSelection(),
+            selection=SelectionConfig(),
         ),
         # Decays after 400 and 500 of 550 steps: an epoch is one step for a scan of each.
         optim=OptimConfig(lr=3e-3, decay_epochs=(400, 500), warmup_steps=20),
-        train=TrainConfig(batch_size=1, steps=550, log_every=10, checkpoint_every=100, max_rung=0),
+        train=TrainConfig(batch_size=1, steps=550, log_every=10, checkpoint_every=100, max_bucket=0),
     )
 
 

@@ -9,11 +9,11 @@ one is set with `--config.datasets.scannet.root=/data/scannet`.
 
 from ml_collections import ConfigDict
 
+from h2a2_jax.config import ExperimentConfig, HarmonizeConfig, SourceConfig, config_dict
 from h2a2_jax.errors import InputError
-from h2a2_jax.inputs.sources import ROOTS
-from h2a2_jax.inputs.specs import SPECS
 from h2a2_jax.models import DetectorConfig
-from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig, SourceConfig, config_dict
+from h2a2_jax.scans.sources import ROOTS
+from h2a2_jax.scans.specs import SPECS
 
 
 def get_config(variant: str | None = None) -> ConfigDict:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from h2a2_jax.inference.detector import Boxes, Detector
-    from h2a2_jax.inputs.point_cloud import PointCloud, read_point_cloud
+    from h2a2_jax.scans.formats.point_cloud import PointCloud, read_point_cloud
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Boxes": "h2a2_jax.inference.detector",
     "Detector": "h2a2_jax.inference.detector",
-    "PointCloud": "h2a2_jax.inputs.point_cloud",
-    "read_point_cloud": "h2a2_jax.inputs.point_cloud",
+    "PointCloud": "h2a2_jax.scans.formats.point_cloud",
+    "read_point_cloud": "h2a2_jax.scans.formats.point_cloud",
 }
 
 __all__ = ["Boxes", "Detector", "PointCloud", "__version__", "read_point_cloud"]

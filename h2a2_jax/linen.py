@@ -27,7 +27,7 @@ from h2a2_jax import layers
 from h2a2_jax.layers import (
     DatasetContext,
     ForwardContext,
-    KernelSelection,
+    SelectionConfig,
     activate,
     add,
     average_pool,
@@ -37,7 +37,7 @@ from h2a2_jax.layers import (
     relu,
 )
 from h2a2_jax.sparse.conv import Algorithm
-from h2a2_jax.sparse.grid import Size3
+from h2a2_jax.sparse.sites import Size3
 
 __all__ = [
     "BatchNorm",
@@ -46,10 +46,10 @@ __all__ = [
     "DatasetContext",
     "ForwardContext",
     "InstanceNorm",
-    "KernelSelection",
     "LayerNorm",
     "LinearModulation",
     "ResidualBlock",
+    "SelectionConfig",
     "SelectiveConv",
     "SparseConv",
     "SparseConvTranspose",
@@ -165,7 +165,7 @@ class SelectiveConv(_Layer):
     out_channels: int
     kernel_size: Size3 = 3
     num_datasets: int = 1
-    selection: KernelSelection | None = None
+    selection: SelectionConfig | None = None
     layer = layers.SelectiveConv
 
 
@@ -225,7 +225,7 @@ class ConvNorm(_Layer):
     kernel_size: Size3 = 3
     conv: type[SparseConv] = SparseConv
     norm: Callable[..., layers.BatchNorm] = layers.BatchNorm
-    selection: KernelSelection | None = None
+    selection: SelectionConfig | None = None
     num_datasets: int = 1
     layer = layers.ConvNorm
 
@@ -237,6 +237,6 @@ class ResidualBlock(_Layer):
     out_channels: int
     downsample: bool = False
     norm: Callable[..., layers.BatchNorm] = layers.BatchNorm
-    selection: KernelSelection | None = None
+    selection: SelectionConfig | None = None
     num_datasets: int = 1
     layer = layers.ResidualBlock

@@ -22,8 +22,9 @@ from h2a2_jax.boxes import (
     overlap_matrix,
     rotated_iou,
 )
-from h2a2_jax.evaluation import GroundTruth, evaluate_detections, iou_matrix
-from h2a2_jax.objective import assign, rotated_diou_loss, sigmoid_focal_loss
+from h2a2_jax.boxes.matching import GroundTruth, iou_matrix
+from h2a2_jax.evaluation import evaluate_detections
+from h2a2_jax.losses import assign, rotated_diou_loss, sigmoid_focal_loss
 from tests.boxes.golden import load_cases, relative_error
 from tests.parity_case import CaseResult, guarded
 

@@ -13,12 +13,12 @@ from flax import nnx
 
 from h2a2_jax import sparse
 from h2a2_jax.boxes import Detections, decode_boxes, traced_detections
-from h2a2_jax.convert.tr3d import export_tr3d, load_tr3d
-from h2a2_jax.inputs.specs import S3DIS, SCANNET, SUNRGBD, DatasetSpec
-from h2a2_jax.models import Detector, DetectorConfig, DetectorPlan, HeadConfig, Predictions, detector_tables, pad_plan
-from h2a2_jax.models.config import STAGE_BLOCKS
-from h2a2_jax.models.detector import single_context
-from h2a2_jax.objective import assign, axis_aligned_diou_loss, detection_loss, rotated_diou_loss
+from h2a2_jax.convert.tr3d_weights import export_tr3d, load_tr3d
+from h2a2_jax.losses import assign, axis_aligned_diou_loss, detection_loss, rotated_diou_loss
+from h2a2_jax.models import TR3D, DetectorConfig, DetectorPlan, HeadConfig, Predictions, detector_tables, pad_plan
+from h2a2_jax.models.architecture import STAGE_BLOCKS
+from h2a2_jax.models.tr3d import single_context
+from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD, DatasetSpec
 from h2a2_jax.sparse import SparseTensor
 from tests.parity_case import CaseResult, guarded
 from tests.parity_ops import compare
@@ -69,7 +69,7 @@ def _load(path: Path) -> Stored:
 class _Golden:
     stored: Stored
     spec: DatasetSpec
-    model: Detector
+    model: TR3D
     sites: sparse.SiteSet
     rows: np.ndarray  # of our sorted sites, for each stored voxel
     features: jax.Array
@@ -102,7 +102,7 @@ class _Golden:
         return self.features.dtype == jnp.float64
 
 
-def _build_model(weights: Stored) -> Detector:
+def _build_model(weights: Stored) -> TR3D:
     blocks = tuple(
         1 + max(int(k.split(".")[2]) for k in weights if k.startswith(f"backbone.layer{s}.")) for s in (1, 2, 3, 4)
     )
@@ -115,7 +115,7 @@ def _build_model(weights: Stored) -> Detector:
         neck_channels=weights["neck.out_block_0.0.kernel"].shape[2],
     )
     head = HeadConfig("golden", weights["bbox_head.conv_cls.bias"].size, weights["bbox_head.conv_reg.bias"].size)
-    model = Detector(config, [head], rngs=nnx.Rngs(0))
+    model = TR3D(config, [head], rngs=nnx.Rngs(0))
     report = load_tr3d(model, weights)
     if report.left_over or report.missing:
         raise ValueError(f"weights do not fit: left over {report.left_over}, missing {report.missing}.")

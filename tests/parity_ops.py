@@ -9,7 +9,7 @@ import numpy as np
 
 from h2a2_jax import sparse
 from h2a2_jax.layers import norm
-from h2a2_jax.sparse.blocks import fits_blocks
+from h2a2_jax.sparse.kernel_map import fits_blocks
 from tests.parity_case import CaseResult, guarded
 
 TOLERANCE = 1e-5

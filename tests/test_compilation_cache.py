@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from h2a2_jax.compilation_cache import compilation_cache, remove_damaged_entries, use_compilation_cache
+from h2a2_jax.compilation import CompilationCounter, compilation_cache, remove_damaged_entries, use_compilation_cache
 from h2a2_jax.errors import InputError
-from h2a2_jax.training.compilations import CompilationCounter
 
 OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 

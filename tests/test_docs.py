@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from h2a2_jax.checkpoint.store import CheckpointStore
 from h2a2_jax.layers import ForwardContext
-from h2a2_jax.training.checkpoint import CheckpointStore
-from tests.training.test_checkpoint import NAMES, experiment, make_state
+from tests.checkpoint.test_store import NAMES, experiment, make_state
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,7 +12,7 @@ import pytest
 from flax import errors, nnx
 
 from h2a2_jax import layers, linen, sparse
-from h2a2_jax.layers import DatasetContext, ForwardContext, KernelSelection
+from h2a2_jax.layers import DatasetContext, ForwardContext, SelectionConfig
 from tests.sparse.transcription import padded, random_sites
 
 FINE = random_sites((30, 0, 25), stride=2)
@@ -22,7 +22,7 @@ DOWN = padded(sparse.strided_neighbors(FINE, COARSE, 3))
 SKIP = sparse.pad_map(sparse.strided_neighbors(FINE, COARSE, 1), DOWN.inputs, DOWN.outputs)
 INNER = sparse.pad_map(sparse.submanifold_neighbors(COARSE, 3), DOWN.outputs, DOWN.outputs)
 BACK = sparse.pad_map(sparse.inverse_neighbors(sparse.strided_neighbors(FINE, COARSE, 3)), DOWN.outputs, DOWN.inputs)
-SMALL = KernelSelection(projection_dim=4, embedding_dim=3, hidden=5, exclusive_init="independent")
+SMALL = SelectionConfig(projection_dim=4, embedding_dim=3, hidden=5, exclusive_init="independent")
 EMBEDDING = jnp.array([0.3, -1.0, 2.0])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.lock import alone_in
+from h2a2_jax.files import alone_in
 
 
 def test_a_second_one_is_refused_and_told_who_is_there(tmp_path: Path):
@@ -23,7 +23,7 @@ def test_a_second_one_is_refused_and_told_who_is_there(tmp_path: Path):
 
 def test_a_program_that_is_killed_lets_go(tmp_path: Path):
     code = (
-        "import sys, time; from pathlib import Path; from h2a2_jax.lock import alone_in\n"
+        "import sys, time; from pathlib import Path; from h2a2_jax.files import alone_in\n"
         f"with alone_in(Path({str(tmp_path)!r}), 'run'): print('in', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import h2a2_jax
-from h2a2_jax.provenance import revision, versions
+from h2a2_jax.host import revision, versions
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 

@@ -17,17 +17,16 @@ import numpy as np
 import pytest
 
 from configs.joint import get_config, tiny
+from h2a2_jax.checkpoint.integrity import ITEMS
+from h2a2_jax.checkpoint.store import CheckpointStore, restore_checkpoint
 from h2a2_jax.commands import evaluate_command, predict_command, train_command
-from h2a2_jax.errors import InputError
-from h2a2_jax.inference.predictions import read_predictions
+from h2a2_jax.config import ExperimentConfig, TrainConfig, experiment_config, from_json, to_json
+from h2a2_jax.errors import InputError, Stopped
+from h2a2_jax.evaluation.documents import best_step
+from h2a2_jax.inference.results import read_predictions
 from h2a2_jax.models import DetectorConfig
-from h2a2_jax.training.checkpoint import CheckpointStore, restore_checkpoint
-from h2a2_jax.training.checkpoint_files import ITEMS
-from h2a2_jax.training.config import ExperimentConfig, TrainConfig, experiment_config, from_json, to_json
-from h2a2_jax.training.evaluations import best_step
 from h2a2_jax.training.loop import train
 from h2a2_jax.training.metrics import MetricsWriter, read_metrics
-from h2a2_jax.training.stopping import Stopped
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +43,7 @@ ROOT = Path(__file__).parent.parent
         (["--config=configs/joint.py:demo", "--config.optim.lrr=3"], "unknown config key lrr Did you mean 'lr'"),
         (
             ["--config=configs/joint.py:demo", "--config.optim.learning_rate=3"],
-            "unknown config key 'learning_rate' (keys there: average_decay, batches, ",
+            "unknown config key 'learning_rate' (keys there: ema_decay, batches, ",
         ),
         (["--config=configs/joint.py"], "The data of scannet is not there: data/scannet"),
         (["--config=configs/joint.py:synthetic"], "or one that `python -m data.synthetic_scannet` prepared"),
@@ -76,8 +75,11 @@ ROOT = Path(__file__).parent.parent
         (["--config=configs/joint.py:demo", "--mode=transfer"], "--mode=transfer needs --held_out, the dataset"),
         (["--config=configs/joint.py:demo,no_sfks", "--mode=ablation"], "give a config that has model.selection"),
         (["--config=configs/joint.py:demo", "--mode=eval", "--accept_changes"], "--accept_changes is for --mode=train"),
-        (["--config=configs/joint.py:demo", "--config.optim.batches=0"], "optim.batches is 0; expected 1 or more"),
-        (["--config=configs/joint.py:demo", "--config.optim.average_decay=1.0"], "expected a number from 0 to below 1"),
+        (
+            ["--config=configs/joint.py:demo", "--config.optim.accumulate_steps=0"],
+            "optim.accumulate_steps is 0; expected 1 or more",
+        ),
+        (["--config=configs/joint.py:demo", "--config.optim.ema_decay=1.0"], "expected a number from 0 to below 1"),
         (
             ["--config=configs/joint.py:tiny", "--config.optim.freeze=('stm',)"],
             "optim.freeze has 'stm', which names no",

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from h2a2_jax.compilation_cache import remove_damaged_entries
+from h2a2_jax.compilation import remove_damaged_entries
+from h2a2_jax.evaluation.documents import best_step
 from h2a2_jax.host import duration
-from h2a2_jax.training.evaluations import best_step
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=configs/joint.py:tiny"

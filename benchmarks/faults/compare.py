@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from benchmarks.faults.children import half_saved, saved_steps
-from h2a2_jax.training.evaluations import best_step
+from h2a2_jax.evaluation.documents import best_step
 
 _ITEMS = ("params", "batch_stats", "optimizer")
 _OF_THE_CLOCK = ("scans_per_second", "compilations")

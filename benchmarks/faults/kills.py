@@ -16,7 +16,7 @@ from benchmarks.faults.children import (
     saved_steps,
 )
 from benchmarks.faults.compare import differences
-from h2a2_jax.compilation_cache import remove_damaged_entries
+from h2a2_jax.compilation import remove_damaged_entries
 
 Condition = Callable[[], object]
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.faults.children import ROOT
 from benchmarks.scans import ChangedScans
-from h2a2_jax.inputs.scan import Scan, ScanSource
+from h2a2_jax.scans.scan import Scan, ScanSource
 from h2a2_jax.training import build
 
 _EVERY = 20  # points: some are left, however few are drawn

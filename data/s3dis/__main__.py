@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from h2a2_jax.inputs.prepare.command import raw_command
-from h2a2_jax.inputs.raw.s3dis import S3dis
+from h2a2_jax.prepare.prepare import raw_command
+from h2a2_jax.scans.raw.s3dis import S3dis
 
 _USUAL_AREA = 5
 

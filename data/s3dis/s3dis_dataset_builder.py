@@ -1,7 +1,7 @@
 """TFDS builder of S3DIS."""
 
-from h2a2_jax.inputs.prepare.builder import ScanDatasetBuilder
-from h2a2_jax.inputs.specs import S3DIS
+from h2a2_jax.prepare.builder import ScanDatasetBuilder
+from h2a2_jax.scans.specs import S3DIS
 
 
 class Builder(ScanDatasetBuilder):

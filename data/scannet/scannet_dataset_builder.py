@@ -1,7 +1,7 @@
 """TFDS builder of ScanNet v2."""
 
-from h2a2_jax.inputs.prepare.builder import ScanDatasetBuilder
-from h2a2_jax.inputs.specs import SCANNET
+from h2a2_jax.prepare.builder import ScanDatasetBuilder
+from h2a2_jax.scans.specs import SCANNET
 
 
 class Builder(ScanDatasetBuilder):

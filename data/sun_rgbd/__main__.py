@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from h2a2_jax.inputs.prepare.command import raw_command
-from h2a2_jax.inputs.raw.sunrgbd import SunRgbd
+from h2a2_jax.prepare.prepare import raw_command
+from h2a2_jax.scans.raw.sunrgbd import SunRgbd
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 
-from h2a2_jax.inputs.prepare.command import synthetic_command
+from h2a2_jax.prepare.prepare import synthetic_command
 
 if __name__ == "__main__":
     sys.exit(synthetic_command("synthetic_scannet", stands_for="scannet"))

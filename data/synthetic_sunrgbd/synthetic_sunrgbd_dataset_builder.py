@@ -1,7 +1,7 @@
 """TFDS builder of procedural frames as those of SUN RGB-D."""
 
-from h2a2_jax.inputs.prepare.builder import ScanDatasetBuilder
-from h2a2_jax.inputs.specs import SUNRGBD
+from h2a2_jax.prepare.builder import ScanDatasetBuilder
+from h2a2_jax.scans.specs import SUNRGBD
 
 
 class Builder(ScanDatasetBuilder):

@@ -5,7 +5,6 @@ Axis-aligned boxes carry yaw 0. Nothing here knows of networks or datasets.
 """
 
 from h2a2_jax.boxes.codec import decode_boxes, decode_boxes_padded
-from h2a2_jax.boxes.detections import Detections
 from h2a2_jax.boxes.iou import (
     axis_aligned_bev_iou,
     axis_aligned_diou,
@@ -16,7 +15,15 @@ from h2a2_jax.boxes.iou import (
     pairwise_axis_aligned_bev_iou,
     pairwise_axis_aligned_iou,
 )
-from h2a2_jax.boxes.nms import bev_nms, greedy_suppression, multiclass_nms, overlap_matrix
+from h2a2_jax.boxes.nms import (
+    Detections,
+    bev_nms,
+    greedy_suppression,
+    multiclass_nms,
+    overlap_matrix,
+    traced_detections,
+    traced_multiclass_nms,
+)
 from h2a2_jax.boxes.rotated_iou import (
     bev_intersection_area,
     pairwise_rotated_bev_iou,
@@ -24,7 +31,6 @@ from h2a2_jax.boxes.rotated_iou import (
     rotated_bev_iou,
     rotated_iou,
 )
-from h2a2_jax.boxes.suppression import traced_detections, traced_multiclass_nms
 from h2a2_jax.boxes.tolerant_iou import PUBLISHED_TOLERANCE, tolerant_bev_iou
 
 __all__ = [

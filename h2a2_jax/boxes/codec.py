@@ -1,6 +1,7 @@
 """From a location and the regression head's numbers to a box."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from h2a2_jax.typing import AnyArray
@@ -91,3 +92,26 @@ def _decode_rotated(locations: AnyArray, predictions: AnyArray) -> Array:
     width = (predictions[..., 3] + predictions[..., 4]) / (1 + ratio)
     sizes = jnp.stack([width, width * ratio, predictions[..., 5] + predictions[..., 4]], axis=-1)
     return jnp.concatenate([locations + predictions[..., :3], sizes, yaw[..., None]], axis=-1)
+
+
+BOX_EDGES = tuple((i, i | bit) for i in range(8) for bit in (1, 2, 4) if not i & bit)
+"""The 12 pairs of corners of `box_corners` that an edge joins."""
+
+
+def box_corners(boxes: Float[np.ndarray, "n 7"]) -> Float[np.ndarray, "n 8 3"]:
+    """Corners of boxes, on the host.
+
+    Args:
+        boxes: Centre, sizes (m), yaw (rad).
+
+    Returns:
+        Corner i lies at +dx/2 if its bit 1 is set, else at -dx/2; likewise bit 2 for y and bit 4 for z, along the
+        box's own axes. Float64, in the frame of the boxes.
+    """
+    boxes = boxes.astype(np.float64)
+    signs = np.array([[1 if i & bit else -1 for bit in (1, 2, 4)] for i in range(8)])
+    offsets = signs * boxes[:, None, 3:6] / 2
+    cos, sin = np.cos(boxes[:, 6, None]), np.sin(boxes[:, 6, None])
+    x = offsets[..., 0] * cos - offsets[..., 1] * sin
+    y = offsets[..., 0] * sin + offsets[..., 1] * cos
+    return np.stack([x, y, offsets[..., 2]], axis=-1) + boxes[:, None, :3]

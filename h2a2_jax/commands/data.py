@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from h2a2_jax.inputs.sources import build_source
-from h2a2_jax.training.config import ExperimentConfig
+from h2a2_jax.config import ExperimentConfig
+from h2a2_jax.scans.sources import build_source
 
 
 def check_data(config: ExperimentConfig, datasets: Sequence[int] | None = None) -> None:

@@ -5,13 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from h2a2_jax.checkpoint.store import checkpoint_place, restore_checkpoint
+from h2a2_jax.config import ExperimentConfig
+from h2a2_jax.distributed import is_main, say
 from h2a2_jax.errors import InputError
-from h2a2_jax.inference.evaluate import EvalRequest
-from h2a2_jax.inference.test_time import views
-from h2a2_jax.training.checkpoint import checkpoint_place, restore_checkpoint
-from h2a2_jax.training.config import ExperimentConfig
-from h2a2_jax.training.distributed import is_main, say
-from h2a2_jax.training.evaluation import chosen_sources, evaluate
+from h2a2_jax.evaluation.evaluate import EvalRequest, chosen_sources, evaluate
+from h2a2_jax.inference.augmentation import views
 
 
 def evaluate_command(config: ExperimentConfig | None, workdir: Path, request: EvalRequest | None = None) -> None:
@@ -44,7 +43,7 @@ def evaluate_command(config: ExperimentConfig | None, workdir: Path, request: Ev
     folder = request.output or place.run / results_folder(request)
     results = evaluate(config, model, folder, request=request)
     if is_main():
-        from h2a2_jax.report.evaluation_page import write_evaluation_page  # draws, which takes a second to load
+        from h2a2_jax.evaluation.evaluation_page import write_evaluation_page
 
         say(f"The page is {write_evaluation_page(results, folder, _subtitle(config, workdir, request))}.")
 

@@ -9,25 +9,22 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from h2a2_jax.boxes.matching import GroundTruth
+from h2a2_jax.checkpoint.store import checkpoint_place, restore_checkpoint
+from h2a2_jax.config import ExperimentConfig
+from h2a2_jax.distributed import MeshLayout, train_mesh
 from h2a2_jax.errors import InputError
-from h2a2_jax.evaluation import GroundTruth
+from h2a2_jax.evaluation.evaluate import build_predictor, say_skipped
 from h2a2_jax.host import progress_interval
-from h2a2_jax.inference.buckets import BucketFile
-from h2a2_jax.inference.evaluate import build_predictor
-from h2a2_jax.inference.files import FoundInputs, PredictRequest, find_inputs, printable
-from h2a2_jax.inference.predict_files import FAINT_SCORE, REPEATED, Outcome, after_name, predict_files
-from h2a2_jax.inference.predictions import document_of, scan_entry
+from h2a2_jax.inference.input_files import FoundInputs, PredictRequest, find_inputs, printable
+from h2a2_jax.inference.predict_folder import FAINT_SCORE, REPEATED, Outcome, after_name, predict_files
 from h2a2_jax.inference.predictor import Predictor, prepare
+from h2a2_jax.inference.results import document_of, scan_entry
+from h2a2_jax.inference.shape_cache import BucketFile
 from h2a2_jax.inference.writers import check_output, write_document, write_scan
-from h2a2_jax.inputs.recognise import some
-from h2a2_jax.inputs.scan import ScanError, ScanSource, load_or_skip
-from h2a2_jax.inputs.sources import build_source
-from h2a2_jax.inputs.specs import DatasetSpec
-from h2a2_jax.training.checkpoint import checkpoint_place, restore_checkpoint
-from h2a2_jax.training.config import ExperimentConfig
-from h2a2_jax.training.distributed import MeshDivision
-from h2a2_jax.training.evaluation import say_skipped
-from h2a2_jax.training.mesh import train_mesh
+from h2a2_jax.scans.scan import ScanError, ScanSource, load_or_skip
+from h2a2_jax.scans.sources import build_source, some
+from h2a2_jax.scans.specs import DatasetSpec
 
 INTERRUPTED = 130
 
@@ -151,7 +148,7 @@ def predict_command(config: ExperimentConfig | None, workdir: Path, request: Pre
     check_output(folder, (), ())
     if request.dataset is not None:
         predictor.spec(request.dataset)  # one that the model does not know is said
-    for d in MeshDivision(train_mesh(len(config.specs)), len(config.specs)).evaluated:
+    for d in MeshLayout(train_mesh(len(config.specs)), len(config.specs)).evaluated:
         spec = config.specs[d]
         if request.dataset not in (None, spec.name):
             continue

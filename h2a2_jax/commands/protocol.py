@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from h2a2_jax.commands.sweep import run_sweep
-from h2a2_jax.sweeps.plan import locate
+from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.sweeps.protocol import protocol_rows, protocol_table
-from h2a2_jax.sweeps.results import write_protocol
-from h2a2_jax.training.config import ExperimentConfig
+from h2a2_jax.sweeps.sweep_plan import locate
+from h2a2_jax.sweeps.sweep_results import write_protocol
 
 
 def protocol_command(

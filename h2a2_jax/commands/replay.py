@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from h2a2_jax.checkpoint.store import checkpoint_place
 from h2a2_jax.errors import InputError
-from h2a2_jax.training.checkpoint import checkpoint_place
 from h2a2_jax.training.replay import replay
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from h2a2_jax.training.checkpoint import restore_checkpoint
-from h2a2_jax.training.config import ExperimentConfig
+from h2a2_jax.checkpoint.store import restore_checkpoint
+from h2a2_jax.config import ExperimentConfig
 
 
 def report_command(config: ExperimentConfig | None, workdir: Path, singles: Sequence[Path]) -> None:
@@ -18,7 +18,7 @@ def report_command(config: ExperimentConfig | None, workdir: Path, singles: Sequ
     Raises:
         InputError: there is no checkpoint, or it is of another architecture than the config.
     """
-    from h2a2_jax.report import write_report  # draws, which no other command needs
+    from h2a2_jax.report import write_report
 
     if config is None:
         config = restore_checkpoint(workdir)[1]

@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from h2a2_jax.commands.data import check_data
+from h2a2_jax.config import ExperimentConfig
+from h2a2_jax.files import alone_in
 from h2a2_jax.host import sigterm_raises
-from h2a2_jax.lock import alone_in
-from h2a2_jax.sweeps.picture import draw_ablation, draw_tau
-from h2a2_jax.sweeps.plan import Row, Run, ablation_rows, default_taus, locate, tau_rows
-from h2a2_jax.sweeps.results import table, write_results
-from h2a2_jax.sweeps.runner import run_all
-from h2a2_jax.training.config import ExperimentConfig
+from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, ablation_rows, default_taus, locate, tau_rows
+from h2a2_jax.sweeps.sweep_results import draw_ablation, draw_tau, table, write_results
+from h2a2_jax.sweeps.sweep_runner import run_all
 
 _PICTURES = {"tau_sweep": (draw_tau, "tau.png"), "ablation": (draw_ablation, "ablation.png")}
 
@@ -84,7 +83,7 @@ def _sweep(
     jobs: int | None,
     budget_minutes: float | None,
 ) -> int:
-    def write(folders: Mapping[Run, Path]) -> str:
+    def write(folders: Mapping[SweepRun, Path]) -> str:
         result = write_results(sweep, config, rows, folders, workdir)
         draw, picture = _PICTURES[sweep]
         draw(result, workdir / picture)
@@ -97,9 +96,9 @@ def _sweep(
 def run_sweep(
     config: ExperimentConfig,
     workdir: Path,
-    located: Callable[[], Mapping[Run, Path]],
+    located: Callable[[], Mapping[SweepRun, Path]],
     jobs: int | None,
-    write: Callable[[Mapping[Run, Path]], str],
+    write: Callable[[Mapping[SweepRun, Path]], str],
     evaluations: int = 1,
     budget_minutes: float | None = None,
     then: Callable[[float], list[str]] = lambda until: [],

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from h2a2_jax.commands.data import check_data
 from h2a2_jax.commands.sweep import run_sweep
+from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
-from h2a2_jax.sweeps.plan import Row, Run, locate
-from h2a2_jax.sweeps.results import write_transfer
-from h2a2_jax.sweeps.runner import programs_folder
+from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate
+from h2a2_jax.sweeps.sweep_results import write_transfer
+from h2a2_jax.sweeps.sweep_runner import programs_folder
 from h2a2_jax.sweeps.transfer import (
     evaluate_zero_shot,
     held_out_source,
@@ -18,7 +19,6 @@ from h2a2_jax.sweeps.transfer import (
     tuning_rows,
     without_zero_shot,
 )
-from h2a2_jax.training.config import ExperimentConfig
 
 
 def transfer_command(
@@ -51,9 +51,9 @@ def transfer_command(
     """
     check_data(config)  # whose sizes the plan reads
     pretrained, tuned = pretraining_rows(config, held_out, seeds), list[Row]()
-    before: dict[Run, Path] = {}
+    before: dict[SweepRun, Path] = {}
 
-    def located() -> dict[Run, Path]:
+    def located() -> dict[SweepRun, Path]:
         before.update(locate(pretrained, workdir))
         tuned.extend(tuning_rows(config, held_out, seeds, pretrained, before, tuning_steps))
         return {**before, **locate(tuned, workdir)}

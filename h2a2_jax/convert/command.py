@@ -1,4 +1,4 @@
-"""The command `python -m h2a2_jax.convert.tr3d`."""
+"""The command `python -m h2a2_jax.convert.tr3d_weights`."""
 
 import argparse
 import math
@@ -61,7 +61,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(
-        prog="python -m h2a2_jax.convert.tr3d",
+        prog="python -m h2a2_jax.convert.tr3d_weights",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

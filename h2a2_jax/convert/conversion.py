@@ -11,20 +11,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
+from h2a2_jax.balancers import build_balancer
+from h2a2_jax.checkpoint.store import CheckpointStore, restore_checkpoint
+from h2a2_jax.checkpoint.train_state import create_state
+from h2a2_jax.config import ExperimentConfig, HarmonizeConfig, to_json
 from h2a2_jax.convert.torch_file import TorchFile
-from h2a2_jax.convert.tr3d import config_of_weights, export_tr3d, load_tr3d, tr3d_slots, without_prefix
+from h2a2_jax.convert.tr3d_weights import config_of_weights, export_tr3d, load_tr3d, tr3d_slots, without_prefix
+from h2a2_jax.distributed import DATASET
 from h2a2_jax.errors import InputError
-from h2a2_jax.inputs.sources import ROOTS, SourceConfig
-from h2a2_jax.inputs.specs import SPECS
-from h2a2_jax.models import Detector
+from h2a2_jax.models import TR3D
 from h2a2_jax.models.head import NUM_OUTPUTS
-from h2a2_jax.training.balancers import build_balancer
+from h2a2_jax.scans.sources import ROOTS, SourceConfig
+from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.training.build import draw_detector
-from h2a2_jax.training.checkpoint import CheckpointStore, restore_checkpoint
-from h2a2_jax.training.config import ExperimentConfig, HarmonizeConfig, to_json
-from h2a2_jax.training.mesh import DATASET
 from h2a2_jax.training.optimizer import build_optimizer, learning_rate
-from h2a2_jax.training.state import create_state
 
 _HEAD = "bbox_head.conv_"
 _OF_FCAF3D = "bbox_head.conv_center.kernel"
@@ -68,7 +68,7 @@ class Conversion:
         """The entries of one fate."""
         return [entry for entry in self.entries if entry.fate == fate]
 
-    def build(self) -> Detector:
+    def build(self) -> TR3D:
         """The detector with the weights; what is missing is drawn from the config's seed."""
         graph, state = nnx.split(_shape_detector(self.config))
         model = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state))
@@ -238,7 +238,7 @@ def _source(
     return source, "" if classes else f"Its classes are those that the file names: {', '.join(own)}."
 
 
-def _shape_detector(config: ExperimentConfig) -> Detector:
+def _shape_detector(config: ExperimentConfig) -> TR3D:
     """The detector with shapes in place of arrays."""
     return nnx.eval_shape(lambda: draw_detector(config, jax.random.key(0)))
 

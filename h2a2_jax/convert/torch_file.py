@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from h2a2_jax.convert.inert_pickle import Storage, StoredTensor, load_inert
+from h2a2_jax.convert.pickle_reader import Storage, StoredTensor, load_inert
 from h2a2_jax.errors import InputError
 
 MAX_PICKLE = 64 * 2**20

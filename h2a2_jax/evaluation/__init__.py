@@ -1,10 +1,16 @@
 """How good detections are: matching with ground truth, average precision, and by what it varies."""
 
-from h2a2_jax.evaluation.average_precision import average_precision, precision_at_levels, precision_recall
+from h2a2_jax.boxes.matching import IOU_THRESHOLDS, GroundTruth, iou_matrix, match
+from h2a2_jax.evaluation.average_precision import (
+    OperatingPoint,
+    average_precision,
+    best_f1,
+    calibration,
+    precision_at_levels,
+    precision_recall,
+)
 from h2a2_jax.evaluation.breakdown import distance_from, scan_origin
-from h2a2_jax.evaluation.evaluator import IOU_THRESHOLDS, Breakdown, Evaluation, GroundTruth, evaluate_detections
-from h2a2_jax.evaluation.matching import iou_matrix, match
-from h2a2_jax.evaluation.operating_point import OperatingPoint, best_f1, calibration
+from h2a2_jax.evaluation.scores import Breakdown, Evaluation, evaluate_detections
 
 __all__ = [
     "IOU_THRESHOLDS",

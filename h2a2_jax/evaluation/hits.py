@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from h2a2_jax.boxes.detections import Detections
 from h2a2_jax.boxes.iou import axis_aligned_iou
+from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.boxes.rotated_iou import rotated_iou
 
 _SMALLEST_CHUNK = 256

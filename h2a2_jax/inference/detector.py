@@ -3,7 +3,7 @@
     detector = Detector.restore("runs/joint")
     boxes = detector(points, colors, dataset="scannet")
 
-`h2a2_jax.inputs.point_cloud.read_point_cloud` reads files; folders of files are the affair of `run.py --mode=predict`.
+`h2a2_jax.read_point_cloud` reads files; `run.py --mode=predict` reads folders of files.
 """
 
 import threading
@@ -15,17 +15,17 @@ from typing import Any, Literal, cast, overload
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from h2a2_jax.boxes.detections import Detections
+from h2a2_jax.boxes.nms import Detections
+from h2a2_jax.checkpoint.store import restore_checkpoint
 from h2a2_jax.errors import InputError
-from h2a2_jax.inference.buckets import BucketFile
-from h2a2_jax.inference.predictions import boxes_in_input_frame
 from h2a2_jax.inference.predictor import Predictor, prepare
-from h2a2_jax.inputs.batching import no_scan
-from h2a2_jax.inputs.cloud_scan import PlacedCloud, place_cloud
-from h2a2_jax.inputs.point_cloud import COLOR_RANGES, ColorRange, PointCloud, cloud_of_arrays
-from h2a2_jax.inputs.scan_folder import UNITS, UPRIGHT, upright_matrix
+from h2a2_jax.inference.results import boxes_in_input_frame
+from h2a2_jax.inference.shape_cache import BucketFile
+from h2a2_jax.loader.batching import no_scan
 from h2a2_jax.models import LevelSizes
-from h2a2_jax.training.checkpoint import restore_checkpoint
+from h2a2_jax.scans.cloud_scan import PlacedCloud, place_cloud
+from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, ColorRange, PointCloud, cloud_of_arrays
+from h2a2_jax.scans.scan_folder import UNITS, UPRIGHT, upright_matrix
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ map of each channel. So `conv(x * phi + theta)`, norm and gate become a convolut
 
 phi and theta themselves stay an affine map in front of the convolution: theta reaches an output once for each neighbour
 that is there, and the selection reads x'. Which kernel an offset takes still follows from each scan. With embeddings
-of scans (`KernelSelection.scan_embedding`) modulation and gates depend on the scan and are computed as before.
+of scans (`SelectionConfig.scan_embedding`) modulation and gates depend on the scan and are computed as before.
 """
 
 import jax.numpy as jnp
@@ -17,14 +17,14 @@ from jaxtyping import Array
 
 from h2a2_jax.layers import ChannelGate, ConvNorm, DatasetContext, ForwardContext, LinearModulation, SelectiveConv
 from h2a2_jax.layers.context import parameter
-from h2a2_jax.layers.conv import check_input, mix_channels
-from h2a2_jax.layers.kernel_selection import KernelSelection, Structure, select_kernels
+from h2a2_jax.layers.kernel_selection import SelectionConfig, Structure, select_kernels
 from h2a2_jax.layers.modulation import modulate
-from h2a2_jax.models import Detector
+from h2a2_jax.layers.sparse_conv import check_input, mix_channels
+from h2a2_jax.models import TR3D
 from h2a2_jax.sparse import KernelMap, SparseTensor, convolve
 
 
-def fold(model: Detector, dataset: DatasetContext, head: int) -> Detector:
+def fold(model: TR3D, dataset: DatasetContext, head: int) -> TR3D:
     """A detector of one dataset that predicts what `model` does in evaluation, up to rounding.
 
     Its parameters are copies, its dataset axes have one entry; it evaluates only. Running it needs a context of one
@@ -40,7 +40,7 @@ def fold(model: Detector, dataset: DatasetContext, head: int) -> Detector:
     return folded
 
 
-def folded_parameters(model: Detector, dataset: DatasetContext, head: DatasetContext) -> Detector:
+def folded_parameters(model: TR3D, dataset: DatasetContext, head: DatasetContext) -> TR3D:
     """`fold` for datasets that are known under jit only; the heads_config is that of the first dataset."""
     per_scan = model.backbone.scan_embedding is not None
     embedding = None if model.embedding is None else dataset.pick(model.embedding[...])
@@ -112,7 +112,7 @@ class FoldedConv(nnx.Module):
             shift = shift if part.gate_first else shift * gate_factor
 
         self.name: str = getattr(conv, "name", "convolution")
-        self.selection: KernelSelection | None = getattr(conv, "selection", None) if structure is not None else None
+        self.selection: SelectionConfig | None = getattr(conv, "selection", None) if structure is not None else None
         self.kernels, self.bias = nnx.Param(kernels * factor), nnx.Param(shift)
         self.phi, self.theta = _param(phi), _param(theta)
         self.alpha, self.projection, self.prototypes = map(_param, structure or (None, None, None))

@@ -16,16 +16,15 @@ from jaxtyping import Array, Float, Int32
 
 from h2a2_jax import sparse
 from h2a2_jax.boxes.codec import ROTATED_CHANNELS
-from h2a2_jax.boxes.detections import Detections
-from h2a2_jax.boxes.suppression import traced_detections
+from h2a2_jax.boxes.nms import Detections, traced_detections
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.folding import folded_parameters
-from h2a2_jax.inputs.augment import sample_points
-from h2a2_jax.inputs.batching import BucketLadder, collate
-from h2a2_jax.inputs.scan import Scan, ScanError
-from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.layers import DatasetContext, ForwardContext
-from h2a2_jax.models import Detector, DetectorPlan, LevelSizes, PlanLayout, Predictions, fits_layout, pad_plan
+from h2a2_jax.loader.augment import sample_points
+from h2a2_jax.loader.batching import BucketLadder, collate
+from h2a2_jax.models import TR3D, DetectorPlan, LevelSizes, PlanLayout, Predictions, fits_layout, pad_plan
+from h2a2_jax.scans.scan import Scan, ScanError
+from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.typing import AnyArray
 
 _RATIO = 1.5
@@ -41,13 +40,13 @@ class Predictor:
     chooses whose head predicts (the dataset that `predict` is given), whose embedding, statistics and exclusive kernels
     are used (`conditioning`), and whether kernels are selected or the shared ones everywhere (`kernels`).
 
-    Each number of scans in a pass has its own ladder of padded shapes, set by the first pass: that one is two rungs up,
-    so that smaller scans have smaller shapes. A shape is compiled when it is first needed. No scan is ever cropped.
+    Each number of scans in a pass has its own ladder of padded shapes, set by the first pass: that one is two buckets
+    up, so that smaller scans have smaller shapes. A shape is compiled when it is first needed. No scan is ever cropped.
     """
 
     def __init__(
         self,
-        model: Detector,
+        model: TR3D,
         specs: Sequence[DatasetSpec],
         *,
         score_threshold: float = 0.01,
@@ -101,7 +100,7 @@ class Predictor:
         """
         return self.specs[self._index(dataset)]
 
-    def take_over(self, model: Detector) -> None:
+    def take_over(self, model: TR3D) -> None:
         """Go on with the parameters of another model of the same structure, for which nothing is compiled anew.
 
         Args:
@@ -209,9 +208,9 @@ class Predictor:
                 ]
                 self._ladders[count] = BucketLadder(LevelSizes(*base), _RATIO)
             ladder = self._ladders[count]
-        rung = ladder.rung(sizes)
-        assert rung is not None  # without a limit there is always one
-        return ladder.capacities(rung)
+        bucket = ladder.bucket(sizes)
+        assert bucket is not None  # without a limit there is always one
+        return ladder.capacities(bucket)
 
     def _index(self, dataset: str) -> int:
         names = [spec.name for spec in self.specs]
@@ -267,7 +266,7 @@ def _fold(graph: nnx.GraphDef, state: nnx.State, dataset: DatasetContext, head: 
     return nnx.state(_folded(graph, state, dataset, head))
 
 
-def _folded(graph: nnx.GraphDef, state: nnx.State, dataset: DatasetContext, head: DatasetContext) -> Detector:
+def _folded(graph: nnx.GraphDef, state: nnx.State, dataset: DatasetContext, head: DatasetContext) -> TR3D:
     return folded_parameters(nnx.merge(graph, state), dataset, head)
 
 

@@ -1,6 +1,6 @@
 """Results of a prediction as files: boxes as JSON and as a table, points and boxes as PLY, a page, a picture.
 
-    DIR/predictions.json    boxes of all scans, the schema of `h2a2_jax.inference.predictions`
+    DIR/predictions.json    boxes of all scans, the schema of `h2a2_jax.inference.results`
     DIR/boxes.csv           the same as a table, a box a line
     DIR/<scan>.json         boxes of one scan
     DIR/<scan>_points.ply   its points in the frame of the file, with the class, number and score of the box they are in
@@ -24,15 +24,15 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.spatial.transform import Rotation
 
-from h2a2_jax.boxes.corners import BOX_EDGES, box_corners
-from h2a2_jax.boxes.detections import Detections
+from h2a2_jax.boxes.codec import BOX_EDGES, box_corners
+from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.errors import InputError
 from h2a2_jax.files import whole_file
-from h2a2_jax.inference.files import OWN_COMMENT
-from h2a2_jax.inference.predictions import PREDICTIONS_VERSION, document_of, read_predicted_scans
-from h2a2_jax.inputs.appearance import class_color
-from h2a2_jax.inputs.scan import Scan, points_in_box
-from h2a2_jax.inputs.specs import DatasetSpec
+from h2a2_jax.inference.input_files import OWN_COMMENT
+from h2a2_jax.inference.results import PREDICTIONS_VERSION, document_of, read_predicted_scans
+from h2a2_jax.scans.scan import Scan, points_in_box
+from h2a2_jax.scans.specs import DatasetSpec
+from h2a2_jax.viewer.content import class_color
 
 CSV_COLUMNS = (
     *("scan", "file", "class", "label", "score"),
@@ -169,7 +169,7 @@ def write_scan(
         write_points(_beside(stem, "_points.ply"), scan, matrix, found)
         write_box_frames(_beside(stem, "_boxes.ply"), matrix, found)
     if "html" in formats or "png" in formats:
-        from h2a2_jax.viewer import write_image, write_viewer  # matplotlib takes a second
+        from h2a2_jax.viewer import write_image, write_viewer
 
         moved = not np.allclose(matrix, np.eye(4), rtol=0, atol=1e-9)
         note = "Numbers on this page are in metres with z up; JSON and CSV have those of the file." if moved else ""

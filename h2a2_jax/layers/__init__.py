@@ -2,12 +2,12 @@
 
 from h2a2_jax.layers.channel_gate import ChannelGate
 from h2a2_jax.layers.context import DatasetContext, ForwardContext
-from h2a2_jax.layers.conv import SparseConv, SparseConvTranspose
 from h2a2_jax.layers.functional import activate, add, average_pool, concatenate, max_pool, relu
-from h2a2_jax.layers.kernel_selection import KernelSelection, SelectiveConv, binarize, structural_consistency
+from h2a2_jax.layers.kernel_selection import SelectionConfig, SelectiveConv, binarize, structural_consistency
 from h2a2_jax.layers.modulation import EmbeddingMLP, LinearModulation
 from h2a2_jax.layers.norm import BatchNorm, InstanceNorm, LayerNorm, instance_norm, layer_norm
 from h2a2_jax.layers.residual import ConvNorm, ResidualBlock
+from h2a2_jax.layers.sparse_conv import SparseConv, SparseConvTranspose
 from h2a2_jax.sparse.pool import global_pool
 
 __all__ = [
@@ -18,10 +18,10 @@ __all__ = [
     "EmbeddingMLP",
     "ForwardContext",
     "InstanceNorm",
-    "KernelSelection",
     "LayerNorm",
     "LinearModulation",
     "ResidualBlock",
+    "SelectionConfig",
     "SelectiveConv",
     "SparseConv",
     "SparseConvTranspose",

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from h2a2_jax.layers.modulation import EmbeddingMLP, Start, per_site
 from h2a2_jax.layers.rematerialize import recomputed_if_narrow
-from h2a2_jax.sparse.tensor import SparseTensor
+from h2a2_jax.sparse.sites import SparseTensor
 
 
 class ChannelGate(nnx.Module):

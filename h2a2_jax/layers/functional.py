@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from h2a2_jax.sparse import pool
 from h2a2_jax.sparse.kernel_map import KernelMap
-from h2a2_jax.sparse.tensor import SparseTensor
+from h2a2_jax.sparse.sites import SparseTensor
 
 
 def relu(x: SparseTensor) -> SparseTensor:

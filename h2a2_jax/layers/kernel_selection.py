@@ -19,21 +19,20 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext, parameter
-from h2a2_jax.layers.conv import check_input, kaiming_fan_out
 from h2a2_jax.layers.modulation import LinearModulation, Start
 from h2a2_jax.layers.rematerialize import recomputed_if_narrow
+from h2a2_jax.layers.sparse_conv import check_input, kaiming_fan_out
 from h2a2_jax.sparse.conv import convolve
-from h2a2_jax.sparse.grid import Size3, size3
 from h2a2_jax.sparse.kernel_map import KernelMap
 from h2a2_jax.sparse.pool import global_pool, scan_sum
-from h2a2_jax.sparse.tensor import SparseTensor
+from h2a2_jax.sparse.sites import Size3, SparseTensor, size3
 
 Part = Literal["residual", "stem", "neck"]
 Scope = Literal["scan", "batch"]
 
 
 @dataclass(frozen=True)
-class KernelSelection:
+class SelectionConfig:
     """How kernels are selected; each field is a point that the paper leaves open.
 
     Attributes:
@@ -152,7 +151,7 @@ class Structure(NamedTuple):
 
 
 def select_kernels(
-    x: SparseTensor, structure: Structure, selection: KernelSelection, context: ForwardContext, name: str
+    x: SparseTensor, structure: Structure, selection: SelectionConfig, context: ForwardContext, name: str
 ) -> Float[Array, "b v"]:
     """Gamma of each scan and offset; 1 everywhere where the context's dataset takes shared kernels only.
 
@@ -187,12 +186,12 @@ class SelectiveConv(nnx.Module):
         kernel_size: Size3 = 3,
         *,
         num_datasets: int = 1,
-        selection: KernelSelection | None = None,
+        selection: SelectionConfig | None = None,
         name: str = "selective_conv",
         rngs: nnx.Rngs,
     ):
         """Args: `name` under which gamma, alpha and beta are handed to the tap of a forward pass."""
-        self.selection = selection or KernelSelection()
+        self.selection = selection or SelectionConfig()
         self.name = name
         s, volume = self.selection, math.prod(size3(kernel_size))
         kernel = (volume, in_channels, out_channels)

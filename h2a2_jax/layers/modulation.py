@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from h2a2_jax.layers.rematerialize import recomputed_if_narrow
-from h2a2_jax.sparse.tensor import Sites, SparseTensor
+from h2a2_jax.sparse.sites import Sites, SparseTensor
 
 Start = Literal["zero", "random"]
 

@@ -15,9 +15,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext, parameter
+from h2a2_jax.sparse.conv_parts import after
 from h2a2_jax.sparse.pool import scan_sum, sites_per_scan
-from h2a2_jax.sparse.residuals import after
-from h2a2_jax.sparse.tensor import SparseTensor
+from h2a2_jax.sparse.sites import SparseTensor
 
 
 class Statistics(NamedTuple):

@@ -11,8 +11,7 @@ from jax.dtypes import float0
 from jaxtyping import Array
 
 from h2a2_jax.layers.context import ForwardContext
-from h2a2_jax.sparse.conv_parts import is_float
-from h2a2_jax.sparse.residuals import after
+from h2a2_jax.sparse.conv_parts import after, is_float
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -6,13 +6,12 @@ from flax import nnx
 
 from h2a2_jax.layers.channel_gate import ChannelGate
 from h2a2_jax.layers.context import ForwardContext
-from h2a2_jax.layers.conv import SparseConv
 from h2a2_jax.layers.functional import add, relu
-from h2a2_jax.layers.kernel_selection import KernelSelection, SelectiveConv
+from h2a2_jax.layers.kernel_selection import SelectionConfig, SelectiveConv
 from h2a2_jax.layers.norm import BatchNorm
-from h2a2_jax.sparse.grid import Size3
+from h2a2_jax.layers.sparse_conv import SparseConv
 from h2a2_jax.sparse.kernel_map import KernelMap
-from h2a2_jax.sparse.tensor import SparseTensor
+from h2a2_jax.sparse.sites import Size3, SparseTensor
 
 
 class ConvNorm(nnx.Module):
@@ -26,7 +25,7 @@ class ConvNorm(nnx.Module):
         *,
         conv: Callable[..., SparseConv] = SparseConv,
         norm: Callable[..., BatchNorm] = BatchNorm,
-        selection: KernelSelection | None = None,
+        selection: SelectionConfig | None = None,
         num_datasets: int = 1,
         name: str = "conv",
         rngs: nnx.Rngs,
@@ -100,7 +99,7 @@ class ResidualBlock(nnx.Module):
         *,
         downsample: bool = False,
         norm: Callable[..., BatchNorm] = BatchNorm,
-        selection: KernelSelection | None = None,
+        selection: SelectionConfig | None = None,
         num_datasets: int = 1,
         name: str = "block",
         rngs: nnx.Rngs,

@@ -1,20 +1,20 @@
 """The detector and its parts."""
 
-from h2a2_jax.models.config import DetectorConfig
-from h2a2_jax.models.detector import Detector, HeadConfig, Predictions
-from h2a2_jax.models.layout import PlanLayout
-from h2a2_jax.models.plan import (
+from h2a2_jax.models.architecture import DetectorConfig
+from h2a2_jax.models.maps import (
     DetectorPlan,
     DetectorTables,
     LevelSizes,
+    PlanLayout,
     detector_tables,
     fits_layout,
     pad_plan,
     pyramid_sizes,
 )
+from h2a2_jax.models.tr3d import TR3D, HeadConfig, Predictions
 
 __all__ = [
-    "Detector",
+    "TR3D",
     "DetectorConfig",
     "DetectorPlan",
     "DetectorTables",

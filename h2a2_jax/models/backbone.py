@@ -6,8 +6,8 @@ from flax import nnx
 
 from h2a2_jax.layers import ConvNorm, EmbeddingMLP, ForwardContext, ResidualBlock, global_pool, relu
 from h2a2_jax.layers.rematerialize import rematerialized
-from h2a2_jax.models.config import DetectorConfig
-from h2a2_jax.models.plan import DetectorPlan
+from h2a2_jax.models.architecture import DetectorConfig
+from h2a2_jax.models.maps import DetectorPlan
 from h2a2_jax.sparse import SparseTensor, max_pool
 
 

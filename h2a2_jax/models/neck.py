@@ -8,8 +8,8 @@ from jaxtyping import Array, Float
 
 from h2a2_jax.layers import ConvNorm, ForwardContext, SparseConv, SparseConvTranspose, relu
 from h2a2_jax.layers.rematerialize import rematerialized
-from h2a2_jax.models.config import DetectorConfig
-from h2a2_jax.models.plan import DetectorPlan, UpMaps
+from h2a2_jax.models.architecture import DetectorConfig
+from h2a2_jax.models.maps import DetectorPlan, UpMaps
 from h2a2_jax.sparse import SparseTensor
 
 

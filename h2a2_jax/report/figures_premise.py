@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from h2a2_jax.report.canvas import COLORS, canvas, save
+from h2a2_jax.figures import COLORS, Picture, canvas, save
 from h2a2_jax.report.energy import GROUPS, PAIR_KINDS, Measured, correlations
 from h2a2_jax.report.geometry import SITE_CLASSES
 from h2a2_jax.report.offsets import CENTRE, OFFSET_CLASSES, offset_classes
-from h2a2_jax.report.page import Picture
 
 _HATCHES = ("", "", "", "//", "//")
 _CENTRE_SAYS = {

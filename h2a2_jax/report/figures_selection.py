@@ -1,4 +1,4 @@
-"""Pictures of kernel selection: on the kernel, over training, across datasets."""
+"""Figures of kernel selection."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.patches import Rectangle
 
-from h2a2_jax.report.canvas import COLORS, SHARED_MAP, canvas, groups_of, name_steps, save
+from h2a2_jax.figures import COLORS, SHARED_MAP, Picture, canvas, groups_of, name_steps, save
 from h2a2_jax.report.offsets import (
     OFFSET_CLASSES,
     agreement,
@@ -18,7 +18,6 @@ from h2a2_jax.report.offsets import (
     flip_shares,
     offset_classes,
 )
-from h2a2_jax.report.page import Picture
 from h2a2_jax.report.probe import LayerSelection
 from h2a2_jax.training.selection_log import SelectionHistory
 

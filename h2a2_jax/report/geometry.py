@@ -3,8 +3,8 @@
 import numpy as np
 from jaxtyping import Float, Int
 
-from h2a2_jax.sparse.grid import SiteSet, kernel_offsets
 from h2a2_jax.sparse.neighbors import submanifold_neighbors
+from h2a2_jax.sparse.sites import SiteSet, kernel_offsets
 
 SITE_CLASSES = ("plane", "edge", "corner", "other")
 RADIUS = 2

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from h2a2_jax.sparse.grid import kernel_offsets
+from h2a2_jax.sparse.sites import kernel_offsets
 
 OFFSET_CLASSES = ("centre", "face", "edge", "corner")
 """Classes of the 27 offsets by how many coordinates move: 1 centre, 6 faces, 12 edges, 8 corners."""

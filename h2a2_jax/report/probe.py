@@ -17,14 +17,14 @@ from h2a2_jax import sparse
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import progress_interval
 from h2a2_jax.inference.predictor import prepare
-from h2a2_jax.inputs.batching import ScanBatch, collate
-from h2a2_jax.inputs.scan import ScanSource, load_or_skip
-from h2a2_jax.inputs.specs import DatasetSpec
 from h2a2_jax.layers import DatasetContext, ForwardContext, SparseConv
-from h2a2_jax.models import Detector, DetectorConfig, DetectorPlan, LevelSizes, PlanLayout, fits_layout, pad_plan
+from h2a2_jax.loader.batching import ScanBatch, collate
+from h2a2_jax.models import TR3D, DetectorConfig, DetectorPlan, LevelSizes, PlanLayout, fits_layout, pad_plan
 from h2a2_jax.models.backbone import MinkResNet
 from h2a2_jax.report.energy import EnergySums
 from h2a2_jax.report.geometry import SITE_CLASSES, classify_sites
+from h2a2_jax.scans.scan import ScanSource, load_or_skip
+from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.sparse import NeighborTable, SparseTensor
 
 T = TypeVar("T")
@@ -98,7 +98,7 @@ class LayerSelection:
         return np.stack([scans.mean(0) for scans in self.gamma])
 
 
-def observe_selection(model: Detector, batches: Sequence[Sequence[ScanBatch]]) -> dict[str, LayerSelection]:
+def observe_selection(model: TR3D, batches: Sequence[Sequence[ScanBatch]]) -> dict[str, LayerSelection]:
     """alpha, beta and gamma of each layer with 3^3 kernel selection, as the detector predicts.
 
     Args:
@@ -159,7 +159,7 @@ class EnergyProbe:
         self._shape = shape
         self._forward = jax.jit(_energy_pass, static_argnums=0)
 
-    def measure(self, model: Detector, batches: Sequence[ScanBatch], what: str) -> dict[str, EnergySums]:
+    def measure(self, model: TR3D, batches: Sequence[ScanBatch], what: str) -> dict[str, EnergySums]:
         """Sums over scans, by layer in the order of the forward pass.
 
         Args:

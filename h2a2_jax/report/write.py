@@ -9,23 +9,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from h2a2_jax import figures as html
+from h2a2_jax.checkpoint.store import CheckpointStore
+from h2a2_jax.config import ExperimentConfig, from_json
 from h2a2_jax.errors import InputError
-from h2a2_jax.inputs.sources import build_source
-from h2a2_jax.report import page as html
+from h2a2_jax.figures import Picture, Section, Table
 from h2a2_jax.report.energy import Measured
-from h2a2_jax.report.page import Picture, Section, Table
-from h2a2_jax.report.probe import (
-    EnergyProbe,
-    LayerSelection,
-    Shape,
-    load_batches,
-    observe_selection,
-    site_class_counts,
-)
+from h2a2_jax.report.probe import EnergyProbe, LayerSelection, Shape, load_batches, observe_selection, site_class_counts
+from h2a2_jax.scans.sources import build_source
 from h2a2_jax.training import metrics, selection_log
 from h2a2_jax.training.build import build_detector
-from h2a2_jax.training.checkpoint import CheckpointStore
-from h2a2_jax.training.config import ExperimentConfig, from_json
 
 OTHER_START = 1000
 """Added to a seed for a control with other kernels."""

@@ -5,21 +5,30 @@ Sites are built on the host (`grid`), tables of neighbours from them (`neighbors
 Features are convolved and pooled on a device (`conv`, `pool`).
 """
 
-from h2a2_jax.sparse.blocks import SiteBlocks
-from h2a2_jax.sparse.buckets import BucketLadder
+from h2a2_jax.sparse.buckets import BucketLadder, level_sizes, pad_tables
 from h2a2_jax.sparse.conv import convolve
-from h2a2_jax.sparse.grid import (
-    SiteSet,
-    Voxelization,
-    downsample,
-    generate,
-    kernel_offsets,
-    site_set,
-    unite,
-    voxel_coordinates,
-    voxelize,
+from h2a2_jax.sparse.in_jit import (
+    downsample_sites,
+    generate_sites,
+    generative_map,
+    inverse_map,
+    pool_map,
+    rows_of_part,
+    sites_from_coords,
+    strided_map,
+    submanifold_map,
+    unite_sites,
+    voxelize_points,
 )
-from h2a2_jax.sparse.kernel_map import KernelMap, limit_tiles, pad_map, union_rows
+from h2a2_jax.sparse.kernel_map import (
+    KernelMap,
+    PairTiles,
+    SiteBlocks,
+    choose_tile_size,
+    limit_tiles,
+    pad_map,
+    union_rows,
+)
 from h2a2_jax.sparse.neighbors import (
     NeighborTable,
     generative_neighbors,
@@ -28,18 +37,21 @@ from h2a2_jax.sparse.neighbors import (
     strided_neighbors,
     submanifold_neighbors,
 )
-from h2a2_jax.sparse.pair_tiles import PairTiles, choose_tile_size
-from h2a2_jax.sparse.plan import level_sizes, pad_tables
 from h2a2_jax.sparse.pool import average_pool, global_pool, max_pool
-from h2a2_jax.sparse.tensor import Sites, SparseTensor, pad_rows, pad_sites
-from h2a2_jax.sparse.traced_maps import generative_map, inverse_map, pool_map, strided_map, submanifold_map
-from h2a2_jax.sparse.traced_sites import (
-    downsample_sites,
-    generate_sites,
-    rows_of_part,
-    sites_from_coords,
-    unite_sites,
-    voxelize_points,
+from h2a2_jax.sparse.sites import (
+    Sites,
+    SiteSet,
+    SparseTensor,
+    Voxelization,
+    downsample,
+    generate,
+    kernel_offsets,
+    pad_rows,
+    pad_sites,
+    site_set,
+    unite,
+    voxel_coordinates,
+    voxelize,
 )
 
 __all__ = [

@@ -1,36 +1,58 @@
-"""Buckets: few sets of static shapes for batches whose numbers of sites differ.
+"""Buckets of padded shapes: a ladder of capacities, and tables padded to one of them.
 
-Shapes are static to the compiler, scans are not. All levels of a network are coupled to one scalar ladder (a rung
+Buckets: few sets of static shapes for batches whose numbers of sites differ.
+
+Shapes are static to the compiler, scans are not. All levels of a network are coupled to one scalar ladder (a bucket
 multiplies every capacity by the same ratio), so that a run compiles a handful of shapes and not one per combination
 of levels.
+
+The sites and maps of any network, written as a host function of its voxels, in the shapes of a bucket.
+
+    def tables(voxels):
+        coarse = sparse.downsample(voxels, 2)
+        down = sparse.strided_neighbors(voxels, coarse, 2)
+        return {"fine": sparse.submanifold_neighbors(voxels), "down": down, "up": sparse.inverse_neighbors(down)}
+
+    exact = [tables(sparse.voxelize(clouds, 0.02).sites) for clouds in batches]
+    ladder = sparse.BucketLadder.measured([sparse.level_sizes(t) for t in exact])
+    plan = sparse.pad_tables(exact[0], ladder.fit(sparse.level_sizes(exact[0])))
+
+What the function returns is a structure of its author's choice: dictionaries, lists, tuples, named tuples and
+dataclasses, nested; of it tables become kernel maps and site sets become padded sites, all else stays.
 """
 
-from collections.abc import Iterable, Sequence
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
+import jax
 import numpy as np
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.sparse.kernel_map import KernelMap, choose_tile_size, pad_map
+from h2a2_jax.sparse.neighbors import NeighborTable
+from h2a2_jax.sparse.sites import Sites, SiteSet, pad_sites
 
 SizesT = TypeVar("SizesT", bound=tuple[int, ...])
 
 
 @dataclass(frozen=True)
 class BucketLadder(Generic[SizesT]):
-    """Capacities by rung: those of rung r are base * ratio**r, rounded up to whole blocks of rows.
+    """Capacities by bucket: those of bucket r are base * ratio**r, rounded up to whole blocks of rows.
 
     Sizes and capacities are tuples with one number a level (`level_sizes`); a NamedTuple stays one.
 
     Attributes:
-        base: capacities of rung 0.
-        ratio: from one rung to the next, above 1.
-        max_rung: highest rung that training may use; a batch that does not fit it is cropped.
+        base: capacities of bucket 0.
+        ratio: from one bucket to the next, above 1.
+        max_bucket: highest bucket that training may use; a batch that does not fit it is cropped.
     """
 
     base: SizesT
     ratio: float = 1.25
-    max_rung: int = 8
+    max_bucket: int = 8
 
     _BLOCK = 64
 
@@ -38,14 +60,14 @@ class BucketLadder(Generic[SizesT]):
         if not self.ratio > 1:
             raise InputError(f"a ladder of ratio {self.ratio} does not rise; choose one above 1, such as 1.25.")
 
-    def capacities(self, rung: int) -> SizesT:
-        """Capacities of a rung; at least one block of rows a level."""
-        factor = self.ratio**rung
+    def capacities(self, bucket: int) -> SizesT:
+        """Capacities of a bucket; at least one block of rows a level."""
+        factor = self.ratio**bucket
         sizes = (int(-(-max(size, 1) * factor // self._BLOCK) * self._BLOCK) for size in self.base)
         return _like(self.base, sizes)
 
-    def rung(self, sizes: SizesT, limit: int | None = None) -> int | None:
-        """Lowest rung that these sizes fit; None if it lies above the limit.
+    def bucket(self, sizes: SizesT, limit: int | None = None) -> int | None:
+        """Lowest bucket that these sizes fit; None if it lies above the limit.
 
         Raises:
             InputError: the sizes have another number of levels than the ladder.
@@ -54,16 +76,16 @@ class BucketLadder(Generic[SizesT]):
             raise InputError(
                 f"the ladder has {len(self.base)} levels, the sizes {len(sizes)}; measure a ladder for each network."
             )
-        rung = 0
-        while any(size > capacity for size, capacity in zip(sizes, self.capacities(rung), strict=True)):
-            rung += 1
-            if limit is not None and rung > limit:
+        bucket = 0
+        while any(size > capacity for size, capacity in zip(sizes, self.capacities(bucket), strict=True)):
+            bucket += 1
+            if limit is not None and bucket > limit:
                 return None
-        return rung
+        return bucket
 
     def fit(self, sizes: SizesT) -> SizesT:
-        """Capacities of the lowest rung that these sizes fit, however high it is."""
-        return self.capacities(cast(int, self.rung(sizes)))
+        """Capacities of the lowest bucket that these sizes fit, however high it is."""
+        return self.capacities(cast(int, self.bucket(sizes)))
 
     @classmethod
     def measured(
@@ -83,8 +105,8 @@ class BucketLadder(Generic[SizesT]):
         Args:
             sizes: of some sample batches; or for each dataset the sizes of some of its single scans.
             scans: how many samples a batch holds: 1 where samples are batches.
-            lowest: what rung 0 holds, the "usual" batch or the "smallest".
-            options: ratio and max_rung.
+            lowest: what bucket 0 holds, the "usual" batch or the "smallest".
+            options: ratio and max_bucket.
 
         Raises:
             InputError: there is no sample.
@@ -112,3 +134,141 @@ def _like(example: SizesT, sizes: Iterable[int]) -> SizesT:
     """The numbers as a tuple of the example's type."""
     kind: Any = type(example)
     return cast(SizesT, kind(*sizes) if hasattr(kind, "_fields") else tuple(sizes))
+
+
+MapLayout = Callable[[NeighborTable, Sites, Sites], KernelMap]
+"""How a table becomes a map: of the table and its padded input and output sites."""
+
+_EXPECTED_FILL = 0.4
+"""Share of the sites that have a given neighbour, on the surfaces of rooms."""
+
+
+def level_sizes(tables: Any) -> tuple[int, ...]:
+    """Sites of each distinct site set of a structure, in the order in which it comes first.
+
+    Sets are told apart by identity: one set that serves many tables is one level. A table's inputs come before its
+    outputs.
+
+    Args:
+        tables: structure of `NeighborTable` and `SiteSet`.
+    """
+    return tuple(len(sites) for _, sites in _levels(tables))
+
+
+def pad_tables(
+    tables: Any,
+    capacities: Sequence[int],
+    *,
+    layout: str | MapLayout | None = None,
+    channels: int = 64,
+) -> Any:
+    """A structure of host tables in the shapes of a bucket (numpy arrays).
+
+    Args:
+        tables: structure of `NeighborTable` and `SiteSet`.
+        capacities: rows of each level, in the order of `level_sizes`.
+        layout: which lists the maps carry: "tiles", what convolutions on CPUs read; "neighbors", the neighbours alone;
+            or a function of a table and its padded sites that calls `pad_map`. Its choices may depend on capacities
+            and on the kind of table, not on the pairs, for they are part of the shapes. Default: tiles if JAX
+            computes on a CPU.
+        channels: of the layers, for the size of the tiles.
+
+    Returns:
+        The same structure with a `KernelMap` for every table and `Sites` for every set; sites of one set are one
+        object throughout.
+
+    Raises:
+        InputError: a level does not fit its capacity, or the numbers of levels and capacities differ.
+        ValueError: there is no such layout.
+    """
+    levels = list(_levels(tables))
+    if len(levels) != len(capacities):
+        raise InputError(
+            f"these tables have {len(levels)} levels, given are {len(capacities)} capacities; take those of a ladder "
+            "measured on level_sizes(tables)."
+        )
+    padded: dict[int, Sites] = {}
+    for level, ((path, sites), capacity) in enumerate(zip(levels, capacities, strict=True)):
+        if len(sites) > capacity:
+            raise InputError(
+                f"level {level} (stride {sites.stride}, first met at {path or 'the top'}) has {len(sites)} sites, "
+                f"which do not fit a capacity of {capacity}; take a larger bucket."
+            )
+        padded[id(sites)] = pad_sites(sites, capacity)
+    as_map = _layout(layout, channels)
+
+    def pad(leaf: NeighborTable | SiteSet) -> KernelMap | Sites:
+        if isinstance(leaf, SiteSet):
+            return padded[id(leaf)]
+        return as_map(leaf, padded[id(leaf.inputs)], padded[id(leaf.outputs)])
+
+    return _rebuild(tables, pad)
+
+
+def _layout(layout: str | MapLayout | None, channels: int) -> MapLayout:
+    if callable(layout):
+        return layout
+    if layout is None:
+        layout = "tiles" if jax.default_backend() == "cpu" else "neighbors"
+    if layout not in ("tiles", "neighbors"):
+        raise ValueError(f"layout {layout!r} is neither 'tiles' nor 'neighbors', nor a function.")
+
+    def with_tiles(table: NeighborTable, inputs: Sites, outputs: Sites) -> KernelMap:
+        # A single offset is one plain gather, and pooling reads no lists.
+        if layout == "neighbors" or len(table.rows) == 1 or table.kind == "pool":
+            return pad_map(table, inputs, outputs)
+        pairs = _EXPECTED_FILL * min(inputs.capacity, outputs.capacity) / max(1, inputs.num_scans)
+        return pad_map(table, inputs, outputs, tile_size=choose_tile_size(pairs, channels))
+
+    return with_tiles
+
+
+def _levels(tables: Any) -> Iterator[tuple[str, SiteSet]]:
+    """Distinct site sets, each with the path to where it comes first."""
+    seen: set[int] = set()
+    for path, leaf in _leaves(tables):
+        sets = [("", leaf)] if isinstance(leaf, SiteSet) else [(".inputs", leaf.inputs), (".outputs", leaf.outputs)]
+        for side, sites in sets:
+            if id(sites) not in seen:
+                seen.add(id(sites))
+                yield path + side, sites
+
+
+def _children(node: Any) -> list[tuple[str, str | int, Any]] | None:
+    """Parts of a container: how to write the way to each, its key, and it; None if it is not one that is entered."""
+    if isinstance(node, NeighborTable | SiteSet):
+        return None
+    if isinstance(node, dict):
+        return [(f"[{key!r}]", key, value) for key, value in node.items()]
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return [(f".{name}", name, getattr(node, name)) for name in node._fields]
+    if isinstance(node, list | tuple):
+        return [(f"[{i}]", i, value) for i, value in enumerate(node)]
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        return [(f".{field.name}", field.name, getattr(node, field.name)) for field in dataclasses.fields(node)]
+    return None
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, NeighborTable | SiteSet]]:
+    if isinstance(node, NeighborTable | SiteSet):
+        yield path, node
+    for step, _, child in _children(node) or []:
+        yield from _leaves(child, path + step)
+
+
+def _rebuild(node: Any, pad: Callable[[NeighborTable | SiteSet], KernelMap | Sites]) -> Any:
+    if isinstance(node, NeighborTable | SiteSet):
+        return pad(node)
+    children = _children(node)
+    if children is None:
+        return node
+    rebuilt: dict[Any, Any] = {key: _rebuild(child, pad) for _, key, child in children}
+    if isinstance(node, dict):
+        same = copy.copy(node)
+        same.update(rebuilt)
+        return same
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return type(node)(**rebuilt)
+    if isinstance(node, list | tuple):
+        return type(node)(rebuilt.values())
+    return dataclasses.replace(node, **rebuilt)

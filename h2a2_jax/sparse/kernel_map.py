@@ -1,21 +1,212 @@
-"""Kernel maps: padded neighbour tables, with the lists that the fast algorithms read.
+"""Kernel maps: a padded neighbour table and the lists that algorithms derive from it.
+
+Sites of a nearly dense submanifold map in cubic blocks, for Winograd convolution.
+
+A block of 4^3 grid cells is convolved from the 6^3 cells around it, whatever number of them is occupied: that pays
+where nearly all of them are, and only there.
+
+Kernel maps: padded neighbour tables, with the lists that the fast algorithms read.
 
 A map is built once from coordinates and used by every convolution between the same two site sets.
 """
 
+import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
-from h2a2_jax.sparse.blocks import SiteBlocks, cut_blocks, fits_blocks
-from h2a2_jax.sparse.grid import SiteSet, find_keys
-from h2a2_jax.sparse.neighbors import NeighborTable
-from h2a2_jax.sparse.pair_tiles import PairTiles, cut_pairs
-from h2a2_jax.sparse.tensor import Sites
+from h2a2_jax.sparse.neighbors import NeighborTable, submanifold_neighbors
+from h2a2_jax.sparse.sites import Sites, SiteSet, downsample, find_keys, kernel_offsets, pack_keys
 from h2a2_jax.typing import AnyArray, Leaf, static_field
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PairTiles:
+    """Pairs (input row, output row) of one offset and one scan, cut into tiles of T.
+
+    A mirrored list belongs to a submanifold map with an odd kernel: it holds the first half of the offsets only, each
+    tile serving offset j from input to output row and offset V-1-j from output to input row. At the centre j = V-1-j,
+    where every row is its own neighbour, a tile holds rows of the scan in both lists, and each row goes to itself.
+
+    Attributes:
+        in_rows: int32 [C, T]; places without a pair hold distinct indices past the last row.
+        out_rows: int32 [C, T], likewise.
+        offset: int32 [C].
+        scan: int32 [C].
+        count: int32 [], tiles in use; the others hold no pair.
+        mirrored: static.
+    """
+
+    in_rows: Leaf
+    out_rows: Leaf
+    offset: Leaf
+    scan: Leaf
+    count: Leaf
+    mirrored: bool = static_field()
+
+
+def choose_tile_size(pairs: float, channels: int) -> int:
+    """Pairs in a tile for the algorithm "tiles" on CPUs.
+
+    As many as a scan has at one offset, so that few tiles do it; not so many that rows leave the caches; at least as
+    many as keep the threads of one matmul busy (measured: 1024 at 128 channels, where 512 take as long).
+
+    Args:
+        pairs: expected at one offset of one scan.
+        channels: of the layer, the geometric mean of in and out.
+    """
+    most = min(4096, max(1024, 2**18 // max(1, channels)))
+    least = 1024 if pairs > 600 else 64
+    return int(min(most, max(least, 2 ** round(math.log2(max(pairs, 1))))))
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Pairs of a tile that go one way: rows to read and to write, int32 [T], and the offset they go by, int32 []."""
+
+    source: Array
+    target: Array
+    offset: Array
+
+
+def directions(tiles: PairTiles, index: Any, volume: int) -> tuple[Direction, ...]:
+    """The one way, or the two of a mirrored list, that the pairs of tile `index` go.
+
+    Args:
+        tiles: of arrays.
+        index: of a tile, or of several.
+        volume: offsets V of the kernel.
+    """
+    i, o, k = tiles.in_rows[index], tiles.out_rows[index], tiles.offset[index]
+    if not tiles.mirrored:
+        return (Direction(i, o, k),)
+    centre = (k == volume // 2)[..., None]
+    return Direction(i, jnp.where(centre, i, o), k), Direction(o, jnp.where(centre, o, i), volume - 1 - k)
+
+
+def cut_pairs(table: NeighborTable, in_capacity: int, out_capacity: int, tile: int) -> PairTiles:
+    """The pairs of a table in tiles of `tile` pairs (numpy arrays)."""
+    volume, num_scans = len(table.rows), table.inputs.num_scans
+    mirrored = table.kind == "submanifold" and volume % 2 == 1
+    half = volume // 2
+    most = min(in_capacity, out_capacity)
+    # Worst case: every offset full, and one tile of each (scan, offset) begun but not filled.
+    capacity = (half if mirrored else volume) * (-(-most // tile) + num_scans)
+    if mirrored:
+        capacity += -(-most // (2 * tile)) + num_scans
+    in_rows = np.tile(in_capacity + np.arange(tile, dtype=np.int32), (capacity, 1))
+    out_rows = np.tile(out_capacity + np.arange(tile, dtype=np.int32), (capacity, 1))
+    offset, scan = np.zeros(capacity, np.int32), np.zeros(capacity, np.int32)
+    bounds = np.searchsorted(table.outputs.scan, np.arange(num_scans + 1))
+    count = 0
+    for j in range(half if mirrored else volume):
+        hits = np.flatnonzero(table.rows[j] >= 0).astype(np.int32)
+        cuts = np.searchsorted(hits, bounds)
+        for b in range(num_scans):
+            outs = hits[cuts[b] : cuts[b + 1]]
+            tiles = -(-len(outs) // tile)
+            in_rows[count : count + tiles].reshape(-1)[: len(outs)] = table.rows[j, outs]
+            out_rows[count : count + tiles].reshape(-1)[: len(outs)] = outs
+            offset[count : count + tiles], scan[count : count + tiles] = j, b
+            count += tiles
+    for b in range(num_scans if mirrored else 0):
+        rows = np.arange(bounds[b], bounds[b + 1], dtype=np.int32)
+        for first in range(0, len(rows), 2 * tile):
+            there, back = rows[first : first + tile], rows[first + tile : first + 2 * tile]
+            in_rows[count, : len(there)], out_rows[count, : len(back)] = there, back
+            offset[count], scan[count] = half, b
+            count += 1
+    return PairTiles(in_rows, out_rows, offset, scan, np.asarray(count, np.int32), mirrored)
+
+
+BLOCK = 4
+"""Outputs of a block along each axis."""
+TILE = BLOCK + 2
+"""Inputs of a block along each axis."""
+CHUNK = 32
+"""Blocks that are transformed and multiplied together: as many as the caches of a core hold at 128 channels."""
+MIN_GAIN = 2.5
+"""Pairs per product from which blocks are used: measured, they win from 3 on and lose below 2.3."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SiteBlocks:
+    """Sites by block, in chunks of blocks of one scan.
+
+    Attributes:
+        rows: int32 [C, 6, 6, 6, n], axes z, y, x of a block with its border: the row of each cell, or the number of
+            rows where the cell is empty. The inner 4^3 cells are the block's own.
+        scan: int32 [C].
+        count: int32 [], chunks in use; zero where blocks do not pay for this map.
+    """
+
+    rows: Leaf
+    scan: Leaf
+    count: Leaf
+
+
+def fits_blocks(table: NeighborTable) -> bool:
+    """Whether Winograd convolution can run on a map: submanifold, 3^3 offsets, no dilation."""
+    return table.kind == "submanifold" and np.array_equal(table.offsets, kernel_offsets(3) * table.inputs.stride)
+
+
+def block_gain(pairs: int, blocks: int) -> float:
+    """Pairs of a map for each product that its blocks compute: how many times fewer products Winograd needs."""
+    return pairs / (TILE**3 * max(1, blocks))
+
+
+def cut_blocks(table: NeighborTable, capacity: int, *, always: bool = False) -> SiteBlocks:
+    """The sites of a 3^3 submanifold table in blocks (numpy arrays).
+
+    Args:
+        table: with `fits_blocks`.
+        capacity: rows of the padded sites; it bounds the chunks too, for more than that many blocks never pay.
+        always: use the blocks even where they do not pay.
+    """
+    sites = table.inputs
+    most = capacity if always else int(27 * capacity / (TILE**3 * MIN_GAIN))
+    chunks = max(1, -(-most // CHUNK) + sites.num_scans)
+    rows = np.full((chunks, CHUNK, TILE, TILE, TILE), capacity, np.int32)
+    scan = np.zeros(chunks, np.int32)
+    blocks = downsample(sites, BLOCK)
+    per_scan = np.bincount(blocks.scan, minlength=sites.num_scans)
+    used = -(-per_scan // CHUNK)
+    pairs = int((table.rows >= 0).sum())
+    pays = len(sites) > 0 and (always or block_gain(pairs, CHUNK * int(used.sum())) >= MIN_GAIN)
+    if pays:
+        first = (np.cumsum(used) - used)[blocks.scan] * CHUNK  # place of each scan's first block
+        place = first + np.arange(len(blocks)) - (np.cumsum(per_scan) - per_scan)[blocks.scan]
+        rows.reshape(-1, TILE, TILE, TILE)[place] = _with_border(table, capacity)
+        scan[: int(used.sum())] = np.repeat(np.arange(sites.num_scans), used)
+    rows = np.ascontiguousarray(rows.transpose(0, 2, 3, 4, 1))
+    return SiteBlocks(rows, scan, np.asarray(used.sum() if pays else 0, np.int32))
+
+
+def _with_border(table: NeighborTable, missing: int) -> np.ndarray:
+    """Row of every cell of each block and its border, int32 [blocks, 6, 6, 6], axes z, y, x."""
+    sites = table.inputs
+    blocks = downsample(sites, BLOCK)
+    own = np.full((len(blocks) + 1, BLOCK, BLOCK, BLOCK), missing, np.int32)
+    corner = sites.coords
+    corner[:, 1:] -= corner[:, 1:] % blocks.stride
+    cell = (sites.coords - corner) // sites.stride
+    block = find_keys(blocks.keys, pack_keys(corner))
+    own[block, cell[:, 3], cell[:, 2], cell[:, 1]] = np.arange(len(sites), dtype=np.int32)
+    around = submanifold_neighbors(blocks).rows
+    around = np.where(around >= 0, around, len(blocks))
+    out = np.empty((len(blocks), TILE, TILE, TILE), np.int32)
+    # Along an axis, what the neighbour at -1, 0, +1 gives: its last cell, all its cells, its first cell.
+    to = (slice(0, 1), slice(1, TILE - 1), slice(TILE - 1, TILE))
+    of = (slice(BLOCK - 1, BLOCK), slice(0, BLOCK), slice(0, 1))
+    for (x, y, z), neighbor in zip(kernel_offsets(3) + 1, around, strict=True):
+        out[:, to[z], to[y], to[x]] = own[neighbor][:, of[z], of[y], of[x]]
+    return out
 
 
 @jax.tree_util.register_dataclass

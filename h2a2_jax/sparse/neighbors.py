@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from h2a2_jax.sparse.grid import SiteSet, Size3, key_offsets, moved_offsets, size3
+from h2a2_jax.sparse.sites import SiteSet, Size3, key_offsets, moved_offsets, size3
 
 MISSING = -1
 

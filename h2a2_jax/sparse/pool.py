@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from h2a2_jax.sparse.conv_parts import no_gradient, zeros_varying_as
 from h2a2_jax.sparse.kernel_map import KernelMap
-from h2a2_jax.sparse.tensor import Sites, SparseTensor
+from h2a2_jax.sparse.sites import Sites, SparseTensor
 
 _UNROLL = 32
 """Offsets in one body of a loop."""

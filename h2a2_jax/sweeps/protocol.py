@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
-from h2a2_jax.sweeps.plan import Row, Run, drawn_datasets, seeded
-from h2a2_jax.sweeps.runner import read_evaluation
+from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, drawn_datasets, seeded
+from h2a2_jax.sweeps.sweep_runner import read_evaluation
 from h2a2_jax.sweeps.tables import markdown_table, per_cent
-from h2a2_jax.training.config import ExperimentConfig
 
 
 def protocol_rows(base: ExperimentConfig, trainings: int, evaluations: int) -> list[Row]:
@@ -30,7 +30,7 @@ def protocol_rows(base: ExperimentConfig, trainings: int, evaluations: int) -> l
 
 
 def protocol_figures(
-    base: ExperimentConfig, rows: Sequence[Row], folders: Mapping[Run, Path], evaluations: int
+    base: ExperimentConfig, rows: Sequence[Row], folders: Mapping[SweepRun, Path], evaluations: int
 ) -> dict[str, Any]:
     """What the protocol comes to, of the trainings that are finished.
 

@@ -11,19 +11,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from h2a2_jax.compilation_cache import compilation_cache
+from h2a2_jax.checkpoint.store import restore_checkpoint
+from h2a2_jax.compilation import compilation_cache
+from h2a2_jax.config import ExperimentConfig
+from h2a2_jax.distributed import say
 from h2a2_jax.errors import InputError
+from h2a2_jax.evaluation.cross import common_classes
+from h2a2_jax.evaluation.evaluate import build_predictor, predict_source, say_skipped
 from h2a2_jax.files import whole_file
-from h2a2_jax.inference.cross import common_classes
-from h2a2_jax.inference.evaluate import build_predictor, predict_source
-from h2a2_jax.inputs.sources import SourceConfig, build_source
-from h2a2_jax.sweeps.plan import Row, Run, naive_joint, restricted, seeded, selected_and_harmonized
-from h2a2_jax.sweeps.runner import finished, read_evaluation
+from h2a2_jax.scans.sources import SourceConfig, build_source
+from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, naive_joint, restricted, seeded, selected_and_harmonized
+from h2a2_jax.sweeps.sweep_runner import finished, read_evaluation
 from h2a2_jax.sweeps.tables import markdown_table, per_cent, spread, spread_cell
-from h2a2_jax.training.checkpoint import restore_checkpoint
-from h2a2_jax.training.config import ExperimentConfig
-from h2a2_jax.training.distributed import say
-from h2a2_jax.training.evaluation import say_skipped
 
 ZERO_SHOT_VERSION = 1
 """Of zero_shot_<dataset>.json in the folder of a run."""
@@ -61,7 +60,7 @@ def tuning_rows(
     held_out: str,
     seeds: Sequence[int],
     pretrained: Sequence[Row],
-    folders: Mapping[Run, Path],
+    folders: Mapping[SweepRun, Path],
     steps: int | None = None,
 ) -> list[Row]:
     """Training on the dataset that was held out, from scratch and from what was trained without it.
@@ -91,10 +90,10 @@ def tuning_rows(
         Row("from scratch, SF-KS", seeded(f"{held_out}_from_scratch_sfks", selected, seeds)),
     ]
 
-    def tuned(run: Run) -> Run:
+    def tuned(run: SweepRun) -> SweepRun:
         config = plain if run.config.model.selection is None else selected
         train = replace(config.train, seed=run.seed, init_from=str(folders[run].absolute()))
-        return Run(f"{held_out}_from_{run.name}", run.seed, replace(config, train=train), after=run)
+        return SweepRun(f"{held_out}_from_{run.name}", run.seed, replace(config, train=train), after=run)
 
     return rows + [Row(f"from {row.label}", tuple(tuned(run) for run in row.runs)) for row in pretrained]
 
@@ -162,7 +161,7 @@ def read_zero_shot(folder: Path, source: SourceConfig) -> list[dict[str, Any]] |
     return document["entries"] if same else None
 
 
-def without_zero_shot(pretrained: Sequence[Row], folders: Mapping[Run, Path], source: SourceConfig) -> list[Path]:
+def without_zero_shot(pretrained: Sequence[Row], folders: Mapping[SweepRun, Path], source: SourceConfig) -> list[Path]:
     """Folders of the finished runs that were not evaluated yet on the scans of a dataset."""
     of_runs = [folders[run] for row in pretrained for run in row.runs]
     return [folder for folder in of_runs if finished(folder) and read_zero_shot(folder, source) is None]
@@ -173,7 +172,7 @@ def transfer_figures(
     held_out: str,
     pretrained: Sequence[Row],
     tuned: Sequence[Row],
-    folders: Mapping[Run, Path],
+    folders: Mapping[SweepRun, Path],
 ) -> dict[str, Any]:
     """What transfer comes to, of the runs that are finished.
 

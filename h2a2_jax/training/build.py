@@ -10,30 +10,36 @@ import optax
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
+from h2a2_jax.balancers import build_balancer
+from h2a2_jax.checkpoint.parameter_groups import frozen_paths, frozen_text
+from h2a2_jax.checkpoint.train_state import (
+    TrainState,
+    create_state,
+    head_configs,
+    merge_model,
+    place_state,
+    split_model,
+)
+from h2a2_jax.config import ExperimentConfig
+from h2a2_jax.distributed import DATASET, REPLICA, MeshLayout, say
 from h2a2_jax.host import available_cores
-from h2a2_jax.inputs.batching import Batch
-from h2a2_jax.inputs.drawing import StreamDataset
-from h2a2_jax.inputs.mmdet3d import Mmdet3dFolder
-from h2a2_jax.inputs.pipeline import JointStream, StreamConfig
-from h2a2_jax.inputs.scan import ScanSource
-from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source, permuted_boxes
-from h2a2_jax.inputs.tfds_source import TfdsSource
-from h2a2_jax.models import Detector, DetectorConfig, HeadConfig, PlanLayout
-from h2a2_jax.training.balancers import build_balancer
-from h2a2_jax.training.config import ExperimentConfig
-from h2a2_jax.training.distributed import MeshDivision, say
-from h2a2_jax.training.freezing import frozen_paths, frozen_text
+from h2a2_jax.loader.batching import Batch
+from h2a2_jax.loader.drawing import StreamDataset
+from h2a2_jax.loader.stream import JointStream, StreamConfig
+from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig, PlanLayout
+from h2a2_jax.scans.mmdet3d import Mmdet3dFolder
+from h2a2_jax.scans.scan import ScanSource
+from h2a2_jax.scans.sources import CachedSource, SourceConfig, build_source, permuted_boxes
+from h2a2_jax.scans.tfds_source import TfdsSource
 from h2a2_jax.training.gradients import LossConfig
-from h2a2_jax.training.mesh import DATASET, REPLICA
 from h2a2_jax.training.optimizer import build_optimizer, learning_rate
-from h2a2_jax.training.state import TrainState, create_state, head_configs, merge_model, place_state, split_model
 from h2a2_jax.training.step import StepConfig, StepMetrics, make_train_step
 
 CACHED_SCANS = 2000
 """Sources of up to this many scans are kept in memory, where a thread loads them and loading takes long."""
 
 
-def build_detector(config: ExperimentConfig) -> Detector:
+def build_detector(config: ExperimentConfig) -> TR3D:
     """The detector of a config with the parameters that its seed draws."""
     build = partial(draw_detector, config)
     # Drawn in one program, for hundreds of small ones would be compiled otherwise; the same for all seeds.
@@ -41,9 +47,9 @@ def build_detector(config: ExperimentConfig) -> Detector:
     return nnx.merge(nnx.graphdef(nnx.eval_shape(build, key)), jax.jit(lambda key: nnx.state(build(key)))(key))
 
 
-def draw_detector(config: ExperimentConfig, key: PRNGKeyArray) -> Detector:
+def draw_detector(config: ExperimentConfig, key: PRNGKeyArray) -> TR3D:
     """The detector of a config with the parameters that a key draws; for use inside jit or `nnx.eval_shape`."""
-    return Detector(config.model, head_configs(config.specs), rngs=nnx.Rngs(key))
+    return TR3D(config.model, head_configs(config.specs), rngs=nnx.Rngs(key))
 
 
 def count_parameters(config: ExperimentConfig) -> int:
@@ -53,11 +59,11 @@ def count_parameters(config: ExperimentConfig) -> int:
 
 @cache
 def _count_parameters(model: DetectorConfig, heads: tuple[HeadConfig, ...]) -> int:
-    shapes = nnx.eval_shape(lambda: Detector(model, heads, rngs=nnx.Rngs(0)))
+    shapes = nnx.eval_shape(lambda: TR3D(model, heads, rngs=nnx.Rngs(0)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
 
 
-def build_stream(config: ExperimentConfig, division: MeshDivision) -> JointStream:
+def build_stream(config: ExperimentConfig, process_layout: MeshLayout) -> JointStream:
     """The training stream of a config; a process opens the datasets that it loads.
 
     Raises:
@@ -73,7 +79,9 @@ def build_stream(config: ExperimentConfig, division: MeshDivision) -> JointStrea
             source = CachedSource(source)
         return permuted_boxes(source, config.train.seed) if config.train.permute_boxes else source
 
-    own = division.together(lambda: {d: opened(config.datasets[d]) for d in division.datasets}, "open its scans")
+    own = process_layout.all_or_raise(
+        lambda: {d: opened(config.datasets[d]) for d in process_layout.datasets}, "open its scans"
+    )
     return JointStream(
         [
             StreamDataset(
@@ -89,14 +97,14 @@ def build_stream(config: ExperimentConfig, division: MeshDivision) -> JointStrea
         ],
         StreamConfig(
             batch_size=config.train.batch_size,
-            replicas=division.mesh.shape[REPLICA],
+            replicas=process_layout.mesh.shape[REPLICA],
             voxel_size=config.model.voxel_size,
             seed=config.train.seed,
-            max_rung=config.train.max_rung,
+            max_bucket=config.train.max_bucket,
             layout=PlanLayout.of(config.model),
             workers=workers,
         ),
-        division,
+        process_layout,
     )
 
 
@@ -125,28 +133,28 @@ class Trainer:
     schedule: optax.Schedule
     take_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
-    def detector(self, state: TrainState, division: MeshDivision) -> Detector:
+    def detector(self, state: TrainState, process_layout: MeshLayout) -> TR3D:
         """What is evaluated of a state, on the host: the averages where there are some."""
         source = state if state.averages is None else state.averages
-        return merge_model(self.graph, *division.fetch((source.exclusive, source.shared, source.stats)))
+        return merge_model(self.graph, *process_layout.fetch((source.exclusive, source.shared, source.stats)))
 
 
 def build_trainer(
-    config: ExperimentConfig, detector: Detector, division: MeshDivision, steps_per_epoch: int, total: int
+    config: ExperimentConfig, detector: TR3D, process_layout: MeshLayout, steps_per_epoch: int, total: int
 ) -> Trainer:
     """Optimiser, balancer, state and step of a config.
 
     Args:
         config: of the run.
         detector: as it starts.
-        division: of the mesh.
+        process_layout: of the mesh.
         steps_per_epoch: optimiser steps of an epoch.
         total: optimiser steps of the run.
 
     Raises:
         InputError: what is to be frozen is not there.
     """
-    optim, names, mesh = config.optim, config.dataset_names, division.mesh
+    optim, names, mesh = config.optim, config.dataset_names, process_layout.mesh
     schedule = learning_rate(
         optim.lr,
         steps_per_epoch=steps_per_epoch,
@@ -166,7 +174,7 @@ def build_trainer(
     )
     balancer = build_balancer(config.harmonize, len(names), DATASET, config.train.seed)
     graph, state = create_state(
-        detector, optimizer, balancer, averaged=optim.average_decay > 0, accumulating=optim.batches > 1
+        detector, optimizer, balancer, averaged=optim.ema_decay > 0, accumulating=optim.accumulate_steps > 1
     )
     step_config = StepConfig(
         clip_norm=optim.clip_norm,
@@ -175,9 +183,9 @@ def build_trainer(
             rematerialize=config.train.rematerialize,
         ),
         average_statistics=config.model.running_statistics == "shared",
-        batches=optim.batches,
-        averages_decay=optim.average_decay,
-        most_skipped=config.train.most_skipped,
+        accumulate_steps=optim.accumulate_steps,
+        ema_decay=optim.ema_decay,
+        max_skipped_steps=config.train.max_skipped_steps,
     )
     take_step = make_train_step(graph, state, config.specs, optimizer, balancer, mesh, step_config, frozen)
     return Trainer(graph, place_state(state, mesh), schedule, take_step)
@@ -201,5 +209,5 @@ def steps_of_run(config: ExperimentConfig, batches_per_epoch: int) -> tuple[int,
         config: of the run.
         batches_per_epoch: that the stream counts.
     """
-    steps_per_epoch = math.ceil(batches_per_epoch / config.optim.batches)
+    steps_per_epoch = math.ceil(batches_per_epoch / config.optim.accumulate_steps)
     return steps_per_epoch, config.train.steps or config.train.epochs * steps_per_epoch

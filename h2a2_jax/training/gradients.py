@@ -9,14 +9,14 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from h2a2_jax.inputs.batching import Batch
-from h2a2_jax.inputs.specs import DatasetSpec
+from h2a2_jax.checkpoint.parameter_groups import without_frozen_gradients
+from h2a2_jax.checkpoint.train_state import merge_model
+from h2a2_jax.distributed import REPLICA
 from h2a2_jax.layers import DatasetContext, ForwardContext
-from h2a2_jax.objective import detection_loss
+from h2a2_jax.loader.batching import Batch
+from h2a2_jax.losses import detection_loss
+from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.sparse import Sites
-from h2a2_jax.training.freezing import without_frozen_gradients
-from h2a2_jax.training.mesh import REPLICA
-from h2a2_jax.training.state import merge_model
 from h2a2_jax.typing import AnyArray
 
 

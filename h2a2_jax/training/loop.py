@@ -13,31 +13,27 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from h2a2_jax.compilation_cache import compilation_cache
-from h2a2_jax.errors import InputError
-from h2a2_jax.files import whole_file
-from h2a2_jax.inputs.pipeline import JointStream
-from h2a2_jax.lock import alone_in
-from h2a2_jax.provenance import revision, versions
+from h2a2_jax.checkpoint.store import CheckpointStore
+from h2a2_jax.compilation import CompilationCounter, compilation_cache
+from h2a2_jax.config import ExperimentConfig, to_json
+from h2a2_jax.distributed import DATASET, REPLICA, MeshLayout, is_main, say, train_mesh
+from h2a2_jax.errors import InputError, Stopped
+from h2a2_jax.evaluation.documents import best_step, read_evaluations
+from h2a2_jax.evaluation.evaluate import merged, say_notes, say_skipped
+from h2a2_jax.files import alone_in, whole_file
+from h2a2_jax.host import revision, versions
+from h2a2_jax.loader.stream import JointStream
 from h2a2_jax.training.build import build_detector, build_stream, build_trainer, check_frozen, steps_of_run
-from h2a2_jax.training.checkpoint import CheckpointStore
-from h2a2_jax.training.compilations import CompilationCounter
-from h2a2_jax.training.config import ExperimentConfig, to_json
-from h2a2_jax.training.distributed import MeshDivision, is_main, say
-from h2a2_jax.training.evaluation import merged, say_notes, say_skipped
-from h2a2_jax.training.evaluations import best_step, read_evaluations
-from h2a2_jax.training.mesh import DATASET, REPLICA, train_mesh
+from h2a2_jax.training.metrics import Watch
 from h2a2_jax.training.nonfinite import NonFiniteError, NonFiniteWatch
 from h2a2_jax.training.profiler import StepProfiler
 from h2a2_jax.training.resume import check_init, drop_lost_steps, initial_detector, restore_newest
 from h2a2_jax.training.run import Run
-from h2a2_jax.training.selection_log import SelectionLog
-from h2a2_jax.training.selection_report import selection_report, selection_table
+from h2a2_jax.training.selection_log import SelectionLog, selection_report, selection_table
 from h2a2_jax.training.step import tensor_names
-from h2a2_jax.training.stopping import Stopped, StopSignals
+from h2a2_jax.training.stopping import StopSignals
 from h2a2_jax.training.summary import FILE_NAME as SUMMARY
 from h2a2_jax.training.summary import CheckpointScores, RunDevices, RunFacts, write_summary
-from h2a2_jax.training.watch import Watch
 
 CACHE = "cache"
 """In the workdir: compiled programs, in a folder a machine."""
@@ -103,31 +99,31 @@ def open_run(
 ) -> Run:
     """The run at its beginning, or where its newest checkpoint is."""
     mesh = train_mesh(len(config.specs), devices)
-    division = MeshDivision(mesh, len(config.specs))
+    process_layout = MeshLayout(mesh, len(config.specs))
     check_frozen(config)
     check_init(config, workdir)
-    stream = build_stream(config, division)
+    stream = build_stream(config, process_layout)
     steps_per_epoch, total = steps_of_run(config, stream.steps_per_epoch)
     opened.enter_context(_naming_what_cannot_be_written(workdir))
-    _have_alone(workdir, division, opened)
+    _have_alone(workdir, process_layout, opened)
     cache = workdir / CACHE / platform.node() if config.train.compilation_cache else None
     opened.enter_context(compilation_cache(cache))  # before anything is compiled
-    compilations = opened.enter_context(CompilationCounter(config.train.max_rung + 1))
+    compilations = opened.enter_context(CompilationCounter(config.train.max_bucket + 1))
 
     best = partial(best_step, workdir)
     store = opened.enter_context(CheckpointStore(workdir / "checkpoints", config.train.keep_checkpoints, best))
     is_new = store.latest_step() is None
     start = initial_detector(config, is_new)
-    trainer = build_trainer(config, start or build_detector(config), division, steps_per_epoch, total)
-    state = restore_newest(store, trainer.start, config, division, accept_changes=accept_changes) or trainer.start
+    trainer = build_trainer(config, start or build_detector(config), process_layout, steps_per_epoch, total)
+    state = restore_newest(store, trainer.start, config, process_layout, accept_changes=accept_changes) or trainer.start
     first = int(state.step)
-    if len(set(division.exchange(np.array([first], np.int32))()[:, 0].tolist())) > 1:
+    if len(set(process_layout.exchange(np.array([first], np.int32))()[:, 0].tolist())) > 1:
         raise InputError(f"The processes find different checkpoints in {workdir}: give a folder that all share.")
     if is_main():  # only now: a workdir of another run stays as it is
         store.tidy()
         with whole_file(workdir / "config.json") as part:
             part.write_text(to_json(config) + "\n")
-        drop_lost_steps(workdir, first, config.optim.batches)
+        drop_lost_steps(workdir, first, config.optim.accumulate_steps)
     if not is_new:
         say(f"Resuming {workdir} after step {first} of {total}{', the last: it is evaluated' * (first >= total)}.")
     if first < total:
@@ -136,15 +132,17 @@ def open_run(
     log = SelectionLog(workdir, config.dataset_names, total, config.train.log_every)
     watch = Watch(config, config.specs, trainer.schedule, stream, log)
     saved = None if is_new else first
-    run = Run(config, workdir, division, stream, trainer, store, watch, compilations, total, start, state, first, saved)
+    run = Run(
+        config, workdir, process_layout, stream, trainer, store, watch, compilations, total, start, state, first, saved
+    )
     return opened.enter_context(run)
 
 
 def take_steps(run: Run, signals: StopSignals, profiler: StepProfiler) -> None:
     """All that are left."""
-    train, each = run.config.train, run.config.optim.batches
+    train, each = run.config.train, run.config.optim.accumulate_steps
     nonfinite = NonFiniteWatch(
-        run.workdir, run.config.dataset_names, tensor_names(run.state), run.stream, train.most_skipped
+        run.workdir, run.config.dataset_names, tensor_names(run.state), run.stream, train.max_skipped_steps
     )
     if 0 < run.step < run.total and run.is_due(train.evaluate_every) and not run.is_evaluated():
         run.evaluate()  # which a kill, or a signal, kept from being done
@@ -186,14 +184,14 @@ def take_steps(run: Run, signals: StopSignals, profiler: StepProfiler) -> None:
 
 def _evaluated(run: Run) -> dict[str, Any]:
     """What is said and evaluated when all steps are taken."""
-    run.skipped_scans = merged(run.division.gather(run.stream.skipped))
+    run.skipped_scans = merged(run.process_layout.gather(run.stream.skipped))
     say_skipped(run.skipped_scans)
-    say_notes(merged(run.division.gather(run.stream.log.notes)), run.config.specs)
+    say_notes(merged(run.process_layout.gather(run.stream.log.notes)), run.config.specs)
     if run.stream.log.scans:
         say(input_summary(run.stream))
     if (skipped := int(run.state.skipped)) > 0:
         say(f"{skipped} of {run.step} steps were skipped, for something in them was not finite.")
-    end = run.trainer.detector(run.state, run.division)
+    end = run.trainer.detector(run.state, run.process_layout)
     if run.config.model.selection is not None and run.watch.selection and run.start is not None:
         reports, moved = selection_report(run.start, end, run.watch.mean_selection())
         say("\n" + selection_table(reports, moved, run.config.dataset_names))
@@ -231,7 +229,7 @@ def _facts(run: Run, documents: dict[str, Any], began: float, code: str) -> RunF
         compilations=counter.count,
         loaded_compilations=counter.loaded,
         compilation_seconds=counter.seconds,
-        devices=RunDevices.of(run.division.mesh),
+        devices=RunDevices.of(run.process_layout.mesh),
         versions=versions(),
         revision=code,
     )
@@ -245,14 +243,14 @@ def _sum_up(run: Run, facts: RunFacts) -> None:
     say(f"What the run did is summed up in {path}.")
 
 
-def _have_alone(workdir: Path, division: MeshDivision, opened: contextlib.ExitStack) -> None:
+def _have_alone(workdir: Path, process_layout: MeshLayout, opened: contextlib.ExitStack) -> None:
     """Keep other runs out of the workdir."""
 
     def locked() -> None:
         if is_main():
             opened.enter_context(alone_in(workdir, "training run"))
 
-    division.together(locked, "have the workdir for itself")
+    process_layout.all_or_raise(locked, "have the workdir for itself")
 
 
 @contextlib.contextmanager
@@ -270,7 +268,7 @@ def _naming_what_cannot_be_written(workdir: Path) -> Iterator[None]:
 
 
 def _say_start(config: ExperimentConfig, stream: JointStream, mesh: Mesh, total: int) -> None:
-    names, batches = config.dataset_names, config.optim.batches
+    names, batches = config.dataset_names, config.optim.accumulate_steps
     kinds = ["procedural scans" if source.is_procedural else "scans" for source in config.datasets]
     counted = zip(names, stream.num_scans, kinds, strict=True)
     datasets = ", ".join(f"{name} ({count} {kind})" for name, count, kind in counted)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from h2a2_jax.training.checkpoint_tree import flat_names
-from h2a2_jax.training.freezing import frozen_mask
+from h2a2_jax.checkpoint.parameter_groups import frozen_mask
+from h2a2_jax.checkpoint.tree import flat_names
 from h2a2_jax.typing import Schedule
 
 _WEIGHTS = r"(^|\.)(kernel|box_kernel|class_kernel|shared|exclusive|projection)$"

@@ -9,19 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from h2a2_jax.checkpoint.store import CheckpointStore
+from h2a2_jax.checkpoint.train_state import merge_model, split_model
+from h2a2_jax.checkpoint.tree import flat_names
+from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
-from h2a2_jax.inputs.batching import pad_batch
 from h2a2_jax.layers import DatasetContext, ForwardContext
+from h2a2_jax.loader.batching import pad_batch
+from h2a2_jax.losses import detection_loss
 from h2a2_jax.models import PlanLayout
-from h2a2_jax.objective import detection_loss
 from h2a2_jax.sparse import SparseTensor
-from h2a2_jax.training.checkpoint import CheckpointStore
-from h2a2_jax.training.checkpoint_tree import flat_names
-from h2a2_jax.training.config import ExperimentConfig
 from h2a2_jax.training.gradients import Targets
-from h2a2_jax.training.kept_batch import KeptCell, kept_batches, read_batch
-from h2a2_jax.training.nonfinite import places_of
-from h2a2_jax.training.state import merge_model, split_model
+from h2a2_jax.training.nonfinite import KeptCell, kept_batches, places_of, read_batch
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def replay(workdir: Path, number: int | None = None) -> Replay:
         raise InputError(f"{workdir} has no kept batch {number}; there are those of {listed} (--step).")
     cells = [cell for path in kept[number] for cell in read_batch(path)]
     with CheckpointStore(workdir / "checkpoints") as store:
-        batches = store.stored_config(store.existing(None)).optim.batches
+        batches = store.stored_config(store.existing(None)).optim.accumulate_steps
         step = checkpoint_of(number // batches, store.steps())
         detector, config = store.restore_model(step, averaged=False)
     return Replay(number, step, [_replayed(detector, config, cell) for cell in cells])

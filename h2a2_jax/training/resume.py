@@ -7,18 +7,18 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from h2a2_jax.checkpoint.integrity import DamagedCheckpointError
+from h2a2_jax.checkpoint.store import CheckpointStore, checkpoint_place
+from h2a2_jax.checkpoint.train_state import TrainState
+from h2a2_jax.checkpoint.warm_start import warm_start
+from h2a2_jax.config import ExperimentConfig, changes
+from h2a2_jax.distributed import MeshLayout, is_main, say
 from h2a2_jax.errors import InputError
-from h2a2_jax.models import Detector
+from h2a2_jax.evaluation.documents import FOLDER as EVALUATIONS
+from h2a2_jax.files import drop_lines_after
+from h2a2_jax.models import TR3D
 from h2a2_jax.training.build import build_detector
-from h2a2_jax.training.checkpoint import CheckpointStore, checkpoint_place
-from h2a2_jax.training.checkpoint_files import DamagedCheckpointError
-from h2a2_jax.training.config import ExperimentConfig, changes
-from h2a2_jax.training.distributed import MeshDivision, is_main, say
-from h2a2_jax.training.evaluations import FOLDER as EVALUATIONS
-from h2a2_jax.training.json_lines import drop_lines_after
-from h2a2_jax.training.kept_batch import kept_batches
-from h2a2_jax.training.state import TrainState
-from h2a2_jax.training.warm_start import warm_start
+from h2a2_jax.training.nonfinite import kept_batches
 
 _SHOWN = 5
 
@@ -35,7 +35,7 @@ def check_init(config: ExperimentConfig, workdir: Path) -> None:
         raise InputError(f"train.init_from is {folder!r}, where there are no checkpoints: give the folder of a run.")
 
 
-def initial_detector(config: ExperimentConfig, is_new: bool) -> Detector | None:
+def initial_detector(config: ExperimentConfig, is_new: bool) -> TR3D | None:
     """The detector before the first step of a run.
 
     Args:
@@ -64,7 +64,7 @@ def restore_newest(
     store: CheckpointStore,
     like: TrainState,
     config: ExperimentConfig,
-    division: MeshDivision,
+    process_layout: MeshLayout,
     *,
     accept_changes: bool = False,
 ) -> TrainState | None:
@@ -74,7 +74,7 @@ def restore_newest(
         store: of the run's checkpoints.
         like: state of the shapes and places wanted.
         config: to go on with.
-        division: of the processes, which all restore the same one.
+        process_layout: of the processes, which all restore the same one.
         accept_changes: whether it may differ from the one that the run was begun with.
 
     Returns:
@@ -91,7 +91,7 @@ def restore_newest(
             state = store.restore_state(step, like, config.dataset_names, config)
         except DamagedCheckpointError as error:
             problem = str(error)
-        if not division.exchange(np.array([state is None], np.int32))().any():
+        if not process_layout.exchange(np.array([state is None], np.int32))().any():
             assert state is not None
             # Skipped steps in a row are those of one start: a run that was ended by them may try again.
             return replace(state, skipped_in_row=jnp.zeros_like(like.skipped_in_row))
@@ -103,7 +103,7 @@ def restore_newest(
             )
         if is_main():
             say(f"{problem} It is set aside in {store.set_aside(step)}, and the one before it is taken.")
-        division.exchange(np.zeros(1, np.int32))()
+        process_layout.exchange(np.zeros(1, np.int32))()
         store.close()  # what is there is looked up anew
     return None
 

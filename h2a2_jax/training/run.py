@@ -11,33 +11,38 @@ from typing import Any
 import jax
 import numpy as np
 
+from h2a2_jax.checkpoint.store import CheckpointStore
+from h2a2_jax.checkpoint.train_state import TrainState
+from h2a2_jax.compilation import CompilationCounter
+from h2a2_jax.config import ExperimentConfig
+from h2a2_jax.distributed import MeshLayout, is_main, say
 from h2a2_jax.errors import InputError
-from h2a2_jax.evaluation.document import write_evaluation
-from h2a2_jax.inference.evaluate import build_predictor
-from h2a2_jax.inference.predictor import Predictor
-from h2a2_jax.inputs.division import Answer
-from h2a2_jax.inputs.pipeline import JointStep, JointStream
-from h2a2_jax.inputs.workers import WorkerDiedError
-from h2a2_jax.models import Detector
-from h2a2_jax.training.build import Trainer
-from h2a2_jax.training.checkpoint import CheckpointStore
-from h2a2_jax.training.compilations import CompilationCounter
-from h2a2_jax.training.config import ExperimentConfig
-from h2a2_jax.training.distributed import MeshDivision, is_main, say
-from h2a2_jax.training.evaluation import evaluate_predictor
-from h2a2_jax.training.evaluations import (
+from h2a2_jax.evaluation.documents import (
     best_step,
     evaluation_folder,
     read_evaluations,
     score_metrics,
     score_text,
+    write_evaluation,
 )
-from h2a2_jax.training.metrics import MetricsWriter, Progress, read_metrics
-from h2a2_jax.training.state import TrainState
+from h2a2_jax.evaluation.evaluate import build_predictor, evaluate_predictor
+from h2a2_jax.inference.predictor import Predictor
+from h2a2_jax.loader.process_layout import Answer
+from h2a2_jax.loader.stream import JointStep, JointStream
+from h2a2_jax.loader.workers import WorkerDiedError
+from h2a2_jax.models import TR3D
+from h2a2_jax.training.build import Trainer
+from h2a2_jax.training.metrics import (
+    FOLDER,
+    MetricsWriter,
+    Progress,
+    TensorBoardWriter,
+    Watch,
+    mean_known,
+    read_metrics,
+)
 from h2a2_jax.training.step import StepMetrics
 from h2a2_jax.training.stopping import StopSignals
-from h2a2_jax.training.tensorboard import FOLDER, TensorBoardWriter
-from h2a2_jax.training.watch import Watch, mean_known
 
 _RESTARTS = 3
 """How often workers are started again in a run."""
@@ -50,7 +55,7 @@ class Run:
     Attributes:
         config: of the run.
         workdir: its folder.
-        division: of the processes.
+        process_layout: of the processes.
         stream: of the training scans.
         trainer: takes its steps.
         store: of its checkpoints.
@@ -67,14 +72,14 @@ class Run:
 
     config: ExperimentConfig
     workdir: Path
-    division: MeshDivision
+    process_layout: MeshLayout
     stream: JointStream
     trainer: Trainer
     store: CheckpointStore
     watch: Watch
     compilations: CompilationCounter
     total: int
-    start: Detector | None
+    start: TR3D | None
     state: TrainState
     step: int
     saved: int | None
@@ -104,14 +109,14 @@ class Run:
 
     def batches(self) -> Generator[JointStep]:
         """The batches to come. Workers that die are started again; whatever ends the input, the state is saved."""
-        each, restarts = self.config.optim.batches, 0
+        each, restarts = self.config.optim.accumulate_steps, 0
         while self.step < self.total:
             try:
                 yield from self.stream.steps(self.step * each, self.total * each)
                 return
             except WorkerDiedError as error:
                 # A batch of a step that was begun is seen already: the step begins anew only with its first.
-                if restarts == _RESTARTS or not self.division.alone or each > 1:
+                if restarts == _RESTARTS or not self.process_layout.alone or each > 1:
                     self.save()
                     raise
                 restarts += 1
@@ -138,7 +143,7 @@ class Run:
         """A checkpoint of the state, in the background; nothing where there is one of this step."""
         if self.saved == self.step:
             return
-        whole = self.state if self.division.alone else self.division.fetch(self.state)
+        whole = self.state if self.process_layout.alone else self.process_layout.fetch(self.state)
         if is_main():
             self.store.save(self.step, whole, self.config, self.config.dataset_names)
         self.saved = self.step
@@ -147,25 +152,25 @@ class Run:
         """Evaluate the state, into a folder of its step; the scores join the metrics of the step."""
         say(f"Evaluating step {self.step}.")
         with self.watch.paused():
-            detector = self.trainer.detector(self.state, self.division)
+            detector = self.trainer.detector(self.state, self.process_layout)
             folder = evaluation_folder(self.workdir, self.step)
             documents = self._evaluated(detector, folder, tables=False)
         say(f"Step {self.step}: {score_text(documents)}; the best so far is step {best_step(self.workdir)}.")
 
-    def evaluate_end(self, detector: Detector) -> dict[str, Any]:
+    def evaluate_end(self, detector: TR3D) -> dict[str, Any]:
         """Evaluate the detector of the last step, into the workdir, and beside the others where there are others."""
         documents = self._evaluated(detector, self.workdir)
         if is_main() and self.config.train.evaluate_every:
             write_evaluation(evaluation_folder(self.workdir, self.step), documents)
         return documents
 
-    def _evaluated(self, detector: Detector, folder: Path, *, tables: bool = True) -> dict[str, Any]:
+    def _evaluated(self, detector: TR3D, folder: Path, *, tables: bool = True) -> dict[str, Any]:
         """The evaluation of a detector of this step, whose scores join the metrics of the step."""
         if self._predictor is None:
             self._predictor = build_predictor(detector, self.config.specs, self.config.eval)
         else:
             self._predictor.take_over(detector)
-        documents = evaluate_predictor(self.config, self._predictor, folder, self.division, tables=tables)
+        documents = evaluate_predictor(self.config, self._predictor, folder, self.process_layout, tables=tables)
         scores = score_metrics(documents)
         if self._metrics is not None and not scores.items() <= (before := self._line()).items():
             self._write({**before, **scores})
@@ -176,7 +181,7 @@ class Run:
         found = False
         if is_main() and (documents := read_evaluations(self.workdir).get(self.step)) is not None:
             found = score_metrics(documents).keys() <= self._line().keys()
-        return bool(self.division.exchange(np.array([found], np.int32))().any())
+        return bool(self.process_layout.exchange(np.array([found], np.int32))().any())
 
     def is_due(self, every: int) -> bool:
         """Whether something that is done now and then is to be done after this step."""
@@ -184,7 +189,7 @@ class Run:
 
     def is_stopping(self, signals: StopSignals) -> bool:
         """Whether a process of the run was told to stop: one answer in all, a step later where there are several."""
-        if self.division.alone:
+        if self.process_layout.alone:
             return signals.requested
         before, self._asked = self._asked, self._asking(signals)
         return before is not None and self._noted(before, signals)
@@ -194,7 +199,7 @@ class Run:
         return self._noted(self._asking(signals), signals)
 
     def _asking(self, signals: StopSignals) -> Answer:
-        return self.division.exchange(np.array([signals.requested], np.int32))
+        return self.process_layout.exchange(np.array([signals.requested], np.int32))
 
     def _noted(self, answer: Answer, signals: StopSignals) -> bool:
         """Whether a process was told, which all then take note of."""

@@ -1,4 +1,4 @@
-"""What kernel selection did over a run: `selection.jsonl`, at most some 200 lines."""
+"""Kernel selection over a run: a log, and a report at its end."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.files import JsonLinesWriter, read_json_lines
+from h2a2_jax.models import TR3D
+from h2a2_jax.models.tr3d import selective_layers
 from h2a2_jax.training.gradients import SelectionMetrics
-from h2a2_jax.training.json_lines import JsonLinesWriter, read_json_lines
+from h2a2_jax.typing import AnyArray
 
 FILE_NAME = "selection.jsonl"
 SCHEMA_VERSION = 1
@@ -140,3 +144,96 @@ def _rounded(values: np.ndarray) -> list:
     rounded = np.round(values, _DIGITS).astype(object)
     rounded[~np.isfinite(values)] = None
     return rounded.tolist()
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer with kernel selection.
+
+    Attributes:
+        name: of the layer.
+        exclusive_share: by dataset, share of (scan, offset) pairs that took the exclusive kernel.
+        lowest_score: by dataset, smallest alpha * beta.
+        highest_score: by dataset, largest.
+        prior_moved: mean |O - O at the start|.
+        prototypes_moved: mean angle (degrees) between a prototype and itself at the start.
+        tau: threshold of alpha * beta.
+    """
+
+    name: str
+    exclusive_share: np.ndarray
+    lowest_score: np.ndarray
+    highest_score: np.ndarray
+    prior_moved: float
+    prototypes_moved: float
+    tau: float
+
+    def explanation(self, datasets: Sequence[str]) -> str:
+        """Why the layer takes one kernel everywhere for a dataset; empty if it takes both."""
+        parts = []
+        for name, share, low, high in zip(
+            datasets, self.exclusive_share, self.lowest_score, self.highest_score, strict=True
+        ):
+            if share >= 1:
+                parts.append(f"{name} exclusive everywhere: alpha*beta at most {high:.3f} < tau {self.tau}")
+            elif share <= 0:
+                parts.append(f"{name} shared everywhere: alpha*beta at least {low:.3f} >= tau {self.tau}")
+        return "; ".join(parts)
+
+
+def selection_report(
+    start: TR3D, end: TR3D, metrics: dict[str, SelectionMetrics]
+) -> tuple[list[LayerReport], np.ndarray]:
+    """Compare a model with itself at the start.
+
+    Args:
+        start: with the parameters at the start of training.
+        end: the trained one.
+        metrics: of the last steps (means over them).
+
+    Returns:
+        One report a layer, and the relative distance |E - E at the start| / |E at the start| of each dataset's
+        embedding.
+    """
+    before = selective_layers(start)
+    reports = []
+    for name, layer in selective_layers(end).items():
+        seen = metrics[name]
+        reports.append(
+            LayerReport(
+                name,
+                exclusive_share=np.asarray(seen.exclusive_share),
+                lowest_score=np.asarray(seen.lowest_score),
+                highest_score=np.asarray(seen.highest_score),
+                prior_moved=float(jnp.abs(layer.prior[...] - before[name].prior[...]).mean()),
+                prototypes_moved=_mean_angle(layer.prototypes[...], before[name].prototypes[...]),
+                tau=layer.selection.tau,
+            )
+        )
+    if start.embedding is None or end.embedding is None:
+        return reports, np.zeros(0)
+    old, new = np.asarray(start.embedding[...]), np.asarray(end.embedding[...])
+    return reports, np.linalg.norm(new - old, axis=1) / np.linalg.norm(old, axis=1)
+
+
+def _mean_angle(first: AnyArray, second: AnyArray) -> float:
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))).mean())
+
+
+def selection_table(reports: Sequence[LayerReport], embedding_moved: np.ndarray, datasets: Sequence[str]) -> str:
+    """The report as text."""
+    width = max(len(report.name) for report in reports)
+    lines = [
+        "Kernel selection: share of exclusive offsets by dataset; how far the validity priors O (mean change) and the "
+        "prototypes P (mean angle) moved",
+        f"{'layer':{width}s} " + " ".join(f"{name:>9s}" for name in datasets) + "       O        P",
+    ]
+    for report in reports:
+        shares = " ".join(f"{share:9.2f}" for share in report.exclusive_share)
+        why = report.explanation(datasets)
+        moved = f"{report.prior_moved:8.4f} {report.prototypes_moved:7.2f}\N{DEGREE SIGN}"
+        lines.append(f"{report.name:{width}s} {shares} {moved}" + (f"   {why}" if why else ""))
+    moves = ", ".join(f"{name} {100 * moved:.1f} %" for name, moved in zip(datasets, embedding_moved, strict=True))
+    return "\n".join([*lines, f"Embeddings E moved by: {moves} of their length"])

@@ -25,14 +25,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from h2a2_jax.inputs.batching import Batch
-from h2a2_jax.inputs.specs import DatasetSpec
-from h2a2_jax.training.checkpoint_tree import flat_names
-from h2a2_jax.training.dataset_axis import dataset_norms, keep_present, per_dataset, where_present
+from h2a2_jax.balancers.dataset_axis import dataset_norms, keep_present, per_dataset, where_present
+from h2a2_jax.balancers.ngh import clip_by_global_norm_sharded, mean_over_datasets
+from h2a2_jax.checkpoint.train_state import Accumulated, Averages, TrainState, state_shardings, state_specs
+from h2a2_jax.checkpoint.tree import flat_names
+from h2a2_jax.distributed import DATASET, REPLICA
+from h2a2_jax.loader.batching import Batch
+from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.training.gradients import LossConfig, SelectionMetrics, Targets, dataset_gradients
-from h2a2_jax.training.harmonize import clip_by_global_norm_sharded, mean_over_datasets
-from h2a2_jax.training.mesh import DATASET, REPLICA
-from h2a2_jax.training.state import Accumulated, Averages, TrainState, state_shardings, state_specs
 
 
 class StepMetrics(NamedTuple):
@@ -73,20 +73,20 @@ class StepConfig(NamedTuple):
         loss: how losses and gradients are computed.
         average_statistics: whether running statistics become those of all datasets after each step
             (`DetectorConfig.running_statistics` "shared").
-        batches: of a step.
-        averages_decay: of the averages of the parameters, where the state has some. Early on it is lower,
+        accumulate_steps: batches of a step.
+        ema_decay: of the averages of the parameters, where the state has some. Early on it is lower,
             (1 + steps) / (10 + steps), so that the start is soon forgotten.
-        most_skipped: of this many skipped steps in a row on, the state stays as it is whatever comes, so that the run
-            that is about to end keeps the state in which they were not finite; 0: never.
+        max_skipped_steps: of this many skipped steps in a row on, the state stays as it is whatever comes, so that the
+            run that is about to end keeps the state in which they were not finite; 0: never.
         keep_gradients: whether metrics carry the gradients.
     """
 
     clip_norm: float = 10.0
     loss: LossConfig = LossConfig()
     average_statistics: bool = False
-    batches: int = 1
-    averages_decay: float = 0.0
-    most_skipped: int = 0
+    accumulate_steps: int = 1
+    ema_decay: float = 0.0
+    max_skipped_steps: int = 0
     keep_gradients: bool = False
 
 
@@ -138,13 +138,13 @@ def make_train_step(
         losses = metrics.box_loss + metrics.class_loss
         nonfinite = present[:, None] & _nonfinite(g_shared, g_exclusive, stats, losses)
         good = lax.psum(nonfinite.any().astype(jnp.int32), DATASET) == 0
-        stopped = (state.skipped_in_row >= config.most_skipped) & (config.most_skipped > 0)
+        stopped = (state.skipped_in_row >= config.max_skipped_steps) & (config.max_skipped_steps > 0)
         state = _with_statistics(state, stats, present & good & ~stopped, config)
         gathered = Accumulated(g_shared, g_exclusive, losses, present.astype(jnp.int32), jnp.ones((), jnp.int32))
         if state.accumulated is not None:
             gathered = _added(state.accumulated, gathered, good & ~stopped)
             good = lax.psum(gathered.count.sum(), DATASET) > 0
-        complete = gathered.batches == config.batches
+        complete = gathered.batches == config.accumulate_steps
         applies = complete & good & ~stopped
         updated, norm, gradients = _applied(state, gathered, optimizer, balancer, config)
         # Not by lax.cond: its branches are compiled apart, which takes twice the time, and nothing in them fuses.
@@ -232,7 +232,7 @@ def _applied(
     """The state after an update, the gradient's norm before clipping, and the gradients if asked for."""
     present = gathered.count > 0
     gradients = (gathered.shared, gathered.exclusive, gathered.losses)
-    if config.batches > 1:
+    if config.accumulate_steps > 1:
         batches = jnp.maximum(gathered.count, 1)
         gradients = jax.tree.map(lambda leaf: leaf / per_dataset(batches, leaf), gradients)
     g_shared, g_exclusive, losses = gradients
@@ -252,7 +252,7 @@ def _applied(
         balancer=balancer_state,
     )
     if state.averages is not None:
-        state = replace(state, averages=_moved_averages(state, config.averages_decay))
+        state = replace(state, averages=_moved_averages(state, config.ema_decay))
     return state, norm.astype(jnp.float32), kept
 
 

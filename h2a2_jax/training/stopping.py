@@ -7,23 +7,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from h2a2_jax.errors import Stopped
 from h2a2_jax.host import restore_handler
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-INTERRUPTED = 130
-"""Exit status after Ctrl-C; after SIGTERM it is 0, for then the run did what was asked."""
-
-
-class Stopped(BaseException):
-    """A signal ended the run: like KeyboardInterrupt no error, and not to be caught as one.
-
-    Attributes:
-        status: that the program should exit with.
-    """
-
-    def __init__(self, number: int):
-        super().__init__(f"Stopped by {signal.Signals(number).name}")
-        self.status = INTERRUPTED if number == signal.SIGINT else 0
 
 
 class StopSignals:

@@ -8,9 +8,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from h2a2_jax.config import ExperimentConfig, to_json
 from h2a2_jax.files import whole_file
 from h2a2_jax.host import duration
-from h2a2_jax.training.config import ExperimentConfig, to_json
 
 FILE_NAME = "summary.md"
 CURVES = "curves.png"
@@ -33,7 +33,7 @@ class CheckpointScores:
 
     @classmethod
     def of(cls, name: str, step: int, documents: Mapping[str, Any]) -> "CheckpointScores":
-        """Those that evaluation.json holds (`h2a2_jax.evaluation.document`)."""
+        """Those that evaluation.json holds (`h2a2_jax.evaluation.documents`)."""
         scores = {
             dataset: {float(level["iou"]): level["mAP"] for level in document["thresholds"]}
             for dataset, document in documents.items()
@@ -84,8 +84,8 @@ class RunFacts:
         loaded_compilations: those of them from the compilation cache.
         compilation_seconds: that these took.
         devices: trained on.
-        versions: of packages, by name (`h2a2_jax.provenance.versions`).
-        revision: of this package (`h2a2_jax.provenance.revision`), as the run began.
+        versions: of packages, by name (`h2a2_jax.host.versions`).
+        revision: of this package (`h2a2_jax.host.revision`), as the run began.
     """
 
     config: ExperimentConfig

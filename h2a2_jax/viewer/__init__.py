@@ -4,7 +4,7 @@ Everything is drawn in the frame of the `Scan`: metres, z up.
 """
 
 from h2a2_jax.viewer.image import write_image
-from h2a2_jax.viewer.page import write_viewer
+from h2a2_jax.viewer.scan_page import write_viewer
 from h2a2_jax.viewer.window import show
 
 __all__ = ["show", "write_image", "write_viewer"]

@@ -12,14 +12,12 @@ from jaxtyping import Bool, Float
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from h2a2_jax.boxes.corners import BOX_EDGES, box_corners
-from h2a2_jax.boxes.detections import Detections
-from h2a2_jax.evaluation import GroundTruth
-from h2a2_jax.inputs.appearance import below_ceiling, class_color, display_colors
-from h2a2_jax.inputs.scan import Scan
-from h2a2_jax.viewer.camera import Camera, camera_for
-from h2a2_jax.viewer.content import Content, content, framed, point_spacing
-from h2a2_jax.viewer.render import Canvas, Lines, draw_lines, draw_points, shade
+from h2a2_jax.boxes.codec import BOX_EDGES, box_corners
+from h2a2_jax.boxes.matching import GroundTruth
+from h2a2_jax.boxes.nms import Detections
+from h2a2_jax.scans.scan import Scan
+from h2a2_jax.viewer.content import Content, below_ceiling, class_color, content, display_colors, framed, point_spacing
+from h2a2_jax.viewer.render import Camera, Canvas, Lines, camera_for, draw_lines, draw_points, shade
 
 View = Literal["oblique", "top"]
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from h2a2_jax.boxes.corners import BOX_EDGES, box_corners
-from h2a2_jax.boxes.detections import Detections
+from h2a2_jax.boxes.codec import BOX_EDGES, box_corners
+from h2a2_jax.boxes.matching import GroundTruth
+from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.errors import InputError
-from h2a2_jax.evaluation import GroundTruth
-from h2a2_jax.inputs.appearance import below_ceiling, class_color, display_colors
-from h2a2_jax.inputs.scan import Scan
-from h2a2_jax.viewer.content import Content, content, framed
+from h2a2_jax.scans.scan import Scan
+from h2a2_jax.viewer.content import Content, below_ceiling, class_color, content, display_colors, framed
 
 _INSTEAD = "; an HTML page and a PNG of the scan need none of this"
 _PACKAGES = "libusb-1.0-0 libgl1 libegl1 libx11-6 libudev1 libvulkan1 mesa-vulkan-drivers"

@@ -5,9 +5,8 @@ import pytest
 
 from benchmarks.predict import _compared, variants
 from h2a2_jax.boxes import Detections
-from h2a2_jax.inference.file_scans import load_file
-from h2a2_jax.inference.files import InputFile, PredictRequest
-from h2a2_jax.inputs.specs import SCANNET
+from h2a2_jax.inference.input_files import InputFile, PredictRequest, load_file
+from h2a2_jax.scans.specs import SCANNET
 
 POINTS = np.random.default_rng(0).uniform(-2, 2, (500, 3)).astype(np.float32)
 COLORS = np.random.default_rng(1).integers(0, 256, POINTS.shape).astype(np.uint8)

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from h2a2_jax.boxes.corners import BOX_EDGES, box_corners
-from h2a2_jax.inputs.scan import points_in_box
+from h2a2_jax.boxes.codec import BOX_EDGES, box_corners
+from h2a2_jax.scans.scan import points_in_box
 
 BOX = np.array([1, 2, 0.5, 2, 1, 1, 0.6], np.float32)
 

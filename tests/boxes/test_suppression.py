@@ -15,8 +15,8 @@ from h2a2_jax.boxes import (
     traced_detections,
     traced_multiclass_nms,
 )
-from h2a2_jax.boxes.suppression import MAX_CANDIDATES
-from h2a2_jax.inputs.specs import SCANNET, SUNRGBD
+from h2a2_jax.boxes.nms import MAX_CANDIDATES
+from h2a2_jax.scans.specs import SCANNET, SUNRGBD
 from tests.boxes.golden import FIXTURES, load_cases
 
 NMS = {rotated: jax.jit(partial(traced_multiclass_nms, rotated=rotated)) for rotated in (False, True)}

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from h2a2_jax.checkpoint.store import restore_checkpoint
 from h2a2_jax.convert.command import main, table
 from h2a2_jax.convert.conversion import Entry, convert_file
 from h2a2_jax.convert.torch_file import read_torch_file, write_torch_file
-from h2a2_jax.convert.tr3d import config_of_weights, export_tr3d, tr3d_slots
+from h2a2_jax.convert.tr3d_weights import config_of_weights, export_tr3d, tr3d_slots
 from h2a2_jax.errors import InputError
-from h2a2_jax.models import Detector, DetectorConfig, HeadConfig
-from h2a2_jax.models.config import STAGE_BLOCKS
-from h2a2_jax.training.checkpoint import restore_checkpoint
+from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
+from h2a2_jax.models.architecture import STAGE_BLOCKS
 from tests.boxes.golden import FIXTURES
 
 CONFIG = DetectorConfig(depth=10, stem_channels=4, stage_channels=(4, 6, 5, 6), neck_channels=7)
@@ -18,7 +18,7 @@ CONFIG = DetectorConfig(depth=10, stem_channels=4, stage_channels=(4, 6, 5, 6), 
 def weights(num_classes=10, num_outputs=8, seed=0):
     """Weights of a small TR3D, under its names; no two alike."""
     heads = [HeadConfig("any", num_classes, num_outputs)]
-    slots = tr3d_slots(nnx.eval_shape(lambda: Detector(CONFIG, heads, rngs=nnx.Rngs(0))))
+    slots = tr3d_slots(nnx.eval_shape(lambda: TR3D(CONFIG, heads, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(seed)
     return {name: rng.uniform(0.5, 1, slot.shape).astype(np.float32) for name, slot in slots.items()}
 

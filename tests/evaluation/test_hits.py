@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from h2a2_jax.boxes import Detections
-from h2a2_jax.evaluation import GroundTruth, average_precision, evaluate_detections, iou_matrix, match
-from h2a2_jax.evaluation.average_precision import precision_at_levels, precision_recall
+from h2a2_jax.boxes.matching import GroundTruth, iou_matrix, match
+from h2a2_jax.evaluation import average_precision, evaluate_detections
+from h2a2_jax.evaluation.average_precision import best_f1, calibration, precision_at_levels, precision_recall
 from h2a2_jax.evaluation.breakdown import DISTANCES, SIZES, distance_from, scan_origin
 from h2a2_jax.evaluation.hits import Pool, best_overlaps, hits, pool_detections
-from h2a2_jax.evaluation.operating_point import best_f1, calibration
 
 
 def random_scans(scans, *, yaw, classes=3, seed=0):

@@ -10,11 +10,11 @@ import pytest
 
 import h2a2_jax
 from h2a2_jax.errors import InputError
-from h2a2_jax.inference.buckets import BucketFile
 from h2a2_jax.inference.detector import Boxes, Detector
 from h2a2_jax.inference.predictor import Predictor, prepare
-from h2a2_jax.inputs.scan_folder import UPRIGHT
+from h2a2_jax.inference.shape_cache import BucketFile
 from h2a2_jax.models import LevelSizes
+from h2a2_jax.scans.scan_folder import UPRIGHT
 from tests.inference.tiny import SPECS, random_detector, room
 
 SMALL, OTHER = room("small", 500, 1.2), room("other", 400, 1.0)
@@ -169,7 +169,7 @@ def test_a_checkpoint_that_is_not_there_says_so(tmp_path: Path):
     with pytest.raises(InputError, match="There is no checkpoint in"):
         h2a2_jax.Detector.restore(tmp_path)
     (tmp_path / "model.pth").write_bytes(b"")
-    with pytest.raises(InputError, match=r"is a file; .* h2a2_jax.convert.tr3d"):
+    with pytest.raises(InputError, match=r"is a file; .* h2a2_jax.convert.tr3d_weights"):
         h2a2_jax.Detector.restore(tmp_path / "model.pth")
 
 

@@ -9,13 +9,14 @@ import pytest
 from flax import nnx
 
 from h2a2_jax.boxes import Detections
+from h2a2_jax.config import EvalConfig
 from h2a2_jax.errors import InputError
-from h2a2_jax.inference.evaluate import EvalConfig, evaluate_source
+from h2a2_jax.evaluation.evaluate import evaluate_source
 from h2a2_jax.inference.predictor import _SMALLEST, Predictor, prepare
-from h2a2_jax.inputs.batching import BucketLadder, scan_sizes
-from h2a2_jax.inputs.scan import Scan, ScanError
-from h2a2_jax.inputs.specs import S3DIS, SCANNET, SUNRGBD
-from h2a2_jax.models import Detector, HeadConfig, LevelSizes
+from h2a2_jax.loader.batching import BucketLadder, scan_sizes
+from h2a2_jax.models import TR3D, HeadConfig, LevelSizes
+from h2a2_jax.scans.scan import Scan, ScanError
+from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD
 from tests.inference.tiny import SPECS, TINY, random_detector, room
 
 SMALL, OTHER, BIG = room("small", 500, 1.2), room("other", 400, 1.0), room("big", 6000, 8.0)
@@ -24,12 +25,12 @@ EMPTY = Scan("empty", NOTHING, NOTHING, np.zeros((0, 7), np.float32), np.zeros(0
 
 
 @pytest.fixture(scope="module")
-def model() -> Detector:
+def model() -> TR3D:
     return random_detector()
 
 
 @pytest.fixture(scope="module")
-def make_predictor(model: Detector) -> Callable[[], Predictor]:
+def make_predictor(model: TR3D) -> Callable[[], Predictor]:
     """Makes predictors of one model."""
     return lambda: Predictor(model, SPECS, score_threshold=0.1)
 
@@ -63,7 +64,7 @@ def test_a_scan_that_does_not_fit_takes_a_higher_rung(predictor: Predictor, smal
     lowest, higher = predictor._capacities(small, 1), predictor._capacities(big, 1)
     assert small.fits(lowest) and not big.fits(lowest) and big.fits(higher)
     ladder = predictor._ladders[1]
-    assert higher in [ladder.capacities(rung) for rung in range(20)]
+    assert higher in [ladder.capacities(bucket) for bucket in range(20)]
 
 
 def test_a_bucket_that_was_seen_never_compiles_again(predictor: Predictor, small_boxes: Detections):
@@ -100,9 +101,9 @@ def test_unknown_datasets_and_wrong_specs_are_refused(predictor: Predictor):
         Predictor(predictor_model(predictor), (SCANNET, S3DIS))
 
 
-def predictor_model(predictor: Predictor) -> Detector:
+def predictor_model(predictor: Predictor) -> TR3D:
     heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in predictor.specs]
-    return nnx.eval_shape(lambda: Detector(TINY, heads, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: TR3D(TINY, heads, rngs=nnx.Rngs(0)))
 
 
 def test_points_are_drawn_by_the_test_protocol_and_always_the_same():
@@ -160,7 +161,7 @@ def test_evaluation_names_what_it_leaves_out(predictor: Predictor, capsys: pytes
     assert "sunrgbd: 100%" in capsys.readouterr().err
 
 
-def test_unseen_data_take_a_head_a_conditioning_and_kernels(model: Detector, small_boxes: Detections):
+def test_unseen_data_take_a_head_a_conditioning_and_kernels(model: TR3D, small_boxes: Detections):
     def boxes(**choices: Any) -> Detections:
         return Predictor(model, SPECS, score_threshold=0.1, **choices).predict([SMALL], "sunrgbd")[0]
 
@@ -171,6 +172,6 @@ def test_unseen_data_take_a_head_a_conditioning_and_kernels(model: Detector, sma
         boxes(conditioning="scannet")
 
 
-def test_what_is_not_folded_gives_the_same_boxes(model: Detector, small_boxes: Detections):
+def test_what_is_not_folded_gives_the_same_boxes(model: TR3D, small_boxes: Detections):
     whole = Predictor(model, SPECS, score_threshold=0.1, folded=False)
     assert_same(whole.predict([SMALL], "sunrgbd")[0], small_boxes)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from h2a2_jax.boxes import Detections
-from h2a2_jax.boxes.corners import box_corners
-from h2a2_jax.inference.files import FORMATS
-from h2a2_jax.inference.predictions import scan_entry
+from h2a2_jax.boxes.codec import box_corners
+from h2a2_jax.inference.input_files import FORMATS
+from h2a2_jax.inference.results import scan_entry
 from h2a2_jax.inference.writers import (
     check_output,
     point_labels,
@@ -17,10 +17,10 @@ from h2a2_jax.inference.writers import (
     write_scan,
     write_table,
 )
-from h2a2_jax.inputs.appearance import class_color
-from h2a2_jax.inputs.ply import read_ply_columns
-from h2a2_jax.inputs.scan import Scan, points_in_box
-from h2a2_jax.inputs.specs import SUNRGBD
+from h2a2_jax.scans.formats.ply import read_ply_columns
+from h2a2_jax.scans.scan import Scan, points_in_box
+from h2a2_jax.scans.specs import SUNRGBD
+from h2a2_jax.viewer.content import class_color
 
 BOXES = np.array([[0, 0, 0, 2, 1, 1, 0.5], [0.5, 0.2, 0.3, 1, 1, 2, -0.2], [9, 9, 9, 1, 1, 1, 0]], np.float32)
 FOUND = Detections(BOXES, np.array([0.4, 0.9, 0.5], np.float32), np.array([3, 1, 0], np.int32))

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from h2a2_jax.inputs.scan import Scan
-from h2a2_jax.inputs.specs import S3DIS, SUNRGBD
-from h2a2_jax.layers.kernel_selection import KernelSelection
-from h2a2_jax.models import Detector, DetectorConfig, HeadConfig
+from h2a2_jax.layers.kernel_selection import SelectionConfig
+from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
+from h2a2_jax.scans.scan import Scan
+from h2a2_jax.scans.specs import S3DIS, SUNRGBD
 
 SPECS = (SUNRGBD, S3DIS)
 TINY = DetectorConfig(
@@ -18,7 +18,7 @@ TINY = DetectorConfig(
     stem_channels=4,
     stage_channels=(4, 4, 4, 4),
     neck_channels=4,
-    selection=KernelSelection(projection_dim=2, embedding_dim=4, hidden=4, exclusive_init="independent"),
+    selection=SelectionConfig(projection_dim=2, embedding_dim=4, hidden=4, exclusive_init="independent"),
 )
 
 
@@ -33,10 +33,10 @@ def room(name: str, points: int, extent: float) -> Scan:
     return Scan(name, xyz, rng.random(xyz.shape, np.float32), box, np.zeros(1, np.int32))
 
 
-def random_detector() -> Detector:
+def random_detector() -> TR3D:
     """Random weights that make scores differ."""
     heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in SPECS]
-    shapes = nnx.eval_shape(lambda: Detector(TINY, heads, rngs=nnx.Rngs(0)))
+    shapes = nnx.eval_shape(lambda: TR3D(TINY, heads, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
 
     def draw(path: Any, leaf: Any) -> jax.Array:

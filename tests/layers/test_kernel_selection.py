@@ -10,18 +10,18 @@ import pytest
 from flax import nnx
 
 from h2a2_jax import sparse
-from h2a2_jax.layers import DatasetContext, ForwardContext, KernelSelection, SelectiveConv, binarize
+from h2a2_jax.layers import DatasetContext, ForwardContext, SelectionConfig, SelectiveConv, binarize
 from h2a2_jax.layers.kernel_selection import structural_consistency
 from tests.sparse.transcription import padded, pairs_of, table_of
 
 C_IN, C_OUT, DATASETS, DATASET = 3, 2, 3, 1
 SMALL = {"projection_dim": 4, "embedding_dim": 3, "hidden": 5}
 READINGS = {
-    "default": KernelSelection(**SMALL),
-    "others": KernelSelection(
+    "default": SelectionConfig(**SMALL),
+    "others": SelectionConfig(
         tau=0.05, consistency="relu_cosine", straight_through="identity", exclusive_init="independent", **SMALL
     ),
-    "batch of inputs": KernelSelection(scope="batch", structural_features="input", tau=0.26, **SMALL),
+    "batch of inputs": SelectionConfig(scope="batch", structural_features="input", tau=0.26, **SMALL),
 }
 NEAR_TIE = 1e-5
 """Scores nearer to the threshold than this would leave the choice of a kernel to rounding."""
@@ -240,7 +240,7 @@ def test_shared_kernels_everywhere_are_the_plain_convolution_of_modulated_featur
 
 
 def test_an_unseen_dataset_takes_the_mean_of_the_exclusive_kernels():
-    selection = KernelSelection(
+    selection = SelectionConfig(
         tau=2.0, exclusive_init="independent", **SMALL
     )  # alpha * beta <= 1: all offsets are exclusive
     table = table_of("submanifold 3")
@@ -306,7 +306,7 @@ def test_near_half_the_offsets_start_on_each_side():
 
 
 def test_parameters_start_as_stated():
-    independent = KernelSelection(exclusive_init="independent")
+    independent = SelectionConfig(exclusive_init="independent")
     layer = SelectiveConv(32, 48, num_datasets=2, selection=independent, rngs=nnx.Rngs(0))
     for kernel in (layer.shared[...], *layer.exclusive[...]):
         np.testing.assert_allclose(kernel.std(), math.sqrt(2 / (27 * 48)), rtol=0.02)

@@ -9,13 +9,13 @@ import pytest
 from flax import nnx
 
 from h2a2_jax import sparse
-from h2a2_jax.layers import BatchNorm, ConvNorm, DatasetContext, ForwardContext, KernelSelection, SparseConv
+from h2a2_jax.layers import BatchNorm, ConvNorm, DatasetContext, ForwardContext, SelectionConfig, SparseConv
 from h2a2_jax.layers.kernel_selection import SelectiveConv, structural_consistency
 from h2a2_jax.layers.modulation import modulate
 from tests.sparse.transcription import padded, table_of
 
 CHANNELS, DATASETS = 6, 2
-PLAIN = KernelSelection(
+PLAIN = SelectionConfig(
     projection_dim=4, embedding_dim=3, hidden=5, embedding_start="random", exclusive_init="independent"
 )
 """Random last layers, so that modulation and gate say something."""

@@ -10,16 +10,16 @@ from h2a2_jax.layers import (
     ConvNorm,
     DatasetContext,
     ForwardContext,
-    KernelSelection,
     LinearModulation,
     ResidualBlock,
+    SelectionConfig,
     SparseConv,
     SparseConvTranspose,
 )
-from h2a2_jax.layers.conv import kaiming_fan_out, uniform_fan_out
+from h2a2_jax.layers.sparse_conv import kaiming_fan_out, uniform_fan_out
 from tests.sparse.transcription import padded, table_of
 
-SELECTION = KernelSelection(projection_dim=4, embedding_dim=3, hidden=5, exclusive_init="independent")
+SELECTION = SelectionConfig(projection_dim=4, embedding_dim=3, hidden=5, exclusive_init="independent")
 
 
 def features(kmap, channels=4, seed=0):

@@ -6,15 +6,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from h2a2_jax.inputs.batching import collate, pad_batch
-from h2a2_jax.inputs.scan import Scan
-from h2a2_jax.inputs.specs import SPECS
-from h2a2_jax.layers import BatchNorm, EmbeddingMLP, KernelSelection
-from h2a2_jax.models import Detector, DetectorConfig, HeadConfig
+from h2a2_jax.layers import BatchNorm, EmbeddingMLP, SelectionConfig
+from h2a2_jax.loader.batching import collate, pad_batch
+from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
+from h2a2_jax.scans.scan import Scan
+from h2a2_jax.scans.specs import SPECS
 
 VOXEL = 0.05
 """Coarse, so that few points cover all levels."""
-SELECTION = KernelSelection(projection_dim=4, embedding_dim=5, hidden=6, exclusive_init="independent")
+SELECTION = SelectionConfig(projection_dim=4, embedding_dim=5, hidden=6, exclusive_init="independent")
 
 
 def room(seed, points=700, boxes=3, classes=5, size=4.0):
@@ -57,7 +57,7 @@ def tiny_config(selection=SELECTION, width=4):
 def tiny_detector(selection=SELECTION, seed=0, specs=SPECS, width=4, **options):
     """A detector of the given datasets; running statistics and silent layers drawn at random."""
     heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in specs]
-    model = Detector(replace(tiny_config(selection, width), **options), heads, rngs=nnx.Rngs(seed))
+    model = TR3D(replace(tiny_config(selection, width), **options), heads, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, EmbeddingMLP):

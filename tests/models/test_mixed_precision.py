@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from h2a2_jax.inputs.batching import collate
-from h2a2_jax.inputs.specs import SPECS
 from h2a2_jax.layers import DatasetContext, ForwardContext
+from h2a2_jax.loader.batching import collate
+from h2a2_jax.losses import detection_loss
 from h2a2_jax.models import LevelSizes
-from h2a2_jax.objective import detection_loss
+from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.training.step import Targets
 from tests.models.scenes import SELECTION, VOXEL, batch_of, empty_scan, room, tiny_detector
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.report.curves import _panels, draw_curves
-from h2a2_jax.report.figures_training import series_of
+from h2a2_jax.report.figures_training import _panels, draw_curves, series_of
 from h2a2_jax.training.metrics import MetricsWriter, read_metrics
 
 NAMES = ("scannet", "a_b/$c")

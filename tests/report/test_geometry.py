@@ -5,7 +5,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from h2a2_jax.report.geometry import SITE_CLASSES, classify_sites, neighbourhood_moments
-from h2a2_jax.sparse.grid import site_set
+from h2a2_jax.sparse.sites import site_set
 
 REACH = 9
 

@@ -4,13 +4,7 @@ import numpy as np
 import pytest
 
 from h2a2_jax.report.figures_selection import kernel_slices
-from h2a2_jax.report.offsets import (
-    agreement,
-    chance_agreement,
-    disagreement,
-    flip_shares,
-    offset_classes,
-)
+from h2a2_jax.report.offsets import agreement, chance_agreement, disagreement, flip_shares, offset_classes
 
 
 def test_a_kernel_has_one_centre_six_faces_twelve_edges_eight_corners():

@@ -11,18 +11,18 @@ import optax
 import pytest
 
 from configs.joint import demo
+from h2a2_jax.balancers.ngh import plain_mean
+from h2a2_jax.checkpoint.store import CheckpointStore
+from h2a2_jax.checkpoint.train_state import create_state
+from h2a2_jax.config import ExperimentConfig, to_json
 from h2a2_jax.errors import InputError
 from h2a2_jax.report import write_report
 from h2a2_jax.report.figures_training import by_group, series_of
 from h2a2_jax.report.write import find_singles
 from h2a2_jax.training.build import build_detector
-from h2a2_jax.training.checkpoint import CheckpointStore
-from h2a2_jax.training.config import ExperimentConfig, to_json
 from h2a2_jax.training.gradients import SelectionMetrics
-from h2a2_jax.training.harmonize import plain_mean
 from h2a2_jax.training.metrics import MetricsWriter
 from h2a2_jax.training.selection_log import SelectionLog
-from h2a2_jax.training.state import create_state
 
 NAMES = ("scannet", "s3dis")
 

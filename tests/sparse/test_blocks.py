@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from h2a2_jax import sparse
-from h2a2_jax.sparse.blocks import BLOCK, CHUNK, TILE, fits_blocks
+from h2a2_jax.sparse.kernel_map import BLOCK, CHUNK, TILE, fits_blocks
 from h2a2_jax.sparse.winograd import POINTS, winograd_transforms
 from tests.sparse.transcription import padded, random_sites
 

@@ -19,10 +19,10 @@ def test_a_rung_multiplies_every_level_and_rounds_up():
 
 def test_the_lowest_rung_that_fits_every_level_is_taken():
     ladder = BucketLadder((640, 640), ratio=2.0)
-    assert ladder.rung((640, 640)) == 0
-    assert ladder.rung((10, 641)) == 1
-    assert ladder.rung((10, 5000), limit=2) is None
-    assert ladder.rung((10, 5000), limit=3) == ladder.rung((10, 5000)) == 3
+    assert ladder.bucket((640, 640)) == 0
+    assert ladder.bucket((10, 641)) == 1
+    assert ladder.bucket((10, 5000), limit=2) is None
+    assert ladder.bucket((10, 5000), limit=3) == ladder.bucket((10, 5000)) == 3
     assert ladder.fit((10, 5000)) == (5120, 5120)
 
 
@@ -36,9 +36,9 @@ def test_a_named_tuple_stays_one():
 
 def test_a_measured_ladder_holds_mean_and_three_deviations_of_the_neediest_dataset():
     small, large = [(10, 1)] * 3, [(90, 2), (110, 2)]
-    ladder = BucketLadder.measured([small, [], large], scans=4, ratio=1.5, max_rung=2)
+    ladder = BucketLadder.measured([small, [], large], scans=4, ratio=1.5, max_bucket=2)
     assert ladder.base == (4 * 100 + 3 * 2 * 10, 8)
-    assert (ladder.ratio, ladder.max_rung) == (1.5, 2)
+    assert (ladder.ratio, ladder.max_bucket) == (1.5, 2)
 
 
 def test_a_ladder_measured_on_batches():
@@ -65,7 +65,7 @@ def test_a_level_without_sites_has_rows_all_the_same():
 
 def test_what_makes_no_ladder_is_refused():
     with pytest.raises(InputError, match="2 levels, the sizes 3"):
-        BucketLadder((1, 2)).rung((1, 2, 3))
+        BucketLadder((1, 2)).bucket((1, 2, 3))
     with pytest.raises(InputError, match="does not rise"):
         BucketLadder((1, 2), ratio=1.0)
     for nothing in ([], [[]]):

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from h2a2_jax import sparse
-from h2a2_jax.sparse import conv, conv_im2col, conv_pairs
+from h2a2_jax.sparse import conv, conv_accelerator
 from tests.sparse.test_conv import check, draw, objective, pad, run, stacked_maps
 from tests.sparse.transcription import padded, pairs_by_search, pairs_of, random_sites, table_of
 
@@ -20,8 +20,8 @@ ALGORITHMS = ("im2col", "pairs")
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of a few rows and of a tile or two, none of which fits the arrays exactly."""
-    monkeypatch.setattr(conv_im2col, "CHUNK_BYTES", 27 * 3 * 8 * 7)
-    monkeypatch.setattr(conv_pairs, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(conv_accelerator, "CHUNK_BYTES", 27 * 3 * 8 * 7)
+    monkeypatch.setattr(conv_accelerator, "TILE_CHUNK_BYTES", 3000)
 
 
 def maps_beyond_test_conv():
@@ -202,7 +202,7 @@ def test_accelerators_choose_by_the_work_of_the_tiles(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     kmap = padded(table_of("submanifold 3", counts=(400,), reach=12))
     full, used = len(kmap.tiles.offset), int(kmap.tiles.count)
-    assert conv_pairs.pair_work(kmap) >= 1  # made for any sites
+    assert conv_accelerator.pair_work(kmap) >= 1  # made for any sites
     assert conv._choose(kmap) == "im2col"
     assert conv._choose(sparse.limit_tiles(kmap, used)) == "pairs"
     assert conv._choose(sparse.limit_tiles(kmap, full // 2 + 2)) == "im2col"

@@ -3,7 +3,7 @@ import pytest
 
 from h2a2_jax import sparse
 from h2a2_jax.errors import InputError
-from h2a2_jax.sparse.grid import MAX_COORDINATE, MAX_REACH
+from h2a2_jax.sparse.sites import MAX_COORDINATE, MAX_REACH
 from tests.sparse.transcription import TABLES, padded, pairs_by_search, pairs_of, random_sites, table_of
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from h2a2_jax import sparse
-from h2a2_jax.sparse.blocks import fits_blocks
+from h2a2_jax.sparse.kernel_map import fits_blocks
 
 
 def random_sites(counts=(40, 0, 55), stride=1, reach=4, seed=0):

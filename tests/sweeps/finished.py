@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from h2a2_jax.training.config import ExperimentConfig, to_json
+from h2a2_jax.config import ExperimentConfig, to_json
 
 LEVELS = (0.25, 0.5)
 """Thresholds of IoU."""

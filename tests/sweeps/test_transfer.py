@@ -12,13 +12,14 @@ from configs.joint import demo
 from h2a2_jax.boxes import Detections
 from h2a2_jax.commands import transfer as commands_transfer
 from h2a2_jax.commands import transfer_command
+from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
-from h2a2_jax.inference.cross import CommonClasses, common_classes
-from h2a2_jax.inputs.sources import build_source
-from h2a2_jax.inputs.specs import S3DIS, DatasetSpec, dataset_spec
+from h2a2_jax.evaluation.cross import CommonClasses, common_classes
+from h2a2_jax.scans.sources import build_source
+from h2a2_jax.scans.specs import S3DIS, DatasetSpec, dataset_spec
 from h2a2_jax.sweeps import transfer
-from h2a2_jax.sweeps.plan import Row, Run, locate, naive_joint
-from h2a2_jax.sweeps.results import write_transfer
+from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate, naive_joint
+from h2a2_jax.sweeps.sweep_results import write_transfer
 from h2a2_jax.sweeps.transfer import (
     evaluate_zero_shot,
     pretraining_rows,
@@ -27,13 +28,12 @@ from h2a2_jax.sweeps.transfer import (
     tuning_rows,
     without_zero_shot,
 )
-from h2a2_jax.training.config import ExperimentConfig
+from tests.evaluation.test_evaluate import KNOWING
 from tests.inference.tiny import random_detector
 from tests.sweeps.finished import write_run
-from tests.training.test_evaluation import KNOWING
 
 
-def write_all(folders: Mapping[Run, Path], scores: Mapping[str, tuple[float, float]]) -> None:
+def write_all(folders: Mapping[SweepRun, Path], scores: Mapping[str, tuple[float, float]]) -> None:
     """What finished runs leave, the scores by the name of the run."""
     for run, folder in folders.items():
         names = run.config.dataset_names
@@ -75,7 +75,7 @@ def test_what_is_trained_without_a_dataset_and_what_starts_with_it(tmp_path: Pat
 def test_what_was_tuned_is_found_again_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     base, workdir = demo(), tmp_path / "sweep"
 
-    def located(workdir: Path) -> dict[Run, Path]:
+    def located(workdir: Path) -> dict[SweepRun, Path]:
         rows = pretraining_rows(base, "s3dis", (0,))
         return locate(tuning_rows(base, "s3dis", (0,), rows, locate(rows, workdir)), workdir)
 

@@ -11,16 +11,15 @@ import numpy as np
 import optax
 from flax import nnx
 
+from h2a2_jax.balancers.ngh import norm_gradient_harmonization
+from h2a2_jax.checkpoint.train_state import create_state, place_state
+from h2a2_jax.distributed import REPLICA, MeshLayout, processes, train_mesh
 from h2a2_jax.errors import InputError
-from h2a2_jax.inputs.batching import BucketLadder, collate, no_scan, pad_batch
-from h2a2_jax.inputs.specs import SPECS
 from h2a2_jax.layers import DatasetContext, ForwardContext
-from h2a2_jax.models import Detector, LevelSizes, PlanLayout
+from h2a2_jax.loader.batching import BucketLadder, collate, no_scan, pad_batch
+from h2a2_jax.models import TR3D, LevelSizes, PlanLayout
+from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.sparse import SparseTensor
-from h2a2_jax.training.distributed import MeshDivision, processes
-from h2a2_jax.training.harmonize import norm_gradient_harmonization
-from h2a2_jax.training.mesh import REPLICA, train_mesh
-from h2a2_jax.training.state import create_state, place_state
 from h2a2_jax.training.step import StepConfig, make_train_step
 from tests.models.scenes import SELECTION, VOXEL, room, tiny_detector
 
@@ -31,7 +30,7 @@ SCANS = [[room(10 * d + i, points=1500, boxes=8 - 2 * i, size=8.0 + d) for i in 
 """By dataset; one scan of the first, two of the others."""
 
 
-def double_detector() -> Detector:
+def double_detector() -> TR3D:
     """Every parameter in float64."""
     model = tiny_detector(STEM_ONLY, SEED)
     nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(float), nnx.state(model)))
@@ -55,10 +54,10 @@ def smallest_margin() -> float:
     return min(margins)
 
 
-def run_step(devices: Any) -> tuple[Any, Any, MeshDivision]:
+def run_step(devices: Any) -> tuple[Any, Any, MeshLayout]:
     """State and metrics after one step on these devices, each process loading what its devices work on."""
     mesh = train_mesh(len(SPECS), devices)
-    division = MeshDivision(mesh, len(SPECS))
+    process_layout = MeshLayout(mesh, len(SPECS))
     model = double_detector()
     optimizer = optax.sgd(1e-3)
     balancer = norm_gradient_harmonization(len(SPECS), axis_name="dataset")
@@ -66,22 +65,22 @@ def run_step(devices: Any) -> tuple[Any, Any, MeshDivision]:
     step = make_train_step(graph, state, SPECS, optimizer, balancer, mesh, StepConfig(keep_gradients=True))
 
     replicas, rows = mesh.shape[REPLICA], 2 // mesh.shape[REPLICA]
-    own = {(d, r) for d in range(len(SPECS)) for r in range(replicas) if division.owns(d, r)}
+    own = {(d, r) for d in range(len(SPECS)) for r in range(replicas) if process_layout.owns(d, r)}
     grid = {(d, r): collate((SCANS[d] + [no_scan()] * 2)[r * rows : (r + 1) * rows], VOXEL) for d, r in sorted(own)}
     # One bucket, agreed upon.
     sizes = np.max([cell.tables.sizes for cell in grid.values()], axis=0).astype(np.int32)
-    most = division.exchange(sizes)().max(0)
+    most = process_layout.exchange(sizes)().max(0)
     capacities = BucketLadder(LevelSizes(*most.tolist())).capacities(0)
 
     def padded(cell: Any) -> Any:
         batch = pad_batch(cell, capacities, 8, PlanLayout("any"))  # which compiles in less time
         return replace(batch, features=batch.features.astype(float), boxes=batch.boxes.astype(float))
 
-    batch = division.assemble({key: padded(cell) for key, cell in grid.items()})
-    return *division.fetch(step(place_state(state, mesh), batch)), division
+    batch = process_layout.assemble({key: padded(cell) for key, cell in grid.items()})
+    return *process_layout.fetch(step(place_state(state, mesh), batch)), process_layout
 
 
-def tree_by_name(state: Any, metrics: Any, division: MeshDivision) -> dict[str, np.ndarray]:
+def tree_by_name(state: Any, metrics: Any, process_layout: MeshLayout) -> dict[str, np.ndarray]:
     """What layouts must agree on, as arrays by dotted name."""
     parts = {
         "gradients": metrics.gradients[0],
@@ -108,9 +107,9 @@ def main(coordinator: str, count: str, process: str, folder: str, *options: str)
                 if process == "1":
                     raise InputError("the disk of process 1 is gone.")
 
-            MeshDivision(train_mesh(2), 2).together(opened, "open its scans")
-        state, metrics, division = run_step(jax.devices())
-        told = {"loaded": division.datasets, "values": tree_by_name(state, metrics, division)}
+            MeshLayout(train_mesh(2), 2).all_or_raise(opened, "open its scans")
+        state, metrics, process_layout = run_step(jax.devices())
+        told = {"loaded": process_layout.datasets, "values": tree_by_name(state, metrics, process_layout)}
         Path(folder, f"process{process}.pickle").write_bytes(pickle.dumps(told))
 
 

@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 
 from configs.joint import get_config, tiny
+from h2a2_jax.checkpoint.store import CheckpointStore
+from h2a2_jax.checkpoint.train_state import split_model
+from h2a2_jax.config import experiment_config
+from h2a2_jax.distributed import MeshLayout, train_mesh
 from h2a2_jax.errors import InputError
-from h2a2_jax.inputs.workers import WorkerDiedError
+from h2a2_jax.loader.workers import WorkerDiedError
 from h2a2_jax.training.build import build_trainer, steps_of_run
-from h2a2_jax.training.checkpoint import CheckpointStore
-from h2a2_jax.training.config import experiment_config
-from h2a2_jax.training.distributed import MeshDivision
-from h2a2_jax.training.mesh import train_mesh
 from h2a2_jax.training.resume import initial_detector
 from h2a2_jax.training.run import Run
-from h2a2_jax.training.state import split_model
-from tests.training.test_checkpoint import NAMES, PLAIN, assert_equal, experiment, make_state
+from tests.checkpoint.test_store import NAMES, PLAIN, assert_equal, experiment, make_state
 
 
 def test_the_tiny_variant_is_of_the_demos_kind():
@@ -30,7 +29,9 @@ def test_the_tiny_variant_is_of_the_demos_kind():
 
 def test_epochs_are_counted_in_steps_of_several_batches():
     config = tiny()
-    several = replace(config, optim=replace(config.optim, batches=4), train=replace(config.train, steps=0, epochs=3))
+    several = replace(
+        config, optim=replace(config.optim, accumulate_steps=4), train=replace(config.train, steps=0, epochs=3)
+    )
     assert steps_of_run(several, 10) == (3, 9)
     assert steps_of_run(config, 10) == (10, config.train.steps)
 
@@ -59,17 +60,19 @@ def test_what_is_to_be_frozen_must_be_there():
     config = experiment(model=PLAIN)
     detector = initial_detector(config, is_new=True)
     assert detector is not None
-    division = MeshDivision(train_mesh(3, jax.devices()[:1]), 3)
+    process_layout = MeshLayout(train_mesh(3, jax.devices()[:1]), 3)
     wrong = replace(config, optim=replace(config.optim, freeze=("stm",)))
     with pytest.raises(InputError, match=r"optim.freeze has 'stm', which names no parameter.*did you mean 'stem'"):
-        build_trainer(wrong, detector, division, 1, 1)
-    options = replace(config.optim, freeze=("stem",), average_decay=0.9, batches=2, schedule="cosine", final_lr=0.1)
-    trainer = build_trainer(replace(config, optim=options), detector, division, 1, 10)
+        build_trainer(wrong, detector, process_layout, 1, 1)
+    options = replace(
+        config.optim, freeze=("stem",), ema_decay=0.9, accumulate_steps=2, schedule="cosine", final_lr=0.1
+    )
+    trainer = build_trainer(replace(config, optim=options), detector, process_layout, 1, 10)
     assert trainer.start.averages is not None and trainer.start.accumulated is not None
     np.testing.assert_allclose(trainer.schedule(10), 0.1 * options.lr, rtol=1e-6)
     average = trainer.start.averages
     assert_equal(average.shared, trainer.start.shared)
-    assert_equal(split_model(trainer.detector(trainer.start, division))[2], trainer.start.shared)
+    assert_equal(split_model(trainer.detector(trainer.start, process_layout))[2], trainer.start.shared)
 
 
 class Dying:
@@ -88,9 +91,11 @@ class Dying:
 
 def fed(stream: Dying, batches: int = 1) -> tuple[list[int], list[int]]:
     """The steps that a run of ten is given, and those at which it was saved."""
-    config = SimpleNamespace(optim=SimpleNamespace(batches=batches))
+    config = SimpleNamespace(optim=SimpleNamespace(accumulate_steps=batches))
     saved: list[int] = []
-    run: Any = SimpleNamespace(config=config, stream=stream, step=0, total=10, division=SimpleNamespace(alone=True))
+    run: Any = SimpleNamespace(
+        config=config, stream=stream, step=0, total=10, process_layout=SimpleNamespace(alone=True)
+    )
     run.save = lambda: saved.append(run.step)
     given = []
     try:

@@ -7,14 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from h2a2_jax.inputs.mmdet3d import Mmdet3dFolder
-from h2a2_jax.inputs.sources import CachedSource, SourceConfig, build_source
-from h2a2_jax.inputs.specs import S3DIS, SCANNET
+from h2a2_jax.config import ExperimentConfig
+from h2a2_jax.distributed import MeshLayout, train_mesh
+from h2a2_jax.evaluation.evaluate import say_notes, say_warnings
+from h2a2_jax.scans.mmdet3d import Mmdet3dFolder
+from h2a2_jax.scans.sources import CachedSource, SourceConfig, build_source
+from h2a2_jax.scans.specs import S3DIS, SCANNET
 from h2a2_jax.training.build import build_stream
-from h2a2_jax.training.config import ExperimentConfig
-from h2a2_jax.training.distributed import MeshDivision
-from h2a2_jax.training.evaluation import say_notes, say_warnings
-from h2a2_jax.training.mesh import train_mesh
 
 
 def test_training_scans_that_validate_are_said(tmp_path, capsys: pytest.CaptureFixture[str]):
@@ -46,6 +45,6 @@ def test_scans_that_are_quick_to_read_are_not_kept_in_memory(tmp_path):
         SourceConfig("s3dis", root=str(tmp_path), train_infos=("mine.pkl",)),
         SourceConfig("scannet", kind="synthetic", train_size=1, scale="demo"),
     )
-    division = MeshDivision(train_mesh(2, jax.devices()[:1]), 2)
-    stream = build_stream(ExperimentConfig(datasets=datasets), division)
+    process_layout = MeshLayout(train_mesh(2, jax.devices()[:1]), 2)
+    stream = build_stream(ExperimentConfig(datasets=datasets), process_layout)
     assert [type(dataset.source) for dataset in stream.datasets] == [Mmdet3dFolder, CachedSource]

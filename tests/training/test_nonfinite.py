@@ -7,19 +7,26 @@ from typing import Any
 import numpy as np
 import pytest
 
+from h2a2_jax.checkpoint.store import CheckpointStore
 from h2a2_jax.errors import InputError
-from h2a2_jax.inputs.drawing import StreamDataset
-from h2a2_jax.inputs.pipeline import JointStream, StreamConfig
-from h2a2_jax.inputs.scan import Scan
-from h2a2_jax.inputs.specs import S3DIS, SCANNET
-from h2a2_jax.training.checkpoint import CheckpointStore
-from h2a2_jax.training.kept_batch import KeptCell, kept_batches, read_batch, write_batch
-from h2a2_jax.training.nonfinite import NonFiniteError, NonFiniteWatch, places_of
+from h2a2_jax.loader.drawing import StreamDataset
+from h2a2_jax.loader.stream import JointStream, StreamConfig
+from h2a2_jax.scans.scan import Scan
+from h2a2_jax.scans.specs import S3DIS, SCANNET
+from h2a2_jax.training.nonfinite import (
+    KeptCell,
+    NonFiniteError,
+    NonFiniteWatch,
+    kept_batches,
+    places_of,
+    read_batch,
+    write_batch,
+)
 from h2a2_jax.training.replay import checkpoint_of, replay
 from h2a2_jax.training.resume import drop_lost_steps
 from h2a2_jax.training.step import StepMetrics
+from tests.checkpoint.test_store import NAMES, PLAIN, experiment, make_state
 from tests.models.scenes import room
-from tests.training.test_checkpoint import NAMES, PLAIN, experiment, make_state
 
 TENSORS = [
     "backbone.stem.conv.kernel",

@@ -11,18 +11,18 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from h2a2_jax.layers.kernel_selection import KernelSelection
+from h2a2_jax.checkpoint.store import CheckpointStore
+from h2a2_jax.checkpoint.tree import flat_names
+from h2a2_jax.distributed import DATASET, REPLICA, train_mesh
+from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.models import DetectorConfig
-from h2a2_jax.training.checkpoint import CheckpointStore
-from h2a2_jax.training.checkpoint_tree import flat_names
-from h2a2_jax.training.mesh import DATASET, REPLICA, train_mesh
 from h2a2_jax.training.optimizer import build_optimizer, is_weight, learning_rate
-from tests.training.test_checkpoint import NAMES, PLAIN, TINY, assert_equal, experiment, make_state, state_shapes
+from tests.checkpoint.test_store import NAMES, PLAIN, TINY, assert_equal, experiment, make_state, state_shapes
 
 FULL = DetectorConfig(
     depth=10,
     norm_affine="exclusive",
-    selection=KernelSelection(
+    selection=SelectionConfig(
         convolutions=("stem", "residual", "neck"),
         structure_parameters="exclusive",
         scan_embedding=True,

@@ -8,16 +8,15 @@ import jax
 import numpy as np
 import pytest
 
+from h2a2_jax.checkpoint.store import CheckpointStore
+from h2a2_jax.checkpoint.train_state import TrainState
+from h2a2_jax.config import ExperimentConfig, changes
+from h2a2_jax.distributed import MeshLayout, train_mesh
 from h2a2_jax.errors import InputError
-from h2a2_jax.training.checkpoint import CheckpointStore
-from h2a2_jax.training.config import ExperimentConfig, changes
-from h2a2_jax.training.distributed import MeshDivision
-from h2a2_jax.training.evaluations import evaluation_folder
-from h2a2_jax.training.json_lines import JsonLinesWriter, drop_lines_after, read_json_lines
-from h2a2_jax.training.mesh import train_mesh
+from h2a2_jax.evaluation.documents import evaluation_folder
+from h2a2_jax.files import JsonLinesWriter, drop_lines_after, read_json_lines
 from h2a2_jax.training.resume import drop_lost_steps, restore_newest
-from h2a2_jax.training.state import TrainState
-from tests.training.test_checkpoint import NAMES, PLAIN, assert_equal, experiment, largest_file, make_state
+from tests.checkpoint.test_store import NAMES, PLAIN, assert_equal, experiment, largest_file, make_state
 
 CONFIG = experiment(model=PLAIN)
 
@@ -32,9 +31,9 @@ def saved(folder: Path, *steps: int) -> dict[int, TrainState]:
 
 
 def restored(folder: Path, config: ExperimentConfig = CONFIG, *, accept_changes: bool = False) -> TrainState | None:
-    division = MeshDivision(train_mesh(3, jax.devices()[:1]), 3)
+    process_layout = MeshLayout(train_mesh(3, jax.devices()[:1]), 3)
     with CheckpointStore(folder) as store:
-        return restore_newest(store, make_state(9, model=PLAIN), config, division, accept_changes=accept_changes)
+        return restore_newest(store, make_state(9, model=PLAIN), config, process_layout, accept_changes=accept_changes)
 
 
 def damage(folder: Path) -> None:

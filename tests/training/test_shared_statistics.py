@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from h2a2_jax.training.mesh import train_mesh
+from h2a2_jax.distributed import train_mesh
 from h2a2_jax.training.step import _averaged
 
 

@@ -15,13 +15,13 @@ import optax
 import pytest
 from flax import nnx
 
-from h2a2_jax.inputs.batching import BucketLadder, collate, no_scan, pad_batch, stack_batches
-from h2a2_jax.inputs.specs import SPECS
+from h2a2_jax.balancers.ngh import norm_gradient_harmonization
+from h2a2_jax.checkpoint.train_state import create_state, merge_model, place_state, split_model
+from h2a2_jax.distributed import train_mesh
 from h2a2_jax.layers import DatasetContext, ForwardContext
+from h2a2_jax.loader.batching import BucketLadder, collate, no_scan, pad_batch, stack_batches
 from h2a2_jax.models import LevelSizes, PlanLayout
-from h2a2_jax.training.harmonize import norm_gradient_harmonization
-from h2a2_jax.training.mesh import train_mesh
-from h2a2_jax.training.state import create_state, merge_model, place_state, split_model
+from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.training.step import StepConfig, make_train_step
 from tests.models.scenes import SELECTION, VOXEL, room, tiny_detector
 

@@ -10,15 +10,15 @@ import numpy as np
 import optax
 import pytest
 
-from h2a2_jax.inputs.batching import Batch, BucketLadder, collate, pad_batch, stack_batches
-from h2a2_jax.inputs.specs import SPECS
+from h2a2_jax.balancers.ngh import plain_mean
+from h2a2_jax.checkpoint.parameter_groups import frozen_paths
+from h2a2_jax.checkpoint.train_state import TrainState, create_state, place_state
+from h2a2_jax.checkpoint.tree import flat_names
+from h2a2_jax.distributed import train_mesh
+from h2a2_jax.loader.batching import Batch, BucketLadder, collate, pad_batch, stack_batches
 from h2a2_jax.models import LevelSizes, PlanLayout
-from h2a2_jax.training.checkpoint_tree import flat_names
-from h2a2_jax.training.freezing import frozen_paths
-from h2a2_jax.training.harmonize import plain_mean
-from h2a2_jax.training.mesh import train_mesh
+from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.training.optimizer import build_optimizer
-from h2a2_jax.training.state import TrainState, create_state, place_state
 from h2a2_jax.training.step import StepConfig, make_train_step, tensor_names
 from tests.models.scenes import SELECTION, VOXEL, room, tiny_detector
 
@@ -60,9 +60,9 @@ def compiled(several: bool) -> tuple[TrainState, Any]:
         optimizer = build_optimizer(optax.constant_schedule(1e-2), 0.1, frozen=frozen)
         graph, state = create_state(model, optimizer, plain_mean(), averaged=True)
     config = StepConfig(
-        batches=2 if several else 1,
-        averages_decay=DECAY,
-        most_skipped=MOST_SKIPPED,
+        accumulate_steps=2 if several else 1,
+        ema_decay=DECAY,
+        max_skipped_steps=MOST_SKIPPED,
         clip_norm=1e9,
         keep_gradients=True,
     )

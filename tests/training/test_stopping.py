@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from h2a2_jax.training.stopping import INTERRUPTED, Stopped, StopSignals
+from h2a2_jax.errors import INTERRUPTED, Stopped
+from h2a2_jax.training.stopping import StopSignals
 
 
 def send(number: int) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from h2a2_jax.inputs.sources import SourceConfig
-from h2a2_jax.training.config import ExperimentConfig, from_json
-from h2a2_jax.training.mesh import train_mesh
+from h2a2_jax.config import ExperimentConfig, from_json
+from h2a2_jax.distributed import train_mesh
+from h2a2_jax.scans.sources import SourceConfig
 from h2a2_jax.training.summary import CheckpointScores, RunDevices, RunFacts, summary, write_summary
 
 CONFIG = ExperimentConfig((SourceConfig("scannet", kind="synthetic"), SourceConfig("s3dis", kind="synthetic")))

@@ -8,7 +8,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
-from h2a2_jax.training.tensorboard import TensorBoardWriter
+from h2a2_jax.training.metrics import TensorBoardWriter
 
 
 def events(path):
@@ -78,5 +78,5 @@ def test_steps_after_the_checkpoint_are_not_shown_twice(tmp_path):
 
 
 def test_tensorflow_and_torch_are_not_imported():
-    program = "import sys, h2a2_jax.training.tensorboard; print({'tensorflow', 'torch'} & {*sys.modules})"
+    program = "import sys, h2a2_jax.training.metrics; print({'tensorflow', 'torch'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "set()\n"

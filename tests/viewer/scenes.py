@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from h2a2_jax.boxes.detections import Detections
-from h2a2_jax.inputs.scan import Scan
+from h2a2_jax.boxes.nms import Detections
+from h2a2_jax.scans.scan import Scan
 
 NAMES = ("chair", "table", "sofa")
 BOXES = np.array(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from h2a2_jax.viewer.camera import VIEWS, camera_for
+from h2a2_jax.viewer.render import VIEWS, camera_for
 
 LOW, HIGH = np.array([100.0, -50, 2]), np.array([105.0, -47, 4.5])
 UP = np.array([0.0, 0, 1])

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from h2a2_jax.boxes.corners import box_corners
-from h2a2_jax.evaluation import GroundTruth, evaluate_detections
+from h2a2_jax.boxes.codec import box_corners
+from h2a2_jax.boxes.matching import GroundTruth
+from h2a2_jax.evaluation import evaluate_detections
 from h2a2_jax.viewer.content import content, framed, hits, point_spacing
 from tests.viewer.scenes import BOXES, NAMES, found, room, scan_of
 

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from h2a2_jax.boxes.corners import BOX_EDGES, box_corners
-from h2a2_jax.evaluation import GroundTruth
-from h2a2_jax.inputs.appearance import class_color
-from h2a2_jax.viewer.camera import camera_for
-from h2a2_jax.viewer.content import content, framed
+from h2a2_jax.boxes.codec import BOX_EDGES, box_corners
+from h2a2_jax.boxes.matching import GroundTruth
+from h2a2_jax.viewer.content import class_color, content, framed
 from h2a2_jax.viewer.image import _HEADER, _LEGEND, _MARGIN, draw, write_image
+from h2a2_jax.viewer.render import camera_for
 from tests.viewer.scenes import BOXES, NAMES, found, room, scan_of
 
 SIZE = (700, 500)

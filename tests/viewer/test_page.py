@@ -10,8 +10,8 @@ import subprocess
 import numpy as np
 import pytest
 
-from h2a2_jax.evaluation import GroundTruth
-from h2a2_jax.viewer.page import quantise, write_viewer
+from h2a2_jax.boxes.matching import GroundTruth
+from h2a2_jax.viewer.scan_page import quantise, write_viewer
 from tests.viewer.scenes import BOXES, NAMES, found, room, scan_of
 
 EVIL = ("</script><b>bold", "St\u00fchle & \u6905\u5b50", "{{places}}")

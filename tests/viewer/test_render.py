@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from h2a2_jax.viewer.camera import camera_for
-from h2a2_jax.viewer.render import Lines, draw_lines, draw_points, shade
+from h2a2_jax.viewer.render import Lines, camera_for, draw_lines, draw_points, shade
 
 RED, GREEN, BLUE, GREY = (1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0), (0.5, 0.5, 0.5)
 TOP = camera_for(np.zeros(3), np.ones(3), "top", 200, 200)

@@ -1,0 +1,363 @@
+"""Look over a folder of scans before it is trained on: a report, a table and a contact sheet.
+
+Looks a folder of scans over before it is trained on: what it holds, what is odd, what must be mended.
+
+    python run.py --mode=check --data=FOLDER [--dataset=scannet] [--output=runs/check/FOLDER]
+
+The folder is one of a user's own scans (`scan_folder`), one prepared by mmdetection3d (`mmdet3d`), or one prepared by
+`python -m data.<dataset>` (`tfds_source`). Every scan is read. What is found is printed, written as check.json (the
+document of `CheckReport.document`) and drawn as contact_sheet.png.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from tqdm import tqdm
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.host import available_cores
+from h2a2_jax.prepare.worker_pool import in_processes
+from h2a2_jax.scans.frame import AXES, BoxFinding, Guess, ScanFinding, examine, guess_unit, guess_up, spread
+from h2a2_jax.scans.scan import ScanError, ScanSource
+from h2a2_jax.scans.scan_folder import BOXES_FILE, UNITS, ScanFolder
+from h2a2_jax.scans.sources import CheckedFolder, Split, recognise, some
+from h2a2_jax.scans.specs import DatasetSpec, dataset_spec
+
+CHECK_VERSION = 1
+_FEW_POINTS = 5
+
+USUAL_SIZES: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
+    "scannet": {
+        "cabinet": (0.77, 0.81, 0.93),
+        "door": (0.53, 0.60, 1.75),
+        "window": (0.96, 0.72, 1.15),
+        "picture": (0.21, 0.42, 0.54),
+        "counter": (1.44, 1.90, 0.27),
+        "curtain": (1.38, 0.66, 1.68),
+        "refrigerator": (0.67, 0.71, 1.30),
+        "showercurtrain": (0.42, 0.38, 1.75),
+        "sink": (0.51, 0.51, 0.30),
+        "bathtub": (1.15, 1.05, 0.50),
+        "garbagebin": (0.48, 0.49, 0.58),
+    },
+    "sunrgbd": {
+        "bed": (2.11, 1.62, 0.93),
+        "table": (0.79, 1.28, 0.72),
+        "sofa": (0.92, 1.87, 0.85),
+        "chair": (0.59, 0.55, 0.83),
+        "toilet": (0.70, 0.45, 0.76),
+        "desk": (0.70, 1.35, 0.74),
+        "dresser": (0.53, 1.00, 1.17),
+        "night_stand": (0.50, 0.63, 0.68),
+        "bookshelf": (0.40, 1.07, 1.69),
+        "bathtub": (0.77, 1.40, 0.47),
+    },
+    "s3dis": {
+        "chair": (0.6, 0.6, 0.8),
+        "table": (1.5, 0.9, 0.75),
+        "bookcase": (1.0, 0.4, 2.0),
+        "board": (2.0, 0.1, 1.2),
+        "sofa": (1.8, 0.9, 0.8),
+    },
+}
+"""Mean sizes dx, dy, dz (m) of boxes in the built-in datasets, of the classes of which they are known."""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What was found.
+
+    Attributes:
+        document: for check.json: "version", "folder", "kind", "dataset", "ready", "mend" and "hints" (sentences), "up"
+            and "unit" ("declared", "guess" or null, "certain", "evidence"), "splits" (by name: "scans", "unreadable",
+            "boxes", "points" and "extent" (m, of all but the outermost .2 % of points) with "min", "median", "max"),
+            "classes" (by name: "boxes", "mean_size", "usual_size"), "notes" (a count by kind, over all scans), "scans"
+            (one entry each, see `ScanFinding`).
+    """
+
+    document: Mapping[str, Any]
+
+    @property
+    def ready(self) -> bool:
+        """Whether nothing must be mended."""
+        return bool(self.document["ready"])
+
+    def __str__(self) -> str:
+        """The report for people."""
+        return "\n".join(_lines(self.document))
+
+
+def report_on(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> CheckReport:
+    """Puts together what was found and what follows from it.
+
+    Args:
+        folder: that was looked over.
+        findings: one for each of its scans, in any order.
+    """
+    return CheckReport(_document(folder, findings))
+
+
+def _document(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[str, Any]:
+    order = {(split, name): i for split, source in folder.sources.items() for i, name in enumerate(source.names)}
+    findings = sorted(findings, key=lambda finding: (finding.split, order[cast(Split, finding.split), finding.name]))
+    good = [finding for finding in findings if finding.error is None]
+    notes: Counter[str] = Counter()
+    for finding in good:
+        notes.update(finding.notes)
+    measured = [finding.axes for finding in findings if finding.axes]
+    up, unit = guess_up(folder.up, measured), guess_unit(folder.unit, measured)
+    mend, hints = [*folder.mend], [*folder.hints]
+    bad = [finding for finding in findings if finding.error is not None]
+    _judge_frame(folder, up, unit, mend, hints)
+    if bad:  # which may be because of the unit
+        mend.append(f"{len(bad)} of {len(findings)} scans cannot be used; the first: {bad[0].error}")
+    _judge_boxes(folder, good, mend, hints)
+    twice = {finding.name for finding in findings if finding.split == "train"}
+    twice &= {finding.name for finding in findings if finding.split == "val"}
+    if twice:
+        hints.append(f"{len(twice)} scans are in train and in val ({some(sorted(twice))}): scores say nothing new.")
+    crowded = [finding.name for finding in good if finding.duplicates > 0.5]
+    if crowded:
+        hints.append(f"In {len(crowded)} scans more than half of the points are exact duplicates ({some(crowded)}).")
+    hints += dict.fromkeys(sentence for finding in good[:3] for sentence in finding.assumed)
+    return {
+        "version": CHECK_VERSION,
+        "folder": str(folder.root),
+        "kind": folder.kind,
+        "dataset": folder.spec.name,
+        "ready": not mend,
+        "mend": mend,
+        "hints": hints,
+        "up": up.document(),
+        "unit": unit.document(),
+        "splits": {split: _split(folder, [f for f in findings if f.split == split]) for split in folder.sources},
+        "classes": _classes(folder.spec, [box for finding in good for box in finding.boxes]),
+        "notes": dict(notes.most_common()),
+        "scans": [dataclasses.asdict(finding) for finding in findings],
+    }
+
+
+def _split(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[str, Any]:
+    good = [finding for finding in findings if finding.error is None]
+    metres = UNITS[folder.unit]
+    colors = [finding.colors for finding in good if finding.colors is not None]
+    return {
+        "scans": len(findings),
+        "unreadable": len(findings) - len(good),
+        "boxes": sum(len(finding.boxes) for finding in good),
+        "points": _range([finding.points for finding in good]),
+        "extent": {
+            axis: _range([round(finding.axes[i].extent * metres, 3) for finding in good]) for i, axis in enumerate(AXES)
+        },
+        "colors": [min(low for low, _ in colors), max(high for _, high in colors)] if colors else None,
+        "without_colors": len(good) - len(colors),
+    }
+
+
+def _range(values: Sequence[int | float]) -> dict[str, int | float] | None:
+    if not values:
+        return None
+    return {"min": min(values), "median": float(np.median(values)), "max": max(values)}
+
+
+def _classes(spec: DatasetSpec, boxes: Sequence[BoxFinding]) -> dict[str, Any]:
+    found = {}
+    for label, name in enumerate(spec.classes):
+        sizes = [box.size for box in boxes if box.label == label]
+        usual = USUAL_SIZES.get(spec.name, {}).get(name)
+        found[name] = {
+            "boxes": len(sizes),
+            "mean_size": np.mean(sizes, axis=0).round(3).tolist() if sizes else None,
+            "usual_size": None if usual is None else list(usual),
+        }
+    return found
+
+
+def _judge_frame(folder: CheckedFolder, up: Guess, unit: Guess, mend: list[str], hints: list[str]) -> None:
+    for key, what, found in (("up", "the up axis", up), ("unit", "the unit", unit)):
+        if not found.differs:
+            continue
+        remedy = (
+            f'set "{key}": "{found.guess}" in {BOXES_FILE}'
+            if folder.is_own
+            else f"prepare the folder again with {'z up' if key == 'up' else 'metres'}"
+        )
+        sentence = f"{what.capitalize()} looks like {found.guess}, not {found.declared} ({found.evidence})"
+        if found.certain:
+            mend.append(f"{sentence}: {remedy}.")
+        else:
+            hints.append(f"{sentence}; if it is, {remedy}.")
+
+
+def _judge_boxes(folder: CheckedFolder, findings: Sequence[ScanFinding], mend: list[str], hints: list[str]) -> None:
+    boxes = [box for finding in findings for box in finding.boxes]
+    if not boxes:
+        if findings and f"no {BOXES_FILE}" not in " ".join(folder.mend):
+            mend.append(f"No scan has a box of a class of {folder.spec.name}: there is nothing to learn.")
+        return
+    for split, source in folder.sources.items():
+        if len(source) and not any(finding.boxes for finding in findings if finding.split == split):
+            mend.append(f"No scan of the split {split} has a box of a class of {folder.spec.name}.")
+    few = [box for box in boxes if box.held < _FEW_POINTS]
+    if few:
+        outside, empty = sum(box.outside for box in few), sum(box.held == 0 and not box.outside for box in few)
+        where = [f.name for f in findings if any(box.held < _FEW_POINTS for box in f.boxes)]
+        sentence = (
+            f"{len(few)} of {len(boxes)} boxes hold fewer than {_FEW_POINTS} points: {outside} lie outside the cloud, "
+            f"{empty} inside it hold none ({some(where)})"
+        )
+        if 2 * len(few) > len(boxes):
+            mend.append(f"{sentence}: boxes and points are not in the same frame or unit.")
+        else:
+            hints.append(f"{sentence}.")
+    turned = [box for box in boxes if box.turned]
+    held, clockwise = sum(box.held for box in turned), sum(box.held_clockwise for box in turned)
+    if len(turned) >= 3 and clockwise > 1.2 * held:
+        mend.append(
+            f"Turned boxes hold {clockwise / max(held, 1):.1f} times as many points if yaw counts clockwise: negate it."
+        )
+    held, raised = sum(box.held for box in boxes), sum(box.held_from_bottom for box in boxes)
+    if len(boxes) >= 3 and raised > 1.3 * held:
+        mend.append(
+            f"Boxes hold {raised / max(held, 1):.1f} times as many points if their centres are those of their bottoms: "
+            "give the centre of the whole box."
+        )
+    ratio = _size_ratio(folder.spec, boxes)
+    if ratio is not None and not 0.6 < ratio < 1.7:
+        half = ", as half sizes would be: give full ones" if 0.4 < ratio <= 0.6 else ": check sizes and unit"
+        hints.append(f"Boxes are {ratio:.2g} times as large as is usual for their classes{half}.")
+
+
+def _size_ratio(spec: DatasetSpec, boxes: Sequence[BoxFinding]) -> float | None:
+    usual = USUAL_SIZES.get(spec.name, {})
+    ratios = [
+        (np.prod(box.size) / np.prod(usual[spec.classes[box.label]])) ** (1 / 3)
+        for box in boxes
+        if box.label >= 0 and spec.classes[box.label] in usual
+    ]
+    return float(np.median(ratios)) if len(ratios) >= 3 else None
+
+
+def _lines(document: Mapping[str, Any]) -> Iterator[str]:
+    for split, found in document["splits"].items():
+        yield f"{split}: {found['scans']} scans, {found['boxes']} boxes" + (
+            f", {found['unreadable']} scans unreadable" if found["unreadable"] else ""
+        )
+        if found["points"] is None:
+            continue
+        yield f"  points   {_spread(found['points'], ',.0f')}"
+        for axis, extent in found["extent"].items():
+            yield f"  extent {axis} {_spread(extent, '.2f')} m"
+        colors = found["colors"]
+        without = f", {found['without_colors']} scans without" if found["without_colors"] else ""
+        yield f"  colours  {'none' if colors is None else f'{colors[0]:g} to {colors[1]:g}'}{without}"
+    for key in ("up", "unit"):
+        found = document[key]
+        yield f"{key}: {found['declared']}; looks like {found['guess'] or 'nothing certain'} ({found['evidence']})"
+    yield f"{'class':16}{'boxes':>7}  {'mean size (m)':18}  usual size"
+    for name, found in document["classes"].items():
+        if found["boxes"]:
+            yield f"{name:16}{found['boxes']:>7}  {_size(found['mean_size']):18}  {_size(found['usual_size'])}"
+    missing = [name for name, found in document["classes"].items() if not found["boxes"]]
+    if missing:
+        yield f"no boxes of {', '.join(missing)}"
+    for kind, count in document["notes"].items():
+        yield f"left out or repaired: {count} {kind}"
+    for hint in document["hints"]:
+        yield f"note: {hint}"
+    if document["ready"]:
+        yield "ready"
+    else:
+        yield "to mend:"
+        for i, sentence in enumerate(document["mend"]):
+            yield f"  {i + 1}. {sentence}"
+
+
+def _spread(found: Mapping[str, int | float], form: str) -> str:
+    return f"{found['min']:{form}} to {found['max']:{form}}, median {found['median']:{form}}"
+
+
+def _size(size: Sequence[int | float] | None) -> str:
+    return "" if size is None else " x ".join(f"{length:.2f}" for length in size)
+
+
+_FEW_SCANS = 8  # are read faster than processes start
+
+
+def check(root: str | Path, dataset: str | None = None, output: str | Path | None = None) -> CheckReport:
+    """Reads all scans of a folder, prints what it found, and writes check.json and contact_sheet.png.
+
+    Args:
+        root: the folder.
+        dataset: "scannet", "sunrgbd" or "s3dis", whose classes count; None: by the files in the folder.
+        output: folder for the two files; None for runs/check/<name of the folder>.
+
+    Raises:
+        InputError: there is no such folder, or it is none that is known, or `output` cannot be written.
+    """
+    output = Path("runs/check") / Path(root).resolve().name if output is None else Path(output)
+    folder = recognise(Path(root), None if dataset is None else dataset_spec(dataset))
+    print(f"{folder.root}: {folder.kind}, compared with the classes of {folder.spec.name}", flush=True)
+    with _writing_to(output):  # before the scans are read, which may take long
+        output.mkdir(parents=True, exist_ok=True)
+    findings = list(tqdm(_findings(folder), total=sum(map(len, folder.sources.values())), unit="scan", disable=None))
+    report = report_on(folder, findings)
+    print(report)
+    with _writing_to(output):
+        (output / "check.json").write_text(json.dumps(report.document, indent=1) + "\n")
+        usable = [(scan["split"], scan["name"]) for scan in report.document["scans"] if scan["error"] is None]
+        if usable:
+            from h2a2_jax.viewer.contact_sheet import draw_contact_sheet
+
+            draw_contact_sheet(folder.sources, usable, folder.spec, output / "contact_sheet.png")
+    print(f"Written to {output / 'check.json'}" + (f", drawn in {output / 'contact_sheet.png'}" if usable else ""))
+    return report
+
+
+@contextlib.contextmanager
+def _writing_to(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error.strerror}): choose another folder, --output.") from error
+
+
+@dataclass(frozen=True)
+class _Examine:
+    """The work on one scan, for another process; it is called by its split and number."""
+
+    sources: Mapping[Split, ScanSource]
+
+    def __call__(self, where: str) -> ScanFinding:
+        split, number = where.split()
+        source, index = self.sources[cast(Split, split)], int(number)
+        cloud = None
+        try:
+            if isinstance(source, ScanFolder):
+                cloud = source.read(index)
+                return examine(split, source.convert(index, cloud), cloud)
+            return examine(split, source[index])
+        except ScanError as error:
+            # A scan in another unit than is said may reach too far to be used, and still tells its unit.
+            axes = spread(cloud.points) if cloud is not None and len(cloud.points) else ()
+            return ScanFinding(split, source.names[index], str(error), axes=axes)
+
+
+def _findings(folder: CheckedFolder) -> Iterator[ScanFinding]:
+    """A finding for each scan, in no order."""
+    work = _Examine(folder.sources)
+    places = [f"{split} {i}" for split, source in folder.sources.items() for i in range(len(source))]
+    if len(places) <= _FEW_SCANS:
+        yield from map(work, places)
+        return
+    for outcome in in_processes(work, places, min(available_cores(), 16)):
+        split, number = outcome.name.split()
+        name = folder.sources[cast(Split, split)].names[int(number)]
+        yield ScanFinding(split, name, outcome.failure) if outcome.failure else outcome.value

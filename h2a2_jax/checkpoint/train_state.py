@@ -1,0 +1,197 @@
+"""The state of a training run, split into what datasets share and what each keeps to itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from h2a2_jax.distributed import DATASET
+from h2a2_jax.models import TR3D, HeadConfig
+from h2a2_jax.scans.specs import DatasetSpec
+from h2a2_jax.typing import Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything a step changes.
+
+    Attributes:
+        step: int32 [], steps taken, skipped ones among them.
+        shared: parameters that all datasets share (`nnx.State`).
+        exclusive: parameters with a leading dataset axis.
+        stats: running statistics, with a leading dataset axis.
+        shared_optimizer: optax state of the shared parameters.
+        exclusive_optimizer: optax state of the exclusive ones.
+        balancer: state of the gradient balancer.
+        skipped: int32 [], steps that were skipped, for something in them was not finite.
+        skipped_in_row: int32 [], how many of them were the last ones.
+        averages: `Averages`; None where none are kept.
+        accumulated: `Accumulated`; None where a step is one batch.
+    """
+
+    step: Leaf
+    shared: Leaf
+    exclusive: Leaf
+    stats: Leaf
+    shared_optimizer: Leaf
+    exclusive_optimizer: Leaf
+    balancer: Leaf
+    skipped: Leaf
+    skipped_in_row: Leaf
+    averages: Leaf = None
+    accumulated: Leaf = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Averages:
+    """Exponential moving averages of what a detector is made of: smoother than the parameters, and evaluated.
+
+    Attributes:
+        shared: of the shared parameters.
+        exclusive: of the exclusive ones.
+        stats: of the running statistics.
+    """
+
+    shared: Leaf
+    exclusive: Leaf
+    stats: Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Accumulated:
+    """Gradients of the batches that a step has seen so far; zero between steps.
+
+    Attributes:
+        shared: sums for the shared parameters, with a leading dataset axis: balancing needs each dataset's own.
+        exclusive: sums for the exclusive ones.
+        losses: float [D], sums of the losses.
+        count: int32 [D], batches that each dataset took part in.
+        batches: int32 [], batches seen.
+    """
+
+    shared: Leaf
+    exclusive: Leaf
+    losses: Leaf
+    count: Leaf
+    batches: Leaf
+
+
+def head_configs(specs: Sequence[DatasetSpec]) -> list[HeadConfig]:
+    """The head of each dataset, in their order."""
+    return [HeadConfig(spec.name, spec.num_classes, spec.num_outputs) for spec in specs]
+
+
+def is_exclusive(path: Any, variable: Any) -> bool:
+    """Whether a Flax variable has a leading dataset axis."""
+    return isinstance(variable, nnx.Variable) and variable.get_metadata().get("dataset_axis") == 0
+
+
+def split_model(model: TR3D) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
+    """(structure, exclusive parameters, shared parameters, statistics); `merge_model` is the way back."""
+    return nnx.split(model, nnx.All(nnx.Param, is_exclusive), nnx.Param, nnx.BatchStat)  # type: ignore[return-value]
+
+
+def merge_model(graph: nnx.GraphDef, exclusive: nnx.State, shared: nnx.State, stats: nnx.State) -> TR3D:
+    """A model of its own from the parts."""
+    return nnx.merge(graph, exclusive, shared, stats, copy=True)
+
+
+def create_state(
+    model: TR3D,
+    optimizer: optax.GradientTransformation,
+    balancer: optax.GradientTransformationExtraArgs,
+    *,
+    averaged: bool = False,
+    accumulating: bool = False,
+) -> tuple[nnx.GraphDef, TrainState]:
+    """The state of a run before its first step.
+
+    Args:
+        model: at its start.
+        optimizer: of the parameters, shared and exclusive.
+        balancer: of the shared gradients.
+        averaged: whether averages of the parameters are kept.
+        accumulating: whether a step is of several batches.
+    """
+    graph, exclusive, shared, stats = split_model(model)
+    return graph, TrainState(
+        step=jnp.zeros((), jnp.int32),
+        shared=shared,
+        exclusive=exclusive,
+        stats=stats,
+        shared_optimizer=optimizer.init(shared),
+        exclusive_optimizer=optimizer.init(exclusive),
+        balancer=balancer.init(shared),
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_row=jnp.zeros((), jnp.int32),
+        averages=Averages(shared, exclusive, stats) if averaged else None,
+        accumulated=_nothing_accumulated(shared, exclusive, stats) if accumulating else None,
+    )
+
+
+def _nothing_accumulated(shared: nnx.State, exclusive: nnx.State, stats: nnx.State) -> Accumulated:
+    datasets = len(jax.tree.leaves(stats)[0])
+    return Accumulated(
+        shared=jax.tree.map(lambda leaf: jnp.zeros((datasets, *leaf.shape), leaf.dtype), shared),
+        exclusive=jax.tree.map(jnp.zeros_like, exclusive),
+        losses=jnp.zeros(datasets),
+        count=jnp.zeros(datasets, jnp.int32),
+        batches=jnp.zeros((), jnp.int32),
+    )
+
+
+def state_specs(state: TrainState) -> TrainState:
+    """How the state lies on the mesh: leading dataset axes along 'dataset', everything else on every device."""
+
+    def along_datasets(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: P(DATASET) if jnp.ndim(leaf) else P(), tree)
+
+    def everywhere(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: P(), tree)
+
+    averages, accumulated = state.averages, state.accumulated
+    return TrainState(
+        step=P(),
+        shared=everywhere(state.shared),
+        exclusive=along_datasets(state.exclusive),
+        stats=along_datasets(state.stats),
+        shared_optimizer=everywhere(state.shared_optimizer),
+        exclusive_optimizer=along_datasets(state.exclusive_optimizer),
+        balancer=everywhere(state.balancer),
+        skipped=P(),
+        skipped_in_row=P(),
+        averages=averages
+        and Averages(everywhere(averages.shared), along_datasets(averages.exclusive), along_datasets(averages.stats)),
+        accumulated=accumulated and along_datasets(accumulated),
+    )
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Where each array of the state lies."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(state))
+
+
+def place_state(state: TrainState, mesh: Mesh) -> TrainState:
+    """The state on the devices of a mesh, in arrays of its own (a step consumes the state it is given).
+
+    Where the mesh is of several processes, each gives the part of its own devices: all must hold the same state.
+    """
+    state, shardings = jax.tree.map(jnp.array, state), state_shardings(state, mesh)
+    if not mesh.is_multi_process:
+        return jax.device_put(state, shardings)
+
+    def placed(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+        parts = sharding.addressable_devices_indices_map(leaf.shape)
+        own = [jax.device_put(leaf[index], device) for device, index in parts.items()]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, own)
+
+    return jax.tree.map(placed, state, shardings)

@@ -1,0 +1,197 @@
+"""TR3D checkpoints of mmdetection3d: their names and ours, one to one.
+
+    python -m h2a2_jax.convert.tr3d_weights tr3d.pth --output=runs/tr3d                 theirs to ours
+    python -m h2a2_jax.convert.tr3d_weights runs/tr3d --reverse --output=tr3d.pth       ours to theirs
+
+A checkpoint there is one dataset's detector: its shared parameters are ours one to one, its running statistics and its
+head go to that dataset's place on the dataset axis. A detector with kernel selection takes the residual kernels as its
+shared ones.
+"""
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.layers import ConvNorm, SelectiveConv
+from h2a2_jax.models import TR3D, DetectorConfig
+from h2a2_jax.models.architecture import STAGE_BLOCKS
+
+_STEM = "backbone.conv1.kernel"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter of TR3D lives in ours.
+
+    Attributes:
+        variable: the Flax variable.
+        index: of the part of it.
+        shape: of the parameter there.
+    """
+
+    variable: nnx.Variable
+    index: tuple[Any, ...]
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        """The value, in the shape it has in TR3D."""
+        return np.asarray(self.variable[...][self.index]).reshape(self.shape)
+
+    def write(self, value: np.ndarray) -> None:
+        """Set the value from the shape it has in TR3D."""
+        whole = np.array(self.variable[...])
+        whole[self.index] = np.asarray(value).reshape(whole[self.index].shape)
+        self.variable[...] = jnp.asarray(whole)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the keys of a checkpoint.
+
+    Attributes:
+        used: keys that were loaded.
+        left_over: keys of the checkpoint that we have no place for.
+        missing: keys that we expect and the checkpoint lacks.
+    """
+
+    used: tuple[str, ...]
+    left_over: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def tr3d_slots(model: TR3D, dataset: int = 0) -> dict[str, Slot]:
+    """Every parameter and running statistic of TR3D by its name there.
+
+    Args:
+        model: ours.
+        dataset: whose statistics and head, its index on the dataset axis.
+    """
+    slots: dict[str, Slot] = {}
+    stem = model.backbone.stem
+    slots |= _conv_norm("backbone.conv1.kernel", "backbone.norm1.bn", stem, dataset)
+    for s, stage in enumerate(model.backbone.stages):
+        for b, block in enumerate(stage):
+            name = f"backbone.layer{s + 1}.{b}"
+            slots |= _conv_norm(f"{name}.conv1.kernel", f"{name}.norm1.bn", block.first, dataset)
+            slots |= _conv_norm(f"{name}.conv2.kernel", f"{name}.norm2.bn", block.second, dataset)
+            if block.skip is not None:
+                slots |= _conv_norm(f"{name}.downsample.0.kernel", f"{name}.downsample.1.bn", block.skip, dataset)
+    for step in model.neck.steps:
+        parts = ((f"up_block_{step.level + 1}", step.up), (f"lateral_block_{step.level}", step.lateral),
+                 (f"out_block_{step.level}", step.out))  # fmt: skip
+        for name, part in parts:
+            slots |= _conv_norm(f"neck.{name}.0.kernel", f"neck.{name}.1.bn", part, dataset)
+    head, config = model.heads, model.heads_config[dataset]
+    outputs = (
+        ("reg", head.box_kernel, head.box_bias, config.num_outputs),
+        ("cls", head.class_kernel, head.class_bias, config.num_classes),
+    )
+    for name, kernel, bias, width in outputs:
+        columns = slice(0, width)
+        slots[f"bbox_head.conv_{name}.kernel"] = Slot(kernel, (dataset, slice(None), columns), (kernel.shape[1], width))
+        slots[f"bbox_head.conv_{name}.bias"] = Slot(bias, (dataset, columns), (1, width))
+    return slots
+
+
+def _slot(variable: nnx.Variable, dataset: int) -> Slot:
+    """The variable, or of one with a dataset axis the dataset's part."""
+    if variable.get_metadata().get("dataset_axis") == 0:
+        return Slot(variable, (dataset,), variable.shape[1:])
+    return Slot(variable, (slice(None),), variable.shape)
+
+
+def _conv_norm(conv_name: str, norm_name: str, part: ConvNorm, dataset: int) -> dict[str, Slot]:
+    norm = part.norm
+    variables = {
+        conv_name: part.conv.shared if isinstance(part.conv, SelectiveConv) else part.conv.kernel,
+        f"{norm_name}.weight": norm.scale,
+        f"{norm_name}.bias": norm.bias,
+        f"{norm_name}.running_mean": norm.mean,
+        f"{norm_name}.running_var": norm.var,
+    }
+    return {name: _slot(variable, dataset) for name, variable in variables.items()}
+
+
+def load_tr3d(model: TR3D, state: Mapping[str, np.ndarray], dataset: int = 0) -> LoadReport:
+    """Set our parameters from TR3D's, by name.
+
+    Raises:
+        ValueError: a parameter has another shape than ours.
+    """
+    slots = tr3d_slots(model, dataset)
+    used = [name for name in slots if name in state]
+    for name in used:
+        if tuple(state[name].shape) != slots[name].shape:
+            raise ValueError(
+                f"{name} is {tuple(state[name].shape)} in the checkpoint, {slots[name].shape} in this detector: "
+                "build the detector with the checkpoint's depth and widths."
+            )
+    for name in used:
+        slots[name].write(state[name])
+    left = tuple(name for name in state if name not in slots and not name.endswith("num_batches_tracked"))
+    return LoadReport(tuple(used), left, tuple(name for name in slots if name not in state))
+
+
+def export_tr3d(model: TR3D, dataset: int = 0) -> dict[str, np.ndarray]:
+    """Our parameters and running statistics under TR3D's names and in its shapes."""
+    return {name: slot.read() for name, slot in tr3d_slots(model, dataset).items()}
+
+
+def without_prefix(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The state with names as of a bare detector, where it was wrapped, as in "module.backbone.conv1.kernel".
+
+    Args:
+        state: by name; names without the prefix stay.
+    """
+    prefix = next((name.removesuffix(_STEM) for name in state if name.endswith(_STEM)), "")
+    return {name.removeprefix(prefix): value for name, value in state.items()}
+
+
+def config_of_weights(state: Mapping[str, np.ndarray]) -> DetectorConfig:
+    """The architecture that weights belong to, from their names and shapes.
+
+    Args:
+        state: by TR3D's names. Without a neck its default width is taken.
+
+    Raises:
+        InputError: there is no such backbone, or one of other blocks or another depth.
+    """
+
+    def last(name: str, dimensions: int) -> int:
+        if name not in state or state[name].ndim != dimensions:
+            found = f"is {'x'.join(map(str, state[name].shape))}" if name in state else "is missing"
+            raise InputError(f"These are no weights of TR3D or of its backbone: {name} {found}.")
+        return state[name].shape[-1]
+
+    stem = last(_STEM, 3)
+    first, second, third, fourth = (last(f"backbone.layer{stage}.0.conv1.kernel", 3) for stage in (1, 2, 3, 4))
+    numbers = [re.match(r"backbone\.layer([1-4])\.(\d{1,3})\.", name) for name in state]
+    places = {(int(found[1]), int(found[2])) for found in numbers if found}
+    blocks = tuple(sum(stage == place for place, _ in places) for stage in (1, 2, 3, 4))
+    depths = {known: depth for depth, known in STAGE_BLOCKS.items()}
+    if blocks not in depths or any(re.match(r"backbone\.layer\d+\.\d+\.conv3", name) for name in state):
+        raise InputError(
+            f"The backbone has stages of {', '.join(map(str, blocks))} blocks; those of depth "
+            f"{', '.join(map(str, STAGE_BLOCKS))} with blocks of two convolutions can be converted."
+        )
+    neck = "neck.out_block_0.0.kernel"
+    return DetectorConfig(
+        depth=depths[blocks],
+        in_channels=state[_STEM].shape[1],
+        stem_channels=stem,
+        stage_channels=(first, second, third, fourth),
+        neck_channels=last(neck, 3) if neck in state else DetectorConfig.neck_channels,
+    )
+
+
+if __name__ == "__main__":
+    from h2a2_jax.convert.command import main
+
+    sys.exit(main(sys.argv[1:]))

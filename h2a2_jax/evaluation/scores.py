@@ -1,0 +1,327 @@
+"""Average precision and what else tells how good the detections of a dataset's scans are."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from h2a2_jax.boxes.matching import IOU_THRESHOLDS, GroundTruth
+from h2a2_jax.boxes.nms import Detections
+from h2a2_jax.evaluation.average_precision import (
+    OperatingPoint,
+    average_precision,
+    best_f1,
+    calibration,
+    precision_at_levels,
+    precision_recall,
+)
+from h2a2_jax.evaluation.breakdown import DISTANCES, SIZES, Bins, DistanceFrom, distances, volumes
+from h2a2_jax.evaluation.hits import Pool, best_overlaps, hits, pool_detections
+
+EVALUATION_VERSION = 1
+"""Of `Evaluation.to_dict`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Breakdown:
+    """Average precision in bins of boxes; NaN for classes without ground truth in a bin.
+
+    Every box of the ground truth is in one bin, and every detection counts in one: that of the box which it overlaps
+    most, if more than the threshold, else that of its own size or place. What is in another bin is ignored.
+
+    Attributes:
+        bins: Their names and bounds.
+        average_precision: By threshold, bin and class.
+        num_ground_truth: Ground-truth boxes by bin and class.
+        measured_from: What distances are measured from; None for sizes.
+    """
+
+    bins: Bins
+    average_precision: Float[np.ndarray, "t b c"]
+    num_ground_truth: Int[np.ndarray, "b c"]
+    measured_from: DistanceFrom | None = None
+
+    @property
+    def mean_average_precision(self) -> Float[np.ndarray, "t b"]:
+        """Mean AP per threshold and bin, over the classes that have ground truth in the bin; NaN if none has."""
+        pairs = zip(self.average_precision.swapaxes(0, 1), self.num_ground_truth > 0, strict=True)
+        return np.stack([_mean_over_classes(scores, is_counted) for scores, is_counted in pairs], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Scores per IoU threshold (rows) and class (columns); NaN for classes without ground truth.
+
+    Attributes:
+        class_names: Names of the classes.
+        iou_thresholds: IoU that a hit must exceed.
+        average_precision: Area under the precision-recall curve.
+        average_recall: Recall when every detection counts.
+        num_ground_truth: Ground-truth boxes of each class.
+        num_detections: Detections of each class.
+        num_scans: Scans evaluated.
+        curves: Precision at the levels of recall 0, 0.01, ... 1, the best at that recall or beyond.
+        best_f1: Per threshold and class, the score to keep detections from for the greatest F1; None without ground
+            truth.
+        best_f1_of_all: Per threshold, likewise for one score for all classes, every box counted alike.
+        calibration: Per threshold the mean score, the share of hits and the number of the detections in tenths of the
+            score.
+        by_size: By volume.
+        by_distance: By horizontal distance; None where it is not known from where.
+    """
+
+    class_names: tuple[str, ...]
+    iou_thresholds: tuple[float, ...]
+    average_precision: Float[np.ndarray, "t c"]
+    average_recall: Float[np.ndarray, "t c"]
+    num_ground_truth: Int[np.ndarray, " c"]
+    num_detections: Int[np.ndarray, " c"]
+    num_scans: int
+    curves: Float[np.ndarray, "t c levels"]
+    best_f1: tuple[tuple[OperatingPoint | None, ...], ...]
+    best_f1_of_all: tuple[OperatingPoint | None, ...]
+    calibration: Float[np.ndarray, "t 3 bins"]
+    by_size: Breakdown
+    by_distance: Breakdown | None
+
+    @property
+    def mean_average_precision(self) -> Float[np.ndarray, " t"]:
+        """Mean AP per threshold, over the classes that have ground truth; NaN if none has."""
+        return _mean_over_classes(self.average_precision, self.num_ground_truth > 0)
+
+    @property
+    def mean_average_recall(self) -> Float[np.ndarray, " t"]:
+        """Mean recall per threshold, over the classes that have ground truth; NaN if none has."""
+        return _mean_over_classes(self.average_recall, self.num_ground_truth > 0)
+
+    @property
+    def classes_left_out(self) -> tuple[str, ...]:
+        """Names of the classes without ground truth, which no mean counts."""
+        return tuple(name for name, count in zip(self.class_names, self.num_ground_truth, strict=True) if count == 0)
+
+    def table(self) -> str:
+        """Returns a plain text table: a row per class and one of the means, AP and AR in per cent."""
+        width = max(len(name) for name in (*self.class_names, "class", "mean"))
+        titles = [f"{kind}@{threshold:g}" for threshold in self.iou_thresholds for kind in ("AP", "AR")]
+        scores = np.stack([self.average_precision, self.average_recall], axis=1).reshape(len(titles), -1).T
+        means = np.stack([self.mean_average_precision, self.mean_average_recall], axis=1).reshape(-1)
+        lines = [f"{'class':<{width}}  {'boxes':>6}" + "".join(f"{title:>9}" for title in titles)]
+        rows = [*zip(self.class_names, self.num_ground_truth, scores, strict=True)]
+        for name, count, values in (*rows, ("mean", self.num_ground_truth.sum(), means)):
+            cells = "".join(f"{'-' if np.isnan(value) else f'{100 * value:.2f}':>9}" for value in values)
+            lines.append(f"{name:<{width}}  {count:>6}{cells}")
+        if self.classes_left_out:
+            lines.append(f"Left out of the means, for want of ground truth: {', '.join(self.classes_left_out)}.")
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """Returns a line on AP by size, one by distance, and one on the score to keep boxes from."""
+        lines = []
+        for title, breakdown in (("size", self.by_size), ("distance", self.by_distance)):
+            if breakdown is None:
+                continue
+            measured = f", from the {breakdown.measured_from}" if breakdown.measured_from else ""
+            cells = []
+            for b, name in enumerate(breakdown.bins.describe()):
+                scores = "/".join(_per_cent(value) for value in breakdown.mean_average_precision[:, b])
+                cells.append(f"{name} {scores}, ground truth {breakdown.num_ground_truth[b].sum()}")
+            levels = "/".join(f"{threshold:g}" for threshold in self.iou_thresholds)
+            lines.append(f"mAP@{levels} by {title}{measured}: {'; '.join(cells)}.")
+        for threshold, point in zip(self.iou_thresholds, self.best_f1_of_all, strict=True):
+            if point is not None and not np.isnan(point.score):
+                lines.append(
+                    f"Best F1 at IoU {threshold:g}: keep scores from {point.score:.2f} (precision "
+                    f"{_per_cent(point.precision)}, recall {_per_cent(point.recall)}, F1 {_per_cent(point.f1)})."
+                )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain numbers and lists for JSON, None for NaN; `document` has the schema."""
+        thresholds = [
+            {
+                "iou": threshold,
+                "mAP": _none_if_nan(self.mean_average_precision[row]),
+                "mAR": _none_if_nan(self.mean_average_recall[row]),
+                "AP": self._by_class(self.average_precision[row]),
+                "AR": self._by_class(self.average_recall[row]),
+                "curves": {
+                    name: None if np.isnan(curve[0]) else [round(float(value), 4) for value in curve]
+                    for name, curve in zip(self.class_names, self.curves[row], strict=True)
+                },
+                "best_f1": {n: _point(p) for n, p in zip(self.class_names, self.best_f1[row], strict=True)},
+                "best_f1_of_all": _point(self.best_f1_of_all[row]),
+                "calibration": [
+                    {"score": _none_if_nan(score), "precision": _none_if_nan(right), "detections": int(count)}
+                    for score, right, count in self.calibration[row].T
+                ],
+            }
+            for row, threshold in enumerate(self.iou_thresholds)
+        ]
+        return {
+            "version": EVALUATION_VERSION,
+            "thresholds": thresholds,
+            "num_ground_truth": self._counts(self.num_ground_truth),
+            "num_detections": self._counts(self.num_detections),
+            "classes_left_out": list(self.classes_left_out),
+            "by_size": self._breakdown(self.by_size),
+            "by_distance": None if self.by_distance is None else self._breakdown(self.by_distance),
+        }
+
+    def _breakdown(self, breakdown: Breakdown) -> dict[str, Any]:
+        entries = []
+        for b, name in enumerate(breakdown.bins.names):
+            levels = [
+                {
+                    "iou": threshold,
+                    "mAP": _none_if_nan(breakdown.mean_average_precision[row, b]),
+                    "AP": self._by_class(breakdown.average_precision[row, b]),
+                }
+                for row, threshold in enumerate(self.iou_thresholds)
+            ]
+            counts = self._counts(breakdown.num_ground_truth[b])
+            entries.append({"name": name, "num_ground_truth": counts, "thresholds": levels})
+        bins = breakdown.bins
+        return {"bounds": list(bins.bounds), "unit": bins.unit, "from": breakdown.measured_from, "bins": entries}
+
+    def _counts(self, counts: np.ndarray) -> dict[str, int]:
+        return dict(zip(self.class_names, counts.tolist(), strict=True))
+
+    def _by_class(self, scores: np.ndarray) -> dict[str, float | None]:
+        return {name: _none_if_nan(score) for name, score in zip(self.class_names, scores, strict=True)}
+
+
+def evaluate_detections(
+    detections: Sequence[Detections],
+    ground_truth: Sequence[GroundTruth],
+    class_names: Sequence[str],
+    iou_thresholds: Sequence[float] = IOU_THRESHOLDS,
+    *,
+    rotated: bool,
+    origins: Float[np.ndarray, "s 2"] | None = None,
+    measured_from: DistanceFrom = "centre",
+) -> Evaluation:
+    """Scores detections against ground truth.
+
+    Per class, detections of all scans are taken by descending score. One is a hit if the ground-truth box of its
+    class and scan that it overlaps most exceeds the threshold and was not hit before; duplicates are false positives.
+    A class with ground truth that is never detected scores 0.
+
+    Args:
+        detections: What was found, one entry per scan.
+        ground_truth: What is there, one entry per scan, in the same order.
+        class_names: Names of the dataset's classes, by label.
+        iou_thresholds: Volume IoU that a hit must exceed.
+        rotated: Whether yaw counts in the overlap.
+        origins: x, y of each scan (m) that distances are measured from; None: no scores by distance.
+        measured_from: What the origins are.
+
+    Returns:
+        The scores.
+
+    Raises:
+        ValueError: The numbers of scans differ, or a label has no class name.
+    """
+    if len(detections) != len(ground_truth):
+        raise ValueError(
+            f"{len(detections)} scans have detections and {len(ground_truth)} ground truth; give one entry per scan "
+            "to both, empty where there is none."
+        )
+    num_classes = len(class_names)
+    for scan, (found, there) in enumerate(zip(detections, ground_truth, strict=True)):
+        for labels in (found.labels, there.labels):
+            _check_labels(scan, labels, num_classes)
+    detected, scores = pool_detections(detections)
+    truth = Pool.of([there.boxes for there in ground_truth], [there.labels for there in ground_truth])
+    overlap, target = best_overlaps(detected, truth, rotated=rotated)
+    found_at = [hits(overlap, target, threshold) for threshold in iou_thresholds]
+    counts = np.bincount(truth.labels, minlength=num_classes)
+    rows_of = [np.flatnonzero(detected.labels == label) for label in range(num_classes)]
+
+    shape = (len(iou_thresholds), num_classes)
+    precision, recall, curves = np.full(shape, np.nan), np.full(shape, np.nan), np.full((*shape, 101), np.nan)
+    points = []
+    for t, (is_hit, _) in enumerate(found_at):
+        for label in np.flatnonzero(counts).tolist():
+            own = precision_recall(is_hit[rows_of[label]], int(counts[label]))
+            precision[t, label] = average_precision(*own)
+            recall[t, label] = own[1][-1] if len(own[1]) else 0.0
+            curves[t, label] = precision_at_levels(*own)
+        points.append(tuple(best_f1(scores[r], is_hit[r], int(c)) for r, c in zip(rows_of, counts, strict=True)))
+
+    def breakdown(bins: Bins, values: Sequence[np.ndarray], of: DistanceFrom | None = None) -> Breakdown:
+        own, theirs = (bins.of(value) for value in values)
+        return _breakdown(bins, own, theirs, rows_of, truth, target, found_at, of)
+
+    by_distance = None
+    if origins is not None:
+        places = [distances(pool.boxes, origins[pool.scans]) for pool in (detected, truth)]
+        by_distance = breakdown(DISTANCES[measured_from], places, measured_from)
+    return Evaluation(
+        class_names=tuple(class_names),
+        iou_thresholds=tuple(iou_thresholds),
+        average_precision=precision,
+        average_recall=recall,
+        num_ground_truth=counts,
+        num_detections=np.bincount(detected.labels, minlength=num_classes),
+        num_scans=len(detections),
+        curves=curves,
+        best_f1=tuple(points),
+        best_f1_of_all=tuple(best_f1(scores, is_hit, len(truth.labels)) for is_hit, _ in found_at),
+        calibration=np.array([calibration(scores, is_hit) for is_hit, _ in found_at]),
+        by_size=breakdown(SIZES, [volumes(pool.boxes) for pool in (detected, truth)]),
+        by_distance=by_distance,
+    )
+
+
+def _breakdown(
+    bins: Bins,
+    own: Int[np.ndarray, " n"],
+    theirs: Int[np.ndarray, " m"],
+    rows_of: Sequence[np.ndarray],
+    truth: Pool,
+    target: Int[np.ndarray, " n"],
+    found_at: Sequence[tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " n"]]],
+    measured_from: DistanceFrom | None,
+) -> Breakdown:
+    """Scores in bins, from the bins of detections and of ground truth."""
+    counts = np.zeros((len(bins.names), len(rows_of)), np.int64)
+    np.add.at(counts, (theirs, truth.labels), 1)
+    scores = np.full((len(found_at), *counts.shape), np.nan)
+    for t, (is_hit, is_near) in enumerate(found_at):
+        bin_of = own.copy()
+        bin_of[is_near] = theirs[target[is_near]]
+        for b, label in np.argwhere(counts > 0).tolist():
+            rows = rows_of[label]
+            curve = precision_recall(is_hit[rows[bin_of[rows] == b]], int(counts[b, label]))
+            scores[t, b, label] = average_precision(*curve)
+    return Breakdown(bins, scores, counts, measured_from)
+
+
+def _check_labels(scan: int, labels: np.ndarray, num_classes: int) -> None:
+    if len(labels) and not (0 <= labels.min() and labels.max() < num_classes):
+        raise ValueError(
+            f"Scan {scan} has labels from {labels.min()} to {labels.max()}; expected 0 to {num_classes - 1}, for "
+            f"{num_classes} class names."
+        )
+
+
+def _mean_over_classes(scores: np.ndarray, is_counted: np.ndarray) -> np.ndarray:
+    if not is_counted.any():
+        return np.full(len(scores), np.nan)
+    return scores[:, is_counted].mean(axis=1)
+
+
+def _none_if_nan(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _per_cent(value: float) -> str:
+    return "-" if np.isnan(value) else f"{100 * value:.1f}"
+
+
+def _point(point: OperatingPoint | None) -> dict[str, float | None] | None:
+    if point is None:
+        return None
+    return {name: _none_if_nan(value) for name, value in dataclasses.asdict(point).items()}

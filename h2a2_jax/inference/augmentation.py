@@ -1,0 +1,214 @@
+"""Test-time augmentation: a scan seen mirrored, scaled or turned, its boxes led back and fused.
+
+Every view is predicted by itself, its boxes led back to the scan's own frame, and boxes of one class that overlap from
+above are made one, best first: of every view the best-scoring one counts. Centre, size and yaw are the mean weighted
+by score; the score is the mean over all views, those that do not see the object counting 0 (weighted boxes fusion,
+Solovyev et al., arXiv 1910.13302).
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+
+from h2a2_jax.boxes.nms import Detections, overlap_matrix
+from h2a2_jax.errors import InputError
+from h2a2_jax.scans.scan import Scan
+from h2a2_jax.scans.specs import Augmentation, DatasetSpec
+
+SCALES = (0.95, 1.05)
+"""Of the scaled views."""
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """Anything that finds boxes in scans, such as `Predictor`."""
+
+    def predict(self, scans: Sequence[Scan], dataset: str) -> list[Detections]:
+        """Boxes of each scan, in the frame of its points."""
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How a scan is seen: mirrored first, then turned, then scaled, about the origin of its frame.
+
+    Attributes:
+        flip_x: x -> -x.
+        flip_y: y -> -y.
+        quarter_turns: counter-clockwise about z, 0 to 3.
+        scale: factor of all coordinates.
+    """
+
+    flip_x: bool = False
+    flip_y: bool = False
+    quarter_turns: int = 0
+    scale: float = 1.0
+
+    @property
+    def matrix(self) -> Float[np.ndarray, "3 3"]:
+        """From the scan's frame to the view's; without rounding but for the scale."""
+        turn = np.linalg.matrix_power(np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1]]), self.quarter_turns)
+        mirror = np.diag([-1 if self.flip_x else 1, -1 if self.flip_y else 1, 1])
+        return self.scale * (turn @ mirror).astype(np.float64)
+
+    def see(self, scan: Scan) -> Scan:
+        """The scan in the view's frame; only points are led there, not the boxes."""
+        motion = np.eye(4)
+        motion[:3, :3] = self.matrix
+        # einsum: each sum has one term that is not 0, so that mirroring and turning round nothing.
+        points = np.einsum("mj,ij->mi", scan.points, self.matrix.astype(np.float32))
+        return dataclasses.replace(scan, points=points, transform=(motion @ scan.transform).astype(np.float32))
+
+    def lead_back(self, boxes: Float[np.ndarray, "n 7"], *, has_yaw: bool) -> Float[np.ndarray, "n 7"]:
+        """Boxes of the view in the scan's frame.
+
+        Args:
+            boxes: in the view's frame.
+            has_yaw: whether boxes turn; if not, a quarter turn swaps their sizes and yaw stays 0.
+        """
+        result = boxes.astype(np.float64)
+        result[:, :3] = result[:, :3] @ np.linalg.inv(self.matrix).T
+        result[:, 3:6] /= self.scale
+        if has_yaw:
+            yaw = result[:, 6] - self.quarter_turns * math.pi / 2
+            yaw = -yaw if self.flip_y else yaw
+            yaw = math.pi - yaw if self.flip_x else yaw
+            # Only where needed: taking a remainder rounds.
+            out = (yaw < -math.pi) | (yaw >= math.pi)
+            result[:, 6] = np.where(out, (yaw + math.pi) % (2 * math.pi) - math.pi, yaw)
+        elif self.quarter_turns % 2:
+            result[:, [3, 4]] = result[:, [4, 3]]
+        return result.astype(boxes.dtype)
+
+
+def views(names: Sequence[str], augmentation: Augmentation | None = None) -> tuple[View, ...]:
+    """The views of a choice of augmentations, the scan as it is first.
+
+    Args:
+        names: of "flip_x", "flip_y" (both: mirrored in both ways too), "scales" (`SCALES`) and "turns" (by 90, 180 and
+            270 degrees).
+        augmentation: of training. Mirrors that it does not have are left out, and turns where it has not both: scans
+            of one camera, as SUN RGB-D's, are never seen from behind.
+
+    Raises:
+        InputError: another name.
+    """
+    unknown = [name for name in names if name not in ("flip_x", "flip_y", "scales", "turns")]
+    if unknown:
+        raise InputError(f"There is no test-time augmentation {unknown[0]!r}: use flip_x, flip_y, scales, turns.")
+    if augmentation is not None:
+        trained = {"flip_x": augmentation.flip_x > 0, "flip_y": augmentation.flip_y > 0}
+        names = [name for name in names if trained.get(name, name != "turns" or all(trained.values()))]
+    flips = itertools.product(
+        (False, True) if "flip_x" in names else (False,), (False, True) if "flip_y" in names else (False,)
+    )
+    found = [View(flip_x=x, flip_y=y) for x, y in flips]
+    found += [View(scale=scale) for scale in SCALES if "scales" in names]
+    turns = (1, 2, 3) if "turns" in names else ()
+    # Half a turn is both mirrors.
+    found += [View(quarter_turns=k) for k in turns if k != 2 or not {"flip_x", "flip_y"} <= {*names}]
+    return tuple(found)
+
+
+class TestTimeAugmented:
+    """Predicts as a predictor does, from several views of each scan."""
+
+    __test__ = False  # no test, whatever its name
+
+    def __init__(
+        self, predictor: Predicts, names: Sequence[str], specs: Sequence[DatasetSpec], iou_threshold: float = 0.5
+    ):
+        """Takes over a predictor.
+
+        Args:
+            predictor: of one view.
+            names: of the augmentations, see `views`.
+            specs: of the datasets.
+            iou_threshold: bird's-eye-view IoU above which boxes of one class are one.
+
+        Raises:
+            InputError: see `views`.
+        """
+        self._predictor, self._iou_threshold = predictor, iou_threshold
+        self._has_yaw = {spec.name: spec.has_yaw for spec in specs}
+        self._views = {spec.name: views(names, spec.augmentation) for spec in specs}
+
+    def predict(self, scans: Sequence[Scan], dataset: str) -> list[Detections]:
+        """Boxes of scans, a pass per view; see `Predictor.predict`."""
+        has_yaw = self._has_yaw[dataset]
+        by_scan: list[list[Detections]] = [[] for _ in scans]
+        for view in self._views[dataset]:
+            found = self._predictor.predict([view.see(scan) for scan in scans], dataset)
+            for own, one in zip(by_scan, found, strict=True):
+                own.append(dataclasses.replace(one, boxes=view.lead_back(one.boxes, has_yaw=has_yaw)))
+        return [fuse(own, self._iou_threshold, rotated=has_yaw) for own in by_scan]
+
+
+def fuse(found: Sequence[Detections], iou_threshold: float = 0.5, *, rotated: bool) -> Detections:
+    """Makes one of the boxes of several views.
+
+    Args:
+        found: of each view, in one frame.
+        iou_threshold: bird's-eye-view IoU above which boxes of one class are one.
+        rotated: whether yaw counts.
+
+    Returns:
+        Boxes class by class, by descending score.
+    """
+    labels = np.concatenate([one.labels for one in found])
+    boxes: list[np.ndarray] = [np.zeros((0, 7), np.float32)]
+    scores: list[np.ndarray] = [np.zeros(0, np.float32)]
+    kept: list[np.ndarray] = [np.zeros(0, np.int32)]
+    for label in np.unique(labels):
+        own = [one.labels == label for one in found]
+        fused = _fuse_class(
+            np.concatenate([one.boxes[rows] for one, rows in zip(found, own, strict=True)]),
+            np.concatenate([one.scores[rows] for one, rows in zip(found, own, strict=True)]),
+            np.repeat(np.arange(len(found)), [rows.sum() for rows in own]),
+            iou_threshold,
+            rotated,
+        )
+        order = np.argsort(-fused[1], kind="stable")
+        boxes.append(fused[0][order])
+        scores.append(fused[1][order] / np.float32(len(found)))
+        kept.append(np.full(len(order), label, np.int32))
+    return Detections(np.concatenate(boxes), np.concatenate(scores), np.concatenate(kept))
+
+
+def _fuse_class(
+    boxes: np.ndarray, scores: np.ndarray, view: np.ndarray, iou_threshold: float, rotated: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes of one class made one where they overlap, and the sums of their scores."""
+    order = np.argsort(-scores, kind="stable")
+    boxes, scores, view = boxes[order], scores[order], view[order]
+    close = overlap_matrix(boxes, rotated=rotated) > iou_threshold
+    np.fill_diagonal(close, True)  # a box without area does not overlap itself
+    is_free = np.ones(len(boxes), bool)
+    fused: list[np.ndarray] = []
+    sums: list[float] = []
+    for best in range(len(boxes)):
+        if not is_free[best]:
+            continue
+        members = np.flatnonzero(is_free & close[best])
+        is_free[members] = False
+        members = members[np.unique(view[members], return_index=True)[1]]
+        fused.append(_mean_box(boxes[best], boxes[members], scores[members]))
+        sums.append(scores[members].sum())
+    return np.array(fused, np.float32), np.array(sums, np.float32)
+
+
+def _mean_box(leader: np.ndarray, boxes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean of boxes that are about one; a box turned by 90 degrees is the same with its sizes swapped."""
+    if len(boxes) == 1:
+        return boxes[0]
+    values = boxes.astype(np.float64)
+    turn = values[:, 6] - leader[6]
+    quarters = np.round(turn / (math.pi / 2))
+    swapped = quarters % 2 == 1
+    values[np.ix_(swapped, [3, 4])] = values[np.ix_(swapped, [4, 3])]
+    values[:, 6] = leader[6] + turn - quarters * math.pi / 2
+    return np.average(values, axis=0, weights=weights)

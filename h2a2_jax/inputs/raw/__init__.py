@@ -1,8 +1,0 @@
-"""ScanNet v2, SUN RGB-D and S3DIS as people download them."""
-
-from h2a2_jax.inputs.raw.dataset import PUBLISHED, PublishedCounts, RawDataset
-from h2a2_jax.inputs.raw.s3dis import S3dis
-from h2a2_jax.inputs.raw.scannet import ScanNet
-from h2a2_jax.inputs.raw.sunrgbd import SunRgbd
-
-__all__ = ["PUBLISHED", "PublishedCounts", "RawDataset", "S3dis", "ScanNet", "SunRgbd"]

@@ -1,0 +1,1 @@
+"""From scans to the padded batches of joint training."""

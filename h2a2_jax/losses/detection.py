@@ -1,0 +1,125 @@
+"""The training loss of one dataset's scans."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from h2a2_jax.boxes.codec import decode_boxes_padded
+from h2a2_jax.losses.assignment import TOP_K, assign
+from h2a2_jax.losses.focal_diou import axis_aligned_diou_loss, rotated_diou_loss, sigmoid_focal_loss
+from h2a2_jax.typing import AnyArray, Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DetectionLoss:
+    """The two terms of the training loss; the loss is their sum.
+
+    Attributes:
+        box: float [], DIoU loss summed over the positives at hand, over the number of positives.
+        classification: float [], focal loss summed over the locations at hand, over the number of positives.
+        num_positives: int32 [], number of positives; with an `axis_name`, of all replicas.
+    """
+
+    box: Leaf
+    classification: Leaf
+    num_positives: Leaf
+
+    @property
+    def total(self) -> Float[Array, ""]:
+        """The loss to minimise."""
+        return self.box + self.classification
+
+
+def detection_loss(
+    locations: Float[AnyArray, "n 3"],
+    scan: Int[AnyArray, " n"],
+    level: Int[AnyArray, " n"],
+    regression: Float[AnyArray, "n 8"],
+    logits: Float[AnyArray, "n c"],
+    boxes: Float[AnyArray, "b g 7"],
+    box_labels: Int[AnyArray, "b g"],
+    label_to_level: Int[AnyArray, " c"],
+    class_mask: Bool[AnyArray, " c"],
+    has_yaw: bool | Bool[AnyArray, ""],
+    *,
+    axis_name: str | tuple[str, ...] | None = None,
+    center_distance: str = "xyz",
+    top_k: int = TOP_K,
+) -> DetectionLoss:
+    """TR3D's loss: focal loss of all locations and DIoU loss of the assigned ones.
+
+    Both are divided by the number of positives of the dataset's batch, at least 1. With `axis_name` that number is
+    summed over the replicas, the loss is not: gradients of the replicas are to be summed. Datasets of different
+    class counts and box forms share one compiled function: classes and outputs are padded, `class_mask` and
+    `has_yaw` may be traced. Padding rows, boxes and classes contribute neither loss nor gradient, whatever they
+    hold, short of overflow to NaN or infinity in `regression` and `logits`.
+
+    Args:
+        locations: x, y, z (m) of the locations of all levels and scans.
+        scan: Scan of each location; b or more for padding rows.
+        level: Level of each location.
+        regression: Box outputs, columns 3:6 already passed through exp; without yaw the last two columns are unused.
+        logits: Class scores before the sigmoid.
+        boxes: Ground-truth boxes, padded to g per scan.
+        box_labels: Their classes, -1 for padding.
+        label_to_level: The level on which boxes of each class are sought.
+        class_mask: False for columns of `logits` that only pad.
+        has_yaw: Whether boxes are rotated (8 outputs, rotated DIoU) or axis-aligned (6 outputs, axis-aligned DIoU).
+        axis_name: Mesh axis or axes over which one dataset's scans are spread.
+        center_distance: See `rotated_diou_loss`.
+        top_k: Locations a box may take.
+
+    Returns:
+        The loss. Without a positive, its box term is 0 and all gradients are finite.
+    """
+    assignment = assign(locations, scan, level, boxes, box_labels, label_to_level, top_k=top_k)
+    num_positives = jnp.sum(assignment.positive, dtype=jnp.int32)
+    if axis_name is not None:
+        num_positives = jax.lax.psum(num_positives, axis_name)
+    normaliser = jnp.maximum(num_positives, 1).astype(logits.dtype)
+
+    is_location = (scan >= 0) & (scan < boxes.shape[0])
+    # Padded rows are zeroed before the loss, so that nothing they hold reaches a gradient.
+    focal = sigmoid_focal_loss(jnp.where(is_location[:, None], logits, 0.0), assignment.labels, class_mask)
+    focal = jnp.where(is_location[:, None], focal, 0.0)
+
+    # Only candidates can be positive: decoding those few spares the box loss of every other location.
+    pair_loss = _pair_loss(
+        jnp.asarray(locations).at[assignment.candidates].get(mode="fill", fill_value=0),
+        jnp.asarray(regression).at[assignment.candidates].get(mode="fill", fill_value=0),
+        jnp.asarray(boxes)[:, :, None],
+        assignment.positive,
+        has_yaw,
+        center_distance,
+    )
+    return DetectionLoss(
+        box=jnp.sum(pair_loss) / normaliser, classification=jnp.sum(focal) / normaliser, num_positives=num_positives
+    )
+
+
+def _pair_loss(
+    locations: Array,
+    regression: Array,
+    targets: Array,
+    positive: Array,
+    has_yaw: bool | AnyArray,
+    center_distance: str,
+) -> Array:
+    """DIoU loss per candidate, 0 where it is not positive."""
+    # Stand-ins of unit size: the losses of what is not positive are computed too and must stay finite.
+    unit_outputs = jnp.array([0, 0, 0, 1, 1, 1, 0, 0], regression.dtype)
+    unit_box = jnp.array([0, 0, 0, 1, 1, 1, 0], targets.dtype)
+    is_positive = positive[..., None]
+    predicted = decode_boxes_padded(
+        jnp.where(is_positive, locations, 0.0), jnp.where(is_positive, regression, unit_outputs), has_yaw
+    )
+    targets = jnp.where(is_positive, targets, unit_box)
+    losses = jnp.where(
+        has_yaw,
+        rotated_diou_loss(predicted, targets, center_distance=center_distance),
+        axis_aligned_diou_loss(predicted, targets),
+    )
+    return jnp.where(positive, losses, 0.0)

@@ -1,0 +1,290 @@
+"""The maps of a detector: sites of every level, neighbour tables, and the lists that a machine's algorithms read.
+
+The coordinate pyramid of a detector and every map it needs, from the voxels of a batch alone.
+
+    voxels 1 -> stem 2 -> pool 4 -> stages 8, 16, 32, 64 -> generated 32 and 16, each united with its stage
+
+Strides in finest voxels. The host computes exact tables first (`detector_tables`); their sizes choose a bucket, and
+padding to the bucket's capacities gives the plan that goes to the device (`pad_plan`).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+
+from h2a2_jax import sparse
+from h2a2_jax.models.architecture import DetectorConfig
+from h2a2_jax.sparse import KernelMap, NeighborTable, Sites, SiteSet
+from h2a2_jax.typing import Leaf
+
+Machine = Literal["cpu", "accelerator", "any"]
+Role = Literal["stem", "skip", "down", "residual", "deep residual", "generate", "lateral"]
+
+EXPECTED_FILL = {"stem": 0.1, "down": 0.25, "residual": 0.4, "deep residual": 0.5, "generate": 1.0, "lateral": 0.85}
+"""Share of the sites (of the smaller side) with a given neighbour in real scans; it decides how pairs are cut."""
+SPARSE_ROLES = ("stem", "down", "residual", "generate")
+"""Maps that are less than half full on every scan met; accelerators multiply the others whole."""
+ACCELERATOR_FILL = 0.45
+"""Share of a sparse map's neighbours for which it has places on accelerators."""
+ACCELERATOR_TILE = 128
+"""Pairs in a tile on accelerators: rows of a batched matmul."""
+
+
+@dataclass(frozen=True)
+class PlanLayout:
+    """How the maps of a plan are laid out.
+
+    Attributes:
+        machine: "cpu": tiles on every map with neighbours, blocks on the neck's; "accelerator": tiles with a static
+            number of places on sparse maps, nothing on the others; "any": nothing.
+        stage_channels: of the four stages; widths decide how the pairs are cut.
+        neck_channels: of the neck.
+    """
+
+    machine: Machine = "cpu"
+    stage_channels: tuple[int, ...] = (64, 128, 128, 128)
+    neck_channels: int = 128
+
+    @classmethod
+    def of(cls, config: DetectorConfig, machine: Machine | None = None) -> "PlanLayout":
+        """For a detector, on the machine that JAX computes on if none is named."""
+        here: Machine = "cpu" if jax.default_backend() == "cpu" else "accelerator"
+        return cls(machine or here, tuple(config.stage_channels), config.neck_channels)
+
+    def fits(self, table: NeighborTable, role: Role, capacity: int) -> bool:
+        """Whether the pairs of a map find places among those of its padded output rows."""
+        if self.machine != "accelerator" or role not in SPARSE_ROLES:
+            return True
+        return int(table.pairs_per_offset.sum()) <= ACCELERATOR_FILL * len(table.rows) * capacity
+
+    def pad_map(self, table: NeighborTable, inputs: Sites, outputs: Sites, role: Role, channels: int = 1) -> KernelMap:
+        """A table as a padded map with its lists (numpy arrays).
+
+        Args:
+            table: the neighbours.
+            inputs: padded input sites.
+            outputs: padded output sites.
+            role: of the map in the detector.
+            channels: of the layers that read it.
+        """
+        if self.machine == "cpu" and role != "skip":
+            pairs = EXPECTED_FILL[role] * min(inputs.capacity, outputs.capacity) / max(1, inputs.num_scans)
+            return sparse.pad_map(
+                table,
+                inputs,
+                outputs,
+                tile_size=sparse.choose_tile_size(pairs, channels),
+                blocks="auto" if role == "lateral" else None,
+            )
+        if self.machine == "accelerator" and role in SPARSE_ROLES:
+            kmap = sparse.pad_map(table, inputs, outputs, tile_size=ACCELERATOR_TILE)
+            # A mirrored list holds half of the pairs; every (offset, scan) may leave a tile unfilled.
+            offsets = len(table.rows) // 2 if table.kind == "submanifold" else len(table.rows)
+            places = ACCELERATOR_FILL * offsets * outputs.capacity
+            return sparse.limit_tiles(kmap, int(places / ACCELERATOR_TILE) + 1 + offsets * inputs.num_scans)
+        return sparse.pad_map(table, inputs, outputs)
+
+
+NUM_STAGES = 4
+NUM_UPS = 2
+
+
+class LevelSizes(NamedTuple):
+    """Sites of every level of the pyramid, or the capacities of their arrays."""
+
+    voxels: int
+    stem: int
+    pool: int
+    stage1: int
+    stage2: int
+    stage3: int
+    stage4: int
+    up1: int
+    up0: int
+
+    def fits(self, capacities: "LevelSizes") -> bool:
+        """Whether every level fits its capacity."""
+        return all(size <= capacity for size, capacity in zip(self, capacities, strict=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StageMaps:
+    """Maps of a residual stage: 3^3 strided, 1^3 strided lookup, 3^3 submanifold."""
+
+    down: KernelMap
+    skip: KernelMap
+    residual: KernelMap
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class UpMaps:
+    """Maps of one step of the neck.
+
+    Attributes:
+        generate: 3^3 generative transposed convolution onto its children.
+        children_rows: int32 [N], for each row of the union the row of the generated children, or their capacity.
+        stage_rows: int32 [N], for each row of the union the row of the backbone's stage, or its capacity.
+        lateral: 3^3 submanifold map of the union.
+    """
+
+    generate: KernelMap
+    children_rows: Leaf
+    stage_rows: Leaf
+    lateral: KernelMap
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DetectorPlan:
+    """Sites and maps of one batch, padded; everything a detector needs but features and parameters.
+
+    Attributes:
+        voxels: sites of the input.
+        stem: 3^3 strided map 1 -> 2.
+        pool: 2^3 window map 2 -> 4.
+        stages: maps of the four stages, finest first.
+        ups: maps of the neck, coarsest first: onto 32, onto 16.
+    """
+
+    voxels: Sites
+    stem: KernelMap
+    pool: KernelMap
+    stages: tuple[StageMaps, ...]
+    ups: tuple[UpMaps, ...]
+
+
+@dataclass(frozen=True)
+class UpTables:
+    """Host tables of one step of the neck."""
+
+    generate: NeighborTable
+    stage: SiteSet
+    lateral: NeighborTable
+
+
+@dataclass(frozen=True)
+class DetectorTables:
+    """Exact host tables of one batch, before padding."""
+
+    voxels: SiteSet
+    stem: NeighborTable
+    pool: NeighborTable
+    stages: tuple[tuple[NeighborTable, NeighborTable, NeighborTable], ...]
+    ups: tuple[UpTables, ...]
+
+    @property
+    def sizes(self) -> LevelSizes:
+        """Sites of every level."""
+        stages = [len(residual.outputs) for _, _, residual in self.stages]
+        ups = [len(up.lateral.outputs) for up in self.ups]
+        return LevelSizes(len(self.voxels), len(self.stem.outputs), len(self.pool.outputs), *stages, *ups)
+
+
+def pyramid_sizes(voxels: SiteSet) -> LevelSizes:
+    """Sites of every level without building a map."""
+    levels = _levels(voxels)
+    up1 = sparse.unite(sparse.generate(levels[-1], 3), levels[-2])
+    up0 = sparse.unite(sparse.generate(up1, 3), levels[-3])
+    return LevelSizes(len(voxels), *(len(level) for level in (*levels, up1, up0)))
+
+
+def _levels(voxels: SiteSet) -> list[SiteSet]:
+    levels = [sparse.downsample(voxels, 2)]
+    for _ in range(1 + NUM_STAGES):
+        levels.append(sparse.downsample(levels[-1], 2))
+    return levels
+
+
+def detector_tables(voxels: SiteSet) -> DetectorTables:
+    """Every neighbour table of a detector on these voxels (stride 1)."""
+    stem, pool, *stages = _levels(voxels)
+    stage_tables = []
+    for fine, coarse in zip([pool, *stages[:-1]], stages, strict=True):
+        stage_tables.append(
+            (
+                sparse.strided_neighbors(fine, coarse, 3),
+                sparse.strided_neighbors(fine, coarse, 1),
+                sparse.submanifold_neighbors(coarse, 3),
+            )
+        )
+    ups, coarse = [], stages[-1]
+    for stage in stages[-2 : -2 - NUM_UPS : -1]:
+        children = sparse.generate(coarse, 3)
+        union = sparse.unite(children, stage)
+        ups.append(
+            UpTables(sparse.generative_neighbors(coarse, children, 3), stage, sparse.submanifold_neighbors(union, 3))
+        )
+        coarse = union
+    return DetectorTables(
+        voxels,
+        sparse.strided_neighbors(voxels, stem, 3),
+        sparse.pool_neighbors(stem, pool, 2),
+        tuple(stage_tables),
+        tuple(ups),
+    )
+
+
+def fits_layout(tables: DetectorTables, capacities: LevelSizes, layout: PlanLayout) -> bool:
+    """Whether the pairs of every map find places in the layout; if not, `replace(layout, machine="any")` takes them."""
+    stages = zip(tables.stages, capacities[3:7], strict=True)
+    ups = zip(tables.ups, capacities[7:], strict=True)
+    roles: list[tuple[NeighborTable, Role, int]] = [(tables.stem, "stem", capacities.stem)]
+    roles += [(down, "down", capacity) for (down, _, _), capacity in stages]
+    roles += [(tables.stages[0][2], "residual", capacities.stage1)]
+    roles += [(up.generate, "generate", capacity) for up, capacity in ups]
+    return all(layout.fits(*role) for role in roles)
+
+
+def pad_plan(tables: DetectorTables, capacities: LevelSizes, layout: PlanLayout | None = None) -> DetectorPlan:
+    """The plan of a batch in the shape of a bucket (numpy arrays).
+
+    Args:
+        tables: of the batch.
+        capacities: rows of each level; the generated children share the capacity of their union.
+        layout: lists of the maps, default those for CPUs.
+
+    Raises:
+        InputError: a level does not fit.
+        ValueError: the pairs of a map do not fit the layout (`fits_layout`).
+    """
+    layout = layout or PlanLayout()
+    voxels = sparse.pad_sites(tables.voxels, capacities.voxels)
+    stem = sparse.pad_sites(tables.stem.outputs, capacities.stem)
+    pool = sparse.pad_sites(tables.pool.outputs, capacities.pool)
+
+    padded = layout.pad_map
+    stages, fine = [], pool
+    widths = layout.stage_channels
+    for s, ((down, skip, residual), capacity) in enumerate(zip(tables.stages, capacities[3:7], strict=True)):
+        coarse = sparse.pad_sites(residual.outputs, capacity)
+        stages.append(
+            StageMaps(
+                padded(down, fine, coarse, "down", widths[s]),
+                padded(skip, fine, coarse, "skip"),
+                padded(residual, coarse, coarse, "residual" if s == 0 else "deep residual", widths[s]),
+            )
+        )
+        fine = coarse
+    ups, coarse = [], fine
+    for up, capacity, stage_capacity in zip(tables.ups, capacities[7:], capacities[5:3:-1], strict=True):
+        children, union = up.generate.outputs, up.lateral.outputs
+        outputs = sparse.pad_sites(union, capacity)
+        ups.append(
+            UpMaps(
+                padded(up.generate, coarse, sparse.pad_sites(children, capacity), "generate", layout.neck_channels),
+                sparse.union_rows(children, union, capacity, capacity),
+                sparse.union_rows(up.stage, union, stage_capacity, capacity),
+                padded(up.lateral, outputs, outputs, "lateral", layout.neck_channels),
+            )
+        )
+        coarse = outputs
+    return DetectorPlan(
+        voxels,
+        padded(tables.stem, voxels, stem, "stem", 16),
+        sparse.pad_map(tables.pool, stem, pool),
+        tuple(stages),
+        tuple(ups),
+    )

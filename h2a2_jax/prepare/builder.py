@@ -1,0 +1,173 @@
+"""Prepared scans as a TFDS dataset of array_record files, which needs no TensorFlow."""
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.prepare.scan_cache import DamagedScanError, ScanCache, colors_to_bytes, write_whole
+from h2a2_jax.scans.scan import Scan
+from h2a2_jax.scans.specs import DatasetSpec
+
+try:
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module as _  # noqa: F401  its absence would show only in the end
+except ImportError as error:
+    raise InputError(
+        f'Preparing data needs {error.name}, which is not installed: pip install "h2a2_jax[data]".'
+    ) from error
+
+STATISTICS_FILE = "statistics.json"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What is packed into a dataset.
+
+    Attributes:
+        cache: holds the scans.
+        splits: names of the scans by split, in the order they get.
+        metadata: written beside them.
+        statistics: written beside them.
+        on_scan: called after each scan.
+        shard_bytes: size of a shard, about; TFDS keeps its scans in memory while it writes it.
+    """
+
+    cache: ScanCache
+    splits: Mapping[str, Sequence[str]]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    statistics: Mapping[str, Any] = field(default_factory=dict)
+    on_scan: Callable[[], object] = lambda: None
+    shard_bytes: int = 128 << 20
+
+
+class _LocalInfo(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Nothing of these datasets is on TFDS's servers, and asking leaves an empty folder in /tmp."""
+
+
+class ScanDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Base of the datasets: features, shards, and what is written beside them.
+
+    Shards are written one after the other, not shuffled: TFDS shuffles more than a gigabyte only with TensorFlow
+    installed, and readers shuffle anyway. A dataset is written to a temporary folder and renamed, so that it is there
+    in full or not at all.
+
+    A subclass `Builder` states `spec`, `homepage`, `citation`, `licence` and describes the data in its docstring.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES: ClassVar[dict[str, str]] = {"1.0.0": "First version."}
+
+    # TFDS looks for checksums of downloads beside the code, with a package that it does not depend on; there are none.
+    code_path = None
+
+    spec: ClassVar[DatasetSpec]
+    homepage: ClassVar[str]
+    citation: ClassVar[str]
+    licence: ClassVar[str]
+
+    def __init__(self, *, packing: Packing | None = None, file_format: str = "array_record", **kwargs: Any):
+        """Builds from prepared scans, or only describes the dataset.
+
+        Args:
+            packing: the scans; only `python -m data.<dataset>` has them.
+            file_format: of TFDS.
+            kwargs: of `tfds.core.DatasetBuilder`, such as `data_dir`.
+        """
+        self._packing = packing
+        super().__init__(file_format=file_format, **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features
+        rows = functools.partial(features.Tensor, encoding=features.Encoding.BYTES)
+        return _LocalInfo(
+            builder=self,
+            description=inspect.cleandoc(type(self).__doc__ or ""),
+            features=features.FeaturesDict(
+                {
+                    "name": features.Text(doc="id of the scan"),
+                    "points": rows(shape=(None, 3), dtype=np.float32, doc="x, y, z (m), in the frame of the boxes"),
+                    "colors": rows(shape=(None, 3), dtype=np.uint8, doc="red, green, blue, 0-255"),
+                    "boxes": rows(
+                        shape=(None, 7), dtype=np.float32, doc="centre x, y, z, sizes dx, dy, dz (m), yaw (rad)"
+                    ),
+                    "labels": rows(shape=(None,), dtype=np.int32, doc="class of each box, -1: ignore"),
+                    "transform": rows(shape=(4, 4), dtype=np.float32, doc="from the raw file's frame to the points'"),
+                    "notes": features.Text(doc="what loading left out or repaired, a JSON object of counts"),
+                }
+            ),
+            homepage=self.homepage,
+            citation=self.citation,
+            license=self.licence,
+            disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(self._packing.metadata if self._packing else {}),
+        )
+
+    def _shard_iterators_per_split(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> Mapping[str, Sequence[Callable[[], Iterator[tuple[str, dict[str, Any]]]]]]:
+        packing = self._packing
+        if packing is None:
+            raise InputError(
+                f"{self.name} is made from raw files by python -m data.{self.name}, which its README.md describes."
+            )
+        return {
+            split: [functools.partial(_examples, packing, names) for names in _shards(packing, split_names)]
+            for split, split_names in packing.splits.items()
+        }
+
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
+        super()._download_and_prepare(dl_manager, download_config)
+        assert self._packing is not None
+        folder = Path(self.data_dir)  # the temporary one, while TFDS is in here
+        write_whole(folder / STATISTICS_FILE, (json.dumps(dict(self._packing.statistics), indent=1) + "\n").encode())
+
+    def _log_download_bytes(self) -> None:
+        """Nothing is downloaded."""
+
+    def _log_download_done(self) -> None:
+        """The command tells."""
+
+
+def example(scan: Scan) -> dict[str, Any]:
+    """A scan as the features of the dataset."""
+    return {
+        "name": scan.name,
+        "points": scan.points,
+        "colors": colors_to_bytes(scan.colors),
+        "boxes": scan.boxes,
+        "labels": scan.labels,
+        "transform": scan.transform,
+        "notes": json.dumps(dict(scan.notes)),
+    }
+
+
+def _examples(packing: Packing, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name in names:
+        try:
+            scan = packing.cache.read(name)
+        except DamagedScanError as error:
+            raise InputError(f"{error} It was whole a moment ago: give the same command again.") from error
+        yield name, example(scan)
+        packing.on_scan()
+
+
+def _shards(packing: Packing, names: Sequence[str]) -> list[list[str]]:
+    """Scans in their order, cut where a shard is full."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in names:
+        more = packing.cache.path(name).stat().st_size
+        if shards[-1] and size + more > packing.shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += more
+    return shards

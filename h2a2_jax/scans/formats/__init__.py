@@ -1,0 +1,1 @@
+"""Files of points: a reader for each format."""

@@ -1,0 +1,203 @@
+"""Points of PCD files (Point Cloud Library, version .7 and before): ascii, binary, binary_compressed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.scans.formats.ply import typed
+from h2a2_jax.scans.formats.thinning import Thinning
+
+_MOST_LZF_GROWTH = 88  # three bytes stand for at most 264
+_LONGEST_HEADER = 1 << 16
+_KINDS = ("<f4", "<f8", *(f"<{sign}{size}" for sign in "iu" for size in (1, 2, 4, 8)))
+
+
+@dataclass(frozen=True)
+class _Header:
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    counts: tuple[int, ...]
+    points: int
+    data: str
+
+    @property
+    def dtype(self) -> np.dtype:
+        """One point; a field of several numbers is one of raw bytes, for nobody reads it."""
+        return np.dtype([(name, self.stored(i)) for i, name in enumerate(self.names)])
+
+    def stored(self, i: int) -> str:
+        """What one point holds of a field."""
+        return self.kinds[i] if self.counts[i] == 1 else f"V{np.dtype(self.kinds[i]).itemsize * self.counts[i]}"
+
+
+def read_pcd_columns(path: Path, thinning: Thinning | None = None) -> Mapping[str, np.ndarray]:
+    """Fields of one number per point by name; packed colours (rgb, rgba) become red, green, blue in uint8.
+
+    Args:
+        path: a `.pcd` file.
+        thinning: which points; all without one. What is compressed is unpacked as a whole.
+
+    Raises:
+        InputError: the file is no PCD, is shorter than its header says, or cannot be parsed.
+        OSError: it cannot be opened.
+    """
+    with path.open("rb") as file:
+        header = _read_header(path, file)
+        reader = {"ascii": _text_columns, "binary": _binary_columns, "binary_compressed": _compressed_columns}
+        columns = reader[header.data](path, file, header, thinning or Thinning())
+    for packed in ("rgb", "rgba"):
+        if packed in columns:
+            value = columns.pop(packed)
+            if value.dtype.itemsize != 4:
+                raise InputError(f"{path} packs {packed} into {value.dtype.itemsize} bytes; expected are 4.")
+            bits = np.ascontiguousarray(value).view("<u4")
+            for name, shift in (("red", 16), ("green", 8), ("blue", 0)):
+                columns[name] = (bits >> shift).astype(np.uint8)
+    return columns
+
+
+def _read_header(path: Path, file: BinaryIO) -> _Header:
+    entries: dict[str, list[str]] = {}
+    while "DATA" not in entries:
+        line = file.readline(_LONGEST_HEADER)
+        if not line or file.tell() > _LONGEST_HEADER:
+            raise InputError(f"{path} is no PCD file or is cut off: its header has no line DATA; copy it again.")
+        words = line.decode("latin1").split("#")[0].split()
+        if words:
+            entries[words[0].upper()] = words[1:]
+    try:
+        fields = entries["FIELDS"]
+        sizes = [int(size) for size in entries["SIZE"]]
+        types = [kind.upper() for kind in entries["TYPE"]]
+        counts = [int(count) for count in entries.get("COUNT", ["1"] * len(fields))]
+        if not len(fields) == len(sizes) == len(types) == len(counts):
+            raise ValueError("FIELDS, SIZE, TYPE and COUNT differ in length")
+        if min(counts, default=1) < 0 or max(counts, default=0) > 1 << 20:
+            raise ValueError("a COUNT is out of range")
+        width, height = int(entries["WIDTH"][0]), int(entries.get("HEIGHT", ["1"])[0])
+        points = int(entries["POINTS"][0]) if "POINTS" in entries else width * height
+        if points < 0:
+            raise ValueError(f"{points} points")
+        # Padding is called _, as often as there is some.
+        names = tuple(f"_{i}" if name == "_" or name in fields[:i] else name for i, name in enumerate(fields))
+        kinds = tuple(f"<{kind.lower()}{size}" for kind, size in zip(types, sizes, strict=True))
+        for kind in kinds:
+            if kind not in _KINDS:
+                raise ValueError(f"a field of type {kind[1].upper()} and size {kind[2:]}")
+        (data,) = entries["DATA"]
+        if data.lower() not in ("ascii", "binary", "binary_compressed"):
+            raise ValueError(f"DATA {data}")
+    except (KeyError, ValueError, IndexError) as error:
+        raise InputError(f"{path} has a PCD header that cannot be understood ({error}); write it again.") from error
+    return _Header(names, kinds, tuple(counts), points, data.lower())
+
+
+def _cut_off(path: Path, header: _Header, expected: str, left: int) -> InputError:
+    return InputError(
+        f"{path} is cut off: its header says {header.points} points, which take {expected}, but {left} bytes follow; "
+        "copy it again."
+    )
+
+
+def _binary_columns(path: Path, file: BinaryIO, header: _Header, thinning: Thinning) -> dict[str, np.ndarray]:
+    wanted, left = header.points * header.dtype.itemsize, path.stat().st_size - file.tell()
+    if wanted > left:
+        raise _cut_off(path, header, f"{wanted} bytes", left)
+    rows = thinning.read(file, header.dtype, header.points if header.dtype.itemsize else 0)
+    return {name: rows[name] for name, count in zip(header.names, header.counts, strict=True) if count == 1}
+
+
+def _compressed_columns(path: Path, file: BinaryIO, header: _Header, thinning: Thinning) -> dict[str, np.ndarray]:
+    """Field after field, not point after point: so it compresses better."""
+    wanted = header.points * header.dtype.itemsize
+    sizes = np.frombuffer(file.read(8), "<u4")
+    left = path.stat().st_size - file.tell()
+    if len(sizes) < 2 or sizes[0] > left:
+        expected = f"{sizes[0]} compressed bytes" if len(sizes) == 2 else "8 bytes of sizes and more"
+        raise _cut_off(path, header, expected, left)
+    if sizes[1] != wanted or wanted > _MOST_LZF_GROWTH * int(sizes[0]):
+        raise InputError(
+            f"{path} is damaged: its header says {header.points} points of {header.dtype.itemsize} bytes, its data "
+            f"claim {sizes[1]} bytes compressed to {sizes[0]}; write it again."
+        )
+    try:
+        content = memoryview(decompress_lzf(file.read(int(sizes[0])), wanted))
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{path} is damaged: its compressed data are not LZF ({error}); write it again.") from error
+    columns, first, rows = {}, 0, thinning.rows(header.points)
+    for i, name in enumerate(header.names):
+        dtype = np.dtype(header.stored(i))
+        if header.counts[i] == 1:
+            column = np.frombuffer(content, dtype, header.points, first)
+            columns[name] = column if rows is None else column[rows]
+        first += header.points * dtype.itemsize
+    return columns
+
+
+def _text_columns(path: Path, file: BinaryIO, header: _Header, thinning: Thinning) -> dict[str, np.ndarray]:
+    width, left = sum(header.counts), path.stat().st_size - file.tell()
+    if 2 * width * header.points > left + 1:
+        raise _cut_off(path, header, f"{width} numbers each", left)
+    if not header.points:
+        return {name: np.zeros(0, kind) for name, kind in zip(header.names, header.kinds, strict=True)}
+    try:
+        rows = np.loadtxt(thinning.lines(file, header.points), np.float64, comments=None, ndmin=2, encoding="latin1")
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{path} has a point that is not {width} numbers ({error}).") from error
+    if rows.shape != (thinning.kept(header.points), width):
+        raise _cut_off(path, header, f"{width} numbers each (read were {rows.shape[0]} rows)", left)
+    columns, column = {}, 0
+    for name, kind, count in zip(header.names, header.kinds, header.counts, strict=True):
+        if count == 1:
+            columns[name] = typed(path, name, rows[:, column], kind)
+        column += count
+    return columns
+
+
+def decompress_lzf(content: bytes, size: int) -> bytearray:
+    """Undoes LZF (Marc Lehmann's liblzf), the compression of PCD files.
+
+    A control byte below 32 is followed by that many literal bytes and one more; another one repeats what was written
+    up to 8 KiB before: 3 bits of length, 13 of distance, and one byte more of length where the 3 bits are full.
+
+    Args:
+        content: compressed bytes.
+        size: of the result.
+
+    Raises:
+        ValueError: the content does not make `size` bytes or refers to what is not there.
+        IndexError: it ends in the middle.
+    """
+    output = bytearray(size)
+    read, written, end = 0, 0, len(content)
+    while read < end:
+        control = content[read]
+        if control < 32:
+            length = control + 1
+            if written + length > size or read + 1 + length > end:
+                raise ValueError("literal bytes beyond the end")
+            output[written : written + length] = content[read + 1 : read + 1 + length]
+            read += length + 1
+        else:
+            length = (control >> 5) + 2
+            if length == 9:
+                read += 1
+                length += content[read]
+            distance = ((control & 31) << 8) + content[read + 1] + 1
+            read += 2
+            start = written - distance
+            if start < 0 or written + length > size:
+                raise ValueError("a repetition of what is not there")
+            if distance >= length:
+                output[written : written + length] = output[start : start + length]
+            else:  # what is repeated overlaps with what is written: a pattern
+                pattern = output[start:written]
+                output[written : written + length] = (pattern * (length // distance + 1))[:length]
+        written += length
+    if written != size:
+        raise ValueError(f"{written} bytes instead of {size}")
+    return output

@@ -1,0 +1,400 @@
+"""Point clouds from files of any usual format, as the file has them: its frame, its unit, its scale of colours.
+
+| suffix | what is read |
+|---|---|
+| .ply | the element vertex: x, y, z and red, green, blue (or r, g, b); ascii, binary, big-endian |
+| .pcd | x, y, z and rgb, rgba (packed) or r, g, b; ascii, binary, binary_compressed |
+| .npy | rows x, y, z, r, g, b, or x, y, z, anything else; or a structured array with these names |
+| .npz | `points` (or `xyz`, `coords`) of 3 columns with `colors` (or `rgb`), or of 6 |
+| .bin | float32 rows of 6, 4 or 3 numbers; `PointCloud.assumed` says what was taken |
+| .txt, .xyz, .pts, .csv, .asc | a point a line; blanks, commas or semicolons between; leading lines of names pass |
+| .las | versions to 1.4, point formats 0 to 10, uncompressed |
+
+Nothing is allocated because a header says so: its counts are compared with the size of the file before. A large file
+is thinned out while it is read, if one asks for it, so that memory does not grow with it.
+"""
+
+import io
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.scans.formats.las import LAZ, read_las
+from h2a2_jax.scans.formats.pcd import read_pcd_columns
+from h2a2_jax.scans.formats.ply import read_ply_columns
+from h2a2_jax.scans.formats.thinning import Thinning, count_lines
+from h2a2_jax.scans.scan import NOT_FINITE
+
+ColorRange = Literal["auto", "0-1", "0-255", "none"]
+COLOR_RANGES: tuple[ColorRange, ...] = ("auto", "0-1", "0-255", "none")
+
+_COLOR_NAMES = (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue"))
+_POINT_ARRAYS = ("points", "xyz", "coords", "coordinates", "arr_0")
+_COLOR_ARRAYS = ("colors", "colours", "rgb", "color")
+_MOST_ZIP_GROWTH = 1040  # deflate packs at most 258 bytes into two bits
+_NPY_START = 12  # bytes of magic, version and the longer of two kinds of length
+_LONGEST_HEADER = 10_000  # numpy's own limit
+THINNED = "points left out of a large file"
+"""A kind of note, where a file has more points than were asked for."""
+_SHORTEST_LINE = 6  # bytes of "1 2 3"
+_ROUNDING = 1e-3  # by which colours may exceed their range
+
+
+@dataclass(frozen=True, eq=False)
+class PointCloud:
+    """What a file holds of points that are finite.
+
+    Attributes:
+        points: x, y, z in the file's frame and unit; float64 if the file has more digits than float32 holds.
+        colors: red, green, blue in the file's scale, or None if it has none.
+        full_color: what stands for full brightness where the type of the colours says so (255 for bytes), else None.
+        assumed: sentences on what the file leaves open and was taken for granted.
+        notes: what was left out, a count by kind.
+    """
+
+    points: Float[np.ndarray, "n 3"]
+    colors: Float[np.ndarray, "n 3"] | None
+    full_color: float | None = None
+    assumed: tuple[str, ...] = ()
+    notes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Raw:
+    points: np.ndarray
+    colors: np.ndarray | None
+    assumed: tuple[str, ...] = ()
+
+
+def read_point_cloud(path: str | Path, most: int | None = None) -> PointCloud:
+    """Reads a point cloud; points with a NaN or infinite coordinate or colour are left out and counted.
+
+    Args:
+        path: a file with one of the suffixes in `SUFFIXES`.
+        most: of a file with more points, this many are read, one at random out of each of as many equal parts, and the
+            others counted (`THINNED`). Memory is bounded by it but for compressed PCD.
+
+    Raises:
+        InputError: one sentence if there is no such file, or its suffix is unknown, or it is damaged. A file that
+            holds no point is none of these.
+    """
+    path, thinning = Path(path), Thinning(most)
+    reader = _READERS.get(path.suffix.lower())
+    if path.suffix.lower() in REFUSED:
+        raise InputError(f"{path} {REFUSED[path.suffix.lower()]}.")
+    if reader is None:
+        raise InputError(f"{path} has the suffix {path.suffix!r}; point clouds are read from {', '.join(SUFFIXES)}.")
+    try:
+        raw = reader(path, thinning)
+    except FileNotFoundError:
+        raise InputError(f"There is no file {path}: check the folder and the file name.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except InputError:
+        raise
+    except (MemoryError, OverflowError) as error:
+        raise InputError(f"{path} asks for more memory than there is ({error}): split it or thin it out.") from error
+    except Exception as error:  # of damaged bytes libraries say the oddest things
+        what = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path} is damaged ({type(error).__name__}: {what}): copy it again or write it again."
+        ) from error
+    cloud = _finite(raw)
+    if not thinning.left_out:
+        return cloud
+    return replace(cloud, notes={**cloud.notes, THINNED: thinning.left_out})
+
+
+def cloud_of_arrays(points: np.ndarray, colors: np.ndarray | None = None) -> PointCloud:
+    """A point cloud of arrays; points with a NaN or infinite coordinate or colour are left out and counted.
+
+    Args:
+        points: [n, 3] x, y, z, numbers of any type.
+        colors: [n, 3] red, green, blue; an unsigned type says their range.
+
+    Raises:
+        InputError: an array has another shape or holds no real numbers.
+    """
+    points = np.asarray(points)
+    for what, values, shape in (
+        ("points", points, (len(points) if points.ndim else 0, 3)),
+        ("colors", colors, points.shape),
+    ):
+        if values is not None and (np.shape(values) != shape or np.asarray(values).dtype.kind not in "fiu"):
+            raise InputError(
+                f"The {what} are {np.asarray(values).dtype} of shape {np.shape(values)}; expected are numbers of shape "
+                f"{shape if what == 'colors' else '[n, 3]'}, x, y, z or red, green, blue in a row."
+            )
+    return _finite(_Raw(points, None if colors is None else np.asarray(colors)))
+
+
+def unit_colors(cloud: PointCloud, color_range: ColorRange = "auto") -> Float32[np.ndarray, "n 3"] | None:
+    """Colours in 0-1.
+
+    Args:
+        cloud: the points.
+        color_range: what the file's numbers mean; "auto" goes by their type, or by the largest one if that is open:
+            up to 1 is 0-1, up to 255 is 0-255.
+
+    Returns:
+        One colour per point, or None if the cloud has none or `color_range` is "none".
+
+    Raises:
+        InputError: a number lies outside the range.
+    """
+    if cloud.colors is None or color_range == "none":
+        return None
+    low, high = float(cloud.colors.min(initial=0)), float(cloud.colors.max(initial=0))
+    if color_range == "auto":
+        scale = cloud.full_color or (1.0 if high <= 1 + _ROUNDING else 255.0)
+    else:
+        scale = 1.0 if color_range == "0-1" else 255.0
+    if low < -_ROUNDING * scale or high > scale * (1 + _ROUNDING):
+        raise InputError(f"its colours reach from {low:g} to {high:g}, but 0 to {scale:g} is expected: rescale them")
+    return np.clip(cloud.colors / scale, 0, 1).astype(np.float32)
+
+
+def _finite(raw: _Raw) -> PointCloud:
+    """Without the points that are not finite."""
+    points = _real(raw.points)
+    colors = None if raw.colors is None else _real(raw.colors)
+    full_color = None
+    if raw.colors is not None and raw.colors.dtype.kind == "u":
+        full_color = float(np.iinfo(raw.colors.dtype).max)
+    finite = np.isfinite(points).all(axis=1)
+    if colors is not None:
+        finite &= np.isfinite(colors).all(axis=1)
+    notes = {}
+    if not finite.all():
+        notes[NOT_FINITE] = int((~finite).sum())
+        points, colors = points[finite], None if colors is None else colors[finite]
+    return PointCloud(points, colors, full_color, raw.assumed, notes)
+
+
+def _real(values: np.ndarray) -> np.ndarray:
+    """float32 where that keeps what the file holds, else float64; native byte order."""
+    exact = values.dtype.itemsize <= (4 if values.dtype.kind == "f" else 2)
+    return np.ascontiguousarray(values, np.float32 if exact else np.float64)
+
+
+def _from_columns(path: Path, columns: Mapping[str, np.ndarray]) -> _Raw:
+    by_name = {name.lower(): values for name, values in columns.items()}
+    missing = [name for name in "xyz" if name not in by_name]
+    if missing:
+        raise InputError(f"{path} has no {', '.join(missing)} among its fields ({', '.join(columns) or 'none'}).")
+    points = np.stack([by_name[name] for name in "xyz"], axis=1)
+    names = next((names for names in _COLOR_NAMES if all(name in by_name for name in names)), None)
+    return _Raw(points, None if names is None else np.stack([by_name[name] for name in names], axis=1))
+
+
+def _from_rows(path: Path, rows: np.ndarray, what: str = "its array") -> _Raw:
+    if rows.dtype.names:
+        return _from_columns(path, {name: rows[name].reshape(-1) for name in rows.dtype.names})
+    if rows.dtype.kind not in "fiu":
+        raise InputError(f"{path}: {what} has the type {rows.dtype}; expected are real numbers.")
+    if rows.ndim != 2 or rows.shape[1] < 3:
+        raise InputError(f"{path}: {what} has the shape {rows.shape}; expected are rows x, y, z or x, y, z, r, g, b.")
+    width = rows.shape[1]
+    if width >= 6:
+        assumed = () if width == 6 else (f"columns after the first 6 of {width} are not used",)
+        return _Raw(rows[:, :3], rows[:, 3:6], assumed)
+    return _Raw(rows[:, :3], None, () if width == 3 else (f"columns after x, y, z of {width} are not used",))
+
+
+def _read_ply(path: Path, thinning: Thinning) -> _Raw:
+    return _from_columns(path, read_ply_columns(path, thinning))
+
+
+def _read_pcd(path: Path, thinning: Thinning) -> _Raw:
+    return _from_columns(path, read_pcd_columns(path, thinning))
+
+
+def _read_las(path: Path, thinning: Thinning) -> _Raw:
+    return _Raw(*read_las(path, thinning))
+
+
+def _read_npy(path: Path, thinning: Thinning) -> _Raw:
+    with path.open("rb") as file:
+        return _from_rows(path, _array(path, file, path.stat().st_size, thinning))
+
+
+def _array(path: Path, file: Any, size: int, thinning: Thinning) -> np.ndarray:
+    """One array in numpy's format, or some of its rows, if as many bytes as its header says can be there."""
+    start = file.read(_NPY_START)
+    version, digits = start[6:8], 2 if start[6:7] == b"\1" else 4
+    if start[:6] != b"\x93NUMPY" or version not in (b"\1\0", b"\2\0"):
+        raise InputError(f"{path} is no numpy array: save it again with numpy.save.")
+    length = int.from_bytes(start[8 : 8 + digits], "little")
+    header = start[8 + digits :] + file.read(max(0, min(length, _LONGEST_HEADER) - len(start) + 8 + digits))
+    header, content = header[:length], header[length:]
+    # Python's parser can crash on what is no text at all.
+    if len(header) < length or not all(32 <= byte < 127 or byte == 10 for byte in header):
+        raise InputError(f"{path} is no numpy array or is cut off: its header is damaged; save it again.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(io.BytesIO(struct.pack("<I", length) + header))
+    except Exception as error:  # of many kinds
+        raise InputError(f"{path} is no numpy array ({error}): save it again with numpy.save.") from error
+    if dtype.hasobject:
+        raise InputError(f"{path} holds Python objects, which are never loaded: save plain numbers.")
+    count = 1
+    for length in shape:
+        count *= length
+    if count * dtype.itemsize > size:
+        raise InputError(
+            f"{path} is cut off: its header says {shape} of {dtype}, but it has {size} bytes; copy it again."
+        )
+    content = _Following(content, file)
+    try:
+        if len(shape) == 2 and shape[0] and fortran:  # a column after the other
+            return np.stack([thinning.read(content, dtype, shape[0]) for _ in range(shape[1])], axis=1)
+        if len(shape) == 2 and shape[0] and shape[1]:
+            return thinning.read(content, dtype, shape[0], shape[1]).reshape(-1, shape[1])
+        if len(shape) == 1:
+            return thinning.read(content, dtype, shape[0])
+        return Thinning().read(content, dtype, count).reshape(shape, order="F" if fortran else "C")
+    except EOFError as error:
+        raise InputError(f"{path} is cut off: of {count * dtype.itemsize} bytes {error}; copy it again.") from error
+
+
+class _Following:
+    """What was read of a file already, followed by the rest of it."""
+
+    def __init__(self, start: bytes, file: Any):
+        self._start, self._file = start, file
+
+    def read(self, size: int) -> bytes:
+        start, self._start = self._start[:size], self._start[size:]
+        return start + self._file.read(size - len(start)) if len(start) < size else start
+
+
+def _read_npz(path: Path, thinning: Thinning) -> _Raw:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            points = next((name for name in _POINT_ARRAYS if name in members), None)
+            if points is None:
+                raise InputError(
+                    f"{path} has the arrays {', '.join(members) or 'none'}; expected is one called "
+                    f"{' or '.join(_POINT_ARRAYS[:3])}."
+                )
+            colors = next((name for name in _COLOR_ARRAYS if name in members), None)
+            raw = _from_rows(path, _member(path, archive, members[points], thinning), f"its array {points}")
+            if colors is None:
+                return raw
+            values = _member(path, archive, members[colors], thinning)
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is no readable .npz ({error}): copy it again or write it again.") from error
+    if values.shape != raw.points.shape or values.dtype.kind not in "fiu":
+        raise InputError(
+            f"{path}: its array {colors} is {values.dtype} of shape {values.shape}, its points are {raw.points.shape}; "
+            "expected are as many colours of three numbers."
+        )
+    return _Raw(raw.points, values, raw.assumed)
+
+
+def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, thinning: Thinning) -> np.ndarray:
+    if info.file_size > _MOST_ZIP_GROWTH * info.compress_size + 4096:
+        raise InputError(f"{path} is damaged: {info.filename} claims {info.file_size} bytes; write it again.")
+    try:
+        with archive.open(info) as file:
+            return _array(path, file, info.file_size, thinning)
+    except zlib.error as error:
+        raise InputError(f"{path} is damaged ({error}): copy it again.") from error
+
+
+def _read_bin(path: Path, thinning: Thinning) -> _Raw:
+    size = path.stat().st_size
+    if size % 4 or not any(size % (4 * width) == 0 for width in (3, 4, 6)):
+        raise InputError(
+            f"{path} has {size} bytes, which are no whole rows of 6, 4 or 3 float32 numbers: it is cut off or of "
+            "another type; write x, y, z, r, g, b in float32."
+        )
+    with path.open("rb") as file:
+        some = np.frombuffer(file.read(4 * 12 * 20_000), "<f4")
+        width = _row_width(some, size // 4)
+        file.seek(0)
+        values = thinning.read(file, np.dtype("<f4"), size // (4 * width), width)
+    what = {6: "x, y, z, r, g, b", 4: "x, y, z and a value that is not used", 3: "x, y, z"}[width]
+    raw = _from_rows(path, values.reshape(-1, width))
+    return _Raw(raw.points, raw.colors, (f"{path.name} is taken as float32 rows of {what}",))
+
+
+def _row_width(values: np.ndarray, count: int) -> int:
+    """Numbers per row: the period in which columns are most alike, 6 where it makes no difference or there are few."""
+    widths = [width for width in (6, 4, 3) if count % width == 0]
+    some = values.astype(np.float64)
+    if len(widths) == 1 or len(some) < 12 * 20:
+        return widths[0]
+    some = some[: len(some) // 12 * 12]
+    some[~np.isfinite(some) | (np.abs(some) > 1e9)] = np.nan
+
+    def spread(width: int) -> float:  # the mean code length of a number, if each column is a normal distribution
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return float(np.mean(np.log(np.nan_to_num(np.nanstd(some.reshape(-1, width), axis=0)) + 1e-6)))
+
+    spreads = {width: spread(width) for width in widths}
+    best = min(widths, key=lambda width: spreads[width])
+    # Rows of 3 are rows of 6 as well: the longer ones must be clearly better.
+    return 3 if best == 6 and 3 in spreads and spreads[3] < spreads[6] + 0.05 else best
+
+
+def _read_text(path: Path, thinning: Thinning) -> _Raw:
+    with path.open("rb") as file:
+        head = [line for line in (file.readline(4096) for _ in range(64)) if line.strip()]
+    if b"\0" in b"".join(head):
+        raise InputError(f"{path} is no text: expected is one point a line, x y z or x y z r g b.")
+    skip, delimiter = 0, None
+    for line in head:
+        delimiter = ";" if b";" in line else "," if b"," in line else None
+        words = line.decode("latin1").replace(delimiter or " ", " ").split()
+        try:
+            if len([float(word) for word in words]) >= 3:
+                break
+        except ValueError:
+            pass
+        skip += 1  # names of columns, a comment, or the number of points
+    if skip == len(head):
+        if head:
+            raise InputError(f"{path} has no line of numbers x y z in its first {len(head)} lines.")
+        return _Raw(np.zeros((0, 3)), None)
+    try:
+        with path.open(encoding="latin1") as lines, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            filled: Iterator[str] = (line.rstrip().rstrip(delimiter or " ") for line in lines if line.strip())
+            for _ in range(skip):
+                next(filled)
+            if thinning.kept(size := path.stat().st_size // _SHORTEST_LINE) < size:
+                filled = thinning.lines(filled, count_lines(lambda: path.open(encoding="latin1")) - skip)
+            rows = np.loadtxt(filled, np.float64, comments=("#", "//"), delimiter=delimiter, ndmin=2)
+    except ValueError as error:
+        raise InputError(f"{path} has a line that is not numbers ({error}).") from error
+    return _from_rows(path, rows, "the table")
+
+
+_READERS: dict[str, Callable[[Path, Thinning], _Raw]] = {
+    ".ply": _read_ply,
+    ".pcd": _read_pcd,
+    ".npz": _read_npz,
+    ".npy": _read_npy,
+    ".bin": _read_bin,
+    **dict.fromkeys((".txt", ".xyz", ".pts", ".csv", ".asc"), _read_text),
+    ".las": _read_las,
+}
+SUFFIXES = tuple(_READERS)
+"""Suffixes of the files that `read_point_cloud` reads."""
+REFUSED: Mapping[str, str] = {".laz": LAZ}
+"""Suffixes of files of points that are not read: what is wrong with them."""

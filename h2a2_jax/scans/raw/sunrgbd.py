@@ -1,0 +1,409 @@
+"""SUN RGB-D as downloaded: annotations, depth frames, points.
+
+SUN RGB-D as its website serves it, without MATLAB (Song et al., CVPR 2015, https://rgbd.cs.princeton.edu).
+
+    SUNRGBD/  kv1/ kv2/ realsense/ xtion/  with depth PNGs and colour JPEGs
+    SUNRGBDMeta3DBB_v2.mat (or SUNRGBDMeta.mat)  allsplit.mat
+
+The two .mat files may also lie where SUNRGBDtoolbox.zip puts them. A frame is named by its number in the metadata,
+from 1: "000017". A depth image becomes points of an upright camera: x to the right, y forward, z up, the camera at
+the origin, metres.
+"""
+
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float32, Int, Int32, Int64, UInt8, UInt16
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.scans.raw.matlab import load_mat
+from h2a2_jax.scans.raw.raw_files import FAR, NO_BOX, NO_CLASS, check_folder, counted, first_existing, shown
+from h2a2_jax.scans.scan import Scan, ScanError
+from h2a2_jax.scans.specs import SUNRGBD, DatasetSpec
+
+_FIELDS = ("sequenceName", "Rtilt", "K", "depthpath", "rgbpath", "groundtruth3DBB")
+_OBJECT_FIELDS = ("coeffs", "centroid", "classname", "orientation")
+_PREFIX = "/n/fs/sun3d/data"  # where the authors kept the data: 16 characters
+_NO_YAW = "objects with orientation 0, yaw 0 taken"
+
+
+@dataclass(frozen=True, eq=False)
+class SunFrames:
+    """The metadata of all frames in few arrays, so that sending them to another process costs little.
+
+    Objects of frame i are the rows offsets[i]:offsets[i + 1]. Values that could not be read are NaN.
+
+    Attributes:
+        depth_paths: depth image of each frame as the metadata has it.
+        color_paths: colour image likewise.
+        intrinsics: focal lengths and principal point, pixels.
+        tilts: rotation that brings the camera upright.
+        boxes: centre, sizes, yaw of the objects of the ten classes.
+        labels: their classes.
+        offsets: first object of each frame, and the end.
+        notes: objects left out, by frame.
+    """
+
+    depth_paths: tuple[str, ...]
+    color_paths: tuple[str, ...]
+    intrinsics: Float[np.ndarray, "n 3 3"]
+    tilts: Float[np.ndarray, "n 3 3"]
+    boxes: Float32[np.ndarray, "g 7"]
+    labels: Int32[np.ndarray, " g"]
+    offsets: Int[np.ndarray, " n_and_1"]
+    notes: tuple[dict[str, int], ...]
+
+
+def relative_path(stored: str) -> str:
+    """A path of the metadata below the user's root, with "/" between its parts and none around them."""
+    parts = stored.split("/")
+    if "SUNRGBD" in parts:
+        parts = parts[parts.index("SUNRGBD") :]
+    elif stored.startswith(_PREFIX + "/"):
+        parts = stored[len(_PREFIX) :].split("/")
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
+def _text(value: Any) -> str:
+    """The text in an array of one string, in a cell or not; empty if there is none."""
+    array = np.asarray(value)
+    if array.dtype == object and array.size == 1:
+        array = np.asarray(array.item())
+    return str(array.ravel()[0]) if array.dtype.kind == "U" and array.size else ""
+
+
+def _numbers(value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of numbers of that shape (whether row or column), NaN if it is something else."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiu" or array.size != np.prod(shape):
+        return np.full(shape, np.nan)
+    return array.astype(np.float64).reshape(shape)
+
+
+def _require_fields(path: Path, array: np.ndarray, fields: Iterable[str]) -> None:
+    missing = [field for field in fields if field not in (array.dtype.names or ())]
+    if missing:
+        raise InputError(f"{shown(path)} has frames without the field {', '.join(missing)}: download it again.")
+
+
+def read_frames(path: Path) -> tuple[list[str], SunFrames]:
+    """Reads what a metadata file says of every frame.
+
+    Args:
+        path: SUNRGBDMeta3DBB_v2.mat or SUNRGBDMeta.mat.
+
+    Returns:
+        The folder of each frame, relative to the user's root, and the rest.
+
+    Raises:
+        InputError: the file is unreadable or lacks a field.
+    """
+    (meta,) = load_mat(path, ("SUNRGBDMeta",))
+    _require_fields(path, meta, _FIELDS)
+    records = meta.ravel()
+    boxes: list[np.ndarray] = []
+    labels: list[int] = []
+    offsets, notes = [0], []
+    for truth in records["groundtruth3DBB"]:
+        if truth.size:
+            _require_fields(path, truth, _OBJECT_FIELDS)
+        count: Counter[str] = Counter()
+        for record in truth.ravel() if truth.size else ():
+            _read_object(record, boxes, labels, count)
+        offsets.append(len(labels))
+        notes.append(counted(count))
+    frames = SunFrames(
+        tuple(map(_text, records["depthpath"])),
+        tuple(map(_text, records["rgbpath"])),
+        np.array([_numbers(value, (3, 3)) for value in records["K"]]).reshape(-1, 3, 3),
+        np.array([_numbers(value, (3, 3)) for value in records["Rtilt"]]).reshape(-1, 3, 3),
+        np.array(boxes, np.float32).reshape(-1, 7),
+        np.array(labels, np.int32),
+        np.array(offsets),
+        tuple(notes),
+    )
+    return [relative_path(_text(value)) for value in records["sequenceName"]], frames
+
+
+def _read_object(record: Any, boxes: list[np.ndarray], labels: list[int], notes: Counter[str]) -> None:
+    """Appends the box and label of an object, or counts why not."""
+    name = _text(record["classname"]).strip()
+    if name not in SUNRGBD.classes:
+        notes[NO_CLASS] += 1
+        return
+    # The first coefficient belongs to the second axis of the box.
+    sizes = 2 * np.abs(_numbers(record["coeffs"], (3,)))[[1, 0, 2]]
+    facing = np.asarray(record["orientation"])
+    toward = _numbers(facing.ravel()[:2] if facing.dtype.kind in "fiu" else None, (2,))
+    box = np.concatenate([_numbers(record["centroid"], (3,)), sizes, [np.arctan2(toward[1], toward[0])]])
+    if not (np.abs(box) <= FAR).all() or (sizes <= 0).any():  # so if one of them is NaN
+        notes[NO_BOX] += 1
+        return
+    notes[_NO_YAW] += not toward.any()
+    boxes.append(box)
+    labels.append(SUNRGBD.classes.index(name))
+
+
+def read_splits(path: Path, sequences: list[str]) -> tuple[dict[str, tuple[str, ...]], dict[str, int]]:
+    """Reads the official split.
+
+    Args:
+        path: allsplit.mat.
+        sequences: the folder of each frame of the metadata.
+
+    Returns:
+        Names of the frames of "train" and "val", and counts of what the two files do not agree on.
+
+    Raises:
+        InputError: the file is unreadable, its lists overlap, or one names no frame of the metadata.
+    """
+    lists = dict(zip(("train", "val"), load_mat(path, ("alltrain", "alltest")), strict=True))
+    listed = {split: {relative_path(_text(cell)) for cell in cells.ravel()} for split, cells in lists.items()}
+    both = sorted(listed["train"] & listed["val"])
+    if both:
+        raise InputError(
+            f"{shown(path)} lists {len(both)} frames such as {both[0]} for training and for testing: download it again."
+        )
+    splits = {
+        split: tuple(f"{index:06d}" for index, sequence in enumerate(sequences, 1) if sequence in folders)
+        for split, folders in listed.items()
+    }
+    empty = [split for split, names in splits.items() if not names]
+    if empty:
+        raise InputError(
+            f"None of the frames that {shown(path)} lists for {empty[0]} is in the metadata: take both files from the "
+            "same SUNRGBDtoolbox.zip."
+        )
+    wanted = listed["train"] | listed["val"]
+    return splits, counted(
+        Counter(
+            {
+                "entries of the split lists given twice": sum(map(np.size, lists.values())) - len(wanted),
+                "frames of the split lists without metadata": len(wanted - set(sequences)),
+                "frames of the metadata in no split": sum(sequence not in wanted for sequence in sequences),
+            }
+        )
+    )
+
+
+POINTS = 50_000
+"""Points drawn from a frame at preparation, as in the published experiments."""
+
+MAX_DEPTH = 8.0
+"""Depths (m) are clamped to this."""
+
+_FILES = {"v2": "SUNRGBDMeta3DBB_v2.mat", "v1": "SUNRGBDMeta.mat"}
+_LAYOUT = "SUNRGBD/ with the frames, {} and allsplit.mat (of SUNRGBDtoolbox.zip)"
+
+
+def decode_depth(values: UInt16[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
+    """Metres from the pixels of a depth image.
+
+    The files hold millimetres with the 16 bits rotated left by three.
+
+    Args:
+        values: pixels of the PNG.
+
+    Returns:
+        Depth (m) along the optical axis, at most `MAX_DEPTH`; 0 where nothing was measured.
+    """
+    millimetres = (values >> 3) | (values << 13)
+    return np.minimum(millimetres.astype(np.float32) / np.float32(1000), np.float32(MAX_DEPTH))
+
+
+def back_project(
+    u: Int64[np.ndarray, " m"],
+    v: Int64[np.ndarray, " m"],
+    depth: Float32[np.ndarray, " m"],
+    intrinsics: Float[np.ndarray, "3 3"],
+    tilt: Float[np.ndarray, "3 3"],
+) -> Float32[np.ndarray, "m 3"]:
+    """Points of an upright camera from pixels with depth.
+
+    Args:
+        u: columns, counted from 1 as the intrinsics do.
+        v: rows, counted from 1.
+        depth: metres along the optical axis.
+        intrinsics: focal lengths and principal point, pixels.
+        tilt: rotation that brings the camera upright.
+
+    Returns:
+        x to the right, y forward, z up (m).
+    """
+    distance = depth.astype(np.float64)
+    right = (u - intrinsics[0, 2]) * distance / intrinsics[0, 0]
+    down = (v - intrinsics[1, 2]) * distance / intrinsics[1, 1]
+    return (np.stack([right, distance, -down], axis=1) @ tilt.T).astype(np.float32)
+
+
+class SunRgbd:
+    """Frames of SUN RGB-D; a `RawDataset`.
+
+    The metadata is parsed once, at opening; copies in other processes receive the result.
+    """
+
+    def __init__(self, root: str | Path, annotations: str = "v2"):
+        """Reads the metadata and the split.
+
+        Args:
+            root: the folder with `SUNRGBD`.
+            annotations: "v2", the corrected boxes, or "v1", those of VoteNet's experiments.
+
+        Raises:
+            InputError: a part of the layout is missing or unreadable.
+        """
+        self._root = Path(root)
+        if annotations not in _FILES:
+            raise InputError(f"There are no SUN RGB-D annotations {annotations!r}: use 'v2' or 'v1'.")
+        layout = _LAYOUT.format(_FILES[annotations])
+        check_folder(self._root, layout)
+        if not (self._root / "SUNRGBD").is_dir():
+            raise InputError(f"There is no folder SUNRGBD in {shown(self._root)}: a SUN RGB-D folder holds {layout}.")
+        _pillow()
+        sequences, self._frames = read_frames(_find(self._root, _FILES[annotations], "Metadata"))
+        self._splits, self._notes = read_splits(_find(self._root, "allsplit.mat", "traintestSUNRGBD"), sequences)
+
+    @property
+    def spec(self) -> DatasetSpec:
+        """SUN RGB-D's classes and protocol."""
+        return SUNRGBD
+
+    @property
+    def splits(self) -> Mapping[str, tuple[str, ...]]:
+        """Frames of "train" and of "val", the official test split, by number."""
+        return self._splits
+
+    @property
+    def notes(self) -> Mapping[str, int]:
+        """Frames that only the metadata or only the split knows."""
+        return self._notes
+
+    def load(self, name: str) -> Scan:
+        """Parses one frame.
+
+        Args:
+            name: its number with six digits, such as "000017".
+
+        Returns:
+            `POINTS` points, drawn the same in every run (all of them if the frame has fewer), and the boxes of the
+            objects of the ten classes. The frame of both is that of the annotations.
+
+        Raises:
+            ScanError: an image is missing or unreadable, or the metadata cannot be used.
+        """
+        frames = self._frames
+        frame = int(name) - 1 if name.isascii() and name.isdigit() else -1
+        if not 0 <= frame < len(frames.depth_paths):
+            raise ScanError(name, f"There is no frame {name}: they run from 000001 to {len(frames.depth_paths):06d}.")
+        intrinsics, tilt = frames.intrinsics[frame], frames.tilts[frame]
+        _check_camera(name, intrinsics, tilt)
+        depth_path = self._path(name, frames.depth_paths[frame])
+        color_path = self._path(name, frames.color_paths[frame])
+        depth = decode_depth(_read_depth(depth_path, name))
+        colors = _read_colors(color_path, name)
+        if colors.shape[:2] != depth.shape:
+            raise ScanError(
+                name,
+                f"Frame {name} has a depth image of {_size(depth)} pixels but a colour image of {_size(colors)} "
+                f"({shown(color_path)}): unpack SUNRGBD.zip again.",
+            )
+        measured = np.flatnonzero(depth)
+        if not len(measured):
+            raise ScanError(name, f"Frame {name} has no depth at all in {shown(depth_path)}: leave the frame out.")
+        if len(measured) > POINTS:
+            rng = np.random.default_rng(zlib.crc32(name.encode()))
+            measured = rng.choice(measured, POINTS, replace=False)
+        rows, columns = np.divmod(measured, depth.shape[1])
+        points = back_project(columns + 1, rows + 1, depth[rows, columns], intrinsics, tilt)
+        objects = slice(frames.offsets[frame], frames.offsets[frame + 1])
+        return Scan(
+            name,
+            points,
+            colors[rows, columns].astype(np.float32) / np.float32(255),
+            frames.boxes[objects],
+            frames.labels[objects],
+            notes=frames.notes[frame],
+        )
+
+    def _path(self, name: str, stored: str) -> Path:
+        relative = relative_path(stored)
+        if not relative or ".." in relative.split("/"):
+            raise ScanError(
+                name,
+                f"Frame {name} has the path {stored!r} in the metadata, which does not stay inside "
+                f"{shown(self._root)}: it is not read; download the metadata again.",
+            )
+        return self._root / relative
+
+
+def _pillow() -> ModuleType:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise InputError('Reading images needs Pillow: pip install "h2a2_jax[data]".') from None
+    return Image
+
+
+def _find(root: Path, file: str, folder: str) -> Path:
+    places = [root, root / folder, root / "SUNRGBDtoolbox" / folder]
+    path = first_existing([place / file for place in places])
+    if path is None:
+        own = file == _FILES["v2"]  # a download of its own
+        raise InputError(
+            f"There is no {file} in {shown(root)} (or in its SUNRGBDtoolbox/{folder}): fetch "
+            f"{'it' if own else 'SUNRGBDtoolbox.zip'} from https://rgbd.cs.princeton.edu and put it there"
+            f"{'' if own else ', unpacked'}."
+        )
+    return path
+
+
+def _check_camera(name: str, intrinsics: np.ndarray, tilt: np.ndarray) -> None:
+    if not np.isfinite(intrinsics).all() or min(intrinsics[0, 0], intrinsics[1, 1]) < 1:
+        raise ScanError(
+            name,
+            f"Frame {name} has focal lengths {intrinsics[0, 0]:g} and {intrinsics[1, 1]:g} in the metadata (K), but "
+            "they are hundreds of pixels: download the metadata again.",
+        )
+    if not np.isfinite(tilt).all() or np.abs(tilt @ tilt.T - np.eye(3)).max() > 0.05:
+        raise ScanError(
+            name, f"Frame {name} has an Rtilt in the metadata that is no rotation: download the metadata again."
+        )
+
+
+def _read_image(path: Path, name: str, modes: tuple[str, ...], expected: str) -> np.ndarray:
+    image_module = _pillow()
+    try:
+        with image_module.open(path) as image:
+            if image.mode in modes:
+                return np.asarray(image)
+            mode = image.mode
+    except FileNotFoundError:
+        raise ScanError(
+            name, f"Frame {name} lacks the image {shown(path)}: unpack SUNRGBD.zip so that it lies there."
+        ) from None
+    except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
+        raise ScanError(
+            name, f"Frame {name} has an unreadable image {shown(path)} ({error}): unpack SUNRGBD.zip again."
+        ) from None
+    raise ScanError(
+        name, f"Frame {name} has an image of mode {mode} at {shown(path)}, but {expected}: unpack SUNRGBD.zip again."
+    )
+
+
+def _read_depth(path: Path, name: str) -> UInt16[np.ndarray, "height width"]:
+    pixels = _read_image(path, name, ("I;16", "I;16B"), "a depth image is a grey PNG of 16 bits")
+    return pixels.astype(np.uint16)
+
+
+def _read_colors(path: Path, name: str) -> UInt8[np.ndarray, "height width 3"]:
+    return _read_image(path, name, ("RGB",), "a colour image has mode RGB")
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[1]} x {image.shape[0]}"

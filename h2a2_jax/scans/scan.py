@@ -1,0 +1,208 @@
+"""A scan with its boxes, sources of scans, and what coordinates can be trusted with."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int32
+
+from h2a2_jax.errors import InputError
+
+NOT_FINITE = "points with NaN or infinite values"
+"""A kind of note (`Scan.notes`), whatever the points were read from."""
+
+
+def _identity() -> np.ndarray:
+    return np.eye(4, dtype=np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """Points with colours, and the boxes in the same frame.
+
+    Attributes:
+        name: the scan's id, unique in its source.
+        points: x, y, z in metres, z up.
+        colors: red, green, blue in 0-1.
+        boxes: gravity centre x, y, z, sizes dx, dy, dz (m), yaw (rad, counter-clockwise about z; 0 if axis-aligned).
+        labels: class of each box; -1 = ignore.
+        transform: homogeneous matrix from the frame of the input file to the frame of `points` and `boxes`.
+        notes: what loading left out or repaired, a count by kind, as in {"points with NaN or infinite values": 3}.
+    """
+
+    name: str
+    points: Float32[np.ndarray, "m 3"]
+    colors: Float32[np.ndarray, "m 3"]
+    boxes: Float32[np.ndarray, "g 7"]
+    labels: Int32[np.ndarray, " g"]
+    transform: Float32[np.ndarray, "4 4"] = field(default_factory=_identity)
+    notes: Mapping[str, int] = field(default_factory=dict)
+
+
+class ScanError(InputError):
+    """One scan cannot be used (unreadable, empty); the others of its source may be fine.
+
+    Attributes:
+        scan: the scan's name.
+    """
+
+    def __init__(self, scan: str, message: str):
+        """Stores the scan's name beside the message."""
+        super().__init__(message)
+        self.scan = scan
+
+    def __reduce__(self) -> tuple[type["ScanError"], tuple[str, str]]:
+        """Both arguments: an exception keeps only its message, from which another process cannot make it again."""
+        return type(self), (self.scan, str(self))
+
+
+@runtime_checkable
+class ScanSource(Protocol):
+    """Anything that holds named scans; `__getitem__` may raise `ScanError`."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the scans, in order."""
+
+    def __len__(self) -> int:
+        """Number of scans."""
+
+    def __getitem__(self, index: int, /) -> Scan:
+        """Loads one scan."""
+
+
+def load_or_skip(source: ScanSource, skipped: dict[str, str], indices: Iterable[int] | None = None) -> Iterator[Scan]:
+    """Yields scans, passing over those that cannot be loaded.
+
+    Args:
+        source: where the scans come from.
+        skipped: filled with scan name -> reason for each scan passed over.
+        indices: which scans, in which order; all of them by default.
+
+    Yields:
+        The scans that load.
+    """
+    for index in range(len(source)) if indices is None else indices:
+        try:
+            scan = source[index]
+        except ScanError as error:
+            skipped[error.scan] = str(error)
+        else:
+            yield scan
+
+
+def points_in_box(points: Float[np.ndarray, "m 3"], box: Float[np.ndarray, " 7"]) -> Bool[np.ndarray, " m"]:
+    """Tells which points lie in or on one box.
+
+    Args:
+        points: x, y, z (m).
+        box: centre, sizes, yaw, in the frame of the points.
+    """
+    offset = points - box[:3]
+    cos, sin = np.cos(box[6]), np.sin(box[6])
+    along = offset[:, 0] * cos + offset[:, 1] * sin
+    across = offset[:, 1] * cos - offset[:, 0] * sin
+    half = box[3:6] / 2
+    return (np.abs(along) <= half[0]) & (np.abs(across) <= half[1]) & (np.abs(offset[:, 2]) <= half[2])
+
+
+def validate_scan(scan: Scan, num_classes: int | None = None) -> list[str]:
+    """Lists what is wrong with a scan, one sentence each; empty if nothing is.
+
+    Args:
+        scan: the scan to check.
+        num_classes: if given, labels must be below it.
+    """
+    problems = []
+    if len(scan.points) == 0:
+        problems.append("it has no points")
+    if len(scan.points) != len(scan.colors):
+        problems.append(f"it has {len(scan.points)} points but {len(scan.colors)} colours")
+    if len(scan.boxes) != len(scan.labels):
+        problems.append(f"it has {len(scan.boxes)} boxes but {len(scan.labels)} labels")
+    if not np.isfinite(scan.points).all():
+        problems.append("some coordinates are NaN or infinite")
+    if not np.isfinite(scan.colors).all() or scan.colors.min(initial=0) < 0 or scan.colors.max(initial=0) > 1:
+        problems.append("some colours lie outside 0-1")
+    if not np.isfinite(scan.boxes).all():
+        problems.append("some boxes are NaN or infinite")
+    elif (scan.boxes[:, 3:6] <= 0).any():
+        problems.append("some boxes have a size that is not positive")
+    if (scan.labels < -1).any() or (num_classes is not None and (scan.labels >= num_classes).any()):
+        problems.append("some labels are outside the classes")
+    return [f"Scan {scan.name}: {problem}." for problem in problems]
+
+
+def enclosing_boxes(boxes: Float[np.ndarray, "n 7"]) -> Float[np.ndarray, "n 7"]:
+    """The axis-aligned boxes that enclose turned ones.
+
+    Args:
+        boxes: centre, sizes (m), yaw (rad).
+
+    Returns:
+        The same centres and heights, yaw 0, in the type of the boxes.
+    """
+    cos, sin = np.abs(np.cos(boxes[:, 6])), np.abs(np.sin(boxes[:, 6]))
+    result = boxes.copy()
+    result[:, 3] = boxes[:, 3] * cos + boxes[:, 4] * sin
+    result[:, 4] = boxes[:, 3] * sin + boxes[:, 4] * cos
+    result[:, 6] = 0
+    return result
+
+
+def colors_from_bytes(colors: np.ndarray) -> np.ndarray:
+    """Colours 0-255 (uint8) as float32 0-1."""
+    return colors / np.float32(255)
+
+
+MAX_REACH = 250.0
+"""Largest distance of a point from the z axis and from the ground (m), and largest |number| of a box.
+
+Voxels of 1 cm hold +-317 m; augmentation turns about z, stretches and shifts.
+"""
+FAR_POINTS = f"points beyond {MAX_REACH:g} m"
+_STRAY_SHARE = 0.01
+
+
+def within_reach(name: str, points: Float[np.ndarray, "m 3"]) -> Bool[np.ndarray, " m"]:
+    """Tells which points can be used; a few stray ones do not condemn a scan, many say that its unit is another.
+
+    Args:
+        name: of the scan.
+        points: metres, finite.
+
+    Raises:
+        ScanError: more than 1 % of the points lie beyond `MAX_REACH`.
+    """
+    with np.errstate(over="ignore"):
+        near = (np.hypot(points[:, 0], points[:, 1]) <= MAX_REACH) & (np.abs(points[:, 2]) <= MAX_REACH)
+    far = len(points) - int(near.sum())
+    if far > _STRAY_SHARE * len(points):
+        raise ScanError(
+            name,
+            f"Scan {name} has {far} of {len(points)} points beyond {MAX_REACH:g} m from the origin (up to "
+            f"{float(np.abs(points).max()):.4g} m): check its unit (metres are expected) or centre it.",
+        )
+    return near
+
+
+def usable_boxes(boxes: Float[np.ndarray, "g 7"]) -> tuple[Bool[np.ndarray, " g"], dict[str, int]]:
+    """Tells which boxes can be learnt from.
+
+    Args:
+        boxes: centre, sizes (m), yaw (rad); any of them may be anything.
+
+    Returns:
+        Which are usable, and how many are not, by kind.
+    """
+    finite = np.isfinite(boxes).all(axis=1)
+    with np.errstate(invalid="ignore"):
+        positive = (boxes[:, 3:6] > 0).all(axis=1)
+        near = (np.abs(boxes[:, :6]) <= MAX_REACH).all(axis=1)
+    kinds = {
+        "boxes with NaN or infinite values": ~finite,
+        "boxes with a size that is not positive": finite & ~positive,
+        f"boxes beyond {MAX_REACH:g} m": finite & positive & ~near,
+    }
+    return finite & positive & near, {kind: int(which.sum()) for kind, which in kinds.items() if which.any()}

@@ -1,0 +1,404 @@
+"""A user's own scans: a folder of point clouds in any usual format, and one file of boxes.
+
+    myscans/  boxes.json  kitchen.ply  office/desk.pcd ...
+
+Schema of boxes.json, version 1; what is in brackets may be left out:
+
+    {
+      "version": 1,
+      ["up": "z",]                      axis of the files that points up: x, y, z or -x, -y, -z
+      ["unit": "m",]                    of the files and the boxes: m, cm, mm
+      ["colors": "auto",]               of the files: 0-1, 0-255, none (do not use them), auto (by type and range)
+      "scans": [
+        {
+          "file": "kitchen.ply",        in this folder or one below; the scan is called "kitchen"
+          ["split": "train",]           train or val; without it train
+          ["boxes": [
+            {
+              "center": [x, y, z],      of the box, in the frame and unit of the file
+              "size": [dx, dy, dz],     full sizes along the axes of the file, before the box is turned
+              ["yaw": 0.0,]             radians, counter-clockwise about the axis that points up, seen from above
+              "class": "chair"
+            }
+          ]]
+        }
+      ]
+    }
+
+A box as `h2a2_jax.inference.results` writes it is one as well: "name" stands for "class", other keys of a box are
+passed over, unless they look like one of these misspelt; one that does not stand upright in its file is refused.
+Classes are compared without case, blanks, hyphens and underscores. If no scan is in the split "val", the
+training scans are used for validation too, and `ScanFolder.warnings` says so: such scores tell how well scans were
+learnt by heart.
+"""
+
+import difflib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+from jaxtyping import Float
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.scans.cloud_scan import place_cloud
+from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
+from h2a2_jax.scans.scan import Scan, ScanError, enclosing_boxes, usable_boxes
+from h2a2_jax.scans.specs import DatasetSpec
+
+BOXES_FILE = "boxes.json"
+BOXES_VERSION = 1
+UNITS: Mapping[str, float] = {"m": 1.0, "cm": 0.01, "mm": 0.001}
+"""Metres in a unit."""
+UPRIGHT: Mapping[str, Sequence[Sequence[int]]] = {
+    "z": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "-z": ((1, 0, 0), (0, -1, 0), (0, 0, -1)),
+    "y": ((1, 0, 0), (0, 0, -1), (0, 1, 0)),
+    "-y": ((1, 0, 0), (0, 0, 1), (0, -1, 0)),
+    "x": ((0, 1, 0), (0, 0, 1), (1, 0, 0)),
+    "-x": ((0, 1, 0), (0, 0, -1), (-1, 0, 0)),
+}
+"""Rotation that turns the axis which points up in a file to z."""
+_BOX_KEYS = {"center", "size", "yaw", "class", "name"}
+_CLOSE = 0.7
+_OTHER_SPELLINGS = {"showercurtain": "showercurtrain"}
+
+
+@dataclass(frozen=True)
+class BoxEntry:
+    """One box as boxes.json has it: in the frame and unit of the file."""
+
+    box: tuple[float, ...]
+    label: str
+
+
+@dataclass(frozen=True)
+class ScanEntry:
+    """One scan as boxes.json has it."""
+
+    file: str
+    split: Literal["train", "val"]
+    boxes: tuple[BoxEntry, ...]
+
+    @property
+    def name(self) -> str:
+        """The file's path in the folder, without suffix."""
+        return Path(self.file).with_suffix("").as_posix()
+
+
+@dataclass(frozen=True)
+class FolderDescription:
+    """The content of boxes.json.
+
+    Attributes:
+        up: axis of the files that points up.
+        unit: of the files and boxes.
+        colors: of the files.
+        scans: in the file's order.
+    """
+
+    up: str
+    unit: str
+    colors: ColorRange
+    scans: tuple[ScanEntry, ...]
+
+    @property
+    def matrix(self) -> Float[np.ndarray, "4 4"]:
+        """From the files' frame and unit to metres, z up."""
+        return upright_matrix(self.up, self.unit)
+
+
+def upright_matrix(up: str, unit: str) -> Float[np.ndarray, "4 4"]:
+    """From a frame with that axis up, in that unit (keys of `UPRIGHT` and `UNITS`), to metres with z up."""
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.array(UPRIGHT[up]) * UNITS[unit]
+    return matrix
+
+
+def is_scan_folder(root: str | Path) -> bool:
+    """Whether a folder holds a file of boxes for a user's own scans."""
+    return (Path(root) / BOXES_FILE).is_file()
+
+
+def folder_classes(root: str | Path) -> tuple[str, ...]:
+    """Names of the classes in the folder's boxes.json, in alphabetical order.
+
+    Raises:
+        InputError: see `read_folder`.
+    """
+    return tuple(sorted({box.label for scan in read_folder(root).scans for box in scan.boxes}))
+
+
+def read_folder(root: str | Path) -> FolderDescription:
+    """Reads and checks boxes.json.
+
+    Raises:
+        InputError: it is missing, is not of the schema, names a scan twice, or a file outside the folder.
+    """
+    path = Path(root) / BOXES_FILE
+    if not path.is_file():
+        raise InputError(f"There is no file {path}: a folder of scans needs one that says where the boxes are.")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path} is no JSON file ({error}): mend or write it again.") from error
+    try:
+        return _description(document, Path(root))
+    except _Wrong as error:
+        raise InputError(f"{path}: {error}.") from error
+
+
+def point_cloud_files(root: str | Path) -> list[str]:
+    """Files of points in a folder and below, as boxes.json would name them, sorted."""
+    files = (path for path in Path(root).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(path.relative_to(root).as_posix() for path in files)
+
+
+class ScanFolder:
+    """The scans of one split of a user's folder.
+
+    `__getitem__` raises `ScanError` for a scan that is missing, cannot be read or has no usable point.
+
+    Attributes:
+        warnings: sentences on what holds for the whole source.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: Literal["train", "val"],
+        spec: DatasetSpec,
+        *,
+        description: FolderDescription | None = None,
+    ):
+        """Reads boxes.json; points are read scan by scan.
+
+        Args:
+            root: the folder.
+            split: "train" or "val"; val is train where no scan is in the split val.
+            spec: classes and protocol of the boxes.
+            description: what boxes.json would say, if it is not to be read.
+
+        Raises:
+            InputError: see `read_folder`; or no scan is in the split.
+        """
+        self.spec, self._root = spec, Path(root)
+        self._description = read_folder(root) if description is None else description
+        self.warnings: list[str] = []
+        entries = [entry for entry in self._description.scans if entry.split == split]
+        if not entries and split == "val":
+            entries = list(self._description.scans)
+            self.warnings.append(
+                f'No scan of {self._root / BOXES_FILE} has "split": "val": the training scans are used for validation '
+                "too, and the scores say how well they were learnt by heart."
+            )
+        if not entries:
+            raise InputError(
+                f'No scan of {self._root / BOXES_FILE} is in the split {split}: give some "split": "train".'
+            )
+        self._entries = tuple(entries)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the scans, in the order of boxes.json."""
+        return [entry.name for entry in self._entries]
+
+    def __len__(self) -> int:
+        """Number of scans."""
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> Scan:
+        """Loads one scan in metres, z up, colours in 0-1 (grey .5 where the file has none).
+
+        A scan far from the origin (in the frame of a map, for example) is shifted there (`place_cloud`); `transform`
+        has it.
+
+        Raises:
+            ScanError: the file is missing or cannot be used.
+        """
+        entry = self._entries[index]
+        return scan_of(self.read(index), entry, self._description, self.spec)
+
+    def read(self, index: int) -> PointCloud:
+        """The points of one scan as the file has them.
+
+        Raises:
+            ScanError: the file is missing or damaged.
+        """
+        entry = self._entries[index]
+        try:
+            return read_point_cloud(self._root / entry.file)
+        except InputError as error:
+            raise ScanError(entry.name, f"Scan {entry.name}: {error}") from error
+
+    def convert(self, index: int, cloud: PointCloud) -> Scan:
+        """One scan from its points as `read` gave them; see `__getitem__`."""
+        return scan_of(cloud, self._entries[index], self._description, self.spec)
+
+
+def scan_of(cloud: PointCloud, entry: ScanEntry, description: FolderDescription, spec: DatasetSpec) -> Scan:
+    """A scan in metres, z up, of the points of its file and its entry in boxes.json.
+
+    Args:
+        cloud: points and colours as the file has them.
+        entry: file and boxes.
+        description: frame, unit and colours of the folder.
+        spec: classes and box protocol.
+
+    Raises:
+        ScanError: there is no usable point, most are too far away, or the colours are in another range.
+    """
+    hint = f'say "colors" in {BOXES_FILE} ({", ".join(COLOR_RANGES)})'
+    placed = place_cloud(entry.name, cloud, description.matrix, description.colors, colors_hint=hint)
+    scan, matrix, notes = placed.scan, placed.matrix, Counter(placed.scan.notes)
+    boxes, labels = _boxes(entry, matrix, UNITS[description.unit], spec, notes)
+    return replace(scan, boxes=boxes, labels=labels, notes=dict(notes))
+
+
+def _boxes(
+    entry: ScanEntry, matrix: np.ndarray, metres: float, spec: DatasetSpec, notes: Counter[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    labels = np.array([class_label(box.label, spec) for box in entry.boxes], np.int32)
+    boxes = np.array([box.box for box in entry.boxes], np.float64).reshape(-1, 7)
+    for box, label in zip(entry.boxes, labels, strict=True):
+        if label < 0:
+            notes[unknown_class_note(box.label, spec)] += 1
+    with np.errstate(over="ignore", invalid="ignore"):
+        boxes[:, :3] = boxes[:, :3] @ matrix[:3, :3].T + matrix[:3, 3]
+        boxes[:, 3:6] = boxes[:, 3:6] @ (np.abs(matrix[:3, :3]) > metres / 2).T * metres
+        known = labels >= 0
+        boxes, labels = boxes[known], labels[known]
+        usable, left_out = usable_boxes(boxes)
+        notes.update(left_out)
+        boxes, labels = boxes[usable], labels[usable]
+    if not spec.has_yaw:
+        turned = np.abs(np.cos(boxes[:, 6]) * np.sin(boxes[:, 6])) > 1e-6  # one turned by 90 degrees stays itself
+        if turned.any():
+            notes["boxes with yaw, replaced by the axis-aligned ones that enclose them"] += int(turned.sum())
+        boxes = enclosing_boxes(boxes)
+    return boxes.astype(np.float32), labels
+
+
+def class_label(name: str, spec: DatasetSpec) -> int:
+    """Label of a class by its name, whatever its case, blanks, hyphens and underscores; -1 if the spec has none."""
+    plain = plain_name(name)
+    plain = _OTHER_SPELLINGS.get(plain, plain)
+    return next((label for label, known in enumerate(spec.classes) if plain_name(known) == plain), -1)
+
+
+def unknown_class_note(name: str, spec: DatasetSpec) -> str:
+    """How boxes of a class that the dataset does not have are counted."""
+    return f"boxes of the class {name!r}, which {spec.name} does not have"
+
+
+def plain_name(name: str) -> str:
+    """A class name without what is not compared: case, blanks, hyphens and underscores."""
+    return re.sub(r"[\s_-]", "", name.lower())
+
+
+class _Wrong(Exception):
+    """What is not as the schema says."""
+
+
+def _description(document: Any, root: Path) -> FolderDescription:
+    _check_keys(document, "the document", ("version", "up", "unit", "colors", "scans"), ("version", "scans"))
+    if document["version"] != BOXES_VERSION:
+        raise _Wrong(f"its version is {document['version']!r}, this program reads version {BOXES_VERSION}")
+    up = _one_of(document, "up", "z", UPRIGHT)
+    unit = _one_of(document, "unit", "m", UNITS)
+    colors = cast(ColorRange, _one_of(document, "colors", "auto", COLOR_RANGES))
+    if not isinstance(document["scans"], list) or not document["scans"]:
+        raise _Wrong("its scans are no list of at least one")
+    scans = tuple(_scan_entry(scan, i, root) for i, scan in enumerate(document["scans"]))
+    twice = [name for name, count in Counter(scan.name for scan in scans).items() if count > 1]
+    if twice:
+        raise _Wrong(f"scan {', '.join(twice[:3])} is there more than once; names of files without suffix must differ")
+    return FolderDescription(up, unit, colors, scans)
+
+
+def _scan_entry(scan: Any, position: int, root: Path) -> ScanEntry:
+    where = f"scan {position + 1}"
+    _check_keys(scan, where, ("file", "split", "boxes"), ("file",))
+    file = scan["file"]
+    if not isinstance(file, str) or not file or "\0" in file:
+        raise _Wrong(f"the file of {where} is {file!r}; expected is a path in the folder")
+    _refuse_escape(root, file)
+    split = _one_of(scan, "split", "train", ("train", "val"))
+    boxes = scan.get("boxes", [])
+    if not isinstance(boxes, list):
+        raise _Wrong(f"the boxes of {file} are no list")
+    entries = tuple(_box_entry(box, f"box {i + 1} of {file}") for i, box in enumerate(boxes))
+    return ScanEntry(file, cast(Literal["train", "val"], split), entries)
+
+
+def _refuse_escape(root: Path, file: str) -> None:
+    try:
+        inside = (root / file).resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):
+        inside = False
+    if not inside or Path(file).is_absolute() or ".." in Path(file).parts:
+        raise _Wrong(f"the file {file!r} lies outside the folder; copy it there and give its path in the folder")
+
+
+def _box_entry(box: Any, where: str) -> BoxEntry:
+    if not isinstance(box, dict):
+        raise _Wrong(f'{where} is {box!r}; expected is {{"center": ..., "size": ..., "class": ...}}')
+    # Programs add keys of their own, such as a score; one spelt almost like one of these is a mistake.
+    named = {"class", "name"} if box.keys() & {"class", "name"} else set()
+    missing = sorted(_BOX_KEYS - box.keys() - named)
+    for key in box.keys() - _BOX_KEYS:
+        close = difflib.get_close_matches(key.lower(), missing, 1, _CLOSE)
+        if close:
+            raise _Wrong(f"{where} has the unknown key {key!r}; did you mean {close[0]!r}?")
+    if box.get("upright", True) is not True:
+        raise _Wrong(f"{where} does not stand upright in its file; turn the file upright and predict its boxes again")
+    numbers: list[float] = []
+    for key in ("center", "size"):
+        values = box.get(key)
+        if not isinstance(values, list) or len(values) != 3 or not all(map(_is_number, values)):
+            raise _Wrong(f"the {key} of {where} is {values!r}; expected are three numbers")
+        numbers += map(_real, values)
+    yaw = box.get("yaw", 0.0)
+    if not _is_number(yaw):
+        raise _Wrong(f"the yaw of {where} is {yaw!r}; expected is a number (radians)")
+    label = box.get("class", box.get("name"))
+    if not isinstance(label, str):
+        raise _Wrong(f"the class of {where} is {label!r}; expected is a name")
+    return BoxEntry((*numbers, _real(yaw)), label)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _real(value: int | float | None) -> float:
+    """A float of what JSON may hold for one; programs write null for NaN."""
+    try:
+        return math.nan if value is None else float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _one_of(document: dict[str, Any], key: str, default: str, known: Collection[str]) -> str:
+    value = document.get(key, default)
+    if not isinstance(value, str) or value not in known:
+        raise _Wrong(f'"{key}" is {value!r}; expected is one of {", ".join(known)}')
+    return value
+
+
+def _check_keys(entry: Any, where: str, known: Sequence[str], needed: Sequence[str]) -> None:
+    if not isinstance(entry, dict):
+        raise _Wrong(f"{where} is {type(entry).__name__}; expected is an object with {', '.join(known)}")
+    for key in entry:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+            raise _Wrong(f"{where} has the unknown key {key!r}; {hint}")
+    for key in needed:
+        if key not in entry:
+            raise _Wrong(f"{where} has no {key!r}")

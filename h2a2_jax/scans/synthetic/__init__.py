@@ -1,0 +1,5 @@
+"""Procedural scans of furnished rooms, as three sensors would acquire them."""
+
+from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
+
+__all__ = ["SyntheticSource"]

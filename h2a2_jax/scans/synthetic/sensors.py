@@ -1,0 +1,336 @@
+"""Sensors that walk through a room, and the points that they measure."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Float32, Int32
+
+from h2a2_jax.scans.synthetic.catalogue import Scale
+from h2a2_jax.scans.synthetic.raycast import DepthCamera, DepthView, PinholeGrid, SphericalGrid, look
+from h2a2_jax.scans.synthetic.rooms import Room
+from h2a2_jax.scans.synthetic.shapes import turned
+
+FIELD = (math.radians(57), math.radians(45))
+"""Horizontal and vertical field of view of the depth camera."""
+
+RANGE = (0.6, 8.0)
+"""Depth (m) that it measures."""
+
+FRAMED = 0.4
+"""Share of a box that must be framed for its object to be in view."""
+
+
+def free_points(
+    room: Room, count: int, height: tuple[float, float], clearance: float, rng: np.random.Generator
+) -> list[Float32[np.ndarray, " 3"]]:
+    """Places for a sensor, apart from furniture and from one another as far as that goes."""
+    found: list[np.ndarray] = []
+    for attempt in range(count * 60):
+        relaxed = clearance * (1 - attempt / (count * 60))
+        x, y = (rng.uniform(0.35, extent - 0.35) for extent in room.size[:2].tolist())
+        z = rng.uniform(*height)
+        apart = min((math.hypot(x - p[0], y - p[1]) for p in found), default=math.inf)
+        if apart > 3 * relaxed and room.is_free(x, y, z, relaxed):
+            found.append(np.array([x, y, z], np.float32))
+            if len(found) == count:
+                return found
+    # A crammed room: hang the sensor under the ceiling, above all furniture.
+    while len(found) < count:
+        found.append(np.append(rng.uniform(0.3, 0.7, 2) * room.size[:2], room.size[2] - 0.06).astype(np.float32))
+    return found
+
+
+def aimed_camera(room: Room, rng: np.random.Generator) -> DepthCamera:
+    """Of several random cameras, the one that sees most annotated objects."""
+    boxes = room.boxes[room.labels >= 0]
+    targets = boxes[:, :3]
+    best, best_score = None, -1.0
+    for origin in free_points(room, 8, (0.9, 1.5), 0.3, rng):
+        for _ in range(2):
+            aim = room.size / 2
+            if len(targets):
+                aim = targets[rng.integers(len(targets), size=min(2, len(targets)))].mean(axis=0)
+            toward = aim - origin
+            yaw = math.atan2(toward[1], toward[0]) + rng.normal(0.0, 0.1)
+            pitch = float(np.clip(math.atan2(toward[2], math.hypot(toward[0], toward[1])), -0.6, -0.1))
+            camera = DepthCamera(origin, yaw, pitch, FIELD)
+            shares = share_in_view(camera, boxes)
+            score = shares[shares > FRAMED].sum() + 0.5 * rng.random()
+            if score > best_score:
+                best, best_score = camera, score
+    assert best is not None
+    return best
+
+
+def share_in_view(camera: DepthCamera, boxes: Float32[np.ndarray, "k 7"]) -> Float[np.ndarray, " k"]:
+    """Which part of each box the camera frames and reaches, on a lattice of points in it."""
+    ticks = np.linspace(-0.9, 0.9, 4, dtype=np.float32)
+    lattice = np.stack(np.meshgrid(ticks, ticks, ticks[::3]), axis=-1).reshape(-1, 3)
+    offsets = lattice * boxes[:, None, 3:6] / 2
+    placed = [
+        turned(offset, yaw) + center
+        for offset, yaw, center in zip(offsets, boxes[:, 6].tolist(), boxes[:, :3], strict=True)
+    ]
+    right, down, depth = camera.image(np.array(placed, np.float32).reshape(-1, 3))
+    framed = (np.abs(right) < 1) & (np.abs(down) < 1) & (depth > RANGE[0]) & (depth < RANGE[1])
+    return framed.reshape(len(boxes), len(lattice)).mean(axis=1)
+
+
+_CELL = (0.0245, 0.0335)  # m; cells of a fused surface
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """What a sensor delivers of a room.
+
+    Attributes:
+        points: x, y, z (m) in the sensor's convention of frames.
+        colors: red, green, blue in 0-1.
+        owners: object that a point lies on; -1 = none that the room lists.
+        boxes: the whole boxes of all objects of the room, in the frame of the points.
+        visible: fraction of each object's rays that nothing else blocks; 0 for objects out of view.
+        losses: what part of the points is missing though seen, by cause.
+    """
+
+    points: Float32[np.ndarray, "m 3"]
+    colors: Float32[np.ndarray, "m 3"]
+    owners: Int32[np.ndarray, " m"]
+    boxes: Float32[np.ndarray, "k 7"]
+    visible: Float32[np.ndarray, " k"]
+    losses: Mapping[str, float]
+
+
+def fused_mesh(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
+    """A walk through the room with a depth camera, fused: ScanNet.
+
+    Several viewpoints, no ceiling, 50,000-150,000 points every 2-3 cm (demo: 4.5 cm), 10-25 % of the surface missing
+    in patches, corners and colours smoothed, bumps of 5-8 mm. The floor is z = 0 and the origin lies somewhere in the
+    room.
+    """
+    is_demo = scale == "demo"
+    views, rows, cols, highest = (3, 80, 160, 18) if is_demo else (8, 190, 380, 30)
+    elevation = (math.radians(-80), math.radians(highest))
+    seen = [
+        look(room, SphericalGrid(origin, rows, cols, elevation, rng))
+        for origin in free_points(room, views, (1.2, 1.7), 0.3, rng)
+    ]
+    points, colors, owners = _merged(seen, ~np.stack([view.is_ceiling for view in seen]))
+    sigma = rng.uniform(0.005, 0.008) if is_demo else rng.uniform(0.0053, 0.0075)
+    if is_demo:
+        points += rng.normal(0.0, sigma, points.shape).astype(np.float32)
+        points, colors, owners = _thinned(points, colors, owners, 0.045)
+        fraction = rng.uniform(0.10, 0.25)
+    else:
+        fraction = rng.uniform(0.10, 0.25)
+        normals = np.stack([view.normals for view in seen])[~np.stack([view.is_ceiling for view in seen])]
+        spacing = _spacing(points, 1 - fraction, rng)
+        points, means, owners = _thinned(points, np.concatenate([colors, normals], axis=1), owners, spacing)
+        colors, normals = means[:, :3], means[:, 3:]
+        normals = normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-6)
+        points += normals * _bumps(points, sigma, rng)
+    kept = (_without_patches if is_demo else _without_holes)(points, fraction, rng)
+    losses = {"holes": 1 - len(kept) / len(points)}
+    kept = _at_most(kept, 12_000 if is_demo else 150_000, rng)
+    shift = np.array([*(-rng.uniform(0.0, 1.0, 2) * room.size[:2]), 0.0], np.float32)
+    colors = _noisy(colors[kept], 12 / 255, rng)
+    return _capture(room, seen, points[kept] + shift, colors, owners[kept], shift, losses)
+
+
+def full_room(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
+    """Tripod scans merged into one cloud: S3DIS.
+
+    Several positions, the ceiling included, 200,000 points and more (demo: 14,000), 2-5 % missing, 2 mm noise, a warm
+    tint. The smallest x, y, z are 0.
+    """
+    is_demo = scale == "demo"
+    views, rows, cols = (2, 84, 170) if is_demo else (5, 240, 420)
+    elevation = (math.radians(-75), math.radians(89))
+    seen = [
+        look(room, SphericalGrid(origin, rows, cols, elevation, rng))
+        for origin in free_points(room, views, (1.4, 1.7), 0.35, rng)
+    ]
+    points, colors, owners = _merged(seen, np.ones((views, rows, cols), bool))
+    if is_demo:
+        points += rng.normal(0.0, 0.002, points.shape).astype(np.float32)
+        points, colors, owners = _thinned(points, colors, owners, 0.04)
+    else:
+        points, colors, owners = _thinned(points, colors, owners, 0.012)
+        points += np.float32(0.002) * rng.standard_normal(points.shape, np.float32)
+    kept = (_without_patches if is_demo else _without_holes)(points, rng.uniform(0.02, 0.05), rng)
+    losses = {"holes": 1 - len(kept) / len(points)}
+    kept = _at_most(kept, 14_000 if is_demo else 1_000_000, rng)
+    tint = np.array([1.06, 1.0, 0.86], np.float32)
+    shift = -points[kept].min(axis=0)
+    colors = _noisy(colors[kept] * tint, 4 / 255, rng)
+    return _capture(room, seen, points[kept] + shift, colors, owners[kept], shift, losses)
+
+
+def depth_frame(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
+    """One RGB-D image: SUN RGB-D.
+
+    A camera of 57 x 45 degrees at 0.6-8 m with noise that grows with the squared depth, quantised disparity, flying
+    points at edges, and loss at random, at grazing angles and on dark surfaces. An object is in view if more than
+    40 % of its box is framed. 50,000 points (demo: 12,000). The camera is the origin, y is forward and level, z up.
+    """
+    is_demo = scale == "demo"
+    rows, cols = (96, 124) if is_demo else (300, 380)
+    camera = aimed_camera(room, rng)
+    view = look(room, PinholeGrid(camera, rows, cols, rng))
+    offset = view.points - camera.origin
+    depth = offset @ camera.axes[1]
+    measured, flying = _measured_depth(depth, rng)
+    luminance = view.colors.mean(axis=-1)
+    dropped = rng.random(depth.shape) < rng.uniform(0.05, 0.15)
+    grazing = (view.facing < 0.08) & (rng.random(depth.shape) < 0.7)
+    dark = (luminance < 0.13) & (rng.random(depth.shape) < 0.5)
+    losses = {"dropout": dropped.mean(), "grazing or dark": (grazing | dark).mean(), "flying": flying.mean()}
+    kept = ~(dropped | grazing | dark) & (measured > RANGE[0]) & (measured < RANGE[1])
+    points = (offset * (measured / depth)[..., None])[kept]
+    colors = (view.colors * (rng.uniform(0.5, 1.4) * _vignette(rows, cols))[..., None])[kept]
+    owners = np.where(flying, -1, view.owners)[kept].astype(np.int32)
+
+    turn = math.pi / 2 - camera.yaw
+    boxes = room.boxes.copy()
+    boxes[:, :3] = turned(boxes[:, :3] - camera.origin, turn)
+    boxes[:, 6] = (boxes[:, 6] + turn + np.pi) % (2 * np.pi) - np.pi
+    chosen = _at_most(np.arange(len(points)), 12_000 if is_demo else 50_000, rng)
+    return Capture(
+        points=turned(points, turn)[chosen],
+        colors=_noisy(colors, 5 / 255, rng)[chosen],
+        owners=owners[chosen],
+        boxes=boxes,
+        visible=_visible([view], len(room.boxes)) * (share_in_view(camera, room.boxes) > FRAMED),
+        losses={cause: float(share) for cause, share in losses.items()},
+    )
+
+
+def _measured_depth(depth: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Depth as a structured-light camera gives it, and which pixels fly between two surfaces."""
+    sigma = 0.0012 + 0.0019 * (depth - 0.4) ** 2
+    measured = depth + rng.normal(0.0, 1.0, depth.shape).astype(np.float32) * sigma
+    step = 0.00285  # 1/m per disparity unit: 2.85 mm at 1 m, growing with the squared depth
+    measured = 1 / np.maximum(np.round(1 / measured / step) * step, step)
+    jump = np.diff(depth, axis=1, append=depth[:, -1:])
+    flying = (np.abs(jump) > 0.1) & (rng.random(depth.shape) < 0.3)
+    measured = np.where(flying, measured + jump * rng.random(depth.shape), measured)
+    return measured.astype(np.float32), flying
+
+
+def _vignette(rows: int, cols: int) -> np.ndarray:
+    """Brightness over the image: 1 in the middle, 0.7 in the corners."""
+    v, u = np.linspace(-1, 1, rows)[:, None], np.linspace(-1, 1, cols)
+    return (1 - 0.15 * (u * u + v * v)).astype(np.float32)
+
+
+def _merged(views: list[DepthView], kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points, colours and owners of the kept rays of all views."""
+    points = np.stack([view.points for view in views])[kept]
+    colors = np.stack([view.colors for view in views])[kept]
+    owners = np.stack([view.owners for view in views])[kept]
+    return points, colors, owners
+
+
+def _thinned(
+    points: np.ndarray, colors: np.ndarray, owners: np.ndarray, spacing: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One point per cell of a grid of `spacing` (m): the mean of those in it, which rounds corners and blurs.
+
+    What goes for the colours goes for any other columns beside them.
+    """
+    cells = np.floor((points - points.min(axis=0)) / spacing).astype(np.int64)
+    extent = cells.max(axis=0) + 1
+    keys = (cells[:, 0] * extent[1] + cells[:, 1]) * extent[2] + cells[:, 2]
+    order = np.argsort(keys, kind="stable")
+    sorted_keys = keys[order]
+    starts = np.flatnonzero(np.concatenate([[True], sorted_keys[1:] != sorted_keys[:-1]]))
+    counts = np.diff(np.append(starts, len(keys)))[:, None].astype(np.float32)
+    # Points and colours are summed together: one pass over memory.
+    sums = np.add.reduceat(np.concatenate([points, colors], axis=1)[order], starts, axis=0) / counts
+    return sums[:, :3], sums[:, 3:], owners[order[starts]]
+
+
+def _spacing(points: np.ndarray, share: float, rng: np.random.Generator) -> float:
+    """Edge (m) of the cells that bring a surface to the number of points of a scan, within what scans have.
+
+    Args:
+        points: dense samples of the surface.
+        share: of the surface that will be left.
+        rng: source of randomness.
+    """
+    coarse = 0.05
+    cells = np.floor(points / coarse).astype(np.int64)
+    filled = len(np.unique((cells[:, 0] * 4096 + cells[:, 1]) * 4096 + cells[:, 2]))
+    spacing = coarse * math.sqrt(filled * share / rng.uniform(60_000, 140_000))
+    return float(np.clip(spacing, *_CELL))
+
+
+def _bumps(points: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
+    """Noise of a fused surface: one half of its variance is smooth over 0.2-0.6 m, the other free at every point."""
+    smooth = _smooth_field(points, (0.2, 0.6), rng) + rng.standard_normal(len(points), np.float32)
+    return (smooth * np.float32(sigma / math.sqrt(2)))[:, None]
+
+
+def _smooth_field(points: np.ndarray, length: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """A random function of the place with variance 1, a sum of waves of some range of lengths (m)."""
+    waves = 10
+    direction = rng.normal(size=(3, waves))
+    direction *= 2 * math.pi / rng.uniform(*length, waves) / np.linalg.norm(direction, axis=0)
+    phase = rng.uniform(0, 2 * math.pi, waves).astype(np.float32)
+    heights = np.float32(math.sqrt(2 / waves))  # the mean square of a cosine is 1/2
+    return heights * np.cos(points @ direction.astype(np.float32) + phase).sum(axis=1)
+
+
+def _without_holes(points: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """Indices of the points left after `fraction` of them is lost in holes of irregular shape."""
+    field = _smooth_field(points, (0.25, 1.0), rng)
+    return np.flatnonzero(field < np.quantile(field, 1 - fraction))
+
+
+def _without_patches(points: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """Indices of the points left after about `fraction` of them is cut out in round patches."""
+    order = np.argsort(points[:, 0], kind="stable")
+    along, ordered = points[order, 0], points[order]
+    alive = np.ones(len(points), bool)
+    left = len(points)
+    while left > (1 - fraction) * len(points):
+        middle = points[np.flatnonzero(alive)[rng.integers(left)]]
+        radius = rng.uniform(0.1, 0.4)
+        # Only points in a slab about the patch can lie in it.
+        first, last = np.searchsorted(along, (middle[0] - 1.01 * radius, middle[0] + 1.01 * radius))
+        offset = ordered[first:last] - middle
+        inside = np.einsum("ij,ij->i", offset, offset) <= radius * radius
+        alive[order[first:last][inside]] = False
+        left = int(np.count_nonzero(alive))
+    return np.flatnonzero(alive)
+
+
+def _at_most(indices: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """At most `count` of the indices, in random order."""
+    return rng.permutation(indices)[:count]
+
+
+def _noisy(colors: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
+    noise = rng.standard_normal(colors.shape, np.float32) * np.float32(sigma)
+    return np.clip(colors + noise, 0, 1).astype(np.float32)
+
+
+def _visible(views: list[DepthView], objects: int) -> np.ndarray:
+    """Fraction of each object's rays, over all views, that nothing else blocks."""
+    hits = sum(np.bincount(view.owners[view.owners >= 0], minlength=objects) for view in views)
+    return (hits / np.maximum(sum(view.unoccluded for view in views), 1)).astype(np.float32)
+
+
+def _capture(
+    room: Room,
+    views: list[DepthView],
+    points: np.ndarray,
+    colors: np.ndarray,
+    owners: np.ndarray,
+    shift: np.ndarray,
+    losses: Mapping[str, float],
+) -> Capture:
+    boxes = room.boxes.copy()
+    boxes[:, :3] += shift
+    return Capture(points.astype(np.float32), colors, owners, boxes, _visible(views, len(room.boxes)), losses)

@@ -1,0 +1,137 @@
+"""Procedural stand-ins for ScanNet, SUN RGB-D and S3DIS, for what needs data but no licence.
+
+One generator of rooms and furniture serves all three; classes, box protocol, sensor, frame, noise and colour differ
+as the real datasets' do. Numbers measured on these scans say nothing about the real ones.
+"""
+
+import zlib
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.scans.scan import Scan
+from h2a2_jax.scans.specs import DatasetSpec
+from h2a2_jax.scans.synthetic.catalogue import Scale, programme
+from h2a2_jax.scans.synthetic.rooms import Room, furnished_room
+from h2a2_jax.scans.synthetic.sensors import Capture, depth_frame, full_room, fused_mesh
+
+_SENSORS: dict[str, Callable[[Room, Scale, np.random.Generator], Capture]] = {
+    "scannet": fused_mesh,
+    "sunrgbd": depth_frame,
+    "s3dis": full_room,
+}
+_SPLITS = ("train", "val")
+_FEWEST_POINTS = 30
+_FEWEST_POINTS_OF_SCAN = 5_000  # fewer: the camera stands before a wall; another room is drawn
+_LEAST_VISIBLE = 0.15
+_ATTEMPTS = 20
+
+
+class SyntheticSource:
+    """Generated scans of one dataset; the same index always gives the same scan.
+
+    An annotated object that shows fewer than 30 points, or less than 15 % of itself, has no box. Every scan has 5,000
+    points and as many boxes as scans of its dataset have: 8-16 (scannet), 2-6 (sunrgbd), 6-14 (s3dis); of scale "demo"
+    1-8. Boxes enclose the visible points (axis-aligned datasets) or the whole object
+    (datasets with yaw).
+    """
+
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        split: Literal["train", "val"],
+        size: int,
+        *,
+        seed: int = 0,
+        scale: Scale = "full",
+    ):
+        """Names the scans; each is generated when it is asked for.
+
+        Args:
+            spec: scannet, sunrgbd or s3dis.
+            split: the splits share no scan.
+            size: number of scans.
+            seed: another seed gives other scans.
+            scale: "demo" for small rooms with few and easily told classes, "full" for rooms like the real ones.
+
+        Raises:
+            InputError: no stand-in exists for the dataset, or split, size, seed or scale is none of the above.
+        """
+        if spec.name not in _SENSORS:
+            raise InputError(f"There is no synthetic {spec.name}: use one of {', '.join(_SENSORS)}.")
+        if split not in _SPLITS:
+            raise InputError(f"There is no split {split!r}: use train or val.")
+        if scale not in ("demo", "full"):
+            raise InputError(f"There is no scale {scale!r}: use demo or full.")
+        if size < 1:
+            raise InputError(f"A synthetic source of {size} scans was asked for: give at least 1.")
+        if seed < 0:
+            raise InputError(f"The seed {seed} was asked for: give 0 or more.")
+        self.spec = spec
+        self._split = split
+        self._size = size
+        self._seed = seed
+        self._scale: Scale = scale
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the scans, such as "synthetic_scannet/train/000012"."""
+        return [self._name(index) for index in range(self._size)]
+
+    def __len__(self) -> int:
+        """Number of scans."""
+        return self._size
+
+    def __getitem__(self, index: int) -> Scan:
+        """Generates one scan.
+
+        Raises:
+            IndexError: the index is not in [0, size).
+        """
+        scan, _, _ = self.acquire(index)
+        return scan
+
+    def acquire(self, index: int) -> tuple[Scan, Room, Capture]:
+        """Generates one scan, with the room it shows and what the sensor made of it.
+
+        Raises:
+            IndexError: the index is not in [0, size).
+        """
+        if not 0 <= index < self._size:
+            raise IndexError(f"scan {index} of {self._size}")
+        rng = np.random.default_rng(
+            [self._seed, zlib.crc32(self.spec.name.encode()), _SPLITS.index(self._split), index, self._scale == "demo"]
+        )
+        plan = programme(self.spec, self._scale)
+        for _ in range(_ATTEMPTS):
+            room = furnished_room(plan, self.spec, rng)
+            if self._scale == "full" and np.count_nonzero(room.labels >= 0) < plan.boxes[0]:
+                continue  # no need to look
+            capture = _SENSORS[self.spec.name](room, self._scale, rng)
+            boxes, labels = _annotation(room, capture, self.spec.has_yaw)
+            if plan.boxes[0] <= len(labels) <= plan.boxes[1] and len(capture.points) >= _FEWEST_POINTS_OF_SCAN:
+                return Scan(self._name(index), capture.points, capture.colors, boxes, labels), room, capture
+        raise RuntimeError(f"{_ATTEMPTS} rooms in a row show too little: the catalogue is broken.")
+
+    def _name(self, index: int) -> str:
+        return f"synthetic_{self.spec.name}/{self._split}/{index:06d}"
+
+
+def _annotation(
+    room: Room, capture: Capture, has_yaw: bool
+) -> tuple[Float32[np.ndarray, "g 7"], Int32[np.ndarray, " g"]]:
+    """Boxes and labels of the objects that show enough of themselves."""
+    counts = np.bincount(capture.owners[capture.owners >= 0], minlength=len(room.labels))
+    enough = (counts >= _FEWEST_POINTS) & (capture.visible >= _LEAST_VISIBLE) & (room.labels >= 0)
+    chosen = np.flatnonzero(enough)
+    if has_yaw:
+        return capture.boxes[chosen], room.labels[chosen]
+    boxes = np.zeros((len(chosen), 7), np.float32)
+    for box, owner in zip(boxes, chosen, strict=True):
+        points = capture.points[capture.owners == owner]
+        low, high = points.min(axis=0), points.max(axis=0)
+        box[:3], box[3:6] = (low + high) / 2, high - low
+    return boxes, room.labels[chosen]

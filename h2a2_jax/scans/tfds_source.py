@@ -1,0 +1,237 @@
+"""Scans of datasets that were prepared with `python -m data.<dataset>`, read at random from array_record files."""
+
+import json
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.files import read_json
+from h2a2_jax.scans.scan import Scan, ScanError, colors_from_bytes
+from h2a2_jax.scans.specs import DatasetSpec
+
+METADATA_FILE = "metadata.json"
+"""Written by TFDS beside the scans: "dataset", "classes", "has_yaw", "settings", "names" by split, "failed"."""
+
+_INFO_FILE = "dataset_info.json"
+_INCOMPLETE = "incomplete."
+_BELOW = ("", "*/", "*/*/", "prepared/*/*/")
+"""Where a version's folder may be below what a user gives."""
+
+
+class TfdsSource:
+    """Scans of one split of a prepared dataset.
+
+    Files are opened by each process when it first reads, so that a source can be pickled and used by several threads at
+    once. array_record crashes in a process that is forked after its parent has read: such a process is refused.
+
+    Attributes:
+        folder: the version's folder that is read, as in data/scannet/prepared/scannet/1.0.0.
+    """
+
+    def __init__(self, root: str | Path, split: str, spec: DatasetSpec):
+        """Finds the dataset and checks that it is whole.
+
+        Args:
+            root: a version's folder, or one up to three levels above it: data/scannet, data/scannet/prepared, ...
+            split: "train" or "val".
+            spec: the dataset that is expected.
+
+        Raises:
+            InputError: nothing is prepared there, only half, or another dataset; or tensorflow-datasets is missing.
+        """
+        self.folder = find_tfds(root, spec)
+        metadata = _metadata(self.folder)
+        if tuple(metadata["classes"]) != spec.classes:
+            raise InputError(
+                f"{self.folder} holds the {len(metadata['classes'])} classes {', '.join(metadata['classes'])}; "
+                f"{spec.name} has {', '.join(spec.classes)}: give another folder or another dataset."
+            )
+        if split not in metadata["names"]:
+            raise InputError(f"{self.folder} has no split {split}: use one of {', '.join(metadata['names'])}.")
+        problem = why_not_whole(self.folder)
+        if problem is not None:
+            raise InputError(f"{problem}: remove {self.folder} and prepare the dataset again.")
+        try:
+            import array_record.python.array_record_data_source  # noqa: F401
+            import tensorflow_datasets  # noqa: F401
+        except ImportError as error:
+            raise InputError(
+                f'Reading {self.folder} needs {error.name}, which is not installed: pip install "h2a2_jax[data]".'
+            ) from error
+        self._split = split
+        self._names: tuple[str, ...] = tuple(metadata["names"][split])
+        self._lock = threading.Lock()
+        self._opened: Any = None
+        self._process = 0
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the scans, in order."""
+        return self._names
+
+    def __len__(self) -> int:
+        """Number of scans."""
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Scan:
+        """Reads one scan.
+
+        Raises:
+            IndexError: the index is not in [0, number of scans).
+            ScanError: its record is damaged.
+            InputError: the files cannot be opened.
+            RuntimeError: this process was forked from one that has read.
+        """
+        if not 0 <= index < len(self._names):
+            raise IndexError(f"scan {index} of {len(self._names)}")
+        name = self._names[index]
+        records = self._records()
+        try:
+            found = records[index]
+            scan = Scan(
+                found["name"].decode(),
+                found["points"],
+                colors_from_bytes(found["colors"]),
+                found["boxes"],
+                found["labels"],
+                found["transform"],
+                json.loads(found["notes"]),
+            )
+        except Exception as error:  # array_record, protobuf and TFDS each have their own
+            raise ScanError(
+                name,
+                f"Scan {name} cannot be read from {self.folder} ({' '.join(str(error).split())[:200]}): remove that "
+                "folder and prepare the dataset again.",
+            ) from error
+        if scan.name != name:
+            raise ScanError(name, f"{self.folder} holds scan {scan.name} in the place of {name}: prepare it again.")
+        return scan
+
+    def _records(self) -> Any:
+        """TFDS's view of the files."""
+        if self._opened is None or self._process != os.getpid():
+            with self._lock:
+                if self._opened is None or self._process != os.getpid():
+                    _check_not_forked()
+                    self._opened, self._process = self._open(), os.getpid()
+        return self._opened
+
+    def _open(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        try:
+            return tfds.builder_from_directory(self.folder).as_data_source(split=self._split)
+        except Exception as error:  # TFDS has no base class of its errors
+            raise InputError(
+                f"{self.folder} cannot be opened ({' '.join(str(error).split())[:200]}): remove it and prepare the "
+                "dataset again."
+            ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None, "_opened": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+
+_first_reader: int | None = None
+
+
+def _check_not_forked() -> None:
+    """The array_record package keeps threads for all its readers, which a fork does not copy."""
+    global _first_reader
+    if _first_reader not in (None, os.getpid()):
+        raise RuntimeError(
+            "Prepared data are read in a process that was forked after its parent had read some: start processes by "
+            "spawn, or fork before reading."
+        )
+    _first_reader = os.getpid()
+
+
+def is_tfds(root: str | Path) -> bool:
+    """Whether a dataset was prepared by `python -m data.<dataset>` at this place, in full or in part."""
+    return bool(_versions(Path(root)) or _unfinished(Path(root)))
+
+
+def find_tfds(root: str | Path, spec: DatasetSpec) -> Path:
+    """The version's folder of a prepared dataset; the newest version where there are several.
+
+    Args:
+        root: that folder, or one up to three levels above it.
+        spec: the dataset that is expected.
+
+    Raises:
+        InputError: there is none, only half of one, only others, or more than one.
+    """
+    root = Path(root)
+    found = {folder: _metadata(folder)["dataset"] for folder in _versions(root)}
+    fitting = [folder for folder, dataset in found.items() if dataset == spec.name]
+    datasets = {folder.parent for folder in fitting}
+    if len(datasets) > 1:
+        raise InputError(
+            f"{root} holds {len(datasets)} prepared datasets of {spec.name}: "
+            f"give one of {', '.join(map(str, sorted(datasets)))}."
+        )
+    if fitting:
+        return max(fitting, key=_version_number)
+    if found:
+        others = ", ".join(f"{folder} ({dataset})" for folder, dataset in found.items())
+        raise InputError(f"{root} holds no prepared {spec.name}, but {others}: give another folder or another dataset.")
+    unfinished = _unfinished(root)
+    if unfinished:
+        raise InputError(
+            f"{root} was only half prepared ({unfinished[0]} is left of it): give the command that prepares it again, "
+            "it goes on where it was."
+        )
+    raise InputError(
+        f"{root} holds no prepared dataset: prepare it with python -m data.<dataset>, as data/README.md describes."
+    )
+
+
+def why_not_whole(folder: Path) -> str | None:
+    """What is missing of a version's folder, half a sentence; None if nothing is.
+
+    Reads no record: a file that was cut or is missing shows in the sizes.
+    """
+    info = read_json(folder / _INFO_FILE)
+    if info is None or read_json(folder / METADATA_FILE) is None:
+        return f"{folder} lacks {_INFO_FILE} or {METADATA_FILE}"
+    for split in info["splits"]:
+        number = len(split["shardLengths"])
+        files = [
+            folder / f"{info['name']}-{split['name']}.{info['fileFormat']}-{i:05d}-of-{number:05d}"
+            for i in range(number)
+        ]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            return f"{folder} lacks {missing[0]}"
+        size, expected = sum(file.stat().st_size for file in files), int(split["numBytes"])
+        if size != expected:
+            return f"The files of {split['name']} in {folder} have {size} bytes instead of {expected}"
+    return None
+
+
+def _versions(root: Path) -> list[Path]:
+    files = {file for below in _BELOW for file in root.glob(f"{below}{_INFO_FILE}")}
+    folders = sorted(file.parent for file in files if not file.parent.name.startswith(_INCOMPLETE))
+    return [folder for folder in folders if "classes" in (read_json(folder / METADATA_FILE) or {})]
+
+
+def _unfinished(root: Path) -> list[Path]:
+    patterns = ["*.cache/settings.json", "prepared/*.cache/settings.json"]
+    patterns += [f"{below}{_INCOMPLETE}*/" for below in ("", "*/", "prepared/*/")]
+    return sorted(path for pattern in patterns for path in root.glob(pattern))
+
+
+def _version_number(folder: Path) -> list[int]:
+    return [int(part) if part.isdigit() else 0 for part in folder.name.split(".")]
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    metadata = read_json(folder / METADATA_FILE)
+    assert isinstance(metadata, dict)  # as _versions has seen
+    return metadata

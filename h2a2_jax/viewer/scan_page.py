@@ -1,0 +1,150 @@
+"""The viewer: one HTML file that refers to nothing outside itself."""
+
+import base64
+import io
+import json
+import re
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt16
+
+from h2a2_jax.boxes.matching import IOU_THRESHOLDS, GroundTruth
+from h2a2_jax.boxes.nms import Detections
+from h2a2_jax.scans.scan import Scan
+from h2a2_jax.viewer.content import (
+    Content,
+    ceiling_cut,
+    class_color,
+    content,
+    framed,
+    has_colors,
+    height_colors,
+    height_limits,
+    hits,
+    point_spacing,
+)
+from h2a2_jax.viewer.image import draw
+
+_SCRIPTS = ("camera.js", "scene.js", "model.js", "panel.js", "input.js", "viewer.js")
+_STEPS = 65535
+_RAMP = 8
+_STILL_SIZE = (1000, 640)
+_DECIMALS = 4
+
+
+def write_viewer(
+    path: str | Path,
+    scan: Scan,
+    detections: Detections | None,
+    class_names: Sequence[str],
+    *,
+    truth: GroundTruth | None = None,
+    title: str | None = None,
+    score: float | int = 0.3,
+    max_points: int = 400_000,
+    still: bool = True,
+    note: str = "",
+) -> None:
+    """Writes a page that shows a scan with its boxes in any browser, from disk, without a network.
+
+    Points are stored as 16-bit steps within the scan's extent (half a millimetre for 33 m) and 8-bit colours, 12 bytes
+    a point in the file; boxes are stored exactly. Numbers on the page are those of the scan's frame, however far from
+    the origin it lies.
+
+    Args:
+        path: of the HTML file.
+        scan: points and colours; without colours they are coloured by height. Its own boxes are not shown.
+        detections: boxes in the scan's frame, of any score; None is none.
+        class_names: by label.
+        truth: annotated boxes, shown over or beside the detections, which are marked as hits or not.
+        title: of the page; the scan's name by default.
+        score: lowest score shown at first; a slider changes it.
+        max_points: a scan of more is thinned evenly, and the page says so.
+        still: whether to include a still picture for browsers without WebGL 2 (about 100 kB).
+        note: a sentence on the page, as on the frame that its numbers are in.
+
+    Raises:
+        ValueError: see `content`.
+    """
+    shown = content(scan, detections, class_names, truth, max_points)
+    document = _payload(shown, scan.name if title is None else title, score)
+    low, step, places = quantise(shown.scan.points)
+    document["notes"] += [note] if note else []
+    document["points"] |= {"origin": low.tolist(), "step": step.tolist()}
+    colors = np.round(shown.scan.colors * 255).astype(np.uint8) if document["points"]["colored"] else b""
+    parts = {
+        "title": escape(document["title"]),
+        "style": _asset("viewer.css"),
+        "still": _still(shown, score) if still else "",
+        "scene": json.dumps(document, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c"),
+        "places": base64.b64encode(places.astype("<u2").tobytes()).decode(),
+        "colors": base64.b64encode(bytes(colors)).decode(),
+        "script": "\n".join(_asset(name) for name in _SCRIPTS),
+    }
+    # In one pass: what is put in may itself look like a place to put something in.
+    page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("viewer.html"))
+    # Names of files that are not UTF-8 reach Python as lone surrogates, which no encoding takes.
+    Path(path).write_bytes(page.encode("utf-8", errors="replace"))
+
+
+def quantise(
+    points: Float[np.ndarray, "m 3"],
+) -> tuple[Float[np.ndarray, " 3"], Float[np.ndarray, " 3"], UInt16[np.ndarray, "m 3"]]:
+    """Points as steps from their lowest corner.
+
+    Returns:
+        Lowest x, y, z and the length of a step along each (m), float64, and the steps, 0 to 65535.
+    """
+    wide = points.astype(np.float64)
+    low, high = (wide.min(axis=0), wide.max(axis=0)) if len(wide) else (np.zeros(3), np.zeros(3))
+    step = np.maximum(high - low, 1e-3) / _STEPS
+    return low, step, np.round((wide - low) / step).astype(np.uint16)
+
+
+def _payload(shown: Content, title: str, score: float) -> dict[str, Any]:
+    points, found, truth = shown.scan.points, shown.detections, shown.truth
+    hit, (low, high) = hits(shown), framed(shown)
+    return {
+        "title": title,
+        "notes": list(shown.notes),
+        "score": score,
+        "points": {
+            "count": len(points),
+            "total": shown.num_points,
+            "colored": has_colors(shown.scan),
+            "spacing": point_spacing(points),
+            "heights": height_limits(points),
+            "ceiling": ceiling_cut(points),
+        },
+        "frame": {"low": low.tolist(), "high": high.tolist()},
+        "ramp": height_colors(np.linspace(0, 1, _RAMP)).round(_DECIMALS).tolist(),
+        "classes": [
+            {"name": name, "color": np.round(class_color(label), _DECIMALS).tolist()}
+            for label, name in enumerate(shown.class_names)
+        ],
+        "detections": {
+            "boxes": found.boxes.tolist(),
+            "scores": found.scores.tolist(),
+            "labels": found.labels.tolist(),
+            "hits": hit.truth.tolist(),
+            "iou": hit.iou.tolist(),
+        },
+        "truth": None if truth is None else {"boxes": truth.boxes.tolist(), "labels": truth.labels.tolist()},
+        "iouThresholds": list(IOU_THRESHOLDS),
+    }
+
+
+def _still(shown: Content, score: float) -> str:
+    encoded = io.BytesIO()
+    draw(shown, score=score, size=_STILL_SIZE).save(encoded, "JPEG", quality=80)
+    data = base64.b64encode(encoded.getvalue()).decode()
+    return f'<img id="still" alt="The scan with its boxes, obliquely from above" src="data:image/jpeg;base64,{data}">'
+
+
+def _asset(name: str) -> str:
+    return (resources.files("h2a2_jax.viewer") / "assets" / name).read_text(encoding="utf-8")

@@ -1,0 +1,241 @@
+"""Warm starts: what is taken from a checkpoint, by name, and every array that is not is said."""
+
+import dataclasses
+import functools
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from h2a2_jax.checkpoint.store import CheckpointStore
+from h2a2_jax.checkpoint.train_state import TrainState, merge_model, split_model
+from h2a2_jax.checkpoint.tree import Arrays, stored_params, stored_statistics
+from h2a2_jax.checkpoint.warm_start import ArrayName, WarmStart, warm_start
+from h2a2_jax.config import ExperimentConfig
+from h2a2_jax.errors import InputError
+from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
+from h2a2_jax.scans.sources import SourceConfig
+from tests.checkpoint.test_store import PLAIN, TINY
+
+SCANNET, SUNRGBD, S3DIS = (SourceConfig(name, root="data") for name in ("scannet", "sunrgbd", "s3dis"))
+MINE = SourceConfig("mine", root="data", classes=("box", "bag"))
+Sources = tuple[SourceConfig, ...]
+
+
+@functools.cache
+def parts(sources: Sources, model: DetectorConfig) -> tuple:
+    heads = [HeadConfig(s.spec.name, s.spec.num_classes, s.spec.num_outputs) for s in sources]
+    return split_model(nnx.eval_shape(lambda: TR3D(model, heads, rngs=nnx.Rngs(0))))
+
+
+def detector(seed: int, sources: Sources, model: DetectorConfig) -> TR3D:
+    """Random numbers in every place; nothing is compiled."""
+    rng = np.random.default_rng(seed)
+    graph, *trees = parts(sources, model)
+    return merge_model(graph, *jax.tree.map(lambda leaf: jnp.asarray(rng.random(leaf.shape), leaf.dtype), trees))
+
+
+def arrays(model: TR3D, sources: Sources) -> dict[str, Arrays]:
+    """By dataset, "" for shared ones, and path."""
+    specs = [source.spec for source in sources]
+    _, exclusive, shared, stats = split_model(model)
+    params, statistics = stored_params(shared, exclusive, specs), stored_statistics(stats, specs)
+    return {"": params["shared"], **{s.name: params["datasets"][s.name] | statistics[s.name] for s in specs}}
+
+
+def save(run: Path, seed: int, sources: Sources, model: DetectorConfig, step: int = 7) -> dict[str, Arrays]:
+    """A checkpoint of a detector; returns what it holds."""
+    trained, nothing = detector(seed, sources, model), {"count": jnp.int32(0)}
+    _, exclusive, shared, stats = split_model(trained)
+    with CheckpointStore(run / "checkpoints") as store:
+        state = TrainState(
+            jnp.int32(step), shared, exclusive, stats, nothing, nothing, nothing, jnp.int32(0), jnp.int32(0)
+        )
+        store.save(step, state, ExperimentConfig(sources, model), [source.name for source in sources])
+    return arrays(trained, sources)
+
+
+def start(run: Path, sources: Sources, model: DetectorConfig) -> tuple[dict, dict, WarmStart]:
+    """Arrays before and after a warm start, and the report."""
+    fresh = detector(99, sources, model)
+    before = arrays(fresh, sources)
+    started, report = warm_start(fresh, [source.spec for source in sources], run)
+    assert_same(arrays(fresh, sources), before)
+    assert started.heads_config == fresh.heads_config
+    after = arrays(started, sources)
+    kinds = (report.loaded, report.averaged, report.initialised, report.other_shape)
+    named = [(name.dataset, name.path) for kind in kinds for name in kind]
+    assert sorted(named) == sorted((owner, path) for owner in after for path in after[owner])  # each once
+    for name in (*report.initialised, *report.other_shape):
+        np.testing.assert_array_equal(after[name.dataset][name.path], before[name.dataset][name.path])
+    return before, after, report
+
+
+def assert_same(a: dict[str, Arrays], b: dict[str, Arrays]) -> None:
+    assert a.keys() == b.keys()
+    for owner in a:
+        assert a[owner].keys() == b[owner].keys()
+        assert not [path for path in a[owner] if not np.array_equal(a[owner][path], b[owner][path])]
+
+
+def pairs(names: Sequence[ArrayName]) -> set[tuple[str, str]]:
+    return {(name.dataset, name.path) for name in names}
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Arrays]]:
+    """A run that selected kernels on two datasets, and what it holds."""
+    run = tmp_path_factory.mktemp("joint")
+    return run, save(run, 1, (SCANNET, SUNRGBD), TINY)
+
+
+@pytest.fixture(scope="module")
+def tr3d(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Arrays]]:
+    """The same of a run without selection on one dataset."""
+    run = tmp_path_factory.mktemp("tr3d")
+    return run, save(run, 2, (SCANNET,), PLAIN)
+
+
+def test_the_same_detector_takes_everything_by_name(joint: tuple[Path, dict]):
+    run, held = joint
+    _, after, report = start(run, (SUNRGBD, SCANNET), TINY)
+    assert_same({owner: after[owner] for owner in held}, held)
+    assert not (report.averaged or report.initialised or report.other_shape or report.left_over)
+    count = sum(map(len, held.values()))
+    source = f"the checkpoint of step 7 in {run / 'checkpoints'}"
+    assert report.text().startswith(f"Warm start from {source}: {count} of {count} arrays loaded: ")
+    assert report.text().endswith(" stem 3, neck 18, of sunrgbd 51, of scannet 51.")
+    assert "\n" not in report.text()
+
+
+def test_one_dataset_more_starts_anew_with_the_mean_statistics(joint: tuple[Path, dict]):
+    run, held = joint
+    _, after, report = start(run, (SCANNET, MINE, SUNRGBD), TINY)
+    assert_same({owner: after[owner] for owner in held}, held)
+    own = {"embedding", "heads.box_kernel", "heads.box_bias", "heads.class_kernel", "heads.class_bias"}
+    initialised = {name.path for name in report.initialised}
+    assert own < initialised and all(path.endswith(".conv.exclusive") for path in initialised - own)
+    assert {name.dataset for name in (*report.initialised, *report.averaged)} == {"mine"}
+    for name in report.averaged:
+        mean = (held["scannet"][name.path] + held["sunrgbd"][name.path]) / 2
+        np.testing.assert_allclose(after["mine"][name.path], mean, rtol=1e-6)
+    assert not report.left_over
+    assert "Statistics that start as the mean over the checkpoint's datasets: of mine " in report.text()
+    assert "  heads.{box_bias,box_kernel,class_bias,class_kernel} of mine" in report.text()
+
+
+def test_one_dataset_fewer_is_left_out(joint: tuple[Path, dict]):
+    run, held = joint
+    _, after, report = start(run, (SUNRGBD,), TINY)
+    assert_same(after, {"": held[""], "sunrgbd": held["sunrgbd"]})
+    assert report.left_datasets == ("scannet",) and pairs(report.left_over) == {("scannet", p) for p in held["scannet"]}
+    count = len(held["scannet"])
+    assert report.text().splitlines()[1:] == [
+        f"Left over in the checkpoint: {count} arrays of scannet, which is not in this run."
+    ]
+
+
+def test_tr3d_becomes_the_start_of_h2a2(tr3d: tuple[Path, dict]):
+    run, held = tr3d
+    _, after, report = start(run, (SCANNET, S3DIS), TINY)
+    for path, kernel in held[""].items():
+        place = path if path in after[""] else path.replace(".conv.kernel", ".conv.shared")
+        np.testing.assert_array_equal(after[""][place], kernel)
+    assert_same({"": {path: after["scannet"][path] for path in held["scannet"]}}, {"": held["scannet"]})
+    assert {name.dataset for name in report.averaged} == {"s3dis"} and not report.left_over
+    stem = "backbone.stages.0.0.first.conv."
+    missing = pairs(report.initialised)
+    assert {("", stem + "prior"), ("scannet", stem + "exclusive"), ("s3dis", "embedding")} <= missing
+    assert ("", stem + "shared") not in missing
+    lines = report.text().splitlines()
+    assert "  backbone.stages.{0,1,2,3}.0.{first,second}.conv.exclusive of scannet, s3dis" in lines
+    assert "  backbone.stages.{0,1,2,3}.0.{first,second}.conv.{prior,projection,prototypes}" in lines
+    assert len(lines) < 12
+
+
+def test_exclusive_kernels_that_start_as_copies_copy_the_loaded_kernel(tr3d: tuple[Path, dict]):
+    run, held = tr3d
+    copying = dataclasses.replace(TINY, selection=dataclasses.replace(TINY.selection, exclusive_init="copy"))
+    _, after, _ = start(run, (SCANNET, S3DIS), copying)
+    kernel = held[""]["backbone.stages.1.0.second.conv.kernel"]
+    for owner, parameter in (("", "shared"), ("scannet", "exclusive"), ("s3dis", "exclusive")):
+        np.testing.assert_array_equal(after[owner][f"backbone.stages.1.0.second.conv.{parameter}"], kernel)
+
+
+def test_what_selects_its_kernels_is_no_start_of_tr3d(joint: tuple[Path, dict]):
+    with pytest.raises(InputError, match=r"The checkpoint of step 7 in .* selects its kernels and this model does not"):
+        start(joint[0], (SCANNET,), PLAIN)
+
+
+def test_parts_that_no_longer_select_are_initialised(tmp_path: Path):
+    wide = dataclasses.replace(TINY, selection=dataclasses.replace(TINY.selection, convolutions=("residual", "stem")))
+    save(tmp_path, 3, (SCANNET,), wide)
+    _, _, report = start(tmp_path, (SCANNET,), TINY)
+    assert pairs(report.initialised) == {("", "backbone.stem.conv.kernel")}
+    assert {("", "backbone.stem.conv.shared"), ("scannet", "backbone.stem.conv.exclusive")} < pairs(report.left_over)
+
+
+def test_what_is_shared_there_starts_what_is_a_datasets_own_here(tr3d: tuple[Path, dict]):
+    run, held = tr3d
+    own = dataclasses.replace(PLAIN, neck="exclusive", norm_affine="exclusive")
+    _, after, report = start(run, (SCANNET, MINE), own)
+    for path in ("neck.steps.0.up.conv.kernel", "backbone.stem.norm.scale"):
+        for name in ("scannet", "mine"):
+            np.testing.assert_array_equal(after[name][path], held[""][path])
+    assert {name.path.split(".")[0] for name in report.initialised} == {"heads"} and not report.left_over
+
+
+@pytest.mark.parametrize("classes", [("box", "bat"), ("bag", "box"), ("box", "bag", "bat")])
+def test_a_head_of_other_classes_starts_anew(tmp_path: Path, classes: tuple[str, ...]):
+    held = save(tmp_path, 4, (MINE,), PLAIN)
+    _, after, report = start(tmp_path, (dataclasses.replace(MINE, classes=classes),), PLAIN)
+    assert pairs(report.other_shape) == {("mine", "heads.class_kernel"), ("mine", "heads.class_bias")}
+    np.testing.assert_array_equal(after["mine"]["heads.box_kernel"], held["mine"]["heads.box_kernel"])
+    assert report.text().endswith("\n  heads.{class_bias,class_kernel} of mine (of other classes)")
+    assert not report.left_over
+
+
+def test_a_head_of_boxes_with_another_number_of_outputs_starts_anew(tmp_path: Path):
+    save(tmp_path, 4, (MINE,), PLAIN)
+    _, _, report = start(tmp_path, (dataclasses.replace(MINE, has_yaw=True),), PLAIN)
+    assert pairs(report.other_shape) == {("mine", "heads.box_kernel"), ("mine", "heads.box_bias")}
+    assert "  heads.box_kernel of mine (float32[4,6] in the checkpoint, float32[4,8] here)" in report.text()
+
+
+def test_what_has_another_shape_is_initialised_and_said(tr3d: tuple[Path, dict]):
+    _, _, report = start(tr3d[0], (SCANNET, MINE), dataclasses.replace(PLAIN, stem_channels=6))
+    assert ("", "backbone.stem.conv.kernel") in pairs(report.other_shape)
+    assert ("mine", "backbone.stem.norm.mean") in pairs(report.other_shape)
+    assert "  backbone.stem.norm.{bias,scale} (float32[4] in the checkpoint, float32[6] here)" in report.text()
+
+
+def test_paths_in_braces_expand_to_every_path(tr3d: tuple[Path, dict]):
+    _, _, report = start(tr3d[0], (SCANNET,), TINY)
+    listed = [line.split(" of ")[0].strip() for line in report.text().splitlines() if line.startswith("  ")]
+    expanded = subprocess.run(["bash", "-c", f"echo {' '.join(listed)}"], capture_output=True, text=True, check=True)
+    assert sorted(expanded.stdout.split()) == sorted(name.path for name in report.initialised)
+
+
+def test_nothing_that_fits_is_refused(tr3d: tuple[Path, dict]):
+    other = dataclasses.replace(PLAIN, stem_channels=6, stage_channels=(6, 6, 6, 6), neck_channels=6)
+    with pytest.raises(InputError, match=r"^No parameter of the checkpoint of step 7 in .* has the name and the shape"):
+        start(tr3d[0], (MINE,), other)
+
+
+def test_places_of_checkpoints(tmp_path: Path, tr3d: tuple[Path, dict]):
+    run, specs = tr3d[0], [SCANNET.spec]
+    fresh = detector(5, (SCANNET,), PLAIN)
+    for path in (run / "checkpoints", run / "checkpoints" / "7"):
+        assert not warm_start(fresh, specs, str(path))[1].initialised
+    assert not warm_start(fresh, specs, run, 7)[1].initialised
+    with pytest.raises(InputError, match="no checkpoint of step 8"):
+        warm_start(fresh, specs, run, 8)
+    with pytest.raises(InputError, match="none is no folder: give the folder of a run"):
+        warm_start(fresh, specs, tmp_path / "none")
+    with pytest.raises(InputError, match="There is no checkpoint in"):
+        warm_start(fresh, specs, tmp_path)

@@ -1,0 +1,205 @@
+"""Evaluation as a command asks for it: which scans, whose heads, which files."""
+
+import csv
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs.joint import demo
+from h2a2_jax.boxes import Detections
+from h2a2_jax.boxes.matching import GroundTruth
+from h2a2_jax.commands.evaluate import _check_classes, results_folder
+from h2a2_jax.config import ExperimentConfig, SourceConfig
+from h2a2_jax.distributed import MeshLayout, train_mesh
+from h2a2_jax.errors import InputError
+from h2a2_jax.evaluation import evaluate_detections
+from h2a2_jax.evaluation.documents import evaluation_json
+from h2a2_jax.evaluation.evaluate import EvalRequest, chosen_sources, cross_table, evaluate_predictor
+from h2a2_jax.evaluation.evaluation_page import draw_curves, write_evaluation_page
+from h2a2_jax.scans.specs import dataset_spec
+
+
+def small() -> ExperimentConfig:
+    config = demo()
+    return replace(config, datasets=tuple(replace(d, train_size=1, val_size=2) for d in config.datasets))
+
+
+class Knowing:
+    """Finds every annotated box whose class the head has, the larger the surer, and a chair where there is none."""
+
+    def __init__(self, of: dict[str, str]):
+        self.of = of  # dataset of a scan, by the beginning of its name
+
+    def predict(self, scans, dataset):
+        head = dataset_spec(dataset)
+        found = []
+        for scan in scans:
+            classes = dataset_spec(next(d for start, d in self.of.items() if scan.name.startswith(start))).classes
+            rows = [g for g, label in enumerate(scan.labels) if label >= 0 and classes[label] in head.classes]
+            labels = [head.classes.index(classes[scan.labels[g]]) for g in rows]
+            boxes = np.concatenate([scan.boxes[rows], [[90, 0, 0, 1, 1, 1, 0]]]).astype(np.float32)
+            scores = np.append(np.minimum(0.5 + scan.boxes[rows, 3] / 10, 0.9), 0.1 + len(scan.points) / 1e6)
+            found.append(
+                Detections(boxes, scores.astype(np.float32), np.array([*labels, head.classes.index("chair")], np.int32))
+            )
+        return found
+
+
+KNOWING = Knowing({f"synthetic_{name}": name for name in ("scannet", "sunrgbd", "s3dis")})
+
+
+def test_one_evaluation_on_any_devices_and_in_any_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = small()
+    texts = []
+    for devices, batch in ((1, 1), (3, 2), (6, 1)):
+        process_layout = MeshLayout(train_mesh(3, jax.devices()[:devices]), 3)
+        again = replace(config, eval=replace(config.eval, batch_size=batch))
+        evaluate_predictor(again, KNOWING, tmp_path / str(devices), process_layout)
+        texts.append((tmp_path / str(devices) / "evaluation.json").read_text())
+    assert texts[0] == texts[1] == texts[2]
+    results = json.loads(texts[0])
+    assert list(results) == ["scannet", "sunrgbd", "s3dis"]
+    for name, values in results.items():
+        assert values["version"] == 1 and values["scans"] == 2 and "protocol" not in values
+        assert [level["mAP"] for level in values["thresholds"]] == pytest.approx([1, 1])
+        assert values["num_detections"]["chair"] == values["num_ground_truth"]["chair"] + 2
+        assert values["by_distance"]["from"] == ("sensor" if name == "sunrgbd" else "centre")
+        for breakdown in (values["by_size"], values["by_distance"]):
+            boxes = sum(sum(one["num_ground_truth"].values()) for one in breakdown["bins"])
+            assert boxes == sum(values["num_ground_truth"].values())
+    assert evaluation_json(results) == texts[0]
+    printed = capsys.readouterr().out
+    assert "sunrgbd, 2 scans" in printed and "mAP@0.25/0.5 by size: small" in printed and "mean" in printed
+
+    rows = list(csv.DictReader((tmp_path / "1" / "evaluation.csv").read_text().splitlines()))
+    assert len(rows) == 2 * ((18 + 1) + (10 + 1) + (5 + 1))
+    missing = results["scannet"]["classes_left_out"][0]
+    cells = next(row for row in rows if row["dataset"] == "scannet" and row["class"] == missing)
+    assert (cells["AP"], cells["ground_truth"], cells["best_f1"]) == ("", "0", "")
+    mean = next(row for row in rows if row["dataset"] == "s3dis" and row["class"] == "(mean)")
+    assert float(mean["AP"]) == pytest.approx(1) and float(mean["best_f1"]) == pytest.approx(1)
+
+
+def test_heads_on_the_scans_of_others_and_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = small()
+    results = evaluate_predictor(config, KNOWING, tmp_path, request=EvalRequest(cross=True))
+    assert {name: list(values["cross"]) for name, values in results.items()} == {
+        "scannet": ["sunrgbd", "s3dis"],
+        "sunrgbd": ["scannet", "s3dis"],
+        "s3dis": ["scannet", "sunrgbd"],
+    }
+    entry = results["s3dis"]["cross"]["scannet"]
+    assert entry["classes"]["bookcase"] == "bookshelf" and entry["without_counterpart"] == ["board"]
+    assert entry["thresholds"][0]["own_mAP"] == pytest.approx(1)
+    # What knows no synonyms finds no bookcase under its other name.
+    has_bookcase = results["s3dis"]["num_ground_truth"]["bookcase"] > 0
+    assert entry["thresholds"][0]["AP"]["bookcase"] == (0 if has_bookcase else None)
+    assert entry["thresholds"][1]["AP"]["chair"] == pytest.approx(1)
+    table = cross_table(results)
+    assert table in capsys.readouterr().out and "scannet on s3dis: without counterpart are board." in table
+    assert results["s3dis"]["protocol"] == {"split": "val"}
+
+    path = write_evaluation_page(results, tmp_path, "what it is")
+    text = path.read_text()
+    assert text.count("<img") == 6 and not re.search(r"(src|href)=\"(?!data:|#)", text)
+    assert 'id="cross"' in text and "bookcase (bookshelf)" in text and "what it is" in text
+    assert "left out of the means" in text and "AP by class, size and distance" in text
+
+
+def test_names_of_classes_are_drawn_as_they_are(tmp_path: Path):
+    box, one, zero = np.ones((1, 7), np.float32), np.ones(1, np.float32), np.zeros(1, np.int32)
+    document = evaluate_detections(
+        [Detections(box, one, zero)], [GroundTruth(box, zero)], ["cost $\\foo$"], rotated=False
+    ).to_dict()
+    picture = draw_curves("a $\\b$", document, tmp_path)
+    assert picture.path.is_file() and picture.title.startswith("a $\\b$:")
+
+
+def test_a_folder_is_evaluated_with_the_head_of_a_dataset(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in ("kitchen", "office"):
+        np.save(folder / f"{name}.npy", np.concatenate([rng.random((300, 3)) * 3, rng.random((300, 3))], 1))
+    box = {"center": [1, 1, 0.5], "size": [1, 1, 1], "class": "Chair"}
+    scans = [{"file": "kitchen.npy", "boxes": [box]}, {"file": "office.npy", "split": "val", "boxes": [box, box]}]
+    (folder / "boxes.json").write_text(json.dumps({"version": 1, "scans": scans}))
+    knowing = Knowing({"kitchen": "s3dis", "office": "s3dis"})
+    request = EvalRequest(dataset="s3dis", data=str(folder), tta=("flip_x",))
+    for split, boxes in (("val", 2), ("train", 1)):
+        results = evaluate_predictor(small(), knowing, tmp_path / split, request=replace(request, split=split))
+        assert list(results) == ["s3dis"] and results["s3dis"]["scans"] == 1
+        assert results["s3dis"]["num_ground_truth"]["chair"] == boxes
+        assert results["s3dis"]["protocol"]["tta"] == ["flip_x"]
+
+
+def test_another_drawing_gives_other_points_where_some_are_drawn(tmp_path: Path):
+    class Counting:
+        """Notes the points it is shown."""
+
+        def __init__(self) -> None:
+            self.seen: dict[str, list[float]] = {}
+
+        def predict(self, scans, dataset):
+            self.seen.setdefault(dataset, []).extend(float(scan.points.sum()) for scan in scans)
+            return KNOWING.predict(scans, dataset)
+
+    config = small()
+    seen = []
+    for draw in (0, 0, 1):
+        counting = Counting()
+        evaluate_predictor(config, counting, tmp_path, draw=draw)
+        seen.append(counting.seen)
+    assert seen[0] == seen[1] and seen[0]["scannet"] == seen[2]["scannet"]  # all points are used there
+    assert seen[0]["sunrgbd"] != seen[2]["sunrgbd"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        (EvalRequest(dataset="kitti"), "was trained on scannet, sunrgbd, s3dis, not on 'kitti': choose one of them"),
+        (EvalRequest(data="."), "has heads for scannet, sunrgbd, s3dis: say whose classes . has (--dataset)"),
+        (EvalRequest(data="nowhere", dataset="s3dis"), "There is no folder nowhere"),
+        (
+            EvalRequest(data="docs", dataset="s3dis"),
+            "Nothing in docs says where the boxes are: --mode=check --data=docs",
+        ),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_sentence(request_: EvalRequest, sentence: str):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        chosen_sources(small(), request_)
+
+
+def test_across_datasets_needs_two():
+    with pytest.raises(InputError, match="trained on scannet alone"):
+        chosen_sources(replace(small(), datasets=small().datasets[:1]), EvalRequest(cross=True))
+
+
+def test_other_classes_than_the_checkpoints_are_refused():
+    def config(**changes):
+        own = {"name": "own", "root": "x", "classes": ("cup", "lamp"), **changes}
+        return replace(small(), datasets=(SourceConfig(**own),))
+
+    _check_classes(config(), config(root="y"))
+    with pytest.raises(InputError, match="own has the classes cup, lamp, the config's lamp, cup: give those"):
+        _check_classes(config(), config(classes=("lamp", "cup")))
+    with pytest.raises(InputError, match="own has axis-aligned boxes, the config's turned ones"):
+        _check_classes(config(), config(has_yaw=True))
+
+
+def test_results_of_other_requests_leave_the_runs_own_alone():
+    assert results_folder(EvalRequest()) == results_folder(EvalRequest(output=Path("x"))) == "."
+    request = EvalRequest("train", "s3dis", "some/scans", ("flip_x", "scales"), True, None, 100)
+    assert results_folder(request) == "evaluation_train_s3dis_scans_flip_x_scales_cross_step100"
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_the_work(tmp_path: Path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(InputError, match="taken cannot be written to"):
+        evaluate_predictor(small(), Knowing({}), tmp_path / "taken")

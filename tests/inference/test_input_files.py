@@ -1,0 +1,192 @@
+"""Which files are found and what their results are called; what cannot be found is said in a sentence."""
+
+import os
+import threading
+
+import pytest
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.inference.input_files import OWN_COMMENT, Pending, PredictRequest, find_inputs, printable, read_ahead
+
+
+def touch(root, *names, content="1 2 3\n"):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+
+def names(*inputs, output=None):
+    return [file.name for file in find_inputs([str(path) for path in inputs], output).files]
+
+
+def test_folders_are_searched_to_the_bottom(tmp_path):
+    touch(tmp_path, "b.ply", "a/c.pcd", "a/d/e.BIN", "a/f.laz", ".hidden/g.ply", ".h.ply", "notes.md", "a/i.png")
+    found = find_inputs([str(tmp_path)])
+    assert [file.name for file in found.files] == ["b", "a/c", "a/f", "a/d/e"]
+    assert [file.path.name for file in found.files] == ["b.ply", "c.pcd", "f.laz", "e.BIN"]
+    assert not found.problems and not found.passed_over
+
+
+def test_files_and_patterns(tmp_path):
+    touch(tmp_path, "a/one.ply", "a/two.ply", "b/one.ply", "b/three.pcd", "b/x.md")
+    assert names(tmp_path / "a" / "one.ply") == ["one"]
+    assert names(tmp_path / "*" / "*.ply") == ["a/one", "a/two", "b/one"]
+    assert names(tmp_path / "b" / "*") == ["one", "three"]
+    assert names(tmp_path / "**") == ["a/one", "a/two", "b/one", "b/three"]
+    assert names(tmp_path / "[b]*") == ["b/one", "b/three"]
+    # The same file once, however often it is meant; what one suffix does not tell apart keeps it.
+    assert names(tmp_path / "a", tmp_path / "a" / "one.ply") == ["one", "two"]
+
+
+def test_names_are_unique_and_plain(tmp_path):
+    touch(tmp_path, "a.ply", "a.pcd", "B.ply", "b.bin", "predictions.ply", "x/a.ply", "c.v2.ply", "c.v3.ply")
+    assert sorted(names(tmp_path)) == [
+        *("B.ply", "a.pcd", "a.ply", "b.bin", "c.v2", "c.v3"),
+        *("predictions.ply", "x/a"),
+    ]
+    assert names(tmp_path / "a.ply", tmp_path / "x" / "a.ply") == ["a.ply", "a.ply-2"]
+
+
+def test_names_of_other_bytes(tmp_path):
+    root = os.fsencode(tmp_path)
+    for name in (b"caf\xe9.ply", b"caf\xe8.ply", b"line\nbreak.ply"):
+        with open(os.path.join(root, name), "wb") as file:
+            file.write(b"ply")
+    found = find_inputs([str(tmp_path)])
+    assert [file.name for file in found.files] == ["caf_.ply", "caf_.ply-2", "line_break"]
+    assert printable(found.files[0].path.name) == "caf?.ply" and printable("ok: ä €") == "ok: ä €"
+    assert all(file.path.is_file() for file in found.files)
+
+
+def test_links_that_go_round(tmp_path):
+    touch(tmp_path, "a/one.ply", "other/two.ply")
+    (tmp_path / "a" / "round").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "self.ply").symlink_to("self.ply")
+    (tmp_path / "a" / "gone.ply").symlink_to("nowhere.ply")
+    assert names(tmp_path) == ["a/gone", "a/one", "a/self", "other/two"]
+    assert names(tmp_path / "**" / "*.ply") == ["a/gone", "a/one", "a/self", "other/two"]
+
+
+def test_results_are_no_input(tmp_path):
+    touch(tmp_path, "one.ply", "out/one_points.ply")
+    assert names(tmp_path, output=tmp_path / "out") == ["one"]
+    assert names(tmp_path / "one.ply", output=tmp_path) == ["one"]
+    with pytest.raises(InputError, match="is the folder of the input and of the output"):
+        names(tmp_path, output=tmp_path / "out" / "..")
+
+
+def test_texts_without_points_are_passed_over(tmp_path):
+    touch(tmp_path, "README.txt", content="Scans of 3 rooms\nmade in 2024\n")
+    touch(tmp_path, "a.txt", content="x y z\n1 2 3\n")
+    touch(tmp_path, "empty.xyz", content="")
+    found = find_inputs([str(tmp_path)])
+    assert [file.name for file in found.files] == ["a", "empty"]
+    assert [path.name for path in found.passed_over] == ["README.txt"]
+    assert names(tmp_path / "README.txt") == ["README"]  # asked for by name
+
+
+def test_results_of_a_prediction_are_no_input(tmp_path):
+    touch(tmp_path, "a.ply", content="ply\nformat ascii 1.0\nelement vertex 0\nend_header\n")
+    own = f"ply\nformat binary_little_endian 1.0\ncomment {OWN_COMMENT}\nelement vertex 0\nend_header\n"
+    touch(tmp_path, "a_points.ply", "out/b_boxes.ply", content=own)
+    found = find_inputs([str(tmp_path)])
+    assert [file.name for file in found.files] == ["a"]
+    assert [path.name for path in found.results] == ["a_points.ply", "b_boxes.ply"]
+    assert names(tmp_path / "**" / "*.ply") == ["a"]
+    assert names(tmp_path / "a_points.ply") == ["a_points"]  # asked for by name
+    with pytest.raises(InputError, match="holds results of predictions only"):
+        names(tmp_path / "out")
+
+
+def test_a_comma_in_a_name_is_spoken_of(tmp_path):
+    touch(tmp_path, "a,b.ply")
+    with pytest.raises(InputError, match=r"a: check the path given with --input \(a comma separates two"):
+        names(tmp_path / "a", "b.ply")
+    assert names(tmp_path / "a?b.ply") == ["a,b"]
+
+
+def test_formats_of_nothing_are_refused():
+    with pytest.raises(InputError, match="--formats is empty"):
+        PredictRequest(("a.ply",), formats=())
+    assert PredictRequest(("a.ply",), formats=(), show=True).show and PredictRequest((), formats=()).formats == ()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ((), "No input is given: give files, folders or patterns"),
+        (("gone.ply",), r"There is no file or folder .*gone\.ply: check"),
+        (("*.ply",), r"Nothing matches .*\*\.ply: check the pattern"),
+        (("**a/*.ply",), r"(is no pattern|Nothing matches) .*: check"),
+        (("",), "There is no point cloud in .*: files with .ply"),
+        (("a\0b",), r"has the entry '.*a\?b'"),
+        (("x" * 5000,), "There is no file or folder"),
+        (("pipe.ply",), r"pipe\.ply is neither a file nor a folder"),
+        (("caf\udce9.ply",), r"There is no file or folder .*caf\?\.ply"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else None,
+)
+def test_nothing_to_predict(tmp_path, inputs, sentence):
+    if "pipe.ply" in inputs:
+        os.mkfifo(tmp_path / "pipe.ply")
+    with pytest.raises(InputError, match=sentence) as error:
+        names(*(f"{tmp_path}/{each}" for each in inputs))
+    str(error.value).encode("utf-8")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look into any folder")
+def test_a_folder_that_must_not_be_looked_into(tmp_path):
+    touch(tmp_path, "a.ply", "closed/b.ply")
+    (tmp_path / "closed").chmod(0)
+    try:
+        found = find_inputs([str(tmp_path)])
+    finally:
+        (tmp_path / "closed").chmod(0o700)
+    assert [file.name for file in found.files] == ["a"]
+    assert "closed cannot be looked into: Permission denied." in next(iter(found.problems.values()))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("up", "w", "--up is 'w'; expected is one of z, -z, y, -y, x, -x, auto"),
+        ("unit", "ft", "--unit is 'ft'; expected is one of m, cm, mm, auto"),
+        ("colors", "cmyk", "--colors is 'cmyk'; expected is one of auto, 0-1, 0-255, none"),
+        ("align", "walls", "--align is 'walls'; expected is one of none, gravity, manhattan, both"),
+        ("formats", ("json", "obj"), "--formats is 'obj'; expected is one of json, csv, ply, html, png"),
+        ("score", 30.0, "--score is 30; expected is a number from 0 to 1"),
+        ("most_points", 0, "At most 0 points"),
+    ],
+)
+def test_requests_that_make_no_sense(field, value, sentence):
+    if field in ("colors", "align"):
+        request = PredictRequest(("a",))
+        object.__setattr__(request, field, value)
+        with pytest.raises(InputError, match=sentence):
+            request.__post_init__()
+        return
+    with pytest.raises(InputError, match=sentence):
+        PredictRequest(("a",), **{field: value})
+
+
+def test_the_next_is_read_while_one_is_worked_on():
+    begun, release = [], threading.Event()
+
+    def load(i):
+        begun.append(i)
+        if i == 1:
+            assert release.wait(10)
+        if i == 2:
+            raise InputError("two")
+        return i
+
+    results = read_ahead([lambda i=i: load(i) for i in range(3)])
+    assert next(results).result() == 0
+    release.set()  # the second one began while the first is worked on, or this would wait for ever
+    assert next(results).result() == 1
+    with pytest.raises(InputError, match="two"):
+        next(results).result()
+    assert begun == [0, 1, 2] and next(results, None) is None
+    assert Pending(lambda: 7).result() == 7 and list(read_ahead([])) == []

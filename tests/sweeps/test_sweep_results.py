@@ -1,0 +1,147 @@
+"""Tables and pictures of what was run."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from configs.joint import demo, two
+from h2a2_jax.commands import tau_sweep_command
+from h2a2_jax.sweeps.protocol import protocol_rows, protocol_table, summarised
+from h2a2_jax.sweeps.sweep_plan import ablation_rows, locate, tau_rows
+from h2a2_jax.sweeps.sweep_results import draw_ablation, draw_tau, table, write_protocol, write_results
+from h2a2_jax.sweeps.sweep_runner import finished
+from h2a2_jax.sweeps.tables import spread
+from h2a2_jax.training.build import count_parameters
+from tests.sweeps.finished import LEVELS, write_run
+
+
+def test_means_and_sample_deviations():
+    assert spread([None, None]) is None
+    assert spread([3.0]) == {"mean": 3.0, "std": None, "n": 1}
+    found = spread([1.0, 2.0, None, 6.0])
+    assert found is not None and found["mean"] == 3.0 and found["n"] == 3
+    assert found["std"] == pytest.approx(7**0.5)  # squares of -2, -1 and 3, over 3 - 1
+
+
+def test_the_table_has_means_over_seeds_and_over_datasets(tmp_path: Path):
+    base = replace(demo(), datasets=demo().datasets[:2])
+    rows = ablation_rows(base, (0, 1))
+    folders = locate(rows, tmp_path)
+    scores = {  # by run: ScanNet at both thresholds, SUN RGB-D at both
+        "sfks_ngh_seed0": {"scannet": (0.5, 0.2), "sunrgbd": (0.3, 0.1)},
+        "sfks_ngh_seed1": {"scannet": (0.6, 0.2), "sunrgbd": (0.1, None)},
+        "naive_seed1": {"scannet": (0.25, 0.125), "sunrgbd": (0.75, 0.375)},
+        "tr3d_scannet_seed0": {"scannet": (0.4, 0.1)},
+        "tr3d_sunrgbd_seed0": {"sunrgbd": (0.2, 0.0)},
+        "tr3d_scannet_seed1": {"scannet": (0.9, 0.9)},
+    }
+    for run, folder in folders.items():
+        write_run(folder, run.config, scores.get(folder.name))
+    for name, rates in {
+        "sfks_ngh_seed0": (1.0, 8.0, 9.0),
+        "sfks_ngh_seed1": (12.0,),
+        "tr3d_scannet_seed0": (8.0,),
+        "tr3d_sunrgbd_seed0": (16.0,),
+    }.items():
+        lines = [(0, 100.0), *enumerate(rates)]
+        text = "".join(
+            json.dumps({"step": step, "version": 1, "scans_per_second": rate}) + "\n" for step, rate in lines
+        )
+        (tmp_path / "runs" / name / "metrics.jsonl").write_text(text)
+    result = write_results("ablation", base, rows, folders, tmp_path)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(result).splitlines() if "|" in line]
+    assert lines[0] == [
+        "setting",
+        *(f"{name} mAP@{level}" for name in ("scannet", "sunrgbd", "mean") for level in LEVELS),
+        "parameters",
+        "scans/s",
+        "seeds",
+    ]
+    assert [row["parameters"] for row in result["rows"]] == [
+        sum(count_parameters(run.config) for run in row.runs if run.seed == 0) for row in rows
+    ]
+    counted = {cells[0]: cells[-3:-1] for cells in lines[2:]}
+    assert float(counted["SF-KS"][0].removesuffix(" M")) > float(counted["naive joint"][0].removesuffix(" M")) > 0
+    # Of the medians 8 and 12, where of two lines of a step the later counts; alone, of as many scans at 8 and at 16.
+    assert counted["SF-KS + NGH"][1] == "10.0 ± 2.8" and counted["TR3D alone"][1] == f"{2 / (1 / 8 + 1 / 16):.1f}"
+    assert counted["naive joint"][1] == "-"
+    by_label = {cells[0]: [*cells[1:-3], cells[-1]] for cells in lines[2:]}
+    # Deviations of two values: their difference over the root of 2. The last mean is of one seed, without a spread.
+    assert by_label["SF-KS + NGH"] == ["55.0 ± 7.1", "20.0 ± 0.0", "20.0 ± 14.1", "10.0", "37.5 ± 3.5", "15.0", "2"]
+    assert by_label["naive joint"] == ["25.0", "12.5", "75.0", "37.5", "50.0", "25.0", "1"]
+    assert by_label["NGH"] == ["-"] * 6 + ["0"]
+    # Seed 1 has no run on SUN RGB-D yet: a row's seeds are whole or not counted.
+    assert by_label["TR3D alone"] == ["40.0", "10.0", "20.0", "0.0", "30.0", "5.0", "1"]
+    assert "say nothing about the benchmarks" in table(result)
+    draw_ablation(result, tmp_path / "ablation.png")
+    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_results_keep_other_sweeps_and_real_data_need_no_warning(tmp_path: Path):
+    base = two()
+    sweep, ablation = tau_rows(base, (0.2, 0.3), (0,)), ablation_rows(demo(), (0,))
+    folders = locate(sweep, tmp_path)
+    for i, (run, folder) in enumerate(folders.items()):
+        write_run(folder, run.config, {name: (0.1 * i, 0.05 * i) for name in base.dataset_names})
+        shares = {f"exclusive_share/{name}": 0.5 + 0.1 * i for name in base.dataset_names}
+        (folder / "metrics.jsonl").write_text(
+            json.dumps({"step": 9, "version": 1, **shares}) + '\n{"step": 10, "cut sho'
+        )
+    swept = write_results("tau_sweep", base, sweep, folders, tmp_path)
+    write_results("ablation", demo(), ablation, locate(ablation, tmp_path), tmp_path)
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["version"] == 1 and document["tau_sweep"] == swept and len(document["ablation"]["rows"]) == 5
+    assert [row["tau"] for row in swept["rows"]] == [0.2, 0.3]
+    assert swept["rows"][1]["summary"]["exclusive_share"]["sunrgbd"]["mean"] == pytest.approx(60)
+    text = (tmp_path / "table.md").read_text()
+    assert text.count("## ") == 2 and "| tau = 0.3" in text and "scannet exclusive" in text
+    assert "benchmarks" not in table(swept)
+
+    draw_tau(swept, tmp_path / "tau.png")
+    assert (tmp_path / "tau.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_protocol_has_the_best_the_mean_and_the_spread(tmp_path: Path):
+    base = replace(demo(), datasets=demo().datasets[:2], train=replace(demo().train, seed=7))
+    rows = protocol_rows(base, 3, 2)
+    folders = locate(rows, tmp_path)
+    assert [folder.name for folder in folders.values()] == ["training_seed7", "training_seed8", "training_seed9"]
+    # SUN RGB-D's points are drawn, so that it has a second evaluation; ScanNet's first counts twice.
+    for (run, folder), again in zip(folders.items(), (0.3, 0.5, None), strict=True):
+        write_run(folder, run.config, {"scannet": (0.1 * (run.seed - 6), None), "sunrgbd": (0.2, 0.1)})
+        if again is not None:
+            write_run(folder / "evaluation_draw1", run.config, {"sunrgbd": (again, 0.1)})
+    assert [finished(folder, 2) for folder in folders.values()] == [True, True, False]
+    result = write_protocol(base, rows, folders, tmp_path, 2)
+    assert [run["seed"] for run in result["runs"]] == [7, 8]
+    assert result["runs"][0]["mAP"]["sunrgbd"][0] == pytest.approx([20, 30])
+    scannet, drawn = result["summary"]["scannet"][0], result["summary"]["sunrgbd"][0]
+    assert (scannet["best"], scannet["mean"], scannet["n"]) == pytest.approx((20, 15, 4))
+    assert scannet["std_evaluations"] == 0 and scannet["std_trainings"] == pytest.approx(10 / 2**0.5)
+    assert (drawn["best"], drawn["worst"], drawn["mean"]) == pytest.approx((50, 20, 30))
+    assert drawn["std_trainings"] == pytest.approx(10 / 2**0.5)  # of the means 25 and 35
+    assert drawn["std_evaluations"] == pytest.approx(((50 + 450) / 2) ** 0.5)  # of 20, 30 and of 20, 50
+    assert result["summary"]["scannet"][1] is None and result["summary"]["mean"][1] is None
+    assert result["summary"]["mean"][0]["best"] == pytest.approx(35)
+
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in protocol_table(result).splitlines()]
+    assert lines[0] == ["mAP", "best", "mean", "± all", "± trainings", "± evaluations", "worst", "n"]
+    assert lines[4] == ["sunrgbd @0.25", "50.00", "30.00", "14.14", "7.07", "15.81", "20.00", "4"]
+    assert lines[3][1:] == ["-"] * 6 + ["0"]
+    for part in ("of scannet uses all points", "after 200 steps; trainings: 2, evaluations of each: 2;"):
+        assert part in result["note"]
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["protocol"] == result and "## Trainings and evaluations" in (tmp_path / "table.md").read_text()
+    assert summarised([[None], []]) is None and summarised([[1.0]])["std"] is None
+
+
+def test_a_sweep_whose_runs_are_finished_writes_its_table_and_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for run, folder in locate(tau_rows(demo(), (0.15, 0.25), (0,)), tmp_path).items():
+        write_run(folder, run.config, {name: (0.3, 0.2) for name in demo().dataset_names})
+    assert tau_sweep_command(demo(), tmp_path, (0.15, 0.25), (0,), 1) == 0
+    assert "| tau = 0.25 | 30.0" in capsys.readouterr().out
+    assert (tmp_path / "tau.png").exists() and "| tau = 0.15" in (tmp_path / "table.md").read_text()

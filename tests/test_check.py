@@ -1,0 +1,256 @@
+"""The check of a folder: what is odd is told, with what to do about it, and a good folder is called ready."""
+
+import json
+import pickle
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from h2a2_jax.check import check
+from h2a2_jax.errors import InputError
+from h2a2_jax.prepare.builder import Packing
+from h2a2_jax.prepare.scan_cache import ScanCache
+from h2a2_jax.scans.scan import points_in_box
+from h2a2_jax.scans.specs import S3DIS
+from tests.prepare.tiny import tiny_scan
+from tests.prepare.tiny_builder import TinyBuilder
+
+CHAIR = np.array([2.0, 1.0, 0.4, 0.6, 0.5, 0.8, 0.6])
+TABLE = np.array([1.0, 2.5, 0.35, 1.5, 0.8, 0.7, -0.5])
+BED = np.array([3.5, 2.2, 0.4, 1.2, 2.0, 0.8, 0.3])
+BOXES = {"chair": CHAIR, "table": TABLE, "bed": BED}
+
+
+def room(seed=0):
+    """Floor, two walls, and the surfaces of three things, with colours in 0-255."""
+    rng = np.random.default_rng(seed)
+    parts = [
+        rng.uniform([0, 0, 0], [5, 4, 0.01], (3000, 3)),
+        rng.uniform([0, 0, 0], [0.01, 4, 2.6], (900, 3)),
+        rng.uniform([0, 4, 0], [5, 4.01, 2.6], (1000, 3)),
+    ]
+    for box in BOXES.values():
+        inside = rng.uniform(-0.5, 0.5, (400, 3)) * box[3:6]
+        inside[:, 2] = box[5] / 2 * rng.uniform(0.6, 1, 400)  # mostly tops
+        cos, sin = np.cos(box[6]), np.sin(box[6])
+        turned = inside @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
+        parts.append(turned + box[:3])
+    points = np.concatenate(parts)
+    return np.concatenate([points, np.broadcast_to([200.0, 120, 60], points.shape)], axis=1)
+
+
+def entry(name, box, **changes):
+    return {"center": box[:3].tolist(), "size": box[3:6].tolist(), "yaw": float(box[6]), "class": name, **changes}
+
+
+def entries(**changes):
+    return [entry(name, box, **changes) for name, box in BOXES.items()]
+
+
+def write(root, scans, **keys):
+    """scans: {file: (split, rows, boxes)}."""
+    root.mkdir(exist_ok=True)
+    described = []
+    for file, (split, rows, boxes) in scans.items():
+        np.save(root / file, rows)
+        described.append({"file": file, "split": split, "boxes": boxes})
+    (root / "boxes.json").write_text(json.dumps({"version": 1, "scans": described, **keys}))
+    return root
+
+
+def checked(tmp_path, *arguments):
+    return check(tmp_path / "scans", *arguments, output=tmp_path / "out").document
+
+
+def test_a_good_folder_is_ready(tmp_path, capsys):
+    write(tmp_path / "scans", {"a.npy": ("train", room(0), entries()), "b.npy": ("val", room(1), entries())})
+    found = checked(tmp_path, "sunrgbd")
+    printed = capsys.readouterr().out.splitlines()
+    assert found["ready"] and found["mend"] == [] and "ready" in printed
+    assert found["splits"]["train"]["points"]["max"] == len(room()) and found["splits"]["val"]["boxes"] == 3
+    assert (found["up"]["guess"], found["unit"]["guess"]) == ("z", "m")
+    assert found["splits"]["train"]["colors"] == [60, 200]
+    assert found["classes"]["chair"]["boxes"] == 2
+    assert found["classes"]["chair"]["mean_size"] == [0.6, 0.5, 0.8]
+    assert found["classes"]["chair"]["usual_size"] == [0.59, 0.55, 0.83]
+    held = [box["held"] for box in found["scans"][0]["boxes"]]
+    assert held == [int(points_in_box(room(0)[:, :3], box).sum()) for box in BOXES.values()]
+    assert json.loads((tmp_path / "out" / "check.json").read_text()) == json.loads(json.dumps(found))
+    assert matplotlib.image.imread(tmp_path / "out" / "contact_sheet.png").shape[0] > 300
+
+
+# Files whose y points up (z = -y of the room), down, and x up; in millimetres and centimetres.
+@pytest.mark.parametrize(
+    ("up", "unit", "axes", "scale"),
+    [
+        ("y", "mm", [[1, 0, 0], [0, 0, 1], [0, -1, 0]], 1000),
+        ("-y", "cm", [[1, 0, 0], [0, 0, -1], [0, 1, 0]], 100),
+        ("x", "mm", [[0, 0, 1], [1, 0, 0], [0, 1, 0]], 1000),
+        ("z", "cm", [[1, 0, 0], [0, 1, 0], [0, 0, 1]], 100),
+    ],
+)
+def test_frame_and_unit_are_guessed_and_the_keys_named(tmp_path, up, unit, axes, scale):
+    rows, axes = room(), np.array(axes)
+    rows[:, :3] = scale * rows[:, :3] @ axes.T
+    boxes = [
+        {
+            **box,
+            "center": (scale * axes @ box["center"]).tolist(),
+            "size": (scale * np.abs(axes) @ box["size"]).tolist(),
+        }
+        for box in entries()
+    ]
+    scans = {"a.npy": ("train", rows, boxes)}
+    write(tmp_path / "scans", scans)
+    # In metres most of it lies beyond what a scan may reach, so that nothing can be used.
+    wrong = checked(tmp_path, "sunrgbd")
+    assert wrong["unit"]["guess"] == unit and wrong["up"]["guess"] == up
+    assert any(f'set "unit": "{unit}" in boxes.json' in sentence for sentence in wrong["mend"])
+    assert up == "z" or any(f'set "up": "{up}" in boxes.json' in sentence for sentence in wrong["mend"])
+    write(tmp_path / "scans", scans, unit=unit, up=up)
+    assert checked(tmp_path, "sunrgbd")["mend"] == []
+
+
+def test_the_long_wall_of_a_corridor_is_no_reason_to_refuse_it(tmp_path):
+    rng = np.random.default_rng(0)
+    floor = rng.uniform([0, 0, 0], [9, 2, 0.01], (1800, 3))
+    wall = rng.uniform([0, 2, 0], [9, 2.01, 3], (2700, 3))
+    points = np.concatenate([floor, wall])
+    chair = [entry("chair", CHAIR)]
+    write(tmp_path / "scans", {"a.npy": ("train", np.concatenate([points, 0 * points], axis=1), chair)})
+    found = checked(tmp_path, "sunrgbd")
+    assert found["ready"] and not found["up"]["certain"]
+    assert any(sentence.startswith("The up axis looks like -y, not z") for sentence in found["hints"])
+
+
+def test_a_unit_that_still_loads_is_questioned(tmp_path):
+    rows = room()
+    rows[:, :3] *= 20  # centimetres are too small, metres too large: what is far is not a room
+    write(tmp_path / "scans", {"a.npy": ("train", rows, entries())}, unit="m")
+    found = checked(tmp_path, "sunrgbd")
+    assert found["unit"]["guess"] == "cm" and any('set "unit": "cm"' in sentence for sentence in found["mend"])
+
+
+def test_conventions_of_boxes_are_questioned(tmp_path):
+    clockwise = [entry(name, box, yaw=-float(box[6])) for name, box in BOXES.items()]
+    write(tmp_path / "scans", {"a.npy": ("train", room(), clockwise)})
+    assert any("negate it" in sentence for sentence in checked(tmp_path, "sunrgbd")["mend"])
+    bottom = [entry(name, box, center=(box[:3] - [0, 0, box[5] / 2]).tolist()) for name, box in BOXES.items()]
+    write(tmp_path / "scans", {"a.npy": ("train", room(), bottom)})
+    assert any("centre of the whole box" in sentence for sentence in checked(tmp_path, "sunrgbd")["mend"])
+    elsewhere = [entry(name, box, center=[30, 30, 0]) for name, box in BOXES.items()]
+    write(tmp_path / "scans", {"a.npy": ("train", room(), elsewhere)})
+    sentences = " ".join(checked(tmp_path, "sunrgbd")["mend"])
+    assert "3 of 3 boxes hold fewer than 5 points: 3 lie outside the cloud" in sentences
+    halved = [entry(name, box, size=(box[3:6] / 2).tolist()) for name, box in BOXES.items()]
+    write(tmp_path / "scans", {"a.npy": ("train", room(), halved)})
+    assert any("half sizes" in sentence for sentence in checked(tmp_path, "sunrgbd")["hints"])
+
+
+def test_what_is_left_out_and_what_is_odd_is_told(tmp_path, capsys):
+    rows = np.concatenate([room(), room(), room()])
+    rows[:7, 0] = np.nan
+    boxes = [*entries(), entry("lamp", CHAIR), entry("chair", CHAIR, size=[0, 1, 1])]
+    write(tmp_path / "scans", {"a.npy": ("train", rows, boxes)})
+    np.save(tmp_path / "scans" / "stray.npy", rows)
+    found = checked(tmp_path, "sunrgbd")
+    assert found["ready"]
+    assert found["notes"] == {
+        "points with NaN or infinite values": 7,
+        "boxes of the class 'lamp', which sunrgbd does not have": 1,
+        "boxes with a size that is not positive": 1,
+    }
+    hints = " ".join(found["hints"])
+    assert "stray.npy" in hints and "exact duplicates" in hints and "learnt by heart" in hints
+    assert "1 boxes of the class 'lamp'" in capsys.readouterr().out
+    # Without a dataset named, the folder's own classes count.
+    assert list(checked(tmp_path)["classes"]) == ["bed", "chair", "lamp", "table"]
+
+
+def test_many_scans_in_processes_and_a_damaged_one(tmp_path):
+    scans = {f"{i}.npy": ("train" if i else "val", room(i)[::5], entries()) for i in range(10)}
+    write(tmp_path / "scans", scans)
+    (tmp_path / "scans" / "3.npy").write_bytes(b"nothing")
+    found = checked(tmp_path, "sunrgbd")
+    assert [scan["name"] for scan in found["scans"]] == [*map(str, range(1, 10)), "0"]
+    assert "1 of 10 scans cannot be used; the first: Scan 3: " in found["mend"][0] and not found["ready"]
+    assert found["splits"]["train"]["unreadable"] == 1
+
+
+def mmdet3d(root, name, info_file, boxes):
+    (root / "points").mkdir(parents=True, exist_ok=True)
+    rows = room().astype("<f4")
+    rows[:, 3:] /= 255
+    rows.tofile(root / "points" / f"{name}.bin")
+    instances = [{"bbox_3d": box.tolist(), "bbox_label_3d": label} for label, box in boxes]
+    scans = [{"lidar_points": {"lidar_path": f"{name}.bin"}, "instances": instances}]
+    (root / info_file).write_bytes(pickle.dumps({"metainfo": {}, "data_list": scans}))
+
+
+def test_folders_of_mmdetection3d(tmp_path):
+    boxes = [(3, CHAIR), (1, TABLE), (0, BED)]
+    mmdet3d(tmp_path / "scans", "000001", "sunrgbd_infos_train.pkl", boxes)
+    found = checked(tmp_path)
+    assert found["kind"] == "a folder prepared by mmdetection3d" and found["dataset"] == "sunrgbd"
+    assert len(found["mend"]) == 1 and "no file" in found["mend"][0] and "sunrgbd_infos_val.pkl" in found["mend"][0]
+    mmdet3d(tmp_path / "scans", "000002", "sunrgbd_infos_val.pkl", boxes)
+    assert checked(tmp_path)["ready"]
+    for file in (tmp_path / "scans").glob("*.pkl"):
+        file.rename(file.with_name(f"my_{file.name}"))
+    with pytest.raises(InputError, match=r"do not tell the dataset: choose one with --dataset"):
+        checked(tmp_path)
+
+
+def test_scans_without_boxes_are_told_what_is_missing(tmp_path):
+    (tmp_path / "scans").mkdir()
+    np.save(tmp_path / "scans" / "a.npy", room())
+    found = checked(tmp_path)
+    assert len(found["mend"]) == 1 and '"file": "a.npy"' in found["mend"][0]
+    assert found["up"]["guess"] == "z" and (tmp_path / "out" / "contact_sheet.png").exists()
+
+
+def test_no_such_folder_or_nothing_in_it(tmp_path):
+    with pytest.raises(InputError, match="There is no folder"):
+        checked(tmp_path)
+    (tmp_path / "scans").touch()
+    with pytest.raises(InputError, match="scans is a file, not a folder: give a folder of scans"):
+        checked(tmp_path)
+    (tmp_path / "scans").unlink()
+    (tmp_path / "scans").mkdir()
+    with pytest.raises(InputError, match=r"holds no scans: expected are boxes\.json"):
+        checked(tmp_path)
+
+
+def test_an_output_that_cannot_be_written_is_told_before_scans_are_read(tmp_path, capsys):
+    write(tmp_path / "scans", {"a.npy": ("train", room(), entries())})
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(InputError, match=r"out cannot be written .* choose another folder"):
+        checked(tmp_path)
+    assert "boxes" not in capsys.readouterr().out
+
+
+def test_yaw_in_degrees(tmp_path):
+    boxes = [{**box, "yaw": float(np.degrees(box["yaw"]))} for box in entries()]
+    write(tmp_path / "scans", {"a.npy": ("train", room(), boxes), "b.npy": ("val", room(1), entries())})
+    assert "3 boxes have a yaw of more than a full turn, up to 34.3775: give radians" in checked(tmp_path)["mend"][0]
+
+
+def test_prepared_datasets(tmp_path):
+    names = {"train": ["a/0", "a/1"], "val": ["b 0"]}
+    cache = ScanCache(tmp_path / "cache", {})
+    cache.open()
+    for name in ("a/0", "a/1", "b 0"):
+        cache.write(tiny_scan(name, 200))
+    metadata = {"dataset": "s3dis", "classes": list(S3DIS.classes), "names": names}
+    packing = Packing(cache, names, metadata)
+    TinyBuilder(data_dir=tmp_path / "scans", packing=packing).download_and_prepare(download_dir=tmp_path / "none")
+    found = checked(tmp_path)
+    assert found["dataset"] == "s3dis" and found["kind"] == "a dataset prepared by python -m data"
+    assert [(name, split["scans"], split["boxes"]) for name, split in found["splits"].items()] == [
+        ("train", 2, 2),
+        ("val", 1, 1),
+    ]
+    (shard,) = (tmp_path / "scans").rglob("*-train.array_record-*")
+    shard.write_bytes(shard.read_bytes()[:-9])
+    assert any("prepare the dataset again" in sentence for sentence in checked(tmp_path)["mend"])

@@ -1,0 +1,194 @@
+"""Configs: strict reading, round trips, overrides from the command line, the config files."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+from h2a2_jax.config import ExperimentConfig, SourceConfig, config_dict, experiment_config, from_json, to_json
+from h2a2_jax.errors import InputError
+from h2a2_jax.layers.kernel_selection import SelectionConfig
+from h2a2_jax.models import DetectorConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SOURCES = (SourceConfig("sunrgbd", root="b"), SourceConfig("scannet", kind="synthetic", repeats=3))
+JOINT = ExperimentConfig(SOURCES, DetectorConfig(selection=SelectionConfig(tau=0.3)))
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """JOINT as plain values with one of them changed."""
+    values = config_dict(JOINT).to_dict()
+    *groups, key = path.split(".")
+    group = values
+    for name in groups:
+        group = group[name]
+    group[key] = value
+    return values
+
+
+@pytest.mark.parametrize("config", [JOINT, ExperimentConfig(SOURCES[::-1])])
+def test_round_trips_keep_everything_and_the_order(config: ExperimentConfig):
+    assert experiment_config(config_dict(config)) == config
+    assert experiment_config(config_dict(config).to_dict()) == config
+    assert from_json(to_json(config)) == config
+    assert list(config_dict(config).datasets) == list(config.dataset_names)
+
+
+def test_json_has_a_version_and_refuses_another():
+    values = json.loads(to_json(JOINT))
+    assert values["version"] == 1 and [entry["name"] for entry in values["datasets"]] == ["sunrgbd", "scannet"]
+    with pytest.raises(InputError, match="version 2"):
+        from_json(json.dumps({**values, "version": 2}))
+    with pytest.raises(InputError, match="no JSON"):
+        from_json("{")
+
+
+def test_keys_left_out_take_their_defaults():
+    config = experiment_config({"datasets": {"s3dis": {"root": "x"}}, "optim": {"lr": 1}})
+    assert config.datasets == (SourceConfig("s3dis", root="x"),)
+    assert config.optim.lr == 1.0 and isinstance(config.optim.lr, float)
+    assert config.train.batch_size == 16 and config.model.selection is None
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        ("optim.lrr", 1.0, "unknown config key 'optim.lrr'; did you mean 'lr'? (keys there: lr, weight_decay,"),
+        ("traim", {}, "unknown config key 'traim'; did you mean 'train'? (keys there: datasets, model,"),
+        ("datasets.scannet.rot", "a", "unknown config key 'datasets.scannet.rot'; did you mean 'root'?"),
+        ("model.selection.xyz", 1, "unknown config key 'model.selection.xyz'; (keys there: convolutions,"),
+        ("train.batch_size", 2.5, "train.batch_size is 2.5 (float); expected int."),
+        ("train.batch_size", True, "train.batch_size is True (bool); expected int."),
+        ("optim.lr", "fast", "optim.lr is 'fast' (str); expected float."),
+        ("optim.lr", None, "optim.lr is None (NoneType); expected float."),
+        ("optim.decay_epochs", 8, "optim.decay_epochs is 8 (int); expected a list of any number of int."),
+        ("model.stage_channels", [1, 2], "model.stage_channels has 2 entries ([1, 2]); expected a list of 4 int."),
+        ("eval.iou_thresholds", [0.5, "a"], "eval.iou_thresholds.1 is 'a' (str); expected float."),
+        ("harmonize.method", "nhg", "harmonize.method is 'nhg'; expected one of 'ngh', 'mean', 'pcgrad', 'gradnorm'."),
+        ("model.selection.consistency", "x", "expected one of 'half_cosine', 'relu_cosine'."),
+        ("optim", 3, "optim is 3 (int); expected a group with the keys lr,"),
+        ("datasets.scannet", 3, "datasets.scannet is 3 (int); expected a group with the keys of a dataset."),
+        ("train.batch_size", 0, "train.batch_size is 0; expected 1 or more."),
+        ("optim.lr", -1.0, "optim.lr is -1.0; expected a finite number above 0."),
+        ("optim.decay_epochs", [8, 8], "optim.decay_epochs is (8, 8); expected rising epochs from 1."),
+        ("model.depth", 50, "model.depth is 50; the residual network has depth 10, 18 or 34."),
+        ("model.selection.tau", 1.5, "model.selection.tau is 1.5; expected a number from 0 to 1."),
+        ("model.stage_channels", [4, 4, 0, 4], "expected widths of 1 or more."),
+        ("datasets", {}, "datasets is (); expected at least one, such as scannet, sunrgbd, s3dis."),
+        ("datasets", {"kitti": {"root": "a"}}, "Unknown dataset 'kitti'"),
+        ("datasets.scannet.kind", "mmdet3d", "datasets.scannet.root is ''; expected the folder of the scans."),
+        ("datasets.scannet.repeats", 0, "datasets.scannet.repeats is 0; expected 1 or more, or None."),
+        ("datasets.scannet.batch_size", 0, "datasets.scannet.batch_size is 0; expected 1 or more, or None"),
+        ("datasets.scannet.weight", 0.0, "datasets.scannet.weight is 0.0; expected a probability above 0 up to 1."),
+        ("datasets", [{"root": "a"}], "config key 'datasets.0.name' is missing; expected str."),
+        ("datasets", [{"name": "s3dis", "root": "a"}] * 2, "expected every dataset once, not s3dis twice."),
+        ("eval.iou_thresholds", [], "eval.iou_thresholds is (); expected at least one number"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_a_sentence(path: str, value: Any, sentence: str):
+    with pytest.raises(InputError) as error:
+        experiment_config(changed(path, value))
+    assert sentence in str(error.value)
+
+
+def test_selection_may_be_absent():
+    assert experiment_config(changed("model.selection", None)).model.selection is None
+
+
+def test_missing_datasets_are_named():
+    with pytest.raises(InputError, match="'datasets' is missing"):
+        experiment_config({})
+
+
+def parsed(*arguments: str) -> ConfigDict:
+    """What absl makes of a command line."""
+    values = flags.FlagValues()
+    argv = ["run.py", *arguments]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    values(argv)
+    return values.config
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections, on Python 3.11
+def test_flags_override_values():
+    config = experiment_config(
+        parsed(
+            f"--config={CONFIGS / 'joint.py'}:two",
+            "--config.datasets.scannet.root=/elsewhere",
+            "--config.datasets.sunrgbd.repeats=4",
+            "--config.datasets.sunrgbd.train_infos=('a.pkl',)",
+            "--config.optim.lr=1",
+            "--config.optim.decay_epochs=(2,)",
+            "--config.model.selection.tau=0.5",
+            "--config.train.permute_boxes",
+        )
+    )
+    scannet, sunrgbd = config.datasets
+    assert (scannet.name, scannet.root, scannet.augment) == ("scannet", "/elsewhere", False)
+    assert (sunrgbd.repeats, sunrgbd.train_infos) == (4, ("a.pkl",))
+    assert (config.optim.lr, config.optim.decay_epochs) == (1.0, (2,))
+    assert config.model.selection == SelectionConfig(tau=0.5) and config.train.permute_boxes
+
+
+def test_a_dataset_can_be_taken_out():
+    values = load("joint").get_config("demo")
+    del values.datasets["sunrgbd"]
+    assert experiment_config(values).dataset_names == ("scannet", "s3dis")
+
+
+def test_joint_is_the_papers_setting():
+    module = load("joint")
+    config = experiment_config(module.get_config())
+    assert config == module.paper() == experiment_config(module.get_config("paper"))
+    assert config.dataset_names == ("scannet", "sunrgbd", "s3dis")
+    assert config.model == DetectorConfig(selection=SelectionConfig()) and config.harmonize.method == "ngh"
+    assert (config.train.batch_size, config.train.epochs, config.optim.lr) == (16, 12, 1e-3)
+    assert all(source.augment and source.sample and source.repeats is None for source in config.datasets)
+
+
+def test_joint_variants():
+    module = load("joint")
+    demo = experiment_config(module.get_config("demo"))
+    assert {source.kind for source in demo.datasets} == {"synthetic"} and demo.model.selection is not None
+    without = experiment_config(module.get_config("demo,no_sfks"))
+    assert without == dataclasses.replace(demo, model=dataclasses.replace(demo.model, selection=None))
+    with pytest.raises(InputError, match=r"no variant 'demmo'; its variants are paper, synthetic, demo, tiny, two"):
+        module.get_config("demmo")
+
+
+def test_single_is_tr3d_on_one_dataset():
+    module = load("single")
+    config = experiment_config(module.get_config("s3dis"))
+    assert config.dataset_names == ("s3dis",) and config.datasets[0].root == "data/s3dis"
+    assert config.model == DetectorConfig() and config.harmonize.method == "mean"
+    for variant in (None, "kitti"):
+        with pytest.raises(InputError, match="from scannet, sunrgbd, s3dis"):
+            module.get_config(variant)
+
+
+def test_keys_of_version_0_1_0_have_their_present_names():
+    old = {"optim": {"batches": 4, "average_decay": 0.99}, "train": {"max_rung": 2, "most_skipped": 3}}
+    config = experiment_config({"datasets": {"scannet": {"root": "a"}}, **old})
+    assert (config.optim.accumulate_steps, config.optim.ema_decay) == (4, 0.99)
+    assert (config.train.max_bucket, config.train.max_skipped_steps) == (2, 3)
+
+
+def test_a_key_under_its_old_and_its_present_name_is_refused():
+    values = {"datasets": {"scannet": {"root": "a"}}, "train": {"max_rung": 2, "max_bucket": 3}}
+    with pytest.raises(InputError, match=r"train.max_rung and train.max_bucket, two names of one value"):
+        experiment_config(values)
