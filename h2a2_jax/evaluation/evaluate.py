@@ -20,7 +20,7 @@ from h2a2_jax.host import progress_interval
 from h2a2_jax.inference.augmentation import Predicts, TestTimeAugmented
 from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inference.writers import check_results_folder
-from h2a2_jax.loader.drawing import Log
+from h2a2_jax.loader.stream import Log
 from h2a2_jax.models import TR3D
 from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, load_or_skip
 from h2a2_jax.scans.scan_folder import ScanFolder

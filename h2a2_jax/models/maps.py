@@ -8,7 +8,7 @@ Strides in finest voxels. The host computes exact tables first (`detector_tables
 padding to the bucket's capacities gives the plan that goes to the device (`pad_plan`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import jax
@@ -38,19 +38,17 @@ class PlanLayout:
     Attributes:
         machine: "cpu": tiles on every map with neighbours, blocks on the neck's; "accelerator": tiles with a static
             number of places on sparse maps, nothing on the others; "any": nothing.
-        stage_channels: of the four stages; widths decide how the pairs are cut.
-        neck_channels: of the neck.
+        model: architecture; the widths of its stages and neck decide how the pairs are cut.
     """
 
     machine: Machine = "cpu"
-    stage_channels: tuple[int, ...] = (64, 128, 128, 128)
-    neck_channels: int = 128
+    model: DetectorConfig = field(default_factory=DetectorConfig)
 
     @classmethod
     def of(cls, config: DetectorConfig, machine: Machine | None = None) -> "PlanLayout":
         """For a detector, on the machine that JAX computes on if none is named."""
         here: Machine = "cpu" if jax.default_backend() == "cpu" else "accelerator"
-        return cls(machine or here, tuple(config.stage_channels), config.neck_channels)
+        return cls(machine or here, config)
 
     def fits(self, table: NeighborTable, role: Role, capacity: int) -> bool:
         """Whether the pairs of a map find places among those of its padded output rows."""
@@ -257,7 +255,7 @@ def pad_plan(tables: DetectorTables, capacities: LevelSizes, layout: PlanLayout 
 
     padded = layout.pad_map
     stages, fine = [], pool
-    widths = layout.stage_channels
+    widths = layout.model.stage_channels
     for s, ((down, skip, residual), capacity) in enumerate(zip(tables.stages, capacities[3:7], strict=True)):
         coarse = sparse.pad_sites(residual.outputs, capacity)
         stages.append(
@@ -274,10 +272,12 @@ def pad_plan(tables: DetectorTables, capacities: LevelSizes, layout: PlanLayout 
         outputs = sparse.pad_sites(union, capacity)
         ups.append(
             UpMaps(
-                padded(up.generate, coarse, sparse.pad_sites(children, capacity), "generate", layout.neck_channels),
+                padded(
+                    up.generate, coarse, sparse.pad_sites(children, capacity), "generate", layout.model.neck_channels
+                ),
                 sparse.union_rows(children, union, capacity, capacity),
                 sparse.union_rows(up.stage, union, stage_capacity, capacity),
-                padded(up.lateral, outputs, outputs, "lateral", layout.neck_channels),
+                padded(up.lateral, outputs, outputs, "lateral", layout.model.neck_channels),
             )
         )
         coarse = outputs

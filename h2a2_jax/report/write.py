@@ -17,7 +17,7 @@ from h2a2_jax.figures import Picture, Section, Table
 from h2a2_jax.report.energy import Measured
 from h2a2_jax.report.probe import EnergyProbe, LayerSelection, Shape, load_batches, observe_selection, site_class_counts
 from h2a2_jax.scans.sources import build_source
-from h2a2_jax.training import metrics, selection_log
+from h2a2_jax.training import metrics
 from h2a2_jax.training.build import build_detector
 
 OTHER_START = 1000
@@ -81,8 +81,8 @@ def write_report(config: ExperimentConfig, workdir: Path, singles: Sequence[Path
         counts = [len(own) for own in batches]
         selections = observe_selection(model, batches)
     lines = metrics.read_metrics(workdir) if (workdir / metrics.FILE_NAME).exists() else []
-    path = workdir / selection_log.FILE_NAME
-    log = selection_log.read_selection_log(path, names) if path.exists() else (np.zeros(0, np.int64), {})
+    path = workdir / metrics.SELECTION_FILE
+    log = metrics.read_selection_log(path, names) if path.exists() else (np.zeros(0, np.int64), {})
 
     sections = [
         _summary(config, workdir, step, selections, counts, lines),
@@ -176,7 +176,7 @@ def _selection_sections(
     config: ExperimentConfig,
     selections: dict[str, LayerSelection],
     counts: Sequence[int],
-    log: tuple[Int[np.ndarray, " t"], dict[str, selection_log.SelectionHistory]],
+    log: tuple[Int[np.ndarray, " t"], dict[str, metrics.SelectionHistory]],
     folder: Path,
 ) -> list[Section]:
     from h2a2_jax.report import figures_selection as figures
@@ -192,7 +192,7 @@ def _selection_sections(
         text = ["This detector has no kernel selection (model.selection is None), so there is nothing to show here."]
         return [Section(anchor, title, text) for anchor, title in titles.items()]
     told = bool(history)
-    missing = [] if told else [f"There is no {selection_log.FILE_NAME} in the run's folder: training writes it."]
+    missing = [] if told else [f"There is no {metrics.SELECTION_FILE} in the run's folder: training writes it."]
     contents: dict[str, list[Picture | Table]] = {
         "kernels": [_exclusive_table(selections, names), *figures.draw_kernels(selections, names, counts, folder)],
         "history": list(figures.draw_history(steps, history, names, folder)) if told else [],

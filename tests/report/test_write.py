@@ -21,8 +21,7 @@ from h2a2_jax.report.figures_training import by_group, series_of
 from h2a2_jax.report.write import find_singles
 from h2a2_jax.training.build import build_detector
 from h2a2_jax.training.gradients import SelectionMetrics
-from h2a2_jax.training.metrics import MetricsWriter
-from h2a2_jax.training.selection_log import SelectionLog
+from h2a2_jax.training.metrics import MetricsWriter, SelectionLog
 
 NAMES = ("scannet", "s3dis")
 
