@@ -43,7 +43,7 @@ ROOT = Path(__file__).parent.parent
         (["--config=configs/joint.py:demo", "--config.optim.lrr=3"], "unknown config key lrr Did you mean 'lr'"),
         (
             ["--config=configs/joint.py:demo", "--config.optim.learning_rate=3"],
-            "unknown config key 'learning_rate' (keys there: ema_decay, batches, ",
+            "unknown config key 'learning_rate' (keys there: accumulate_steps, clip_norm, ",
         ),
         (["--config=configs/joint.py"], "The data of scannet is not there: data/scannet"),
         (["--config=configs/joint.py:synthetic"], "or one that `python -m data.synthetic_scannet` prepared"),

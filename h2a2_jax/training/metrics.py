@@ -447,12 +447,14 @@ def group_summary(
         "scale/<group>/<dataset>", the geometric mean of the factors.
     """
     record = jax.device_get(record)
-    is_global = jax.tree_util.treedef_is_leaf(jax.tree.structure(record.psi))
-    names, patterns = flat_names(record.psi), groups or {**PLACES, **KINDS}
-    members = {group: [i for i, name in enumerate(names) if re.search(p, name)] for group, p in patterns.items()}
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(record.psi)):  # of scope "global"
+        members = {"all": [0]}
+    else:
+        names, patterns = flat_names(record.psi), groups or {**PLACES, **KINDS}
+        members = {group: [i for i, name in enumerate(names) if re.search(p, name)] for group, p in patterns.items()}
     psi, norms, scales = (np.array(jax.tree.leaves(part), np.float64) for part in record[:3])
     values: dict[str, float] = {}
-    for group, rows in ({"all": [0]} if is_global else members).items():
+    for group, rows in members.items():
         if not rows:
             continue
         values[f"psi/{group}"] = float(psi[rows].mean())
