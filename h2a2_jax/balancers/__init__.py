@@ -19,6 +19,20 @@ _BY_DATASET: dict[type, tuple[str, ...]] = {
     GradNormState: ("weights", "first_losses", "scales"),
 }
 
+__all__ = [
+    "GradNormState",
+    "HarmonizationState",
+    "HarmonizeConfig",
+    "PCGradState",
+    "RecordedState",
+    "build_balancer",
+    "gradnorm",
+    "has_dataset_axis",
+    "norm_gradient_harmonization",
+    "pcgrad",
+    "recorded",
+]
+
 
 @dataclass(frozen=True)
 class HarmonizeConfig:

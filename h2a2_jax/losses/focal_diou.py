@@ -9,6 +9,7 @@ from h2a2_jax.boxes.rotated_iou import rotated_iou
 from h2a2_jax.typing import AnyArray
 
 CENTER_DISTANCES = ("xyz", "published")
+"""Centre distances of the rotated DIoU: over x, y, z, or the published slip (x, y, dx)."""
 
 
 def sigmoid_focal_loss(
