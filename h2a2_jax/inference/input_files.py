@@ -24,7 +24,7 @@ from jaxtyping import Float
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.cloud_scan import NO_COLORS, PlacedCloud, place_cloud
-from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, REFUSED, SUFFIXES, ColorRange, PointCloud, read_point_cloud
+from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
 from h2a2_jax.scans.frame import estimate_gravity, estimate_walls, guess_unit, guess_up, spread, surface_normals
 from h2a2_jax.scans.scan import NOT_FINITE, Scan, ScanError
 from h2a2_jax.scans.scan_folder import UNITS, UPRIGHT, upright_matrix
@@ -211,7 +211,7 @@ def _expand(text: str, of: int) -> Iterator[tuple[Path, PurePath]]:
     if not matches:
         raise InputError(f"Nothing matches {printable(text)}: check the pattern given with --input.")
     for match in matches:
-        if match.is_dir() or match.suffix.lower() in (*SUFFIXES, *REFUSED):
+        if match.is_dir() or match.suffix.lower() in SUFFIXES:
             yield match, PurePath(os.path.relpath(match, fixed))
 
 
@@ -246,7 +246,7 @@ class _Search:
             folders[:] = sorted(each for each in folders if not each.startswith("."))
             for file in sorted(files):
                 path = Path(place, file)
-                if file.startswith(".") or path.suffix.lower() not in (*SUFFIXES, *REFUSED):
+                if file.startswith(".") or path.suffix.lower() not in SUFFIXES:
                     continue
                 if path.suffix.lower() in _TEXTS and not _has_numbers(path):
                     self.passed_over.append(path)

@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats.ply import typed
+from h2a2_jax.scans.formats.ply import to_type
 from h2a2_jax.scans.formats.thinning import Thinning
 
 _MOST_LZF_GROWTH = 88  # three bytes stand for at most 264
@@ -153,7 +153,7 @@ def _text_columns(path: Path, file: BinaryIO, header: _Header, thinning: Thinnin
     columns, column = {}, 0
     for name, kind, count in zip(header.names, header.kinds, header.counts, strict=True):
         if count == 1:
-            columns[name] = typed(path, name, rows[:, column], kind)
+            columns[name] = to_type(path, name, rows[:, column], kind)
         column += count
     return columns
 

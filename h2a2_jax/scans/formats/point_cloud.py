@@ -2,13 +2,13 @@
 
 | suffix | what is read |
 |---|---|
-| .ply | the element vertex: x, y, z and red, green, blue (or r, g, b); ascii, binary, big-endian |
+| .ply | the element vertex: x, y, z and red, green, blue (or r, g, b); ascii, binary, big-endian; lists are skipped |
 | .pcd | x, y, z and rgb, rgba (packed) or r, g, b; ascii, binary, binary_compressed |
 | .npy | rows x, y, z, r, g, b, or x, y, z, anything else; or a structured array with these names |
 | .npz | `points` (or `xyz`, `coords`) of 3 columns with `colors` (or `rgb`), or of 6 |
 | .bin | float32 rows of 6, 4 or 3 numbers; `PointCloud.assumed` says what was taken |
 | .txt, .xyz, .pts, .csv, .asc | a point a line; blanks, commas or semicolons between; leading lines of names pass |
-| .las | versions to 1.4, point formats 0 to 10, uncompressed |
+| .las, .laz | versions to 1.4, point formats 0 to 10 |
 
 Nothing is allocated because a header says so: its counts are compared with the size of the file before. A large file
 is thinned out while it is read, if one asks for it, so that memory does not grow with it.
@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats.las import LAZ, read_las
+from h2a2_jax.scans.formats.las import read_las
 from h2a2_jax.scans.formats.pcd import read_pcd_columns
 from h2a2_jax.scans.formats.ply import read_ply_columns
 from h2a2_jax.scans.formats.thinning import Thinning, count_lines
@@ -89,8 +89,6 @@ def read_point_cloud(path: str | Path, most: int | None = None) -> PointCloud:
     """
     path, thinning = Path(path), Thinning(most)
     reader = _READERS.get(path.suffix.lower())
-    if path.suffix.lower() in REFUSED:
-        raise InputError(f"{path} {REFUSED[path.suffix.lower()]}.")
     if reader is None:
         raise InputError(f"{path} has the suffix {path.suffix!r}; point clouds are read from {', '.join(SUFFIXES)}.")
     try:
@@ -208,18 +206,6 @@ def _from_rows(path: Path, rows: np.ndarray, what: str = "its array") -> _Raw:
         assumed = () if width == 6 else (f"columns after the first 6 of {width} are not used",)
         return _Raw(rows[:, :3], rows[:, 3:6], assumed)
     return _Raw(rows[:, :3], None, () if width == 3 else (f"columns after x, y, z of {width} are not used",))
-
-
-def _read_ply(path: Path, thinning: Thinning) -> _Raw:
-    return _from_columns(path, read_ply_columns(path, thinning))
-
-
-def _read_pcd(path: Path, thinning: Thinning) -> _Raw:
-    return _from_columns(path, read_pcd_columns(path, thinning))
-
-
-def _read_las(path: Path, thinning: Thinning) -> _Raw:
-    return _Raw(*read_las(path, thinning))
 
 
 def _read_npy(path: Path, thinning: Thinning) -> _Raw:
@@ -386,15 +372,13 @@ def _read_text(path: Path, thinning: Thinning) -> _Raw:
 
 
 _READERS: dict[str, Callable[[Path, Thinning], _Raw]] = {
-    ".ply": _read_ply,
-    ".pcd": _read_pcd,
+    ".ply": lambda path, thinning: _from_columns(path, read_ply_columns(path, thinning)),
+    ".pcd": lambda path, thinning: _from_columns(path, read_pcd_columns(path, thinning)),
     ".npz": _read_npz,
     ".npy": _read_npy,
     ".bin": _read_bin,
     **dict.fromkeys((".txt", ".xyz", ".pts", ".csv", ".asc"), _read_text),
-    ".las": _read_las,
+    **dict.fromkeys((".las", ".laz"), lambda path, thinning: _Raw(*read_las(path, thinning))),
 }
 SUFFIXES = tuple(_READERS)
 """Suffixes of the files that `read_point_cloud` reads."""
-REFUSED: Mapping[str, str] = {".laz": LAZ}
-"""Suffixes of files of points that are not read: what is wrong with them."""

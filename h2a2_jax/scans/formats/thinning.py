@@ -36,30 +36,44 @@ class Thinning:
         within = np.random.default_rng(_SEED).random(self._most)
         return edges[:-1] + (within * np.diff(edges)).astype(np.int64)
 
-    def read(self, file: Any, dtype: np.dtype, count: int, columns: int = 1) -> np.ndarray:
-        """Rows of a binary file from where it stands, which it is left behind.
+    def collect(self, read: Callable[[int], np.ndarray], count: int) -> np.ndarray:
+        """Read a table block by block and keep the wanted rows.
 
         Args:
-            file: open for reading bytes; none needs to be sought.
+            read: returns that many next rows.
+            count: rows of the table.
+        """
+        wanted, parts = self.rows(count), []
+        for first in range(0, count, _BLOCK):
+            size = min(_BLOCK, count - first)
+            block = read(size)
+            if wanted is not None:
+                start, end = np.searchsorted(wanted, (first, first + size))
+                block = block[wanted[start:end] - first]
+            parts.append(block)
+        return np.concatenate(parts) if parts else read(0)
+
+    def read(self, file: Any, dtype: np.dtype, count: int, columns: int = 1) -> np.ndarray:
+        """Read rows of a binary file from its position on, and leave it behind the table.
+
+        Args:
+            file: open for reading bytes; it need not be seekable.
             dtype: of an entry.
-            count: rows there are.
+            count: rows of the table.
             columns: entries in a row; the result has two axes if there are several.
 
         Raises:
             EOFError: the file ends before.
         """
-        wanted = self.rows(count)
-        width = dtype.itemsize * columns
-        shape = (-1, columns) if columns > 1 else (-1,)
-        if wanted is None:
-            return np.frombuffer(_exactly(file, count * width), dtype, count * columns).reshape(shape)
-        parts = []
-        for first in range(0, count, _BLOCK):
-            size = min(_BLOCK, count - first)
-            block = np.frombuffer(_exactly(file, size * width), dtype, size * columns).reshape(shape)
-            start, end = np.searchsorted(wanted, (first, first + size))
-            parts.append(block[wanted[start:end] - first])
-        return np.concatenate(parts)
+
+        def block(size: int) -> np.ndarray:
+            content = file.read(size * columns * dtype.itemsize)
+            missing = size * columns * dtype.itemsize - len(content)
+            if missing:
+                raise EOFError(f"{missing} bytes are missing at the end")
+            return np.frombuffer(content, dtype, size * columns).reshape((-1, columns) if columns > 1 else -1)
+
+        return block(count) if self.rows(count) is None else self.collect(block, count)
 
     def lines(self, lines: Iterator[Any], count: int) -> Iterator[Any]:
         """The lines to read among `count`; fewer if there are fewer."""
@@ -80,13 +94,6 @@ class Thinning:
     def kept(self, count: int) -> int:
         """How many rows of a table are read."""
         return count if self._most is None else min(count, self._most)
-
-
-def _exactly(file: Any, size: int) -> bytes:
-    content = file.read(size)
-    if len(content) < size:
-        raise EOFError(f"{size - len(content)} bytes are missing at the end")
-    return content
 
 
 def count_lines(open_file: Callable[[], Any]) -> int:

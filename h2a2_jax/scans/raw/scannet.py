@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.scans.formats.ply import read_ply_columns
 from h2a2_jax.scans.raw.raw_files import (
     NO_BOX,
     NO_CLASS,
@@ -236,35 +237,25 @@ def _read_alignment(path: Path, name: str, notes: Counter[str]) -> Float[np.ndar
 
 
 def _read_vertices(path: Path, name: str) -> tuple[Float[np.ndarray, "m 3"], UInt8[np.ndarray, "m 3"]]:
-    try:
-        from plyfile import PlyData, PlyParseError
-    except ImportError:
-        raise InputError('Reading PLY needs plyfile: pip install "h2a2_jax[data]".') from None
-    if not path.is_file():
-        raise ScanError(name, f"Scan {name} lacks the file {shown(path)}: download the scan again.")
     again = "download the file again"
     try:
-        try:
-            # Faces of a known length are mapped, not parsed: a hundred times faster.
-            mesh = PlyData.read(str(path), known_list_len={"face": {"vertex_indices": 3, "vertex_index": 3}})
-        except PlyParseError as error:
-            if "unexpected list length" not in str(error):
-                raise
-            mesh = PlyData.read(str(path))
-        rows = mesh["vertex"].data
-        points = np.stack([rows[axis] for axis in "xyz"], axis=1).astype(np.float64)
-        colors = np.stack([rows[channel] for channel in ("red", "green", "blue")], axis=1)
-    except (PlyParseError, OSError, UnicodeDecodeError) as error:
-        raise ScanError(name, f"Scan {name} has an unreadable PLY file {shown(path)} ({error}): {again}.") from None
-    except MemoryError:
-        raise ScanError(
-            name, f"Scan {name} has a PLY file {shown(path)} whose header promises more than fits in memory: {again}."
-        ) from None
-    except (KeyError, ValueError, TypeError) as error:
+        # The faces are not used, but a file cut off in them is an unfinished download.
+        columns = read_ply_columns(path, complete=True)
+    except FileNotFoundError:
+        raise ScanError(name, f"Scan {name} lacks the file {shown(path)}: download the scan again.") from None
+    except InputError as error:
+        raise ScanError(name, f"Scan {name} has an unreadable PLY file: {shown(str(error))}") from None
+    except OSError as error:
+        raise ScanError(name, f"Scan {name} has an unreadable PLY file ({shown(str(error))}): {again}.") from None
+    missing = [field for field in ("x", "y", "z", "red", "green", "blue") if field not in columns]
+    if missing:
         raise ScanError(
             name,
-            f"Scan {name} has no vertices of x, y, z, red, green, blue in {shown(path)} ({error}): {again}.",
-        ) from None
+            f"Scan {name} has no vertices of x, y, z, red, green, blue in {shown(path)}, for it lacks "
+            f"{', '.join(missing)}: {again}.",
+        )
+    points = np.stack([columns[axis] for axis in "xyz"], axis=1).astype(np.float64)
+    colors = np.stack([columns[channel] for channel in ("red", "green", "blue")], axis=1)
     if colors.dtype != np.uint8:
         raise ScanError(
             name, f"Scan {name} has colours of type {colors.dtype} in {shown(path)}, but uchar is expected: {again}."
