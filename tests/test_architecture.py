@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "h2a2_jax"
 FLOORS: tuple[set[str], ...] = (
     {"typing", "errors"},
-    {"host", "files", "config_tree", "compilation", "figures", "sparse", "boxes", "balancers"},
+    {"host", "files", "restricted_pickle", "config_tree", "compilation", "figures", "sparse", "boxes", "balancers"},
     {"layers", "losses"},
     {"linen", "models", "scans"},
     {"loader", "prepare", "viewer"},

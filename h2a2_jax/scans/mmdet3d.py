@@ -36,7 +36,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.info_pickle import load_plain_pickle
+from h2a2_jax.restricted_pickle import load_plain_pickle
 from h2a2_jax.scans.scan import FAR_POINTS, NOT_FINITE, Scan, ScanError, usable_boxes, within_reach
 from h2a2_jax.scans.specs import SPECS, DatasetSpec, dataset_spec
 

@@ -8,8 +8,10 @@ import zipfile
 import numpy as np
 import pytest
 
+from h2a2_jax import restricted_pickle
 from h2a2_jax.convert.torch_file import read_torch_file, write_torch_file
 from h2a2_jax.errors import InputError
+from h2a2_jax.restricted_pickle import Inert
 
 RNG = np.random.default_rng(0)
 STATE = {
@@ -219,14 +221,14 @@ def test_that_tensor_is_read_if_it_is_honest(written):
     ids=range(9),
 )
 def test_bombs_end_in_a_sentence(written, bomb, monkeypatch):
-    monkeypatch.setattr(pickle_reader, "MAX_READS", 50_000)
+    monkeypatch.setattr(restricted_pickle, "MAX_READS", 50_000)
     replace_pickle(written, bomb)
     assert_refused(written, "damaged|state dict")
 
 
 @pytest.mark.parametrize("start", [b"", b"\x95" + struct.pack("<Q", 100_001)], ids=["plain", "in a frame"])
 def test_objects_are_counted(written, monkeypatch, start):
-    monkeypatch.setattr(pickle_reader, "MAX_READS", 50_000)
+    monkeypatch.setattr(restricted_pickle, "MAX_READS", 50_000)
     replace_pickle(written, b"\x80\x04" + start + b"]" * 100_000 + b".")
     assert_refused(written, "more objects")
 
@@ -263,6 +265,6 @@ def test_compressed_and_overlapping_records_are_refused(written):
 
 def test_an_object_keeps_nothing_of_what_is_done_to_it():
     content = pickle.dumps({"a": functools.partial(max, 1), "b": complex(1, 2), "c": {1, 2}, "d": frozenset({3})}, 2)
-    loaded, names = pickle_reader.load_inert(io.BytesIO(content))
-    assert set(loaded) == {"a", "b", "c", "d"} and all(isinstance(v, pickle_reader.Inert) for v in loaded.values())
+    loaded, names = restricted_pickle.load_inert_pickle(io.BytesIO(content), {}, Inert())
+    assert set(loaded) == {"a", "b", "c", "d"} and all(isinstance(v, Inert) for v in loaded.values())
     assert "functools.partial" in names
