@@ -10,6 +10,8 @@ from 1: "000017". A depth image becomes points of an upright camera: x to the ri
 the origin, metres.
 """
 
+import io
+import struct
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,15 +22,17 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int32, Int64, UInt8, UInt16
+from scipy.io import loadmat, whosmat
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.raw.matlab import load_mat
 from h2a2_jax.scans.raw.raw_files import FAR, NO_BOX, NO_CLASS, check_folder, counted, first_existing, shown
 from h2a2_jax.scans.scan import Scan, ScanError
 from h2a2_jax.scans.specs import SUNRGBD, DatasetSpec
 
 _FIELDS = ("sequenceName", "Rtilt", "K", "depthpath", "rgbpath", "groundtruth3DBB")
 _OBJECT_FIELDS = ("coeffs", "centroid", "classname", "orientation")
+_MAT_HEADER = 128  # bytes of a MATLAB file before its variables
+_MATRIX, _COMPRESSED = 14, 15
 _PREFIX = "/n/fs/sun3d/data"  # where the authors kept the data: 16 characters
 _NO_YAW = "objects with orientation 0, yaw 0 taken"
 
@@ -58,6 +62,70 @@ class SunFrames:
     labels: Int32[np.ndarray, " g"]
     offsets: Int[np.ndarray, " n_and_1"]
     notes: tuple[dict[str, int], ...]
+
+
+def load_mat(path: Path, kinds: Mapping[str, str]) -> list[np.ndarray]:
+    """Read variables of a MATLAB file of version 5.
+
+    The file is checked to be one that MATLAB or SciPy wrote, complete and of the expected variables, before SciPy's
+    reader gets it: that reader trusts a file and can end the process on other bytes.
+
+    Args:
+        path: the file.
+        kinds: MATLAB class of each variable by name, such as "struct".
+
+    Returns:
+        Values of the variables in that order, structs and cells as SciPy nests them.
+
+    Raises:
+        InputError: the file is damaged, of another version, or lacks a variable of that class.
+    """
+    try:
+        content = path.read_bytes()
+        if content[:10] == b"MATLAB 7.3":
+            raise InputError(
+                f"{shown(path)} is a MATLAB file of version 7.3, but the original has version 5: download it again."
+            )
+        _check_complete(content)
+        found = {name: kind for name, _, kind in whosmat(io.BytesIO(content))}
+        missing = [name for name in kinds if name not in found]
+        if missing:
+            raise InputError(f"{shown(path)} holds no variable {' and no '.join(missing)}: download it again.")
+        for name, kind in kinds.items():
+            if found[name] != kind:
+                raise InputError(f"{shown(path)} holds a {found[name]} {name}, no {kind}: download it again.")
+        variables = loadmat(io.BytesIO(content), variable_names=list(kinds))
+        return [variables[name] for name in kinds]
+    except InputError:
+        raise
+    except Exception as error:  # damaged bytes bring about every kind of exception in SciPy's reader
+        reason = " ".join(str(error).split())
+        raise InputError(f"{shown(path)} is no readable MATLAB file ({reason}): download it again.") from None
+
+
+def _check_complete(content: bytes) -> None:
+    """Raise ValueError or zlib.error unless the header is of version 5 and all variables are whole."""
+    order = {b"IM": "<", b"MI": ">"}.get(content[126:128])
+    if order is None:
+        raise ValueError("its header is not that of version 5")
+    place = _MAT_HEADER
+    while place < len(content):
+        if place + 8 > len(content):
+            raise ValueError("it is cut off")
+        kind, size = struct.unpack_from(f"{order}II", content, place)
+        place += 8 + size
+        if place > len(content):
+            raise ValueError("it is cut off")
+        if kind not in (_MATRIX, _COMPRESSED):
+            raise ValueError(f"it holds an element of the kind {kind}")
+        if kind == _COMPRESSED:  # as in the originals; has a checksum, which SciPy compares too late
+            stream, inflater = content[place - size : place], zlib.decompressobj()
+            while stream and not inflater.eof:
+                inflater.decompress(stream, 1 << 24)
+                stream = inflater.unconsumed_tail
+            inflater.flush()  # what the limit of the last call kept back
+            if not inflater.eof:
+                raise ValueError("it is cut off")
 
 
 def relative_path(stored: str) -> str:
@@ -104,7 +172,7 @@ def read_frames(path: Path) -> tuple[list[str], SunFrames]:
     Raises:
         InputError: the file is unreadable or lacks a field.
     """
-    (meta,) = load_mat(path, ("SUNRGBDMeta",))
+    (meta,) = load_mat(path, {"SUNRGBDMeta": "struct"})
     _require_fields(path, meta, _FIELDS)
     records = meta.ravel()
     boxes: list[np.ndarray] = []
@@ -163,7 +231,7 @@ def read_splits(path: Path, sequences: list[str]) -> tuple[dict[str, tuple[str, 
     Raises:
         InputError: the file is unreadable, its lists overlap, or one names no frame of the metadata.
     """
-    lists = dict(zip(("train", "val"), load_mat(path, ("alltrain", "alltest")), strict=True))
+    lists = dict(zip(("train", "val"), load_mat(path, {"alltrain": "cell", "alltest": "cell"}), strict=True))
     listed = {split: {relative_path(_text(cell)) for cell in cells.ravel()} for split, cells in lists.items()}
     both = sorted(listed["train"] & listed["val"])
     if both:
