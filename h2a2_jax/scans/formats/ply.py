@@ -3,6 +3,7 @@
 import io
 import itertools
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -72,7 +73,8 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[PlyData, list[int]]:
         line = file.readline(4096)
         if not line or file.tell() > _LONGEST_HEADER:
             raise InputError(f"{path} is cut off: its PLY header has no end_header; copy it again.")
-        lines.append(" ".join(line.decode("latin1").split()))
+        if line.strip():
+            lines.append(" ".join(line.decode("latin1").split()))
     text = "\n".join([*lines, ""])
     counts = [int(found[2]) for found in _COUNT.finditer(text)]
     # Plyfile allocates whatever a header asks for and reads all elements: it gets the header alone, with counts of 0.
@@ -149,12 +151,14 @@ def _read_with_lists(path: Path, header: PlyData, thinning: Thinning) -> Mapping
         if element.name != "vertex"
     }
     try:
-        try:
-            rows = PlyData.read(str(path), known_list_len=triangles)["vertex"].data
-        except PlyParseError as error:
-            if "unexpected list length" not in str(error):
-                raise
-            rows = PlyData.read(str(path))["vertex"].data
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "loadtxt: input contained no data")  # of a list without entries
+            try:
+                rows = PlyData.read(str(path), known_list_len=triangles)["vertex"].data
+            except PlyParseError as error:
+                if "unexpected list length" not in str(error):
+                    raise
+                rows = PlyData.read(str(path))["vertex"].data
     except (PlyParseError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path} has lists before the end of its vertices and cannot be read ({error}): copy it again, or write "
