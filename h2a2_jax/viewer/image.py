@@ -1,6 +1,6 @@
 """Pictures of scans with their boxes, drawn without a display."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -105,6 +105,25 @@ def draw(
     return page
 
 
+def draw_views(views: Mapping[View, Content], title: str, remark: str, pixels: int) -> Image.Image:
+    """Draw views of true boxes side by side, with solid edges and without a legend.
+
+    Args:
+        views: content of each view, from left to right.
+        title: first line above the views.
+        remark: second line.
+        pixels: width and height of each view.
+    """
+    width = len(views) * (pixels + _MARGIN) + _MARGIN
+    page = Image.new("RGB", (width, pixels + _HEADER + _MARGIN), _PAPER)
+    for i, (view, shown) in enumerate(views.items()):
+        camera = camera_for(*framed(shown), view, pixels, pixels)
+        picture = _draw_pane(_draw_room(shown, camera), camera, shown, False, True, dashed=False)
+        page.paste(picture, (_MARGIN + i * (pixels + _MARGIN), _HEADER))
+    _write_title(page, title, remark)
+    return page
+
+
 def _draw_room(shown: Content, camera: Camera) -> Canvas:
     """Points and the grid of the floor, several pixels for one of the picture."""
     fine = _finer(camera)
@@ -119,10 +138,12 @@ def _draw_room(shown: Content, camera: Camera) -> Canvas:
     return canvas
 
 
-def _draw_pane(room: Canvas, camera: Camera, shown: Content, with_found: bool, with_truth: bool) -> Image.Image:
+def _draw_pane(
+    room: Canvas, camera: Camera, shown: Content, with_found: bool, with_truth: bool, dashed: bool = True
+) -> Image.Image:
     canvas, fine = Canvas(room.colors.copy(), room.depth), _finer(camera)
     if with_truth and shown.truth is not None:
-        lines = _box_lines(shown.truth.boxes, shown.truth.labels, fine, 1.6, dashed=True)
+        lines = _box_lines(shown.truth.boxes, shown.truth.labels, fine, 1.6, dashed)
         draw_lines(canvas, fine, lines, visible=1.0, hidden=0.35, halo=_HALO)
     if with_found:
         lines = _box_lines(shown.detections.boxes, shown.detections.labels, fine, 2.0, dashed=False)
@@ -205,12 +226,16 @@ def _overlaps(placed: Float[np.ndarray, "n 4"], frame: Float[np.ndarray, " 4"]) 
 
 
 def _write_header(page: Image.Image, shown: Content, title: str, score: float) -> None:
-    pen = ImageDraw.Draw(page)
     words = [f"{shown.num_points:,} points", f"{len(shown.detections)} detections with score {score:g} or more"]
     if shown.truth is not None:
         words.append(f"{len(shown.truth.labels)} true boxes")
-    pen.text((_MARGIN, 17), _shortened(title, page.width - 2 * _MARGIN, 17), _INK, _font(17), anchor="lm")
-    pen.text((_MARGIN, 35), ", ".join(words), _QUIET, _font(12), anchor="lm")
+    _write_title(page, title, ", ".join(words))
+
+
+def _write_title(page: Image.Image, title: str, remark: str) -> None:
+    pen, width = ImageDraw.Draw(page), page.width - 2 * _MARGIN
+    pen.text((_MARGIN, 17), _shortened(title, width, 17), _INK, _font(17), anchor="lm")
+    pen.text((_MARGIN, 35), _shortened(remark, width, 12), _QUIET, _font(12), anchor="lm")
 
 
 def _write_legend(page: Image.Image, shown: Content) -> None:
