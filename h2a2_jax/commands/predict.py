@@ -22,8 +22,8 @@ from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inference.results import document_of, scan_entry
 from h2a2_jax.inference.shape_cache import BucketFile
 from h2a2_jax.inference.writers import check_output, write_document, write_scan
-from h2a2_jax.scans.scan import ScanError, ScanSource, load_or_skip
-from h2a2_jax.scans.sources import build_source, some
+from h2a2_jax.scans.scan import ScanError, ScanSource, load_or_skip, some
+from h2a2_jax.scans.sources import build_source
 from h2a2_jax.scans.specs import DatasetSpec
 
 INTERRUPTED = 130

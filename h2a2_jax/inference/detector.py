@@ -23,9 +23,8 @@ from h2a2_jax.inference.results import boxes_in_input_frame
 from h2a2_jax.inference.shape_cache import BucketFile
 from h2a2_jax.loader.batching import no_scan
 from h2a2_jax.models import LevelSizes
-from h2a2_jax.scans.cloud_scan import PlacedCloud, place_cloud
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, ColorRange, PointCloud, cloud_of_arrays
-from h2a2_jax.scans.scan_folder import UNITS, UPRIGHT, upright_matrix
+from h2a2_jax.scans.frame import UNITS, UPRIGHT, PlacedCloud, place_cloud, upright_matrix
 
 
 @dataclass(frozen=True, eq=False)

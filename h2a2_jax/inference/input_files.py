@@ -23,11 +23,22 @@ import numpy as np
 from jaxtyping import Float
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.cloud_scan import NO_COLORS, PlacedCloud, place_cloud
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
-from h2a2_jax.scans.frame import estimate_gravity, estimate_walls, guess_unit, guess_up, spread, surface_normals
+from h2a2_jax.scans.frame import (
+    NO_COLORS,
+    UNITS,
+    UPRIGHT,
+    PlacedCloud,
+    estimate_gravity,
+    estimate_walls,
+    guess_unit,
+    guess_up,
+    place_cloud,
+    spread,
+    surface_normals,
+    upright_matrix,
+)
 from h2a2_jax.scans.scan import NOT_FINITE, Scan, ScanError
-from h2a2_jax.scans.scan_folder import UNITS, UPRIGHT, upright_matrix
 from h2a2_jax.scans.specs import DatasetSpec
 
 Align = Literal["none", "gravity", "manhattan", "both"]

@@ -52,8 +52,8 @@ from jaxtyping import Float
 from h2a2_jax.boxes.codec import box_corners
 from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.errors import InputError
+from h2a2_jax.scans.frame import UNITS, UPRIGHT
 from h2a2_jax.scans.scan import Scan
-from h2a2_jax.scans.scan_folder import UNITS, UPRIGHT
 from h2a2_jax.scans.specs import DatasetSpec
 
 PREDICTIONS_VERSION = 1

@@ -1,6 +1,4 @@
-"""Folders that mmdetection3d prepared: info files and points.
-
-Scans from folders prepared by mmdetection3d, in either of its two annotation formats.
+"""Scans of folders prepared by mmdetection3d, in either of its two annotation formats.
 
     scannet/  scannet_infos_train.pkl  scannet_infos_val.pkl  points/scene0000_00.bin ...
     sunrgbd/  sunrgbd_infos_train.pkl  sunrgbd_infos_val.pkl  points/000017.bin ...
@@ -13,7 +11,7 @@ those again.
 
 Of the paths in an info file only the name of the file counts, which lies in `points/`.
 
-Lays out single scans and their annotations as a prepared mmdetection3d folder.
+The command lays out single scans and their annotations as such a folder:
 
     python -m h2a2_jax.scans.mmdet3d --scan scene0000_00.bin --infos scannet_infos.pkl \
         --dataset scannet --output data/scannet
@@ -37,7 +35,7 @@ from jaxtyping import Float32, Int32
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.restricted_pickle import load_plain_pickle
-from h2a2_jax.scans.scan import FAR_POINTS, NOT_FINITE, Scan, ScanError, usable_boxes, within_reach
+from h2a2_jax.scans.scan import FAR_POINTS, NOT_FINITE, Scan, ScanError, some, usable_boxes, within_reach
 from h2a2_jax.scans.specs import SPECS, DatasetSpec, dataset_spec
 
 _COLUMNS = 6
@@ -48,15 +46,15 @@ _NO_ALIGNMENT = "scans without an alignment, taken as aligned"
 
 @dataclass(frozen=True, eq=False)
 class ScanInfo:
-    """Annotation of one scan as the info file has it.
+    """Annotation of one scan in an info file.
 
     Attributes:
         name: file name of the points without `.bin`.
         boxes: one row per kept object; yaw 0 where the file has six columns.
         labels: class of each box in the dataset's own order.
-        alignment: matrix that brings the stored points into the frame of the boxes.
-        notes: boxes left out and what was taken for granted, a count by kind.
-        aligned: whether the file gave the alignment.
+        alignment: matrix from the frame of the stored points to that of the boxes.
+        notes: counts by kind of boxes left out and of assumptions.
+        aligned: True if the file gives the alignment.
     """
 
     name: str
@@ -81,11 +79,11 @@ class Mmdet3dFolder:
         *,
         points_folder: str = "points",
     ):
-        """Reads the annotations and checks that every scan's file is there.
+        """Read the annotations and check that every scan's file is there.
 
         Args:
             root: the prepared folder.
-            info_file: name of the info file in it, or several (S3DIS areas), taken one after the other.
+            info_file: name of the info file in the folder, or several in order (S3DIS areas).
             spec: the dataset the folder holds.
             points_folder: name of the folder of `.bin` files in `root`.
 
@@ -106,14 +104,14 @@ class Mmdet3dFolder:
         twice = [name for name, count in Counter(info.name for info in self._infos).items() if count > 1]
         if twice:
             raise InputError(
-                f"{', '.join(files)} in {root} name {len(twice)} scans more than once ({_some(twice)}): "
+                f"{', '.join(files)} in {root} name {len(twice)} scans more than once ({some(twice)}): "
                 "prepare the folder again."
             )
         missing = [info.name for info in self._infos if not self._path(info.name).is_file()]
         if missing:
             raise InputError(
                 f"{len(missing)} of the {len(self._infos)} scans named in {', '.join(files)} have no .bin file in "
-                f"{self._points} ({_some(missing)}): finish preparing the folder."
+                f"{self._points} ({some(missing)}): finish preparing the folder."
             )
 
     @property
@@ -126,7 +124,7 @@ class Mmdet3dFolder:
         return len(self._infos)
 
     def __getitem__(self, index: int) -> Scan:
-        """Loads one scan, in the frame of its boxes.
+        """Load one scan, in the frame of its boxes.
 
         Points with a NaN or infinite coordinate or colour are dropped and counted in `Scan.notes`.
 
@@ -176,7 +174,7 @@ class Mmdet3dFolder:
         return np.frombuffer(content, "<f4").reshape(-1, _COLUMNS).astype(np.float32)
 
     def _other_type(self, name: str) -> str:
-        """A hint where the file would make sense in float64."""
+        """Return a hint if the file would make sense in float64."""
         if self._path(name).stat().st_size % (2 * _ROW_BYTES):
             return ""
         values = np.fromfile(self._path(name), "<f8")
@@ -185,7 +183,7 @@ class Mmdet3dFolder:
 
 
 def default_info_files(spec: DatasetSpec, split: Literal["train", "val"]) -> tuple[str, ...]:
-    """Names of the info files mmdetection3d writes for a split; Area 5 is the validation area of S3DIS."""
+    """Return the names of the info files of a split; Area 5 is the validation area of S3DIS."""
     if spec.name == "s3dis":
         areas = (1, 2, 3, 4, 6) if split == "train" else (5,)
         return tuple(f"s3dis_infos_Area_{area}.pkl" for area in areas)
@@ -193,7 +191,7 @@ def default_info_files(spec: DatasetSpec, split: Literal["train", "val"]) -> tup
 
 
 def read_infos(path: Path, spec: DatasetSpec) -> list[ScanInfo]:
-    """Reads an info file of version 1 or 2.
+    """Read an info file of version 1 or 2.
 
     Args:
         path: the `.pkl`.
@@ -233,7 +231,7 @@ def _refuse_mixture(entries: Iterable[Any], key: str, version: int) -> None:
 
 
 def scan_name(stored_path: str) -> str:
-    """Name of the scan whose points an info file stores at `stored_path`."""
+    """Return the name of the scan whose points an info file stores at `stored_path`."""
     return Path(stored_path).stem
 
 
@@ -260,7 +258,7 @@ def _read_v1(entry: Mapping[str, Any], spec: DatasetSpec) -> ScanInfo:
 
 
 def _safe_name(stored_path: Any, columns: Any) -> str:
-    """Name of the scan, if its path is one that stays in a folder and its file has the six columns of a scan."""
+    """Return the name of a scan after checking that its path stays in a folder and its file has six columns."""
     if not isinstance(stored_path, str) or "\0" in stored_path or not scan_name(stored_path):
         raise ValueError(f"the path of a scan is {stored_path!r}")
     if ".." in PurePosixPath(stored_path.replace("\\", "/")).parts:
@@ -309,12 +307,8 @@ def _alignment(name: str, alignment: Any) -> Float32[np.ndarray, "4 4"]:
     return matrix
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
 def lay_out(scans: Sequence[Path], infos: Path, spec: DatasetSpec, output: Path) -> list[Path]:
-    """Copies scans and writes the info files that name them.
+    """Copy scans and write the info files that name them.
 
     Args:
         scans: `.bin` files.
@@ -323,7 +317,7 @@ def lay_out(scans: Sequence[Path], infos: Path, spec: DatasetSpec, output: Path)
         output: the folder to make; files of the same names in it are replaced.
 
     Returns:
-        The info files written, one for training and one for validation.
+        The info files of training and of validation.
 
     Raises:
         InputError: a file is missing, or `infos` is no version 2 info file or lacks a scan.
@@ -357,7 +351,7 @@ def lay_out(scans: Sequence[Path], infos: Path, spec: DatasetSpec, output: Path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(description="Lay out scans as a prepared mmdetection3d folder.")
     parser.add_argument("--scan", type=Path, nargs="+", required=True, help=".bin files: x, y, z, r, g, b in float32")
     parser.add_argument("--infos", type=Path, required=True, help="version 2 info file that annotates them")

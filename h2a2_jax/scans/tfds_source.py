@@ -18,7 +18,7 @@ METADATA_FILE = "metadata.json"
 _INFO_FILE = "dataset_info.json"
 _INCOMPLETE = "incomplete."
 _BELOW = ("", "*/", "*/*/", "prepared/*/*/")
-"""Where a version's folder may be below what a user gives."""
+"""Places of a version's folder below the folder that a user gives."""
 
 
 class TfdsSource:
@@ -32,12 +32,12 @@ class TfdsSource:
     """
 
     def __init__(self, root: str | Path, split: str, spec: DatasetSpec):
-        """Finds the dataset and checks that it is whole.
+        """Find the dataset and check that it is whole.
 
         Args:
             root: a version's folder, or one up to three levels above it: data/scannet, data/scannet/prepared, ...
             split: "train" or "val".
-            spec: the dataset that is expected.
+            spec: expected dataset.
 
         Raises:
             InputError: nothing is prepared there, only half, or another dataset; or tensorflow-datasets is missing.
@@ -77,7 +77,7 @@ class TfdsSource:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Scan:
-        """Reads one scan.
+        """Read one scan.
 
         Raises:
             IndexError: the index is not in [0, number of scans).
@@ -111,7 +111,7 @@ class TfdsSource:
         return scan
 
     def _records(self) -> Any:
-        """TFDS's view of the files."""
+        """Return TFDS's view of the files, opened once per process."""
         if self._opened is None or self._process != os.getpid():
             with self._lock:
                 if self._opened is None or self._process != os.getpid():
@@ -153,16 +153,16 @@ def _check_not_forked() -> None:
 
 
 def is_tfds(root: str | Path) -> bool:
-    """Whether a dataset was prepared by `python -m data.<dataset>` at this place, in full or in part."""
+    """Return True if `python -m data.<dataset>` prepared a dataset here, in full or in part."""
     return bool(_versions(Path(root)) or _unfinished(Path(root)))
 
 
 def find_tfds(root: str | Path, spec: DatasetSpec) -> Path:
-    """The version's folder of a prepared dataset; the newest version where there are several.
+    """Find the version's folder of a prepared dataset; the newest of several versions.
 
     Args:
         root: that folder, or one up to three levels above it.
-        spec: the dataset that is expected.
+        spec: expected dataset.
 
     Raises:
         InputError: there is none, only half of one, only others, or more than one.
@@ -193,9 +193,9 @@ def find_tfds(root: str | Path, spec: DatasetSpec) -> Path:
 
 
 def why_not_whole(folder: Path) -> str | None:
-    """What is missing of a version's folder, half a sentence; None if nothing is.
+    """Describe the missing part of a version's folder in half a sentence; None if it is whole.
 
-    Reads no record: a file that was cut or is missing shows in the sizes.
+    No record is read: a file that was cut or is missing shows in the sizes.
     """
     info = read_json(folder / _INFO_FILE)
     if info is None or read_json(folder / METADATA_FILE) is None:

@@ -14,7 +14,7 @@ from h2a2_jax.inference.detector import Boxes, Detector
 from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inference.shape_cache import BucketFile
 from h2a2_jax.models import LevelSizes
-from h2a2_jax.scans.scan_folder import UPRIGHT
+from h2a2_jax.scans.frame import UPRIGHT
 from tests.inference.tiny import SPECS, random_detector, room
 
 SMALL, OTHER = room("small", 500, 1.2), room("other", 400, 1.0)

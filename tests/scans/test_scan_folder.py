@@ -10,8 +10,9 @@ import pytest
 from h2a2_jax.boxes import Detections
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.results import predictions_json
+from h2a2_jax.scans.frame import UPRIGHT
 from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, points_in_box, validate_scan
-from h2a2_jax.scans.scan_folder import UPRIGHT, ScanFolder, folder_classes, is_scan_folder, point_cloud_files
+from h2a2_jax.scans.scan_folder import ScanFolder, folder_classes, is_scan_folder, point_cloud_files
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD
 
 CHAIR = {"center": [1, 2, 0.5], "size": [0.6, 0.4, 1], "yaw": 0.3, "class": "chair"}

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats.thinning import Thinning
+from h2a2_jax.scans.formats import Thinning
 
 _HEADER = 227  # bytes up to version 1.2; later ones have more
 _RECORD_HEADER = 54  # bytes of a variable length record before its data

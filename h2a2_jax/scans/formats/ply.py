@@ -12,7 +12,7 @@ import numpy as np
 from plyfile import PlyData, PlyHeaderParseError, PlyListProperty, PlyParseError
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats.thinning import Thinning
+from h2a2_jax.scans.formats import Thinning
 
 _LONGEST_HEADER = 1 << 20
 _COUNT = re.compile(r"^(element \S+ )([+-]?\d+)$", re.MULTILINE)

@@ -14,7 +14,6 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from jaxtyping import Float, Int, UInt8
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats.ply import read_ply_columns
-from h2a2_jax.scans.raw.raw_files import (
+from h2a2_jax.scans.raw import (
     NO_BOX,
     NO_CLASS,
     NO_POINTS,
@@ -36,7 +35,7 @@ from h2a2_jax.scans.raw.raw_files import (
     usable_points,
 )
 from h2a2_jax.scans.scan import Scan, ScanError
-from h2a2_jax.scans.specs import SCANNET, DatasetSpec
+from h2a2_jax.scans.specs import SCANNET
 
 NYU40_IDS = (3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 24, 28, 33, 34, 36, 39)
 """NYU40 id of each class of the detection protocol, in the order of the labels."""
@@ -48,7 +47,7 @@ _ALIGNMENT = re.compile(r"^\s*axisAlignment\s*=(.*)$", re.MULTILINE)
 
 
 class _Group(NamedTuple):
-    """One annotated object: its name for people and its segments."""
+    """One annotated object: its name and its segments."""
 
     label: str
     segments: np.ndarray
@@ -58,10 +57,15 @@ class ScanNet:
     """Scans of ScanNet v2; a `RawDataset`.
 
     Points and boxes are in the frame aligned with the walls, `Scan.transform` is the alignment.
+
+    Attributes:
+        spec: classes and protocol.
+        splits: scans of "train" and "val" in the order of the official lists.
+        notes: empty, for opening leaves nothing out.
     """
 
     def __init__(self, root: str | Path):
-        """Reads the lists of scans and the table of labels.
+        """Read the lists of scans and the table of labels.
 
         Args:
             root: the folder with `scans`; the two lists may also lie in its `meta_data` or `Tasks/Benchmark`.
@@ -74,31 +78,17 @@ class ScanNet:
         if not (self._root / "scans").is_dir():
             raise InputError(f"There is no folder scans in {shown(root)}: a ScanNet folder holds {_LAYOUT}.")
         self._label_of = _read_labels(self._root / _LABELS)
-        self._splits = {split: _read_split(self._root, split) for split in ("train", "val")}
-        both = sorted(set(self._splits["train"]) & set(self._splits["val"]))
+        self.spec, self.notes = SCANNET, dict[str, int]()
+        self.splits = {split: _read_split(self._root, split) for split in ("train", "val")}
+        both = sorted(set(self.splits["train"]) & set(self.splits["val"]))
         if both:
             raise InputError(
                 f"{len(both)} scans such as {both[0]} are in scannetv2_train.txt and in scannetv2_val.txt: "
                 "fetch both lists again."
             )
 
-    @property
-    def spec(self) -> DatasetSpec:
-        """ScanNet's classes and protocol."""
-        return SCANNET
-
-    @property
-    def splits(self) -> Mapping[str, tuple[str, ...]]:
-        """Scans of "train" and "val" in the order of the official lists."""
-        return self._splits
-
-    @property
-    def notes(self) -> Mapping[str, int]:
-        """Always empty: opening leaves nothing out."""
-        return {}
-
     def load(self, name: str) -> Scan:
-        """Parses one scan.
+        """Parse one scan.
 
         Args:
             name: such as "scene0000_00".
@@ -109,7 +99,7 @@ class ScanNet:
         Raises:
             ScanError: a file is missing, cut off or contradicts another one.
         """
-        if not any(name in names for names in self._splits.values()):
+        if not any(name in names for names in self.splits.values()):
             raise ScanError(name, f"There is no scan {name} in the lists of {shown(self._root)}: check its name.")
         folder = self._root / "scans" / name
         if not folder.is_dir():
@@ -177,7 +167,7 @@ def _read_text(path: Path, what: str) -> str:
 
 
 def _read_labels(path: Path) -> dict[str, int]:
-    """Label of each raw category; -1 for those of no class."""
+    """Read the label of each raw category; -1 for one of no class."""
     text = _read_text(path, "fetch it with ScanNet's download script, option --label_map")
     rows = csv.DictReader(io.StringIO(text), delimiter="\t")
     columns = rows.fieldnames or ()
@@ -285,7 +275,7 @@ def _read_segments(path: Path, name: str, vertices: int) -> Int[np.ndarray, " m"
 
 
 def _read_groups(path: Path, name: str, notes: Counter[str]) -> dict[int, _Group]:
-    """Objects by id, in the order in which they claim their segments."""
+    """Read objects by id, in the order in which they claim their segments."""
     groups: dict[int, _Group] = {}
     content = _read_json(path, name).get("segGroups")
     for entry in content if isinstance(content, list) else [None]:
@@ -304,7 +294,7 @@ def _read_groups(path: Path, name: str, notes: Counter[str]) -> dict[int, _Group
 
 
 def _integers(values: object) -> Int[np.ndarray, " n"] | None:
-    """A flat array if `values` is a list of integers."""
+    """Return a flat array if `values` is a list of integers."""
     try:
         array = np.array(values if isinstance(values, list) else None)
     except (ValueError, OverflowError):

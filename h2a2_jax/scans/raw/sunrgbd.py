@@ -1,6 +1,4 @@
-"""SUN RGB-D as downloaded: annotations, depth frames, points.
-
-SUN RGB-D as its website serves it, without MATLAB (Song et al., CVPR 2015, https://rgbd.cs.princeton.edu).
+"""SUN RGB-D as its website serves it, without MATLAB (Song et al., CVPR 2015, https://rgbd.cs.princeton.edu).
 
     SUNRGBD/  kv1/ kv2/ realsense/ xtion/  with depth PNGs and colour JPEGs
     SUNRGBDMeta3DBB_v2.mat (or SUNRGBDMeta.mat)  allsplit.mat
@@ -25,9 +23,9 @@ from jaxtyping import Float, Float32, Int, Int32, Int64, UInt8, UInt16
 from scipy.io import loadmat, whosmat
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.raw.raw_files import FAR, NO_BOX, NO_CLASS, check_folder, counted, first_existing, shown
+from h2a2_jax.scans.raw import FAR, NO_BOX, NO_CLASS, check_folder, counted, first_existing, shown
 from h2a2_jax.scans.scan import Scan, ScanError
-from h2a2_jax.scans.specs import SUNRGBD, DatasetSpec
+from h2a2_jax.scans.specs import SUNRGBD
 
 _FIELDS = ("sequenceName", "Rtilt", "K", "depthpath", "rgbpath", "groundtruth3DBB")
 _OBJECT_FIELDS = ("coeffs", "centroid", "classname", "orientation")
@@ -45,7 +43,7 @@ class SunFrames:
 
     Attributes:
         depth_paths: depth image of each frame as the metadata has it.
-        color_paths: colour image likewise.
+        color_paths: colour image of each frame as the metadata has it.
         intrinsics: focal lengths and principal point, pixels.
         tilts: rotation that brings the camera upright.
         boxes: centre, sizes, yaw of the objects of the ten classes.
@@ -129,7 +127,7 @@ def _check_complete(content: bytes) -> None:
 
 
 def relative_path(stored: str) -> str:
-    """A path of the metadata below the user's root, with "/" between its parts and none around them."""
+    """Return a path of the metadata below the user's root, with "/" between its parts and none around them."""
     parts = stored.split("/")
     if "SUNRGBD" in parts:
         parts = parts[parts.index("SUNRGBD") :]
@@ -139,7 +137,7 @@ def relative_path(stored: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """The text in an array of one string, in a cell or not; empty if there is none."""
+    """Return the text of an array of one string, in a cell or not; empty if there is none."""
     array = np.asarray(value)
     if array.dtype == object and array.size == 1:
         array = np.asarray(array.item())
@@ -147,7 +145,7 @@ def _text(value: Any) -> str:
 
 
 def _numbers(value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """An array of numbers of that shape (whether row or column), NaN if it is something else."""
+    """Return an array of numbers in that shape (from a row or a column), NaN if it is something else."""
     array = np.asarray(value)
     if array.dtype.kind not in "fiu" or array.size != np.prod(shape):
         return np.full(shape, np.nan)
@@ -161,7 +159,7 @@ def _require_fields(path: Path, array: np.ndarray, fields: Iterable[str]) -> Non
 
 
 def read_frames(path: Path) -> tuple[list[str], SunFrames]:
-    """Reads what a metadata file says of every frame.
+    """Read the metadata of every frame.
 
     Args:
         path: SUNRGBDMeta3DBB_v2.mat or SUNRGBDMeta.mat.
@@ -200,7 +198,7 @@ def read_frames(path: Path) -> tuple[list[str], SunFrames]:
 
 
 def _read_object(record: Any, boxes: list[np.ndarray], labels: list[int], notes: Counter[str]) -> None:
-    """Appends the box and label of an object, or counts why not."""
+    """Append the box and label of an object, or count why it has none."""
     name = _text(record["classname"]).strip()
     if name not in SUNRGBD.classes:
         notes[NO_CLASS] += 1
@@ -219,7 +217,7 @@ def _read_object(record: Any, boxes: list[np.ndarray], labels: list[int], notes:
 
 
 def read_splits(path: Path, sequences: list[str]) -> tuple[dict[str, tuple[str, ...]], dict[str, int]]:
-    """Reads the official split.
+    """Read the official split.
 
     Args:
         path: allsplit.mat.
@@ -271,7 +269,7 @@ _LAYOUT = "SUNRGBD/ with the frames, {} and allsplit.mat (of SUNRGBDtoolbox.zip)
 
 
 def decode_depth(values: UInt16[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
-    """Metres from the pixels of a depth image.
+    """Convert the pixels of a depth image to metres.
 
     The files hold millimetres with the 16 bits rotated left by three.
 
@@ -292,7 +290,7 @@ def back_project(
     intrinsics: Float[np.ndarray, "3 3"],
     tilt: Float[np.ndarray, "3 3"],
 ) -> Float32[np.ndarray, "m 3"]:
-    """Points of an upright camera from pixels with depth.
+    """Turn pixels with depth into points of an upright camera.
 
     Args:
         u: columns, counted from 1 as the intrinsics do.
@@ -314,10 +312,15 @@ class SunRgbd:
     """Frames of SUN RGB-D; a `RawDataset`.
 
     The metadata is parsed once, at opening; copies in other processes receive the result.
+
+    Attributes:
+        spec: classes and protocol.
+        splits: frames of "train" and of "val", the official test split, by number.
+        notes: counts of frames that only the metadata or only the split knows.
     """
 
     def __init__(self, root: str | Path, annotations: str = "v2"):
-        """Reads the metadata and the split.
+        """Read the metadata and the split.
 
         Args:
             root: the folder with `SUNRGBD`.
@@ -335,25 +338,11 @@ class SunRgbd:
             raise InputError(f"There is no folder SUNRGBD in {shown(self._root)}: a SUN RGB-D folder holds {layout}.")
         _pillow()
         sequences, self._frames = read_frames(_find(self._root, _FILES[annotations], "Metadata"))
-        self._splits, self._notes = read_splits(_find(self._root, "allsplit.mat", "traintestSUNRGBD"), sequences)
-
-    @property
-    def spec(self) -> DatasetSpec:
-        """SUN RGB-D's classes and protocol."""
-        return SUNRGBD
-
-    @property
-    def splits(self) -> Mapping[str, tuple[str, ...]]:
-        """Frames of "train" and of "val", the official test split, by number."""
-        return self._splits
-
-    @property
-    def notes(self) -> Mapping[str, int]:
-        """Frames that only the metadata or only the split knows."""
-        return self._notes
+        self.spec = SUNRGBD
+        self.splits, self.notes = read_splits(_find(self._root, "allsplit.mat", "traintestSUNRGBD"), sequences)
 
     def load(self, name: str) -> Scan:
-        """Parses one frame.
+        """Parse one frame.
 
         Args:
             name: its number with six digits, such as "000017".

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats import thinning
+from h2a2_jax.scans import formats
 from h2a2_jax.scans.formats.point_cloud import THINNED, read_point_cloud
 
 N, MOST = 1000, 64
@@ -18,7 +18,7 @@ RGB = np.stack([np.arange(N) % 256, np.full(N, 9), np.arange(N) // 256], axis=1)
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(thinning, "_BLOCK", 48)
+    monkeypatch.setattr(formats, "_BLOCK", 48)
 
 
 def las(points, colors=None, *, form=2, minor=2, count=None) -> bytes:
@@ -91,7 +91,7 @@ def test_the_same_points_of_every_format(tmp_path, form):
     rows = some.points[:, 0].round().astype(int)
     edges = np.arange(MOST + 1) * N // MOST
     assert ((rows >= edges[:-1]) & (rows < edges[1:])).all()
-    np.testing.assert_array_equal(rows, thinning.Thinning(MOST).rows(N))
+    np.testing.assert_array_equal(rows, formats.Thinning(MOST).rows(N))
     np.testing.assert_allclose(some.points, XYZ[rows], atol=1e-6)
     np.testing.assert_allclose(some.colors, RGB[rows], atol=1e-6)
     assert not read_point_cloud(path, N).notes

@@ -10,7 +10,9 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.raw import S3dis, ScanNet, SunRgbd
+from h2a2_jax.scans.raw.s3dis import S3dis
+from h2a2_jax.scans.raw.scannet import ScanNet
+from h2a2_jax.scans.raw.sunrgbd import SunRgbd
 from h2a2_jax.scans.scan import ScanError, validate_scan
 from tests.scans.raw.miniature import (
     S3DIS_ROOMS,

@@ -3,7 +3,8 @@ import pickle
 import numpy as np
 import pytest
 
-from h2a2_jax.scans.raw import PUBLISHED, RawDataset, ScanNet
+from h2a2_jax.scans.raw import PUBLISHED, RawDataset
+from h2a2_jax.scans.raw.scannet import ScanNet
 from h2a2_jax.scans.scan import validate_scan
 from h2a2_jax.scans.specs import SCANNET
 from tests.scans.raw.miniature import SCANNET_NYU40, SCANNET_SCENES, SCANNET_SPLITS, write_ply, write_scannet

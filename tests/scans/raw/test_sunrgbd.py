@@ -9,8 +9,8 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from h2a2_jax.scans.mmdet3d import Mmdet3dFolder
-from h2a2_jax.scans.raw import RawDataset, SunRgbd
-from h2a2_jax.scans.raw.sunrgbd import POINTS, back_project, decode_depth
+from h2a2_jax.scans.raw import RawDataset
+from h2a2_jax.scans.raw.sunrgbd import POINTS, SunRgbd, back_project, decode_depth
 from h2a2_jax.scans.scan import points_in_box, validate_scan
 from h2a2_jax.scans.specs import SUNRGBD
 from tests.scans.raw.miniature import SUN_FRAMES, SUN_SPLITS, cells, sun_meta, write_depth, write_sunrgbd
