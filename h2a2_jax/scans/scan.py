@@ -1,5 +1,6 @@
 """A scan with its boxes, sources of scans, and checks of their numbers."""
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -51,6 +52,24 @@ class ScanError(InputError):
     def __reduce__(self) -> tuple[type["ScanError"], tuple[str, str]]:
         """Pass both arguments: an exception keeps only its message, from which another process cannot make it again."""
         return type(self), (self.scan, str(self))
+
+
+class UnusableScan(Exception):
+    """Reason why a scan cannot be used: the rest of a sentence that begins with the scan's name."""
+
+
+@contextlib.contextmanager
+def scan_errors(name: str, noun: str = "Scan") -> Iterator[None]:
+    """Turn an `UnusableScan` into the `ScanError` of a scan.
+
+    Args:
+        name: name of the scan.
+        noun: the dataset's word for a scan.
+    """
+    try:
+        yield
+    except UnusableScan as error:
+        raise ScanError(name, f"{noun} {name} {error}") from error
 
 
 @runtime_checkable

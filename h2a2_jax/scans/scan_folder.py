@@ -42,7 +42,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-from jaxtyping import Float
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
@@ -95,11 +94,6 @@ class FolderDescription:
     colors: ColorRange
     scans: tuple[ScanEntry, ...]
 
-    @property
-    def matrix(self) -> Float[np.ndarray, "4 4"]:
-        """Matrix from the files' frame and unit to metres, z up."""
-        return upright_matrix(self.up, self.unit)
-
 
 def is_scan_folder(root: str | Path) -> bool:
     """Return True if a folder holds a file of boxes for a user's own scans."""
@@ -146,6 +140,8 @@ class ScanFolder:
     `__getitem__` raises `ScanError` for a scan that is missing, cannot be read or has no usable point.
 
     Attributes:
+        spec: classes and protocol.
+        names: names of the scans, in the order of boxes.json.
         warnings: sentences on the source as a whole.
     """
 
@@ -182,12 +178,7 @@ class ScanFolder:
             raise InputError(
                 f'No scan of {self._root / BOXES_FILE} is in the split {split}: give some "split": "train".'
             )
-        self._entries = tuple(entries)
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the scans, in the order of boxes.json."""
-        return [entry.name for entry in self._entries]
+        self._entries, self.names = tuple(entries), [entry.name for entry in entries]
 
     def __len__(self) -> int:
         """Number of scans."""
@@ -221,7 +212,8 @@ class ScanFolder:
         """
         entry, described = self._entries[index], self._description
         hint = f'say "colors" in {BOXES_FILE} ({", ".join(COLOR_RANGES)})'
-        placed = place_cloud(entry.name, cloud, described.matrix, described.colors, colors_hint=hint)
+        matrix = upright_matrix(described.up, described.unit)
+        placed = place_cloud(entry.name, cloud, matrix, described.colors, colors_hint=hint)
         notes = Counter(placed.scan.notes)
         boxes, labels = _boxes(entry, placed.matrix, UNITS[described.unit], self.spec, notes)
         return replace(placed.scan, boxes=boxes, labels=labels, notes=dict(notes))

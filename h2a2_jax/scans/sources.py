@@ -178,8 +178,6 @@ def _tfds_folder(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
 ROOTS: Mapping[str, str] = {"scannet": "data/scannet", "sunrgbd": "data/sun_rgbd", "s3dis": "data/s3dis"}
 """Default folder of a dataset, below the working folder: the one that its command prepares."""
 
-_POINTS_FOLDER = "points"
-
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -271,17 +269,17 @@ def build_source(source: SourceConfig, split: Split) -> ScanSource:
                 )
             return scans
     infos = (source.train_infos if split == "train" else source.val_infos) or default_info_files(spec, split)
-    wanted = [root, root / _POINTS_FOLDER, *(root / info for info in infos)]
+    wanted = [root, root / "points", *(root / info for info in infos)]
     missing = next((path for path in wanted if not path.exists()), None)
     if missing is not None:
         prepares = ".".join(root.parts) if (root / "__main__.py").is_file() else "data.<dataset>"
         raise InputError(
             f"The data of {source.name} is not there: {missing} does not exist; expected is a folder prepared by "
-            f"mmdetection3d, {root}/ with {', '.join(infos)} and {_POINTS_FOLDER}/<scan>.bin, or one that "
+            f"mmdetection3d, {root}/ with {', '.join(infos)} and points/<scan>.bin, or one that "
             f"`python -m {prepares}` prepared, or scans with {BOXES_FILE} (set another one with "
             f"--config.datasets.{source.name}.root=...); --config=configs/joint.py:demo runs without data."
         )
-    return Mmdet3dFolder(root, infos, spec, points_folder=_POINTS_FOLDER)
+    return Mmdet3dFolder(root, infos, spec)
 
 
 def holds_dataset(root: Path) -> bool:
@@ -292,7 +290,7 @@ def holds_dataset(root: Path) -> bool:
 def _kind_of(root: Path) -> str | None:
     if is_scan_folder(root):
         return "scans"
-    if (root / _POINTS_FOLDER).exists():
+    if (root / "points").exists():
         return "mmdet3d"
     return "tfds" if is_tfds(root) else None
 
@@ -317,17 +315,13 @@ class CachedSource:
 
     Attributes:
         source: source of the scans.
+        names: names of the scans, in order.
     """
 
     def __init__(self, source: ScanSource):
-        self.source = source
+        self.source, self.names = source, source.names
         self._scans: dict[int, Scan] = {}
         self._locks = [threading.Lock() for _ in range(len(source))]
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of the scans, in order."""
-        return self.source.names
 
     def __len__(self) -> int:
         """Number of scans."""
@@ -360,14 +354,9 @@ def permuted_boxes(source: ScanSource, seed: int) -> ScanSource:
 
 class _PermutedBoxes:
     def __init__(self, source: ScanSource, seed: int):
-        self.source = source
+        self.source, self.names = source, source.names
         order = np.random.default_rng(seed).permutation(len(source))
         self._donor = dict(zip(order.tolist(), np.roll(order, -1).tolist(), strict=True))
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of the scans, in order."""
-        return self.source.names
 
     def __len__(self) -> int:
         """Number of scans."""

@@ -29,6 +29,7 @@ class TfdsSource:
 
     Attributes:
         folder: the version's folder that is read, as in data/scannet/prepared/scannet/1.0.0.
+        names: names of the scans, in order.
     """
 
     def __init__(self, root: str | Path, split: str, spec: DatasetSpec):
@@ -62,19 +63,14 @@ class TfdsSource:
                 f'Reading {self.folder} needs {error.name}, which is not installed: pip install "h2a2_jax[data]".'
             ) from error
         self._split = split
-        self._names: tuple[str, ...] = tuple(metadata["names"][split])
+        self.names: Sequence[str] = tuple(metadata["names"][split])
         self._lock = threading.Lock()
         self._opened: Any = None
         self._process = 0
 
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of the scans, in order."""
-        return self._names
-
     def __len__(self) -> int:
         """Number of scans."""
-        return len(self._names)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> Scan:
         """Read one scan.
@@ -85,9 +81,9 @@ class TfdsSource:
             InputError: the files cannot be opened.
             RuntimeError: this process was forked from one that has read.
         """
-        if not 0 <= index < len(self._names):
-            raise IndexError(f"scan {index} of {len(self._names)}")
-        name = self._names[index]
+        if not 0 <= index < len(self.names):
+            raise IndexError(f"scan {index} of {len(self.names)}")
+        name = self.names[index]
         records = self._records()
         try:
             found = records[index]

@@ -80,13 +80,7 @@ def _check_header(path: Path, header: bytes) -> None:
 
 
 def _check_chunks(path: Path, file: BinaryIO, header: Any) -> None:
-    """Refuse what lazrs would trust: it ends the process when it cannot allocate what the table of chunks asks for.
-
-    Args:
-        path: of the file, for the error message.
-        file: at the first byte of the points, where it is left.
-        header: laspy's.
-    """
+    """Refuse a damaged table of chunks: lazrs ends the process when it cannot allocate what the table asks for."""
     import lazrs
 
     start, size = file.tell(), path.stat().st_size

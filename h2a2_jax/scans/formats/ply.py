@@ -93,19 +93,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[PlyData, list[int]]:
 
 
 def _check_size(path: Path, element: Any, count: int, left: int, is_text: bool, entries: int) -> int:
-    """Compare the number of rows with the bytes that are left, before anything is allocated for it.
-
-    Args:
-        path: of the file, for the error message.
-        element: of the header.
-        count: rows, as the header says.
-        left: bytes of the file from the element on.
-        is_text: True for ascii.
-        entries: smallest length of a list.
-
-    Returns:
-        Smallest number of bytes of the element.
-    """
+    """Refuse more rows than the `left` bytes hold; return the least bytes of the element, its lists of `entries`."""
     if count < 0:
         raise InputError(f"{path} says it has {count} {element.name} elements; write it again.")
     width = 0

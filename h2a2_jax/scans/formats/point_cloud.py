@@ -41,7 +41,6 @@ _COLOR_NAMES = (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diff
 _POINT_ARRAYS = ("points", "xyz", "coords", "coordinates", "arr_0")
 _COLOR_ARRAYS = ("colors", "colours", "rgb", "color")
 _MOST_ZIP_GROWTH = 1040  # deflate packs at most 258 bytes into two bits
-_NPY_START = 12  # bytes of magic, version and the longer of two kinds of length
 _LONGEST_HEADER = 10_000  # numpy's own limit
 THINNED = "points left out of a large file"
 """A kind of note, of a file with more points than the caller wants."""
@@ -214,13 +213,11 @@ def _read_npy(path: Path, thinning: Thinning) -> _Raw:
 
 def _array(path: Path, file: Any, size: int, thinning: Thinning) -> np.ndarray:
     """Read one array in numpy's format, or some of its rows, if the file can hold as many bytes as its header says."""
-    start = file.read(_NPY_START)
-    version, digits = start[6:8], 2 if start[6:7] == b"\1" else 4
-    if start[:6] != b"\x93NUMPY" or version not in (b"\1\0", b"\2\0"):
+    start = file.read(8)
+    if start not in (b"\x93NUMPY\1\0", b"\x93NUMPY\2\0"):
         raise InputError(f"{path} is no numpy array: save it again with numpy.save.")
-    length = int.from_bytes(start[8 : 8 + digits], "little")
-    header = start[8 + digits :] + file.read(max(0, min(length, _LONGEST_HEADER) - len(start) + 8 + digits))
-    header, content = header[:length], header[length:]
+    length = int.from_bytes(file.read(2 if start[6] == 1 else 4), "little")
+    header = file.read(min(length, _LONGEST_HEADER))
     # Python's parser can crash on bytes that are no text.
     if len(header) < length or not all(32 <= byte < 127 or byte == 10 for byte in header):
         raise InputError(f"{path} is no numpy array or is cut off: its header is damaged; save it again.")
@@ -239,28 +236,16 @@ def _array(path: Path, file: Any, size: int, thinning: Thinning) -> np.ndarray:
         raise InputError(
             f"{path} is cut off: its header says {shape} of {dtype}, but it has {size} bytes; copy it again."
         )
-    content = _Following(content, file)
     try:
         if len(shape) == 2 and shape[0] and fortran:  # a column after the other
-            return np.stack([thinning.read(content, dtype, shape[0]) for _ in range(shape[1])], axis=1)
+            return np.stack([thinning.read(file, dtype, shape[0]) for _ in range(shape[1])], axis=1)
         if len(shape) == 2 and shape[0] and shape[1]:
-            return thinning.read(content, dtype, shape[0], shape[1]).reshape(-1, shape[1])
+            return thinning.read(file, dtype, shape[0], shape[1]).reshape(-1, shape[1])
         if len(shape) == 1:
-            return thinning.read(content, dtype, shape[0])
-        return Thinning().read(content, dtype, count).reshape(shape, order="F" if fortran else "C")
+            return thinning.read(file, dtype, shape[0])
+        return Thinning().read(file, dtype, count).reshape(shape, order="F" if fortran else "C")
     except EOFError as error:
         raise InputError(f"{path} is cut off: of {count * dtype.itemsize} bytes {error}; copy it again.") from error
-
-
-class _Following:
-    """Bytes already read of a file, followed by the rest of the file."""
-
-    def __init__(self, start: bytes, file: Any):
-        self._start, self._file = start, file
-
-    def read(self, size: int) -> bytes:
-        start, self._start = self._start[:size], self._start[size:]
-        return start + self._file.read(size - len(start)) if len(start) < size else start
 
 
 def _read_npz(path: Path, thinning: Thinning) -> _Raw:

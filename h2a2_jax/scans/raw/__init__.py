@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.scan import NOT_FINITE, Scan, ScanError
+from h2a2_jax.scans.scan import NOT_FINITE, Scan, UnusableScan
 from h2a2_jax.scans.specs import DatasetSpec
 
 FAR = 1000.0
@@ -29,19 +29,19 @@ def shown(path: str | os.PathLike[str]) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def read_file(path: Path, scan: str) -> bytes:
+def read_file(path: Path) -> bytes:
     """Read one file of a scan.
 
     Raises:
-        ScanError: the file is missing or cannot be read.
+        UnusableScan: the file is missing or cannot be read.
     """
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise ScanError(scan, f"Scan {scan} lacks the file {shown(path)}: download the scan again.") from None
+        raise UnusableScan(f"lacks the file {shown(path)}: download the scan again.") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise ScanError(
-            scan, f"Scan {scan} cannot be read from {shown(path)} ({error}): check the file and its permissions."
+        raise UnusableScan(
+            f"cannot be read from {shown(path)} ({error}): check the file and its permissions."
         ) from None
 
 

@@ -26,7 +26,7 @@ from h2a2_jax.scans.raw import (
     shown,
     usable_points,
 )
-from h2a2_jax.scans.scan import Scan, ScanError
+from h2a2_jax.scans.scan import Scan, ScanError, UnusableScan, scan_errors
 from h2a2_jax.scans.specs import S3DIS
 
 REPAIRED = "lines repaired"
@@ -97,43 +97,44 @@ class S3dis:
         """
         if not any(name in names for names in self.splits.values()):
             raise ScanError(name, f"There is no room {name} in {shown(self._root)}: names look like Area_1_office_2.")
-        notes: Counter[str] = Counter()
-        area, room = name[:6], name[7:]
-        folder = self._root / area / room / "Annotations"
-        files = sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
-        if not files:
-            raise ScanError(name, f"Scan {name} has no folder {shown(folder)} with text files: unpack that room again.")
-        objects = [_read_object(path, name, notes) for path in files]
-        instances = np.repeat(np.arange(len(files)), [len(rows) for rows in objects])
-        rows = np.concatenate(objects)
-        usable = usable_points(rows[:, :3], notes)
-        if not np.abs(rows[:, 3:] - 127.5).max(initial=0) <= 127.5:  # so if one of them is NaN
-            in_range = (np.abs(rows[:, 3:] - 127.5) <= 127.5).all(axis=1)
-            notes["points with colours outside 0-255"] += int((usable & ~in_range).sum())
-            usable &= in_range
-        if not usable.any():
-            raise ScanError(name, f"Scan {name} has no usable point in {shown(folder)}: unpack that room again.")
-        if not usable.all():
-            rows, instances = rows[usable], instances[usable]
-        origin = rows[:, :3].min(axis=0)
-        points = rows[:, :3] - origin
-        boxes, filled = instance_boxes(points, instances, len(files))
-        labels = np.array([_label(path, notes) for path in files], np.int32)
-        sized = (boxes[:, 3:6] > 0).all(axis=1)
-        notes[NO_POINTS] += int((~filled).sum())
-        notes[NO_BOX] += int(((labels >= 0) & filled & ~sized).sum())
-        kept = (labels >= 0) & filled & sized
-        transform = np.eye(4, dtype=np.float32)
-        transform[:3, 3] = -origin
-        return Scan(
-            name,
-            points.astype(np.float32),
-            rows[:, 3:].astype(np.float32) / np.float32(255),
-            boxes[kept].astype(np.float32),
-            labels[kept],
-            transform,
-            counted(notes),
-        )
+        with scan_errors(name):
+            notes: Counter[str] = Counter()
+            area, room = name[:6], name[7:]
+            folder = self._root / area / room / "Annotations"
+            files = sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
+            if not files:
+                raise UnusableScan(f"has no folder {shown(folder)} with text files: unpack that room again.")
+            objects = [_read_object(path, notes) for path in files]
+            instances = np.repeat(np.arange(len(files)), [len(rows) for rows in objects])
+            rows = np.concatenate(objects)
+            usable = usable_points(rows[:, :3], notes)
+            if not np.abs(rows[:, 3:] - 127.5).max(initial=0) <= 127.5:  # so if one of them is NaN
+                in_range = (np.abs(rows[:, 3:] - 127.5) <= 127.5).all(axis=1)
+                notes["points with colours outside 0-255"] += int((usable & ~in_range).sum())
+                usable &= in_range
+            if not usable.any():
+                raise UnusableScan(f"has no usable point in {shown(folder)}: unpack that room again.")
+            if not usable.all():
+                rows, instances = rows[usable], instances[usable]
+            origin = rows[:, :3].min(axis=0)
+            points = rows[:, :3] - origin
+            boxes, filled = instance_boxes(points, instances, len(files))
+            labels = np.array([_label(path, notes) for path in files], np.int32)
+            sized = (boxes[:, 3:6] > 0).all(axis=1)
+            notes[NO_POINTS] += int((~filled).sum())
+            notes[NO_BOX] += int(((labels >= 0) & filled & ~sized).sum())
+            kept = (labels >= 0) & filled & sized
+            transform = np.eye(4, dtype=np.float32)
+            transform[:3, 3] = -origin
+            return Scan(
+                name,
+                points.astype(np.float32),
+                rows[:, 3:].astype(np.float32) / np.float32(255),
+                boxes[kept].astype(np.float32),
+                labels[kept],
+                transform,
+                counted(notes),
+            )
 
     def _area(self, area: int) -> Path:
         return self._root / f"Area_{area}"
@@ -165,9 +166,9 @@ def _label(path: Path, notes: Counter[str]) -> int:
     return -1
 
 
-def _read_object(path: Path, name: str, notes: Counter[str]) -> Float[np.ndarray, "m 6"]:
+def _read_object(path: Path, notes: Counter[str]) -> Float[np.ndarray, "m 6"]:
     """Read the rows of one file; broken lines are repaired or left out, and counted."""
-    content = read_file(path, name)
+    content = read_file(path)
     if not content.strip():
         return np.zeros((0, _COLUMNS))
     rows = _parse(content)
@@ -177,10 +178,7 @@ def _read_object(path: Path, name: str, notes: Counter[str]) -> Float[np.ndarray
     blocks = [_parse_broken(lines[start : start + _BLOCK], notes) for start in range(0, len(lines), _BLOCK)]
     rows = np.concatenate(blocks)
     if not len(rows):
-        raise ScanError(
-            name,
-            f"Scan {name} has no line of six numbers (x y z r g b) in {shown(path)}: unpack that room again.",
-        )
+        raise UnusableScan(f"has no line of six numbers (x y z r g b) in {shown(path)}: unpack that room again.")
     return rows
 
 

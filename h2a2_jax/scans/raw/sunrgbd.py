@@ -24,7 +24,7 @@ from scipy.io import loadmat, whosmat
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.raw import FAR, NO_BOX, NO_CLASS, check_folder, counted, first_existing, shown
-from h2a2_jax.scans.scan import Scan, ScanError
+from h2a2_jax.scans.scan import Scan, ScanError, UnusableScan, scan_errors
 from h2a2_jax.scans.specs import SUNRGBD
 
 _FIELDS = ("sequenceName", "Rtilt", "K", "depthpath", "rgbpath", "groundtruth3DBB")
@@ -126,7 +126,7 @@ def _check_complete(content: bytes) -> None:
                 raise ValueError("it is cut off")
 
 
-def relative_path(stored: str) -> str:
+def _relative_path(stored: str) -> str:
     """Return a path of the metadata below the user's root, with "/" between its parts and none around them."""
     parts = stored.split("/")
     if "SUNRGBD" in parts:
@@ -158,18 +158,8 @@ def _require_fields(path: Path, array: np.ndarray, fields: Iterable[str]) -> Non
         raise InputError(f"{shown(path)} has frames without the field {', '.join(missing)}: download it again.")
 
 
-def read_frames(path: Path) -> tuple[list[str], SunFrames]:
-    """Read the metadata of every frame.
-
-    Args:
-        path: SUNRGBDMeta3DBB_v2.mat or SUNRGBDMeta.mat.
-
-    Returns:
-        The folder of each frame, relative to the user's root, and the rest.
-
-    Raises:
-        InputError: the file is unreadable or lacks a field.
-    """
+def _read_frames(path: Path) -> tuple[list[str], SunFrames]:
+    """Read the metadata of every frame: its folder, relative to the user's root, and the rest."""
     (meta,) = load_mat(path, {"SUNRGBDMeta": "struct"})
     _require_fields(path, meta, _FIELDS)
     records = meta.ravel()
@@ -194,7 +184,7 @@ def read_frames(path: Path) -> tuple[list[str], SunFrames]:
         np.array(offsets),
         tuple(notes),
     )
-    return [relative_path(_text(value)) for value in records["sequenceName"]], frames
+    return [_relative_path(_text(value)) for value in records["sequenceName"]], frames
 
 
 def _read_object(record: Any, boxes: list[np.ndarray], labels: list[int], notes: Counter[str]) -> None:
@@ -216,21 +206,10 @@ def _read_object(record: Any, boxes: list[np.ndarray], labels: list[int], notes:
     labels.append(SUNRGBD.classes.index(name))
 
 
-def read_splits(path: Path, sequences: list[str]) -> tuple[dict[str, tuple[str, ...]], dict[str, int]]:
-    """Read the official split.
-
-    Args:
-        path: allsplit.mat.
-        sequences: the folder of each frame of the metadata.
-
-    Returns:
-        Names of the frames of "train" and "val", and counts of what the two files do not agree on.
-
-    Raises:
-        InputError: the file is unreadable, its lists overlap, or one names no frame of the metadata.
-    """
+def _read_splits(path: Path, sequences: list[str]) -> tuple[dict[str, tuple[str, ...]], dict[str, int]]:
+    """Read names of the frames of "train" and "val", and counts of what the split and the metadata do not share."""
     lists = dict(zip(("train", "val"), load_mat(path, {"alltrain": "cell", "alltest": "cell"}), strict=True))
-    listed = {split: {relative_path(_text(cell)) for cell in cells.ravel()} for split, cells in lists.items()}
+    listed = {split: {_relative_path(_text(cell)) for cell in cells.ravel()} for split, cells in lists.items()}
     both = sorted(listed["train"] & listed["val"])
     if both:
         raise InputError(
@@ -337,9 +316,9 @@ class SunRgbd:
         if not (self._root / "SUNRGBD").is_dir():
             raise InputError(f"There is no folder SUNRGBD in {shown(self._root)}: a SUN RGB-D folder holds {layout}.")
         _pillow()
-        sequences, self._frames = read_frames(_find(self._root, _FILES[annotations], "Metadata"))
+        sequences, self._frames = _read_frames(_find(self._root, _FILES[annotations], "Metadata"))
         self.spec = SUNRGBD
-        self.splits, self.notes = read_splits(_find(self._root, "allsplit.mat", "traintestSUNRGBD"), sequences)
+        self.splits, self.notes = _read_splits(_find(self._root, "allsplit.mat", "traintestSUNRGBD"), sequences)
 
     def load(self, name: str) -> Scan:
         """Parse one frame.
@@ -358,43 +337,42 @@ class SunRgbd:
         frame = int(name) - 1 if name.isascii() and name.isdigit() else -1
         if not 0 <= frame < len(frames.depth_paths):
             raise ScanError(name, f"There is no frame {name}: they run from 000001 to {len(frames.depth_paths):06d}.")
-        intrinsics, tilt = frames.intrinsics[frame], frames.tilts[frame]
-        _check_camera(name, intrinsics, tilt)
-        depth_path = self._path(name, frames.depth_paths[frame])
-        color_path = self._path(name, frames.color_paths[frame])
-        depth = decode_depth(_read_depth(depth_path, name))
-        colors = _read_colors(color_path, name)
-        if colors.shape[:2] != depth.shape:
-            raise ScanError(
+        with scan_errors(name, "Frame"):
+            intrinsics, tilt = frames.intrinsics[frame], frames.tilts[frame]
+            _check_camera(intrinsics, tilt)
+            depth_path = self._path(frames.depth_paths[frame])
+            color_path = self._path(frames.color_paths[frame])
+            depth = decode_depth(_read_depth(depth_path))
+            colors = _read_colors(color_path)
+            if colors.shape[:2] != depth.shape:
+                raise UnusableScan(
+                    f"has a depth image of {_size(depth)} pixels but a colour image of {_size(colors)} "
+                    f"({shown(color_path)}): unpack SUNRGBD.zip again."
+                )
+            measured = np.flatnonzero(depth)
+            if not len(measured):
+                raise UnusableScan(f"has no depth at all in {shown(depth_path)}: leave the frame out.")
+            if len(measured) > POINTS:
+                rng = np.random.default_rng(zlib.crc32(name.encode()))
+                measured = rng.choice(measured, POINTS, replace=False)
+            rows, columns = np.divmod(measured, depth.shape[1])
+            points = back_project(columns + 1, rows + 1, depth[rows, columns], intrinsics, tilt)
+            objects = slice(frames.offsets[frame], frames.offsets[frame + 1])
+            return Scan(
                 name,
-                f"Frame {name} has a depth image of {_size(depth)} pixels but a colour image of {_size(colors)} "
-                f"({shown(color_path)}): unpack SUNRGBD.zip again.",
+                points,
+                colors[rows, columns].astype(np.float32) / np.float32(255),
+                frames.boxes[objects],
+                frames.labels[objects],
+                notes=frames.notes[frame],
             )
-        measured = np.flatnonzero(depth)
-        if not len(measured):
-            raise ScanError(name, f"Frame {name} has no depth at all in {shown(depth_path)}: leave the frame out.")
-        if len(measured) > POINTS:
-            rng = np.random.default_rng(zlib.crc32(name.encode()))
-            measured = rng.choice(measured, POINTS, replace=False)
-        rows, columns = np.divmod(measured, depth.shape[1])
-        points = back_project(columns + 1, rows + 1, depth[rows, columns], intrinsics, tilt)
-        objects = slice(frames.offsets[frame], frames.offsets[frame + 1])
-        return Scan(
-            name,
-            points,
-            colors[rows, columns].astype(np.float32) / np.float32(255),
-            frames.boxes[objects],
-            frames.labels[objects],
-            notes=frames.notes[frame],
-        )
 
-    def _path(self, name: str, stored: str) -> Path:
-        relative = relative_path(stored)
+    def _path(self, stored: str) -> Path:
+        relative = _relative_path(stored)
         if not relative or ".." in relative.split("/"):
-            raise ScanError(
-                name,
-                f"Frame {name} has the path {stored!r} in the metadata, which does not stay inside "
-                f"{shown(self._root)}: it is not read; download the metadata again.",
+            raise UnusableScan(
+                f"has the path {stored!r} in the metadata, which does not stay inside "
+                f"{shown(self._root)}: it is not read; download the metadata again."
             )
         return self._root / relative
 
@@ -420,20 +398,17 @@ def _find(root: Path, file: str, folder: str) -> Path:
     return path
 
 
-def _check_camera(name: str, intrinsics: np.ndarray, tilt: np.ndarray) -> None:
+def _check_camera(intrinsics: np.ndarray, tilt: np.ndarray) -> None:
     if not np.isfinite(intrinsics).all() or min(intrinsics[0, 0], intrinsics[1, 1]) < 1:
-        raise ScanError(
-            name,
-            f"Frame {name} has focal lengths {intrinsics[0, 0]:g} and {intrinsics[1, 1]:g} in the metadata (K), but "
-            "they are hundreds of pixels: download the metadata again.",
+        raise UnusableScan(
+            f"has focal lengths {intrinsics[0, 0]:g} and {intrinsics[1, 1]:g} in the metadata (K), but "
+            "they are hundreds of pixels: download the metadata again."
         )
     if not np.isfinite(tilt).all() or np.abs(tilt @ tilt.T - np.eye(3)).max() > 0.05:
-        raise ScanError(
-            name, f"Frame {name} has an Rtilt in the metadata that is no rotation: download the metadata again."
-        )
+        raise UnusableScan("has an Rtilt in the metadata that is no rotation: download the metadata again.")
 
 
-def _read_image(path: Path, name: str, modes: tuple[str, ...], expected: str) -> np.ndarray:
+def _read_image(path: Path, modes: tuple[str, ...], expected: str) -> np.ndarray:
     image_module = _pillow()
     try:
         with image_module.open(path) as image:
@@ -441,25 +416,19 @@ def _read_image(path: Path, name: str, modes: tuple[str, ...], expected: str) ->
                 return np.asarray(image)
             mode = image.mode
     except FileNotFoundError:
-        raise ScanError(
-            name, f"Frame {name} lacks the image {shown(path)}: unpack SUNRGBD.zip so that it lies there."
-        ) from None
+        raise UnusableScan(f"lacks the image {shown(path)}: unpack SUNRGBD.zip so that it lies there.") from None
     except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
-        raise ScanError(
-            name, f"Frame {name} has an unreadable image {shown(path)} ({error}): unpack SUNRGBD.zip again."
-        ) from None
-    raise ScanError(
-        name, f"Frame {name} has an image of mode {mode} at {shown(path)}, but {expected}: unpack SUNRGBD.zip again."
-    )
+        raise UnusableScan(f"has an unreadable image {shown(path)} ({error}): unpack SUNRGBD.zip again.") from None
+    raise UnusableScan(f"has an image of mode {mode} at {shown(path)}, but {expected}: unpack SUNRGBD.zip again.")
 
 
-def _read_depth(path: Path, name: str) -> UInt16[np.ndarray, "height width"]:
-    pixels = _read_image(path, name, ("I;16", "I;16B"), "a depth image is a grey PNG of 16 bits")
+def _read_depth(path: Path) -> UInt16[np.ndarray, "height width"]:
+    pixels = _read_image(path, ("I;16", "I;16B"), "a depth image is a grey PNG of 16 bits")
     return pixels.astype(np.uint16)
 
 
-def _read_colors(path: Path, name: str) -> UInt8[np.ndarray, "height width 3"]:
-    return _read_image(path, name, ("RGB",), "a colour image has mode RGB")
+def _read_colors(path: Path) -> UInt8[np.ndarray, "height width 3"]:
+    return _read_image(path, ("RGB",), "a colour image has mode RGB")
 
 
 def _size(image: np.ndarray) -> str:

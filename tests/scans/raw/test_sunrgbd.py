@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from scipy.io import loadmat, savemat
 
-from h2a2_jax.scans.mmdet3d import Mmdet3dFolder
+from h2a2_jax.scans.mmdet3d import Mmdet3dFolder, lay_out
 from h2a2_jax.scans.raw import RawDataset
 from h2a2_jax.scans.raw.sunrgbd import POINTS, SunRgbd, back_project, decode_depth
 from h2a2_jax.scans.scan import points_in_box, validate_scan
@@ -173,7 +173,8 @@ def test_conventions_of_boxes_on_a_real_frame(tmp_path):
     folder = Path(os.environ["H2A2_SCANS_DIR"])
     if not (folder / "000017.bin").is_file():
         pytest.skip(f"there is no 000017.bin in {folder}")
-    scan = Mmdet3dFolder(folder, "sunrgbd_000017_infos.pkl", SUNRGBD, points_folder=".")[0]
+    lay_out([folder / "000017.bin"], folder / "sunrgbd_000017_infos.pkl", SUNRGBD, tmp_path)
+    scan = Mmdet3dFolder(tmp_path, "sunrgbd_infos_train.pkl", SUNRGBD)[0]
     bed = scan.boxes[scan.labels.tolist().index(SUNRGBD.classes.index("bed"))]
     assert points_in_box(scan.points, bed).sum() == 18_117
     # The same box as the raw file would have it: half sizes with the first two exchanged, a direction for the yaw.
