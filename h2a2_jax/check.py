@@ -29,6 +29,7 @@ from h2a2_jax.scans.sources import CheckedFolder, Split, recognise
 from h2a2_jax.scans.specs import DatasetSpec, dataset_spec
 
 CHECK_VERSION = 1
+_PROBLEMS = "mend"  # the key in check.json of version 1
 _FEW_POINTS = 5
 _FEW_SCANS = 8  # are read faster than processes start
 
@@ -296,7 +297,7 @@ def _document(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[st
         "kind": folder.kind,
         "dataset": folder.spec.name,
         "ready": not problems,
-        "mend": problems,
+        _PROBLEMS: problems,
         "hints": hints,
         "up": up.document(),
         "unit": unit.document(),
@@ -441,8 +442,8 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
     if document["ready"]:
         yield "ready"
     else:
-        yield "to mend:"
-        for i, sentence in enumerate(document["mend"]):
+        yield "to fix:"
+        for i, sentence in enumerate(document[_PROBLEMS]):
             yield f"  {i + 1}. {sentence}"
 
 

@@ -226,7 +226,7 @@ def _boxes(
     boxes = np.array([box.box for box in entry.boxes], np.float64).reshape(-1, 7)
     for box, label in zip(entry.boxes, labels, strict=True):
         if label < 0:
-            notes[unknown_class_note(box.label, spec)] += 1
+            notes[f"boxes of the class {box.label!r}, which {spec.name} does not have"] += 1
     with np.errstate(over="ignore", invalid="ignore"):
         boxes[:, :3] = boxes[:, :3] @ matrix[:3, :3].T + matrix[:3, 3]
         boxes[:, 3:6] = boxes[:, 3:6] @ (np.abs(matrix[:3, :3]) > metres / 2).T * metres
@@ -248,11 +248,6 @@ def class_label(name: str, spec: DatasetSpec) -> int:
     plain = plain_name(name)
     plain = _OTHER_SPELLINGS.get(plain, plain)
     return next((label for label, known in enumerate(spec.classes) if plain_name(known) == plain), -1)
-
-
-def unknown_class_note(name: str, spec: DatasetSpec) -> str:
-    """Return the kind of note that counts boxes of a class that the dataset does not have."""
-    return f"boxes of the class {name!r}, which {spec.name} does not have"
 
 
 def plain_name(name: str) -> str:

@@ -49,7 +49,7 @@ def assert_refused(path, match):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_written_is_read(written):
+def test_written_files_are_read_back(written):
     file = read_torch_file(written)
     assert list(file.tensors) == list(STATE)
     for name, array in STATE.items():
@@ -59,7 +59,7 @@ def test_what_is_written_is_read(written):
     assert file.others == file.not_read == ()
 
 
-def test_torch_reads_what_is_written(written):
+def test_torch_reads_written_files(written):
     torch = pytest.importorskip("torch")
     loaded = torch.load(written, weights_only=True)
     assert loaded["meta"] == {"dataset_meta": {"classes": ["chair", "table"]}}
@@ -68,7 +68,7 @@ def test_torch_reads_what_is_written(written):
 
 
 @pytest.mark.parametrize("archive", [True, False])
-def test_what_torch_writes_is_read(tmp_path, archive):
+def test_files_of_torch_are_read(tmp_path, archive):
     torch = pytest.importorskip("torch")
     base = torch.arange(40, dtype=torch.float32).reshape(10, 4) / 7
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
@@ -263,7 +263,7 @@ def test_compressed_and_overlapping_records_are_refused(written):
     assert_refused(written, "compressed")
 
 
-def test_an_object_keeps_nothing_of_what_is_done_to_it():
+def test_inert_objects_keep_nothing():
     content = pickle.dumps({"a": functools.partial(max, 1), "b": complex(1, 2), "c": {1, 2}, "d": frozenset({3})}, 2)
     loaded, names = restricted_pickle.load_inert_pickle(io.BytesIO(content), {}, Inert())
     assert set(loaded) == {"a", "b", "c", "d"} and all(isinstance(v, Inert) for v in loaded.values())

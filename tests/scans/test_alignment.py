@@ -1,4 +1,4 @@
-"""Up and the directions of walls are found in rooms of known tilt, and what one wall leaves open is said to be open."""
+"""Up and the directions of walls are found in rooms of known tilt; one wall alone leaves the tilt open."""
 
 import math
 

@@ -238,7 +238,7 @@ NAN[3:5, 0], NAN[9, 5] = np.nan, np.inf
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_is_left_out_of_a_scan_is_counted(tmp_path, rows, boxes, note, left):
+def test_left_out_points_and_boxes_of_a_scan_are_counted(tmp_path, rows, boxes, note, left):
     np.save(tmp_path / "a.npy", rows)
     source = ScanFolder(own_folder(tmp_path, [{"file": "a.npy", "boxes": boxes}], colors="none"), "train", SUNRGBD)
     scan = source[0]
@@ -431,7 +431,7 @@ def test_files_of_points_of_prepared_folders(tmp_path, kind):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) and len(value) == 1 else "",
 )
-def test_what_is_left_out_of_a_prepared_scan_is_counted(tmp_path, entry, rows, spec, note):
+def test_left_out_points_and_boxes_of_a_prepared_scan_are_counted(tmp_path, entry, rows, spec, note):
     source = Mmdet3dFolder(prepared(tmp_path, infos(entry), rows), "infos.pkl", spec)
     scan = source[0]
     assert dict(scan.notes) == note and len(scan.boxes) == 1

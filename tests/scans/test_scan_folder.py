@@ -98,7 +98,7 @@ def test_axis_aligned_datasets_take_the_enclosing_box(tmp_path):
     assert scan.notes == {"boxes with yaw, replaced by the axis-aligned ones that enclose them": 1}
 
 
-def test_what_cannot_be_used_is_counted_by_name(tmp_path):
+def test_unusable_parts_are_counted_by_name(tmp_path):
     boxes = [
         CHAIR,
         {**CHAIR, "class": "lamp"},

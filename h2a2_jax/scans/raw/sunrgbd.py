@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int32, Int64, UInt8, UInt16
+from PIL import Image
 from scipy.io import loadmat, whosmat
 
 from h2a2_jax.errors import InputError
@@ -315,7 +315,6 @@ class SunRgbd:
         check_folder(self._root, layout)
         if not (self._root / "SUNRGBD").is_dir():
             raise InputError(f"There is no folder SUNRGBD in {shown(self._root)}: a SUN RGB-D folder holds {layout}.")
-        _pillow()
         sequences, self._frames = _read_frames(_find(self._root, _FILES[annotations], "Metadata"))
         self.spec = SUNRGBD
         self.splits, self.notes = _read_splits(_find(self._root, "allsplit.mat", "traintestSUNRGBD"), sequences)
@@ -377,14 +376,6 @@ class SunRgbd:
         return self._root / relative
 
 
-def _pillow() -> ModuleType:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise InputError('Reading images needs Pillow: pip install "h2a2_jax[data]".') from None
-    return Image
-
-
 def _find(root: Path, file: str, folder: str) -> Path:
     places = [root, root / folder, root / "SUNRGBDtoolbox" / folder]
     path = first_existing([place / file for place in places])
@@ -409,15 +400,14 @@ def _check_camera(intrinsics: np.ndarray, tilt: np.ndarray) -> None:
 
 
 def _read_image(path: Path, modes: tuple[str, ...], expected: str) -> np.ndarray:
-    image_module = _pillow()
     try:
-        with image_module.open(path) as image:
+        with Image.open(path) as image:
             if image.mode in modes:
                 return np.asarray(image)
             mode = image.mode
     except FileNotFoundError:
         raise UnusableScan(f"lacks the image {shown(path)}: unpack SUNRGBD.zip so that it lies there.") from None
-    except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnusableScan(f"has an unreadable image {shown(path)} ({error}): unpack SUNRGBD.zip again.") from None
     raise UnusableScan(f"has an image of mode {mode} at {shown(path)}, but {expected}: unpack SUNRGBD.zip again.")
 

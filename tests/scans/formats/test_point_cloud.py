@@ -1,4 +1,4 @@
-"""Point clouds: every format gives back what was written, and what a file leaves open is said."""
+"""Point clouds: every format gives back the written points, and assumptions about a file are reported."""
 
 import os
 import struct
@@ -183,7 +183,7 @@ def test_numpy_files(tmp_path):
 
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("width", [3, 4, 6])
-def test_the_width_of_raw_rows_is_found_and_said(tmp_path, width, centred):
+def test_the_width_of_raw_rows_is_found_and_reported(tmp_path, width, centred):
     rng = np.random.default_rng(width)
     rows = np.zeros((1200, width), "<f4")  # 1200 rows of any width are whole rows of the others as well
     rows[:, :3] = rng.uniform(0, 1, (1200, 3)) * [6, 4, 2.5] - ([3, 2, 1.25] if centred else [0, 0, 0])

@@ -337,7 +337,7 @@ COUNTED = [
 
 
 @pytest.mark.parametrize(("kind", "damage", "notes", "points", "boxes"), COUNTED)
-def test_what_is_left_out_is_counted(tmp_path, kind, damage, notes, points, boxes):
+def test_left_out_points_and_objects_are_counted(tmp_path, kind, damage, notes, points, boxes):
     WRITERS[kind](tmp_path)
     before = kind(tmp_path).load(VICTIMS[kind])
     damage(tmp_path)

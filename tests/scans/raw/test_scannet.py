@@ -79,7 +79,7 @@ def test_alignment_moves_points_before_boxes_are_taken(root):
     np.testing.assert_allclose(scan.points, np.stack([5.5 - y, x - 2.25, z + 0.125], axis=1), atol=1e-6)
 
 
-def test_what_is_left_out_is_counted(root):
+def test_left_out_points_and_objects_are_counted(root):
     dataset = ScanNet(root)
     assert dataset.load("scene0000_00").notes == {"objects of no class of the dataset": 1, "objects without points": 1}
     assert dataset.load("scene0002_00").notes == {"alignment missing, identity taken": 1}

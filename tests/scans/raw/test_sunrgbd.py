@@ -82,7 +82,7 @@ def test_boxes_equal_those_computed_by_hand(root, annotations):
         assert scan.notes == ({"objects of no class of the dataset": pillows} if pillows else {})
 
 
-def test_versions_of_the_annotations_are_told_apart(tmp_path):
+def test_versions_of_the_annotations_differ(tmp_path):
     write_sunrgbd(tmp_path)
     other = [dict(frame, objects=[("sofa", (1, 1, 1), (1, 1, 1), (1, 0, 0))]) for frame in SUN_FRAMES]
     savemat(tmp_path / "SUNRGBDtoolbox/Metadata/SUNRGBDMeta.mat", {"SUNRGBDMeta": sun_meta(other)})
@@ -90,7 +90,7 @@ def test_versions_of_the_annotations_are_told_apart(tmp_path):
     assert SunRgbd(tmp_path, "v2").load("000002").labels.tolist() == []
 
 
-def test_depth_decodes_what_was_encoded():
+def test_encoded_depth_is_decoded():
     millimetres = np.arange(2**16, dtype=np.uint16)
     encoded = np.array([((d * 8) % 2**16) + d // 2**13 for d in range(2**16)], np.uint16)
     np.testing.assert_allclose(decode_depth(encoded), np.minimum(millimetres / 1000, 8.0), rtol=1e-6)
