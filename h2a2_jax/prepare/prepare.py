@@ -327,7 +327,7 @@ def raw_command(
         raw = open_raw(options)
         names = vars(own.parse_args([]))
         settings = {"raw": str(options.raw.resolve()), **{name: getattr(options, name) for name in names}}
-        return raw, settings, PUBLISHED[raw.spec.name].scans if comparable(options) else None
+        return raw, settings, PUBLISHED[raw.spec.name] if comparable(options) else None
 
     return _run(dataset, parser, opened, arguments)
 

@@ -3,9 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -143,24 +141,9 @@ class RawDataset(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class PublishedCounts:
-    """Sizes that a benchmark's authors state.
-
-    Attributes:
-        scans: number of scans by split.
-        classes: number of classes of the detection protocol.
-    """
-
-    scans: Mapping[str, int]
-    classes: int
-
-
-PUBLISHED: Mapping[str, PublishedCounts] = MappingProxyType(
-    {
-        "scannet": PublishedCounts({"train": 1201, "val": 312}, classes=18),
-        "sunrgbd": PublishedCounts({"train": 5285, "val": 5050}, classes=10),
-        "s3dis": PublishedCounts({"train": 204, "val": 68}, classes=5),
-    }
-)
-"""Published sizes by dataset name; those of S3DIS are for Area 5 as validation."""
+PUBLISHED: Mapping[str, Mapping[str, int]] = {
+    "scannet": {"train": 1201, "val": 312},
+    "sunrgbd": {"train": 5285, "val": 5050},
+    "s3dis": {"train": 204, "val": 68},
+}
+"""Number of scans by dataset and split that the authors state; those of S3DIS are for Area 5 as validation."""
