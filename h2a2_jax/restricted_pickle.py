@@ -88,7 +88,8 @@ def load_inert_pickle(
 
     Args:
         source: at the first byte of the pickle; left behind its last one.
-        admitted: stand-ins of the names that matter. A dict's stand-in must refuse keys that `is_plain_key` does.
+        admitted: stand-ins of the names that matter; one that makes a dict leaves out keys that are not plain
+            (`is_plain_key`).
         load_persistent: returns the object of a persistent id.
 
     Returns:
