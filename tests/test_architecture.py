@@ -20,6 +20,8 @@ FLOORS: tuple[set[str], ...] = (
     {"convert", "report"},
     {"sweeps"},
     {"commands"},
+    {"cli"},
+    {"__main__"},
 )
 """Parts of the package; those of one floor do not import one another."""
 
