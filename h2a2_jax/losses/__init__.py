@@ -1,4 +1,4 @@
-"""What training minimises: assignment of locations to boxes, focal loss and DIoU loss."""
+"""Training loss: assignment of locations to boxes, focal loss and DIoU loss."""
 
 from h2a2_jax.losses.assignment import Assignment, assign
 from h2a2_jax.losses.detection import DetectionLoss, detection_loss

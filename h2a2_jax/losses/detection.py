@@ -1,4 +1,4 @@
-"""The training loss of one dataset's scans."""
+"""Training loss of the scans of one dataset."""
 
 import dataclasses
 
@@ -18,9 +18,9 @@ class DetectionLoss:
     """The two terms of the training loss; the loss is their sum.
 
     Attributes:
-        box: float [], DIoU loss summed over the positives at hand, over the number of positives.
-        classification: float [], focal loss summed over the locations at hand, over the number of positives.
-        num_positives: int32 [], number of positives; with an `axis_name`, of all replicas.
+        box: float [], DIoU loss summed over this replica's positives, divided by the number of positives.
+        classification: float [], focal loss summed over this replica's locations, divided by the number of positives.
+        num_positives: int32 [], number of positives; with an `axis_name`, on all replicas.
     """
 
     box: Leaf
@@ -52,25 +52,26 @@ def detection_loss(
     """TR3D's loss: focal loss of all locations and DIoU loss of the assigned ones.
 
     Both are divided by the number of positives of the dataset's batch, at least 1. With `axis_name` that number is
-    summed over the replicas, the loss is not: gradients of the replicas are to be summed. Datasets of different
+    summed over the replicas, the loss is not: the caller sums the gradients of the replicas. Datasets of different
     class counts and box forms share one compiled function: classes and outputs are padded, `class_mask` and
-    `has_yaw` may be traced. Padding rows, boxes and classes contribute neither loss nor gradient, whatever they
-    hold, short of overflow to NaN or infinity in `regression` and `logits`.
+    `has_yaw` may be traced. Padding rows, boxes and classes contribute neither loss nor gradient, for any values short
+    of NaN or infinity in `regression` and `logits`.
 
     Args:
         locations: x, y, z (m) of the locations of all levels and scans.
-        scan: Scan of each location; b or more for padding rows.
-        level: Level of each location.
-        regression: Box outputs, columns 3:6 already passed through exp; without yaw the last two columns are unused.
-        logits: Class scores before the sigmoid.
-        boxes: Ground-truth boxes, padded to g per scan.
-        box_labels: Their classes, -1 for padding.
-        label_to_level: The level on which boxes of each class are sought.
+        scan: scan of each location; b or more for padding rows.
+        level: level of each location.
+        regression: box outputs, columns 3:6 already passed through exp; without yaw the last two columns are unused.
+        logits: class scores before the sigmoid.
+        boxes: ground-truth boxes, padded to g per scan.
+        box_labels: class of each box, -1 for padding.
+        label_to_level: level on which boxes of each class ask for locations.
         class_mask: False for columns of `logits` that only pad.
-        has_yaw: Whether boxes are rotated (8 outputs, rotated DIoU) or axis-aligned (6 outputs, axis-aligned DIoU).
-        axis_name: Mesh axis or axes over which one dataset's scans are spread.
-        center_distance: See `rotated_diou_loss`.
-        top_k: Locations a box may take.
+        has_yaw: True for rotated boxes (8 outputs, rotated DIoU), False for axis-aligned ones (6 outputs, axis-aligned
+            DIoU).
+        axis_name: mesh axis or axes over which one dataset's scans are spread.
+        center_distance: distance of centres in `rotated_diou_loss`.
+        top_k: largest number of locations that a box may take.
 
     Returns:
         The loss. Without a positive, its box term is 0 and all gradients are finite.
@@ -82,7 +83,7 @@ def detection_loss(
     normaliser = jnp.maximum(num_positives, 1).astype(logits.dtype)
 
     is_location = (scan >= 0) & (scan < boxes.shape[0])
-    # Padded rows are zeroed before the loss, so that nothing they hold reaches a gradient.
+    # Padding rows are zeroed before the loss, so that their values reach no gradient.
     focal = sigmoid_focal_loss(jnp.where(is_location[:, None], logits, 0.0), assignment.labels, class_mask)
     focal = jnp.where(is_location[:, None], focal, 0.0)
 
@@ -109,7 +110,7 @@ def _pair_loss(
     center_distance: str,
 ) -> Array:
     """DIoU loss per candidate, 0 where it is not positive."""
-    # Stand-ins of unit size: the losses of what is not positive are computed too and must stay finite.
+    # Boxes of unit size stand in: the losses of candidates that are not positive are computed too and must be finite.
     unit_outputs = jnp.array([0, 0, 0, 1, 1, 1, 0, 0], regression.dtype)
     unit_box = jnp.array([0, 0, 0, 1, 1, 1, 0], targets.dtype)
     is_positive = positive[..., None]

@@ -1,4 +1,4 @@
-"""Losses of one location or of one pair of boxes; summing and normalising is the caller's."""
+"""Focal loss of a location and DIoU loss of a pair of boxes; the caller sums and normalises."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from h2a2_jax.boxes.rotated_iou import rotated_iou
 from h2a2_jax.typing import AnyArray
 
 CENTER_DISTANCES = ("xyz", "published")
+"""Distances of centres that `rotated_diou_loss` knows."""
 
 
 def sigmoid_focal_loss(
@@ -22,11 +23,11 @@ def sigmoid_focal_loss(
     """Focal loss of independent sigmoids, one number per location and class.
 
     Args:
-        logits: Class scores before the sigmoid.
-        labels: Class index, -1 = background.
+        logits: class scores before the sigmoid.
+        labels: class index, -1 = background.
         class_mask: False for columns that only pad the class axis; their loss and gradient are 0.
-        gamma: Exponent that turns down what is already classified well.
-        alpha: Weight of the true class; 1 - alpha for all others.
+        gamma: exponent that lowers the loss of locations that are classified well.
+        alpha: weight of the true class; 1 - alpha for all others.
 
     Returns:
         Losses, not summed.
@@ -50,8 +51,8 @@ def axis_aligned_diou_loss(
     """1 - DIoU of paired boxes, their yaw ignored.
 
     Args:
-        predicted: Boxes.
-        target: Boxes.
+        predicted: predicted boxes: centre and size in metres, yaw.
+        target: target boxes of the same form.
 
     Returns:
         Losses between 0 and 2.
@@ -74,12 +75,12 @@ def rotated_diou_loss(
     over (x, y, dx), a slip for (x, y, z); `center_distance="published"` reproduces it.
 
     Args:
-        predicted: Boxes.
-        target: Boxes.
+        predicted: predicted boxes: centre and size in metres, yaw in radians.
+        target: target boxes of the same form.
         center_distance: "xyz", or "published" for (x, y, dx).
 
     Returns:
-        Losses.
+        Losses, 0 for equal boxes.
 
     Raises:
         ValueError: `center_distance` is neither of the two.
