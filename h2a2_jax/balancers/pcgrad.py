@@ -40,11 +40,11 @@ def pcgrad(num_datasets: int, seed: int = 0, axis_name: str | None = None) -> op
 
     g_j being the gradient before any projection. The mean of the g_i' is then the gradient of the step.
 
-    Each g_i' is a combination sum_j c_ij g_j, and the dot products that decide are those of the g_j. So what devices
-    exchange is the gradients of one parameter after the other, for the K x K dot products; the rest is arithmetic on
+    Each g_i' is a combination sum_j c_ij g_j, and the dot products that decide are those of the g_j. So devices
+    exchange the gradients of one parameter after the other, for the K x K dot products; the rest is arithmetic on
     the c_ij. And as only the mean is wanted, sum_i g_i' = sum_j (sum_i c_ij) g_j: each device multiplies its own
     gradients by the column sums and `mean_over_datasets` gives PCGrad's mean, though the single updates are not the
-    g_i'. A c_ij of i != j is only ever set where there is a conflict, to something positive: factors are at least 1.
+    g_i'. A c_ij of i != j is set only at a conflict, to a positive number: factors are at least 1.
 
     A dataset that took no part in the step, one whose gradient is (nearly) zero and one whose gradient is not finite
     conflict with none; a gradient that is not finite reaches the check of the step.

@@ -43,13 +43,15 @@ def convolve(
 ) -> Float[Array, "n_out c_out"]:
     """Convolve features on active sites; differentiable in features, kernels and gamma.
 
+    `docs/layers.md` trains a network of such convolutions.
+
     Args:
         features: rows of the input sites; rows of padding are never read.
         kernels: a stack of one kernel, or of two with `gamma`; slices x fastest (`kernel_offsets`).
-        kernel_map: from the input to the output sites.
+        kernel_map: map from the input to the output sites.
         gamma: 1 where a scan's offset uses kernels[0], 0 where it uses kernels[1]. None: kernels[0] everywhere. Its
             gradient is that of the interpolation gamma * W_0 + (1 - gamma) * W_1: <dW[b, k], W_0[k] - W_1[k]>.
-        algorithm: one of
+        algorithm: way to compute the same result.
 
             - "segment_sum": gather, matmul, segment sum, one offset after the other, by JAX's own derivative.
             - "gather": the same without a scatter in either direction.
@@ -64,17 +66,15 @@ def convolve(
               accelerators "pairs" where the tiles' capacity is below half of a full kernel (`limit_tiles`), else
               "im2col".
         dtype: compute type of the products; sums are float32 (float64 stays float64), and so is the gradient of float32
-            kernels. Default: the features'. "winograd" multiplies in the type of the sums whatever the compute type,
-            for its transforms magnify the rounding of what is multiplied.
-        precision: of the products, as in `jax.lax.dot_general`.
+            kernels. Default: the type of the features. "winograd" always multiplies in the type of the sums, because
+            its transforms magnify the rounding of factors.
+        precision: precision of the products, as in `jax.lax.dot_general`.
 
     Returns:
         Rows of the output sites in the type of the features; padding rows are zero.
 
     Raises:
         ValueError: shapes, kernel volume or algorithm do not fit the map, or the number of kernels does not fit gamma.
-
-    `docs/layers.md` trains a network of such convolutions.
     """
     _check(features, kernels, kernel_map, gamma, algorithm)
     compute = jnp.dtype(dtype) if dtype is not None else features.dtype

@@ -1,8 +1,8 @@
 """Convolution on accelerators: columns of neighbours ("im2col") and batched tiles of pairs ("pairs").
 
-Accelerators lose more to scatter-adds of features, and to loops whose length the host must ask for, than to some wasted
-products. In both algorithms trip counts are static and no features are scattered in either direction; both work in
-chunks of a bounded size.
+Accelerators lose more to scatter-adds of features, and to loops of a dynamic length, than to some wasted products. In
+both algorithms trip counts are static and no features are scattered in either direction; both work in chunks of a
+bounded size.
 
 "im2col" is one matmul over all offsets. Its work is that of a full kernel on every site, so it pays where most
 neighbours exist:
@@ -10,7 +10,7 @@ neighbours exist:
     y = columns @ W,   columns[o] = [x[neighbors[0, o]], ..., x[neighbors[V-1, o]]]   [N_out, V * Cin]
 
 "pairs" multiplies the pairs there are, then sums the products of each row. Its work is the whole capacity of the tiles,
-in use or not; `limit_tiles` cuts a capacity down to what a bucket needs:
+in use or not; `limit_tiles` cuts a capacity down to the need of a bucket:
 
     P[t] = x[in_rows[t]] @ W[kernel of tile t]          one batched matmul over tiles of pairs
     y[o] = sum_k P[position of the pair (k, o)]         V gathers and adds that XLA fuses into one pass

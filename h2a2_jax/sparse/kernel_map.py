@@ -348,7 +348,7 @@ def limit_tiles(kernel_map: KernelMap, capacity: int) -> KernelMap:
     if int(tiles.count) > capacity:
         raise ValueError(f"{int(tiles.count)} tiles are in use, a capacity of {capacity} does not hold them.")
 
-    def resized(rows: np.ndarray, empty: np.ndarray | int) -> np.ndarray:
+    def resize(rows: np.ndarray, empty: np.ndarray | int) -> np.ndarray:
         out = np.empty((capacity, *rows.shape[1:]), rows.dtype)
         out[:] = empty
         out[: len(rows)] = rows[:capacity]
@@ -359,10 +359,10 @@ def limit_tiles(kernel_map: KernelMap, capacity: int) -> KernelMap:
         kernel_map,
         tiles=replace(
             tiles,
-            in_rows=resized(tiles.in_rows, kernel_map.in_capacity + place),
-            out_rows=resized(tiles.out_rows, kernel_map.out_capacity + place),
-            offset=resized(tiles.offset, 0),
-            scan=resized(tiles.scan, 0),
+            in_rows=resize(tiles.in_rows, kernel_map.in_capacity + place),
+            out_rows=resize(tiles.out_rows, kernel_map.out_capacity + place),
+            offset=resize(tiles.offset, 0),
+            scan=resize(tiles.scan, 0),
         ),
     )
 
