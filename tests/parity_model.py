@@ -14,10 +14,10 @@ from flax import nnx
 from h2a2_jax import sparse
 from h2a2_jax.boxes import Detections, decode_boxes, traced_detections
 from h2a2_jax.convert.tr3d_weights import export_tr3d, load_tr3d
+from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.losses import assign, axis_aligned_diou_loss, detection_loss, rotated_diou_loss
 from h2a2_jax.models import TR3D, DetectorConfig, DetectorPlan, HeadConfig, Predictions, detector_tables, pad_plan
 from h2a2_jax.models.architecture import STAGE_BLOCKS
-from h2a2_jax.models.tr3d import single_context
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD, DatasetSpec
 from h2a2_jax.sparse import SparseTensor
 from tests.parity_case import CaseResult, guarded
@@ -137,7 +137,7 @@ def _evaluation(golden: _Golden) -> Iterator[CaseResult]:
     @jax.jit
     def forward(state: Any, features: jax.Array, plan: DetectorPlan) -> tuple[Predictions, dict[str, Any]]:
         taps: dict[str, Any] = {}
-        context = replace(single_context(), tap=taps.__setitem__)
+        context = replace(ForwardContext(DatasetContext.one(0, 1)), tap=taps.__setitem__)
         return nnx.merge(graph, state)(features, plan, context), taps
 
     predictions, taps = jax.device_get(forward(state, golden.features, golden.plan))
@@ -243,7 +243,7 @@ def _training(golden: _Golden) -> Iterator[CaseResult]:
 
     def loss(params: Any, features: jax.Array) -> tuple[jax.Array, tuple]:
         model = nnx.merge(graph, params, stats, copy=True)
-        predictions = model(features, golden.plan, single_context(training=True))
+        predictions = model(features, golden.plan, ForwardContext(DatasetContext.one(0, 1), training=True))
         published = detection_loss(
             locations=predictions.locations,
             scan=predictions.scan,

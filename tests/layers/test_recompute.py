@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from h2a2_jax import sparse
 from h2a2_jax.layers import DatasetContext, ForwardContext, ResidualBlock
-from h2a2_jax.layers.rematerialize import recomputed, rematerialized
+from h2a2_jax.layers.context import call_block
+from h2a2_jax.sparse.xla_cpu import recompute
 from tests.layers.test_residual import KMAP, SELECTION, features, randomise
 from tests.sparse.transcription import random_sites
 
@@ -37,7 +38,7 @@ def slopes(params, stats, embedding, rows, weight, axis_name=None, **options):
         context = replace(
             CONTEXT, embedding=embedding, axis_name=axis_name, tap=lambda *item: seen.append(item), **options
         )
-        y = rematerialized(own, context, sparse.SparseTensor(rows, KMAP.inputs), KMAP)
+        y = call_block(own, context, sparse.SparseTensor(rows, KMAP.inputs), KMAP)
         names.append([name for name, _ in seen])
         used = (y.features * weight).sum() + (seen[-1][1] ** 2).sum()  # what is recorded may enter a loss
         return used.astype(jnp.float32), (y, nnx.state(own, nnx.BatchStat), [value for _, value in seen])
@@ -127,7 +128,7 @@ def test_the_backward_pass_keeps_the_inputs_alone(dtype):
         def loss(params, stats, rows, kmap):
             x = sparse.SparseTensor(rows, sites)
             for own in nnx.merge(graph, params, stats, copy=True):
-                x = rematerialized(own, replace(context, rematerialize=rematerialize), x, kmap)
+                x = call_block(own, replace(context, rematerialize=rematerialize), x, kmap)
             return x.features.astype(jnp.float32).sum()
 
         program = jax.jit(jax.grad(loss)).lower(params, stats, rows, kmap).compile()
@@ -136,13 +137,13 @@ def test_the_backward_pass_keeps_the_inputs_alone(dtype):
     assert temporary(True) < 0.67 * temporary(False)
 
 
-def test_it_is_for_training():
+def test_evaluation_is_not_recomputed():
     own = nnx.merge(*nnx.split(block()))
     context = replace(CONTEXT, training=False, embedding=jnp.ones(3), rematerialize=True)
     x = features(KMAP)
-    assert_equal(rematerialized(own, context, x, KMAP), own(x, KMAP, context))
+    assert_equal(call_block(own, context, x, KMAP), own(x, KMAP, context))
     assert_equal(nnx.state(own, nnx.BatchStat), nnx.state(block(), nnx.BatchStat))
-    assert rematerialized(ResidualBlock(4, 4, rngs=nnx.Rngs(0)), None, x, KMAP).features.shape == x.features.shape
+    assert call_block(ResidualBlock(4, 4, rngs=nnx.Rngs(0)), None, x, KMAP).features.shape == x.features.shape
 
 
 def test_integers_pass_and_have_no_gradient():
@@ -150,9 +151,9 @@ def test_integers_pass_and_have_no_gradient():
         return {"rows": x["a"][index] * x["b"], "index": index + 1}
 
     x = {"a": jnp.arange(4.0), "b": jnp.float32(3)}
-    out = recomputed(function, x, np.array([2, 0], np.int32))
+    out = recompute(function, x, np.array([2, 0], np.int32))
     np.testing.assert_array_equal(out["index"], [3, 1])
-    slope = jax.grad(lambda x: recomputed(function, x, np.array([2, 0], np.int32))["rows"].sum())(x)
+    slope = jax.grad(lambda x: recompute(function, x, np.array([2, 0], np.int32))["rows"].sum())(x)
     np.testing.assert_array_equal(slope["a"], [3, 0, 3, 0])
     assert slope["b"] == 2
-    assert (jax.grad(lambda x: recomputed(function, x, np.zeros(0, np.int32))["rows"].sum())(x)["a"] == 0).all()
+    assert (jax.grad(lambda x: recompute(function, x, np.zeros(0, np.int32))["rows"].sum())(x)["a"] == 0).all()
