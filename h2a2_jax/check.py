@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import available_cores
-from h2a2_jax.prepare.worker_pool import in_processes
+from h2a2_jax.prepare.worker_pool import run_in_processes
 from h2a2_jax.scans.frame import AXES, BoxFinding, Guess, ScanFinding, examine, guess_unit, guess_up, spread
 from h2a2_jax.scans.scan import ScanError, ScanSource
 from h2a2_jax.scans.scan_folder import BOXES_FILE, UNITS, ScanFolder
@@ -357,7 +357,7 @@ def _findings(folder: CheckedFolder) -> Iterator[ScanFinding]:
     if len(places) <= _FEW_SCANS:
         yield from map(work, places)
         return
-    for outcome in in_processes(work, places, min(available_cores(), 16)):
+    for outcome in run_in_processes(work, places, min(available_cores(), 16)):
         split, number = outcome.name.split()
         name = folder.sources[cast(Split, split)].names[int(number)]
         yield ScanFinding(split, name, outcome.failure) if outcome.failure else outcome.value

@@ -23,7 +23,7 @@ from h2a2_jax.host import available_cores, duration, sigterm_raises
 from h2a2_jax.prepare.builder import STATISTICS_FILE, Packing, ScanDatasetBuilder
 from h2a2_jax.prepare.prepared_scan import PrepareScan, ScanSummary, statistics, table
 from h2a2_jax.prepare.scan_cache import ScanCache, difference, make_folder, writing_to
-from h2a2_jax.prepare.worker_pool import in_processes
+from h2a2_jax.prepare.worker_pool import run_in_processes
 from h2a2_jax.scans.raw import PUBLISHED, RawDataset
 from h2a2_jax.scans.tfds_source import METADATA_FILE, why_not_whole
 
@@ -169,7 +169,7 @@ def _fill(
     failed: dict[str, str] = {}
     made = 0
     with ScanProgress(len(names), "preparing") as progress:
-        for outcome in in_processes(PrepareScan(raw, cache), order, workers):
+        for outcome in run_in_processes(PrepareScan(raw, cache), order, workers):
             if outcome.failure is not None:
                 failed[outcome.name] = outcome.failure
                 progress.note(f"Failed: {outcome.failure}")

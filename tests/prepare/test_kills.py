@@ -16,7 +16,7 @@ from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 from h2a2_jax.scans.tfds_source import TfdsSource
 from tests.prepare.tiny import TinyRaw, assert_equal, tiny_scan
 
-_ROOT = Path(__file__).parents[3]
+_ROOT = Path(__file__).parents[2]
 _KILLS = int(os.environ.get("H2A2_KILLS", "2"))
 
 
