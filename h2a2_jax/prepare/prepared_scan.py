@@ -16,7 +16,7 @@ from h2a2_jax.prepare.scan_cache import DamagedScanError, ScanCache
 from h2a2_jax.scans.raw import RawDataset
 from h2a2_jax.scans.scan import FAR_POINTS, Scan, ScanError, usable_boxes, validate_scan, within_reach
 from h2a2_jax.scans.specs import DatasetSpec, dataset_spec
-from h2a2_jax.scans.synthetic.catalogue import Scale
+from h2a2_jax.scans.synthetic.rooms import Scale
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 
 VERSION = 1
