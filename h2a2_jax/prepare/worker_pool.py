@@ -105,10 +105,12 @@ class _Worker:
         self.executor = ProcessPoolExecutor(1, context, _prepare_process, (work,))
         self.name: str | None = None
         # Ctrl-C in a terminal goes to all processes: workers must not see it, also not while they start.
-        resource_tracker.ensure_running()  # its start unblocks the signal, so not below
+        with _environment("ignore", "PYTHONWARNINGS"):  # or the tracker warns of semaphores when this process is killed
+            resource_tracker.ensure_running()  # its start unblocks the signal, so not below
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            with _one_thread_each():
+            # One thread a process for linear algebra: they would each take all cores.
+            with _environment("1", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
                 # Starts the process; done once the process runs, and broken if it dies before.
                 self.future: Future[Any] = self.executor.submit(os.getpid)
         except OSError as error:
@@ -147,14 +149,14 @@ class _KeepingContext(SpawnContext):
 
 
 @contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Keep processes that start inside from taking all cores each for their linear algebra."""
-    names = [name for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS") if name not in os.environ]
-    os.environ.update(dict.fromkeys(names, "1"))
+def _environment(value: str, *names: str) -> Iterator[None]:
+    """Set environment variables that are not set, for processes that start inside."""
+    unset = [name for name in names if name not in os.environ]
+    os.environ.update(dict.fromkeys(unset, value))
     try:
         yield
     finally:
-        for name in names:
+        for name in unset:
             del os.environ[name]
 
 
