@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import available_cores
-from h2a2_jax.prepare.worker_pool import in_processes
+from h2a2_jax.prepare.worker_pool import run_in_processes
 from h2a2_jax.scans.formats.point_cloud import PointCloud
 from h2a2_jax.scans.frame import AXES, UNITS, AxisFinding, Guess, guess_unit, guess_up, spread
 from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, points_in_box, some
@@ -195,7 +195,7 @@ def _findings(folder: CheckedFolder) -> Iterator[ScanFinding]:
     if len(places) <= _FEW_SCANS:
         yield from map(measure, places)
         return
-    for outcome in in_processes(measure, places, min(available_cores(), 16)):
+    for outcome in run_in_processes(measure, places, min(available_cores(), 16)):
         split, number = outcome.name.split()
         name = folder.sources[cast(Split, split)].names[int(number)]
         yield ScanFinding(split, name, outcome.failure) if outcome.failure else outcome.value

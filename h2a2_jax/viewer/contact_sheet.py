@@ -11,7 +11,7 @@ from PIL import Image
 from h2a2_jax.boxes.matching import GroundTruth
 from h2a2_jax.scans.scan import ScanSource, load_or_skip
 from h2a2_jax.scans.specs import DatasetSpec
-from h2a2_jax.viewer.content import Content, content
+from h2a2_jax.viewer.content import Content, make_content
 from h2a2_jax.viewer.image import View, draw_views
 
 _MOST_SCANS = 12
@@ -42,7 +42,7 @@ def draw_contact_sheet(
     for name in chosen:
         source = sources[splits[name][0]]
         for scan in load_or_skip(source, {}, [list(source.names).index(name)]):
-            whole = content(scan, None, spec.classes, GroundTruth(scan.boxes, scan.labels), _MOST_POINTS)
+            whole = make_content(scan, None, spec.classes, GroundTruth(scan.boxes, scan.labels), _MOST_POINTS)
             views: dict[View, Content] = {"top": whole, "oblique": _open(whole)}
             extents = " x ".join(f"{length:.1f}" for length in np.ptp(scan.points, axis=0))
             remark = f"{len(scan.points):,} points, {len(scan.boxes)} boxes, {extents} m"
