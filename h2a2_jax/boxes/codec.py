@@ -1,4 +1,4 @@
-"""From a location and the regression head's numbers to a box."""
+"""Boxes from locations and the regression outputs of a head, and the corners of boxes."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -105,7 +105,7 @@ def box_corners(boxes: Float[np.ndarray, "n 7"]) -> Float[np.ndarray, "n 8 3"]:
         boxes: Centre, sizes (m), yaw (rad).
 
     Returns:
-        Corner i lies at +dx/2 if its bit 1 is set, else at -dx/2; likewise bit 2 for y and bit 4 for z, along the
+        Corner i lies at +dx/2 if its bit 1 is set, else at -dx/2; bit 2 does so for y and bit 4 for z, along the
         box's own axes. Float64, in the frame of the boxes.
     """
     boxes = boxes.astype(np.float64)

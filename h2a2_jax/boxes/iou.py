@@ -13,55 +13,6 @@ SMALLEST = 1e-12
 """Floor of the denominators: a volume in m^3, an area or squared length in m^2. A cube of 0.1 mm has that volume."""
 
 
-def extents_from_boxes(boxes: Float[AnyArray, "*batch 7"]) -> Float[Array, "*batch 6"]:
-    """Corner form of boxes taken as axis-aligned.
-
-    Args:
-        boxes: Boxes; the yaw is ignored.
-
-    Returns:
-        (x, y, z) of the lower corner, then of the upper one (m).
-    """
-    half = boxes[..., 3:6] / 2
-    return jnp.concatenate([boxes[..., :3] - half, boxes[..., :3] + half], axis=-1)
-
-
-def extents_iou(first: Float[AnyArray, "*#batch 6"], second: Float[AnyArray, "*#batch 6"]) -> Float[Array, "*batch"]:
-    """Volume IoU of paired boxes in corner form.
-
-    Args:
-        first: Lower and upper corners (m).
-        second: Lower and upper corners (m).
-
-    Returns:
-        Intersection over union, 0 to 1.
-    """
-    overlap = jnp.minimum(first[..., 3:], second[..., 3:]) - jnp.maximum(first[..., :3], second[..., :3])
-    intersection = jnp.prod(jnp.maximum(overlap, 0), axis=-1)
-    volumes = jnp.prod(first[..., 3:] - first[..., :3], axis=-1) + jnp.prod(second[..., 3:] - second[..., :3], axis=-1)
-    return ratio_of_overlap(intersection, volumes)
-
-
-def extents_diou(first: Float[AnyArray, "*#batch 6"], second: Float[AnyArray, "*#batch 6"]) -> Float[Array, "*batch"]:
-    """Volume DIoU of paired boxes in corner form: IoU - d^2 / c^2.
-
-    d is the distance between the centres, c the diagonal of the smallest axis-aligned box around both.
-
-    Args:
-        first: Lower and upper corners (m).
-        second: Lower and upper corners (m).
-
-    Returns:
-        DIoU, -1 to 1.
-
-    References:
-        Distance-IoU Loss, https://arxiv.org/abs/1911.08287.
-    """
-    offset = (first[..., :3] + first[..., 3:] - second[..., :3] - second[..., 3:]) / 2
-    distance = jnp.sum(offset * offset, axis=-1)
-    return extents_iou(first, second) - distance / jnp.maximum(enclosing_square_diagonal(first, second), SMALLEST)
-
-
 def axis_aligned_iou(
     first: Float[AnyArray, "*#batch 7"], second: Float[AnyArray, "*#batch 7"]
 ) -> Float[Array, "*batch"]:
@@ -98,7 +49,9 @@ def axis_aligned_bev_iou(
 def axis_aligned_diou(
     first: Float[AnyArray, "*#batch 7"], second: Float[AnyArray, "*#batch 7"]
 ) -> Float[Array, "*batch"]:
-    """Volume DIoU of paired boxes, their yaw ignored; see `extents_diou`.
+    """Volume DIoU of paired boxes, their yaw ignored: IoU - d^2 / c^2.
+
+    d is the distance between the centres, c the diagonal of the smallest axis-aligned box around both.
 
     Args:
         first: Boxes.
@@ -106,6 +59,9 @@ def axis_aligned_diou(
 
     Returns:
         DIoU, -1 to 1.
+
+    References:
+        Distance-IoU Loss, https://arxiv.org/abs/1911.08287.
     """
     offset = first[..., :3] - second[..., :3]
     square_diagonal = enclosing_square_diagonal(*relative_extents(offset, first[..., 3:6] / 2, second[..., 3:6] / 2))

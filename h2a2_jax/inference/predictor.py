@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32
 
 from h2a2_jax import sparse
 from h2a2_jax.boxes.codec import ROTATED_CHANNELS
-from h2a2_jax.boxes.nms import Detections, traced_detections
+from h2a2_jax.boxes.nms import Detections, detections_from_predictions
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.folding import folded_parameters
 from h2a2_jax.layers import DatasetContext, ForwardContext
@@ -251,7 +251,7 @@ def _detect(
 ) -> tuple[Float[Array, "b k 7"], Float[Array, "b k"], Int32[Array, "b k"], Int32[Array, " b"]]:
     """Boxes, scores, labels of each scan, and how many they are."""
     detect = partial(
-        traced_detections,
+        detections_from_predictions,
         locations=out.locations,
         outputs=out.boxes[:, :outputs],
         logits=out.logits[:, :classes],
