@@ -1,7 +1,8 @@
 """Overlap of axis-aligned boxes.
 
-Functions of paired boxes broadcast their leading dimensions. Gradients are finite everywhere: for identical,
-touching, nested, disjoint and zero-size boxes; where a minimum or maximum ties, both sides get half.
+An IoU is a ratio from 0 to 1, of volumes or, from a bird's-eye view, of footprints in the x, y plane. Functions of
+paired boxes broadcast their leading dimensions. Gradients are finite everywhere: for identical, touching, nested,
+disjoint and zero-size boxes; where a minimum or maximum ties, both sides get half.
 """
 
 import jax.numpy as jnp
@@ -16,15 +17,7 @@ SMALLEST = 1e-12
 def axis_aligned_iou(
     first: Float[AnyArray, "*#batch 7"], second: Float[AnyArray, "*#batch 7"]
 ) -> Float[Array, "*batch"]:
-    """Volume IoU of paired boxes, their yaw ignored.
-
-    Args:
-        first: Boxes.
-        second: Boxes.
-
-    Returns:
-        Intersection over union, 0 to 1.
-    """
+    """Volume IoU of paired boxes, their yaw ignored."""
     # From centres and sizes rather than from corners, so that far from the origin no digit is lost.
     overlap = _axis_overlap(first, second)
     return ratio_of_overlap(jnp.prod(overlap, axis=-1), _product(first, 3, 6) + _product(second, 3, 6))
@@ -33,15 +26,7 @@ def axis_aligned_iou(
 def axis_aligned_bev_iou(
     first: Float[AnyArray, "*#batch 7"], second: Float[AnyArray, "*#batch 7"]
 ) -> Float[Array, "*batch"]:
-    """Bird's-eye-view (x, y) IoU of paired boxes, their yaw ignored.
-
-    Args:
-        first: Boxes.
-        second: Boxes.
-
-    Returns:
-        Intersection over union of the footprints, 0 to 1.
-    """
+    """Bird's-eye-view (x, y) IoU of paired boxes, their yaw ignored."""
     overlap = _axis_overlap(first, second)[..., :2]
     return ratio_of_overlap(jnp.prod(overlap, axis=-1), _product(first, 3, 5) + _product(second, 3, 5))
 
@@ -52,10 +37,6 @@ def axis_aligned_diou(
     """Volume DIoU of paired boxes, their yaw ignored: IoU - d^2 / c^2.
 
     d is the distance between the centres, c the diagonal of the smallest axis-aligned box around both.
-
-    Args:
-        first: Boxes.
-        second: Boxes.
 
     Returns:
         DIoU, -1 to 1.
@@ -69,28 +50,12 @@ def axis_aligned_diou(
 
 
 def pairwise_axis_aligned_iou(first: Float[AnyArray, "n 7"], second: Float[AnyArray, "m 7"]) -> Float[Array, "n m"]:
-    """Volume IoU of every box with every other, their yaw ignored.
-
-    Args:
-        first: Boxes.
-        second: Boxes.
-
-    Returns:
-        Intersection over union, 0 to 1.
-    """
+    """Volume IoU of every box with every other, their yaw ignored."""
     return axis_aligned_iou(first[:, None], second[None])
 
 
 def pairwise_axis_aligned_bev_iou(first: Float[AnyArray, "n 7"], second: Float[AnyArray, "m 7"]) -> Float[Array, "n m"]:
-    """Bird's-eye-view IoU of every box with every other, their yaw ignored.
-
-    Args:
-        first: Boxes.
-        second: Boxes.
-
-    Returns:
-        Intersection over union of the footprints, 0 to 1.
-    """
+    """Bird's-eye-view IoU of every box with every other, their yaw ignored."""
     return axis_aligned_bev_iou(first[:, None], second[None])
 
 
