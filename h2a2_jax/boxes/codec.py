@@ -61,12 +61,12 @@ def decode_boxes_padded(
     Args:
         locations: x, y, z (m).
         predictions: 8 numbers per location; where `has_yaw` is false, the last two are ignored.
-        has_yaw: Whether the 8-column form holds.
+        has_yaw: True for the 8-column form, False for the 6-column form.
 
     Returns:
         Boxes as of `decode_boxes` on 8 or on the first 6 columns, with finite gradients either way.
     """
-    # The form not chosen still runs, and must not overflow on columns that are to be ignored.
+    # The form not chosen runs as well, and must not overflow on columns that it ignores.
     angles = jnp.where(has_yaw, predictions[..., AXIS_ALIGNED_CHANNELS:], 0.0)
     rotated = jnp.concatenate([predictions[..., :AXIS_ALIGNED_CHANNELS], angles], axis=-1)
     return jnp.where(

@@ -74,7 +74,7 @@ def best_overlaps(
     Args:
         detected: Detections.
         ground_truth: Ground truth; of boxes overlapped alike the first counts.
-        rotated: Whether yaw counts.
+        rotated: True if yaw counts.
 
     Returns:
         Volume IoU with that box, 0 to 1, and its row; 0 and -1 where a detection overlaps none.

@@ -68,7 +68,7 @@ def overlap_matrix(boxes: Float[AnyArray, "n 7"], *, rotated: bool) -> Float[np.
 
     Args:
         boxes: Boxes.
-        rotated: Whether yaw counts.
+        rotated: True if yaw counts.
 
     Returns:
         IoU of the footprints, 0 to 1.
@@ -107,9 +107,9 @@ def multiclass_nms(
     Args:
         boxes: Boxes.
         scores: Confidence of each box in each class; NaN scores nothing.
-        score_threshold: What does not score more than this is dropped.
-        iou_threshold: A box is dropped whose IoU with a better one that is kept is greater than this.
-        rotated: Whether yaw counts; static.
+        score_threshold: A box must score more than this in a class to be detected as that class.
+        iou_threshold: A box is dropped if its IoU with a better one that is kept is greater than this.
+        rotated: True if yaw counts; static.
 
     Returns:
         rows: Row of the box of each detection: class by class, in each by descending score, of equal scores by row.
@@ -144,11 +144,11 @@ def detections_from_predictions(
 
     Args:
         locations: x, y, z (m).
-        valid: Rows that are the scan's; what is in the others is not read.
+        valid: True for the rows of the scan; the other rows are not read.
         outputs: Head outputs, 6 or 8 columns, see `decode_boxes`.
         logits: Class logits.
-        rotated: Whether yaw counts; static.
-        score_threshold: What does not score more than this is dropped.
+        rotated: True if yaw counts; static.
+        score_threshold: A box must score more than this in a class to be detected as that class.
         iou_threshold: Footprint IoU above which the lower score of a class is dropped.
         max_candidates: Locations that are decoded, those of the highest class score; static.
 

@@ -75,7 +75,7 @@ class CommonClasses:
 
 
 def common_classes(head: DatasetSpec, data: DatasetSpec) -> CommonClasses:
-    """The classes that two datasets share, in the order of the scans'; each stands for one at most."""
+    """The classes that two datasets share, in the order of the scans' dataset; each is paired with one at most."""
     found: dict[int, int] = {}
     for is_synonym in (False, True):  # equal names take precedence over synonyms
         for label, name in enumerate(data.classes):

@@ -1,7 +1,7 @@
 """Results of evaluations as files, evaluation.json and evaluation.csv, and those of the checkpoints of a run.
 
-Schema of evaluation.json, version 1, an entry per dataset; null stands for what is not defined, such as the AP of a
-class without ground truth. Shares are from 0 to 1.
+Schema of evaluation.json, version 1, an entry per dataset; null stands for figures that are not defined, such as
+the AP of a class without ground truth. Shares are from 0 to 1.
 
     {
       "scannet": {

@@ -32,7 +32,7 @@ class Breakdown:
     """Average precision in bins of boxes; NaN for classes without ground truth in a bin.
 
     Every box of the ground truth is in one bin, and every detection counts in one: that of the box which it overlaps
-    most, if more than the threshold, else that of its own size or place. What is in another bin is ignored.
+    most, if more than the threshold, else that of its own size or place. Boxes in other bins are ignored.
 
     Attributes:
         bins: Names and bounds of the bins.
@@ -216,7 +216,7 @@ def evaluate_detections(
         ground_truth: Boxes annotated, one entry per scan, in the same order.
         class_names: Names of the dataset's classes, by label.
         iou_thresholds: Volume IoU that a hit must exceed.
-        rotated: Whether yaw counts in the overlap.
+        rotated: True if yaw counts in the overlap.
         origins: x, y of each scan (m) that distances are measured from; None: no scores by distance.
         measured_from: The kind of origin, which sets the bounds of the bins.
 

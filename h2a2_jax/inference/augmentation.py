@@ -78,7 +78,7 @@ class View:
 
 
 def views(names: Sequence[str], augmentation: Augmentation | None = None) -> tuple[View, ...]:
-    """The views of a choice of augmentations, the scan as it is first.
+    """The views of some augmentations; the first is the scan without any.
 
     Args:
         names: some of "flip_x", "flip_y" (both: mirrored in both ways too), "scales" (`SCALES`) and "turns" (by 90, 180

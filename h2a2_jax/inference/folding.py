@@ -73,7 +73,7 @@ class FoldedConv(nnx.Module):
         bias: [Cout].
         phi: [Cin], with theta the modulation of the input; None where there is none.
         theta: [Cin].
-        alpha: [V], with the projection A [Cin, p] and the prototypes P [V, p] what kernels are selected by.
+        alpha: [V]; kernels are selected by it, the projection A [Cin, p] and the prototypes P [V, p].
         modulation: the modulation of the input where it depends on the scan, else None.
         gate: the gate of the output where it depends on the scan, else None.
     """

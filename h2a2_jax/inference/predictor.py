@@ -112,7 +112,7 @@ class Predictor:
         # One program serves all datasets: folded detectors differ in their parameters only.
         self._fold = jax.jit(partial(_fold, graph)) if folded else None
         if folded:
-            graph = nnx.graphdef(nnx.eval_shape(partial(_folded, graph), self._state, *self._contexts(0)))
+            graph = nnx.graphdef(nnx.eval_shape(partial(_fold_model, graph), self._state, *self._contexts(0)))
         self._forward = jax.jit(partial(_forward, graph))
         self._folded_states: dict[int, nnx.State] = {}
         self._ladders: dict[int, BucketLadder] = {}
@@ -353,10 +353,10 @@ def _detect(
 
 
 def _fold(graph: nnx.GraphDef, state: nnx.State, dataset: DatasetContext, head: DatasetContext) -> nnx.State:
-    return nnx.state(_folded(graph, state, dataset, head))
+    return nnx.state(_fold_model(graph, state, dataset, head))
 
 
-def _folded(graph: nnx.GraphDef, state: nnx.State, dataset: DatasetContext, head: DatasetContext) -> TR3D:
+def _fold_model(graph: nnx.GraphDef, state: nnx.State, dataset: DatasetContext, head: DatasetContext) -> TR3D:
     return folded_parameters(nnx.merge(graph, state), dataset, head)
 
 

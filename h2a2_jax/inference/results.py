@@ -6,7 +6,7 @@ Schema, version 1:
       "version": 1,
       "frame": "input file, z up",           x, y, z are those of the points as the input file stores them
       "units": {"length": "m", "angle": "rad"},
-      "dataset": "scannet",                   whose classes the labels count
+      "dataset": "scannet",                   labels are indices of its classes
       "scans": [
         {
           "name": "scene0000_00",
