@@ -10,7 +10,6 @@ from h2a2_jax.boxes.iou import (
     axis_aligned_diou,
     axis_aligned_iou,
     pairwise_axis_aligned_bev_iou,
-    pairwise_axis_aligned_iou,
 )
 from h2a2_jax.boxes.nms import Detections, detections_from_predictions, multiclass_nms, overlap_matrix
 from h2a2_jax.boxes.rotated_iou import (
@@ -33,7 +32,6 @@ __all__ = [
     "multiclass_nms",
     "overlap_matrix",
     "pairwise_axis_aligned_bev_iou",
-    "pairwise_axis_aligned_iou",
     "pairwise_rotated_bev_iou",
     "pairwise_rotated_iou",
     "rotated_bev_iou",

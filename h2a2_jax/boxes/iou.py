@@ -49,11 +49,6 @@ def axis_aligned_diou(
     return axis_aligned_iou(first, second) - jnp.sum(offset * offset, -1) / jnp.maximum(square_diagonal, SMALLEST)
 
 
-def pairwise_axis_aligned_iou(first: Float[AnyArray, "n 7"], second: Float[AnyArray, "m 7"]) -> Float[Array, "n m"]:
-    """Volume IoU of every box with every other, their yaw ignored."""
-    return axis_aligned_iou(first[:, None], second[None])
-
-
 def pairwise_axis_aligned_bev_iou(first: Float[AnyArray, "n 7"], second: Float[AnyArray, "m 7"]) -> Float[Array, "n m"]:
     """Bird's-eye-view IoU of every box with every other, their yaw ignored."""
     return axis_aligned_bev_iou(first[:, None], second[None])

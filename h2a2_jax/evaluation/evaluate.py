@@ -155,18 +155,18 @@ def evaluate(
             check_results_folder(folder)
         return sources
 
-    own = process_layout.all_or_raise(open_sources, "open the scans to evaluate")
-    say_warnings({specs[d].name: source for d, source in own.items()})
+    opened = process_layout.all_or_raise(open_sources, "open the scans to evaluate")
+    say_warnings({specs[d].name: source for d, source in opened.items()})
     if request.tta:
         predictor = TestTimeAugmented(predictor, request.tta, specs, config.eval.iou_threshold)
 
-    def evaluate_own() -> dict[str, Any]:
+    def evaluate_datasets() -> dict[str, Any]:
         return {
             specs[d].name: _evaluate_dataset(config, predictor, source, specs[d], request, draw)
-            for d, source in own.items()
+            for d, source in opened.items()
         }
 
-    by_name = merged(process_layout.gather(process_layout.all_or_raise(evaluate_own, "evaluate")))
+    by_name = merged(process_layout.gather(process_layout.all_or_raise(evaluate_datasets, "evaluate")))
     evaluated = {specs[d].name: by_name[specs[d].name] for d in sorted(chosen)}
     results = {name: one["values"] for name, one in evaluated.items()}
     if is_main():  # before anything is printed: a closed pipe at the other end must not cost the results

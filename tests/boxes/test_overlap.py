@@ -115,7 +115,6 @@ def test_without_yaw_rotated_and_axis_aligned_agree():
 @pytest.mark.parametrize(
     ("pairwise", "paired"),
     [
-        (boxes.pairwise_axis_aligned_iou, axis_aligned_iou),
         (boxes.pairwise_axis_aligned_bev_iou, axis_aligned_bev_iou),
         (boxes.pairwise_rotated_iou, rotated_iou),
         (boxes.pairwise_rotated_bev_iou, rotated_bev_iou),
