@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from h2a2_jax import sparse
-from h2a2_jax.boxes import Detections, decode_boxes, traced_detections
+from h2a2_jax.boxes import Detections, decode_boxes, detections_from_predictions
 from h2a2_jax.convert.tr3d_weights import export_tr3d, load_tr3d
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.losses import assign, axis_aligned_diou_loss, detection_loss, rotated_diou_loss
@@ -197,7 +197,7 @@ def _predictions(golden: _Golden, predictions: Predictions, scan: int) -> Iterat
     mine = predictions.scan == scan
     spec, width = golden.spec, stored[f"{name}.boxes"].shape[1]
     outputs, logits = predictions.boxes[:, : spec.num_outputs], predictions.logits[:, : spec.num_classes]
-    *arrays, count = traced_detections(predictions.locations, mine, outputs, logits, rotated=spec.has_yaw)
+    *arrays, count = detections_from_predictions(predictions.locations, mine, outputs, logits, rotated=spec.has_yaw)
     found = Detections(*(np.asarray(array)[: int(count)] for array in arrays))
     share = min(
         _matched(stored[f"{name}.boxes"], stored[f"{name}.scores"], stored[f"{name}.labels"],

@@ -23,7 +23,7 @@ from h2a2_jax.commands import evaluate_command, predict_command, train_command
 from h2a2_jax.config import ExperimentConfig, TrainConfig, experiment_config, from_json, to_json
 from h2a2_jax.errors import InputError, Stopped
 from h2a2_jax.evaluation.documents import best_step
-from h2a2_jax.inference.results import read_predictions
+from h2a2_jax.inference.results import read_predicted_scans
 from h2a2_jax.models import DetectorConfig
 from h2a2_jax.training.loop import train
 from h2a2_jax.training.metrics import MetricsWriter, read_metrics
@@ -84,7 +84,7 @@ def test_trained_on_three_devices_evaluated_on_one(whole: WholeRun) -> None:
 
     predict_command(config, workdir)
     document = json.loads((workdir / "predictions" / "sunrgbd.json").read_text())
-    assert len(read_predictions(document)) == 2
+    assert len(read_predicted_scans(document)) == 2
 
     with pytest.raises(InputError, match="stem_channels"):
         restore_checkpoint(workdir, expected=replace(config, model=replace(config.model, stem_channels=8)))

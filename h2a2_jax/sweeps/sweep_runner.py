@@ -32,9 +32,10 @@ from h2a2_jax.checkpoint.store import restore_checkpoint
 from h2a2_jax.compilation import remove_damaged_entries
 from h2a2_jax.config import ExperimentConfig, from_json, to_json
 from h2a2_jax.errors import InputError, Stopped
-from h2a2_jax.evaluation.evaluate import build_predictor, evaluate_predictor
+from h2a2_jax.evaluation.evaluate import evaluate
 from h2a2_jax.files import whole_file
 from h2a2_jax.host import core_numbers
+from h2a2_jax.inference.predictor import build_predictor
 from h2a2_jax.report.figures_training import draw_curves
 from h2a2_jax.sweeps.sweep_plan import SweepRun, drawn_datasets
 from h2a2_jax.training.loop import train
@@ -385,7 +386,7 @@ def run(config: ExperimentConfig, workdir: Path, evaluations: int = 1) -> None:
     for draw in missing:
         print(f"Evaluation {draw + 1} of {evaluations}, with other points.", flush=True)
         folder = evaluation_folder(workdir, draw)
-        evaluate_predictor(config, predictor, folder, draw=draw, datasets=drawn_datasets(config))
+        evaluate(config, predictor, folder, draw=draw, datasets=drawn_datasets(config))
 
 
 def _end_with_parent() -> None:

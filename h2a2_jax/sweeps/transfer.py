@@ -17,8 +17,9 @@ from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.distributed import say
 from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation.cross import common_classes
-from h2a2_jax.evaluation.evaluate import build_predictor, predict_source, say_skipped
+from h2a2_jax.evaluation.evaluate import predict_source, say_skipped
 from h2a2_jax.files import whole_file
+from h2a2_jax.inference.predictor import build_predictor
 from h2a2_jax.scans.sources import SourceConfig, build_source
 from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, naive_joint, restricted, seeded, selected_and_harmonized
 from h2a2_jax.sweeps.sweep_runner import finished, read_evaluation
@@ -129,7 +130,7 @@ def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
             for head in (head for head in config.specs if head.name not in strangers):
                 common = common_with[head.name]
                 found = predict_source(predictor, scans, source.spec, way.batch_size, head=head.name)
-                skipped |= found.log.skipped
+                skipped |= found.skipped
                 levels = found.evaluate_common(common, way.iou_thresholds).to_dict()["thresholds"]
                 entries.append(
                     {

@@ -25,8 +25,8 @@ from h2a2_jax.evaluation.documents import (
     score_text,
     write_evaluation,
 )
-from h2a2_jax.evaluation.evaluate import build_predictor, evaluate_predictor
-from h2a2_jax.inference.predictor import Predictor
+from h2a2_jax.evaluation.evaluate import evaluate
+from h2a2_jax.inference.predictor import Predictor, build_predictor
 from h2a2_jax.loader.process_layout import Answer
 from h2a2_jax.loader.stream import JointStep, JointStream
 from h2a2_jax.loader.workers import WorkerDiedError
@@ -170,7 +170,7 @@ class Run:
             self._predictor = build_predictor(detector, self.config.specs, self.config.eval)
         else:
             self._predictor.take_over(detector)
-        documents = evaluate_predictor(self.config, self._predictor, folder, self.process_layout, tables=tables)
+        documents = evaluate(self.config, self._predictor, folder, self.process_layout, tables=tables)
         scores = score_metrics(documents)
         if self._metrics is not None and not scores.items() <= (before := self._line()).items():
             self._write({**before, **scores})

@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from scipy.spatial import cKDTree
 
 from h2a2_jax.boxes.codec import box_corners
-from h2a2_jax.boxes.matching import IOU_THRESHOLDS, GroundTruth, iou_matrix, match
+from h2a2_jax.boxes.matching import IOU_THRESHOLDS, GroundTruth, Pool, best_overlaps, match
 from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.scans.frame import spread
 from h2a2_jax.scans.scan import Scan
@@ -204,18 +204,13 @@ def find_hits(shown: Content) -> Hits:
     """
     found, truth = shown.detections, shown.truth
     hit = np.full((len(IOU_THRESHOLDS), len(found)), -1)
-    best = np.zeros(len(found), np.float32)
     if truth is None or not len(found) or not len(truth.labels):
-        return Hits(hit, best)
+        return Hits(hit, np.zeros(len(found), np.float32))
     rotated = bool(found.boxes[:, 6].any() or truth.boxes[:, 6].any())
-    overlap = iou_matrix(found.boxes, truth.boxes, rotated=rotated)
-    for label in np.intersect1d(found.labels, truth.labels):
-        rows, columns = np.flatnonzero(found.labels == label), np.flatnonzero(truth.labels == label)
-        iou = overlap[np.ix_(rows, columns)]
-        best[rows] = iou.max(axis=1)
-        for row, threshold in enumerate(IOU_THRESHOLDS):
-            is_hit = match(iou, threshold)
-            hit[row, rows[is_hit]] = columns[iou[is_hit].argmax(axis=1)]
+    best, target = best_overlaps(Pool.of([found]), Pool.of([truth]), rotated=rotated)
+    for row, threshold in enumerate(IOU_THRESHOLDS):
+        is_hit, _ = match(best, target, threshold)
+        hit[row, is_hit] = target[is_hit]
     return Hits(hit, best)
 
 

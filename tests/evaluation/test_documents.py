@@ -1,4 +1,4 @@
-"""Evaluations on the way, and the best of them."""
+"""Evaluations of the checkpoints of a run, and the best of them."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def written(workdir: Path, step: int, *scores: float | None) -> None:
     (folder / "evaluation.json").write_text(json.dumps(documents(*scores)))
 
 
-def test_the_best_is_by_the_mean_over_datasets_and_the_later_of_equal_ones(tmp_path: Path):
+def test_the_best_step_has_the_highest_mean_over_datasets_and_is_the_later_of_equal_ones(tmp_path: Path):
     assert best_step(tmp_path) is None
     written(tmp_path, 8, 0.5, 0.3)
     written(tmp_path, 100, 0.5, 0.3)
