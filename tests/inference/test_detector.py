@@ -169,7 +169,7 @@ def test_a_checkpoint_that_is_not_there_says_so(tmp_path: Path):
     with pytest.raises(InputError, match="There is no checkpoint in"):
         h2a2_jax.Detector.restore(tmp_path)
     (tmp_path / "model.pth").write_bytes(b"")
-    with pytest.raises(InputError, match=r"is a file; .* h2a2_jax.convert.tr3d_weights"):
+    with pytest.raises(InputError, match=r"is a file; .* h2a2_jax.convert.tr3d`"):
         h2a2_jax.Detector.restore(tmp_path / "model.pth")
 
 
