@@ -21,6 +21,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from h2a2_jax.errors import InputError, Stopped
+from h2a2_jax.host import quiet_command_line
 
 _EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
 _CONFIG_HELP = "file of the config, as configs/joint.py:demo; --config.KEY=VALUE sets a value of it"
@@ -98,7 +99,7 @@ def run_py(arguments: Sequence[str] | None = None) -> int:
 
 def _guarded(program: str, run: Callable[[], int | None]) -> int:
     logging.use_absl_handler()
-    logging.set_verbosity(logging.WARNING)  # which accelerators JAX did not find is no news
+    quiet_command_line()
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags
     try:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from h2a2_jax import sparse
 from h2a2_jax.boxes import Detections, decode_boxes, detections_from_predictions
-from h2a2_jax.convert.tr3d_weights import export_tr3d, load_tr3d
+from h2a2_jax.convert.tr3d_weights import export_tr3d, load_tr3d, tr3d_slots
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.losses import assign, axis_aligned_diou_loss, detection_loss, rotated_diou_loss
 from h2a2_jax.models import TR3D, DetectorConfig, DetectorPlan, HeadConfig, Predictions, detector_tables, pad_plan
@@ -116,9 +116,10 @@ def _build_model(weights: Stored) -> TR3D:
     )
     head = HeadConfig("golden", weights["bbox_head.conv_cls.bias"].size, weights["bbox_head.conv_reg.bias"].size)
     model = TR3D(config, [head], rngs=nnx.Rngs(0))
-    report = load_tr3d(model, weights)
-    if report.left_over or report.missing:
-        raise ValueError(f"weights do not fit: left over {report.left_over}, missing {report.missing}.")
+    load_tr3d(model, weights)
+    stored = {name for name in weights if not name.endswith("num_batches_tracked")}
+    if unmatched := stored ^ set(tr3d_slots(model)):
+        raise ValueError(f"weights do not fit: left over or missing are {sorted(unmatched)}.")
     return model
 
 

@@ -34,7 +34,7 @@ from h2a2_jax.config import ExperimentConfig, from_json, to_json
 from h2a2_jax.errors import InputError, Stopped
 from h2a2_jax.evaluation.evaluate import evaluate
 from h2a2_jax.files import whole_file
-from h2a2_jax.host import core_numbers
+from h2a2_jax.host import core_numbers, quiet_command_line
 from h2a2_jax.inference.predictor import build_predictor
 from h2a2_jax.report.figures_training import draw_curves
 from h2a2_jax.sweeps.sweep_plan import SweepRun, drawn_datasets
@@ -355,6 +355,7 @@ def main(config: str, workdir: str, evaluations: str = "1") -> None:
         evaluations: how many; those after the first draw other points.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    quiet_command_line()
     try:
         run(from_json(Path(config).read_text()), Path(workdir), int(evaluations))
     except InputError as error:

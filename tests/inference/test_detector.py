@@ -168,7 +168,7 @@ def test_a_missing_checkpoint_is_an_error(tmp_path: Path):
     with pytest.raises(InputError, match="There is no checkpoint in"):
         h2a2_jax.Detector.restore(tmp_path)
     (tmp_path / "model.pth").write_bytes(b"")
-    with pytest.raises(InputError, match=r"is a file; .* h2a2_jax.convert.tr3d_weights"):
+    with pytest.raises(InputError, match=r"is a file; .* h2a2_jax.convert.tr3d`"):
         h2a2_jax.Detector.restore(tmp_path / "model.pth")
 
 
