@@ -4,9 +4,8 @@ from pathlib import Path
 
 from h2a2_jax.commands.sweep import run_sweep
 from h2a2_jax.config import ExperimentConfig
-from h2a2_jax.sweeps.protocol import protocol_rows, protocol_table
+from h2a2_jax.sweeps.protocol import protocol_result, protocol_rows
 from h2a2_jax.sweeps.sweep_plan import locate
-from h2a2_jax.sweeps.sweep_results import write_protocol
 
 
 def protocol_command(
@@ -40,7 +39,7 @@ def protocol_command(
         workdir,
         lambda: locate(rows, workdir),
         jobs,
-        lambda folders: protocol_table(write_protocol(config, rows, folders, workdir, evaluations)),
+        lambda folders: [protocol_result(config, rows, folders, evaluations)],
         evaluations,
         budget_minutes,
     )

@@ -5,16 +5,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from h2a2_jax.commands.data import check_data
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.files import alone_in
 from h2a2_jax.host import sigterm_raises
-from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, ablation_rows, default_taus, locate, tau_rows
-from h2a2_jax.sweeps.sweep_results import draw_ablation, draw_tau, table, write_results
+from h2a2_jax.sweeps.sweep_plan import SweepRun, ablation_rows, default_taus, locate, tau_rows
+from h2a2_jax.sweeps.sweep_results import comparison_result, write_results
 from h2a2_jax.sweeps.sweep_runner import run_all
-
-_PICTURES = {"tau_sweep": (draw_tau, "tau.png"), "ablation": (draw_ablation, "ablation.png")}
 
 
 def tau_sweep_command(
@@ -28,12 +27,12 @@ def tau_sweep_command(
     """Train and evaluate the config with every tau and seed; write table.md, results.json and tau.png.
 
     Args:
-        config: the base, with kernel selection.
-        workdir: of the sweep; what is finished there is not done again.
-        taus: thresholds; empty for the default ones.
-        seeds: of training.
-        jobs: runs at once; None for what suits the machine.
-        budget_minutes: see `run_all`; the table is then of what is finished.
+        config: Base of the sweep, with kernel selection.
+        workdir: Folder of the sweep; finished runs there are not repeated.
+        taus: Thresholds; empty for the default ones.
+        seeds: Seeds of training.
+        jobs: Number of runs at once; None for the default of `shares`.
+        budget_minutes: See `run_all`; the table then holds the finished runs.
 
     Returns:
         The exit status: 0, or 1 if a run failed, or 130 if the user stopped it.
@@ -42,7 +41,14 @@ def tau_sweep_command(
         InputError: the config is not fit for the sweep, or the workdir holds other runs of the same names.
     """
     rows = tau_rows(config, taus or default_taus(config), seeds)
-    return _sweep("tau_sweep", config, workdir, rows, jobs, budget_minutes)
+    return run_sweep(
+        config,
+        workdir,
+        lambda: locate(rows, workdir),
+        jobs,
+        lambda folders: [comparison_result("tau_sweep", "Sweep of the threshold tau", config, rows, folders)],
+        budget_minutes=budget_minutes,
+    )
 
 
 def ablation_command(
@@ -58,12 +64,12 @@ def ablation_command(
     Written are table.md, results.json and ablation.png.
 
     Args:
-        config: the base, with kernel selection.
-        workdir: of the sweep; what is finished there is not done again.
-        seeds: of training.
-        jobs: runs at once; None for what suits the machine.
-        budget_minutes: see `run_all`; the table is then of what is finished.
-        rows: which, by the names of `ablation_rows`; empty: those named above.
+        config: Base of the sweep, with kernel selection.
+        workdir: Folder of the sweep; finished runs there are not repeated.
+        seeds: Seeds of training.
+        jobs: Number of runs at once; None for the default of `shares`.
+        budget_minutes: See `run_all`; the table then holds the finished runs.
+        rows: Names of the rows, as `ablation_rows` takes them; empty: those named above.
 
     Returns:
         The exit status, as of `tau_sweep_command`.
@@ -71,26 +77,16 @@ def ablation_command(
     Raises:
         InputError: as there, or there is no such row.
     """
-    check_data(config)  # whose sizes the plan reads
-    return _sweep("ablation", config, workdir, ablation_rows(config, seeds, rows), jobs, budget_minutes)
-
-
-def _sweep(
-    sweep: str,
-    config: ExperimentConfig,
-    workdir: Path,
-    rows: Sequence[Row],
-    jobs: int | None,
-    budget_minutes: float | None,
-) -> int:
-    def write(folders: Mapping[SweepRun, Path]) -> str:
-        result = write_results(sweep, config, rows, folders, workdir)
-        draw, picture = _PICTURES[sweep]
-        draw(result, workdir / picture)
-        print(f"Drawn in {workdir / picture}", flush=True)
-        return table(result)
-
-    return run_sweep(config, workdir, lambda: locate(rows, workdir), jobs, write, budget_minutes=budget_minutes)
+    check_data(config)  # the plan reads the sizes of the datasets
+    settings = ablation_rows(config, seeds, rows)
+    return run_sweep(
+        config,
+        workdir,
+        lambda: locate(settings, workdir),
+        jobs,
+        lambda folders: [comparison_result("ablation", "Ablation", config, settings, folders)],
+        budget_minutes=budget_minutes,
+    )
 
 
 def run_sweep(
@@ -98,7 +94,7 @@ def run_sweep(
     workdir: Path,
     located: Callable[[], Mapping[SweepRun, Path]],
     jobs: int | None,
-    write: Callable[[Mapping[SweepRun, Path]], str],
+    results: Callable[[Mapping[SweepRun, Path]], list[dict[str, Any]]],
     evaluations: int = 1,
     budget_minutes: float | None = None,
     then: Callable[[float], list[str]] = lambda until: [],
@@ -106,15 +102,15 @@ def run_sweep(
     """Do the runs of a sweep that are not finished, and write its results.
 
     Args:
-        config: the base, whose data must be there.
-        workdir: of the sweep.
-        located: the runs of the sweep and their folders.
-        jobs: runs at once; None for what suits the machine.
-        write: given the folders of the runs, writes the results and returns the table.
-        evaluations: of each run.
-        budget_minutes: see `run_all`.
-        then: done after the runs, before the results are written; is told until when (`time.monotonic`), and tells what
-            went wrong.
+        config: Base of the sweep; its data must be there.
+        workdir: Folder of the sweep.
+        located: Returns the runs of the sweep and their folders.
+        jobs: Number of runs at once; None for the default of `shares`.
+        results: Returns the results (`sweep_result`) of the runs in these folders.
+        evaluations: Number of evaluations of each run.
+        budget_minutes: See `run_all`.
+        then: Called between the runs and the results, with the time at which the budget ends (`time.monotonic`);
+            returns error messages.
 
     Returns:
         The exit status: 0, or 1 if a run failed, or 130 if the user stopped it.
@@ -133,7 +129,7 @@ def run_sweep(
         except KeyboardInterrupt:
             print("\nStopped; the same command goes on from the last checkpoint of every run.", file=sys.stderr)
             return 130
-        text = write(folders)
+        text = write_results(results(folders), workdir)
         print(f"\n{text}\nWritten to {workdir / 'table.md'} and {workdir / 'results.json'}", flush=True)
     if failures:
         print("\n".join([*failures, "The same command tries again what failed."]), file=sys.stderr)

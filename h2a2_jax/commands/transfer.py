@@ -9,13 +9,12 @@ from h2a2_jax.commands.sweep import run_sweep
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
 from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate
-from h2a2_jax.sweeps.sweep_results import write_transfer
 from h2a2_jax.sweeps.sweep_runner import programs_folder
 from h2a2_jax.sweeps.transfer import (
     evaluate_zero_shot,
     held_out_source,
     pretraining_rows,
-    transfer_table,
+    transfer_results,
     tuning_rows,
     without_zero_shot,
 )
@@ -49,7 +48,7 @@ def transfer_command(
         InputError: the config is not fit for the sweep, data are missing, or the workdir holds other runs of the same
             names.
     """
-    check_data(config)  # whose sizes the plan reads
+    check_data(config)  # the plan reads the sizes of the datasets
     pretrained, tuned = pretraining_rows(config, held_out, seeds), list[Row]()
     before: dict[SweepRun, Path] = {}
 
@@ -78,7 +77,7 @@ def transfer_command(
         workdir,
         located,
         jobs,
-        lambda folders: transfer_table(write_transfer(config, held_out, pretrained, tuned, folders, workdir)),
+        lambda folders: transfer_results(config, held_out, pretrained, tuned, folders),
         budget_minutes=budget_minutes,
         then=predict,
     )

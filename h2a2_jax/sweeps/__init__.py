@@ -1,5 +1,6 @@
-"""Sweeps: many runs of one config that differ in one thing each, a table at the end.
+"""Sweeps: many runs of one config that differ in one thing each, and a table of them.
 
-`plan` says which runs a sweep is made of, `runner` trains them in processes of their own (`worker`), `results` makes
-the table, `picture` draws it. A sweep that was stopped, however it was, goes on when it is started again.
+`sweep_plan` lists the runs and finds their folders, `sweep_runner` trains them in worker processes, `sweep_results`
+makes the table. `protocol` and `transfer` define their own runs and columns. A stopped or killed sweep resumes when the
+same command is started again.
 """

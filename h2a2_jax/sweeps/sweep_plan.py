@@ -1,4 +1,4 @@
-"""Which runs a sweep is made of: the config of each, its name, and the row of the table that it counts for."""
+"""Runs of a sweep: the config of each, its name, its folder, and the row of the table that it counts for."""
 
 import math
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from h2a2_jax.scans.sources import build_source
 from h2a2_jax.training.build import steps_of_run
 
 RUNS = "runs"
-"""Folder of the runs in the folder of a sweep."""
+"""Name of the folder with the runs, in the folder of a sweep."""
 
 ABLATION_ROWS = ("naive", "sfks", "ngh", "sfks_ngh", "tr3d")
 
 DEFAULT_TAUS = (0.15, 0.2, 0.25, 0.3, 0.35)
-"""About the default 0.25: alpha starts at 0.5 and beta about 0.5, so that all offsets are exclusive far above it and
-none far below."""
+"""Values around the default 0.25. Alpha starts at 0.5 and beta near 0.5, so all offsets are exclusive far above these
+thresholds and none far below."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class SweepRun:
     """One training run.
 
     Attributes:
-        name: of the setting, as in "tau0.15".
-        seed: of parameters, order of scans and augmentation.
-        config: everything else.
-        after: the run that has to be finished before.
+        name: Name of the setting, as in "tau0.15".
+        seed: Seed of the parameters, the order of scans and the augmentation.
+        config: Config of the run, with the seed.
+        after: Run that has to be finished before this one begins; None: this one may begin at once.
     """
 
     name: str
@@ -39,7 +39,7 @@ class SweepRun:
 
     @property
     def folder(self) -> str:
-        """Name of the folder that the run has unless another one holds the same experiment."""
+        """Name of the run's folder, unless another folder holds the same experiment (`locate`)."""
         return f"{self.name}_seed{self.seed}"
 
 
@@ -48,9 +48,9 @@ class Row:
     """One row of the table.
 
     Attributes:
-        label: what the row is called.
-        runs: those of all seeds; several of one seed have different datasets, and make the row together.
-        tau: the threshold that the row stands for; None where the sweep is not over it.
+        label: Name of the row.
+        runs: Runs of all seeds; several of one seed have different datasets and make up the row.
+        tau: Threshold of alpha * beta that the row stands for; None in sweeps over something else.
     """
 
     label: str
@@ -59,7 +59,7 @@ class Row:
 
 
 def default_taus(base: ExperimentConfig) -> tuple[float, ...]:
-    """The values swept when none are given; the base's own is among them."""
+    """Thresholds of a sweep when none are given, the base's own included."""
     own = () if base.model.selection is None else (base.model.selection.tau,)
     return tuple(sorted({*DEFAULT_TAUS, *own}))
 
@@ -68,9 +68,9 @@ def tau_rows(base: ExperimentConfig, taus: Sequence[float], seeds: Sequence[int]
     """The base with every tau, a row each.
 
     Args:
-        base: joint config with kernel selection.
-        taus: thresholds of alpha * beta, each once.
-        seeds: each once.
+        base: Joint config with kernel selection.
+        taus: Thresholds of alpha * beta, each once.
+        seeds: Seeds of training, each once.
 
     Raises:
         InputError: the base has no kernel selection, or a value is given twice or makes no sense.
@@ -89,14 +89,14 @@ def tau_rows(base: ExperimentConfig, taus: Sequence[float], seeds: Sequence[int]
 def ablation_rows(base: ExperimentConfig, seeds: Sequence[int], names: Sequence[str] = ()) -> list[Row]:
     """Naive joint training, SF-KS, NGH, both, and TR3D alone on each dataset.
 
-    The single-dataset runs take as many steps as the joint ones, so that each sees as many of its scans, and lower
-    their learning rate after the number of their epochs that is nearest to the same number of steps.
+    The single-dataset runs take as many steps as the joint ones, so that each sees as many of its scans. Their
+    learning rate falls after the number of epochs that is nearest to the same number of steps.
 
     Args:
-        base: joint config with kernel selection; all that the ablation does not switch stays.
-        seeds: each once.
-        names: of the rows wanted, in their order: of `ABLATION_ROWS`, or "tr3d_" and a dataset for TR3D on that alone;
-            empty: all of the former.
+        base: Joint config with kernel selection; what the ablation does not switch stays.
+        seeds: Seeds of training, each once.
+        names: Names of the rows, in the order of the table: of `ABLATION_ROWS`, or "tr3d_<dataset>" for TR3D on one
+            dataset; empty: all of `ABLATION_ROWS`.
 
     Raises:
         InputError: the base has no kernel selection or only one dataset, a seed is given twice or makes no sense, or
@@ -132,19 +132,21 @@ def naive_joint(base: ExperimentConfig) -> ExperimentConfig:
 
 
 def selected_and_harmonized(base: ExperimentConfig) -> ExperimentConfig:
-    """The config with NGH; the kernel selection is its own."""
+    """The config with NGH; its kernel selection stays."""
     return replace(base, harmonize=replace(base.harmonize, method="ngh"))
 
 
 def restricted(joint: ExperimentConfig, names: Sequence[str], steps: int | None = None) -> ExperimentConfig:
     """The config on some of its datasets.
 
+    The learning rate falls after the same fractions of the training, rounded to the nearest epoch. A decay that would
+    coincide with the one before comes an epoch later; one that would come at the end is dropped. Warm-up keeps its
+    number of steps.
+
     Args:
-        joint: a config.
-        names: of its datasets.
-        steps: of training; None: those of the joint run. The learning rate falls after the same parts of them, to the
-            nearest epoch that is not the last; of falls at one epoch all but the first come an epoch later. Warm-up
-            takes the steps that it takes.
+        joint: Config of the joint training.
+        names: Names of the datasets to keep.
+        steps: Steps of the training; None: as many as the joint training takes.
     """
     rest = replace(joint, datasets=tuple(source for source in joint.datasets if source.name in names))
     epoch = steps_of_run(rest, _batches_per_epoch(rest))[0]
@@ -167,8 +169,8 @@ def locate(rows: Sequence[Row], workdir: Path) -> dict[SweepRun, Path]:
     """The folder of every run: one that holds the same experiment, else a new one by the run's name.
 
     Args:
-        rows: of a sweep.
-        workdir: of the sweep, which may hold the runs of other sweeps.
+        rows: Rows of the sweep.
+        workdir: Folder of the sweep, which may hold the runs of other sweeps.
 
     Raises:
         InputError: the folder of a run's name holds another experiment.
@@ -178,8 +180,10 @@ def locate(rows: Sequence[Row], workdir: Path) -> dict[SweepRun, Path]:
     folders = {}
     for run in (run for row in rows for run in row.runs):
         own = workdir / RUNS / run.folder
-        same = [folder for folder, experiment in experiments.items() if _is(experiment, run)]
-        if own in stored and own not in same and not _cut_short(stored[own], run.config):
+        same = [folder for folder, experiment in experiments.items() if _is_experiment(experiment, run)]
+        # A kill while the config was written leaves the beginning of it.
+        is_cut = own in stored and to_json(run.config).startswith(stored[own])
+        if own in stored and own not in same and not is_cut:
             raise InputError(
                 f"{own} holds another experiment ({_difference(stored[own], run.config)}): give another --workdir, or "
                 "the flags that it was made with."
@@ -188,8 +192,8 @@ def locate(rows: Sequence[Row], workdir: Path) -> dict[SweepRun, Path]:
     return folders
 
 
-def drawn_datasets(config: ExperimentConfig) -> tuple[str, ...]:
-    """Those whose test protocol draws points, so that evaluating again may give other figures."""
+def sampled_datasets(config: ExperimentConfig) -> tuple[str, ...]:
+    """Datasets whose test protocol samples points, so that another evaluation may give other scores."""
     return tuple(spec.name for spec in config.specs if spec.test_sampling is not None)
 
 
@@ -209,7 +213,7 @@ def _check_once(what: str, values: Sequence[int] | Sequence[float] | Sequence[st
 
 
 def _batches_per_epoch(config: ExperimentConfig) -> int:
-    """As the stream of training scans counts them."""
+    """Number of batches in an epoch, as `JointStream` counts them."""
     batches = []
     for source in config.datasets:
         repeats = source.spec.repeats if source.repeats is None else source.repeats
@@ -219,32 +223,26 @@ def _batches_per_epoch(config: ExperimentConfig) -> int:
 
 
 def _experiment(text: str) -> ExperimentConfig | None:
-    """What a stored config says; None if it cannot be read."""
+    """The config of a text; None if it cannot be read."""
     try:
         return from_json(text)
     except InputError:
         return None
 
 
-def _is(stored: ExperimentConfig, run: SweepRun) -> bool:
-    """Whether a stored config is a run's, wherever the folder of the sweep lay and however it was spelt."""
-    if run.after is None:
-        return stored == run.config
-    return _without_place(stored) == _without_place(run.config)
-
-
-def _without_place(config: ExperimentConfig) -> ExperimentConfig:
-    """The config with the name alone of the folder that it starts from."""
-    return replace(config, train=replace(config.train, init_from=Path(config.train.init_from).name))
-
-
-def _cut_short(text: str, config: ExperimentConfig) -> bool:
-    """Whether this is the beginning of the stored config: a kill may come while a run writes it."""
-    return to_json(config).startswith(text)
+def _is_experiment(stored: ExperimentConfig, run: SweepRun) -> bool:
+    """Return True if a stored config is a run's, even if the folder of the sweep has moved since."""
+    if run.after is not None:  # init_from is a folder of the sweep: only its name is compared
+        stored, expected = (
+            replace(config, train=replace(config.train, init_from=Path(config.train.init_from).name))
+            for config in (stored, run.config)
+        )
+        return stored == expected
+    return stored == run.config
 
 
 def _difference(text: str, config: ExperimentConfig) -> str:
-    """The first value that differs."""
+    """The first value in which two configs differ, in words."""
     stored = _experiment(text)
     if stored is None:
         return "its config.json cannot be read"

@@ -19,12 +19,12 @@ from h2a2_jax.scans.sources import build_source
 from h2a2_jax.scans.specs import S3DIS, DatasetSpec, dataset_spec
 from h2a2_jax.sweeps import transfer
 from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate, naive_joint
-from h2a2_jax.sweeps.sweep_results import write_transfer
+from h2a2_jax.sweeps.sweep_results import markdown
 from h2a2_jax.sweeps.transfer import (
     evaluate_zero_shot,
     pretraining_rows,
     read_zero_shot,
-    transfer_table,
+    transfer_results,
     tuning_rows,
     without_zero_shot,
 )
@@ -212,8 +212,9 @@ def test_the_tables_and_what_is_finished(
         {run: folder for run, folder in tuned_folders.items() if run.seed == 0 or run.after is None},
         {"s3dis_from_scratch": (0.3, 0.1)},
     )
-    result = write_transfer(base, "s3dis", rows, tuned, {**folders, **tuned_folders}, tmp_path)
-    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in transfer_table(result).splitlines() if "|" in line]
+    results = transfer_results(base, "s3dis", rows, tuned, {**folders, **tuned_folders})
+    text = "".join(map(markdown, results))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
     assert lines[0][-3:] == ["mAP@0.25 of these", "mAP@0.5 of these", "seeds"]
     assert lines[2] == ["TR3D on scannet", "scannet", "own", "selected", "2", "20.0 ± 14.1", "-", "2"]
     assert [line[:2] for line in lines[4:8]] == [
@@ -222,16 +223,17 @@ def test_the_tables_and_what_is_finished(
     by_start = {line[0]: line[1:] for line in lines[10:]}
     assert by_start["from scratch"] == ["30.0 ± 0.0", "10.0 ± 0.0", "2"]
     assert by_start["from H2A2"] == ["50.0", "25.0", "1"]
-    assert (
-        "without it for 200 steps of 4 scans a dataset, on it for 100 steps" in result["note"]
-        and "say nothing about the benchmarks" in result["note"]
-    )
-    assert json.loads((tmp_path / "results.json").read_text())["transfer_to_s3dis"] == result
+    assert "without it for 200 steps of 4 scans a dataset" in results[0]["note"]
+    assert "on it for 100 steps" in results[1]["note"]
+    assert all("say nothing about the benchmarks" in result["note"] for result in results)
 
     write_all({run: folder for run, folder in tuned_folders.items() if not folder.exists()}, {})
     assert transfer_command(base, tmp_path, "s3dis", (0, 1), jobs=1) == 0
     assert "| from H2A2" in capsys.readouterr().out
     assert "## Transfer to s3dis" in (tmp_path / "table.md").read_text()
+    stored = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [result["kind"] for result in stored] == ["transfer_to_s3dis", "tuning_to_s3dis"]
+    assert stored[0] == results[0] and stored[1]["rows"][-1]["seeds"] == [0, 1]
 
     # One checkpoint that cannot be read is named; the others are predicted, and the table is written.
     broken, *others = [folder for folder in folders.values()]
