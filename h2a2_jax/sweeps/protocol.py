@@ -11,18 +11,19 @@ from typing import Any
 
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
-from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, sampled_datasets, seeded
+from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate, sampled_datasets, seeded
 from h2a2_jax.sweeps.sweep_results import (
     MEAN,
     Column,
     Score,
     evaluation_scores,
     metric_names,
+    read_evaluation,
     result_row,
     sweep_result,
     training_length,
 )
-from h2a2_jax.sweeps.sweep_runner import read_evaluation
+from h2a2_jax.sweeps.sweep_runner import run_sweep
 
 _STATISTICS = {
     "best": "best",
@@ -33,6 +34,43 @@ _STATISTICS = {
     "worst": "worst",
 }
 """Keys of a `spread`, by title of the column."""
+
+
+def run_protocol(
+    config: ExperimentConfig,
+    workdir: Path,
+    trainings: int = 5,
+    evaluations: int = 5,
+    jobs: int | None = None,
+    budget_minutes: float | None = None,
+) -> int:
+    """Train several times and evaluate each training several times; write table.md and results.json.
+
+    Args:
+        config: Config of the trainings; the seeds count up from its seed.
+        workdir: Folder of the protocol; finished runs there are not repeated, nor runs of other sweeps that are the
+            same experiment.
+        trainings: Number of trainings.
+        evaluations: Number of evaluations of each training, which differ in the sampled points.
+        jobs: See `run_sweep`.
+        budget_minutes: See `run_sweep`.
+
+    Returns:
+        The exit status of `run_sweep`.
+
+    Raises:
+        InputError: a number makes no sense, data are missing, or the workdir holds other runs of the same names.
+    """
+    rows = protocol_rows(config, trainings, evaluations)
+    return run_sweep(
+        config,
+        workdir,
+        lambda: locate(rows, workdir),
+        lambda folders: [protocol_result(config, rows, folders, evaluations)],
+        jobs,
+        budget_minutes,
+        evaluations,
+    )
 
 
 def protocol_rows(base: ExperimentConfig, trainings: int, evaluations: int) -> list[Row]:

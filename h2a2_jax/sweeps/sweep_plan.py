@@ -14,12 +14,6 @@ from h2a2_jax.training.build import steps_of_run
 RUNS = "runs"
 """Name of the folder with the runs, in the folder of a sweep."""
 
-ABLATION_ROWS = ("naive", "sfks", "ngh", "sfks_ngh", "tr3d")
-
-DEFAULT_TAUS = (0.15, 0.2, 0.25, 0.3, 0.35)
-"""Values around the default 0.25. Alpha starts at 0.5 and beta near 0.5, so all offsets are exclusive far above these
-thresholds and none far below."""
-
 
 @dataclass(frozen=True)
 class SweepRun:
@@ -56,74 +50,6 @@ class Row:
     label: str
     runs: tuple[SweepRun, ...]
     tau: float | None = None
-
-
-def default_taus(base: ExperimentConfig) -> tuple[float, ...]:
-    """Thresholds of a sweep when none are given, the base's own included."""
-    own = () if base.model.selection is None else (base.model.selection.tau,)
-    return tuple(sorted({*DEFAULT_TAUS, *own}))
-
-
-def tau_rows(base: ExperimentConfig, taus: Sequence[float], seeds: Sequence[int]) -> list[Row]:
-    """The base with every tau, a row each.
-
-    Args:
-        base: Joint config with kernel selection.
-        taus: Thresholds of alpha * beta, each once.
-        seeds: Seeds of training, each once.
-
-    Raises:
-        InputError: the base has no kernel selection, or a value is given twice or makes no sense.
-    """
-    selection = base.model.selection
-    if selection is None:
-        raise InputError("The tau sweep needs kernel selection, and model.selection is off: give a config that has it.")
-    _check_once("taus", taus)
-    rows = []
-    for tau in taus:
-        model = replace(base.model, selection=replace(selection, tau=tau))
-        rows.append(Row(f"tau = {tau:g}", seeded(f"tau{tau}", replace(base, model=model), seeds), tau))
-    return rows
-
-
-def ablation_rows(base: ExperimentConfig, seeds: Sequence[int], names: Sequence[str] = ()) -> list[Row]:
-    """Naive joint training, SF-KS, NGH, both, and TR3D alone on each dataset.
-
-    The single-dataset runs take as many steps as the joint ones, so that each sees as many of its scans. Their
-    learning rate falls after the number of epochs that is nearest to the same number of steps.
-
-    Args:
-        base: Joint config with kernel selection; what the ablation does not switch stays.
-        seeds: Seeds of training, each once.
-        names: Names of the rows, in the order of the table: of `ABLATION_ROWS`, or "tr3d_<dataset>" for TR3D on one
-            dataset; empty: all of `ABLATION_ROWS`.
-
-    Raises:
-        InputError: the base has no kernel selection or only one dataset, a seed is given twice or makes no sense, or
-            there is no such row.
-    """
-    if base.model.selection is None:
-        raise InputError("The ablation switches kernel selection off itself: give a config that has model.selection.")
-    if len(base.datasets) < 2:
-        raise InputError(
-            f"The ablation is of joint training, and the config has only {base.dataset_names[0]}: give 2+."
-        )
-    naive = naive_joint(base)
-    both = selected_and_harmonized(base)
-    joint = {
-        "naive": ("naive joint", naive),
-        "sfks": ("SF-KS", replace(both, harmonize=naive.harmonize)),
-        "ngh": ("NGH", replace(naive, harmonize=both.harmonize)),
-        "sfks_ngh": ("SF-KS + NGH", both),
-    }
-    rows = {name: Row(label, seeded(name, config, seeds)) for name, (label, config) in joint.items()}
-    alone = {f"tr3d_{name}": seeded(f"tr3d_{name}", restricted(naive, [name]), seeds) for name in base.dataset_names}
-    rows["tr3d"] = Row("TR3D alone", tuple(run for runs in alone.values() for run in runs))
-    rows |= {name: Row(f"TR3D alone on {name.removeprefix('tr3d_')}", runs) for name, runs in alone.items()}
-    if unknown := [name for name in names if name not in rows]:
-        raise InputError(f"The ablation has no row {unknown[0]!r}; its rows are {', '.join(rows)}.")
-    _check_once("rows", names or ABLATION_ROWS)
-    return [rows[name] for name in names or ABLATION_ROWS]
 
 
 def naive_joint(base: ExperimentConfig) -> ExperimentConfig:
@@ -192,6 +118,12 @@ def locate(rows: Sequence[Row], workdir: Path) -> dict[SweepRun, Path]:
     return folders
 
 
+def check_once(what: str, values: Sequence[int] | Sequence[float] | Sequence[str]) -> None:
+    """Raise InputError if there is no value, or one is given twice."""
+    if not values or len(set(values)) < len(values):
+        raise InputError(f"The {what} are {', '.join(map(str, values)) or 'none'}; expected at least one, each once.")
+
+
 def sampled_datasets(config: ExperimentConfig) -> tuple[str, ...]:
     """Datasets whose test protocol samples points, so that another evaluation may give other scores."""
     return tuple(spec.name for spec in config.specs if spec.test_sampling is not None)
@@ -203,13 +135,8 @@ def seeded(name: str, config: ExperimentConfig, seeds: Sequence[int]) -> tuple[S
     Raises:
         InputError: a seed is given twice or makes no sense, or there is none.
     """
-    _check_once("seeds", seeds)
+    check_once("seeds", seeds)
     return tuple(SweepRun(name, seed, replace(config, train=replace(config.train, seed=seed))) for seed in seeds)
-
-
-def _check_once(what: str, values: Sequence[int] | Sequence[float] | Sequence[str]) -> None:
-    if not values or len(set(values)) < len(values):
-        raise InputError(f"The {what} are {', '.join(map(str, values)) or 'none'}; expected at least one, each once.")
 
 
 def _batches_per_epoch(config: ExperimentConfig) -> int:

@@ -16,16 +16,14 @@ import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.figures import COLORS, canvas, save
 from h2a2_jax.files import read_json, whole_file
-from h2a2_jax.sweeps.sweep_plan import Row, SweepRun
-from h2a2_jax.sweeps.sweep_runner import last_metrics, read_evaluation, scans_per_second
-from h2a2_jax.training.build import count_parameters
+from h2a2_jax.training.metrics import FILE_NAME, read_metrics
 
 VERSION = 2
 """Version of results.json."""
@@ -36,6 +34,39 @@ ALL = "all"
 EXCLUSIVE, SPEED = "exclusive_share", "scans_per_second"
 _PICTURES = ("tau_sweep", "ablation")
 _MARKERS = ("o", "s", "^", "D", "v")
+
+
+def finished(folder: Path, evaluations: int = 1) -> bool:
+    """Return True if a run has all of its evaluations, each of them whole."""
+    return all(read_evaluation(folder, number) is not None for number in range(evaluations))
+
+
+def evaluation_folder(folder: Path, number: int) -> Path:
+    """Folder of an evaluation of a run: the run's own for evaluation 0, a folder in it for those with other points."""
+    return folder / f"evaluation_draw{number}" if number else folder
+
+
+def read_evaluation(folder: Path, number: int = 0) -> dict[str, Any] | None:
+    """Content of an evaluation.json of a run; None if the file is missing or was cut short by a kill."""
+    return read_json(evaluation_folder(folder, number) / "evaluation.json")
+
+
+def last_metrics(folder: Path) -> dict[str, Any]:
+    """The last whole line of a run's metrics.jsonl; empty where there is none."""
+    path = folder / FILE_NAME
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1]) if lines else {}
+
+
+def scans_per_second(folder: Path) -> float | None:
+    """Training speed of a run: the median over its logged steps; None if none has it.
+
+    Raises:
+        InputError: a line of the run's metrics is damaged or of another version.
+    """
+    lines = read_metrics(folder) if (folder / FILE_NAME).exists() else []
+    known = [value for line in lines if (value := line.get(SPEED)) is not None]
+    return statistics.median(known) if known else None
 
 
 @dataclass(frozen=True)
@@ -184,70 +215,6 @@ def sweep_result(
         "columns": [asdict(column) for column in columns],
     }
     return json.loads(json.dumps(result))  # lists for tuples, as in a result that was read from the file
-
-
-def comparison_result(
-    kind: str, title: str, base: ExperimentConfig, rows: Sequence[Row], folders: Mapping[SweepRun, Path]
-) -> dict[str, Any]:
-    """Result of a tau sweep or an ablation: average precision, exclusive offsets, parameters and speed of each setting.
-
-    Args:
-        kind: "tau_sweep" or "ablation".
-        title: Heading of the table.
-        base: Config of the sweep.
-        rows: Settings; a seed counts when all of its runs are finished.
-        folders: Folders of the runs.
-    """
-    entries = []
-    for row in rows:
-        seeds = dict.fromkeys(run.seed for run in row.runs)
-        runs = {seed: {run: folders[run] for run in row.runs if run.seed == seed} for seed in seeds}
-        scores = [score for seed in seeds for score in _comparison_scores(runs[seed], base)]
-        parameters = sum(count_parameters(run.config) for run in runs[row.runs[0].seed])
-        entries.append(result_row(row.label, scores, tau=row.tau, parameters=parameters))
-    columns = [Column("setting", ("name",), "text")]
-    for name in [*base.dataset_names, MEAN]:
-        columns += [Column(f"{name} {metric}", ("summary", name, metric)) for metric in metric_names(base)]
-    if any(EXCLUSIVE in found for row in entries for found in row["summary"].values()):
-        columns += [Column(f"{name} exclusive", ("summary", name, EXCLUSIVE)) for name in base.dataset_names]
-    columns += [Column("parameters", ("parameters",), "millions"), Column("scans/s", ("summary", ALL, SPEED)), SEEDS]
-    note = (
-        f"mAP and exclusive in per cent, after {training_length(base)} of {base.train.batch_size} scans a dataset; "
-        "mean ± sample standard deviation over seeds; exclusive: share of the kernel offsets that use the dataset's "
-        "own kernel, of the last line of metrics; parameters: of all detectors of a row; scans/s: in training, median "
-        "over the run's logged steps, beside whatever ran at the same time."
-    )
-    return sweep_result(kind, title, note, base, entries, columns)
-
-
-def _comparison_scores(runs: Mapping[SweepRun, Path], base: ExperimentConfig) -> list[Score]:
-    """Scores of one seed of a row, from its runs on different datasets; none unless all of them are finished."""
-    seed = next(iter(runs)).seed
-    merged: dict[str, Any] = {}
-    folder_names, extra = {}, {}
-    for folder in runs.values():
-        evaluation, last = read_evaluation(folder), last_metrics(folder)
-        if evaluation is None:
-            return []
-        merged |= evaluation
-        for name in evaluation:
-            folder_names[name] = folder.name
-            if (key := f"{EXCLUSIVE}/{name}") in last:
-                extra[name] = {EXCLUSIVE: per_cent(last[key])}
-    scores = [
-        replace(s, metrics={**s.metrics, **extra.get(s.dataset, {})}, folder=folder_names.get(s.dataset, ""))
-        for s in evaluation_scores(merged, base, seed)
-    ]
-    rates = [rate for folder in runs.values() if (rate := scans_per_second(folder)) is not None]
-    # Trainings one after the other: the mean is weighted by their scans. Configs in epochs have 0 steps and equal
-    # weights here.
-    scans = [
-        run.config.train.steps
-        * sum((d.batch_size or run.config.train.batch_size) * d.weight for d in run.config.datasets)
-        for run in runs
-    ]
-    speed = statistics.harmonic_mean(rates, scans if all(scans) else None) if len(rates) == len(runs) else None
-    return [*scores, Score(seed, ALL, {SPEED: speed})]
 
 
 def write_results(results: Sequence[Mapping[str, Any]], workdir: Path) -> str:

@@ -10,18 +10,16 @@ sweep leaves no process behind.
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import platform
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +32,20 @@ from h2a2_jax.compilation import remove_damaged_entries
 from h2a2_jax.config import ExperimentConfig, from_json, to_json
 from h2a2_jax.errors import InputError, Stopped
 from h2a2_jax.evaluation.evaluate import build_predictor, evaluate_predictor
-from h2a2_jax.files import read_json, whole_file
-from h2a2_jax.host import core_numbers
+from h2a2_jax.files import alone_in, whole_file
+from h2a2_jax.host import core_numbers, sigterm_raises
 from h2a2_jax.report.figures_training import draw_curves
+from h2a2_jax.scans.sources import build_source
 from h2a2_jax.sweeps.sweep_plan import SweepRun, sampled_datasets
+from h2a2_jax.sweeps.sweep_results import (
+    evaluation_folder,
+    evaluation_scores,
+    finished,
+    last_metrics,
+    read_evaluation,
+    write_results,
+)
 from h2a2_jax.training.loop import train
-from h2a2_jax.training.metrics import FILE_NAME, read_metrics
 
 LOG = "log.txt"
 """File with the output of a run, in its folder."""
@@ -105,37 +111,53 @@ def shares(jobs: int | None) -> list[Share]:
     return [Share(tuple(cores[a:b])) for a, b in itertools.pairwise(bounds)]
 
 
-def finished(folder: Path, evaluations: int = 1) -> bool:
-    """Return True if a run has all of its evaluations, each of them whole."""
-    return all(read_evaluation(folder, number) is not None for number in range(evaluations))
+def run_sweep(
+    config: ExperimentConfig,
+    workdir: Path,
+    located: Callable[[], Mapping[SweepRun, Path]],
+    results: Callable[[Mapping[SweepRun, Path]], list[dict[str, Any]]],
+    jobs: int | None,
+    budget_minutes: float | None,
+    evaluations: int = 1,
+    then: Callable[[float], list[str]] = lambda until: [],
+) -> int:
+    """Do the runs of a sweep that are not finished, write its results and print its tables.
 
+    Args:
+        config: Base of the sweep; its data must be there.
+        workdir: Folder of the sweep.
+        located: Returns the runs of the sweep and their folders.
+        results: Returns the results (`sweep_result`) of the runs in these folders.
+        jobs: Number of runs at once; None for the default of `shares`.
+        budget_minutes: See `run_all`; the table then holds the finished runs.
+        evaluations: Number of evaluations of each run.
+        then: Called between the runs and the results, with the time at which the budget ends (`time.monotonic`);
+            returns error messages.
 
-def evaluation_folder(folder: Path, number: int) -> Path:
-    """Folder of an evaluation of a run: the run's own for evaluation 0, a folder in it for those with other points."""
-    return folder / f"evaluation_draw{number}" if number else folder
-
-
-def read_evaluation(folder: Path, number: int = 0) -> dict[str, Any] | None:
-    """Content of an evaluation.json of a run; None if the file is missing or was cut short by a kill."""
-    return read_json(evaluation_folder(folder, number) / "evaluation.json")
-
-
-def last_metrics(folder: Path) -> dict[str, Any]:
-    """The last whole line of a run's metrics.jsonl; empty where there is none."""
-    path = folder / FILE_NAME
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return json.loads(lines[-1]) if lines else {}
-
-
-def scans_per_second(folder: Path) -> float | None:
-    """Training speed of a run: the median over its logged steps; None if none has it.
+    Returns:
+        The exit status: 0, or 1 if a run failed, or 130 if the user stopped the sweep.
 
     Raises:
-        InputError: a line of the run's metrics is damaged or of another version.
+        InputError: data are missing, or the workdir holds other runs of the same names.
     """
-    lines = read_metrics(folder) if (folder / FILE_NAME).exists() else []
-    known = [value for line in lines if (value := line.get("scans_per_second")) is not None]
-    return statistics.median(known) if known else None
+    for source in config.datasets:
+        for split in ("train", "val"):
+            build_source(source, split)
+    until = math.inf if budget_minutes is None else time.monotonic() + 60 * budget_minutes
+    with alone_in(workdir, "sweep"):
+        folders = located()
+        try:
+            with sigterm_raises(KeyboardInterrupt):
+                runs = run_all(folders, workdir / "cache", jobs, evaluations, budget_minutes)
+                failures = [*runs.values(), *then(until)]
+        except KeyboardInterrupt:
+            print("\nStopped; the same command goes on from the last checkpoint of every run.", file=sys.stderr)
+            return 130
+        text = write_results(results(folders), workdir)
+        print(f"\n{text}\nWritten to {workdir / 'table.md'} and {workdir / 'results.json'}", flush=True)
+    if failures:
+        print("\n".join([*failures, "The same command tries again what failed."]), file=sys.stderr)
+    return 1 if failures else 0
 
 
 def run_all(
@@ -193,12 +215,14 @@ def run_all(
                 if job.process.returncode or not finished(job.folder, wanted[job.run]):
                     failures[job.run] = text = _failure(job)
                 else:
-                    scores = score_line(read_evaluation(job.folder) or {})
-                    text = f"{job.run.folder}: {_minutes(time.monotonic() - job.started)}, {scores}"
+                    *_, mean = evaluation_scores(read_evaluation(job.folder) or {}, job.run.config, job.run.seed)
+                    scores = [f"{name} {'-' if v is None else f'{v:.1f}'}" for name, v in mean.metrics.items()]
+                    took = _minutes(time.monotonic() - job.started)
+                    text = f"{job.run.folder}: {took}, {', '.join(scores)}"
                 progress.print_end(text)
             progress.show(running)
     finally:
-        progress.close()
+        progress.bar.close()
         _stop(running)
     # Workers that were still running at the end of the budget have finished, were stopped, or failed just now.
     failures |= {job.run: _failure(job) for job in running if job.process.returncode > 0}
@@ -207,17 +231,6 @@ def run_all(
         runs = "1 run is" if len(left) == 1 else f"{len(left)} runs are"
         print(f"The budget of {budget_minutes:g} minutes is used; {runs} left, the same command goes on.", flush=True)
     return failures
-
-
-def score_line(evaluation: Mapping[str, Any]) -> str:
-    """The mean over datasets of each mAP in per cent, as in "mAP@0.25 51.3, mAP@0.5 20.1"."""
-    parts = []
-    for row, threshold in enumerate(next(iter(evaluation.values()))["thresholds"]):
-        scores = [found["thresholds"][row]["mAP"] for found in evaluation.values()]
-        known = [score for score in scores if score is not None]
-        mean = f"{100 * sum(known) / len(known):.1f}" if known else "-"
-        parts.append(f"mAP@{threshold['iou']:g} {mean}")
-    return ", ".join(parts)
 
 
 def _may_begin(run: SweepRun, folders: Mapping[SweepRun, Path]) -> bool:
@@ -300,7 +313,7 @@ class _Progress:
     def __init__(self, total: int, todo: int, at_once: int):
         self._total, self._todo, self._at_once, self._ended = total, todo, at_once, 0
         self._started = time.monotonic()
-        self._bar = tqdm(total=total, initial=total - todo, unit="run") if sys.stderr.isatty() and todo else None
+        self.bar = tqdm(total=total, initial=total - todo, unit="run", disable=not (sys.stderr.isatty() and todo))
 
     def print_end(self, text: str) -> None:
         """Count one more run as over, and print its outcome and the time left."""
@@ -308,22 +321,15 @@ class _Progress:
         left = self._todo - self._ended
         # Runs take about the same time: each running one counts as half done.
         pace = (time.monotonic() - self._started) / max(self._ended + 0.5 * min(self._at_once - 1, left), 1)
-        line = f"[{self._total - left}/{self._total}] {text}; {left} left, about {_minutes(pace * left)}"
-        if self._bar is None:
-            print(line, flush=True)
-        else:
-            self._bar.write(line)
-            self._bar.update()
+        self.bar.write(f"[{self._total - left}/{self._total}] {text}; {left} left, about {_minutes(pace * left)}")
+        sys.stdout.flush()
+        self.bar.update()
 
     def show(self, running: Sequence[_Job]) -> None:
-        if self._bar is not None:
-            steps = [f"{j.run.folder} step {last_metrics(j.folder).get('step', 0)}" for j in running]
-            self._bar.set_postfix_str(", ".join(steps), refresh=False)
-            self._bar.refresh()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        """Show the steps of the running workers."""
+        if not self.bar.disable:
+            steps = [f"{job.run.folder} step {last_metrics(job.folder).get('step', 0)}" for job in running]
+            self.bar.set_postfix_str(", ".join(steps))
 
 
 def _minutes(seconds: float) -> str:

@@ -6,6 +6,7 @@ of all datasets that it knows ("mean"), and then also with the shared kernels ev
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,23 +21,87 @@ from h2a2_jax.evaluation.cross import common_classes
 from h2a2_jax.evaluation.evaluate import build_predictor, predict_source, say_skipped
 from h2a2_jax.files import whole_file
 from h2a2_jax.scans.sources import SourceConfig, build_source
-from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, naive_joint, restricted, seeded, selected_and_harmonized
+from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate, naive_joint, restricted, seeded, selected_and_harmonized
 from h2a2_jax.sweeps.sweep_results import (
     SEEDS,
     Column,
     Score,
     evaluation_scores,
+    finished,
     metric_names,
     per_cent,
+    read_evaluation,
     result_row,
     sweep_result,
 )
-from h2a2_jax.sweeps.sweep_runner import finished, read_evaluation
+from h2a2_jax.sweeps.sweep_runner import programs_folder, run_sweep
 
 ZERO_SHOT_VERSION = 1
 """Version of zero_shot_<dataset>.json in the folder of a run."""
 _WAY = ("head", "conditioning", "kernels")
 """Keys that tell the entries of zero_shot_<dataset>.json apart."""
+
+
+def run_transfer(
+    config: ExperimentConfig,
+    workdir: Path,
+    held_out: str,
+    seeds: Sequence[int],
+    tuning_steps: int | None = None,
+    jobs: int | None = None,
+    budget_minutes: float | None = None,
+) -> int:
+    """Train without a dataset, predict its scans, fine-tune to it; write table.md and results.json.
+
+    Args:
+        config: Base of the sweep, of three datasets or more, with kernel selection.
+        workdir: Folder of the sweep; finished runs there are not repeated, nor runs of other sweeps that are the same
+            experiment.
+        held_out: Dataset that detectors are transferred to.
+        seeds: Seeds of training.
+        tuning_steps: Steps of the training on that dataset; None: half of those of the config.
+        jobs: See `run_sweep`.
+        budget_minutes: See `run_sweep`.
+
+    Returns:
+        The exit status of `run_sweep`.
+
+    Raises:
+        InputError: the config does not fit the sweep, data are missing, or the workdir holds other runs of the same
+            names.
+    """
+    pretrained, tuned = pretraining_rows(config, held_out, seeds), list[Row]()
+    before: dict[SweepRun, Path] = {}
+
+    def located() -> dict[SweepRun, Path]:
+        before.update(locate(pretrained, workdir))
+        tuned.extend(tuning_rows(config, held_out, seeds, pretrained, before, tuning_steps))
+        return {**before, **locate(tuned, workdir)}
+
+    def predict(until: float) -> list[str]:
+        source, cache, failures = held_out_source(config, held_out), programs_folder(workdir / "cache"), []
+        missing = without_zero_shot(pretrained, before, source)
+        for number, folder in enumerate(missing, 1):
+            if time.monotonic() > until:
+                left = len(missing) - number + 1
+                print(f"The budget is used; {left} predictions of {held_out} are left, the same command does them.")
+                break
+            print(f"[{number}/{len(missing)}] {folder.name} predicts the scans of {held_out}.", flush=True)
+            try:
+                evaluate_zero_shot(folder, source, cache)
+            except InputError as error:
+                failures.append(f"{folder.name} did not predict {held_out}: {error}")
+        return failures
+
+    return run_sweep(
+        config,
+        workdir,
+        located,
+        lambda folders: transfer_results(config, held_out, pretrained, tuned, folders),
+        jobs,
+        budget_minutes,
+        then=predict,
+    )
 
 
 def pretraining_rows(base: ExperimentConfig, held_out: str, seeds: Sequence[int]) -> list[Row]:

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 
 from configs.joint import demo, two
-from h2a2_jax.commands import tau_sweep_command
 from h2a2_jax.config import ExperimentConfig
+from h2a2_jax.sweeps.ablation import ablation_rows, comparison_result, run_tau_sweep, tau_rows
 from h2a2_jax.sweeps.protocol import protocol_result, protocol_rows
-from h2a2_jax.sweeps.sweep_plan import Row, ablation_rows, locate, tau_rows
-from h2a2_jax.sweeps.sweep_results import comparison_result, markdown, spread, write_results
-from h2a2_jax.sweeps.sweep_runner import finished
+from h2a2_jax.sweeps.sweep_plan import Row, locate
+from h2a2_jax.sweeps.sweep_results import finished, markdown, spread, write_results
 from h2a2_jax.training.build import count_parameters
 from tests.sweeps.finished import LEVELS, write_run
 
@@ -168,6 +167,6 @@ def test_a_sweep_whose_runs_are_finished_writes_its_table_and_picture(
 ):
     for run, folder in locate(tau_rows(demo(), (0.15, 0.25), (0,)), tmp_path).items():
         write_run(folder, run.config, {name: (0.3, 0.2) for name in demo().dataset_names})
-    assert tau_sweep_command(demo(), tmp_path, (0.15, 0.25), (0,), 1) == 0
+    assert run_tau_sweep(demo(), tmp_path, (0.15, 0.25), (0,), 1) == 0
     assert "| tau = 0.25 | 30.0" in capsys.readouterr().out
     assert (tmp_path / "tau.png").exists() and "| tau = 0.15" in (tmp_path / "table.md").read_text()

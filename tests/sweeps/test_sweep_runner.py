@@ -13,8 +13,10 @@ import pytest
 
 from configs.joint import demo, two
 from h2a2_jax.sweeps import sweep_runner
-from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate, tau_rows
-from h2a2_jax.sweeps.sweep_runner import Share, finished, last_metrics, run_all, shares
+from h2a2_jax.sweeps.ablation import tau_rows
+from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate
+from h2a2_jax.sweeps.sweep_results import finished, last_metrics
+from h2a2_jax.sweeps.sweep_runner import Share, run_all, shares
 from tests.sweeps.finished import write_run
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""Transfer: what is trained without a dataset, how it is predicted, what starts with it, and the tables."""
+"""Transfer: trainings without a dataset, prediction of its scans, trainings that start from them, and the tables."""
 
 import json
 import re
@@ -10,8 +10,6 @@ import pytest
 
 from configs.joint import demo
 from h2a2_jax.boxes import Detections
-from h2a2_jax.commands import transfer as commands_transfer
-from h2a2_jax.commands import transfer_command
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation.cross import CommonClasses, common_classes
@@ -24,6 +22,7 @@ from h2a2_jax.sweeps.transfer import (
     evaluate_zero_shot,
     pretraining_rows,
     read_zero_shot,
+    run_transfer,
     transfer_results,
     tuning_rows,
     without_zero_shot,
@@ -228,7 +227,7 @@ def test_the_tables_and_what_is_finished(
     assert all("say nothing about the benchmarks" in result["note"] for result in results)
 
     write_all({run: folder for run, folder in tuned_folders.items() if not folder.exists()}, {})
-    assert transfer_command(base, tmp_path, "s3dis", (0, 1), jobs=1) == 0
+    assert run_transfer(base, tmp_path, "s3dis", (0, 1), jobs=1) == 0
     assert "| from H2A2" in capsys.readouterr().out
     assert "## Transfer to s3dis" in (tmp_path / "table.md").read_text()
     stored = json.loads((tmp_path / "results.json").read_text())["results"]
@@ -246,11 +245,11 @@ def test_the_tables_and_what_is_finished(
             raise InputError("its checkpoint is gone")
         predicted.append(folder)
 
-    monkeypatch.setattr(commands_transfer, "evaluate_zero_shot", evaluate)
-    assert transfer_command(base, tmp_path, "s3dis", (0, 1), jobs=1) == 1
+    monkeypatch.setattr(transfer, "evaluate_zero_shot", evaluate)
+    assert run_transfer(base, tmp_path, "s3dis", (0, 1), jobs=1) == 1
     said = capsys.readouterr()
     assert f"{broken.name} did not predict s3dis: its checkpoint is gone" in said.err and predicted == others
     assert "| TR3D on scannet" not in said.out and "| from H2A2" in said.out
     predicted.clear()
-    assert transfer_command(base, tmp_path, "s3dis", (0, 1), jobs=1, budget_minutes=1e-9) == 0
+    assert run_transfer(base, tmp_path, "s3dis", (0, 1), jobs=1, budget_minutes=1e-9) == 0
     assert f"{len(folders)} predictions of s3dis are left" in capsys.readouterr().out and predicted == []
