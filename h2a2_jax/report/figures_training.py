@@ -1,4 +1,4 @@
-"""Figures of training: losses, rates, harmonisation; curves.png."""
+"""Figures of training: curves.png, gradient norms, harmonisation."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -45,33 +46,6 @@ def by_group(series: Series, metric: str, datasets: Sequence[str]) -> dict[str, 
         if len(parts) == 3 and parts[0] == metric and parts[2] in datasets:
             groups.setdefault(parts[1], {})[parts[2]] = values
     return groups
-
-
-def draw_losses(series: Series, datasets: Sequence[str], folder: Path) -> Picture | None:
-    """Losses, learning rate and gradient norm; None if the metrics hold none of them."""
-    panels = [("loss", "loss"), ("loss_box", "box loss (1 \u2212 DIoU)"), ("loss_class", "classification loss (focal)")]
-    rest = [("learning_rate", "learning rate"), ("gradient_norm", "gradient norm before clipping")]
-    drawn = [p for p in panels if any(f"{p[0]}/{d}" in series for d in datasets)]
-    drawn += [p for p in rest if p[0] in series]
-    if not drawn:
-        return None
-    figure, axes = canvas(1, len(drawn), 3.6 * len(drawn), 3.6)
-    for ax, (metric, label) in zip(axes[0], drawn, strict=True):
-        for d, name in enumerate(datasets):
-            if f"{metric}/{name}" in series:
-                ax.plot(*series[f"{metric}/{name}"].T, color=COLORS[d], label=name)
-        if metric in series:
-            ax.plot(*series[metric].T, color="0.2", label="all parameters" if metric == "gradient_norm" else "AdamW")
-        ax.set_title(label, fontsize=10)
-        ax.set_ylabel(label, fontsize=9)
-        ax.set_ylim(bottom=0)
-        ax.legend(fontsize=8)
-        name_steps(ax)
-    return save(
-        figure, folder, "losses", "Losses, learning rate and gradient norm",
-        "From metrics.jsonl: means over the steps between two lines. Losses have no unit; the gradient norm is that of "
-        "all parameters together, after balancing and before clipping.",
-    )  # fmt: skip
 
 
 def draw_psi(series: Series, threshold: float | None, folder: Path) -> Picture | None:
@@ -190,6 +164,24 @@ def draw_curves(workdir: Path) -> Path:
     lines = read_metrics(workdir) if (workdir / FILE_NAME).exists() else []
     if not lines:
         raise InputError(f"{workdir} has no metrics to draw; expected is the folder of a run with a {FILE_NAME}.")
+    path = workdir / CURVES
+    with whole_file(path) as part:
+        save(_curves(lines), part.parent, part.stem, workdir.absolute().name, "")
+    return path
+
+
+def draw_losses(lines: Sequence[Mapping[str, float | int | None]], folder: Path) -> Picture:
+    """Draw the panels of curves.png as <folder>/losses.png for a report."""
+    caption = (
+        "From metrics.jsonl: means over the steps between two lines. Losses have no unit: the box loss is 1 \u2212 DIoU, "
+        "the classification loss the focal loss. The gradient norm is that of all parameters, after balancing and "
+        "before clipping."
+    )
+    return save(_curves(lines), folder, "losses", "Losses, scores, learning rate and gradients", caption)
+
+
+def _curves(lines: Sequence[Mapping[str, float | int | None]]) -> Figure:
+    """The panels of a run, with one legend of the datasets."""
     series = series_of(lines)
     datasets = list(dict.fromkeys(name.split("/", 1)[1] for line in lines for name in line if name.startswith("loss/")))
     panels = _panels(series, datasets)
@@ -205,10 +197,7 @@ def draw_curves(workdir: Path) -> Path:
     if handles:  # one for all panels
         names = [as_text(name) for name in datasets]
         figure.legend(handles, names, loc="outside lower center", ncols=min(6, len(names)), frameon=False)
-    path = workdir / CURVES
-    with whole_file(path) as part:
-        save(figure, part.parent, part.stem, workdir.absolute().name, "")
-    return path
+    return figure
 
 
 def _panels(series: Mapping[str, Rows], datasets: Sequence[str]) -> list[_Panel]:

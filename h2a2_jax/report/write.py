@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from h2a2_jax import figures as html
 from h2a2_jax.checkpoint.store import CheckpointStore
 from h2a2_jax.config import ExperimentConfig
-from h2a2_jax.figures import Picture, Section, Table
-from h2a2_jax.report import figures_selection
+from h2a2_jax.figures import Picture, Section, Table, number, page
+from h2a2_jax.report.figures_selection import draw_agreement, draw_history, draw_kernels, draw_stability
 from h2a2_jax.report.figures_training import draw_by_group, draw_losses, draw_psi, series_of
 from h2a2_jax.report.observation import LayerSelection, load_batches, observe_selection
 from h2a2_jax.report.offsets import OFFSET_CLASSES, agreement, chance_agreement
@@ -71,7 +70,7 @@ def write_report(config: ExperimentConfig, workdir: Path, scans: int = 16) -> Pa
     title = f"Report of {workdir.absolute().name}"
     subtitle = f"{', '.join(names)}; checkpoint of step {step}. One file: it can be moved, mailed and printed."
     target = folder / "index.html"
-    target.write_text(html.page(title, subtitle, sections), encoding="utf-8")
+    target.write_text(page(title, subtitle, sections), encoding="utf-8")
     return target
 
 
@@ -90,10 +89,10 @@ def _summary(
     for d, name in enumerate(config.dataset_names):
         own = {t["iou"]: t["mAP"] for t in results.get(name, {}).get("thresholds", [])}
         exclusive = float(np.mean([1 - s.shared_share[d].mean() for s in selections.values()])) if selections else None
-        scores = [html.number(own.get(iou)) for iou in thresholds]
+        scores = [number(own.get(iou)) for iou in thresholds]
         loss = lines[-1].get(f"loss/{name}") if lines else None
-        scanned = str(counts[d]) if selections else html.number(None)
-        rows.append([name, *scores, html.number(loss), html.number(exclusive), scanned])
+        scanned = str(counts[d]) if selections else number(None)
+        rows.append([name, *scores, number(loss), number(exclusive), scanned])
     columns = ["dataset", *(f"mAP@{iou:g}" for iou in thresholds), "last loss", "exclusive offsets", "scans looked at"]
     per_dataset = Table(
         "Mean average precision as evaluation.json has it; share of (scan, offset) pairs that take the dataset's own "
@@ -110,8 +109,8 @@ def _summary(
         ["network", f"depth {config.model.depth}, voxels of {100 * config.model.voxel_size:g} cm"],
         ["kernel selection (SF-KS)", "off" if selection is None else f"on, tau = {selection.tau:g}"],
         ["gradients", config.harmonize.method],
-        ["share of harmonised tensors, last line", html.number(harmonized)],
-        ["mean Psi, last line", html.number(last.get("psi/mean"))],
+        ["share of harmonised tensors, last line", number(harmonized)],
+        ["mean Psi, last line", number(last.get("psi/mean"))],
         ["learning rate, last line", "\N{EN DASH}" if not last else f"{last.get('learning_rate') or 0:.1e}"],
     ]
     text = [] if results else ["There is no evaluation.json: run --mode=eval for average precision."]
@@ -127,49 +126,45 @@ def _selection_sections(
     log: Log,
     folder: Path,
 ) -> list[Section]:
-    names, (steps, history) = config.dataset_names, log
-    titles = {
-        "kernels": "Shared and exclusive offsets",
-        "history": "Selection over training",
-        "agreement": "Agreement across datasets",
-        "stability": "Flips and disagreement",
-    }
     if not selections:
         text = ["This detector has no kernel selection (model.selection is None), so there is nothing to show here."]
-        return [Section(anchor, title, text) for anchor, title in titles.items()]
+        return [Section("kernels", "Kernel selection", text)]
+    names, (steps, history) = config.dataset_names, log
+    shares = {layer: selection.shared_share for layer, selection in selections.items()}
+    exclusive = Table(
+        "Share of (scan, offset) pairs that take the dataset's own kernel.",
+        ["layer", *names],
+        [[layer, *(number(float(1 - own.mean()), 2) for own in share)] for layer, share in shares.items()],
+    )
+    kernels: list[Picture | Table] = [exclusive, *draw_kernels(selections, names, counts, folder)]
+    agreeing = Table(
+        "The same as numbers.",
+        ["layer", *OFFSET_CLASSES, "chance"],
+        [[layer, *(number(v, 2) for v in (*agreement(s), chance_agreement(s)))] for layer, s in shares.items()],
+    )
+    several = len(names) > 1
     missing = [] if history else [f"There is no {selection_log.FILE_NAME} in the run's folder: training writes it."]
-    contents: dict[str, list[Picture | Table]] = {
-        "kernels": [
-            _exclusive_table(selections, names),
-            *figures_selection.draw_kernels(selections, names, counts, folder),
-        ],
-        "history": list(figures_selection.draw_history(steps, history, names, folder)) if history else [],
-        "agreement": [figures_selection.draw_agreement(selections, history, folder), _agreement_table(selections)]
-        if len(names) > 1
-        else [],
-        "stability": [figures_selection.draw_stability(steps, history, selections, names, folder)],
-    }
-    notes = {"history": missing, "stability": missing}
-    if len(names) < 2:
-        notes["agreement"] = ["Agreement takes two datasets; this run has one."]
-    return [Section(a, title, notes.get(a, ()), contents[a]) for a, title in titles.items()]
-
-
-def _exclusive_table(selections: dict[str, LayerSelection], names: Sequence[str]) -> Table:
-    rows = [
-        [layer, *(html.number(float(1 - share.mean()), 2) for share in s.shared_share)]
-        for layer, s in selections.items()
+    return [
+        Section("kernels", "Shared and exclusive offsets", (), kernels),
+        Section(
+            "history",
+            "Selection over training",
+            missing,
+            draw_history(steps, history, names, folder) if history else [],
+        ),
+        Section(
+            "agreement",
+            "Agreement across datasets",
+            [] if several else ["Agreement takes two datasets; this run has one."],
+            [draw_agreement(selections, history, folder), agreeing] if several else [],
+        ),
+        Section(
+            "stability",
+            "Flips and disagreement",
+            missing,
+            [draw_stability(steps, history, selections, names, folder)],
+        ),
     ]
-    return Table("Share of (scan, offset) pairs that take the dataset's own kernel.", ["layer", *names], rows)
-
-
-def _agreement_table(selections: dict[str, LayerSelection]) -> Table:
-    shares = {layer: s.shared_share for layer, s in selections.items()}
-    rows = [
-        [layer, *(html.number(v, 2) for v in agreement(share)), html.number(chance_agreement(share), 2)]
-        for layer, share in shares.items()
-    ]
-    return Table("The same as numbers.", ["layer", *OFFSET_CLASSES, "chance"], rows)
 
 
 def _balance_section(config: ExperimentConfig, lines: Sequence[dict[str, float | int | None]], folder: Path) -> Section:
@@ -179,7 +174,7 @@ def _balance_section(config: ExperimentConfig, lines: Sequence[dict[str, float |
     series, names = series_of(lines), config.dataset_names
     threshold = config.harmonize.threshold if config.harmonize.method == "ngh" else None
     drawn = [
-        draw_losses(series, names, folder),
+        draw_losses(lines, folder),
         draw_psi(series, threshold, folder),
         draw_by_group(
             series, "gradient_norm", names, folder, "Gradient norms by parameter group", "norm of the gradient",
