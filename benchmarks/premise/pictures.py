@@ -111,8 +111,8 @@ def draw_site_classes(counts: Mapping[str, Int[np.ndarray, "4 4"]], folder: Path
     figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     return save(
         figure, folder, "site_classes", "Plane, edge and corner sites",
-        "Share of the classes among the sites of each stage, on the scans that the detectors ran on. The class depends on "
-        "the sites occupied within 2.5 sites around (eigenvalues of their covariance, distance of their mean): "
+        "Share of the classes among the sites of each stage, on the scans that the detectors ran on. The class depends "
+        "on the sites occupied within 2.5 sites around (eigenvalues of their covariance, distance of their mean): "
         "flat and centred is a plane, folded or one-sided an edge, folded and one-sided in all directions a corner. It "
         "is judged at the stage's own resolution, where furniture may be a few sites large.",
     )  # fmt: skip

@@ -173,9 +173,9 @@ def draw_curves(workdir: Path) -> Path:
 def draw_losses(lines: Sequence[Mapping[str, float | int | None]], folder: Path) -> Picture:
     """Draw the panels of curves.png as <folder>/losses.png for a report."""
     caption = (
-        "From metrics.jsonl: means over the steps between two lines. Losses have no unit: the box loss is 1 \u2212 DIoU, "
-        "the classification loss the focal loss. The gradient norm is that of all parameters, after balancing and "
-        "before clipping."
+        "From metrics.jsonl: means over the steps between two lines. Losses have no unit: the box loss is 1 \u2212 "
+        "DIoU, the classification loss the focal loss. The gradient norm is that of all parameters, after balancing "
+        "and before clipping."
     )
     return save(_curves(lines), folder, "losses", "Losses, scores, learning rate and gradients", caption)
 
