@@ -435,7 +435,6 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
 
 def _report_flags(parser: argparse.ArgumentParser) -> None:
     _add_workdir(parser)
-    parser.add_argument("--singles", type=_names, default=[], help="folders of single-dataset runs to compare with")
 
 
 def _check_flags(parser: argparse.ArgumentParser) -> None:
@@ -570,7 +569,7 @@ def _chosen_step(given: Invocation) -> int | None:
 def _report(given: Invocation) -> int | None:
     from h2a2_jax import commands
 
-    commands.report_command(given.experiment(), given.workdir, [Path(folder) for folder in given.flags.singles])
+    commands.report_command(given.experiment(), given.workdir)
     return None
 
 

@@ -11,12 +11,7 @@ from h2a2_jax.training.summary import next_commands
 
 
 def train_command(config: ExperimentConfig, workdir: Path, *, accept_changes: bool = False) -> None:
-    """Train, evaluate and draw the curves; a workdir with checkpoints is gone on with (`train` has the arguments).
-
-    Raises:
-        InputError: see `train`.
-        Stopped: likewise.
-    """
+    """Train, evaluate and draw the curves, or resume the run in the workdir; `train` has the arguments and errors."""
     process_layout = MeshLayout(train_mesh(len(config.datasets)), len(config.datasets))
     process_layout.all_or_raise(lambda: check_data(config, process_layout.datasets), "open its data")
     train(config, workdir, accept_changes=accept_changes)

@@ -1,4 +1,4 @@
-"""What the surface looks like around a site: plane, edge, corner or neither, from occupied sites alone."""
+"""Class of the surface around a site, from the occupied sites alone: plane, edge, corner or other."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -8,7 +8,7 @@ from h2a2_jax.sparse.sites import SiteSet, kernel_offsets
 
 SITE_CLASSES = ("plane", "edge", "corner", "other")
 RADIUS = 2
-"""Sites around a centre that are looked at, along each axis."""
+"""Reach of the neighbourhood along each axis, in sites."""
 
 _FEWEST = 6
 _FLAT = 0.077
@@ -21,12 +21,12 @@ _ONE_SIDED = 0.44
 def classify_sites(sites: SiteSet) -> Int[np.ndarray, " n"]:
     """Class of every site, as an index into `SITE_CLASSES`.
 
-    Looked at are the occupied sites within the ball of radius 2.5 sites around it: the eigenvalues l1 >= l2 >= l3 of
-    their covariance and how far their mean lies from the centre, m (1 is two sites). In the continuum a plane through
+    The class follows from the occupied sites within a ball of radius 2.5 sites: the eigenvalues l1 >= l2 >= l3 of their
+    covariance and the distance m of their mean from the centre (1 is two sites). In the continuum a plane through
     the centre of a ball has l3 = 0 and m = 0, the border of a half-plane m = 0.42, the crease of two half-planes at a
     right angle l3 / sum = 0.09, l2 / l1 = 0.5, m = 0.3, and the corner of three quarter planes l3 / sum = 0.13,
     l2 / l1 = 1, m = 0.49. Sites of a grid make planes thicker (l3 / sum up to 0.06 for tilted ones). The thresholds
-    lie between what random positions and rotations give:
+    lie between the values at random positions and rotations:
 
     - "other": fewer than 6 sites, or l3 / sum >= 0.25 (filled or cluttered);
     - "plane": l3 / sum < 0.077 and m < 0.35;

@@ -1,12 +1,26 @@
-"""Response energies and their correlation."""
+"""The premise: response energies, their correlation, classes of sites, and the page."""
+
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from h2a2_jax.report.energy import GROUPS, EnergySums, Measured, correlate, correlations, pair_kind
-from h2a2_jax.report.offsets import CENTRE
-from h2a2_jax.report.probe import offset_energies
+from benchmarks.premise.__main__ import find_singles, write_premise
+from benchmarks.premise.energy import (
+    CENTRE,
+    GROUPS,
+    EnergySums,
+    Measured,
+    correlate,
+    correlations,
+    offset_energies,
+    pair_kind,
+)
+from benchmarks.premise.site_classes import SITE_CLASSES, classify_sites
+from h2a2_jax.errors import InputError
+from h2a2_jax.sparse.sites import site_set
+from tests.report.small_run import small, store
 
 RNG = np.random.default_rng(0)
 
@@ -77,3 +91,48 @@ def test_correlations_are_means_over_the_pairs_of_a_kind():
     assert list(found) == ["trained, same start"]
     assert found["trained, same start"].shape == (1, len(GROUPS), 2)
     assert np.allclose(found["trained, same start"][0, 0], np.mean(pairs, 0))
+
+
+@pytest.mark.parametrize("kind", ["plane", "edge", "corner"])
+def test_sites_of_axis_aligned_planes_edges_and_corners_are_found(kind):
+    a, b = (part.ravel() for part in np.meshgrid(np.arange(-9, 9), np.arange(-9, 9)))
+    zero = np.zeros_like(a)
+    faces = {
+        "plane": [np.stack([a, b, zero], 1)],
+        "edge": [np.stack([a, b, zero], 1)[a >= 0], np.stack([zero, b, a], 1)[a >= 0]],
+        "corner": [np.stack(axes, 1)[(a >= 0) & (b >= 0)] for axes in ((a, b, zero), (a, zero, b), (zero, a, b))],
+    }[kind]
+    sites = site_set(np.insert(np.unique(np.concatenate(faces), axis=0), 0, 0, 1).astype(np.int32))
+    (at_origin,) = classify_sites(sites)[(sites.coords[:, 1:] == 0).all(1)]
+    assert SITE_CLASSES[at_origin] == kind
+
+
+def test_a_lone_site_and_a_filled_block_are_other():
+    block = np.stack(np.meshgrid(*[np.arange(9)] * 3), -1).reshape(-1, 3)
+    coords = np.insert(np.concatenate([block, [[40, 40, 40]]]), 0, 0, 1).astype(np.int32)
+    sites = site_set(coords)
+    names = dict(zip(map(tuple, sites.coords[:, 1:].tolist()), classify_sites(sites), strict=True))
+    assert SITE_CLASSES[names[40, 40, 40]] == SITE_CLASSES[names[4, 4, 4]] == "other"
+
+
+@pytest.mark.slow
+def test_the_page_has_all_pictures_of_the_detectors_beside_a_run(tmp_path: Path) -> None:
+    names = ("scannet", "s3dis")
+    for name in names:
+        store(small((name,), selection=False), tmp_path / "runs" / f"tr3d_{name}_seed0")
+    assert [path.name for path in find_singles(tmp_path / "joint")] == ["tr3d_s3dis_seed0", "tr3d_scannet_seed0"]
+    target = write_premise(tmp_path, scans=2)
+    assert target == tmp_path / "premise" / "index.html" and "tr3d_s3dis_seed0 (seed 0" in target.read_text()
+    pictures = {path.stem: path.stat().st_size for path in target.parent.glob("*.png")}
+    assert {*pictures} == {"premise_with_centre", "premise_without_centre", "premise_profiles", "site_classes"}
+    assert min(pictures.values()) > 5000
+
+
+def test_folders_without_detectors_of_single_datasets_are_refused(tmp_path: Path) -> None:
+    store(small(("scannet", "s3dis"), selection=True), tmp_path)
+    with pytest.raises(InputError, match="detector of scannet, s3dis, with kernel selection; --singles takes"):
+        write_premise(tmp_path, [tmp_path])
+    with pytest.raises(InputError, match="it has no config"):
+        write_premise(tmp_path, [tmp_path / "nowhere"])
+    with pytest.raises(InputError, match=r"detectors of two datasets or more .* --mode=ablation"):
+        write_premise(tmp_path)

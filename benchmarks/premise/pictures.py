@@ -1,4 +1,4 @@
-"""Pictures of the premise: do detectors trained apart respond through the same offsets?"""
+"""Pictures of the premise: energy profiles of detectors and their correlation."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from benchmarks.premise.energy import CENTRE, GROUPS, PAIR_KINDS, Measured, correlations
+from benchmarks.premise.site_classes import SITE_CLASSES
 from h2a2_jax.figures import COLORS, Picture, canvas, save
-from h2a2_jax.report.energy import GROUPS, PAIR_KINDS, Measured, correlations
-from h2a2_jax.report.geometry import SITE_CLASSES
-from h2a2_jax.report.offsets import CENTRE, OFFSET_CLASSES, offset_classes
+from h2a2_jax.report.offsets import OFFSET_CLASSES, offset_classes
 
 _HATCHES = ("", "", "", "//", "//")
-_CENTRE_SAYS = {
+_CENTRE_NOTES = {
     True: "The centre usually carries more energy than any other offset, so correlations with it are high whatever the "
     "detectors learnt.",
     False: "The centre is left out, for it dominates.",
@@ -53,7 +53,7 @@ def draw_correlations(measured: Sequence[Measured], folder: Path) -> list[Pictur
                 f"Response energy per offset, correlated between detectors, {suffix} the centre offset",
                 "Bars are Pearson's, ticks Spearman's correlation of two detectors' energy profiles over the "
                 f"{27 if with_centre else 26} offsets, the mean over pairs of detectors; filled bars are trained, "
-                f"hatched ones untrained detectors (the control). {_CENTRE_SAYS[with_centre]} Two detectors of one "
+                f"hatched ones untrained detectors (the control). {_CENTRE_NOTES[with_centre]} Two detectors of one "
                 "dataset ran on the same scans and show how much agreement can be expected at best. Detectors with "
                 "the same start have drawn the same first kernels, and a part of their agreement may be what is left "
                 "of them: compare with the untrained pair of the same start. Evidence for the premise is a trained bar "
@@ -111,8 +111,8 @@ def draw_site_classes(counts: Mapping[str, Int[np.ndarray, "4 4"]], folder: Path
     figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     return save(
         figure, folder, "site_classes", "Plane, edge and corner sites",
-        "How many sites of each stage are of which class, on the scans that the detectors ran on. The class follows "
-        "from the sites occupied within 2.5 sites around (eigenvalues of their covariance, distance of their mean): "
+        "Share of the classes among the sites of each stage, on the scans that the detectors ran on. The class depends "
+        "on the sites occupied within 2.5 sites around (eigenvalues of their covariance, distance of their mean): "
         "flat and centred is a plane, folded or one-sided an edge, folded and one-sided in all directions a corner. It "
         "is judged at the stage's own resolution, where furniture may be a few sites large.",
     )  # fmt: skip
