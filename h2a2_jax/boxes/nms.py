@@ -17,6 +17,7 @@ is 3 ms faster there, but it is a thousand steps in sequence, which on an accele
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from h2a2_jax.boxes.codec import decode_boxes
-from h2a2_jax.boxes.iou import pairwise_axis_aligned_bev_iou
-from h2a2_jax.boxes.rotated_iou import pairwise_rotated_bev_iou, rotated_bev_iou
+from h2a2_jax.boxes.iou import axis_aligned_iou, pairwise_axis_aligned_bev_iou
+from h2a2_jax.boxes.rotated_iou import pairwise_rotated_bev_iou, rotated_bev_iou, rotated_iou
 from h2a2_jax.typing import AnyArray
 
 MAX_CANDIDATES = 1000
@@ -101,8 +102,9 @@ def multiclass_nms(
     score_threshold: float | Float[AnyArray, ""] = 0.01,
     iou_threshold: float | Float[AnyArray, ""] = 0.5,
     rotated: bool,
+    iou: Literal["bev", "3d"] = "bev",
 ) -> tuple[Int32[Array, " n*c"], Int32[Array, " n*c"], Int32[Array, ""]]:
-    """Suppresses every class by itself, by bird's-eye-view IoU; heights are ignored.
+    """Suppress every class by itself, by bird's-eye-view IoU; heights are ignored.
 
     Args:
         boxes: Boxes.
@@ -110,6 +112,7 @@ def multiclass_nms(
         score_threshold: A box must score more than this in a class to be detected as that class.
         iou_threshold: A box is dropped if its IoU with a better one that is kept is greater than this.
         rotated: True if yaw counts; static.
+        iou: "bev" compares footprints (TR3D), "3d" volumes; static.
 
     Returns:
         rows: Row of the box of each detection: class by class, in each by descending score, of equal scores by row.
@@ -122,7 +125,7 @@ def multiclass_nms(
     is_candidate = scores > score_threshold
     order = jnp.argsort(jnp.where(is_candidate, -scores, jnp.inf), axis=0, stable=True)
     ranks = jnp.zeros((n, c), jnp.int32).at[order, jnp.arange(c)].set(jnp.arange(n, dtype=jnp.int32)[:, None])
-    is_kept = _suppress(_is_overlapping(boxes, iou_threshold, rotated), ranks, is_candidate)
+    is_kept = _suppress(_is_overlapping(boxes, iou_threshold, rotated, iou), ranks, is_candidate)
     by_rank = jnp.take_along_axis(is_kept, order, axis=0).T
     labels, places = jnp.nonzero(by_rank, size=n * c, fill_value=-1)
     rows = jnp.where(labels < 0, n, order[places, labels])
@@ -182,8 +185,10 @@ def _best_rows(scores: Array, valid: AnyArray, max_candidates: int) -> Array:
     return lax.sort((~jnp.asarray(valid), descending, jnp.arange(len(scores))), num_keys=3)[-1][:max_candidates]
 
 
-def _is_overlapping(boxes: AnyArray, iou_threshold: float | AnyArray, rotated: bool) -> Array:
+def _is_overlapping(boxes: AnyArray, iou_threshold: float | AnyArray, rotated: bool, iou: str) -> Array:
     """Pairs [n, n] in which the box of the row, if kept, suppresses that of the column."""
+    if iou == "3d":
+        return (rotated_iou if rotated else axis_aligned_iou)(boxes[:, None], boxes[None]) > iou_threshold
     if not rotated:
         return pairwise_axis_aligned_bev_iou(boxes, boxes) > iou_threshold
     # As in `overlap_matrix`: of a pair the box of the lower row comes first, and a pair whose footprints' circles lie

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from h2a2_jax import boxes as exact
 from h2a2_jax.boxes import rotated_bev_iou
 from tests.boxes.golden import FIXTURES, load_cases
 from tests.boxes.host_nms import bev_nms, multiclass_nms, overlap_matrix
@@ -73,3 +74,12 @@ def test_any_number_of_boxes(count):
 def test_nothing_scores():
     found = multiclass_nms(np.ones((3, 7), np.float32), np.zeros((3, 2), np.float32), rotated=False)
     assert len(found) == 0 and found.boxes.shape == (0, 7)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_volumes_tell_boxes_apart_that_stand_above_one_another(rotated):
+    boxes = np.array([[0, 0, 0, 1, 1, 1, 0], [0, 0, 3, 1, 1, 1, 0], [0, 0, 0.1, 1, 1, 1, 0]], np.float32)
+    scores = np.array([[0.9], [0.8], [0.7]], np.float32)
+    for iou, kept in (("bev", [0]), ("3d", [0, 1])):
+        rows, _, count = exact.multiclass_nms(boxes, scores, rotated=rotated, iou=iou)
+        assert rows[:count].tolist() == kept
