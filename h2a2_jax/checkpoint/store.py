@@ -97,13 +97,13 @@ class CheckpointStore(CheckpointFiles):
         if config is not None:
             self._check_model(step, header.config.model, config.model)
         items = self.read_items(step, tuple(header.checksums), header.checksums)
-        optimizer = items["optimizer"]
-        counters = {name: getattr(like, name) for name in COUNTERS}
-        balancer = reordered_balancer(optimizer["balancer"], like.balancer, header.names, names)
-        exclusive_optimizer = (
-            stacked(optimizer["datasets"], names, like.exclusive_optimizer) | optimizer["scalars"]  # no dataset axis
-        )
+        # The model first: if the architecture differs, the error message should name it and not the optimiser.
         exclusive, shared, stats = self._fill_model(step, (like.exclusive, like.shared, like.stats), items, names)
+        optimizer = items["optimizer"]
+        balancer = reordered_balancer(optimizer["balancer"], like.balancer, header.names, names)
+        # Scalars of the optimiser state, such as its count, have no dataset axis.
+        exclusive_optimizer = stacked(optimizer["datasets"], names, like.exclusive_optimizer) | optimizer["scalars"]
+        counters = {name: getattr(like, name) for name in COUNTERS}
         averages = like.averages
         if averages is not None:
             # A run that did not average so far begins its averages with its parameters.

@@ -184,7 +184,7 @@ def find_inputs(inputs: Sequence[str], output: Path | None = None) -> FoundInput
             for file, place in candidates:
                 if path.is_dir() and file.suffix.lower() in _TEXTS and not _has_numbers(file):
                     passed_over.append(file)
-                elif not (named_alone and file is path) and _is_result(file):
+                elif not (named_alone and file is path) and _is_result_ply(file):
                     results.append(file)
                 else:
                     found.setdefault(os.path.abspath(file), (file, place))
@@ -250,7 +250,7 @@ def _files_below(
                 yield path, name / os.path.relpath(path, folder)
 
 
-def _is_result(path: Path) -> bool:
+def _is_result_ply(path: Path) -> bool:
     """Return True for a PLY file that a prediction wrote."""
     if path.suffix.lower() != ".ply" or not path.is_file():
         return False

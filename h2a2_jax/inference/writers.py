@@ -41,7 +41,8 @@ CSV_COLUMNS = (
 )
 ALL_BOXES, TABLE = "predictions.json", "boxes.csv"
 _BAR = 0.012  # m, thickness of the bars of a box's frame
-_CUBE = ((0, 2, 3, 1), (4, 5, 7, 6), (0, 1, 5, 4), (2, 6, 7, 3), (0, 4, 6, 2), (1, 3, 7, 5))  # corners of each face
+# Corners of each face, counter-clockwise seen from outside: programs take the other side of a face for its back.
+_CUBE = ((0, 2, 3, 1), (4, 5, 7, 6), (0, 1, 5, 4), (2, 6, 7, 3), (0, 4, 6, 2), (1, 3, 7, 5))
 
 
 def write_document(path: Path, document: dict[str, Any]) -> None:
@@ -130,8 +131,8 @@ def write_box_frames(path: Path, matrix: Float[np.ndarray, "4 4"], found: Detect
             direction = int(np.log2(one ^ other))
             half[direction] += box[3 + direction] / 2
             vertices.append((corners[one] + corners[other]) / 2 + (signs * half) @ axes)
-            faces.append(triangles + 8 * (12 * number + bar))
-        colors.append(np.tile(class_color(int(found.labels[number])), (96, 1)))
+            faces.append(triangles + 8 * (len(BOX_EDGES) * number + bar))
+        colors.append(np.tile(class_color(int(found.labels[number])), (8 * len(BOX_EDGES), 1)))
     rows = _vertices(np.concatenate(vertices), np.concatenate(colors), matrix)
     _write_ply(path, rows, np.concatenate(faces))
 
