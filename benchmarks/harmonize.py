@@ -27,10 +27,10 @@ from configs.joint import demo, paper
 from h2a2_jax.balancers import build_balancer, recorded
 from h2a2_jax.balancers.ngh import mean_over_datasets, plain_mean
 from h2a2_jax.checkpoint.train_state import create_state, place_state
-from h2a2_jax.config import ExperimentConfig, HarmonizeConfig
-from h2a2_jax.distributed import DATASET, train_mesh
+from h2a2_jax.config import ExperimentConfig, HarmonizeConfig, SourceConfig
+from h2a2_jax.distributed import DATASET, stack_batches, train_mesh
 from h2a2_jax.host import available_cores
-from h2a2_jax.loader.batching import collate, pad_batch, stack_batches
+from h2a2_jax.loader.batching import collate, pad_batch
 from h2a2_jax.models import TR3D, DetectorConfig, LevelSizes, PlanLayout
 from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
@@ -129,12 +129,13 @@ def _steps(model: TR3D, config: DetectorConfig, scale: Any, batch: int, repeats:
         [[pad_batch(row, capacities, _MAX_BOXES, PlanLayout.of(config, "any"))] for row in collated]
     )
     batches = jax.device_put(batches)
+    experiment = ExperimentConfig(tuple(SourceConfig(spec.name, kind="synthetic") for spec in SPECS), model=config)
     functions: dict[str, Callable[[], object]] = {}
     balancers = {"mean": plain_mean(), "ngh": build_balancer(HarmonizeConfig("ngh"), len(SPECS), DATASET)}
     for name, balancer in balancers.items():
         optimizer = optax.adamw(1e-4)
         graph, state = create_state(model, optimizer, balancer)
-        step = make_train_step(graph, state, SPECS, optimizer, balancer, mesh)
+        step = make_train_step(graph, state, experiment, optimizer, balancer, mesh)
         functions[name] = _thread_state(step, place_state(state, mesh), batches)
         if name == "mean":
             functions["mean again"] = _thread_state(step, place_state(state, mesh), batches)

@@ -21,8 +21,10 @@ from tempfile import TemporaryDirectory
 import jax
 import numpy as np
 
-from h2a2_jax.loader.drawing import StreamDataset
-from h2a2_jax.loader.stream import JointStep, JointStream, StreamConfig
+from h2a2_jax.config import ExperimentConfig, SourceConfig, TrainConfig
+from h2a2_jax.distributed import MeshLayout, train_mesh
+from h2a2_jax.loader.stream import JointStep, JointStream
+from h2a2_jax.models import DetectorConfig
 from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.scans.synthetic import SyntheticSource
 
@@ -31,8 +33,11 @@ _ENDS_WITHIN_S = 20
 
 def demo_stream(workers: int) -> JointStream:
     """Stream of small procedural scans of the three datasets."""
-    datasets = [StreamDataset(spec, SyntheticSource(spec, "train", 6, scale="demo")) for spec in SPECS]
-    return JointStream(datasets, StreamConfig(2, voxel_size=0.03, workers=workers))
+    datasets = tuple(SourceConfig(spec.name, kind="synthetic") for spec in SPECS)
+    train = TrainConfig(batch_size=2, max_bucket=3, workers=workers)
+    config = ExperimentConfig(datasets, model=DetectorConfig(voxel_size=0.03), train=train)
+    sources = [SyntheticSource(spec, "train", 6, scale="demo") for spec in SPECS]
+    return JointStream(config, sources, MeshLayout(train_mesh(len(SPECS), jax.devices()[:1]), len(SPECS)))
 
 
 def digest(item: JointStep) -> str:

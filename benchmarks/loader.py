@@ -16,26 +16,32 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 
+import jax
 import numpy as np
 
+from h2a2_jax.config import ExperimentConfig, TrainConfig
+from h2a2_jax.distributed import MeshLayout, train_mesh
 from h2a2_jax.host import available_cores
-from h2a2_jax.loader.drawing import Log, StreamDataset
-from h2a2_jax.loader.stream import JointStream, StreamConfig
-from h2a2_jax.models import PlanLayout
+from h2a2_jax.loader.stream import JointStream, Log
+from h2a2_jax.models.maps import Machine
 from h2a2_jax.prepare.prepare import synthetic_command
 from h2a2_jax.scans.sources import SourceConfig, build_source
 from h2a2_jax.scans.specs import SPECS
 
 
 def joint_stream(
-    roots: dict[str, str], names: Sequence[str], batch: int, layout: PlanLayout, workers: int
+    roots: dict[str, str], names: Sequence[str], batch: int, machine: Machine, workers: int
 ) -> JointStream:
     """The training stream of some datasets."""
-    sources = [SourceConfig(name, root=roots[name]) for name in names]
-    datasets = [StreamDataset(source.spec, build_source(source, "train")) for source in sources]
-    return JointStream(datasets, StreamConfig(batch, voxel_size=0.01, layout=layout, workers=workers))
+    datasets = tuple(SourceConfig(name, root=roots[name]) for name in names)
+    config = ExperimentConfig(datasets, train=TrainConfig(batch_size=batch, max_bucket=3, workers=workers))
+    layout = MeshLayout(train_mesh(len(names), jax.devices()[:1]), len(names))
+    stream = JointStream(config, [build_source(source, "train") for source in datasets], layout)
+    stream.layout = replace(stream.layout, machine=machine)
+    return stream
 
 
 def milliseconds(stream: JointStream, steps: int) -> dict[str, float]:
@@ -79,9 +85,8 @@ def main() -> None:
                 with redirect_stdout(StringIO()):
                     synthetic_command(f"synthetic_{spec.name}", spec.name, arguments)
                 roots[spec.name] = f"{folder}/{spec.name}"
-        layout = PlanLayout(options.machine)
         for name in roots:
-            stream = joint_stream(roots, [name], options.batch, layout, workers=0)
+            stream = joint_stream(roots, [name], options.batch, options.machine, workers=0)
             with cProfile.Profile() if options.profile else nullcontext() as profile:
                 parts = milliseconds(stream, options.steps)
             rate = 1000 / sum(parts.values())
@@ -94,7 +99,9 @@ def main() -> None:
                 pstats.Stats(profile).sort_stats("tottime").print_stats(12)
         if options.workers:
             for workers in (0, options.workers):
-                rate = delivered(joint_stream(roots, list(roots), options.batch, layout, workers), options.steps)
+                rate = delivered(
+                    joint_stream(roots, list(roots), options.batch, options.machine, workers), options.steps
+                )
                 print(f"joint, {workers or 'no'} workers: {rate:.1f} scans/s delivered")
 
 

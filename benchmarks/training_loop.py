@@ -14,7 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Generator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,10 +26,16 @@ from benchmarks.timing import report
 from configs.joint import get_config
 from h2a2_jax.config import ExperimentConfig, experiment_config
 from h2a2_jax.loader.stream import JointStep, JointStream
-from h2a2_jax.training.loop import open_run, take_steps
-from h2a2_jax.training.profiler import StepProfiler
-from h2a2_jax.training.run import Run
-from h2a2_jax.training.stopping import StopSignals
+from h2a2_jax.training.callbacks import (
+    CompilationCounter,
+    SaveCheckpoint,
+    StepProfiler,
+    StopSignals,
+    Training,
+)
+from h2a2_jax.training.loop import set_up, take_steps
+from h2a2_jax.training.metrics import LogMetrics
+from h2a2_jax.training.nonfinite import NonFiniteWatch
 
 
 class ReadyStream:
@@ -47,7 +53,7 @@ class ReadyStream:
             yield replace(self._items[step % len(self._items)], step=step)
 
 
-def bare(run: Run, items: list[JointStep], steps: int) -> float:
+def bare(run: Training, items: list[JointStep], steps: int) -> float:
     """Seconds of a step, waited for at the end of all."""
     started = time.perf_counter()
     for step in range(steps):
@@ -56,23 +62,23 @@ def bare(run: Run, items: list[JointStep], steps: int) -> float:
     return (time.perf_counter() - started) / steps
 
 
-def looped(run: Run, stream: Any, steps: int) -> float:
+def looped(run: Training, stream: Any, compilations: CompilationCounter, steps: int) -> float:
     """Seconds of a step in the loop."""
     run.stream, run.total = stream, run.step + steps
-    run.saved = run.total  # checkpoints are timed apart
-    started = time.perf_counter()
-    with StepProfiler(run.workdir) as profiler:
-        take_steps(run, StopSignals(), profiler)
-    jax.block_until_ready(run.state)
-    return (time.perf_counter() - started) / steps
+    signals, saver = StopSignals(), SaveCheckpoint(run.total)  # checkpoints are timed apart
+    with closing(StepProfiler(run.workdir)) as profiler, closing(LogMetrics(run, compilations)) as log:
+        started = time.perf_counter()
+        take_steps(run, [profiler, compilations, signals, NonFiniteWatch(run), log, saver], signals, saver)
+        jax.block_until_ready(run.state)
+        return (time.perf_counter() - started) / steps
 
 
-def saving(run: Run) -> float:
+def saving(run: Training) -> float:
     """Seconds for which the loop stands still at a checkpoint."""
     run.store.wait()
-    run.saved, run.step = None, run.step + 1
+    run.step += 1
     started = time.perf_counter()
-    run.save()
+    SaveCheckpoint(None).save(run)
     return time.perf_counter() - started
 
 
@@ -80,14 +86,14 @@ def measure(config: ExperimentConfig, steps: int, rounds: int) -> dict[str, Any]
     """Medians, and what the loop adds as shares of a bare step."""
     seconds: dict[str, list[float]] = {"bare": [], "loop": [], "loop and input": [], "checkpoint": []}
     with TemporaryDirectory() as folder, ExitStack() as opened:
-        run = open_run(config, Path(folder) / "run", None, opened, accept_changes=False)
+        run, _, compilations = set_up(config, Path(folder) / "run", None, opened)
         stream = run.stream
         items = [stream.step(step) for step in range(min(steps, 8))]
         bare(run, items, 2)
         for number in range(rounds):
             seconds["bare"].append(bare(run, items, steps))
-            seconds["loop"].append(looped(run, ReadyStream(stream, items), steps))
-            seconds["loop and input"].append(looped(run, stream, steps))
+            seconds["loop"].append(looped(run, ReadyStream(stream, items), compilations, steps))
+            seconds["loop and input"].append(looped(run, stream, compilations, steps))
             seconds["checkpoint"].append(saving(run))
             report(f"round {number + 1} of {rounds}: " + ", ".join(f"{k} {v[-1]:.4f} s" for k, v in seconds.items()))
     medians = {name: statistics.median(values) for name, values in seconds.items()}

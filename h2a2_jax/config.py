@@ -1,21 +1,25 @@
-"""The configuration of an experiment: frozen values in the library, `ConfigDict` and JSON at its door.
+"""The configuration of an experiment: frozen values in the library, `ConfigDict` for flags, JSON for files.
 
 --config=configs/joint.py:demo --config.optim.lr=3e-4   ->   ConfigDict   ->   ExperimentConfig   <->   JSON
-(`experiment_config`)            (`to_json`, `from_json`)
+                                                        (`experiment_config`)            (`to_json`, `from_json`)
 """
 
 import dataclasses
+import difflib
 import itertools
 import json
 import math
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from h2a2_jax.balancers import HarmonizeConfig
-from h2a2_jax.config_tree import as_config_dict, build, leaves_of, wrong_type
 from h2a2_jax.errors import InputError
 from h2a2_jax.models.architecture import DetectorConfig
 from h2a2_jax.scans.sources import SourceConfig
@@ -32,6 +36,7 @@ __all__ = [
     "config_dict",
     "experiment_config",
     "from_json",
+    "leaves_of",
     "to_json",
 ]
 
@@ -53,21 +58,21 @@ class OptimConfig:
 
     Attributes:
         lr: learning rate after warm-up.
-        weight_decay: decoupled.
+        weight_decay: decoupled weight decay.
         clip_norm: global gradient norm, over shared and exclusive parameters together, above which gradients are
             scaled down.
-        schedule: of the learning rate after warm-up: "step", multiplied by `decay_factor` after each of `decay_epochs`;
+        schedule: learning rate after warm-up: "step", multiplied by `decay_factor` after each of `decay_epochs`;
             "cosine", down to `final_lr` at the last step; "constant".
-        decay_epochs: see there.
-        decay_factor: see there.
-        final_lr: of the cosine, as a fraction of `lr`.
+        decay_epochs: epochs after which the "step" schedule lowers the learning rate.
+        decay_factor: factor of the "step" schedule.
+        final_lr: last learning rate of the "cosine" schedule, as a fraction of `lr`.
         warmup_steps: steps over which the learning rate rises linearly from zero.
-        decay_norms_and_biases: whether weight decay pulls at every parameter, or at kernels and other weights only.
-        accumulate_steps: batches of a step; their gradients are averaged, dataset by dataset, before they are
+        decay_norms_and_biases: True applies weight decay to every parameter, False to kernels and other weights only.
+        accumulate_steps: batches in a step; their gradients are averaged, dataset by dataset, before they are
             balanced and applied.
-        ema_decay: of the moving averages of parameters and running statistics that are then evaluated and predicted
-            with, as 0.999; 0: none are kept.
-        freeze: parameters that stay as they are: groups, as "backbone", "stem", "layer1", "norms", or beginnings of
+        ema_decay: decay of the moving averages of parameters and running statistics, such as 0.999; evaluation and
+            prediction use the averages. 0: no averages.
+        freeze: parameters without updates: groups, such as "backbone", "stem", "layer1", "norms", or beginnings of
             paths (`h2a2_jax.checkpoint.parameter_groups`).
     """
 
@@ -90,32 +95,30 @@ class TrainConfig:
     """Length and pace of training.
 
     Attributes:
-        batch_size: scans per dataset and step, over all replicas of the dataset; of datasets without a `batch_size` of
-            their own.
+        batch_size: scans per dataset and step, over all devices of the dataset; datasets may have their own
+            (`SourceConfig.batch_size`).
         epochs: passes through the largest dataset, its repeats included.
-        steps: optimiser steps; 0: as many as `epochs` are.
-        log_every: steps from one line of metrics to the next; each checkpoint has one too.
+        steps: optimiser steps; 0: as many as `epochs` need.
+        log_every: steps from one line of metrics to the next; each checkpoint has a line too.
         checkpoint_every: steps from one checkpoint to the next; the last step always has one.
-        keep_checkpoints: how many of the latest are kept, beside the best that was evaluated.
-        evaluate_every: steps from one evaluation to the next, each of a checkpoint; 0: only the last step is.
-        precision: type that the network computes in: "float32" or "bfloat16". Parameters, statistics and losses are
-            float32 in both.
-        rematerialize: whether what a block of the network computes is computed again for the gradient rather than kept:
+        keep_checkpoints: number of latest checkpoints to keep, beside the best evaluated one.
+        evaluate_every: steps from one evaluation to the next, each with a checkpoint; 0: evaluate the last step only.
+        precision: compute type of the network: "float32" or "bfloat16". Parameters, statistics and losses are float32
+            in both.
+        rematerialize: True computes the activations of a block again for the gradient instead of keeping them, which
             takes less memory and more time.
-        max_skipped_steps: after so many steps in a row that were skipped because something was not finite,
-            the run ends.
-        init_from: folder of a run whose checkpoint a new run starts with, for what fits of it; "": none.
-        init_step: of that checkpoint; None: the last.
-        profile: first and last step that a trace is recorded of; (0, 0): none.
-        compilation_cache: whether compiled programs are kept in the workdir for the next start.
-        max_bucket: highest bucket of padded shapes that training uses, each 1.25 times the one below; larger
-            batches are cropped.
-        workers: processes that load scans and build their maps; 0: a thread does, beside the training; None: as many as
-            there are cores, less two, where an accelerator trains, and 0 where the CPU does. The scans of a step do not
-            depend on it.
-        permute_boxes: every scan carries the boxes of another one of its dataset, always of the same: a control that
-            shows what is scored without seeing.
-        seed: of parameters, order of scans and augmentation.
+        max_skipped_steps: the run ends after this many steps in a row that were skipped because a value was not finite.
+        init_from: folder of a run; a new run starts from the parameters of its checkpoint that fit. "": none.
+        init_step: step of that checkpoint; None: the last.
+        profile: first and last step of a recorded trace; (0, 0): no trace.
+        compilation_cache: True keeps compiled programs in the workdir for the next start.
+        max_bucket: highest bucket of padded shapes in training, each 1.25 times the bucket below; larger batches are
+            cropped.
+        workers: processes that load scans and build their maps; 0: a thread beside the training; None: the number of
+            cores less two if an accelerator trains, 0 if the CPU does. The scans of a step do not depend on the number.
+        permute_boxes: True gives every scan the boxes of another scan of its dataset, always the same one: a control
+            that shows the score of a detector that cannot see.
+        seed: random seed of parameters, order of scans and augmentation.
     """
 
     batch_size: int = 16
@@ -140,15 +143,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How a detector is evaluated.
+    """Evaluation of a detector.
 
     Attributes:
-        iou_thresholds: volume IoU that a hit must exceed, one average precision each.
+        iou_thresholds: volume IoU that a hit must exceed; each gives an average precision.
         score_threshold: lowest score of a box.
-        iou_threshold: bird's-eye-view IoU above which the lower score of a class is suppressed.
+        iou_threshold: bird's-eye-view IoU above which suppression removes the lower score of a class.
         batch_size: scans in one forward pass.
-        conditioning: whose embedding, statistics and exclusive kernels a dataset's scans are seen with: its "own",
-            those of another dataset by name, or the "mean" of all, as for data that no dataset stands for.
+        conditioning: embedding, statistics and exclusive kernels for the scans of a dataset: its "own", those of
+            another dataset by name, or the "mean" of all datasets, for data of no dataset.
         kernels: "selected" by each scan's structure, or "shared" everywhere.
     """
 
@@ -162,18 +165,18 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """Everything that a run is made of.
+    """The configuration of a run.
 
     Attributes:
-        datasets: those trained jointly, in the order of the dataset axis.
-        model: architecture.
-        harmonize: of the datasets' gradients.
-        optim: optimiser.
-        train: length and pace.
+        datasets: datasets that are trained jointly, in the order of the dataset axis.
+        model: architecture of the detector.
+        harmonize: balancing of the datasets' gradients.
+        optim: optimiser and learning rate.
+        train: length and pace of training.
         eval: evaluation.
 
     Raises:
-        InputError: a value makes no sense; the sentence names its key.
+        InputError: a value makes no sense; the message names its key.
     """
 
     datasets: tuple[SourceConfig, ...]
@@ -196,33 +199,29 @@ class ExperimentConfig:
 
     @property
     def specs(self) -> tuple[DatasetSpec, ...]:
-        """What is fixed of the datasets, in the same order."""
+        """Specs of the datasets, in the same order."""
         return tuple(source.spec for source in self.datasets)
 
 
 def config_dict(config: ExperimentConfig) -> ConfigDict:
-    """The config in the form that flags can override; the datasets are a sub-dict by name, in order.
+    """The config as a ConfigDict, which flags can override; `experiment_config` is the inverse.
 
-    Args:
-        config: the values.
-
-    Returns:
-        A ConfigDict such that `experiment_config` gives `config` again.
+    The datasets are a sub-dict by name, in order.
     """
-    result = as_config_dict(config)
+    result = _as_config_dict(config)
     del result.datasets
     result.datasets = ConfigDict(sort_keys=False)
     for source in config.datasets:
-        entry = as_config_dict(source)
+        entry = _as_config_dict(source)
         del entry["name"]
         result.datasets[source.name] = entry
     return result
 
 
 def experiment_config(values: ConfigDict | Mapping[str, Any]) -> ExperimentConfig:
-    """The config from nested values, which must fit it exactly.
+    """The config from nested values, which must fit exactly.
 
-    Keys left out take their defaults. Lists stand for tuples, ints for floats. Datasets are a mapping by name, or a
+    Missing keys take their defaults. Lists stand for tuples, ints for floats. Datasets are a mapping by name, or a
     list of entries with a name.
 
     Args:
@@ -237,7 +236,7 @@ def experiment_config(values: ConfigDict | Mapping[str, Any]) -> ExperimentConfi
     if isinstance(datasets, Mapping):
         plain["datasets"] = [_named(name, entry) for name, entry in datasets.items()]
     _rename_keys(plain)
-    return build(ExperimentConfig, plain, "")
+    return _build(ExperimentConfig, plain, "")
 
 
 def to_json(config: ExperimentConfig) -> str:
@@ -249,7 +248,7 @@ def from_json(text: str) -> ExperimentConfig:
     """The config from `to_json`.
 
     Raises:
-        InputError: not JSON, of another version, or see `experiment_config`.
+        InputError: not JSON, another version, or an error of `experiment_config`.
     """
     try:
         values = json.loads(text)
@@ -278,9 +277,9 @@ _FREE = (
 
 
 def changes(stored: ExperimentConfig, given: ExperimentConfig) -> list[str]:
-    """What differs between the config that a run was begun with and one to go on with, a phrase each.
+    """Differences between the config that a run began with and the config to resume with, a phrase each.
 
-    What only says how often something is written, looked at or kept, or how scans are evaluated, may differ.
+    Values in `_FREE`, which change no parameter of the detector, may differ.
     """
     theirs, ours = (leaves_of(config) for config in (stored, given))
     keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
@@ -295,7 +294,7 @@ def _rename_keys(values: dict[str, Any]) -> None:
     """Give `RENAMED_KEYS` their present names, in place.
 
     Raises:
-        InputError: a key stands there under both names.
+        InputError: a key is given under both names.
     """
     for old, new in RENAMED_KEYS.items():
         group, key = old.split(".")
@@ -307,9 +306,9 @@ def _rename_keys(values: dict[str, Any]) -> None:
 
 
 def _named(name: str, entry: Any) -> dict[str, Any]:
-    """An entry of the mapping of datasets as one of the list."""
+    """Turn an entry of the mapping of datasets into one of the list."""
     if not isinstance(entry, Mapping):
-        raise wrong_type(f"datasets.{name}", entry, "a group with the keys of a dataset")
+        raise _wrong_type(f"datasets.{name}", entry, "a group with the keys of a dataset")
     return {"name": name, **entry}
 
 
@@ -402,3 +401,116 @@ def _check_evaluation(config: EvalConfig, names: tuple[str, ...]) -> None:
     _require_at_least(1, "eval", config, "batch_size")
     choices = ("own", "mean", *names)
     _require(config.conditioning in choices, "eval.conditioning", config.conditioning, f"one of {', '.join(choices)}")
+
+
+def _as_config_dict(config: Any) -> ConfigDict:
+    """A dataclass as a ConfigDict; None becomes a placeholder of the field's type, so that a flag can set it."""
+    result, hints = ConfigDict(), typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value, kind = getattr(config, f.name), _without_none(hints[f.name])
+        if dataclasses.is_dataclass(value):
+            value = _as_config_dict(value)
+        elif value is None and isinstance(kind, type) and not dataclasses.is_dataclass(kind):
+            value = placeholder(kind)
+        result[f.name] = value
+    return result
+
+
+def _without_none(kind: Any) -> Any:
+    """T for T | None."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return next(part for part in typing.get_args(kind) if part is not type(None))
+    return kind
+
+
+def _build(kind: Any, value: Any, path: str) -> Any:
+    """A value of an annotated type from plain containers, which must fit exactly.
+
+    Args:
+        kind: dataclass, tuple, Literal, float (which takes an int), int, str, bool, or a union of one of them and None.
+        value: mappings for dataclasses, lists for tuples.
+        path: dotted key of the value, for error messages; "" at the top.
+
+    Raises:
+        InputError: an unknown key, with the nearest known one; a missing key; a value of another type.
+    """
+    if dataclasses.is_dataclass(kind):
+        return _dataclass(kind, value, path)
+    if _without_none(kind) is not kind:
+        return None if value is None else _build(_without_none(kind), value, path)
+    if typing.get_origin(kind) is tuple:
+        return _tuple(kind, value, path)
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise InputError(f"{path} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
+        return value
+    if kind is float and isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return int(value)
+    if kind in (str, bool) and isinstance(value, kind):
+        return value
+    raise _wrong_type(path, value, kind.__name__)
+
+
+def _dataclass(kind: Any, value: Any, path: str) -> Any:
+    if not isinstance(value, Mapping):
+        keys = ", ".join(f.name for f in dataclasses.fields(kind))
+        raise _wrong_type(path, value, f"a group with the keys {keys}")
+    hints = typing.get_type_hints(kind)
+    prefix = f"{path}." if path else ""
+    for key in value:
+        if key not in hints:
+            nearest = difflib.get_close_matches(str(key), hints, 1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ";"
+            raise InputError(f"unknown config key '{prefix}{key}'{hint} (keys there: {', '.join(hints)})")
+    for f in dataclasses.fields(kind):
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in value:
+            raise InputError(f"config key '{prefix}{f.name}' is missing; expected {_kind_name(hints[f.name])}.")
+    return kind(**{key: _build(hints[key], entry, f"{prefix}{key}") for key, entry in value.items()})
+
+
+def _tuple(kind: Any, value: Any, path: str) -> tuple:
+    kinds = typing.get_args(kind)
+    if not isinstance(value, list | tuple):
+        raise _wrong_type(path, value, _kind_name(kind))
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    if len(value) != len(kinds):
+        raise InputError(f"{path} has {len(value)} entries ({list(value)}); expected {_kind_name(kind)}.")
+
+    def key(index: int, entry: Any) -> str:
+        name = entry.get("name") if isinstance(entry, Mapping) else None
+        return f"{path}.{index if name is None else name}"
+
+    return tuple(_build(part, entry, key(i, entry)) for i, (part, entry) in enumerate(zip(kinds, value, strict=True)))
+
+
+def _kind_name(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        parts = typing.get_args(kind)
+        many = "any number of" if parts[-1] is Ellipsis else str(len(parts))
+        return f"a list of {many} {_kind_name(parts[0])}"
+    return getattr(kind, "__name__", str(kind))
+
+
+def leaves_of(config: Any) -> dict[str, object]:
+    """Values of a dataclass by dotted key; a tuple entry with a name goes by its name, others by number."""
+    return _leaves("", dataclasses.asdict(config))
+
+
+def _leaves(path: str, value: object) -> dict[str, object]:
+    if isinstance(value, dict):
+        entries = value.items()
+    elif isinstance(value, tuple) and value and isinstance(value[0], dict):
+        entries = {str(entry.get("name", i)): entry for i, entry in enumerate(value)}.items()
+    else:
+        return {path: value}
+    return {k: v for key, entry in entries for k, v in _leaves(f"{path}.{key}" if path else str(key), entry).items()}
+
+
+def _wrong_type(path: str, value: Any, expected: str) -> InputError:
+    """The error for a value of another type."""
+    return InputError(f"{path or 'the config'} is {value!r} ({type(value).__name__}); expected {expected}.")

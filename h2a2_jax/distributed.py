@@ -1,10 +1,8 @@
-"""The mesh of devices, and the processes of a run.
-
-One run in several processes, each with its own devices and its own datasets' scans.
+"""The mesh of devices, and the processes of a run, each with its own devices and its own datasets' scans.
 
 Every process builds the same mesh over all devices and calls the same step. A process opens only the datasets whose
-cells of the mesh lie on its devices; what all have to agree on (numbers of scans, the bucket of a step, whether
-something failed) they exchange as small arrays on the devices, always from the main thread and in the same order.
+shards lie on its devices. The processes agree on numbers of scans, the bucket of a step and failures by exchanging
+small arrays on the devices, always from the main thread and in the same order.
 """
 
 import json
@@ -15,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,14 +22,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int32, PyTree
 
 from h2a2_jax.errors import InputError, Stopped
-from h2a2_jax.loader.batching import Batch
-from h2a2_jax.loader.process_layout import Answer, ProcessLayout
 
 DATASET, REPLICA = "dataset", "replica"
 
 
 def train_mesh(num_datasets: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a training run: as many devices along 'dataset' as divide the datasets evenly.
+    """Arrange devices for training: as many along 'dataset' as divide the datasets evenly.
 
     With D datasets on N devices the axes are gcd(D, N) and N / gcd(D, N): 3 datasets on 1, 3 and 6 devices are
     3 datasets a device, one each, and one each on two replicas.
@@ -48,23 +44,23 @@ def train_mesh(num_datasets: int, devices: Sequence[jax.Device] | None = None) -
 
 _EXAMPLE = "--coordinator=localhost:12345 --num_processes=3 --process_id=0"
 _HEARTBEAT_S = 30
-"""A process that was killed is missed after this long, and the others end too."""
+"""After a kill of one process, the others end within this time."""
 
 
 @contextmanager
 def processes(
     coordinator: str | None, num_processes: int | None = None, process_id: int | None = None
 ) -> Iterator[None]:
-    """Joins the processes of a run, if there are several; to be entered before JAX is used.
+    """Join the processes of a run, if there are several; enter this context before JAX is used.
 
-    An error in one process ends it at once, with status 2 for wrong input, that of `Stopped`, and 1 otherwise: waiting
-    for the others, as a process that ends in order does, would leave them waiting for it.
+    An error in one process ends that process at once, with status 2 for wrong input, the status of `Stopped`, and 1
+    otherwise. An orderly end would wait for the other processes, which wait for this one.
 
     Args:
-        coordinator: "host:port" of process 0, reachable by all; "auto" where JAX finds it itself, as under SLURM; None
-            for a run of one process.
-        num_processes: of the run; None with "auto".
-        process_id: of this one, from 0; None with "auto".
+        coordinator: "host:port" of process 0, reachable by all; "auto" where JAX finds the coordinator itself, as under
+            SLURM; None for a run of one process.
+        num_processes: number of processes in the run; None with "auto".
+        process_id: number of this process, from 0; None with "auto".
 
     Raises:
         InputError: some of the three are missing, or make no sense.
@@ -100,7 +96,7 @@ def processes(
 
 
 def is_main() -> bool:
-    """Whether this process prints and writes for the run."""
+    """Return True in the process that prints and writes for the run."""
     return jax.process_index() == 0
 
 
@@ -110,11 +106,27 @@ def say(*text: str) -> None:
         print(*text, flush=True)
 
 
-class MeshLayout(ProcessLayout):
-    """What each process of a mesh prepares: the cells that lie on its devices.
+class ExchangeFuture(NamedTuple):
+    """Numbers that all processes exchange, perhaps still on their way.
 
-    With D datasets on a mesh of rows x replicas, a row of devices works on D / rows datasets. In a run of one process
-    nothing is exchanged.
+    Attributes:
+        values: int32 [devices, n].
+        rows: the first device of each process.
+    """
+
+    values: np.ndarray | jax.Array
+    rows: Sequence[int]
+
+    def result(self) -> Int32[np.ndarray, "processes n"]:
+        """Wait for the numbers; a row per process."""
+        return np.asarray(self.values)[list(self.rows)]
+
+
+class MeshLayout:
+    """The shards (dataset, replica) of a mesh that each process prepares, and exchanges between the processes.
+
+    A shard is the scans of one dataset on one device in one step. With D datasets on a mesh of rows x replicas, a row
+    of devices works on D / rows datasets. A run of one process exchanges nothing.
 
     Args:
         mesh: over the devices of all processes (`train_mesh`).
@@ -123,85 +135,97 @@ class MeshLayout(ProcessLayout):
 
     def __init__(self, mesh: Mesh, num_datasets: int):
         self.mesh, self.num_datasets = mesh, num_datasets
+        self.replicas = mesh.shape[REPLICA]
         self._per_row = num_datasets // mesh.shape[DATASET]
 
     @property
     def alone(self) -> bool:
-        """Whether all of the mesh is this process's."""
+        """True if all devices of the mesh belong to this process."""
         return not self.mesh.is_multi_process
 
     @cached_property
     def datasets(self) -> tuple[int, ...]:
-        """Those of which this process loads training scans."""
-        replicas = range(self.mesh.shape[REPLICA])
-        return tuple(d for d in range(self.num_datasets) if any(self.owns(d, r) for r in replicas))
+        """Datasets of which this process loads training scans."""
+        return tuple(sorted({d for d, _ in self.shards}))
 
     @cached_property
     def evaluated(self) -> tuple[int, ...]:
-        """Those that this process evaluates: each dataset belongs to one of the processes that load it."""
+        """Datasets that this process evaluates; each dataset belongs to one of the processes that load it."""
         return tuple(d for d in self.datasets if self.owns(d, 0))
 
-    def owns(self, dataset: int, replica: int) -> bool:
-        """Whether a cell lies on a device of this process."""
-        device = self.mesh.devices[dataset // self._per_row, replica]
-        return bool(device.process_index == jax.process_index())
+    @property
+    def shards(self) -> list[tuple[int, int]]:
+        """Shards (dataset, replica) of this process, in order."""
+        return [(d, r) for d in range(self.num_datasets) for r in range(self.replicas) if self.owns(d, r)]
 
-    def exchange(self, values: Int32[np.ndarray, " n"]) -> Answer:
-        """See `ProcessLayout`."""
+    def owns(self, dataset: int, replica: int) -> bool:
+        """Return True if a shard lies on a device of this process."""
+        return self.mesh.devices[dataset // self._per_row, replica] in self._local
+
+    def exchange(self, values: Int32[np.ndarray, " n"]) -> ExchangeFuture:
+        """Send numbers to the other processes; returns at once, and the future waits.
+
+        All processes call it in the same order and with as many numbers.
+        """
         if self.alone:
-            return super().exchange(values)
+            return ExchangeFuture(values[None], [0])
         parts = [jax.device_put(values[None], device) for device in self._local]
         shape = (self.mesh.size, len(values))
         along = NamedSharding(self._flat, P("all"))
-        told = self._gathered(jax.make_array_from_single_device_arrays(shape, along, parts))
-        # Devices of one process told the same.
+        gathered = self._gather_rows(jax.make_array_from_single_device_arrays(shape, along, parts))
+        # Devices of one process sent the same row.
         owners = [device.process_index for device in self._flat.devices]
-        rows = [owners.index(process) for process in sorted(set(owners))]
-        return lambda: np.asarray(told.addressable_data(0))[rows]
+        return ExchangeFuture(gathered.addressable_data(0), [owners.index(process) for process in sorted(set(owners))])
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process has to tell, as JSON can express it; by process, in all of them."""
+        """Values of all processes by process, in every process; JSON must be able to express them."""
         if self.alone:
             return [value]
         text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-        longest = int(self.exchange(np.array([len(text)], np.int32))().max())
+        longest = int(self.exchange(np.array([len(text)], np.int32)).result().max())
         padded = np.zeros(longest, np.int32)
         padded[: len(text)] = text
-        rows = self.exchange(padded)()
+        rows = self.exchange(padded).result()
         return [json.loads(bytes(row[row > 0].astype(np.uint8))) for row in rows]
 
-    def all_or_raise(self, action: Callable[[], Any], of_what: str) -> Any:
-        """The action's result, once it succeeded in every process.
+    def exchange_flag(self, flag: bool) -> ExchangeFuture:
+        """Exchange a number that is 1 where the flag is set."""
+        return self.exchange(np.array([flag], np.int32))
+
+    def all_or_raise(self, action: Callable[[], Any], description: str) -> Any:
+        """Return the action's result once the action succeeded in every process.
 
         Args:
             action: local, exchanges nothing.
-            of_what: the action, for the error: "open its data".
+            description: the action, for the error: "open its data".
 
         Raises:
-            InputError: it failed in another process.
-            BaseException: what it raised here.
+            InputError: the action failed in another process.
+            BaseException: the action's error in this process.
         """
         try:
             result = action()
         except BaseException:
-            self.exchange(np.ones(1, np.int32))()
+            self.exchange_flag(True).result()  # before this process ends
             raise
-        if self.exchange(np.zeros(1, np.int32))().any():
-            raise InputError(f"another process failed to {of_what}; what it printed says why.")
+        if self.exchange_flag(False).result().any():
+            raise InputError(f"another process failed to {description}; what it printed says why.")
         return result
 
-    def assemble(self, cells: Mapping[tuple[int, int], Batch]) -> Batch:
-        """See `ProcessLayout`; the arrays lie on the mesh, each process holding its devices' part."""
+    def assemble(self, shards: Mapping[tuple[int, int], PyTree]) -> PyTree:
+        """The arrays of a step on the mesh, with leading axes [D, replicas], from the shards of this process."""
         sharding = NamedSharding(self.mesh, P(DATASET, REPLICA))
+        size = (self.num_datasets, self.replicas)
         if self.alone:
-            return jax.device_put(super().assemble(cells), sharding)
+            return jax.device_put(
+                stack_batches([[shards[d, r] for r in range(size[1])] for d in range(size[0])]), sharding
+            )
         parts = []
         for (row, column), device in np.ndenumerate(self.mesh.devices):
             if device in self._local:
-                own = [cells[row * self._per_row + i, column] for i in range(self._per_row)]
-                stacked = jax.tree.map(lambda *leaves: np.stack(leaves)[:, None], *own)
+                of_device = [shards[row * self._per_row + i, column] for i in range(self._per_row)]
+                stacked = jax.tree.map(lambda *leaves: np.stack(leaves)[:, None], *of_device)
                 parts.append(jax.device_put(stacked, device))
-        size = (self.num_datasets, self.mesh.shape[REPLICA])
 
         def whole(*leaves: jax.Array) -> jax.Array:
             return jax.make_array_from_single_device_arrays((*size, *leaves[0].shape[2:]), sharding, list(leaves))
@@ -223,12 +247,27 @@ class MeshLayout(ProcessLayout):
         return Mesh(self.mesh.devices.reshape(-1), ("all",))
 
     @cached_property
-    def _gathered(self) -> Callable[[jax.Array], jax.Array]:
+    def _gather_rows(self) -> Callable[[jax.Array], jax.Array]:
         return jax.jit(lambda rows: rows, out_shardings=NamedSharding(self._flat, P()))
 
 
+def stack_batches(grid: Sequence[Sequence[PyTree]]) -> PyTree:
+    """Batches [dataset][replica] as one with leading axes [D, R]; a single one is not copied."""
+    stacked: dict[tuple[int, ...], np.ndarray] = {}
+
+    def stack(*leaves: np.ndarray) -> np.ndarray:
+        # Maps share the arrays of their sites: those are stacked once.
+        key = tuple(map(id, leaves))
+        if key not in stacked:
+            whole = leaves[0][None] if len(leaves) == 1 else np.stack(leaves)
+            stacked[key] = whole.reshape(len(grid), len(grid[0]), *leaves[0].shape)
+        return stacked[key]
+
+    return jax.tree.map(stack, *(batch for row in grid for batch in row))
+
+
 def _end(error: BaseException) -> None:
-    """Leave a run of several processes at once: an error here shall not wait for the others."""
+    """End this process at once: an orderly end would wait for the other processes."""
     if isinstance(error, Stopped):
         status = error.status
     elif isinstance(error, InputError):

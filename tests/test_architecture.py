@@ -8,11 +8,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "h2a2_jax"
 FLOORS: tuple[set[str], ...] = (
     {"typing", "errors"},
-    {"host", "files", "restricted_pickle", "config_tree", "compilation", "figures", "sparse", "boxes", "balancers"},
+    {"host", "files", "restricted_pickle", "compilation", "distributed", "figures", "sparse", "boxes", "balancers"},
     {"layers", "losses"},
     {"linen", "models", "scans"},
-    {"loader", "prepare", "viewer"},
-    {"check", "config", "distributed"},
+    {"config", "prepare", "viewer"},
+    {"check", "loader"},
     {"checkpoint"},
     {"inference"},
     {"evaluation"},

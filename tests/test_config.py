@@ -17,7 +17,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.models import DetectorConfig
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 SOURCES = (SourceConfig("sunrgbd", root="b"), SourceConfig("scannet", kind="synthetic", repeats=3))
 JOINT = ExperimentConfig(SOURCES, DetectorConfig(selection=SelectionConfig(tau=0.3)))
 

@@ -20,7 +20,7 @@ from tests.training.process_step import run_step, smallest_margin, tree_by_name
 
 pytestmark = pytest.mark.slow  # every process compiles the step
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 400
 TOLERANCE = 1e-5
 

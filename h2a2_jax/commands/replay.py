@@ -4,7 +4,7 @@ from pathlib import Path
 
 from h2a2_jax.checkpoint.store import checkpoint_place
 from h2a2_jax.errors import InputError
-from h2a2_jax.training.replay import replay
+from h2a2_jax.training.nonfinite import replay
 
 
 def replay_command(workdir: Path, step: str | None = None) -> int:
@@ -22,8 +22,8 @@ def replay_command(workdir: Path, step: str | None = None) -> int:
     """
     if step is not None and not step.isdecimal():
         raise InputError(f"--step is {step!r}; expected the number of a batch that the run kept.")
-    number, saved, cells = replay(checkpoint_place(workdir).run, None if step is None else int(step))
+    number, saved, shards = replay(checkpoint_place(workdir).run, None if step is None else int(step))
     print(f"Batch {number} of {workdir}, with the parameters of step {saved}:")
-    for cell in cells:
-        print(f"  {cell.text()}")
-    return int(not all(cell.is_finite for cell in cells))
+    for shard in shards:
+        print(f"  {shard.text()}")
+    return int(not all(shard.is_finite for shard in shards))

@@ -33,8 +33,7 @@ from h2a2_jax.models import TR3D
 from h2a2_jax.models.head import NUM_OUTPUTS
 from h2a2_jax.scans.sources import ROOTS, SourceConfig
 from h2a2_jax.scans.specs import SPECS
-from h2a2_jax.training.build import draw_detector
-from h2a2_jax.training.optimizer import build_optimizer, learning_rate
+from h2a2_jax.training.build import build_optimizer, draw_detector, learning_rate
 
 _FCAF3D_ONLY = "bbox_head.conv_center.kernel"
 _SHOWN = 3
@@ -156,9 +155,7 @@ def save_conversion(conversion: Conversion, workdir: Path) -> None:
         InputError: the folder holds checkpoints or cannot be written.
     """
     config = conversion.config
-    optimizer = build_optimizer(
-        learning_rate(config.optim.lr, steps_per_epoch=1, total_steps=1), config.optim.weight_decay
-    )
+    optimizer = build_optimizer(config.optim, learning_rate(config.optim, steps_per_epoch=1, total_steps=1))
     balancer = build_balancer(config.harmonize, 1, DATASET, config.train.seed)
     _, state = create_state(conversion.build(), optimizer, balancer)
     try:

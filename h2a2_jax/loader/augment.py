@@ -13,14 +13,14 @@ from h2a2_jax.scans.specs import Augmentation, CountSampling, FractionSampling, 
 
 
 def sample_points(scan: Scan, sampling: Sampling, rng: np.random.Generator) -> Scan:
-    """Draws points of a scan, in random order.
+    """Draw points of a scan, in random order.
 
     The order matters: the first point in a voxel gives the voxel its colour.
 
     Args:
         scan: a scan with at least one point.
-        sampling: a fraction, a count (with replacement only if the scan has fewer points), or None for all of
-            them in their order.
+        sampling: a fraction, a count (with replacement only if the scan has fewer points), or None for all points in
+            their order.
         rng: source of randomness.
     """
     count = len(scan.points)
@@ -37,13 +37,13 @@ def sample_points(scan: Scan, sampling: Sampling, rng: np.random.Generator) -> S
 
 
 def augment(scan: Scan, augmentation: Augmentation, rng: np.random.Generator, *, has_yaw: bool) -> Scan:
-    """Flips, rotates, scales and translates a scan at random.
+    """Flip, rotate, scale and translate a scan at random.
 
     Args:
         scan: the scan; sample its points first.
         augmentation: probabilities and ranges.
         rng: source of randomness; the same state gives the same result.
-        has_yaw: whether boxes may turn. If not, a rotated box becomes the axis-aligned box that encloses it.
+        has_yaw: True if boxes may turn; if not, a rotated box becomes the axis-aligned box that encloses it.
 
     Returns:
         The moved scan; its `transform` includes the motion.
@@ -53,7 +53,7 @@ def augment(scan: Scan, augmentation: Augmentation, rng: np.random.Generator, *,
     angle = rng.uniform(-augmentation.rotation, augmentation.rotation)
     factor = rng.uniform(*augmentation.scale)
     shift = rng.normal(0.0, augmentation.translation_std, 3)
-    # The boxes go step by step; the points, of which there are many, follow in one step by the motion that results.
+    # The boxes move step by step; the many points move once, by the motion that results.
     none = scan.points[:0]
     moved = dataclasses.replace(scan, points=none, colors=none, transform=np.eye(4, dtype=np.float32))
     if flip_x:
@@ -62,23 +62,23 @@ def augment(scan: Scan, augmentation: Augmentation, rng: np.random.Generator, *,
         moved = mirror(moved, axis=1)
     moved = translate(rescale(rotate(moved, angle, has_yaw=has_yaw), factor), shift)
     motion = moved.transform
-    points = _transformed(scan.points, motion[:3, :3], motion[:3, 3])
+    points = _transform(scan.points, motion[:3, :3], motion[:3, 3])
     return dataclasses.replace(scan, points=points, boxes=moved.boxes, transform=motion @ scan.transform)
 
 
 def mirror(scan: Scan, axis: int) -> Scan:
-    """Mirrors a scan: x -> -x and yaw -> pi - yaw (axis 0), or y -> -y and yaw -> -yaw (axis 1)."""
+    """Mirror a scan: x -> -x and yaw -> pi - yaw (axis 0), or y -> -y and yaw -> -yaw (axis 1)."""
     sign = np.ones(3, np.float32)
     sign[axis] = -1
     boxes = scan.boxes.copy()
     boxes[:, :3] *= sign
     turned = boxes[:, 6] != 0  # an axis-aligned box stays at yaw 0: turning it by pi changes nothing
     boxes[turned, 6] = (np.float32(np.pi) if axis == 0 else np.float32(0)) - boxes[turned, 6]
-    return _moved(scan, np.diag(sign), np.zeros(3, np.float32), boxes)
+    return _move(scan, np.diag(sign), np.zeros(3, np.float32), boxes)
 
 
 def rotate(scan: Scan, angle: float, *, has_yaw: bool) -> Scan:
-    """Rotates a scan by `angle` (rad, counter-clockwise) about z.
+    """Rotate a scan by `angle` (rad, counter-clockwise) about z.
 
     Args:
         scan: the scan.
@@ -93,35 +93,35 @@ def rotate(scan: Scan, angle: float, *, has_yaw: bool) -> Scan:
         boxes[:, 6] += np.float32(angle)
     else:
         boxes[:, 3:5] = boxes[:, 3:5] @ np.abs(matrix[:2, :2]).T
-    return _moved(scan, matrix, np.zeros(3, np.float32), boxes)
+    return _move(scan, matrix, np.zeros(3, np.float32), boxes)
 
 
 def rescale(scan: Scan, factor: float) -> Scan:
-    """Multiplies all coordinates and box sizes by `factor`."""
+    """Multiply all coordinates and box sizes by `factor`."""
     boxes = scan.boxes.copy()
     boxes[:, :6] *= np.float32(factor)
-    return _moved(scan, np.eye(3, dtype=np.float32) * np.float32(factor), np.zeros(3, np.float32), boxes)
+    return _move(scan, np.eye(3, dtype=np.float32) * np.float32(factor), np.zeros(3, np.float32), boxes)
 
 
 def translate(scan: Scan, shift: np.ndarray) -> Scan:
-    """Adds `shift` (3 numbers, m) to all coordinates."""
+    """Add `shift` (3 numbers, m) to all coordinates."""
     shift = shift.astype(np.float32)
     boxes = scan.boxes.copy()
     boxes[:, :3] += shift
-    return _moved(scan, np.eye(3, dtype=np.float32), shift, boxes)
+    return _move(scan, np.eye(3, dtype=np.float32), shift, boxes)
 
 
-def _moved(
+def _move(
     scan: Scan, matrix: Float32[np.ndarray, "3 3"], shift: Float32[np.ndarray, " 3"], boxes: Float32[np.ndarray, "g 7"]
 ) -> Scan:
     """The scan with points at matrix @ p + shift, the given boxes, and the motion appended to its transform."""
     motion = np.eye(4, dtype=np.float32)
     motion[:3, :3], motion[:3, 3] = matrix, shift
-    points = _transformed(scan.points, matrix, shift)
+    points = _transform(scan.points, matrix, shift)
     return dataclasses.replace(scan, points=points, boxes=boxes, transform=motion @ scan.transform)
 
 
-def _transformed(
+def _transform(
     points: Float32[np.ndarray, "m 3"], matrix: Float32[np.ndarray, "3 3"], shift: Float32[np.ndarray, " 3"]
 ) -> Float32[np.ndarray, "m 3"]:
     # einsum, not @: waking the threads of a BLAS for a 3 x 3 matrix takes longer than the product.

@@ -1,4 +1,4 @@
-"""From scans to the padded arrays of a step, in one shape for every device: a batch picks a bucket of a ladder."""
+"""Scans as padded arrays, in one shape for every device: a batch picks a bucket of a ladder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,14 +17,14 @@ from h2a2_jax.typing import Leaf
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """Scans of one dataset on one device, padded; or, with leading axes, of several.
+    """Scans of one dataset on one device, padded; leading axes stand for several datasets and devices.
 
     Attributes:
         features: float32 [N, 3], colours 0-1 of the voxels.
         plan: sites and maps (`DetectorPlan`).
         boxes: float32 [B, G, 7], ground truth: centre, size (m), yaw (rad).
         labels: int32 [B, G], -1 where there is no box.
-        present: bool [], whether the dataset takes part in the step.
+        present: bool [], True if the dataset takes part in the step.
     """
 
     features: Leaf
@@ -39,10 +39,10 @@ class ScanBatch:
     """Scans of one dataset for one device, on the host, before they have a bucket.
 
     Attributes:
-        scans: as they are fed to the network.
-        tables: sites and maps.
-        features: float32 [n, 3] of the voxels.
-        dropped_points: points that were cropped to fit.
+        scans: scans as they are fed to the network.
+        tables: sites and maps of all scans.
+        features: float32 [n, 3], colours 0-1 of the voxels.
+        dropped_points: points cropped to fit the largest bucket.
     """
 
     scans: tuple[Scan, ...]
@@ -63,7 +63,7 @@ def no_scan() -> Scan:
 
 
 def scan_sizes(scan: Scan, voxel_size: float) -> LevelSizes:
-    """Sites of every level for one scan."""
+    """Sites of every level for one scan, without its maps."""
     return pyramid_sizes(sparse.voxelize([scan.points], voxel_size).sites)
 
 
@@ -75,7 +75,7 @@ def collate(scans: Sequence[Scan], voxel_size: float) -> ScanBatch:
 
 
 def collate_to_fit(scans: Sequence[Scan], voxel_size: float, ladder: BucketLadder[LevelSizes]) -> ScanBatch:
-    """Collate; where the ladder's highest bucket is too small, crop the scans' outskirts until they fit.
+    """Collate; if the ladder's highest bucket is too small, crop the scans' outskirts until they fit.
 
     A crop keeps the points nearest to the middle of the scan (in x, y) and the boxes whose centre lies among them.
     """
@@ -112,9 +112,9 @@ def pad_batch(batch: ScanBatch, capacities: LevelSizes, max_boxes: int, layout: 
 
     Args:
         batch: voxelised scans.
-        capacities: of the bucket.
+        capacities: rows of every level in the bucket.
         max_boxes: rows for the boxes of a scan.
-        layout: lists of the maps, default those for CPUs.
+        layout: lists of the maps; default: those for CPUs.
 
     Raises:
         InputError: a level does not fit its capacity.
@@ -134,19 +134,3 @@ def pad_boxes(scans: Sequence[Scan], max_boxes: int) -> tuple[Float32[np.ndarray
         boxes[b, : len(scan.boxes)] = scan.boxes
         labels[b, : len(scan.labels)] = scan.labels
     return boxes, labels
-
-
-def stack_batches(grid: Sequence[Sequence[Batch]]) -> Batch:
-    """Batches [dataset][replica] as one with leading axes [D, R]; a single one is not copied."""
-    cells = [batch for row in grid for batch in row]
-    stacked: dict[tuple[int, ...], np.ndarray] = {}
-
-    def stack(*leaves: np.ndarray) -> np.ndarray:
-        # Maps share the arrays of their sites: those are stacked once.
-        key = tuple(map(id, leaves))
-        if key not in stacked:
-            whole = leaves[0][None] if len(leaves) == 1 else np.stack(leaves)
-            stacked[key] = whole.reshape(len(grid), len(grid[0]), *leaves[0].shape)
-        return stacked[key]
-
-    return jax.tree.map(stack, *cells)

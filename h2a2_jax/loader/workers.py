@@ -1,6 +1,6 @@
-"""Values prepared ahead in threads or processes, in the order of their numbers: Grain under the hood.
+"""Values prepared ahead by Grain, in a thread or in processes, in the order of their numbers.
 
-Whatever number of workers prepares them, the values and their order are the same.
+The values and their order do not depend on the number of workers.
 """
 
 import gc
@@ -25,22 +25,22 @@ _ALIGNMENT = 64  # bytes: arrays begin where vector instructions like them to
 
 
 class WorkerDiedError(InputError):
-    """A worker process is gone: it was killed, or memory ran out."""
+    """A worker process died: it was killed, or memory ran out."""
 
 
 def prepared_ahead(prepare: Callable[[int], T], first: int, last: int, *, workers: int, ahead: int) -> Generator[T]:
-    """Yields prepare(first), ..., prepare(last - 1), worked out before they are asked for.
+    """Yield prepare(first), ..., prepare(last - 1), computed before they are needed.
 
     Args:
-        prepare: depends on its number alone; with workers it is pickled, and so is what it returns.
+        prepare: a function of the number alone; with workers, the function and its results are pickled.
         first: number of the first value.
-        last: behind that of the last value.
-        workers: processes; 0 for a thread of this one. A script that asks for some needs the usual
-            `if __name__ == "__main__":`, for they begin by importing it.
+        last: number after that of the last value.
+        workers: number of processes; 0 for a thread of this one. A script with workers needs the usual
+            `if __name__ == "__main__":`, for they begin by importing the script.
         ahead: values that a thread holds ready; a worker holds one.
 
     Raises:
-        Exception: what preparing a value raised, in its turn.
+        Exception: an error of `prepare`, in the turn of its value.
         WorkerDiedError: a worker died.
     """
     if first >= last:
@@ -70,7 +70,7 @@ def prepared_ahead(prepare: Callable[[int], T], first: int, last: int, *, worker
 
 
 def _while_workers_live(values: Iterator[T]) -> Iterator[T]:
-    """The values; what preparing them raised is one of them, so that an error here is the death of a worker."""
+    """Yield the values. Errors of `prepare` are values too, so that an error here is the death of a worker."""
     try:
         yield from values
     except Exception as error:
@@ -83,7 +83,7 @@ def _while_workers_live(values: Iterator[T]) -> Iterator[T]:
 
 @dataclass(frozen=True)
 class _Failure:
-    """An error on its way to who asked for the value: Grain would wrap it in a text of its own."""
+    """An error to be raised in the turn of its value: Grain would wrap a raised error in a text of its own."""
 
     error: Exception
 
@@ -105,22 +105,22 @@ class _Packed(Generic[T]):
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         result = _Caught(self.prepare)(number)
-        return pack(_Failure(_travelling(result.error)) if isinstance(result, _Failure) else result)
+        return pack(_Failure(_portable(result.error)) if isinstance(result, _Failure) else result)
 
 
-def _travelling(error: Exception) -> Exception:
-    """An error as another process can have it: its traceback stays behind, and goes along as a note."""
+def _portable(error: Exception) -> Exception:
+    """Make an error fit for another process, which gets its traceback as a note."""
     lines = "".join(traceback.format_exception(error))
     error.add_note(f"In a worker process: {lines}")
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # as of an error that is made from more than its text
+    except Exception:  # an error that is constructed from more than its text
         return RuntimeError(lines)
     return error
 
 
 def pack(value: Any) -> dict[str, np.ndarray]:
-    """A value as two arrays of bytes: Grain carries large arrays from process to process in shared memory.
+    """Pack a value into two arrays of bytes: Grain passes large arrays between processes in shared memory.
 
     Args:
         value: anything that pickles; its numpy arrays make up the second array, each of them once.
@@ -139,14 +139,14 @@ def pack(value: Any) -> dict[str, np.ndarray]:
 
 
 def unpack(packed: dict[str, np.ndarray]) -> Any:
-    """The value of `pack`; its arrays are read from where `packed` holds them, without a copy."""
+    """Unpack a value of `pack`; its arrays are views of `packed`."""
     plain, starts = pickle.loads(packed["head"].tobytes())
     body = packed["body"].data
     return pickle.loads(plain, buffers=[body[start : start + length] for start, length in starts])
 
 
 def _begin_worker(index: int, count: int) -> None:
-    """Workers leave accelerators alone and do not outlive the process that wants their values."""
+    """Keep a worker from accelerators, and end it with the process that needs its values."""
     jax.config.update("jax_platforms", "cpu")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops its workers
     end_with_parent()

@@ -8,7 +8,7 @@ Strides are in finest voxels. The host computes exact tables first (`detector_ta
 padding to the bucket's capacities gives the plan that goes to the device (`pad_plan`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import jax
@@ -38,19 +38,17 @@ class PlanLayout:
     Attributes:
         machine: "cpu": tiles on every map with neighbours, blocks on those of the neck; "accelerator": tiles with a
             static number of places on sparse maps, no lists on the others; "any": no lists.
-        stage_channels: channels of the four stages; the size of tiles follows from widths.
-        neck_channels: channels of the neck.
+        model: architecture; the widths of its stages and neck decide the size of tiles.
     """
 
     machine: Machine = "cpu"
-    stage_channels: tuple[int, ...] = (64, 128, 128, 128)
-    neck_channels: int = 128
+    model: DetectorConfig = field(default_factory=DetectorConfig)
 
     @classmethod
     def of(cls, config: DetectorConfig, machine: Machine | None = None) -> "PlanLayout":
         """The layout for a detector; default machine is that on which JAX computes."""
         here: Machine = "cpu" if jax.default_backend() == "cpu" else "accelerator"
-        return cls(machine or here, tuple(config.stage_channels), config.neck_channels)
+        return cls(machine or here, config)
 
     def fits(self, table: NeighborTable, role: Role, capacity: int) -> bool:
         """Return True if the layout has places for all pairs of a map of `capacity` padded output rows."""
@@ -291,7 +289,7 @@ def pad_plan(tables: DetectorTables, capacities: LevelSizes, layout: PlanLayout 
 
     padded = layout.pad_map
     stages, fine = [], pool
-    widths = layout.stage_channels
+    widths = layout.model.stage_channels
     for s, ((down, skip, residual), capacity) in enumerate(zip(tables.stages, capacities[3:7], strict=True)):
         coarse = sparse.pad_sites(residual.outputs, capacity)
         stages.append(
@@ -308,10 +306,12 @@ def pad_plan(tables: DetectorTables, capacities: LevelSizes, layout: PlanLayout 
         outputs = sparse.pad_sites(union, capacity)
         ups.append(
             UpMaps(
-                padded(up.generate, coarse, sparse.pad_sites(children, capacity), "generate", layout.neck_channels),
+                padded(
+                    up.generate, coarse, sparse.pad_sites(children, capacity), "generate", layout.model.neck_channels
+                ),
                 sparse.union_rows(children, union, capacity, capacity),
                 sparse.union_rows(up.stage, union, stage_capacity, capacity),
-                padded(up.lateral, outputs, outputs, "lateral", layout.neck_channels),
+                padded(up.lateral, outputs, outputs, "lateral", layout.model.neck_channels),
             )
         )
         coarse = outputs

@@ -19,7 +19,7 @@ from h2a2_jax.report.offsets import (
     flip_shares,
     offset_classes,
 )
-from h2a2_jax.training.selection_log import SelectionHistory
+from h2a2_jax.training.metrics import SelectionHistory
 
 
 def kernel_slices(values: Float[np.ndarray, " 27"]) -> Float[np.ndarray, "3 11"]:

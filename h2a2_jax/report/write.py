@@ -16,9 +16,9 @@ from h2a2_jax.report.figures_training import draw_by_group, draw_losses, draw_ps
 from h2a2_jax.report.observation import LayerSelection, load_batches, observe_selection
 from h2a2_jax.report.offsets import OFFSET_CLASSES, agreement, chance_agreement
 from h2a2_jax.scans.sources import build_source
-from h2a2_jax.training import metrics, selection_log
+from h2a2_jax.training import metrics
 
-Log = tuple[Int[np.ndarray, " t"], Mapping[str, selection_log.SelectionHistory]]
+Log = tuple[Int[np.ndarray, " t"], Mapping[str, metrics.SelectionHistory]]
 """Steps of the lines of selection.jsonl, and the history of every layer."""
 
 
@@ -59,8 +59,8 @@ def write_report(config: ExperimentConfig, workdir: Path, scans: int = 16) -> Pa
         counts = [len(own) for own in batches]
         selections = observe_selection(model, batches)
     lines = metrics.read_metrics(workdir) if (workdir / metrics.FILE_NAME).exists() else []
-    path = workdir / selection_log.FILE_NAME
-    log: Log = selection_log.read_selection_log(path, names) if path.exists() else (np.zeros(0, np.int64), {})
+    path = workdir / metrics.SELECTION_FILE
+    log: Log = metrics.read_selection_log(path, names) if path.exists() else (np.zeros(0, np.int64), {})
 
     sections = [
         _summary(config, workdir, step, selections, counts, lines),
@@ -143,7 +143,7 @@ def _selection_sections(
         [[layer, *(number(v, 2) for v in (*agreement(s), chance_agreement(s)))] for layer, s in shares.items()],
     )
     several = len(names) > 1
-    missing = [] if history else [f"There is no {selection_log.FILE_NAME} in the run's folder: training writes it."]
+    missing = [] if history else [f"There is no {metrics.SELECTION_FILE} in the run's folder: training writes it."]
     return [
         Section("kernels", "Shared and exclusive offsets", (), kernels),
         Section(

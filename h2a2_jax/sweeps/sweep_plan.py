@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from h2a2_jax.config import ExperimentConfig, from_json, to_json
-from h2a2_jax.config_tree import leaves_of
+from h2a2_jax.config import ExperimentConfig, from_json, leaves_of, to_json
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.sources import build_source
 from h2a2_jax.training.build import steps_of_run

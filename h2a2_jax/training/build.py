@@ -1,17 +1,23 @@
-"""What a run is made of, from its config: detector, optimiser, stream of scans, compiled step."""
+"""Parts of a run from its config: detector, scans, learning rate, optimiser, compiled step, state to begin with."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from h2a2_jax.balancers import build_balancer
-from h2a2_jax.checkpoint.parameter_groups import frozen_paths, frozen_text
+from h2a2_jax.checkpoint.integrity import DamagedCheckpointError
+from h2a2_jax.checkpoint.parameter_groups import frozen_mask, frozen_paths, frozen_text
+from h2a2_jax.checkpoint.store import CheckpointStore, checkpoint_place
 from h2a2_jax.checkpoint.train_state import (
     TrainState,
     create_state,
@@ -20,27 +26,33 @@ from h2a2_jax.checkpoint.train_state import (
     place_state,
     split_model,
 )
-from h2a2_jax.config import ExperimentConfig
-from h2a2_jax.distributed import DATASET, REPLICA, MeshLayout, say
-from h2a2_jax.host import available_cores
+from h2a2_jax.checkpoint.tree import flat_names
+from h2a2_jax.checkpoint.warm_start import warm_start
+from h2a2_jax.config import ExperimentConfig, OptimConfig, changes
+from h2a2_jax.distributed import DATASET, MeshLayout, is_main, say
+from h2a2_jax.errors import InputError
 from h2a2_jax.loader.batching import Batch
-from h2a2_jax.loader.drawing import StreamDataset
-from h2a2_jax.loader.stream import JointStream, StreamConfig
-from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig, PlanLayout
+from h2a2_jax.loader.stream import JointStream, count_workers
+from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
 from h2a2_jax.scans.mmdet3d import Mmdet3dFolder
 from h2a2_jax.scans.scan import ScanSource
-from h2a2_jax.scans.sources import CachedSource, SourceConfig, build_source, permuted_boxes
+from h2a2_jax.scans.sources import CachedSource, build_source, permuted_boxes
 from h2a2_jax.scans.tfds_source import TfdsSource
-from h2a2_jax.training.gradients import LossConfig
-from h2a2_jax.training.optimizer import build_optimizer, learning_rate
-from h2a2_jax.training.step import StepConfig, StepMetrics, make_train_step
+from h2a2_jax.training.step import StepMetrics, make_train_step
 
 CACHED_SCANS = 2000
-"""Sources of up to this many scans are kept in memory, where a thread loads them and loading takes long."""
+"""Sources of up to this many scans are kept in memory if a thread loads them and loading takes long."""
+
+_SHOWN = 5
+"""Changes of the config that an error message lists."""
+
+_WEIGHTS = r"(^|\.)(kernel|box_kernel|class_kernel|shared|exclusive|projection)$"
+"""Paths of parameters that multiply features. Others are scales and biases of norms, biases, validity priors, and
+tables of vectors: embeddings and prototypes; prototypes count by direction alone."""
 
 
 def build_detector(config: ExperimentConfig) -> TR3D:
-    """The detector of a config with the parameters that its seed draws."""
+    """Build the detector of a config with the parameters that its seed draws."""
     build = partial(draw_detector, config)
     # Drawn in one program, for hundreds of small ones would be compiled otherwise; the same for all seeds.
     key = jax.random.key(config.train.seed)
@@ -48,12 +60,12 @@ def build_detector(config: ExperimentConfig) -> TR3D:
 
 
 def draw_detector(config: ExperimentConfig, key: PRNGKeyArray) -> TR3D:
-    """The detector of a config with the parameters that a key draws; for use inside jit or `nnx.eval_shape`."""
+    """Build the detector of a config with the parameters that a key draws; for use in jit or `nnx.eval_shape`."""
     return TR3D(config.model, head_configs(config.specs), rngs=nnx.Rngs(key))
 
 
 def count_parameters(config: ExperimentConfig) -> int:
-    """Trained numbers of the detector of a config, those of all datasets together; none of them is drawn."""
+    """Count the trained numbers of the detector of a config, over all datasets, without drawing them."""
     return _count_parameters(config.model, tuple(head_configs(config.specs)))
 
 
@@ -64,68 +76,103 @@ def _count_parameters(model: DetectorConfig, heads: tuple[HeadConfig, ...]) -> i
 
 
 def build_stream(config: ExperimentConfig, process_layout: MeshLayout) -> JointStream:
-    """The training stream of a config; a process opens the datasets that it loads.
+    """Build the training stream of a config; a process opens the datasets that it loads.
 
     Raises:
         InputError: a dataset is missing or has no usable scan.
     """
-    workers = _workers(config)
 
-    def opened(chosen: SourceConfig) -> ScanSource:
-        source = build_source(chosen, "train")
+    def open_source(dataset: int) -> ScanSource:
+        source = build_source(config.datasets[dataset], "train")
         # Prepared scans are read in milliseconds, and all of them fill gigabytes; workers would each keep some.
         is_quick = isinstance(source, Mmdet3dFolder | TfdsSource)
-        if workers == 0 and not is_quick and len(source) <= CACHED_SCANS:
+        if count_workers(config) == 0 and not is_quick and len(source) <= CACHED_SCANS:
             source = CachedSource(source)
         return permuted_boxes(source, config.train.seed) if config.train.permute_boxes else source
 
-    own = process_layout.all_or_raise(
-        lambda: {d: opened(config.datasets[d]) for d in process_layout.datasets}, "open its scans"
+    sources = process_layout.all_or_raise(
+        lambda: {d: open_source(d) for d in process_layout.datasets}, "open its scans"
     )
-    return JointStream(
-        [
-            StreamDataset(
-                chosen.spec,
-                own.get(d),
-                chosen.repeats,
-                chosen.sample,
-                chosen.augment,
-                chosen.batch_size,
-                chosen.weight,
-            )
-            for d, chosen in enumerate(config.datasets)
-        ],
-        StreamConfig(
-            batch_size=config.train.batch_size,
-            replicas=process_layout.mesh.shape[REPLICA],
-            voxel_size=config.model.voxel_size,
-            seed=config.train.seed,
-            max_bucket=config.train.max_bucket,
-            layout=PlanLayout.of(config.model),
-            workers=workers,
-        ),
-        process_layout,
-    )
+    return JointStream(config, [sources.get(d) for d in range(len(config.datasets))], process_layout)
 
 
-def _workers(config: ExperimentConfig) -> int:
-    """Processes that prepare scans."""
-    if config.train.workers is not None:
-        return config.train.workers
-    if jax.default_backend() == "cpu":
-        return 0  # the cores are busy already
-    return max(1, available_cores() - 2)
+def learning_rate(optim: OptimConfig, *, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
+    """Return the learning rate as a function of the step, counted from 0.
+
+    During warm-up a factor rises linearly to 1, in every schedule. "step" multiplies by `decay_factor` after each of
+    `decay_epochs`; "cosine" is half a cosine from the end of warm-up down to `final_lr` times `lr` at the last step
+    (Loshchilov and Hutter 2017, without restarts); "constant" stays.
+
+    Args:
+        optim: schedule and its numbers.
+        steps_per_epoch: optimiser steps of an epoch, the unit of `decay_epochs`.
+        total_steps: optimiser steps of the run.
+    """
+    warmup = optim.warmup_steps
+    if optim.schedule == "step":
+        decays = {epoch * steps_per_epoch: optim.decay_factor for epoch in optim.decay_epochs}
+        after = optax.piecewise_constant_schedule(optim.lr, decays)
+    elif optim.schedule == "cosine":
+        falling = optax.cosine_decay_schedule(optim.lr, max(total_steps - warmup, 1), optim.final_lr)
+
+        def after(count: Any) -> Any:
+            return falling(jnp.maximum(count - warmup, 0))
+
+    else:
+        after = optax.constant_schedule(optim.lr)
+
+    def rate(count: Any) -> Any:
+        return after(count) * jnp.minimum(1.0, (count + 1) / warmup) if warmup else after(count)
+
+    return rate
+
+
+def build_optimizer(
+    optim: OptimConfig, schedule: optax.Schedule, frozen: Collection[str] = ()
+) -> optax.GradientTransformation:
+    """Build AdamW (Loshchilov and Hutter 2019), for a tree of shared and for one of exclusive parameters alike.
+
+    Paths of parameters decide about weight decay and freezing, never axes: exclusive parameters have one more. The
+    state has the same arrays under the same paths whatever the choice, so that a run resumes with another one.
+
+    Args:
+        optim: weight decay.
+        schedule: learning rate of each step.
+        frozen: paths of parameters (`frozen_paths`) whose update is zero and whose moments stay.
+
+    Returns:
+        A transformation that acts parameter by parameter.
+    """
+    mask = None if optim.decay_norms_and_biases else is_weight
+    optimizer = optax.adamw(schedule, weight_decay=optim.weight_decay, mask=mask)
+    if not frozen:
+        return optimizer
+
+    def clear(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf, held: jnp.zeros_like(leaf) if held else leaf, tree, frozen_mask(tree, frozen))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(clear(updates), state, params)
+        return clear(updates), state  # for weight decay came in between
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def is_weight(tree: Any) -> Any:
+    """Return the tree with True in place of kernels and other weight matrices, False of other parameters."""
+    weights = [re.search(_WEIGHTS, name) is not None for name in flat_names(tree)]
+    return jax.tree.unflatten(jax.tree.structure(tree), weights)
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """What takes the steps of a run.
+    """The compiled step of a run, with its first state.
 
     Attributes:
         graph: structure of the detector.
         start: state before the first step, on the devices; consumed by `take_step`.
-        schedule: learning rate by the number of steps applied.
-        take_step: see `make_train_step`.
+        schedule: learning rate by the number of applied steps.
+        take_step: the step (`make_train_step`).
     """
 
     graph: nnx.GraphDef
@@ -134,7 +181,7 @@ class Trainer:
     take_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
     def detector(self, state: TrainState, process_layout: MeshLayout) -> TR3D:
-        """What is evaluated of a state, on the host: the averages where there are some."""
+        """Return the detector to evaluate, on the host: of the averages if the state has some."""
         source = state if state.averages is None else state.averages
         return merge_model(self.graph, *process_layout.fetch((source.exclusive, source.shared, source.stats)))
 
@@ -142,57 +189,35 @@ class Trainer:
 def build_trainer(
     config: ExperimentConfig, detector: TR3D, process_layout: MeshLayout, steps_per_epoch: int, total: int
 ) -> Trainer:
-    """Optimiser, balancer, state and step of a config.
+    """Build optimiser, balancer, state and step of a config.
 
     Args:
-        config: of the run.
-        detector: as it starts.
-        process_layout: of the mesh.
+        config: the run's configuration.
+        detector: the detector before the first step.
+        process_layout: mesh of the run.
         steps_per_epoch: optimiser steps of an epoch.
         total: optimiser steps of the run.
 
     Raises:
-        InputError: what is to be frozen is not there.
+        InputError: `optim.freeze` names a parameter that the detector does not have.
     """
-    optim, names, mesh = config.optim, config.dataset_names, process_layout.mesh
-    schedule = learning_rate(
-        optim.lr,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total,
-        schedule=optim.schedule,
-        decay_epochs=optim.decay_epochs,
-        decay_factor=optim.decay_factor,
-        final_lr=optim.final_lr,
-        warmup_steps=optim.warmup_steps,
-    )
+    optim, mesh = config.optim, process_layout.mesh
+    schedule = learning_rate(optim, steps_per_epoch=steps_per_epoch, total_steps=total)
     _, exclusive, shared, _ = split_model(detector)
     frozen = frozen_paths(shared, exclusive, optim.freeze)
     if frozen:
         say(frozen_text(shared, exclusive, frozen))
-    optimizer = build_optimizer(
-        schedule, optim.weight_decay, decay_norms_and_biases=optim.decay_norms_and_biases, frozen=frozen
-    )
-    balancer = build_balancer(config.harmonize, len(names), DATASET, config.train.seed)
+    optimizer = build_optimizer(optim, schedule, frozen)
+    balancer = build_balancer(config.harmonize, len(config.datasets), DATASET, config.train.seed)
     graph, state = create_state(
         detector, optimizer, balancer, averaged=optim.ema_decay > 0, accumulating=optim.accumulate_steps > 1
     )
-    step_config = StepConfig(
-        clip_norm=optim.clip_norm,
-        loss=LossConfig(
-            dtype=None if config.train.precision == "float32" else config.train.precision,
-            rematerialize=config.train.rematerialize,
-        ),
-        average_statistics=config.model.running_statistics == "shared",
-        accumulate_steps=optim.accumulate_steps,
-        ema_decay=optim.ema_decay,
-        max_skipped_steps=config.train.max_skipped_steps,
-    )
-    take_step = make_train_step(graph, state, config.specs, optimizer, balancer, mesh, step_config, frozen)
+    take_step = make_train_step(graph, state, config, optimizer, balancer, mesh, frozen)
     return Trainer(graph, place_state(state, mesh), schedule, take_step)
 
 
 def check_frozen(config: ExperimentConfig) -> None:
-    """Whether what is to be frozen is there, before anything is drawn or compiled.
+    """Check `optim.freeze` before anything is drawn or compiled.
 
     Raises:
         InputError: see `frozen_paths`.
@@ -203,11 +228,113 @@ def check_frozen(config: ExperimentConfig) -> None:
 
 
 def steps_of_run(config: ExperimentConfig, batches_per_epoch: int) -> tuple[int, int]:
-    """Optimiser steps of an epoch and of the run.
+    """Return the optimiser steps of an epoch and of the run.
 
     Args:
-        config: of the run.
-        batches_per_epoch: that the stream counts.
+        config: the run's configuration.
+        batches_per_epoch: batches of the stream in an epoch.
     """
     steps_per_epoch = math.ceil(batches_per_epoch / config.optim.accumulate_steps)
     return steps_per_epoch, config.train.steps or config.train.epochs * steps_per_epoch
+
+
+def check_init(config: ExperimentConfig, workdir: Path) -> None:
+    """Check that a new run finds checkpoints to start from, before its own folder is made.
+
+    Raises:
+        InputError: there are none.
+    """
+    folder = config.train.init_from
+    is_new = not (workdir / "checkpoints").is_dir()
+    if folder and is_new and not checkpoint_place(Path(folder)).directory.is_dir():
+        raise InputError(f"train.init_from is {folder!r}, where there are no checkpoints: give the folder of a run.")
+
+
+def initial_detector(config: ExperimentConfig, is_new: bool) -> TR3D | None:
+    """Build the detector before the first step of a run: drawn by its seed, or of another run's checkpoint.
+
+    Args:
+        config: the run's configuration.
+        is_new: True if the run begins now: what was loaded is printed, and a checkpoint that cannot be loaded is an
+            error. A resumed run only compares with the detector.
+
+    Returns:
+        The detector; None if a resumed run finds the checkpoint no more.
+
+    Raises:
+        InputError: the checkpoint to start from cannot be read, or nothing in it fits.
+    """
+    detector, train = build_detector(config), config.train
+    if not train.init_from:
+        return detector
+    try:
+        detector, report = warm_start(detector, config.specs, train.init_from, train.init_step)
+    except InputError:
+        if is_new:
+            raise
+        return None
+    if is_new:
+        say(report.text())
+    return detector
+
+
+def restore_newest(
+    store: CheckpointStore,
+    like: TrainState,
+    config: ExperimentConfig,
+    process_layout: MeshLayout,
+    *,
+    accept_changes: bool = False,
+) -> TrainState | None:
+    """Restore the newest readable checkpoint; unreadable ones are set aside, with a message.
+
+    Args:
+        store: checkpoints of the run.
+        like: a state with the shapes and places of arrays.
+        config: the config to resume with.
+        process_layout: processes of the run, which all restore the same checkpoint.
+        accept_changes: True allows another config than the run began with.
+
+    Returns:
+        The state; None without a checkpoint.
+
+    Raises:
+        InputError: the checkpoint is of another architecture or other datasets, the config differs, or no checkpoint
+            can be read.
+    """
+    while (step := store.latest_step()) is not None:
+        state, problem = None, ""
+        try:
+            _check_changes(store, step, config, accept_changes)
+            state = store.restore_state(step, like, config.dataset_names, config)
+        except DamagedCheckpointError as error:
+            problem = str(error)
+        if not process_layout.exchange_flag(state is None).result().any():
+            assert state is not None
+            # A run that too many skipped steps in a row ended may try again.
+            return replace(state, skipped_in_row=jnp.zeros_like(like.skipped_in_row))
+        problem = problem or f"Another process cannot read the checkpoint of step {step}."
+        if len(store.steps()) == 1:  # stays where it is, so that no new run begins over it
+            raise InputError(
+                f"{problem} There is no other one in {store.directory}: remove the folder to begin anew, or give "
+                "another --workdir."
+            )
+        if is_main():
+            say(f"{problem} It is set aside in {store.set_aside(step)}, and the one before it is taken.")
+        process_layout.exchange_flag(False).result()  # until the main process has moved it
+        store.close()  # reads the folder anew
+    return None
+
+
+def _check_changes(store: CheckpointStore, step: int, config: ExperimentConfig, accept_changes: bool) -> None:
+    found = changes(store.stored_config(step), config)
+    if not found:
+        return
+    more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    listed = f"{'; '.join(found[:_SHOWN])}{more}"
+    if not accept_changes:
+        raise InputError(
+            f"The run in {store.directory.parent} was begun with another config: {listed}. Give the one it was begun "
+            "with, another --workdir, or --accept_changes to go on with this one."
+        )
+    say(f"Going on with another config: {listed}.")

@@ -1,4 +1,4 @@
-"""Loss and gradient of one dataset on the scans of one device: what a training step balances and applies."""
+"""Loss and gradient of one dataset on the scans of one device; the training step balances and applies them."""
 
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
@@ -11,22 +11,22 @@ from jaxtyping import Array, Bool, Float, Int
 
 from h2a2_jax.checkpoint.parameter_groups import without_frozen_gradients
 from h2a2_jax.checkpoint.train_state import merge_model
+from h2a2_jax.config import TrainConfig
 from h2a2_jax.distributed import REPLICA
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.loader.batching import Batch
 from h2a2_jax.losses import detection_loss
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.sparse import Sites
-from h2a2_jax.typing import AnyArray
 
 
 class Targets(NamedTuple):
-    """What the loss knows of each dataset; leading dataset axis.
+    """Facts of each dataset that its loss needs; leading dataset axis.
 
     Attributes:
-        label_to_level: int32 [D, K].
+        label_to_level: int32 [D, K], level of the head that learns a class.
         class_mask: bool [D, K], False on padded classes.
-        has_yaw: bool [D].
+        has_yaw: bool [D], True if the boxes of the dataset turn about z.
     """
 
     label_to_level: Int[Array, "d k"]
@@ -35,7 +35,7 @@ class Targets(NamedTuple):
 
     @classmethod
     def of(cls, specs: Sequence[DatasetSpec]) -> "Targets":
-        """From the specs, in the order of the dataset axis."""
+        """Targets of the specs, in the order of the dataset axis."""
         most = max(spec.num_classes for spec in specs)
         levels = [list(spec.label_to_level) + [0] * (most - spec.num_classes) for spec in specs]
         mask = [[k < spec.num_classes for k in range(most)] for spec in specs]
@@ -62,31 +62,9 @@ class SelectionMetrics(NamedTuple):
     lowest_score: Float[Array, " d"]
     highest_score: Float[Array, " d"]
 
-    @property
-    def exclusive_share(self) -> Float[AnyArray, " d"]:
-        """Share of (scan, offset) pairs that took the exclusive kernel."""
-        return 1 - self.gamma.mean(-1)
-
-
-class LossConfig(NamedTuple):
-    """How losses and their gradients are computed.
-
-    Attributes:
-        center_distance: of the rotated DIoU loss, "xyz" or "published".
-        algorithm: of the sparse convolutions.
-        dtype: compute type of the network, as "bfloat16"; None: float32. Parameters, statistics and losses are float32
-            whatever it is.
-        rematerialize: whether what a block computes is computed again for the backward pass rather than kept.
-    """
-
-    center_distance: str = "xyz"
-    algorithm: str = "auto"
-    dtype: str | None = None
-    rematerialize: bool = False
-
 
 class DatasetMetrics(NamedTuple):
-    """What one dataset's pass reports; all equal on its replicas.
+    """Metrics of one dataset's pass; equal on all its replicas.
 
     Attributes:
         box_loss: float32 [].
@@ -109,22 +87,22 @@ def dataset_gradients(
     batch: Batch,
     targets: Targets,
     frozen: Collection[str],
-    config: LossConfig,
+    config: TrainConfig,
 ) -> tuple[nnx.State, nnx.State, nnx.State, DatasetMetrics]:
-    """Gradients of one dataset's loss on this device's scans, its statistics after them, its metrics.
+    """Gradients of one dataset's loss on this device's scans, (shared, exclusive), its new statistics, its metrics.
 
-    Inside `jax.shard_map`; sums over the dataset's replicas are made for batch norms, the number of positives and the
-    losses, not for the gradients.
+    To be called inside `jax.shard_map`. Batch norms, the number of positives and the losses are summed over the
+    dataset's replicas, the gradients are not.
 
     Args:
         graph: structure of the model.
         shared: parameters that all datasets share.
-        exclusive: the dataset's own, with a dataset axis of 1.
-        stats: its running statistics, likewise.
-        batch: its scans on this device.
-        targets: of the dataset, without the dataset axis.
-        frozen: paths of the parameters for which no gradient is worked out.
-        config: how.
+        exclusive: parameters of the dataset, with a dataset axis of 1.
+        stats: running statistics of the dataset, with a dataset axis of 1.
+        batch: the dataset's scans on this device.
+        targets: targets of the dataset, without the dataset axis.
+        frozen: paths of the parameters without a gradient.
+        config: compute type and rematerialisation.
     """
 
     def loss(shared: nnx.State, exclusive: nnx.State) -> tuple[Array, tuple]:
@@ -140,8 +118,7 @@ def dataset_gradients(
             DatasetContext(jnp.ones(1)),
             training=True,
             axis_name=REPLICA,
-            algorithm=config.algorithm,  # type: ignore[arg-type]
-            dtype=None if config.dtype is None else jnp.dtype(config.dtype),
+            dtype=None if config.precision == "float32" else jnp.dtype(config.precision),
             rematerialize=config.rematerialize,
             tap=tap,
         )
@@ -149,7 +126,7 @@ def dataset_gradients(
         losses = detection_loss(
             out.locations, out.scan, out.level, out.boxes, out.logits, batch.boxes, batch.labels,
             targets.label_to_level, targets.class_mask, targets.has_yaw,
-            axis_name=REPLICA, center_distance=config.center_distance,  # type: ignore[arg-type]
+            axis_name=REPLICA,
         )  # fmt: skip
         return losses.total, (losses, _selection_metrics(seen, batch.plan.voxels), nnx.state(model, nnx.BatchStat))
 
@@ -165,9 +142,9 @@ def dataset_gradients(
 
 
 def _selection_metrics(seen: dict[str, Array], voxels: Sites) -> dict[str, SelectionMetrics]:
-    """From the values that the layers with kernel selection record.
+    """Means and extremes of the values that layers with kernel selection record.
 
-    Scans without sites do not count: they only fill the rows of a batch, and their scores mean nothing.
+    Scans without sites do not count: they fill the rows of a batch, and their scores mean nothing.
     """
     real = jnp.zeros(voxels.num_scans, bool).at[voxels.scan].set(True, mode="drop")
     count = lax.psum(real.sum(), REPLICA)

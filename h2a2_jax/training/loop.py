@@ -3,40 +3,73 @@
 import contextlib
 import errno
 import platform
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from h2a2_jax.checkpoint.store import CheckpointStore
-from h2a2_jax.compilation import CompilationCounter, compilation_cache
+from h2a2_jax.compilation import compilation_cache
 from h2a2_jax.config import ExperimentConfig, to_json
 from h2a2_jax.distributed import DATASET, REPLICA, MeshLayout, is_main, say, train_mesh
 from h2a2_jax.errors import InputError, Stopped
-from h2a2_jax.evaluation.documents import best_step, read_evaluations
-from h2a2_jax.evaluation.evaluate import merged, say_notes, say_skipped
-from h2a2_jax.files import alone_in, whole_file
+from h2a2_jax.evaluation.documents import FOLDER as EVALUATIONS
+from h2a2_jax.evaluation.documents import (
+    best_step,
+    evaluation_folder,
+    read_evaluations,
+    score_metrics,
+    score_text,
+    write_evaluation,
+)
+from h2a2_jax.evaluation.evaluate import evaluate, merged, say_notes, say_skipped
+from h2a2_jax.files import alone_in, drop_lines_after, whole_file
 from h2a2_jax.host import revision, versions
-from h2a2_jax.loader.stream import JointStream
-from h2a2_jax.training.build import build_detector, build_stream, build_trainer, check_frozen, steps_of_run
-from h2a2_jax.training.metrics import Watch
-from h2a2_jax.training.nonfinite import NonFiniteError, NonFiniteWatch
-from h2a2_jax.training.profiler import StepProfiler
-from h2a2_jax.training.resume import check_init, drop_lost_steps, initial_detector, restore_newest
-from h2a2_jax.training.run import Run
-from h2a2_jax.training.selection_log import SelectionLog, selection_report, selection_table
-from h2a2_jax.training.step import tensor_names
-from h2a2_jax.training.stopping import StopSignals
+from h2a2_jax.inference.predictor import Predictor, build_predictor
+from h2a2_jax.loader.stream import JointStep, JointStream
+from h2a2_jax.loader.workers import WorkerDiedError
+from h2a2_jax.models import TR3D
+from h2a2_jax.training.build import (
+    build_detector,
+    build_stream,
+    build_trainer,
+    check_frozen,
+    check_init,
+    initial_detector,
+    restore_newest,
+    steps_of_run,
+)
+from h2a2_jax.training.callbacks import (
+    Callback,
+    CompilationCounter,
+    SaveCheckpoint,
+    StepProfiler,
+    StopSignals,
+    Training,
+)
+from h2a2_jax.training.metrics import FILE_NAME, SELECTION_FILE, LogMetrics, line_of
+from h2a2_jax.training.nonfinite import NonFiniteError, NonFiniteWatch, kept_batches
+from h2a2_jax.training.step import StepMetrics
 from h2a2_jax.training.summary import FILE_NAME as SUMMARY
-from h2a2_jax.training.summary import CheckpointScores, RunDevices, RunFacts, write_summary
+from h2a2_jax.training.summary import (
+    CheckpointScores,
+    RunDevices,
+    RunFacts,
+    selection_report,
+    selection_table,
+    write_summary,
+)
 
 CACHE = "cache"
-"""In the workdir: compiled programs, in a folder a machine."""
+"""In the workdir: compiled programs, a folder for each machine."""
+
+_RESTARTS = 3
+"""Restarts of worker processes in a run."""
 
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 
@@ -48,64 +81,72 @@ def train(
     *,
     accept_changes: bool = False,
 ) -> dict[str, Any]:
-    """Train, save, evaluate; go on from the newest checkpoint where there is one.
+    """Train, save and evaluate; resume from the newest checkpoint if there is one.
 
     Writes to the workdir: config.json, metrics.jsonl (`MetricsWriter`), selection.jsonl (`SelectionLog`), tensorboard/,
     checkpoints/, evaluations/, evaluation.json and summary.md; keeps compiled programs in cache/. In a run of several
-    processes all call it, with a workdir that all can read; the first writes.
+    processes all call this function, with a workdir that all can read; the first one writes.
 
-    SIGTERM and Ctrl-C end it after the step under way, which is saved. A second Ctrl-C ends it at once.
+    SIGTERM and Ctrl-C end the run after the step under way, which is saved. A second Ctrl-C ends the run at once.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         workdir: folder of the run, made if missing.
-        devices: all of them by default.
-        accept_changes: whether a run may go on with another config than it was begun with.
+        devices: devices to train on; None: all.
+        accept_changes: True allows a run to resume with another config than it began with.
 
     Returns:
-        What evaluation.json holds.
+        Content of evaluation.json.
 
     Raises:
-        InputError: data are missing; the workdir is in use, cannot be written to, or holds a run of another config; a
-            step could not be taken, for its numbers were not finite many times in a row.
-        Stopped: a signal came.
+        InputError: data are missing; the workdir is in use, cannot be written to, or holds a run of another config; too
+            many steps in a row were skipped because a value was not finite.
+        Stopped: a signal arrived.
     """
     began, code = time.monotonic(), revision()
     with StopSignals().watched() as signals, contextlib.ExitStack() as opened:
         try:
-            # First of all: the signal that asks for a profile would end a process that does not listen.
-            profiler = opened.enter_context(StepProfiler(workdir, *config.train.profile))
-            run = open_run(config, workdir, devices, opened, accept_changes)
-            take_steps(run, signals, profiler)
-            run.store.wait()  # an evaluation tells of a checkpoint that is there
-            documents = _evaluated(run)
+            # First of all: SIGUSR1, which asks for a profile, would end a process that does not handle it.
+            profiler = StepProfiler(workdir, *config.train.profile)
+            opened.callback(profiler.close)
+            training, saver, compilations = set_up(config, workdir, devices, opened, accept_changes=accept_changes)
+            log = LogMetrics(training, compilations)
+            opened.callback(log.close)
+            evaluation = Evaluate(log, signals)
+            # The order matters: signals decide what is saved, what is saved is looked at and logged before.
+            callbacks = [profiler, compilations, signals, NonFiniteWatch(training), log, saver, evaluation]
+            take_steps(training, callbacks, signals, saver)
+            documents, skipped_scans = _finish(training, log, evaluation)
             if is_main():
-                run.store.tidy()  # the last evaluation may have found another best one
-                _sum_up(run, _facts(run, documents, began, code))
+                _sum_up(training, log, compilations, documents, skipped_scans, time.monotonic() - began, code)
         except Stopped as stopped:
             with signals.deferred():
-                opened.close()  # what is on its way to the disk arrives there
-            _say_stopped(stopped, workdir)
+                opened.close()  # wait for files on their way to the disk
+            say(f"{stopped}; {_describe_saved(workdir)}.")
             raise
         return documents
 
 
-def open_run(
+def set_up(
     config: ExperimentConfig,
     workdir: Path,
     devices: Sequence[jax.Device] | None,
     opened: contextlib.ExitStack,
-    accept_changes: bool,
-) -> Run:
-    """The run at its beginning, or where its newest checkpoint is."""
-    mesh = train_mesh(len(config.specs), devices)
-    process_layout = MeshLayout(mesh, len(config.specs))
+    *,
+    accept_changes: bool = False,
+) -> tuple[Training, SaveCheckpoint, CompilationCounter]:
+    """The run before its first step, or at its newest checkpoint, with the callbacks that count from here on."""
+    mesh = train_mesh(len(config.datasets), devices)
+    process_layout = MeshLayout(mesh, len(config.datasets))
     check_frozen(config)
     check_init(config, workdir)
     stream = build_stream(config, process_layout)
     steps_per_epoch, total = steps_of_run(config, stream.steps_per_epoch)
-    opened.enter_context(_naming_what_cannot_be_written(workdir))
-    _have_alone(workdir, process_layout, opened)
+
+    opened.enter_context(_explain_unwritable(workdir))
+    process_layout.all_or_raise(
+        lambda: is_main() and opened.enter_context(alone_in(workdir, "training run")), "have the workdir for itself"
+    )
     cache = workdir / CACHE / platform.node() if config.train.compilation_cache else None
     opened.enter_context(compilation_cache(cache))  # before anything is compiled
     compilations = opened.enter_context(CompilationCounter(config.train.max_bucket + 1))
@@ -117,7 +158,7 @@ def open_run(
     trainer = build_trainer(config, start or build_detector(config), process_layout, steps_per_epoch, total)
     state = restore_newest(store, trainer.start, config, process_layout, accept_changes=accept_changes) or trainer.start
     first = int(state.step)
-    if len(set(process_layout.exchange(np.array([first], np.int32))()[:, 0].tolist())) > 1:
+    if len(set(process_layout.exchange(np.array([first], np.int32)).result()[:, 0].tolist())) > 1:
         raise InputError(f"The processes find different checkpoints in {workdir}: give a folder that all share.")
     if is_main():  # only now: a workdir of another run stays as it is
         store.tidy()
@@ -127,135 +168,223 @@ def open_run(
     if not is_new:
         say(f"Resuming {workdir} after step {first} of {total}{', the last: it is evaluated' * (first >= total)}.")
     if first < total:
-        _say_start(config, stream, mesh, total)
+        _say_start(config, stream, total)
+    training = Training(config, workdir, process_layout, stream, trainer, store, total, start, state, first, first)
+    return training, SaveCheckpoint(None if is_new else first), compilations
 
-    log = SelectionLog(workdir, config.dataset_names, total, config.train.log_every)
-    watch = Watch(config, config.specs, trainer.schedule, stream, log)
-    saved = None if is_new else first
-    run = Run(
-        config, workdir, process_layout, stream, trainer, store, watch, compilations, total, start, state, first, saved
+
+def take_steps(training: Training, callbacks: Sequence[Callback], signals: StopSignals, saver: SaveCheckpoint) -> None:
+    """Take all steps that are left.
+
+    Args:
+        training: the run; its state and step change.
+        callbacks: called beside the steps, in their order.
+        signals: one of the callbacks; its signals wait for the end of a step.
+        saver: one of the callbacks; saves the state if an error ends the steps.
+
+    Raises:
+        InputError: too many steps in a row were not finite, or the input failed; the state is saved.
+        Stopped: a signal arrived; the state is saved.
+    """
+    batches_per_step = training.config.optim.accumulate_steps
+    for callback in callbacks:
+        callback.before_steps(training)
+    with signals.deferred(), contextlib.closing(read_batches(training, saver)) as batches:
+        try:
+            for item in batches:
+                for callback in callbacks:
+                    callback.before_batch(training, item)
+                training.state, metrics = training.trainer.take_step(training.state, item.batch)
+                for callback in callbacks:
+                    callback.after_batch(training, item, metrics)
+                if (item.step + 1) % batches_per_step:
+                    continue
+                training.step += 1
+                for callback in callbacks:
+                    callback.after_step(training, metrics)
+                if training.stopping:
+                    raise signals.stopped()
+        except NonFiniteError as error:
+            training.step = int(training.state.step)  # which counts no steps beyond the limit
+            saver.save(training)
+            raise InputError(str(error)) from error
+    for callback in callbacks:
+        callback.after_steps(training)
+
+
+def read_batches(training: Training, saver: SaveCheckpoint) -> Generator[JointStep]:
+    """Yield the batches that are left.
+
+    Dead worker processes are started again, a few times. An error that ends the input is raised after the state is
+    saved.
+    """
+    each, restarts = training.config.optim.accumulate_steps, 0
+    while training.step < training.total:
+        try:
+            yield from training.stream.steps(training.step * each, training.total * each)
+            return
+        except WorkerDiedError as error:
+            # The state has seen the first batches of a step under way, which would be seen again.
+            if restarts == _RESTARTS or not training.process_layout.alone or each > 1:
+                saver.save(training)
+                raise
+            restarts += 1
+            say(f"{error} They are started again ({restarts} of {_RESTARTS} times).")
+        except InputError:
+            saver.save(training)
+            raise
+
+
+class Evaluate(Callback):
+    """Evaluate checkpoints on the way, each into a folder of its step, and the last step into the workdir.
+
+    Args:
+        log: takes the scores into the line of metrics of the step.
+        signals: raise at once while a checkpoint is evaluated, for everything is saved then.
+    """
+
+    def __init__(self, log: LogMetrics, signals: StopSignals):
+        self._log, self._signals = log, signals
+        self._predictor: Predictor | None = None
+
+    def before_steps(self, training: Training) -> None:
+        """Evaluate the checkpoint of a resumed run, if a kill or a signal prevented it."""
+        if 0 < training.step < training.total and training.is_due(training.config.train.evaluate_every):
+            found = False
+            if is_main() and (documents := read_evaluations(training.workdir).get(training.step)) is not None:
+                found = score_metrics(documents).keys() <= line_of(training).keys()
+            if not training.process_layout.exchange_flag(found).result().any():
+                self._evaluate_checkpoint(training)
+
+    def after_step(self, training: Training, metrics: StepMetrics) -> None:
+        """Evaluate if an evaluation is due; the last step is evaluated when the run ends."""
+        due = training.is_due(training.config.train.evaluate_every) and training.step < training.total
+        if due and not training.stopping:
+            with self._signals.immediate():
+                self._evaluate_checkpoint(training)
+
+    def evaluate_end(self, training: Training, detector: TR3D) -> dict[str, Any]:
+        """Evaluate the detector of the last step, into the workdir, and beside other evaluations if there are some.
+
+        Returns:
+            Content of evaluation.json.
+        """
+        documents = self._evaluate(training, detector, training.workdir, tables=True)
+        if is_main() and training.config.train.evaluate_every:
+            write_evaluation(evaluation_folder(training.workdir, training.step), documents)
+        return documents
+
+    def _evaluate_checkpoint(self, training: Training) -> None:
+        say(f"Evaluating step {training.step}.")
+        with self._log.paused():
+            detector = training.trainer.detector(training.state, training.process_layout)
+            folder = evaluation_folder(training.workdir, training.step)
+            documents = self._evaluate(training, detector, folder, tables=False)
+        best = best_step(training.workdir)
+        say(f"Step {training.step}: {score_text(documents)}; the best so far is step {best}.")
+
+    def _evaluate(self, training: Training, detector: TR3D, folder: Path, *, tables: bool) -> dict[str, Any]:
+        if self._predictor is None:
+            self._predictor = build_predictor(detector, training.config.specs, training.config.eval)
+        else:
+            self._predictor.take_over(detector)
+        documents = evaluate(training.config, self._predictor, folder, training.process_layout, tables=tables)
+        self._log.add_scores(training, score_metrics(documents))
+        return documents
+
+
+def _finish(training: Training, log: LogMetrics, evaluation: Evaluate) -> tuple[dict[str, Any], dict[str, str]]:
+    """Print what happened and evaluate, after the last step.
+
+    Returns:
+        Content of evaluation.json; reasons why scans were skipped, by scan.
+    """
+    config, layout, stream = training.config, training.process_layout, training.stream
+    training.store.wait()  # an evaluation is of a checkpoint that is there
+    skipped_scans = merged(layout.gather(stream.log.skipped))
+    say_skipped(skipped_scans)
+    say_notes(merged(layout.gather(stream.log.notes)), config.specs)
+    if stream.log.scans:
+        say(input_summary(stream))
+    if (skipped := int(training.state.skipped)) > 0:
+        say(f"{skipped} of {training.step} steps were skipped, for something in them was not finite.")
+    end = training.trainer.detector(training.state, layout)
+    if config.model.selection is not None and log.selection and training.start is not None:
+        reports, moved = selection_report(training.start, end, log.mean_selection())
+        say("\n" + selection_table(reports, moved, config.dataset_names))
+    return evaluation.evaluate_end(training, end), skipped_scans
+
+
+def _sum_up(
+    training: Training,
+    log: LogMetrics,
+    compilations: CompilationCounter,
+    documents: dict[str, Any],
+    skipped_scans: dict[str, str],
+    seconds: float,
+    code: str,
+) -> None:
+    """Write summary.md, unless this process took no step: then the summary that is there has the steps."""
+    training.store.tidy()  # the last evaluation may have found another best one
+    workdir, config = training.workdir, training.config
+    results = [CheckpointScores.of("last", training.step, documents)]
+    best = best_step(workdir)
+    if config.train.evaluate_every and best is not None:
+        results.append(CheckpointScores.of("best", best, read_evaluations(workdir)[best]))
+    facts = RunFacts(
+        config=config,
+        num_scans=dict(zip(config.dataset_names, training.stream.num_scans, strict=True)),
+        steps=training.step,
+        epochs=training.step / steps_of_run(config, training.stream.steps_per_epoch)[0],
+        results=results,
+        seconds=seconds,
+        scans_per_second=log.scans_per_second,
+        resumed_after=training.first_step,
+        skipped_steps=int(training.state.skipped),
+        skipped_scans=len(skipped_scans),
+        compilations=compilations.count,
+        loaded_compilations=compilations.loaded,
+        compilation_seconds=compilations.seconds,
+        devices=RunDevices.of(training.process_layout.mesh),
+        versions=versions(),
+        revision=code,
     )
-    return opened.enter_context(run)
-
-
-def take_steps(run: Run, signals: StopSignals, profiler: StepProfiler) -> None:
-    """All that are left."""
-    train, each = run.config.train, run.config.optim.accumulate_steps
-    nonfinite = NonFiniteWatch(
-        run.workdir, run.config.dataset_names, tensor_names(run.state), run.stream, train.max_skipped_steps
-    )
-    if 0 < run.step < run.total and run.is_due(train.evaluate_every) and not run.is_evaluated():
-        run.evaluate()  # which a kill, or a signal, kept from being done
-    with signals.deferred(), contextlib.closing(run.batches()) as batches, profiler.steps():
-        for item in batches:
-            step, place = divmod(item.step, each)
-            if place == 0:
-                profiler.before_step(step + 1)
-            with run.compilations.step():
-                run.state, metrics = run.trainer.take_step(run.state, item.batch)
-            if is_main():  # in others nobody would look
-                run.watch.see(item, metrics)
-            with run.left_by(NonFiniteError):
-                nonfinite.see(item, metrics)
-            if place + 1 < each:
-                continue
-            run.step = step + 1
-            profiler.after_step(run.step, metrics)
-            run.show_progress(metrics)
-            if warning := run.compilations.warning(run.step):
-                say(warning)
-            stopping, evaluates = run.is_stopping(signals), run.is_due(train.evaluate_every)
-            saves = stopping or evaluates or run.is_due(train.checkpoint_every)
-            if saves or run.is_due(train.log_every):
-                with run.left_by(NonFiniteError):
-                    nonfinite.look()
-                run.log()
-            if saves:
-                run.save()
-            if stopping:
-                raise signals.stopped()
-            if evaluates and run.step < run.total:
-                with signals.immediate():  # all is saved
-                    run.evaluate()
-    run.close_progress()
-    if run.was_told_to_stop(signals):
-        raise signals.stopped()
-
-
-def _evaluated(run: Run) -> dict[str, Any]:
-    """What is said and evaluated when all steps are taken."""
-    run.skipped_scans = merged(run.process_layout.gather(run.stream.skipped))
-    say_skipped(run.skipped_scans)
-    say_notes(merged(run.process_layout.gather(run.stream.log.notes)), run.config.specs)
-    if run.stream.log.scans:
-        say(input_summary(run.stream))
-    if (skipped := int(run.state.skipped)) > 0:
-        say(f"{skipped} of {run.step} steps were skipped, for something in them was not finite.")
-    end = run.trainer.detector(run.state, run.process_layout)
-    if run.config.model.selection is not None and run.watch.selection and run.start is not None:
-        reports, moved = selection_report(run.start, end, run.watch.mean_selection())
-        say("\n" + selection_table(reports, moved, run.config.dataset_names))
-    return run.evaluate_end(end)
+    path = workdir / SUMMARY
+    if training.first_step < training.total or not path.exists():
+        write_summary(workdir, facts)
+    say(f"What the run did is summed up in {path}.")
 
 
 def input_summary(stream: JointStream) -> str:
-    """How fast scans were prepared, and what for; the stream has given some."""
+    """Describe how fast scans were prepared, by task; the stream has yielded some."""
     rate, scans = stream.scans_per_second_per_core, stream.log.scans
     parts = ", ".join(f"{part} {1000 * seconds / scans:.0f}" for part, seconds in stream.log.seconds.items())
-    # Not the device: it works on what it was given while the loop waits.
+    # The loop waits, not the device, which works on the steps that it was given.
     waited = f"the loop waited {stream.waited:.1f} s for it"
     return f"Input: {rate:.1f} scans per second per core ({parts} ms a scan); {waited}."
 
 
-def _facts(run: Run, documents: dict[str, Any], began: float, code: str) -> RunFacts:
-    """What summary.md tells."""
-    config, counter = run.config, run.compilations
-    names = config.dataset_names
-    results = [CheckpointScores.of("last", run.step, documents)]
-    best = best_step(run.workdir)
-    if config.train.evaluate_every and best is not None:
-        results.append(CheckpointScores.of("best", best, read_evaluations(run.workdir)[best]))
-    return RunFacts(
-        config=config,
-        num_scans=dict(zip(names, run.stream.num_scans, strict=True)),
-        steps=run.step,
-        epochs=run.step / steps_of_run(config, run.stream.steps_per_epoch)[0],
-        results=results,
-        seconds=time.monotonic() - began,
-        scans_per_second=run.watch.scans_per_second,
-        resumed_after=run.began_after,
-        skipped_steps=int(run.state.skipped),
-        skipped_scans=len(run.skipped_scans),
-        compilations=counter.count,
-        loaded_compilations=counter.loaded,
-        compilation_seconds=counter.seconds,
-        devices=RunDevices.of(run.process_layout.mesh),
-        versions=versions(),
-        revision=code,
-    )
+def drop_lost_steps(workdir: Path, step: int, batches: int = 1) -> None:
+    """Drop metrics, evaluations and kept batches after the step that a run resumes from, for it takes them again.
 
-
-def _sum_up(run: Run, facts: RunFacts) -> None:
-    """summary.md; that of a run which had taken all its steps already stays, for it tells of them."""
-    path = run.workdir / SUMMARY
-    if run.began_after < run.total or not path.exists():
-        write_summary(run.workdir, facts)
-    say(f"What the run did is summed up in {path}.")
-
-
-def _have_alone(workdir: Path, process_layout: MeshLayout, opened: contextlib.ExitStack) -> None:
-    """Keep other runs out of the workdir."""
-
-    def locked() -> None:
-        if is_main():
-            opened.enter_context(alone_in(workdir, "training run"))
-
-    process_layout.all_or_raise(locked, "have the workdir for itself")
+    Args:
+        workdir: folder of the run.
+        step: last step to keep.
+        batches: batches in a step.
+    """
+    for name in (FILE_NAME, SELECTION_FILE):
+        drop_lines_after(workdir / name, step)
+    for folder in (workdir / EVALUATIONS).glob("*/"):
+        if folder.name.isdecimal() and int(folder.name) > step:
+            shutil.rmtree(folder)
+    for number, paths in kept_batches(workdir).items():
+        for path in paths if number >= step * batches else ():
+            path.unlink()
 
 
 @contextlib.contextmanager
-def _naming_what_cannot_be_written(workdir: Path) -> Iterator[None]:
-    """A full disk and its like, met anywhere in the run, as one sentence."""
+def _explain_unwritable(workdir: Path) -> Iterator[None]:
+    """Turn a full disk and the like, anywhere in the run, into an `InputError`."""
     try:
         yield
     except OSError as error:
@@ -263,14 +392,14 @@ def _naming_what_cannot_be_written(workdir: Path) -> Iterator[None]:
             raise
         raise InputError(
             f"{error.filename or workdir} cannot be written ({error.strerror}): free space there or make it writable; "
-            f"{_what_is_saved(workdir)}."
+            f"{_describe_saved(workdir)}."
         ) from error
 
 
-def _say_start(config: ExperimentConfig, stream: JointStream, mesh: Mesh, total: int) -> None:
-    names, batches = config.dataset_names, config.optim.accumulate_steps
+def _say_start(config: ExperimentConfig, stream: JointStream, total: int) -> None:
+    mesh, batches = stream.process_layout.mesh, config.optim.accumulate_steps
     kinds = ["procedural scans" if source.is_procedural else "scans" for source in config.datasets]
-    counted = zip(names, stream.num_scans, kinds, strict=True)
+    counted = zip(config.dataset_names, stream.num_scans, kinds, strict=True)
     datasets = ", ".join(f"{name} ({count} {kind})" for name, count, kind in counted)
     sizes = [str(size) for size in stream.batch_sizes]
     size = f"{sizes[0]} scans a dataset" if len(set(sizes)) == 1 else f"{', '.join(sizes)} scans"
@@ -283,12 +412,8 @@ def _say_start(config: ExperimentConfig, stream: JointStream, mesh: Mesh, total:
     )
 
 
-def _say_stopped(stopped: Stopped, workdir: Path) -> None:
-    say(f"{stopped}; {_what_is_saved(workdir)}.")
-
-
-def _what_is_saved(workdir: Path) -> str:
-    """What the same command does after the run was left."""
+def _describe_saved(workdir: Path) -> str:
+    """Describe how the same command would continue."""
     with CheckpointStore(workdir / "checkpoints") as store:
         newest = store.latest_step()
     if newest is None:

@@ -4,148 +4,85 @@ import contextlib
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
+from jaxtyping import Float, Int
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
-from tqdm import tqdm
 
 from h2a2_jax.balancers import recorded
 from h2a2_jax.balancers.ngh import HarmonizationState
 from h2a2_jax.checkpoint.parameter_groups import KINDS, PLACES
 from h2a2_jax.checkpoint.tree import flat_names
-from h2a2_jax.config import ExperimentConfig
+from h2a2_jax.distributed import is_main, say
+from h2a2_jax.errors import InputError
 from h2a2_jax.files import JsonLinesWriter, read_json_lines
-from h2a2_jax.host import duration
-from h2a2_jax.loader.stream import JointStep, JointStream
-from h2a2_jax.scans.specs import DatasetSpec
+from h2a2_jax.loader.stream import JointStep
+from h2a2_jax.training.callbacks import Callback, CompilationCounter, Progress, Training
 from h2a2_jax.training.gradients import SelectionMetrics
-from h2a2_jax.training.selection_log import SelectionLog
 from h2a2_jax.training.step import StepMetrics
 
 FILE_NAME = "metrics.jsonl"
 SCHEMA_VERSION = 1
+TENSORBOARD = "tensorboard"
+SELECTION_FILE = "selection.jsonl"
+SELECTION_VERSION = 1
+SELECTION_LINES = 200
+_DIGITS = 4
 
 
-class MetricsWriter:
-    """Writes `metrics.jsonl`, one JSON object a logged step, and appends to it when a run goes on.
+class MetricsWriter(JsonLinesWriter, contextlib.AbstractContextManager):
+    """Write `metrics.jsonl`, one JSON object a logged step; a resumed run appends to it.
 
-    Schema, version 1. Each line is an object of its own:
+    Schema, version 1. Each line is an object with:
 
-    - "step": int, optimiser steps done; always the first key. Of two lines of one step the later one counts: where an
-      evaluation follows, the line is written once more with its scores.
+    - "step": int, optimiser steps done; always the first key. Of two lines of one step the later one counts: an
+      evaluation writes the line of its step again, with its scores.
     - "version": int, the version of this schema; always the second key.
-    - any further key: the value of a metric, a number or null. A slash parts a metric from what it is of, as in
+    - any further key: the value of a metric, a number or null. A slash separates a metric from its subject, as in
       "loss/scannet". Null stands for a value that is not finite, which JSON cannot express.
 
-    Every line is flushed when written, so that a killed run leaves its metrics behind. A last line that a kill cut
-    short is dropped when the run goes on.
+    Every line is flushed when written, so that a killed run leaves its metrics behind. A resumed run drops a last line
+    that a kill cut short.
 
     Args:
         workdir: folder of the run; made if missing.
     """
 
     def __init__(self, workdir: str | Path):
-        self._lines = JsonLinesWriter(Path(workdir) / FILE_NAME, SCHEMA_VERSION)
-        self.path = self._lines.path
+        super().__init__(Path(workdir) / FILE_NAME, SCHEMA_VERSION)
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append the metrics of one step.
 
         Args:
             step: optimiser steps done.
-            metrics: numbers by name, None for one that is not known; arrays of one element count as numbers and
-                are fetched from their device here.
+            values: numbers by name, None for an unknown one; arrays of one element count as numbers and are fetched
+                from their device here.
 
         Raises:
-            ValueError: if a metric is no single number or is named as a key of the schema.
+            ValueError: a metric is no single number or is named as a key of the schema.
         """
-        self._lines.write(step, {name: _number(name, value) for name, value in metrics.items()})
-
-    def close(self) -> None:
-        """Close the file; writing after that is an error."""
-        self._lines.close()
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
+        super().write(step, {name: _number(name, value) for name, value in values.items()})
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, float | int | None]]:
-    """The lines of a run's `metrics.jsonl` in the order of their steps, as `MetricsWriter` describes them.
+    """Read the lines of a run's `metrics.jsonl` in the order of their steps (`MetricsWriter` has the schema).
 
     Raises:
         InputError: a line is damaged or of another version.
     """
     return read_json_lines(Path(workdir) / FILE_NAME, SCHEMA_VERSION)
-
-
-class Progress:
-    """A line of progress on standard error: step of total, loss, scans per second, time taken and time left.
-
-    In a terminal the line is updated in place; in a log a new line is printed at most every `interval` seconds, and
-    always for the last step. Time left extrapolates from the steps of this process, so a run that goes on from step 900
-    of 1000 is not thought fast.
-
-    Args:
-        total_steps: steps of the whole run.
-        first_step: steps done before this process, for a run that goes on.
-        interval: seconds between two lines of a log.
-    """
-
-    def __init__(self, total_steps: int, first_step: int = 0, interval: float = 30.0):
-        self._total, self._first, self._interval = total_steps, first_step, interval
-        self._scans = 0
-        self._start = self._last_line = time.monotonic()
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total_steps, initial=first_step, unit="step") if terminal else None
-
-    def update(self, step: int, loss: float, scans: int) -> None:
-        """Report a step.
-
-        Args:
-            step: steps done, this one included.
-            loss: the loss to show.
-            scans: scans that were trained on since the last call.
-        """
-        self._scans += scans
-        now = time.monotonic()
-        elapsed = now - self._start
-        rate = self._scans / max(elapsed, 1e-9)
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} scans/s", refresh=False)
-            self._bar.update(step - self._bar.n)
-        elif step >= self._total or now - self._last_line >= self._interval:
-            self._last_line = now
-            left = elapsed / max(step - self._first, 1) * (self._total - step)
-            print(
-                f"step {step}/{self._total}  loss {loss:.4f}  {rate:.1f} scans/s  "
-                f"elapsed {duration(elapsed)}  left {duration(left)}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def close(self) -> None:
-        """Leave the terminal's line."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def _number(name: str, value: Any) -> float | int | None:
@@ -159,18 +96,14 @@ def _number(name: str, value: Any) -> float | int | None:
     return number if math.isfinite(number) else None
 
 
-FOLDER = "tensorboard"
-"""In the workdir of a run."""
+class TensorBoardWriter(contextlib.AbstractContextManager):
+    """Write scalars to a new event file; `tensorboard --logdir=<folder>` shows those of all files as one run.
 
-
-class TensorBoardWriter:
-    """Writes scalars to an event file of its own; `tensorboard --logdir=<folder>` shows those of all files as one run.
-
-    Every line is on the disk when `write` returns, so that a killed run leaves its metrics behind. A run that goes on
-    tells TensorBoard to forget the steps after its checkpoint, which it takes again: none is shown twice.
+    Every line is on the disk when `write` returns, so that a killed run leaves its metrics behind. A resumed run tells
+    TensorBoard to forget the steps after its checkpoint, which it takes again: no step is shown twice.
 
     Args:
-        folder: of the event files, <workdir>/tensorboard; made if missing.
+        folder: folder of the event files, <workdir>/tensorboard; made if missing.
         first_step: optimiser steps done before this process; 0 for a new run.
 
     Raises:
@@ -178,20 +111,19 @@ class TensorBoardWriter:
     """
 
     # tensorboardX's own writers hand events to a thread, which a kill ends with what it holds, and name the file by the
-    # second, so that a run which goes on within one overwrites it: here are its records and messages alone.
+    # second, so that a run which resumes within one overwrites it: here are its records and messages alone.
     def __init__(self, folder: str | Path, first_step: int = 0):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads files in the order of their names: ten digits of seconds first, as all writers have them.
-        name = f"events.out.tfevents.{time.time_ns() / 1e9:.6f}.{os.getpid()}"
-        self.path = folder / name
+        self.path = folder / f"events.out.tfevents.{time.time_ns() / 1e9:.6f}.{os.getpid()}"
         self._records = RecordWriter(str(self.path))
         self._write(file_version="brain.Event:2")
         self._write(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
         self._records.flush()
 
     def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
-        """Write the scalars of one step; what is None or not finite is left out.
+        """Write the scalars of one step, without values that are None or not finite.
 
         Args:
             step: optimiser steps done.
@@ -213,74 +145,224 @@ class TensorBoardWriter:
     def _write(self, **content: Any) -> None:
         self._records.write(Event(wall_time=time.time(), **content).SerializeToString())
 
-    def __enter__(self) -> "TensorBoardWriter":
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
 
 
-_MEANS = ("alpha", "beta", "gamma")
+class SelectionLog:
+    """Write means of alpha, beta and gamma over many steps to `selection.jsonl`.
 
+    Schema, version 1. Each line is an object with:
 
-@dataclass
-class Watch:
-    """Gathers what steps report between two lines of metrics.
+    - "step": int, optimiser steps done; always the first key. Of two lines of one step the later one counts.
+    - "version": int, the version of this schema.
+    - "steps": int, number of steps that the values are means over: those since the line before, of this process. The
+      values of a dataset are means over the steps that it took part in.
+    - "datasets": names, in the order of the dataset axis D.
+    - "layers": by name of the layer, an object with "alpha" [D][V], offset validity prior, the same for all datasets
+      unless each has its own; "beta" [D][V], structural consistency, mean over scans; "gamma" [D][V], share of scans
+      that took the shared kernel. V offsets, x fastest. Rounded to four digits; null if a dataset took no part.
+
+    A line is written after every `every` steps and after the last one; a run without kernel selection writes no file.
+
+    Args:
+        workdir: folder of the run.
+        datasets: names, in the order of the dataset axis.
+        total_steps: steps of the run.
+        log_every: steps from one call of `add` to the next.
 
     Attributes:
-        config: of the run.
-        specs: of its datasets.
-        schedule: learning rate by the number of steps applied.
-        stream: of the scans.
-        selection_log: is told of kernel selection with every summary.
-        scans_since_summary: scans of the steps that the last summary was of.
-        selection: of the last steps.
+        every: steps from one line to the next, a multiple of `log_every`.
     """
 
-    config: ExperimentConfig
-    specs: Sequence[DatasetSpec]
-    schedule: optax.Schedule
-    stream: JointStream
-    selection_log: SelectionLog | None = None
-    scans_since_summary: int = 0
-    selection: list[dict[str, SelectionMetrics]] = field(default_factory=list)
-    _pending: list[StepMetrics] = field(default_factory=list)
-    _dropped: int = 0
-    _since: float = field(default_factory=time.monotonic)
-    _scans: int = 0
-    _step: int = 0
-    _summaries: int = 0
-    _timed_scans: int = 0
-    _timed_seconds: float = 0.0
+    def __init__(self, workdir: str | Path, datasets: Sequence[str], total_steps: int, log_every: int):
+        self.path = Path(workdir) / SELECTION_FILE
+        self.every = log_every * max(1, math.ceil(total_steps / SELECTION_LINES / log_every))
+        self._datasets, self._total = list(datasets), total_steps
+        self._sums: dict[str, tuple[Any, Any]] = {}
+        self._steps = 0
+
+    def add(self, step: int, selections: Sequence[Mapping[str, SelectionMetrics]]) -> None:
+        """Add the metrics of steps, and write a line if one is due.
+
+        Args:
+            step: steps done, with those of `selections`.
+            selections: metrics of each step, by layer; arrays on the host.
+        """
+        for selection in selections:
+            self._steps += 1
+            for layer, seen in selection.items():
+                values = np.stack([seen.alpha, seen.beta, seen.gamma]).astype(np.float64)
+                known = np.isfinite(values)  # NaN: the dataset took no part in the step
+                total, count = self._sums.get(layer, (0.0, 0))
+                self._sums[layer] = (total + np.where(known, values, 0), count + known)
+        if self._sums and (step % self.every == 0 or step >= self._total):
+            layers = {}
+            for layer, (total, count) in self._sums.items():
+                means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+                rounded = np.round(means, _DIGITS).astype(object)
+                rounded[~np.isfinite(means)] = None
+                layers[layer] = dict(zip(("alpha", "beta", "gamma"), rounded.tolist(), strict=True))
+            # Opened for each line: there are few, and nothing is left to close.
+            with contextlib.closing(JsonLinesWriter(self.path, SELECTION_VERSION)) as writer:
+                writer.write(step, {"steps": self._steps, "datasets": self._datasets, "layers": layers})
+            self._sums, self._steps = {}, 0
+
+
+@dataclass(frozen=True)
+class SelectionHistory:
+    """Kernel selection of one layer over training.
+
+    Attributes:
+        alpha: [T, D, V].
+        beta: [T, D, V].
+        gamma: [T, D, V].
+    """
+
+    alpha: Float[np.ndarray, "t d v"]
+    beta: Float[np.ndarray, "t d v"]
+    gamma: Float[np.ndarray, "t d v"]
+
+
+def read_selection_log(
+    path: Path, datasets: Sequence[str]
+) -> tuple[Int[np.ndarray, " t"], dict[str, SelectionHistory]]:
+    """Read the steps of the lines, and the history of each layer.
+
+    Args:
+        path: the file `selection.jsonl`.
+        datasets: names; sets the order of the dataset axis.
+
+    Raises:
+        InputError: the file is damaged, of another version, of other datasets, or its lines differ in their layers.
+    """
+    lines = read_json_lines(path, SELECTION_VERSION)
+    if not lines:
+        return np.zeros(0, np.int64), {}
+    names = list(lines[-1]["layers"])
+    for line in lines:
+        if set(line["datasets"]) != set(datasets) or list(line["layers"]) != names:
+            raise InputError(
+                f"The line of step {line['step']} in {path} is of other datasets or layers than the run: expected are "
+                f"{', '.join(datasets)} and the layers of the last line; remove lines of another run."
+            )
+
+    def history(layer: str, part: str) -> np.ndarray:
+        stored = [(line["layers"][layer][part], line["datasets"]) for line in lines]
+        return np.array([[values[order.index(name)] for name in datasets] for values, order in stored], np.float64)
+
+    found = {layer: SelectionHistory(*(history(layer, part) for part in ("alpha", "beta", "gamma"))) for layer in names}
+    return np.array([line["step"] for line in lines], np.int64), found
+
+
+class LogMetrics(Callback):
+    """Write a line of metrics, with means since the line before, wherever one is due; show progress.
+
+    Only the main process writes.
+
+    Args:
+        training: the run, at its first step.
+        compilations: counts compiled programs.
+
+    Attributes:
+        selection: kernel selection of the last steps, by layer.
+    """
 
     _REMEMBERED = 50
 
-    def see(self, item: JointStep, metrics: StepMetrics) -> None:
-        """Take note of a batch; what it computes stays on the device until the summary."""
-        self._pending.append(metrics)
-        self._scans += item.num_scans
-        self._dropped += item.dropped_points
-        self._step = item.step // self.config.optim.accumulate_steps
+    def __init__(self, training: Training, compilations: CompilationCounter):
+        config = training.config
+        self.selection: list[dict[str, SelectionMetrics]] = []
+        self._compilations = compilations
+        self._selection_log = SelectionLog(
+            training.workdir, config.dataset_names, training.total, config.train.log_every
+        )
+        self._pending: list[StepMetrics] = []
+        self._scans, self._dropped, self._lines = 0, 0, 0
+        self._opened = self._since = time.monotonic()
+        self._timed_scans, self._timed_seconds = 0, 0.0
+        self._progress: Progress | None = None
+        self._writers: tuple[MetricsWriter, TensorBoardWriter] | None = None
+        if is_main():
+            board = TensorBoardWriter(training.workdir / TENSORBOARD, training.step)
+            self._writers = MetricsWriter(training.workdir), board
+
+    def after_batch(self, training: Training, item: JointStep, metrics: StepMetrics) -> None:
+        """Keep the metrics of a batch, whose arrays stay on the device until the line is written."""
+        if self._writers is not None:
+            self._pending.append(metrics)
+            self._scans += item.num_scans
+            self._dropped += item.dropped_points
+
+    def after_step(self, training: Training, metrics: StepMetrics) -> None:
+        """Write the line of the step, if one is due."""
+        if self._writers is None:
+            return
+        if self._progress is None:  # begins after the first step, for compiling says nothing of the time left
+            jax.block_until_ready(metrics)
+            say(f"First step done after {time.monotonic() - self._opened:.0f} s.")
+            self._progress = Progress(training.total, training.step)
+        if training.is_logged:
+            scans = self._scans
+            values = self._summarize(training)
+            self.write(training.step, values)
+            losses = np.array([values[f"loss/{name}"] for name in training.config.dataset_names])
+            self._progress.update(training.step, float(mean_known(losses)), scans)
+            training.store.check()
+
+    def after_steps(self, training: Training) -> None:
+        """Leave the line of progress."""
+        if self._progress is not None:
+            self._progress.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._progress is not None:
+            self._progress.close()
+        for writer in self._writers or ():
+            writer.close()
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write a line of `metrics.jsonl` and for TensorBoard."""
+        for writer in self._writers or ():
+            writer.write(step, values)
+
+    def add_scores(self, training: Training, scores: Mapping[str, float | None]) -> None:
+        """Write the line of the newest step again with further values, unless it has them already."""
+        if self._writers is not None and not scores.items() <= (line := line_of(training)).items():
+            values = {name: value for name, value in line.items() if name not in ("step", "version")}
+            self.write(training.step, {**values, **scores})
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What takes place inside is no part of the scans per second."""
+        """Leave the time inside out of the scans per second."""
         started = time.monotonic()
         yield
         self._since += time.monotonic() - started
 
     @property
     def scans_per_second(self) -> float | None:
-        """Of all steps but those before the first summary, of which one compiled; None where there are no others."""
+        """Scans per second of all steps after the first line, for which a program compiled; None without such steps."""
         return self._timed_scans / self._timed_seconds if self._timed_seconds else None
 
-    def summary(self, balancer: Any) -> dict[str, float]:
-        """Means since the last summary, as one line of metrics.jsonl."""
-        steps = jax.device_get(self._pending)
-        self._pending = []
-        self.selection = (self.selection + [metrics.selection for metrics in steps])[-self._REMEMBERED :]
-        if self.selection_log is not None:
-            self.selection_log.add(self._step + 1, [metrics.selection for metrics in steps])
+    def mean_selection(self) -> dict[str, SelectionMetrics]:
+        """Kernel selection over the last steps: mean shares, extreme scores."""
+        means = ("alpha", "beta", "gamma")
+        return {
+            layer: SelectionMetrics(
+                **{part: mean_known(np.stack([getattr(s[layer], part) for s in self.selection])) for part in means},
+                lowest_score=np.fmin.reduce([step[layer].lowest_score for step in self.selection]),
+                highest_score=np.fmax.reduce([step[layer].highest_score for step in self.selection]),
+            )
+            for layer in self.selection[0]
+        }
+
+    def _summarize(self, training: Training) -> dict[str, float]:
+        """Means since the last line, by name of the metric."""
+        steps, self._pending = jax.device_get(self._pending), []
+        names, selections = training.config.dataset_names, [metrics.selection for metrics in steps]
+        self.selection = (self.selection + selections)[-self._REMEMBERED :]
+        self._selection_log.add(training.step, selections)
         now = time.monotonic()
         good = np.array([not metrics.nonfinite.any() for metrics in steps])
         present = np.stack([metrics.present for metrics in steps]) & good[:, None]
@@ -290,66 +372,52 @@ class Watch:
             for part in ("box_loss", "class_loss")
         )
         values: dict[str, float] = {}
-        for d, spec in enumerate(self.specs):
-            values[f"loss/{spec.name}"] = float(box[d] + classification[d])
-            values[f"loss_box/{spec.name}"] = float(box[d])
-            values[f"loss_class/{spec.name}"] = float(classification[d])
-        values["learning_rate"] = float(self.schedule(max(self._step - skipped, 0)))
+        for d, name in enumerate(names):
+            values[f"loss/{name}"] = float(box[d] + classification[d])
+            values[f"loss_box/{name}"] = float(box[d])
+            values[f"loss_class/{name}"] = float(classification[d])
+        values["learning_rate"] = float(training.trainer.schedule(max(training.step - 1 - skipped, 0)))
         norms = [float(metrics.gradient_norm) for metrics in steps if metrics.gradient_norm > 0]
         values["gradient_norm"] = sum(norms) / len(norms) if norms else math.nan
-        values |= self._harmonization(balancer)
-        shares = [layer.exclusive_share for metrics in steps for layer in metrics.selection.values()]
-        for d, spec in enumerate(self.specs if shares else ()):
-            values[f"exclusive_share/{spec.name}"] = float(mean_known(np.array([share[d] for share in shares])))
+        values |= self._harmonization(training)
+        shares = [1 - layer.gamma.mean(-1) for selection in selections for layer in selection.values()]
+        for d, name in enumerate(names if shares else ()):
+            values[f"exclusive_share/{name}"] = float(mean_known(np.array([share[d] for share in shares])))
         values["dropped_points"] = self._dropped
-        values["skipped_scans"] = len(self.stream.skipped)
+        values["skipped_scans"] = len(training.stream.log.skipped)
         values["skipped_steps"] = skipped
         seconds = max(now - self._since, 1e-9)
         values["scans_per_second"] = self._scans / seconds
-        if self._summaries:
+        values["compilations"] = self._compilations.count
+        if self._lines:
             self._timed_scans, self._timed_seconds = self._timed_scans + self._scans, self._timed_seconds + seconds
-        self._summaries += 1
-        self.scans_since_summary, self._scans, self._dropped, self._since = self._scans, 0, 0, now
+        self._lines += 1
+        self._scans, self._dropped, self._since = 0, 0, now
         return values
 
-    @property
-    def has_news(self) -> bool:
-        """Whether steps were seen since the last summary."""
-        return bool(self._pending)
-
-    def _harmonization(self, balancer: Any) -> dict[str, float]:
+    def _harmonization(self, training: Training) -> dict[str, float]:
         """Agreement, norms and factors of the last step."""
-        record = jax.device_get(recorded(balancer))
+        record = jax.device_get(recorded(training.state.balancer))
         if record is None:
             return {}
-        threshold = self.config.harmonize.threshold
+        threshold = training.config.harmonize.threshold
         psi = np.array(jax.tree.leaves(record.psi))
-        harmonized = psi < threshold
         return {
             "psi/mean": float(psi.mean()),
             "psi/min": float(psi.min()),
-            "psi/harmonized_share": float(harmonized.mean()),
+            "psi/harmonized_share": float((psi < threshold).mean()),
             "psi/cap_hits": int(record.cap_hits),
-            **group_summary(record, self.config.dataset_names, threshold),
+            **group_summary(record, training.config.dataset_names, threshold),
         }
 
-    def mean_selection(self) -> dict[str, SelectionMetrics]:
-        """Kernel selection over the last steps: mean share, extreme scores."""
-        return {
-            layer: SelectionMetrics(
-                **{
-                    part: mean_known(np.stack([getattr(step[layer], part) for step in self.selection]))
-                    for part in _MEANS
-                },
-                lowest_score=np.fmin.reduce([step[layer].lowest_score for step in self.selection]),
-                highest_score=np.fmax.reduce([step[layer].highest_score for step in self.selection]),
-            )
-            for layer in self.selection[0]
-        }
+
+def line_of(training: Training) -> Mapping[str, Any]:
+    """The line of metrics of the newest step; empty without one."""
+    return next((line for line in read_metrics(training.workdir) if line["step"] == training.step), {})
 
 
 def mean_known(values: np.ndarray) -> Any:
-    """Mean over the first axis of what is not NaN, as absent datasets are; NaN where there is nothing else."""
+    """Mean over the first axis without NaN, which stands for absent datasets; NaN if there is nothing else."""
     known = ~np.isnan(values)
     count = known.sum(0)
     return np.where(count > 0, np.where(known, values, 0).sum(0) / np.maximum(count, 1), np.nan)
@@ -363,27 +431,30 @@ def group_summary(
 ) -> dict[str, float]:
     """Agreement, norms and factors of the last step by groups of parameters, for a line of metrics.
 
-    On the host; the record is fetched at once. With a record of scope "global" there is one group, "all".
+    On the host; the record is fetched at once. A record of scope "global" has one group, "all".
 
     Args:
-        record: of a balancer (`recorded`).
+        record: a balancer's record (`recorded`).
         dataset_names: in the order of the dataset axis.
         threshold: Psi below which NGH scales the gradients of a tensor.
-        groups: pattern of the parameters' paths by name of the group; groups without a parameter are left out. By
-            default `PLACES` and `KINDS`.
+        groups: pattern of the parameters' paths by name of the group; groups without a parameter are left out. Default:
+            `PLACES` and `KINDS`.
 
     Returns:
         For each group: "psi/<group>", the mean of Psi over its tensors; "harmonized_share/<group>", the share of its
-        tensors whose Psi is below the threshold, whether the method scales them or not; and for each dataset
+        tensors whose Psi is below the threshold, for every method; and for each dataset
         "gradient_norm/<group>/<dataset>", the norm over all its tensors, 0 for an absent dataset, and
         "scale/<group>/<dataset>", the geometric mean of the factors.
     """
     record = jax.device_get(record)
     is_global = jax.tree_util.treedef_is_leaf(jax.tree.structure(record.psi))
-    members = {"all": [0]} if is_global else _members(flat_names(record.psi), groups or {**PLACES, **KINDS})
+    names, patterns = flat_names(record.psi), groups or {**PLACES, **KINDS}
+    members = {group: [i for i, name in enumerate(names) if re.search(p, name)] for group, p in patterns.items()}
     psi, norms, scales = (np.array(jax.tree.leaves(part), np.float64) for part in record[:3])
     values: dict[str, float] = {}
-    for group, rows in members.items():
+    for group, rows in ({"all": [0]} if is_global else members).items():
+        if not rows:
+            continue
         values[f"psi/{group}"] = float(psi[rows].mean())
         values[f"harmonized_share/{group}"] = float((psi[rows] < threshold).mean())
         norm = np.sqrt((norms[rows] ** 2).sum(0))
@@ -392,9 +463,3 @@ def group_summary(
             values[f"gradient_norm/{group}/{dataset}"] = float(norm[k])
             values[f"scale/{group}/{dataset}"] = float(scale[k])
     return values
-
-
-def _members(names: Sequence[str], groups: Mapping[str, str]) -> dict[str, list[int]]:
-    """Rows of each group's tensors."""
-    rows = {group: [i for i, name in enumerate(names) if re.search(pattern, name)] for group, pattern in groups.items()}
-    return {group: found for group, found in rows.items() if found}

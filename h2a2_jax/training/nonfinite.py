@@ -1,53 +1,60 @@
-"""Batches that are not finite: found, kept and named.
+"""Batches that are not finite: found, kept as files, named, and run again.
 
-A batch of training as a file: what the network saw and what it should have found, to be run again.
+The step leaves the state as it was (`h2a2_jax.training.step`). The watch looks at the metrics of a step one step later,
+while the device is at work on the next one, so that looking takes no time.
 
-<batch>.npz holds, for each cell (the scans of one dataset on one device) by its number c: "c.keys" int64 [n] of the
-voxels (`SiteSet`), "c.features" float32 [n, 3], "c.boxes" float32 [g, 7], "c.labels" int32 [g], "c.box_scans" int32
-[g]; and "cells", JSON that names their dataset and scans.
-
-Steps in which something was not finite: named, counted, kept for replay, and the end of a run of nothing else.
-
-The step itself leaves the state as it was (`h2a2_jax.training.step`). What it reports is looked at one step later, when
-the device is at work on the next one, so that looking takes no time.
+A kept batch is <batch>.npz. For each shard (the scans of one dataset on one device), by its number c, it holds "c.keys"
+int64 [n] of the voxels (`SiteSet`), "c.features" float32 [n, 3], "c.boxes" float32 [g, 7], "c.labels" int32 [g],
+"c.box_scans" int32 [g]; and "cells", JSON with the dataset and the scans of every shard.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
 from h2a2_jax.checkpoint.parameter_groups import place_of
+from h2a2_jax.checkpoint.store import CheckpointStore
+from h2a2_jax.checkpoint.train_state import merge_model, split_model
+from h2a2_jax.checkpoint.tree import flat_names
+from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.distributed import is_main, say
 from h2a2_jax.errors import InputError
 from h2a2_jax.files import whole_file
-from h2a2_jax.loader.batching import ScanBatch, no_scan
-from h2a2_jax.loader.drawing import DrawnCell
-from h2a2_jax.loader.stream import JointStep, JointStream
-from h2a2_jax.models import detector_tables
+from h2a2_jax.layers import DatasetContext, ForwardContext
+from h2a2_jax.loader.batching import ScanBatch, no_scan, pad_batch
+from h2a2_jax.loader.stream import DrawnShard, JointStep
+from h2a2_jax.losses import detection_loss
+from h2a2_jax.models import TR3D, PlanLayout, detector_tables
 from h2a2_jax.scans.scan import Scan
-from h2a2_jax.sparse import SiteSet
-from h2a2_jax.training.step import StepMetrics
+from h2a2_jax.sparse import SiteSet, SparseTensor
+from h2a2_jax.training.callbacks import Callback, Training
+from h2a2_jax.training.gradients import Targets
+from h2a2_jax.training.step import StepMetrics, tensor_names
 
 FOLDER = "nonfinite"
-"""In the workdir: the kept batches, `<batch>.npz`; in a run of several processes each has a folder of its own in it."""
+"""In the workdir: the kept batches, `<batch>.npz`; each of several processes has a folder of its own in it."""
 
 _ARRAYS = ("keys", "features", "boxes", "labels", "box_scans")
+_MOST_KEPT = 20
+_MOST_NAMED = 10
 
 
 @dataclass(frozen=True)
-class KeptCell:
+class KeptShard:
     """The scans of one dataset on one device.
 
     Attributes:
-        dataset: name.
-        names: of the scans.
-        num_scans: rows of the batch, those without a scan included.
+        dataset: name of the dataset.
+        names: names of the scans.
+        num_scans: rows of the batch, with rows without a scan.
         keys: int64 [n] of the voxels (`h2a2_jax.sparse.SiteSet`).
         features: float32 [n, 3], colours of the voxels.
         boxes: float32 [g, 7] of all scans: centre, size (m), yaw (rad).
@@ -65,12 +72,12 @@ class KeptCell:
     box_scans: Int32[np.ndarray, " g"]
 
     @classmethod
-    def of(cls, dataset: str, cell: DrawnCell) -> "KeptCell":
-        """A cell as it was drawn."""
-        batch, scans = cell.batch, cell.batch.scans
+    def of(cls, dataset: str, shard: DrawnShard) -> "KeptShard":
+        """Keep a shard of the stream."""
+        batch, scans = shard.batch, shard.batch.scans
         return cls(
             dataset,
-            cell.names,
+            shard.names,
             len(scans),
             batch.tables.voxels.keys,
             batch.features,
@@ -80,26 +87,33 @@ class KeptCell:
         )
 
     def bad_inputs(self) -> tuple[str, ...]:
-        """The scans of which a colour or a box is not finite."""
-        sites = SiteSet(self.keys, 1, self.num_scans)
+        """Scans with a colour or a box that is not finite."""
         rows = ~np.isfinite(self.features).all(1)
-        bad = {*sites.scan[rows].tolist(), *self.box_scans[~np.isfinite(self.boxes).all(1)].tolist()}
+        bad = {*self._sites.scan[rows].tolist(), *self.box_scans[~np.isfinite(self.boxes).all(1)].tolist()}
         return tuple(name for number, name in enumerate(self.names) if number in bad)
+
+    def suspects(self) -> str:
+        """Name the scans with an input that is not finite; without such a scan, all of them."""
+        if names := self.bad_inputs():
+            return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} values that are not finite"
+        return f"scans {', '.join(self.names)}" if self.names else ""
 
     def batch(self) -> ScanBatch:
         """The scans with their maps, as they were fed to the network; without points."""
-        scans = []
+        scans, empty = [], no_scan()
         for number in range(self.num_scans):
-            own = self.box_scans == number
+            of_scan = self.box_scans == number
             name = self.names[number] if number < len(self.names) else ""
-            empty = no_scan()
-            scans.append(Scan(name, empty.points, empty.colors, self.boxes[own], self.labels[own]))
-        sites = SiteSet(self.keys, 1, self.num_scans)
-        return ScanBatch(tuple(scans), detector_tables(sites), self.features)
+            scans.append(Scan(name, empty.points, empty.colors, self.boxes[of_scan], self.labels[of_scan]))
+        return ScanBatch(tuple(scans), detector_tables(self._sites), self.features)
+
+    @property
+    def _sites(self) -> SiteSet:
+        return SiteSet(self.keys, 1, self.num_scans)
 
 
 def kept_batches(workdir: Path) -> dict[int, list[Path]]:
-    """Files of the batches that a run kept, by number, rising; of several processes a file each."""
+    """Files of the batches that a run kept, by number, rising; each process wrote its own file of a batch."""
     found: dict[int, list[Path]] = {}
     for path in sorted((workdir / FOLDER).rglob("*.npz")):
         if path.stem.isdecimal():
@@ -107,28 +121,28 @@ def kept_batches(workdir: Path) -> dict[int, list[Path]]:
     return dict(sorted(found.items()))
 
 
-def write_batch(path: Path, cells: list[KeptCell]) -> None:
-    """Write the file in one go.
+def write_batch(path: Path, shards: Sequence[KeptShard]) -> None:
+    """Write the file, which is there whole or not at all.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
-    listed = [{"dataset": c.dataset, "names": c.names, "num_scans": c.num_scans} for c in cells]
-    arrays = {f"{i}.{name}": getattr(cell, name) for i, cell in enumerate(cells) for name in _ARRAYS}
+    listed = [{"dataset": s.dataset, "names": s.names, "num_scans": s.num_scans} for s in shards]
+    arrays = {f"{i}.{name}": getattr(shard, name) for i, shard in enumerate(shards) for name in _ARRAYS}
     with whole_file(path) as part:
         np.savez(part, cells=np.array(json.dumps(listed)), **arrays)
 
 
-def read_batch(path: Path) -> list[KeptCell]:
-    """The cells of a file.
+def read_batch(path: Path) -> list[KeptShard]:
+    """Read the shards of a file.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file cannot be read.
     """
     try:
         with path.open("rb") as opened, np.load(opened) as file:
             return [
-                KeptCell(
+                KeptShard(
                     entry["dataset"],
                     tuple(entry["names"]),
                     entry["num_scans"],
@@ -140,114 +154,226 @@ def read_batch(path: Path) -> list[KeptCell]:
         raise InputError(f"{path} is no batch that a run kept ({error}): give one of its folder nonfinite.") from error
 
 
-_MOST_KEPT = 20
-_FIRST_SAID = 10
-
-
 class NonFiniteError(Exception):
-    """So many steps in a row were skipped that the run ends."""
+    """Too many steps in a row were skipped: the run ends."""
 
 
-@dataclass
-class NonFiniteWatch:
-    """Looks at what the steps report.
+class NonFiniteWatch(Callback):
+    """Name and keep the batches of skipped steps, and end a run that skips too many in a row.
+
+    Args:
+        training: the run, at its first step.
 
     Attributes:
-        workdir: of the run.
-        datasets: names, in the order of the dataset axis.
-        tensors: what the columns of `StepMetrics.nonfinite` stand for.
-        stream: the batches are drawn from it again.
-        most_in_row: skipped steps in a row that end the run.
-        skipped: steps skipped so far, as far as they were looked at.
+        skipped: steps skipped so far, as far as the watch has looked.
     """
 
-    workdir: Path
-    datasets: Sequence[str]
-    tensors: Sequence[str]
-    stream: JointStream
-    most_in_row: int
-    skipped: int = 0
-    _pending: tuple[int, StepMetrics] | None = None
-    _said: int = field(default=0)
+    def __init__(self, training: Training):
+        self._training, self._tensors = training, tensor_names(training.state)
+        self.skipped, self._named = 0, 0
+        self._pending: tuple[int, StepMetrics] | None = None
 
-    def see(self, item: JointStep, metrics: StepMetrics) -> None:
+    def after_batch(self, training: Training, item: JointStep, metrics: StepMetrics) -> None:
         """Look at the batch before this one.
 
-        Args:
-            item: the batch.
-            metrics: what the step reports, still on the device.
-
         Raises:
-            NonFiniteError: so many steps in a row were skipped.
+            NonFiniteError: too many steps in a row were skipped.
         """
         before, self._pending = self._pending, (item.step, metrics)  # not the batch, which fills memory
         if before is not None:
             self._look(*before)
 
-    def look(self) -> None:
-        """Look at the last batch now; waits for the device.
+    def after_step(self, training: Training, metrics: StepMetrics) -> None:
+        """Look at the last batch now, and wait for the device, if the step is logged or saved.
 
         Raises:
-            NonFiniteError: so many steps in a row were skipped.
+            NonFiniteError: too many steps in a row were skipped.
         """
-        before, self._pending = self._pending, None
-        if before is not None:
-            self._look(*before)
+        if training.is_logged and self._pending is not None:
+            self._look(*self._pending)
+            self._pending = None
 
     def _look(self, number: int, metrics: StepMetrics) -> None:
         found, self.skipped, in_row = jax.device_get((metrics.nonfinite, metrics.skipped, metrics.skipped_in_row))
         if not found.any():
             return
-        drawn = self.stream.cells(number)
-        cells = [KeptCell.of(self.datasets[d], cell) for (d, _), cell in sorted(drawn.items())]
-        path = self._keep(number, cells)
-        bad = {self.datasets[d] for d in np.flatnonzero(found.any(1)).tolist()}
-        if self._said < _FIRST_SAID:
-            if is_main() or any(cell.dataset in bad for cell in cells):  # who loads the scans knows their names
-                print(self._sentence(number, found, cells, path), flush=True)
-        elif self._said == _FIRST_SAID:
+        config = self._training.config
+        names = config.dataset_names
+        drawn = self._training.stream.shards(number)
+        shards = [KeptShard.of(names[d], shard) for (d, _), shard in sorted(drawn.items())]
+        path = self._keep(number, shards)
+        bad = {names[d] for d in np.flatnonzero(found.any(1)).tolist()}
+        if self._named < _MOST_NAMED:
+            if is_main() or any(shard.dataset in bad for shard in shards):  # who loads the scans knows their names
+                print(self._report(number, found, shards, path), flush=True)
+        elif self._named == _MOST_NAMED:
             say("Further batches that are not finite are counted (skipped_steps in metrics.jsonl), not named.")
-        self._said += 1
-        if in_row >= self.most_in_row:
+        self._named += 1
+        if in_row >= config.train.max_skipped_steps:
             raise NonFiniteError(
                 f"{in_row} steps in a row were not finite, so that the run ends; its parameters are those from before "
-                f"them. Look at one of them again with: python run.py --mode=replay --workdir={self.workdir}"
+                "them. Look at one of them again with: python run.py --mode=replay "
+                f"--workdir={self._training.workdir}"
             )
 
-    def _sentence(self, number: int, found: np.ndarray, cells: list[KeptCell], path: Path) -> str:
+    def _report(self, number: int, found: np.ndarray, shards: Sequence[KeptShard], path: Path) -> str:
         parts = []
         for d in np.flatnonzero(found.any(1)).tolist():
-            columns = [name for name, bad in zip(self.tensors, found[d], strict=True) if bad]
-            places = places_of(columns)
-            scans = [suspects(cell) for cell in cells if cell.dataset == self.datasets[d]]
+            dataset = self._training.config.dataset_names[d]
+            columns = [name for name, bad in zip(self._tensors, found[d], strict=True) if bad]
+            scans = [shard.suspects() for shard in shards if shard.dataset == dataset]
             where = "; ".join(filter(None, scans)) or "scans of another process"
-            parts.append(f"{', '.join(places)} of {self.datasets[d]} ({where})")
+            parts.append(f"{', '.join(places_of(columns))} of {dataset} ({where})")
         return f"Batch {number} is not finite and is skipped: {'; '.join(parts)}. It is kept in {path}."
 
-    def _keep(self, number: int, cells: list[KeptCell]) -> Path:
-        """Writes the batch; the oldest of many give way, for the last ones are those that end a run."""
-        folder = self.workdir / FOLDER
+    def _keep(self, number: int, shards: Sequence[KeptShard]) -> Path:
+        """Write the batch, and remove the oldest of many: the last ones are those that end a run."""
+        folder = self._training.workdir / FOLDER
         if jax.process_count() > 1:
             folder /= f"process{jax.process_index()}"
         others = sorted(folder.glob("*.npz"), key=lambda path: int(path.stem))
         for path in others[: max(0, len(others) + 1 - _MOST_KEPT)]:
             path.unlink()
         path = folder / f"{number}.npz"
-        write_batch(path, cells)
+        write_batch(path, shards)
         return path
 
 
-def suspects(cell: KeptCell) -> str:
-    """The scans of a cell of which an input is not finite; else all of them."""
-    names = cell.bad_inputs()
-    if names:
-        return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} values that are not finite"
-    return f"scans {', '.join(cell.names)}" if cell.names else ""
-
-
 def places_of(columns: Sequence[str]) -> list[str]:
-    """Where something is not finite, in few words: the loss, gradients by part of the network, statistics."""
+    """Name the places of values that are not finite: the loss, gradients by part of the network, statistics."""
     of_gradients = dict.fromkeys(place_of(name) for name in columns if name not in ("loss", "statistics"))
     parts = ["the loss"] if "loss" in columns else []
     parts += [f"the gradients of {', '.join(of_gradients)}"] if of_gradients else []
     return parts + (["the running statistics"] if "statistics" in columns else [])
+
+
+@dataclass(frozen=True)
+class ShardReplay:
+    """Results of running a dataset's scans of a kept batch again.
+
+    Attributes:
+        dataset: name of the dataset.
+        scans: names of the scans.
+        bad_inputs: scans with a colour or a box that is not finite.
+        loss: loss of the shard; NaN or infinite if it is not finite.
+        first: name of the first layer whose output is not finite; None: all outputs are finite.
+        places: further places that are not finite: the loss, gradients by part of the network, running statistics.
+    """
+
+    dataset: str
+    scans: tuple[str, ...]
+    bad_inputs: tuple[str, ...]
+    loss: float
+    first: str | None
+    places: tuple[str, ...]
+
+    @property
+    def is_finite(self) -> bool:
+        """True if all inputs and results are finite."""
+        return not (self.bad_inputs or self.first or self.places)
+
+    def text(self) -> str:
+        """Describe the results in a line."""
+        head = f"{self.dataset} ({', '.join(self.scans)}): loss {self.loss:.6g}"
+        if self.is_finite:
+            return f"{head}, everything is finite."
+        parts = [f"not finite among the inputs: {', '.join(self.bad_inputs)}"] if self.bad_inputs else []
+        parts += [f"first in the network: {self.first}"] if self.first else []
+        parts += [f"not finite: {', '.join(self.places)}"] if self.places else []
+        return f"{head}; {'; '.join(parts)}."
+
+
+class Replay(NamedTuple):
+    """Results of running a kept batch again.
+
+    Attributes:
+        number: number of the batch.
+        step: step of the checkpoint whose parameters were used.
+        shards: results of each shard, as if each device had its dataset alone.
+    """
+
+    number: int
+    step: int
+    shards: list[ShardReplay]
+
+
+def replay(workdir: Path, number: int | None = None) -> Replay:
+    """Run a kept batch again, in training mode, with the newest parameters saved before its step or right after it.
+
+    Skipped steps change no parameter, so that a run which ended because of them has the parameters that led to them. If
+    all checkpoints are later, the oldest one is taken.
+
+    Args:
+        workdir: folder of the run.
+        number: number of the batch; None: the last one kept.
+
+    Raises:
+        InputError: there is no such batch, or no checkpoint.
+    """
+    kept = kept_batches(workdir)
+    if not kept:
+        raise InputError(f"{workdir} has no kept batch: nothing was not finite in that run, or --workdir is another.")
+    number = [*kept][-1] if number is None else number
+    if number not in kept:
+        listed = ", ".join(map(str, kept))
+        raise InputError(f"{workdir} has no kept batch {number}; there are those of {listed} (--step).")
+    shards = [shard for path in kept[number] for shard in read_batch(path)]
+    with CheckpointStore(workdir / "checkpoints") as store:
+        batches = store.stored_config(store.existing(None)).optim.accumulate_steps
+        step = checkpoint_of(number // batches, store.steps())
+        detector, config = store.restore_model(step, averaged=False)
+    return Replay(number, step, [_replay_shard(detector, config, shard) for shard in shards])
+
+
+def checkpoint_of(step: int, saved: Sequence[int]) -> int:
+    """The checkpoint with the parameters of a skipped step, counted from 0.
+
+    Args:
+        step: number of the skipped step.
+        saved: steps of the checkpoints, rising.
+
+    Returns:
+        The newest one saved before the step or right after it; if all are later, the oldest.
+    """
+    return max((before for before in saved if before <= step + 1), default=saved[0])
+
+
+def _replay_shard(detector: TR3D, config: ExperimentConfig, shard: KeptShard) -> ShardReplay:
+    names = config.dataset_names
+    index = names.index(shard.dataset)
+    host = shard.batch()
+    layout = PlanLayout.of(config.model)
+    batch = jax.tree.map(jnp.asarray, pad_batch(host, host.tables.sizes, max(host.num_boxes, 1), layout))
+    targets = jax.tree.map(lambda leaf: leaf[index], Targets.of(config.specs))
+    graph, exclusive, shared, stats = split_model(detector)
+
+    def loss(shared: Any, exclusive: Any) -> tuple[jax.Array, tuple[Mapping[str, jax.Array], Any]]:
+        seen: dict[str, jax.Array] = {}
+
+        def tap(name: str, value: Any) -> None:
+            rows = value.features if isinstance(value, SparseTensor) else value
+            valid = value.sites.valid[:, None] if isinstance(value, SparseTensor) else True
+            seen[name] = jnp.isfinite(jnp.where(valid, rows, 0)).all()
+
+        context = ForwardContext(
+            DatasetContext.one(index, len(names)),
+            training=True,
+            dtype=None if config.train.precision == "float32" else jnp.dtype(config.train.precision),
+            tap=tap,
+        )
+        model = merge_model(graph, exclusive, shared, jax.tree.map(jnp.copy, stats))
+        out = model(batch.features, batch.plan, context)
+        losses = detection_loss(
+            out.locations, out.scan, out.level, out.boxes, out.logits, batch.boxes, batch.labels,
+            targets.label_to_level, targets.class_mask, targets.has_yaw,
+        )  # fmt: skip
+        return losses.total, (seen, split_model(model)[3])
+
+    with_gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    (value, (seen, new_stats)), grads = with_gradients(shared, exclusive)
+    finite = [bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads)]
+    bad = [name for name, ok in zip([*flat_names(shared), *flat_names(exclusive)], finite, strict=True) if not ok]
+    bad += [] if all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(new_stats)) else ["statistics"]
+    bad += [] if np.isfinite(value) else ["loss"]
+    first = next((name for name, ok in seen.items() if not ok), None)
+    return ShardReplay(shard.dataset, shard.names, shard.bad_inputs(), float(value), first, tuple(places_of(bad)))

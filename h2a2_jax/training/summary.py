@@ -1,4 +1,4 @@
-"""What a run did and how well, as a page to read: summary.md in its workdir."""
+"""Results of a run for readers: a table of kernel selection, and summary.md in its workdir."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -6,11 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from h2a2_jax.config import ExperimentConfig, to_json
 from h2a2_jax.files import whole_file
 from h2a2_jax.host import duration
+from h2a2_jax.models import TR3D
+from h2a2_jax.models.tr3d import selective_layers
+from h2a2_jax.training.gradients import SelectionMetrics
+from h2a2_jax.typing import AnyArray
 
 FILE_NAME = "summary.md"
 CURVES = "curves.png"
@@ -19,12 +25,12 @@ CURVES = "curves.png"
 
 @dataclass(frozen=True)
 class CheckpointScores:
-    """How well a checkpoint did.
+    """Scores of a checkpoint.
 
     Attributes:
         name: "last" or "best".
-        step: of the checkpoint.
-        scores: mAP, 0 to 1, by dataset and IoU threshold; None where it is not defined.
+        step: step of the checkpoint.
+        scores: mAP, 0 to 1, by dataset and IoU threshold; None if the mAP is not defined.
     """
 
     name: str
@@ -33,7 +39,7 @@ class CheckpointScores:
 
     @classmethod
     def of(cls, name: str, step: int, documents: Mapping[str, Any]) -> "CheckpointScores":
-        """Those that evaluation.json holds (`h2a2_jax.evaluation.documents`)."""
+        """Scores in the content of evaluation.json (`h2a2_jax.evaluation.documents`)."""
         scores = {
             dataset: {float(level["iou"]): level["mAP"] for level in document["thresholds"]}
             for dataset, document in documents.items()
@@ -43,12 +49,12 @@ class CheckpointScores:
 
 @dataclass(frozen=True)
 class RunDevices:
-    """What a run trained on.
+    """Devices of a run.
 
     Attributes:
-        kind: of device, as JAX names it.
-        count: how many.
-        processes: that share them.
+        kind: JAX's name of the kind of device.
+        count: number of devices.
+        processes: number of processes that share them.
         mesh: number of devices along each axis.
     """
 
@@ -59,7 +65,7 @@ class RunDevices:
 
     @classmethod
     def of(cls, mesh: Mesh) -> "RunDevices":
-        """Those of a mesh."""
+        """Devices of a mesh."""
         devices = list(mesh.devices.flat)
         processes = len({device.process_index for device in devices})
         return cls(devices[0].device_kind, len(devices), processes, dict(mesh.shape))
@@ -67,25 +73,25 @@ class RunDevices:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a summary is made of.
+    """Facts of a finished run.
 
     Attributes:
-        config: of the run.
+        config: the run's configuration.
         num_scans: training scans by dataset.
         steps: optimiser steps done.
-        epochs: passes through the largest dataset that these are.
-        results: of the checkpoints that were evaluated.
-        seconds: that this process took, from its start to the last evaluation.
-        scans_per_second: trained on, all devices together, without what compiling and evaluating took; None: not known.
-        resumed_after: step that this process went on after; 0: it began the run.
-        skipped_steps: whose gradients were not finite, or that were left out for another reason.
-        skipped_scans: that could not be used.
-        compilations: programs that were compiled or loaded.
-        loaded_compilations: those of them from the compilation cache.
-        compilation_seconds: that these took.
-        devices: trained on.
-        versions: of packages, by name (`h2a2_jax.host.versions`).
-        revision: of this package (`h2a2_jax.host.revision`), as the run began.
+        epochs: passes through the largest dataset in these steps.
+        results: scores of the checkpoints that were evaluated.
+        seconds: time of this process, from its start to the last evaluation.
+        scans_per_second: training scans of all devices per second, without compiling and evaluating; None: not known.
+        resumed_after: steps done before this process; 0: it began the run.
+        skipped_steps: steps that were skipped because a value was not finite.
+        skipped_scans: scans that could not be used.
+        compilations: programs that were compiled or loaded from the compilation cache.
+        loaded_compilations: programs that were loaded from the compilation cache.
+        compilation_seconds: time that compiling and loading took.
+        devices: devices of the run.
+        versions: versions of packages by name (`h2a2_jax.host.versions`).
+        revision: revision of this package at the start of the run (`h2a2_jax.host.revision`).
     """
 
     config: ExperimentConfig
@@ -107,17 +113,10 @@ class RunFacts:
 
 
 def write_summary(workdir: Path, facts: RunFacts) -> Path:
-    """Write <workdir>/summary.md in one go; it shows `CURVES`, drawn before or after.
-
-    Args:
-        workdir: of the run.
-        facts: of the run.
-
-    Returns:
-        Path of the file.
+    """Write <workdir>/summary.md, which shows `CURVES`, and return its path.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path = workdir / FILE_NAME
     with whole_file(path) as part:
@@ -126,12 +125,7 @@ def write_summary(workdir: Path, facts: RunFacts) -> Path:
 
 
 def summary(workdir: Path, facts: RunFacts) -> str:
-    """The text of summary.md.
-
-    Args:
-        workdir: of the run; its commands name it as it is given.
-        facts: of the run.
-    """
+    """Return the text of summary.md; its commands name the workdir as it is given."""
     nouns = {source.name: "procedural scan" if source.is_procedural else "scan" for source in facts.config.datasets}
     datasets = ", ".join(f"{name} ({_counted(count, nouns[name])})" for name, count in facts.num_scans.items())
     epochs = f"{facts.epochs:.3g} epoch{'' if facts.epochs == 1 else 's'}"
@@ -161,7 +155,7 @@ def _results(results: Sequence[CheckpointScores]) -> str:
     for step, same in columns.items():
         scores = same[0].scores
         title = f"{' and '.join(one.name for one in same)} (step {step})"
-        for iou in sorted({iou for own in scores.values() for iou in own}):
+        for iou in sorted({iou for by_iou in scores.values() for iou in by_iou}):
             header.append(f"mAP@{iou:g}, {title}")
             values = [scores.get(name, {}).get(iou) for name in names]
             for row, value in zip(rows, values, strict=True):
@@ -174,16 +168,16 @@ def _results(results: Sequence[CheckpointScores]) -> str:
 
 
 def _rows(facts: RunFacts) -> list[tuple[str, str]]:
-    """What happened, a name and a value each."""
+    """Name and value of the facts in the table of the run."""
     devices = facts.devices
-    went_on = f", going on after step {facts.resumed_after}" if facts.resumed_after else ""
+    resumed = f", going on after step {facts.resumed_after}" if facts.resumed_after else ""
     compiled = _counted(facts.compilations, "program")
     loaded = f", {facts.loaded_compilations} of them from the cache" if facts.loaded_compilations else ""
     shared = f" in {devices.processes} processes" if devices.processes > 1 else ""
     mesh = " x ".join(f"{count} {axis}" for axis, count in devices.mesh.items())
     speed = "not known" if facts.scans_per_second is None else f"{facts.scans_per_second:.1f}"
     return [
-        ("time", f"{duration(facts.seconds)}{went_on}"),
+        ("time", f"{duration(facts.seconds)}{resumed}"),
         ("scans per second", speed),
         ("skipped steps", str(facts.skipped_steps)),
         ("skipped scans", str(facts.skipped_scans)),
@@ -195,12 +189,7 @@ def _rows(facts: RunFacts) -> list[tuple[str, str]]:
 
 
 def next_commands(workdir: Path, config: ExperimentConfig) -> list[str]:
-    """What may be done with a run that is trained, commands as they are typed.
-
-    Args:
-        workdir: of the run.
-        config: of the run.
-    """
+    """Return commands that use a trained run."""
     home, names = shlex.quote(str(workdir)), config.dataset_names
     head = f" --dataset={names[0]}" if len(names) > 1 else ""
     return [
@@ -211,7 +200,7 @@ def next_commands(workdir: Path, config: ExperimentConfig) -> list[str]:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Markdown; the first row is the header. Numbers are to the right, as is all but the first column."""
+    """Format rows as Markdown; the first row is the header. All but the first of many columns are aligned right."""
     right = len(rows[0]) > 2
     rule = ["---", *["---:" if right else "---"] * (len(rows[0]) - 1)]
     return "\n".join(
@@ -225,3 +214,96 @@ def _per_cent(score: float | None) -> str:
 
 def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Kernel selection in one layer, and changes of its parameters since the start of training.
+
+    Attributes:
+        name: name of the layer.
+        exclusive_share: share of (scan, offset) pairs that took the exclusive kernel, by dataset.
+        lowest_score: smallest alpha * beta, by dataset.
+        highest_score: largest alpha * beta, by dataset.
+        prior_moved: mean absolute change of the validity prior O.
+        prototypes_moved: mean angle (degrees) between a prototype and itself at the start.
+        tau: threshold of alpha * beta.
+    """
+
+    name: str
+    exclusive_share: np.ndarray
+    lowest_score: np.ndarray
+    highest_score: np.ndarray
+    prior_moved: float
+    prototypes_moved: float
+    tau: float
+
+    def explanation(self, datasets: Sequence[str]) -> str:
+        """Explain datasets for which the layer takes one kernel everywhere; empty without such a dataset."""
+        parts = []
+        for name, share, low, high in zip(
+            datasets, self.exclusive_share, self.lowest_score, self.highest_score, strict=True
+        ):
+            if share >= 1:
+                parts.append(f"{name} exclusive everywhere: alpha*beta at most {high:.3f} < tau {self.tau}")
+            elif share <= 0:
+                parts.append(f"{name} shared everywhere: alpha*beta at least {low:.3f} >= tau {self.tau}")
+        return "; ".join(parts)
+
+
+def selection_report(
+    start: TR3D, end: TR3D, metrics: dict[str, SelectionMetrics]
+) -> tuple[list[LayerReport], np.ndarray]:
+    """Compare a model with itself at the start.
+
+    Args:
+        start: the detector before training.
+        end: the trained detector.
+        metrics: means over the last steps, by layer.
+
+    Returns:
+        One report a layer, and the relative distance |E - E at the start| / |E at the start| of each dataset's
+        embedding.
+    """
+    before = selective_layers(start)
+    reports = []
+    for name, layer in selective_layers(end).items():
+        seen = metrics[name]
+        reports.append(
+            LayerReport(
+                name,
+                exclusive_share=np.asarray(1 - seen.gamma.mean(-1)),
+                lowest_score=np.asarray(seen.lowest_score),
+                highest_score=np.asarray(seen.highest_score),
+                prior_moved=float(jnp.abs(layer.prior[...] - before[name].prior[...]).mean()),
+                prototypes_moved=_mean_angle(layer.prototypes[...], before[name].prototypes[...]),
+                tau=layer.selection.tau,
+            )
+        )
+    if start.embedding is None or end.embedding is None:
+        return reports, np.zeros(0)
+    old, new = np.asarray(start.embedding[...]), np.asarray(end.embedding[...])
+    return reports, np.linalg.norm(new - old, axis=1) / np.linalg.norm(old, axis=1)
+
+
+def _mean_angle(first: AnyArray, second: AnyArray) -> float:
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))).mean())
+
+
+def selection_table(reports: Sequence[LayerReport], embedding_moved: np.ndarray, datasets: Sequence[str]) -> str:
+    """Format the reports as a table."""
+    width = max(len(report.name) for report in reports)
+    lines = [
+        "Kernel selection: share of exclusive offsets by dataset; how far the validity priors O (mean change) and the "
+        "prototypes P (mean angle) moved",
+        f"{'layer':{width}s} " + " ".join(f"{name:>9s}" for name in datasets) + "       O        P",
+    ]
+    for report in reports:
+        shares = " ".join(f"{share:9.2f}" for share in report.exclusive_share)
+        why = report.explanation(datasets)
+        moved = f"{report.prior_moved:8.4f} {report.prototypes_moved:7.2f}\N{DEGREE SIGN}"
+        lines.append(f"{report.name:{width}s} {shares} {moved}" + (f"   {why}" if why else ""))
+    moves = ", ".join(f"{name} {100 * moved:.1f} %" for name, moved in zip(datasets, embedding_moved, strict=True))
+    return "\n".join([*lines, f"Embeddings E moved by: {moves} of their length"])

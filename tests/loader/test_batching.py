@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from h2a2_jax import sparse
+from h2a2_jax.distributed import stack_batches
 from h2a2_jax.errors import InputError
-from h2a2_jax.loader.batching import BucketLadder, collate, collate_to_fit, pad_batch, scan_sizes, stack_batches
+from h2a2_jax.loader.batching import BucketLadder, collate, collate_to_fit, pad_batch, scan_sizes
 from h2a2_jax.models import LevelSizes
 from h2a2_jax.scans.scan import Scan
 

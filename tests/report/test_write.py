@@ -12,8 +12,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.report import write_report
 from h2a2_jax.report.figures_training import by_group, series_of
 from h2a2_jax.training.gradients import SelectionMetrics
-from h2a2_jax.training.metrics import MetricsWriter
-from h2a2_jax.training.selection_log import SelectionLog
+from h2a2_jax.training.metrics import MetricsWriter, SelectionLog
 from tests.report.small_run import small, store
 
 NAMES = ("scannet", "s3dis")

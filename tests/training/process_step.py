@@ -13,15 +13,16 @@ from flax import nnx
 
 from h2a2_jax.balancers.ngh import norm_gradient_harmonization
 from h2a2_jax.checkpoint.train_state import create_state, place_state
-from h2a2_jax.distributed import REPLICA, MeshLayout, processes, train_mesh
+from h2a2_jax.distributed import MeshLayout, processes, train_mesh
 from h2a2_jax.errors import InputError
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.loader.batching import BucketLadder, collate, no_scan, pad_batch
 from h2a2_jax.models import TR3D, LevelSizes, PlanLayout
 from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.sparse import SparseTensor
-from h2a2_jax.training.step import StepConfig, make_train_step
+from h2a2_jax.training.step import make_train_step
 from tests.models.scenes import SELECTION, VOXEL, room, tiny_detector
+from tests.training.configs import joint_config
 
 SEED = 2
 STEM_ONLY = replace(SELECTION, convolutions=("stem",))
@@ -62,21 +63,23 @@ def run_step(devices: Any) -> tuple[Any, Any, MeshLayout]:
     optimizer = optax.sgd(1e-3)
     balancer = norm_gradient_harmonization(len(SPECS), axis_name="dataset")
     graph, state = create_state(model, optimizer, balancer)
-    step = make_train_step(graph, state, SPECS, optimizer, balancer, mesh, StepConfig(keep_gradients=True))
+    step = make_train_step(graph, state, joint_config(SPECS), optimizer, balancer, mesh, keep_gradients=True)
 
-    replicas, rows = mesh.shape[REPLICA], 2 // mesh.shape[REPLICA]
-    own = {(d, r) for d in range(len(SPECS)) for r in range(replicas) if process_layout.owns(d, r)}
-    grid = {(d, r): collate((SCANS[d] + [no_scan()] * 2)[r * rows : (r + 1) * rows], VOXEL) for d, r in sorted(own)}
+    rows = 2 // process_layout.replicas
+    grid = {
+        (d, r): collate((SCANS[d] + [no_scan()] * 2)[r * rows : (r + 1) * rows], VOXEL)
+        for d, r in process_layout.shards
+    }
     # One bucket, agreed upon.
-    sizes = np.max([cell.tables.sizes for cell in grid.values()], axis=0).astype(np.int32)
-    most = process_layout.exchange(sizes)().max(0)
+    sizes = np.max([shard.tables.sizes for shard in grid.values()], axis=0).astype(np.int32)
+    most = process_layout.exchange(sizes).result().max(0)
     capacities = BucketLadder(LevelSizes(*most.tolist())).capacities(0)
 
-    def padded(cell: Any) -> Any:
-        batch = pad_batch(cell, capacities, 8, PlanLayout("any"))  # which compiles in less time
+    def padded(shard: Any) -> Any:
+        batch = pad_batch(shard, capacities, 8, PlanLayout("any"))  # which compiles in less time
         return replace(batch, features=batch.features.astype(float), boxes=batch.boxes.astype(float))
 
-    batch = process_layout.assemble({key: padded(cell) for key, cell in grid.items()})
+    batch = process_layout.assemble({key: padded(shard) for key, shard in grid.items()})
     return *process_layout.fetch(step(place_state(state, mesh), batch)), process_layout
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,10 +15,12 @@ from h2a2_jax.config import experiment_config
 from h2a2_jax.distributed import MeshLayout, train_mesh
 from h2a2_jax.errors import InputError
 from h2a2_jax.loader.workers import WorkerDiedError
-from h2a2_jax.training.build import build_trainer, steps_of_run
-from h2a2_jax.training.resume import initial_detector
-from h2a2_jax.training.run import Run
+from h2a2_jax.scans.specs import SPECS
+from h2a2_jax.training.build import build_trainer, initial_detector, steps_of_run
+from h2a2_jax.training.callbacks import SaveCheckpoint
+from h2a2_jax.training.loop import read_batches
 from tests.checkpoint.test_store import NAMES, PLAIN, assert_equal, experiment, make_state
+from tests.training.configs import batch_number, joint_config, part_of_run
 
 
 def test_the_tiny_variant_is_of_the_demos_kind():
@@ -86,25 +87,33 @@ class Dying:
             if step in self.deaths:
                 self.deaths.remove(step)
                 raise WorkerDiedError("a worker process that loads scans died.")
-            yield step
+            yield batch_number(step)
+
+
+class Saver(SaveCheckpoint):
+    """Notes the steps at which it should save."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.steps: list[int] = []
+
+    def save(self, training: Any) -> None:
+        self.steps.append(training.step)
 
 
 def fed(stream: Dying, batches: int = 1) -> tuple[list[int], list[int]]:
-    """The steps that a run of ten is given, and those at which it was saved."""
-    config = SimpleNamespace(optim=SimpleNamespace(accumulate_steps=batches))
-    saved: list[int] = []
-    run: Any = SimpleNamespace(
-        config=config, stream=stream, step=0, total=10, process_layout=SimpleNamespace(alone=True)
-    )
-    run.save = lambda: saved.append(run.step)
-    given = []
+    """The batches that a run of ten steps is given, and the steps at which it was saved."""
+    layout = MeshLayout(train_mesh(3, jax.devices()[:1]), 3)
+    config = joint_config(SPECS, accumulate_steps=batches)
+    run = part_of_run(config=config, stream=stream, step=0, total=10, process_layout=layout)
+    given, saver = [], Saver()
     try:
-        for step in Run.batches(run):
-            given.append(step)
-            run.step = (step + 1) // batches
+        for item in read_batches(run, saver):
+            given.append(item.step)
+            run.step = (item.step + 1) // batches
     except WorkerDiedError:
         pass
-    return given, saved
+    return given, saver.steps
 
 
 def test_workers_that_die_are_started_again(capsys: pytest.CaptureFixture[str]):

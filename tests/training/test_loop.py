@@ -47,4 +47,4 @@ def test_scans_that_are_quick_to_read_are_not_kept_in_memory(tmp_path):
     )
     process_layout = MeshLayout(train_mesh(2, jax.devices()[:1]), 2)
     stream = build_stream(ExperimentConfig(datasets=datasets), process_layout)
-    assert [type(dataset.source) for dataset in stream.datasets] == [Mmdet3dFolder, CachedSource]
+    assert [type(source) for source in stream.sources] == [Mmdet3dFolder, CachedSource]

@@ -3,13 +3,14 @@
 import io
 import json
 import re
-from contextlib import redirect_stderr
+from contextlib import closing, redirect_stderr
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from h2a2_jax.training.metrics import MetricsWriter, Progress
+from h2a2_jax.training.callbacks import Progress
+from h2a2_jax.training.metrics import MetricsWriter
 
 
 def read(workdir):
@@ -80,7 +81,7 @@ class Terminal(io.StringIO):
 
 
 def test_a_log_gets_whole_lines():
-    with redirect_stderr(io.StringIO()) as log, Progress(3, interval=0.0) as progress:
+    with redirect_stderr(io.StringIO()) as log, closing(Progress(3, interval=0.0)) as progress:
         for step in (1, 2, 3):
             progress.update(step, loss=0.25, scans=2)
     lines = log.getvalue().splitlines()
@@ -90,14 +91,14 @@ def test_a_log_gets_whole_lines():
 
 
 def test_a_log_is_spared_all_lines_but_the_last_within_the_interval():
-    with redirect_stderr(io.StringIO()) as log, Progress(5, first_step=1, interval=1e9) as progress:
+    with redirect_stderr(io.StringIO()) as log, closing(Progress(5, first_step=1, interval=1e9)) as progress:
         for step in (2, 3, 4, 5):
             progress.update(step, loss=0.5, scans=2)
     assert [line.split()[1] for line in log.getvalue().splitlines()] == ["5/5"]
 
 
 def test_a_terminal_gets_one_line_updated_in_place():
-    with redirect_stderr(Terminal()) as terminal, Progress(4, first_step=1) as progress:
+    with redirect_stderr(Terminal()) as terminal, closing(Progress(4, first_step=1)) as progress:
         for step in (2, 4):
             progress.update(step, loss=0.5, scans=2)
     shown = terminal.getvalue()

@@ -4,29 +4,35 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from h2a2_jax.checkpoint.store import CheckpointStore
+from h2a2_jax.config import ExperimentConfig, SourceConfig, TrainConfig
+from h2a2_jax.distributed import MeshLayout, train_mesh
 from h2a2_jax.errors import InputError
-from h2a2_jax.loader.drawing import StreamDataset
-from h2a2_jax.loader.stream import JointStream, StreamConfig
+from h2a2_jax.loader.stream import JointStream
+from h2a2_jax.models import DetectorConfig
 from h2a2_jax.scans.scan import Scan
 from h2a2_jax.scans.specs import S3DIS, SCANNET
+from h2a2_jax.training.callbacks import Training
+from h2a2_jax.training.loop import drop_lost_steps
 from h2a2_jax.training.nonfinite import (
-    KeptCell,
+    KeptShard,
     NonFiniteError,
     NonFiniteWatch,
+    checkpoint_of,
     kept_batches,
     places_of,
     read_batch,
+    replay,
     write_batch,
 )
-from h2a2_jax.training.replay import checkpoint_of, replay
-from h2a2_jax.training.resume import drop_lost_steps
 from h2a2_jax.training.step import StepMetrics
 from tests.checkpoint.test_store import NAMES, PLAIN, experiment, make_state
 from tests.models.scenes import room
+from tests.training.configs import part_of_run
 
 TENSORS = [
     "backbone.stem.conv.kernel",
@@ -56,11 +62,19 @@ class Rooms:
 
 
 def stream() -> JointStream:
-    datasets = [
-        StreamDataset(spec, Rooms(poisoned), sample=False, augment=False)
-        for spec, poisoned in ((SCANNET, POISONED), (S3DIS, None))
-    ]
-    return JointStream(datasets, StreamConfig(2, voxel_size=0.1))
+    datasets = tuple(
+        SourceConfig(spec.name, kind="synthetic", sample=False, augment=False) for spec in (SCANNET, S3DIS)
+    )
+    config = ExperimentConfig(datasets, model=DetectorConfig(voxel_size=0.1), train=TrainConfig(batch_size=2))
+    return JointStream(config, [Rooms(POISONED), Rooms(None)], MeshLayout(train_mesh(2, jax.devices()[:1]), 2))
+
+
+def training(workdir: Path, of: JointStream, most_in_row: int = 3) -> Training:
+    """A run that is logged after every step."""
+    config = replace(of.config, train=replace(of.config.train, max_skipped_steps=most_in_row, log_every=1))
+    first, *others = TENSORS[:-2]
+    state = replace(make_state(0, model=PLAIN), shared={first: 0}, exclusive=dict.fromkeys(others, 0))
+    return part_of_run(workdir=workdir, stream=of, config=config, state=state, step=1, total=99)
 
 
 def metrics(*bad: tuple[int, int], in_row: int = 0, skipped: int = 0) -> StepMetrics:
@@ -79,12 +93,13 @@ def poisoned_step(of: JointStream) -> int:
 
 def test_a_bad_batch_is_named_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     of = stream()
-    watch = NonFiniteWatch(tmp_path, ("scannet", "s3dis"), TENSORS, of, most_in_row=3)
+    run = training(tmp_path, of)
+    watch = NonFiniteWatch(run)
     number = poisoned_step(of)
     item = of.step(number)
-    watch.see(item, metrics((0, 0), (0, 1), (0, 4), in_row=1, skipped=1))
+    watch.after_batch(run, item, metrics((0, 0), (0, 1), (0, 4), in_row=1, skipped=1))
     assert capsys.readouterr().out == "", "looked at when the next step is under way"
-    watch.see(of.step(number + 1), metrics())
+    watch.after_batch(run, of.step(number + 1), metrics())
     said = capsys.readouterr().out
     assert said == (
         f"Batch {number} is not finite and is skipped: the loss, the gradients of stem, layer1 of scannet "
@@ -93,11 +108,11 @@ def test_a_bad_batch_is_named_and_kept(tmp_path: Path, capsys: pytest.CaptureFix
     assert watch.skipped == 1
 
     kept = read_batch(tmp_path / "nonfinite" / f"{number}.npz")
-    assert [cell.dataset for cell in kept] == ["scannet", "s3dis"]
-    assert [cell.names for cell in kept] == [tuple(names) for names in item.names]
+    assert [shard.dataset for shard in kept] == ["scannet", "s3dis"]
+    assert [shard.names for shard in kept] == [tuple(names) for names in item.names]
     assert kept[0].bad_inputs() == (f"room{POISONED}",) and kept[1].bad_inputs() == ()
-    for cell, drawn in zip(kept, of.cells(number).values(), strict=True):
-        again = cell.batch()
+    for shard, drawn in zip(kept, of.shards(number).values(), strict=True):
+        again = shard.batch()
         np.testing.assert_array_equal(again.features, drawn.batch.features)
         np.testing.assert_array_equal(again.tables.ups[0].lateral.rows, drawn.batch.tables.ups[0].lateral.rows)
         for ours, theirs in zip(again.scans, drawn.batch.scans, strict=True):
@@ -108,30 +123,32 @@ def test_a_bad_batch_is_named_and_kept(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_without_a_bad_input_all_scans_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     of = stream()
-    watch = NonFiniteWatch(tmp_path, ("scannet", "s3dis"), TENSORS, of, most_in_row=3)
+    run = training(tmp_path, of)
+    watch = NonFiniteWatch(run)
     item = of.step(0)
-    watch.see(item, metrics((1, 3), in_row=1, skipped=1))
-    watch.look()
+    watch.after_batch(run, item, metrics((1, 3), in_row=1, skipped=1))
+    watch.after_step(run, metrics())
     assert f"the running statistics of s3dis (scans {', '.join(item.names[1])})" in capsys.readouterr().out
 
 
 def test_many_in_a_row_end_the_run_with_the_last_batches_kept(tmp_path: Path):
     of = stream()
-    watch = NonFiniteWatch(tmp_path, ("scannet", "s3dis"), TENSORS, of, most_in_row=25)
+    run = training(tmp_path, of, most_in_row=25)
+    watch = NonFiniteWatch(run)
     for number in range(24):
-        watch.see(of.step(number), metrics((0, 4), in_row=number + 1, skipped=number + 1))
-    watch.see(of.step(24), metrics((0, 4), in_row=25, skipped=25))
+        watch.after_batch(run, of.step(number), metrics((0, 4), in_row=number + 1, skipped=number + 1))
+    watch.after_batch(run, of.step(24), metrics((0, 4), in_row=25, skipped=25))
     with pytest.raises(NonFiniteError, match=r"25 steps in a row were not finite.*--mode=replay --workdir="):
-        watch.look()
+        watch.after_step(run, metrics())
     kept = sorted(int(path.stem) for path in (tmp_path / "nonfinite").iterdir())
     assert kept == list(range(5, 25))
 
 
 def test_of_several_processes_each_keeps_its_part_in_a_folder(tmp_path: Path):
-    cells = stream().cells(0)
-    for process, cell in enumerate(cells.values()):
-        write_batch(tmp_path / "nonfinite" / f"process{process}" / "7.npz", [KeptCell.of("s3dis", cell)])
-    write_batch(tmp_path / "nonfinite" / "process1" / "12.npz", [KeptCell.of("s3dis", cells[1, 0])])
+    shards = stream().shards(0)
+    for process, shard in enumerate(shards.values()):
+        write_batch(tmp_path / "nonfinite" / f"process{process}" / "7.npz", [KeptShard.of("s3dis", shard)])
+    write_batch(tmp_path / "nonfinite" / "process1" / "12.npz", [KeptShard.of("s3dis", shards[1, 0])])
     found = kept_batches(tmp_path)
     assert list(found) == [7, 12] and [len(paths) for paths in found.values()] == [2, 1]
     drop_lost_steps(tmp_path, step=3, batches=4)
@@ -148,12 +165,12 @@ def test_a_poisoned_batch_is_replayed(tmp_path: Path):
     with CheckpointStore(tmp_path / "checkpoints") as store:
         store.save(2, make_state(2, model=PLAIN), config, NAMES)
     of = stream()
-    number = next(n for n in range(8) if KeptCell.of("s3dis", of.cells(n)[0, 0]).bad_inputs())
-    write_batch(tmp_path / "nonfinite" / f"{number}.npz", [KeptCell.of("s3dis", of.cells(number)[0, 0])])
-    found, step, (cell,) = replay(tmp_path)
-    assert (found, step) == (number, 2) and not cell.is_finite
-    assert cell.bad_inputs == (f"room{POISONED}",) and cell.first is not None
-    assert "the running statistics" in cell.places and "the loss" in cell.places
+    number = next(n for n in range(8) if KeptShard.of("s3dis", of.shards(n)[0, 0]).bad_inputs())
+    write_batch(tmp_path / "nonfinite" / f"{number}.npz", [KeptShard.of("s3dis", of.shards(number)[0, 0])])
+    found, step, (shard,) = replay(tmp_path)
+    assert (found, step) == (number, 2) and not shard.is_finite
+    assert shard.bad_inputs == (f"room{POISONED}",) and shard.first is not None
+    assert "the running statistics" in shard.places and "the loss" in shard.places
 
 
 def test_places_are_said_in_few_words():
@@ -165,7 +182,7 @@ def test_a_file_that_is_no_batch_is_refused(tmp_path: Path):
     path.write_bytes(b"nothing")
     with pytest.raises(InputError, match="is no batch that a run kept"):
         read_batch(path)
-    write_batch(path, [KeptCell.of("s3dis", cell) for cell in stream().cells(0).values()])
+    write_batch(path, [KeptShard.of("s3dis", shard) for shard in stream().shards(0).values()])
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(InputError, match="is no batch that a run kept"):
         read_batch(path)

@@ -13,10 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from h2a2_jax.checkpoint.store import CheckpointStore
 from h2a2_jax.checkpoint.tree import flat_names
+from h2a2_jax.config import OptimConfig
 from h2a2_jax.distributed import DATASET, REPLICA, train_mesh
 from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.models import DetectorConfig
-from h2a2_jax.training.optimizer import build_optimizer, is_weight, learning_rate
+from h2a2_jax.training.build import build_optimizer, is_weight, learning_rate
 from tests.checkpoint.test_store import NAMES, PLAIN, TINY, assert_equal, experiment, make_state, state_shapes
 
 FULL = DetectorConfig(
@@ -29,14 +30,15 @@ FULL = DetectorConfig(
         exclusive_init="independent",
     ),
 )
+EVERYTHING = OptimConfig(weight_decay=0.5)
+WEIGHTS_ALONE = OptimConfig(weight_decay=0.5, decay_norms_and_biases=False)
 FROZEN = frozenset({"backbone.stem.conv.kernel", "backbone.stem.norm.bias", "heads.box_kernel"})
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 7])
 def test_steps_equal_the_piecewise_formula_bit_for_bit(warmup: int):
-    rate = learning_rate(
-        1e-3, steps_per_epoch=10, total_steps=120, decay_epochs=(8, 11), decay_factor=0.1, warmup_steps=warmup
-    )
+    optim = OptimConfig(1e-3, decay_epochs=(8, 11), decay_factor=0.1, warmup_steps=warmup)
+    rate = learning_rate(optim, steps_per_epoch=10, total_steps=120)
     steps = optax.piecewise_constant_schedule(1e-3, {80: 0.1, 110: 0.1})
     for count in map(jnp.int32, (0, 1, 5, 6, 7, 79, 80, 81, 109, 110, 119)):
         expected = steps(count) * jnp.minimum(1.0, (count + 1) / warmup) if warmup else steps(count)
@@ -44,18 +46,19 @@ def test_steps_equal_the_piecewise_formula_bit_for_bit(warmup: int):
 
 
 def test_a_cosine_falls_from_the_end_of_warm_up_to_the_last_step():
-    rate = learning_rate(2.0, steps_per_epoch=1, total_steps=110, schedule="cosine", final_lr=0.1, warmup_steps=10)
+    optim = OptimConfig(2.0, schedule="cosine", final_lr=0.1, warmup_steps=10)
+    rate = learning_rate(optim, steps_per_epoch=1, total_steps=110)
     np.testing.assert_allclose([rate(c) for c in (0, 4, 9, 10)], [0.2, 1.0, 2.0, 2.0], rtol=1e-6)
     np.testing.assert_allclose([rate(c) for c in (35, 60, 110, 200)], [1.736396, 1.1, 0.2, 0.2], rtol=1e-6)
     falling = [float(rate(c)) for c in range(10, 111)]
     assert falling == sorted(falling, reverse=True)
-    assert learning_rate(2.0, steps_per_epoch=1, total_steps=4, schedule="cosine")(4) == 0
-    short = learning_rate(2.0, steps_per_epoch=1, total_steps=4, schedule="cosine", warmup_steps=8)
+    assert learning_rate(OptimConfig(2.0, schedule="cosine"), steps_per_epoch=1, total_steps=4)(4) == 0
+    short = learning_rate(OptimConfig(2.0, schedule="cosine", warmup_steps=8), steps_per_epoch=1, total_steps=4)
     np.testing.assert_allclose([short(c) for c in range(4)], [0.25, 0.5, 0.75, 1.0])
 
 
 def test_a_constant_rate_has_warm_up_too():
-    rate = learning_rate(3.0, steps_per_epoch=1, total_steps=9, schedule="constant", warmup_steps=3)
+    rate = learning_rate(OptimConfig(3.0, schedule="constant", warmup_steps=3), steps_per_epoch=1, total_steps=9)
     assert [float(rate(c)) for c in (0, 1, 2, 3, 8)] == [1, 2, 3, 3, 3]
 
 
@@ -84,7 +87,7 @@ def arrays(tree: Any) -> dict[str, jax.Array]:
 def test_weight_decay_alone_moves_weights_alone():
     params = make_state(1).exclusive
     nothing = jax.tree.map(jnp.zeros_like, params)
-    optimizer = build_optimizer(optax.constant_schedule(0.1), 0.5, decay_norms_and_biases=False)
+    optimizer = build_optimizer(WEIGHTS_ALONE, optax.constant_schedule(0.1))
     moved, _ = step(optimizer, params, nothing)
     weights = arrays(is_weight(params))
     for name, after in arrays(moved).items():
@@ -97,7 +100,7 @@ def test_by_default_it_is_adamw():
     params, gradients = state.exclusive, make_state(2, model=PLAIN).exclusive
     schedule = optax.constant_schedule(0.1)
     assert_equal(
-        step(build_optimizer(schedule, 0.5), params, gradients),
+        step(build_optimizer(EVERYTHING, schedule), params, gradients),
         step(optax.adamw(schedule, weight_decay=0.5), params, gradients),
     )
 
@@ -106,7 +109,7 @@ def test_by_default_it_is_adamw():
 def test_frozen_parameters_stay_bit_for_bit_on_any_devices(devices: int):
     start, gradients = make_state(1, model=PLAIN), make_state(2, model=PLAIN)
     gradients = dataclasses.replace(gradients, shared=jax.tree.map(lambda g: g * jnp.nan, gradients.shared))
-    optimizer = build_optimizer(optax.constant_schedule(0.1), 0.5, decay_norms_and_biases=False, frozen=FROZEN)
+    optimizer = build_optimizer(WEIGHTS_ALONE, optax.constant_schedule(0.1), FROZEN)
     mesh = train_mesh(3, jax.devices()[:devices])
     state = jax.eval_shape(optimizer.init, start.exclusive)
     placed = jax.tree.map(lambda leaf: P(DATASET) if leaf.ndim else P(), state)
@@ -132,9 +135,11 @@ def test_choices_do_not_move_the_arrays_of_the_state():
     for tree in (state.shared, state.exclusive):
         today = jax.eval_shape(optax.adamw(schedule, weight_decay=0.5).init, tree)
         for optimizer in (
-            build_optimizer(schedule, 0.5),
-            build_optimizer(learning_rate(1.0, steps_per_epoch=1, total_steps=9, schedule="cosine"), 0.5),
-            build_optimizer(schedule, 0.5, decay_norms_and_biases=False, frozen=FROZEN),
+            build_optimizer(EVERYTHING, schedule),
+            build_optimizer(
+                EVERYTHING, learning_rate(OptimConfig(1.0, schedule="cosine"), steps_per_epoch=1, total_steps=9)
+            ),
+            build_optimizer(WEIGHTS_ALONE, schedule, FROZEN),
         ):
             chosen = jax.eval_shape(optimizer.init, tree)
             assert flat_names(chosen) == flat_names(today)
@@ -150,7 +155,7 @@ def test_a_checkpoint_is_restored_under_other_choices(tmp_path: Path):
 
     schedule = optax.constant_schedule(0.1)
     stored = with_optimizer(1, optax.adamw(schedule, weight_decay=0.5))
-    like = with_optimizer(2, build_optimizer(schedule, 0.5, decay_norms_and_biases=False, frozen=FROZEN))
+    like = with_optimizer(2, build_optimizer(WEIGHTS_ALONE, schedule, FROZEN))
     for ours, theirs in ((stored, like), (like, stored)):
         with CheckpointStore(tmp_path / str(ours is like)) as store:
             store.save(1, ours, experiment(model=PLAIN), NAMES)

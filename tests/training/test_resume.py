@@ -15,7 +15,8 @@ from h2a2_jax.distributed import MeshLayout, train_mesh
 from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation.documents import evaluation_folder
 from h2a2_jax.files import JsonLinesWriter, drop_lines_after, read_json_lines
-from h2a2_jax.training.resume import drop_lost_steps, restore_newest
+from h2a2_jax.training.build import restore_newest
+from h2a2_jax.training.loop import drop_lost_steps
 from tests.checkpoint.test_store import NAMES, PLAIN, assert_equal, experiment, largest_file, make_state
 
 CONFIG = experiment(model=PLAIN)

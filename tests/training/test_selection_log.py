@@ -8,7 +8,7 @@ import pytest
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.training.gradients import SelectionMetrics
-from h2a2_jax.training.selection_log import SelectionLog, read_selection_log
+from h2a2_jax.training.metrics import SelectionLog, read_selection_log
 
 NAMES = ("scannet", "s3dis")
 

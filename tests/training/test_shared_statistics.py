@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from h2a2_jax.distributed import train_mesh
-from h2a2_jax.training.step import _averaged
+from h2a2_jax.training.step import _average
 
 
 @pytest.mark.parametrize("devices", [1, 3])
@@ -18,7 +18,7 @@ def test_the_mean_over_the_datasets_of_a_step(devices, present):
     new = jnp.asarray([[1.0, 2.0], [10.0, 20.0], [3.0, 6.0]])
     by_dataset = P("dataset")
     mean = jax.shard_map(
-        lambda new, old, here: _averaged({"mean": new}, {"mean": old}, here)["mean"],
+        lambda new, old, here: _average({"mean": new}, {"mean": old}, here)["mean"],
         mesh=mesh, in_specs=(by_dataset, by_dataset, by_dataset), out_specs=by_dataset,
     )(new, old, jnp.asarray(present))  # fmt: skip
     expected = np.asarray(new)[list(present)].mean(0) if any(present) else np.full(2, 7.0)

@@ -14,13 +14,15 @@ from h2a2_jax.balancers.ngh import plain_mean
 from h2a2_jax.checkpoint.parameter_groups import frozen_paths
 from h2a2_jax.checkpoint.train_state import TrainState, create_state, place_state
 from h2a2_jax.checkpoint.tree import flat_names
-from h2a2_jax.distributed import train_mesh
-from h2a2_jax.loader.batching import Batch, BucketLadder, collate, pad_batch, stack_batches
+from h2a2_jax.config import OptimConfig, TrainConfig
+from h2a2_jax.distributed import stack_batches, train_mesh
+from h2a2_jax.loader.batching import Batch, BucketLadder, collate, pad_batch
 from h2a2_jax.models import LevelSizes, PlanLayout
 from h2a2_jax.scans.specs import SPECS
-from h2a2_jax.training.optimizer import build_optimizer
-from h2a2_jax.training.step import StepConfig, make_train_step, tensor_names
+from h2a2_jax.training.build import build_optimizer
+from h2a2_jax.training.step import make_train_step, tensor_names
 from tests.models.scenes import SELECTION, VOXEL, room, tiny_detector
+from tests.training.configs import joint_config
 
 SPECS_USED = SPECS[:2]
 STEM_ONLY = replace(SELECTION, convolutions=("stem",))
@@ -57,16 +59,11 @@ def compiled(several: bool) -> tuple[TrainState, Any]:
     frozen: frozenset[str] = frozenset()
     if not several:
         frozen = frozen_paths(state.shared, state.exclusive, ("neck",))
-        optimizer = build_optimizer(optax.constant_schedule(1e-2), 0.1, frozen=frozen)
+        optimizer = build_optimizer(OptimConfig(weight_decay=0.1), optax.constant_schedule(1e-2), frozen)
         graph, state = create_state(model, optimizer, plain_mean(), averaged=True)
-    config = StepConfig(
-        accumulate_steps=2 if several else 1,
-        ema_decay=DECAY,
-        max_skipped_steps=MOST_SKIPPED,
-        clip_norm=1e9,
-        keep_gradients=True,
-    )
-    step = make_train_step(graph, state, SPECS_USED, optimizer, plain_mean(), mesh, config, frozen)
+    train = TrainConfig(max_skipped_steps=MOST_SKIPPED)
+    config = joint_config(SPECS_USED, train, accumulate_steps=2 if several else 1, ema_decay=DECAY, clip_norm=1e9)
+    step = make_train_step(graph, state, config, optimizer, plain_mean(), mesh, frozen, keep_gradients=True)
     return place_state(state, mesh), step
 
 

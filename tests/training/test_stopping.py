@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from h2a2_jax.errors import INTERRUPTED, Stopped
-from h2a2_jax.training.stopping import StopSignals
+from h2a2_jax.training.callbacks import StopSignals
 
 
 def send(number: int) -> None:
