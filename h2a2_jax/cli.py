@@ -15,12 +15,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from h2a2_jax.errors import InputError, Stopped
+
+if TYPE_CHECKING:
+    from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.host import quiet_command_line
 
 _EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
@@ -74,7 +77,7 @@ class Invocation:
         return Path(self.flags.workdir)
 
     def experiment(self) -> Any:
-        """The config as `ExperimentConfig`, or None."""
+        """Return the config as `ExperimentConfig`, or None."""
         from h2a2_jax.config import experiment_config
 
         return None if self.config is None else experiment_config(self.config)
@@ -224,7 +227,7 @@ def _unknown_argument(
     name = argument.partition("=")[0]
     if not name.startswith("--"):
         return f"{spell(command)} takes flags only, given {argument!r}; an example is {_EXAMPLE}."
-    others = [other for other in COMMANDS if name in _flag_names(other) and (other.mode or spell is _spell_command)]
+    others = [other for other in COMMANDS if other.mode and name in _flag_names(other)]
     if len(others) > 3:
         return f"{name} is not for {spell(command)}; leave it out."
     if others:
@@ -488,22 +491,47 @@ def _protocol_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(given: Invocation) -> int | None:
-    from h2a2_jax import commands
     from h2a2_jax.distributed import processes
 
     config = given.experiment()
     try:
         with processes(given.flags.coordinator, given.flags.num_processes, given.flags.process_id):
-            commands.train_command(config, given.workdir, accept_changes=given.flags.accept_changes)
+            train_command(config, given.workdir, accept_changes=given.flags.accept_changes)
     except Stopped as stopped:  # the loop printed what is saved
         return stopped.status
     return None
 
 
+def train_command(config: "ExperimentConfig", workdir: Path, *, accept_changes: bool = False) -> None:
+    """Train, evaluate and draw the curves, or resume the run in the workdir; `train` has the arguments and errors."""
+    from h2a2_jax.distributed import MeshLayout, is_main, say, train_mesh
+    from h2a2_jax.scans.sources import build_source
+    from h2a2_jax.training.loop import train
+    from h2a2_jax.training.metrics import FILE_NAME
+    from h2a2_jax.training.summary import next_commands
+
+    layout = MeshLayout(train_mesh(len(config.datasets)), len(config.datasets))
+
+    def open_data() -> None:
+        for dataset in layout.datasets:
+            for split in ("train", "val"):
+                build_source(config.datasets[dataset], split)
+
+    layout.all_or_raise(open_data, "open its data")  # before anything is written or compiled
+    train(config, workdir, accept_changes=accept_changes)
+    curves = ""
+    if is_main() and (workdir / FILE_NAME).exists():
+        from h2a2_jax.report.figures_training import draw_curves
+
+        curves = f", drawn in {draw_curves(workdir)}"
+    say(f"Losses are in {workdir / FILE_NAME}{curves}; checkpoints in {workdir / 'checkpoints'}. What may come next:")
+    for command in next_commands(workdir, config):
+        say(f"    {command}")
+
+
 def _eval(given: Invocation) -> int | None:
-    from h2a2_jax import commands
     from h2a2_jax.distributed import processes
-    from h2a2_jax.evaluation.evaluate import EvalRequest
+    from h2a2_jax.evaluation.evaluate import EvalRequest, evaluate_checkpoint
 
     values = given.flags
     request = EvalRequest(
@@ -516,14 +544,14 @@ def _eval(given: Invocation) -> int | None:
         step=_chosen_step(given),
     )
     with processes(values.coordinator, values.num_processes, values.process_id):
-        commands.evaluate_command(given.experiment(), given.workdir, request)
+        evaluate_checkpoint(given.workdir, request, given.experiment())
     return None
 
 
 def _predict(given: Invocation) -> int | None:
-    from h2a2_jax import commands
     from h2a2_jax.distributed import processes
     from h2a2_jax.inference.input_files import PredictRequest
+    from h2a2_jax.inference.predict_folder import predict_inputs, predict_validation_scans
 
     values = given.flags
     inputs = tuple([*values.inputs, *(values.input or ())])
@@ -534,9 +562,9 @@ def _predict(given: Invocation) -> int | None:
     output = None if values.output is None else Path(values.output)
     request = PredictRequest(inputs, output=output, dataset=values.dataset, step=_chosen_step(given), **chosen)
     if inputs:
-        return commands.predict_files_command(given.workdir, request, given.experiment())
+        return predict_inputs(given.workdir, request, given.experiment()).status
     with processes(values.coordinator, values.num_processes, values.process_id):
-        commands.predict_command(given.experiment(), given.workdir, request)
+        predict_validation_scans(given.workdir, request, given.experiment())
     return None
 
 
@@ -567,16 +595,26 @@ def _chosen_step(given: Invocation) -> int | None:
 
 
 def _report(given: Invocation) -> int | None:
-    from h2a2_jax import commands
+    from h2a2_jax.checkpoint.store import restore_checkpoint
+    from h2a2_jax.report import write_report
 
-    commands.report_command(given.experiment(), given.workdir)
+    config = given.experiment() or restore_checkpoint(given.workdir)[1]
+    print(f"The report is {write_report(config, given.workdir)}.", flush=True)
     return None
 
 
 def _replay(given: Invocation) -> int | None:
-    from h2a2_jax import commands
+    from h2a2_jax.checkpoint.store import checkpoint_place
+    from h2a2_jax.training.nonfinite import replay
 
-    return commands.replay_command(given.workdir, given.flags.step)
+    step = given.flags.step
+    if step is not None and not step.isdecimal():
+        raise InputError(f"--step is {step!r}; expected the number of a batch that the run kept.")
+    number, saved, shards = replay(checkpoint_place(given.workdir).run, None if step is None else int(step))
+    print(f"Batch {number} of {given.workdir}, with the parameters of step {saved}:")
+    for shard in shards:
+        print(f"  {shard.text()}")
+    return int(not all(shard.is_finite for shard in shards))
 
 
 def _check(given: Invocation) -> int | None:
@@ -588,24 +626,32 @@ def _check(given: Invocation) -> int | None:
     return 0 if check(folder, given.flags.dataset, given.flags.output).ready else 1
 
 
+def _convert_flags(parser: argparse.ArgumentParser) -> None:
+    from h2a2_jax.convert.conversion import add_arguments
+
+    add_arguments(parser)
+
+
 def _convert(given: Invocation) -> int | None:
-    raise NotImplementedError
+    from h2a2_jax.convert.conversion import convert_command
+
+    return convert_command(given.flags)
 
 
 def _tau_sweep(given: Invocation) -> int | None:
-    from h2a2_jax import commands
+    from h2a2_jax.sweeps.ablation import run_tau_sweep
 
     values = given.flags
-    return commands.tau_sweep_command(
+    return run_tau_sweep(
         given.experiment(), given.workdir, values.taus, values.seeds, values.jobs, values.budget_minutes
     )
 
 
 def _ablation(given: Invocation) -> int | None:
-    from h2a2_jax import commands
+    from h2a2_jax.sweeps.ablation import run_ablation
 
     values = given.flags
-    return commands.ablation_command(
+    return run_ablation(
         given.experiment(), given.workdir, values.seeds, values.jobs, values.budget_minutes, values.rows
     )
 
@@ -616,26 +662,18 @@ def _transfer(given: Invocation) -> int | None:
         raise InputError(
             f"{given.spell(given.command)} needs --held_out, the dataset to train without, as in --held_out=s3dis."
         )
-    from h2a2_jax import commands
+    from h2a2_jax.sweeps.transfer import run_transfer
 
-    return commands.transfer_command(
-        given.experiment(),
-        given.workdir,
-        values.held_out,
-        values.seeds,
-        values.tuning_steps,
-        values.jobs,
-        values.budget_minutes,
-    )
+    config, lengths = given.experiment(), (values.tuning_steps, values.jobs, values.budget_minutes)
+    return run_transfer(config, given.workdir, values.held_out, values.seeds, *lengths)
 
 
 def _protocol(given: Invocation) -> int | None:
-    from h2a2_jax import commands
+    from h2a2_jax.sweeps.protocol import run_protocol
 
     values = given.flags
-    return commands.protocol_command(
-        given.experiment(), given.workdir, values.trainings, values.evaluations, values.jobs, values.budget_minutes
-    )
+    numbers = (values.trainings, values.evaluations, values.jobs, values.budget_minutes)
+    return run_protocol(given.experiment(), given.workdir, *numbers)
 
 
 COMMANDS: tuple[Command, ...] = (
@@ -649,4 +687,5 @@ COMMANDS: tuple[Command, ...] = (
     Command("sweep transfer", "transfer", "hold a dataset out, then fine-tune to it", _transfer_flags, _transfer, True),
     Command("sweep protocol", "protocol", "train and evaluate several times", _protocol_flags, _protocol, True),
     Command("replay", "replay", "run a batch again that was not finite", _replay_flags, _replay),
+    Command("convert", "", "weights of TR3D in mmdetection3d to a run, and back", _convert_flags, _convert, False),
 )

@@ -19,7 +19,6 @@ FLOORS: tuple[set[str], ...] = (
     {"training"},
     {"convert", "report"},
     {"sweeps"},
-    {"commands"},
     {"cli"},
     {"__main__"},
 )

@@ -19,10 +19,12 @@ import pytest
 from configs.joint import get_config, tiny
 from h2a2_jax.checkpoint.integrity import ITEMS
 from h2a2_jax.checkpoint.store import CheckpointStore, restore_checkpoint
-from h2a2_jax.commands import evaluate_command, predict_command, train_command
+from h2a2_jax.cli import train_command
 from h2a2_jax.config import ExperimentConfig, TrainConfig, experiment_config, from_json, to_json
 from h2a2_jax.errors import InputError, Stopped
 from h2a2_jax.evaluation.documents import best_step
+from h2a2_jax.evaluation.evaluate import EvalRequest, evaluate_checkpoint
+from h2a2_jax.inference.predict_folder import predict_validation_scans
 from h2a2_jax.inference.results import read_predicted_scans
 from h2a2_jax.models import DetectorConfig
 from h2a2_jax.training.loop import train
@@ -78,11 +80,11 @@ def test_trained_on_three_devices_evaluated_on_one(whole: WholeRun) -> None:
 
     before = (workdir / "evaluation.json").read_text()
     (workdir / "evaluation.json").unlink()
-    evaluate_command(config, workdir)
+    evaluate_checkpoint(workdir, EvalRequest(), config)
     assert (workdir / "evaluation.json").read_text() == before
     assert json.loads(before) == json.loads(json.dumps(whole.results))
 
-    predict_command(config, workdir)
+    predict_validation_scans(workdir, None, config)
     document = json.loads((workdir / "predictions" / "sunrgbd.json").read_text())
     assert len(read_predicted_scans(document)) == 2
 

@@ -15,8 +15,7 @@ from flax import nnx
 from h2a2_jax.checkpoint.integrity import AVERAGES, ITEMS, CheckpointFiles
 from h2a2_jax.checkpoint.train_state import Averages, TrainState, head_configs, merge_model, split_model
 from h2a2_jax.checkpoint.tree import COUNTERS, Arrays, differences, filled, reordered_balancer, stacked, stored_state
-from h2a2_jax.config import ExperimentConfig, from_json, to_json
-from h2a2_jax.config_tree import leaves_of
+from h2a2_jax.config import ExperimentConfig, from_json, leaves_of, to_json
 from h2a2_jax.errors import InputError
 from h2a2_jax.models import TR3D, DetectorConfig
 from h2a2_jax.scans.specs import DatasetSpec
