@@ -101,14 +101,14 @@ class _Worker:
     """
 
     def __init__(self, work: Callable[[str], Any]):
+        with _environment("ignore", "PYTHONWARNINGS"):  # or the tracker warns of semaphores when this process is killed
+            resource_tracker.ensure_running()  # its start unblocks SIGINT, so not below
         context = _KeepingContext()
-        self.executor = ProcessPoolExecutor(1, context, _prepare_process, (work,))
         self.name: str | None = None
         # Ctrl-C in a terminal goes to all processes: workers must not see it, also not while they start.
-        with _environment("ignore", "PYTHONWARNINGS"):  # or the tracker warns of semaphores when this process is killed
-            resource_tracker.ensure_running()  # its start unblocks the signal, so not below
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
+            self.executor = ProcessPoolExecutor(1, context, _prepare_process, (work,))
             # One thread a process for linear algebra: they would each take all cores.
             with _environment("1", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
                 # Starts the process; done once the process runs, and broken if it dies before.
