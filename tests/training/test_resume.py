@@ -18,6 +18,9 @@ from h2a2_jax.files import JsonLinesWriter, drop_lines_after, read_json_lines
 from h2a2_jax.training.resume import drop_lost_steps, restore_newest
 from tests.checkpoint.test_store import NAMES, PLAIN, assert_equal, experiment, largest_file, make_state
 
+# Orbax stops waiting for the other files when it cannot read one, and TensorStore then reports to a closed event loop.
+pytestmark = pytest.mark.filterwarnings("ignore:(?s).*loop is closed:pytest.PytestUnraisableExceptionWarning")
+
 CONFIG = experiment(model=PLAIN)
 
 
