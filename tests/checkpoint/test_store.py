@@ -35,6 +35,9 @@ from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
 from h2a2_jax.scans.specs import dataset_spec
 
+# Orbax stops waiting for the other files when it cannot read one, and TensorStore then reports to a closed event loop.
+pytestmark = pytest.mark.filterwarnings("ignore:(?s).*loop is closed:pytest.PytestUnraisableExceptionWarning")
+
 NAMES = ("scannet", "sunrgbd", "s3dis")
 TINY = DetectorConfig(
     depth=10,
