@@ -26,20 +26,6 @@ from h2a2_jax.scans.sources import SourceConfig
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.typing import Schedule
 
-__all__ = [
-    "EvalConfig",
-    "ExperimentConfig",
-    "HarmonizeConfig",
-    "OptimConfig",
-    "SourceConfig",
-    "TrainConfig",
-    "config_dict",
-    "experiment_config",
-    "from_json",
-    "leaves_of",
-    "to_json",
-]
-
 CONFIG_VERSION = 1
 """Version of the JSON form."""
 
@@ -234,7 +220,7 @@ def experiment_config(values: ConfigDict | Mapping[str, Any]) -> ExperimentConfi
     plain = dict(values.to_dict() if isinstance(values, ConfigDict) else values)
     datasets = plain.get("datasets")
     if isinstance(datasets, Mapping):
-        plain["datasets"] = [_named(name, entry) for name, entry in datasets.items()]
+        plain["datasets"] = [_add_name(name, entry) for name, entry in datasets.items()]
     _rename_keys(plain)
     return _build(ExperimentConfig, plain, "")
 
@@ -305,7 +291,7 @@ def _rename_keys(values: dict[str, Any]) -> None:
             values[group] = {present if name == key else name: value for name, value in part.items()}
 
 
-def _named(name: str, entry: Any) -> dict[str, Any]:
+def _add_name(name: str, entry: Any) -> dict[str, Any]:
     """Turn an entry of the mapping of datasets into one of the list."""
     if not isinstance(entry, Mapping):
         raise _wrong_type(f"datasets.{name}", entry, "a group with the keys of a dataset")
@@ -498,17 +484,16 @@ def _kind_name(kind: Any) -> str:
 
 def leaves_of(config: Any) -> dict[str, object]:
     """Values of a dataclass by dotted key; a tuple entry with a name goes by its name, others by number."""
-    return _leaves("", dataclasses.asdict(config))
 
+    def leaves(path: str, value: Any) -> dict[str, object]:
+        if isinstance(value, tuple) and value and isinstance(value[0], dict):
+            value = {str(entry.get("name", i)): entry for i, entry in enumerate(value)}
+        if not isinstance(value, dict):
+            return {path: value}
+        prefix = f"{path}." if path else ""
+        return {k: leaf for key, entry in value.items() for k, leaf in leaves(f"{prefix}{key}", entry).items()}
 
-def _leaves(path: str, value: object) -> dict[str, object]:
-    if isinstance(value, dict):
-        entries = value.items()
-    elif isinstance(value, tuple) and value and isinstance(value[0], dict):
-        entries = {str(entry.get("name", i)): entry for i, entry in enumerate(value)}.items()
-    else:
-        return {path: value}
-    return {k: v for key, entry in entries for k, v in _leaves(f"{path}.{key}" if path else str(key), entry).items()}
+    return leaves("", dataclasses.asdict(config))
 
 
 def _wrong_type(path: str, value: Any, expected: str) -> InputError:

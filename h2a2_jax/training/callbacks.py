@@ -172,7 +172,7 @@ class StopSignals(Callback):
             raise self.stopped()
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator["StopSignals"]:
+    def handle(self) -> Iterator["StopSignals"]:
         """Handle the signals inside, and put the handlers back afterwards."""
         if threading.current_thread() is not threading.main_thread():
             yield self
@@ -187,7 +187,7 @@ class StopSignals(Callback):
                 restore_handler(number, handler)
 
     @contextlib.contextmanager
-    def deferred(self, deferring: bool = True) -> Iterator[None]:
+    def defer(self, deferring: bool = True) -> Iterator[None]:
         """Only note signals inside."""
         before, self._deferring = self._deferring, deferring
         try:
@@ -197,10 +197,10 @@ class StopSignals(Callback):
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:
-        """Raise on signals at once inside, although `deferred` outside."""
+        """Raise on signals at once inside, although `defer` outside."""
         if self.requested:
             raise self.stopped()
-        with self.deferred(False):
+        with self.defer(False):
             yield
 
     def _exchange(self, training: Training) -> ExchangeFuture:

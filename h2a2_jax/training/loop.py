@@ -58,8 +58,8 @@ from h2a2_jax.training.step import StepMetrics
 from h2a2_jax.training.summary import FILE_NAME as SUMMARY
 from h2a2_jax.training.summary import (
     CheckpointScores,
-    RunDevices,
     RunFacts,
+    describe_devices,
     selection_report,
     selection_table,
     write_summary,
@@ -104,7 +104,7 @@ def train(
         Stopped: a signal arrived.
     """
     began, code = time.monotonic(), revision()
-    with StopSignals().watched() as signals, contextlib.ExitStack() as opened:
+    with StopSignals().handle() as signals, contextlib.ExitStack() as opened:
         try:
             # First of all: SIGUSR1, which asks for a profile, would end a process that does not handle it.
             profiler = StepProfiler(workdir, *config.train.profile)
@@ -120,7 +120,7 @@ def train(
             if is_main():
                 _sum_up(training, log, compilations, documents, skipped_scans, time.monotonic() - began, code)
         except Stopped as stopped:
-            with signals.deferred():
+            with signals.defer():
                 opened.close()  # wait for files on their way to the disk
             say(f"{stopped}; {_describe_saved(workdir)}.")
             raise
@@ -189,7 +189,7 @@ def take_steps(training: Training, callbacks: Sequence[Callback], signals: StopS
     batches_per_step = training.config.optim.accumulate_steps
     for callback in callbacks:
         callback.before_steps(training)
-    with signals.deferred(), contextlib.closing(read_batches(training, saver)) as batches:
+    with signals.defer(), contextlib.closing(read_batches(training, saver)) as batches:
         try:
             for item in batches:
                 for callback in callbacks:
@@ -276,7 +276,7 @@ class Evaluate(Callback):
 
     def _evaluate_checkpoint(self, training: Training) -> None:
         say(f"Evaluating step {training.step}.")
-        with self._log.paused():
+        with self._log.pause():
             detector = training.trainer.detector(training.state, training.process_layout)
             folder = evaluation_folder(training.workdir, training.step)
             documents = self._evaluate(training, detector, folder, tables=False)
@@ -345,7 +345,7 @@ def _sum_up(
         compilations=compilations.count,
         loaded_compilations=compilations.loaded,
         compilation_seconds=compilations.seconds,
-        devices=RunDevices.of(training.process_layout.mesh),
+        devices=describe_devices(training.process_layout.mesh),
         versions=versions(),
         revision=code,
     )

@@ -334,7 +334,7 @@ class LogMetrics(Callback):
             self.write(training.step, {**values, **scores})
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def pause(self) -> Iterator[None]:
         """Leave the time inside out of the scans per second."""
         started = time.monotonic()
         yield

@@ -48,30 +48,6 @@ class CheckpointScores:
 
 
 @dataclass(frozen=True)
-class RunDevices:
-    """Devices of a run.
-
-    Attributes:
-        kind: JAX's name of the kind of device.
-        count: number of devices.
-        processes: number of processes that share them.
-        mesh: number of devices along each axis.
-    """
-
-    kind: str
-    count: int
-    processes: int
-    mesh: Mapping[str, int]
-
-    @classmethod
-    def of(cls, mesh: Mesh) -> "RunDevices":
-        """Devices of a mesh."""
-        devices = list(mesh.devices.flat)
-        processes = len({device.process_index for device in devices})
-        return cls(devices[0].device_kind, len(devices), processes, dict(mesh.shape))
-
-
-@dataclass(frozen=True)
 class RunFacts:
     """Facts of a finished run.
 
@@ -89,7 +65,7 @@ class RunFacts:
         compilations: programs that were compiled or loaded from the compilation cache.
         loaded_compilations: programs that were loaded from the compilation cache.
         compilation_seconds: time that compiling and loading took.
-        devices: devices of the run.
+        devices: devices of the run (`describe_devices`).
         versions: versions of packages by name (`h2a2_jax.host.versions`).
         revision: revision of this package at the start of the run (`h2a2_jax.host.revision`).
     """
@@ -107,9 +83,18 @@ class RunFacts:
     compilations: int
     loaded_compilations: int
     compilation_seconds: float
-    devices: RunDevices
+    devices: str
     versions: Mapping[str, str]
     revision: str
+
+
+def describe_devices(mesh: Mesh) -> str:
+    """Name the devices of a mesh, as in "6 x H100 in 2 processes, mesh 3 dataset x 2 replica"."""
+    devices = list(mesh.devices.flat)
+    processes = len({device.process_index for device in devices})
+    shared = f" in {processes} processes" if processes > 1 else ""
+    axes = " x ".join(f"{count} {axis}" for axis, count in mesh.shape.items())
+    return f"{len(devices)} x {devices[0].device_kind}{shared}, mesh {axes}"
 
 
 def write_summary(workdir: Path, facts: RunFacts) -> Path:
@@ -127,11 +112,11 @@ def write_summary(workdir: Path, facts: RunFacts) -> Path:
 def summary(workdir: Path, facts: RunFacts) -> str:
     """Return the text of summary.md; its commands name the workdir as it is given."""
     nouns = {source.name: "procedural scan" if source.is_procedural else "scan" for source in facts.config.datasets}
-    datasets = ", ".join(f"{name} ({_counted(count, nouns[name])})" for name, count in facts.num_scans.items())
+    datasets = ", ".join(f"{name} ({_count(count, nouns[name])})" for name, count in facts.num_scans.items())
     epochs = f"{facts.epochs:.3g} epoch{'' if facts.epochs == 1 else 's'}"
     parts = [
         f"# {workdir.absolute().name}",
-        f"Trained on {datasets}: {_counted(facts.steps, 'step')}, {epochs} of the largest dataset.",
+        f"Trained on {datasets}: {_count(facts.steps, 'step')}, {epochs} of the largest dataset.",
         "## Results",
         _results(facts.results) if facts.results else "Nothing was evaluated.",
         f"![Losses, learning rate, gradients and mAP over the steps]({CURVES})",
@@ -169,12 +154,9 @@ def _results(results: Sequence[CheckpointScores]) -> str:
 
 def _rows(facts: RunFacts) -> list[tuple[str, str]]:
     """Name and value of the facts in the table of the run."""
-    devices = facts.devices
     resumed = f", going on after step {facts.resumed_after}" if facts.resumed_after else ""
-    compiled = _counted(facts.compilations, "program")
+    compiled = _count(facts.compilations, "program")
     loaded = f", {facts.loaded_compilations} of them from the cache" if facts.loaded_compilations else ""
-    shared = f" in {devices.processes} processes" if devices.processes > 1 else ""
-    mesh = " x ".join(f"{count} {axis}" for axis, count in devices.mesh.items())
     speed = "not known" if facts.scans_per_second is None else f"{facts.scans_per_second:.1f}"
     return [
         ("time", f"{duration(facts.seconds)}{resumed}"),
@@ -182,7 +164,7 @@ def _rows(facts: RunFacts) -> list[tuple[str, str]]:
         ("skipped steps", str(facts.skipped_steps)),
         ("skipped scans", str(facts.skipped_scans)),
         ("compilations", f"{compiled}{loaded}, {facts.compilation_seconds:.0f} s"),
-        ("devices", f"{devices.count} x {devices.kind}{shared}, mesh {mesh}"),
+        ("devices", facts.devices),
         ("versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items())),
         ("revision", facts.revision),
     ]
@@ -212,7 +194,7 @@ def _per_cent(score: float | None) -> str:
     return "\N{EN DASH}" if score is None else f"{100 * score:.1f}"
 
 
-def _counted(number: int, noun: str) -> str:
+def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

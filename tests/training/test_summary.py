@@ -10,7 +10,7 @@ import pytest
 from h2a2_jax.config import ExperimentConfig, from_json
 from h2a2_jax.distributed import train_mesh
 from h2a2_jax.scans.sources import SourceConfig
-from h2a2_jax.training.summary import CheckpointScores, RunDevices, RunFacts, summary, write_summary
+from h2a2_jax.training.summary import CheckpointScores, RunFacts, describe_devices, summary, write_summary
 
 CONFIG = ExperimentConfig((SourceConfig("scannet", kind="synthetic"), SourceConfig("s3dis", kind="synthetic")))
 
@@ -33,7 +33,7 @@ FACTS = RunFacts(
     compilations=9,
     loaded_compilations=3,
     compilation_seconds=85.4,
-    devices=RunDevices("H100", 6, 1, {"dataset": 3, "replica": 2}),
+    devices="6 x H100, mesh 3 dataset x 2 replica",
     versions={"python": "3.11.7", "jax": "0.10.2"},
     revision="abc + uncommitted changes",
 )
@@ -120,6 +120,5 @@ def test_scores_are_those_of_an_evaluation():
 
 @pytest.mark.parametrize("count", [1, 6])
 def test_devices_are_those_of_the_mesh(count: int):
-    found = RunDevices.of(train_mesh(3, jax.devices()[:count]))
-    assert (found.kind, found.count, found.processes) == ("cpu", count, 1)
-    assert found.mesh == ({"dataset": 3, "replica": 2} if count == 6 else {"dataset": 1, "replica": 1})
+    axes = "3 dataset x 2 replica" if count == 6 else "1 dataset x 1 replica"
+    assert describe_devices(train_mesh(3, jax.devices()[:count])) == f"{count} x cpu, mesh {axes}"
