@@ -135,12 +135,12 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on_from_its_checkpoints(tmp_p
         time.sleep(0.05)
     assert not [*workdir.glob("runs/*/evaluation.json")]
 
-    # A budget that is over before the run is: what was saved stays, and the table is of what is finished.
+    # A budget that ends before the worker has imported anything: the checkpoints stay, the table has the finished runs.
     saved = sorted(workdir.glob("runs/*/checkpoints/*"))
-    short = [*command, "--budget_minutes=0.05"]
+    short = [*command, "--budget_minutes=0.005"]
     budget = subprocess.run(short, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert budget.returncode == 0, budget.stderr
-    assert "The budget of 0.05 minutes is used; 1 run is left, the same command goes on." in budget.stdout
+    assert "The budget of 0.005 minutes is used; 1 run is left, the same command goes on." in budget.stdout
     assert "| tau = 0.25 | -" in budget.stdout and not workers()
     assert sorted(workdir.glob("runs/*/checkpoints/*")) == saved
 
