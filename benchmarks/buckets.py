@@ -1,4 +1,4 @@
-"""What buckets cost: `python -m benchmarks.buckets`.
+"""Cost of buckets: `python -m benchmarks.buckets`.
 
 A hundred procedural scans of mixed size in batches of one dataset; for each ratio of the ladder the number of
 distinct shapes, which is the number of compilations, and the share of rows that are padding, by level and overall.

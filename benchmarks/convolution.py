@@ -100,7 +100,7 @@ def map_for(algorithm: str, layer: Layer) -> KernelMap | None:
 def jax_functions(
     algorithm: str, kmap: KernelMap, x: jax.Array, kernels: jax.Array, cotangent: jax.Array
 ) -> dict[str, Callable[[], Any]]:
-    """Compiled calls by direction; the map is an argument, so that nothing of it is worked out at compile time."""
+    """Compiled calls by direction; the map is an argument, so that nothing of it is computed at compile time."""
     kmap = jax.device_put(kmap)
 
     def forward(x: jax.Array, w: jax.Array, kmap: KernelMap) -> jax.Array:
@@ -188,7 +188,7 @@ def slower_than_spconv(layers: Sequence[dict[str, Any]]) -> list[str]:
 def run(
     scan: Path | None, algorithms: Sequence[str], *, repeats: int, layers: Sequence[str] | None, with_spconv: bool
 ) -> dict[str, Any]:
-    """Measure; the result is what `--json` prints.
+    """Measure; `--json` prints the result.
 
     Raises:
         InputError: the scan cannot be read, or a layer's name is none of the detector's.

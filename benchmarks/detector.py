@@ -6,8 +6,8 @@ Every figure is a median of runs that take turns after a warm-up. The floor is w
 for the products of the pairs there are, 2 * pairs * Cin * Cout, three times that with the backward pass; its rate is
 the best of those measured between the rounds. "folded" evaluates the detector of one dataset in which everything that
 depends on the dataset alone is computed once, as prediction does. "plain" is the same detector by one gather and one
-matmul an offset (`algorithm="gather"`), "again" computes blocks twice and keeps less (`rematerialize`), which is told
-apart only with a backward pass. "temporaries" are what XLA's program needs beside its inputs. The loss is a stand-in,
+matmul an offset (`algorithm="gather"`), "again" computes blocks twice and keeps less (`rematerialize`), which
+matters only with a backward pass. "temporaries" are what XLA's program needs beside its inputs. The loss is a stand-in,
 the mean square of the predictions; a step adds AdamW.
 """
 
@@ -69,7 +69,7 @@ def run(
     passes: Sequence[str] = PASSES,
     rematerialize: str = "off",
 ) -> dict[str, Any]:
-    """Measure; the result is what `--json` prints.
+    """Measure; `--json` prints the result.
 
     Raises:
         InputError: the scan cannot be read.
@@ -142,7 +142,7 @@ def run(
 def _maps(
     clouds: list[np.ndarray], config: DetectorConfig, repeats: int
 ) -> tuple[dict[str, float], DetectorPlan, Any, DetectorConfig]:
-    """Median ms of the steps from points to a plan, the plan on the device, its tables."""
+    """Median ms of the steps from points to a plan; the plan on the device; its tables."""
     stages: dict[str, list[float]] = {"voxelize": [], "tables": [], "lists": []}
     layout = PlanLayout.of(config)
     for turn in range(repeats + 1):
@@ -171,7 +171,7 @@ def _passes(
     made_context: Callable[..., ForwardContext],
     passes: Sequence[str],
 ) -> dict[str, tuple[Callable[[], object], dict[str, float]]]:
-    """Compiled passes by name, ready to be called, with what compiling took and what they need."""
+    """Compiled passes by name, with the time of compiling and the memory that each needs."""
     config = DetectorConfig(**{**vars(config), "selection": SelectionConfig() if selective else None})
     heads = [HeadConfig("scan", 18, 6)]
     model = jax.jit(lambda: nnx.split(TR3D(config, heads, rngs=nnx.Rngs(0)), nnx.Param, ...)[1:])()
@@ -216,13 +216,13 @@ def _passes(
     jobs = {kind: job for kind, job in jobs.items() if kind in passes and (not is_plain or kind in plain)}
     compiled = {kind: _compile(function, arguments) for kind, (function, arguments) in jobs.items()}
     return {
-        kind: (_repeated(program, jobs[kind][1]) if kind == "step" else partial(program, *jobs[kind][1]), cost)
+        kind: (_thread_state(program, jobs[kind][1]) if kind == "step" else partial(program, *jobs[kind][1]), cost)
         for kind, (program, cost) in compiled.items()
     }
 
 
-def _repeated(step: Callable[..., tuple], arguments: tuple) -> Callable[[], object]:
-    """A step whose state goes into the next one; its buffers are handed over, as in training."""
+def _thread_state(step: Callable[..., tuple], arguments: tuple) -> Callable[[], object]:
+    """A call of a step that passes its state to the next call and donates the buffers, as in training."""
     state = list(jax.tree.map(jnp.copy, arguments[:2]))
 
     def function() -> object:
@@ -256,7 +256,7 @@ def _peak_memory() -> float:
 
 
 def table_of(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """Format the result as a table."""
     scan, maps = result["scan"], result["maps_ms"]
     lines = [
         f"{scan['name']} x {scan['batch']}: {scan['points']:,} points, {scan['sites']['voxels']:,} voxels, "

@@ -1,9 +1,9 @@
-"""How long it takes to score the detections of a dataset, prediction apart.
+"""Time to score the detections of a dataset, without prediction.
 
     python -m benchmarks.evaluation [--scans N] [--repeats N]
 
 Random boxes: 12 annotated ones a scan, and detections scattered about them, one in five of a wrong class. The numbers
-of detections are those of boxes with a score above some 0.3 and above 0.01. The first time compiles.
+of detections are those of boxes with a score above some 0.3 and above 0.01. The first run compiles.
 """
 
 import argparse

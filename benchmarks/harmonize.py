@@ -1,11 +1,11 @@
-"""What balancing the datasets' gradients costs: steps of training with NGH and with the plain mean, in turns.
+"""Cost of balancing the datasets' gradients: steps of training with NGH and with the plain mean, in turns.
 
     python -m benchmarks.harmonize [--size demo|full] [--batch N] [--repeats N]
 
 A step is the whole one, forward and backward over three datasets, balancing, clipping and AdamW, with kernel selection,
-on procedural scans; the cost is the median over rounds of the ratio of two steps taken one after the other. Beside it
-stands what the balancers need alone, with the mean over datasets, for gradients of the same shapes, where a thousandth
-of a step can be seen. "demo" is configs/joint.py's demo, "full" TR3D's own widths, on scans of the size of real ones.
+on procedural scans; the cost is the median over rounds of the ratio of two steps taken one after the other. The time of
+the balancers alone, with the mean over datasets, for gradients of the same shapes, resolves a thousandth of a step.
+"demo" is the demo of configs/joint.py; "full" has the widths of TR3D, on scans of the size of real ones.
 """
 
 import argparse
@@ -45,7 +45,7 @@ _MAX_BOXES = 64
 
 
 def run(size: str, *, batch: int, repeats: int, steps: bool = True) -> dict[str, Any]:
-    """Measure; the result is what `--json` prints.
+    """Measure; `--json` prints the result.
 
     Args:
         size: of `SIZES`.
@@ -136,9 +136,9 @@ def _steps(model: TR3D, config: DetectorConfig, scale: Any, batch: int, repeats:
         optimizer = optax.adamw(1e-4)
         graph, state = create_state(model, optimizer, balancer)
         step = make_train_step(graph, state, experiment, optimizer, balancer, mesh)
-        functions[name] = _repeated(step, place_state(state, mesh), batches)
+        functions[name] = _thread_state(step, place_state(state, mesh), batches)
         if name == "mean":
-            functions["mean again"] = _repeated(step, place_state(state, mesh), batches)
+            functions["mean again"] = _thread_state(step, place_state(state, mesh), batches)
         start = time.perf_counter()
         jax.block_until_ready(functions[name]())
         timing.report(f"step with {name}: first one after {time.perf_counter() - start:.0f} s")
@@ -156,8 +156,8 @@ def _sources(scale: Any, batch: int) -> list[SyntheticSource]:
     return [SyntheticSource(spec, "train", batch, scale=scale) for spec in SPECS]
 
 
-def _repeated(step: Callable[..., tuple], state: Any, batch: Any) -> Callable[[], object]:
-    """A step whose state goes into the next one."""
+def _thread_state(step: Callable[..., tuple], state: Any, batch: Any) -> Callable[[], object]:
+    """A call of a step that passes its state to the next call."""
     held = [state]
 
     def function() -> object:
@@ -168,7 +168,7 @@ def _repeated(step: Callable[..., tuple], state: Any, batch: Any) -> Callable[[]
 
 
 def table_of(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """Format the result as a table."""
     lines = [
         f"{result['size']}: {result['shared_parameters']:,} shared parameters in {result['shared_tensors']} tensors, "
         f"{len(SPECS)} datasets of {result['batch']} scans; {result['machine']['device']}, "

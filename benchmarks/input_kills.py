@@ -1,11 +1,11 @@
-"""Kills the input of training at random moments: the stream goes on exactly, and nothing is left behind.
+"""Kill the input of training at random moments: the stream resumes exactly, and nothing is left behind.
 
     python -m benchmarks.input_kills --kills 10 --workers 2
 
-A child process streams joint steps of procedural scans with worker processes, writing a digest of every step's arrays
-as a checkpoint would write its step. It is killed (SIGKILL) at random moments, at start-up included, and started again
-behind the last digest on disk; after the last kill it streams to the end. All digests must equal those of a stream that
-nobody killed, and neither workers nor shared memory may outlive a kill.
+A child process streams joint steps of procedural scans with worker processes and writes a digest of the arrays of every
+step, as a checkpoint would write its step. It is killed (SIGKILL) at random moments, also while it starts, and resumes
+behind the last digest on disk; after the last kill it streams to the end. All digests must equal those of an
+uninterrupted stream, and neither workers nor shared memory may outlive a kill.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _ENDS_WITHIN_S = 20
 
 
 def demo_stream(workers: int) -> JointStream:
-    """Small procedural scans of the three datasets."""
+    """Stream of small procedural scans of the three datasets."""
     datasets = tuple(SourceConfig(spec.name, kind="synthetic") for spec in SPECS)
     train = TrainConfig(batch_size=2, max_bucket=3, workers=workers)
     config = ExperimentConfig(datasets, model=DetectorConfig(voxel_size=0.03), train=train)
@@ -41,7 +41,7 @@ def demo_stream(workers: int) -> JointStream:
 
 
 def digest(item: JointStep) -> str:
-    """Of the names and arrays of a step."""
+    """Digest of the names and arrays of a step."""
     sha = hashlib.sha256(repr(item.names).encode())
     for leaf in jax.tree.leaves(item.batch):
         sha.update(np.ascontiguousarray(leaf).tobytes())
@@ -49,7 +49,7 @@ def digest(item: JointStep) -> str:
 
 
 def stream_digests(path: Path, steps: int, workers: int) -> None:
-    """Append the digests of the steps that the file lacks; a line that a kill cut short is dropped."""
+    """Append the digests of the steps that the file lacks, and drop a line that a kill cut short."""
     done = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
     path.write_text("".join(done))
     with path.open("a") as file:
@@ -59,7 +59,7 @@ def stream_digests(path: Path, steps: int, workers: int) -> None:
 
 
 def descendants(pid: int) -> set[int]:
-    """Processes that a process started, and those that these started."""
+    """Process ids of all children, grandchildren and so on of a process."""
     children: set[int] = set()
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         children |= {int(child) for child in task.read_text().split()}
@@ -67,7 +67,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def main() -> int:
-    """Kill, go on, compare; the exit status tells."""
+    """Kill, resume and compare; exit status 0 if the streams are equal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=240)

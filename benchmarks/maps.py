@@ -1,7 +1,7 @@
-"""What building maps costs: `python -m benchmarks.maps [--scan FILE]`.
+"""Cost of building maps: `python -m benchmarks.maps [--scan FILE]`.
 
 Median times, after a warm-up, of voxelising a scan, of every table of a detector on it and of padding them; of
-submanifold maps of 10,000 to 1,000,000 sites on surfaces like a room's, and of a random blob. Host (numpy, one
+submanifold maps of 10,000 to 1,000,000 sites on surfaces like those of a room, and of a random blob. Host (numpy, one
 thread) and in-jit (JAX on its default device) side by side; the results of both are equal.
 """
 
@@ -79,7 +79,7 @@ def time_scan(points: np.ndarray, voxel_size: float, repeats: int) -> list[dict[
         ("all tables of the detector", voxels, lambda: detector_tables(voxels), None),
         ("padding them, with lists", voxels, lambda: pad_plan(tables, capacities), None),
     ]
-    return [_measured(label, sites, host, traced, repeats) for label, sites, host, traced in steps]
+    return [_measure(label, sites, host, traced, repeats) for label, sites, host, traced in steps]
 
 
 def _level_steps(fine: SiteSet, coarse: SiteSet, stride: int) -> list[Step]:
@@ -141,12 +141,12 @@ def time_sweep(repeats: int) -> list[dict[str, Any]]:
     rows = []
     for name, sites in clouds:
         step = _submanifold_step(sites, _on_device(sites))
-        row = _measured(*step, repeats=min(repeats, 5) if len(sites) > 200_000 else repeats)
+        row = _measure(*step, repeats=min(repeats, 5) if len(sites) > 200_000 else repeats)
         rows.append({"cloud": name, **row})
     return rows
 
 
-def _measured(
+def _measure(
     label: str, sites: SiteSet, host: Callable[[], object], traced: Callable[[], object] | None, repeats: int
 ) -> dict[str, Any]:
     report(label)

@@ -25,7 +25,7 @@ CHUNK = 25_000
 
 @dataclass(frozen=True)
 class Range:
-    """What boxes are drawn.
+    """Ranges that boxes are drawn from.
 
     Attributes:
         smallest: Shortest side (m).

@@ -5,9 +5,10 @@
 - Each file of --scans (default: the folder H2A2_SCANS_DIR): reading, voxels and maps, network, boxes (decoding and
   suppression) in ms, medians of warm passes; and the first pass, which may compile.
 - --moved: one file turned, shifted, in millimetres, with y up, shuffled, with every point twice, without colours, with
-  half of its points. Boxes are led back and matched with those of the file as it is: how many of these (of at least the
-  score .3) have one of their class with an IoU of .5, their mean IoU and mean difference in score. What is exact for a
-  network on voxels is exact in `tests/inference/test_predict_files.py`; what differs here is said beside.
+  half of its points. Boxes are transformed back and matched with those of the file as it is: the number of these (of at
+  least the score .3) that have one of their class with an IoU of .5, their mean IoU and mean difference in score. The
+  reason for a difference stands beside; `tests/inference/test_predict_folder.py` checks what is exact for a network on
+  voxels.
 - --grey: mean average precision on the validation scans of the run, with and without their colours.
 - --beside: other runs, which take turns with this one on the validation scans of a dataset that all know: ms a scan by
   stage, medians over scans of warm passes, and the network's time as a multiple of the first run's.
@@ -32,12 +33,12 @@ from h2a2_jax.boxes import Detections, pairwise_rotated_iou
 from h2a2_jax.checkpoint.store import restore_checkpoint
 from h2a2_jax.config import EvalConfig
 from h2a2_jax.errors import InputError
-from h2a2_jax.evaluation.evaluate import build_predictor, evaluate_source
+from h2a2_jax.evaluation.evaluate import predict_source
 from h2a2_jax.inference.input_files import FileScan, InputFile, PredictRequest, find_inputs, load_file
-from h2a2_jax.inference.predictor import Predictor, prepare
+from h2a2_jax.inference.predictor import Predictor, build_predictor, prepare
 from h2a2_jax.inference.results import boxes_in_input_frame
-from h2a2_jax.scans.cloud_scan import GREY
 from h2a2_jax.scans.formats.point_cloud import read_point_cloud
+from h2a2_jax.scans.frame import GREY
 from h2a2_jax.scans.scan import Scan, load_or_skip
 from h2a2_jax.scans.sources import build_source
 from h2a2_jax.scans.specs import DatasetSpec
@@ -91,7 +92,9 @@ def main() -> None:
         for dataset in config.datasets:
             source = build_source(dataset, "val")
             figures = [
-                evaluate_source(evaluator, each, dataset.spec, progress=False)[0].mean_average_precision
+                predict_source(evaluator, each, dataset.spec, progress=False)
+                .evaluate(dataset.spec, EvalConfig().iou_thresholds)
+                .mean_average_precision
                 for each in (source, ChangedScans(source, _grey))
             ]
             shown = " -> ".join(" ".join(f"{value:.3f}" for value in figure) for figure in figures)

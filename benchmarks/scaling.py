@@ -1,4 +1,4 @@
-"""How a convolution's cost grows with the number of sites: map, forward, forward and backward, temporaries.
+"""Growth of a convolution's cost with the number of sites: map, forward, forward and backward, temporaries.
 
     python -m benchmarks.scaling [--channels 32] [--most 1000000] [--repeats 5]
 

@@ -1,4 +1,4 @@
-"""Scans that the benchmarks run on: a file, or a procedural room; and what they make of a source's."""
+"""Scans for the benchmarks: a file, a procedural room, or changed scans of a source."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,11 +19,11 @@ _PLY_TYPES = {
 
 
 class ChangedScans:
-    """A source whose scans are changed when they are asked for.
+    """Source whose scans are changed when they are read.
 
     Args:
-        source: the scans.
-        change: of each.
+        source: source of the scans.
+        change: function that is applied to each scan.
     """
 
     def __init__(self, source: ScanSource, change: Callable[[Scan], Scan]):
@@ -39,12 +39,12 @@ class ChangedScans:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Scan:
-        """One scan."""
+        """Read and change one scan."""
         return self.change(self.source[index])
 
 
 def load_points(path: Path | None) -> tuple[str, Float32[np.ndarray, "m 3"]]:
-    """Name and points (metres) of a scan.
+    """Load the name and the points (metres) of a scan.
 
     Args:
         path: a .bin of float32 rows of six numbers (x, y, z, colour), a .ply with vertices x, y, z (first element of

@@ -1,10 +1,10 @@
-"""What the procedural scans are like: `python -m benchmarks.synthetic --scans 30`.
+"""Figures of the procedural scans: `python -m benchmarks.synthetic --scans 30`.
 
-For each dataset a table of measured figures beside what they are meant to be and, for ScanNet and SUN RGB-D, beside
-one real scan: points, spacing, extents, sites at every stride, boxes, classes, sizes, yaw, what is seen of the objects,
-what is missing, noise, colours, and the time to generate a scan. The figures of the real scans are those of
-scene0000_00 and of frame 17 in mmdetection3d's demo folder; where H2A2_SCANS_DIR names a folder that holds
-scene0000_00.bin and 000017.bin, they are measured again.
+Prints a table for each dataset with measured figures beside specified ones and, for ScanNet and SUN RGB-D, beside those
+of one real scan: points, spacing, extents, sites at every stride, boxes, classes, sizes, yaw, the visible share of
+objects, the share of missing points, noise, colours, and the time to generate a scan. The real scans are scene0000_00
+and frame 17 in mmdetection3d's demo folder; where H2A2_SCANS_DIR names a folder that holds scene0000_00.bin and
+000017.bin, they are measured again.
 """
 
 import argparse
@@ -28,10 +28,9 @@ from h2a2_jax.host import available_cores
 from h2a2_jax.models.maps import pyramid_sizes
 from h2a2_jax.scans.scan import points_in_box
 from h2a2_jax.scans.specs import SPECS, DatasetSpec, dataset_spec
-from h2a2_jax.scans.synthetic.catalogue import label_of, programme
-from h2a2_jax.scans.synthetic.rooms import Room, furnished_room
+from h2a2_jax.scans.synthetic.furniture import Solids
+from h2a2_jax.scans.synthetic.rooms import Room, furnish_room, label_of, programme
 from h2a2_jax.scans.synthetic.sensors import Capture
-from h2a2_jax.scans.synthetic.shapes import Solids
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 from h2a2_jax.sparse import voxelize
 
@@ -160,7 +159,7 @@ def measure(dataset: str, size: int, scale: str, index: int) -> dict[str, Any]:
 
 
 def cloud_figures(points: Float32[np.ndarray, "m 3"], colors: Float32[np.ndarray, "m 3"]) -> dict[str, Any]:
-    """Figures that a real scan has as well: of points (m) and colours (0-1)."""
+    """Figures of points (m) and colours (0-1), which exist for a real scan too."""
     figures: dict[str, Any] = {"points": len(points), "extent x, y, z (m)": tuple(np.ptp(points, axis=0).tolist())}
     figures["spacing (cm)"] = 100 * spacing(points)
     figures.update(sites(points))
@@ -170,7 +169,7 @@ def cloud_figures(points: Float32[np.ndarray, "m 3"], colors: Float32[np.ndarray
 
 
 def sites(points: Float32[np.ndarray, "m 3"]) -> dict[str, int]:
-    """Sites of a detector's backbone at every stride, voxels of 1 cm."""
+    """Number of sites of a detector's backbone at every stride, for voxels of 1 cm."""
     sizes = pyramid_sizes(voxelize([points], VOXEL_SIZE).sites)
     return {f"sites {stride}": getattr(sizes, level) for stride, level in STRIDES.items()}
 
@@ -188,7 +187,7 @@ def surface_seen(room: Room, capture: Capture, distance: float, samples: int = 3
     for index in np.flatnonzero((room.labels >= 0) & (capture.visible >= 0.15)):
         own = np.flatnonzero(parts.owners == index)
         surface = outer_surface(parts, own, samples, rng)
-        # From the frame of the room to that of the capture: the box tells how it moved.
+        # From the frame of the room to that of the capture, by the change of the box.
         turn = capture.boxes[index, 6] - room.boxes[index, 6]
         cos, sin = math.cos(turn), math.sin(turn)
         moved = (surface - room.boxes[index, :3]) @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
@@ -230,7 +229,7 @@ def outer_surface(
 
 
 def floor_figures(spec: DatasetSpec, room: Room, capture: Capture) -> dict[str, float]:
-    """Height of the floor and how much the points scatter about it."""
+    """Height of the floor and the noise of its points."""
     shell = capture.points[capture.owners < 0].astype(float)
     # Back to the frame of the room, where the floor is z = 0 and the walls are upright on the axes.
     turn = room.boxes[0, 6] - capture.boxes[0, 6]
@@ -240,7 +239,7 @@ def floor_figures(spec: DatasetSpec, room: Room, capture: Capture) -> dict[str, 
     points = shell[inner & (np.abs(there[:, 2]) < 0.1)]
     floor = float(capture.boxes[0, 2] - room.boxes[0, 2])
     if spec.name == "sunrgbd":
-        # The frame is level: the lowest ray of the middle column tells how far the camera looks down.
+        # The frame is level: the lowest ray of the middle column gives the pitch of the camera.
         middle = capture.points[np.abs(capture.points[:, 0]) < 0.05 * capture.points[:, 1]].astype(float)
         pitch = np.quantile(np.arctan2(middle[:, 2], middle[:, 1]), 0.001) + math.radians(45 / 2)
         measured = points[:, 1] * math.cos(pitch) + points[:, 2] * math.sin(pitch)
@@ -253,20 +252,20 @@ def floor_figures(spec: DatasetSpec, room: Room, capture: Capture) -> dict[str, 
 
 
 def deviation(values: Float[np.ndarray, " n"]) -> float:
-    """Standard deviation without what lies far out: flying points do not count."""
+    """Standard deviation without outliers, such as flying points."""
     for _ in range(3):
         values = values[np.abs(values - values.mean()) < 3.5 * values.std()] if len(values) else values
     return float(values.std()) if len(values) > 50 else math.nan
 
 
 def measure_rooms(dataset: str, rooms: int, scale: str) -> dict[str, Any]:
-    """Sizes, classes and yaw of what is placed, before a sensor looks at it."""
+    """Sizes, classes and yaw of the furniture placed, without a sensor."""
     spec = dataset_spec(dataset)
     turns, classes, spreads = [], [], []
     plan = programme(spec, scale)  # type: ignore[arg-type]
     kinds = {label_of(name, spec): kind for name, kind in plan.kinds.items()}
     for seed in range(rooms):
-        room = furnished_room(plan, spec, np.random.default_rng([seed, 77]))
+        room = furnish_room(plan, spec, np.random.default_rng([seed, 77]))
         for box, label in zip(room.boxes.tolist(), room.labels.tolist(), strict=True):
             if label >= 0:
                 classes.append(spec.classes[label])
@@ -290,7 +289,7 @@ def real_figures(dataset: str) -> dict[str, Any]:
 
 
 def print_tables(dataset: str, scans: Sequence[Mapping[str, Any]], rooms: Mapping[str, Any]) -> None:
-    """The tables of one dataset."""
+    """Print the tables of one dataset."""
     spec, measured = dataset_spec(dataset), real_figures(dataset)
     print(f"\nsynthetic_{dataset}: {len(scans)} scans; median (smallest, largest)")
     print(f"{'':38} {'measured':42} {'specified':24} real scan")
@@ -314,7 +313,7 @@ def print_tables(dataset: str, scans: Sequence[Mapping[str, Any]], rooms: Mappin
         mean = sizes[chosen].mean(axis=0) if chosen.any() else np.full(3, math.nan)
         wanted = MEAN_SIZES[dataset].get(name)
         if not spec.has_yaw:
-            # Which way a wall runs is chance: the horizontal sides count as one.
+            # Walls run either way by chance: the horizontal sides count as one.
             mean[:2] = mean[:2].mean()
             wanted = wanted and (sum(wanted[:2]) / 2, sum(wanted[:2]) / 2, wanted[2])
         print(
@@ -339,7 +338,7 @@ def summary(values: Sequence[Any]) -> str:
 
 
 def number(value: float) -> str:
-    """A figure with as many digits as it deserves."""
+    """Figure with a number of digits that suits its size."""
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.0f}" if float(value).is_integer() and abs(value) >= 2 else f"{value:.2f}"

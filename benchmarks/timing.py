@@ -1,4 +1,4 @@
-"""How the benchmarks measure: rivals take turns in one run, medians, beside the machine's own matmul."""
+"""Timing of the benchmarks: rivals take turns in one run; medians; the rate of the machine's matmul beside them."""
 
 import statistics
 import sys
@@ -16,10 +16,10 @@ def alternate(functions: Mapping[str, Callable[[], object]], repeats: int, *, ca
     the one before it fall asleep, as in a network whose layers are all of one library.
 
     Args:
-        functions: by name; a result on a device is waited for.
-        repeats: rounds.
-        calls: of a function before its last result is waited for; more than one hides the time to start a call on an
-            accelerator.
+        functions: functions by name; a result on a device is waited for.
+        repeats: number of rounds.
+        calls: number of calls of a function before its last result is waited for; more than one hides the time to start
+            a call on an accelerator.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
@@ -42,5 +42,5 @@ def matmul_rate(repeats: int, *, calls: int = 1) -> float:
 
 
 def report(message: str) -> None:
-    """A line of progress, on standard error."""
+    """Print a line of progress on standard error."""
     print(message, file=sys.stderr, flush=True)

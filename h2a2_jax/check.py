@@ -1,20 +1,17 @@
-"""Look over a folder of scans before it is trained on: a report, a table and a contact sheet.
-
-Looks a folder of scans over before it is trained on: what it holds, what is odd, what must be mended.
+"""Check a folder of scans before training: a report, a table and a contact sheet.
 
     python run.py --mode=check --data=FOLDER [--dataset=scannet] [--output=runs/check/FOLDER]
 
-The folder is one of a user's own scans (`scan_folder`), one prepared by mmdetection3d (`mmdet3d`), or one prepared by
-`python -m data.<dataset>` (`tfds_source`). Every scan is read. What is found is printed, written as check.json (the
-document of `CheckReport.document`) and drawn as contact_sheet.png.
+The folder holds a user's own scans (`scan_folder`), or was prepared by mmdetection3d (`mmdet3d`) or by
+`python -m data.<dataset>` (`tfds_source`). Every scan is read. The findings are printed, written as check.json (the
+document of `CheckReport`) and drawn as contact_sheet.png.
 """
 
 import contextlib
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,15 +20,18 @@ from tqdm import tqdm
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import available_cores
-from h2a2_jax.prepare.worker_pool import in_processes
-from h2a2_jax.scans.frame import AXES, BoxFinding, Guess, ScanFinding, examine, guess_unit, guess_up, spread
-from h2a2_jax.scans.scan import ScanError, ScanSource
-from h2a2_jax.scans.scan_folder import BOXES_FILE, UNITS, ScanFolder
-from h2a2_jax.scans.sources import CheckedFolder, Split, recognise, some
+from h2a2_jax.prepare.worker_pool import run_in_processes
+from h2a2_jax.scans.formats.point_cloud import PointCloud
+from h2a2_jax.scans.frame import AXES, UNITS, AxisFinding, Guess, guess_unit, guess_up, spread
+from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, points_in_box, some
+from h2a2_jax.scans.scan_folder import BOXES_FILE, ScanFolder
+from h2a2_jax.scans.sources import CheckedFolder, Split, recognise
 from h2a2_jax.scans.specs import DatasetSpec, dataset_spec
 
 CHECK_VERSION = 1
+_PROBLEMS = "mend"  # the key in check.json of version 1
 _FEW_POINTS = 5
+_FEW_SCANS = 8  # are read faster than processes start
 
 USUAL_SIZES: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
     "scannet": {
@@ -67,58 +67,222 @@ USUAL_SIZES: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
         "sofa": (1.8, 0.9, 0.8),
     },
 }
-"""Mean sizes dx, dy, dz (m) of boxes in the built-in datasets, of the classes of which they are known."""
+"""Mean sizes dx, dy, dz (m) of boxes in the built-in datasets, of the classes whose sizes are known."""
+
+
+@dataclass(frozen=True)
+class BoxFinding:
+    """Measurements of one box.
+
+    Attributes:
+        label: class of the box.
+        size: dx, dy, dz (m).
+        held: points in the box.
+        held_clockwise: points the box would hold if yaw counted clockwise.
+        held_from_bottom: points the box would hold if its centre were that of its bottom.
+        turned: True if yaw makes a difference.
+        outside: True if the box does not even meet the box around all points.
+    """
+
+    label: int
+    size: tuple[float, float, float]
+    held: int
+    held_clockwise: int
+    held_from_bottom: int
+    turned: bool
+    outside: bool
+
+
+@dataclass(frozen=True)
+class ScanFinding:
+    """Measurements of one scan.
+
+    Attributes:
+        split: "train" or "val".
+        name: name of the scan.
+        error: why the scan cannot be used; then the fields below have their defaults, but for `axes` of a file that
+            can be read.
+        points: number of usable points.
+        axes: spread along x, y, z of the file, in its unit.
+        colors: smallest and largest number, in the file's scale; None without colours.
+        duplicates: share of points that are exactly where another one is.
+        boxes: usable boxes of a class, in metres, z up.
+        notes: counts by kind of what loading left out or repaired.
+        assumed: sentences on what the file leaves open.
+    """
+
+    split: str
+    name: str
+    error: str | None = None
+    points: int = 0
+    axes: tuple[AxisFinding, ...] = ()
+    colors: tuple[float, float] | None = None
+    duplicates: float = 0.0
+    boxes: tuple[BoxFinding, ...] = ()
+    notes: Mapping[str, int] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What was found.
+    """Findings of a folder.
 
     Attributes:
-        document: for check.json: "version", "folder", "kind", "dataset", "ready", "mend" and "hints" (sentences), "up"
-            and "unit" ("declared", "guess" or null, "certain", "evidence"), "splits" (by name: "scans", "unreadable",
-            "boxes", "points" and "extent" (m, of all but the outermost .2 % of points) with "min", "median", "max"),
-            "classes" (by name: "boxes", "mean_size", "usual_size"), "notes" (a count by kind, over all scans), "scans"
-            (one entry each, see `ScanFinding`).
+        document: content of check.json: "version", "folder", "kind", "dataset", "ready", "mend" (problems) and "hints"
+            (both sentences), "up" and "unit" ("declared", "guess" or null, "certain", "evidence"), "splits" (by name:
+            "scans", "unreadable", "boxes", "points" and "extent" (m, of all but the outermost .2 % of points) with
+            "min", "median", "max"), "classes" (by name: "boxes", "mean_size", "usual_size"), "notes" (a count by kind,
+            over all scans), "scans" (one entry each, as in `ScanFinding`).
     """
 
     document: Mapping[str, Any]
 
     @property
     def ready(self) -> bool:
-        """Whether nothing must be mended."""
+        """True if the folder has no problem."""
         return bool(self.document["ready"])
 
     def __str__(self) -> str:
-        """The report for people."""
+        """Return the report for people."""
         return "\n".join(_lines(self.document))
 
 
-def report_on(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> CheckReport:
-    """Puts together what was found and what follows from it.
+def check(root: str | Path, dataset: str | None = None, output: str | Path | None = None) -> CheckReport:
+    """Read all scans of a folder, print the findings, and write check.json and contact_sheet.png.
 
     Args:
-        folder: that was looked over.
-        findings: one for each of its scans, in any order.
+        root: the folder.
+        dataset: "scannet", "sunrgbd" or "s3dis", whose classes count; None: by the files in the folder.
+        output: folder for the two files; None for runs/check/<name of the folder>.
+
+    Raises:
+        InputError: the folder is missing or of no known kind, or `output` cannot be written.
     """
-    return CheckReport(_document(folder, findings))
+    output = Path("runs/check") / Path(root).resolve().name if output is None else Path(output)
+    folder = recognise(Path(root), None if dataset is None else dataset_spec(dataset))
+    print(f"{folder.root}: {folder.kind}, compared with the classes of {folder.spec.name}", flush=True)
+    with _writing_to(output):  # before the scans are read, which may take long
+        output.mkdir(parents=True, exist_ok=True)
+    findings = list(tqdm(_findings(folder), total=sum(map(len, folder.sources.values())), unit="scan", disable=None))
+    report = CheckReport(_document(folder, findings))
+    print(report)
+    with _writing_to(output):
+        (output / "check.json").write_text(json.dumps(report.document, indent=1) + "\n")
+        usable = [(scan["split"], scan["name"]) for scan in report.document["scans"] if scan["error"] is None]
+        if usable:
+            from h2a2_jax.viewer.contact_sheet import draw_contact_sheet
+
+            draw_contact_sheet(folder.sources, usable, folder.spec, output / "contact_sheet.png")
+    print(f"Written to {output / 'check.json'}" + (f", drawn in {output / 'contact_sheet.png'}" if usable else ""))
+    return report
+
+
+@contextlib.contextmanager
+def _writing_to(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error.strerror}): choose another folder, --output.") from error
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+def _findings(folder: CheckedFolder) -> Iterator[ScanFinding]:
+    """Yield a finding for each scan, in no order."""
+    measure = _Measure(folder.sources)
+    places = [f"{split} {i}" for split, source in folder.sources.items() for i in range(len(source))]
+    if len(places) <= _FEW_SCANS:
+        yield from map(measure, places)
+        return
+    for outcome in run_in_processes(measure, places, min(available_cores(), 16)):
+        split, number = outcome.name.split()
+        name = folder.sources[cast(Split, split)].names[int(number)]
+        yield ScanFinding(split, name, outcome.failure) if outcome.failure else outcome.value
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """Measuring one scan, named by its split and number, in another process."""
+
+    sources: Mapping[Split, ScanSource]
+
+    def __call__(self, place: str) -> ScanFinding:
+        split, number = place.split()
+        source, index = self.sources[cast(Split, split)], int(number)
+        cloud = None
+        try:
+            if isinstance(source, ScanFolder):
+                cloud = source.read(index)
+                return _measured(split, source.convert(index, cloud), cloud)
+            return _measured(split, source[index], None)
+        except ScanError as error:
+            # A scan in another unit than declared may reach too far to be used, and its spread still shows its unit.
+            axes = spread(cloud.points) if cloud is not None and len(cloud.points) else ()
+            return ScanFinding(split, source.names[index], str(error), axes=axes)
+
+
+def _measured(split: str, scan: Scan, cloud: PointCloud | None) -> ScanFinding:
+    """Measure a scan; `cloud` has its points as in the file, if the file has a frame of its own."""
+    points, colors = (scan.points, scan.colors) if cloud is None else (cloud.points, cloud.colors)
+    bits = np.ascontiguousarray(scan.points, np.float32).view(np.uint32).astype(np.uint64)
+    mixed = bits @ np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
+    return ScanFinding(
+        split,
+        scan.name,
+        points=len(scan.points),
+        axes=spread(points),
+        colors=None if colors is None or not len(colors) else (float(colors.min()), float(colors.max())),
+        duplicates=1 - len(np.unique(mixed)) / len(scan.points),
+        boxes=tuple(
+            _box(scan.points, box, int(label)) for box, label in zip(scan.boxes, scan.labels, strict=True) if label >= 0
+        ),
+        notes=dict(scan.notes),
+        assumed=() if cloud is None else cloud.assumed,
+    )
+
+
+def _box(points: np.ndarray, box: np.ndarray, label: int) -> BoxFinding:
+    # Points in the box are counted among those nearby: boxes are small, scans are not.
+    near = points[(np.abs(points - box[:3]) <= 1.5 * np.linalg.norm(box[3:6])).all(axis=1)]
+    clockwise, raised = box.copy(), box.copy()
+    clockwise[6] *= -1
+    raised[2] += box[5] / 2
+    dx, dy, dz = (float(size) for size in box[3:6])
+    cos, sin = np.abs(np.cos(box[6])), np.abs(np.sin(box[6]))
+    half = np.array([dx * cos + dy * sin, dx * sin + dy * cos, dz]) / 2
+    low, high = points.min(axis=0), points.max(axis=0)
+    held, held_clockwise, held_from_bottom = (int(points_in_box(near, b).sum()) for b in (box, clockwise, raised))
+    return BoxFinding(
+        label,
+        (dx, dy, dz),
+        held,
+        held_clockwise,
+        held_from_bottom,
+        turned=bool(cos * sin > 0.1),
+        outside=bool((box[:3] + half < low).any() or (box[:3] - half > high).any()),
+    )
+
+
+# ---- judging -------------------------------------------------------------------------------------------------------
 
 
 def _document(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[str, Any]:
+    """Draw conclusions from the findings of all scans, given in any order."""
     order = {(split, name): i for split, source in folder.sources.items() for i, name in enumerate(source.names)}
     findings = sorted(findings, key=lambda finding: (finding.split, order[cast(Split, finding.split), finding.name]))
     good = [finding for finding in findings if finding.error is None]
+    bad = [finding for finding in findings if finding.error is not None]
     notes: Counter[str] = Counter()
     for finding in good:
         notes.update(finding.notes)
     measured = [finding.axes for finding in findings if finding.axes]
     up, unit = guess_up(folder.up, measured), guess_unit(folder.unit, measured)
-    mend, hints = [*folder.mend], [*folder.hints]
-    bad = [finding for finding in findings if finding.error is not None]
-    _judge_frame(folder, up, unit, mend, hints)
+    problems, hints = [*folder.problems], [*folder.hints]
+    _judge_frame(folder, up, unit, problems, hints)
     if bad:  # which may be because of the unit
-        mend.append(f"{len(bad)} of {len(findings)} scans cannot be used; the first: {bad[0].error}")
-    _judge_boxes(folder, good, mend, hints)
+        problems.append(f"{len(bad)} of {len(findings)} scans cannot be used; the first: {bad[0].error}")
+    _judge_boxes(folder, good, problems, hints)
     twice = {finding.name for finding in findings if finding.split == "train"}
     twice &= {finding.name for finding in findings if finding.split == "val"}
     if twice:
@@ -132,15 +296,15 @@ def _document(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[st
         "folder": str(folder.root),
         "kind": folder.kind,
         "dataset": folder.spec.name,
-        "ready": not mend,
-        "mend": mend,
+        "ready": not problems,
+        _PROBLEMS: problems,
         "hints": hints,
         "up": up.document(),
         "unit": unit.document(),
         "splits": {split: _split(folder, [f for f in findings if f.split == split]) for split in folder.sources},
         "classes": _classes(folder.spec, [box for finding in good for box in finding.boxes]),
         "notes": dict(notes.most_common()),
-        "scans": [dataclasses.asdict(finding) for finding in findings],
+        "scans": [asdict(finding) for finding in findings],
     }
 
 
@@ -180,7 +344,7 @@ def _classes(spec: DatasetSpec, boxes: Sequence[BoxFinding]) -> dict[str, Any]:
     return found
 
 
-def _judge_frame(folder: CheckedFolder, up: Guess, unit: Guess, mend: list[str], hints: list[str]) -> None:
+def _judge_frame(folder: CheckedFolder, up: Guess, unit: Guess, problems: list[str], hints: list[str]) -> None:
     for key, what, found in (("up", "the up axis", up), ("unit", "the unit", unit)):
         if not found.differs:
             continue
@@ -191,20 +355,20 @@ def _judge_frame(folder: CheckedFolder, up: Guess, unit: Guess, mend: list[str],
         )
         sentence = f"{what.capitalize()} looks like {found.guess}, not {found.declared} ({found.evidence})"
         if found.certain:
-            mend.append(f"{sentence}: {remedy}.")
+            problems.append(f"{sentence}: {remedy}.")
         else:
             hints.append(f"{sentence}; if it is, {remedy}.")
 
 
-def _judge_boxes(folder: CheckedFolder, findings: Sequence[ScanFinding], mend: list[str], hints: list[str]) -> None:
+def _judge_boxes(folder: CheckedFolder, findings: Sequence[ScanFinding], problems: list[str], hints: list[str]) -> None:
     boxes = [box for finding in findings for box in finding.boxes]
     if not boxes:
-        if findings and f"no {BOXES_FILE}" not in " ".join(folder.mend):
-            mend.append(f"No scan has a box of a class of {folder.spec.name}: there is nothing to learn.")
+        if findings and f"no {BOXES_FILE}" not in " ".join(folder.problems):
+            problems.append(f"No scan has a box of a class of {folder.spec.name}: there is nothing to learn.")
         return
     for split, source in folder.sources.items():
         if len(source) and not any(finding.boxes for finding in findings if finding.split == split):
-            mend.append(f"No scan of the split {split} has a box of a class of {folder.spec.name}.")
+            problems.append(f"No scan of the split {split} has a box of a class of {folder.spec.name}.")
     few = [box for box in boxes if box.held < _FEW_POINTS]
     if few:
         outside, empty = sum(box.outside for box in few), sum(box.held == 0 and not box.outside for box in few)
@@ -214,18 +378,18 @@ def _judge_boxes(folder: CheckedFolder, findings: Sequence[ScanFinding], mend: l
             f"{empty} inside it hold none ({some(where)})"
         )
         if 2 * len(few) > len(boxes):
-            mend.append(f"{sentence}: boxes and points are not in the same frame or unit.")
+            problems.append(f"{sentence}: boxes and points are not in the same frame or unit.")
         else:
             hints.append(f"{sentence}.")
     turned = [box for box in boxes if box.turned]
     held, clockwise = sum(box.held for box in turned), sum(box.held_clockwise for box in turned)
     if len(turned) >= 3 and clockwise > 1.2 * held:
-        mend.append(
+        problems.append(
             f"Turned boxes hold {clockwise / max(held, 1):.1f} times as many points if yaw counts clockwise: negate it."
         )
     held, raised = sum(box.held for box in boxes), sum(box.held_from_bottom for box in boxes)
     if len(boxes) >= 3 and raised > 1.3 * held:
-        mend.append(
+        problems.append(
             f"Boxes hold {raised / max(held, 1):.1f} times as many points if their centres are those of their bottoms: "
             "give the centre of the whole box."
         )
@@ -243,6 +407,9 @@ def _size_ratio(spec: DatasetSpec, boxes: Sequence[BoxFinding]) -> float | None:
         if box.label >= 0 and spec.classes[box.label] in usual
     ]
     return float(np.median(ratios)) if len(ratios) >= 3 else None
+
+
+# ---- printing ------------------------------------------------------------------------------------------------------
 
 
 def _lines(document: Mapping[str, Any]) -> Iterator[str]:
@@ -275,8 +442,8 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
     if document["ready"]:
         yield "ready"
     else:
-        yield "to mend:"
-        for i, sentence in enumerate(document["mend"]):
+        yield "to fix:"
+        for i, sentence in enumerate(document[_PROBLEMS]):
             yield f"  {i + 1}. {sentence}"
 
 
@@ -286,78 +453,3 @@ def _spread(found: Mapping[str, int | float], form: str) -> str:
 
 def _size(size: Sequence[int | float] | None) -> str:
     return "" if size is None else " x ".join(f"{length:.2f}" for length in size)
-
-
-_FEW_SCANS = 8  # are read faster than processes start
-
-
-def check(root: str | Path, dataset: str | None = None, output: str | Path | None = None) -> CheckReport:
-    """Reads all scans of a folder, prints what it found, and writes check.json and contact_sheet.png.
-
-    Args:
-        root: the folder.
-        dataset: "scannet", "sunrgbd" or "s3dis", whose classes count; None: by the files in the folder.
-        output: folder for the two files; None for runs/check/<name of the folder>.
-
-    Raises:
-        InputError: there is no such folder, or it is none that is known, or `output` cannot be written.
-    """
-    output = Path("runs/check") / Path(root).resolve().name if output is None else Path(output)
-    folder = recognise(Path(root), None if dataset is None else dataset_spec(dataset))
-    print(f"{folder.root}: {folder.kind}, compared with the classes of {folder.spec.name}", flush=True)
-    with _writing_to(output):  # before the scans are read, which may take long
-        output.mkdir(parents=True, exist_ok=True)
-    findings = list(tqdm(_findings(folder), total=sum(map(len, folder.sources.values())), unit="scan", disable=None))
-    report = report_on(folder, findings)
-    print(report)
-    with _writing_to(output):
-        (output / "check.json").write_text(json.dumps(report.document, indent=1) + "\n")
-        usable = [(scan["split"], scan["name"]) for scan in report.document["scans"] if scan["error"] is None]
-        if usable:
-            from h2a2_jax.viewer.contact_sheet import draw_contact_sheet
-
-            draw_contact_sheet(folder.sources, usable, folder.spec, output / "contact_sheet.png")
-    print(f"Written to {output / 'check.json'}" + (f", drawn in {output / 'contact_sheet.png'}" if usable else ""))
-    return report
-
-
-@contextlib.contextmanager
-def _writing_to(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{output} cannot be written ({error.strerror}): choose another folder, --output.") from error
-
-
-@dataclass(frozen=True)
-class _Examine:
-    """The work on one scan, for another process; it is called by its split and number."""
-
-    sources: Mapping[Split, ScanSource]
-
-    def __call__(self, where: str) -> ScanFinding:
-        split, number = where.split()
-        source, index = self.sources[cast(Split, split)], int(number)
-        cloud = None
-        try:
-            if isinstance(source, ScanFolder):
-                cloud = source.read(index)
-                return examine(split, source.convert(index, cloud), cloud)
-            return examine(split, source[index])
-        except ScanError as error:
-            # A scan in another unit than is said may reach too far to be used, and still tells its unit.
-            axes = spread(cloud.points) if cloud is not None and len(cloud.points) else ()
-            return ScanFinding(split, source.names[index], str(error), axes=axes)
-
-
-def _findings(folder: CheckedFolder) -> Iterator[ScanFinding]:
-    """A finding for each scan, in no order."""
-    work = _Examine(folder.sources)
-    places = [f"{split} {i}" for split, source in folder.sources.items() for i in range(len(source))]
-    if len(places) <= _FEW_SCANS:
-        yield from map(work, places)
-        return
-    for outcome in in_processes(work, places, min(available_cores(), 16)):
-        split, number = outcome.name.split()
-        name = folder.sources[cast(Split, split)].names[int(number)]
-        yield ScanFinding(split, name, outcome.failure) if outcome.failure else outcome.value

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
@@ -18,18 +18,18 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from h2a2_jax.errors import InputError
 
 _ENTRY, _LAST_USE = "-cache", "-atime"
-"""How the names of JAX's entries end, and of the files that tell when each was used."""
+"""Endings of the names of JAX's entries, and of the files with the time of their last use."""
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _CHUNK = 1 << 20
 
 
 @contextlib.contextmanager
 def compilation_cache(folder: Path | None) -> Iterator[None]:
-    """JAX keeps what it compiles in the folder while this is entered.
+    """Inside, JAX keeps what it compiles in the folder.
 
-    Kept are programs that took a second or more to compile, as train steps do, unless
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says otherwise. A cache that JAX_COMPILATION_CACHE_DIR or
-    `jax.config` names already is used instead, as it is.
+    Programs that took a second or more to compile are kept, as train steps do, unless
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says otherwise. A cache that JAX_COMPILATION_CACHE_DIR or `jax.config`
+    names already is used instead, unchanged.
 
     Args:
         folder: made if missing; None: nothing is kept.
@@ -44,11 +44,11 @@ def compilation_cache(folder: Path | None) -> Iterator[None]:
     try:
         yield
     finally:
-        _point_jax_to(None)
+        _set_cache_folder(None)
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Make the folder JAX's compilation cache for the rest of this process, whichever it was before.
+    """Make the folder JAX's compilation cache for the rest of this process, in place of any other.
 
     Args:
         folder: made if missing; damaged entries in it are removed.
@@ -63,19 +63,19 @@ def use_compilation_cache(folder: Path) -> None:
     if not os.access(folder, os.W_OK):
         raise InputError(f"The cache {folder} cannot be written to: give another folder.")
     remove_damaged_entries(folder)
-    _point_jax_to(folder)
+    _set_cache_folder(folder)
 
 
 def remove_damaged_entries(folder: Path) -> int:
-    """Remove entries that are not whole, as a kill leaves them; what cannot be read or removed stays.
+    """Remove incomplete entries, as a kill leaves them; an entry that cannot be read or removed stays.
 
-    An entry that another process is writing at this moment goes too; it is compiled again when it is next needed.
+    An entry that another process is writing at this moment is removed too; it is compiled again when next needed.
 
     Args:
-        folder: of a compilation cache; need not be there.
+        folder: a compilation cache; may be missing.
 
     Returns:
-        How many were removed.
+        Number of removed entries.
     """
     removed = 0
     for entry in folder.glob(f"*{_ENTRY}"):
@@ -87,37 +87,35 @@ def remove_damaged_entries(folder: Path) -> int:
     return removed
 
 
-def _point_jax_to(folder: Path | None) -> None:
+def _set_cache_folder(folder: Path | None) -> None:
     jax_cache.reset_cache()  # JAX decides once whether and where it keeps programs
     jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder.absolute()))
 
 
 def _is_whole(entry: Path) -> bool:
-    """Whether JAX can decompress an entry here, up to its end."""
+    """Return True if JAX can decompress an entry up to the end of its data."""
     with entry.open("rb") as file:
         magic = file.read(len(_ZSTD_MAGIC))
         file.seek(0)
-        if magic != _ZSTD_MAGIC:
-            return _ends(file, zlib.decompressobj(), zlib.error)
-        module, decompressor = _zstandard()
-        # Without the package JAX cannot read it either, nor write another one in its place.
-        return module is not None and _ends(file, decompressor, module.ZstdError)
-
-
-def _ends(file: BinaryIO, decompressor: Any, damaged: type[Exception]) -> bool:
-    """Whether compressed data come to their own end; in parts, for programs are large."""
-    try:
-        while chunk := file.read(_CHUNK):
-            decompressor.decompress(chunk)
-            if decompressor.eof:
-                return True
-    except damaged:
-        return False
+        decompressor: Any = zlib.decompressobj()
+        damaged: type[Exception] = zlib.error
+        if magic == _ZSTD_MAGIC:
+            module, decompressor = _zstandard()
+            if module is None:  # JAX cannot read the entry either, nor write another one in its place
+                return False
+            damaged = module.ZstdError
+        try:
+            while chunk := file.read(_CHUNK):
+                decompressor.decompress(chunk)
+                if decompressor.eof:
+                    return True
+        except damaged:
+            return False
     return False
 
 
 def _zstandard() -> tuple[ModuleType | None, Any]:
-    """The package that JAX takes, and a decompressor of it."""
+    """The Zstandard package that JAX uses, and a decompressor of it; None without one."""
     try:
         from compression import zstd  # Python 3.14
     except ImportError:

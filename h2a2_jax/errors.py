@@ -1,4 +1,4 @@
-"""Errors that a user can act on."""
+"""Errors that a user can act on, and the end of a run by a signal."""
 
 import signal
 
@@ -6,20 +6,20 @@ import signal
 class InputError(ValueError):
     """Bad input from outside: a file, a folder, a config value.
 
-    The message is one sentence that says what was given, what is expected and what to do.
+    The message is one sentence: the value that was given, the value that is expected and what to do.
     `run.py` prints it and exits with status 2.
     """
 
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C; after SIGTERM it is 0, for then the run did what was asked."""
+"""Exit status after Ctrl-C; after SIGTERM the status is 0, because the run did what was asked."""
 
 
 class Stopped(BaseException):
-    """A signal ended the run: like KeyboardInterrupt no error, and not to be caught as one.
+    """A signal ended the run. Like KeyboardInterrupt it is no error, so that `except Exception` does not catch it.
 
     Attributes:
-        status: that the program should exit with.
+        status: exit status for the program.
     """
 
     def __init__(self, number: int):

@@ -26,12 +26,12 @@ figcaption { color: #333; max-width: 60rem; font-size: .92rem; } nav a { margin-
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG with its words.
+    """A PNG with title and caption.
 
     Attributes:
-        path: of the file.
-        title: names the picture.
-        caption: what it shows and how it was computed.
+        path: Path of the file.
+        title: Title of the picture.
+        caption: Sentences on the content and how it was computed.
     """
 
     path: Path
@@ -44,9 +44,9 @@ class Table:
     """Rows of text under column names.
 
     Attributes:
-        caption: what the numbers are.
-        columns: names.
-        rows: cells; the first one names the row.
+        caption: Sentence on the numbers.
+        columns: Headings of the columns.
+        rows: Cells of each row; the first one is the name of the row.
     """
 
     caption: str
@@ -59,10 +59,10 @@ class Section:
     """A part of the page.
 
     Attributes:
-        anchor: its id.
-        title: heading.
-        text: paragraphs.
-        contents: pictures and tables, in order.
+        anchor: Id of the section, for links.
+        title: Heading.
+        text: Paragraphs.
+        contents: Pictures and tables, in order.
     """
 
     anchor: str
@@ -72,7 +72,7 @@ class Section:
 
 
 def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """The whole document, pictures inlined."""
+    """An HTML document with its pictures inlined."""
     links = "".join(f'<a href="#{escape(s.anchor)}">{escape(s.title)}</a>' for s in sections)
     return (
         f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{escape(title)}</title>\n'
@@ -113,7 +113,7 @@ def _figure(picture: Picture) -> str:
 
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#333333", "#999933")
-"""Distinct to colour-blind eyes (Okabe and Ito)."""
+"""Colours that colour-blind people can tell apart (Okabe and Ito)."""
 SHARED_MAP = LinearSegmentedColormap.from_list("shared", ["#e08214", "#f7f7f7", "#542788"])
 """Colours from a dataset's own kernel (orange, 0) to the shared one (purple, 1)."""
 _DPI = 110
@@ -135,17 +135,17 @@ def save(figure: Figure, folder: Path, name: str, title: str, caption: str) -> P
 
 
 def name_steps(axes: Any) -> None:
-    """The axis that training goes along."""
+    """Label the horizontal axis with the training step."""
     axes.set_xlabel("training step")
 
 
 def as_text(name: str) -> str:
-    """A name that matplotlib sets as it is: "$" begins a formula, and a label that begins with "_" is left out."""
+    """Escape a name for matplotlib, where "$" begins a formula and a label with a leading "_" is hidden."""
     return f"\N{ZERO WIDTH SPACE}{name}".replace("$", r"\$")
 
 
 def groups_of(layers: Sequence[str]) -> dict[str, list[str]]:
-    """Layers by the part of the network they are in: layer1 to layer4, stem, neck."""
+    """Layers by part of the network: layer1 to layer4, stem, neck."""
     groups: dict[str, list[str]] = {}
     for layer in layers:
         groups.setdefault(layer.split("_")[0].split(".")[0], []).append(layer)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, files of JSON lines, and a lock on a folder."""
+"""Files that survive kills: whole files, files of JSON lines, and a lock on a folder."""
 
 import contextlib
 import json
@@ -12,16 +12,16 @@ from h2a2_jax.errors import InputError
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes `path` when all went well, and is removed otherwise.
+    """Yield a path to write to; it becomes `path` if the block ends well, and is removed otherwise.
 
     Args:
-        path: of the file; its folder is made if missing.
+        path: the file; its folder is made if missing.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")  # of several processes each its own
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")  # each of several processes has its own
     try:
         yield part
         part.replace(path)
@@ -30,75 +30,69 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file holds; None if it cannot be read as such."""
+    """Read a JSON file; None if it is missing or is no JSON."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError):
         return None
 
 
-FILE_NAME = "lock"
-
-
 @contextlib.contextmanager
 def alone_in(folder: Path, what: str) -> Iterator[None]:
-    """Keeps a second program out of a folder while this one works there; the system lets go of it however that ends.
+    """Keep a second program out of a folder; the system releases the lock however this program ends.
 
-    The file `lock` in the folder holds the process that has it, or had it last. Where the system or the file system
-    knows no locks, the user has to take care.
+    The file `lock` in the folder names the process that holds the lock or held it last. Without locks in the system or
+    the file system nothing is checked.
 
     Args:
         folder: made if missing.
-        what: works there, as in "training run".
+        what: name of the program's work for the error message, as in "training run".
 
     Raises:
-        InputError: another one works there, or the folder cannot be written to.
+        InputError: another program works there, or the folder cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / FILE_NAME).open("a+")
+        file = (folder / "lock").open("a+")
     except OSError as error:
         raise InputError(
             f"{folder} cannot be written to ({error.strerror or error}): make it writable, or give another --workdir."
         ) from error
     with file:
-        _lock(file.fileno(), folder, what)
+        try:
+            import fcntl  # POSIX only
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = Path(file.name).read_text().strip() or "another process"
+            raise InputError(
+                f"Another {what} is at work in {folder} ({holder}): wait for it, or give another --workdir."
+            ) from error
+        except (ImportError, OSError):
+            pass
         file.truncate(0)
         file.write(f"process {os.getpid()}\n")
         file.flush()
         yield
 
 
-def _lock(descriptor: int, folder: Path, what: str) -> None:
-    try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = (folder / FILE_NAME).read_text().strip() or "another process"
-        raise InputError(
-            f"Another {what} is at work in {folder} ({holder}): wait for it, or give another --workdir."
-        ) from error
-    except (ImportError, OSError):  # not a POSIX system, or a file system without locks
-        return
-
-
 class JsonLinesWriter:
-    """Appends objects to a file, one a line; "step" and "version" are the first keys of each.
+    """Appends JSON objects to a file, one a line, with "step" and "version" as the first keys of each.
 
-    Every line is flushed when written, so that a killed run leaves its lines behind. A last line that a kill cut short
-    is dropped when the run goes on.
+    Every line is flushed when written, so that a killed run leaves its lines behind. Opening the file drops a last line
+    that a kill cut short.
 
     Args:
-        path: of the file; its folder is made if missing.
-        version: of the schema.
+        path: the file; its folder is made if missing.
+        version: version of the schema.
     """
 
     def __init__(self, path: Path, version: int):
         self.path, self._version = path, version
         path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_cut_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab+")
+        self._file.seek(0)
+        self._file.truncate(self._file.read().rfind(b"\n") + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line.
@@ -108,13 +102,13 @@ class JsonLinesWriter:
             values: further keys; JSON values, finite.
 
         Raises:
-            ValueError: a key is one of the schema, or a number is not finite.
+            ValueError: a key is "step" or "version", or a number is not finite.
         """
         reserved = {"step", "version"} & values.keys()
         if reserved:
             raise ValueError(f"metrics of step {step} contain {sorted(reserved)}, which the writer sets; rename them")
         line = {"step": int(step), "version": self._version, **values}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -123,12 +117,12 @@ class JsonLinesWriter:
 
 
 def read_json_lines(path: Path, version: int) -> list[dict[str, Any]]:
-    """The lines of a file in the order of their steps; of two lines of one step the later one counts.
+    """Read the lines of a file in the order of their steps; of several lines of one step the last one counts.
 
-    A last line that a kill cut short is passed over.
+    A last line that a kill cut short is skipped.
 
     Raises:
-        InputError: a line is no JSON object with a step, or of another version.
+        InputError: a line is no JSON object with a step, or has another version.
     """
     text = path.read_text(encoding="utf-8")
     by_step: dict[int, dict[str, Any]] = {}
@@ -150,35 +144,28 @@ def read_json_lines(path: Path, version: int) -> list[dict[str, Any]]:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Cut the lines of later steps off a file that may not be there, and what a kill cut short.
+    """Remove from a file the lines of later steps and a last line that a kill cut short.
 
     Args:
-        path: of the file.
-        step: the last one to stay.
+        path: the file; may be missing.
+        step: the last step that stays.
 
     Raises:
         InputError: a line is no JSON object with a step.
     """
     if not path.exists():
         return
+
+    def step_of(line: bytes) -> int:
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"A line of {path} is no JSON object with a step ({error}): repair or remove it."
+            ) from error
+
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line, path) <= step]
+    kept = [line for line in lines if line.endswith(b"\n") and step_of(line) <= step]
     if len(kept) < len(lines):
         with whole_file(path) as part:
             part.write_bytes(b"".join(kept))
-
-
-def _step_of(line: bytes, path: Path) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"A line of {path} is no JSON object with a step ({error}): repair or remove it.") from error
-
-
-def _drop_cut_line(path: Path) -> None:
-    """Cut the file behind its last line feed."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)

@@ -1,6 +1,7 @@
-"""The machine that a process runs on: its cores and memory, its progress bars, the versions of what it runs."""
+"""The machine and the process: CPU cores, signals, log messages, progress bars, versions of the software that runs."""
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import platform
@@ -14,24 +15,29 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NoReturn
 
+from absl import logging as absl_logging
+
 import h2a2_jax
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_GIT_TIMEOUT_S = 10
 
 
 def core_numbers() -> list[int]:
-    """Numbers of the CPU cores that this process may use, which on a shared machine are not all there are."""
+    """Numbers of the CPU cores that this process may use; on a shared machine fewer than there are."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def available_cores() -> int:
-    """How many CPU cores this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(core_numbers())
 
 
 def end_with_parent() -> None:
-    """Ends this process, one that `multiprocessing` started, as soon as its parent ends, however that ends.
+    """End this process, which `multiprocessing` started, as soon as its parent ends for any reason.
 
-    What tells is a pipe that the parent holds, not the number of the parent: a parent that was killed while this
-    process began has another number already.
+    The thread waits on a pipe that the parent holds, instead of watching the parent's process number: a parent that was
+    killed while this process began has another number already.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -45,10 +51,10 @@ def end_with_parent() -> None:
 
 @contextlib.contextmanager
 def sigterm_raises(kind: type[KeyboardInterrupt]) -> Iterator[None]:
-    """Inside, SIGTERM raises this; outside of the main thread, which gets no signals, nothing changes.
+    """Inside, SIGTERM raises an exception of this kind; no effect outside of the main thread, which gets no signals.
 
     Args:
-        kind: KeyboardInterrupt itself, or one that tells the two apart.
+        kind: KeyboardInterrupt, or a subclass that distinguishes SIGTERM from Ctrl-C.
     """
 
     def stop(number: int, frame: object) -> NoReturn:
@@ -65,18 +71,44 @@ def sigterm_raises(kind: type[KeyboardInterrupt]) -> Iterator[None]:
 
 
 def restore_handler(number: int, before: Any) -> None:
-    """Put back the handler of a signal.
+    """Restore the handler of a signal.
 
     Args:
-        number: of the signal.
-        before: what `signal.signal` returned; None stands for a handler that was not set from Python and cannot be set
-            from there, in whose place the system's default comes.
+        number: number of the signal.
+        before: result of `signal.signal`. None stands for a handler that was not set from Python; Python cannot set it
+            again, so that the system's default takes its place.
     """
     signal.signal(number, signal.SIG_DFL if before is None else before)
 
 
+def quiet_command_line() -> None:
+    """Keep messages of absl and Orbax that are no news to the user of a command off standard error.
+
+    For command lines alone, before they open a checkpoint: the verbosity, the filter on absl's logger and
+    `sys.unraisablehook` belong to the process. Calling it twice has no further effect.
+    """
+    absl_logging.set_verbosity(absl_logging.WARNING)  # JAX logs the accelerators that it did not find
+    logger = logging.getLogger("absl")
+    if _is_news in logger.filters:
+        return
+    logger.addFilter(_is_news)
+    hook = sys.unraisablehook
+
+    def skip_closed_loop(unraisable: Any) -> None:
+        # TensorStore prints this if a file could not be read and Orbax no longer waits for the other ones.
+        if not (isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)):
+            hook(unraisable)
+
+    sys.unraisablehook = skip_closed_loop
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return False for what Orbax logs below an error about each folder, and for exceptions, which it raises too."""
+    return "orbax" not in record.pathname or (record.levelno >= logging.ERROR and not record.exc_info)
+
+
 def progress_interval() -> float:
-    """Seconds between two updates of a progress bar on standard error: often on a terminal, seldom in a log."""
+    """Seconds between two updates of a progress bar on standard error: short on a terminal, long in a log file."""
     return 0.1 if sys.stderr.isatty() else 30.0
 
 
@@ -87,17 +119,17 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-_GIT_SECONDS = 10
-
-
 def versions() -> dict[str, str]:
-    """Versions by name: of Python, of what computes, of this package."""
-    return {
-        "python": platform.python_version(),
-        **{name: _version(name) for name in _PACKAGES},
-        "h2a2_jax": h2a2_jax.__version__,
-    }
+    """Versions of Python, of the numerical packages and of this package, by name."""
+
+    def version(name: str) -> str:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:  # imported from a folder that pip does not know
+            return "unknown"
+
+    packages = {name: version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **packages, "h2a2_jax": h2a2_jax.__version__}
 
 
 def revision(package: Path | None = None) -> str:
@@ -107,9 +139,9 @@ def revision(package: Path | None = None) -> str:
         package: folder of the package; None: of this one.
 
     Returns:
-        The full hash, with " + uncommitted changes" where tracked files or new ones in the package differ from it;
-        "installed package" where the package is in no checkout: a repository that a site-packages folder happens to lie
-        in does not count, for it does not hold the package's files; "unknown" where git does not tell.
+        The full hash, with " + uncommitted changes" if tracked files or new ones in the package differ from it;
+        "installed package" outside of a checkout, and in a repository that does not track the package's files, such as
+        one around a site-packages folder; "unknown" if git fails.
     """
     package = package or Path(h2a2_jax.__file__).parent
     if not any((folder / ".git").exists() for folder in package.absolute().parents):
@@ -125,23 +157,16 @@ def revision(package: Path | None = None) -> str:
     return commit + (" + uncommitted changes" if changed or new else "")
 
 
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:  # imported from a folder that pip does not know
-        return "unknown"
-
-
 def _git(folder: Path, *arguments: str) -> str:
-    # Not those that a hook or another tool set for another repository.
+    # Without the GIT_ variables, which a hook or another tool may have set for another repository.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     return subprocess.run(
         ["git", *arguments],
         cwd=folder,
-        env={**environment, "GIT_OPTIONAL_LOCKS": "0"},  # looking must not be in the way of who works there
+        env={**environment, "GIT_OPTIONAL_LOCKS": "0"},  # so that reading never blocks someone's commit
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=True,
-        timeout=_GIT_SECONDS,
+        timeout=_GIT_TIMEOUT_S,
     ).stdout.strip()

@@ -1,16 +1,17 @@
-"""The layers for Flax Linen: the same computation and the same parameters as `h2a2_jax.layers`, in Linen's collections.
+"""Layers for Flax Linen: the computation and the parameters of `h2a2_jax.layers`, in Linen's collections.
 
     conv = linen.SparseConv(3, 16)
     variables = conv.init(key, x, kernel_map)
     y = conv.apply(variables, x, kernel_map)
 
-A layer takes the arguments of its namesake in `h2a2_jax.layers` and is called alike. Parameters are in "params",
+A layer takes the arguments of its namesake in `h2a2_jax.layers` and is called the same way. Parameters are in "params",
 running statistics in "batch_stats", plain arrays under the names of the NNX attributes. Training updates statistics:
 
     context = ForwardContext(training=True)
     y, updates = model.apply(variables, x, kernel_map, context, mutable=["batch_stats"])
 
-What has no parameters (`relu`, `max_pool`, `global_pool`, ...) serves both and is found here too.
+Functions without parameters (`relu`, `max_pool`, `global_pool`, ...) serve both and are exported here too.
+`docs/layers.md` trains a U-Net of these layers.
 """
 
 from collections.abc import Callable, Mapping
@@ -63,26 +64,27 @@ __all__ = [
 ]
 
 _COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+"""Kind of NNX variable that each collection of Linen holds."""
 
 
 class _Layer(nn.Module):
     """An NNX layer whose variables live in Linen's collections.
 
-    Flax's own bridge (`nnx.bridge.ToLinen`) draws all parameters anew in every eager call, boxes those with metadata
-    and drops updates of statistics that are not mutable in silence; this one builds the layer from shapes.
+    Flax's bridge (`nnx.bridge.ToLinen`) initialises all parameters in every eager call, boxes those with metadata, and
+    silently drops updates of statistics that are not mutable. This class builds the layer from shapes instead.
     """
 
     layer: ClassVar[Callable[..., nnx.Module]]
 
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the NNX layer.
+        """Call the NNX layer on the variables of the collections.
 
         Raises:
             flax.errors.ScopeParamNotFoundError: a parameter is missing.
             flax.errors.ScopeParamShapeError: a parameter has another shape.
             flax.errors.ModifyScopeVariableError: training, but "batch_stats" is not mutable.
-            ValueError: as the NNX layer.
+            ValueError: as raised by the NNX layer.
         """
         graph, *states = nnx.split(nnx.eval_shape(lambda: self._build(nnx.Rngs(0))), *_COLLECTIONS.values())
         before = self._variables(dict(zip(_COLLECTIONS, states, strict=True)))
@@ -95,6 +97,7 @@ class _Layer(nn.Module):
         return out
 
     def _build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The NNX layer with the fields of this one as its arguments."""
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("parent", "name")}
         if isinstance(options.get("conv"), type):
             options["conv"] = options["conv"].layer
@@ -103,14 +106,14 @@ class _Layer(nn.Module):
         return self.layer(**options, rngs=rngs)
 
     def _variables(self, shapes: Mapping[str, nnx.State]) -> dict[str, dict]:
-        """Values by collection and name; what is missing is drawn while the collection may be changed."""
+        """Values by collection and name; missing ones are initialised if the collection is mutable."""
         wanted = {collection: nnx.to_pure_dict(state) for collection, state in shapes.items()}
         missing = [(c, name) for c, values in wanted.items() for name in values if not self.has_variable(c, name)]
         if any(self.is_mutable_collection(collection) for collection, _ in missing):
-            drawn = self._build(nnx.Rngs(self.make_rng("params")))
+            initial = self._build(nnx.Rngs(self.make_rng("params")))
             for collection, name in missing:
                 if self.is_mutable_collection(collection):
-                    values = nnx.to_pure_dict(nnx.state(drawn, _COLLECTIONS[collection]))
+                    values = nnx.to_pure_dict(nnx.state(initial, _COLLECTIONS[collection]))
                     self.put_variable(collection, name, values[name])
         found: dict[str, dict] = {collection: {} for collection in wanted}
         for collection, values in wanted.items():
@@ -123,6 +126,7 @@ class _Layer(nn.Module):
         return found
 
     def _check_shape(self, name: str, value: Any, wanted: Any) -> None:
+        """Raise ScopeParamShapeError if a leaf of a value has another shape than the NNX layer wants."""
         has, wants = ({jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in
                        jax.tree_util.tree_leaves_with_path(tree)} for tree in (value, wanted))  # fmt: skip
         for path, shape in wants.items():
@@ -130,6 +134,7 @@ class _Layer(nn.Module):
                 raise errors.ScopeParamShapeError(name + path, "/".join(self.path), has.get(path), shape)
 
     def _remember(self, before: dict, after: dict) -> None:
+        """Store the statistics that the call changed."""
         for name, value in after.items():
             if all(old is new for old, new in zip(jax.tree.leaves(before[name]), jax.tree.leaves(value), strict=True)):
                 continue
@@ -139,7 +144,7 @@ class _Layer(nn.Module):
 
 
 class SparseConv(_Layer):
-    """As `layers.SparseConv`: `SparseConv(3, 16)(x, kernel_map)`."""
+    """Linen version of `layers.SparseConv`: `SparseConv(3, 16)(x, kernel_map)`."""
 
     in_channels: int
     out_channels: int
@@ -153,13 +158,13 @@ class SparseConv(_Layer):
 
 
 class SparseConvTranspose(SparseConv):
-    """As `layers.SparseConvTranspose`."""
+    """Linen version of `layers.SparseConvTranspose`."""
 
     layer = layers.SparseConvTranspose
 
 
 class SelectiveConv(_Layer):
-    """As `layers.SelectiveConv`; its values reach a tap under the name of the Linen module."""
+    """Linen version of `layers.SelectiveConv`; its values reach a tap under the name of the Linen module."""
 
     in_channels: int
     out_channels: int
@@ -170,7 +175,7 @@ class SelectiveConv(_Layer):
 
 
 class LinearModulation(_Layer):
-    """As `layers.LinearModulation`."""
+    """Linen version of `layers.LinearModulation`."""
 
     channels: int
     embedding_dim: int = 64
@@ -180,7 +185,7 @@ class LinearModulation(_Layer):
 
 
 class ChannelGate(_Layer):
-    """As `layers.ChannelGate`."""
+    """Linen version of `layers.ChannelGate`."""
 
     channels: int
     embedding_dim: int = 64
@@ -190,7 +195,7 @@ class ChannelGate(_Layer):
 
 
 class BatchNorm(_Layer):
-    """As `layers.BatchNorm`: `BatchNorm(16)(x, context)`; mean and var are in "batch_stats"."""
+    """Linen version of `layers.BatchNorm`: `BatchNorm(16)(x, context)`; mean and var are in "batch_stats"."""
 
     channels: int
     num_datasets: int = 1
@@ -202,7 +207,7 @@ class BatchNorm(_Layer):
 
 
 class InstanceNorm(_Layer):
-    """As `layers.InstanceNorm`."""
+    """Linen version of `layers.InstanceNorm`."""
 
     channels: int
     eps: float = 1e-5
@@ -210,7 +215,7 @@ class InstanceNorm(_Layer):
 
 
 class LayerNorm(_Layer):
-    """As `layers.LayerNorm`."""
+    """Linen version of `layers.LayerNorm`."""
 
     channels: int
     eps: float = 1e-6
@@ -218,7 +223,7 @@ class LayerNorm(_Layer):
 
 
 class ConvNorm(_Layer):
-    """As `layers.ConvNorm`; `conv` is a class of this module, `norm` one of `layers` or a partial of it."""
+    """Linen version of `layers.ConvNorm`; `conv` is a class of this module, `norm` one of `layers` or a partial."""
 
     in_channels: int
     out_channels: int
@@ -231,7 +236,7 @@ class ConvNorm(_Layer):
 
 
 class ResidualBlock(_Layer):
-    """As `layers.ResidualBlock`."""
+    """Linen version of `layers.ResidualBlock`."""
 
     in_channels: int
     out_channels: int

@@ -10,13 +10,13 @@ AnyArray = jax.Array | np.ndarray
 """An array on the host or on a device."""
 
 Leaf = Any
-"""A data field of a pytree dataclass: an array in use, but anything at all while JAX maps over the tree."""
+"""Type of a data field of a pytree dataclass: an array in use, any object while JAX maps over the tree."""
 
 
 Schedule = Literal["step", "cosine", "constant"]
-"""Of a learning rate."""
+"""Schedule of the learning rate."""
 
 
 def static_field(**kwargs: Any) -> Any:
-    """A field of a pytree dataclass that belongs to its structure: hashable, the same in every trace."""
+    """Declare a field that belongs to the structure of a pytree dataclass: hashable, equal in every trace."""
     return dataclasses.field(metadata={"static": True}, **kwargs)

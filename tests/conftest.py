@@ -1,11 +1,13 @@
 """What every test needs before anything imports JAX: six CPU devices, quick compilation, checked annotations."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 install_import_hook("h2a2_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Drop the compiled programs of a file behind its last test: a worker that keeps all of them grows to gigabytes."""
+    yield
+    import jax  # here, for it reads the environment that is set above
+
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

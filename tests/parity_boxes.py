@@ -11,21 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from h2a2_jax.boxes import (
-    PUBLISHED_TOLERANCE,
-    Detections,
-    bev_nms,
-    decode_boxes,
-    extents_diou,
-    extents_iou,
-    multiclass_nms,
-    overlap_matrix,
-    rotated_iou,
-)
-from h2a2_jax.boxes.matching import GroundTruth, iou_matrix
+from h2a2_jax.boxes import Detections, axis_aligned_diou, axis_aligned_iou, decode_boxes, rotated_iou
+from h2a2_jax.boxes.matching import GroundTruth
 from h2a2_jax.evaluation import evaluate_detections
 from h2a2_jax.losses import assign, rotated_diou_loss, sigmoid_focal_loss
-from tests.boxes.golden import load_cases, relative_error
+from tests.boxes.golden import boxes_of_corners, load_cases, relative_error
+from tests.boxes.host_nms import bev_nms, multiclass_nms, overlap_matrix
+from tests.boxes.tolerant_iou import PUBLISHED_TOLERANCE
+from tests.evaluation.overlaps import iou_matrix
 from tests.parity_case import CaseResult, guarded
 
 Case = dict[str, np.ndarray]
@@ -77,12 +70,13 @@ def _loss(name: str, case: Case, losses: dict[str, Callable]) -> Iterator[CaseRe
 
 
 def _axis_aligned_loss(name: str, case: Case) -> Iterator[CaseResult]:
+    target = boxes_of_corners(case["target"])
     yield from _loss(
         name,
         case,
         {
-            "iou": lambda predicted: 1 - extents_iou(predicted, case["target"]),
-            "diou": lambda predicted: 1 - extents_diou(predicted, case["target"]),
+            "iou": lambda predicted: 1 - axis_aligned_iou(boxes_of_corners(predicted), target),
+            "diou": lambda predicted: 1 - axis_aligned_diou(boxes_of_corners(predicted), target),
         },
     )
 

@@ -12,12 +12,12 @@ import numpy as np
 from flax import nnx
 
 from h2a2_jax import sparse
-from h2a2_jax.boxes import Detections, decode_boxes, traced_detections
-from h2a2_jax.convert.tr3d_weights import export_tr3d, load_tr3d
+from h2a2_jax.boxes import Detections, decode_boxes, detections_from_predictions
+from h2a2_jax.convert.tr3d_weights import export_tr3d, load_tr3d, tr3d_slots
+from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.losses import assign, axis_aligned_diou_loss, detection_loss, rotated_diou_loss
 from h2a2_jax.models import TR3D, DetectorConfig, DetectorPlan, HeadConfig, Predictions, detector_tables, pad_plan
 from h2a2_jax.models.architecture import STAGE_BLOCKS
-from h2a2_jax.models.tr3d import single_context
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD, DatasetSpec
 from h2a2_jax.sparse import SparseTensor
 from tests.parity_case import CaseResult, guarded
@@ -116,9 +116,10 @@ def _build_model(weights: Stored) -> TR3D:
     )
     head = HeadConfig("golden", weights["bbox_head.conv_cls.bias"].size, weights["bbox_head.conv_reg.bias"].size)
     model = TR3D(config, [head], rngs=nnx.Rngs(0))
-    report = load_tr3d(model, weights)
-    if report.left_over or report.missing:
-        raise ValueError(f"weights do not fit: left over {report.left_over}, missing {report.missing}.")
+    load_tr3d(model, weights)
+    stored = {name for name in weights if not name.endswith("num_batches_tracked")}
+    if unmatched := stored ^ set(tr3d_slots(model)):
+        raise ValueError(f"weights do not fit: left over or missing are {sorted(unmatched)}.")
     return model
 
 
@@ -137,7 +138,7 @@ def _evaluation(golden: _Golden) -> Iterator[CaseResult]:
     @jax.jit
     def forward(state: Any, features: jax.Array, plan: DetectorPlan) -> tuple[Predictions, dict[str, Any]]:
         taps: dict[str, Any] = {}
-        context = replace(single_context(), tap=taps.__setitem__)
+        context = replace(ForwardContext(DatasetContext.one(0, 1)), tap=taps.__setitem__)
         return nnx.merge(graph, state)(features, plan, context), taps
 
     predictions, taps = jax.device_get(forward(state, golden.features, golden.plan))
@@ -197,7 +198,7 @@ def _predictions(golden: _Golden, predictions: Predictions, scan: int) -> Iterat
     mine = predictions.scan == scan
     spec, width = golden.spec, stored[f"{name}.boxes"].shape[1]
     outputs, logits = predictions.boxes[:, : spec.num_outputs], predictions.logits[:, : spec.num_classes]
-    *arrays, count = traced_detections(predictions.locations, mine, outputs, logits, rotated=spec.has_yaw)
+    *arrays, count = detections_from_predictions(predictions.locations, mine, outputs, logits, rotated=spec.has_yaw)
     found = Detections(*(np.asarray(array)[: int(count)] for array in arrays))
     share = min(
         _matched(stored[f"{name}.boxes"], stored[f"{name}.scores"], stored[f"{name}.labels"],
@@ -243,7 +244,7 @@ def _training(golden: _Golden) -> Iterator[CaseResult]:
 
     def loss(params: Any, features: jax.Array) -> tuple[jax.Array, tuple]:
         model = nnx.merge(graph, params, stats, copy=True)
-        predictions = model(features, golden.plan, single_context(training=True))
+        predictions = model(features, golden.plan, ForwardContext(DatasetContext.one(0, 1), training=True))
         published = detection_loss(
             locations=predictions.locations,
             scan=predictions.scan,

@@ -1,4 +1,4 @@
-"""The check of a folder: what is odd is told, with what to do about it, and a good folder is called ready."""
+"""The check of a folder: every problem is reported with its remedy, and a good folder is called ready."""
 
 import json
 import pickle
@@ -148,7 +148,7 @@ def test_conventions_of_boxes_are_questioned(tmp_path):
     assert any("half sizes" in sentence for sentence in checked(tmp_path, "sunrgbd")["hints"])
 
 
-def test_what_is_left_out_and_what_is_odd_is_told(tmp_path, capsys):
+def test_left_out_points_and_oddities_are_reported(tmp_path, capsys):
     rows = np.concatenate([room(), room(), room()])
     rows[:7, 0] = np.nan
     boxes = [*entries(), entry("lamp", CHAIR), entry("chair", CHAIR, size=[0, 1, 1])]
@@ -202,7 +202,7 @@ def test_folders_of_mmdetection3d(tmp_path):
         checked(tmp_path)
 
 
-def test_scans_without_boxes_are_told_what_is_missing(tmp_path):
+def test_scans_without_boxes_get_an_example_of_boxes_json(tmp_path):
     (tmp_path / "scans").mkdir()
     np.save(tmp_path / "scans" / "a.npy", room())
     found = checked(tmp_path)
@@ -222,7 +222,7 @@ def test_no_such_folder_or_nothing_in_it(tmp_path):
         checked(tmp_path)
 
 
-def test_an_output_that_cannot_be_written_is_told_before_scans_are_read(tmp_path, capsys):
+def test_an_unwritable_output_is_refused_before_scans_are_read(tmp_path, capsys):
     write(tmp_path / "scans", {"a.npy": ("train", room(), entries())})
     (tmp_path / "out").write_text("a file")
     with pytest.raises(InputError, match=r"out cannot be written .* choose another folder"):

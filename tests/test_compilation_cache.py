@@ -1,4 +1,4 @@
-"""Programs that outlive a process, and what a kill leaves of them."""
+"""The persistent compilation cache, and entries that a kill cut short."""
 
 import os
 import warnings
@@ -18,7 +18,7 @@ OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_s
 
 @pytest.fixture
 def no_cache():
-    """No cache is named, as in most processes, and what is quick to compile is kept too."""
+    """A process without a cache, as most are; programs that compile quickly are kept, too."""
     before = {name: getattr(jax.config, name) for name in OPTIONS}
     jax_cache.reset_cache()
     for name, value in zip(OPTIONS, (None, 0.0), strict=True):
@@ -34,13 +34,13 @@ def program(x):
 
 
 def run_anew() -> tuple[int, int]:
-    """The program in what might be a new process; how often it was compiled and loaded."""
+    """Run the program as a new process would; return how often it was compiled and loaded."""
     jax.clear_caches()
     x = jnp.ones((3, 3))
-    with CompilationCounter(1) as counter, warnings.catch_warnings(record=True) as said:
+    with CompilationCounter(1) as counter, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         jax.block_until_ready(jax.jit(program)(x))
-    assert not said, said[0].message
+    assert not caught, caught[0].message
     return counter.count - counter.loaded, counter.loaded
 
 
@@ -55,7 +55,7 @@ def test_a_second_process_loads_what_the_first_compiled(tmp_path, no_cache):
         assert run_anew() == (0, 1)
 
 
-def test_an_entry_that_a_kill_cut_short_becomes_whole_again(tmp_path, no_cache):
+def test_an_entry_that_a_kill_cut_short_is_written_again(tmp_path, no_cache):
     with compilation_cache(tmp_path):
         run_anew()
     (entry,) = tmp_path.glob("jit_program*-cache")
@@ -69,7 +69,7 @@ def test_an_entry_that_a_kill_cut_short_becomes_whole_again(tmp_path, no_cache):
         assert run_anew() == (0, 1)
 
 
-def test_what_is_no_whole_entry_is_removed_and_nothing_else(tmp_path):
+def test_incomplete_entries_are_removed_and_nothing_else(tmp_path):
     whole = zlib.compress(bytes(range(256)) * 10_000)
     entries = {"whole": whole, "cut": whole[:-1], "empty": b"", "other": b"no program", "zstd": b"\x28\xb5\x2f\xfd"}
     for name, content in entries.items():
@@ -81,7 +81,7 @@ def test_what_is_no_whole_entry_is_removed_and_nothing_else(tmp_path):
     assert remove_damaged_entries(tmp_path / "missing") == 0
 
 
-def test_a_cache_that_is_named_already_is_used(tmp_path, no_cache):
+def test_an_existing_cache_is_used_unchanged(tmp_path, no_cache):
     use_compilation_cache(tmp_path / "named")
     (tmp_path / "named" / "cut-cache").write_bytes(b"")
     with compilation_cache(tmp_path / "mine"):
@@ -96,7 +96,7 @@ def test_without_a_folder_nothing_is_kept(no_cache):
         assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path, no_cache):
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, no_cache):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(InputError, match=r"The cache .*file/cache cannot be made"),

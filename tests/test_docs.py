@@ -2,7 +2,10 @@
 
 import json
 import re
+import subprocess
+import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +138,25 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert set(np.unique(names["gamma"])) == {0, 1}
     stored = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
     assert stored and not any(output["output_type"] == "error" for output in stored)
+
+
+DOCUMENTED = ("sparse", "layers", "linen", "boxes", "models", "losses", "balancers")
+"""Parts of the package whose public names are in the API reference."""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation as mkdocs builds it; a warning fails."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", DOCUMENTED)
+def test_every_public_name_is_in_the_api_reference(part: str, site: Path) -> None:
+    page = (site / "api" / part / "index.html").read_text()
+    names = import_module(f"h2a2_jax.{part}").__all__
+    assert not [name for name in names if f'.{name}"' not in page]

@@ -1,4 +1,4 @@
-"""Files are there in full or as they were before."""
+"""Whole files: complete, or as they were before."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def test_two_processes_write_one_file(tmp_path, monkeypatch):
     assert (tmp_path / "a.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_nothing_is_half_written(tmp_path):
+def test_a_failed_write_leaves_the_old_file(tmp_path):
     (tmp_path / "a.txt").write_text("old")
     with pytest.raises(RuntimeError), whole_file(tmp_path / "a.txt") as part:
         part.write_text("half")

@@ -1,15 +1,18 @@
-"""Cores, durations, and processes that end with their parent."""
+"""Cores, durations, processes that end with their parent, log messages of a command line."""
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from absl import logging as absl_logging
 
-from h2a2_jax.host import available_cores, core_numbers, duration
+from h2a2_jax.host import available_cores, core_numbers, duration, quiet_command_line
 
 
 @pytest.mark.parametrize(
@@ -20,7 +23,7 @@ def test_a_duration_in_hours_minutes_and_seconds(seconds, text):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not tie processes to cores")
-def test_cores_are_those_the_process_may_use():
+def test_cores_are_limited_by_the_affinity_of_the_process():
     before = core_numbers()
     os.sched_setaffinity(0, before[-1:])
     try:
@@ -28,6 +31,27 @@ def test_cores_are_those_the_process_may_use():
     finally:
         os.sched_setaffinity(0, before)
     assert available_cores() == len(before)
+
+
+def test_a_command_line_filters_messages_of_orbax_once(monkeypatch):
+    logger, verbosity, printed = logging.getLogger("absl"), absl_logging.get_verbosity(), []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    monkeypatch.setattr(logger, "filters", [])
+    quiet_command_line()
+    hook = sys.unraisablehook
+    quiet_command_line()
+    absl_logging.set_verbosity(verbosity)
+    assert sys.unraisablehook is hook and len(logger.filters) == 1
+
+    def passes(path: str, level: int, error: bool = False) -> bool:
+        exception = (ValueError, ValueError(), None) if error else None
+        return bool(logger.filter(logging.LogRecord("absl", level, path, 1, "", (), exception)))
+
+    assert passes("jax/a.py", logging.WARNING) and passes("orbax/a.py", logging.ERROR)
+    assert not passes("orbax/a.py", logging.WARNING) and not passes("orbax/a.py", logging.ERROR, error=True)
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("other")):
+        hook(SimpleNamespace(exc_value=error))
+    assert [str(unraisable.exc_value) for unraisable in printed] == ["other"]
 
 
 _KILLED_PARENT = """
@@ -48,16 +72,16 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="this system does not tell which processes there are")
-def test_a_process_ends_even_if_its_parent_was_killed_while_it_began(tmp_path):
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="this system has no /proc")
+def test_a_process_ends_if_its_parent_was_killed_while_it_began(tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(_KILLED_PARENT)
     root = str(Path(__file__).parents[1])
     # Not to a pipe: the children would hold it open.
-    with (tmp_path / "told").open("w+") as told:
-        ended = subprocess.run([sys.executable, script], stdout=told, env={**os.environ, "PYTHONPATH": root})
-        told.seek(0)
-        children = [int(line) for line in told]
+    with (tmp_path / "printed").open("w+") as printed:
+        ended = subprocess.run([sys.executable, script], stdout=printed, env={**os.environ, "PYTHONPATH": root})
+        printed.seek(0)
+        children = [int(line) for line in printed]
     assert ended.returncode == -signal.SIGKILL and len(children) == 2
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{pid}/exe").exists() for pid in children):

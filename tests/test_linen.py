@@ -200,7 +200,7 @@ def test_algorithm_and_compute_type_are_arguments():
     assert (half != expected).any() and half.dtype == jnp.float32
 
 
-def test_what_does_not_fit_is_named():
+def test_variables_that_do_not_fit_raise():
     variables = linen.SparseConv(4, 6).init(jax.random.key(0), X, SAME)
     with pytest.raises(errors.ScopeParamShapeError, match="kernel"):
         linen.SparseConv(4, 7).apply(variables, X, SAME)

@@ -11,7 +11,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.files import alone_in
 
 
-def test_a_second_one_is_refused_and_told_who_is_there(tmp_path: Path):
+def test_a_second_program_is_refused_with_the_number_of_the_first(tmp_path: Path):
     folder = tmp_path / "run"
     with alone_in(folder, "training run"):
         with pytest.raises(InputError, match=rf"Another training run is at work in .*run \(process {os.getpid()}\)"):
@@ -21,7 +21,7 @@ def test_a_second_one_is_refused_and_told_who_is_there(tmp_path: Path):
         assert (folder / "lock").read_text() == f"process {os.getpid()}\n"
 
 
-def test_a_program_that_is_killed_lets_go(tmp_path: Path):
+def test_a_killed_program_releases_the_lock(tmp_path: Path):
     code = (
         "import sys, time; from pathlib import Path; from h2a2_jax.files import alone_in\n"
         f"with alone_in(Path({str(tmp_path)!r}), 'run'): print('in', flush=True); time.sleep(60)"
@@ -35,7 +35,7 @@ def test_a_program_that_is_killed_lets_go(tmp_path: Path):
         pass
 
 
-def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path):
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot be written to .*give another --workdir"):
         with alone_in(tmp_path / "file" / "run", "run"):

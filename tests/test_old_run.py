@@ -1,4 +1,4 @@
-"""A run folder of version 0.1.0 (`configs/joint.py:tiny`) is evaluated and predicted with the same numbers."""
+"""A run folder of version 0.1.0 (`configs/joint.py:tiny`) gives the same evaluation and the same boxes."""
 
 import json
 import subprocess
@@ -29,12 +29,12 @@ def run(*flags: str) -> str:
 
 
 def row(box: dict[str, Any]) -> list[float]:
-    """A box as numbers, labels far apart."""
+    """A box as a row of numbers, in which different labels are far apart."""
     return [*box["center"], *box["size"], box["yaw"], 10 * box["label"], box["score"]]
 
 
 @pytest.mark.slow
-def test_its_evaluation_is_the_same(old_run: Path, tmp_path: Path) -> None:
+def test_the_evaluation_is_the_same(old_run: Path, tmp_path: Path) -> None:
     run("--mode=eval", f"--workdir={old_run}", f"--output={tmp_path}")
     now, then = (json.loads((folder / "evaluation.json").read_text(encoding="utf-8")) for folder in (tmp_path, old_run))
     assert now.keys() == then.keys() and then.keys() == {"scannet", "sunrgbd", "s3dis"}
@@ -45,7 +45,7 @@ def test_its_evaluation_is_the_same(old_run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_its_boxes_are_the_same(old_run: Path, tmp_path: Path) -> None:
+def test_the_boxes_are_the_same(old_run: Path, tmp_path: Path) -> None:
     run("--mode=predict", f"--workdir={old_run}", "--dataset=scannet", f"--output={tmp_path}")
     now, then = (
         json.loads((folder / "scannet.json").read_text(encoding="utf-8"))

@@ -42,7 +42,7 @@ def test_a_clean_checkout_has_a_revision(package: Path):
 
 
 @needs_git
-def test_results_that_lie_in_the_checkout_do_not_change_it(package: Path):
+def test_results_in_the_checkout_do_not_change_the_revision(package: Path):
     (package.parent / "runs").mkdir()
     (package.parent / "runs" / "metrics.jsonl").write_text("")
     (package.parent / "notes.txt").write_text("")
@@ -51,7 +51,7 @@ def test_results_that_lie_in_the_checkout_do_not_change_it(package: Path):
 
 @needs_git
 @pytest.mark.parametrize("changed", ["run.py", "package/__init__.py", "package/new.py"])
-def test_what_is_not_committed_is_said(package: Path, changed: str):
+def test_uncommitted_changes_are_reported(package: Path, changed: str):
     (package.parent / changed).write_text("changed = True")
     assert re.fullmatch(r"[0-9a-f]{40} \+ uncommitted changes", revision(package))
 
@@ -87,7 +87,7 @@ def test_without_git_nothing_fails(package: Path, monkeypatch: pytest.MonkeyPatc
     assert revision(package) == "installed package"
 
 
-def test_versions_are_of_what_runs():
+def test_versions_are_those_of_the_imported_packages():
     found = versions()
     assert found["jax"] == jax.__version__ and found["h2a2_jax"] == h2a2_jax.__version__
     assert {"python", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"} < found.keys()

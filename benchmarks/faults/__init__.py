@@ -1,1 +1,1 @@
-"""Faults met by a training, and whether it comes through them; `python -m benchmarks.faults`."""
+"""Faults that a training must survive; `python -m benchmarks.faults`."""

@@ -1,22 +1,22 @@
-"""Faults met by a training, and whether it comes through them: kills, signals, full disks, damage, poison.
+"""Faults that a training must survive: kills, signals, full disks, damaged files, poisoned scans.
 
     python -m benchmarks.faults [--only kills,disk] [--kills 20] [--seed 0] [--folder DIR]
 
-`run.py` trains `configs/joint.py:tiny` in child processes on CPU devices, once without a fault; then it is killed,
-told to stop, robbed of its disk, and so on, and started again with the same command. What it ends with must be what the
-training without a fault ended with, bit by bit. A line tells of each event, with the time taken and left; the exit
-status is 1 where something failed. Everything lies in a temporary folder, or in --folder, which stays.
+`run.py` trains `configs/joint.py:tiny` in child processes on CPU devices, once without a fault. Then it is killed,
+stopped, robbed of its disk, and so on, and started again with the same command. Its result must equal the result of the
+training without a fault, bit by bit. The program prints one line for each event, with the time taken and the time left,
+and exits with status 1 if something failed. All files are in a temporary folder, or in --folder, which stays.
 
     kills      SIGKILL at moments spread over start-up, steps, saving, evaluation and the end; some with the cache of
-               compiled programs in the workdir, which kills cut short
+               compiled programs in the workdir, so that kills leave incomplete entries
     sigterm    SIGTERM and SIGINT: the step is saved, the status is 0 and 130
-    disk       a disk that is full when a checkpoint, or a line, is to be written; one that is read-only (needs root)
-    damaged    checkpoints of which a file is cut or has a bit turned, or a folder is gone
-    second     two runs in one workdir, and a run that goes on with another config
+    disk       a disk that is full when a checkpoint or a line is written; a read-only disk (needs root)
+    damaged    checkpoints with a file cut in half, a flipped bit or a missing folder
+    second     two runs in one workdir, and a run that resumes with another config
     workers    a process that loads scans is killed
-    devices    saved on three devices, gone on with on one and on six; evaluated on one, three and six
+    devices    saved on three devices, resumed on one and on six; evaluated on one, three and six
     poison     scans with colours that are not finite
-    processes  three processes, one of which is told to stop
+    processes  three processes, and SIGTERM for one of them
 """
 
 import argparse
@@ -46,26 +46,28 @@ SCENARIOS: dict[str, tuple[tuple[Callable[[Bench], None], ...], int]] = {
     "poison": ((poison,), 4),
     "processes": ((processes,), 4),
 }
-"""What makes a scenario, and how many trainings it starts; beside the kills that are asked for."""
+"""Functions of a scenario, and the number of trainings that it starts without the kills of --kills."""
 
 
 def main() -> int:
-    """Run the scenarios; the exit status tells."""
+    """Run the scenarios; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SCENARIOS), help="scenarios, with commas between")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--folder", type=Path, help="stays; the training without a fault in it is taken as it is")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--folder", type=Path, help="stays; a finished training without a fault in it is used again")
     options = parser.parse_args()
     chosen = options.only.split(",")
     if unknown := set(chosen) - set(SCENARIOS):
         parser.error(f"there is no scenario {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # below nohup it is ignored, by children too
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # nohup makes this process and its children ignore the signal
     with TemporaryDirectory(prefix="faults_") as folder:
         report = Report({name: SCENARIOS[name][1] + options.kills * (name == "kills") for name in chosen})
         bench = Bench(options.folder or Path(folder), options.kills, np.random.default_rng(options.seed), report)
         report.scenario = "none"
-        bench.make_reference()  # whose programs the others find compiled
+        bench.make_reference()  # compiles the programs of the other trainings
         for name in chosen:
             report.scenario = name
             for scenario in SCENARIOS[name][0]:
@@ -80,7 +82,7 @@ def main() -> int:
 
 
 def attempt(scenario: Callable[[Bench], None], bench: Bench) -> None:
-    """Runs a scenario; where one of its faults ends it, the others still run."""
+    """Run a scenario; a Fault ends this scenario alone."""
     try:
         scenario(bench)
     except Fault as fault:

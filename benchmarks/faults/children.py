@@ -1,4 +1,4 @@
-"""Trainings of `configs/joint.py:tiny` in child processes, to be killed and looked at: part of `benchmarks.faults`."""
+"""Trainings of `configs/joint.py:tiny` in child processes: part of `benchmarks.faults`."""
 
 import json
 import os
@@ -21,9 +21,9 @@ from h2a2_jax.host import duration
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=configs/joint.py:tiny"
 STEPS, CHECKPOINT_EVERY = 40, 8
-"""Of that config."""
+"""Values of that config."""
 SHORT = ("--config.train.steps=24", "--config.train.log_every=1", "--config.train.evaluate_every=0")
-"""Flags of a shorter training that tells of every step."""
+"""Flags of a shorter training that logs every step."""
 
 _KEEP_ALL = f"--config.train.keep_checkpoints={STEPS // CHECKPOINT_EVERY}"
 _POLL_S = 0.005
@@ -38,12 +38,12 @@ class Child:
     """A program of this repository in a process of its own.
 
     Args:
-        command: behind the name of the interpreter.
-        environment: of the process.
+        command: arguments of the interpreter.
+        environment: environment variables of the process.
 
     Attributes:
-        process: it.
-        lines: what it printed so far, on both of its streams.
+        process: the process.
+        lines: lines that it printed so far, to standard output and standard error.
     """
 
     def __init__(self, command: Sequence[str], environment: dict[str, str]):
@@ -65,72 +65,78 @@ class Child:
         for line in self.process.stdout:
             self.lines.append(line.rstrip("\n"))
 
-    def said(self, text: str) -> str | None:
-        """The first line that contains a text."""
+    def line_with(self, text: str) -> str | None:
+        """The first printed line that contains a text."""
         return next((line for line in self.lines.copy() if text in line), None)
 
     def wait_for(self, condition: Callable[[], object]) -> bool:
-        """Waits until something holds; False where the program ends first."""
+        """Wait until a condition holds; return False if the program ends first."""
         deadline = time.monotonic() + _PATIENCE_S
         while self.process.poll() is None:
             if condition():
                 return True
             if time.monotonic() > deadline:
                 self.kill()
-                raise Fault(f"nothing came of {' '.join(map(str, self.process.args))}: {self.lines[-3:]}")  # type: ignore[arg-type]
+                command = " ".join(map(str, self.process.args))  # type: ignore[arg-type]
+                raise Fault(f"no progress in {_PATIENCE_S} s of {command}: {self.lines[-3:]}")
             time.sleep(_POLL_S)
         self.end()
         return bool(condition())
 
     def wait(self, seconds: float) -> bool:
-        """Waits for some time; False where the program ends first."""
+        """Wait for some time; return False if the program ends first."""
         deadline = time.monotonic() + seconds
         return self.wait_for(lambda: time.monotonic() >= deadline) and self.process.poll() is None
 
     def end(self) -> int:
-        """Waits for its end; the exit status, negative after a signal that it did not handle."""
+        """Wait for the end; return the exit status, negative after a signal that the program did not handle."""
         status = self.process.wait(_PATIENCE_S)
         self._reader.join()
         return status
 
     def signal(self, number: int) -> int:
-        """Sends a signal and waits for its end; the exit status."""
+        """Send a signal and wait for the end; return the exit status."""
         self.process.send_signal(number)
         return self.end()
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL and wait for the end."""
         self.signal(signal.SIGKILL)
 
     def expect(self, status: int, *phrases: str) -> str:
-        """Waits for its end, which is to be of this status, without a traceback and with these phrases in one line.
+        """Wait for the end and check the exit status and the output.
+
+        Args:
+            status: expected exit status.
+            phrases: expected together in one line of the output.
 
         Returns:
-            That line; the last one where no phrase is asked for.
+            The line with the phrases; the last line if there are no phrases.
 
         Raises:
-            Fault: it is not so.
+            Fault: another status, a traceback, not exactly one error message with status 2, or no such line.
         """
         found = self.end()
         if found != status:
-            raise Fault(f"exit status {found}, expected {status}; it said: {' / '.join(self.lines[-12:])}")
+            raise Fault(f"exit status {found}, expected {status}; it printed: {' / '.join(self.lines[-12:])}")
         if any("Traceback" in line for line in self.lines):
             raise Fault(f"there is a traceback: {' / '.join(self.lines[-12:])}")
         if status == 2 and sum(line.startswith("run.py: ") for line in self.lines) != 1:
-            raise Fault(f"expected one sentence of run.py, it said: {' / '.join(self.lines[-12:])}")
+            raise Fault(f"expected one error message of run.py, it printed: {' / '.join(self.lines[-12:])}")
         line = next((line for line in self.lines if all(phrase in line for phrase in phrases)), None)
         if line is None:
-            raise Fault(f"no line has {' and '.join(map(repr, phrases))}; it said: {' / '.join(self.lines[-12:])}")
+            raise Fault(f"no line has {' and '.join(map(repr, phrases))}; it printed: {' / '.join(self.lines[-12:])}")
         return line if phrases else self.lines[-1]
 
 
 @dataclass
 class Report:
-    """Lines of progress, and what failed.
+    """Prints progress and collects failures.
 
     Attributes:
-        planned: starts of a child that are still to come, by scenario.
-        failures: sentences.
+        planned: number of trainings that are still to be started, by scenario.
+        failures: error messages.
+        scenario: name of the scenario that runs.
     """
 
     planned: dict[str, float] = field(default_factory=dict)
@@ -140,23 +146,23 @@ class Report:
     _starts: int = 0
 
     def started(self) -> None:
-        """Another child ran, or is about to."""
+        """Count the start of a training, for the time left."""
         self._starts += 1
         self.planned[self.scenario] = max(self.planned.get(self.scenario, 0) - 1, 0)
 
     def event(self, text: str) -> None:
-        """A line: the time taken, the scenario, what happened, the time left."""
+        """Print a line: the time taken, the scenario, the event, the time left."""
         taken = time.monotonic() - self._began
         left = taken / max(self._starts, 1) * sum(self.planned.values())
         print(f"{duration(taken)} {self.scenario:8} {text} [left {duration(left)}]", flush=True)
 
     def failed(self, text: str) -> None:
-        """A line that counts."""
+        """Print a failure and remember it."""
         self.failures.append(f"{self.scenario}: {text}")
         self.event(f"FAILED: {text}")
 
     def equal(self, what: str, differences: Sequence[str]) -> None:
-        """A line on a comparison, which fails where there are differences."""
+        """Print the result of a comparison, a failure if there are differences."""
         if differences:
             self.failed(f"{what} differs: {'; '.join(differences)}")
         else:
@@ -165,13 +171,13 @@ class Report:
 
 @dataclass
 class Bench:
-    """Where trainings take place.
+    """A folder for trainings, and the means to start them.
 
     Attributes:
-        folder: of everything.
-        kills: how often to kill.
-        rng: of the moments.
-        report: is told what happens.
+        folder: folder of all workdirs.
+        kills: number of kills in the scenario "kills".
+        rng: random generator of the moments.
+        report: prints the events.
     """
 
     folder: Path
@@ -181,21 +187,21 @@ class Bench:
 
     @property
     def cache(self) -> Path:
-        """Of compiled programs, shared by the trainings."""
+        """Cache of compiled programs that the trainings share."""
         return self.folder / "compiled"
 
     @property
     def reference(self) -> Path:
-        """The workdir of a training that nothing happened to."""
+        """Workdir of the training without a fault."""
         return self.folder / "reference"
 
     @property
     def every(self) -> Path:
-        """The workdir of the same training with all of its checkpoints."""
+        """Workdir of the same training with all of its checkpoints."""
         return self.folder / "every"
 
     def make_reference(self) -> None:
-        """Trains it, and once more to keep all checkpoints, where they are not there yet."""
+        """Train `reference` and `every`, unless they are finished already."""
         for workdir, flags in ((self.reference, ()), (self.every, (_KEEP_ALL,))):
             if not (workdir / "summary.md").exists():
                 started = time.monotonic()
@@ -203,7 +209,7 @@ class Bench:
                 self.report.event(f"{STEPS} steps without a fault in {time.monotonic() - started:.0f} s")
 
     def start(self, command: Sequence[str], *, devices: int = 1, own_cache: bool = False) -> Child:
-        """Starts a program on some CPU devices."""
+        """Start a program on the given number of CPU devices."""
         self.report.started()
         environment = {
             **os.environ,
@@ -214,24 +220,24 @@ class Bench:
         }
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         if not own_cache:
-            remove_damaged_entries(self.cache)  # which a kill left
+            remove_damaged_entries(self.cache)  # left by a kill
             environment["JAX_COMPILATION_CACHE_DIR"] = str(self.cache)
         if devices > 1:
             environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
         return Child(command, environment)
 
     def train(self, workdir: Path, *flags: str, devices: int = 1, own_cache: bool = False) -> Child:
-        """Starts a training, or goes on with it."""
+        """Start or resume a training."""
         return self.start(["run.py", CONFIG, f"--workdir={workdir}", *flags], devices=devices, own_cache=own_cache)
 
     def empty(self, name: str) -> Path:
-        """A workdir that is not there, for a training to begin in."""
+        """Path of a workdir for a new training; an older one is removed."""
         workdir = self.folder / name
         shutil.rmtree(workdir, ignore_errors=True)
         return workdir
 
     def rewound(self, name: str, step: int) -> Path:
-        """A copy of the reference as if it had been killed right after a checkpoint."""
+        """Copy the reference as if it had been killed right after the checkpoint of a step."""
         workdir = self.empty(name)
         shutil.copytree(self.reference, workdir, ignore=shutil.ignore_patterns("checkpoints"))
         for later in workdir.glob("evaluations/*"):
@@ -250,17 +256,17 @@ def saved_steps(workdir: Path) -> list[int]:
 
 
 def newest(workdir: Path) -> int:
-    """Step of the newest checkpoint; 0 without one."""
+    """Step of the newest checkpoint; 0 if there is none."""
     return max(saved_steps(workdir), default=0)
 
 
 def half_saved(workdir: Path) -> list[str]:
-    """Folders of checkpoints that are being written, or were when the program ended."""
+    """Names of the folders of unfinished checkpoints."""
     return [path.name for path in (workdir / "checkpoints").glob("*") if not path.name.isdecimal()]
 
 
 def logged_step(workdir: Path) -> int:
-    """Step of the last whole line of metrics; 0 without one."""
+    """Step of the last whole line of metrics; 0 if there is none."""
     path = workdir / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if line.endswith(b"\n")]

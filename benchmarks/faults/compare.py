@@ -1,4 +1,4 @@
-"""Whether two trainings came to the same, bit by bit: part of `benchmarks.faults`."""
+"""Bitwise comparison of two trainings: part of `benchmarks.faults`."""
 
 import json
 import logging
@@ -13,23 +13,23 @@ from benchmarks.faults.children import half_saved, saved_steps
 from h2a2_jax.evaluation.documents import best_step
 
 _ITEMS = ("params", "batch_stats", "optimizer")
-_OF_THE_CLOCK = ("scans_per_second", "compilations")
+_TIMING_KEYS = ("scans_per_second", "compilations")
 _SHOWN = 4
-_FOLDED = ("tensorboard", "cache", "checkpoints_damaged")
-"""Folders whose files are named by times, processes and hashes."""
+_IGNORED_FOLDERS = ("tensorboard", "cache", "checkpoints_damaged")
+"""Folders whose file names contain times, processes and hashes."""
 
 
 def differences(reference: Path, workdir: Path, *, files: bool = True) -> list[str]:
-    """What a training left behind that the reference did not, or otherwise.
+    """Compare the workdir of a training with that of the reference.
 
     Args:
-        reference: workdir of a training that nothing happened to.
-        workdir: of the other.
-        files: whether the lines of metrics and selection and the names of all files count too: a run that was told to
-            stop at some step has a line and a checkpoint of that step.
+        reference: workdir of the training without a fault.
+        workdir: workdir of the other training.
+        files: True compares the lines of metrics and selection and the names of all files, too. A run that was stopped
+            at some step has a line and a checkpoint of that step, which the reference lacks.
 
     Returns:
-        A phrase each.
+        One phrase for each difference.
     """
     found = state_differences(reference, workdir)
     names = ["evaluation.json", "evaluation.csv", "config.json"]
@@ -50,13 +50,13 @@ def differences(reference: Path, workdir: Path, *, files: bool = True) -> list[s
 
 
 def state_differences(reference: Path, workdir: Path, step: int | None = None, other: int | None = None) -> list[str]:
-    """Arrays of two checkpoints that are not the same, bit by bit.
+    """Names of the arrays that differ between two checkpoints in any bit.
 
     Args:
         reference: workdir of one run.
-        workdir: of the other.
-        step: of the checkpoint; None: the last of the reference.
-        other: step of the checkpoint of `workdir`; None: the same.
+        workdir: workdir of the other run.
+        step: step of the checkpoint of `reference`; None: the last one.
+        other: step of the checkpoint of `workdir`; None: the same step.
     """
     step = max(saved_steps(reference)) if step is None else step
     other = step if other is None else other
@@ -81,20 +81,20 @@ def arrays(checkpoint: Path, item: str) -> dict[str, np.ndarray]:
 
 
 def names_of(workdir: Path) -> set[str]:
-    """Files of a workdir, but for those named by times and hashes; a checkpoint is one name."""
+    """Names of the files in a workdir without those named by times and hashes; a checkpoint is one name."""
     names = set()
     for path in workdir.rglob("*"):
         parts = path.relative_to(workdir).parts
-        if path.is_dir() or parts[0] in _FOLDED:
+        if path.is_dir() or parts[0] in _IGNORED_FOLDERS:
             continue
         names.add("/".join(parts[:2]) if parts[0] == "checkpoints" else "/".join(parts))
     return names | {f"checkpoints/{name}" for name in half_saved(workdir)}
 
 
 def metric_lines(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics as they lie there, without what a clock or a start tells."""
+    """The lines of metrics in the order of the file, without the values that depend on time and restarts."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in _OF_THE_CLOCK} for line in lines]
+    return [{key: value for key, value in line.items() if key not in _TIMING_KEYS} for line in lines]
 
 
 def _line_differences(reference: Path, workdir: Path) -> list[str]:

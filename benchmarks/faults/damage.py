@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, and checkpoints that are damaged: part of `benchmarks.faults`."""
+"""Full and read-only disks, and damaged checkpoints: part of `benchmarks.faults`."""
 
 import contextlib
 import shutil
@@ -20,7 +20,7 @@ class NoDisk(Exception):
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """A disk in memory, mounted on a folder."""
+    """Mount a disk in memory on a folder."""
     folder.mkdir(parents=True)
     if (problem := _mount("-t", "tmpfs", "-o", size, "tmpfs", str(folder))) is not None:
         raise NoDisk(problem)
@@ -31,7 +31,7 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
 
 
 def _mount(*arguments: str) -> str | None:
-    """Calls `mount`; what it says where it fails."""
+    """Call `mount`; return its error message, None if it succeeds."""
     try:
         done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
     except OSError as error:
@@ -40,7 +40,7 @@ def _mount(*arguments: str) -> str | None:
 
 
 def remount(folder: Path, options: str) -> None:
-    """Changes the size of a disk, or whether it can be written to."""
+    """Mount a disk again with another size, or read-only or writable."""
     if (problem := _mount("-o", f"remount,{options}", str(folder))) is not None:
         raise Fault(f"{folder} cannot be mounted again with {options}: {problem}")
 
@@ -51,7 +51,7 @@ def disk(bench: Bench) -> None:
         try:
             scenario(bench)
         except NoDisk as problem:
-            bench.report.event(f"left out, for no disk can be mounted here: {problem}")
+            bench.report.event(f"skipped, because no disk can be mounted here: {problem}")
             return
 
 
@@ -63,11 +63,11 @@ def _full_for_a_checkpoint(bench: Bench) -> None:
         child.wait_for(lambda: newest(workdir) >= 8)
         first = _sizes(workdir / "checkpoints" / "8")
         line = child.expect(2, "A checkpoint could not be written", "No space left on device", "free space there")
-        _refused(bench, workdir, "a disk that is full at a checkpoint", line)
+        _check_full_disk(bench, workdir, "a disk that is full at a checkpoint", line)
         if 8 in saved_steps(workdir) and _sizes(workdir / "checkpoints" / "8") != first:
             bench.report.failed("the checkpoint before is not what it was")
         remount(place, _LARGE)
-        _goes_on(bench, workdir, saved_step(line), "once there was space")
+        _check_resumed(bench, workdir, saved_step(line), "once there was space")
 
 
 def _full_for_a_line(bench: Bench) -> None:
@@ -81,9 +81,9 @@ def _full_for_a_line(bench: Bench) -> None:
                 file.write(bytes(4096))
                 file.flush()
         line = child.expect(2, "No space left on device", "free space there")
-        _refused(bench, workdir, "a disk that is full at a line", line)
+        _check_full_disk(bench, workdir, "a disk that is full at a line", line)
         (place / _BALLAST).unlink()
-        _goes_on(bench, workdir, newest(workdir), "once there was space")
+        _check_resumed(bench, workdir, newest(workdir), "once there was space")
 
 
 def _read_only(bench: Bench) -> None:
@@ -99,21 +99,21 @@ def _read_only(bench: Bench) -> None:
         line = bench.train(workdir).expect(2, "cannot be written to", "give another --workdir")
         bench.report.event(f"a run that was begun, on a read-only disk: {line}")
         remount(place, "rw")
-        _goes_on(bench, workdir, 32, "once it could be written to")
+        _check_resumed(bench, workdir, 32, "once it could be written to")
 
 
-def _refused(bench: Bench, workdir: Path, what: str, line: str) -> None:
-    """What a full disk has to leave behind."""
+def _check_full_disk(bench: Bench, workdir: Path, what: str, line: str) -> None:
+    """Check the workdir after a run that ended because of a full disk."""
     bench.report.event(f"{what}: {line}")
     if (step := saved_step(line)) != newest(workdir):
-        bench.report.failed(f"it said that step {step} is saved, the newest checkpoint is of step {newest(workdir)}")
+        bench.report.failed(f"it printed that step {step} is saved, the newest checkpoint is of step {newest(workdir)}")
     if half := half_saved(workdir):
         bench.report.failed(f"half-written is {', '.join(half)}")
     bench.report.equal("what was saved", state_differences(bench.every, workdir, newest(workdir)))
 
 
-def _goes_on(bench: Bench, workdir: Path, step: int, when: str) -> None:
-    """The training goes on after a step, and ends as the one that nothing happened to."""
+def _check_resumed(bench: Bench, workdir: Path, step: int, when: str) -> None:
+    """Resume a training after a step, and compare its end with the reference."""
     bench.train(workdir).expect(0, f"after step {step} of")
     bench.report.equal(f"the end, {when},", differences(bench.reference, workdir))
 
@@ -123,15 +123,15 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def damaged(bench: Bench) -> None:
-    """Damages the newest checkpoint, in three ways; then all of them."""
-    ways = (("a file cut in half", _cut), ("a bit turned", _turn_bit), ("a folder gone", _remove_item))
+    """Damage the newest checkpoint in three ways, then all of them."""
+    ways = (("a file cut in half", _cut), ("a flipped bit", _flip_bit), ("a folder gone", _remove_item))
     for what, damage in ways:
         workdir = bench.rewound("damaged", 32)
         damage(bench, workdir / "checkpoints" / "32")
         child = bench.train(workdir)
         line = child.expect(0, "The checkpoint of step 32", "It is set aside in", "the one before it is taken")
         bench.report.event(f"{what}: {line}")
-        if child.said("after step 24 of") is None:
+        if child.line_with("after step 24 of") is None:
             bench.report.failed("it did not go on after step 24")
         bench.report.equal("the end after that", differences(bench.reference, workdir))
     for what, damage in (ways[0], ways[2]):
@@ -156,7 +156,7 @@ def _cut(bench: Bench, checkpoint: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def _turn_bit(bench: Bench, checkpoint: Path) -> None:
+def _flip_bit(bench: Bench, checkpoint: Path) -> None:
     path = _largest(checkpoint)
     content = bytearray(path.read_bytes())
     content[bench.rng.integers(len(content))] ^= 1 << int(bench.rng.integers(8))

@@ -22,13 +22,14 @@ Condition = Callable[[], object]
 
 
 class Moment(NamedTuple):
-    """When to kill.
+    """Moment of a kill.
 
     Attributes:
-        name: in words.
-        condition: what is waited for, of a child in a workdir that was just started.
-        least: seconds to wait after that, at least.
-        most: and at most.
+        name: the moment in words.
+        condition: makes the condition to wait for, from a child that was just started, its workdir and a random number
+            in [0, 1).
+        least: shortest delay after that, in seconds.
+        most: longest delay after that, in seconds.
     """
 
     name: str
@@ -42,12 +43,12 @@ def _at_once(child: Child, workdir: Path, chance: float) -> Condition:
 
 
 def _first_step(child: Child, workdir: Path, chance: float) -> Condition:
-    return lambda: child.said("First step done")
+    return lambda: child.line_with("First step done")
 
 
 def _some_step(child: Child, workdir: Path, chance: float) -> Condition:
     last = newest(workdir) + 1 + int(chance * (CHECKPOINT_EVERY - 1))
-    return lambda: child.said("First step done") and logged_step(workdir) >= min(last, STEPS)
+    return lambda: child.line_with("First step done") and logged_step(workdir) >= min(last, STEPS)
 
 
 def _saving(child: Child, workdir: Path, chance: float) -> Condition:
@@ -61,7 +62,7 @@ def _saved(child: Child, workdir: Path, chance: float) -> Condition:
 
 
 def _evaluating(child: Child, workdir: Path, chance: float) -> Condition:
-    return lambda: child.said("Evaluating step")
+    return lambda: child.line_with("Evaluating step")
 
 
 def _evaluated(child: Child, workdir: Path, chance: float) -> Condition:
@@ -70,7 +71,7 @@ def _evaluated(child: Child, workdir: Path, chance: float) -> Condition:
 
 
 def _last_evaluation(child: Child, workdir: Path, chance: float) -> Condition:
-    return lambda: child.said("Input: ") or (workdir / "evaluation.json").exists()
+    return lambda: child.line_with("Input: ") or (workdir / "evaluation.json").exists()
 
 
 def _compiled(child: Child, workdir: Path, chance: float) -> Condition:
@@ -88,17 +89,17 @@ _EVALUATED = Moment("after evaluation.json was written", _evaluated, 0, 0.02)
 _END = Moment("after the last step", _last_evaluation, 0, 12)
 _COMPILED = Moment("after some programs were compiled", _compiled, 0, 0.02)
 
-_TURNS = (_START, _STEP, _SAVING, _SAVED, _EVALUATING, _EVALUATED, _FIRST_STEP, _SAVING, _END, _SAVED, _STEP)
+_MOMENTS = (_START, _STEP, _SAVING, _SAVED, _EVALUATING, _EVALUATED, _FIRST_STEP, _SAVING, _END, _SAVED, _STEP)
 
 
 def kills(bench: Bench) -> None:
-    """Kills and starts again; whenever a training comes to its end, it is compared and another one begun."""
+    """Kill and start again; compare each training that reaches its end and begin another one."""
     done, number = 0, 0
     while done < bench.kills:
         workdir, starts = bench.empty(f"killed{number}"), 0
         while done < bench.kills:
             starts += 1
-            killed = _kill(bench, workdir, bench.train(workdir), _TURNS[done % len(_TURNS)], f"kill {done + 1}")
+            killed = _kill(bench, workdir, bench.train(workdir), _MOMENTS[done % len(_MOMENTS)], f"kill {done + 1}")
             if not killed:
                 break
             done += 1
@@ -109,7 +110,7 @@ def kills(bench: Bench) -> None:
 
 
 def own_cache(bench: Bench) -> None:
-    """Kills of a training with its own cache of compiled programs, among others while they are written."""
+    """Kill a training that has its own cache of compiled programs, also while entries are written."""
     workdir = bench.empty("own_cache")
     moments = (_COMPILED, _COMPILED, _START, _STEP)
     for number, moment in enumerate(moments, 1):
@@ -124,13 +125,13 @@ def own_cache(bench: Bench) -> None:
 
 
 def _kill(bench: Bench, workdir: Path, child: Child, moment: Moment, which: str) -> bool:
-    """Kills a training; False where it came to its end before."""
+    """Kill a training; return False if it reaches its end before."""
     before = newest(workdir)
     condition = moment.condition(child, workdir, bench.rng.uniform())
     delay = bench.rng.uniform(moment.least, moment.most)
     if not child.wait_for(condition) or not child.wait(delay):
         child.expect(0)
-        bench.report.event(f"{which} was to be {moment.name}, but the training came to its end")
+        bench.report.event(f"{which} was to be {moment.name}, but the training reached its end")
         return False
     child.kill()
     logged, there, half = logged_step(workdir), newest(workdir), half_saved(workdir)
@@ -138,9 +139,9 @@ def _kill(bench: Bench, workdir: Path, child: Child, moment: Moment, which: str)
         f"{which} {delay:.2f} s {moment.name}: step {logged} logged, checkpoint {there} there"
         f"{', another one half-written' if half else ''}; {max(logged - there, 0)} steps to take again"
     )
-    if (resumed := child.said("Resuming ")) and f"after step {before} " not in resumed:
-        bench.report.failed(f"it went on otherwise than from the newest checkpoint, of step {before}: {resumed}")
-    # The one before the last is on the disk when the last one is begun.
+    if (resumed := child.line_with("Resuming ")) and f"after step {before} " not in resumed:
+        bench.report.failed(f"it resumed from another checkpoint than the newest one, of step {before}: {resumed}")
+    # Saving a checkpoint begins when the one before it is on disk.
     due = logged // CHECKPOINT_EVERY * CHECKPOINT_EVERY
     if there < due - CHECKPOINT_EVERY * bool(logged - due < CHECKPOINT_EVERY / 2 or half):
         bench.report.failed(f"step {logged} was logged, yet the newest checkpoint is of step {there}")

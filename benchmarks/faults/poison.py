@@ -1,4 +1,4 @@
-"""`run.py` with colours of training scans that are not finite, which no source of this library lets through.
+"""`run.py` with NaN in the colours of training scans, which no source of this library lets through.
 
 python -m benchmarks.faults.poison SCAN|all FLAGS_OF_RUN_PY...
 """
@@ -16,11 +16,11 @@ from benchmarks.scans import ChangedScans
 from h2a2_jax.scans.scan import Scan, ScanSource
 from h2a2_jax.training import build
 
-_EVERY = 20  # points: some are left, however few are drawn
+_EVERY = 20  # points: so that every sample of points holds some
 
 
 def poisoned(chosen: str, scan: Scan) -> Scan:
-    """A scan, with colours that are NaN if it is the chosen one, or "all" are."""
+    """Set colours to NaN in the scan of the chosen name; "all" chooses every scan."""
     if chosen not in (scan.name, "all"):
         return scan
     colors = scan.colors.copy()
@@ -29,7 +29,7 @@ def poisoned(chosen: str, scan: Scan) -> Scan:
 
 
 def main() -> None:
-    """Poison, and be `run.py`."""
+    """Run `run.py` with poisoned sources."""
     poison, plain = partial(poisoned, sys.argv[1]), build.build_source
 
     def build_source(source: Any, split: Any) -> ScanSource:

@@ -14,17 +14,19 @@ _LATEST_S = 12
 
 
 def sigterm(bench: Bench) -> None:
-    """Signals at start-up, in steps, in an evaluation; then the training goes on to its end."""
+    """Send signals at start-up, in steps and in an evaluation; then resume to the end."""
     report, early_workdir = bench.report, bench.empty("stopped_early")
     for number in (1, 2):
         child, seconds = bench.train(early_workdir), bench.rng.uniform(0.5, _LATEST_S)
         child.wait(seconds)
         status = child.signal(signal.SIGTERM)
-        said = child.lines[-1] if child.lines else "nothing"
-        early = status == -signal.SIGTERM and child.said("Training on") is None and child.said("Stopped") is None
-        if not early and (status != 0 or "Stopped by SIGTERM" not in said):
-            report.failed(f"SIGTERM {seconds:.1f} s after the start: status {status}, it said: {said}")
-        report.event(f"SIGTERM {number}, {seconds:.1f} s after the start: status {status}, {said!r}")
+        printed = child.lines[-1] if child.lines else "nothing"
+        early = (
+            status == -signal.SIGTERM and child.line_with("Training on") is None and child.line_with("Stopped") is None
+        )
+        if not early and (status != 0 or "Stopped by SIGTERM" not in printed):
+            report.failed(f"SIGTERM {seconds:.1f} s after the start: status {status}, it printed: {printed}")
+        report.event(f"SIGTERM {number}, {seconds:.1f} s after the start: status {status}, {printed!r}")
     for number in (signal.SIGTERM, signal.SIGINT):
         workdir = bench.rewound(f"stopped_{number.name}", 16)
         for when, condition in (("a step", _stepping), ("a step", _stepping), ("an evaluation", _evaluating)):
@@ -34,11 +36,11 @@ def sigterm(bench: Bench) -> None:
 
 
 def _stepping(child: Child) -> Callable[[], object]:
-    return lambda: child.said("First step done")
+    return lambda: child.line_with("First step done")
 
 
 def _evaluating(child: Child) -> Callable[[], object]:
-    return lambda: child.said("Evaluating step")
+    return lambda: child.line_with("Evaluating step")
 
 
 def _stop(
@@ -49,7 +51,7 @@ def _stop(
     condition: Callable[[Child], Callable[[], object]],
     **how: int,
 ) -> None:
-    """Sends a signal during steps or an evaluation."""
+    """Send a signal during steps or an evaluation."""
     child = bench.train(workdir, **how)  # type: ignore[arg-type]
     if not child.wait_for(condition(child)) or not child.wait(bench.rng.uniform(0, 1.5)):
         raise Fault(f"the training ended before {number.name} in {when}")
@@ -58,11 +60,11 @@ def _stop(
     step = saved_step(line)
     bench.report.event(f"{number.name} in {when}: {line}")
     if newest(workdir) != step:
-        bench.report.failed(f"it said that step {step} is saved, the newest checkpoint is of step {newest(workdir)}")
+        bench.report.failed(f"it printed that step {step} is saved, the newest checkpoint is of step {newest(workdir)}")
 
 
 def saved_step(line: str) -> int:
-    """The step that a training says it saved."""
+    """The saved step in the last message of a training."""
     found = re.search(r"step (\d+) is saved|after step (\d+), which is saved", line)
     if found is None:
         raise Fault(f"no step is named in {line}")
@@ -70,10 +72,10 @@ def saved_step(line: str) -> int:
 
 
 def second(bench: Bench) -> None:
-    """A second run beside the first, and one of another config after it."""
+    """Start a second run beside the first, and resume one with another config."""
     report, workdir = bench.report, bench.rewound("second", 16)
     first = bench.train(workdir)
-    if not first.wait_for(lambda: first.said("First step done")):
+    if not first.wait_for(lambda: first.line_with("First step done")):
         raise Fault("the first run ended before the second one")
     line = bench.train(workdir).expect(2, "run.py: Another training run is at work in", str(first.process.pid))
     report.event(f"a second run: {line}")
@@ -93,10 +95,10 @@ def second(bench: Bench) -> None:
 
 
 def workers(bench: Bench) -> None:
-    """Kills a process that loads scans."""
+    """Kill a process that loads scans."""
     workdir = bench.empty("workers")
     child = bench.train(workdir, "--config.train.workers=2")
-    if not child.wait_for(lambda: child.said("First step done")):
+    if not child.wait_for(lambda: child.line_with("First step done")):
         raise Fault("the training with workers ended before its first step")
     loading = sorted(pid for pid in descendants(child.process.pid) if _is_worker(pid))
     if not loading:
@@ -109,7 +111,7 @@ def workers(bench: Bench) -> None:
 
 
 def _is_worker(pid: int) -> bool:
-    """Whether a descendant is a process that Grain started, rather than one of Python's own helpers."""
+    """Return True for a process that Grain started, False for helpers of Python."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Other numbers of devices, and numbers that are not finite: part of `benchmarks.faults`."""
+"""Other numbers of devices, and values that are not finite: part of `benchmarks.faults`."""
 
 import re
 import shutil
@@ -10,29 +10,29 @@ from benchmarks.faults.compare import metric_lines, state_differences
 from benchmarks.faults.stops import saved_step
 
 _FIRST, _TOLERANCE = 4, 1e-4
-"""Losses of so many steps after the change may differ by so much, relatively. Sums over devices are added in another
-order, 1e-7 of a loss; Adam's first steps turn the noise of gradients near zero into updates of the learning rate's
-size, so that the difference grows with every step and later ones tell nothing."""
+"""Number of steps after the change whose losses are compared, and the largest relative difference. Another number of
+devices adds sums in another order, 1e-7 of a loss. Adam's first steps turn the noise of gradients near zero into
+updates of the learning rate's size, so that the difference grows with every step: later steps cannot be compared."""
 _MOST_SKIPPED = 10
 
 
 def devices(bench: Bench) -> None:
-    """Goes on with a training of three devices on one and on six; evaluates one checkpoint on one, three and six."""
+    """Resume a training of three devices on one and on six; evaluate one checkpoint on one, three and six."""
     report, whole, stopped = bench.report, bench.empty("devices_whole"), bench.empty("devices_stopped")
     bench.train(whole, *SHORT, devices=3).expect(0, "3 cpu device(s), 3 x 1")
     child = bench.train(stopped, *SHORT, devices=3)
-    if not child.wait_for(lambda: child.said("First step done")) or not child.wait(bench.rng.uniform(1, 3)):
-        raise Fault("the training of three devices ended before it was told to stop")
+    if not child.wait_for(lambda: child.line_with("First step done")) or not child.wait(bench.rng.uniform(1, 3)):
+        raise Fault("the training of three devices ended before SIGTERM")
     child.process.send_signal(signal.SIGTERM)
     step = saved_step(child.expect(0, "Stopped by SIGTERM; step"))
-    report.event(f"three devices were told to stop; step {step} is saved")
+    report.event(f"a training on three devices got SIGTERM; step {step} is saved")
     for count, mesh in ((3, "3 x 1"), (1, "1 x 1"), (6, "3 x 2")):
         workdir = bench.empty(f"devices_{count}")
         shutil.copytree(stopped, workdir)
         bench.train(workdir, *SHORT, devices=count).expect(0, f"{count} cpu device(s), {mesh}")
         by_step = _loss_differences(whole, workdir, step)
         shown = ", ".join(f"{value:.1e}" for value in by_step)
-        report.event(f"gone on with on {count} devices, losses differ relatively by {shown} in the steps after {step}")
+        report.event(f"resumed on {count} devices, losses differ relatively by {shown} in the steps after {step}")
         limit = 0 if count == 3 else _TOLERANCE
         if max(by_step[:_FIRST]) > limit:
             report.failed(f"that is more than {limit} in the first {_FIRST} steps")
@@ -41,7 +41,7 @@ def devices(bench: Bench) -> None:
 
 
 def _loss_differences(whole: Path, workdir: Path, step: int) -> list[float]:
-    """The largest relative difference of a loss, in each step after one."""
+    """Largest relative difference of the losses in each step after `step`."""
     found = []
     for a, b in zip(metric_lines(whole), metric_lines(workdir), strict=True):
         if a["step"] > step and "loss/scannet" in a:
@@ -57,16 +57,16 @@ def _evaluation(bench: Bench, workdir: Path, count: int) -> bytes:
 
 
 def poison(bench: Bench) -> None:
-    """One scan with colours that are not finite; then all of them."""
+    """Train with NaN in one scan, then in all scans."""
     report, workdir = bench.report, bench.empty("poison_one")
     scan = "synthetic_sunrgbd/train/000003"
     child = bench.start(["-m", "benchmarks.faults.poison", scan, CONFIG, f"--workdir={workdir}", *SHORT])
     line = child.expect(0, "is not finite and is skipped", "of sunrgbd", f"{scan} has values", "the gradients of")
     report.event(f"one poisoned scan: {line}")
     kept = sorted(int(path.stem) for path in workdir.glob("nonfinite/*.npz"))
-    told, last = sum("is skipped" in line for line in child.lines), metric_lines(workdir)[-1]["skipped_steps"]
-    if not len(kept) == told == last > 0:
-        report.failed(f"{len(kept)} batches are kept, {told} were named, {last} are counted")
+    warned, last = sum("is skipped" in line for line in child.lines), metric_lines(workdir)[-1]["skipped_steps"]
+    if not len(kept) == warned == last > 0:
+        report.failed(f"{len(kept)} batches are kept, {warned} were reported, {last} are counted")
     _replay(bench, workdir, kept[-1], scan)
     workdir = bench.rewound("poison_all", 16)
     child = bench.start(["-m", "benchmarks.faults.poison", "all", CONFIG, f"--workdir={workdir}"])
@@ -81,7 +81,7 @@ def poison(bench: Bench) -> None:
     )
     _replay(bench, workdir, step - 1, "scannet")
     bench.train(workdir).expect(0, f"after step {step} of")
-    report.event("with finite scans it goes on to the end")
+    report.event("with finite scans it resumes to the end")
 
 
 def _replay(bench: Bench, workdir: Path, number: int, named: str) -> None:

@@ -1,4 +1,4 @@
-"""Prepares ScanNet v2: python -m data.scannet --raw=DIR."""
+"""Prepare ScanNet v2: python -m data.scannet --raw=DIR."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Generates procedural scans: python -m data.synthetic_s3dis --train=1000 --val=100 --seed=0."""
+"""Generate procedural scans: python -m data.synthetic_s3dis --train=1000 --val=100 --seed=0."""
 
 import sys
 

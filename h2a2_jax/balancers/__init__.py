@@ -1,4 +1,8 @@
-"""Balancers of gradients: optax transformations that make one gradient of several datasets' gradients."""
+"""Gradient balancers: optax transformations that weigh the datasets' gradients of the shared parameters.
+
+A balancer is called as `update(grads, state, params=None, *, present, losses=None)`, described in `ngh`, and knows of
+devices only the name of a mesh axis. `build_balancer` makes one from a config.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,21 +22,36 @@ _BY_DATASET: dict[type, tuple[str, ...]] = {
     PCGradState: ("scales",),
     GradNormState: ("weights", "first_losses", "scales"),
 }
+"""Fields of each state whose arrays have a leading dataset axis."""
+
+__all__ = [
+    "GradNormState",
+    "HarmonizationState",
+    "HarmonizeConfig",
+    "PCGradState",
+    "RecordedState",
+    "build_balancer",
+    "gradnorm",
+    "has_dataset_axis",
+    "norm_gradient_harmonization",
+    "pcgrad",
+    "recorded",
+]
 
 
 @dataclass(frozen=True)
 class HarmonizeConfig:
-    """How the datasets' gradients of shared parameters become one.
+    """Method that makes one gradient of the datasets' gradients, for shared parameters.
 
     Attributes:
-        method: "ngh", norm-based gradient harmonisation; "mean", their plain mean; "pcgrad", the mean after projecting
-            conflicts away; "gradnorm", a mean with learned weights.
-        threshold: agreement of norms (Psi, 0 to 1) below which NGH scales gradients to their mean norm; every method
-            records how often that is so.
-        scope: norms per parameter "tensor", or one "global" norm over all shared parameters; for the methods other than
-            NGH of what is recorded only.
+        method: "ngh", norm-based gradient harmonisation; "mean", the plain mean; "pcgrad", the mean after conflicts are
+            projected away; "gradnorm", a mean with learned weights.
+        threshold: agreement of norms (Psi, 0 to 1) below which NGH scales gradients to their mean norm. Every method
+            records how often Psi is below it.
+        scope: norms per parameter "tensor", or one "global" norm over all shared parameters. For methods other than NGH
+            it only changes the record.
         cap: largest factor by which NGH scales a gradient up.
-        alpha: how strongly GradNorm gives datasets that learn slowly larger gradients; 0 asks for equal norms.
+        alpha: strength with which GradNorm gives slow datasets larger gradients; 0 asks for equal norms.
         weight_lr: learning rate of GradNorm's weights.
     """
 
@@ -48,7 +67,7 @@ class RecordedState(NamedTuple):
     """State of a balancer that does not record by itself.
 
     Attributes:
-        record: agreement and norms of the gradients that the last step got, and the factors of the method.
+        record: agreement and norms of the gradients of the last step, and the factors that the method applied.
         method: state of the balancer.
     """
 
@@ -61,13 +80,13 @@ def build_balancer(
 ) -> optax.GradientTransformationExtraArgs:
     """The gradient balancer of a config.
 
-    Whatever the method, `recorded` finds Psi, norms and factors in its state.
+    For every method, `recorded` finds Psi, norms and factors in the state.
 
     Args:
-        config: method and its numbers.
+        config: method and its options.
         num_datasets: number of datasets on all devices.
         axis_name: mesh axis that further datasets are spread over; None if all are local.
-        seed: of the methods that draw.
+        seed: seed of PCGrad's random orders.
     """
 
     def harmonization(threshold: float) -> optax.GradientTransformationExtraArgs:
@@ -76,8 +95,8 @@ def build_balancer(
     builders: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
         "ngh": lambda: harmonization(config.threshold),
         "mean": lambda: harmonization(0.0),
-        "pcgrad": lambda: _recording(pcgrad(num_datasets, seed, axis_name), harmonization(0.0)),
-        "gradnorm": lambda: _recording(
+        "pcgrad": lambda: _add_record(pcgrad(num_datasets, seed, axis_name), harmonization(0.0)),
+        "gradnorm": lambda: _add_record(
             gradnorm(num_datasets, config.alpha, config.weight_lr, axis_name), harmonization(0.0)
         ),
     }
@@ -85,14 +104,14 @@ def build_balancer(
 
 
 def recorded(state: Any) -> HarmonizationState | None:
-    """What a balancer's last step recorded; None if it records nothing."""
-    return (
-        state.record if isinstance(state, RecordedState) else state if isinstance(state, HarmonizationState) else None
-    )
+    """Record of a balancer's last step; None if the balancer records nothing."""
+    if isinstance(state, RecordedState):
+        return state.record
+    return state if isinstance(state, HarmonizationState) else None
 
 
 def has_dataset_axis(state: Any) -> Any:
-    """Which arrays of a balancer's state have a leading dataset axis, in its structure; None if it is not known."""
+    """Tree of a balancer's state, True for arrays with a leading dataset axis; None for an unknown state."""
     if isinstance(state, RecordedState):
         record, method = has_dataset_axis(state.record), has_dataset_axis(state.method)
         return None if method is None else RecordedState(record, method)
@@ -105,10 +124,10 @@ def has_dataset_axis(state: Any) -> Any:
     return type(state)(**marked)
 
 
-def _recording(
+def _add_record(
     balancer: optax.GradientTransformationExtraArgs, recorder: optax.GradientTransformationExtraArgs
 ) -> optax.GradientTransformationExtraArgs:
-    """A balancer that also keeps what a recorder sees; the recorder's gradients are not used."""
+    """A balancer that also keeps the record of another one, whose gradients are not used."""
 
     def init(params: PyTree) -> RecordedState:
         return RecordedState(recorder.init(params), balancer.init(params))  # type: ignore[arg-type]

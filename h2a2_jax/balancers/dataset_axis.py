@@ -1,7 +1,7 @@
 """Arrays with a leading axis of datasets, some on each device, dataset `k` as entry `k % local` of device `k // local`.
 
-What the gradient balancers share. A function with an axis name runs inside `jax.shard_map`; with None all datasets are
-local.
+Functions that the gradient balancers share. A function with an axis name runs inside `jax.shard_map`; with None all
+datasets are local.
 """
 
 import math
@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 SMALLEST_NORM = 1e-12
-"""A gradient of a smaller norm counts as none."""
+"""A gradient of a smaller norm counts as zero."""
 
 
 def check_datasets(grads: PyTree, present: Array, num_datasets: int, axis_name: str | None) -> None:
-    """See that every array has the local share of the datasets as its leading axis.
+    """Check that every array has the local share of the datasets as its leading axis.
 
     Raises:
-        ValueError: it has not.
+        ValueError: an array has another leading axis.
     """
     devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     leading = {leaf.shape[:1] for leaf in jax.tree.leaves(grads)} | {present.shape}
@@ -31,7 +31,7 @@ def check_datasets(grads: PyTree, present: Array, num_datasets: int, axis_name: 
 
 
 def dataset_norms(grads: Float[Array, "local ..."]) -> Float[Array, " local"]:
-    """Norm of each dataset's entry, in at least float32."""
+    """Norm of the gradient of each dataset, in at least float32."""
     grads = grads.astype(jnp.promote_types(grads.dtype, jnp.float32)).reshape(grads.shape[0], -1)
     # Squares of gradients near 1e-20 vanish in float32 and those near 1e20 overflow.
     largest = jnp.max(jnp.abs(grads), axis=1, initial=0)
@@ -39,39 +39,40 @@ def dataset_norms(grads: Float[Array, "local ..."]) -> Float[Array, " local"]:
 
 
 def nonzero(scale: Float[Array, "..."]) -> Float[Array, "..."]:
-    """1 for 0, to divide by."""
+    """Replace 0 by 1, to divide by the result."""
     return jnp.where(scale == 0, 1, scale)
 
 
 def per_dataset(values: Array, leaf: Float[Array, "local ..."]) -> Array:
-    """Values [local] in the shape and type that multiply a gradient [local, ...]."""
+    """Reshape and cast values [local] so that they multiply a gradient [local, ...]."""
     return values.reshape(-1, *[1] * (leaf.ndim - 1)).astype(leaf.dtype)
 
 
 def keep_present(leaf: Float[Array, "local ..."], present: Bool[Array, " local"]) -> Float[Array, "local ..."]:
-    """Zero the absent datasets' gradients, be they NaN."""
+    """Zero the gradients of absent datasets, even NaN ones."""
     return where_present(present, leaf, 0)
 
 
 def where_present(present: Bool[Array, " local"], leaf: Float[Array, "local ..."], other: Any) -> Array:
-    """The entries of the datasets that are present, those of `other` for the rest."""
+    """Entries of the datasets that are present, those of `other` for the rest."""
     return jnp.where(present.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, other)
 
 
 def gather_datasets(
     own: Float[Array, "local columns"], num_datasets: int, axis_name: str | None
 ) -> Float[Array, "datasets columns"]:
-    """The rows of all devices. A psum rather than an all_gather, whose result would not count as replicated."""
+    """Gather the rows of all devices."""
     if axis_name is None:
         return own
+    # By psum: the result of an all_gather would not count as replicated.
     rows = jnp.zeros((num_datasets, own.shape[1]), own.dtype)
     rows = jax.lax.pcast(rows, axis_name, to="varying")
     start = jax.lax.axis_index(axis_name) * own.shape[0]
     return jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(rows, own, start, axis=0), axis_name)
 
 
-def own_datasets(rows: Float[Array, "datasets ..."], local: int, axis_name: str | None) -> Float[Array, "local ..."]:
-    """This device's rows."""
+def local_rows(rows: Float[Array, "datasets ..."], local: int, axis_name: str | None) -> Float[Array, "local ..."]:
+    """Rows of the datasets of this device."""
     if axis_name is None:
         return rows
     return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(axis_name) * local, local, axis=0)

@@ -1,4 +1,4 @@
-"""GradNorm: weights of the datasets, learned so that their gradients' norms follow how fast they learn."""
+"""GradNorm: learned weights of the datasets, which bring gradient norms in line with learning speeds."""
 
 from typing import Any, NamedTuple
 
@@ -13,19 +13,20 @@ from h2a2_jax.balancers.dataset_axis import (
     dataset_norms,
     gather_datasets,
     keep_present,
-    own_datasets,
+    local_rows,
     per_dataset,
 )
 
 _SMALLEST_WEIGHT = 0.01
+"""Weights stay at least this large before they are brought to their sum."""
 
 
 class GradNormState(NamedTuple):
-    """What GradNorm has learned; float32, equal on every device.
+    """Learned weights and first losses; float32, equal on every device.
 
     Attributes:
         weights: [K], factors of the next step's gradients; their sum is K.
-        first_losses: [K], each dataset's loss in the first step it took part in; 0 until then.
+        first_losses: [K], loss of each dataset in the first step that it took part in; 0 until then.
         scales: [K], factors that the last step multiplied the gradients by.
     """
 
@@ -41,12 +42,12 @@ def gradnorm(
 
     With n_k = |g_k| over all shared parameters, L_k the loss and L_k(0) that of the dataset's first step, a step takes
 
-        r_k = (L_k / L_k(0)) / mean_j (L_j / L_j(0))       relative inverse training rate: above 1 for who lags behind
+        r_k = (L_k / L_k(0)) / mean_j (L_j / L_j(0))       relative inverse training rate: above 1 for a slow dataset
         d_k = sign(w_k n_k - mean_j (w_j n_j) r_k^alpha)   too large or too small
         w_k <- w_k - learning_rate d_k n_k / mean_j n_j    then all to the sum K
 
-    d_k n_k is the derivative of the published loss sum_k |w_k n_k - target_k| with the targets held constant. Read as
-    follows where the publication leaves it open or knows one network layer and no absences:
+    d_k n_k is the derivative of the published loss sum_k |w_k n_k - target_k| with the targets held constant. Choices
+    where the publication is open, or assumes one network layer and no absent datasets:
 
     - The derivative is divided by the mean norm, so that a step does not depend on the unit of the gradients, and the
       weights take plain gradient descent.
@@ -55,19 +56,19 @@ def gradnorm(
     - A dataset is active if it took part in the step with a norm of at least 1e-12 and a loss above 0, both finite.
       Means are over active ones. The others keep their weights, and the active ones share the rest of K; with fewer
       than two active, all keep theirs.
-    - A weight stays above 0: it is held at 0.01 before weights are brought to their sum.
+    - A weight stays above 0: it is at least 0.01 before weights are brought to their sum.
 
-    The step multiplies by the weights from before the update. It is called like `norm_gradient_harmonization`, and
-    `losses` must be given.
+    The step multiplies by the weights from before the update. `update` is called like that of
+    `norm_gradient_harmonization`, and needs `losses`.
 
     Args:
         num_datasets: number of datasets on all devices.
-        alpha: how much larger gradients a dataset gets that lags behind; 0 asks for equal norms.
-        learning_rate: of the weights.
+        alpha: strength with which slow datasets get larger gradients; 0 asks for equal norms.
+        learning_rate: learning rate of the weights.
         axis_name: mesh axis that further datasets are spread over; None if all are local.
 
     Raises:
-        ValueError: if gradients do not hold `num_datasets` datasets, or without losses.
+        ValueError: gradients do not hold `num_datasets` datasets, or `losses` are missing.
 
     References:
         Chen et al., GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask Networks, ICML 2018.
@@ -92,20 +93,20 @@ def gradnorm(
         if losses is None:
             raise ValueError("GradNorm compares the datasets' losses and was given none; pass `losses` [local]")
         own_norms = jnp.stack([dataset_norms(leaf) for leaf in jax.tree.leaves(grads)], axis=1)
-        # Absent datasets' norms are zero, which makes them inactive.
+        # Norms of absent datasets are zero, which makes these inactive.
         own = jnp.stack([dataset_norms(own_norms), losses.astype(own_norms.dtype)], axis=1)
         norms, losses = gather_datasets(jnp.where(present[:, None], own, 0), num_datasets, axis_name).T
-        weights, first_losses = learned_weights(
+        weights, first_losses = update_weights(
             state.weights, state.first_losses, norms, losses, alpha=alpha, learning_rate=learning_rate
         )
-        factors = own_datasets(state.weights, present.shape[0], axis_name)
+        factors = local_rows(state.weights, present.shape[0], axis_name)
         updates = jax.tree.map(lambda leaf: keep_present(leaf * per_dataset(factors, leaf), present), grads)
         return updates, GradNormState(weights, first_losses, state.weights)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def learned_weights(
+def update_weights(
     weights: Float[Array, " datasets"],
     first_losses: Float[Array, " datasets"],
     norms: Float[Array, " datasets"],
@@ -114,7 +115,7 @@ def learned_weights(
     alpha: float,
     learning_rate: float,
 ) -> tuple[Float[Array, " datasets"], Float[Array, " datasets"]]:
-    """Weights and first losses after a step; `gradnorm` says how."""
+    """Weights and first losses after a step, by the equations of `gradnorm`."""
     active = (norms >= SMALLEST_NORM) & jnp.isfinite(norms) & (losses > 0) & jnp.isfinite(losses)
     count = jnp.maximum(jnp.sum(active), 1)
 

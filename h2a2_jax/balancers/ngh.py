@@ -1,9 +1,10 @@
-"""Balancing the gradients that several datasets send to the parameters they share.
+"""Norm-based gradient harmonisation (NGH), and the mean and the clipping of the datasets' gradients.
 
-A balancer is an optax transformation whose gradients carry one leading axis more than the parameters: entry `i` is the
-gradient of the `i`-th dataset this device works on. It changes or drops gradients, and `mean_over_datasets` makes one
-gradient of what is left. Where the datasets are spread over a mesh axis, with dataset `k` as entry `k % local` of the
-device with index `k // local`, everything here runs inside `jax.shard_map` and knows of devices that axis name only.
+A balancer is an optax transformation whose gradients have one leading axis more than the parameters: entry `i` is the
+gradient of the `i`-th dataset that this device works on. The balancer changes or drops gradients, and
+`mean_over_datasets` makes one gradient of them. Where the datasets are spread over a mesh axis, with dataset `k` as
+entry `k % local` of the device with index `k // local`, all functions run inside `jax.shard_map` and know of devices
+that axis name only.
 """
 
 from typing import Any, NamedTuple
@@ -19,14 +20,14 @@ from h2a2_jax.balancers.dataset_axis import (
     dataset_norms,
     gather_datasets,
     keep_present,
+    local_rows,
     nonzero,
-    own_datasets,
     per_dataset,
 )
 
 
 class HarmonizationState(NamedTuple):
-    """What the last step of `norm_gradient_harmonization` saw; the next step does not depend on it.
+    """Record of the last step of `norm_gradient_harmonization`; the next step does not depend on it.
 
     `psi`, `norms` and `scales` are trees of the structure of the parameters for scope "tensor", single arrays for scope
     "global". All are float32 and equal on every device; K counts the datasets on all devices.
@@ -36,7 +37,7 @@ class HarmonizationState(NamedTuple):
             before the first step.
         norms: gradient norms [K] before scaling, 0 for a dataset that took no part in the step.
         scales: factors [K] that the gradients were multiplied by.
-        cap_hits: number of factors that were held at the cap, int32.
+        cap_hits: number of factors that the cap limited, int32.
     """
 
     psi: PyTree[Float[Array, ""]]
@@ -52,23 +53,23 @@ def norm_gradient_harmonization(
     cap: float = 100.0,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Norm-based gradient harmonisation (NGH): gradients of one tensor are brought to one norm where theirs disagree.
+    """Norm-based gradient harmonisation (NGH): bring the gradients of a tensor to one norm where their norms disagree.
 
     With n_k the norm of dataset k's gradient and K datasets, the paper computes
 
         Psi = 1 / (K (K - 1)) * sum over i != j of 2 n_i n_j / (n_i^2 + n_j^2 + eps)
 
-    and, where Psi < threshold, multiplies gradient k by M / (n_k + eps), M being the mean norm. Read as follows:
+    and, where Psi < threshold, multiplies gradient k by M / (n_k + eps), M being the mean norm. Choices:
 
     - A dataset is active for a tensor if it took part in the step and n_k >= 1e-12. K, Psi and M are over the active
       ones; the others, and all of them where fewer than two are active, keep their gradients. A norm that is not finite
-      makes its dataset inactive, so that such a gradient goes through to whoever checks for it.
+      makes its dataset inactive, so that such a gradient reaches the check of the step.
     - The pair term is 2 r / (1 + r^2), r = min / max, which is the term for eps -> 0. With an eps of fixed size three
       equal norms of 1e-7 would read as disagreement.
     - The factor is min(M / n_k, cap), for a nearly zero gradient is mostly noise.
-    - With the default threshold two datasets whose norms differ by a factor of 2 are just left alone.
+    - With the default threshold two datasets whose norms differ by a factor of 2 keep their gradients, just.
 
-    A threshold of 0 changes nothing and still records the norms, for runs without harmonisation.
+    A threshold of 0 changes no gradient and still records the norms, for runs without harmonisation.
 
     The transformation is called as `update(grads, state, params=None, *, present, losses=None)`, with leaves of `grads`
     [local, ...] and `present` bool [local], and returns updates of the same shapes, those of absent datasets zero, with
@@ -77,12 +78,12 @@ def norm_gradient_harmonization(
     Args:
         num_datasets: number of datasets on all devices.
         threshold: Psi below which gradients are scaled.
-        scope: "tensor" takes norms per parameter tensor, "global" one norm over the whole tree.
+        scope: "tensor" for norms per parameter tensor, "global" for one norm over the whole tree.
         cap: largest factor.
         axis_name: mesh axis that further datasets are spread over; None if all are local.
 
     Raises:
-        ValueError: for an unknown scope, or if gradients do not hold `num_datasets` datasets.
+        ValueError: the scope is unknown, or gradients do not hold `num_datasets` datasets.
 
     References:
         Xie et al., H2A2: Homogeneity-Aware and Heterogeneity-Aware Feature Perception for Unified Indoor 3D Object
@@ -126,7 +127,7 @@ def norm_gradient_harmonization(
 
         psi, scales, capped = _harmonize(norms, threshold, cap)
 
-        own_scales = own_datasets(scales, present.shape[0], axis_name)
+        own_scales = local_rows(scales, present.shape[0], axis_name)
         own_scales = jnp.broadcast_to(own_scales, (present.shape[0], len(leaves)))
         updates = [keep_present(leaf * per_dataset(own_scales[:, i], leaf), present) for i, leaf in enumerate(leaves)]
 
@@ -143,9 +144,9 @@ def norm_gradient_harmonization(
 
 
 def plain_mean() -> optax.GradientTransformationExtraArgs:
-    """The balancer that balances nothing: it only zeroes the gradients of datasets that took no part in the step.
+    """Leave gradients as they are, but zero those of datasets that took no part in the step.
 
-    It is called like `norm_gradient_harmonization`, has no state, and needs no mesh axis.
+    The baseline of `benchmarks/harmonize.py`: no state, no norms, no mesh axis.
     """
 
     def update(
@@ -172,7 +173,7 @@ def mean_over_datasets(
 
     Args:
         grads: gradients with a leading axis of local datasets.
-        present: which of them took part in the step.
+        present: True for the datasets that took part in the step.
         axis_name: mesh axis that further datasets are spread over; None if all are local.
 
     Returns:
@@ -198,9 +199,9 @@ def clip_by_global_norm_sharded(
     max_norm: Float[Array, ""] | float,
     axis_name: str | None = None,
 ) -> tuple[PyTree[Float[Array, "..."]], PyTree[Float[Array, "local ..."]], Float[Array, ""]]:
-    """Scale gradients down to a global norm, taken over shared and all datasets' exclusive ones together.
+    """Scale gradients down to a global norm over the shared ones and the exclusive ones of all datasets.
 
-    Like optax's clipping, a norm that is not finite makes every gradient so.
+    As in optax's clipping, a norm that is not finite makes every gradient so.
 
     Args:
         shared: gradients of shared parameters, the same on all devices.
@@ -228,7 +229,7 @@ def clip_by_global_norm_sharded(
 def _harmonize(
     norms: Float[Array, "datasets tensors"], threshold: float, cap: float
 ) -> tuple[Float[Array, " tensors"], Float[Array, "datasets tensors"], Bool[Array, "datasets tensors"]]:
-    """Psi and the factor of every gradient, tensor by tensor; last, whether the cap held the factor."""
+    """Psi and the factor of every gradient, tensor by tensor, and True where the cap limited the factor."""
     active = norms >= SMALLEST_NORM
     norms = jnp.where(active, norms, 1)
     count = jnp.sum(active, axis=0)

@@ -1,4 +1,4 @@
-"""PCGrad: what one dataset's gradient has against another's is projected away."""
+"""PCGrad: projection of each dataset's gradient off the gradients that it conflicts with."""
 
 from typing import Any, NamedTuple
 
@@ -12,17 +12,17 @@ from h2a2_jax.balancers.dataset_axis import (
     check_datasets,
     gather_datasets,
     keep_present,
+    local_rows,
     nonzero,
-    own_datasets,
     per_dataset,
 )
 
 
 class PCGradState(NamedTuple):
-    """What PCGrad goes on with.
+    """State of PCGrad.
 
     Attributes:
-        steps: done, int32; with the seed it gives the orders of the next step.
+        steps: number of steps done, int32; with the seed it gives the orders of the next step.
         scales: float32 [K], factors that the last step multiplied the gradients by; 1 before the first.
     """
 
@@ -40,24 +40,24 @@ def pcgrad(num_datasets: int, seed: int = 0, axis_name: str | None = None) -> op
 
     g_j being the gradient before any projection. The mean of the g_i' is then the gradient of the step.
 
-    Each g_i' is a combination sum_j c_ij g_j, and the dot products that decide are those of the g_j. So what devices
-    exchange is the gradients of one parameter after the other, for the K x K dot products; the rest is arithmetic on
+    Each g_i' is a combination sum_j c_ij g_j, and the dot products that decide are those of the g_j. So devices
+    exchange the gradients of one parameter after the other, for the K x K dot products; the rest is arithmetic on
     the c_ij. And as only the mean is wanted, sum_i g_i' = sum_j (sum_i c_ij) g_j: each device multiplies its own
     gradients by the column sums and `mean_over_datasets` gives PCGrad's mean, though the single updates are not the
-    g_i'. A c_ij of i != j is only ever set where there is a conflict, to something positive: factors are at least 1.
+    g_i'. A c_ij of i != j is set only at a conflict, to a positive number: factors are at least 1.
 
     A dataset that took no part in the step, one whose gradient is (nearly) zero and one whose gradient is not finite
-    conflict with none; the gradient of the last goes through to whoever checks for it.
+    conflict with none; a gradient that is not finite reaches the check of the step.
 
-    It is called like `norm_gradient_harmonization`.
+    `update` is called like that of `norm_gradient_harmonization`.
 
     Args:
         num_datasets: number of datasets on all devices.
-        seed: of the orders, which differ from step to step and from dataset to dataset.
+        seed: seed of the orders, which differ from step to step and from dataset to dataset.
         axis_name: mesh axis that further datasets are spread over; None if all are local.
 
     Raises:
-        ValueError: if gradients do not hold `num_datasets` datasets.
+        ValueError: gradients do not hold `num_datasets` datasets.
 
     References:
         Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020, algorithm 1.
@@ -83,7 +83,7 @@ def pcgrad(num_datasets: int, seed: int = 0, axis_name: str | None = None) -> op
         coefficients = project_conflicts(cosines, random_orders(key, num_datasets))
         # Between unit vectors up to here; every norm is above zero.
         scales = jnp.sum(coefficients * (norms[:, None] / norms), axis=0)
-        own = own_datasets(scales, present.shape[0], axis_name)
+        own = local_rows(scales, present.shape[0], axis_name)
         updates = jax.tree.map(lambda leaf: keep_present(leaf * per_dataset(own, leaf), present), grads)
         return updates, PCGradState(state.steps + 1, scales.astype(jnp.float32))
 
@@ -91,7 +91,7 @@ def pcgrad(num_datasets: int, seed: int = 0, axis_name: str | None = None) -> op
 
 
 def random_orders(key: Key[Array, ""], num_datasets: int) -> Int[Array, "datasets datasets"]:
-    """In which order each dataset (row) goes through all of them."""
+    """Random order in which each dataset (row) goes through all of them."""
     draws = jax.random.uniform(key, (num_datasets, num_datasets))
     return jnp.argsort(draws, axis=1)
 
@@ -102,8 +102,8 @@ def project_conflicts(
     """Coefficients of unit gradients after all projections: row i gives g_i' / |g_i| in terms of g_j / |g_j|.
 
     Args:
-        cosines: between the datasets' gradients, zero for those that have no part.
-        orders: of the other datasets, for each (row); its own number is passed over.
+        cosines: cosines between the datasets' gradients, zero for datasets without conflicts.
+        orders: order of the other datasets for each dataset (row), whose own number is skipped.
     """
     datasets = jnp.arange(len(cosines))
 
@@ -119,7 +119,7 @@ def project_conflicts(
 def _cosines(
     leaves: list[Float[Array, "local ..."]], present: Bool[Array, " local"], num_datasets: int, axis_name: str | None
 ) -> tuple[Float[Array, "datasets datasets"], Float[Array, " datasets"]]:
-    """Cosines between the datasets' gradients and their norms; 0 and 1 for those that have no part."""
+    """Cosines between the datasets' gradients, and their norms; 0 and 1 for inactive datasets."""
     dtype = jnp.result_type(jnp.float32, *leaves)
     flat = [keep_present(leaf, present).reshape(len(present), -1).astype(dtype) for leaf in leaves]
     # Squares of gradients near 1e-20 vanish in float32 and those near 1e20 overflow.

@@ -9,21 +9,9 @@ from h2a2_jax.boxes.iou import (
     axis_aligned_bev_iou,
     axis_aligned_diou,
     axis_aligned_iou,
-    extents_diou,
-    extents_from_boxes,
-    extents_iou,
     pairwise_axis_aligned_bev_iou,
-    pairwise_axis_aligned_iou,
 )
-from h2a2_jax.boxes.nms import (
-    Detections,
-    bev_nms,
-    greedy_suppression,
-    multiclass_nms,
-    overlap_matrix,
-    traced_detections,
-    traced_multiclass_nms,
-)
+from h2a2_jax.boxes.nms import Detections, detections_from_predictions, multiclass_nms, overlap_matrix
 from h2a2_jax.boxes.rotated_iou import (
     bev_intersection_area,
     pairwise_rotated_bev_iou,
@@ -31,31 +19,21 @@ from h2a2_jax.boxes.rotated_iou import (
     rotated_bev_iou,
     rotated_iou,
 )
-from h2a2_jax.boxes.tolerant_iou import PUBLISHED_TOLERANCE, tolerant_bev_iou
 
 __all__ = [
-    "PUBLISHED_TOLERANCE",
     "Detections",
     "axis_aligned_bev_iou",
     "axis_aligned_diou",
     "axis_aligned_iou",
     "bev_intersection_area",
-    "bev_nms",
     "decode_boxes",
     "decode_boxes_padded",
-    "extents_diou",
-    "extents_from_boxes",
-    "extents_iou",
-    "greedy_suppression",
+    "detections_from_predictions",
     "multiclass_nms",
     "overlap_matrix",
     "pairwise_axis_aligned_bev_iou",
-    "pairwise_axis_aligned_iou",
     "pairwise_rotated_bev_iou",
     "pairwise_rotated_iou",
     "rotated_bev_iou",
     "rotated_iou",
-    "tolerant_bev_iou",
-    "traced_detections",
-    "traced_multiclass_nms",
 ]

@@ -1,4 +1,4 @@
-"""From a location and the regression head's numbers to a box."""
+"""Boxes from locations and the regression outputs of a head, and the corners of boxes."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -61,12 +61,12 @@ def decode_boxes_padded(
     Args:
         locations: x, y, z (m).
         predictions: 8 numbers per location; where `has_yaw` is false, the last two are ignored.
-        has_yaw: Whether the 8-column form holds.
+        has_yaw: True for the 8-column form, False for the 6-column form.
 
     Returns:
         Boxes as of `decode_boxes` on 8 or on the first 6 columns, with finite gradients either way.
     """
-    # The form not chosen still runs, and must not overflow on columns that are to be ignored.
+    # The form not chosen runs as well, and must not overflow on columns that it ignores.
     angles = jnp.where(has_yaw, predictions[..., AXIS_ALIGNED_CHANNELS:], 0.0)
     rotated = jnp.concatenate([predictions[..., :AXIS_ALIGNED_CHANNELS], angles], axis=-1)
     return jnp.where(
@@ -105,7 +105,7 @@ def box_corners(boxes: Float[np.ndarray, "n 7"]) -> Float[np.ndarray, "n 8 3"]:
         boxes: Centre, sizes (m), yaw (rad).
 
     Returns:
-        Corner i lies at +dx/2 if its bit 1 is set, else at -dx/2; likewise bit 2 for y and bit 4 for z, along the
+        Corner i lies at +dx/2 if its bit 1 is set, else at -dx/2; bit 2 does so for y and bit 4 for z, along the
         box's own axes. Float64, in the frame of the boxes.
     """
     boxes = boxes.astype(np.float64)

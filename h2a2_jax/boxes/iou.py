@@ -1,7 +1,8 @@
 """Overlap of axis-aligned boxes.
 
-Functions of paired boxes broadcast their leading dimensions. Gradients are finite everywhere: for identical,
-touching, nested, disjoint and zero-size boxes; where a minimum or maximum ties, both sides get half.
+An IoU is a ratio from 0 to 1, of volumes or, from a bird's-eye view, of footprints in the x, y plane. Functions of
+paired boxes broadcast their leading dimensions. Gradients are finite everywhere: for identical, touching, nested,
+disjoint and zero-size boxes; where a minimum or maximum ties, both sides get half.
 """
 
 import jax.numpy as jnp
@@ -13,67 +14,10 @@ SMALLEST = 1e-12
 """Floor of the denominators: a volume in m^3, an area or squared length in m^2. A cube of 0.1 mm has that volume."""
 
 
-def extents_from_boxes(boxes: Float[AnyArray, "*batch 7"]) -> Float[Array, "*batch 6"]:
-    """Corner form of boxes taken as axis-aligned.
-
-    Args:
-        boxes: Boxes; the yaw is ignored.
-
-    Returns:
-        (x, y, z) of the lower corner, then of the upper one (m).
-    """
-    half = boxes[..., 3:6] / 2
-    return jnp.concatenate([boxes[..., :3] - half, boxes[..., :3] + half], axis=-1)
-
-
-def extents_iou(first: Float[AnyArray, "*#batch 6"], second: Float[AnyArray, "*#batch 6"]) -> Float[Array, "*batch"]:
-    """Volume IoU of paired boxes in corner form.
-
-    Args:
-        first: Lower and upper corners (m).
-        second: Lower and upper corners (m).
-
-    Returns:
-        Intersection over union, 0 to 1.
-    """
-    overlap = jnp.minimum(first[..., 3:], second[..., 3:]) - jnp.maximum(first[..., :3], second[..., :3])
-    intersection = jnp.prod(jnp.maximum(overlap, 0), axis=-1)
-    volumes = jnp.prod(first[..., 3:] - first[..., :3], axis=-1) + jnp.prod(second[..., 3:] - second[..., :3], axis=-1)
-    return ratio_of_overlap(intersection, volumes)
-
-
-def extents_diou(first: Float[AnyArray, "*#batch 6"], second: Float[AnyArray, "*#batch 6"]) -> Float[Array, "*batch"]:
-    """Volume DIoU of paired boxes in corner form: IoU - d^2 / c^2.
-
-    d is the distance between the centres, c the diagonal of the smallest axis-aligned box around both.
-
-    Args:
-        first: Lower and upper corners (m).
-        second: Lower and upper corners (m).
-
-    Returns:
-        DIoU, -1 to 1.
-
-    References:
-        Distance-IoU Loss, https://arxiv.org/abs/1911.08287.
-    """
-    offset = (first[..., :3] + first[..., 3:] - second[..., :3] - second[..., 3:]) / 2
-    distance = jnp.sum(offset * offset, axis=-1)
-    return extents_iou(first, second) - distance / jnp.maximum(enclosing_square_diagonal(first, second), SMALLEST)
-
-
 def axis_aligned_iou(
     first: Float[AnyArray, "*#batch 7"], second: Float[AnyArray, "*#batch 7"]
 ) -> Float[Array, "*batch"]:
-    """Volume IoU of paired boxes, their yaw ignored.
-
-    Args:
-        first: Boxes.
-        second: Boxes.
-
-    Returns:
-        Intersection over union, 0 to 1.
-    """
+    """Volume IoU of paired boxes, their yaw ignored."""
     # From centres and sizes rather than from corners, so that far from the origin no digit is lost.
     overlap = _axis_overlap(first, second)
     return ratio_of_overlap(jnp.prod(overlap, axis=-1), _product(first, 3, 6) + _product(second, 3, 6))
@@ -82,15 +26,7 @@ def axis_aligned_iou(
 def axis_aligned_bev_iou(
     first: Float[AnyArray, "*#batch 7"], second: Float[AnyArray, "*#batch 7"]
 ) -> Float[Array, "*batch"]:
-    """Bird's-eye-view (x, y) IoU of paired boxes, their yaw ignored.
-
-    Args:
-        first: Boxes.
-        second: Boxes.
-
-    Returns:
-        Intersection over union of the footprints, 0 to 1.
-    """
+    """Bird's-eye-view (x, y) IoU of paired boxes, their yaw ignored."""
     overlap = _axis_overlap(first, second)[..., :2]
     return ratio_of_overlap(jnp.prod(overlap, axis=-1), _product(first, 3, 5) + _product(second, 3, 5))
 
@@ -98,43 +34,23 @@ def axis_aligned_bev_iou(
 def axis_aligned_diou(
     first: Float[AnyArray, "*#batch 7"], second: Float[AnyArray, "*#batch 7"]
 ) -> Float[Array, "*batch"]:
-    """Volume DIoU of paired boxes, their yaw ignored; see `extents_diou`.
+    """Volume DIoU of paired boxes, their yaw ignored: IoU - d^2 / c^2.
 
-    Args:
-        first: Boxes.
-        second: Boxes.
+    d is the distance between the centres, c the diagonal of the smallest axis-aligned box around both.
 
     Returns:
         DIoU, -1 to 1.
+
+    References:
+        Distance-IoU Loss, https://arxiv.org/abs/1911.08287.
     """
     offset = first[..., :3] - second[..., :3]
     square_diagonal = enclosing_square_diagonal(*relative_extents(offset, first[..., 3:6] / 2, second[..., 3:6] / 2))
     return axis_aligned_iou(first, second) - jnp.sum(offset * offset, -1) / jnp.maximum(square_diagonal, SMALLEST)
 
 
-def pairwise_axis_aligned_iou(first: Float[AnyArray, "n 7"], second: Float[AnyArray, "m 7"]) -> Float[Array, "n m"]:
-    """Volume IoU of every box with every other, their yaw ignored.
-
-    Args:
-        first: Boxes.
-        second: Boxes.
-
-    Returns:
-        Intersection over union, 0 to 1.
-    """
-    return axis_aligned_iou(first[:, None], second[None])
-
-
 def pairwise_axis_aligned_bev_iou(first: Float[AnyArray, "n 7"], second: Float[AnyArray, "m 7"]) -> Float[Array, "n m"]:
-    """Bird's-eye-view IoU of every box with every other, their yaw ignored.
-
-    Args:
-        first: Boxes.
-        second: Boxes.
-
-    Returns:
-        Intersection over union of the footprints, 0 to 1.
-    """
+    """Bird's-eye-view IoU of every box with every other, their yaw ignored."""
     return axis_aligned_bev_iou(first[:, None], second[None])
 
 

@@ -1,62 +1,24 @@
-"""Which detections hit a ground-truth box."""
+"""Matching of detections with ground truth, all scans and classes at once."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from h2a2_jax.boxes.iou import axis_aligned_iou
+from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.boxes.rotated_iou import rotated_iou
 
-_SMALLEST_BUCKET = 256
+IOU_THRESHOLDS = (0.25, 0.5)
+"""Volume IoU that a detection must exceed to hit a box, by default."""
+
+_SMALLEST_CHUNK = 256
+_LARGEST_CHUNK = 1 << 17
+"""Pairs whose overlap is computed at once; fewer are padded to a power of two, so that little is compiled."""
 
 _PAIRED_IOU = {False: jax.jit(axis_aligned_iou), True: jax.jit(rotated_iou)}
-
-
-def iou_matrix(
-    detected: Float[np.ndarray, "n 7"], ground_truth: Float[np.ndarray, "m 7"], *, rotated: bool
-) -> Float[np.ndarray, "n m"]:
-    """Volume IoU of every detection with every ground-truth box.
-
-    Args:
-        detected: Boxes.
-        ground_truth: Boxes.
-        rotated: Whether yaw counts.
-
-    Returns:
-        IoU, 0 to 1.
-    """
-    shape = (len(detected), len(ground_truth))
-    pairs = np.repeat(detected, shape[1], axis=0), np.tile(ground_truth, (shape[0], 1))
-    # Scans differ in both counts; padding the list of pairs to a power of two keeps the number of compilations small.
-    count = shape[0] * shape[1]
-    bucket = max(_SMALLEST_BUCKET, 1 << max(count - 1, 0).bit_length())
-    first, second = (np.pad(boxes.astype(np.float32), ((0, bucket - count), (0, 0))) for boxes in pairs)
-    return np.asarray(_PAIRED_IOU[rotated](first, second))[:count].reshape(shape)
-
-
-def match(iou: Float[np.ndarray, "n m"], threshold: float) -> Bool[np.ndarray, " n"]:
-    """Tells hits from false positives, for one class in one scan.
-
-    A detection hits the ground-truth box it overlaps most if that IoU is greater than the threshold and no detection
-    before it hit that box; it is not given to a second-best box.
-
-    Args:
-        iou: IoU of each detection, by descending score, with each ground-truth box.
-        threshold: IoU to exceed.
-
-    Returns:
-        True for a hit.
-    """
-    if iou.shape[1] == 0:
-        return np.zeros(len(iou), bool)
-    best = iou.argmax(axis=1)
-    overlaps = np.flatnonzero(iou.max(axis=1) > threshold)
-    is_hit = np.zeros(len(iou), bool)
-    _, first = np.unique(best[overlaps], return_index=True)
-    is_hit[overlaps[first]] = True
-    return is_hit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,4 +34,109 @@ class GroundTruth:
     labels: Int[np.ndarray, " n"]
 
 
-IOU_THRESHOLDS = (0.25, 0.5)
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Boxes of all scans in one list.
+
+    Attributes:
+        boxes: Boxes, each in the frame of its scan.
+        labels: Class of each.
+        scans: Number of the scan of each.
+    """
+
+    boxes: Float[np.ndarray, "n 7"]
+    labels: Int[np.ndarray, " n"]
+    scans: Int[np.ndarray, " n"]
+
+    @classmethod
+    def of(cls, scans: Sequence[Detections] | Sequence[GroundTruth]) -> "Pool":
+        """The boxes of scans, in the order of the scans."""
+        return cls(
+            np.concatenate([np.zeros((0, 7), np.float32), *(scan.boxes for scan in scans)]).astype(np.float32),
+            np.concatenate([np.zeros(0, np.int32), *(scan.labels for scan in scans)]).astype(np.int32),
+            np.repeat(np.arange(len(scans)), [len(scan.boxes) for scan in scans]).astype(np.int64),
+        )
+
+
+def pool_detections(detections: Sequence[Detections]) -> tuple[Pool, Float[np.ndarray, " n"]]:
+    """Detections of all scans by descending score, and the scores; equal scores stay in the order of the scans."""
+    pool = Pool.of(detections)
+    scores = np.concatenate([np.zeros(0, np.float32), *(found.scores for found in detections)])
+    order = np.argsort(-scores, kind="stable")
+    return Pool(pool.boxes[order], pool.labels[order], pool.scans[order]), scores[order]
+
+
+def best_overlaps(
+    detected: Pool, ground_truth: Pool, *, rotated: bool
+) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """The ground-truth box of its own class and scan that each detection overlaps most.
+
+    Args:
+        detected: Detections.
+        ground_truth: Ground truth; of boxes overlapped alike the first counts.
+        rotated: True if yaw counts.
+
+    Returns:
+        Volume IoU with that box, 0 to 1, and its row; 0 and -1 where a detection overlaps none.
+    """
+    overlap, target = np.zeros(len(detected.labels), np.float32), np.full(len(detected.labels), -1, np.int64)
+    first, second = _candidate_pairs(detected, ground_truth)
+    iou = _paired_iou(detected.boxes[first], ground_truth.boxes[second], rotated)
+    # The last entry written for a detection stays: the greatest overlap, and of equal ones the first box.
+    order = np.lexsort((-second, iou))
+    order = order[iou[order] > 0]
+    overlap[first[order]], target[first[order]] = iou[order], second[order]
+    return overlap, target
+
+
+def match(
+    overlap: Float[np.ndarray, " n"], target: Int[np.ndarray, " n"], threshold: float
+) -> tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+    """Tells hits, duplicates and other false positives apart, for detections by descending score.
+
+    A detection hits the box that it overlaps most if that IoU is greater than the threshold and no detection before it
+    hit that box; a duplicate is not given to a second-best box.
+
+    Args:
+        overlap: See `best_overlaps`.
+        target: See `best_overlaps`.
+        threshold: IoU to exceed.
+
+    Returns:
+        True for hits; True for detections that overlap a box enough, hits and duplicates.
+    """
+    is_near = overlap > threshold
+    rows = np.flatnonzero(is_near)
+    is_hit = np.zeros(len(overlap), bool)
+    _, first = np.unique(target[rows], return_index=True)
+    is_hit[rows[first]] = True
+    return is_hit, is_near
+
+
+def _candidate_pairs(detected: Pool, ground_truth: Pool) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the pairs of one scan and class whose upright bounding cylinders meet; no other pair overlaps."""
+    num_classes = 1 + max(detected.labels.max(initial=0), ground_truth.labels.max(initial=0))
+    keys = ground_truth.scans * num_classes + ground_truth.labels
+    order = np.argsort(keys, kind="stable")
+    wanted = detected.scans * num_classes + detected.labels
+    start = np.searchsorted(keys[order], wanted, side="left")
+    count = np.searchsorted(keys[order], wanted, side="right") - start
+    first = np.repeat(np.arange(len(wanted)), count)
+    within = np.arange(len(first)) - np.repeat(np.cumsum(count) - count, count)
+    second = order[np.repeat(start, count) + within]
+    one, other = detected.boxes[first].astype(np.float64), ground_truth.boxes[second].astype(np.float64)
+    offset = np.abs(one[:, :3] - other[:, :3])
+    reach = np.linalg.norm(one[:, 3:5], axis=1) + np.linalg.norm(other[:, 3:5], axis=1)
+    meets = (2 * np.hypot(offset[:, 0], offset[:, 1]) <= reach) & (2 * offset[:, 2] <= one[:, 5] + other[:, 5])
+    return first[meets], second[meets]
+
+
+def _paired_iou(first: np.ndarray, second: np.ndarray, rotated: bool) -> np.ndarray:
+    parts = [np.zeros(0, np.float32)]
+    for start in range(0, len(first), _LARGEST_CHUNK):
+        pair = first[start : start + _LARGEST_CHUNK], second[start : start + _LARGEST_CHUNK]
+        count = len(pair[0])
+        size = max(_SMALLEST_CHUNK, 1 << (count - 1).bit_length())
+        padded = (np.pad(boxes.astype(np.float32), ((0, size - count), (0, 0))) for boxes in pair)
+        parts.append(np.asarray(_PAIRED_IOU[rotated](*padded))[:count])
+    return np.concatenate(parts)

@@ -1,9 +1,8 @@
-"""Detections, and non-maximum suppression on the host and inside jit.
+"""Detections of a scan, and non-maximum suppression inside jit.
 
-Non-maximum suppression inside jit: no step of it leaves the device, and it maps over the scans of a batch.
-
-What `h2a2_jax.boxes.nms` does on the host, with its results index for index. A greedy pass is a chain of as many
-steps as there are candidates. Here all candidates of all classes are decided at once, again and again:
+No step of the suppression leaves the device, and it maps over the scans of a batch. It keeps what the usual greedy pass
+keeps, index for index. That pass is a chain of as many steps as there are candidates. Here all candidates of all
+classes are decided at once, again and again:
 
     a candidate is kept as soon as every better one that overlaps it is suppressed,
     and suppressed as soon as one of them is kept.
@@ -18,6 +17,7 @@ is 3 ms faster there, but it is a thousand steps in sequence, which on an accele
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,17 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from h2a2_jax.boxes.codec import decode_boxes
-from h2a2_jax.boxes.iou import pairwise_axis_aligned_bev_iou, pairwise_axis_aligned_iou
+from h2a2_jax.boxes.iou import axis_aligned_iou, pairwise_axis_aligned_bev_iou
 from h2a2_jax.boxes.rotated_iou import pairwise_rotated_bev_iou, rotated_bev_iou, rotated_iou
-from h2a2_jax.boxes.tolerant_iou import tolerant_bev_iou
 from h2a2_jax.typing import AnyArray
+
+MAX_CANDIDATES = 1000
+"""Locations of a scan that are decoded, those of the highest class score (TR3D)."""
+
+_WORD = 32  # classes whose bits share a word of the table
+_SMALLEST_BUCKET = 64
+_AXIS_ALIGNED_BEV_IOU = jax.jit(pairwise_axis_aligned_bev_iou)
+_ROTATED_BEV_IOU = jax.jit(rotated_bev_iou)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,148 +57,36 @@ class Detections:
         return len(self.scores)
 
     def of_score(self, lowest: float) -> "Detections":
-        """Those of at least this score."""
+        """The detections of at least this score."""
         kept = self.scores >= np.float32(lowest)
         return Detections(self.boxes[kept], self.scores[kept], self.labels[kept])
 
 
-_SMALLEST_BUCKET = 64
-
-_AXIS_ALIGNED = {"bev": jax.jit(pairwise_axis_aligned_bev_iou), "3d": jax.jit(pairwise_axis_aligned_iou)}
-_ROTATED = {"bev": jax.jit(rotated_bev_iou), "3d": jax.jit(rotated_iou)}
-
-
-def overlap_matrix(
-    boxes: Float[AnyArray, "n 7"], *, rotated: bool, iou: str = "bev", corner_tolerance: float = 0.0
-) -> Float[np.ndarray, "n n"]:
-    """IoU of every box with every other.
+def overlap_matrix(boxes: Float[AnyArray, "n 7"], *, rotated: bool) -> Float[np.ndarray, "n n"]:
+    """Bird's-eye-view IoU of every box with every other, on the host.
 
     Compiles once per power of two: boxes, or rotated pairs close enough to meet, are padded up to it.
 
     Args:
         boxes: Boxes.
-        rotated: Whether yaw counts.
-        iou: "bev" for footprints, "3d" for volumes.
-        corner_tolerance: If positive, rotated footprints overlap as in `tolerant_bev_iou`.
+        rotated: True if yaw counts.
 
     Returns:
-        IoU, 0 to 1.
-
-    Raises:
-        ValueError: `iou` is neither of the two, or a tolerance is given for other than rotated footprints.
+        IoU of the footprints, 0 to 1.
     """
-    if iou not in ("bev", "3d"):
-        raise ValueError(f"iou is {iou!r}; expected 'bev' (footprints) or '3d' (volumes).")
-    if corner_tolerance and (iou != "bev" or not rotated):
-        raise ValueError(f"corner_tolerance={corner_tolerance} needs rotated footprints: rotated=True and iou='bev'.")
     boxes = np.asarray(boxes)
     if not rotated:
         padded = _pad(boxes)
-        return np.asarray(_AXIS_ALIGNED[iou](padded, padded))[: len(boxes), : len(boxes)]
-    # Most pairs are too far apart to meet; the others are few, and each costs a polygon.
-    first, second = _neighbours(boxes, reach=2 * corner_tolerance)
-    if corner_tolerance:
-        overlaps = tolerant_bev_iou(boxes[first], boxes[second], corner_tolerance)
-    else:
-        overlaps = np.asarray(_ROTATED[iou](_pad(boxes[first]), _pad(boxes[second])))[: len(first)]
-    matrix = np.zeros((len(boxes), len(boxes)), boxes.dtype)
-    matrix[first, second] = matrix[second, first] = overlaps
-    return matrix
-
-
-def greedy_suppression(is_overlapping: Bool[np.ndarray, "n n"]) -> Int[np.ndarray, " m"]:
-    """Keeps, in order, every row that no kept row before it overlaps.
-
-    Args:
-        is_overlapping: Which pairs overlap too much; rows and columns by descending score.
-
-    Returns:
-        Rows kept, ascending.
-    """
-    is_suppressed = np.zeros(len(is_overlapping), bool)
-    kept = []
-    for row in range(len(is_overlapping)):
-        if not is_suppressed[row]:
-            kept.append(row)
-            is_suppressed |= is_overlapping[row]
-    return np.array(kept, np.int64)
-
-
-def bev_nms(
-    boxes: Float[AnyArray, "n 7"],
-    scores: Float[AnyArray, " n"],
-    iou_threshold: float,
-    *,
-    rotated: bool,
-    corner_tolerance: float = 0.0,
-) -> Int[np.ndarray, " m"]:
-    """Greedy suppression by bird's-eye-view IoU; heights are ignored.
-
-    Args:
-        boxes: Boxes.
-        scores: Their confidence.
-        iou_threshold: A box is dropped whose IoU with a better one that is kept is greater than this.
-        rotated: Whether yaw counts.
-        corner_tolerance: See `overlap_matrix`.
-
-    Returns:
-        Rows kept, by descending score.
-    """
-    order = np.argsort(-np.asarray(scores), kind="stable")
-    overlaps = overlap_matrix(boxes, rotated=rotated, corner_tolerance=corner_tolerance)
-    return order[greedy_suppression(overlaps[np.ix_(order, order)] > iou_threshold)]
-
-
-def multiclass_nms(
-    boxes: Float[AnyArray, "n 7"],
-    scores: Float[AnyArray, "n c"],
-    *,
-    score_threshold: float = 0.01,
-    iou_threshold: float = 0.5,
-    rotated: bool,
-    iou: str = "bev",
-    corner_tolerance: float = 0.0,
-) -> Detections:
-    """Suppresses every class by itself; a box may be detected as several classes.
-
-    The published detectors suppress by bird's-eye-view IoU, which drops one of two objects that stand on each other;
-    `iou="3d"` keeps both.
-
-    Args:
-        boxes: Boxes.
-        scores: Confidence of each box in each class.
-        score_threshold: What does not score more than this is dropped.
-        iou_threshold: See `bev_nms`.
-        rotated: Whether yaw counts.
-        iou: "bev" for footprints, "3d" for volumes.
-        corner_tolerance: See `overlap_matrix`.
-
-    Returns:
-        Detections class by class, in each by descending score.
-    """
-    boxes, scores = np.asarray(boxes), np.asarray(scores)
-    candidates = np.flatnonzero((scores > score_threshold).any(axis=1))
-    boxes, scores = boxes[candidates], scores[candidates]
-    overlaps = overlap_matrix(boxes, rotated=rotated, iou=iou, corner_tolerance=corner_tolerance)
-    is_overlapping = overlaps > iou_threshold
-    rows, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for label, column in enumerate(scores.T):
-        order = np.argsort(-column, kind="stable")
-        order = order[column[order] > score_threshold]
-        kept = order[greedy_suppression(is_overlapping[np.ix_(order, order)])]
-        rows.append(kept)
-        labels.append(np.full(len(kept), label))
-    row, kept_labels = np.concatenate(rows), np.concatenate(labels)
-    return Detections(boxes=boxes[row], scores=scores[row, kept_labels], labels=kept_labels.astype(np.int32))
-
-
-def _neighbours(boxes: np.ndarray, reach: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the pairs, each once and with itself, whose footprints' circles come within `reach` of each other."""
+        return np.asarray(_AXIS_ALIGNED_BEV_IOU(padded, padded))[: len(boxes), : len(boxes)]
+    # Most pairs are too far apart to meet, as the circles around their footprints show; each other one costs a polygon.
     radius = np.linalg.norm(boxes[:, 3:5], axis=1) / 2
     offset = boxes[:, None, :2] - boxes[None, :, :2]
-    limit = radius[:, None] + radius + reach
+    limit = radius[:, None] + radius
     first, second = np.nonzero(np.triu((offset * offset).sum(axis=-1) <= limit * limit))
-    return first, second
+    matrix = np.zeros((len(boxes), len(boxes)), boxes.dtype)
+    overlaps = np.asarray(_ROTATED_BEV_IOU(_pad(boxes[first]), _pad(boxes[second])))[: len(first)]
+    matrix[first, second] = matrix[second, first] = overlaps
+    return matrix
 
 
 def _pad(boxes: np.ndarray) -> np.ndarray:
@@ -200,28 +95,24 @@ def _pad(boxes: np.ndarray) -> np.ndarray:
     return np.pad(boxes, ((0, bucket - len(boxes)), (0, 0)))
 
 
-MAX_CANDIDATES = 1000
-"""Locations of a scan that are decoded, those of the highest class score (TR3D)."""
-
-_WORD = 32
-
-
-def traced_multiclass_nms(
+def multiclass_nms(
     boxes: Float[AnyArray, "n 7"],
     scores: Float[AnyArray, "n c"],
     *,
     score_threshold: float | Float[AnyArray, ""] = 0.01,
     iou_threshold: float | Float[AnyArray, ""] = 0.5,
     rotated: bool,
+    iou: Literal["bev", "3d"] = "bev",
 ) -> tuple[Int32[Array, " n*c"], Int32[Array, " n*c"], Int32[Array, ""]]:
-    """Suppresses every class by itself, as `multiclass_nms` by footprints without a tolerance does.
+    """Suppress every class by itself, by bird's-eye-view IoU; heights are ignored.
 
     Args:
         boxes: Boxes.
         scores: Confidence of each box in each class; NaN scores nothing.
-        score_threshold: What does not score more than this is dropped.
-        iou_threshold: A box is dropped whose IoU with a better one that is kept is greater than this.
-        rotated: Whether yaw counts; static.
+        score_threshold: A box must score more than this in a class to be detected as that class.
+        iou_threshold: A box is dropped if its IoU with a better one that is kept is greater than this.
+        rotated: True if yaw counts; static.
+        iou: "bev" compares footprints (TR3D), "3d" volumes; static.
 
     Returns:
         rows: Row of the box of each detection: class by class, in each by descending score, of equal scores by row.
@@ -234,14 +125,14 @@ def traced_multiclass_nms(
     is_candidate = scores > score_threshold
     order = jnp.argsort(jnp.where(is_candidate, -scores, jnp.inf), axis=0, stable=True)
     ranks = jnp.zeros((n, c), jnp.int32).at[order, jnp.arange(c)].set(jnp.arange(n, dtype=jnp.int32)[:, None])
-    is_kept = _suppress(_is_overlapping(boxes, iou_threshold, rotated), ranks, is_candidate)
+    is_kept = _suppress(_is_overlapping(boxes, iou_threshold, rotated, iou), ranks, is_candidate)
     by_rank = jnp.take_along_axis(is_kept, order, axis=0).T
     labels, places = jnp.nonzero(by_rank, size=n * c, fill_value=-1)
     rows = jnp.where(labels < 0, n, order[places, labels])
     return rows.astype(jnp.int32), labels.astype(jnp.int32), jnp.sum(is_kept, dtype=jnp.int32)
 
 
-def traced_detections(
+def detections_from_predictions(
     locations: Float[AnyArray, "n 3"],
     valid: Bool[AnyArray, " n"],
     outputs: Float[AnyArray, "n channels"],
@@ -252,15 +143,15 @@ def traced_detections(
     iou_threshold: float | Float[AnyArray, ""] = 0.5,
     max_candidates: int = MAX_CANDIDATES,
 ) -> tuple[Float[Array, "k 7"], Float[Array, " k"], Int32[Array, " k"], Int32[Array, ""]]:
-    """Boxes of one scan from what a head says: the best locations, decoded, suppressed class by class.
+    """Boxes of one scan from the outputs of a head: the best locations, decoded, suppressed class by class.
 
     Args:
         locations: x, y, z (m).
-        valid: Rows that are the scan's; what is in the others is not read.
+        valid: True for the rows of the scan; the other rows are not read.
         outputs: Head outputs, 6 or 8 columns, see `decode_boxes`.
         logits: Class logits.
-        rotated: Whether yaw counts; static.
-        score_threshold: What does not score more than this is dropped.
+        rotated: True if yaw counts; static.
+        score_threshold: A box must score more than this in a class to be detected as that class.
         iou_threshold: Footprint IoU above which the lower score of a class is dropped.
         max_candidates: Locations that are decoded, those of the highest class score; static.
 
@@ -272,7 +163,7 @@ def traced_detections(
     scores = jnp.where(valid[:, None], jax.nn.sigmoid(logits), jnp.nan)
     best = _best_rows(scores, valid, max_candidates)
     boxes, scores = decode_boxes(locations[best], outputs[best]), scores[best]
-    rows, labels, count = traced_multiclass_nms(
+    rows, labels, count = multiclass_nms(
         boxes, scores, score_threshold=score_threshold, iou_threshold=iou_threshold, rotated=rotated
     )
     is_found = jnp.arange(len(rows)) < count
@@ -287,19 +178,21 @@ def traced_detections(
 def _best_rows(scores: Array, valid: AnyArray, max_candidates: int) -> Array:
     """Rows of the highest class scores, descending, if there are more than enough; else the valid rows as they are."""
     is_crowded = jnp.sum(valid) > max_candidates
-    # Behind every score goes what has NaN among its classes, as in numpy, and behind that what is not valid. Not left
-    # to the maximum: XLA's on a CPU passes NaN over in tables of some widths.
+    # Rows with NaN among their classes go behind every score, as in numpy, and rows that are not valid behind those.
+    # The maximum cannot be relied on here: XLA's on a CPU passes NaN over in tables of some widths.
     has_nan = jnp.any(jnp.isnan(scores), axis=1)
     descending = jnp.where(is_crowded, jnp.where(has_nan, jnp.inf, -jnp.max(scores, axis=1)), 0)
     return lax.sort((~jnp.asarray(valid), descending, jnp.arange(len(scores))), num_keys=3)[-1][:max_candidates]
 
 
-def _is_overlapping(boxes: AnyArray, iou_threshold: float | AnyArray, rotated: bool) -> Array:
-    """Whether a box (row), kept, would suppress another (column): [n, n]."""
+def _is_overlapping(boxes: AnyArray, iou_threshold: float | AnyArray, rotated: bool, iou: str) -> Array:
+    """Pairs [n, n] in which the box of the row, if kept, suppresses that of the column."""
+    if iou == "3d":
+        return (rotated_iou if rotated else axis_aligned_iou)(boxes[:, None], boxes[None]) > iou_threshold
     if not rotated:
         return pairwise_axis_aligned_bev_iou(boxes, boxes) > iou_threshold
-    # As on the host: of a pair the box of the lower row comes first, and a pair whose footprints' circles lie apart
-    # does not overlap, whatever rounding makes of it. Both orders are computed: mirroring one half costs a CPU more.
+    # As in `overlap_matrix`: of a pair the box of the lower row comes first, and a pair whose footprints' circles lie
+    # apart does not overlap, even if rounding says so. Both orders are computed: mirroring one half costs a CPU more.
     row = jnp.arange(len(boxes))
     overlaps = jnp.where(
         row[:, None] <= row, pairwise_rotated_bev_iou(boxes, boxes), rotated_bev_iou(boxes[None], boxes[:, None])

@@ -1,1 +1,1 @@
-"""Checkpoints of a run: what is stored, where, and what another run takes of it."""
+"""Checkpoints of a run: the training state, its files, and starts of other runs from them."""

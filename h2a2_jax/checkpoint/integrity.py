@@ -1,15 +1,13 @@
 """The folder of a run's checkpoints: items of arrays by step, written in the background and read whole or not at all.
 
-What Orbax does not do by itself: checksums, for it does not notice a bit that a disk turned; one sentence for whatever
-fails, and nothing half-written left behind; the best checkpoint kept beside the latest.
+This module adds to Orbax: checksums (Orbax does not notice a bit that a disk turned), one error message for every kind
+of failed write, the removal of half-written checkpoints, and a best checkpoint that stays beside the latest ones.
 """
 
 import contextlib
 import dataclasses
 import json
-import logging
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,101 +21,118 @@ from h2a2_jax.checkpoint.tree import checksum
 from h2a2_jax.errors import InputError
 
 ITEMS = ("params", "batch_stats", "optimizer")
-"""What every checkpoint has, beside its config."""
+"""Items of every checkpoint, beside its config."""
 AVERAGES = "averages"
-"""What some have."""
+"""Item of the checkpoints of runs that average their parameters."""
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 """In the name of a checkpoint's folder while Orbax writes it."""
-_PATIENCE, _PAUSE_S = 20, 0.1
-_UNKNOWN: Mapping[str, int | None] = {}
-_OF_THE_SYSTEM = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
+_TIDY_ATTEMPTS, _TIDY_PAUSE_S = 20, 0.1
+_SYSTEM_PHRASES = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
 
 
 class DamagedCheckpointError(InputError):
-    """A checkpoint of which something is missing or is not what was saved."""
+    """A part of a checkpoint is missing or differs from what was saved."""
 
 
 class UnsavedCheckpointError(InputError):
-    """A checkpoint could not be written, for want of space as a rule."""
+    """A checkpoint could not be written, usually for want of space."""
 
 
 class CheckpointFiles:
-    """The checkpoints in a folder; to be closed, so that the last one is complete.
+    """Checkpoints in a folder; `close` makes sure that the last one is complete.
+
+    A write that fails in the background raises UnsavedCheckpointError in the next call of `save_items`, `check`, `wait`
+    or `close`.
 
     Attributes:
-        directory: absolute path; made when something is saved first.
+        directory: absolute path; made by the first save.
     """
 
     def __init__(self, directory: str | Path, keep: int = 2, best: Callable[[], int | None] = lambda: None):
-        """Opens the folder.
+        """Open the folder.
 
         Args:
-            directory: of the checkpoints, "<workdir>/checkpoints".
-            keep: how many of the latest stay when another is saved.
-            best: step of one that stays whatever its age, asked for when another is saved.
+            directory: folder of the checkpoints, "<workdir>/checkpoints".
+            keep: number of the latest checkpoints that stay when another one is saved.
+            best: returns the step of a checkpoint that stays at any age; called when another one is saved.
         """
         self.directory = Path(directory).absolute()
-        self._kept = _Kept(keep, best)
+        self._preserved = _Preserved(keep, best)
         self._manager: ocp.CheckpointManager | None = None
-        _quieten_orbax()
-
-    def latest_step(self) -> int | None:
-        """Number of the last finished checkpoint; None without one."""
-        return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
-        """Numbers of the finished checkpoints, rising."""
+        """Steps of the finished checkpoints, ascending."""
         manager = self._open()
         return sorted(manager.all_steps()) if manager is not None else []
 
+    def latest_step(self) -> int | None:
+        """Step of the newest finished checkpoint; None if there is none."""
+        return max(self.steps(), default=None)
+
+    def existing(self, step: int | None) -> int:
+        """Return the step, or the latest one for None.
+
+        Raises:
+            InputError: there is no checkpoint of that step, or none at all.
+        """
+        steps = self.steps()
+        if not steps:
+            raise InputError(f"There is no checkpoint in {self.directory}: train first, or give another --workdir.")
+        if step is not None and step not in steps:
+            raise InputError(
+                f"There is no checkpoint of step {step} in {self.directory}; there are those of "
+                f"{', '.join(map(str, steps))}."
+            )
+        return steps[-1] if step is None else step
+
+    def place(self, step: int) -> str:
+        """Name a checkpoint, as the beginning of an error message."""
+        return f"The checkpoint of step {step} in {self.directory}"
+
     def save_items(self, step: int, items: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """Store items; returns at once, and writes them in the background.
+        """Store items; return at once and write in the background.
 
         Args:
-            step: number of the checkpoint; one that is there already is left as it is.
-            items: nested dicts of numpy arrays by name, which must not change any more.
-            config: JSON values; gets the items' checksums.
+            step: number of the checkpoint; one that is stored already stays unchanged.
+            items: nested dicts of numpy arrays by item; the arrays must not change any more.
+            config: JSON values; stored with the checksums of the items and its own.
 
         Raises:
             UnsavedCheckpointError: this checkpoint, or the one before, could not be written.
         """
-        with self._noticing_failure():
+        with self._write_errors():
             manager = self._open(create=True)
             assert manager is not None
             if step in manager.all_steps():
                 return
             arguments: dict[str, Any] = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-            told = {**config, "checksums": {name: checksum(item) for name, item in items.items()}}
-            told["checksum"] = _own_checksum(told)
-            manager.save(step, args=ocp.args.Composite(**arguments, config=ocp.args.JsonSave(told)))
+            stored = {**config, "checksums": {name: checksum(item) for name, item in items.items()}}
+            stored["checksum"] = _config_checksum(stored)
+            manager.save(step, args=ocp.args.Composite(**arguments, config=ocp.args.JsonSave(stored)))
 
     def read_config(self, step: int) -> dict[str, Any]:
-        """What a checkpoint says of itself: the config it was saved with, and "checksums" of its items.
+        """Read the config that a checkpoint was saved with, and the "checksums" of its items.
 
         Raises:
-            DamagedCheckpointError: it is missing, cannot be read, or is not what was saved.
+            DamagedCheckpointError: the config is missing, cannot be read, or differs from what was saved.
         """
         stored = self.read_items(step, ("config",))["config"]
-        if stored.get("checksum", _own_checksum(stored)) != _own_checksum(stored):
-            raise DamagedCheckpointError(
-                f"{self.place(step)} is damaged: config is not what was saved (its checksum differs); choose another "
-                "step."
-            )
+        self._check(step, "config", stored.get("checksum"), _config_checksum(stored))
         return stored
 
     def read_items(
-        self, step: int, items: Sequence[str], checksums: Mapping[str, int | None] = _UNKNOWN
-    ) -> Mapping[str, Any]:
-        """Items of a checkpoint; those whose checksum is known as they were saved.
+        self, step: int, items: Sequence[str], checksums: Mapping[str, int | None] | None = None
+    ) -> dict[str, Any]:
+        """Read items of a finished checkpoint and compare them with their checksums.
 
         Args:
-            step: of a finished checkpoint.
+            step: number of the checkpoint.
             items: names; "config" is JSON.
-            checksums: as the config has them.
+            checksums: CRC-32 by item, as the config has them; an item without one is not compared.
 
         Raises:
-            DamagedCheckpointError: one is missing, cannot be read, or is not what was saved.
+            DamagedCheckpointError: an item is missing, cannot be read, or differs from what was saved.
         """
         manager = self._open()
         assert manager is not None
@@ -129,22 +144,13 @@ class CheckpointFiles:
                 f"{self.place(step)} cannot be read, a file in it is missing or damaged "
                 f"({str(error).splitlines()[0]}): choose another step."
             ) from error
-        found = {item: restored[item] for item in items}
-        for item, value in found.items():
-            expected = checksums.get(item)
-            if expected is not None and checksum(value) != expected:
-                raise DamagedCheckpointError(
-                    f"{self.place(step)} is damaged: {item} is not what was saved (its checksum differs); choose "
-                    "another step."
-                )
-        return found
+        for item, expected in (checksums or {}).items():
+            if item in items and expected is not None:
+                self._check(step, item, expected, checksum(restored[item]))
+        return {item: restored[item] for item in items}
 
     def set_aside(self, step: int) -> Path:
-        """Move a checkpoint out of the way, into the folder <directory>_damaged, so that it does not count any more.
-
-        Returns:
-            Where it is now.
-        """
+        """Move a checkpoint into the folder "<directory>_damaged", where it no longer counts; return its new place."""
         self.close()
         place = self.directory.with_name(f"{self.directory.name}_damaged") / str(step)
         place.parent.mkdir(exist_ok=True)
@@ -152,123 +158,98 @@ class CheckpointFiles:
         return (self.directory / str(step)).rename(place)
 
     def tidy(self) -> None:
-        """Remove checkpoints that need not stay, and what a kill in the middle of saving or removing one left behind.
+        """Remove superseded checkpoints and the remains of a save or a removal that a kill interrupted.
 
-        A checkpoint is removed when newer ones are there, so that what lacks something without them is damaged: it
-        stays. Nobody else may be saving there.
+        An incomplete checkpoint with newer ones beside it was being removed, so it goes. One without is damaged and
+        stays, for the caller to set aside. No other process may be saving in the folder.
         """
         self.close()
         folders = {int(folder.name): folder for folder in self.directory.glob("*/") if folder.name.isdecimal()}
-        whole = [step for step in sorted(folders) if _has_all_items(folders[step])]
-        stay = {*self._kept.of(whole), *(step for step in folders if sum(w > step for w in whole) < self._kept.latest)}
-        unfinished = [folder for folder in self.directory.glob("*/") if _UNFINISHED in folder.name]
-        for folder in [*unfinished, *(folder for step, folder in folders.items() if step not in stay)]:
+        whole = [step for step in sorted(folders) if _is_whole(folders[step])]
+        keep = self._preserved.latest
+        stay = self._preserved.of(whole) | {step for step in folders if sum(w > step for w in whole) < keep}
+        for folder in [*self._unfinished(), *(folder for step, folder in folders.items() if step not in stay)]:
             shutil.rmtree(folder)
 
     def check(self) -> None:
-        """Notice what failed in the background.
-
-        Raises:
-            UnsavedCheckpointError: a checkpoint could not be written.
-        """
+        """Raise UnsavedCheckpointError if a write in the background failed."""
         if self._manager is not None:
-            with self._noticing_failure():
+            with self._write_errors():
                 self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Until everything saved so far is on disk.
-
-        Raises:
-            UnsavedCheckpointError: a checkpoint could not be written.
-        """
+        """Wait until everything saved so far is on disk."""
         if self._manager is not None:
-            with self._noticing_failure():
+            with self._write_errors():
                 self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, and let go of the folder.
-
-        Raises:
-            UnsavedCheckpointError: a checkpoint could not be written.
-        """
+        """Wait until everything is on disk and release the folder."""
         if self._manager is not None:
-            with self._noticing_failure():
+            with self._write_errors():
                 self._manager.close()
             self._manager = None
 
-    def existing(self, step: int | None) -> int:
-        """A step that there is a checkpoint of.
-
-        Args:
-            step: the one wanted; None: the last.
-
-        Raises:
-            InputError: there is none.
-        """
-        steps = self.steps()
-        if not steps:
-            raise InputError(f"There is no checkpoint in {self.directory}: train first, or give another --workdir.")
-        if step is None:
-            return steps[-1]
-        if step not in steps:
-            raise InputError(
-                f"There is no checkpoint of step {step} in {self.directory}; there are those of "
-                f"{', '.join(map(str, steps))}."
+    def _check(self, step: int, item: str, expected: int | None, found: int) -> None:
+        if expected is not None and expected != found:
+            raise DamagedCheckpointError(
+                f"{self.place(step)} is damaged: {item} is not what was saved (its checksum differs); choose another "
+                "step."
             )
-        return step
 
-    def place(self, step: int) -> str:
-        """A checkpoint, as the beginning of a sentence."""
-        return f"The checkpoint of step {step} in {self.directory}"
+    def _unfinished(self) -> list[Path]:
+        return [folder for folder in self.directory.glob("*/") if _UNFINISHED in folder.name]
 
     @contextlib.contextmanager
-    def _noticing_failure(self) -> Iterator[None]:
-        """What Orbax and the threads that write for it met, as one sentence; nothing half-written remains."""
+    def _write_errors(self) -> Iterator[None]:
+        """Turn any error of Orbax and its writing threads into one message, and remove what was half-written."""
         try:
             yield
-        except Exception as error:  # of many kinds, most of them RuntimeErrors of other errors
+        except Exception as error:  # of many kinds, most of them RuntimeErrors around other errors
             manager, self._manager = self._manager, None
             if manager is not None:
-                with contextlib.suppress(Exception):  # it says again what was said
+                with contextlib.suppress(Exception):  # raises the same error again
                     manager.close()
-            self._tidy_behind_writers()
+            # TensorStore goes on writing for a while after one of its writes failed: tidy until nothing new appears.
+            for _ in range(_TIDY_ATTEMPTS):
+                with contextlib.suppress(OSError):
+                    self.tidy()
+                time.sleep(_TIDY_PAUSE_S)
+                if not self._unfinished():
+                    break
+            newest = None
+            with contextlib.suppress(Exception):
+                newest = self.latest_step()
+            remedy = (
+                "there is no earlier one, so that the same command begins anew."
+                if newest is None
+                else f"the same command goes on after step {newest}, which is saved."
+            )
             raise UnsavedCheckpointError(
                 f"A checkpoint could not be written to {self.directory} ({_reason(error)}): free space there or make "
-                f"it writable; {self._what_is_left()}"
+                f"it writable; {remedy}"
             ) from error
 
-    def _tidy_behind_writers(self) -> None:
-        """`tidy` until nothing comes after it: TensorStore writes on for a while when one of its writes failed."""
-        for _ in range(_PATIENCE):
-            with contextlib.suppress(OSError):
-                self.tidy()
-            time.sleep(_PAUSE_S)
-            if not any(_UNFINISHED in folder.name for folder in self.directory.glob("*/")):
-                return
-
-    def _what_is_left(self) -> str:
-        with contextlib.suppress(Exception):
-            if (newest := self.latest_step()) is not None:
-                return f"the same command goes on after step {newest}, which is saved."
-        return "there is no earlier one, so that the same command begins anew."
-
     def _open(self, create: bool = False) -> ocp.CheckpointManager | None:
-        """Orbax's manager; None where there is no folder and none is to be made."""
+        """Return Orbax's manager; None if the folder is missing and `create` is False."""
         if self._manager is None and (create or self.directory.is_dir()):
-            handlers: dict[str, Any] = {item: ocp.StandardCheckpointHandler() for item in (*ITEMS, AVERAGES)}
             if create:
                 self.directory.mkdir(parents=True, exist_ok=True)
-            # Each process on its own: all hold what is stored, so that the first writes alone, and all read.
-            process = jax.process_index()
-            alone = ocp.options.MultiprocessingOptions(
-                primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
-            )
+            multiprocessing = ocp.options.MultiprocessingOptions()
+            if jax.process_count() > 1:
+                # Every process holds the whole state, so that each opens the folder alone: the first one writes, all
+                # read, and none waits for another.
+                process = jax.process_index()
+                multiprocessing = ocp.options.MultiprocessingOptions(
+                    primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
+                )
+            handlers: dict[str, Any] = {item: ocp.StandardCheckpointHandler() for item in (*ITEMS, AVERAGES)}
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=self._kept,
+                    preservation_policy=self._preserved,
                     create=create and jax.process_count() == 1,
-                    multiprocessing_options=alone if jax.process_count() > 1 else ocp.options.MultiprocessingOptions(),
+                    multiprocessing_options=multiprocessing,
                 ),
                 item_handlers={**handlers, "config": ocp.JsonCheckpointHandler()},
             )
@@ -276,8 +257,8 @@ class CheckpointFiles:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kept:
-    """Which checkpoints stay, as Orbax asks it: the latest, and the best."""
+class _Preserved:
+    """Orbax's preservation policy: the latest checkpoints and the best one stay."""
 
     latest: int
     best: Callable[[], int | None]
@@ -287,52 +268,25 @@ class _Kept:
         return [info.step in stay for info in checkpoints]
 
     def of(self, steps: Sequence[int]) -> set[int]:
-        """Those of rising steps that stay."""
-        best = self.best()
-        return {*steps[-self.latest :], *(step for step in steps if step == best)}
+        """Steps that stay, of ascending ones."""
+        return {*steps[-self.latest :], *({self.best()} & {*steps})}  # type: ignore[arg-type]
 
 
-def _has_all_items(folder: Path) -> bool:
+def _is_whole(folder: Path) -> bool:
     return all((folder / item).is_dir() for item in (*ITEMS, "config"))
 
 
-def _own_checksum(stored: Mapping[str, Any]) -> int:
-    """Of what a checkpoint says of itself."""
+def _config_checksum(stored: Mapping[str, Any]) -> int:
+    """CRC-32 of a stored config without its own checksum."""
     rest = {key: value for key, value in stored.items() if key != "checksum"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def _reason(error: BaseException) -> str:
-    """What was met first, in a line; where it is the system's word for it, that."""
+    """The first cause of an error in one line, in the operating system's words if there are any."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     known = next((link.strerror for link in reversed(chain) if isinstance(link, OSError) and link.strerror), None)
-    phrases = [phrase for phrase in _OF_THE_SYSTEM if phrase in str(error)]  # as TensorStore passes them on
+    phrases = [phrase for phrase in _SYSTEM_PHRASES if phrase in str(error)]  # as TensorStore passes them on
     return known or next(iter((*phrases, *str(error).splitlines())), type(error).__name__)
-
-
-class _NoOrbax(logging.Filter):
-    """Drops what Orbax logs below an error, on each folder it meets, and with an exception, which it raises too."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname or (record.levelno >= logging.ERROR and not record.exc_info)
-
-
-@dataclasses.dataclass(frozen=True)
-class _NoClosedLoop:
-    """Drops what TensorStore prints when a file could not be read and Orbax no longer waits for the others."""
-
-    before: Callable[[Any], Any]
-
-    def __call__(self, unraisable: Any) -> None:
-        if not (isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)):
-            self.before(unraisable)
-
-
-def _quieten_orbax() -> None:
-    logger = logging.getLogger("absl")
-    if not any(isinstance(f, _NoOrbax) for f in logger.filters):
-        logger.addFilter(_NoOrbax())
-    if not isinstance(sys.unraisablehook, _NoClosedLoop):
-        sys.unraisablehook = _NoClosedLoop(sys.unraisablehook)

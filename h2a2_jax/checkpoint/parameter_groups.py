@@ -1,6 +1,4 @@
-"""Groups of parameters: by name for metrics, and those that are frozen.
-
-Which parameters a run leaves as they are, by names: of groups, or the beginnings of paths.
+"""Groups of parameters by name: for metrics by group, and for freezing.
 
     optim.freeze = ("stem", "layer1", "backbone.stages.1.0", "norms")   ->   paths of parameters   ->   masks of trees
                                                             (`frozen_paths`)            (`frozen_mask`)
@@ -27,7 +25,7 @@ PLACES: Mapping[str, str] = {
     "neck": r"^neck\.",
     "scan_embedding": r"^backbone\.scan_embedding\.",
 }
-"""Where in the detector a parameter is: name of a group, pattern of the paths in it."""
+"""Parts of the detector that hold shared parameters: name, and pattern of the paths in it."""
 
 KINDS: Mapping[str, str] = {
     "kernels": r"\.conv\.(kernel|shared)$",
@@ -36,14 +34,8 @@ KINDS: Mapping[str, str] = {
     "modulation": r"\.modulation\.",
     "gates": r"\.gate\.",
 }
-"""What a parameter is: kernels that datasets share; affine parts of norms; validity prior, prototypes and projection of
-the kernel selection; linear modulation; channel gates. The scan embedding's parameters are of no kind."""
-
-
-def place_of(path: str) -> str:
-    """The one of `PLACES` that a parameter is in; else the first name of its path, as "heads" or "embedding"."""
-    return next((place for place, pattern in PLACES.items() if re.search(pattern, path)), path.split(".", 1)[0])
-
+"""Kinds of shared parameters: kernels; affine parts of norms; validity prior, prototypes and projection of the kernel
+selection; linear modulation; channel gates. The scan embedding's parameters are of no kind."""
 
 GROUPS: Mapping[str, str] = {
     **PLACES,
@@ -53,32 +45,40 @@ GROUPS: Mapping[str, str] = {
     **KINDS,
     "exclusive_kernels": r"\.conv\.exclusive$",
 }
-"""Groups that may be frozen: places, with what is exclusive there, and kinds; "kernels" are those that no selection
-keeps to a dataset, "exclusive_kernels" the others. Beside them there are "shared" and "exclusive", all parameters
-without and with a dataset axis."""
+"""Groups that can be frozen: places with their exclusive parameters, and kinds. "kernels" are the shared kernels,
+"exclusive_kernels" the others. `frozen_paths` adds "shared" and "exclusive": all parameters without and with a dataset
+axis."""
 
-_BY_AXIS = ("shared", "exclusive")
+_AXIS_GROUPS = ("shared", "exclusive")
+
+
+def place_of(path: str) -> str:
+    """Return the one of `PLACES` that a parameter is in; else the first name of its path, as "heads" or "embedding"."""
+    return next((place for place, pattern in PLACES.items() if re.search(pattern, path)), path.split(".", 1)[0])
 
 
 def frozen_paths(shared: Any, exclusive: Any, entries: Sequence[str]) -> frozenset[str]:
-    """Paths of the parameters that the entries name.
+    """Find the parameters that the entries of `optim.freeze` name.
 
     Args:
-        shared: tree of the parameters that datasets share; shapes will do.
-        exclusive: tree of the others; their paths are other ones.
+        shared: tree of the parameters that datasets share; its leaves may be shapes.
+        exclusive: tree of the parameters with a dataset axis.
         entries: each one of `GROUPS`, "shared", "exclusive", or a path or its beginning up to a dot, such as
             "backbone.stages.0".
 
+    Returns:
+        Paths of the parameters.
+
     Raises:
-        InputError: an entry names no parameter of the model, or all together name every one.
+        InputError: an entry names no parameter of the model, or the entries name every one.
     """
-    by_axis = dict(zip(_BY_AXIS, (flat_names(shared), flat_names(exclusive)), strict=True))
+    by_axis = dict(zip(_AXIS_GROUPS, (flat_names(shared), flat_names(exclusive)), strict=True))
     every = [*by_axis["shared"], *by_axis["exclusive"]]
     found: set[str] = set()
     for entry in entries:
-        matching = by_axis[entry] if entry in by_axis else _named(entry, every)
+        matching = by_axis[entry] if entry in by_axis else _matching(entry, every)
         if not matching:
-            raise InputError(_no_parameter(entry, every))
+            raise InputError(_unknown_entry(entry, every))
         found.update(matching)
     if found and len(found) == len(every):
         raise InputError(
@@ -89,45 +89,45 @@ def frozen_paths(shared: Any, exclusive: Any, entries: Sequence[str]) -> frozens
 
 
 def frozen_mask(tree: Any, frozen: Collection[str]) -> Any:
-    """The tree with True in place of frozen parameters and False of others."""
+    """Return the tree with True in place of frozen parameters and False in place of the others."""
     return jax.tree.unflatten(jax.tree.structure(tree), [name in frozen for name in flat_names(tree)])
 
 
 def without_frozen_gradients(tree: Any, frozen: Collection[str]) -> Any:
-    """Parameters through which no gradient reaches the frozen ones, for the start of a loss.
+    """Stop gradients at the frozen parameters, at the start of a loss.
 
-    Their gradients are then zero, so that they count neither in the norm by which gradients are clipped nor for a
-    balancer, and what would compute them is left out of the compiled step.
+    Their gradients are then zero: they count neither in the norm by which gradients are clipped nor for a balancer, and
+    the compiled step leaves out what would compute them.
     """
     mask = frozen_mask(tree, frozen)
     return jax.tree.map(lambda leaf, is_frozen: lax.stop_gradient(leaf) if is_frozen else leaf, tree, mask)
 
 
 def frozen_text(shared: Any, exclusive: Any, frozen: Collection[str]) -> str:
-    """One line on how much is frozen and where; numbers count every dataset's, with the padding of heads."""
+    """One line with the number and the places of frozen parameters, those of all datasets and the padding of heads."""
     sizes = {
         name: math.prod(leaf.shape)
         for tree in (shared, exclusive)
         for name, leaf in zip(flat_names(tree), jax.tree.leaves(tree), strict=True)
     }
-    held = sum(size for name, size in sizes.items() if name in frozen)
+    count = sum(size for name, size in sizes.items() if name in frozen)
     whole, part = Counter(map(place_of, sizes)), Counter(place_of(name) for name in sizes if name in frozen)
-    places = [place if part[place] == count else f"{place} in part" for place, count in whole.items() if part[place]]
+    places = [place if part[place] == total else f"{place} in part" for place, total in whole.items() if part[place]]
     where = f": {', '.join(places)}" if places else ""
-    return f"Frozen: {held:,} of {sum(sizes.values()):,} parameters{where}."
+    return f"Frozen: {count:,} of {sum(sizes.values()):,} parameters{where}."
 
 
-def _named(entry: str, names: Sequence[str]) -> list[str]:
+def _matching(entry: str, names: Sequence[str]) -> list[str]:
     if entry in GROUPS:
         return [name for name in names if re.search(GROUPS[entry], name)]
     return [name for name in names if f"{name}.".startswith(f"{entry}.")]
 
 
-def _no_parameter(entry: str, names: Sequence[str]) -> str:
-    """What is wrong with an entry that names none of a model's parameters, as a sentence."""
-    groups = [*(group for group in GROUPS if _named(group, names)), *_BY_AXIS]
-    if entry in GROUPS or entry in _BY_AXIS:
-        return f"optim.freeze has {entry!r}, of which this model (see model.selection) has no parameters: leave it out."
+def _unknown_entry(entry: str, names: Sequence[str]) -> str:
+    """Error message for an entry that names none of the parameters."""
+    groups = [*(group for group in GROUPS if _matching(group, names)), *_AXIS_GROUPS]
+    if entry in GROUPS or entry in _AXIS_GROUPS:
+        return f"optim.freeze has {entry!r}, but this model (see model.selection) has no such parameters: leave it out."
     parts = [name.split(".") for name in names]
     beginnings = {".".join(part[:length]) for part in parts for length in range(1, len(part) + 1)}
     near = difflib.get_close_matches(entry, [*groups, *sorted(beginnings.difference(groups))])

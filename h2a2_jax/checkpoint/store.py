@@ -1,11 +1,10 @@
 """Checkpoints of a run: written in the background, restored on any number of devices.
 
 A checkpoint of step s is the folder <directory>/<s> with the items params, batch_stats, optimizer (both optimiser
-states, step, balancer), averages where the run averages its parameters, and config (JSON; with checksums of all).
-`checkpoint_tree` says what they hold.
+states, counters, balancer), averages if the run averages its parameters, and config (JSON, with the checksums of the
+items). `h2a2_jax.checkpoint.tree` describes the arrays in them.
 """
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from h2a2_jax.checkpoint import tree as layout
 from h2a2_jax.checkpoint.integrity import AVERAGES, ITEMS, CheckpointFiles
 from h2a2_jax.checkpoint.train_state import Averages, TrainState, head_configs, merge_model, split_model
-from h2a2_jax.config import ExperimentConfig, from_json, to_json
+from h2a2_jax.checkpoint.tree import COUNTERS, Arrays, differences, filled, reordered_balancer, stacked, stored_state
+from h2a2_jax.config import ExperimentConfig, from_json, leaves_of, to_json
 from h2a2_jax.errors import InputError
 from h2a2_jax.models import TR3D, DetectorConfig
 from h2a2_jax.scans.specs import DatasetSpec
@@ -28,9 +27,9 @@ _SHOWN = 3
 
 
 class CheckpointStore(CheckpointFiles):
-    """The checkpoints of one run: its states, and the detectors in them.
+    """The checkpoints of one run: training states, and the detectors in them.
 
-    Used as a context manager, or closed, so that the last one is complete.
+    A context manager, which closes at its end, so that the last checkpoint is complete.
     """
 
     def __enter__(self) -> "CheckpointStore":
@@ -40,44 +39,36 @@ class CheckpointStore(CheckpointFiles):
         self.close()
 
     def save(self, step: int, state: TrainState, config: ExperimentConfig, names: Sequence[str]) -> None:
-        """Store a state; returns when it is copied, and writes it in the background.
+        """Store a state; return when it is copied, and write it in the background.
 
-        A checkpoint that is not finished, whatever kills the program, does not count as one. A step that is stored
-        already is left as it is. What fails in the background is raised by the next call here or of `check`, `wait`.
+        A checkpoint counts only when it is finished, whatever kills the program before. A step that is stored already
+        stays unchanged.
 
         Args:
             step: steps done, the number of the checkpoint.
             state: the state after that step, on any devices.
-            config: of the run.
-            names: of the datasets, in the order of the dataset axis.
+            config: the run's config.
+            names: the datasets in the order of the dataset axis.
 
         Raises:
-            UnsavedCheckpointError: this one, or the one before, could not be written.
+            UnsavedCheckpointError: this checkpoint, or the one before, could not be written.
         """
         if step in self.steps():
             return
-        specs = _specs(config, names)
-        items = {
-            "params": layout.stored_params(state.shared, state.exclusive, specs),
-            "batch_stats": layout.stored_statistics(state.stats, specs),
-            "optimizer": layout.stored_optimizer(state, specs),
-        }
-        if state.averages is not None:
-            items[AVERAGES] = layout.stored_averages(state.averages, specs)
         stored_config = {
             "version": CHECKPOINT_VERSION,
             "datasets": list(names),
             "config": json.loads(to_json(config)),
         }
-        self.save_items(step, items, stored_config)
+        self.save_items(step, stored_state(state, _specs(config, names)), stored_config)
 
     def stored_config(self, step: int) -> ExperimentConfig:
-        """The config that a checkpoint was saved with.
+        """Read the config that a checkpoint was saved with.
 
         Raises:
             InputError: there is no such checkpoint, or its config cannot be read.
         """
-        return self._restore_config(self.existing(step)).config
+        return self._read_header(self.existing(step)).config
 
     def restore_state(
         self,
@@ -86,53 +77,59 @@ class CheckpointStore(CheckpointFiles):
         names: Sequence[str],
         config: ExperimentConfig | None = None,
     ) -> TrainState:
-        """Everything of a state, to go on from; each array where that of `like` lies.
+        """Restore a whole training state to resume from.
 
         Args:
-            step: of the checkpoint; None: the last.
-            like: state of the shapes and places wanted; its values are not read.
-            names: of the datasets, in the order of `like`'s dataset axis; those of the checkpoint in any order.
-            config: of the run; with it, what differs in the architecture is named by the config's fields.
+            step: number of the checkpoint; None: the last one.
+            like: state of the wanted shapes; each array is restored to the devices of its counterpart here. Its values
+                are not read.
+            names: the datasets in the order of `like`'s dataset axis; the checkpoint may have another order.
+            config: the run's config; if given, a difference in the architecture is reported by its config key.
 
         Raises:
             InputError: there is no such checkpoint, or it holds other datasets, another architecture or another
                 optimiser.
         """
         step = self.existing(step)
-        stored = self._restore_config(step)
-        self._check_datasets(step, stored.names, names)
+        header = self._read_header(step)
+        self._check_datasets(step, header.names, names)
         if config is not None:
-            self._check_model(step, stored.config.model, config.model)
-        items = self.read_items(step, tuple(stored.checksums), stored.checksums)
-        params, optimizer = items["params"], items["optimizer"]
+            self._check_model(step, header.config.model, config.model)
+        items = self.read_items(step, tuple(header.checksums), header.checksums)
+        # The model first: if the architecture differs, the error message should name it and not the optimiser.
+        exclusive, shared, stats = self._fill_model(step, (like.exclusive, like.shared, like.stats), items, names)
+        optimizer = items["optimizer"]
+        balancer = reordered_balancer(optimizer["balancer"], like.balancer, header.names, names)
+        # Scalars of the optimiser state, such as its count, have no dataset axis.
+        exclusive_optimizer = stacked(optimizer["datasets"], names, like.exclusive_optimizer) | optimizer["scalars"]
+        counters = {name: getattr(like, name) for name in COUNTERS}
+        averages = like.averages
+        if averages is not None:
+            # A run that did not average so far begins its averages with its parameters.
+            parts = (averages.exclusive, averages.shared, averages.stats)
+            parts = self._fill_model(step, parts, items.get(AVERAGES) or items, names)
+            averages = Averages(exclusive=parts[0], shared=parts[1], stats=parts[2])
         return TrainState(
-            shared=self._fill(step, "model", like.shared, params["shared"]),
-            exclusive=self._fill_stacked(step, "model", like.exclusive, params["datasets"], names),
-            stats=self._fill_stacked(step, "model", like.stats, items["batch_stats"], names),
+            shared=shared,
+            exclusive=exclusive,
+            stats=stats,
             shared_optimizer=self._fill(step, "optimiser", like.shared_optimizer, optimizer["shared"]),
-            exclusive_optimizer=self._fill_stacked(
-                step, "optimiser", like.exclusive_optimizer, optimizer["datasets"], names, optimizer["scalars"]
-            ),
-            balancer=self._fill(
-                step,
-                "gradient harmonisation (harmonize.method)",
-                like.balancer,
-                layout.reordered_balancer(optimizer["balancer"], like.balancer, stored.names, names),
-            ),
-            averages=like.averages and self._averages(step, like.averages, items.get(AVERAGES) or items, names),
+            exclusive_optimizer=self._fill(step, "optimiser", like.exclusive_optimizer, exclusive_optimizer),
+            balancer=self._fill(step, "gradient harmonisation (harmonize.method)", like.balancer, balancer),
+            averages=averages,
             accumulated=like.accumulated,
-            **layout.filled(counters := _counters(like), {name: optimizer.get(name, 0) for name in counters}),
+            **filled(counters, {name: optimizer.get(name, 0) for name in COUNTERS}),
         )
 
     def restore_model(
         self, step: int | None = None, expected: ExperimentConfig | None = None, *, averaged: bool = True
     ) -> tuple[TR3D, ExperimentConfig]:
-        """The detector alone, built from the stored config, where JAX puts its arrays.
+        """Restore the detector alone, built from the stored config, on JAX's default device.
 
         Args:
-            step: of the checkpoint; None: the last.
-            expected: config that the checkpoint must agree with in architecture and datasets; it sets their order.
-            averaged: whether to take the averages of parameters and statistics where the run kept some.
+            step: number of the checkpoint; None: the last one.
+            expected: config whose architecture and datasets the checkpoint must have; sets the order of the datasets.
+            averaged: True takes the averages of parameters and statistics if the run kept some.
 
         Returns:
             TR3D and stored config; the dataset axis has the order of the datasets of `expected`, else of the
@@ -142,8 +139,8 @@ class CheckpointStore(CheckpointFiles):
             InputError: there is no such checkpoint, it cannot be read, or it is not of the expected config.
         """
         step = self.existing(step)
-        stored = self._restore_config(step)
-        names, config = stored.names, stored.config
+        header = self._read_header(step)
+        names, config = header.names, header.config
         if expected is not None:
             self._check_datasets(step, names, expected.dataset_names)
             self._check_model(step, config.model, expected.model)
@@ -151,45 +148,39 @@ class CheckpointStore(CheckpointFiles):
         heads = head_configs(_specs(config, names))
         shapes = nnx.eval_shape(lambda: TR3D(config.model, heads, rngs=nnx.Rngs(0)))
         graph, exclusive, shared, stats = split_model(shapes)
-        items = self._restore_detector(step, stored, averaged)
-        params = items["params"]
-        return merge_model(
-            graph,
-            self._fill_stacked(step, "model", exclusive, params["datasets"], names),
-            self._fill(step, "model", shared, params["shared"]),
-            self._fill_stacked(step, "model", stats, items["batch_stats"], names),
-        ), config
+        items = self._read_detector(step, header, averaged)
+        return merge_model(graph, *self._fill_model(step, (exclusive, shared, stats), items, names)), config
 
     def restore_arrays(self, step: int | None = None) -> "StoredModel":
-        """What is stored of the detector, as it is, whatever detector it is to go into.
+        """Read the stored arrays of the detector as they are, for a detector of any architecture.
 
         Args:
-            step: of the checkpoint; None: the last.
+            step: number of the checkpoint; None: the last one.
 
         Raises:
             InputError: there is no such checkpoint, or it cannot be read.
         """
         step = self.existing(step)
-        stored = self._restore_config(step)
-        items = self._restore_detector(step, stored, averaged=True)
+        header = self._read_header(step)
+        items = self._read_detector(step, header, averaged=True)
         params = items["params"]
-        return StoredModel(step, stored.config, params["shared"], params["datasets"], items["batch_stats"])
+        return StoredModel(step, header.config, params["shared"], params["datasets"], items["batch_stats"])
 
-    def _restore_detector(self, step: int, stored: "_Stored", averaged: bool) -> Mapping[str, Any]:
-        """The items params and batch_stats, or the averages of them."""
-        if averaged and AVERAGES in stored.checksums:
-            return self.read_items(step, (AVERAGES,), stored.checksums)[AVERAGES]
-        return self.read_items(step, ("params", "batch_stats"), stored.checksums)
+    def _read_detector(self, step: int, header: "_Header", averaged: bool) -> Mapping[str, Any]:
+        """Read the items params and batch_stats, or their averages."""
+        if averaged and AVERAGES in header.checksums:
+            return self.read_items(step, (AVERAGES,), header.checksums)[AVERAGES]
+        return self.read_items(step, ("params", "batch_stats"), header.checksums)
 
-    def _restore_config(self, step: int) -> "_Stored":
+    def _read_header(self, step: int) -> "_Header":
         stored = self.read_config(step)
         if stored.get("version") != CHECKPOINT_VERSION:
             raise InputError(
                 f"{self.place(step)} has version {stored.get('version')}, this program reads version "
                 f"{CHECKPOINT_VERSION}: use the program that stored it."
             )
-        checksums = stored.get("checksums", dict.fromkeys(ITEMS))  # those of programs before this one have none
-        return _Stored(stored["datasets"], from_json(json.dumps(stored["config"])), checksums)
+        checksums = stored.get("checksums", dict.fromkeys(ITEMS))  # the first checkpoints had none
+        return _Header(stored["datasets"], from_json(json.dumps(stored["config"])), checksums)
 
     def _check_datasets(self, step: int, saved: Sequence[str], names: Sequence[str]) -> None:
         if set(saved) != set(names):
@@ -199,87 +190,75 @@ class CheckpointStore(CheckpointFiles):
             )
 
     def _check_model(self, step: int, saved: DetectorConfig, given: DetectorConfig) -> None:
-        ours, theirs = _leaves("model", given), _leaves("model", saved)
+        theirs, ours = leaves_of(saved), leaves_of(given)
         if (saved.selection is None) != (given.selection is None):
             on, off = ("on", "off") if given.selection is None else ("off", "on")
             found = [f"model.selection is {on} in the checkpoint and {off} in the config"]
         else:
             keys = [key for key in theirs if theirs[key] != ours[key]]
-            found = [f"{key} is {theirs[key]} in the checkpoint and {ours[key]} in the config" for key in keys]
+            found = [f"model.{key} is {theirs[key]} in the checkpoint and {ours[key]} in the config" for key in keys]
         self._refuse_differences(step, "model", found)
 
-    def _refuse_differences(self, step: int, of_what: str, found: Sequence[str]) -> None:
+    def _refuse_differences(self, step: int, part: str, found: Sequence[str]) -> None:
         if found:
             more = f" (and {len(found) - _SHOWN} more)" if len(found) > _SHOWN else ""
             raise InputError(
-                f"{self.place(step)} is of another {of_what}: {'; '.join(found[:_SHOWN])}{more}. Give the config it "
+                f"{self.place(step)} is of another {part}: {'; '.join(found[:_SHOWN])}{more}. Give the config it "
                 "was trained with, or another --workdir."
             )
 
-    def _averages(self, step: int, like: Averages, items: Mapping[str, Any], names: Sequence[str]) -> Averages:
-        """Averages of a checkpoint; where it has none, they begin with what `items` hold instead: its parameters."""
+    def _fill_model(
+        self, step: int, parts: tuple[Any, Any, Any], items: Mapping[str, Any], names: Sequence[str]
+    ) -> tuple[Any, Any, Any]:
+        """Fill (exclusive, shared, statistics), in the order of `split_model`, from the items of a detector."""
+        exclusive, shared, stats = parts
         params = items["params"]
-        return Averages(
-            self._fill(step, "model", like.shared, params["shared"]),
-            self._fill_stacked(step, "model", like.exclusive, params["datasets"], names),
-            self._fill_stacked(step, "model", like.stats, items["batch_stats"], names),
+        return (
+            self._fill(step, "model", exclusive, stacked(params["datasets"], names, exclusive)),
+            self._fill(step, "model", shared, params["shared"]),
+            self._fill(step, "model", stats, stacked(items["batch_stats"], names, stats)),
         )
 
-    def _fill(self, step: int, of_what: str, like: Any, stored: layout.Arrays) -> Any:
-        self._refuse_differences(step, of_what, layout.differences(stored, like))
-        return layout.filled(like, stored)
-
-    def _fill_stacked(
-        self,
-        step: int,
-        of_what: str,
-        like: Any,
-        stored: dict[str, layout.Arrays],
-        names: Sequence[str],
-        scalars: layout.Arrays | None = None,
-    ) -> Any:
-        return self._fill(step, of_what, like, layout.stacked(stored, names, like) | (scalars or {}))
+    def _fill(self, step: int, part: str, like: Any, stored: Arrays) -> Any:
+        self._refuse_differences(step, part, differences(stored, like))
+        return filled(like, stored)
 
 
-class _Stored(NamedTuple):
-    """What a checkpoint says of itself."""
+class _Header(NamedTuple):
+    """The stored config of a checkpoint, with the names of its datasets in order and the checksums of its items."""
 
     names: list[str]
     config: ExperimentConfig
     checksums: Mapping[str, int | None]
 
 
-def _counters(like: TrainState) -> dict[str, Any]:
-    return {name: getattr(like, name) for name in ("step", "skipped", "skipped_in_row")}
-
-
 class StoredModel(NamedTuple):
-    """The arrays of a checkpoint's detector by path, in the layout of `checkpoint_tree`.
+    """The arrays of a checkpoint's detector by path, in the layout of `h2a2_jax.checkpoint.tree`.
 
     Attributes:
-        step: of the checkpoint.
-        config: of the run.
+        step: number of the checkpoint.
+        config: the run's config.
         shared: parameters that its datasets share.
-        datasets: each dataset's own parameters, by its name.
-        statistics: running statistics, likewise.
+        datasets: each dataset's own parameters, by dataset name.
+        statistics: each dataset's running statistics, by dataset name.
     """
 
     step: int
     config: ExperimentConfig
-    shared: layout.Arrays
-    datasets: dict[str, layout.Arrays]
-    statistics: dict[str, layout.Arrays]
+    shared: Arrays
+    datasets: dict[str, Arrays]
+    statistics: dict[str, Arrays]
 
 
 def restore_checkpoint(
     path: str | Path, step: int | None = None, expected: ExperimentConfig | None = None
 ) -> tuple[TR3D, ExperimentConfig]:
-    """The detector of a checkpoint and the config it is built by, wherever in a run's folder one points.
+    """Restore the detector of a checkpoint and the config it is built by.
 
     Args:
         path: the folder of a run, the "checkpoints" in it, or the folder of one step in that.
-        step: of the checkpoint; None: that of the path, or the last.
-        expected: see `CheckpointStore.restore_model`.
+        step: number of the checkpoint; None: that of the path, or the last one.
+        expected: as for `CheckpointStore.restore_model`.
 
     Returns:
         TR3D and config; the datasets of both in the order of `expected`, else of the stored config.
@@ -287,26 +266,18 @@ def restore_checkpoint(
     Raises:
         InputError: there is no such checkpoint, it cannot be read, or it is not of the expected config.
     """
-    path = Path(path)
-    if path.is_file():
-        raise InputError(
-            f"{path} is a file; a checkpoint is a folder, that of a run or one in its checkpoints. Weights of other "
-            "programs are turned into one by `python -m h2a2_jax.convert.tr3d_weights`."
-        )
-    if not path.is_dir():
-        raise InputError(f"There is no folder {path}: train first, or give the folder of a run, its workdir.")
-    place = checkpoint_place(path)
+    place = existing_place(path)
     with CheckpointStore(place.directory) as store:
         return store.restore_model(place.step if step is None else step, expected)
 
 
 class CheckpointPlace(NamedTuple):
-    """Where a path points in the folder of a run.
+    """The run, the checkpoints and the step that a path points to.
 
     Attributes:
         run: folder of the run, where results belong.
-        directory: of its checkpoints.
-        step: if the path is that of one.
+        directory: folder of its checkpoints.
+        step: number of the checkpoint if the path is the folder of one, else None.
     """
 
     run: Path
@@ -314,30 +285,39 @@ class CheckpointPlace(NamedTuple):
     step: int | None
 
 
-def checkpoint_place(path: Path) -> CheckpointPlace:
-    """What the folder of a run, the checkpoints in it, or the folder of one of these stands for.
+def existing_place(path: str | Path) -> CheckpointPlace:
+    """Resolve a path as `checkpoint_place` does, and require that it is a folder.
 
-    Checkpoints that were copied elsewhere, into a folder of another name, are their own run.
+    Raises:
+        InputError: the path is missing or a file.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise InputError(
+            f"{path} is a file; a checkpoint is a folder, that of a run or one in its checkpoints. Weights of other "
+            "programs are turned into one by `python -m h2a2_jax.convert.tr3d`."
+        )
+    if not path.is_dir():
+        raise InputError(f"There is no folder {path}: train first, or give the folder of a run, its workdir.")
+    return checkpoint_place(path)
+
+
+def checkpoint_place(path: Path) -> CheckpointPlace:
+    """Resolve the folder of a run, of its checkpoints or of one of them.
+
+    Checkpoints that were copied into a folder of another name count as a run of their own.
     """
     step = int(path.name) if path.name.isdecimal() and (path / "params").is_dir() else None
     directory = path if step is None else path.parent
     if directory.name == "checkpoints":
         return CheckpointPlace(directory.parent, directory, step)
-    inside = directory / "checkpoints"  # beside which a run may hold results in folders of any name
+    inside = directory / "checkpoints"
+    # Folders called by numbers do not make it a folder of checkpoints if `inside` is there: they hold results.
     if step is None and (inside.is_dir() or not any(child.name.isdecimal() for child in directory.glob("*/"))):
         return CheckpointPlace(directory, inside, None)
     return CheckpointPlace(directory, directory, step)
 
 
 def _specs(config: ExperimentConfig, names: Sequence[str]) -> list[DatasetSpec]:
-    """What is fixed of the named datasets of a config."""
     by_name = {spec.name: spec for spec in config.specs}
     return [by_name[name] for name in names]
-
-
-def _leaves(path: str, value: Any) -> dict[str, Any]:
-    """Fields of nested dataclasses by dotted path."""
-    if not dataclasses.is_dataclass(value):
-        return {path: value}
-    parts = [_leaves(f"{path}.{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value)]
-    return {key: leaf for part in parts for key, leaf in part.items()}

@@ -1,4 +1,4 @@
-"""The state of a training run, split into what datasets share and what each keeps to itself."""
+"""The state of a training run, split into arrays that datasets share and arrays with a dataset axis."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from h2a2_jax.typing import Leaf
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything a step changes.
+    """Everything that a step changes.
 
     Attributes:
         step: int32 [], steps taken, skipped ones among them.
@@ -30,10 +30,10 @@ class TrainState:
         shared_optimizer: optax state of the shared parameters.
         exclusive_optimizer: optax state of the exclusive ones.
         balancer: state of the gradient balancer.
-        skipped: int32 [], steps that were skipped, for something in them was not finite.
-        skipped_in_row: int32 [], how many of them were the last ones.
-        averages: `Averages`; None where none are kept.
-        accumulated: `Accumulated`; None where a step is one batch.
+        skipped: int32 [], steps that were skipped because a value in them was not finite.
+        skipped_in_row: int32 [], skipped steps since the last step that was not skipped.
+        averages: `Averages`; None if the run keeps none.
+        accumulated: `Accumulated`; None if a step is one batch.
     """
 
     step: Leaf
@@ -52,12 +52,12 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Averages:
-    """Exponential moving averages of what a detector is made of: smoother than the parameters, and evaluated.
+    """Exponential moving averages of a detector: smoother than the parameters, and used in evaluation.
 
     Attributes:
-        shared: of the shared parameters.
-        exclusive: of the exclusive ones.
-        stats: of the running statistics.
+        shared: averages of the shared parameters.
+        exclusive: averages of the exclusive parameters.
+        stats: averages of the running statistics.
     """
 
     shared: Leaf
@@ -68,11 +68,11 @@ class Averages:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Accumulated:
-    """Gradients of the batches that a step has seen so far; zero between steps.
+    """Sums of the gradients over the batches of an unfinished step; zero between steps.
 
     Attributes:
         shared: sums for the shared parameters, with a leading dataset axis: balancing needs each dataset's own.
-        exclusive: sums for the exclusive ones.
+        exclusive: sums for the exclusive parameters.
         losses: float [D], sums of the losses.
         count: int32 [D], batches that each dataset took part in.
         batches: int32 [], batches seen.
@@ -86,22 +86,22 @@ class Accumulated:
 
 
 def head_configs(specs: Sequence[DatasetSpec]) -> list[HeadConfig]:
-    """The head of each dataset, in their order."""
+    """Configs of the datasets' heads, in their order."""
     return [HeadConfig(spec.name, spec.num_classes, spec.num_outputs) for spec in specs]
 
 
 def is_exclusive(path: Any, variable: Any) -> bool:
-    """Whether a Flax variable has a leading dataset axis."""
+    """Return True if a Flax variable has a leading dataset axis; a predicate for `nnx.split`."""
     return isinstance(variable, nnx.Variable) and variable.get_metadata().get("dataset_axis") == 0
 
 
 def split_model(model: TR3D) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
-    """(structure, exclusive parameters, shared parameters, statistics); `merge_model` is the way back."""
+    """Split into (structure, exclusive parameters, shared parameters, statistics); `merge_model` is the inverse."""
     return nnx.split(model, nnx.All(nnx.Param, is_exclusive), nnx.Param, nnx.BatchStat)  # type: ignore[return-value]
 
 
 def merge_model(graph: nnx.GraphDef, exclusive: nnx.State, shared: nnx.State, stats: nnx.State) -> TR3D:
-    """A model of its own from the parts."""
+    """Build a model that shares no variables with others from the parts of `split_model`."""
     return nnx.merge(graph, exclusive, shared, stats, copy=True)
 
 
@@ -113,14 +113,14 @@ def create_state(
     averaged: bool = False,
     accumulating: bool = False,
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """The state of a run before its first step.
+    """Create the state of a run before its first step.
 
     Args:
-        model: at its start.
-        optimizer: of the parameters, shared and exclusive.
-        balancer: of the shared gradients.
-        averaged: whether averages of the parameters are kept.
-        accumulating: whether a step is of several batches.
+        model: the detector at its start.
+        optimizer: optimiser of the parameters, shared and exclusive.
+        balancer: balancer of the shared gradients.
+        averaged: True if averages of the parameters are kept.
+        accumulating: True if a step has several batches.
     """
     graph, exclusive, shared, stats = split_model(model)
     return graph, TrainState(
@@ -150,7 +150,7 @@ def _nothing_accumulated(shared: nnx.State, exclusive: nnx.State, stats: nnx.Sta
 
 
 def state_specs(state: TrainState) -> TrainState:
-    """How the state lies on the mesh: leading dataset axes along 'dataset', everything else on every device."""
+    """Partition specs of the state: leading dataset axes along the mesh axis 'dataset', all else replicated."""
 
     def along_datasets(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: P(DATASET) if jnp.ndim(leaf) else P(), tree)
@@ -176,14 +176,14 @@ def state_specs(state: TrainState) -> TrainState:
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """Where each array of the state lies."""
+    """Shardings of the state's arrays on a mesh."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(state))
 
 
 def place_state(state: TrainState, mesh: Mesh) -> TrainState:
-    """The state on the devices of a mesh, in arrays of its own (a step consumes the state it is given).
+    """Copy the state to the devices of a mesh; a copy, because a step donates the state it is given.
 
-    Where the mesh is of several processes, each gives the part of its own devices: all must hold the same state.
+    In a mesh of several processes each one places the part of its own devices: all must hold the same state.
     """
     state, shardings = jax.tree.map(jnp.array, state), state_shardings(state, mesh)
     if not mesh.is_multi_process:

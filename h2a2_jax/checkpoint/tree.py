@@ -1,4 +1,4 @@
-"""What is stored of a state, under which names: flat dicts of arrays, what is a dataset's own under its name.
+"""Layout of a checkpoint: flat dicts of arrays by path, with each dataset's own arrays under its name.
 
     params        {"shared": {path: array}, "datasets": {name: {path: array}}}
     batch_stats   {name: {path: array}}
@@ -6,14 +6,14 @@
                    "shared": {...}, "datasets": {name: {...}}, "scalars": {...}, "balancer": {...}}
     averages      {"params": {...}, "batch_stats": {...}}, as the first two; only of runs that average their parameters
 
-A path is where the array is found in the model, as in "backbone.stem.conv.kernel"; in the optimiser, the path of its
-state comes first. A dataset's arrays are its slices, without the dataset axis, and those of its head have the dataset's
-own number of outputs and classes. So what is stored of a dataset depends neither on the order nor on the others.
-Gradients on their way to a step of several batches are not stored: there are none between steps.
+A path is the array's place in the model, as in "backbone.stem.conv.kernel"; in the optimiser, the path of its state
+comes first. A dataset's arrays are its slices, without the dataset axis, and those of its head have the dataset's own
+number of outputs and classes. They depend neither on the order of the datasets nor on the other ones.
+Gradients accumulated for a step of several batches are not stored: there are none between steps.
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,10 +22,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from h2a2_jax.balancers import has_dataset_axis
-from h2a2_jax.checkpoint.train_state import Averages, TrainState
+from h2a2_jax.checkpoint.train_state import TrainState
 from h2a2_jax.scans.specs import DatasetSpec
 
 Arrays = dict[str, np.ndarray]
+"""Arrays by path."""
+
+COUNTERS = ("step", "skipped", "skipped_in_row")
+"""Counters of a training state, which the item "optimizer" holds."""
 
 
 def flat_names(tree: Any) -> list[str]:
@@ -34,7 +38,13 @@ def flat_names(tree: Any) -> list[str]:
 
 
 def stored_params(shared: Any, exclusive: Any, specs: Sequence[DatasetSpec]) -> dict[str, Any]:
-    """The item "params"; `specs` in the order of the dataset axis."""
+    """The item "params".
+
+    Args:
+        shared: tree of the parameters that all datasets share.
+        exclusive: tree of the parameters with a dataset axis.
+        specs: the datasets in the order of that axis.
+    """
     return {"shared": _host_arrays(shared), "datasets": _by_dataset(_host_arrays(exclusive), specs)}
 
 
@@ -43,58 +53,60 @@ def stored_statistics(stats: Any, specs: Sequence[DatasetSpec]) -> dict[str, Arr
     return _by_dataset(_host_arrays(stats), specs)
 
 
-def stored_optimizer(state: TrainState, specs: Sequence[DatasetSpec]) -> dict[str, Any]:
-    """The item "optimizer"."""
-    own = _host_arrays(state.exclusive_optimizer)
-    return {
-        "step": _host_array(state.step),
-        "skipped": _host_array(state.skipped),
-        "skipped_in_row": _host_array(state.skipped_in_row),
-        "shared": _host_arrays(state.shared_optimizer),
-        "datasets": _by_dataset({k: v for k, v in own.items() if v.ndim}, specs),
-        "scalars": {k: v for k, v in own.items() if not v.ndim},
-        "balancer": _host_arrays(state.balancer),
+def stored_state(state: TrainState, specs: Sequence[DatasetSpec]) -> dict[str, Any]:
+    """All items of a training state, by name."""
+    exclusive = _host_arrays(state.exclusive_optimizer)
+    items: dict[str, Any] = {
+        "params": stored_params(state.shared, state.exclusive, specs),
+        "batch_stats": stored_statistics(state.stats, specs),
+        "optimizer": {
+            **{name: _host_array(getattr(state, name)) for name in COUNTERS},
+            "shared": _host_arrays(state.shared_optimizer),
+            "datasets": _by_dataset({path: array for path, array in exclusive.items() if array.ndim}, specs),
+            "scalars": {path: array for path, array in exclusive.items() if not array.ndim},
+            "balancer": _host_arrays(state.balancer),
+        },
     }
-
-
-def stored_averages(averages: Averages, specs: Sequence[DatasetSpec]) -> dict[str, Any]:
-    """The item "averages"."""
-    return {
-        "params": stored_params(averages.shared, averages.exclusive, specs),
-        "batch_stats": stored_statistics(averages.stats, specs),
-    }
+    if (averages := state.averages) is not None:
+        items["averages"] = {
+            "params": stored_params(averages.shared, averages.exclusive, specs),
+            "batch_stats": stored_statistics(averages.stats, specs),
+        }
+    return items
 
 
 def checksum(item: Any) -> int:
-    """CRC-32 of an item's arrays and their names: Orbax does not notice a bit that a disk turned."""
-    value = 0
-    for name, array in _arrays("", item):
-        value = zlib.crc32(f"{name} {_form(array)}".encode(), value)
-        value = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, value)
-    return value
+    """CRC-32 of the arrays of an item and of their names, dtypes and shapes."""
+
+    def updated(value: int, name: str, item: Any) -> int:
+        if isinstance(item, Mapping):
+            for key in sorted(item):
+                value = updated(value, f"{name}/{key}", item[key])
+            return value
+        array = np.asarray(item)
+        value = zlib.crc32(f"{name} {describe_array(array)}".encode(), value)
+        return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, value)
+
+    return updated(0, "", item)
 
 
-def _arrays(name: str, item: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Arrays of nested dicts with their names, in the order of these."""
-    if not isinstance(item, Mapping):
-        yield name, np.asarray(item)
-        return
-    for key in sorted(item):
-        yield from _arrays(f"{name}/{key}", item[key])
+def describe_array(array: Any) -> str:
+    """Dtype and shape of an array, as in "float32[27,3,4]"."""
+    return f"{array.dtype}[{','.join(map(str, array.shape))}]"
 
 
 def stacked(stored: Mapping[str, Arrays], names: Sequence[str], like: Any) -> Arrays:
-    """The datasets' arrays with a leading dataset axis in the order of `names`, outputs of heads padded with zeros.
+    """Stack the datasets' arrays on a leading axis and pad the outputs of their heads with zeros.
 
     Args:
-        stored: by dataset name.
-        names: of the datasets.
-        like: tree that has the padded shapes.
+        stored: arrays by dataset name.
+        names: datasets in the order of the axis.
+        like: tree with the padded shapes.
     """
     widths = {_name(path): leaf.shape[-1:] for path, leaf in jax.tree_util.tree_flatten_with_path(like)[0]}
 
     def padded(path: str, array: np.ndarray) -> np.ndarray:
-        if _head_part(path) is None or path not in widths:
+        if _head_width(path) is None or path not in widths:
             return array
         missing = max(widths[path][0] - array.shape[-1], 0)
         return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)])
@@ -103,9 +115,9 @@ def stacked(stored: Mapping[str, Arrays], names: Sequence[str], like: Any) -> Ar
 
 
 def reordered_balancer(stored: Arrays, like: Any, saved: Sequence[str], names: Sequence[str]) -> Arrays:
-    """The balancer's arrays where the dataset axis has another order than when they were saved.
+    """Reorder the dataset axis of a balancer's arrays from the order `saved` to the order `names`.
 
-    A balancer of which it is not known which arrays have that axis starts anew.
+    A balancer that does not declare which of its arrays have that axis starts anew.
     """
     if list(saved) == list(names):
         return stored
@@ -118,19 +130,18 @@ def reordered_balancer(stored: Arrays, like: Any, saved: Sequence[str], names: S
 
 
 def differences(stored: Mapping[str, np.ndarray], like: Any) -> list[str]:
-    """How stored arrays differ in name, shape or type from a tree's, one phrase each."""
-    expected = dict(zip(flat_names(like), jax.tree.leaves(like), strict=True))
-    found = []
-    for path in [*expected, *(path for path in stored if path not in expected)]:
-        ours = _form(expected[path]) if path in expected else "nothing"
-        theirs = _form(stored[path]) if path in stored else "nothing"
-        if ours != theirs:
-            found.append(f"{path} is {theirs} in the checkpoint and {ours} here")
-    return found
+    """List the differences in name, shape or dtype between stored arrays and a tree, one phrase each."""
+    ours = {path: describe_array(leaf) for path, leaf in zip(flat_names(like), jax.tree.leaves(like), strict=True)}
+    theirs = {path: describe_array(array) for path, array in stored.items()}
+    return [
+        f"{path} is {theirs.get(path, 'nothing')} in the checkpoint and {ours.get(path, 'nothing')} here"
+        for path in [*ours, *(path for path in theirs if path not in ours)]
+        if theirs.get(path) != ours.get(path)
+    ]
 
 
 def filled(like: Any, stored: Arrays) -> Any:
-    """The tree with the stored arrays in place of its leaves, each where the leaf lies."""
+    """Replace the leaves of a tree by the stored arrays, each on the devices of its leaf."""
     leaves, structure = jax.tree.flatten(like)
     arrays = [_placed(stored[name], leaf) for name, leaf in zip(flat_names(like), leaves, strict=True)]
     return jax.tree.unflatten(structure, arrays)
@@ -139,7 +150,7 @@ def filled(like: Any, stored: Arrays) -> Any:
 def _placed(array: np.ndarray, like: Any) -> jax.Array:
     sharding = getattr(like, "sharding", None)
     if sharding is None or not getattr(like, "committed", True):
-        return jnp.array(array)  # where JAX puts it: left free to go with others
+        return jnp.array(array)  # uncommitted, so that JAX may move it to where other arguments are
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
@@ -153,15 +164,17 @@ def _host_arrays(tree: Any) -> Arrays:
 
 
 def _host_array(leaf: Any) -> np.ndarray:
-    """A copy: on a CPU the array itself is a view of memory that the next step may reuse."""
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         return np.array(multihost_utils.process_allgather(leaf, tiled=True))
+    # A copy: on a CPU the array itself is a view of memory that the next step may reuse.
     return np.array(leaf)
 
 
 def _by_dataset(arrays: Arrays, specs: Sequence[DatasetSpec]) -> dict[str, Arrays]:
+    """Slices of stacked arrays by dataset name, without the padding of heads."""
+
     def own(path: str, array: np.ndarray, spec: DatasetSpec) -> np.ndarray:
-        width = _head_part(path)
+        width = _head_width(path)
         return array if width is None else array[..., : width(spec)]
 
     return {
@@ -170,13 +183,9 @@ def _by_dataset(arrays: Arrays, specs: Sequence[DatasetSpec]) -> dict[str, Array
     }
 
 
-def _head_part(path: str) -> Callable[[DatasetSpec], int] | None:
-    """For a parameter of a head, what gives its number of outputs; its last axis is padded in the model."""
+def _head_width(path: str) -> Callable[[DatasetSpec], int] | None:
+    """For a parameter of a head, a function from a dataset to the length of its last axis, which the model pads."""
     *_, module, parameter = ("", *path.split("."))
     if module != "heads":
         return None
     return (lambda spec: spec.num_outputs) if parameter.startswith("box_") else (lambda spec: spec.num_classes)
-
-
-def _form(array: Any) -> str:
-    return f"{array.dtype}[{','.join(map(str, array.shape))}]"

@@ -1,23 +1,22 @@
-"""Start from parts of another run's checkpoint, and report what was taken.
+"""Start a new run's detector from another run's checkpoint (fine-tuning), and report what was loaded.
 
-Fine-tuning: a new run's detector starts with what another run's checkpoint holds for it.
-
-    its parameter             starts as the checkpoint's
+    parameter or statistic    starts as the checkpoint's
     shared by the datasets    of the same path; a selection's shared kernel also as the plain kernel of the same place,
-                              which is how TR3D becomes the start of H2A2
+                              so that TR3D is a start for H2A2
     a dataset's own           of the same path and dataset name, or of the same path and shared there (neck, norms)
     a dataset's statistics    of the same path and dataset name; of a dataset that the checkpoint does not know, as the
                               mean over the checkpoint's datasets
 
-What is not found there, or does not fit, stays as it was initialised: a new dataset's embedding, kernels and head too.
-Statistics cannot, for behind mean 0 and variance 1 trained kernels are far off until training has moved them; their
-mean is also what scans of unseen datasets are run on (`DatasetContext.mean`). Where exclusive kernels are to start as a
-copy of the shared one (`exclusive_init`), those not found copy the loaded one. The optimiser starts anew.
+An array without a counterpart of its shape stays as it was initialised, as the embedding, the kernels and the head of a
+new dataset do. Statistics are the exception: behind mean 0 and variance 1 trained kernels are far off until training
+has moved them. Scans of unseen datasets are run on the mean statistics, too (`DatasetContext.mean`). If exclusive
+kernels start as a copy of the shared one (`exclusive_init`), those without a counterpart copy the loaded one. The
+optimiser starts anew.
 """
 
 import itertools
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,39 +24,50 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from h2a2_jax.checkpoint.parameter_groups import place_of
-from h2a2_jax.checkpoint.store import CheckpointStore, StoredModel, checkpoint_place
+from h2a2_jax.checkpoint.store import CheckpointStore, StoredModel, existing_place
 from h2a2_jax.checkpoint.train_state import merge_model, split_model
-from h2a2_jax.checkpoint.tree import Arrays, filled, flat_names, stacked, stored_params, stored_statistics
+from h2a2_jax.checkpoint.tree import (
+    Arrays,
+    describe_array,
+    filled,
+    flat_names,
+    stacked,
+    stored_params,
+    stored_statistics,
+)
 from h2a2_jax.errors import InputError
 from h2a2_jax.models import TR3D
 from h2a2_jax.scans.specs import DatasetSpec
+
+_SHARED = ""
+"""Key of the shared arrays in dicts by dataset name."""
 
 
 class ArrayName(NamedTuple):
     """A parameter or a running statistic, shared or of one dataset.
 
     Attributes:
-        path: in the detector.
-        dataset: whose it is; "" where it is shared.
-        note: what else is to be said of it.
+        path: path in the detector.
+        dataset: name of its dataset; "" if it is shared.
+        note: remark for the report, as on a shape that does not fit.
     """
 
     path: str
-    dataset: str = ""
+    dataset: str = _SHARED
     note: str = ""
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What was loaded from a checkpoint and what was not.
+    """Report of a warm start.
 
     Attributes:
         source: the checkpoint, in words.
-        loaded: arrays of the detector that are those of the checkpoint.
+        loaded: arrays of the detector that were loaded from the checkpoint.
         averaged: statistics of datasets that the checkpoint does not know: the mean over its own.
         initialised: arrays of the detector that the checkpoint does not have.
-        other_shape: arrays of the detector that have another shape, type or meaning there; initialised too.
-        left_over: arrays of the checkpoint that went nowhere.
+        other_shape: arrays of the detector that have another shape, dtype or meaning there; initialised too.
+        left_over: arrays of the checkpoint that were not used.
         left_datasets: datasets of the checkpoint that the detector does not have.
     """
 
@@ -70,9 +80,9 @@ class WarmStart:
     left_datasets: tuple[str, ...]
 
     def text(self) -> str:
-        """Counts of what was loaded, and every path of what was not, with alternatives in braces as shells have them.
+        """The number of loaded arrays, and every path that was not loaded, with alternatives in shell braces.
 
-        Of datasets of the checkpoint that the detector does not have, the number of arrays only.
+        For datasets of the checkpoint that the detector does not have, the number of arrays only.
         """
         total = sum(map(len, (self.loaded, self.averaged, self.initialised, self.other_shape)))
         lines = [f"Warm start from {self.source}: {len(self.loaded)} of {total} arrays loaded: {_counts(self.loaded)}."]
@@ -89,28 +99,26 @@ class WarmStart:
 
 
 def _counts(names: Sequence[ArrayName]) -> str:
-    """As in "stem 3, neck 18, of scannet 50"."""
+    """Number of arrays by place or dataset, as in "stem 3, neck 18, of scannet 50"."""
     counts = Counter(f"of {name.dataset}" if name.dataset else place_of(name.path) for name in names)
     return ", ".join(f"{group} {count}" for group, count in counts.items())
 
 
-def _section(title: str, names: Sequence[ArrayName]) -> list[str]:
-    if not names:
-        return []
-    lines = [f"{title} ({_counts(names)}):"]
+def _section(title: str, names: Sequence[ArrayName]) -> Iterator[str]:
+    if names:
+        yield f"{title} ({_counts(names)}):"
     for note in dict.fromkeys(name.note for name in names):
         for datasets, *parts in _products([(n.dataset, *n.path.split(".")) for n in names if n.note == note]):
             path = ".".join(part[0] if len(part) == 1 else f"{{{','.join(part)}}}" for part in parts)
-            whose = f" of {', '.join(datasets)}" if datasets != ("",) else ""
-            lines.append(f"  {path}{whose}{f' ({note})' if note else ''}")
-    return lines
+            of_datasets = f" of {', '.join(datasets)}" if datasets != (_SHARED,) else ""
+            yield f"  {path}{of_datasets}{f' ({note})' if note else ''}"
 
 
 def _products(rows: Sequence[tuple[str, ...]]) -> list[tuple[tuple[str, ...], ...]]:
-    """Different rows of words as few rows of alternatives that multiply out to them."""
+    """Write distinct rows of words as few products of alternatives, as shells expand {a,b}.{c,d}."""
     products: list[tuple[tuple[str, ...], ...]] = [tuple((word,) for word in row) for row in rows]
     for place in reversed(range(max(map(len, rows)))):
-        # Those that are equal but for this place become one.
+        # Rows that are equal except for this place become one.
         merged: dict[tuple, list[tuple[str, ...]]] = {}
         for row in products:
             merged.setdefault((row[:place], row[place + 1 :]), []).append(row[place] if place < len(row) else ())
@@ -121,31 +129,28 @@ def _products(rows: Sequence[tuple[str, ...]]) -> list[tuple[tuple[str, ...], ..
     return products
 
 
-__all__ = ["ArrayName", "WarmStart", "warm_start"]
-
-_SHARED = ""
-"""In place of a dataset's name."""
-
-
 def warm_start(
     model: TR3D, specs: Sequence[DatasetSpec], path: str | Path, step: int | None = None
 ) -> tuple[TR3D, WarmStart]:
-    """A detector with what a checkpoint holds for it.
+    """Load everything from a checkpoint that fits a detector.
 
     Args:
-        model: as it was initialised; is left as it is.
-        specs: of its datasets, in the order of the dataset axis.
+        model: the detector as it was initialised; not changed.
+        specs: its datasets in the order of the dataset axis.
         path: the folder of a run, the "checkpoints" in it, or the folder of one step in that.
-        step: of the checkpoint; None: that of the path, or the last.
+        step: number of the checkpoint; None: that of the path, or the last one.
 
     Returns:
-        The detector, and what was loaded and what was not.
+        A new detector, and the report.
 
     Raises:
         InputError: there is no such checkpoint or it cannot be read; no parameter in it fits; or it selects its kernels
             and the model does not, whose backbone would then be initialised among trained norms.
     """
-    stored, source = _read(Path(path), step)
+    place = existing_place(path)
+    with CheckpointStore(place.directory) as store:
+        stored = store.restore_arrays(place.step if step is None else step)
+    source = f"checkpoint of step {stored.step} in {place.directory}"
     selection = model.config.selection
     if stored.config.model.selection is not None and selection is None:
         raise InputError(
@@ -154,9 +159,9 @@ def warm_start(
         )
     graph, exclusive, shared, stats = split_model(model)
     params, statistics = stored_params(shared, exclusive, specs), stored_statistics(stats, specs)
-    ours = _by_owner(params["shared"], params["datasets"], statistics)
+    ours = _by_dataset(params["shared"], params["datasets"], statistics)
     copies = selection is not None and selection.exclusive_init == "copy"
-    start, report = _matched(ours, stored, {spec.name: spec.classes for spec in specs}, copies, source)
+    start, report = _match(ours, stored, {spec.name: spec.classes for spec in specs}, copies, f"the {source}")
     if not any(name.path not in statistics.get(name.dataset, {}) for name in report.loaded):
         raise InputError(
             f"No parameter of the {source} has the name and the shape of one of this model: give the config that it "
@@ -171,96 +176,69 @@ def warm_start(
     return merge_model(graph, refilled(exclusive), filled(shared, start[_SHARED]), refilled(stats)), report
 
 
-def _read(path: Path, step: int | None) -> tuple[StoredModel, str]:
-    """A checkpoint, and in words which."""
-    if not path.is_dir():
-        raise InputError(
-            f"{path} is no folder: give the folder of a run, its checkpoints or one of them; weights of other programs "
-            "are turned into one by `python -m h2a2_jax.convert.tr3d_weights`."
-        )
-    place = checkpoint_place(path)
-    with CheckpointStore(place.directory) as store:
-        stored = store.restore_arrays(place.step if step is None else step)
-    return stored, f"checkpoint of step {stored.step} in {place.directory}"
-
-
-def _by_owner(shared: Arrays, own: Mapping[str, Arrays], statistics: Mapping[str, Arrays]) -> dict[str, Arrays]:
+def _by_dataset(shared: Arrays, own: Mapping[str, Arrays], statistics: Mapping[str, Arrays]) -> dict[str, Arrays]:
     return {_SHARED: shared, **{name: {**own[name], **statistics[name]} for name in own}}
 
 
-def _matched(
-    ours: Mapping[str, Arrays],
-    stored: StoredModel,
-    classes: Mapping[str, tuple[str, ...]],
-    copies: bool,
-    source: str,
+def _match(
+    ours: Mapping[str, Arrays], stored: StoredModel, classes: Mapping[str, tuple[str, ...]], copies: bool, source: str
 ) -> tuple[dict[str, Arrays], WarmStart]:
-    """Arrays by owner and path as they are after a warm start.
+    """Find a start for every array of a detector.
 
     Args:
-        ours: as they were initialised.
+        ours: arrays by dataset and path, as they were initialised.
         stored: the checkpoint.
-        classes: of our datasets.
-        copies: whether exclusive kernels that are not found copy shared ones.
-        source: the checkpoint in words.
+        classes: class names of our datasets.
+        copies: True if exclusive kernels without a counterpart copy shared ones.
+        source: the checkpoint, in words.
+
+    Returns:
+        Arrays by dataset and path after the warm start, and the report.
     """
-    theirs = _by_owner(stored.shared, stored.datasets, stored.statistics)
+    theirs = _by_dataset(stored.shared, stored.datasets, stored.statistics)
     other_classes = {s.name for s in stored.config.specs if s.name in classes and s.classes != classes[s.name]}
-    means = _mean_statistics(stored)
-    start = {owner: dict(arrays) for owner, arrays in ours.items()}
+    means = {
+        path: np.stack([arrays[path] for arrays in stored.statistics.values()]).mean(0)
+        for path in next(iter(stored.statistics.values()))
+    }
+    start = {dataset: dict(arrays) for dataset, arrays in ours.items()}
     used: set[tuple[str, str]] = set()
-    loaded: list[ArrayName] = []
-    averaged: list[ArrayName] = []
-    initialised: list[ArrayName] = []
-    other_shape: list[ArrayName] = []
-    for owner, path in [(owner, path) for owner, arrays in ours.items() for path in arrays]:
-        is_unknown = owner != _SHARED and owner not in theirs
-        places = [place for place in _places(owner, path, copies) if place[1] in theirs.get(place[0], {})]
-        if places:
-            value = theirs[places[0][0]][places[0][1]]
-            used.add(places[0])
-        elif is_unknown and path in means:
+    found: dict[str, list[ArrayName]] = defaultdict(list)
+    for dataset, path in [(dataset, path) for dataset, arrays in ours.items() for path in arrays]:
+        counterparts = [(d, p) for d, p in _counterparts(dataset, path, copies) if p in theirs.get(d, {})]
+        if counterparts:
+            kind, sources = "loaded", counterparts[:1]
+            value = theirs[sources[0][0]][sources[0][1]]
+        elif dataset not in theirs and path in means:
+            kind, sources = "averaged", [(d, path) for d in stored.datasets]
             value = means[path]
-            used.update((dataset, path) for dataset in stored.datasets)
         else:
-            initialised.append(ArrayName(path, owner))
+            found["initialised"].append(ArrayName(path, dataset))
             continue
-        own = ours[owner][path]
-        if owner in other_classes and path.startswith("heads.class_"):
-            other_shape.append(ArrayName(path, owner, "of other classes"))
+        used.update(sources)
+        own, note = ours[dataset][path], ""
+        if dataset in other_classes and path.startswith("heads.class_"):
+            kind, note = "other_shape", "of other classes"
         elif (value.shape, value.dtype) != (own.shape, own.dtype):
-            note = f"{_form(value)} in the checkpoint, {_form(own)} here"
-            other_shape.append(ArrayName(path, owner, note))
+            kind, note = "other_shape", f"{describe_array(value)} in the checkpoint, {describe_array(own)} here"
         else:
-            start[owner][path] = value
-            (loaded if places else averaged).append(ArrayName(path, owner))
-    left = [ArrayName(path, owner) for owner in theirs for path in theirs[owner] if (owner, path) not in used]
+            start[dataset][path] = value
+        found[kind].append(ArrayName(path, dataset, note))
     return start, WarmStart(
-        source=f"the {source}",
-        loaded=tuple(loaded),
-        averaged=tuple(averaged),
-        initialised=tuple(initialised),
-        other_shape=tuple(other_shape),
-        left_over=tuple(left),
+        source=source,
+        loaded=tuple(found["loaded"]),
+        averaged=tuple(found["averaged"]),
+        initialised=tuple(found["initialised"]),
+        other_shape=tuple(found["other_shape"]),
+        left_over=tuple(ArrayName(p, d) for d, arrays in theirs.items() for p in arrays if (d, p) not in used),
         left_datasets=tuple(name for name in stored.datasets if name not in ours),
     )
 
 
-def _places(owner: str, path: str, copies: bool) -> list[tuple[str, str]]:
-    """Where an array may be found in a checkpoint, owner and path, best first."""
+def _counterparts(dataset: str, path: str, copies: bool) -> list[tuple[str, str]]:
+    """Dataset and path of the arrays of a checkpoint that an array may start as, best first."""
     layer, _, parameter = path.rpartition(".")
-    places = [(owner, path), (_SHARED, path)]
-    kernels = [(_SHARED, f"{layer}.shared"), (_SHARED, f"{layer}.kernel")]
+    found = [(dataset, path), (_SHARED, path)]
     if layer.endswith(".conv") and (parameter == "shared" or (parameter == "exclusive" and copies)):
-        places += kernels
-    return places
-
-
-def _mean_statistics(stored: StoredModel) -> Arrays:
-    """Running statistics by path, averaged over the checkpoint's datasets."""
-    of_each = list(stored.statistics.values())
-    return {path: np.stack([arrays[path] for arrays in of_each]).mean(0) for path in of_each[0]}
-
-
-def _form(array: np.ndarray) -> str:
-    return f"{array.dtype}[{','.join(map(str, array.shape))}]"
+        found += [(_SHARED, f"{layer}.shared"), (_SHARED, f"{layer}.kernel")]
+    return found

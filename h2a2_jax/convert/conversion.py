@@ -1,9 +1,18 @@
-"""From a file of PyTorch to a run's folder with its checkpoint, and back."""
+"""Conversion of TR3D checkpoints: from a file of PyTorch to a run's folder with its checkpoint, and back.
 
+    python -m h2a2_jax.convert.tr3d tr3d.pth --output=runs/tr3d                 from mmdetection3d
+    python -m h2a2_jax.convert.tr3d runs/tr3d --reverse --output=tr3d.pth       and back
+
+`convert_command` is the command; `convert_file`, `save_conversion` and `export_checkpoint` are its steps.
+"""
+
+import argparse
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -15,29 +24,34 @@ from h2a2_jax.balancers import build_balancer
 from h2a2_jax.checkpoint.store import CheckpointStore, restore_checkpoint
 from h2a2_jax.checkpoint.train_state import create_state
 from h2a2_jax.config import ExperimentConfig, HarmonizeConfig, to_json
-from h2a2_jax.convert.torch_file import TorchFile
+from h2a2_jax.convert.torch_file import TorchFile, read_torch_file, write_torch_file
 from h2a2_jax.convert.tr3d_weights import config_of_weights, export_tr3d, load_tr3d, tr3d_slots, without_prefix
 from h2a2_jax.distributed import DATASET
 from h2a2_jax.errors import InputError
+from h2a2_jax.host import quiet_command_line
 from h2a2_jax.models import TR3D
 from h2a2_jax.models.head import NUM_OUTPUTS
 from h2a2_jax.scans.sources import ROOTS, SourceConfig
 from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.training.build import build_optimizer, draw_detector, learning_rate
 
-_HEAD = "bbox_head.conv_"
-_OF_FCAF3D = "bbox_head.conv_center.kernel"
+_FCAF3D_ONLY = "bbox_head.conv_center.kernel"
 _SHOWN = 3
+_DESCRIPTION = """Convert TR3D checkpoints of mmdetection3d into checkpoints of this program, and back.
+
+Only the file's weights are read; nothing in it is imported or run. Depth, widths, classes and the form of the boxes
+follow from the weights. Of FCAF3D the backbone's convolutions and norms of the same names are taken (--partial)."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of one name.
+    """One line of the table that a conversion prints: a parameter and what was done with it.
 
     Attributes:
-        fate: "used", "left over" (in the file, without a place in ours) or "missing" (ours, not in the file).
-        name: of the parameter.
-        form: its shape and type, as text.
+        fate: "used", "left over" (in the file, without a place here), "missing" (needed here, not in the file) or
+            "written".
+        name: name of the parameter in TR3D.
+        form: its shape and dtype, as text.
         why: a remark.
     """
 
@@ -49,13 +63,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a file's weights make.
+    """A run made from the weights of a file.
 
     Attributes:
-        config: of a run that they could come from.
-        weights: those that have a place in its detector, by TR3D's names.
-        entries: what became of every name.
-        notes: what else is worth knowing, a sentence each.
+        config: config of a run that the weights could come from.
+        weights: weights with a place in its detector, by TR3D's names.
+        entries: one entry for every name.
+        notes: further remarks, a sentence each.
     """
 
     config: ExperimentConfig
@@ -68,35 +82,36 @@ class Conversion:
         return [entry for entry in self.entries if entry.fate == fate]
 
     def build(self) -> TR3D:
-        """The detector with the weights; what is missing is drawn from the config's seed."""
+        """Build the detector with the weights; missing parameters are initialised by the config's seed."""
         graph, state = nnx.split(_shape_detector(self.config))
         model = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state))
-        missing = [entry.name for entry in self.of("missing")]
-        load_tr3d(model, {**self.weights, **(_draw(self.config, missing) if missing else {})})
+        load_tr3d(model, self.weights)
+        if missing := [entry.name for entry in self.of("missing")]:
+            load_tr3d(model, _initialise(self.config, missing))
         return model
 
 
 def convert_file(
     file: TorchFile, dataset: str | None = None, classes: tuple[str, ...] = (), seed: int = 0
 ) -> Conversion:
-    """Finds the detector that a file's weights belong to, and the place of each.
+    """Find the detector that a file's weights belong to, and the place of each.
 
     Args:
-        file: as read.
-        dataset: whose head it is; None: the built-in one of so many classes and outputs.
-        classes: of a dataset that is not built in; empty: as the file says.
-        seed: of the parameters that the file lacks.
+        file: as `read_torch_file` returns it.
+        dataset: name of the dataset of the head; None: the built-in one with as many classes and outputs.
+        classes: class names of a dataset that is not built in; empty: as the file names them.
+        seed: seed of the parameters that the file lacks.
 
     Raises:
-        InputError: they are no weights of TR3D, their dataset cannot be told, or one of them is not finite.
+        InputError: the weights are not TR3D's, their dataset is not known, or one of them is not finite.
     """
     whole = without_prefix(file.tensors)
     numbers = {name: value for name, value in whole.items() if not name.endswith("num_batches_tracked")}
-    is_fcaf3d = _OF_FCAF3D in numbers
-    # FCAF3D's head has names of TR3D's for other things.
+    is_fcaf3d = _FCAF3D_ONLY in numbers
+    # The head of FCAF3D has names of TR3D's head for other things.
     state = {k: v for k, v in numbers.items() if k.startswith("backbone.")} if is_fcaf3d else numbers
     model_config = config_of_weights(state)
-    source, note = _source(state, file.classes, dataset, classes)
+    source, note = _dataset_of(state, file.classes, dataset, classes)
     config = ExperimentConfig(datasets=(source,), model=model_config, harmonize=HarmonizeConfig(method="mean"))
     config = replace(config, train=replace(config.train, seed=seed))
     shapes = {name: slot.shape for name, slot in tr3d_slots(_shape_detector(config)).items()}
@@ -114,15 +129,15 @@ def convert_file(
                 raise InputError(f"{name} holds NaN or infinity: the file is damaged, or its training diverged.")
     if is_fcaf3d:
         reasons |= dict.fromkeys((name for name in numbers if name not in state), "of FCAF3D, not of its backbone")
-    entries = [Entry("used", name, shape_and_type(state[name])) for name in shapes if name in fitting]
+    entries = [Entry("used", name, _shape_and_dtype(state[name])) for name in shapes if name in fitting]
     entries += [
-        Entry("left over", k, shape_and_type(v), reasons.get(k, "")) for k, v in numbers.items() if k not in fitting
+        Entry("left over", k, _shape_and_dtype(v), reasons.get(k, "")) for k, v in numbers.items() if k not in fitting
     ]
     entries += [Entry("left over", name, "no tensor") for name in file.others]
     entries += [Entry("missing", name, _shape(shapes[name]), "initialised") for name in shapes if name not in fitting]
     notes = [note] if note else []
     if len(numbers) < len(whole):
-        notes.append(f"{len(whole) - len(numbers)} counters of batches (num_batches_tracked) say nothing of the model.")
+        notes.append(f"{len(whole) - len(numbers)} counters of batches (num_batches_tracked) are not part of a model.")
     if file.not_read:
         names = ", ".join(file.not_read[:_SHOWN]) + (", ..." if len(file.not_read) > _SHOWN else "")
         notes.append(f"The file names {len(file.not_read)} classes or functions, none was run: {names}.")
@@ -130,14 +145,14 @@ def convert_file(
 
 
 def save_conversion(conversion: Conversion, workdir: Path) -> None:
-    """Writes a run's folder: config.json and a checkpoint of step 0, from which training can go on.
+    """Write a run's folder: config.json and a checkpoint of step 0, from which training can go on.
 
     Args:
-        conversion: what to write.
+        conversion: the run.
         workdir: the folder, without checkpoints yet.
 
     Raises:
-        InputError: it holds checkpoints or cannot be written.
+        InputError: the folder holds checkpoints or cannot be written.
     """
     config = conversion.config
     optimizer = build_optimizer(config.optim, learning_rate(config.optim, steps_per_epoch=1, total_steps=1))
@@ -153,18 +168,18 @@ def save_conversion(conversion: Conversion, workdir: Path) -> None:
 
 
 def export_checkpoint(path: Path, dataset: str | None = None, step: int | None = None) -> tuple[dict, dict[str, Any]]:
-    """Our checkpoint as mmdetection3d's TR3D would hold it.
+    """Export a checkpoint of ours in the form of mmdetection3d's TR3D.
 
     Args:
         path: folder of a run.
-        dataset: whose statistics and head, of a detector trained on several.
-        step: of the checkpoint; None: the last.
+        dataset: name of the dataset whose statistics and head are exported; required with several datasets.
+        step: number of the checkpoint; None: the last one.
 
     Returns:
-        The state dict, by TR3D's names, and what goes beside it.
+        The state dict, by TR3D's names, and the metadata stored beside it.
 
     Raises:
-        InputError: there is no such checkpoint; it selects kernels; the dataset is not told or not its own.
+        InputError: there is no such checkpoint; it selects kernels; the dataset is missing or unknown.
     """
     model, config = restore_checkpoint(path, step)
     if config.model.selection is not None:
@@ -186,16 +201,14 @@ def export_checkpoint(path: Path, dataset: str | None = None, step: int | None =
     return state, {"dataset_meta": {"classes": list(config.specs[index].classes)}}
 
 
-def _source(
+def _dataset_of(
     state: Mapping[str, np.ndarray], stored: tuple[str, ...], dataset: str | None, classes: tuple[str, ...]
 ) -> tuple[SourceConfig, str]:
-    """The dataset whose head weights are, and a remark on its classes."""
+    """The dataset that the head in the weights belongs to, and a remark on its classes."""
     known = {spec.name: spec for spec in SPECS}
-    widths = {
-        part: state[f"{_HEAD}{part}.kernel"].shape[-1] for part in ("cls", "reg") if f"{_HEAD}{part}.kernel" in state
-    }
-    has_head = len(widths) == 2
-    num_classes, num_outputs = widths.get("cls", 0), widths.get("reg", 0)
+    kernels = [state.get(f"bbox_head.conv_{part}.kernel") for part in ("cls", "reg")]
+    has_head = all(kernel is not None for kernel in kernels)
+    num_classes, num_outputs = (0 if kernel is None else kernel.shape[-1] for kernel in kernels)
     found = f"{num_classes} classes and {num_outputs} box outputs"
     if has_head and num_outputs not in (6, NUM_OUTPUTS):
         raise InputError(f"The head has {found}; expected 6 outputs (boxes along the axes) or 8 (boxes with yaw).")
@@ -204,8 +217,10 @@ def _source(
     if dataset is None:
         fitting = [s.name for s in SPECS if (s.num_classes, s.num_outputs) == (num_classes, num_outputs)]
         if not fitting:
-            what = f"The head has {found}, which is none of" if has_head else "There is no head that would tell it from"
-            raise InputError(f"{what} {', '.join(known)}: name the dataset with --dataset, another one with --classes.")
+            problem = f"The head has {found}, which is none of" if has_head else "No head distinguishes the datasets"
+            raise InputError(
+                f"{problem} {', '.join(known)}: name the dataset with --dataset, another one with --classes."
+            )
         dataset = fitting[0]
     if dataset in known:
         if classes:
@@ -218,13 +233,13 @@ def _source(
                 f"The head has {found}, {dataset} has {spec.num_classes} and {spec.num_outputs}: give another "
                 "--dataset."
             )
-        source, note = SourceConfig(dataset, root=ROOTS[dataset]), ""
-        if stored and [_plain(name) for name in stored] != [_plain(name) for name in spec.classes]:
+        note = ""
+        if stored and [_letters(name) for name in stored] != [_letters(name) for name in spec.classes]:
             note = (
                 f"Attention: the file calls its classes {', '.join(stored)}; those of {dataset} are "
                 f"{', '.join(spec.classes)}. If they are others, convert with --dataset=NAME --classes=..."
             )
-        return source, note
+        return SourceConfig(dataset, root=ROOTS[dataset]), note
     own = classes or stored
     if not own or (has_head and len(own) != num_classes):
         given = f"{len(own)} are given" if own else "none are given"
@@ -240,7 +255,7 @@ def _shape_detector(config: ExperimentConfig) -> TR3D:
     return nnx.eval_shape(lambda: draw_detector(config, jax.random.key(0)))
 
 
-def _draw(config: ExperimentConfig, names: Sequence[str]) -> dict[str, np.ndarray]:
+def _initialise(config: ExperimentConfig, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Parameters of a new detector, by TR3D's names; compiled for these alone, since all of them take long."""
 
     def draw(key: PRNGKeyArray) -> dict[str, jax.Array]:
@@ -250,7 +265,7 @@ def _draw(config: ExperimentConfig, names: Sequence[str]) -> dict[str, np.ndarra
     return jax.device_get(jax.jit(draw)(jax.random.key(config.train.seed)))
 
 
-def _plain(name: str) -> str:
+def _letters(name: str) -> str:
     return "".join(filter(str.isalnum, name)).lower()
 
 
@@ -258,6 +273,133 @@ def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def shape_and_type(array: np.ndarray) -> str:
-    """Shape and type of a parameter, as text."""
+def _shape_and_dtype(array: np.ndarray) -> str:
     return f"{_shape(array.shape)} {array.dtype}"
+
+
+# The command.
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; an example is tr3d.pth --output=runs/tr3d.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `convert_command`."""
+    parser.add_argument("input", type=Path, help="a .pth file; with --reverse the folder of a run")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run; with --reverse a .pth file")
+    parser.add_argument("--dataset", help="dataset of the head: scannet, sunrgbd, s3dis or another name with --classes")
+    parser.add_argument(
+        "--classes", default="", help="of a dataset that is not built in, with commas between, in order"
+    )
+    parser.add_argument("--partial", action="store_true", help="initialise parameters that are missing in the file")
+    parser.add_argument("--voxel_size", type=float, help="in metres, not stored in weights; by default TR3D's 0.01")
+    parser.add_argument("--seed", type=int, default=0, help="of parameters that are initialised")
+    parser.add_argument("--reverse", action="store_true", help="from our checkpoint to a state dict of TR3D")
+    parser.add_argument("--step", type=int, help="with --reverse: of the checkpoint; by default the last")
+
+
+def convert_command(arguments: argparse.Namespace | Sequence[str]) -> int:
+    """Run the command and print a table of every parameter.
+
+    Args:
+        arguments: of the command line, or parsed by a parser with `add_arguments`.
+
+    Returns:
+        Exit status: 0, or 2 after an error message on standard error.
+    """
+    quiet_command_line()
+    try:
+        if not isinstance(arguments, argparse.Namespace):
+            parser = _Parser(
+                prog="python -m h2a2_jax.convert.tr3d",
+                description=_DESCRIPTION,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False,
+            )
+            add_arguments(parser)
+            arguments = parser.parse_args(arguments)
+        _check_arguments(arguments)
+        if arguments.reverse:
+            _to_pytorch(arguments)
+        else:
+            _from_pytorch(arguments)
+    except InputError as error:
+        print(f"convert: {_printable(str(error))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _check_arguments(given: argparse.Namespace) -> None:
+    if given.reverse and (given.partial or given.classes or given.seed or given.voxel_size is not None):
+        raise InputError(
+            "--partial, --classes, --seed and --voxel_size are for the way into this program, not for --reverse."
+        )
+    if given.voxel_size is not None and not 0 < given.voxel_size < math.inf:
+        raise InputError(f"--voxel_size is {given.voxel_size:g}; expected is a length in metres, as 0.01.")
+    if given.step is not None and not given.reverse:
+        raise InputError("--step chooses a checkpoint of ours, with --reverse; a .pth file holds one.")
+    if given.seed < 0:
+        raise InputError(f"--seed is {given.seed}; expected 0 or more.")
+
+
+def _from_pytorch(given: argparse.Namespace) -> None:
+    if given.output.exists() and not given.output.is_dir():
+        raise InputError(f"--output={given.output} is a file; expected a folder for the run.")
+    if (given.output / "checkpoints").exists() or (given.output / "config.json").exists():
+        raise InputError(f"{given.output} is the folder of a run already: give another --output.")
+    classes = tuple(name.strip() for name in given.classes.split(",")) if given.classes else ()
+    conversion = convert_file(read_torch_file(given.input), given.dataset, classes, given.seed)
+    print(table(conversion.entries))
+    for note in conversion.notes:
+        print(_printable(note))
+    missing = [entry.name for entry in conversion.of("missing")]
+    if missing and not given.partial:
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise InputError(
+            f"{given.input} lacks {', '.join(missing[:_SHOWN])}{more}; nothing was written: --partial initialises "
+            "what is missing."
+        )
+    if given.voxel_size is not None:
+        model = replace(conversion.config.model, voxel_size=given.voxel_size)
+        conversion = replace(conversion, config=replace(conversion.config, model=model))
+    save_conversion(conversion, given.output)
+    model, source = conversion.config.model, conversion.config.datasets[0]
+    print(
+        f"{given.output}: TR3D of depth {model.depth}, stem {model.stem_channels}, stages "
+        f"{'-'.join(map(str, model.stage_channels))}, neck {model.neck_channels}, dataset {source.name}"
+        f" ({source.spec.num_classes} classes, {source.spec.num_outputs} box outputs)"
+        f", voxels of {model.voxel_size:g} m (not stored in weights: --voxel_size)"
+        f"{f'; {len(missing)} parameters are initialised, not trained' if missing else ''}."
+    )
+
+
+def _to_pytorch(given: argparse.Namespace) -> None:
+    if given.output.exists():
+        raise InputError(f"{given.output} exists: give another --output.")
+    state, meta = export_checkpoint(given.input, given.dataset, given.step)
+    try:
+        given.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        write_torch_file(given.output, state, meta)
+    except OSError as error:
+        raise InputError(f"{given.output} cannot be written: {error.strerror or error}.") from error
+    print(table([Entry("written", name, _shape_and_dtype(value)) for name, value in state.items()], ("written",)))
+
+
+def table(entries: Sequence[Entry], fates: Sequence[str] = ("used", "left over", "missing")) -> str:
+    """Format entries as text, grouped by fate, with the number of each."""
+    entries = [replace(entry, name=_printable(entry.name)) for entry in entries]
+    width = max((len(entry.name) for entry in entries), default=0)
+    forms = max((len(entry.form) for entry in entries), default=0)
+    lines = []
+    for fate in fates:
+        chosen = [entry for entry in entries if entry.fate == fate]
+        lines.append(f"{fate}: {len(chosen)}")
+        lines += [f"  {e.name:{width}}  {e.form:{forms}}  {e.why}".rstrip() for e in chosen]
+    return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    """Replace what a terminal could act on or an encoding refuses: names from a file may hold anything."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

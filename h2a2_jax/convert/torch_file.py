@@ -6,6 +6,7 @@ pickles and behind them the storages. Both are read, the first is written.
 """
 
 import io
+import math
 import mmap
 import pickle
 import struct
@@ -15,14 +16,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from h2a2_jax.convert.pickle_reader import Storage, StoredTensor, load_inert
 from h2a2_jax.errors import InputError
+from h2a2_jax.restricted_pickle import Source, is_plain_key, load_inert_pickle
 
 MAX_PICKLE = 64 * 2**20
 """Largest pickle of an archive that is read (bytes); that of a detector with its optimiser has some 200 kB."""
 
+MAX_DIMENSIONS = 8
+
+_STORAGES = {
+    "FloatStorage": np.dtype(np.float32),
+    "DoubleStorage": np.dtype(np.float64),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _STATE_KEYS = ("state_dict", "model_state_dict", "model")
@@ -34,10 +50,10 @@ class _Damaged(Exception):
 
 @dataclass(frozen=True)
 class TorchFile:
-    """What a file holds of a model.
+    """Model of a file.
 
     Attributes:
-        tensors: the state dict's, by name, in order; of the type they are stored in.
+        tensors: arrays of the state dict by name, in order; of the type they are stored in.
         others: names of its entries that are no tensors.
         not_read: classes and functions that the file names and that were neither imported nor called.
         classes: class names that the training framework stored beside it, if any.
@@ -47,6 +63,38 @@ class TorchFile:
     others: tuple[str, ...]
     not_read: tuple[str, ...]
     classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Numbers behind the pickle.
+
+    Attributes:
+        key: name of the storage in the file.
+        dtype: type of its numbers.
+        numel: how many numbers there are, as the pickle says.
+    """
+
+    key: str
+    dtype: np.dtype
+    numel: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the pickle: a view of a storage, checked to lie within `numel`.
+
+    Attributes:
+        storage: numbers of the tensor.
+        offset: place of the first one.
+        shape: shape of the tensor.
+        strides: steps along each dimension, in numbers.
+    """
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 def read_torch_file(path: str | Path) -> TorchFile:
@@ -90,7 +138,7 @@ def read_torch_file(path: str | Path) -> TorchFile:
 
 
 def _line(error: Exception) -> str:
-    """What an error says, in one line: it may quote the file."""
+    """Message of an error in one line: it may quote the file."""
     return " ".join(str(error).split())[:200]
 
 
@@ -113,7 +161,7 @@ def _read_archive(path: Path) -> TorchFile:
 
         if records[pickles[0]].file_size > MAX_PICKLE:
             raise InputError(f"{path} holds a pickle of more than {MAX_PICKLE >> 20} MB, which no detector needs.")
-        content, not_read = load_inert(io.BytesIO(record(pickles[0])))
+        content, not_read = _load(io.BytesIO(record(pickles[0])))
         order = record(f"{folder}byteorder") if f"{folder}byteorder" in records else b"little"
         state, classes = _find_state(path, content)
         # Records may overlap in a file made to; what is read of them together may not exceed it.
@@ -133,15 +181,15 @@ def _read_archive(path: Path) -> TorchFile:
 
 
 def _read_legacy(path: Path, content: mmap.mmap) -> TorchFile:
-    magic, _ = load_inert(content)
+    magic, _ = _load(content)
     if magic != _LEGACY_MAGIC:
         raise InputError(f"{path} is a pickle, but not one of torch.save: give a checkpoint of PyTorch.")
-    protocol, _ = load_inert(content)
-    system, _ = load_inert(content)
+    protocol, _ = _load(content)
+    system, _ = _load(content)
     if protocol != _LEGACY_PROTOCOL or not isinstance(system, dict) or system.get("little_endian") is not True:
         raise InputError(f"{path} is of another PyTorch or of a big-endian machine: save it anew with torch.save.")
-    checkpoint, not_read = load_inert(content)
-    keys, _ = load_inert(content)
+    checkpoint, not_read = _load(content)
+    keys, _ = _load(content)
     state, classes = _find_state(path, checkpoint)
     # The storages lie one behind the other; what each takes is known from its type, which the tensors name.
     dtypes = _storage_dtypes(checkpoint)
@@ -163,6 +211,60 @@ def _read_legacy(path: Path, content: mmap.mmap) -> TorchFile:
         return np.frombuffer(content[start : start + storage.numel * storage.dtype.itemsize], storage.dtype)
 
     return _filled(state, numbers, not_read, classes)
+
+
+def _load(source: Source) -> tuple[Any, set[str]]:
+    """Read one pickle: an object of builtin containers, `StoredTensor` and `Inert`, and the names not read."""
+    return load_inert_pickle(source, _KNOWN, _storage)
+
+
+def _is_count(value: Any) -> bool:
+    # A product of numbers of a million digits takes minutes.
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _storage(persistent_id: Any) -> Storage:
+    match persistent_id:
+        case ("storage", np.dtype() as dtype, str() as key, _, int() as numel, *more) if _is_count(numel):
+            if not any(more):
+                return Storage(key, dtype, numel)
+    raise pickle.UnpicklingError("a storage of an unknown kind")
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> StoredTensor:
+    """Stand for torch._utils._rebuild_tensor_v2."""
+    good = isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
+    good = good and len(shape) == len(strides) <= MAX_DIMENSIONS and all(map(_is_count, (offset, *shape, *strides)))
+    if not good:
+        raise pickle.UnpicklingError("a tensor without storage, shape or strides")
+    # As many numbers as the storage has, at most: a stride of zero could claim any number.
+    last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+    if math.prod(shape) > storage.numel or (math.prod(shape) and last >= storage.numel):
+        raise pickle.UnpicklingError(f"a tensor of shape {shape} in a storage of {storage.numel} numbers")
+    return StoredTensor(storage, offset, shape, strides)
+
+
+def _parameter(tensor: Any, *_: Any) -> Any:
+    """Stand for torch._utils._rebuild_parameter."""
+    return tensor
+
+
+def _ordered_dict(*arguments: Any) -> dict[Any, Any]:
+    """Stand for collections.OrderedDict; dicts keep their order too."""
+    if not arguments:
+        return {}
+    (pairs,) = arguments
+    return {key: value for key, value in pairs if is_plain_key(key)}
+
+
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _ordered_dict,
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    **{(module, name): dtype for module in ("torch", "torch.cuda") for name, dtype in _STORAGES.items()},
+}
 
 
 def _find_state(path: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -1,15 +1,11 @@
-"""TR3D checkpoints of mmdetection3d: their names and ours, one to one.
+"""Names and shapes of TR3D's parameters in mmdetection3d, and their places in the detector here.
 
-    python -m h2a2_jax.convert.tr3d_weights tr3d.pth --output=runs/tr3d                 theirs to ours
-    python -m h2a2_jax.convert.tr3d_weights runs/tr3d --reverse --output=tr3d.pth       ours to theirs
-
-A checkpoint there is one dataset's detector: its shared parameters are ours one to one, its running statistics and its
-head go to that dataset's place on the dataset axis. A detector with kernel selection takes the residual kernels as its
-shared ones.
+A checkpoint of mmdetection3d is one dataset's detector. Its shared parameters correspond to ours one to one. Its
+running statistics and its head go to that dataset's place on the dataset axis. A detector with kernel selection takes
+the residual kernels as its shared ones.
 """
 
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +24,12 @@ _STEM = "backbone.conv1.kernel"
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a parameter of TR3D lives in ours.
+    """Place of a parameter of TR3D in the detector here.
 
     Attributes:
-        variable: the Flax variable.
-        index: of the part of it.
-        shape: of the parameter there.
+        variable: the Flax variable that holds it.
+        index: index of its part of the variable.
+        shape: its shape in TR3D.
     """
 
     variable: nnx.Variable
@@ -41,7 +37,7 @@ class Slot:
     shape: tuple[int, ...]
 
     def read(self) -> np.ndarray:
-        """The value, in the shape it has in TR3D."""
+        """Return the value in the shape it has in TR3D."""
         return np.asarray(self.variable[...][self.index]).reshape(self.shape)
 
     def write(self, value: np.ndarray) -> None:
@@ -51,76 +47,57 @@ class Slot:
         self.variable[...] = jnp.asarray(whole)
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of the keys of a checkpoint.
-
-    Attributes:
-        used: keys that were loaded.
-        left_over: keys of the checkpoint that we have no place for.
-        missing: keys that we expect and the checkpoint lacks.
-    """
-
-    used: tuple[str, ...]
-    left_over: tuple[str, ...]
-    missing: tuple[str, ...]
-
-
 def tr3d_slots(model: TR3D, dataset: int = 0) -> dict[str, Slot]:
-    """Every parameter and running statistic of TR3D by its name there.
+    """Every parameter and running statistic of TR3D by its name in mmdetection3d.
 
     Args:
-        model: ours.
-        dataset: whose statistics and head, its index on the dataset axis.
+        model: the detector.
+        dataset: index on the dataset axis of the statistics and the head.
     """
-    slots: dict[str, Slot] = {}
-    stem = model.backbone.stem
-    slots |= _conv_norm("backbone.conv1.kernel", "backbone.norm1.bn", stem, dataset)
+    slots = _conv_norm_slots("backbone.conv1", "backbone.norm1", model.backbone.stem, dataset)
     for s, stage in enumerate(model.backbone.stages):
         for b, block in enumerate(stage):
             name = f"backbone.layer{s + 1}.{b}"
-            slots |= _conv_norm(f"{name}.conv1.kernel", f"{name}.norm1.bn", block.first, dataset)
-            slots |= _conv_norm(f"{name}.conv2.kernel", f"{name}.norm2.bn", block.second, dataset)
+            slots |= _conv_norm_slots(f"{name}.conv1", f"{name}.norm1", block.first, dataset)
+            slots |= _conv_norm_slots(f"{name}.conv2", f"{name}.norm2", block.second, dataset)
             if block.skip is not None:
-                slots |= _conv_norm(f"{name}.downsample.0.kernel", f"{name}.downsample.1.bn", block.skip, dataset)
+                slots |= _conv_norm_slots(f"{name}.downsample.0", f"{name}.downsample.1", block.skip, dataset)
     for step in model.neck.steps:
         parts = ((f"up_block_{step.level + 1}", step.up), (f"lateral_block_{step.level}", step.lateral),
                  (f"out_block_{step.level}", step.out))  # fmt: skip
         for name, part in parts:
-            slots |= _conv_norm(f"neck.{name}.0.kernel", f"neck.{name}.1.bn", part, dataset)
+            slots |= _conv_norm_slots(f"neck.{name}.0", f"neck.{name}.1", part, dataset)
     head, config = model.heads, model.heads_config[dataset]
     outputs = (
         ("reg", head.box_kernel, head.box_bias, config.num_outputs),
         ("cls", head.class_kernel, head.class_bias, config.num_classes),
     )
     for name, kernel, bias, width in outputs:
-        columns = slice(0, width)
+        columns = slice(0, width)  # the rest pads to the widest head
         slots[f"bbox_head.conv_{name}.kernel"] = Slot(kernel, (dataset, slice(None), columns), (kernel.shape[1], width))
         slots[f"bbox_head.conv_{name}.bias"] = Slot(bias, (dataset, columns), (1, width))
     return slots
 
 
-def _slot(variable: nnx.Variable, dataset: int) -> Slot:
-    """The variable, or of one with a dataset axis the dataset's part."""
-    if variable.get_metadata().get("dataset_axis") == 0:
-        return Slot(variable, (dataset,), variable.shape[1:])
-    return Slot(variable, (slice(None),), variable.shape)
-
-
-def _conv_norm(conv_name: str, norm_name: str, part: ConvNorm, dataset: int) -> dict[str, Slot]:
+def _conv_norm_slots(conv_name: str, norm_name: str, part: ConvNorm, dataset: int) -> dict[str, Slot]:
     norm = part.norm
     variables = {
-        conv_name: part.conv.shared if isinstance(part.conv, SelectiveConv) else part.conv.kernel,
-        f"{norm_name}.weight": norm.scale,
-        f"{norm_name}.bias": norm.bias,
-        f"{norm_name}.running_mean": norm.mean,
-        f"{norm_name}.running_var": norm.var,
+        f"{conv_name}.kernel": part.conv.shared if isinstance(part.conv, SelectiveConv) else part.conv.kernel,
+        f"{norm_name}.bn.weight": norm.scale,
+        f"{norm_name}.bn.bias": norm.bias,
+        f"{norm_name}.bn.running_mean": norm.mean,
+        f"{norm_name}.bn.running_var": norm.var,
     }
-    return {name: _slot(variable, dataset) for name, variable in variables.items()}
+    slots = {}
+    for name, variable in variables.items():
+        has_dataset_axis = variable.get_metadata().get("dataset_axis") == 0
+        index, shape = (dataset, variable.shape[1:]) if has_dataset_axis else (slice(None), variable.shape)
+        slots[name] = Slot(variable, (index,), shape)
+    return slots
 
 
-def load_tr3d(model: TR3D, state: Mapping[str, np.ndarray], dataset: int = 0) -> LoadReport:
-    """Set our parameters from TR3D's, by name.
+def load_tr3d(model: TR3D, state: Mapping[str, np.ndarray], dataset: int = 0) -> None:
+    """Set a detector's parameters from TR3D's, by name; names without a counterpart are skipped.
 
     Raises:
         ValueError: a parameter has another shape than ours.
@@ -135,30 +112,24 @@ def load_tr3d(model: TR3D, state: Mapping[str, np.ndarray], dataset: int = 0) ->
             )
     for name in used:
         slots[name].write(state[name])
-    left = tuple(name for name in state if name not in slots and not name.endswith("num_batches_tracked"))
-    return LoadReport(tuple(used), left, tuple(name for name in slots if name not in state))
 
 
 def export_tr3d(model: TR3D, dataset: int = 0) -> dict[str, np.ndarray]:
-    """Our parameters and running statistics under TR3D's names and in its shapes."""
+    """A detector's parameters and running statistics under TR3D's names and in its shapes."""
     return {name: slot.read() for name, slot in tr3d_slots(model, dataset).items()}
 
 
 def without_prefix(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The state with names as of a bare detector, where it was wrapped, as in "module.backbone.conv1.kernel".
-
-    Args:
-        state: by name; names without the prefix stay.
-    """
+    """Remove the prefix of a wrapped detector's names, as in "module.backbone.conv1.kernel"; other names stay."""
     prefix = next((name.removesuffix(_STEM) for name in state if name.endswith(_STEM)), "")
     return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
 def config_of_weights(state: Mapping[str, np.ndarray]) -> DetectorConfig:
-    """The architecture that weights belong to, from their names and shapes.
+    """Find the architecture of weights from their names and shapes.
 
     Args:
-        state: by TR3D's names. Without a neck its default width is taken.
+        state: weights by TR3D's names; without a neck, the neck gets its default width.
 
     Raises:
         InputError: there is no such backbone, or one of other blocks or another depth.
@@ -189,9 +160,3 @@ def config_of_weights(state: Mapping[str, np.ndarray]) -> DetectorConfig:
         stage_channels=(first, second, third, fourth),
         neck_channels=last(neck, 3) if neck in state else DetectorConfig.neck_channels,
     )
-
-
-if __name__ == "__main__":
-    from h2a2_jax.convert.command import main
-
-    sys.exit(main(sys.argv[1:]))

@@ -1,15 +1,16 @@
-"""How good detections are: matching with ground truth, average precision, and by what it varies."""
+"""Evaluation: matching with ground truth, average precision, and its breakdown by size and distance."""
 
-from h2a2_jax.boxes.matching import IOU_THRESHOLDS, GroundTruth, iou_matrix, match
+from h2a2_jax.boxes.matching import IOU_THRESHOLDS, GroundTruth
 from h2a2_jax.evaluation.average_precision import (
     OperatingPoint,
     average_precision,
     best_f1,
     calibration,
+    distance_from,
     precision_at_levels,
     precision_recall,
+    scan_origin,
 )
-from h2a2_jax.evaluation.breakdown import distance_from, scan_origin
 from h2a2_jax.evaluation.scores import Breakdown, Evaluation, evaluate_detections
 
 __all__ = [
@@ -23,8 +24,6 @@ __all__ = [
     "calibration",
     "distance_from",
     "evaluate_detections",
-    "iou_matrix",
-    "match",
     "precision_at_levels",
     "precision_recall",
     "scan_origin",

@@ -1,9 +1,25 @@
-"""Average precision, and the best operating point of a detector."""
+"""Average precision, the best operating point of a detector, and bins of boxes by size and by distance.
+
+Size is the volume, in bounds that are the same for all datasets: small is below 0.1 m^3 (a bin, a picture), large
+from 0.5 m^3 on (a desk, a bed), so that figures of datasets and of splits compare. Distance is horizontal, from the
+sensor for a dataset of single views (its frame begins there), else from the middle of the scan: the median of its
+points' x and y.
+"""
 
 import dataclasses
+import itertools
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+
+DistanceFrom = Literal["sensor", "centre"]
+
+RECALL_LEVELS = np.linspace(0, 1, 101)
+"""Levels of recall at which precision-recall curves are given."""
+
+CALIBRATION_BINS = 10
+"""Bins of equal width, of scores from 0 to 1."""
 
 
 def precision_recall(
@@ -25,10 +41,6 @@ def precision_recall(
         raise ValueError(f"num_ground_truth is {num_ground_truth}; recall needs at least one ground-truth box.")
     hits = np.cumsum(is_hit, dtype=np.float64)
     return hits / np.arange(1, len(is_hit) + 1), hits / num_ground_truth
-
-
-RECALL_LEVELS = np.linspace(0, 1, 101)
-"""Where precision-recall curves are given."""
 
 
 def precision_at_levels(
@@ -62,13 +74,9 @@ def average_precision(precision: Float[np.ndarray, " n"], recall: Float[np.ndarr
     return float(np.sum(np.diff(recall, prepend=0.0) * envelope))
 
 
-CALIBRATION_BINS = 10
-"""Of equal width, scores from 0 to 1."""
-
-
 @dataclasses.dataclass(frozen=True)
 class OperatingPoint:
-    """What is found when detections below a score are dropped.
+    """Precision and recall of a detector whose detections below a score are dropped.
 
     Attributes:
         score: Lowest score kept; NaN without detections.
@@ -89,9 +97,9 @@ def best_f1(
     """The score to keep detections from for the greatest F1; of equal ones the highest score.
 
     Args:
-        scores: Descending.
-        is_hit: Of the same detections.
-        num_ground_truth: Ground-truth boxes.
+        scores: Scores of the detections, descending.
+        is_hit: True for detections that are hits.
+        num_ground_truth: Number of ground-truth boxes.
 
     Returns:
         The point; None without ground truth; all 0 and the score NaN where nothing is hit.
@@ -100,7 +108,7 @@ def best_f1(
         return None
     if not is_hit.any():
         return OperatingPoint(float("nan"), 0.0, 0.0, 0.0)
-    # Detections of equal score are kept or dropped together.
+    # Detections of equal score are kept or dropped as one.
     ends = np.flatnonzero(np.append(scores[1:] < scores[:-1], True))
     found = np.cumsum(is_hit)[ends]
     f1 = 2 * found / (ends + 1 + num_ground_truth)
@@ -124,3 +132,51 @@ def calibration(
     )
     some = np.where(counts > 0, counts, np.nan)
     return total / some, right / some, counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Bins:
+    """Ranges of a quantity of boxes.
+
+    Attributes:
+        names: Names of the bins, by rising quantity.
+        bounds: Bounds between the bins, one fewer; a value on a bound is in the upper bin.
+        unit: Unit of the bounds.
+    """
+
+    names: tuple[str, ...]
+    bounds: tuple[float, ...]
+    unit: str
+
+    def of(self, values: Float[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """Number of the bin of each value."""
+        return np.digitize(values, self.bounds)
+
+    def describe(self) -> tuple[str, ...]:
+        """Name and range of each, as in "medium (0.1 to 0.5 m3)"."""
+        low, unit = self.bounds, self.unit
+        ranges = [f"below {low[0]:g} {unit}", *(f"{a:g} to {b:g} {unit}" for a, b in itertools.pairwise(low))]
+        ranges.append(f"from {low[-1]:g} {unit}")
+        return tuple(f"{name} ({values})" for name, values in zip(self.names, ranges, strict=True))
+
+
+SIZES = Bins(("small", "medium", "large"), (0.1, 0.5), "m3")
+"""Bins of volumes."""
+
+DISTANCES = {
+    "sensor": Bins(("near", "middle", "far"), (2.0, 4.0), "m"),
+    "centre": Bins(("near", "middle", "far"), (1.5, 3.0), "m"),
+}
+"""Bins of horizontal distances, by their origin."""
+
+
+def distance_from(dataset: str) -> DistanceFrom:
+    """The origin of distances in scans of a dataset: SUN RGB-D's frames have their camera at the origin."""
+    return "sensor" if dataset == "sunrgbd" else "centre"
+
+
+def scan_origin(points: Float[np.ndarray, "m 3"], measured_from: DistanceFrom) -> Float[np.ndarray, " 2"]:
+    """The x, y that distances in a scan are measured from; 0, 0 for a scan without points."""
+    if measured_from == "sensor" or not len(points):
+        return np.zeros(2)
+    return np.median(points[:, :2], axis=0).astype(np.float64)

@@ -1,9 +1,7 @@
-"""Results of evaluations as files, and the history of a run.
+"""Results of evaluations as files, evaluation.json and evaluation.csv, and those of the checkpoints of a run.
 
-Results of an evaluation as files: evaluation.json and evaluation.csv.
-
-Schema of evaluation.json, version 1, an entry per dataset; null stands for what is not defined, such as the AP of a
-class without ground truth. Shares are from 0 to 1.
+Schema of evaluation.json, version 1, an entry per dataset; null stands for figures that are not defined, such as
+the AP of a class without ground truth. Shares are from 0 to 1.
 
     {
       "scannet": {
@@ -17,7 +15,7 @@ class without ground truth. Shares are from 0 to 1.
             "best_f1": {                         the score to keep boxes from for the greatest F1
               "chair": {"score": 0.4, "precision": 0.8, "recall": 0.7, "f1": 0.75}, ...
             },
-            "best_f1_of_all": {...},             likewise, one score for all classes
+            "best_f1_of_all": {...},             the same with one score for all classes
             "calibration": [                     by tenths of the score
               {"score": 0.05, "precision": 0.02, "detections": 812}, ...
             ]
@@ -29,9 +27,9 @@ class without ground truth. Shares are from 0 to 1.
           "bounds": [0.1, 0.5], "unit": "m3", "from": null,
           "bins": [{"name": "small", "num_ground_truth": {...}, "thresholds": [{"iou", "mAP", "AP"}]}, ...]
         },
-        "by_distance": {..., "from": "sensor"},  likewise, horizontal, from the sensor or the centre of the scan
-        "scans": 312, "skipped": {"scene0001_00": "why"},
-        ["protocol": {"split": "val", ...},]     what was asked for
+        "by_distance": {..., "from": "sensor"},  horizontal, from the sensor or the centre of the scan
+        "scans": 312, "skipped": {"scene0001_00": "reason"},
+        ["protocol": {"split": "val", ...},]     the choices of the evaluation
         ["cross": {                              by the dataset whose head predicted (`h2a2_jax.evaluation.cross`)
           "s3dis": {
             "classes": {"bookshelf": "bookcase"},          of this dataset: of the head
@@ -64,11 +62,11 @@ MEAN = "(mean)"
 
 
 def write_evaluation(folder: Path, documents: Mapping[str, Any]) -> None:
-    """Write both files, each in one go; where evaluation.json is there, so is the other.
+    """Write both files, each whole or not at all; evaluation.json last, so that it stands for both.
 
     Args:
-        folder: Made if missing.
-        documents: By dataset, see the schema.
+        folder: folder of the files, made if missing.
+        documents: content of evaluation.json, by dataset.
     """
     for name, text in ((CSV_FILE, evaluation_csv(documents)), (JSON_FILE, evaluation_json(documents))):
         with whole_file(folder / name) as part:
@@ -122,18 +120,18 @@ def _rows(dataset: str, document: Mapping[str, Any]) -> Iterator[dict[str, Any]]
 
 
 FOLDER = "evaluations"
-"""In the workdir: a folder a step, with the files that the workdir itself has of the last step."""
+"""Folder in the workdir with a folder a step, each with the files that the workdir itself has of the last step."""
 
 BEST, LAST = "best", "last"
 
 
 def evaluation_folder(workdir: Path, step: int) -> Path:
-    """Where the evaluation of a step is kept."""
+    """Folder of the evaluation of a step."""
     return workdir / FOLDER / str(step)
 
 
 def read_evaluations(workdir: Path) -> dict[int, dict[str, Any]]:
-    """What evaluation.json holds, by step; those that a kill cut short are left out."""
+    """Contents of evaluation.json by step, rising; files that a kill cut short are left out."""
     found = {}
     for path in (workdir / FOLDER).glob(f"*/{JSON_FILE}"):
         if path.parent.name.isdecimal():
@@ -159,11 +157,11 @@ def best_step(workdir: Path) -> int | None:
 
 
 def chosen_step(workdir: Path, text: str | None) -> int | None:
-    """The step that a user asks for; None for the last one.
+    """The step that a user chose; None for the last one.
 
     Args:
         workdir: folder of a run.
-        text: a number, "best", "last", or None.
+        text: a number, "best", "last", or None, which is the last.
 
     Raises:
         InputError: it is none of these, or no checkpoint of the run was evaluated.
@@ -184,7 +182,7 @@ def chosen_step(workdir: Path, text: str | None) -> int | None:
 
 
 def score_text(documents: Mapping[str, Any]) -> str:
-    """MAP in per cent in a line, as in "mAP@0.25/0.5 scannet 51.3/20.1, s3dis 49.0/-"."""
+    """One line of mAP in per cent, as in "mAP@0.25/0.5 scannet 51.3/20.1, s3dis 49.0/-"."""
     levels = "/".join(f"{level['iou']:g}" for level in next(iter(documents.values()))["thresholds"])
 
     def per_cent(score: float | None) -> str:
@@ -197,7 +195,7 @@ def score_text(documents: Mapping[str, Any]) -> str:
 
 
 def score_metrics(documents: Mapping[str, Any]) -> dict[str, float | None]:
-    """MAP as a line of metrics has it: by "mAP@<IoU>/<dataset>", 0 to 1."""
+    """Values of mAP (0 to 1) for a line of metrics, with keys "mAP@<IoU>/<dataset>"."""
     return {
         f"mAP@{level['iou']:g}/{name}": level["mAP"]
         for name, document in documents.items()

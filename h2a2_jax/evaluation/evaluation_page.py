@@ -1,4 +1,4 @@
-"""An evaluation as one HTML page: tables, precision-recall curves, AP by size and distance, what a score means."""
+"""An evaluation as one HTML page: tables, precision-recall curves, AP by size and distance, calibration of scores."""
 
 import itertools
 from collections.abc import Mapping
@@ -18,22 +18,26 @@ def write_evaluation_page(documents: Mapping[str, Document], folder: Path, subti
     """Write <folder>/evaluation.html, which refers to nothing outside itself.
 
     Args:
-        documents: what evaluation.json holds (`h2a2_jax.evaluation.documents`).
-        folder: of the page.
-        subtitle: what was evaluated.
+        documents: content of evaluation.json (`h2a2_jax.evaluation.documents`).
+        folder: folder of the page, made if missing.
+        subtitle: line below the heading.
 
     Returns:
         Path of the page.
     """
     with TemporaryDirectory() as pictures:
         sections = [_summary(documents)]
-        sections += [_dataset(name, document, Path(pictures)) for name, document in documents.items()]
+        for name, document in documents.items():
+            contents: list[Table | Picture] = [_classes(document)]
+            contents += [draw(name, document, Path(pictures)) for draw in (draw_curves, draw_breakdowns)]
+            text = [f"{document['scans']} scans. A dash: no ground truth."]
+            sections.append(Section(name, name, text, [*contents, _bins_table(document)]))
         if any("cross" in document for document in documents.values()):
             sections.append(_cross(documents))
-        text = page("Evaluation", subtitle, sections)
+        html = page("Evaluation", subtitle, sections)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PAGE_FILE
-    path.write_text(text, encoding="utf-8")
+    path.write_text(html, encoding="utf-8")
     return path
 
 
@@ -70,7 +74,8 @@ def draw_breakdowns(name: str, document: Document, folder: Path) -> Picture:
             ax.set_axis_off()
             continue
         _draw_bars(ax, breakdown)
-        ax.set_title(_bins_title(key, breakdown), fontsize="medium")
+        title = "AP by size" if key == "by_size" else f"AP by distance from the {breakdown['from']}"
+        ax.set_title(title, fontsize="medium")
     ax = axes[0][2]
     ax.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
     for color, level in zip(COLORS, document["thresholds"], strict=False):
@@ -103,32 +108,21 @@ def _draw_bars(ax: Any, breakdown: Mapping[str, Any]) -> None:
         for place, height, level in zip(places, heights, levels, strict=True):
             text = "none" if level["mAP"] is None else f"{height:.0f}"
             ax.annotate(text, (place, height), (0, 2), textcoords="offset points", ha="center", fontsize="small")
-    ranges = _ranges(breakdown)
-    ax.set_xticks(
-        range(len(bins)),
-        [
-            f"{one['name']}\n{values}\n{_boxes(sum(one['num_ground_truth'].values()))}"
-            for one, values in zip(bins, ranges, strict=True)
-        ],
-    )
+    ticks = []
+    for one, values in zip(bins, _ranges(breakdown), strict=True):
+        boxes = sum(one["num_ground_truth"].values())
+        ticks.append(f"{one['name']}\n{values}\n{boxes} {'box' if boxes == 1 else 'boxes'}")
+    ax.set_xticks(range(len(bins)), ticks)
     ax.set(ylim=(0, 108), ylabel="mAP (%)")
     ax.legend(fontsize="small", loc="upper right")
     ax.grid(axis="y", alpha=0.3)
     ax.set_axisbelow(True)
 
 
-def _boxes(count: int) -> str:
-    return f"{count} box" if count == 1 else f"{count} boxes"
-
-
 def _ranges(breakdown: Mapping[str, Any]) -> list[str]:
     bounds, unit = breakdown["bounds"], breakdown["unit"].replace("m3", "m\N{SUPERSCRIPT THREE}")
     inner = [f"{low:g}\N{EN DASH}{high:g} {unit}" for low, high in itertools.pairwise(bounds)]
     return [f"< {bounds[0]:g} {unit}", *inner, f"\N{GREATER-THAN OR EQUAL TO} {bounds[-1]:g} {unit}"]
-
-
-def _bins_title(key: str, breakdown: Mapping[str, Any]) -> str:
-    return "AP by size" if key == "by_size" else f"AP by distance from the {breakdown['from']}"
 
 
 def _summary(documents: Mapping[str, Document]) -> Section:
@@ -149,21 +143,12 @@ def _summary(documents: Mapping[str, Document]) -> Section:
     text = []
     for name, document in documents.items():
         if document["classes_left_out"]:
-            text.append(f"{name}: left out of the means, for want of ground truth: {_listed(document)}.")
+            left_out = ", ".join(document["classes_left_out"])
+            text.append(f"{name}: left out of the means, for want of ground truth: {left_out}.")
         if document["skipped"]:
             reasons = "; ".join(document["skipped"].values())
             text.append(f"{name}: {len(document['skipped'])} scans could not be used: {reasons}")
     return Section("summary", "Summary", text, [Table(caption, columns, rows)])
-
-
-def _listed(document: Document) -> str:
-    return ", ".join(document["classes_left_out"])
-
-
-def _dataset(name: str, document: Document, folder: Path) -> Section:
-    pictures = [draw_curves(name, document, folder), draw_breakdowns(name, document, folder)]
-    text = [f"{document['scans']} scans. A dash: no ground truth."]
-    return Section(name, name, text, [_classes(document), *pictures, _bins_table(document)])
 
 
 def _classes(document: Document) -> Table:
@@ -217,17 +202,14 @@ def _cross(documents: Mapping[str, Document]) -> Section:
     ]
     for name, one in documents.items():
         for head, entry in one["cross"].items():
+            pairs = [name if name == other else f"{name} ({other})" for name, other in entry["classes"].items()]
+            common = f"common are {', '.join(pairs)}" if pairs else "no common class"
             text.append(
-                f"{head} on {name}: {_pairs(entry['classes'])}. Without counterpart: "
+                f"{head} on {name}: {common}. Without counterpart: "
                 f"{', '.join(entry['without_counterpart']) or 'none'}; of the head unused: "
                 f"{', '.join(entry['unused']) or 'none'}."
             )
     return Section("cross", "Across datasets", text, tables)
-
-
-def _pairs(classes: Mapping[str, str]) -> str:
-    named = [name if name == other else f"{name} ({other})" for name, other in classes.items()]
-    return f"common are {', '.join(named)}" if named else "no common class"
 
 
 def _cell(head: str, name: str, document: Document, t: int) -> str:

@@ -1,15 +1,20 @@
-"""Average precision and what else tells how good the detections of a dataset's scans are."""
+"""Scores of the detections of a dataset's scans: average precision by class, size and distance, and calibration."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from h2a2_jax.boxes.matching import IOU_THRESHOLDS, GroundTruth
+from h2a2_jax.boxes.matching import IOU_THRESHOLDS, GroundTruth, Pool, best_overlaps, match, pool_detections
 from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.evaluation.average_precision import (
+    DISTANCES,
+    RECALL_LEVELS,
+    SIZES,
+    Bins,
+    DistanceFrom,
     OperatingPoint,
     average_precision,
     best_f1,
@@ -17,11 +22,9 @@ from h2a2_jax.evaluation.average_precision import (
     precision_at_levels,
     precision_recall,
 )
-from h2a2_jax.evaluation.breakdown import DISTANCES, SIZES, Bins, DistanceFrom, distances, volumes
-from h2a2_jax.evaluation.hits import Pool, best_overlaps, hits, pool_detections
 
 EVALUATION_VERSION = 1
-"""Of `Evaluation.to_dict`."""
+"""Version of the schema of `Evaluation.to_dict`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +32,13 @@ class Breakdown:
     """Average precision in bins of boxes; NaN for classes without ground truth in a bin.
 
     Every box of the ground truth is in one bin, and every detection counts in one: that of the box which it overlaps
-    most, if more than the threshold, else that of its own size or place. What is in another bin is ignored.
+    most, if more than the threshold, else that of its own size or place. Boxes in other bins are ignored.
 
     Attributes:
-        bins: Their names and bounds.
-        average_precision: By threshold, bin and class.
+        bins: Names and bounds of the bins.
+        average_precision: AP by threshold, bin and class.
         num_ground_truth: Ground-truth boxes by bin and class.
-        measured_from: What distances are measured from; None for sizes.
+        measured_from: Origin of the distances; None for sizes.
     """
 
     bins: Bins
@@ -65,11 +68,11 @@ class Evaluation:
         curves: Precision at the levels of recall 0, 0.01, ... 1, the best at that recall or beyond.
         best_f1: Per threshold and class, the score to keep detections from for the greatest F1; None without ground
             truth.
-        best_f1_of_all: Per threshold, likewise for one score for all classes, every box counted alike.
+        best_f1_of_all: Per threshold, the same with one score for all classes, every box counted alike.
         calibration: Per threshold the mean score, the share of hits and the number of the detections in tenths of the
             score.
-        by_size: By volume.
-        by_distance: By horizontal distance; None where it is not known from where.
+        by_size: AP by volume.
+        by_distance: AP by horizontal distance; None where the origin of distances is not known.
     """
 
     class_names: tuple[str, ...]
@@ -102,7 +105,7 @@ class Evaluation:
         return tuple(name for name, count in zip(self.class_names, self.num_ground_truth, strict=True) if count == 0)
 
     def table(self) -> str:
-        """Returns a plain text table: a row per class and one of the means, AP and AR in per cent."""
+        """A plain text table: a row per class and one of the means, AP and AR in per cent."""
         width = max(len(name) for name in (*self.class_names, "class", "mean"))
         titles = [f"{kind}@{threshold:g}" for threshold in self.iou_thresholds for kind in ("AP", "AR")]
         scores = np.stack([self.average_precision, self.average_recall], axis=1).reshape(len(titles), -1).T
@@ -117,7 +120,7 @@ class Evaluation:
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """Returns a line on AP by size, one by distance, and one on the score to keep boxes from."""
+        """A line on AP by size, one on AP by distance, and one on the score to keep boxes from."""
         lines = []
         for title, breakdown in (("size", self.by_size), ("distance", self.by_distance)):
             if breakdown is None:
@@ -138,7 +141,7 @@ class Evaluation:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain numbers and lists for JSON, None for NaN; `document` has the schema."""
+        """Plain numbers and lists for JSON, None for NaN; `h2a2_jax.evaluation.documents` has the schema."""
         thresholds = [
             {
                 "iou": threshold,
@@ -209,13 +212,13 @@ def evaluate_detections(
     A class with ground truth that is never detected scores 0.
 
     Args:
-        detections: What was found, one entry per scan.
-        ground_truth: What is there, one entry per scan, in the same order.
+        detections: Boxes found, one entry per scan.
+        ground_truth: Boxes annotated, one entry per scan, in the same order.
         class_names: Names of the dataset's classes, by label.
         iou_thresholds: Volume IoU that a hit must exceed.
-        rotated: Whether yaw counts in the overlap.
+        rotated: True if yaw counts in the overlap.
         origins: x, y of each scan (m) that distances are measured from; None: no scores by distance.
-        measured_from: What the origins are.
+        measured_from: The kind of origin, which sets the bounds of the bins.
 
     Returns:
         The scores.
@@ -231,16 +234,21 @@ def evaluate_detections(
     num_classes = len(class_names)
     for scan, (found, there) in enumerate(zip(detections, ground_truth, strict=True)):
         for labels in (found.labels, there.labels):
-            _check_labels(scan, labels, num_classes)
+            if len(labels) and not (0 <= labels.min() and labels.max() < num_classes):
+                raise ValueError(
+                    f"Scan {scan} has labels from {labels.min()} to {labels.max()}; expected 0 to {num_classes - 1}, "
+                    f"for {num_classes} class names."
+                )
     detected, scores = pool_detections(detections)
-    truth = Pool.of([there.boxes for there in ground_truth], [there.labels for there in ground_truth])
+    truth = Pool.of(ground_truth)
     overlap, target = best_overlaps(detected, truth, rotated=rotated)
-    found_at = [hits(overlap, target, threshold) for threshold in iou_thresholds]
+    found_at = [match(overlap, target, threshold) for threshold in iou_thresholds]
     counts = np.bincount(truth.labels, minlength=num_classes)
     rows_of = [np.flatnonzero(detected.labels == label) for label in range(num_classes)]
 
     shape = (len(iou_thresholds), num_classes)
-    precision, recall, curves = np.full(shape, np.nan), np.full(shape, np.nan), np.full((*shape, 101), np.nan)
+    precision, recall = np.full(shape, np.nan), np.full(shape, np.nan)
+    curves = np.full((*shape, len(RECALL_LEVELS)), np.nan)
     points = []
     for t, (is_hit, _) in enumerate(found_at):
         for label in np.flatnonzero(counts).tolist():
@@ -250,14 +258,27 @@ def evaluate_detections(
             curves[t, label] = precision_at_levels(*own)
         points.append(tuple(best_f1(scores[r], is_hit[r], int(c)) for r, c in zip(rows_of, counts, strict=True)))
 
-    def breakdown(bins: Bins, values: Sequence[np.ndarray], of: DistanceFrom | None = None) -> Breakdown:
-        own, theirs = (bins.of(value) for value in values)
-        return _breakdown(bins, own, theirs, rows_of, truth, target, found_at, of)
+    def breakdown(bins: Bins, values: Sequence[np.ndarray], measured_from: DistanceFrom | None = None) -> Breakdown:
+        """Scores in bins, from the values of the detections and of the ground truth."""
+        bin_of_detection, bin_of_truth = (bins.of(value) for value in values)
+        boxes_in = np.zeros((len(bins.names), num_classes), np.int64)
+        np.add.at(boxes_in, (bin_of_truth, truth.labels), 1)
+        binned = np.full((len(found_at), *boxes_in.shape), np.nan)
+        for t, (is_hit, is_near) in enumerate(found_at):
+            bin_of = bin_of_detection.copy()
+            bin_of[is_near] = bin_of_truth[target[is_near]]
+            for b, label in np.argwhere(boxes_in > 0).tolist():
+                rows = rows_of[label]
+                curve = precision_recall(is_hit[rows[bin_of[rows] == b]], int(boxes_in[b, label]))
+                binned[t, b, label] = average_precision(*curve)
+        return Breakdown(bins, binned, boxes_in, measured_from)
 
+    volumes = [pool.boxes[:, 3:6].astype(np.float64).prod(axis=1) for pool in (detected, truth)]
     by_distance = None
     if origins is not None:
-        places = [distances(pool.boxes, origins[pool.scans]) for pool in (detected, truth)]
-        by_distance = breakdown(DISTANCES[measured_from], places, measured_from)
+        centres = [(pool.boxes[:, :2].astype(np.float64), origins[pool.scans]) for pool in (detected, truth)]
+        distances = [np.linalg.norm(centre - origin, axis=1) for centre, origin in centres]
+        by_distance = breakdown(DISTANCES[measured_from], distances, measured_from)
     return Evaluation(
         class_names=tuple(class_names),
         iou_thresholds=tuple(iou_thresholds),
@@ -270,41 +291,9 @@ def evaluate_detections(
         best_f1=tuple(points),
         best_f1_of_all=tuple(best_f1(scores, is_hit, len(truth.labels)) for is_hit, _ in found_at),
         calibration=np.array([calibration(scores, is_hit) for is_hit, _ in found_at]),
-        by_size=breakdown(SIZES, [volumes(pool.boxes) for pool in (detected, truth)]),
+        by_size=breakdown(SIZES, volumes),
         by_distance=by_distance,
     )
-
-
-def _breakdown(
-    bins: Bins,
-    own: Int[np.ndarray, " n"],
-    theirs: Int[np.ndarray, " m"],
-    rows_of: Sequence[np.ndarray],
-    truth: Pool,
-    target: Int[np.ndarray, " n"],
-    found_at: Sequence[tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " n"]]],
-    measured_from: DistanceFrom | None,
-) -> Breakdown:
-    """Scores in bins, from the bins of detections and of ground truth."""
-    counts = np.zeros((len(bins.names), len(rows_of)), np.int64)
-    np.add.at(counts, (theirs, truth.labels), 1)
-    scores = np.full((len(found_at), *counts.shape), np.nan)
-    for t, (is_hit, is_near) in enumerate(found_at):
-        bin_of = own.copy()
-        bin_of[is_near] = theirs[target[is_near]]
-        for b, label in np.argwhere(counts > 0).tolist():
-            rows = rows_of[label]
-            curve = precision_recall(is_hit[rows[bin_of[rows] == b]], int(counts[b, label]))
-            scores[t, b, label] = average_precision(*curve)
-    return Breakdown(bins, scores, counts, measured_from)
-
-
-def _check_labels(scan: int, labels: np.ndarray, num_classes: int) -> None:
-    if len(labels) and not (0 <= labels.min() and labels.max() < num_classes):
-        raise ValueError(
-            f"Scan {scan} has labels from {labels.min()} to {labels.max()}; expected 0 to {num_classes - 1}, for "
-            f"{num_classes} class names."
-        )
 
 
 def _mean_over_classes(scores: np.ndarray, is_counted: np.ndarray) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""From predictions to boxes."""
+"""Prediction: boxes in scans, arrays and files of points by a trained model."""

@@ -1,45 +1,37 @@
-"""Test-time augmentation: a scan seen mirrored, scaled or turned, its boxes led back and fused.
+"""Test-time augmentation: a scan is predicted mirrored, scaled or turned as well, and the boxes of all views are fused.
 
-Every view is predicted by itself, its boxes led back to the scan's own frame, and boxes of one class that overlap from
-above are made one, best first: of every view the best-scoring one counts. Centre, size and yaw are the mean weighted
-by score; the score is the mean over all views, those that do not see the object counting 0 (weighted boxes fusion,
-Solovyev et al., arXiv 1910.13302).
+Every view is predicted by itself and its boxes are transformed back to the scan's own frame. Then boxes of one class
+whose footprints overlap are fused, best first; of each view the best-scoring one counts. Centre, size and yaw are the
+mean weighted by score; the score is the mean over all views, a view that misses the object counting 0 (weighted boxes
+fusion, Solovyev et al., arXiv 1910.13302).
 """
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 from h2a2_jax.boxes.nms import Detections, overlap_matrix
 from h2a2_jax.errors import InputError
+from h2a2_jax.inference.predictor import Predicts
 from h2a2_jax.scans.scan import Scan
 from h2a2_jax.scans.specs import Augmentation, DatasetSpec
 
 SCALES = (0.95, 1.05)
-"""Of the scaled views."""
-
-
-@runtime_checkable
-class Predicts(Protocol):
-    """Anything that finds boxes in scans, such as `Predictor`."""
-
-    def predict(self, scans: Sequence[Scan], dataset: str) -> list[Detections]:
-        """Boxes of each scan, in the frame of its points."""
+"""Scales of the scaled views."""
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How a scan is seen: mirrored first, then turned, then scaled, about the origin of its frame.
+    """A transform of a scan: mirrored first, then turned, then scaled, about the origin of its frame.
 
     Attributes:
-        flip_x: x -> -x.
-        flip_y: y -> -y.
-        quarter_turns: counter-clockwise about z, 0 to 3.
+        flip_x: True for x -> -x.
+        flip_y: True for y -> -y.
+        quarter_turns: quarter turns counter-clockwise about z, 0 to 3.
         scale: factor of all coordinates.
     """
 
@@ -50,25 +42,25 @@ class View:
 
     @property
     def matrix(self) -> Float[np.ndarray, "3 3"]:
-        """From the scan's frame to the view's; without rounding but for the scale."""
+        """The transform from the scan's frame to the view's; only the scale rounds."""
         turn = np.linalg.matrix_power(np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1]]), self.quarter_turns)
         mirror = np.diag([-1 if self.flip_x else 1, -1 if self.flip_y else 1, 1])
         return self.scale * (turn @ mirror).astype(np.float64)
 
-    def see(self, scan: Scan) -> Scan:
-        """The scan in the view's frame; only points are led there, not the boxes."""
+    def transform_scan(self, scan: Scan) -> Scan:
+        """The scan in the view's frame; its boxes are not transformed."""
         motion = np.eye(4)
         motion[:3, :3] = self.matrix
         # einsum: each sum has one term that is not 0, so that mirroring and turning round nothing.
         points = np.einsum("mj,ij->mi", scan.points, self.matrix.astype(np.float32))
         return dataclasses.replace(scan, points=points, transform=(motion @ scan.transform).astype(np.float32))
 
-    def lead_back(self, boxes: Float[np.ndarray, "n 7"], *, has_yaw: bool) -> Float[np.ndarray, "n 7"]:
+    def restore_boxes(self, boxes: Float[np.ndarray, "n 7"], *, has_yaw: bool) -> Float[np.ndarray, "n 7"]:
         """Boxes of the view in the scan's frame.
 
         Args:
-            boxes: in the view's frame.
-            has_yaw: whether boxes turn; if not, a quarter turn swaps their sizes and yaw stays 0.
+            boxes: boxes in the view's frame.
+            has_yaw: True if boxes have a yaw; if not, a quarter turn swaps their sizes and yaw stays 0.
         """
         result = boxes.astype(np.float64)
         result[:, :3] = result[:, :3] @ np.linalg.inv(self.matrix).T
@@ -77,7 +69,7 @@ class View:
             yaw = result[:, 6] - self.quarter_turns * math.pi / 2
             yaw = -yaw if self.flip_y else yaw
             yaw = math.pi - yaw if self.flip_x else yaw
-            # Only where needed: taking a remainder rounds.
+            # Only where it is out of range, for taking a remainder rounds.
             out = (yaw < -math.pi) | (yaw >= math.pi)
             result[:, 6] = np.where(out, (yaw + math.pi) % (2 * math.pi) - math.pi, yaw)
         elif self.quarter_turns % 2:
@@ -86,16 +78,16 @@ class View:
 
 
 def views(names: Sequence[str], augmentation: Augmentation | None = None) -> tuple[View, ...]:
-    """The views of a choice of augmentations, the scan as it is first.
+    """The views of some augmentations; the first is the scan without any.
 
     Args:
-        names: of "flip_x", "flip_y" (both: mirrored in both ways too), "scales" (`SCALES`) and "turns" (by 90, 180 and
-            270 degrees).
-        augmentation: of training. Mirrors that it does not have are left out, and turns where it has not both: scans
-            of one camera, as SUN RGB-D's, are never seen from behind.
+        names: some of "flip_x", "flip_y" (both: mirrored in both ways too), "scales" (`SCALES`) and "turns" (by 90, 180
+            and 270 degrees).
+        augmentation: augmentation of training. Mirrors that it lacks are left out, and turns where it lacks one of the
+            two mirrors: scans of one camera, as SUN RGB-D's, are never seen from behind.
 
     Raises:
-        InputError: another name.
+        InputError: a name is none of these.
     """
     unknown = [name for name in names if name not in ("flip_x", "flip_y", "scales", "turns")]
     if unknown:
@@ -109,26 +101,26 @@ def views(names: Sequence[str], augmentation: Augmentation | None = None) -> tup
     found = [View(flip_x=x, flip_y=y) for x, y in flips]
     found += [View(scale=scale) for scale in SCALES if "scales" in names]
     turns = (1, 2, 3) if "turns" in names else ()
-    # Half a turn is both mirrors.
+    # Half a turn equals both mirrors.
     found += [View(quarter_turns=k) for k in turns if k != 2 or not {"flip_x", "flip_y"} <= {*names}]
     return tuple(found)
 
 
 class TestTimeAugmented:
-    """Predicts as a predictor does, from several views of each scan."""
+    """A predictor that fuses the boxes of several views of each scan."""
 
-    __test__ = False  # no test, whatever its name
+    __test__ = False  # pytest takes it for a test by its name
 
     def __init__(
         self, predictor: Predicts, names: Sequence[str], specs: Sequence[DatasetSpec], iou_threshold: float = 0.5
     ):
-        """Takes over a predictor.
+        """Wrap a predictor.
 
         Args:
-            predictor: of one view.
-            names: of the augmentations, see `views`.
-            specs: of the datasets.
-            iou_threshold: bird's-eye-view IoU above which boxes of one class are one.
+            predictor: predictor of one view.
+            names: names of the augmentations, see `views`.
+            specs: the datasets, whose augmentations of training limit the views.
+            iou_threshold: bird's-eye-view IoU above which boxes of one class are fused.
 
         Raises:
             InputError: see `views`.
@@ -142,19 +134,19 @@ class TestTimeAugmented:
         has_yaw = self._has_yaw[dataset]
         by_scan: list[list[Detections]] = [[] for _ in scans]
         for view in self._views[dataset]:
-            found = self._predictor.predict([view.see(scan) for scan in scans], dataset)
-            for own, one in zip(by_scan, found, strict=True):
-                own.append(dataclasses.replace(one, boxes=view.lead_back(one.boxes, has_yaw=has_yaw)))
-        return [fuse(own, self._iou_threshold, rotated=has_yaw) for own in by_scan]
+            predicted = self._predictor.predict([view.transform_scan(scan) for scan in scans], dataset)
+            for of_views, found in zip(by_scan, predicted, strict=True):
+                of_views.append(dataclasses.replace(found, boxes=view.restore_boxes(found.boxes, has_yaw=has_yaw)))
+        return [fuse(of_views, self._iou_threshold, rotated=has_yaw) for of_views in by_scan]
 
 
 def fuse(found: Sequence[Detections], iou_threshold: float = 0.5, *, rotated: bool) -> Detections:
-    """Makes one of the boxes of several views.
+    """Fuse the boxes of several views.
 
     Args:
-        found: of each view, in one frame.
-        iou_threshold: bird's-eye-view IoU above which boxes of one class are one.
-        rotated: whether yaw counts.
+        found: boxes of each view, in one frame.
+        iou_threshold: bird's-eye-view IoU above which boxes of one class are fused.
+        rotated: True if yaw counts.
 
     Returns:
         Boxes class by class, by descending score.
@@ -182,7 +174,7 @@ def fuse(found: Sequence[Detections], iou_threshold: float = 0.5, *, rotated: bo
 def _fuse_class(
     boxes: np.ndarray, scores: np.ndarray, view: np.ndarray, iou_threshold: float, rotated: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes of one class made one where they overlap, and the sums of their scores."""
+    """Fused boxes of one class, and the sums of the scores that went into each."""
     order = np.argsort(-scores, kind="stable")
     boxes, scores, view = boxes[order], scores[order], view[order]
     close = overlap_matrix(boxes, rotated=rotated) > iou_threshold
@@ -202,7 +194,7 @@ def _fuse_class(
 
 
 def _mean_box(leader: np.ndarray, boxes: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean of boxes that are about one; a box turned by 90 degrees is the same with its sizes swapped."""
+    """Weighted mean of boxes that overlap; a box turned by 90 degrees counts as one with its sizes swapped."""
     if len(boxes) == 1:
         return boxes[0]
     values = boxes.astype(np.float64)

@@ -18,14 +18,12 @@ from jaxtyping import Bool, Float, Int
 from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.checkpoint.store import restore_checkpoint
 from h2a2_jax.errors import InputError
-from h2a2_jax.inference.predictor import Predictor, prepare
+from h2a2_jax.inference.predictor import BucketFile, Predictor, prepare
 from h2a2_jax.inference.results import boxes_in_input_frame
-from h2a2_jax.inference.shape_cache import BucketFile
 from h2a2_jax.loader.batching import no_scan
 from h2a2_jax.models import LevelSizes
-from h2a2_jax.scans.cloud_scan import PlacedCloud, place_cloud
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, ColorRange, PointCloud, cloud_of_arrays
-from h2a2_jax.scans.scan_folder import UNITS, UPRIGHT, upright_matrix
+from h2a2_jax.scans.frame import UNITS, UPRIGHT, PlacedCloud, place_cloud, upright_matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +36,8 @@ class Boxes:
         yaws: radians, counter-clockwise about the axis that points up, seen from above; 0 for axis-aligned datasets.
         scores: confidence, 0 to 1.
         labels: index of the class among those of the dataset.
-        names: of the classes, one a box.
-        notes: what of the points was left out or assumed, a count by kind.
+        names: name of the class of each box.
+        notes: counts of points that were left out or repaired, by kind.
     """
 
     centers: Float[np.ndarray, "n 3"]
@@ -54,11 +52,11 @@ class Boxes:
         return len(self.scores)
 
     def __iter__(self) -> Iterator["Boxes"]:
-        """Each box as one of its own."""
+        """Each box as a `Boxes` of length 1."""
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, chosen: Bool[np.ndarray, " n"] | Int[np.ndarray, " m"] | slice | int) -> "Boxes":
-        """Those boxes where a mask is true, as in `boxes[boxes.scores > 0.5]`, or of some rows: an index, a slice."""
+        """Boxes chosen by a mask, as in `boxes[boxes.scores > 0.5]`, an array of rows, a slice or an index."""
         rows = np.atleast_1d(np.arange(len(self))[chosen])
         return Boxes(
             self.centers[rows],
@@ -74,19 +72,19 @@ class Boxes:
 class Detector:
     """Boxes of point clouds from a trained model.
 
-    The first call of a number of scans, and of a much larger scan than before, compiles; others of the kind run at
-    once. With a `cache` folder that holds across processes. May be called from several threads.
+    The first call of a number of scans, and of a much larger scan than before, compiles; later calls do not. With a
+    `cache` folder the compiled programs serve later processes too. May be called from several threads.
 
     Attributes:
-        predictor: what it stands on, for `Scan`s.
+        predictor: the predictor of `Scan`s that does the work.
     """
 
     def __init__(self, predictor: Predictor, buckets: BucketFile | None = None):
-        """Takes a predictor; see `restore`.
+        """Wrap a predictor; `restore` makes a detector from a checkpoint.
 
         Args:
-            predictor: of a trained model.
-            buckets: where the shapes that scans were padded to are remembered.
+            predictor: predictor of a trained model.
+            buckets: file that keeps the padded shapes of scans for later processes; None: they are not kept.
         """
         self.predictor = predictor
         self._buckets = buckets
@@ -108,15 +106,15 @@ class Detector:
         kernels: Literal["selected", "shared"] = "selected",
         cache: str | Path | None = None,
     ) -> "Detector":
-        """The detector of a checkpoint.
+        """Restore the detector of a checkpoint.
 
         Args:
             checkpoint: folder of a run, its "checkpoints", or the folder of a step in that.
-            step: of the checkpoint; None: that of the path, or the last.
+            step: step of the checkpoint; None: that of the path, or the last.
             score_threshold: lowest score that a call can ask for.
             iou_threshold: bird's-eye-view IoU above which the lower score of a class is suppressed.
-            conditioning: whose embedding, statistics and exclusive kernels are used: "own" of the dataset that is
-                called for, those of another one by name, or the "mean" of all, for data that no dataset stands for.
+            conditioning: dataset whose embedding, statistics and exclusive kernels are used: "own" is that of the call,
+                the name of another one, or "mean" of all, for data that no dataset stands for.
             kernels: "selected" by each scan's structure, or "shared" everywhere.
             cache: folder that keeps compiled programs and padded shapes for later processes; sets JAX's
                 compilation cache for this process.
@@ -125,10 +123,10 @@ class Detector:
             InputError: there is no such checkpoint, or it cannot be read, or has no such dataset to condition on; or
                 an argument is not as above.
         """
-        _one_of("kernels", kernels, ("selected", "shared"))
-        _share("score_threshold", score_threshold)
-        _share("iou_threshold", iou_threshold)
-        buckets = None if cache is None else BucketFile.opened(Path(cache))
+        _check_choice("kernels", kernels, ("selected", "shared"))
+        _check_share("score_threshold", score_threshold)
+        _check_share("iou_threshold", iou_threshold)
+        buckets = None if cache is None else BucketFile.open(Path(cache))
         model, config = restore_checkpoint(checkpoint, step)
         predictor = Predictor(
             model,
@@ -142,7 +140,7 @@ class Detector:
 
     @property
     def datasets(self) -> tuple[str, ...]:
-        """Those that it was trained on."""
+        """Names of the datasets that the model was trained on."""
         return tuple(spec.name for spec in self.predictor.specs)
 
     def classes(self, dataset: str) -> tuple[str, ...]:
@@ -199,17 +197,17 @@ class Detector:
             points: [n, 3] numbers x, y, z; or a list of such arrays. float64 keeps map coordinates exact.
             colors: [n, 3] red, green, blue, 0-255 or 0-1; or a list of such arrays. Without them points are taken as
                 grey, which the model has not seen in training.
-            dataset: whose head predicts: it sets classes, statistics and exclusive kernels, and whether boxes have
-                yaw. May be left out where the model knows one only.
+            dataset: dataset whose head predicts: it sets classes, statistics and exclusive kernels, and whether boxes
+                have yaw. May be left out where the model knows one only.
             score: lowest score of a box.
             up: axis that points up, with its sign: z, -z, y, -y, x or -x.
-            unit: of the points, m, cm or mm; boxes are given in it.
+            unit: unit of the points, m, cm or mm; boxes are given in it.
             color_range: "0-1", "0-255", "none" (do not use them), or "auto": by their type and largest value.
             batch_size: point clouds in one pass of the network; more than one pays on accelerators.
 
         Returns:
-            The boxes of each point cloud; a list for a list. Points are drawn as the dataset's test protocol says, the
-            same ones at each call.
+            The boxes of each point cloud; a list for a list. Points are drawn as the dataset's test protocol says; each
+            call draws the same ones.
 
         Raises:
             InputError: an argument is not as above; a point cloud has no finite point; its colours are in another
@@ -229,61 +227,49 @@ class Detector:
                 f"{len(clouds)} point clouds and {len(hues)} arrays of colours are given; expected is a list of one "
                 "for each, or None."
             )
-        spec = self.predictor.spec(self._chosen(dataset))
-        matrix = _matrix(up, unit)
-        _one_of("color_range", color_range, COLOR_RANGES)
-        _share("score", score)
+        if dataset is None and len(self.datasets) > 1:
+            raise InputError(f"dataset is not given: say whose head predicts, one of {', '.join(self.datasets)}.")
+        spec = self.predictor.spec(self.datasets[0] if dataset is None else dataset)
+        _check_choice("up", up, UPRIGHT)
+        _check_choice("unit", unit, UNITS)
+        _check_choice("color_range", color_range, COLOR_RANGES)
+        _check_share("score", score)
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected is 1 or more.")
+        matrix = upright_matrix(up, unit)
         placed = [
             place_cloud(str(i + 1), cloud_of_arrays(cloud, hue), matrix, color_range, colors_hint="say color_range")
             for i, (cloud, hue) in enumerate(zip(clouds, hues, strict=True))
         ]
         found: list[Boxes] = []
         for start in range(0, len(placed), batch_size):
-            some = placed[start : start + batch_size]
-            # A last chunk that is smaller would be another shape to compile.
-            filler = [no_scan()] * (batch_size - len(some))
-            drawn = [prepare(replace(one.scan, name="scan"), spec) for one in some]
+            batch = placed[start : start + batch_size]
+            # A last batch that is smaller would be another shape to compile.
+            filler = [no_scan()] * (batch_size - len(batch))
+            # The name seeds the drawing of points: one name, so that a cloud gives the same boxes anywhere in a list.
+            drawn = [prepare(replace(cloud.scan, name="scan"), spec) for cloud in batch]
             detections = self.predictor.predict([*drawn, *filler], spec.name)
-            found += [_boxes(d, one, spec.classes, score) for one, d in zip(some, detections, strict=False)]
-        self._remember()
-        return found[0] if single else found
-
-    def _chosen(self, dataset: str | None) -> str:
-        if dataset is not None:
-            return dataset
-        if len(self.datasets) > 1:
-            raise InputError(f"dataset is not given: say whose head predicts, one of {', '.join(self.datasets)}.")
-        return self.datasets[0]
-
-    def _remember(self) -> None:
-        bases = self.predictor.bucket_bases
-        if self._buckets is not None and bases != self._remembered:
+            found += [_boxes(d, cloud, spec.classes, score) for cloud, d in zip(batch, detections, strict=False)]
+        if self._buckets is not None and (bases := self.predictor.bucket_bases) != self._remembered:
             with self._writing:
                 self._remembered = bases
                 self._buckets.write(bases)
+        return found[0] if single else found
 
 
 def _boxes(found: Detections, placed: PlacedCloud, classes: Sequence[str], score: float) -> Boxes:
+    """Boxes of at least a score in the frame and unit of the points as they were given."""
     boxes = boxes_in_input_frame(found.boxes, placed.matrix)
     names = tuple(classes[label] for label in found.labels)
     every = Boxes(boxes[:, :3], boxes[:, 3:6], boxes[:, 6], found.scores, found.labels, names, placed.scan.notes)
     return every[found.scores >= score]
 
 
-def _matrix(up: str, unit: str) -> np.ndarray:
-    """From the frame and unit of the points to metres, z up."""
-    _one_of("up", up, UPRIGHT)
-    _one_of("unit", unit, UNITS)
-    return upright_matrix(up, unit)
-
-
-def _one_of(name: str, value: str, known: Sequence[str] | Mapping[str, object]) -> None:
+def _check_choice(name: str, value: str, known: Sequence[str] | Mapping[str, object]) -> None:
     if value not in known:
         raise InputError(f"{name} is {value!r}; expected is one of {', '.join(known)}.")
 
 
-def _share(name: str, value: float) -> None:
+def _check_share(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise InputError(f"{name} is {value}; expected is a number from 0 to 1.")

@@ -1,4 +1,4 @@
-"""A trained detector for scans of one kind: everything that depends on the dataset alone is computed once.
+"""Folding: everything in a trained detector that depends on the dataset alone is computed once.
 
 Modulation, gates and exclusive kernels follow from the dataset's embedding, and in evaluation a batch norm is an affine
 map of each channel. So `conv(x * phi + theta)`, norm and gate become a convolution with other kernels and a bias:
@@ -6,8 +6,8 @@ map of each channel. So `conv(x * phi + theta)`, norm and gate become a convolut
     y = (1 + g) * norm(conv(x'))  =  conv(x') with kernels W * scale and bias;    x' = x * phi + theta
 
 phi and theta themselves stay an affine map in front of the convolution: theta reaches an output once for each neighbour
-that is there, and the selection reads x'. Which kernel an offset takes still follows from each scan. With embeddings
-of scans (`SelectionConfig.scan_embedding`) modulation and gates depend on the scan and are computed as before.
+that is there, and the selection reads x'. The kernel of an offset is still selected for each scan. With embeddings of
+scans (`SelectionConfig.scan_embedding`) modulation and gates depend on the scan and are not folded.
 """
 
 import jax.numpy as jnp
@@ -27,12 +27,13 @@ from h2a2_jax.sparse import KernelMap, SparseTensor, convolve
 def fold(model: TR3D, dataset: DatasetContext, head: int) -> TR3D:
     """A detector of one dataset that predicts what `model` does in evaluation, up to rounding.
 
-    Its parameters are copies, its dataset axes have one entry; it evaluates only. Running it needs a context of one
-    dataset, which may ask for shared kernels only if `dataset` does.
+    Its parameters are copies and its dataset axes have one entry; it cannot be trained. Running it needs a context of
+    one dataset, which may ask for shared kernels only if `dataset` does.
 
     Args:
-        model: trained; it stays as it is.
-        dataset: whose embedding, exclusive kernels and statistics, or the mean; and whether kernels are selected.
+        model: the trained model; it is not changed.
+        dataset: dataset whose embedding, exclusive kernels and statistics are used, or the mean; and whether kernels
+            are selected.
         head: index of the dataset whose head predicts.
     """
     folded = folded_parameters(model, dataset, DatasetContext.one(head, len(model.heads_config)))
@@ -41,7 +42,7 @@ def fold(model: TR3D, dataset: DatasetContext, head: int) -> TR3D:
 
 
 def folded_parameters(model: TR3D, dataset: DatasetContext, head: DatasetContext) -> TR3D:
-    """`fold` for datasets that are known under jit only; the heads_config is that of the first dataset."""
+    """`fold` inside jit, where datasets are traced; the heads_config is that of the first dataset."""
     per_scan = model.backbone.scan_embedding is not None
     embedding = None if model.embedding is None else dataset.pick(model.embedding[...])
     folded = nnx.clone(model)
@@ -57,7 +58,7 @@ def folded_parameters(model: TR3D, dataset: DatasetContext, head: DatasetContext
 
 
 class Identity(nnx.Module):
-    """In the place of what was folded into its neighbour."""
+    """Stands in for a module that was folded into its neighbour."""
 
     def __call__(self, x: SparseTensor, context: ForwardContext | None = None) -> SparseTensor:
         """The input."""
@@ -72,9 +73,9 @@ class FoldedConv(nnx.Module):
         bias: [Cout].
         phi: [Cin], with theta the modulation of the input; None where there is none.
         theta: [Cin].
-        alpha: [V], with the projection A [Cin, p] and the prototypes P [V, p] what kernels are selected by.
-        modulation: where it depends on the scan, else None.
-        gate: likewise.
+        alpha: [V]; kernels are selected by it, the projection A [Cin, p] and the prototypes P [V, p].
+        modulation: the modulation of the input where it depends on the scan, else None.
+        gate: the gate of the output where it depends on the scan, else None.
     """
 
     def __init__(self, part: ConvNorm, dataset: DatasetContext, embedding: Array | None, per_scan: bool):
@@ -82,9 +83,9 @@ class FoldedConv(nnx.Module):
 
         Args:
             part: convolution, norm and gate of a trained detector.
-            dataset: whose.
-            embedding: [d], the dataset's; None without kernel selection.
-            per_scan: whether scans have embeddings of their own.
+            dataset: the dataset whose parameters and statistics are folded.
+            embedding: embedding [d] of that dataset; None without kernel selection.
+            per_scan: True if scans have embeddings of their own.
         """
         conv = part.conv
         phi: Array | None = None
@@ -126,8 +127,8 @@ class FoldedConv(nnx.Module):
         """Apply onto the map's output sites.
 
         Args:
-            x: on the map's input sites.
-            kernel_map: of the convolution; None for a kernel of one slice.
+            x: features on the map's input sites.
+            kernel_map: map of the convolution; None for a kernel of one slice.
             context: algorithm, compute type, tap; the embeddings of scans where they have any.
 
         Raises:

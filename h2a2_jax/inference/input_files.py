@@ -1,33 +1,43 @@
-"""Files of points to predict: what was asked for, and scans read from them.
+"""Files of points to predict: find them, and read each as a scan in the frame that a detector expects.
 
-From a file of points to a scan in the frame that a detector expects, with hints where it looks like another one.
-
-A detector expects metres and z up. Where the origin lies does not matter to it: its input is the colour of voxels, and
-convolutions see the differences of their places only (a shift by other than multiples of the coarsest voxel changes
-which points share one, no more). So no floor is moved to the height that a dataset has it at; a scan far from the
-origin is shifted near it by whole voxels of every level. What does matter is which way is up, the unit, and, to heads
-whose boxes are axis-aligned, that walls run along x and y: `PredictRequest.align`.
+A detector expects metres and z up. The place of the origin does not matter: the network's input is the colour of
+voxels, and convolutions see only differences of places (a shift by other than multiples of the coarsest voxel changes
+which points share a voxel, no more). So no floor is moved to the height that a dataset has it at; a scan far from the
+origin is shifted near it by whole voxels of every level. The axis that points up and the unit do matter, and heads
+whose boxes are axis-aligned need walls along x and y: `PredictRequest.align`. A file that seems to be in another frame
+gets a remark with the flag to add.
 """
 
 import glob
+import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from threading import Thread
-from typing import Any, Generic, Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.cloud_scan import NO_COLORS, PlacedCloud, place_cloud
-from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, REFUSED, SUFFIXES, ColorRange, PointCloud, read_point_cloud
-from h2a2_jax.scans.frame import estimate_gravity, estimate_walls, guess_unit, guess_up, spread, surface_normals
+from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
+from h2a2_jax.scans.frame import (
+    NO_COLORS,
+    UNITS,
+    UPRIGHT,
+    PlacedCloud,
+    estimate_gravity,
+    estimate_walls,
+    guess_unit,
+    guess_up,
+    place_cloud,
+    spread,
+    surface_normals,
+    upright_matrix,
+)
 from h2a2_jax.scans.scan import NOT_FINITE, Scan, ScanError
-from h2a2_jax.scans.scan_folder import UNITS, UPRIGHT, upright_matrix
 from h2a2_jax.scans.specs import DatasetSpec
 
 Align = Literal["none", "gravity", "manhattan", "both"]
@@ -36,30 +46,34 @@ FORMATS = ("json", "csv", "ply", "html", "png")
 MOST_POINTS = 500_000
 """Points read of a larger file: as many as large scans of rooms have, and memory stays below 2 GB at full width."""
 
-_TEXTS = (".txt", ".csv", ".asc", ".pts", ".xyz")
-_RESERVED = ("predictions",)  # predictions.json holds the boxes of all
 OWN_COMMENT = "boxes of h2a2_jax"
-"""In the first bytes of every PLY file, page and picture that a prediction writes."""
+"""Text in the first bytes of every PLY file, page and picture that a prediction writes."""
+
+_TEXTS = (".txt", ".csv", ".asc", ".pts", ".xyz")
+_RESERVED = ("predictions",)  # predictions.json holds the boxes of all scans
+_MEASURED = 200_000  # points that the spread is measured on
+_TILTED = math.radians(5)
+_TURNED = math.radians(5)
 
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """What is to be predicted, and what is made of it.
+    """The files to predict, and the results to write.
 
     Attributes:
-        inputs: files, folders (with all below), patterns such as "scans/*.ply".
+        inputs: files, folders (searched to the bottom), patterns such as "scans/*.ply".
         output: folder of the results; None: "boxes" in the run's folder.
-        dataset: whose head predicts; None: the first one of the model.
+        dataset: dataset whose head predicts; None: the first one of the model.
         up: axis of the files that points up: x, y, z or -x, -y, -z; "auto" guesses.
-        unit: of the files: m, cm, mm; "auto" guesses.
+        unit: unit of the files: m, cm, mm; "auto" guesses.
         colors: range of the files' colours.
         align: "gravity" turns a tilted scan upright first, "manhattan" turns its walls along x and y, "both", "none".
         score: lowest score of a box.
-        formats: of `FORMATS`: boxes a scan ("json"), all boxes as a table ("csv"), points with labels and box frames
-            ("ply"), a page ("html") and a picture ("png") a scan.
-        show: whether to open a window for each scan.
-        step: of the checkpoint; None: the last.
-        most_points: of a larger file, this many points are read.
+        formats: some of `FORMATS`: boxes by scan ("json"), all boxes as a table ("csv"), points with labels and box
+            frames ("ply"), a page ("html") and a picture ("png") of each scan.
+        show: True to open a window for each scan.
+        step: step of the checkpoint; None: the last.
+        most_points: points that are read of a larger file.
     """
 
     inputs: tuple[str, ...]
@@ -76,10 +90,10 @@ class PredictRequest:
     most_points: int = MOST_POINTS
 
     def __post_init__(self) -> None:
-        """Refuses what makes no sense.
+        """Refuse values that make no sense.
 
         Raises:
-            InputError: one sentence on the first field that is none of its values.
+            InputError: a field has none of its known values.
         """
         for flag, value, known in (
             ("up", self.up, (*UPRIGHT, "auto")),
@@ -105,8 +119,8 @@ class InputFile:
     """One file of points.
 
     Attributes:
-        path: where it is.
-        name: of its scan and its results, its path below what was asked for, unique.
+        path: path of the file.
+        name: unique name of its scan and its results: its path below the input that it was found by.
     """
 
     path: Path
@@ -115,11 +129,11 @@ class InputFile:
 
 @dataclass(frozen=True)
 class FoundInputs:
-    """What was found.
+    """Files of points, and files that were passed over.
 
     Attributes:
-        files: in order of their paths, input by input.
-        problems: by path, why something could not be looked into.
+        files: files of points in order of their paths, input by input.
+        problems: by path, why a folder could not be searched.
         passed_over: text files without a line of numbers, such as a README.
         results: PLY files of an earlier prediction, which are passed over unless they are named one by one.
     """
@@ -137,9 +151,9 @@ def printable(text: object) -> str:
 
 
 def find_inputs(inputs: Sequence[str], output: Path | None = None) -> FoundInputs:
-    """The files of points that are meant.
+    """Find the files of points of some inputs.
 
-    Folders are searched to the bottom, through links but none twice; names that begin with a dot are passed over, and
+    Folders are searched to the bottom, through links but each once; names that begin with a dot are passed over, and
     so is the folder of the results.
 
     Args:
@@ -147,118 +161,97 @@ def find_inputs(inputs: Sequence[str], output: Path | None = None) -> FoundInput
         output: folder of the results.
 
     Raises:
-        InputError: an input is neither file nor folder, or matches nothing; or no file of points is there.
+        InputError: an input is neither file nor folder, or matches nothing; or there is no file of points.
     """
     if not inputs:
         raise InputError("No input is given: give files, folders or patterns with --input=FILE|FOLDER|GLOB.")
     aside = None if output is None else os.path.realpath(output)
     found: dict[str, tuple[Path, PurePath]] = {}
-    search = _Search(aside, {}, [], [])
+    problems: dict[str, str] = {}
+    passed_over: list[Path] = []
+    results: list[Path] = []
     for text in inputs:
         named_alone = os.path.lexists(text)
-        for path, below in _expand(text, len(inputs)):
-            if path.is_dir():
-                if aside is not None and os.path.realpath(path) == aside:
-                    raise InputError(
-                        f"{printable(path)} is the folder of the input and of the output: choose another --output."
-                    )
-                files = search.below(path, below)
-            elif not named_alone and _is_result(path):
-                search.results.append(path)
-                continue
+        for path, name in _expand(text, len(inputs)):
+            if not path.is_dir():
+                candidates = iter([(path, name)])
+            elif aside is not None and os.path.realpath(path) == aside:
+                raise InputError(
+                    f"{printable(path)} is the folder of the input and of the output: choose another --output."
+                )
             else:
-                files = iter([(path, below)])
-            for file, place in files:
-                found.setdefault(os.path.abspath(file), (file, place))
-    if not found and not search.problems and search.results:
+                candidates = _files_below(path, name, aside, problems)
+            for file, place in candidates:
+                if path.is_dir() and file.suffix.lower() in _TEXTS and not _has_numbers(file):
+                    passed_over.append(file)
+                elif not (named_alone and file is path) and _is_result_ply(file):
+                    results.append(file)
+                else:
+                    found.setdefault(os.path.abspath(file), (file, place))
+    if not found and not problems and results:
         raise InputError(f"{printable(', '.join(inputs))} holds results of predictions only: give other point clouds.")
-    if not found and not search.problems:
+    if not found and not problems:
         raise InputError(
             f"There is no point cloud in {printable(', '.join(inputs))}: files with {', '.join(SUFFIXES)} are read."
         )
-    names = _names([place for _, place in found.values()])
-    named = tuple(InputFile(path, name) for (path, _), name in zip(found.values(), names, strict=True))
-    return FoundInputs(named, search.problems, tuple(search.passed_over), tuple(search.results))
+    names = _unique_names([place for _, place in found.values()])
+    files = tuple(InputFile(path, name) for (path, _), name in zip(found.values(), names, strict=True))
+    return FoundInputs(files, problems, tuple(passed_over), tuple(results))
 
 
-def _expand(text: str, of: int) -> Iterator[tuple[Path, PurePath]]:
-    """Files and folders of one input of so many, each with the start of its results' names."""
+def _expand(text: str, number: int) -> Iterator[tuple[Path, PurePath]]:
+    """Files and folders of one of a number of inputs, each with the beginning of its results' names."""
     path = Path(text)
     if not text or "\0" in text:
         raise InputError(f"--input has the entry {printable(text)!r}; expected are files, folders or patterns.")
-    try:
-        exists = os.path.lexists(path)
-    except (OSError, ValueError):
-        exists = False
-    if exists:
+    if os.path.lexists(path):
         if not path.is_dir() and path.exists() and not path.is_file():
             raise InputError(f"{printable(path)} is neither a file nor a folder: give point clouds.")
         yield path, PurePath() if path.is_dir() else PurePath(path.name)
         return
     if not glob.has_magic(text):
-        comma = " (a comma separates two; in a pattern, ? stands for one that is part of a name)" if of > 1 else ""
+        comma = " (a comma separates two; in a pattern, ? stands for one that is part of a name)" if number > 1 else ""
         raise InputError(f"There is no file or folder {printable(text)}: check the path given with --input{comma}.")
-    fixed = Path(*_until_magic(path.parts))
+    fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
     try:
-        # Not glob.glob, whose ** goes round with links.
+        # glob.glob would follow links in circles for **.
         matches = sorted(fixed.glob(str(path.relative_to(fixed))))
     except (ValueError, NotImplementedError, OSError) as error:
         raise InputError(f"{printable(text)} is no pattern ({printable(error)}): check --input.") from error
     matches = [each for each in matches if not any(part.startswith(".") for part in each.relative_to(fixed).parts)]
     # A folder that a pattern matches is not searched where the pattern names files in it as well.
-    files = [match for match in matches if not match.is_dir()]
-    matches = files or matches
+    matches = [match for match in matches if not match.is_dir()] or matches
     if not matches:
         raise InputError(f"Nothing matches {printable(text)}: check the pattern given with --input.")
     for match in matches:
-        if match.is_dir() or match.suffix.lower() in (*SUFFIXES, *REFUSED):
+        if match.is_dir() or match.suffix.lower() in SUFFIXES:
             yield match, PurePath(os.path.relpath(match, fixed))
 
 
-def _until_magic(parts: Sequence[str]) -> Iterator[str]:
-    for part in parts:
-        if glob.has_magic(part):
-            return
-        yield part
+def _files_below(
+    folder: Path, name: PurePath, aside: str | None, problems: dict[str, str]
+) -> Iterator[tuple[Path, PurePath]]:
+    """Files in a folder and below that end as files of points do, each with the beginning of its results' names."""
+    seen: set[tuple[int, int]] = set()
 
+    def note_problem(error: OSError) -> None:
+        where = printable(error.filename or folder)
+        problems[where] = f"{where} cannot be looked into: {error.strerror or error}."
 
-@dataclass
-class _Search:
-    aside: str | None
-    problems: dict[str, str]
-    passed_over: list[Path]
-    results: list[Path]
-
-    def below(self, folder: Path, name: PurePath) -> Iterator[tuple[Path, PurePath]]:
-        """Files of points in a folder and below."""
-        seen: set[tuple[int, int]] = set()
-
-        def problem(error: OSError) -> None:
-            where = printable(error.filename or folder)
-            self.problems[where] = f"{where} cannot be looked into: {error.strerror or error}."
-
-        for place, folders, files in os.walk(folder, onerror=problem, followlinks=True):
-            status = os.stat(place)
-            if (status.st_dev, status.st_ino) in seen or os.path.realpath(place) == self.aside:
-                folders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            folders[:] = sorted(each for each in folders if not each.startswith("."))
-            for file in sorted(files):
-                path = Path(place, file)
-                if file.startswith(".") or path.suffix.lower() not in (*SUFFIXES, *REFUSED):
-                    continue
-                if path.suffix.lower() in _TEXTS and not _has_numbers(path):
-                    self.passed_over.append(path)
-                    continue
-                if _is_result(path):
-                    self.results.append(path)
-                    continue
+    for place, folders, files in os.walk(folder, onerror=note_problem, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen or os.path.realpath(place) == aside:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(each for each in folders if not each.startswith("."))
+        for path in (Path(place, file) for file in sorted(files) if not file.startswith(".")):
+            if path.suffix.lower() in SUFFIXES:
                 yield path, name / os.path.relpath(path, folder)
 
 
-def _is_result(path: Path) -> bool:
-    """Whether it is a PLY file that a prediction wrote."""
+def _is_result_ply(path: Path) -> bool:
+    """Return True for a PLY file that a prediction wrote."""
     if path.suffix.lower() != ".ply" or not path.is_file():
         return False
     try:
@@ -269,7 +262,7 @@ def _is_result(path: Path) -> bool:
 
 
 def _has_numbers(path: Path) -> bool:
-    """Whether a text has a line of three numbers near its beginning; what cannot be read may have."""
+    """Return True if a text has a line of three numbers near its beginning, or cannot be read."""
     if not path.is_file():
         return True
     try:
@@ -278,7 +271,7 @@ def _has_numbers(path: Path) -> bool:
     except OSError:
         return True
     if not any(lines) or b"\0" in b"".join(lines):
-        return True  # empty or damaged, which is told when it is read
+        return True  # empty or damaged: an error when it is read
     for line in lines:
         try:
             if len([float(word) for word in line.replace(b",", b" ").replace(b";", b" ").split()]) >= 3:
@@ -288,33 +281,26 @@ def _has_numbers(path: Path) -> bool:
     return False
 
 
-def _names(places: Sequence[PurePath]) -> list[str]:
+def _unique_names(places: Sequence[PurePath]) -> list[str]:
     """A name for each path: without its suffix if that makes it unique, whatever the case of letters."""
-    plain = [_plain(place.with_suffix("").as_posix()) for place in places]
+    plain = [_plain_name(place.with_suffix("")) for place in places]
     counts = Counter(name.casefold() for name in plain)
-    taken: set[str] = set()
+    taken = set(_RESERVED)
     names = []
     for place, short in zip(places, plain, strict=True):
-        unique = counts[short.casefold()] == 1 and short.casefold() not in (*taken, *_RESERVED)
-        base = short if unique else _plain(place.as_posix())
+        is_unique = counts[short.casefold()] == 1 and short.casefold() not in taken
+        base = short if is_unique else _plain_name(place)
         name, number = base, 2
-        while name.casefold() in taken or name.casefold() in _RESERVED:
+        while name.casefold() in taken:
             name, number = f"{base}-{number}", number + 1
         taken.add(name.casefold())
         names.append(name)
     return names
 
 
-def _plain(name: str) -> str:
-    parts = printable(name).replace("?", "_").split("/")
+def _plain_name(place: PurePath) -> str:
+    parts = printable(place.as_posix()).replace("?", "_").split("/")
     return "/".join(part for part in parts if part not in ("", ".", "..")) or "scan"
-
-
-_MEASURED = 200_000  # points that the spread is measured on
-_TILTED = math.radians(5)
-_TURNED = math.radians(5)
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,10 +308,10 @@ class FileScan:
     """One file, ready for the detector.
 
     Attributes:
-        file: it was read from.
-        scan: in metres, z up, aligned if that was asked for.
-        matrix: from the file's frame and unit to that of the scan, float64: `scan.transform` in full.
-        remarks: sentences on what was assumed and what may be wrong, with the flag that mends it.
+        file: the file that was read.
+        scan: the scan in metres, z up, aligned if the request says so.
+        matrix: transform from the file's frame and unit to that of the scan; `scan.transform` in float64.
+        remarks: parts of sentences on assumptions and on likely mistakes, with the flag that corrects them.
     """
 
     file: InputFile
@@ -335,15 +321,15 @@ class FileScan:
 
 
 def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> FileScan:
-    """Reads one file, brings it to metres with z up, and aligns it.
+    """Read one file, bring it to metres with z up, and align it.
 
     Args:
-        file: to read.
-        request: its frame, unit, colours and alignment.
-        spec: of the dataset whose head is to predict.
+        file: the file to read.
+        request: frame, unit, colours and alignment of the files.
+        spec: dataset whose head is to predict.
 
     Raises:
-        InputError: it cannot be read or used; one sentence, with the flags that may mend it.
+        InputError: the file cannot be read or used; one sentence, with the flags that may help.
     """
     if file.path.exists() and not file.path.is_file() and not file.path.is_dir():
         raise InputError(f"{printable(file.path)} is no regular file: give a point cloud.")
@@ -368,40 +354,36 @@ def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> Fi
 
 
 def _frame(cloud: PointCloud, request: PredictRequest) -> tuple[str, str, list[str]]:
-    """Up axis and unit, as was said or as guessed, and what looks otherwise."""
-    said_up, said_unit = (value if value != "auto" else "" for value in (request.up, request.unit))
-    up, unit = said_up or "z", said_unit or "m"
+    """Up axis and unit, as requested or guessed, and remarks where the points look otherwise."""
+    frame = {"up": "z" if request.up == "auto" else request.up, "unit": "m" if request.unit == "auto" else request.unit}
     if not len(cloud.points):
-        return up, unit, []
+        return frame["up"], frame["unit"], []
     axes = spread(cloud.points[:: max(1, len(cloud.points) // _MEASURED)])
+    guesses = {"up": guess_up(frame["up"], [axes]), "unit": guess_unit(frame["unit"], [axes])}
     looks, wrong, remarks = [], [], []
-    guesses = (("up", guess_up(up, [axes])), ("unit", guess_unit(unit, [axes])))
-    for flag, guess in guesses:
+    for flag, guess in guesses.items():
+        is_guessed = getattr(request, flag) == "auto"
         words = f"{guess.guess} points up" if flag == "up" else f"the unit is {guess.guess}"
-        if (said_up if flag == "up" else said_unit) == "":
-            if guess.guess is None:
-                remarks.append(f"does not tell its {flag}: {guess.declared} is assumed; say it with --{flag}")
-            else:
-                remarks.append(f"{words}, it seems ({guess.evidence})")
-            if flag == "up":
-                up = guess.guess or up
-            else:
-                unit = guess.guess or unit
+        if is_guessed and guess.guess is None:
+            remarks.append(f"does not tell its {flag}: {guess.declared} is assumed; say it with --{flag}")
+        elif is_guessed:
+            remarks.append(f"{words}, it seems ({guess.evidence})")
+            frame[flag] = guess.guess or frame[flag]
         elif guess.differs:
             looks.append(words if guess.certain else f"{words} (perhaps)")
             wrong.append(f"--{flag}={guess.guess}")
     if wrong:
         remarks.append(f"looks as if {' and '.join(looks)}: add {' '.join(wrong)}")
-    return up, unit, remarks
+    return frame["up"], frame["unit"], remarks
 
 
 def align(placed: PlacedCloud, request: PredictRequest, spec: DatasetSpec) -> tuple[PlacedCloud, list[str]]:
-    """Turns a scan as `PredictRequest.align` says, and says what was done or would be worth doing.
+    """Turn a scan as `PredictRequest.align` says, with remarks on what was done and what would help.
 
     Args:
-        placed: metres, one axis said to point up turned to z.
-        request: which alignments.
-        spec: of the dataset whose head is to predict.
+        placed: scan in metres, the axis that points up turned to z.
+        request: the alignments.
+        spec: dataset whose head is to predict.
 
     Returns:
         The turned scan; remarks.
@@ -419,7 +401,7 @@ def align(placed: PlacedCloud, request: PredictRequest, spec: DatasetSpec) -> tu
         else:
             remarks.append("does not show which way is up (too few floors and walls) and is left as it is")
     elif is_tilted:
-        # Level, its walls can be told better: both at once saves a round.
+        # Walls are measured better on a level scan: advising both at once saves a round.
         is_turned = request.align == "manhattan" or not spec.has_yaw
         remarks.append(f"looks tilted by {tilt}: add --align={'both' if is_turned else 'gravity'}")
     walls = estimate_walls(normals @ rotation.T)
@@ -442,37 +424,3 @@ def align(placed: PlacedCloud, request: PredictRequest, spec: DatasetSpec) -> tu
     matrix = motion @ placed.matrix
     points = (placed.scan.points @ rotation.T).astype(np.float32)
     return PlacedCloud(replace(placed.scan, points=points, transform=matrix.astype(np.float32)), matrix), remarks
-
-
-class Pending(Generic[Item]):
-    """The result of a function in a thread of its own, which does not keep the program from ending."""
-
-    def __init__(self, function: Callable[[], Item]):
-        self._outcome: list[Any] = []
-        self._error: list[Exception] = []
-        self._thread = Thread(target=self._run, args=(function,), daemon=True)
-        self._thread.start()
-
-    def _run(self, function: Callable[[], Item]) -> None:
-        try:
-            self._outcome.append(function())
-        except Exception as error:
-            self._error.append(error)
-
-    def result(self) -> Item:
-        """Waits for it; raises what the function raised."""
-        self._thread.join()
-        if self._error:
-            raise self._error[0]
-        return self._outcome[0]
-
-
-def read_ahead(functions: Sequence[Callable[[], Item]]) -> Iterator[Pending[Item]]:
-    """The results of functions in order; each begins while its predecessor's result is worked on, no earlier."""
-    following = Pending(functions[0]) if functions else None
-    for i in range(len(functions)):
-        current = following
-        assert current is not None
-        current._thread.join()
-        following = Pending(functions[i + 1]) if i + 1 < len(functions) else None
-        yield current

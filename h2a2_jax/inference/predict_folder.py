@@ -1,50 +1,238 @@
-"""Predicts file after file: what goes wrong with one stops no other, and what is done is on disk at once."""
+"""Predict files of points, or the validation scans of a run, and write the boxes.
 
+An error in one file stops no other, and the results of a file are on disk as soon as it is predicted.
+"""
+
+import os
 import re
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
+import numpy as np
 from tqdm import tqdm
 
-from h2a2_jax.boxes.nms import Detections
-from h2a2_jax.errors import InputError
+from h2a2_jax.boxes.matching import GroundTruth
+from h2a2_jax.checkpoint.store import checkpoint_place, restore_checkpoint
+from h2a2_jax.config import ExperimentConfig
+from h2a2_jax.distributed import MeshLayout, train_mesh
+from h2a2_jax.errors import INTERRUPTED, InputError
 from h2a2_jax.host import progress_interval
 from h2a2_jax.inference.input_files import (
     FileScan,
     FoundInputs,
     InputFile,
-    Pending,
     PredictRequest,
+    find_inputs,
     load_file,
     printable,
-    read_ahead,
 )
-from h2a2_jax.inference.predictor import Predictor, prepare
+from h2a2_jax.inference.predictor import (
+    BucketFile,
+    Predictor,
+    build_predictor,
+    predict_scans,
+    prepare,
+    skipped_lines,
+)
 from h2a2_jax.inference.results import document_of, scan_entry
-from h2a2_jax.inference.writers import ALL_BOXES, TABLE, write_document, write_scan, write_table
+from h2a2_jax.inference.writers import ALL_BOXES, TABLE, check_output, write_document, write_scan, write_table
+from h2a2_jax.scans.sources import build_source, some
 from h2a2_jax.scans.specs import DatasetSpec
 
 FAINT_SCORE = 0.05
 """Boxes down to this score, or to that of the request if it is lower, are on the page behind its slider."""
 REPEATED = 3
-"""How often remarks of one kind are said as they come up."""
+"""Remarks of one kind that are printed one by one; a last line counts them all."""
 _NUMBER = re.compile(r"-?\d[\d.,]*")
+
+Item = TypeVar("Item")
+
+
+def print_line(text: str) -> None:
+    """Print a line above the progress bar that may be on the terminal."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def predict_inputs(
+    workdir: Path,
+    request: PredictRequest,
+    config: ExperimentConfig | None = None,
+    say: Callable[[str], None] = print_line,
+) -> "Outcome":
+    """Restore a checkpoint and write the boxes of files of points.
+
+    Padded shapes and compiled programs are kept in <run>/cache for the next time, where that can be written to.
+
+    Args:
+        workdir: folder of a run, or of its checkpoints, or of one of them.
+        request: which files, and how.
+        config: the config that the checkpoint must agree with, and whose `eval` is used; None: the one that the
+            checkpoint holds.
+        say: called with each line for the user.
+
+    Returns:
+        Results and failures by file; also after Ctrl-C, with the files done until then.
+
+    Raises:
+        InputError: nothing can be predicted at all: no input is found, the results cannot be written, there is no
+            checkpoint, or the model was not trained on the dataset.
+    """
+    run = checkpoint_place(workdir).run
+    output = run / "boxes" if request.output is None else request.output
+    found = find_inputs(request.inputs, output)
+    check_output(output, (file.name for file in found.files), request.formats)
+    model, stored = restore_checkpoint(workdir, request.step, config)
+    config = stored if config is None else config
+    lowest = min(request.score, FAINT_SCORE)
+    predictor = build_predictor(model, config.specs, replace(config.eval, score_threshold=lowest))
+    shapes = _bucket_file(run)
+    if shapes is not None:
+        predictor.set_bucket_bases(shapes.read())
+    for line in _opening(found, request, predictor, output):
+        say(line)
+    if all(source.is_procedural for source in stored.datasets):
+        say("The model has seen procedural scans only: on others its boxes show how things work, no more.")
+    outcome = predict_files(predictor, found, request, output, say)
+    if shapes is not None:
+        shapes.write(predictor.bucket_bases)
+    for line in _closing(outcome, found, output):
+        say(line)
+    return outcome
+
+
+def predict_validation_scans(
+    workdir: Path,
+    request: PredictRequest | None = None,
+    config: ExperimentConfig | None = None,
+    say: Callable[[str], None] = print_line,
+) -> None:
+    """Restore a checkpoint and write the boxes of the validation scans, <workdir>/predictions/<dataset>.json.
+
+    Args:
+        workdir: folder of the run, or of its checkpoints, or of one of them.
+        request: request without inputs; its formats "ply", "html" and "png" are written scan by scan to
+            <output>/<dataset>/, with the annotated boxes beside those found. None: none of them.
+        config: the config that the checkpoint must agree with, and whose data are used; None: the one that the
+            checkpoint holds.
+        say: called with each line for the user.
+
+    Raises:
+        InputError: there is no checkpoint, it is of another architecture than the config, a table is asked for, or the
+            results cannot be written.
+    """
+    request = request or PredictRequest((), formats=())
+    if "csv" in request.formats:
+        raise InputError("--formats=csv is for files of points (--input); scans of a config have json, ply, html, png.")
+    model, stored = restore_checkpoint(workdir, request.step, config)
+    config = stored if config is None else config
+    predictor = build_predictor(model, config.specs, config.eval)
+    output = checkpoint_place(workdir).run / "predictions" if request.output is None else request.output
+    check_output(output, (), ())
+    if request.dataset is not None:
+        predictor.spec(request.dataset)  # an error for a dataset that the model does not know
+    formats = tuple(name for name in request.formats if name != "json")  # all scans share one JSON file
+    for d in MeshLayout(train_mesh(len(config.specs)), len(config.specs)).evaluated:
+        spec = config.specs[d]
+        if request.dataset not in (None, spec.name):
+            continue
+        folder, skipped, entries = output / spec.name, dict[str, str](), []
+        for scan, _, found in predict_scans(predictor, build_source(config.datasets[d], "val"), spec, skipped):
+            entry = scan_entry(scan.name, scan.transform, found, spec)
+            entries.append(entry)
+            if not formats:
+                continue
+            known = scan.labels >= 0
+            truth, matrix = GroundTruth(scan.boxes[known], scan.labels[known]), scan.transform.astype(np.float64)
+            try:
+                write_scan(folder, formats, entry, scan, matrix, found, spec, truth)
+            except OSError as error:
+                raise InputError(
+                    f"{error.filename or folder} cannot be written ({error.strerror}): choose another --output."
+                ) from error
+        for line in skipped_lines(skipped):
+            say(line)
+        path = output / f"{spec.name}.json"
+        write_document(path, document_of(entries, spec))
+        say(f"{path}: {sum(len(entry['boxes']) for entry in entries)} boxes in {len(entries)} scans")
+
+
+def _bucket_file(run: Path) -> BucketFile | None:
+    """The file of shapes and programs of a run; None where none can be kept, which is no reason not to predict."""
+    if not os.access(run, os.W_OK):
+        return None
+    try:
+        return BucketFile.open(run / "cache")
+    except InputError:
+        return None
+
+
+def _opening(found: FoundInputs, request: PredictRequest, predictor: Predictor, output: Path) -> Iterator[str]:
+    """Lines on the files found, the head that predicts and the frame that the files are taken to be in."""
+    names = [spec.name for spec in predictor.specs]
+    spec = predictor.specs[0] if request.dataset is None else predictor.spec(request.dataset)
+    choice = ""
+    if request.dataset is None and len(names) > 1:
+        choice = f" (the first of {', '.join(names)}; choose with --dataset)"
+    kind = "turned about the vertical" if spec.has_yaw else "axis-aligned"
+    yield (
+        f"{_count(found.files, 'file')}, boxes by the head of {spec.name}{choice}: {len(spec.classes)} classes, {kind}."
+    )
+    up = "whatever axis seems to point up" if request.up == "auto" else f"{request.up} up"
+    unit = "the unit that seems to be theirs" if request.unit == "auto" else request.unit
+    lowest = f"boxes of score {request.score:g} and more"
+    yield f"Files are taken as {up}, in {unit}, {lowest} go to {printable(output)}."
+    if found.passed_over:
+        shown = ", ".join(printable(path) for path in found.passed_over[:3])
+        yield f"Passed over, as without points: {_count(found.passed_over, 'text file')}, {shown}."
+    if found.results:
+        shown = ", ".join(printable(path) for path in found.results[:3]) + ", ..." * (len(found.results) > 3)
+        yield f"Passed over, as results of a prediction: {_count(found.results, 'file')}, {shown}."
+    yield from found.problems.values()
+
+
+def _closing(outcome: "Outcome", found: FoundInputs, output: Path) -> Iterator[str]:
+    """Lines on remarks that were not printed one by one, boxes, time and failures."""
+    for remark, names in outcome.remarks.values():
+        if len(names) > REPEATED:
+            yield f"{len(names)} scans ({some(names)}), as the first one: {printable(remark)}."
+    boxes = "1 box" if outcome.boxes == 1 else f"{outcome.boxes} boxes"
+    done = f"{boxes} in {len(outcome.entries)} of {_count(found.files, 'scan')}: {printable(output)}"
+    yield f"Stopped. Until then: {done}; the same command begins anew." if outcome.interrupted else done
+    if outcome.entries:
+        spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in outcome.seconds.items())
+        yield f"Seconds by stage, the next scan being read meanwhile: {spent}."
+    if outcome.failed:
+        yield f"{len(outcome.failed)} failed:"
+        yield from (f"  {_after_name(name, sentence)}" for name, sentence in outcome.failed.items())
+
+
+def _count(things: Sequence[object], noun: str) -> str:
+    return f"1 {noun}" if len(things) == 1 else f"{len(things)} {noun}s"
+
+
+def _after_name(name: str, sentence: str) -> str:
+    """The sentence behind the name of the file that it is about, unless it begins with that name."""
+    return sentence if sentence.startswith(name) else f"{name}: {sentence}"
 
 
 @dataclass
 class Outcome:
-    """What became of the files.
+    """Results and failures of a prediction of files.
 
     Attributes:
-        entries: of `predictions.scan_entry`, of the scans that were predicted.
-        failed: by file, why it was not; one sentence.
-        remarks: by kind, the first remark and the names of all scans that it is true of, numbers apart.
-        seconds: by stage: "load" (in a thread of its own), "maps", "network", "boxes", "write".
-        interrupted: whether the user stopped it.
+        entries: `results.scan_entry` of each scan that was predicted.
+        failed: by file, the sentence that says why it could not be predicted.
+        remarks: by kind, the first remark and the names of all scans that have one that differs in numbers only.
+        seconds: time by stage: "load" (in a thread of its own), "maps", "network", "boxes", "write".
+        interrupted: True if the user stopped the prediction.
     """
 
     entries: list[dict[str, Any]] = field(default_factory=list)
@@ -55,24 +243,29 @@ class Outcome:
 
     @property
     def boxes(self) -> int:
-        """How many were found."""
+        """Number of boxes found."""
         return sum(len(entry["boxes"]) for entry in self.entries)
+
+    @property
+    def status(self) -> int:
+        """Exit status: 0, 1 if a file could not be predicted, 130 if the user stopped it."""
+        return INTERRUPTED if self.interrupted else 1 if self.failed else 0
 
 
 def predict_files(
     predictor: Predictor, found: FoundInputs, request: PredictRequest, output: Path, say: Callable[[str], None] = print
 ) -> Outcome:
-    """Predicts files and writes the results, the next one being read meanwhile.
+    """Predict files and write the results, the next file being read meanwhile.
 
     Args:
-        predictor: whose lowest score is that of the request, or `FAINT_SCORE` if this is lower.
+        predictor: predictor whose lowest score is that of the request, or `FAINT_SCORE` if this is lower.
         found: the files.
-        request: how.
+        request: dataset, frame, score and formats.
         output: folder of the results, which can be written to.
-        say: is told remarks as they come up, each kind `REPEATED` times.
+        say: called with remarks as they come up, `REPEATED` times for each kind, and with failures.
 
     Returns:
-        What became of them; also after Ctrl-C, with what was done until then.
+        Results and failures; also after Ctrl-C, with the files done until then.
 
     Raises:
         InputError: the model was not trained on the dataset.
@@ -83,20 +276,48 @@ def predict_files(
     with tqdm(total=len(found.files), unit="scan", mininterval=progress_interval(), disable=None) as bar:
         try:
             for file, pending in zip(found.files, read_ahead(loads), strict=True):
-                failure = _predict_one(predictor, pending, request, spec, output, outcome, say)
+                failure = _predict_file(predictor, pending, request, spec, output, outcome, say)
                 if failure is not None:
                     outcome.failed[printable(file.path)] = failure
-                    say(f"failed: {after_name(printable(file.path), failure)}")
+                    say(f"failed: {_after_name(printable(file.path), failure)}")
                 bar.update()
         except KeyboardInterrupt:
             outcome.interrupted = True
-    _write_together(output, request, spec, outcome)
+    try:
+        if "json" in request.formats:
+            write_document(output / ALL_BOXES, document_of(outcome.entries, spec))
+        if "csv" in request.formats:
+            write_table(output / TABLE, outcome.entries, spec)
+    except OSError as error:
+        outcome.failed[printable(output)] = f"{error.filename or output}: {error.strerror or error}."
     return outcome
 
 
-def after_name(name: str, sentence: str) -> str:
-    """The sentence behind the name of what it is about, unless it begins with that already."""
-    return sentence if sentence.startswith(name) else f"{name}: {sentence}"
+def read_ahead(functions: Iterable[Callable[[], Item]]) -> Iterator[Future[Item]]:
+    """The results of functions in order; each begins while the result before is worked on, no earlier.
+
+    They run in daemon threads, which unlike those of an executor do not keep the program from ending.
+    """
+
+    def start(function: Callable[[], Item]) -> Future[Item]:
+        future: Future[Item] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:  # else nobody would ever see the end of the future
+                future.set_exception(error)
+
+        Thread(target=run, daemon=True).start()
+        return future
+
+    futures = map(start, functions)
+    following = next(futures, None)
+    while following is not None:
+        current = following
+        wait([current])
+        following = next(futures, None)
+        yield current
 
 
 def _timed_load(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> tuple[FileScan, float]:
@@ -104,16 +325,16 @@ def _timed_load(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> 
     return load_file(file, request, spec), time.perf_counter() - started
 
 
-def _predict_one(
+def _predict_file(
     predictor: Predictor,
-    pending: Pending[tuple[FileScan, float]],
+    pending: Future[tuple[FileScan, float]],
     request: PredictRequest,
     spec: DatasetSpec,
     output: Path,
     outcome: Outcome,
     say: Callable[[str], None],
 ) -> str | None:
-    """Why it failed; None if it did not."""
+    """Predict one file and write its results; returns the reason where that failed."""
     try:
         loaded, seconds = pending.result()
         outcome.seconds["load"] = outcome.seconds.get("load", 0.0) + seconds
@@ -132,43 +353,28 @@ def _predict_one(
         outcome.seconds["write"] = outcome.seconds.get("write", 0.0) + time.perf_counter() - started
         outcome.entries.append(entry)
         if request.show:
-            _show(loaded, boxes, request.score, spec, outcome, say)
+            from h2a2_jax.viewer import show
+
+            try:
+                show(loaded.scan, boxes, spec.classes, title=loaded.scan.name, score=request.score)
+            except InputError as error:  # no window is no failure: the boxes are written
+                _remark(loaded, f"is not shown: {error}".removesuffix("."), outcome, say)
     except InputError as error:
         return printable(error)
     except OSError as error:
         return printable(f"{error.filename or output}: {error.strerror or error}.")
     except MemoryError as error:
         return printable(f"There is not enough memory for it ({error}): thin it out or split it.")
-    except Exception as error:  # whatever it is, the other scans go on
+    except Exception as error:  # whatever goes wrong with one file, the others are predicted
         what = " ".join(str(error).split())[:300]
         return printable(f"Something unexpected went wrong ({type(error).__name__}: {what}).")
     return None
 
 
 def _remark(loaded: FileScan, remark: str, outcome: Outcome, say: Callable[[str], None]) -> None:
+    """Note a remark; print it unless there were enough of its kind."""
     kind = _NUMBER.sub("#", remark.replace(loaded.file.path.name, "it"))
     _, names = outcome.remarks.setdefault(kind, (remark, []))
     names.append(loaded.scan.name)
     if len(names) <= REPEATED:
         say(f"{loaded.scan.name}: {printable(remark)}.")
-
-
-def _show(
-    loaded: FileScan, boxes: Detections, score: float, spec: DatasetSpec, outcome: Outcome, say: Callable[[str], None]
-) -> None:
-    from h2a2_jax.viewer import show
-
-    try:
-        show(loaded.scan, boxes, spec.classes, title=loaded.scan.name, score=score)
-    except InputError as error:  # no window is no reason to lose boxes
-        _remark(loaded, f"is not shown: {error}".removesuffix("."), outcome, say)
-
-
-def _write_together(output: Path, request: PredictRequest, spec: DatasetSpec, outcome: Outcome) -> None:
-    try:
-        if "json" in request.formats:
-            write_document(output / ALL_BOXES, document_of(outcome.entries, spec))
-        if "csv" in request.formats:
-            write_table(output / TABLE, outcome.entries, spec)
-    except OSError as error:
-        outcome.failed[printable(output)] = f"{error.filename or output}: {error.strerror or error}."

@@ -1,47 +1,72 @@
-"""Boxes of scans from a trained detector."""
+"""Boxes of scans from a trained detector, and the padded shapes that a run remembers for later processes."""
 
+import contextlib
+import itertools
+import json
+import os
 import threading
 import time
+import warnings
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
+from tqdm import tqdm
 
 from h2a2_jax import sparse
 from h2a2_jax.boxes.codec import ROTATED_CHANNELS
-from h2a2_jax.boxes.nms import Detections, traced_detections
+from h2a2_jax.boxes.nms import Detections, detections_from_predictions
+from h2a2_jax.compilation import use_compilation_cache
+from h2a2_jax.config import EvalConfig
 from h2a2_jax.errors import InputError
+from h2a2_jax.host import progress_interval
 from h2a2_jax.inference.folding import folded_parameters
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.loader.augment import sample_points
 from h2a2_jax.loader.batching import BucketLadder, collate
 from h2a2_jax.models import TR3D, DetectorPlan, LevelSizes, PlanLayout, Predictions, fits_layout, pad_plan
-from h2a2_jax.scans.scan import Scan, ScanError
+from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, load_or_skip
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.typing import AnyArray
 
 _RATIO = 1.5
-_RUNGS_BELOW = 2
+"""Capacity of a bucket over that of the next lower one."""
+_BUCKETS_BELOW = 2
+"""Buckets below that of the first scan, for smaller scans."""
 _SMALLEST = LevelSizes(2048, 2048, 2048, 1024, 512, 256, 128, 512, 4096)
 """Least capacities of one scan: a first scan of a few points must not set the proportions of all that follow."""
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """Anything that finds boxes in scans, such as `Predictor`."""
+
+    def predict(self, scans: Sequence[Scan], dataset: str) -> list[Detections]:
+        """Boxes of each scan, in the frame of its points."""
 
 
 class Predictor:
     """Runs a detector on scans; its running statistics are used, nothing in it changes.
 
-    What depends on the dataset alone is computed once (`folding`). Of scans that no dataset of the model stands for one
-    chooses whose head predicts (the dataset that `predict` is given), whose embedding, statistics and exclusive kernels
-    are used (`conditioning`), and whether kernels are selected or the shared ones everywhere (`kernels`).
+    Everything that depends on the dataset alone is computed once (`folding`). For scans that no dataset of the model
+    stands for, three things can be chosen: whose head predicts (the dataset that `predict` is given), whose embedding,
+    statistics and exclusive kernels are used (`conditioning`), and whether kernels are selected or the shared ones are
+    used everywhere (`kernels`).
 
-    Each number of scans in a pass has its own ladder of padded shapes, set by the first pass: that one is two buckets
-    up, so that smaller scans have smaller shapes. A shape is compiled when it is first needed. No scan is ever cropped.
+    Each number of scans in a pass has its own ladder of padded shapes. The first pass sets it and takes the third
+    bucket, so that smaller scans have smaller shapes. A shape is compiled when it is first needed. No scan is ever
+    cropped.
+
+    Attributes:
+        specs: the datasets of the model, in the order of its dataset axis.
     """
 
     def __init__(
@@ -55,16 +80,17 @@ class Predictor:
         kernels: Literal["selected", "shared"] = "selected",
         folded: bool = True,
     ):
-        """Takes over a model.
+        """Take over a model.
 
         Args:
-            model: trained.
-            specs: of its datasets, in the order of its dataset axis.
+            model: the trained model.
+            specs: its datasets, in the order of its dataset axis.
             score_threshold: lowest score of a box.
             iou_threshold: bird's-eye-view IoU above which the lower score of a class is suppressed.
-            conditioning: "own": of the dataset whose head predicts; the name of another one; or "mean", of all.
+            conditioning: dataset whose embedding, statistics and exclusive kernels are used: "own" is that whose head
+                predicts, the name of another one, or "mean" of all.
             kernels: "selected" by each scan's structure, or "shared" everywhere.
-            folded: whether what depends on the dataset alone is computed once; the results are equal up to rounding.
+            folded: True to compute once what depends on the dataset alone; the results are equal up to rounding.
 
         Raises:
             ValueError: the specs are not those of the model.
@@ -86,7 +112,7 @@ class Predictor:
         # One program serves all datasets: folded detectors differ in their parameters only.
         self._fold = jax.jit(partial(_fold, graph)) if folded else None
         if folded:
-            graph = nnx.graphdef(nnx.eval_shape(partial(_folded, graph), self._state, *self._contexts(0)))
+            graph = nnx.graphdef(nnx.eval_shape(partial(_fold_model, graph), self._state, *self._contexts(0)))
         self._forward = jax.jit(partial(_forward, graph))
         self._folded_states: dict[int, nnx.State] = {}
         self._ladders: dict[int, BucketLadder] = {}
@@ -101,10 +127,10 @@ class Predictor:
         return self.specs[self._index(dataset)]
 
     def take_over(self, model: TR3D) -> None:
-        """Go on with the parameters of another model of the same structure, for which nothing is compiled anew.
+        """Replace the parameters by those of another model of the same structure; nothing is compiled anew.
 
         Args:
-            model: trained.
+            model: the other trained model.
 
         Raises:
             ValueError: its structure is another one.
@@ -117,7 +143,7 @@ class Predictor:
 
     @property
     def bucket_bases(self) -> dict[int, LevelSizes]:
-        """The lowest padded shape by number of scans in a pass, as scans set it."""
+        """The lowest padded shape of each ladder, by number of scans in a pass."""
         with self._lock:
             return {count: ladder.base for count, ladder in self._ladders.items()}
 
@@ -127,18 +153,18 @@ class Predictor:
             self._ladders |= {count: BucketLadder(base, _RATIO) for count, base in bases.items()}
 
     def predict(self, scans: Sequence[Scan], dataset: str, seconds: dict[str, float] | None = None) -> list[Detections]:
-        """Boxes of scans, in one pass; those of one do not depend on the others.
+        """Boxes of scans, in one pass; the boxes of a scan do not depend on the other scans.
 
         May be called from several threads.
 
         Args:
-            scans: as they are to be seen: `prepare` draws their points as the dataset's protocol says.
-            dataset: whose head, statistics and exclusive kernels are used.
-            seconds: what the pass takes is added here: "maps" (voxels, kernel maps, padding), "network", "boxes"
-                (decoding, suppression).
+            scans: scans with the points to use: `prepare` draws points as the dataset's protocol says.
+            dataset: the dataset whose head, statistics and exclusive kernels are used.
+            seconds: the time of the pass is added here by stage: "maps" (voxels, kernel maps, padding), "network",
+                "boxes" (decoding, suppression).
 
         Returns:
-            For each scan its boxes, in the frame of its points; none for a scan without points.
+            The boxes of each scan, in the frame of its points; none for a scan without points.
 
         Raises:
             InputError: the model was not trained on the dataset.
@@ -151,8 +177,11 @@ class Predictor:
         try:
             batch = collate(scans, self._voxel_size)
         except InputError:
-            for scan in scans:
-                self._check(scan)
+            for scan in scans:  # find the scan that is to blame
+                try:
+                    sparse.voxelize([scan.points], self._voxel_size)
+                except InputError as error:
+                    raise ScanError(scan.name, f"Scan {scan.name} cannot be used: {error}") from error
             raise
         capacities = self._capacities(batch.tables.sizes, len(scans))
         layout = self._layout
@@ -180,7 +209,7 @@ class Predictor:
         return detections
 
     def _contexts(self, head: int) -> tuple[DatasetContext, DatasetContext]:
-        """What conditions the network, and whose head predicts."""
+        """Contexts of the dataset that conditions the network and of that whose head predicts."""
         count = len(self.specs)
         heads = DatasetContext.one(head, count)
         if self._conditioning == "mean":
@@ -203,13 +232,13 @@ class Predictor:
         with self._lock:
             if count not in self._ladders:
                 base = [
-                    max(count * least, int(np.ceil(size / _RATIO**_RUNGS_BELOW)))
+                    max(count * least, int(np.ceil(size / _RATIO**_BUCKETS_BELOW)))
                     for size, least in zip(sizes, _SMALLEST, strict=True)
                 ]
                 self._ladders[count] = BucketLadder(LevelSizes(*base), _RATIO)
             ladder = self._ladders[count]
         bucket = ladder.bucket(sizes)
-        assert bucket is not None  # without a limit there is always one
+        assert bucket is not None  # a ladder without a limit always has one
         return ladder.capacities(bucket)
 
     def _index(self, dataset: str) -> int:
@@ -218,25 +247,86 @@ class Predictor:
             raise InputError(f"The model was trained on {', '.join(names)}, not on {dataset!r}: choose one of them.")
         return names.index(dataset)
 
-    def _check(self, scan: Scan) -> None:
-        try:
-            sparse.voxelize([scan.points], self._voxel_size)
-        except InputError as error:
-            raise ScanError(scan.name, f"Scan {scan.name} cannot be used: {error}") from error
+
+def build_predictor(model: TR3D, specs: Sequence[DatasetSpec], config: EvalConfig) -> Predictor:
+    """The predictor of a config; `Predictor` has the other arguments and the errors."""
+    return Predictor(
+        model,
+        specs,
+        score_threshold=config.score_threshold,
+        iou_threshold=config.iou_threshold,
+        conditioning=config.conditioning,
+        kernels=config.kernels,
+    )
 
 
 def prepare(scan: Scan, spec: DatasetSpec, draw: int = 0) -> Scan:
-    """Draws a scan's points as the dataset's test protocol says.
+    """Draw a scan's points as the dataset's test protocol says.
 
     Args:
-        scan: all its points.
-        spec: of the dataset whose head is to predict.
-        draw: number of the drawing; the same scan gets the same points in the same one.
+        scan: scan with all its points.
+        spec: dataset by whose protocol points are drawn.
+        draw: number of the drawing; a scan gets the same points whenever this number is the same.
     """
     if not len(scan.points):
         return scan
     seed = zlib.crc32(scan.name.encode())
     return sample_points(scan, spec.test_sampling, np.random.default_rng(seed if draw == 0 else (seed, draw)))
+
+
+def predict_scans(
+    predictor: Predicts,
+    source: ScanSource,
+    spec: DatasetSpec,
+    skipped: dict[str, str],
+    notes: dict[str, Mapping[str, int]] | None = None,
+    *,
+    batch_size: int = 1,
+    head: str | None = None,
+    draw: int = 0,
+    progress: bool = True,
+) -> Iterator[tuple[Scan, Scan, Detections]]:
+    """Predict every scan of a source, one batch in memory at a time; scans that cannot be used are left out.
+
+    Args:
+        predictor: finds the boxes.
+        source: the scans.
+        spec: dataset of the scans, by whose test protocol points are drawn.
+        skipped: filled with the reason for each scan that is left out, by its name.
+        notes: filled with counts of points and boxes that loading left out or repaired, by the name of the scan.
+        batch_size: scans in a pass.
+        head: dataset whose head predicts; None: that of the scans.
+        draw: number of the drawing of points.
+        progress: True to show scans done and time left on standard error.
+
+    Yields:
+        Each scan that can be used: with all its points, with the points drawn, and its boxes.
+    """
+    head = head or spec.name
+    title = spec.name if head == spec.name else f"{spec.name}, head of {head}"
+    loaded, done = load_or_skip(source, skipped), 0
+    with tqdm(total=len(source), desc=title, unit="scan", disable=not progress, mininterval=progress_interval()) as bar:
+        while batch := list(itertools.islice(loaded, batch_size)):
+            if notes is not None:
+                notes |= {scan.name: scan.notes for scan in batch if scan.notes}
+            usable, found = [(scan, prepare(scan, spec, draw)) for scan in batch], list[Detections]()
+            while usable and not found:
+                try:
+                    found = predictor.predict([drawn for _, drawn in usable], head)
+                except ScanError as error:
+                    skipped[error.scan] = str(error)
+                    usable = [(scan, drawn) for scan, drawn in usable if scan.name != error.scan]
+            for (scan, drawn), boxes in zip(usable, found, strict=True):
+                yield scan, drawn, boxes
+            done += len(usable)
+            bar.update(done + len(skipped) - bar.n)
+        bar.update(len(source) - bar.n)
+
+
+def skipped_lines(skipped: Mapping[str, str]) -> list[str]:
+    """Lines to print on scans that were left out: one a scan with the reason, and one with their number."""
+    lines = [f"Skipped {name}: {reason}" for name, reason in skipped.items()]
+    return [*lines, f"{len(skipped)} scan(s) skipped."] if lines else []
 
 
 @partial(jax.jit, static_argnames=("num_scans", "classes", "outputs"))
@@ -249,9 +339,9 @@ def _detect(
     classes: int,
     outputs: int,
 ) -> tuple[Float[Array, "b k 7"], Float[Array, "b k"], Int32[Array, "b k"], Int32[Array, " b"]]:
-    """Boxes, scores, labels of each scan, and how many they are."""
+    """Boxes, scores and labels of each scan, and their number."""
     detect = partial(
-        traced_detections,
+        detections_from_predictions,
         locations=out.locations,
         outputs=out.boxes[:, :outputs],
         logits=out.logits[:, :classes],
@@ -263,10 +353,10 @@ def _detect(
 
 
 def _fold(graph: nnx.GraphDef, state: nnx.State, dataset: DatasetContext, head: DatasetContext) -> nnx.State:
-    return nnx.state(_folded(graph, state, dataset, head))
+    return nnx.state(_fold_model(graph, state, dataset, head))
 
 
-def _folded(graph: nnx.GraphDef, state: nnx.State, dataset: DatasetContext, head: DatasetContext) -> TR3D:
+def _fold_model(graph: nnx.GraphDef, state: nnx.State, dataset: DatasetContext, head: DatasetContext) -> TR3D:
     return folded_parameters(nnx.merge(graph, state), dataset, head)
 
 
@@ -279,3 +369,60 @@ def _forward(
 ) -> Predictions:
     dataset, head = contexts
     return nnx.merge(graph, state)(features, plan, ForwardContext(dataset, training=False), head)
+
+
+_VERSION = 1
+_WRITING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class BucketFile:
+    """Lowest shapes of the ladders, by number of scans in a pass, in <folder>/buckets.json.
+
+    The first scan sets a ladder. The file gives later processes the same shapes, and so the programs that JAX's
+    compilation cache in the same folder holds. It is a cache: a file that cannot be read counts as none.
+
+    Attributes:
+        path: path of the file.
+    """
+
+    path: Path
+
+    @classmethod
+    def open(cls, folder: Path) -> "BucketFile":
+        """The file of a folder, which becomes JAX's compilation cache for this process.
+
+        Raises:
+            InputError: the folder cannot be made or written to.
+        """
+        use_compilation_cache(folder)
+        return cls(folder / "buckets.json")
+
+    def read(self) -> dict[int, LevelSizes]:
+        """The stored shapes; none if there is no such file, it is damaged or of another version."""
+        try:
+            stored = json.loads(self.path.read_text())
+            if stored["version"] != _VERSION:
+                return {}
+            bases = {int(count): LevelSizes(*map(int, base)) for count, base in stored["bases"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+        return {count: base for count, base in bases.items() if count > 0 and min(base) > 0}
+
+    def write(self, bases: Mapping[int, LevelSizes]) -> None:
+        """Store shapes; those that another process stored for other numbers of scans stay.
+
+        A full disk or a folder that is gone is a warning: neither is a reason to lose the boxes just found.
+        """
+        temporary = self.path.with_suffix(f".{os.getpid()}")
+        with _WRITING:  # the name of the temporary file is the same in all threads of a process
+            bases = self.read() | dict(bases)
+            document = {"version": _VERSION, "bases": {str(count): list(base) for count, base in bases.items()}}
+            try:
+                temporary.write_text(json.dumps(document))
+                temporary.replace(self.path)
+            except OSError as error:
+                warnings.warn(f"The cache {self.path} cannot be written ({error.strerror}).", stacklevel=2)
+            finally:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()

@@ -6,19 +6,19 @@ Schema, version 1:
       "version": 1,
       "frame": "input file, z up",           x, y, z are those of the points as the input file stores them
       "units": {"length": "m", "angle": "rad"},
-      "dataset": "scannet",                   whose classes the labels count
+      "dataset": "scannet",                   labels are indices of its classes
       "scans": [
         {
           "name": "scene0000_00",
-          ["file": "scans/scene0000_00.ply",] the input file, as it was found
-          ["up": "y", "unit": "mm",]          of a file whose y points up, in mm; without them z and m
-          ["alignment": [[...], ...],]        of a file whose ground is tilted, 3 x 3, see below
+          ["file": "scans/scene0000_00.ply",] path of the input file
+          ["up": "y", "unit": "mm",]          if the file's y points up and its unit is mm; without them z and m
+          ["alignment": [[...], ...],]        3 x 3, if the file's ground is tilted, see below
           "boxes": [
             {
               "center": [x, y, z],            gravity centre
               "size": [dx, dy, dz],           along the axes of the file, before the box is turned
               "yaw": 0.0,                     counter-clockwise about z (or the axis that is up), in [-pi, pi)
-              ["upright": false,]             of a scan with an alignment
+              ["upright": false,]             if the scan has an alignment
               "score": 0.93,                  0 to 1
               "label": 2,
               "name": "chair"
@@ -28,22 +28,22 @@ Schema, version 1:
       ]
     }
 
-A detector works in the frame of its dataset; `Scan.transform` leads there from the input file, by a rotation about z
+A detector works in the frame of its dataset. `Scan.transform` maps the input file's frame to it by a rotation about z
 and a shift (for a user's own scans also from another axis that points up and another unit, see
-`h2a2_jax.scans.scan_folder`), and boxes are led back by its inverse. A box that is axis-aligned in the dataset's frame
-(ScanNet, after its alignment) is therefore turned in the input file's, by minus the angle of the alignment: its yaw
-says so.
+`h2a2_jax.scans.scan_folder`), and its inverse maps boxes back. A box that is axis-aligned in the dataset's frame
+(ScanNet, after its alignment) is therefore turned in the input file's, by minus the angle of the alignment, which is
+its yaw.
 
 A file whose ground is tilted has boxes that stand upright along none of its axes. Its scan has "alignment", a rotation
-R from the axes of the file to upright ones, z up (aligned = R @ file), and its boxes say so again ("upright": false):
-their centre is in the file's frame as ever, their size along the upright axes before the box is turned, their yaw about
-the upright z. A corner is then center + R.T @ Rz(yaw) @ (+-dx/2, +-dy/2, +-dz/2). `PredictedScan.corners` gives corners
-in the file's frame and unit for any scan.
+R from the axes of the file to upright ones, z up (aligned = R @ file), and each of its boxes has "upright": false. The
+centre of such a box is in the file's frame like any other, its size is along the upright axes before the box is turned,
+and its yaw is about the upright z. A corner is then center + R.T @ Rz(yaw) @ (+-dx/2, +-dy/2, +-dz/2).
+`PredictedScan.corners` gives corners in the file's frame and unit for any scan.
 """
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -52,8 +52,7 @@ from jaxtyping import Float
 from h2a2_jax.boxes.codec import box_corners
 from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.scan import Scan
-from h2a2_jax.scans.scan_folder import UNITS, UPRIGHT
+from h2a2_jax.scans.frame import UNITS, UPRIGHT
 from h2a2_jax.scans.specs import DatasetSpec
 
 PREDICTIONS_VERSION = 1
@@ -64,15 +63,15 @@ _TOLERANCE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class PredictedScan:
-    """The boxes of one scan as a document has them.
+    """The boxes of one scan in a document.
 
     Attributes:
-        name: of the scan.
-        detections: boxes (float64) in the frame and unit of the file; those of a tilted file as the module says.
+        name: name of the scan.
+        detections: boxes (float64) in the frame and unit of the file; in a tilted file upright as the module says.
         up: axis of the file that points up.
-        unit: of the file.
-        alignment: of a tilted file, rotation from its axes to upright ones; else None.
-        file: the input file, if the document says so.
+        unit: unit of the file.
+        alignment: rotation from the axes of a tilted file to upright ones; None for other files.
+        file: path of the input file; None if the document has none.
     """
 
     name: str
@@ -87,12 +86,8 @@ class PredictedScan:
         """The rotation of each box: a corner is center + rotation @ (+-dx/2, +-dy/2, +-dz/2)."""
         yaw = self.detections.boxes[:, 6].astype(np.float64)
         turns = np.zeros((len(yaw), 3, 3))
-        turns[:, 0, 0], turns[:, 0, 1], turns[:, 1, 0], turns[:, 1, 1] = (
-            np.cos(yaw),
-            -np.sin(yaw),
-            np.sin(yaw),
-            np.cos(yaw),
-        )
+        turns[:, 0, 0], turns[:, 0, 1] = np.cos(yaw), -np.sin(yaw)
+        turns[:, 1, 0], turns[:, 1, 1] = np.sin(yaw), np.cos(yaw)
         turns[:, 2, 2] = 1
         if self.alignment is not None:
             return self.alignment.T @ turns
@@ -101,29 +96,14 @@ class PredictedScan:
 
     @property
     def corners(self) -> Float[np.ndarray, "n 8 3"]:
-        """Corners of the boxes in the frame and unit of the file, float64; of bits as in `box_corners`."""
+        """Corners of the boxes in the frame and unit of the file, float64, numbered as in `box_corners`."""
         boxes = self.detections.boxes.astype(np.float64)
         still = np.concatenate([np.zeros((len(boxes), 3)), boxes[:, 3:6], np.zeros((len(boxes), 1))], axis=1)
         return np.einsum("nij,nkj->nki", self.rotations, box_corners(still)) + boxes[:, None, :3]
 
 
-def predictions_json(scans: Iterable[Scan], detections: Iterable[Detections], spec: DatasetSpec) -> dict[str, Any]:
-    """The document of the boxes found in scans, ready for `json.dump`.
-
-    Args:
-        scans: only name and transform are read; an iterator will do, so that points need not stay in memory.
-        detections: boxes of each scan, in the scan's frame.
-        spec: of the dataset whose classes the labels count.
-
-    Raises:
-        ValueError: see `scan_entry`; or there are not as many scans as detections.
-    """
-    pairs = zip(scans, detections, strict=True)
-    return document_of((scan_entry(scan.name, scan.transform, found, spec) for scan, found in pairs), spec)
-
-
 def document_of(entries: Iterable[dict[str, Any]], spec: DatasetSpec) -> dict[str, Any]:
-    """The document of entries of `scan_entry`."""
+    """The document of entries (`scan_entry`) of scans, ready for `json.dump`."""
     return {
         "version": PREDICTIONS_VERSION,
         "frame": _FRAME,
@@ -136,14 +116,15 @@ def document_of(entries: Iterable[dict[str, Any]], spec: DatasetSpec) -> dict[st
 def scan_entry(
     name: str, transform: Float[np.ndarray, "4 4"], found: Detections, spec: DatasetSpec, file: str | None = None
 ) -> dict[str, Any]:
-    """What a document says of one scan.
+    """The entry of one scan in a document.
 
     Args:
-        name: of the scan.
-        transform: from the frame and unit of the file to that of the boxes; float64 keeps map coordinates exact.
+        name: name of the scan.
+        transform: transform from the frame and unit of the file to that of the boxes; float64 keeps map coordinates
+            exact.
         found: boxes in the scan's frame.
-        spec: of the dataset whose classes the labels count.
-        file: the input file.
+        spec: dataset whose classes the labels count.
+        file: path of the input file.
 
     Raises:
         ValueError: the transform scales or mirrors, as that of an augmented scan may.
@@ -176,26 +157,8 @@ def scan_entry(
     }
 
 
-def read_predictions(document: dict[str, Any]) -> dict[str, Detections]:
-    """Boxes by scan name, in the frame of the input files, from a document of `predictions_json`.
-
-    Raises:
-        InputError: the document has another version or lacks something, or has a scan whose boxes are not upright in
-            its file; `read_predicted_scans` reads those as well.
-    """
-    scans = read_predicted_scans(document)
-    tilted = [scan.name for scan in scans if scan.alignment is not None]
-    if tilted:
-        raise InputError(
-            f"The boxes of scan {tilted[0]} do not stand upright in its file, which was predicted with an alignment: "
-            "read them with read_predicted_scans, or turn the file upright and predict again."
-        )
-    found = {scan.name: scan.detections for scan in scans}
-    return {name: replace(boxes, boxes=boxes.boxes.astype(np.float32)) for name, boxes in found.items()}
-
-
 def read_predicted_scans(document: dict[str, Any]) -> list[PredictedScan]:
-    """The scans of a document of `predictions_json`, also of tilted files.
+    """Read the scans of a document.
 
     Raises:
         InputError: the document has another version or lacks something.
@@ -206,7 +169,7 @@ def read_predicted_scans(document: dict[str, Any]) -> list[PredictedScan]:
             f"{PREDICTIONS_VERSION}: predict again."
         )
     try:
-        return [_predicted_scan(entry) for entry in document["scans"]]
+        return [predicted_scan(entry) for entry in document["scans"]]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"The predictions cannot be read ({type(error).__name__}: {error}): predict again.") from error
 
@@ -214,12 +177,12 @@ def read_predicted_scans(document: dict[str, Any]) -> list[PredictedScan]:
 def boxes_in_input_frame(
     boxes: Float[np.ndarray, "n 7"], transform: Float[np.ndarray, "4 4"]
 ) -> Float[np.ndarray, "n 7"]:
-    """Boxes led back from the frame of a scan to that of its file.
+    """Transform boxes from the frame of a scan back to that of its file.
 
     Args:
         boxes: centre, sizes (m), yaw (rad) in the scan's frame.
-        transform: from the file's frame to the scan's: a rotation about z and a shift, of a file in m, cm or mm whose
-            x, y or z points up or down.
+        transform: transform from the file's frame to the scan's: a rotation about z and a shift, for a file in m, cm or
+            mm whose x, y or z points up or down.
 
     Returns:
         The boxes with yaw in [-pi, pi), float64, in the unit of the file; sizes along its axes, yaw about the one that
@@ -235,9 +198,9 @@ def boxes_in_input_frame(
     cos, sin = math.cos(angle), math.sin(angle)
     rotation = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
     if np.abs(turned - rotation).max() > _TOLERANCE:
-        raise _not_led_back(transform)
+        raise _no_inverse(transform)
     moved = boxes.astype(np.float64)
-    # A tilt too small to say of a box is kilometres in the frame of a map: centres are led back by the whole rotation.
+    # A tilt too small for a box's yaw is kilometres in the frame of a map: centres take the whole rotation.
     left, _, right = np.linalg.svd(turned)
     moved[:, :3] = (moved[:, :3] - matrix[:3, 3]) @ (left @ right) @ upright / UNITS[unit]
     moved[:, 3:6] = moved[:, 3:6] @ np.abs(upright) / UNITS[unit]
@@ -246,16 +209,16 @@ def boxes_in_input_frame(
 
 
 def _file_frame(transform: np.ndarray) -> tuple[str, str]:
-    """Which axis of the file points up, and the file's unit."""
+    """The axis of the file that points up, and the file's unit."""
     metres = float(np.linalg.norm(transform[2, :3]))
     for unit, size in UNITS.items():
         for up, upright in UPRIGHT.items():
             if abs(metres / size - 1) < _TOLERANCE and np.abs(transform[2, :3] / size - upright[2]).max() < _TOLERANCE:
                 return up, unit
-    raise _not_led_back(transform)
+    raise _no_inverse(transform)
 
 
-def _not_led_back(transform: np.ndarray) -> ValueError:
+def _no_inverse(transform: np.ndarray) -> ValueError:
     return ValueError(
         f"the scan's transform {transform[:3, :3].round(4).tolist()} is no rotation about z and no other; "
         "boxes can be led back only for scans that were not augmented."
@@ -270,10 +233,15 @@ def _alignment(transform: np.ndarray) -> tuple[str, Float[np.ndarray, "3 3"]]:
         rotation = matrix / size
         if abs(metres / size**3 - 1) < _TOLERANCE and np.abs(rotation @ rotation.T - np.eye(3)).max() < _TOLERANCE:
             return unit, rotation
-    raise _not_led_back(transform)
+    raise _no_inverse(transform)
 
 
-def _predicted_scan(entry: dict[str, Any]) -> PredictedScan:
+def predicted_scan(entry: dict[str, Any]) -> PredictedScan:
+    """Read the entry of one scan.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: the entry lacks something or is damaged.
+    """
     alignment = entry.get("alignment")
     if alignment is not None:
         alignment = np.array(alignment, np.float64)
@@ -282,13 +250,10 @@ def _predicted_scan(entry: dict[str, Any]) -> PredictedScan:
     up, unit = entry.get("up", "z"), entry.get("unit", "m")
     if up not in UPRIGHT or unit not in UNITS:
         raise ValueError(f"the frame of {entry['name']} is {up} up in {unit}")
-    return PredictedScan(entry["name"], _detections(entry["boxes"]), up, unit, alignment, entry.get("file"))
-
-
-def _detections(entries: list[dict[str, Any]]) -> Detections:
-    boxes = [[*entry["center"], *entry["size"], entry["yaw"]] for entry in entries]
-    return Detections(
+    boxes = [[*box["center"], *box["size"], box["yaw"]] for box in entry["boxes"]]
+    found = Detections(
         np.array(boxes, np.float64).reshape(-1, 7),
-        np.array([entry["score"] for entry in entries], np.float32),
-        np.array([entry["label"] for entry in entries], np.int32),
+        np.array([box["score"] for box in entry["boxes"]], np.float32),
+        np.array([box["label"] for box in entry["boxes"]], np.int32),
     )
+    return PredictedScan(entry["name"], found, up, unit, alignment, entry.get("file"))

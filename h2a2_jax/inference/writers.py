@@ -1,16 +1,16 @@
-"""Results of a prediction as files: boxes as JSON and as a table, points and boxes as PLY, a page, a picture.
+"""Results of a prediction as files: boxes as JSON and as a table, points and boxes as PLY, a page and a picture.
 
     DIR/predictions.json    boxes of all scans, the schema of `h2a2_jax.inference.results`
-    DIR/boxes.csv           the same as a table, a box a line
+    DIR/boxes.csv           the same as a table, a line for each box
     DIR/<scan>.json         boxes of one scan
     DIR/<scan>_points.ply   its points in the frame of the file, with the class, number and score of the box they are in
     DIR/<scan>_boxes.ply    frames of its boxes as a mesh, in the same frame
     DIR/<scan>.html, .png   the viewer's page and picture
 
-boxes.csv has the columns `CSV_COLUMNS`. Whatever way the file stands, a corner of a box is center + Q @ (+-size_x/2,
+boxes.csv has the columns `CSV_COLUMNS`. In a file of any frame, a corner of a box is center + Q @ (+-size_x/2,
 +-size_y/2, +-size_z/2), Q the rotation of the unit quaternion qw, qx, qy, qz.
 
-A file is written beside its place and put there when it is whole.
+Every file is written under another name and renamed when it is complete.
 """
 
 import csv
@@ -29,7 +29,7 @@ from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.errors import InputError
 from h2a2_jax.files import whole_file
 from h2a2_jax.inference.input_files import OWN_COMMENT
-from h2a2_jax.inference.results import PREDICTIONS_VERSION, document_of, read_predicted_scans
+from h2a2_jax.inference.results import PREDICTIONS_VERSION, document_of, predicted_scan
 from h2a2_jax.scans.scan import Scan, points_in_box
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.viewer.content import class_color
@@ -41,30 +41,31 @@ CSV_COLUMNS = (
 )
 ALL_BOXES, TABLE = "predictions.json", "boxes.csv"
 _BAR = 0.012  # m, thickness of the bars of a box's frame
-_CUBE = ((0, 2, 3, 1), (4, 5, 7, 6), (0, 1, 5, 4), (2, 6, 7, 3), (0, 4, 6, 2), (1, 3, 7, 5))  # corners of each face
+# Corners of each face, counter-clockwise seen from outside: programs take the other side of a face for its back.
+_CUBE = ((0, 2, 3, 1), (4, 5, 7, 6), (0, 1, 5, 4), (2, 6, 7, 3), (0, 4, 6, 2), (1, 3, 7, 5))
 
 
 def write_document(path: Path, document: dict[str, Any]) -> None:
-    """Writes JSON."""
+    """Write a document as JSON."""
     with whole_file(path) as part:
         part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def write_table(path: Path, entries: Iterable[dict[str, Any]], spec: DatasetSpec) -> None:
-    """Writes the boxes of scans as a table.
+    """Write the boxes of scans as a table.
 
     Args:
-        path: of the .csv.
-        entries: of `predictions.scan_entry`.
-        spec: of their dataset.
+        path: path of the .csv.
+        entries: entries of the scans (`results.scan_entry`).
+        spec: dataset of the boxes.
     """
     with whole_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(CSV_COLUMNS)
         for entry in entries:
-            (scan,) = read_predicted_scans(document_of([entry], spec))
+            scan = predicted_scan(entry)
             found = scan.detections
-            # Near 1e-17 it is rounding, which a table need not show.
+            # Rounded, so that 1e-17 is 0 in the table.
             turns = Rotation.from_matrix(scan.rotations).as_quat(scalar_first=True).round(9) if len(found) else ()
             upright = int(scan.alignment is None)
             for box, score, label, turn in zip(found.boxes, found.scores, found.labels, turns, strict=True):
@@ -75,15 +76,15 @@ def write_table(path: Path, entries: Iterable[dict[str, Any]], spec: DatasetSpec
 
 
 def write_points(path: Path, scan: Scan, matrix: Float[np.ndarray, "4 4"], found: Detections) -> None:
-    """Writes the points of a scan as a binary PLY in the frame of its file.
+    """Write the points of a scan as a binary PLY in the frame of its file.
 
     Vertices have x, y, z (double where float would lose a tenth of a millimetre), red, green, blue, label and instance
     (class and number of the box of the highest score that holds the point; -1 where there is none), score.
 
     Args:
-        path: of the .ply.
+        path: path of the .ply.
         scan: points and colours.
-        matrix: from the file's frame and unit to the scan's.
+        matrix: transform from the file's frame and unit to the scan's.
         found: boxes in the scan's frame.
     """
     labels, instances, scores = point_labels(scan.points, found)
@@ -112,12 +113,12 @@ def point_labels(
 
 
 def write_box_frames(path: Path, matrix: Float[np.ndarray, "4 4"], found: Detections) -> None:
-    """Writes boxes as a PLY mesh of bars along their edges, in the colours of their classes.
+    """Write boxes as a PLY mesh of bars along their edges, in the colours of their classes.
 
     Args:
-        path: of the .ply.
-        matrix: from the file's frame and unit to that of the boxes.
-        found: boxes.
+        path: path of the .ply.
+        matrix: transform from the file's frame and unit to that of the boxes.
+        found: the boxes.
     """
     vertices, colors, faces = [np.zeros((0, 3))], [np.zeros((0, 3))], [np.zeros((0, 3), np.int64)]
     signs = np.array([[1 if i & bit else -1 for bit in (1, 2, 4)] for i in range(8)])
@@ -130,8 +131,8 @@ def write_box_frames(path: Path, matrix: Float[np.ndarray, "4 4"], found: Detect
             direction = int(np.log2(one ^ other))
             half[direction] += box[3 + direction] / 2
             vertices.append((corners[one] + corners[other]) / 2 + (signs * half) @ axes)
-            faces.append(triangles + 8 * (12 * number + bar))
-        colors.append(np.tile(class_color(int(found.labels[number])), (96, 1)))
+            faces.append(triangles + 8 * (len(BOX_EDGES) * number + bar))
+        colors.append(np.tile(class_color(int(found.labels[number])), (8 * len(BOX_EDGES), 1)))
     rows = _vertices(np.concatenate(vertices), np.concatenate(colors), matrix)
     _write_ply(path, rows, np.concatenate(faces))
 
@@ -148,43 +149,43 @@ def write_scan(
     shown: float = 0.3,
     every: Detections | None = None,
 ) -> None:
-    """Writes what is asked for of one scan.
+    """Write the results of one scan.
 
     Args:
-        folder: of the results.
-        formats: of `files.FORMATS`; "csv" is of all scans.
-        entry: of `predictions.scan_entry`.
+        folder: folder of the results.
+        formats: some of `input_files.FORMATS`; "csv", a table of all scans, is not written here.
+        entry: entry of the scan (`results.scan_entry`).
         scan: points and colours.
-        matrix: from the file's frame and unit to the scan's.
+        matrix: transform from the file's frame and unit to the scan's.
         found: boxes in the scan's frame.
-        spec: of their dataset.
+        spec: dataset of the boxes.
         truth: `GroundTruth` for page and picture, or None.
         shown: lowest score of boxes in the picture, and in the page until one moves its slider.
         every: boxes of any score, for the page; None: those found.
     """
     stem = folder / str(entry["name"])
     if "json" in formats:
-        write_document(_beside(stem, ".json"), document_of([entry], spec))
+        write_document(_with_end(stem, ".json"), document_of([entry], spec))
     if "ply" in formats:
-        write_points(_beside(stem, "_points.ply"), scan, matrix, found)
-        write_box_frames(_beside(stem, "_boxes.ply"), matrix, found)
+        write_points(_with_end(stem, "_points.ply"), scan, matrix, found)
+        write_box_frames(_with_end(stem, "_boxes.ply"), matrix, found)
     if "html" in formats or "png" in formats:
         from h2a2_jax.viewer import write_image, write_viewer
 
         moved = not np.allclose(matrix, np.eye(4), rtol=0, atol=1e-9)
         note = "Numbers on this page are in metres with z up; JSON and CSV have those of the file." if moved else ""
         if "html" in formats:
-            with whole_file(_beside(stem, ".html")) as part:
+            with whole_file(_with_end(stem, ".html")) as part:
                 write_viewer(
                     part, scan, found if every is None else every, spec.classes, truth=truth, score=shown, note=note
                 )
         if "png" in formats:
-            with whole_file(_beside(stem, ".png")) as part:
+            with whole_file(_with_end(stem, ".png")) as part:
                 write_image(part, scan, found, spec.classes, truth=truth, score=shown)
 
 
 def check_results_folder(folder: Path) -> None:
-    """Makes a folder of results and makes sure that files can be written to it.
+    """Make a folder of results and check that files can be written to it.
 
     Raises:
         InputError: it cannot be made or written to.
@@ -199,29 +200,30 @@ def check_results_folder(folder: Path) -> None:
 
 
 def check_output(folder: Path, names: Iterable[str], formats: Sequence[str]) -> None:
-    """Makes the folder of the results and makes sure that they can be written to it.
+    """Make the folder of the results and check that they can be written to it.
 
     Args:
-        folder: of the results.
-        names: of the scans.
-        formats: that will be written.
+        folder: folder of the results.
+        names: names of the scans.
+        formats: formats that will be written.
 
     Raises:
-        InputError: it cannot be made or written to, or a file of another program is where a result is to be.
+        InputError: it cannot be made or written to, or a file of another program is in the place of a result.
     """
     check_results_folder(folder)
     wanted = [folder / name for kind, name in (("json", ALL_BOXES), ("csv", TABLE)) if kind in formats]
     ends = {"json": (".json",), "ply": ("_points.ply", "_boxes.ply"), "html": (".html",), "png": (".png",)}
     for name in names:
-        wanted += [_beside(folder / name, end) for kind in formats for end in ends.get(kind, ())]
+        wanted += [_with_end(folder / name, end) for kind in formats for end in ends.get(kind, ())]
     for path in wanted:
-        if path.is_dir() or (path.is_file() and not _is_own(path)):
+        if path.is_dir() or (path.is_file() and not _is_result(path)):
             raise InputError(
                 f"{path} is there already and is no result of a prediction: choose another folder with --output."
             )
 
 
-def _is_own(path: Path) -> bool:
+def _is_result(path: Path) -> bool:
+    """Return True for a file that a prediction wrote."""
     try:
         with path.open("rb") as file:
             start = file.read(400)
@@ -233,14 +235,14 @@ def _is_own(path: Path) -> bool:
     return start.startswith(",".join(CSV_COLUMNS).encode()) or OWN_COMMENT.encode() in start
 
 
-def _beside(stem: Path, end: str) -> Path:
-    return stem.with_name(stem.name + end)  # a name may hold a dot
+def _with_end(stem: Path, end: str) -> Path:
+    return stem.with_name(stem.name + end)  # not with_suffix, for a name may hold a dot
 
 
 def _vertices(
     places: np.ndarray, colors: np.ndarray, matrix: np.ndarray, more: Sequence[tuple[str, str]] = ()
 ) -> np.ndarray:
-    """Vertices of a PLY in the frame of the file, with their colours (0-1), and room for more columns."""
+    """Rows of a PLY: places in the frame of the file, colours (given as 0-1), and further columns to fill in."""
     places = np.linalg.solve(matrix[:3, :3].astype(np.float64), (places - matrix[:3, 3]).T).T
     metres = float(np.linalg.norm(matrix[2, :3]))
     real = "<f8" if np.abs(places).max(initial=0) * metres > 1e3 else "<f4"

@@ -1,4 +1,4 @@
-"""Flax NNX layers for sparse tensors: what other models import."""
+"""Flax NNX layers for sparse tensors; `docs/layers.md` builds and trains networks of them."""
 
 from h2a2_jax.layers.channel_gate import ChannelGate
 from h2a2_jax.layers.context import DatasetContext, ForwardContext

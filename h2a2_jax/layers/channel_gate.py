@@ -5,8 +5,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from h2a2_jax.layers.modulation import EmbeddingMLP, Start, per_site
-from h2a2_jax.layers.rematerialize import recomputed_if_narrow
 from h2a2_jax.sparse.sites import SparseTensor
+from h2a2_jax.sparse.xla_cpu import recompute_if_narrow
 
 
 class ChannelGate(nnx.Module):
@@ -19,16 +19,24 @@ class ChannelGate(nnx.Module):
     def __init__(
         self, channels: int, *, embedding_dim: int = 64, hidden: int = 64, start: Start = "zero", rngs: nnx.Rngs
     ):
-        """Args: `channels` of the features it gates; with `start` "random" g does not start at one half."""
+        """Gate features of `channels` channels; with `start` "random" g does not start at one half.
+
+        Args:
+            channels: channels C of the features.
+            embedding_dim: width d of the embedding.
+            hidden: width of the hidden layer of the MLP.
+            start: initial last layer of the MLP.
+            rngs: random streams.
+        """
         self.mlp = EmbeddingMLP(embedding_dim, hidden, channels, start=start, rngs=rngs)
 
     def factor(self, embedding: Float[Array, "*b d"]) -> Float[Array, "*b c"]:
-        """1 + g."""
+        """Factor 1 + g of an embedding, or of one per scan."""
         return 1 + jax.nn.sigmoid(self.mlp(embedding))
 
     def __call__(self, x: SparseTensor, embedding: Float[Array, "*b d"]) -> SparseTensor:
-        """Gate features [N, C] by an embedding [d], or by one a scan [B, d]; padding rows stay zero."""
-        return recomputed_if_narrow(_scale, x, self.factor(embedding))
+        """Gate features [N, C] by an embedding [d], or by one per scan [B, d]; padding rows stay zero."""
+        return recompute_if_narrow(_scale, x, self.factor(embedding))
 
 
 def _scale(x: SparseTensor, factor: Float[Array, "*b c"]) -> SparseTensor:

@@ -1,7 +1,7 @@
-"""What a layer is told about the forward pass it is in."""
+"""Settings of a forward pass: dataset, training or evaluation, algorithms, types, rematerialisation."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -12,21 +12,23 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from h2a2_jax.sparse.conv import Algorithm
+from h2a2_jax.sparse.xla_cpu import recompute
 from h2a2_jax.typing import Leaf, static_field
 
 AxisName = str | tuple[str, ...] | None
+"""Mesh axis or axes of a collective; None for one device."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DatasetContext:
-    """Which dataset's exclusive parameters and statistics a pass uses.
+    """The dataset whose exclusive parameters and statistics a pass uses, or the mean of all.
 
     Attributes:
         weights: float32 [D], one-hot for a dataset; 1/D each runs a scan of an unseen dataset on the mean of the
             embeddings, exclusive kernels and statistics.
         kernels: "selected" by each scan's structure, or "shared" everywhere (gamma = 1) (static).
-        index: int32 [], the dataset of one-hot weights, whose values are then sliced and not summed; or None.
+        index: int32 [], the dataset of one-hot weights, whose values are then sliced instead of summed; or None.
     """
 
     weights: Leaf
@@ -44,14 +46,14 @@ class DatasetContext:
         return cls(jnp.full(num_datasets, 1 / num_datasets), kernels)
 
     def pick(self, exclusive: Float[Array, "d *p"]) -> Float[Array, "*p"]:
-        """The dataset's own values of exclusive ones with a leading dataset axis, or their weighted sum.
+        """The dataset's values among exclusive ones with a leading dataset axis, or the weighted sum of all.
 
         Raises:
             ValueError: the values are of another number of datasets.
         """
-        count, own = len(exclusive), len(self.weights)
-        if count != own:
-            raise ValueError(f"parameters of {count} datasets, a context of {own}: give both the same num_datasets.")
+        count, known = len(exclusive), len(self.weights)
+        if count != known:
+            raise ValueError(f"parameters of {count} datasets, a context of {known}: give both the same num_datasets.")
         if count == 1:
             return exclusive[0]
         if self.index is not None:
@@ -72,24 +74,25 @@ def parameter(value: Float[Array, "*p"], exclusive: bool) -> nnx.Param:
 )
 @dataclass(frozen=True)
 class ForwardContext:
-    """How a forward pass runs; passed through a network unchanged.
+    """Settings of a forward pass, passed through a network unchanged.
 
-    `ForwardContext(training=True)` is all that training on one dataset takes; a layer that is given none evaluates.
+    `ForwardContext(training=True)` is all that training on one dataset takes; a layer without a context evaluates.
+    `docs/layers.md` trains with it.
 
     Attributes:
-        dataset: whose parameters and statistics; None in a network of one dataset, or for the mean of all.
-        embedding: float [d], that dataset's embedding, for layers with kernel selection; [B, d] where scans have their
-            own.
-        training: batch statistics instead of running ones, which are updated.
+        dataset: dataset whose parameters and statistics are used; None in a network of one dataset, or for the mean of
+            all.
+        embedding: float [d], embedding of the dataset, for layers with kernel selection; [B, d] for one per scan.
+        training: if True, batch norms use the statistics of the batch instead of the running ones, and update these.
         axis_name: mesh axis over which one dataset's scans are spread (its replicas); batch statistics are summed over
             it.
-        algorithm: of the sparse convolutions.
-        dtype: compute type of the products, None for the features' own. A detector casts its features to it where they
-            enter, and every layer returns the type that it is given: with bfloat16 what is kept for the backward pass
-            is bfloat16. Parameters, their gradients, sums, statistics, what selects kernels and predictions stay
+        algorithm: algorithm of the sparse convolutions (`sparse.convolve`).
+        dtype: compute type of the products, None for that of the features. A detector casts its features to it where
+            they enter, and every layer returns the type of its input: with bfloat16, the values kept for the backward
+            pass are bfloat16. Parameters, their gradients, sums, statistics, the choice of kernels and predictions stay
             float32.
-        precision: of the products.
-        rematerialize: whether a detector that trains keeps no more than the inputs of its residual blocks and of the
+        precision: precision of the products, as in `jax.lax.dot_general`.
+        rematerialize: if True, a detector that trains keeps no more than the inputs of its residual blocks and of the
             steps of its neck for the backward pass, which then runs each of them a second time: less memory, and near
             one more forward pass of time. Losses and gradients are the same.
         tap: called with (name, value) for every named intermediate value, to look inside; values are tracers under jit.
@@ -106,10 +109,10 @@ class ForwardContext:
     tap: Callable[[str, Any], None] | None = None
 
     def dataset_of(self, num_datasets: int) -> DatasetContext:
-        """The dataset of the pass for a layer that knows so many; without one their mean.
+        """The dataset of the pass, for a layer of `num_datasets` datasets; the mean of all if the context names none.
 
         Raises:
-            ValueError: training needs to know which of several datasets the batch is from.
+            ValueError: training on several datasets, and the context names none.
         """
         if self.dataset is not None:
             return self.dataset
@@ -124,3 +127,35 @@ class ForwardContext:
         """Hand a named intermediate value to the tap, if there is one."""
         if self.tap is not None:
             self.tap(name, value)
+
+
+def call_block(block: nnx.Module, context: ForwardContext | None, *arguments: Any, **options: Any) -> Any:
+    """Call block(*arguments, context=context, **options); recompute it for the gradient if a training context says so.
+
+    The block's batch statistics are updated, and the context's tap sees what the block records, once in either case.
+
+    Args:
+        block: module whose call takes pytrees of arrays and a `context`, and returns a pytree.
+        context: context of the pass.
+        arguments: positional arguments of the block.
+        options: keyword arguments of the block.
+    """
+    call: Callable[..., Any] = block  # type: ignore[assignment]
+    if context is None or not (context.rematerialize and context.training):
+        return call(*arguments, context=context, **options)
+    graph, params, stats = nnx.split(block, nnx.Param, ...)  # type: ignore[misc]
+    names: list[str] = []
+
+    def run(params: nnx.State, stats: nnx.State, inner: ForwardContext, arguments: Sequence, options: dict) -> tuple:
+        recorded: list[tuple[str, Any]] = []
+        tap = None if context.tap is None else lambda name, value: recorded.append((name, value))
+        copy = nnx.merge(graph, params, stats, copy=True)
+        out = copy(*arguments, context=replace(inner, tap=tap), **options)
+        names[:] = [name for name, _ in recorded]
+        return out, [value for _, value in recorded], nnx.state(copy, nnx.Not(nnx.Param))
+
+    out, values, stats = recompute(run, params, stats, replace(context, tap=None), arguments, options)
+    nnx.update(block, stats)
+    for name, value in zip(names, values, strict=True):
+        context.record(name, value)
+    return out

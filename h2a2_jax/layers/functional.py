@@ -1,4 +1,4 @@
-"""What has no parameters, on sparse tensors; works in any module system."""
+"""Functions of sparse tensors without parameters, for any module system."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,20 +13,20 @@ from h2a2_jax.sparse.sites import SparseTensor
 
 
 def relu(x: SparseTensor) -> SparseTensor:
-    """ReLU on the features."""
+    """Apply ReLU to the features."""
     return x.with_features(jax.nn.relu(x.features))
 
 
 def activate(x: SparseTensor, function: Callable[[Array], Array]) -> SparseTensor:
-    """Any function of features [N, C] row by row; padding rows stay zero also where it does not map 0 to 0."""
+    """Apply any function to the features [N, C] row by row; padding rows stay zero even where it maps 0 elsewhere."""
     return x.with_features(jnp.where(x.sites.valid[:, None], function(x.features), 0))
 
 
 def add(a: SparseTensor, b: SparseTensor) -> SparseTensor:
-    """Sum of features on the same sites.
+    """Add features [N, C] on the same sites.
 
     Raises:
-        ValueError: other sites, or another number of channels.
+        ValueError: the sites or the numbers of channels differ.
     """
     _check_sites(a, b)
     if a.features.shape != b.features.shape:
@@ -35,10 +35,10 @@ def add(a: SparseTensor, b: SparseTensor) -> SparseTensor:
 
 
 def concatenate(*tensors: SparseTensor) -> SparseTensor:
-    """Channels of several tensors on the same sites side by side, as the skip connections of a U-Net.
+    """Concatenate the channels of several tensors on the same sites, as the skip connections of a U-Net do.
 
     Raises:
-        ValueError: other sites.
+        ValueError: the sites differ.
     """
     _check_sites(*tensors)
     return tensors[0].with_features(jnp.concatenate([x.features for x in tensors], 1))

@@ -1,4 +1,4 @@
-"""Structure-aware kernel selection (SF-KS, H²A²): per kernel offset a shared kernel or the dataset's own.
+"""Structure-aware kernel selection (SF-KS, H²A²): per kernel offset the shared kernel or that of the dataset.
 
     alpha   = sigmoid(O)                                     offset validity prior
     beta_j  = (1 + mean_n cos(A x_n, P_j)) / 2               structural consistency posterior of a scan
@@ -20,12 +20,12 @@ from jaxtyping import Array, Float
 
 from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext, parameter
 from h2a2_jax.layers.modulation import LinearModulation, Start
-from h2a2_jax.layers.rematerialize import recomputed_if_narrow
 from h2a2_jax.layers.sparse_conv import check_input, kaiming_fan_out
 from h2a2_jax.sparse.conv import convolve
 from h2a2_jax.sparse.kernel_map import KernelMap
 from h2a2_jax.sparse.pool import global_pool, scan_sum
 from h2a2_jax.sparse.sites import Size3, SparseTensor, size3
+from h2a2_jax.sparse.xla_cpu import recompute_if_narrow
 
 Part = Literal["residual", "stem", "neck"]
 Scope = Literal["scan", "batch"]
@@ -33,35 +33,37 @@ Scope = Literal["scan", "batch"]
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """How kernels are selected; each field is a point that the paper leaves open.
+    """Options of kernel selection; each field is a point that the paper leaves open.
 
     Attributes:
-        convolutions: of a detector that select their kernels: the 3^3 ones of the "residual" stages ("in the
-            backbone"), of the "stem", and the "neck"'s on its own sites (its generative ones stay as they are).
-        scope: what one choice is for: a "scan", so that a prediction does not depend on which scans share its batch, or
-            a whole "batch" (all replicas of the dataset together).
-        structural_features: what A projects: the "modulated" features, or the convolution's "input" before modulation.
+        convolutions: convolutions of a detector that select their kernels: the 3^3 ones of the "residual" stages ("in
+            the backbone"), of the "stem", and those of the "neck" on the sites of a level (not the generative ones).
+        scope: sites that share one choice: those of a "scan", so that a prediction does not depend on the other scans
+            of its batch, or those of a whole "batch" (on all replicas of the dataset).
+        structural_features: features that A projects: the "modulated" ones, or the convolution's "input" before
+            modulation.
         structure_parameters: O, A and P are "shared" by the datasets (global statistics), or "exclusive" to each.
         tau: threshold of alpha * beta. At 0.25 with O = 0 near half the offsets start on each side, so both kernels
             train.
-        prior_init: O at the start.
+        prior_init: initial value of O.
         consistency: "half_cosine" (1 + cos) / 2, or "relu_cosine" max(cos, 0).
         straight_through: gradient of the binarisation: "sigmoid", that of sigmoid((alpha * beta - tau) / temperature),
             or "identity".
-        temperature: of that sigmoid.
+        temperature: temperature of the sigmoid of `straight_through`.
         projection_dim: width of the structural features A x.
-        exclusive_init: a "copy" of the shared kernel, so that a choice matters as far as the two have parted, and a
-            detector loaded from one without selection starts as it was; or "independent" of it.
+        exclusive_init: initial exclusive kernels: a "copy" of the shared one, so that a choice matters as far as the
+            two have parted, and a detector loaded from one without selection starts with equal outputs; or one that is
+            "independent" of it.
         embedding_dim: width of a dataset's embedding.
-        hidden: width of the MLPs of modulation and gate.
-        embedding_start: last layers of these MLPs start at "zero", modulation as the identity and the gate at one half,
-            or "random".
+        hidden: width of the hidden layers of the MLPs of modulation and gate.
+        embedding_start: initial last layers of these MLPs: "zero", so that modulation is the identity and the gate one
+            half, or "random".
         gate: position of the channel gate. "after_norm": behind the batch norm that follows the convolution.
             "before_norm": on the convolution's output, as the paper's text may be read; the gate depends on the dataset
             only, so the norm with that dataset's own batch statistics takes it out again, in training exactly but for
             the norm's eps, and neither it nor its gradient does anything.
-        scan_embedding: whether a scan adds a residual of its own to the dataset's embedding, computed from its mean
-            features behind the stem; it starts at zero. Modulation and gate then depend on the scan.
+        scan_embedding: if True, each scan adds a residual to the dataset's embedding, computed from its mean features
+            behind the stem; the residual starts at zero. Modulation and gate then depend on the scan.
     """
 
     convolutions: tuple[Part, ...] = ("residual",)
@@ -83,7 +85,7 @@ class SelectionConfig:
 
 
 def unit_rows(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-    """Rows over their length; zero rows stay zero, with a zero gradient in place of 0/0."""
+    """Divide rows by their length; zero rows stay zero, with a zero gradient in place of 0/0."""
     return x * lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-12)
 
 
@@ -95,24 +97,31 @@ def structural_consistency(
     scope: Scope = "scan",
     axis_name: AxisName = None,
 ) -> Float[Array, "b v"]:
-    """beta: how well each offset's prototype agrees with a scan's structural features, in [0, 1].
+    """beta, the agreement of each offset's prototype with a scan's structural features, in [0, 1].
 
     The mean over sites commutes with the dot product: the unit vectors A x / |A x| are pooled once per scan, then
     compared with each unit prototype. In float32 at least, products included: accelerators multiply in fewer bits by
     default, and a threshold follows.
 
-    With scope "batch" the mean is over the sites of all scans, on all devices along `axis_name`, and the same for each.
+    Args:
+        x: features [N, Cin] on sites.
+        projection: A.
+        prototypes: P.
+        kind: similarity, as `SelectionConfig.consistency`.
+        scope: "scan", or "batch" for the mean over the sites of all scans, on all devices along `axis_name`, which is
+            then the same for each scan.
+        axis_name: mesh axis of the devices that share a "batch".
     """
     exact = lax.Precision.HIGHEST
 
     def pool(x: SparseTensor, projection: Array) -> Array:
-        # What padding holds must not reach the gradient of the projection.
+        # Values on padding must not reach the gradient of the projection.
         features = jnp.where(x.sites.valid[:, None], x.features, 0)
         features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
         units = x.with_features(unit_rows(jnp.matmul(features, projection, precision=exact)))
         return global_pool(units) if scope == "scan" else _batch_mean(units, axis_name)
 
-    pooled = recomputed_if_narrow(pool, x, projection)
+    pooled = recompute_if_narrow(pool, x, projection)
     cosine = jnp.matmul(pooled, unit_rows(prototypes).T, precision=exact)
     return (1 + cosine) / 2 if kind == "half_cosine" else jax.nn.relu(cosine)
 
@@ -132,17 +141,17 @@ def binarize(
 ) -> Float[Array, "*s"]:
     """1 where score >= tau, else 0; the gradient is that of a smooth surrogate of the step."""
     surrogate = jax.nn.sigmoid((score - tau) / temperature) if straight_through == "sigmoid" else score
-    # In brackets, for (1 + s) - s is not always 1.
+    # In brackets, because (1 + s) - s is not always 1.
     return (score >= tau).astype(score.dtype) + (surrogate - lax.stop_gradient(surrogate))
 
 
 class Structure(NamedTuple):
-    """What a selection compares a scan with.
+    """Parameters of a selection, with which each scan is compared.
 
     Attributes:
-        alpha: [V], validity prior.
-        projection: A, [Cin, p].
-        prototypes: P, [V, p].
+        alpha: validity prior of each offset, in (0, 1).
+        projection: A, of features to structural features.
+        prototypes: P, one structural feature per offset.
     """
 
     alpha: Float[Array, " v"]
@@ -153,7 +162,7 @@ class Structure(NamedTuple):
 def select_kernels(
     x: SparseTensor, structure: Structure, selection: SelectionConfig, context: ForwardContext, name: str
 ) -> Float[Array, "b v"]:
-    """Gamma of each scan and offset; 1 everywhere where the context's dataset takes shared kernels only.
+    """Compute gamma of each scan and offset; 1 everywhere if the context's dataset takes shared kernels only.
 
     alpha, beta and gamma go to the context's tap as `<name>.alpha` and so on.
     """
@@ -171,11 +180,11 @@ class SelectiveConv(nnx.Module):
     """Sparse convolution with TLM on its input and a kernel selected per scan and offset.
 
     Attributes:
-        shared: [V, Cin, Cout].
-        exclusive: [D, V, Cin, Cout], exclusive to each dataset.
-        prior: O, [V]; [D, V] where datasets have their own, as A and P then.
-        projection: A, [Cin, p].
-        prototypes: P, [V, p].
+        shared: [V, Cin, Cout], the kernel that datasets share.
+        exclusive: [D, V, Cin, Cout], the kernel of each dataset.
+        prior: O, [V]; [D, V] with exclusive structure parameters.
+        projection: A, [Cin, p]; [D, Cin, p] with exclusive structure parameters.
+        prototypes: P, [V, p]; [D, V, p] with exclusive structure parameters.
         modulation: TLM.
     """
 
@@ -190,7 +199,17 @@ class SelectiveConv(nnx.Module):
         name: str = "selective_conv",
         rngs: nnx.Rngs,
     ):
-        """Args: `name` under which gamma, alpha and beta are handed to the tap of a forward pass."""
+        """Kernels start kaiming-normal over the fan-out, A and P normal, O at `selection.prior_init`.
+
+        Args:
+            in_channels: channels of the input.
+            out_channels: channels of the output.
+            kernel_size: size of the kernel, that of the map.
+            num_datasets: number D of datasets.
+            selection: how kernels are selected; None for the defaults.
+            name: name under which alpha, beta and gamma reach the tap of a forward pass.
+            rngs: random streams.
+        """
         self.selection = selection or SelectionConfig()
         self.name = name
         s, volume = self.selection, math.prod(size3(kernel_size))
@@ -202,12 +221,12 @@ class SelectiveConv(nnx.Module):
             else kaiming_fan_out(rngs.params(), (num_datasets, *kernel))
         )
         self.exclusive = nnx.Param(exclusive, dataset_axis=0)
-        own = s.structure_parameters == "exclusive"
-        each = (num_datasets,) if own else ()
-        self.prior = parameter(jnp.full((*each, volume), s.prior_init, jnp.float32), own)
+        by_dataset = s.structure_parameters == "exclusive"
+        each = (num_datasets,) if by_dataset else ()
+        self.prior = parameter(jnp.full((*each, volume), s.prior_init, jnp.float32), by_dataset)
         projection = jax.random.normal(rngs.params(), (*each, in_channels, s.projection_dim))
-        self.projection = parameter(projection / in_channels**0.5, own)
-        self.prototypes = parameter(jax.random.normal(rngs.params(), (*each, volume, s.projection_dim)), own)
+        self.projection = parameter(projection / in_channels**0.5, by_dataset)
+        self.prototypes = parameter(jax.random.normal(rngs.params(), (*each, volume, s.projection_dim)), by_dataset)
         self.modulation = LinearModulation(
             in_channels, embedding_dim=s.embedding_dim, hidden=s.hidden, start=s.embedding_start, rngs=rngs
         )
@@ -216,9 +235,9 @@ class SelectiveConv(nnx.Module):
         """Convolve onto the map's output sites.
 
         Args:
-            x: on the map's input sites.
-            kernel_map: with as many offsets as the kernel has slices.
-            context: must carry the dataset's embedding, and the dataset where there are several.
+            x: features [N_in, Cin] on the map's input sites.
+            kernel_map: map with as many offsets as the kernel has slices.
+            context: context of the pass; must hold the dataset's embedding, and the dataset where there are several.
 
         Raises:
             ValueError: the context has no embedding, or no dataset in training; the map does not fit.
@@ -244,7 +263,7 @@ class SelectiveConv(nnx.Module):
         return SparseTensor(y, kernel_map.outputs)
 
     def kernels(self, dataset: DatasetContext) -> Float[Array, "s v c_in c_out"]:
-        """What is selected from: the shared kernel and the dataset's own, or the shared one alone."""
+        """Stack to select from: the shared kernel and that of the dataset, or the shared one alone."""
         if dataset.kernels == "shared":
             return self.shared[...][None]
         return jnp.stack([self.shared[...], dataset.pick(self.exclusive[...])])

@@ -1,7 +1,7 @@
 """Normalisation over active sites.
 
-Batch norm is our own because padding must not count, because the replicas of a dataset hold unequal numbers of sites
-(so that sums, not means, are to be added over devices), and because every dataset keeps its own running statistics.
+Flax's batch norm would not do: padding must not count, the replicas of a dataset hold unequal numbers of sites (so that
+sums, not means, are added over devices), and every dataset keeps its own running statistics.
 """
 
 from functools import partial
@@ -15,27 +15,37 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext, parameter
-from h2a2_jax.sparse.conv_parts import after
 from h2a2_jax.sparse.pool import scan_sum, sites_per_scan
 from h2a2_jax.sparse.sites import SparseTensor
+from h2a2_jax.sparse.xla_cpu import after
 
 
 class Statistics(NamedTuple):
-    """Mean and variance of each channel, float [C]."""
+    """Mean and variance of each channel, float [C].
+
+    Attributes:
+        mean: mean.
+        var: variance.
+    """
 
     mean: Array
     var: Array
 
 
 class BatchStatistics(NamedTuple):
-    """Mean and biased variance of a batch, and the number of sites they are over (float [])."""
+    """Statistics of a batch, and the number of sites in them.
+
+    Attributes:
+        statistics: mean and biased variance, float [C] each.
+        num_sites: number of sites, float [].
+    """
 
     statistics: Statistics
     num_sites: Array
 
 
 def batch_statistics(x: Float[Array, "n c"], valid: Bool[Array, " n"], axis_name: AxisName = None) -> BatchStatistics:
-    """Mean and biased variance over valid rows, of all devices along `axis_name` together.
+    """Mean and biased variance over the valid rows of all devices along `axis_name`.
 
     Without a valid row both are zero. Sums are at least float32.
     """
@@ -75,8 +85,8 @@ def normalize_by_batch(
 ) -> tuple[Float[Array, "n c"], BatchStatistics]:
     """`normalize` with `batch_statistics` of the same rows, which are returned too.
 
-    With a gradient of its own: it keeps x alone for the backward pass, where the derivatives of mean and variance
-    would keep two more arrays of its size, and takes one pass over the rows to sum and one to write.
+    The custom gradient keeps x alone for the backward pass, where the derivatives of mean and variance would keep two
+    more arrays of its size, and takes one pass over the rows to sum and one to write.
     """
     batch = batch_statistics(x, valid, axis_name)
     mean, var = batch.statistics
@@ -97,7 +107,7 @@ def _by_batch_backward(eps: float, axis_name: AxisName, residuals: tuple, cotang
     x, valid, scale, ((mean, var), num_sites) = residuals
     g, ((dmean, dvar), _) = cotangents
     if x.dtype != mean.dtype:
-        x = after(g, x)  # else the float32 values of the forward pass would be kept for here
+        x = after(g, x)  # else the float32 values of the forward pass would be kept for this line
     wide, keep = mean.dtype, valid[:, None]
     inverse = lax.rsqrt(var + eps)
     sum_g = jnp.where(keep, g, 0).astype(wide).sum(0)
@@ -132,7 +142,7 @@ def instance_norm(
 ) -> SparseTensor:
     """Normalise each scan's channels over its own active sites, with the biased variance.
 
-    Padding rows come out as zero; what they hold is never read.
+    Padding rows come out as zero and are never read.
     """
     valid, scan = x.sites.valid[:, None], jnp.asarray(x.sites.scan)
     counts = jnp.maximum(sites_per_scan(x.sites), 1)[:, None]
@@ -159,17 +169,23 @@ class InstanceNorm(nnx.Module):
     """Instance norm: each scan over its own active sites (`instance_norm`).
 
     Attributes:
-        scale: [C].
-        bias: [C].
+        scale: [C], factor of each channel.
+        bias: [C], added to each channel.
     """
 
     def __init__(self, channels: int, *, eps: float = 1e-5, rngs: nnx.Rngs | None = None):
-        """Nothing is drawn at random: `rngs` may be left out."""
+        """Scale starts at one, bias at zero.
+
+        Args:
+            channels: number C of channels.
+            eps: added to variances.
+            rngs: not read; nothing is random.
+        """
         self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
         self.eps = eps
 
     def __call__(self, x: SparseTensor, context: ForwardContext | None = None) -> SparseTensor:
-        """Normalise; the context is not read.
+        """Normalise features [N, C]; the context is not read.
 
         Raises:
             ValueError: x has another number of channels.
@@ -182,17 +198,23 @@ class LayerNorm(nnx.Module):
     """Layer norm: each site over its channels (`layer_norm`).
 
     Attributes:
-        scale: [C].
-        bias: [C].
+        scale: [C], factor of each channel.
+        bias: [C], added to each channel.
     """
 
     def __init__(self, channels: int, *, eps: float = 1e-6, rngs: nnx.Rngs | None = None):
-        """Nothing is drawn at random: `rngs` may be left out."""
+        """Scale starts at one, bias at zero.
+
+        Args:
+            channels: number C of channels.
+            eps: added to variances.
+            rngs: not read; nothing is random.
+        """
         self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
         self.eps = eps
 
     def __call__(self, x: SparseTensor, context: ForwardContext | None = None) -> SparseTensor:
-        """Normalise; the context is not read.
+        """Normalise features [N, C]; the context is not read.
 
         Raises:
             ValueError: x has another number of channels.
@@ -208,10 +230,10 @@ class BatchNorm(nnx.Module):
     another's loss.
 
     Attributes:
-        scale: [C]; [D, C] where datasets have their own.
-        bias: likewise.
-        mean: running mean, [D, C].
-        var: running variance, [D, C].
+        scale: [C]; [D, C] with `exclusive_affine`.
+        bias: [C]; [D, C] with `exclusive_affine`.
+        mean: [D, C], running mean.
+        var: [D, C], running variance.
     """
 
     def __init__(
@@ -225,16 +247,16 @@ class BatchNorm(nnx.Module):
         shared_statistics: bool = False,
         rngs: nnx.Rngs | None = None,
     ):
-        """Nothing is drawn at random.
+        """Scale starts at one, bias and running mean at zero, running variance at one.
 
         Args:
-            channels: C.
-            num_datasets: D.
+            channels: number C of channels.
+            num_datasets: number D of datasets.
             eps: added to variances.
             momentum: weight of the new batch in the running statistics.
-            exclusive_affine: whether each dataset has its own scale and bias.
-            shared_statistics: whether every batch enters the running statistics of all datasets, which are then equal.
-            rngs: may be left out.
+            exclusive_affine: if True, each dataset has a scale and a bias.
+            shared_statistics: if True, every batch enters the running statistics of all datasets, which are then equal.
+            rngs: not read; nothing is random.
         """
         shape = (num_datasets, channels) if exclusive_affine else (channels,)
         self.scale = parameter(jnp.ones(shape), exclusive_affine)
@@ -254,12 +276,13 @@ class BatchNorm(nnx.Module):
         """Normalise; in training with the batch's statistics, which also enter the dataset's running ones.
 
         Args:
-            x: features and sites.
-            context: whose running statistics, whether it trains, the mesh axis over which the batch is spread; left
-                out, the layer evaluates.
+            x: features [N, C] and sites.
+            context: context of the pass: the dataset of the running statistics, training or evaluation, and the mesh
+                axis over which the batch is spread; without it the layer evaluates.
 
         Raises:
-            ValueError: x has another number of channels; it trains on one of several datasets, not said which.
+            ValueError: x has another number of channels; or the context trains a layer of several datasets and names
+                none.
         """
         _check_channels(self, x)
         context = context or ForwardContext()
@@ -278,9 +301,9 @@ class BatchNorm(nnx.Module):
     def _remember(self, batch: BatchStatistics, dataset: DatasetContext) -> None:
         batch = jax.tree.map(lax.stop_gradient, batch)
         new = update_running(Statistics(self.mean[...], self.var[...]), batch, self.momentum)
-        own = (jnp.asarray(dataset.weights)[:, None] > 0) | self.shared_statistics
-        self.mean[...] = jnp.where(own, new.mean, self.mean[...])
-        self.var[...] = jnp.where(own, new.var, self.var[...])
+        changed = (jnp.asarray(dataset.weights)[:, None] > 0) | self.shared_statistics
+        self.mean[...] = jnp.where(changed, new.mean, self.mean[...])
+        self.var[...] = jnp.where(changed, new.var, self.var[...])
 
 
 def _check_channels(norm: BatchNorm | InstanceNorm | LayerNorm, x: SparseTensor) -> None:

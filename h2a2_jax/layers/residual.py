@@ -30,17 +30,17 @@ class ConvNorm(nnx.Module):
         name: str = "conv",
         rngs: nnx.Rngs,
     ):
-        """With `selection` the convolution is a `SelectiveConv`, else what `conv` builds.
+        """With `selection` the convolution is a `SelectiveConv`, else one built by `conv`.
 
         Args:
-            in_channels: of the input.
-            out_channels: of the output.
-            kernel_size: of the convolution.
+            in_channels: channels of the input.
+            out_channels: channels of the output.
+            kernel_size: size of the kernel.
             conv: class of the convolution, or a partial of it, as `partial(SparseConv, exclusive_to=3)`.
             norm: class of the norm, or a partial of it, as `partial(BatchNorm, eps=1e-3)`.
-            selection: how kernels are selected.
-            num_datasets: D.
-            name: under which a selection reaches the tap.
+            selection: how kernels are selected; None for one kernel everywhere.
+            num_datasets: number D of datasets.
+            name: name under which a selection reaches the tap.
             rngs: random streams.
         """
         self.conv: SparseConv | SelectiveConv = (
@@ -68,17 +68,17 @@ class ConvNorm(nnx.Module):
         """Apply onto the map's output sites; no activation.
 
         Args:
-            x: on the map's input sites.
-            kernel_map: of the convolution; None for a kernel of one slice.
-            context: of the pass; left out, the layer evaluates.
+            x: features [N_in, Cin] on the map's input sites.
+            kernel_map: map of the convolution; None for a kernel of one slice.
+            context: context of the pass; without it the layer evaluates.
 
         Raises:
             ValueError: as the convolution and the norm.
         """
-        return self.normalized(self.conv(x, kernel_map, context), context)  # type: ignore[arg-type]
+        return self.normalize(self.conv(x, kernel_map, context), context)  # type: ignore[arg-type]
 
-    def normalized(self, y: SparseTensor, context: ForwardContext | None = None) -> SparseTensor:
-        """Norm and gate of the convolution's output."""
+    def normalize(self, y: SparseTensor, context: ForwardContext | None = None) -> SparseTensor:
+        """Apply norm and gate to the convolution's output."""
         if self.gate is None or context is None or context.embedding is None:
             return self.norm(y, context)
         if self.gate_first:
@@ -104,7 +104,18 @@ class ResidualBlock(nnx.Module):
         name: str = "block",
         rngs: nnx.Rngs,
     ):
-        """Args: `downsample` makes the first convolution and the skip strided; the rest as in `ConvNorm`."""
+        """Layers start as those of `ConvNorm`.
+
+        Args:
+            in_channels: channels of the input.
+            out_channels: channels of the output.
+            downsample: if True, the first convolution and the skip are strided.
+            norm: class of the norms, or a partial of it.
+            selection: how the 3^3 convolutions select kernels; None for one kernel everywhere.
+            num_datasets: number D of datasets.
+            name: name of the block for the tap.
+            rngs: random streams.
+        """
         self.name = name
         shared = {"norm": norm, "selection": selection, "num_datasets": num_datasets, "rngs": rngs}
         self.first = ConvNorm(in_channels, out_channels, name=f"{name}.conv1", **shared)  # type: ignore[arg-type]
@@ -128,11 +139,11 @@ class ResidualBlock(nnx.Module):
         """Apply the block.
 
         Args:
-            x: input.
+            x: features [N_in, Cin].
             residual_map: 3^3 submanifold map of the output sites.
-            context: of the pass; left out, the block evaluates.
+            context: context of the pass; without it the block evaluates.
             down_map: 3^3 strided map onto the output sites, for a block that downsamples.
-            skip_map: 1^3 strided lookup of the output sites, likewise.
+            skip_map: 1^3 strided lookup of the output sites, for a block that downsamples.
 
         Raises:
             ValueError: a block that downsamples was given no strided maps.

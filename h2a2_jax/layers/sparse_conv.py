@@ -25,10 +25,10 @@ def uniform_fan_out(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "
 
 
 def check_input(layer: str, x: SparseTensor, kernel_map: KernelMap, kernel: tuple[int, ...]) -> None:
-    """Whether features and map fit a layer whose kernel is [V, Cin, Cout].
+    """Check that features and map fit a layer whose kernel is [V, Cin, Cout].
 
     Raises:
-        ValueError: says what does not.
+        ValueError: channels, offsets or sites do not fit.
     """
     volume, channels, _ = kernel
     if x.features.shape[1] != channels:
@@ -47,14 +47,14 @@ def check_input(layer: str, x: SparseTensor, kernel_map: KernelMap, kernel: tupl
 
 
 class SparseConv(nnx.Module):
-    """Sparse convolution; the kernel map says which: submanifold, strided, inverse, a lookup (size 1, stride 2).
+    """Sparse convolution of the kind of its kernel map: submanifold, strided, inverse, a lookup (size 1, stride 2).
 
     An inverse convolution is this layer with the map of `sparse.inverse_neighbors`. A kernel of one slice may go
-    without a map: it then mixes the channels of each site.
+    without a map: it then mixes the channels of each site. `docs/layers.md` builds networks of it.
 
     Attributes:
-        kernel: [V, Cin, Cout], slices x fastest; [D, V, Cin, Cout] where datasets have their own.
-        bias: [Cout] or None; [D, Cout] likewise.
+        kernel: [V, Cin, Cout], slices x fastest; [D, V, Cin, Cout] with a kernel per dataset.
+        bias: [Cout] or None; [D, Cout] with a kernel per dataset.
     """
 
     def __init__(
@@ -73,21 +73,21 @@ class SparseConv(nnx.Module):
         """Kernels start kaiming-normal over the fan-out, biases at zero.
 
         Args:
-            in_channels: of the input.
-            out_channels: of the output.
-            kernel_size: one number for a cube, (x, y) in 2-D, (x, y, z); the map's.
-            use_bias: whether to add a bias.
-            algorithm: as in `sparse.convolve`; None: the context's.
-            dtype: compute type of the products; None: the context's, else the features' own.
-            precision: of the products; None: the context's.
-            exclusive_to: number of datasets that each have a kernel of their own; None: one for all.
+            in_channels: channels of the input.
+            out_channels: channels of the output.
+            kernel_size: size of the kernel, that of the map: one number for a cube, (x, y) in 2-D, or (x, y, z).
+            use_bias: if True, a bias is added.
+            algorithm: as in `sparse.convolve`; None for the algorithm of the context.
+            dtype: compute type of the products; None for that of the context, else that of the features.
+            precision: precision of the products; None for that of the context.
+            exclusive_to: number of datasets with a kernel each; None for one kernel that all share.
             rngs: random streams.
         """
         x, y, z = size3(kernel_size)
-        own, exclusive = ((), False) if exclusive_to is None else ((exclusive_to,), True)
-        kernel = self._init(rngs.params(), (*own, x * y * z, in_channels, out_channels))
+        each, exclusive = ((), False) if exclusive_to is None else ((exclusive_to,), True)
+        kernel = self._init(rngs.params(), (*each, x * y * z, in_channels, out_channels))
         self.kernel = parameter(kernel, exclusive)
-        self.bias = parameter(jnp.zeros((*own, out_channels)), exclusive) if use_bias else None
+        self.bias = parameter(jnp.zeros((*each, out_channels)), exclusive) if use_bias else None
         self.exclusive_to = exclusive_to
         self.algorithm, self.dtype, self.precision = algorithm, dtype, precision
 
@@ -99,9 +99,12 @@ class SparseConv(nnx.Module):
         """Convolve onto the map's output sites.
 
         Args:
-            x: on the map's input sites.
-            kernel_map: with as many offsets as the kernel has slices; None for a kernel of one slice.
-            context: algorithm, compute type and precision, where the layer names none.
+            x: features [N_in, Cin] on the map's input sites.
+            kernel_map: map with as many offsets as the kernel has slices; None for a kernel of one slice.
+            context: context of the pass: algorithm, compute type and precision where the layer has none.
+
+        Returns:
+            Features [N_out, Cout] on the map's output sites, in the type of x.
 
         Raises:
             ValueError: the map does not fit the features or the kernel.
@@ -109,7 +112,7 @@ class SparseConv(nnx.Module):
         context = context or ForwardContext()
         dtype = self.dtype if self.dtype is not None else context.dtype
         precision = self.precision if self.precision is not None else context.precision
-        kernel = self._own(self.kernel, context)
+        kernel = self._pick(self.kernel, context)
         if kernel_map is None:
             y, sites = mix_channels(x, kernel, type(self).__name__, dtype, precision), x.sites
         else:
@@ -118,20 +121,20 @@ class SparseConv(nnx.Module):
             y = convolve(x.features, kernel[None], kernel_map, algorithm=algorithm, dtype=dtype, precision=precision)
             sites = kernel_map.outputs
         if self.bias is not None:
-            y = jnp.where(sites.valid[:, None], y + self._own(self.bias, context).astype(y.dtype), 0)
+            y = jnp.where(sites.valid[:, None], y + self._pick(self.bias, context).astype(y.dtype), 0)
         return SparseTensor(y, sites)
 
-    def _own(self, value: nnx.Param, context: ForwardContext) -> Array:
+    def _pick(self, value: nnx.Param, context: ForwardContext) -> Array:
         return value[...] if self.exclusive_to is None else context.dataset_of(self.exclusive_to).pick(value[...])
 
 
 def mix_channels(
     x: SparseTensor, kernel: Float[Array, "v c_in c_out"], layer: str, dtype: Any = None, precision: Any = None
 ) -> Float[Array, "n c_out"]:
-    """Channels of each site mixed by a kernel of one slice, as a convolution without a map does.
+    """Mix the channels of each site by a kernel of one slice, as a convolution without a map does.
 
     Raises:
-        ValueError: the kernel has several slices or takes other channels; names the layer.
+        ValueError: the kernel has several slices or takes other channels; the message names the layer.
     """
     volume, channels, _ = kernel.shape
     if volume != 1 or x.features.shape[1] != channels:
@@ -158,7 +161,7 @@ class SparseConvTranspose(SparseConv):
     def __call__(
         self, x: SparseTensor, kernel_map: KernelMap | None = None, context: ForwardContext | None = None
     ) -> SparseTensor:
-        """As `SparseConv`.
+        """Convolve onto the map's output sites, as `SparseConv` does.
 
         Raises:
             ValueError: the map is of another kind, or does not fit.

@@ -1,4 +1,4 @@
-"""Which locations are to find which box, and of what class."""
+"""Assignment of locations to ground-truth boxes."""
 
 import dataclasses
 
@@ -9,21 +9,22 @@ from jaxtyping import Array, Float, Int
 from h2a2_jax.typing import AnyArray, Leaf
 
 TOP_K = 6
-"""Locations a box may take."""
+"""Largest number of locations that a box may take."""
 
 _CHUNK = 256
+"""Locations in a chunk, whose smallest distance decides if it is searched."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """Targets of the locations of a batch, and the same seen from the boxes.
+    """Targets of the locations of a batch, by location and by box.
 
     Attributes:
         labels: int32 [N], class of each location, -1 = background or padding.
         box: int32 [N], box of each location, an index into its scan's boxes; -1 = none.
-        candidates: int32 [B, G, K], rows of the locations each box asks for, nearest first; N where there is none.
-        positive: bool [B, G, K], whether the box got that location. Every location with a label is there exactly once.
+        candidates: int32 [B, G, K], rows of the locations that each box asks for, nearest first; N where there is none.
+        positive: bool [B, G, K], True where the box got the candidate. Every location with a label is positive once.
     """
 
     labels: Leaf
@@ -42,22 +43,22 @@ def assign(
     *,
     top_k: int = TOP_K,
 ) -> Assignment:
-    """Assigns locations to ground-truth boxes as TR3D does.
+    """Assign locations to ground-truth boxes as TR3D does.
 
     A box asks for the locations of its scan, on its label's level, that are strictly nearer to its centre than the
     (top_k + 1)-th one: top_k of them, fewer where distances tie, all of them where there are at most top_k. A
     location that several boxes ask for goes to the one whose centre is nearest, on a tie to the first.
 
-    Runs inside jit. Work is O(b g n), memory at most one block [g, n]: scans are taken one after the other.
+    Runs inside jit. Work is O(b g n), memory at most one block [g, n]: scans are processed one after the other.
 
     Args:
         locations: x, y, z (m) of the locations of all levels and scans, in any order.
-        scan: Scan of each location; b or more for padding rows.
-        level: Level of each location.
-        boxes: Ground-truth boxes, padded to g per scan.
-        box_labels: Their classes, -1 for padding.
-        label_to_level: The level on which boxes of each class are sought.
-        top_k: Locations a box may take.
+        scan: scan of each location; b or more for padding rows.
+        level: level of each location.
+        boxes: ground-truth boxes, padded to g per scan.
+        box_labels: class of each box, -1 for padding.
+        label_to_level: level on which boxes of each class ask for locations.
+        top_k: largest number of locations that a box may take.
 
     Returns:
         The assignment.
@@ -81,7 +82,13 @@ def assign(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Chunks:
-    """Locations cut into chunks of equal size; `columns` [3, chunks, size], `scan` and `level` [chunks, size]."""
+    """Locations cut into chunks of equal size.
+
+    Attributes:
+        columns: float [3, chunks, size], x, y and z of the locations.
+        scan: int32 [chunks, size], scan of each location; -1 on padding.
+        level: int32 [chunks, size], level of each location; -1 on padding.
+    """
 
     columns: Array
     scan: Array
@@ -89,6 +96,7 @@ class _Chunks:
 
     @classmethod
     def cut(cls, locations: AnyArray, scan: AnyArray, level: AnyArray, *, chunk: int) -> "_Chunks":
+        """Cut locations into chunks of `chunk`, the last one padded."""
         pad = -locations.shape[0] % chunk
         return cls(
             columns=jnp.pad(locations, ((0, pad), (0, 0))).T.reshape(3, -1, chunk),
@@ -98,8 +106,7 @@ class _Chunks:
 
     def nearest(self, scan: Array, centers: Array, box_level: Array, *, top_k: int) -> tuple[Array, Array]:
         """Rows [g, top_k] and squared distances of the locations each box of one scan asks for, inf where none."""
-        # The top_k + 1 smallest distances lie in the chunks with the smallest minima: sorting
-        # those spares sorting all n.
+        # The top_k + 1 smallest distances lie in the chunks with the smallest minima: only these are sorted.
         minima = self._distances(self.columns, self.scan, self.level, scan, centers, box_level).min(axis=-1)
         _, chunk = jax.lax.top_k(-minima, min(top_k + 1, minima.shape[-1]))
         size = self.scan.shape[-1]
@@ -123,15 +130,15 @@ class _Chunks:
         """Squared distances [g, chunks, size]; inf for locations of another scan or level."""
         offsets = [centers[:, axis, None, None] - columns[axis] for axis in range(3)]
         # The maximum changes no number. It keeps the compiler from fusing product and sum, which rounds differently
-        # from one place to the next and from the reference, so that ties would come undone; an optimization barrier
-        # is gone before that fusion.
+        # from one place to the next and from the reference, so that equal distances would differ. An optimization
+        # barrier would be dropped before that fusion.
         x, y, z = (jnp.maximum(offset * offset, 0) for offset in offsets)
         is_sought = (location_scan == scan) & (location_level == box_level[:, None, None])
         return jnp.where(is_sought, x + y + z, jnp.inf)
 
 
 def _resolve(candidates: Array, distances: Array, box_labels: Array, num_locations: int) -> Assignment:
-    """Gives every location that is asked for to the nearest box."""
+    """Give every location that boxes ask for to the nearest one."""
     num_boxes = box_labels.shape[1]
     is_candidate = jnp.isfinite(distances)
     rows = jnp.where(is_candidate, candidates, num_locations).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""The detector and its parts."""
+"""TR3D, the detection network: architecture, maps of a batch, backbone, neck and heads."""
 
 from h2a2_jax.models.architecture import DetectorConfig
 from h2a2_jax.models.maps import (

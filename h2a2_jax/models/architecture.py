@@ -1,4 +1,4 @@
-"""What a detector is made of, as values."""
+"""Architecture of a detector, as values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,19 +18,19 @@ class DetectorConfig:
     """Architecture of a detector.
 
     Attributes:
-        depth: of the residual network: 10, 18 or 34 (TR3D).
-        in_channels: of a voxel's features (colour).
-        stem_channels: of the first convolution.
-        stage_channels: of the four stages.
-        neck_channels: of the neck and of what the heads read.
-        voxel_size: metres.
+        depth: depth of the residual network: 10, 18 or 34 (TR3D).
+        in_channels: channels of a voxel's features (3, its colour).
+        stem_channels: output channels of the first convolution.
+        stage_channels: output channels of the four stages.
+        neck_channels: output channels of the neck, which the heads read.
+        voxel_size: edge of a voxel in metres.
         selection: structure-aware kernel selection; None is TR3D exactly.
-        norm_affine: scale and bias of batch norms are "shared" by the datasets, or "exclusive" to each. Statistics of a
-            batch are always one dataset's.
+        norm_affine: scale and bias of batch norms are "shared" by the datasets, or "exclusive" to each. The statistics
+            of a batch are always those of one dataset.
         running_statistics: of batch norms are "exclusive" to each dataset, or "shared": the mean over the datasets of a
             step.
-        neck: the kernels of the neck are "shared", or "exclusive" to each dataset. Heads are always exclusive, for
-            classes and box parameters differ.
+        neck: kernels of the neck are "shared" by the datasets, or "exclusive" to each. Heads are always exclusive,
+            because classes and box parameters differ.
     """
 
     depth: int = 34
@@ -45,12 +45,12 @@ class DetectorConfig:
     neck: Literal["shared", "exclusive"] = "shared"
 
     def selection_in(self, part: Part) -> SelectionConfig | None:
-        """How a part of the detector selects kernels; None where it does not."""
+        """Kernel selection of a part of the detector; None for a part without it."""
         return self.selection if self.selection is not None and part in self.selection.convolutions else None
 
     @property
     def norm(self) -> Callable[..., BatchNorm]:
-        """Builds a batch norm."""
+        """Class of the batch norms, with the options of this architecture."""
         return partial(
             BatchNorm,
             exclusive_affine=self.norm_affine == "exclusive",
@@ -62,7 +62,7 @@ class DetectorConfig:
         """Basic blocks of each stage.
 
         Raises:
-            InputError: unknown depth.
+            InputError: there is no network of this depth.
         """
         if self.depth not in STAGE_BLOCKS:
             raise InputError(f"model.depth is {self.depth}; the residual network has depth 10, 18 or 34.")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from flax import nnx
 
 from h2a2_jax.layers import ConvNorm, EmbeddingMLP, ForwardContext, ResidualBlock, global_pool, relu
-from h2a2_jax.layers.rematerialize import rematerialized
+from h2a2_jax.layers.context import call_block
 from h2a2_jax.models.architecture import DetectorConfig
 from h2a2_jax.models.maps import DetectorPlan
 from h2a2_jax.sparse import SparseTensor, max_pool
@@ -15,17 +15,17 @@ class Stem(ConvNorm):
     """3^3 stride-2 convolution, norm, ReLU, 2^3 max pool: 1 -> 4 voxels."""
 
     def __init__(self, config: DetectorConfig, num_datasets: int, *, rngs: nnx.Rngs):
-        """Widths from the config."""
+        """Build the stem with the widths of the config."""
         super().__init__(
             config.in_channels, config.stem_channels, norm=config.norm, selection=config.selection_in("stem"),
             num_datasets=num_datasets, name="stem", rngs=rngs,
         )  # fmt: skip
 
     def __call__(self, x: SparseTensor, plan: DetectorPlan, context: ForwardContext) -> SparseTensor:  # type: ignore[override]
-        """Voxels of stride 1 to sites of stride 4."""
+        """Features on voxels of stride 1 to features on sites of stride 4."""
         y = self.conv(x, plan.stem, context)
         context.record("conv1", y)
-        y = relu(self.normalized(y, context))
+        y = relu(self.normalize(y, context))
         context.record("stem", y)
         y = SparseTensor(max_pool(y.features, plan.pool), plan.pool.outputs)
         context.record("maxpool", y)
@@ -36,11 +36,12 @@ class MinkResNet(nnx.Module):
     """Stem and four residual stages, each halving the resolution: features at 8, 16, 32, 64 voxels.
 
     Attributes:
-        scan_embedding: residual of a scan to its dataset's embedding, from its mean features behind the stem; or None.
+        scan_embedding: MLP from a scan's mean features behind the stem to a residual of its dataset's embedding; None
+            without `SelectionConfig.scan_embedding`.
     """
 
     def __init__(self, config: DetectorConfig, num_datasets: int, *, rngs: nnx.Rngs):
-        """Parameters drawn from `rngs.params`; `config.selection` says which convolutions select their kernels."""
+        """Build the layers of the config; parameters are random from `rngs.params`."""
         selection = config.selection
         self.stem = Stem(config, num_datasets, rngs=rngs)
         self.scan_embedding = (
@@ -69,18 +70,19 @@ class MinkResNet(nnx.Module):
         """Features of the four stages, finest first, and the context of the layers that follow the stem.
 
         Args:
-            x: colour on the voxels of the plan.
+            x: features [N, Cin] (colour) on the voxels of the plan.
             plan: maps of the batch.
-            context: of the pass; taps conv1, stem, maxpool, layer<s>_<b>_downsample, layer<s>_<b>, layer<s>.
+            context: context of the pass; its tap gets conv1, stem, maxpool, layer<s>_<b>_downsample, layer<s>_<b> and
+                layer<s>.
         """
         y, outputs = self.stem(x, plan, context), []
         if self.scan_embedding is not None:
-            own = self.scan_embedding(global_pool(y))
-            context = replace(context, embedding=context.embedding + own)
+            residual = self.scan_embedding(global_pool(y))
+            context = replace(context, embedding=context.embedding + residual)
         for s, (stage, maps) in enumerate(zip(self.stages, plan.stages, strict=True)):
             for b, block in enumerate(stage):
                 strided = {"down_map": maps.down, "skip_map": maps.skip} if b == 0 else {}
-                y = rematerialized(block, context, y, maps.residual, **strided)
+                y = call_block(block, context, y, maps.residual, **strided)
                 context.record(f"layer{s + 1}_{b}", y)
             context.record(f"layer{s + 1}", y)
             outputs.append(y)

@@ -1,4 +1,4 @@
-"""Per-dataset detection heads: 1x1 box regression and class logits."""
+"""Detection heads, one per dataset: 1x1 box regression and class logits."""
 
 import math
 
@@ -8,31 +8,31 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from h2a2_jax.layers import DatasetContext
-from h2a2_jax.layers.rematerialize import recomputed_if_narrow
+from h2a2_jax.sparse.xla_cpu import recompute_if_narrow
 
 NUM_OUTPUTS = 8
 """Box outputs with yaw; axis-aligned datasets use the first 6."""
 
 
 class DatasetHeads(nnx.Module):
-    """One head a dataset, stacked and padded to the same number of outputs.
+    """One head per dataset, stacked and padded to the same number of outputs.
 
-    Padded outputs start at zero, no loss reads them, and so they stay zero; checkpoints leave them out.
+    Padded outputs start at zero and no loss reads them, so that they stay zero; checkpoints leave them out.
 
     Attributes:
-        box_kernel: [D, C, 8], exclusive to each dataset, as the following.
-        box_bias: [D, 8].
-        class_kernel: [D, C, K], K the largest number of classes.
-        class_bias: [D, K].
+        box_kernel: [D, C, 8], kernel of the box outputs; like all of the following exclusive to each dataset.
+        box_bias: [D, 8], bias of the box outputs.
+        class_kernel: [D, C, K], kernel of the class logits, K the largest number of classes.
+        class_bias: [D, K], bias of the class logits.
     """
 
     def __init__(self, channels: int, num_classes: tuple[int, ...], num_outputs: tuple[int, ...], *, rngs: nnx.Rngs):
         """Kernels N(0, 0.01), class bias at a prior of 1 % (focal loss).
 
         Args:
-            channels: of the features.
-            num_classes: of each dataset.
-            num_outputs: of each dataset, 6 or 8.
+            channels: channels C of the features.
+            num_classes: number of classes of each dataset.
+            num_outputs: number of box outputs of each dataset, 6 or 8.
             rngs: random streams.
         """
         count, most = len(num_classes), max(num_classes)
@@ -51,7 +51,7 @@ class DatasetHeads(nnx.Module):
     ) -> tuple[Float[Array, "n 8"], Float[Array, "n k"]]:
         """Box predictions, columns 3:6 exp()-ed to face distances in metres, and class logits; in float32 at least."""
         parts = (self.box_kernel, self.box_bias, self.class_kernel, self.class_bias)
-        boxes, logits = recomputed_if_narrow(_outputs, features, *(dataset.pick(part[...]) for part in parts))
+        boxes, logits = recompute_if_narrow(_outputs, features, *(dataset.pick(part[...]) for part in parts))
         boxes = jnp.concatenate([boxes[:, :3], jnp.exp(boxes[:, 3:6]), boxes[:, 6:]], 1)
         return boxes, logits
 

@@ -1,10 +1,10 @@
-"""The maps of a detector: sites of every level, neighbour tables, and the lists that a machine's algorithms read.
+"""Maps of a detector: sites of every level, neighbour tables, and the lists that a machine's algorithms read.
 
-The coordinate pyramid of a detector and every map it needs, from the voxels of a batch alone.
+All are made from the voxels of a batch alone, before the network runs:
 
     voxels 1 -> stem 2 -> pool 4 -> stages 8, 16, 32, 64 -> generated 32 and 16, each united with its stage
 
-Strides in finest voxels. The host computes exact tables first (`detector_tables`); their sizes choose a bucket, and
+Strides are in finest voxels. The host computes exact tables first (`detector_tables`); their sizes choose a bucket, and
 padding to the bucket's capacities gives the plan that goes to the device (`pad_plan`).
 """
 
@@ -22,9 +22,9 @@ Machine = Literal["cpu", "accelerator", "any"]
 Role = Literal["stem", "skip", "down", "residual", "deep residual", "generate", "lateral"]
 
 EXPECTED_FILL = {"stem": 0.1, "down": 0.25, "residual": 0.4, "deep residual": 0.5, "generate": 1.0, "lateral": 0.85}
-"""Share of the sites (of the smaller side) with a given neighbour in real scans; it decides how pairs are cut."""
+"""Share of the sites (of the smaller side) with a given neighbour in real scans; the size of tiles follows from it."""
 SPARSE_ROLES = ("stem", "down", "residual", "generate")
-"""Maps that are less than half full on every scan met; accelerators multiply the others whole."""
+"""Maps that are less than half full on every scan tried; accelerators multiply the others whole."""
 ACCELERATOR_FILL = 0.45
 """Share of a sparse map's neighbours for which it has places on accelerators."""
 ACCELERATOR_TILE = 128
@@ -33,12 +33,12 @@ ACCELERATOR_TILE = 128
 
 @dataclass(frozen=True)
 class PlanLayout:
-    """How the maps of a plan are laid out.
+    """Lists that the maps of a plan carry.
 
     Attributes:
-        machine: "cpu": tiles on every map with neighbours, blocks on the neck's; "accelerator": tiles with a static
-            number of places on sparse maps, nothing on the others; "any": nothing.
-        model: architecture; the widths of its stages and neck decide how the pairs are cut.
+        machine: "cpu": tiles on every map with neighbours, blocks on those of the neck; "accelerator": tiles with a
+            static number of places on sparse maps, no lists on the others; "any": no lists.
+        model: architecture; the widths of its stages and neck decide the size of tiles.
     """
 
     machine: Machine = "cpu"
@@ -46,12 +46,12 @@ class PlanLayout:
 
     @classmethod
     def of(cls, config: DetectorConfig, machine: Machine | None = None) -> "PlanLayout":
-        """For a detector, on the machine that JAX computes on if none is named."""
+        """The layout for a detector; default machine is that on which JAX computes."""
         here: Machine = "cpu" if jax.default_backend() == "cpu" else "accelerator"
         return cls(machine or here, config)
 
     def fits(self, table: NeighborTable, role: Role, capacity: int) -> bool:
-        """Whether the pairs of a map find places among those of its padded output rows."""
+        """Return True if the layout has places for all pairs of a map of `capacity` padded output rows."""
         if self.machine != "accelerator" or role not in SPARSE_ROLES:
             return True
         return int(table.pairs_per_offset.sum()) <= ACCELERATOR_FILL * len(table.rows) * capacity
@@ -63,8 +63,8 @@ class PlanLayout:
             table: the neighbours.
             inputs: padded input sites.
             outputs: padded output sites.
-            role: of the map in the detector.
-            channels: of the layers that read it.
+            role: role of the map in the detector.
+            channels: channels of the layers that read the map.
         """
         if self.machine == "cpu" and role != "skip":
             pairs = EXPECTED_FILL[role] * min(inputs.capacity, outputs.capacity) / max(1, inputs.num_scans)
@@ -85,11 +85,25 @@ class PlanLayout:
 
 
 NUM_STAGES = 4
+"""Residual stages of the backbone."""
 NUM_UPS = 2
+"""Steps of the neck."""
 
 
 class LevelSizes(NamedTuple):
-    """Sites of every level of the pyramid, or the capacities of their arrays."""
+    """Number of sites of every level of the pyramid, or the capacities of their arrays.
+
+    Attributes:
+        voxels: stride 1.
+        stem: stride 2.
+        pool: stride 4.
+        stage1: stride 8.
+        stage2: stride 16.
+        stage3: stride 32.
+        stage4: stride 64.
+        up1: stride 32, generated sites and those of stage 3.
+        up0: stride 16, generated sites and those of stage 2.
+    """
 
     voxels: int
     stem: int
@@ -102,14 +116,20 @@ class LevelSizes(NamedTuple):
     up0: int
 
     def fits(self, capacities: "LevelSizes") -> bool:
-        """Whether every level fits its capacity."""
+        """Return True if every level fits its capacity."""
         return all(size <= capacity for size, capacity in zip(self, capacities, strict=True))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StageMaps:
-    """Maps of a residual stage: 3^3 strided, 1^3 strided lookup, 3^3 submanifold."""
+    """Maps of a residual stage.
+
+    Attributes:
+        down: 3^3 strided map onto the sites of the stage.
+        skip: 1^3 strided lookup of the sites of the stage.
+        residual: 3^3 submanifold map of the stage.
+    """
 
     down: KernelMap
     skip: KernelMap
@@ -137,14 +157,14 @@ class UpMaps:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DetectorPlan:
-    """Sites and maps of one batch, padded; everything a detector needs but features and parameters.
+    """Sites and maps of one batch, padded: all that a detector needs beside features and parameters.
 
     Attributes:
         voxels: sites of the input.
-        stem: 3^3 strided map 1 -> 2.
-        pool: 2^3 window map 2 -> 4.
+        stem: 3^3 strided map of stride 1 -> 2.
+        pool: 2^3 window map of stride 2 -> 4.
         stages: maps of the four stages, finest first.
-        ups: maps of the neck, coarsest first: onto 32, onto 16.
+        ups: maps of the neck, coarsest first: onto strides 32 and 16.
     """
 
     voxels: Sites
@@ -156,7 +176,13 @@ class DetectorPlan:
 
 @dataclass(frozen=True)
 class UpTables:
-    """Host tables of one step of the neck."""
+    """Host tables of one step of the neck.
+
+    Attributes:
+        generate: 3^3 generative table onto the children.
+        stage: sites of the backbone's stage.
+        lateral: 3^3 submanifold table of the union of both.
+    """
 
     generate: NeighborTable
     stage: SiteSet
@@ -165,7 +191,15 @@ class UpTables:
 
 @dataclass(frozen=True)
 class DetectorTables:
-    """Exact host tables of one batch, before padding."""
+    """Exact host tables of one batch, before padding.
+
+    Attributes:
+        voxels: sites of the input.
+        stem: 3^3 strided table of stride 1 -> 2.
+        pool: 2^3 window table of stride 2 -> 4.
+        stages: for each stage, finest first, the tables (down, skip, residual) of its `StageMaps`.
+        ups: tables of the neck, coarsest first.
+    """
 
     voxels: SiteSet
     stem: NeighborTable
@@ -175,14 +209,14 @@ class DetectorTables:
 
     @property
     def sizes(self) -> LevelSizes:
-        """Sites of every level."""
+        """Number of sites of every level."""
         stages = [len(residual.outputs) for _, _, residual in self.stages]
         ups = [len(up.lateral.outputs) for up in self.ups]
         return LevelSizes(len(self.voxels), len(self.stem.outputs), len(self.pool.outputs), *stages, *ups)
 
 
 def pyramid_sizes(voxels: SiteSet) -> LevelSizes:
-    """Sites of every level without building a map."""
+    """Number of sites of every level, without building a table."""
     levels = _levels(voxels)
     up1 = sparse.unite(sparse.generate(levels[-1], 3), levels[-2])
     up0 = sparse.unite(sparse.generate(up1, 3), levels[-3])
@@ -226,7 +260,7 @@ def detector_tables(voxels: SiteSet) -> DetectorTables:
 
 
 def fits_layout(tables: DetectorTables, capacities: LevelSizes, layout: PlanLayout) -> bool:
-    """Whether the pairs of every map find places in the layout; if not, `replace(layout, machine="any")` takes them."""
+    """Return True if the layout has places for the pairs of every map; `replace(layout, machine="any")` always has."""
     stages = zip(tables.stages, capacities[3:7], strict=True)
     ups = zip(tables.ups, capacities[7:], strict=True)
     roles: list[tuple[NeighborTable, Role, int]] = [(tables.stem, "stem", capacities.stem)]
@@ -240,12 +274,12 @@ def pad_plan(tables: DetectorTables, capacities: LevelSizes, layout: PlanLayout 
     """The plan of a batch in the shape of a bucket (numpy arrays).
 
     Args:
-        tables: of the batch.
-        capacities: rows of each level; the generated children share the capacity of their union.
-        layout: lists of the maps, default those for CPUs.
+        tables: tables of the batch.
+        capacities: number of rows of each level; the generated children share the capacity of their union.
+        layout: lists of the maps; default those for CPUs.
 
     Raises:
-        InputError: a level does not fit.
+        InputError: a level does not fit its capacity.
         ValueError: the pairs of a map do not fit the layout (`fits_layout`).
     """
     layout = layout or PlanLayout()

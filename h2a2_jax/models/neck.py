@@ -1,4 +1,4 @@
-"""The neck of TR3D: up by generative transposed convolution, add the backbone's features, convolve."""
+"""The neck of TR3D: generative transposed convolution upwards, sum with the backbone's features, convolution."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from h2a2_jax.layers import ConvNorm, ForwardContext, SparseConv, SparseConvTranspose, relu
-from h2a2_jax.layers.rematerialize import rematerialized
+from h2a2_jax.layers.context import call_block
 from h2a2_jax.models.architecture import DetectorConfig
 from h2a2_jax.models.maps import DetectorPlan, UpMaps
 from h2a2_jax.sparse import SparseTensor
@@ -20,13 +20,22 @@ class UpStep(nnx.Module):
         self, in_channels: int, stage_channels: int, level: int, config: DetectorConfig, num_datasets: int,
         *, rngs: nnx.Rngs,
     ):  # fmt: skip
-        """Args: `level` counts from the finest stage that the neck reads; it names the taps."""
+        """Build one step.
+
+        Args:
+            in_channels: channels of the coarser level.
+            stage_channels: channels of the backbone's stage that the step unites with.
+            level: number of the step, 0 for the finest; it names the values of the tap.
+            config: architecture.
+            num_datasets: number of datasets.
+            rngs: random streams.
+        """
         self.level = level
-        own = num_datasets if config.neck == "exclusive" else None
+        exclusive_to = num_datasets if config.neck == "exclusive" else None
 
         def part(inputs: int, outputs: int, conv: type[SparseConv], name: str, select: bool) -> ConvNorm:
             return ConvNorm(
-                inputs, outputs, conv=partial(conv, exclusive_to=own), norm=config.norm,
+                inputs, outputs, conv=partial(conv, exclusive_to=exclusive_to), norm=config.norm,
                 selection=config.selection_in("neck") if select else None, num_datasets=num_datasets,
                 name=f"neck{level}.{name}", rngs=rngs,
             )  # fmt: skip
@@ -38,7 +47,7 @@ class UpStep(nnx.Module):
     def __call__(
         self, x: SparseTensor, stage: SparseTensor, maps: UpMaps, context: ForwardContext
     ) -> tuple[SparseTensor, SparseTensor]:
-        """Returns (what is carried on, what goes to the head), both on the union of children and stage."""
+        """Features for the next step and features for the head, both on the union of children and stage."""
         up = relu(self.up(x, maps.generate, context))
         context.record(f"up_block_{self.level + 1}", up)
         united = _rows(up.features, maps.children_rows) + _rows(stage.features, maps.stage_rows)
@@ -52,6 +61,7 @@ class UpStep(nnx.Module):
 
 
 def _rows(features: Float[Array, "n c"], rows: object) -> Float[Array, "m c"]:
+    """Rows by index; zero for an index past the end."""
     return features.at[jnp.asarray(rows)].get(mode="fill", fill_value=0)
 
 
@@ -59,7 +69,7 @@ class Neck(nnx.Module):
     """From 64 voxels up to 32 and 16."""
 
     def __init__(self, config: DetectorConfig, num_datasets: int, *, rngs: nnx.Rngs):
-        """Widths from the config."""
+        """Build both steps with the widths of the config."""
         channels = config.stage_channels
         self.steps = nnx.List(
             [
@@ -72,6 +82,6 @@ class Neck(nnx.Module):
         """Features at 16 and 32 voxels, finest first, from the backbone's four stages."""
         x, outputs = stages[-1], []
         for step, stage, maps in zip(self.steps, stages[-2:0:-1], plan.ups, strict=True):
-            x, out = rematerialized(step, context, x, stage, maps)
+            x, out = call_block(step, context, x, stage, maps)
             outputs.append(out)
         return outputs[::-1]

@@ -1,4 +1,4 @@
-"""The detector: TR3D, with structure-aware kernel selection by config."""
+"""TR3D, the detection network, with structure-aware kernel selection by config."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +20,10 @@ from h2a2_jax.sparse import SparseTensor
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What the head of a dataset predicts.
+    """Outputs of the head of a dataset.
 
     Attributes:
-        dataset: name.
+        dataset: name of the dataset.
         num_classes: number of classes.
         num_outputs: 6 for axis-aligned boxes, 8 for boxes with yaw.
     """
@@ -34,14 +34,14 @@ class HeadConfig:
 
 
 class Predictions(NamedTuple):
-    """What the head says at every location of both levels, 16 cm first, padding included.
+    """Outputs of a head at every location of both levels, 16 cm first, padding included.
 
     Attributes:
         locations: float32 [N, 3], metres: the corner of a location's voxel, without a half-voxel shift.
-        scan: int32 [N], num_scans on padding.
+        scan: int32 [N], scan of each location; num_scans on padding.
         level: int32 [N], 0 for 16 cm, 1 for 32 cm.
-        boxes: float32 [N, 8], columns 3:6 exp()-ed face distances in metres.
-        logits: float32 [N, K].
+        boxes: float32 [N, 8], box outputs; columns 3:6 are exp()-ed face distances in metres.
+        logits: float32 [N, K], class scores before the sigmoid.
     """
 
     locations: Float[Array, "n 3"]
@@ -51,23 +51,23 @@ class Predictions(NamedTuple):
     logits: Float[Array, "n k"]
 
     def valid(self, num_scans: int) -> Bool[Array, " n"]:
-        """Which rows are locations."""
+        """True for the rows that are locations."""
         return self.scan < num_scans
 
 
 class TR3D(nnx.Module):
-    """Backbone, neck and one head a dataset.
+    """Backbone, neck and one head per dataset.
 
     Attributes:
-        embedding: [D, d], one a dataset, read by the layers with kernel selection; None without selection.
+        embedding: [D, d], embedding of each dataset, read by the layers with kernel selection; None without selection.
     """
 
     def __init__(self, config: DetectorConfig, heads: Sequence[HeadConfig], *, rngs: nnx.Rngs):
-        """Parameters drawn from `rngs.params`.
+        """Build the layers of the config; parameters are random from `rngs.params`.
 
         Args:
             config: architecture.
-            heads: of the datasets, in the order of the dataset axis.
+            heads: outputs of each dataset's head, in the order of the dataset axis.
             rngs: random streams.
         """
         self.config = config
@@ -96,20 +96,20 @@ class TR3D(nnx.Module):
     ) -> Predictions:
         """Predict at every location of a batch of scans.
 
-        Scans of a dataset that was not trained on take three choices: whose classes and box parameters (`head`); whose
-        embedding, statistics and exclusive kernels (`context.dataset`: one, or the mean of all); and whether kernels
-        are selected or the shared ones everywhere (`context.dataset.kernels`).
+        Scans of a dataset that was not trained on need three choices: the dataset of classes and box parameters
+        (`head`); the dataset of embedding, statistics and exclusive kernels, or the mean of all (`context.dataset`);
+        and kernels selected by structure, or shared ones everywhere (`context.dataset.kernels`).
 
         Args:
             features: colour of the voxels, rows of `plan.voxels`.
             plan: sites and maps of the batch.
-            context: of the pass; its embedding is set here, and its compute type is that of all features from here on.
-            head: whose head predicts; None: that of the context's dataset.
+            context: context of the pass; its embedding is set here, and its compute type becomes that of all features.
+            head: dataset whose head predicts; None for that of the context.
         """
         dataset = context.dataset_of(len(self.heads_config))
         if self.embedding is not None:
             context = replace(context, embedding=dataset.pick(self.embedding[...]))
-        # Once: every layer returns the type of the features that it is given.
+        # Cast once: every layer returns the type of the features that it is given.
         x = SparseTensor(jnp.asarray(features, context.dtype), plan.voxels)
         stages, context = self.backbone(x, plan, context)
         parts = []
@@ -122,7 +122,7 @@ class TR3D(nnx.Module):
 
 
 def selective_layers(model: TR3D) -> dict[str, SelectiveConv]:
-    """The layers with kernel selection, by name, in the order of the forward pass."""
+    """Layers with kernel selection, by name, in the order of the forward pass."""
     blocks = (block for stage in model.backbone.stages for block in stage)
     parts = [
         model.backbone.stem,
@@ -130,8 +130,3 @@ def selective_layers(model: TR3D) -> dict[str, SelectiveConv]:
         *(part for step in model.neck.steps for part in (step.lateral, step.out)),
     ]
     return {part.conv.name: part.conv for part in parts if isinstance(part.conv, SelectiveConv)}
-
-
-def single_context(num_datasets: int = 1, dataset: int = 0, *, training: bool = False) -> ForwardContext:
-    """The plainest context: one dataset, one device."""
-    return ForwardContext(DatasetContext.one(dataset, num_datasets), training=training)

@@ -11,13 +11,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.prepare.scan_cache import DamagedScanError, ScanCache, colors_to_bytes, write_whole
-from h2a2_jax.scans.scan import Scan
+from h2a2_jax.prepare.scan_cache import DamagedScanError, ScanCache, colors_to_bytes, write_json
 from h2a2_jax.scans.specs import DatasetSpec
 
 try:
     import tensorflow_datasets as tfds
-    from array_record.python import array_record_module as _  # noqa: F401  its absence would show only in the end
+    from array_record.python import array_record_module as _  # noqa: F401  TFDS imports it only when it packs
 except ImportError as error:
     raise InputError(
         f'Preparing data needs {error.name}, which is not installed: pip install "h2a2_jax[data]".'
@@ -28,15 +27,15 @@ STATISTICS_FILE = "statistics.json"
 
 @dataclass(frozen=True)
 class Packing:
-    """What is packed into a dataset.
+    """Content of a dataset to write.
 
     Attributes:
-        cache: holds the scans.
-        splits: names of the scans by split, in the order they get.
-        metadata: written beside them.
-        statistics: written beside them.
+        cache: cache that holds the scans.
+        splits: names of the scans by split, in the order in which they are written.
+        metadata: values for metadata.json.
+        statistics: values for statistics.json.
         on_scan: called after each scan.
-        shard_bytes: size of a shard, about; TFDS keeps its scans in memory while it writes it.
+        shard_bytes: approximate size of a shard; TFDS keeps the scans of a shard in memory while it writes it.
     """
 
     cache: ScanCache
@@ -49,17 +48,17 @@ class Packing:
 
 class _LocalInfo(tfds.core.DatasetInfo):
     def initialize_from_bucket(self) -> None:
-        """Nothing of these datasets is on TFDS's servers, and asking leaves an empty folder in /tmp."""
+        """Do nothing: TFDS's servers have none of these datasets, and asking leaves an empty folder in /tmp."""
 
 
 class ScanDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Base of the datasets: features, shards, and what is written beside them.
+    """Base class of the datasets: features, shards, metadata and statistics.
 
     Shards are written one after the other, not shuffled: TFDS shuffles more than a gigabyte only with TensorFlow
-    installed, and readers shuffle anyway. A dataset is written to a temporary folder and renamed, so that it is there
-    in full or not at all.
+    installed, and readers shuffle anyway. A dataset is written to a temporary folder and renamed, so that it is
+    complete or absent.
 
-    A subclass `Builder` states `spec`, `homepage`, `citation`, `licence` and describes the data in its docstring.
+    A subclass `Builder` sets `spec`, `homepage`, `citation`, `licence` and describes the data in its docstring.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -74,12 +73,12 @@ class ScanDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  
     licence: ClassVar[str]
 
     def __init__(self, *, packing: Packing | None = None, file_format: str = "array_record", **kwargs: Any):
-        """Builds from prepared scans, or only describes the dataset.
+        """Build from prepared scans, or only describe the dataset.
 
         Args:
             packing: the scans; only `python -m data.<dataset>` has them.
-            file_format: of TFDS.
-            kwargs: of `tfds.core.DatasetBuilder`, such as `data_dir`.
+            file_format: file format of TFDS.
+            kwargs: arguments of `tfds.core.DatasetBuilder`, such as `data_dir`.
         """
         self._packing = packing
         super().__init__(file_format=file_format, **kwargs)
@@ -119,34 +118,21 @@ class ScanDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  
                 f"{self.name} is made from raw files by python -m data.{self.name}, which its README.md describes."
             )
         return {
-            split: [functools.partial(_examples, packing, names) for names in _shards(packing, split_names)]
-            for split, split_names in packing.splits.items()
+            split: [functools.partial(_examples, packing, shard) for shard in _cut_into_shards(packing, names)]
+            for split, names in packing.splits.items()
         }
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
         super()._download_and_prepare(dl_manager, download_config)
         assert self._packing is not None
-        folder = Path(self.data_dir)  # the temporary one, while TFDS is in here
-        write_whole(folder / STATISTICS_FILE, (json.dumps(dict(self._packing.statistics), indent=1) + "\n").encode())
+        # data_dir is TFDS's temporary folder here: the statistics are renamed with the shards.
+        write_json(Path(self.data_dir) / STATISTICS_FILE, dict(self._packing.statistics))
 
     def _log_download_bytes(self) -> None:
-        """Nothing is downloaded."""
+        """Print nothing: nothing is downloaded."""
 
     def _log_download_done(self) -> None:
-        """The command tells."""
-
-
-def example(scan: Scan) -> dict[str, Any]:
-    """A scan as the features of the dataset."""
-    return {
-        "name": scan.name,
-        "points": scan.points,
-        "colors": colors_to_bytes(scan.colors),
-        "boxes": scan.boxes,
-        "labels": scan.labels,
-        "transform": scan.transform,
-        "notes": json.dumps(dict(scan.notes)),
-    }
+        """Print nothing: the command prints the folder."""
 
 
 def _examples(packing: Packing, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -155,19 +141,30 @@ def _examples(packing: Packing, names: Sequence[str]) -> Iterator[tuple[str, dic
             scan = packing.cache.read(name)
         except DamagedScanError as error:
             raise InputError(f"{error} It was whole a moment ago: give the same command again.") from error
-        yield name, example(scan)
+        yield (
+            name,
+            {
+                "name": scan.name,
+                "points": scan.points,
+                "colors": colors_to_bytes(scan.colors),
+                "boxes": scan.boxes,
+                "labels": scan.labels,
+                "transform": scan.transform,
+                "notes": json.dumps(dict(scan.notes)),
+            },
+        )
         packing.on_scan()
 
 
-def _shards(packing: Packing, names: Sequence[str]) -> list[list[str]]:
-    """Scans in their order, cut where a shard is full."""
+def _cut_into_shards(packing: Packing, names: Sequence[str]) -> list[list[str]]:
+    """Split the names, in their order, where a shard is full."""
     shards: list[list[str]] = [[]]
     size = 0
     for name in names:
-        more = packing.cache.path(name).stat().st_size
-        if shards[-1] and size + more > packing.shard_bytes:
+        scan_bytes = packing.cache.path(name).stat().st_size
+        if shards[-1] and size + scan_bytes > packing.shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += more
+        size += scan_bytes
     return shards

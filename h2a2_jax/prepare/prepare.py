@@ -1,33 +1,33 @@
-"""Prepare a dataset: raw or procedural scans become a TFDS dataset."""
+"""Prepare a dataset: raw or procedural scans become a TFDS dataset. Also the commands `python -m data.<dataset>`."""
 
 import argparse
 import contextlib
 import dataclasses
 import errno
+import fcntl
+import hashlib
 import importlib
 import os
 import re
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.files import read_json
-from h2a2_jax.host import available_cores, duration, sigterm_raises
+from h2a2_jax.host import available_cores, progress_interval, sigterm_raises
 from h2a2_jax.prepare.builder import STATISTICS_FILE, Packing, ScanDatasetBuilder
-from h2a2_jax.prepare.prepared_scan import PrepareScan, ScanSummary, statistics, table
-from h2a2_jax.prepare.scan_cache import ScanCache, difference, make_folder, writing_to
-from h2a2_jax.prepare.worker_pool import in_processes
+from h2a2_jax.prepare.prepared_scan import PrepareScan, ScanSummary, SyntheticRaw, statistics, table
+from h2a2_jax.prepare.scan_cache import ScanCache, difference, explain_write_errors, make_folder
+from h2a2_jax.prepare.worker_pool import run_in_processes
+from h2a2_jax.scans import synthetic
 from h2a2_jax.scans.raw import PUBLISHED, RawDataset
 from h2a2_jax.scans.tfds_source import METADATA_FILE, why_not_whole
-
-_SECONDS_BETWEEN_LINES = 15.0
 
 
 class FailedScansError(InputError):
@@ -45,18 +45,18 @@ def prepare(
     skip_failed: bool = False,
     keep_cache: bool = False,
 ) -> Path:
-    """Prepares a dataset, or goes on where an earlier call was ended; tells what it does on standard output.
+    """Prepare a dataset, or resume where an earlier call stopped; print the progress and the statistics.
 
     Args:
-        builder: of the dataset.
+        builder: TFDS builder of the dataset.
         raw: the scans.
-        settings: what the scans depend on beside their names, numbers and strings by name: scans of other settings are
-            not mixed in.
+        settings: values that the scans depend on beside their names, numbers and strings by name; scans of other
+            settings are not mixed in.
         output: folder for <dataset>/<version>/ and, until all is done, <dataset>.cache/.
-        workers: processes at once.
-        published: scans by split that the dataset's authors state, to compare with.
+        workers: number of processes at once.
+        published: number of scans by split that the dataset's authors state, to compare with.
         skip_failed: pack without the scans that cannot be prepared.
-        keep_cache: keep the cache after packing, as it is kept where scans failed.
+        keep_cache: keep the cache after packing, which otherwise stays only where scans failed.
 
     Returns:
         Folder of the prepared dataset.
@@ -65,9 +65,9 @@ def prepare(
         FailedScansError: scans failed, and `skip_failed` is not set.
         InputError: the output holds other data, is in use, or cannot be written.
     """
-    splits = _names(raw)
+    splits = _names_by_split(raw)
     total = sum(map(len, splits.values()))
-    with _alone(output, builder.name):
+    with _lock(output, builder.name):
         folder = output / builder.name / str(builder.VERSION)
         cache = ScanCache(output / f"{builder.name}.cache", settings)
         _remove_left_overs(folder.parent)
@@ -79,7 +79,8 @@ def prepare(
             cache.open()
             summaries, failed = _fill(cache, raw, splits, workers)
             cache.write_failures(failed)
-            _tell_failures(failed, total, skip_failed)
+            if failed:
+                _report_failures(failed, total, skip_failed)
             kept = {split: [name for name in names if name in summaries] for split, names in splits.items()}
             empty = [split for split, names in kept.items() if not names]
             if empty:
@@ -87,7 +88,15 @@ def prepare(
             counted = {split: [summaries[name] for name in names] for split, names in kept.items()}
             found = statistics(raw.spec, counted, published, failed, raw.notes)
             if not _holds(folder, cache, kept):
-                _pack(builder, output, folder, Packing(cache, kept, _metadata(raw, cache, kept, failed), found))
+                metadata = {
+                    "dataset": raw.spec.name,
+                    "classes": list(raw.spec.classes),
+                    "has_yaw": raw.spec.has_yaw,
+                    "settings": cache.settings,
+                    "names": kept,
+                    "failed": failed,
+                }
+                _pack(builder, output, folder, Packing(cache, kept, metadata, found))
             print(table(found))
         if not keep_cache and not cache.read_failures():
             cache.remove()
@@ -95,12 +104,11 @@ def prepare(
     return folder
 
 
-def _names(raw: RawDataset) -> dict[str, list[str]]:
-    """Names of the scans by split, sorted."""
+def _names_by_split(raw: RawDataset) -> dict[str, list[str]]:
     splits = {split: sorted(raw.splits[split]) for split in ("train", "val")}
-    both = [name for names in splits.values() for name in names]
-    if len(set(both)) != len(both):
-        twice = next(name for name in both if both.count(name) > 1)
+    names = [name for split in splits.values() for name in split]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"Scan {twice} is named twice in the lists of the splits: name each once.")
     empty = [split for split, names in splits.items() if not names]
     if empty:
@@ -109,15 +117,13 @@ def _names(raw: RawDataset) -> dict[str, list[str]]:
 
 
 @contextlib.contextmanager
-def _alone(output: Path, name: str) -> Iterator[None]:
-    """Keeps a second preparation out; the system lets go however this one ends."""
+def _lock(output: Path, name: str) -> Iterator[None]:
+    """Keep a second preparation out; the system releases the lock however this process ends."""
     make_folder(output)
     lock = output / f"{name}.lock"
-    with contextlib.ExitStack() as stack:
-        with writing_to(lock):
-            file: TextIO = stack.enter_context(lock.open("w"))
-        import fcntl
-
+    with explain_write_errors(lock):
+        file = lock.open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -128,14 +134,14 @@ def _alone(output: Path, name: str) -> Iterator[None]:
 
 
 def _remove_left_overs(parent: Path) -> None:
-    """Folders that a kill left half-written; nothing ever reads them."""
+    """Remove folders that a kill left half-written; no reader looks at them."""
     for folder in parent.glob("incomplete.*"):
-        with writing_to(folder):
+        with explain_write_errors(folder):
             shutil.rmtree(folder)
 
 
 def _holds(folder: Path, cache: ScanCache, splits: Mapping[str, Sequence[str]]) -> bool:
-    """Whether the folder is a prepared dataset of just these scans.
+    """Return True if the folder is a complete dataset of exactly these scans.
 
     Raises:
         InputError: it holds scans of other settings.
@@ -155,88 +161,72 @@ def _holds(folder: Path, cache: ScanCache, splits: Mapping[str, Sequence[str]]) 
 def _fill(
     cache: ScanCache, raw: RawDataset, splits: Mapping[str, Sequence[str]], workers: int
 ) -> tuple[dict[str, ScanSummary], dict[str, str]]:
-    """Prepares what the cache lacks; summaries, and reasons of those that failed, by name."""
+    """Prepare the scans that the cache lacks.
+
+    Returns:
+        Summaries of the scans, and reasons of those that failed, by name.
+    """
     names = [name for split in splits.values() for name in split]
-    there = {name for name in names if cache.path(name).exists()}
+    done_before = {name for name in names if cache.path(name).exists()}
     print(
-        f"{raw.spec.name}: {len(names)} scans, {len(there)} of them done before; "
+        f"{raw.spec.name}: {len(names)} scans, {len(done_before)} of them done before; "
         f"{workers} process{'es' * (workers > 1)}.",
         flush=True,
     )
-    # Those that are there come first: checking them is fast, and must not make the rest look fast.
-    order = [name for name in names if name in there] + [name for name in names if name not in there]
+    # Finished scans come first: they are only checked, and the bar, which shows the latest speed, soon forgets them.
+    order = sorted(names, key=lambda name: name not in done_before)
     summaries: dict[str, ScanSummary] = {}
     failed: dict[str, str] = {}
     made = 0
-    with ScanProgress(len(names), "preparing") as progress:
-        for outcome in in_processes(PrepareScan(raw, cache), order, workers):
+    with _progress_bar(len(names), "preparing") as bar:
+        for outcome in run_in_processes(PrepareScan(raw, cache), order, workers):
             if outcome.failure is not None:
                 failed[outcome.name] = outcome.failure
-                progress.note(f"Failed: {outcome.failure}")
-                progress.update(counts=True)
+                bar.write(f"Failed: {outcome.failure}", file=sys.stderr)
                 cache.write_failures(failed)
             else:
                 summaries[outcome.name], new = outcome.value
                 made += new
-                progress.update(counts=new)
-    redone = made - (len(summaries) + len(failed) - len(there))
+            bar.update()
+    redone = made - (len(summaries) + len(failed) - len(done_before))
     print(f"{made} scans prepared" + (f", {redone} of them since their files were damaged" * (redone > 0)) + ".")
     return summaries, failed
 
 
-def _tell_failures(failed: Mapping[str, str], total: int, skip_failed: bool) -> None:
-    if not failed:
-        return
+def _report_failures(failed: Mapping[str, str], total: int, skip_failed: bool) -> None:
     print(f"{len(failed)} of {total} scans cannot be prepared:")
     for _, reason in sorted(failed.items()):
         print(f"  {reason}")
     if not skip_failed:
         raise FailedScansError(
-            f"Nothing was packed, as {len(failed)} of {total} scans failed: mend them and give the same command again, "
-            "which tries only those, or pack the others with --skip-failed."
+            f"Nothing was packed, as {len(failed)} of {total} scans failed: repair them and give the same command "
+            "again, which tries only those, or pack the others with --skip-failed."
         )
-
-
-def _metadata(
-    raw: RawDataset, cache: ScanCache, splits: Mapping[str, Sequence[str]], failed: Mapping[str, str]
-) -> dict[str, Any]:
-    return {
-        "dataset": raw.spec.name,
-        "classes": list(raw.spec.classes),
-        "has_yaw": raw.spec.has_yaw,
-        "settings": cache.settings,
-        "names": {split: list(names) for split, names in splits.items()},
-        "failed": dict(failed),
-    }
 
 
 def _pack(builder: type[ScanDatasetBuilder], output: Path, folder: Path, packing: Packing) -> None:
     if folder.exists():
-        # In one step out of sight: a kill must not leave half of it where it would be read.
+        # Renamed before it is removed: a kill must not leave half of it where it would be read.
         aside = folder.with_name(f"incomplete.old_{folder.name}")
-        with writing_to(folder):
+        with explain_write_errors(folder):
             folder.rename(aside)
             shutil.rmtree(aside)
     total = sum(map(len, packing.splits.values()))
-    with ScanProgress(total, "packing") as progress, writing_to(folder), _array_record_errors():
-        packing = dataclasses.replace(packing, on_scan=lambda: progress.update(counts=True))
+    with _progress_bar(total, "packing") as bar, explain_write_errors(folder), _array_record_errors():
+        packing = dataclasses.replace(packing, on_scan=bar.update)
         builder(data_dir=output, packing=packing).download_and_prepare(download_dir=folder.parent / "incomplete.none")
-        for path in (*folder.iterdir(), folder, folder.parent):  # on disk, before the cache goes
-            _sync(path)
+        for path in (*folder.iterdir(), folder, folder.parent):  # on disk before the cache is removed
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
     _remove_left_overs(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
 def _array_record_errors() -> Iterator[None]:
-    """What array_record says when it cannot write, as the OSError that it is."""
+    """Turn the RuntimeError that array_record raises when it cannot write into an OSError."""
     try:
         yield
     except RuntimeError as error:
@@ -247,116 +237,80 @@ def _array_record_errors() -> Iterator[None]:
         raise OSError(number, reason[1]) from error
 
 
-class ScanProgress:
-    """Scans done of how many, how fast, time taken and left, on standard error: a bar, or lines in a log.
-
-    Args:
-        total: scans.
-        what: is done with them.
-    """
-
-    def __init__(self, total: int, what: str):
-        self._total, self._what = total, what
-        self._done = self._counted = 0
-        self._begin = self._last = time.monotonic()
-        self._bar = tqdm(total=total, desc=what, unit="scan", smoothing=0.1) if sys.stderr.isatty() else None
-
-    def update(self, *, counts: bool) -> None:
-        """One more is done; it counts for the speed unless it only had to be checked."""
-        now = time.monotonic()
-        if counts and not self._counted and self._done:
-            self._begin = now  # those before only had to be checked
-        self._done += 1
-        self._counted += counts
-        if self._bar is not None:
-            self._bar.update()
-        elif self._done == self._total or now - self._last > _SECONDS_BETWEEN_LINES:
-            self._last = now
-            taken = now - self._begin
-            speed = (self._counted or self._done) / max(taken, 1e-9)
-            left = (self._total - self._done) / speed
-            print(
-                f"{self._what}: {self._done}/{self._total} scans  {speed:.1f} scans/s  "
-                f"elapsed {duration(taken)}  left {duration(left)}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def note(self, line: str) -> None:
-        """A line of its own."""
-        tqdm.write(line, file=sys.stderr)
-
-    def __enter__(self) -> "ScanProgress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+def _progress_bar(total: int, action: str) -> Any:
+    return tqdm(total=total, desc=action, unit="scan", smoothing=0.1, mininterval=progress_interval())
 
 
 _Opened = tuple[RawDataset, Mapping[str, Any], Mapping[str, int] | None]
-"""The scans, what they depend on, and their published numbers by split."""
+"""The scans, the settings that they depend on, and their published numbers by split."""
 
 
 def raw_command(
     dataset: str,
     open_raw: Callable[[argparse.Namespace], RawDataset],
     arguments: Sequence[str] | None = None,
-    add_options: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     comparable: Callable[[argparse.Namespace], bool] = lambda options: True,
 ) -> int:
-    """Prepares a dataset from the files that its authors publish.
+    """Prepare a dataset from the files that its authors publish.
 
     Args:
         dataset: the package data.<dataset>.
-        open_raw: opens the raw files by the options, `options.raw` the folder.
-        arguments: of the command; those of the process by default.
-        add_options: adds options of the dataset's own to the parser; their values count as settings.
-        comparable: whether the published counts are those of these options.
+        open_raw: opens the raw files by the parsed options; `raw` is their folder.
+        arguments: arguments of the command; those of the process by default.
+        options: flags of this dataset alone, with the arguments of `add_argument`; their values count as settings.
+        comparable: returns True if the published counts hold for the parsed options.
 
     Returns:
         Exit status: 0; 1 if scans could not be prepared; 2 for wrong input; 130 or 143 if it was stopped.
     """
     parser = _Parser(dataset)
     parser.add_argument("--raw", type=Path, required=True, metavar="DIR", help="folder of the published files")
-    own = _Parser(dataset)
-    add_options(parser)
-    add_options(own)
+    names = [parser.add_argument(flag, **how).dest for flag, how in (options or {}).items()]
 
-    def opened(options: argparse.Namespace) -> _Opened:
-        raw = open_raw(options)
-        names = vars(own.parse_args([]))
-        settings = {"raw": str(options.raw.resolve()), **{name: getattr(options, name) for name in names}}
-        return raw, settings, PUBLISHED[raw.spec.name].scans if comparable(options) else None
+    def open_scans(parsed: argparse.Namespace) -> _Opened:
+        raw = open_raw(parsed)
+        settings = {"raw": str(parsed.raw.resolve()), **{name: getattr(parsed, name) for name in names}}
+        return raw, settings, PUBLISHED[raw.spec.name] if comparable(parsed) else None
 
-    return _run(dataset, parser, opened, arguments)
+    return _run(dataset, parser, open_scans, arguments)
 
 
 def synthetic_command(dataset: str, stands_for: str, arguments: Sequence[str] | None = None) -> int:
-    """Generates a procedural dataset; exit status as of `raw_command`.
+    """Generate a procedural dataset.
 
     Args:
         dataset: the package data.<dataset>.
         stands_for: "scannet", "sunrgbd" or "s3dis".
-        arguments: of the command; those of the process by default.
-    """
-    from h2a2_jax.prepare.procedural import SyntheticRaw, generator_digest
+        arguments: arguments of the command; those of the process by default.
 
+    Returns:
+        Exit status as of `raw_command`.
+    """
     parser = _Parser(dataset)
     parser.add_argument("--train", type=int, default=1000, metavar="N", help="training scans (1000)")
     parser.add_argument("--val", type=int, default=100, metavar="N", help="validation scans (100)")
     parser.add_argument("--seed", type=int, default=0, help="another one gives other scans (0)")
     parser.add_argument("--scale", choices=["full", "demo"], default="full", help="rooms like the real ones, or small")
 
-    def opened(options: argparse.Namespace) -> _Opened:
-        raw = SyntheticRaw(stands_for, options.train, options.val, options.seed, options.scale)
-        return raw, {"seed": options.seed, "scale": options.scale, "generator": generator_digest()}, None
+    def open_scans(options: argparse.Namespace) -> _Opened:
+        raw = SyntheticRaw(stands_for, {"train": options.train, "val": options.val}, options.seed, options.scale)
+        return raw, {"seed": options.seed, "scale": options.scale, "generator": _generator_digest()}, None
 
-    return _run(dataset, parser, opened, arguments)
+    return _run(dataset, parser, open_scans, arguments)
+
+
+def _generator_digest() -> str:
+    """Digest of the generator's code, a setting of the scans: those of different code must not be mixed."""
+    files = sorted(Path(synthetic.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def _run(
-    dataset: str, parser: "_Parser", opened: Callable[[argparse.Namespace], _Opened], arguments: Sequence[str] | None
+    dataset: str,
+    parser: "_Parser",
+    open_scans: Callable[[argparse.Namespace], _Opened],
+    arguments: Sequence[str] | None,
 ) -> int:
     home = f"data/{dataset}/prepared"
     parser.add_argument("--output", type=Path, metavar="DIR", help=f"where the prepared dataset goes ({home})")
@@ -371,24 +325,20 @@ def _run(
             raise InputError(f"--workers is {options.workers}; expected at least 1.")
         with sigterm_raises(_TerminatedError):
             module = importlib.import_module(f"data.{dataset}.{dataset}_dataset_builder")
-            # Imported late: a wrong argument is answered at once, and TFDS may be missing.
-
-            output = options.output or Path(str(module.__file__)).parent / "prepared"
-            raw, settings, published = opened(options)
-            try:
-                prepare(
-                    module.Builder,
-                    raw,
-                    settings,
-                    output,
-                    workers=options.workers,
-                    published=published,
-                    skip_failed=options.skip_failed,
-                    keep_cache=options.keep_cache,
-                )
-            except FailedScansError as error:
-                print(error, file=sys.stderr)
-                return 1
+            raw, settings, published = open_scans(options)
+            prepare(
+                module.Builder,
+                raw,
+                settings,
+                options.output or Path(str(module.__file__)).parent / "prepared",
+                workers=options.workers,
+                published=published,
+                skip_failed=options.skip_failed,
+                keep_cache=options.keep_cache,
+            )
+    except FailedScansError as error:
+        print(error, file=sys.stderr)
+        return 1
     except InputError as error:
         print(f"data.{dataset}: {error}", file=sys.stderr)
         return 2
@@ -402,7 +352,7 @@ def _run(
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the usage around it."""
+    """Parser that raises an InputError of one sentence instead of printing the usage."""
 
     def __init__(self, dataset: str):
         super().__init__(prog=f"python -m data.{dataset}", allow_abbrev=False)
@@ -412,4 +362,4 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _TerminatedError(KeyboardInterrupt):
-    """SIGTERM, which unwinds as Ctrl-C does."""
+    """SIGTERM was received; unwinds as Ctrl-C does."""

@@ -1,4 +1,7 @@
-"""A scan as it is prepared, and the statistics of a prepared dataset."""
+"""Preparation of one scan, and the statistics of a prepared dataset.
+
+Worker processes import this module, but not `prepare`, which imports TFDS: that takes them seconds.
+"""
 
 import contextlib
 from collections import Counter
@@ -12,26 +15,28 @@ from jaxtyping import Float32
 from h2a2_jax.prepare.scan_cache import DamagedScanError, ScanCache
 from h2a2_jax.scans.raw import RawDataset
 from h2a2_jax.scans.scan import FAR_POINTS, Scan, ScanError, usable_boxes, validate_scan, within_reach
-from h2a2_jax.scans.specs import DatasetSpec
+from h2a2_jax.scans.specs import DatasetSpec, dataset_spec
+from h2a2_jax.scans.synthetic.rooms import Scale
+from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 
 VERSION = 1
-"""Of the schema of `statistics`."""
+"""Version of the schema of `statistics`."""
 
 _SITE_SIZE = 0.01  # m, the finest voxels that indoor detectors use
 
 
 @dataclass(frozen=True)
 class ScanSummary:
-    """What is counted of one scan.
+    """Counts of one scan.
 
     Attributes:
-        points: their number.
-        sites: voxels of 1 cm that hold a point.
-        extent: of the points, x, y, z (m).
-        boxes: by class.
+        points: number of points.
+        sites: number of voxels of 1 cm that hold a point.
+        extent: extent of the points along x, y, z (m).
+        boxes: number of boxes by class.
         sizes: sums of the boxes' sizes dx, dy, dz (m) by class.
-        ignored: boxes with label -1.
-        notes: what loading left out or repaired.
+        ignored: number of boxes with label -1.
+        notes: counts of what loading left out or repaired.
     """
 
     points: int
@@ -44,11 +49,11 @@ class ScanSummary:
 
 
 def summarise(scan: Scan, num_classes: int) -> ScanSummary:
-    """Counts what a scan holds.
+    """Count the points, sites and boxes of a scan.
 
     Args:
-        scan: with at least one point.
-        num_classes: labels are below it.
+        scan: a scan of at least one point.
+        num_classes: number of classes; labels are below it.
     """
     kept = scan.labels >= 0
     labels = scan.labels[kept]
@@ -56,12 +61,102 @@ def summarise(scan: Scan, num_classes: int) -> ScanSummary:
     np.add.at(sizes, labels, scan.boxes[kept, 3:6])
     return ScanSummary(
         points=len(scan.points),
-        sites=_sites(scan.points),
-        extent=tuple(float(length) for length in np.ptp(scan.points, axis=0)),  # type: ignore[arg-type]
+        sites=_count_sites(scan.points),
+        extent=tuple(np.ptp(scan.points, axis=0).tolist()),
         boxes=tuple(np.bincount(labels, minlength=num_classes).tolist()),
-        sizes=tuple((float(dx), float(dy), float(dz)) for dx, dy, dz in sizes),
+        sizes=tuple(map(tuple, sizes.tolist())),  # type: ignore[arg-type]
         ignored=int((~kept).sum()),
         notes=dict(scan.notes),
+    )
+
+
+def _count_sites(points: Float32[np.ndarray, "m 3"]) -> int:
+    voxels = np.floor(points / _SITE_SIZE).astype(np.int64)
+    voxels -= voxels.min(0)
+    spans = voxels.max(0) + 1
+    return len(np.unique((voxels[:, 0] * spans[1] + voxels[:, 1]) * spans[2] + voxels[:, 2]))
+
+
+class SyntheticRaw:
+    """Procedural scans of one dataset as a `RawDataset`, generated when they are loaded.
+
+    Args:
+        name: "scannet", "sunrgbd" or "s3dis".
+        sizes: number of scans by split.
+        seed: another seed gives other scans.
+        scale: "full" for rooms like the real ones, "demo" for small ones.
+
+    Raises:
+        InputError: there are no scans of this name, size, seed or scale.
+    """
+
+    def __init__(self, name: str, sizes: Mapping[str, int], seed: int, scale: Scale):
+        self.spec = dataset_spec(name)
+        self._sources = {
+            split: SyntheticSource(self.spec, split, size, seed=seed, scale=scale)  # type: ignore[arg-type]
+            for split, size in sizes.items()
+        }
+        self.splits = {split: tuple(source.names) for split, source in self._sources.items()}
+        self.notes: Mapping[str, int] = {}
+
+    def load(self, name: str) -> Scan:
+        """Generate a scan by its name; the same name always gives the same scan."""
+        _, split, index = name.rsplit("/", 2)
+        return self._sources[split][int(index)]
+
+
+@dataclass(frozen=True)
+class PrepareScan:
+    """Put a scan into the cache unless it is there; callable in any process.
+
+    Attributes:
+        raw: dataset that the scans are loaded from.
+        cache: cache that they are written to.
+    """
+
+    raw: RawDataset
+    cache: ScanCache
+
+    def __call__(self, name: str) -> tuple[ScanSummary, bool]:
+        """Load a scan and write it to the cache, unless a complete file is there.
+
+        Returns:
+            The summary of the scan, and True if it had to be loaded.
+
+        Raises:
+            ScanError: the scan cannot be used.
+            OutputError: the file cannot be written.
+        """
+        num_classes = self.raw.spec.num_classes
+        with contextlib.suppress(DamagedScanError):
+            return summarise(self.cache.read(name), num_classes), False
+        scan = self.raw.load(name)
+        if np.isfinite(scan.points).all():  # validate_scan refuses the others
+            scan = _drop_far_points(scan)
+        problems = validate_scan(scan, num_classes)
+        if problems:
+            raise ScanError(name, " ".join(problems))
+        self.cache.write(scan)
+        return summarise(scan, num_classes), True
+
+
+def _drop_far_points(scan: Scan) -> Scan:
+    """Drop points that lie too far away to be voxelised, and the boxes that they stretched.
+
+    Raises:
+        ScanError: more than 1 % of the points lie too far away.
+    """
+    near = within_reach(scan.name, scan.points)
+    if near.all():
+        return scan
+    usable, left_out = usable_boxes(scan.boxes)
+    return replace(
+        scan,
+        points=scan.points[near],
+        colors=scan.colors[near],
+        boxes=scan.boxes[usable],
+        labels=scan.labels[usable],
+        notes={**scan.notes, FAR_POINTS: int((~near).sum()), **left_out},
     )
 
 
@@ -72,14 +167,14 @@ def statistics(
     failed: Mapping[str, str] | None = None,
     notes: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Statistics of a dataset as what JSON can hold.
+    """Statistics of a dataset as JSON values.
 
     Args:
-        spec: the dataset's classes.
+        spec: classes of the dataset.
         splits: summaries of the scans by split.
-        published: scans by split that the dataset's authors state.
+        published: number of scans by split that the dataset's authors state.
         failed: scans left out, with the reason.
-        notes: what was left out before any scan was loaded.
+        notes: counts of what was left out before any scan was loaded.
 
     Returns:
         "version", "dataset", "splits" (by name: "scans", "published_scans" or null; "points", "sites_1cm",
@@ -101,29 +196,6 @@ def statistics(
         if missing:
             result["warnings"].append(f"{split} has no box of {', '.join(missing)}.")
     return result
-
-
-def table(found: Mapping[str, Any]) -> str:
-    """Statistics as lines of text."""
-    splits = found["splits"]
-    rows = [["", *splits], ["scans", *(_scans(one) for one in splits.values())]]
-    for key, title in (("points", "points"), ("sites_1cm", "sites at 1 cm"), ("boxes_per_scan", "boxes in a scan")):
-        rows.append([title, *(_spread(one[key], ",.0f") for one in splits.values())])
-    rows += [
-        [f"extent {axis} (m)", *(_spread(one["extent"][axis], ".1f") for one in splits.values())] for axis in "xyz"
-    ]
-    classes = next(iter(splits.values()))["boxes"]
-    rows += [[name, *(_class(one, name) for one in splits.values())] for name in classes]
-    rows.append(["ignored boxes", *(f"{one['ignored_boxes']:,}" for one in splits.values())])
-    for note in sorted({note for one in splits.values() for note in one["notes"]}):
-        rows.append([note, *(f"{one['notes'].get(note, 0):,}" for one in splits.values())])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += [f"{note}: {count:,}" for note, count in found["notes"].items()]
-    lines.append(
-        "Points, sites, boxes and extents: min / median / max over scans. Classes: boxes, mean size dx dy dz (m)."
-    )
-    return "\n".join(lines + [f"Warning: {warning}" for warning in found["warnings"]])
 
 
 def _split_statistics(spec: DatasetSpec, scans: Sequence[ScanSummary]) -> dict[str, Any]:
@@ -150,86 +222,44 @@ def _split_statistics(spec: DatasetSpec, scans: Sequence[ScanSummary]) -> dict[s
 
 def _min_median_max(values: Any) -> dict[str, float | None]:
     array = np.asarray(values, float)
-    if not len(array):
-        return {"min": None, "median": None, "max": None}
+    found = (array.min(), np.median(array), array.max()) if len(array) else (None, None, None)
     return {
-        "min": round(float(array.min()), 4),
-        "median": round(float(np.median(array)), 4),
-        "max": round(float(array.max()), 4),
+        name: value if value is None else round(float(value), 4)
+        for name, value in zip(("min", "median", "max"), found, strict=True)
     }
 
 
-def _sites(points: Float32[np.ndarray, "m 3"]) -> int:
-    cells = np.floor(points / _SITE_SIZE).astype(np.int64)
-    cells -= cells.min(0)
-    spans = cells.max(0) + 1
-    return len(np.unique((cells[:, 0] * spans[1] + cells[:, 1]) * spans[2] + cells[:, 2]))
+def table(found: Mapping[str, Any]) -> str:
+    """Statistics as lines of text."""
+    splits = list(found["splits"].values())
+    rows = [["", *found["splits"]], ["scans", *map(_format_scans, splits)]]
+    for key, title in (("points", "points"), ("sites_1cm", "sites at 1 cm"), ("boxes_per_scan", "boxes in a scan")):
+        rows.append([title, *(_format_spread(split[key], ",.0f") for split in splits)])
+    rows += [
+        [f"extent {axis} (m)", *(_format_spread(split["extent"][axis], ".1f") for split in splits)] for axis in "xyz"
+    ]
+    rows += [[name, *(_format_class(split, name) for split in splits)] for name in splits[0]["boxes"]]
+    rows.append(["ignored boxes", *(f"{split['ignored_boxes']:,}" for split in splits)])
+    for note in sorted({note for split in splits for note in split["notes"]}):
+        rows.append([note, *(f"{split['notes'].get(note, 0):,}" for split in splits)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f"{note}: {count:,}" for note, count in found["notes"].items()]
+    lines.append(
+        "Points, sites, boxes and extents: min / median / max over scans. Classes: boxes, mean size dx dy dz (m)."
+    )
+    return "\n".join(lines + [f"Warning: {warning}" for warning in found["warnings"]])
 
 
-def _scans(split: Mapping[str, Any]) -> str:
+def _format_scans(split: Mapping[str, Any]) -> str:
     published = split["published_scans"]
     return f"{split['scans']:,}" if published is None else f"{split['scans']:,} of {published:,} published"
 
 
-def _spread(values: Mapping[str, float | None], how: str) -> str:
-    return " / ".join("-" if value is None else format(value, how) for value in values.values())
+def _format_spread(values: Mapping[str, float | None], form: str) -> str:
+    return " / ".join("-" if value is None else format(value, form) for value in values.values())
 
 
-def _class(split: Mapping[str, Any], name: str) -> str:
+def _format_class(split: Mapping[str, Any], name: str) -> str:
     size = split["mean_size"][name]
     return f"{split['boxes'][name]:,}" + (f"  ({' '.join(f'{length:.2f}' for length in size)})" if size else "")
-
-
-@dataclass(frozen=True)
-class PrepareScan:
-    """Makes sure that the cache holds a scan; callable in any process.
-
-    Attributes:
-        raw: where scans come from.
-        cache: where they go to.
-    """
-
-    raw: RawDataset
-    cache: ScanCache
-
-    def __call__(self, name: str) -> tuple[ScanSummary, bool]:
-        """Loads a scan and writes it to the cache, unless it is there and whole.
-
-        Returns:
-            What is counted of it, and whether it had to be made.
-
-        Raises:
-            ScanError: the scan cannot be used.
-            OutputError: it cannot be written.
-        """
-        num_classes = self.raw.spec.num_classes
-        with contextlib.suppress(DamagedScanError):
-            return summarise(self.cache.read(name), num_classes), False
-        scan = _within_reach(self.raw.load(name))
-        problems = validate_scan(scan, num_classes)
-        if problems:
-            raise ScanError(name, " ".join(problems))
-        self.cache.write(scan)
-        return summarise(scan, num_classes), True
-
-
-def _within_reach(scan: Scan) -> Scan:
-    """The scan without points too far away to be voxelised, and without the boxes that they stretched.
-
-    Raises:
-        ScanError: they are many.
-    """
-    if not np.isfinite(scan.points).all():
-        return scan  # which is refused
-    near = within_reach(scan.name, scan.points)
-    if near.all():
-        return scan
-    usable, left_out = usable_boxes(scan.boxes)
-    return replace(
-        scan,
-        points=scan.points[near],
-        colors=scan.colors[near],
-        boxes=scan.boxes[usable],
-        labels=scan.labels[usable],
-        notes={**scan.notes, FAR_POINTS: int((~near).sum()), **left_out},
-    )

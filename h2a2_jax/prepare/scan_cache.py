@@ -1,7 +1,7 @@
-"""Scans on disk while a dataset is prepared: a file each, whole or not there, whatever was killed when.
+"""Scans on disk while a dataset is prepared: one file a scan, complete or absent after a kill at any moment.
 
-A file holds eight bytes that name the format, the SHA-256 digest of what follows, and an uncompressed `.npz`. It is
-written under a temporary name, synced to disk and renamed.
+A file holds eight bytes that name the format, the SHA-256 digest of the rest, and an uncompressed `.npz`. It is written
+under a temporary name, synced to disk and renamed.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class OutputError(InputError):
 
 
 class DamagedScanError(Exception):
-    """A file of the cache is not what was written, or was written with other settings."""
+    """A file of the cache differs from the one written, or was written with other settings."""
 
 
 class ScanCache:
@@ -45,8 +45,8 @@ class ScanCache:
     Several processes may write different scans at once. Picklable.
 
     Args:
-        folder: of the files.
-        settings: of the preparation, numbers and strings by name. A scan that was written with others is not read.
+        folder: folder of the files.
+        settings: settings of the preparation, numbers and strings by name. Scans written with others are not read.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
@@ -54,7 +54,7 @@ class ScanCache:
         self.settings = {"format": FORMAT_VERSION, **settings}
 
     def open(self) -> None:
-        """Makes the folder, or checks that the one there is of the same settings; removes what a kill left behind.
+        """Make the folder, or check that an existing one has the same settings; remove half-written files.
 
         Raises:
             InputError: the folder holds scans of other settings.
@@ -70,19 +70,19 @@ class ScanCache:
                     f"({difference(found, self.settings)}): remove that folder, or give another --output."
                 )
         else:
-            write_whole(file, _json_bytes(self.settings))
+            write_json(file, self.settings)
         for left_over in self.folder.glob(f"*{_TEMPORARY}"):
             left_over.unlink()
 
     def path(self, name: str) -> Path:
-        """The file of a scan."""
+        """File of a scan."""
         return self.folder / f"{quote(name, safe=' ')}.scan"
 
     def write(self, scan: Scan) -> None:
-        """Writes a scan in one go; colours are rounded to 1/255.
+        """Write a scan in one go; colours are rounded to 1/255.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: the file cannot be written.
         """
         facts = {"name": scan.name, "settings": self.settings, "notes": dict(scan.notes)}
         buffer = io.BytesIO()
@@ -96,21 +96,22 @@ class ScanCache:
             transform=scan.transform.astype(np.float32),
         )
         body = buffer.getvalue()
-        write_whole(self.path(scan.name), _MAGIC + hashlib.sha256(body).digest() + body)
+        _write_atomically(self.path(scan.name), _MAGIC + hashlib.sha256(body).digest() + body)
 
     def read(self, name: str) -> Scan:
-        """Reads a scan.
+        """Read a scan.
 
         Raises:
-            DamagedScanError: the file is not there, is not as it was written, or is of other settings.
+            DamagedScanError: the file is missing, damaged, or of other settings.
         """
+        path = self.path(name)
         try:
-            content = self.path(name).read_bytes()
+            content = path.read_bytes()
         except OSError as error:
             raise DamagedScanError(str(error)) from error
         head, body = content[: len(_MAGIC) + _DIGEST_BYTES], content[len(_MAGIC) + _DIGEST_BYTES :]
         if head != _MAGIC + hashlib.sha256(body).digest():
-            raise DamagedScanError(f"{self.path(name)} is not as it was written.")
+            raise DamagedScanError(f"{path} is not as it was written.")
         try:
             with np.load(io.BytesIO(body), allow_pickle=False) as arrays:
                 facts = json.loads(arrays["facts"].tobytes())
@@ -123,26 +124,25 @@ class ScanCache:
                     arrays["transform"],
                     facts["notes"],
                 )
-        except (ValueError, KeyError, zipfile.BadZipFile) as error:  # of another format, though whole
-            raise DamagedScanError(f"{self.path(name)} is of another format.") from error
+        except (ValueError, KeyError, zipfile.BadZipFile) as error:  # complete, but written by another version
+            raise DamagedScanError(f"{path} is of another format.") from error
         if scan.name != name or facts["settings"] != self.settings:
-            raise DamagedScanError(f"{self.path(name)} is of another scan or of other settings.")
+            raise DamagedScanError(f"{path} is of another scan or of other settings.")
         return scan
 
     def write_failures(self, reasons: Mapping[str, str]) -> None:
-        """Remembers which scans could not be prepared, and why; an empty mapping forgets those of before."""
+        """Store the scans that failed with their reasons; an empty mapping clears those of an earlier call."""
         file = self.folder / "failed.json"
         if reasons or file.exists():
-            write_whole(file, _json_bytes(reasons))
+            write_json(file, reasons)
 
     def read_failures(self) -> dict[str, str]:
-        """Why scans could not be prepared when it was last tried, by name."""
-        file = self.folder / "failed.json"
-        found = read_json(file) if file.exists() else None
+        """Reasons of the scans that failed at the last attempt, by name."""
+        found = read_json(self.folder / "failed.json")
         return found if isinstance(found, dict) else {}
 
     def remove(self) -> None:
-        """Removes the folder with all scans."""
+        """Remove the folder with all scans."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -151,42 +151,31 @@ def colors_to_bytes(colors: np.ndarray) -> np.ndarray:
     return np.rint(colors * np.float32(255)).astype(np.uint8)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file such that after a kill at any moment it is there in full, or as it was before.
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that a kill at any moment leaves complete or as it was before.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{_TEMPORARY}")
-    with writing_to(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+    _write_atomically(path, _json_bytes(value))
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder with those above it; it may be there.
+    """Make a folder and its parents; it may exist.
 
     Raises:
-        OutputError: it cannot be made.
+        OutputError: the folder cannot be made.
     """
-    with writing_to(folder):
+    with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """Says in one sentence what hinders writing.
+def explain_write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError inside into one sentence about the path.
 
     Raises:
-        OutputError: instead of an OSError from inside.
+        OutputError: an OSError was raised inside.
     """
     try:
         yield
@@ -202,11 +191,26 @@ def writing_to(path: Path) -> Iterator[None]:
 
 
 def difference(found: Any, wanted: Mapping[str, Any]) -> str:
-    """Which settings differ, as in "scale: demo there, full asked for"."""
+    """Name the settings that differ, as in "scale: demo there, full asked for"."""
     if not isinstance(found, dict):
         return "they cannot be read"
     names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     return ", ".join(f"{name}: {found.get(name)} there, {wanted.get(name)} asked for" for name in names)
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{_TEMPORARY}")
+    with explain_write_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file of the name
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def _json_bytes(value: Any) -> bytes:

@@ -1,32 +1,31 @@
-"""The same work on many scans in processes of their own, which never outlive the one that started them."""
+"""The same work on many scans in several processes, which end with the process that started them."""
 
 import contextlib
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import end_with_parent
 from h2a2_jax.prepare.scan_cache import OutputError
 
-_GRACE_SECONDS = 5.0
-_MOST_DEATHS = 3  # in a row, of processes that had not begun: the next would die too
+_MAX_EARLY_DEATHS = 3  # in a row, of processes that died before their first scan: the next would die too
 
 
 @dataclass(frozen=True)
 class ScanOutcome:
-    """What became of one scan.
+    """Result of the work on one scan.
 
     Attributes:
-        name: of the scan.
-        value: what the work returned; None if it failed.
-        failure: why it failed, one sentence; None if it did not.
+        name: name of the scan.
+        value: return value of the work; None if it failed.
+        failure: one sentence with the reason of a failure; None if the work succeeded.
     """
 
     name: str
@@ -34,26 +33,19 @@ class ScanOutcome:
     failure: str | None = None
 
 
-@dataclass
-class _Worker:
-    process: SpawnProcess
-    connection: Connection
-    name: str | None = None  # of the scan under way; None until the process says that it is ready
+def run_in_processes(work: Callable[[str], Any], names: Sequence[str], workers: int) -> Iterator[ScanOutcome]:
+    """Do the work for every name, several at once, and yield the outcomes as they come.
 
-
-def in_processes(work: Callable[[str], Any], names: Sequence[str], workers: int) -> Iterator[ScanOutcome]:
-    """Does the work for every name, several at once, and yields outcomes as they come.
-
-    A scan whose work raises, or whose process dies, fails alone; a new process takes the place of the dead one. However
-    the iteration ends, also by a kill of this process, the other processes end too.
+    A scan whose work raises, or whose process dies, fails alone; a new process takes the place of the dead one. The
+    processes end when the iteration ends, also when this process is killed.
 
     Args:
         work: picklable; called with a name in another process.
-        names: of the scans.
-        workers: processes at once.
+        names: names of the scans.
+        workers: number of processes at once.
 
     Yields:
-        An outcome for each name, in the order in which they are done.
+        One outcome a name, in the order in which they finish.
 
     Raises:
         OutputError: the work raised it.
@@ -61,112 +53,130 @@ def in_processes(work: Callable[[str], Any], names: Sequence[str], workers: int)
     """
     waiting = list(reversed(names))
     running: list[_Worker] = []
-    deaths = 0
+    early_deaths = 0
     try:
         while waiting or running:
             busy = sum(worker.name is not None for worker in running)
             while waiting and len(running) < min(workers, len(waiting) + busy):
-                running.append(_start(work))
-            told = wait([worker.connection for worker in running])
-            for worker in [worker for worker in running if worker.connection in told]:
-                name, worker.name = worker.name, None
+                running.append(_Worker(work))
+            wait([worker.future for worker in running], return_when=FIRST_COMPLETED)
+            for worker in [worker for worker in running if worker.future.done()]:
+                name = worker.name
                 try:
-                    kind, value = worker.connection.recv()
-                except (EOFError, OSError):  # it has died
+                    outcome = worker.future.result()  # raises OutputError before the worker begins another scan
+                except BrokenProcessPool:
                     running.remove(worker)
-                    how = _how_it_ended(worker)
+                    cause = worker.cause_of_death()
                     if name is not None:
-                        yield ScanOutcome(name, failure=f"The process that worked on {name} {how}.")
+                        yield ScanOutcome(name, failure=f"The process that worked on {name} {cause}.")
                         continue
-                    deaths += 1
-                    if deaths == _MOST_DEATHS:
-                        raise InputError(f"One process after another {how}, before it had begun.") from None
+                    early_deaths += 1
+                    if early_deaths == _MAX_EARLY_DEATHS:
+                        raise InputError(f"One process after another {cause}, before it had begun.") from None
                     continue
-                if kind == "stop":  # before it begins another scan, which would be cut off
-                    raise OutputError(value)
-                # What to do next first: the worker goes on while this process looks at the outcome.
+                # The next scan first: the worker goes on while this process looks at the outcome.
                 if waiting:
-                    worker.name = waiting.pop()
-                    with contextlib.suppress(OSError):  # it has died: the next recv tells
-                        worker.connection.send(worker.name)
+                    worker.begin(waiting.pop())
                 else:
-                    worker.connection.close()
-                    worker.process.join()
+                    worker.executor.shutdown()
                     running.remove(worker)
-                deaths = 0
+                early_deaths = 0
                 if name is not None:
-                    yield ScanOutcome(name, value) if kind == "done" else ScanOutcome(name, failure=value)
+                    yield outcome
     finally:
-        _stop(running)
+        for worker in running:  # not by shutdown alone, which waits for the scans under way
+            worker.process.kill()
+        for worker in running:
+            worker.executor.shutdown()
 
 
-def _start(work: Callable[[str], Any]) -> _Worker:
-    # Started anew, not forked: threads of libraries do not survive a fork, and open files and locks stay with us.
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(work, theirs), daemon=True)
-    # Ctrl-C in a terminal goes to all processes: the others must not see it, also not while they start.
-    resource_tracker.ensure_running()  # which unblocks the signal where it is started, so not while a worker is
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        with _one_thread_each():
-            process.start()
-    except OSError as error:
-        raise InputError(f"No process can be started ({error}): use fewer --workers.") from error
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    theirs.close()
-    return _Worker(process, ours)
+class _Worker:
+    """A process with an executor of its own: when it dies, the executor breaks and the scan that it had is known.
+
+    One executor of many processes would end all of them with the first that dies, and the scan could not be named.
+
+    Attributes:
+        name: scan under way; None until the process is ready.
+        future: outcome of that scan.
+    """
+
+    def __init__(self, work: Callable[[str], Any]):
+        with _environment("ignore", "PYTHONWARNINGS"):  # or the tracker warns of semaphores when this process is killed
+            resource_tracker.ensure_running()  # its start unblocks SIGINT, so not below
+        context = _KeepingContext()
+        self.name: str | None = None
+        # Ctrl-C in a terminal goes to all processes: workers must not see it, also not while they start.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.executor = ProcessPoolExecutor(1, context, _prepare_process, (work,))
+            # One thread a process for linear algebra: they would each take all cores.
+            with _environment("1", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+                # Starts the process; done once the process runs, and broken if it dies before.
+                self.future: Future[Any] = self.executor.submit(os.getpid)
+        except OSError as error:
+            raise InputError(f"No process can be started ({error}): use fewer --workers.") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self.process = context.process
+
+    def begin(self, name: str) -> None:
+        self.name = name
+        try:
+            self.future = self.executor.submit(_outcome, name)
+        except BrokenProcessPool as error:  # it died between two scans
+            self.future = Future()
+            self.future.set_exception(error)
+
+    def cause_of_death(self) -> str:
+        self.executor.shutdown()
+        code = self.process.exitcode or 0
+        if code == -signal.SIGKILL:
+            return "was killed (SIGKILL; where memory ran out, use fewer --workers)"
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+
+
+class _KeepingContext(SpawnContext):
+    """Context that keeps the process that an executor starts, for its exit code and to kill it.
+
+    Spawned, not forked: threads of libraries do not survive a fork, and open files and locks stay with the parent.
+    """
+
+    process: SpawnProcess
+
+    def Process(self, *args: Any, **options: Any) -> SpawnProcess:  # type: ignore[override]
+        self.process = SpawnProcess(*args, **options)
+        return self.process
 
 
 @contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Processes started inside do not each take all cores for their linear algebra."""
-    names = [name for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS") if name not in os.environ]
-    os.environ.update(dict.fromkeys(names, "1"))
+def _environment(value: str, *names: str) -> Iterator[None]:
+    """Set environment variables that are not set, for processes that start inside."""
+    unset = [name for name in names if name not in os.environ]
+    os.environ.update(dict.fromkeys(unset, value))
     try:
         yield
     finally:
-        for name in names:
+        for name in unset:
             del os.environ[name]
 
 
-def _serve(work: Callable[[str], Any], connection: Connection) -> None:
+_work: Callable[[str], Any]  # of this worker process: sent once, not with every scan
+
+
+def _prepare_process(work: Callable[[str], Any]) -> None:
+    global _work
     end_with_parent()
-    connection.send(("ready", None))
-    with contextlib.suppress(EOFError, OSError):  # the parent has no more work, or is no more
-        while True:
-            connection.send(_answer(work, connection.recv()))
+    _work = work
 
 
-def _answer(work: Callable[[str], Any], name: str) -> tuple[str, Any]:
+def _outcome(name: str) -> ScanOutcome:
     try:
-        return "done", work(name)
-    except OutputError as error:
-        return "stop", str(error)
+        return ScanOutcome(name, _work(name))
+    except OutputError:  # no other scan would fare better
+        raise
     except InputError as error:
-        return "failed", str(error)
+        return ScanOutcome(name, failure=str(error))
     except MemoryError:
-        return "failed", f"There was not enough memory for {name}: use fewer --workers."
+        return ScanOutcome(name, failure=f"There was not enough memory for {name}: use fewer --workers.")
     except Exception as error:  # one scan must not stop the others, whatever it holds
-        return "failed", f"{name} cannot be prepared ({type(error).__name__}: {error})."
-
-
-def _how_it_ended(worker: _Worker) -> str:
-    worker.connection.close()
-    worker.process.join()
-    code = worker.process.exitcode or 0
-    if code == -signal.SIGKILL:
-        return "was killed (SIGKILL; where memory ran out, use fewer --workers)"
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-
-
-def _stop(workers: Sequence[_Worker]) -> None:
-    for worker in workers:
-        worker.connection.close()
-        worker.process.terminate()
-    for worker in workers:
-        worker.process.join(_GRACE_SECONDS)
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
+        return ScanOutcome(name, failure=f"{name} cannot be prepared ({type(error).__name__}: {error}).")

@@ -1,7 +1,7 @@
-"""What a run did, as one page to look at: kernel selection, gradient balance, and the premise behind both.
+"""Report of a run as one page: kernel selection and gradient balance.
 
-`write_report` gathers; `offsets`, `geometry` and `energy` are the measures on arrays, `probe` runs detectors, the
-`figures` draw, `page` puts it into HTML.
+`write_report` writes it; `observation` runs the detector on validation scans, `offsets` holds the measures on arrays,
+`figures_selection` and `figures_training` draw.
 """
 
 from h2a2_jax.report.write import write_report

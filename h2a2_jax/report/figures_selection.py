@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from matplotlib.patches import Rectangle
 
 from h2a2_jax.figures import COLORS, SHARED_MAP, Picture, canvas, groups_of, name_steps, save
+from h2a2_jax.report.observation import LayerSelection
 from h2a2_jax.report.offsets import (
     OFFSET_CLASSES,
     agreement,
@@ -18,7 +19,6 @@ from h2a2_jax.report.offsets import (
     flip_shares,
     offset_classes,
 )
-from h2a2_jax.report.probe import LayerSelection
 from h2a2_jax.training.metrics import SelectionHistory
 
 
@@ -80,19 +80,19 @@ def draw_history(
         figure, axes = canvas(len(layers), columns, 3.1 * columns, 1.3 + 2.0 * len(layers), sharex=True)
         image: Any = None
         for row, layer in enumerate(layers):
-            told = history[layer]
+            log = history[layer]
             ax = axes[row, 0]
             for c, name in enumerate(OFFSET_CLASSES):
-                _band(ax, steps, told.alpha[:, :, classes == c].reshape(len(steps), -1), COLORS[c], name)
+                _band(ax, steps, log.alpha[:, :, classes == c].reshape(len(steps), -1), COLORS[c], name)
             ax.set_ylabel(f"{layer}\nalpha", fontsize=9)
             ax = axes[row, 1]
             for d, name in enumerate(datasets):
-                _band(ax, steps, told.beta[:, d], COLORS[d], name)
+                _band(ax, steps, log.beta[:, d], COLORS[d], name)
             ax.set_ylabel("beta", fontsize=9)
             for d, name in enumerate(datasets):
                 ax = axes[row, 2 + d]
                 image = ax.pcolormesh(
-                    _edges(steps), np.arange(28), told.gamma[:, d, order].T, vmin=0, vmax=1, cmap=SHARED_MAP,
+                    _edges(steps), np.arange(28), log.gamma[:, d, order].T, vmin=0, vmax=1, cmap=SHARED_MAP,
                     rasterized=True,
                 )  # fmt: skip
                 ax.set_yticks(np.append(0, ends[:-1]) + np.bincount(classes) / 2, OFFSET_CLASSES, fontsize=7)
@@ -163,7 +163,7 @@ def draw_stability(
     datasets: Sequence[str],
     folder: Path,
 ) -> Picture:
-    """How often majorities flip over training, and how far the scans of a dataset disagree."""
+    """Flips of majorities over training, and disagreement of the scans of a dataset."""
     panels = 1 + (len(steps) > 0) + (len(steps) > 1)
     figure, axes = canvas(1, panels, 5.2 * panels, 4.2)
     _draw_disagreement(axes[0, -1], selections, datasets)
@@ -172,7 +172,7 @@ def draw_stability(
     if len(steps) > 0:
         ax = axes[0, -2]
         for d, name in enumerate(datasets):
-            over_layers = np.mean([disagreement(told.gamma[:, d]) for told in history.values()], 0)
+            over_layers = np.mean([disagreement(log.gamma[:, d]) for log in history.values()], 0)
             ax.plot(steps, over_layers, color=COLORS[d], label=name, marker="." if len(steps) == 1 else None)
         ax.set(title="disagreement in training, mean of layers", ylabel="1 \u2212 |2 gamma \u2212 1|", ylim=(0, 1.02))
         ax.legend(fontsize=8)
@@ -222,6 +222,6 @@ def _band(ax: Any, x: np.ndarray, values: Float[np.ndarray, "t n"], color: str, 
 
 
 def _edges(steps: Int[np.ndarray, " t"]) -> Float[np.ndarray, " t_plus_1"]:
-    """Where the columns of a picture of lines begin and end: a line tells of the steps behind the line before."""
+    """Borders of the columns of a picture of log lines: a line covers the steps since the line before."""
     before = steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1)
     return np.append(max(0, before), steps).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Figures of training: losses, rates, harmonisation; curves.png."""
+"""Figures of training: curves.png, gradient norms, harmonisation."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -19,15 +20,15 @@ from h2a2_jax.training.metrics import FILE_NAME, read_metrics
 from h2a2_jax.training.summary import CURVES
 
 Series = Mapping[str, Float[np.ndarray, "_ 2"]]
-"""Of each metric its (step, value) rows."""
+"""Rows (step, value) of each metric."""
 _COLUMNS = 4
 
 
 def series_of(lines: Sequence[Mapping[str, float | int | None]]) -> dict[str, Float[np.ndarray, "_ 2"]]:
-    """The values of each metric over the steps; what is null is left out.
+    """The values of each metric over the steps, without nulls.
 
     Args:
-        lines: of metrics.jsonl, in order.
+        lines: Lines of metrics.jsonl, in order.
     """
     found: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
@@ -45,33 +46,6 @@ def by_group(series: Series, metric: str, datasets: Sequence[str]) -> dict[str, 
         if len(parts) == 3 and parts[0] == metric and parts[2] in datasets:
             groups.setdefault(parts[1], {})[parts[2]] = values
     return groups
-
-
-def draw_losses(series: Series, datasets: Sequence[str], folder: Path) -> Picture | None:
-    """Losses, learning rate and gradient norm; None if the metrics hold none of them."""
-    panels = [("loss", "loss"), ("loss_box", "box loss (1 \u2212 DIoU)"), ("loss_class", "classification loss (focal)")]
-    rest = [("learning_rate", "learning rate"), ("gradient_norm", "gradient norm before clipping")]
-    drawn = [p for p in panels if any(f"{p[0]}/{d}" in series for d in datasets)]
-    drawn += [p for p in rest if p[0] in series]
-    if not drawn:
-        return None
-    figure, axes = canvas(1, len(drawn), 3.6 * len(drawn), 3.6)
-    for ax, (metric, label) in zip(axes[0], drawn, strict=True):
-        for d, name in enumerate(datasets):
-            if f"{metric}/{name}" in series:
-                ax.plot(*series[f"{metric}/{name}"].T, color=COLORS[d], label=name)
-        if metric in series:
-            ax.plot(*series[metric].T, color="0.2", label="all parameters" if metric == "gradient_norm" else "AdamW")
-        ax.set_title(label, fontsize=10)
-        ax.set_ylabel(label, fontsize=9)
-        ax.set_ylim(bottom=0)
-        ax.legend(fontsize=8)
-        name_steps(ax)
-    return save(
-        figure, folder, "losses", "Losses, learning rate and gradient norm",
-        "From metrics.jsonl: means over the steps between two lines. Losses have no unit; the gradient norm is that of "
-        "all parameters together, after balancing and before clipping.",
-    )  # fmt: skip
 
 
 def draw_psi(series: Series, threshold: float | None, folder: Path) -> Picture | None:
@@ -109,7 +83,7 @@ def draw_psi(series: Series, threshold: float | None, folder: Path) -> Picture |
         "norms of their gradients: 1 for equal norms, 0.8 at a ratio of two. Below the threshold gradient "
         "harmonisation scales the gradients to their mean norm. Above Psi, below the share of tensors it is below the "
         "threshold in: of all tensors, by where in the detector they are, and by what they are. From metrics.jsonl; "
-        "each line tells of its last step.",
+        "each line holds its last step.",
     )  # fmt: skip
 
 
@@ -151,7 +125,7 @@ def _logarithmic(ax: Any, own: Series, datasets: Sequence[str]) -> None:
 
 _CURVE_COLUMNS = 3
 _FEW = 30
-"""Up to this many points are marked: one alone draws no line."""
+"""Largest number of points that get markers: a single point draws no line."""
 
 Rows = Float[np.ndarray, "_ 2"]
 
@@ -161,9 +135,9 @@ class _Panel:
     """A diagram over the steps.
 
     Attributes:
-        title: what it shows.
-        of_datasets: rows by dataset, in the colours that all panels share.
-        others: further rows by name.
+        title: Title of the panel.
+        of_datasets: Rows by dataset, in the colours that all panels share.
+        others: Further rows by name.
         scale: "zero" begins at 0, "share" is 0 to 1, "log" is logarithmic.
     """
 
@@ -176,10 +150,10 @@ class _Panel:
 def draw_curves(workdir: Path) -> Path:
     """Draw <workdir>/curves.png: losses, mAP, learning rate, gradients, kernels, pace and counts over the steps.
 
-    What the metrics do not hold has no panel. The picture is replaced in one go.
+    A panel without values is left out. A kill leaves the old picture or the new one.
 
     Args:
-        workdir: of the run.
+        workdir: Folder of the run.
 
     Returns:
         Path of the picture.
@@ -190,6 +164,24 @@ def draw_curves(workdir: Path) -> Path:
     lines = read_metrics(workdir) if (workdir / FILE_NAME).exists() else []
     if not lines:
         raise InputError(f"{workdir} has no metrics to draw; expected is the folder of a run with a {FILE_NAME}.")
+    path = workdir / CURVES
+    with whole_file(path) as part:
+        save(_curves(lines), part.parent, part.stem, workdir.absolute().name, "")
+    return path
+
+
+def draw_losses(lines: Sequence[Mapping[str, float | int | None]], folder: Path) -> Picture:
+    """Draw the panels of curves.png as <folder>/losses.png for a report."""
+    caption = (
+        "From metrics.jsonl: means over the steps between two lines. Losses have no unit: the box loss is 1 \u2212 "
+        "DIoU, the classification loss the focal loss. The gradient norm is that of all parameters, after balancing "
+        "and before clipping."
+    )
+    return save(_curves(lines), folder, "losses", "Losses, scores, learning rate and gradients", caption)
+
+
+def _curves(lines: Sequence[Mapping[str, float | int | None]]) -> Figure:
+    """The panels of a run, with one legend of the datasets."""
     series = series_of(lines)
     datasets = list(dict.fromkeys(name.split("/", 1)[1] for line in lines for name in line if name.startswith("loss/")))
     panels = _panels(series, datasets)
@@ -205,14 +197,11 @@ def draw_curves(workdir: Path) -> Path:
     if handles:  # one for all panels
         names = [as_text(name) for name in datasets]
         figure.legend(handles, names, loc="outside lower center", ncols=min(6, len(names)), frameon=False)
-    path = workdir / CURVES
-    with whole_file(path) as part:
-        save(figure, part.parent, part.stem, workdir.absolute().name, "")
-    return path
+    return figure
 
 
 def _panels(series: Mapping[str, Rows], datasets: Sequence[str]) -> list[_Panel]:
-    """Those that have something to show."""
+    """Panels that have values."""
 
     def of(metric: str) -> dict[str, Rows]:
         return {name: series[f"{metric}/{name}"] for name in datasets if f"{metric}/{name}" in series}
@@ -253,7 +242,7 @@ def _draw(ax: Any, panel: _Panel, datasets: Sequence[str], last: float) -> None:
     shown = []
     for name, rows in panel.of_datasets.items():
         shown.append(_line(ax, rows, _color(datasets.index(name)), None, panel.scale))
-    # Not the colours of datasets: these are of the run.
+    # Grey, because the colours stand for datasets.
     for shade, (name, rows) in zip(("0.15", "0.5", "0.7"), panel.others.items(), strict=False):
         shown.append(_line(ax, rows, shade, name.replace("_", " ") or None, panel.scale))
     ax.set_title(as_text(panel.title), fontsize=10, loc="left")
@@ -277,7 +266,7 @@ def _draw(ax: Any, panel: _Panel, datasets: Sequence[str], last: float) -> None:
 
 
 def _line(ax: Any, rows: Rows, color: str, label: str | None, scale: str) -> np.ndarray:
-    """Draws a curve; what it shows, without what a logarithm does not have."""
+    """Draw a curve and return the values that it shows; a logarithmic axis shows positive values only."""
     if scale == "log":
         rows = rows[rows[:, 1] > 0]
     ax.plot(*rows.T, color=color, label=label, linewidth=1.4, marker="o" if len(rows) <= _FEW else None, markersize=3)
@@ -285,7 +274,7 @@ def _line(ax: Any, rows: Rows, color: str, label: str | None, scale: str) -> np.
 
 
 def _decades(ax: Any, values: np.ndarray) -> None:
-    """A logarithmic axis over whole decades, which alone have labels: those between would touch each other."""
+    """A logarithmic axis over whole decades; only decades have labels, because those between would overlap."""
     low, high = math.floor(math.log10(values.min())), math.ceil(math.log10(values.max()))
     ax.set_yscale("log")
     ax.set_ylim(10.0**low / 1.2, 10.0 ** max(high, low + 1) * 1.2)

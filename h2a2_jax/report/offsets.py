@@ -1,4 +1,4 @@
-"""Measures of which kernel each offset of a 3^3 kernel takes: shared (gamma = 1) or a dataset's own (0)."""
+"""Measures of the kernel that each offset of a 3^3 kernel takes: shared (gamma = 1) or the dataset's own (0)."""
 
 import itertools
 
@@ -9,8 +9,6 @@ from h2a2_jax.sparse.sites import kernel_offsets
 
 OFFSET_CLASSES = ("centre", "face", "edge", "corner")
 """Classes of the 27 offsets by how many coordinates move: 1 centre, 6 faces, 12 edges, 8 corners."""
-VOLUME = 27
-CENTRE = VOLUME // 2
 
 
 def offset_classes() -> Int[np.ndarray, " 27"]:
@@ -19,10 +17,10 @@ def offset_classes() -> Int[np.ndarray, " 27"]:
 
 
 def majority(gamma: Float[np.ndarray, "*s"]) -> Bool[np.ndarray, "*s"]:
-    """Whether most scans take the shared kernel; half of them counts as most.
+    """Return True where at least half of the scans take the shared kernel.
 
     Args:
-        gamma: share of scans that take it.
+        gamma: Share of scans that take it.
     """
     return gamma >= 0.5
 
@@ -31,7 +29,7 @@ def agreement(gamma: Float[np.ndarray, "d 27"]) -> Float[np.ndarray, " 4"]:
     """By offset class, share of (pair of datasets, offset) in which both datasets' majorities take the same kind.
 
     Args:
-        gamma: share of scans that take the shared kernel, by dataset.
+        gamma: Share of scans that take the shared kernel, by dataset.
 
     Returns:
         NaN with fewer than two datasets.
@@ -63,7 +61,7 @@ def flip_shares(gamma: Float[np.ndarray, "t d 27"]) -> Float[np.ndarray, " t_min
 
 
 def disagreement(gamma: Float[np.ndarray, "*s v"]) -> Float[np.ndarray, "*s"]:
-    """How far scans disagree with one another: the mean over offsets of 1 - |2 gamma - 1|.
+    """Disagreement of scans: the mean over offsets of 1 - |2 gamma - 1|.
 
     0: every offset takes the same kind in all scans; 1: half of the scans take each. A single scan never disagrees.
     """

@@ -1,6 +1,4 @@
-"""The frame of a scan: which way is up, which unit, how floor and walls lie.
-
-Which way is up in a scan, and along which directions its walls stand, from the normals of its surfaces.
+"""The frame of a scan: its up axis and unit by the spread of its points, gravity and walls by its surfaces.
 
 Floors, table tops and ceilings have normals along gravity, walls and cupboards across it (Gupta, Arbelaez, Malik,
 "Perceptual organization and recognition of indoor scenes from RGB-D images", CVPR 2013, which refines a first guess
@@ -9,16 +7,111 @@ grid of directions, so that a tilt of 30 degrees is no local matter.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from scipy.spatial import cKDTree
 
-from h2a2_jax.scans.formats.point_cloud import PointCloud
-from h2a2_jax.scans.scan import Scan, points_in_box
+from h2a2_jax.errors import InputError
+from h2a2_jax.scans.formats.point_cloud import ColorRange, PointCloud, unit_colors
+from h2a2_jax.scans.scan import FAR_POINTS, Scan, ScanError, within_reach
+
+UNITS: Mapping[str, float] = {"m": 1.0, "cm": 0.01, "mm": 0.001}
+"""Metres in a unit."""
+UPRIGHT: Mapping[str, Sequence[Sequence[int]]] = {
+    "z": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "-z": ((1, 0, 0), (0, -1, 0), (0, 0, -1)),
+    "y": ((1, 0, 0), (0, 0, -1), (0, 1, 0)),
+    "-y": ((1, 0, 0), (0, 0, 1), (0, -1, 0)),
+    "x": ((0, 1, 0), (0, 0, 1), (1, 0, 0)),
+    "-x": ((0, 1, 0), (0, 0, -1), (-1, 0, 0)),
+}
+"""Rotation that turns the axis which points up in a file to z."""
+
+GREY = 0.5
+"""Colour of points without colour: between black and white."""
+NO_COLORS = "scans without colours, made grey"
+_FAR = 100.0
+_STEP = 96.0  # m; whole metres are exact in float32, and this is a multiple of 64 voxels of 1, 1.5 or 2 cm
+
+
+def upright_matrix(up: str, unit: str) -> Float[np.ndarray, "4 4"]:
+    """Return the matrix from a frame with that axis up, in that unit, to metres with z up.
+
+    Args:
+        up: a key of `UPRIGHT`.
+        unit: a key of `UNITS`.
+    """
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.array(UPRIGHT[up]) * UNITS[unit]
+    return matrix
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedCloud:
+    """A scan, and its place in the frame of its file.
+
+    Attributes:
+        scan: points in metres, z up, without boxes.
+        matrix: `scan.transform` in float64, for map coordinates have more digits than float32.
+    """
+
+    scan: Scan
+    matrix: Float[np.ndarray, "4 4"]
+
+
+def place_cloud(
+    name: str,
+    cloud: PointCloud,
+    matrix: Float[np.ndarray, "4 4"],
+    colors: ColorRange = "auto",
+    *,
+    colors_hint: str = "",
+) -> PlacedCloud:
+    """Make a scan of the points of a file.
+
+    A scan without colours is made grey. A scan far from the origin (in the frame of a map, for example) is shifted
+    there by multiples of 96 m, which leaves its voxels as they are at all levels.
+
+    Args:
+        name: of the scan.
+        cloud: points and colours.
+        matrix: from the file's frame and unit to metres, z up.
+        colors: range of the colours.
+        colors_hint: remedy for another range than expected, as in "say --colors".
+
+    Raises:
+        ScanError: no point is usable, most are too far away, or the colours are in another range.
+    """
+    notes: Counter[str] = Counter(cloud.notes)
+    if not len(cloud.points):
+        raise ScanError(name, f"Scan {name} has no usable point: it is empty or all its points are NaN.")
+    try:
+        unit = unit_colors(cloud, colors)
+    except InputError as error:
+        raise ScanError(name, f"Scan {name}: {error}{f', or {colors_hint}' if colors_hint else ''}.") from error
+    if unit is None:
+        unit = np.full((len(cloud.points), 3), GREY, np.float32)
+        notes[NO_COLORS] += 1
+    matrix = matrix.astype(np.float64)
+    points = cloud.points @ matrix[:3, :3].T + matrix[:3, 3]
+    if np.abs(points).max() > _FAR:
+        middle = np.median(points, axis=0)
+        shift = -_STEP * np.round(middle / _STEP) * (np.abs(middle) > _FAR)
+        matrix[:3, 3] += shift
+        points = points + shift
+    near = within_reach(name, points)
+    if not near.all():
+        notes[FAR_POINTS] += int((~near).sum())
+        points, unit = points[near], unit[near]
+    boxes, labels = np.zeros((0, 7), np.float32), np.zeros(0, np.int32)
+    transform = matrix.astype(np.float32)
+    return PlacedCloud(Scan(name, points.astype(np.float32), unit, boxes, labels, transform, dict(notes)), matrix)
+
 
 _SLABS = 100  # along the longest side
 _ENDS = 0.05
@@ -27,14 +120,14 @@ _MIDDLE = (0.15, 0.85)
 
 @dataclass(frozen=True)
 class AxisFinding:
-    """How points spread along one axis of the file.
+    """Spread of points along one axis of the file.
 
     Attributes:
-        extent: between the .2 and the 99.8 percentile.
+        extent: length between the .2 and the 99.8 percentile.
         slab: share of points in the fullest slab of 2 % of the longest extent: a floor or a ceiling across this axis.
         low: share of points in the lowest 5 % of the extent.
         high: share of points in the highest 5 %.
-        lower_half: of what lies between 15 and 85 % of the extent, the share below the middle: furniture.
+        lower_half: share below the middle of the points between 15 and 85 % of the extent: furniture.
     """
 
     extent: float
@@ -44,88 +137,8 @@ class AxisFinding:
     lower_half: float
 
 
-@dataclass(frozen=True)
-class BoxFinding:
-    """One box.
-
-    Attributes:
-        label: its class.
-        size: dx, dy, dz (m).
-        held: points in it.
-        held_clockwise: points it would hold if yaw counted clockwise.
-        held_from_bottom: points it would hold if its centre were that of its bottom.
-        turned: whether yaw makes a difference.
-        outside: whether it does not even meet the box around all points.
-    """
-
-    label: int
-    size: tuple[float, float, float]
-    held: int
-    held_clockwise: int
-    held_from_bottom: int
-    turned: bool
-    outside: bool
-
-
-@dataclass(frozen=True)
-class ScanFinding:
-    """One scan.
-
-    Attributes:
-        split: "train" or "val".
-        name: of the scan.
-        error: why it cannot be used; then the rest is that of no points, but for `axes` if the file can be read.
-        points: that can be used.
-        axes: along x, y, z of the file, in its unit.
-        colors: smallest and largest number, in the file's scale; None without colours.
-        duplicates: share of points that are exactly where another one is.
-        boxes: that can be used, in metres, z up; not those to be ignored.
-        notes: what loading left out or repaired, a count by kind.
-        assumed: sentences on what the file leaves open.
-    """
-
-    split: str
-    name: str
-    error: str | None = None
-    points: int = 0
-    axes: tuple[AxisFinding, ...] = ()
-    colors: tuple[float, float] | None = None
-    duplicates: float = 0.0
-    boxes: tuple[BoxFinding, ...] = ()
-    notes: Mapping[str, int] = field(default_factory=dict)
-    assumed: tuple[str, ...] = ()
-
-
-def examine(split: str, scan: Scan, cloud: PointCloud | None = None) -> ScanFinding:
-    """Measures one scan.
-
-    Args:
-        split: it is in.
-        scan: in metres, z up.
-        cloud: the same as its file has it; None if that is no other frame.
-    """
-    points = scan.points if cloud is None else cloud.points
-    colors = scan.colors if cloud is None else cloud.colors
-    low, high = scan.points.min(axis=0), scan.points.max(axis=0)
-    return ScanFinding(
-        split,
-        scan.name,
-        points=len(scan.points),
-        axes=spread(points),
-        colors=None if colors is None or not len(colors) else (float(colors.min()), float(colors.max())),
-        duplicates=_duplicates(scan.points),
-        boxes=tuple(
-            _box(scan.points, box, int(label), low, high)
-            for box, label in zip(scan.boxes, scan.labels, strict=True)
-            if label >= 0
-        ),
-        notes=dict(scan.notes),
-        assumed=() if cloud is None else cloud.assumed,
-    )
-
-
 def spread(points: Float[np.ndarray, "m 3"]) -> tuple[AxisFinding, ...]:
-    """How points spread along x, y and z; at least one point."""
+    """Measure the spread of at least one point along x, y and z."""
     low, high = np.percentile(points, [0.2, 99.8], axis=0)
     extent = np.maximum(high - low, 1e-9)
     slab = extent.max() / _SLABS
@@ -147,34 +160,6 @@ def spread(points: Float[np.ndarray, "m 3"]) -> tuple[AxisFinding, ...]:
     return tuple(found)
 
 
-def _duplicates(points: np.ndarray) -> float:
-    bits = np.ascontiguousarray(points, np.float32).view(np.uint32).astype(np.uint64)
-    mixed = bits @ np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
-    return 1 - len(np.unique(mixed)) / len(points)
-
-
-def _box(points: np.ndarray, box: np.ndarray, label: int, low: np.ndarray, high: np.ndarray) -> BoxFinding:
-    # Only what is near: boxes are small, scans are not.
-    reach = 1.5 * np.linalg.norm(box[3:6])
-    near = points[(np.abs(points - box[:3]) <= reach).all(axis=1)]
-    clockwise, raised = box.copy(), box.copy()
-    clockwise[6] *= -1
-    raised[2] += box[5] / 2
-    dx, dy, dz = (float(size) for size in box[3:6])
-    cos, sin = np.abs(np.cos(box[6])), np.abs(np.sin(box[6]))
-    half = np.array([dx * cos + dy * sin, dx * sin + dy * cos, dz]) / 2
-    held, held_clockwise, held_from_bottom = (int(points_in_box(near, b).sum()) for b in (box, clockwise, raised))
-    return BoxFinding(
-        label,
-        (dx, dy, dz),
-        held,
-        held_clockwise,
-        held_from_bottom,
-        bool(cos * sin > 0.1),
-        bool((box[:3] + half < low).any() or (box[:3] - half > high).any()),
-    )
-
-
 AXES = "xyz"
 _CLEAR, _CERTAIN = 1.25, 1.6  # by how much more a slab must hold than those across the other axes
 _UNIT_RANGES = (("m", 0.3, 40), ("cm", 40, 700), ("mm", 700, 40e3))
@@ -183,13 +168,13 @@ _UNIT_RANGES = (("m", 0.3, 40), ("cm", 40, 700), ("mm", 700, 40e3))
 
 @dataclass(frozen=True)
 class Guess:
-    """What something looks like, beside what was said.
+    """An up axis or a unit that points look like, beside the declared one.
 
     Attributes:
-        declared: what was said.
-        guess: what it looks like; None if that cannot be told.
-        certain: whether there is little doubt.
-        evidence: the numbers behind, in words.
+        declared: value that the user or the format gives.
+        guess: value that the points look like; None if they leave it open.
+        certain: True if there is little doubt.
+        evidence: the numbers behind the guess, in words.
     """
 
     declared: str
@@ -199,20 +184,20 @@ class Guess:
 
     @property
     def differs(self) -> bool:
-        """Whether it looks like something else than was said."""
+        """True if the guess is another than the declared value."""
         return self.guess not in (None, self.declared)
 
     def document(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields for JSON."""
         return asdict(self)
 
 
 def guess_up(declared: str, scans: Sequence[Sequence[AxisFinding]]) -> Guess:
-    """Which axis points up: a floor and a ceiling are the fullest slabs, and furniture stands on the floor.
+    """Guess the axis that points up: a floor and a ceiling are the fullest slabs, and furniture stands on the floor.
 
     Args:
-        declared: axis that is said to, with its sign.
-        scans: findings along x, y, z of each; together they are surer than each alone.
+        declared: declared axis, with its sign.
+        scans: findings along x, y, z of each scan; several scans are surer than one.
     """
     if not scans:
         return Guess(declared, None, False, "no scan could be read")
@@ -234,7 +219,7 @@ def guess_up(declared: str, scans: Sequence[Sequence[AxisFinding]]) -> Guess:
 
 
 def _points_along(axis: AxisFinding) -> int:
-    """1 if an axis points up, -1 if down, 0 if that cannot be told."""
+    """Return 1 if an axis points up, -1 if down, 0 if the points leave it open."""
     if axis.low > 3 * axis.high:
         return 1
     if axis.high > 3 * axis.low:
@@ -243,11 +228,11 @@ def _points_along(axis: AxisFinding) -> int:
 
 
 def guess_unit(declared: str, scans: Sequence[Sequence[AxisFinding]]) -> Guess:
-    """Which unit makes rooms of rooms, by the middle one of a scan's three extents.
+    """Guess the unit in which a scan is as large as a room, by the middle one of its three extents.
 
     Args:
-        declared: unit that is said to be meant.
-        scans: findings along x, y, z of each.
+        declared: declared unit.
+        scans: findings along x, y, z of each scan.
     """
     if not scans:
         return Guess(declared, None, False, "no scan could be read")
@@ -259,8 +244,8 @@ def guess_unit(declared: str, scans: Sequence[Sequence[AxisFinding]]) -> Guess:
 
 
 MAX_TILT = math.radians(35)
-"""Largest angle between z and gravity that is looked for."""
-_CELL = 0.04  # m; one point each, so that what is near a sensor counts no more than what is far
+"""Largest angle (rad) between z and gravity that is searched."""
+_CELL = 0.04  # m; one point each, so that surfaces near a sensor count no more than far ones
 _SUPPORTS = 40_000  # points whose neighbourhoods are planes
 _NORMALS = 6_000
 _NEIGHBOURS = 24
@@ -280,7 +265,7 @@ class Gravity:
     Attributes:
         up: unit vector, within `MAX_TILT` of z.
         tilt: angle between it and z (rad).
-        sure: whether surfaces of two directions at least agree on it; one wall alone leaves it open.
+        sure: True if surfaces of two directions at least agree on it; one wall alone leaves it open.
     """
 
     up: Float[np.ndarray, " 3"]
@@ -289,7 +274,7 @@ class Gravity:
 
     @property
     def rotation(self) -> Float[np.ndarray, "3 3"]:
-        """The smallest rotation that turns `up` to z."""
+        """Smallest rotation that turns `up` to z."""
         axis = np.cross(self.up, [0.0, 0.0, 1.0])
         sine, cosine = float(np.linalg.norm(axis)), float(self.up[2])
         if sine < 1e-9:
@@ -301,11 +286,11 @@ class Gravity:
 
 @dataclass(frozen=True)
 class Walls:
-    """How the walls of a scan stand.
+    """Direction of the walls of a scan.
 
     Attributes:
-        angle: by which they are turned against the x and y axes, in [-pi/4, pi/4) (rad, counter-clockwise).
-        sure: whether most of them agree.
+        angle: turn of the walls against the x and y axes, in [-pi/4, pi/4) (rad, counter-clockwise).
+        sure: True if most walls agree.
     """
 
     angle: float
@@ -313,13 +298,15 @@ class Walls:
 
     @property
     def rotation(self) -> Float[np.ndarray, "3 3"]:
-        """The rotation about z that brings the walls along x and y."""
+        """Rotation about z that brings the walls along x and y."""
         cos, sin = math.cos(self.angle), math.sin(self.angle)
         return np.array([[cos, sin, 0.0], [-sin, cos, 0.0], [0.0, 0.0, 1.0]])
 
 
 def surface_normals(points: Float[np.ndarray, "m 3"]) -> Float[np.ndarray, "n 3"]:
-    """Normals at places spread evenly over the flat surfaces of a scan, of either sign; none of fewer than 24 points.
+    """Estimate normals at places spread evenly over the flat surfaces of a scan; none of fewer than 24 points.
+
+    Their signs are arbitrary.
 
     Args:
         points: metres.
@@ -345,20 +332,20 @@ def surface_normals(points: Float[np.ndarray, "m 3"]) -> Float[np.ndarray, "n 3"
 
 
 def estimate_gravity(normals: Float[np.ndarray, "n 3"]) -> Gravity:
-    """The direction along and across which the normals lie best, within `MAX_TILT` of z.
+    """Find the direction along and across which the normals lie best, within `MAX_TILT` of z.
 
     Args:
-        normals: unit vectors, see `surface_normals`.
+        normals: unit vectors of `surface_normals`.
     """
     up = np.array([0.0, 0.0, 1.0])
     if not len(normals):
         return Gravity(up, 0.0, False)
     candidates = _cap()
     sines = np.abs(normals.astype(np.float32) @ candidates.T.astype(np.float32))
-    # A normal along a candidate has |cos| 1, one across it 0; what lies between says nothing.
+    # A normal along a candidate has |cos| 1, one across it 0; normals between the two do not count.
     width = math.sin(_WIDTHS[0]) / 2
     votes = np.exp(-((sines / width) ** 2)) + 2 * np.exp(-(1 - sines**2) / width**2)
-    # Where the scan leaves it open, the smaller tilt.
+    # Where the scan leaves the direction open, the smaller tilt wins.
     up = candidates[np.argmax(votes.mean(axis=0) + 0.01 * candidates[:, 2])]
     gap = 0.0
     for width in _WIDTHS:
@@ -376,7 +363,7 @@ def estimate_gravity(normals: Float[np.ndarray, "n 3"]) -> Gravity:
 
 
 def estimate_walls(normals: Float[np.ndarray, "n 3"]) -> Walls:
-    """The angle of the walls, those that stand at right angles taken together.
+    """Find the angle of the walls modulo 90 degrees.
 
     Args:
         normals: unit vectors of an upright scan.
@@ -398,7 +385,7 @@ def estimate_walls(normals: Float[np.ndarray, "n 3"]) -> Walls:
 
 
 def _cap() -> Float[np.ndarray, "k 3"]:
-    """Directions within `MAX_TILT` of z, evenly spread (a Fibonacci lattice)."""
+    """Return directions within `MAX_TILT` of z, evenly spread (a Fibonacci lattice)."""
     count = math.ceil(2 * math.pi * (1 - math.cos(MAX_TILT)) / _GRID**2)
     height = 1 - (np.arange(count) + 0.5) / count * (1 - math.cos(MAX_TILT))
     turn = np.arange(count) * math.pi * (3 - math.sqrt(5))

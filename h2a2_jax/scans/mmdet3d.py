@@ -1,6 +1,4 @@
-"""Folders that mmdetection3d prepared: info files and points.
-
-Scans from folders prepared by mmdetection3d, in either of its two annotation formats.
+"""Scans of folders prepared by mmdetection3d, in either of its two annotation formats.
 
     scannet/  scannet_infos_train.pkl  scannet_infos_val.pkl  points/scene0000_00.bin ...
     sunrgbd/  sunrgbd_infos_train.pkl  sunrgbd_infos_val.pkl  points/000017.bin ...
@@ -13,7 +11,7 @@ those again.
 
 Of the paths in an info file only the name of the file counts, which lies in `points/`.
 
-Lays out single scans and their annotations as a prepared mmdetection3d folder.
+The command lays out single scans and their annotations as such a folder:
 
     python -m h2a2_jax.scans.mmdet3d --scan scene0000_00.bin --infos scannet_infos.pkl \
         --dataset scannet --output data/scannet
@@ -22,13 +20,12 @@ The train and the validation info files name the same scans: good for trying thi
 """
 
 import argparse
-import dataclasses
 import pickle
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -36,8 +33,17 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.info_pickle import load_plain_pickle
-from h2a2_jax.scans.scan import FAR_POINTS, NOT_FINITE, Scan, ScanError, usable_boxes, within_reach
+from h2a2_jax.restricted_pickle import load_plain_pickle
+from h2a2_jax.scans.scan import (
+    FAR_POINTS,
+    NOT_FINITE,
+    Scan,
+    UnusableScan,
+    scan_errors,
+    some,
+    usable_boxes,
+    within_reach,
+)
 from h2a2_jax.scans.specs import SPECS, DatasetSpec, dataset_spec
 
 _COLUMNS = 6
@@ -47,86 +53,68 @@ _NO_ALIGNMENT = "scans without an alignment, taken as aligned"
 
 
 @dataclass(frozen=True, eq=False)
-class ScanInfo:
-    """Annotation of one scan as the info file has it.
-
-    Attributes:
-        name: file name of the points without `.bin`.
-        boxes: one row per kept object; yaw 0 where the file has six columns.
-        labels: class of each box in the dataset's own order.
-        alignment: matrix that brings the stored points into the frame of the boxes.
-        notes: boxes left out and what was taken for granted, a count by kind.
-        aligned: whether the file gave the alignment.
-    """
+class _ScanInfo:
+    """Annotation of one scan; `alignment` brings the stored points into the frame of the boxes."""
 
     name: str
     boxes: Float32[np.ndarray, "g 7"]
     labels: Int32[np.ndarray, " g"]
     alignment: Float32[np.ndarray, "4 4"]
-    notes: Mapping[str, int] = field(default_factory=dict)
-    aligned: bool = True
+    notes: Mapping[str, int]
 
 
 class Mmdet3dFolder:
     """Scans of one prepared folder.
 
     `__getitem__` raises `ScanError` for a scan that cannot be read or has no usable point.
+
+    Attributes:
+        spec: classes and protocol.
+        names: names of the scans, in the order of the info files.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        info_file: str | Sequence[str],
-        spec: DatasetSpec,
-        *,
-        points_folder: str = "points",
-    ):
-        """Reads the annotations and checks that every scan's file is there.
+    def __init__(self, root: str | Path, info_file: str | Sequence[str], spec: DatasetSpec):
+        """Read the annotations and check that every scan's file is there.
 
         Args:
             root: the prepared folder.
-            info_file: name of the info file in it, or several (S3DIS areas), taken one after the other.
+            info_file: name of the info file in the folder, or several in order (S3DIS areas).
             spec: the dataset the folder holds.
-            points_folder: name of the folder of `.bin` files in `root`.
 
         Raises:
             InputError: a folder or file is missing, an info file cannot be understood, or a scan is named twice.
         """
         self.spec = spec
-        self._points = Path(root) / points_folder
+        self._points = Path(root) / "points"
         files = (info_file,) if isinstance(info_file, str) else tuple(info_file)
         if not self._points.is_dir():
             raise InputError(
                 f"There is no folder {self._points}: a prepared {spec.name} folder holds {', '.join(files)} "
-                f"and {points_folder}/<scan>.bin."
+                "and points/<scan>.bin."
             )
-        self._infos = [info for file in files for info in read_infos(Path(root) / file, spec)]
+        self._infos = [info for file in files for info in _read_infos(Path(root) / file, spec)]
         if not self._infos:
             raise InputError(f"{', '.join(files)} in {root} name no scan: prepare the folder again.")
         twice = [name for name, count in Counter(info.name for info in self._infos).items() if count > 1]
         if twice:
             raise InputError(
-                f"{', '.join(files)} in {root} name {len(twice)} scans more than once ({_some(twice)}): "
+                f"{', '.join(files)} in {root} name {len(twice)} scans more than once ({some(twice)}): "
                 "prepare the folder again."
             )
+        self.names = [info.name for info in self._infos]
         missing = [info.name for info in self._infos if not self._path(info.name).is_file()]
         if missing:
             raise InputError(
                 f"{len(missing)} of the {len(self._infos)} scans named in {', '.join(files)} have no .bin file in "
-                f"{self._points} ({_some(missing)}): finish preparing the folder."
+                f"{self._points} ({some(missing)}): finish preparing the folder."
             )
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the scans, in the order of the info files."""
-        return [info.name for info in self._infos]
 
     def __len__(self) -> int:
         """Number of scans."""
         return len(self._infos)
 
     def __getitem__(self, index: int) -> Scan:
-        """Loads one scan, in the frame of its boxes.
+        """Load one scan, in the frame of its boxes.
 
         Points with a NaN or infinite coordinate or colour are dropped and counted in `Scan.notes`.
 
@@ -134,29 +122,29 @@ class Mmdet3dFolder:
             ScanError: the file is cut off, holds no usable point, reaches too far, or its colours are in another range.
         """
         info = self._infos[index]
-        rows = self._read(info.name)
-        notes = dict(info.notes)
-        finite = np.isfinite(rows).all(axis=1)
-        if not finite.all():
-            notes[NOT_FINITE] = int((~finite).sum())
-            rows = rows[finite]
-        if len(rows) == 0:
-            raise ScanError(info.name, f"Scan {info.name} has no usable point: {self._path(info.name)} is empty.")
-        colors = rows[:, 3:] / np.float32(self.spec.color_scale)
-        if colors.min() < 0 or colors.max() > 1:
-            raise ScanError(
-                info.name,
-                f"Scan {info.name} has colours from {rows[:, 3:].min():g} to {rows[:, 3:].max():g}, but "
-                f"{self.spec.name} files hold 0 to {self.spec.color_scale:g}: rescale them"
-                f"{self._other_type(info.name)}.",
-            )
-        with np.errstate(over="ignore"):  # beyond float32 is beyond reach too
-            points = rows[:, :3] @ info.alignment[:3, :3].T + info.alignment[:3, 3]
-        near = within_reach(info.name, np.nan_to_num(points, nan=np.inf))
-        if not near.all():
-            notes[FAR_POINTS] = int((~near).sum())
-            points, colors = points[near], colors[near]
-        return Scan(info.name, points, colors, info.boxes, info.labels, info.alignment, notes)
+        with scan_errors(info.name):
+            rows = self._read(info.name)
+            notes = dict(info.notes)
+            finite = np.isfinite(rows).all(axis=1)
+            if not finite.all():
+                notes[NOT_FINITE] = int((~finite).sum())
+                rows = rows[finite]
+            if len(rows) == 0:
+                raise UnusableScan(f"has no usable point: {self._path(info.name)} is empty.")
+            colors = rows[:, 3:] / np.float32(self.spec.color_scale)
+            if colors.min() < 0 or colors.max() > 1:
+                raise UnusableScan(
+                    f"has colours from {rows[:, 3:].min():g} to {rows[:, 3:].max():g}, but "
+                    f"{self.spec.name} files hold 0 to {self.spec.color_scale:g}: rescale them"
+                    f"{self._other_type(info.name)}."
+                )
+            with np.errstate(over="ignore"):  # beyond float32 is beyond reach too
+                points = rows[:, :3] @ info.alignment[:3, :3].T + info.alignment[:3, 3]
+            near = within_reach(info.name, np.nan_to_num(points, nan=np.inf))
+            if not near.all():
+                notes[FAR_POINTS] = int((~near).sum())
+                points, colors = points[near], colors[near]
+            return Scan(info.name, points, colors, info.boxes, info.labels, info.alignment, notes)
 
     def _path(self, name: str) -> Path:
         return self._points / f"{name}.bin"
@@ -166,17 +154,16 @@ class Mmdet3dFolder:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise ScanError(name, f"Scan {name} cannot be read from {path}: {error.strerror}.") from error
+            raise UnusableScan(f"cannot be read from {path}: {error.strerror}.") from error
         if len(content) % _ROW_BYTES:
-            raise ScanError(
-                name,
-                f"Scan {name} is cut off: {path} has {len(content)} bytes, which is no multiple of the {_ROW_BYTES} "
-                "of a point (x, y, z, r, g, b in float32); copy it again.",
+            raise UnusableScan(
+                f"is cut off: {path} has {len(content)} bytes, which is no multiple of the {_ROW_BYTES} "
+                "of a point (x, y, z, r, g, b in float32); copy it again."
             )
         return np.frombuffer(content, "<f4").reshape(-1, _COLUMNS).astype(np.float32)
 
     def _other_type(self, name: str) -> str:
-        """A hint where the file would make sense in float64."""
+        """Return a hint if the file would make sense in float64."""
         if self._path(name).stat().st_size % (2 * _ROW_BYTES):
             return ""
         values = np.fromfile(self._path(name), "<f8")
@@ -185,26 +172,15 @@ class Mmdet3dFolder:
 
 
 def default_info_files(spec: DatasetSpec, split: Literal["train", "val"]) -> tuple[str, ...]:
-    """Names of the info files mmdetection3d writes for a split; Area 5 is the validation area of S3DIS."""
+    """Return the names of the info files of a split; Area 5 is the validation area of S3DIS."""
     if spec.name == "s3dis":
         areas = (1, 2, 3, 4, 6) if split == "train" else (5,)
         return tuple(f"s3dis_infos_Area_{area}.pkl" for area in areas)
     return (f"{spec.name}_infos_{split}.pkl",)
 
 
-def read_infos(path: Path, spec: DatasetSpec) -> list[ScanInfo]:
-    """Reads an info file of version 1 or 2.
-
-    Args:
-        path: the `.pkl`.
-        spec: the dataset; objects of other classes are left out.
-
-    Returns:
-        One entry per scan, in the file's order.
-
-    Raises:
-        InputError: the file is missing, holds more than plain data, or has neither of the two layouts.
-    """
+def _read_infos(path: Path, spec: DatasetSpec) -> list[_ScanInfo]:
+    """Read an info file of version 1 or 2: one entry per scan, in the file's order, with objects of the classes."""
     content = load_plain_pickle(path)
     try:
         if isinstance(content, Mapping) and "data_list" in content:
@@ -221,8 +197,6 @@ def read_infos(path: Path, spec: DatasetSpec) -> list[ScanInfo]:
         raise InputError(
             f"{path} is no mmdetection3d info file of version 1 or 2 ({what}): prepare the folder again."
         ) from error
-    if spec.name == "scannet":  # whose points are stored before they are aligned
-        infos = [i if i.aligned else dataclasses.replace(i, notes={**i.notes, _NO_ALIGNMENT: 1}) for i in infos]
     return infos
 
 
@@ -232,12 +206,12 @@ def _refuse_mixture(entries: Iterable[Any], key: str, version: int) -> None:
         raise ValueError(f"it is of version {version}, but {len(other)} entries, the first at {other[0]}, are not")
 
 
-def scan_name(stored_path: str) -> str:
-    """Name of the scan whose points an info file stores at `stored_path`."""
+def _scan_name(stored_path: str) -> str:
+    """Return the name of the scan whose points an info file stores at `stored_path`."""
     return Path(stored_path).stem
 
 
-def _read_v2(entry: Mapping[str, Any], categories: Mapping[str, int] | None, spec: DatasetSpec) -> ScanInfo:
+def _read_v2(entry: Mapping[str, Any], categories: Mapping[str, int] | None, spec: DatasetSpec) -> _ScanInfo:
     instances = entry.get("instances", [])
     labels = [instance["bbox_label_3d"] for instance in instances]
     if categories:
@@ -250,7 +224,7 @@ def _read_v2(entry: Mapping[str, Any], categories: Mapping[str, int] | None, spe
     return _scan_info(name, boxes, labels, entry.get("axis_align_matrix"), spec)
 
 
-def _read_v1(entry: Mapping[str, Any], spec: DatasetSpec) -> ScanInfo:
+def _read_v1(entry: Mapping[str, Any], spec: DatasetSpec) -> _ScanInfo:
     annos = entry.get("annos", {})
     empty = int(annos.get("gt_num", 0)) == 0  # then the keys of the boxes are absent
     boxes = [] if empty else annos["gt_boxes_upright_depth"]
@@ -260,17 +234,17 @@ def _read_v1(entry: Mapping[str, Any], spec: DatasetSpec) -> ScanInfo:
 
 
 def _safe_name(stored_path: Any, columns: Any) -> str:
-    """Name of the scan, if its path is one that stays in a folder and its file has the six columns of a scan."""
-    if not isinstance(stored_path, str) or "\0" in stored_path or not scan_name(stored_path):
+    """Return the name of a scan after checking that its path stays in a folder and its file has six columns."""
+    if not isinstance(stored_path, str) or "\0" in stored_path or not _scan_name(stored_path):
         raise ValueError(f"the path of a scan is {stored_path!r}")
     if ".." in PurePosixPath(stored_path.replace("\\", "/")).parts:
         raise ValueError(f"the path {stored_path!r} leaves the folder")
     if columns is not None and columns != _COLUMNS:
-        raise ValueError(f"scan {scan_name(stored_path)} has {columns} numbers per point, {_COLUMNS} expected")
-    return scan_name(stored_path)
+        raise ValueError(f"scan {_scan_name(stored_path)} has {columns} numbers per point, {_COLUMNS} expected")
+    return _scan_name(stored_path)
 
 
-def _scan_info(name: str, boxes: Iterable[Any], labels: Iterable[Any], alignment: Any, spec: DatasetSpec) -> ScanInfo:
+def _scan_info(name: str, boxes: Iterable[Any], labels: Iterable[Any], alignment: Any, spec: DatasetSpec) -> _ScanInfo:
     with np.errstate(over="ignore"):
         box_array = np.array(list(boxes), np.float32)
     box_array = box_array.reshape(len(box_array), -1) if box_array.size else np.zeros((0, 7), np.float32)
@@ -292,8 +266,9 @@ def _scan_info(name: str, boxes: Iterable[Any], labels: Iterable[Any], alignment
         _, notes = usable_boxes(box_array[known])
         notes[_NO_CLASS] = int((~known).sum())
     kept = usable & known
-    matrix = _alignment(name, alignment)
-    return ScanInfo(name, box_array[kept], label_array[kept], matrix, notes, aligned=alignment is not None)
+    if alignment is None and spec.name == "scannet":  # whose points are stored before they are aligned
+        notes[_NO_ALIGNMENT] = 1
+    return _ScanInfo(name, box_array[kept], label_array[kept], _alignment(name, alignment), notes)
 
 
 def _alignment(name: str, alignment: Any) -> Float32[np.ndarray, "4 4"]:
@@ -309,12 +284,8 @@ def _alignment(name: str, alignment: Any) -> Float32[np.ndarray, "4 4"]:
     return matrix
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
 def lay_out(scans: Sequence[Path], infos: Path, spec: DatasetSpec, output: Path) -> list[Path]:
-    """Copies scans and writes the info files that name them.
+    """Copy scans and write the info files that name them.
 
     Args:
         scans: `.bin` files.
@@ -323,7 +294,7 @@ def lay_out(scans: Sequence[Path], infos: Path, spec: DatasetSpec, output: Path)
         output: the folder to make; files of the same names in it are replaced.
 
     Returns:
-        The info files written, one for training and one for validation.
+        The info files of training and of validation.
 
     Raises:
         InputError: a file is missing, or `infos` is no version 2 info file or lacks a scan.
@@ -335,7 +306,7 @@ def lay_out(scans: Sequence[Path], infos: Path, spec: DatasetSpec, output: Path)
     if not isinstance(content, dict) or "data_list" not in content:
         raise InputError(f"{infos} is no version 2 info file: it should hold a dictionary with data_list.")
     try:
-        entries = {scan_name(entry["lidar_points"]["lidar_path"]): entry for entry in content["data_list"]}
+        entries = {_scan_name(entry["lidar_points"]["lidar_path"]): entry for entry in content["data_list"]}
     except (KeyError, TypeError) as error:
         raise InputError(
             f"{infos} is no version 2 info file: an entry of data_list lacks lidar_points with lidar_path."
@@ -357,7 +328,7 @@ def lay_out(scans: Sequence[Path], infos: Path, spec: DatasetSpec, output: Path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(description="Lay out scans as a prepared mmdetection3d folder.")
     parser.add_argument("--scan", type=Path, nargs="+", required=True, help=".bin files: x, y, z, r, g, b in float32")
     parser.add_argument("--infos", type=Path, required=True, help="version 2 info file that annotates them")

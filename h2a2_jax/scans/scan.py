@@ -1,5 +1,6 @@
-"""A scan with its boxes, sources of scans, and what coordinates can be trusted with."""
+"""A scan with its boxes, sources of scans, and checks of their numbers."""
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -10,11 +11,7 @@ from jaxtyping import Bool, Float, Float32, Int32
 from h2a2_jax.errors import InputError
 
 NOT_FINITE = "points with NaN or infinite values"
-"""A kind of note (`Scan.notes`), whatever the points were read from."""
-
-
-def _identity() -> np.ndarray:
-    return np.eye(4, dtype=np.float32)
+"""A kind of note (`Scan.notes`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +25,7 @@ class Scan:
         boxes: gravity centre x, y, z, sizes dx, dy, dz (m), yaw (rad, counter-clockwise about z; 0 if axis-aligned).
         labels: class of each box; -1 = ignore.
         transform: homogeneous matrix from the frame of the input file to the frame of `points` and `boxes`.
-        notes: what loading left out or repaired, a count by kind, as in {"points with NaN or infinite values": 3}.
+        notes: counts by kind of what loading left out or repaired, as in {"points with NaN or infinite values": 3}.
     """
 
     name: str
@@ -36,7 +33,7 @@ class Scan:
     colors: Float32[np.ndarray, "m 3"]
     boxes: Float32[np.ndarray, "g 7"]
     labels: Int32[np.ndarray, " g"]
-    transform: Float32[np.ndarray, "4 4"] = field(default_factory=_identity)
+    transform: Float32[np.ndarray, "4 4"] = field(default_factory=lambda: np.eye(4, dtype=np.float32))
     notes: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -48,18 +45,36 @@ class ScanError(InputError):
     """
 
     def __init__(self, scan: str, message: str):
-        """Stores the scan's name beside the message."""
+        """Store the scan's name beside the message."""
         super().__init__(message)
         self.scan = scan
 
     def __reduce__(self) -> tuple[type["ScanError"], tuple[str, str]]:
-        """Both arguments: an exception keeps only its message, from which another process cannot make it again."""
+        """Pass both arguments: an exception keeps only its message, from which another process cannot make it again."""
         return type(self), (self.scan, str(self))
+
+
+class UnusableScan(Exception):
+    """Reason why a scan cannot be used: the rest of a sentence that begins with the scan's name."""
+
+
+@contextlib.contextmanager
+def scan_errors(name: str, noun: str = "Scan") -> Iterator[None]:
+    """Turn an `UnusableScan` into the `ScanError` of a scan.
+
+    Args:
+        name: name of the scan.
+        noun: the dataset's word for a scan.
+    """
+    try:
+        yield
+    except UnusableScan as error:
+        raise ScanError(name, f"{noun} {name} {error}") from error
 
 
 @runtime_checkable
 class ScanSource(Protocol):
-    """Anything that holds named scans; `__getitem__` may raise `ScanError`."""
+    """Named scans; `__getitem__` may raise `ScanError`."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -69,16 +84,16 @@ class ScanSource(Protocol):
         """Number of scans."""
 
     def __getitem__(self, index: int, /) -> Scan:
-        """Loads one scan."""
+        """Load one scan."""
 
 
 def load_or_skip(source: ScanSource, skipped: dict[str, str], indices: Iterable[int] | None = None) -> Iterator[Scan]:
-    """Yields scans, passing over those that cannot be loaded.
+    """Yield scans, skipping those that cannot be loaded.
 
     Args:
-        source: where the scans come from.
-        skipped: filled with scan name -> reason for each scan passed over.
-        indices: which scans, in which order; all of them by default.
+        source: source of the scans.
+        skipped: filled with scan name -> reason for each skipped scan.
+        indices: indices of the scans, in order; None: all.
 
     Yields:
         The scans that load.
@@ -93,7 +108,7 @@ def load_or_skip(source: ScanSource, skipped: dict[str, str], indices: Iterable[
 
 
 def points_in_box(points: Float[np.ndarray, "m 3"], box: Float[np.ndarray, " 7"]) -> Bool[np.ndarray, " m"]:
-    """Tells which points lie in or on one box.
+    """Mark the points in or on one box.
 
     Args:
         points: x, y, z (m).
@@ -108,7 +123,7 @@ def points_in_box(points: Float[np.ndarray, "m 3"], box: Float[np.ndarray, " 7"]
 
 
 def validate_scan(scan: Scan, num_classes: int | None = None) -> list[str]:
-    """Lists what is wrong with a scan, one sentence each; empty if nothing is.
+    """List the faults of a scan, one sentence each.
 
     Args:
         scan: the scan to check.
@@ -135,7 +150,7 @@ def validate_scan(scan: Scan, num_classes: int | None = None) -> list[str]:
 
 
 def enclosing_boxes(boxes: Float[np.ndarray, "n 7"]) -> Float[np.ndarray, "n 7"]:
-    """The axis-aligned boxes that enclose turned ones.
+    """Enclose turned boxes by axis-aligned ones.
 
     Args:
         boxes: centre, sizes (m), yaw (rad).
@@ -152,7 +167,7 @@ def enclosing_boxes(boxes: Float[np.ndarray, "n 7"]) -> Float[np.ndarray, "n 7"]
 
 
 def colors_from_bytes(colors: np.ndarray) -> np.ndarray:
-    """Colours 0-255 (uint8) as float32 0-1."""
+    """Convert colours 0-255 (uint8) to float32 0-1."""
     return colors / np.float32(255)
 
 
@@ -166,7 +181,7 @@ _STRAY_SHARE = 0.01
 
 
 def within_reach(name: str, points: Float[np.ndarray, "m 3"]) -> Bool[np.ndarray, " m"]:
-    """Tells which points can be used; a few stray ones do not condemn a scan, many say that its unit is another.
+    """Mark the points within reach; a few stray ones are left out, many mean that the unit is another.
 
     Args:
         name: of the scan.
@@ -188,13 +203,13 @@ def within_reach(name: str, points: Float[np.ndarray, "m 3"]) -> Bool[np.ndarray
 
 
 def usable_boxes(boxes: Float[np.ndarray, "g 7"]) -> tuple[Bool[np.ndarray, " g"], dict[str, int]]:
-    """Tells which boxes can be learnt from.
+    """Mark the boxes that can be learnt from.
 
     Args:
-        boxes: centre, sizes (m), yaw (rad); any of them may be anything.
+        boxes: centre, sizes (m), yaw (rad); any number, NaN and infinity too.
 
     Returns:
-        Which are usable, and how many are not, by kind.
+        The mask of usable boxes, and counts of the others by kind.
     """
     finite = np.isfinite(boxes).all(axis=1)
     with np.errstate(invalid="ignore"):
@@ -206,3 +221,8 @@ def usable_boxes(boxes: Float[np.ndarray, "g 7"]) -> tuple[Bool[np.ndarray, " g"
         f"boxes beyond {MAX_REACH:g} m": finite & positive & ~near,
     }
     return finite & positive & near, {kind: int(which.sum()) for kind, which in kinds.items() if which.any()}
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names for a sentence."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

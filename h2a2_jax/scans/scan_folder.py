@@ -25,11 +25,10 @@ Schema of boxes.json, version 1; what is in brackets may be left out:
       ]
     }
 
-A box as `h2a2_jax.inference.results` writes it is one as well: "name" stands for "class", other keys of a box are
-passed over, unless they look like one of these misspelt; one that does not stand upright in its file is refused.
-Classes are compared without case, blanks, hyphens and underscores. If no scan is in the split "val", the
-training scans are used for validation too, and `ScanFolder.warnings` says so: such scores tell how well scans were
-learnt by heart.
+A box as `h2a2_jax.inference.results` writes it is accepted too: "name" stands for "class", and other keys are ignored
+unless they look like a misspelt one of the above. A box that does not stand upright in its file is refused. Classes are
+compared without case, blanks, hyphens and underscores. If no scan is in the split "val", the training scans are used
+for validation too, with a sentence in `ScanFolder.warnings`.
 """
 
 import difflib
@@ -37,33 +36,21 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-from jaxtyping import Float
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.cloud_scan import place_cloud
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
+from h2a2_jax.scans.frame import UNITS, UPRIGHT, place_cloud, upright_matrix
 from h2a2_jax.scans.scan import Scan, ScanError, enclosing_boxes, usable_boxes
 from h2a2_jax.scans.specs import DatasetSpec
 
 BOXES_FILE = "boxes.json"
 BOXES_VERSION = 1
-UNITS: Mapping[str, float] = {"m": 1.0, "cm": 0.01, "mm": 0.001}
-"""Metres in a unit."""
-UPRIGHT: Mapping[str, Sequence[Sequence[int]]] = {
-    "z": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
-    "-z": ((1, 0, 0), (0, -1, 0), (0, 0, -1)),
-    "y": ((1, 0, 0), (0, 0, -1), (0, 1, 0)),
-    "-y": ((1, 0, 0), (0, 0, 1), (0, -1, 0)),
-    "x": ((0, 1, 0), (0, 0, 1), (1, 0, 0)),
-    "-x": ((0, 1, 0), (0, 0, -1), (-1, 0, 0)),
-}
-"""Rotation that turns the axis which points up in a file to z."""
 _BOX_KEYS = {"center", "size", "yaw", "class", "name"}
 _CLOSE = 0.7
 _OTHER_SPELLINGS = {"showercurtain": "showercurtrain"}
@@ -71,7 +58,7 @@ _OTHER_SPELLINGS = {"showercurtain": "showercurtrain"}
 
 @dataclass(frozen=True)
 class BoxEntry:
-    """One box as boxes.json has it: in the frame and unit of the file."""
+    """One box of boxes.json, in the frame and unit of the file."""
 
     box: tuple[float, ...]
     label: str
@@ -79,7 +66,7 @@ class BoxEntry:
 
 @dataclass(frozen=True)
 class ScanEntry:
-    """One scan as boxes.json has it."""
+    """One scan of boxes.json."""
 
     file: str
     split: Literal["train", "val"]
@@ -87,7 +74,7 @@ class ScanEntry:
 
     @property
     def name(self) -> str:
-        """The file's path in the folder, without suffix."""
+        """Path of the file in the folder, without suffix."""
         return Path(self.file).with_suffix("").as_posix()
 
 
@@ -97,9 +84,9 @@ class FolderDescription:
 
     Attributes:
         up: axis of the files that points up.
-        unit: of the files and boxes.
-        colors: of the files.
-        scans: in the file's order.
+        unit: unit of the files and boxes.
+        colors: range of the files' colours.
+        scans: scans in the order of boxes.json.
     """
 
     up: str
@@ -107,26 +94,14 @@ class FolderDescription:
     colors: ColorRange
     scans: tuple[ScanEntry, ...]
 
-    @property
-    def matrix(self) -> Float[np.ndarray, "4 4"]:
-        """From the files' frame and unit to metres, z up."""
-        return upright_matrix(self.up, self.unit)
-
-
-def upright_matrix(up: str, unit: str) -> Float[np.ndarray, "4 4"]:
-    """From a frame with that axis up, in that unit (keys of `UPRIGHT` and `UNITS`), to metres with z up."""
-    matrix = np.eye(4)
-    matrix[:3, :3] = np.array(UPRIGHT[up]) * UNITS[unit]
-    return matrix
-
 
 def is_scan_folder(root: str | Path) -> bool:
-    """Whether a folder holds a file of boxes for a user's own scans."""
+    """Return True if a folder holds a file of boxes for a user's own scans."""
     return (Path(root) / BOXES_FILE).is_file()
 
 
 def folder_classes(root: str | Path) -> tuple[str, ...]:
-    """Names of the classes in the folder's boxes.json, in alphabetical order.
+    """Return the names of the classes in the folder's boxes.json, in alphabetical order.
 
     Raises:
         InputError: see `read_folder`.
@@ -135,10 +110,10 @@ def folder_classes(root: str | Path) -> tuple[str, ...]:
 
 
 def read_folder(root: str | Path) -> FolderDescription:
-    """Reads and checks boxes.json.
+    """Read and check boxes.json.
 
     Raises:
-        InputError: it is missing, is not of the schema, names a scan twice, or a file outside the folder.
+        InputError: the file is missing or not of the schema, or names a scan twice or a file outside the folder.
     """
     path = Path(root) / BOXES_FILE
     if not path.is_file():
@@ -146,7 +121,7 @@ def read_folder(root: str | Path) -> FolderDescription:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
-        raise InputError(f"{path} is no JSON file ({error}): mend or write it again.") from error
+        raise InputError(f"{path} is no JSON file ({error}): repair or write it again.") from error
     try:
         return _description(document, Path(root))
     except _Wrong as error:
@@ -154,7 +129,7 @@ def read_folder(root: str | Path) -> FolderDescription:
 
 
 def point_cloud_files(root: str | Path) -> list[str]:
-    """Files of points in a folder and below, as boxes.json would name them, sorted."""
+    """List the files of points in a folder and below, as boxes.json would name them, sorted."""
     files = (path for path in Path(root).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     return sorted(path.relative_to(root).as_posix() for path in files)
 
@@ -165,7 +140,9 @@ class ScanFolder:
     `__getitem__` raises `ScanError` for a scan that is missing, cannot be read or has no usable point.
 
     Attributes:
-        warnings: sentences on what holds for the whole source.
+        spec: classes and protocol.
+        names: names of the scans, in the order of boxes.json.
+        warnings: sentences on the source as a whole.
     """
 
     def __init__(
@@ -176,13 +153,13 @@ class ScanFolder:
         *,
         description: FolderDescription | None = None,
     ):
-        """Reads boxes.json; points are read scan by scan.
+        """Read boxes.json; points are read scan by scan.
 
         Args:
             root: the folder.
-            split: "train" or "val"; val is train where no scan is in the split val.
+            split: "train" or "val"; without a scan in the split val, it is train.
             spec: classes and protocol of the boxes.
-            description: what boxes.json would say, if it is not to be read.
+            description: content of boxes.json; None reads it.
 
         Raises:
             InputError: see `read_folder`; or no scan is in the split.
@@ -201,31 +178,22 @@ class ScanFolder:
             raise InputError(
                 f'No scan of {self._root / BOXES_FILE} is in the split {split}: give some "split": "train".'
             )
-        self._entries = tuple(entries)
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the scans, in the order of boxes.json."""
-        return [entry.name for entry in self._entries]
+        self._entries, self.names = tuple(entries), [entry.name for entry in entries]
 
     def __len__(self) -> int:
         """Number of scans."""
         return len(self._entries)
 
     def __getitem__(self, index: int) -> Scan:
-        """Loads one scan in metres, z up, colours in 0-1 (grey .5 where the file has none).
-
-        A scan far from the origin (in the frame of a map, for example) is shifted there (`place_cloud`); `transform`
-        has it.
+        """Load one scan in metres, z up, colours in 0-1 (grey .5 without colours), near the origin (`place_cloud`).
 
         Raises:
             ScanError: the file is missing or cannot be used.
         """
-        entry = self._entries[index]
-        return scan_of(self.read(index), entry, self._description, self.spec)
+        return self.convert(index, self.read(index))
 
     def read(self, index: int) -> PointCloud:
-        """The points of one scan as the file has them.
+        """Read the points of one scan in the frame of its file.
 
         Raises:
             ScanError: the file is missing or damaged.
@@ -237,27 +205,18 @@ class ScanFolder:
             raise ScanError(entry.name, f"Scan {entry.name}: {error}") from error
 
     def convert(self, index: int, cloud: PointCloud) -> Scan:
-        """One scan from its points as `read` gave them; see `__getitem__`."""
-        return scan_of(cloud, self._entries[index], self._description, self.spec)
+        """Make one scan of its points as `read` returns them.
 
-
-def scan_of(cloud: PointCloud, entry: ScanEntry, description: FolderDescription, spec: DatasetSpec) -> Scan:
-    """A scan in metres, z up, of the points of its file and its entry in boxes.json.
-
-    Args:
-        cloud: points and colours as the file has them.
-        entry: file and boxes.
-        description: frame, unit and colours of the folder.
-        spec: classes and box protocol.
-
-    Raises:
-        ScanError: there is no usable point, most are too far away, or the colours are in another range.
-    """
-    hint = f'say "colors" in {BOXES_FILE} ({", ".join(COLOR_RANGES)})'
-    placed = place_cloud(entry.name, cloud, description.matrix, description.colors, colors_hint=hint)
-    scan, matrix, notes = placed.scan, placed.matrix, Counter(placed.scan.notes)
-    boxes, labels = _boxes(entry, matrix, UNITS[description.unit], spec, notes)
-    return replace(scan, boxes=boxes, labels=labels, notes=dict(notes))
+        Raises:
+            ScanError: no point is usable, most are too far away, or the colours are in another range.
+        """
+        entry, described = self._entries[index], self._description
+        hint = f'say "colors" in {BOXES_FILE} ({", ".join(COLOR_RANGES)})'
+        matrix = upright_matrix(described.up, described.unit)
+        placed = place_cloud(entry.name, cloud, matrix, described.colors, colors_hint=hint)
+        notes = Counter(placed.scan.notes)
+        boxes, labels = _boxes(entry, placed.matrix, UNITS[described.unit], self.spec, notes)
+        return replace(placed.scan, boxes=boxes, labels=labels, notes=dict(notes))
 
 
 def _boxes(
@@ -267,7 +226,7 @@ def _boxes(
     boxes = np.array([box.box for box in entry.boxes], np.float64).reshape(-1, 7)
     for box, label in zip(entry.boxes, labels, strict=True):
         if label < 0:
-            notes[unknown_class_note(box.label, spec)] += 1
+            notes[f"boxes of the class {box.label!r}, which {spec.name} does not have"] += 1
     with np.errstate(over="ignore", invalid="ignore"):
         boxes[:, :3] = boxes[:, :3] @ matrix[:3, :3].T + matrix[:3, 3]
         boxes[:, 3:6] = boxes[:, 3:6] @ (np.abs(matrix[:3, :3]) > metres / 2).T * metres
@@ -285,24 +244,19 @@ def _boxes(
 
 
 def class_label(name: str, spec: DatasetSpec) -> int:
-    """Label of a class by its name, whatever its case, blanks, hyphens and underscores; -1 if the spec has none."""
+    """Return the label of a class by its plain name (`plain_name`); -1 if the spec has no such class."""
     plain = plain_name(name)
     plain = _OTHER_SPELLINGS.get(plain, plain)
     return next((label for label, known in enumerate(spec.classes) if plain_name(known) == plain), -1)
 
 
-def unknown_class_note(name: str, spec: DatasetSpec) -> str:
-    """How boxes of a class that the dataset does not have are counted."""
-    return f"boxes of the class {name!r}, which {spec.name} does not have"
-
-
 def plain_name(name: str) -> str:
-    """A class name without what is not compared: case, blanks, hyphens and underscores."""
+    """Return a class name without case, blanks, hyphens and underscores."""
     return re.sub(r"[\s_-]", "", name.lower())
 
 
 class _Wrong(Exception):
-    """What is not as the schema says."""
+    """A deviation from the schema."""
 
 
 def _description(document: Any, root: Path) -> FolderDescription:
@@ -377,7 +331,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _real(value: int | float | None) -> float:
-    """A float of what JSON may hold for one; programs write null for NaN."""
+    """Convert a number of JSON; programs write null for NaN."""
     try:
         return math.nan if value is None else float(value)
     except OverflowError:

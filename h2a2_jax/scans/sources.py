@@ -1,20 +1,21 @@
 """Sources of scans by config: what kind of data a folder holds, and the source that reads it."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.mmdet3d import Mmdet3dFolder, default_info_files
-from h2a2_jax.scans.scan import Scan, ScanError, ScanSource
+from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, some
 from h2a2_jax.scans.scan_folder import (
     BOXES_FILE,
     FolderDescription,
@@ -28,7 +29,7 @@ from h2a2_jax.scans.scan_folder import (
 )
 from h2a2_jax.scans.specs import SPECS, DatasetSpec, dataset_spec, own_spec
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
-from h2a2_jax.scans.tfds_source import TfdsSource, is_tfds
+from h2a2_jax.scans.tfds_source import TfdsSource, find_tfds, is_tfds
 
 Split = Literal["train", "val"]
 _SPLITS: tuple[Split, ...] = ("train", "val")
@@ -37,16 +38,16 @@ _FULL_TURN = 6.3
 
 @dataclass(frozen=True)
 class CheckedFolder:
-    """A folder that was recognised.
+    """A folder of a known kind, for a check before training.
 
     Attributes:
         root: the folder.
-        kind: what it is, in words.
-        spec: the classes and protocol it is compared with.
-        sources: its scans by split.
-        up: axis that is said to point up.
-        unit: that is said to be meant.
-        mend: sentences on what must be mended, met on the way.
+        kind: kind of the folder in words.
+        spec: classes and protocol that the folder is compared with.
+        sources: scans by split.
+        up: declared axis that points up.
+        unit: declared unit.
+        problems: sentences on what must be changed before training.
         hints: sentences on what is worth knowing.
     """
 
@@ -56,27 +57,25 @@ class CheckedFolder:
     sources: Mapping[Split, ScanSource]
     up: str = "z"
     unit: str = "m"
-    mend: Sequence[str] = ()
+    problems: Sequence[str] = ()
     hints: Sequence[str] = ()
 
     @property
     def is_own(self) -> bool:
-        """Whether frame and unit are the user's to say."""
+        """True if boxes.json declares frame and unit."""
         return any(isinstance(source, ScanFolder) for source in self.sources.values())
 
 
 def recognise(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
-    """Finds out what a folder is.
+    """Find the kind of a folder and open its scans.
 
     Args:
         root: the folder.
-        spec: the dataset it is to be; None: by the files in it.
+        spec: expected dataset; None: by the files in the folder.
 
     Raises:
-        InputError: there is no such folder, or it is none that is known.
+        InputError: the folder is missing or of no known kind.
     """
-    from h2a2_jax.scans.tfds_source import is_tfds
-
     if not root.is_dir():
         what = f"{root} is a file, not a folder" if root.is_file() else f"There is no folder {root}"
         raise InputError(f"{what}: give a folder of scans with --data=FOLDER.")
@@ -96,42 +95,50 @@ def recognise(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
     )
 
 
+def _open_splits(
+    open_split: Callable[[Split], ScanSource], problem: str = "{error}"
+) -> tuple[dict[Split, ScanSource], list[str]]:
+    """Open both splits; one that cannot be opened becomes a problem, named once if both have the same."""
+    sources: dict[Split, ScanSource] = {}
+    problems: list[str] = []
+    for split in _SPLITS:
+        try:
+            sources[split] = open_split(split)
+        except InputError as error:
+            problems.append(problem.format(split=split, error=error))
+    return sources, list(dict.fromkeys(problems))
+
+
 def _own_folder(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
     description = read_folder(root)
     classes = folder_classes(root)
-    hints = []
+    boxes = [box for scan in description.scans for box in scan.boxes]
+    problems, hints = [], []
     if spec is None:
         known = {s.name: sum(class_label(name, s) >= 0 for name in classes) for s in SPECS}
         spec = max(SPECS, key=lambda s: known[s.name])
         if known[spec.name] < len(classes):
-            has_yaw = any(box.box[6] for scan in description.scans for box in scan.boxes)
-            spec = own_spec("its own", classes, has_yaw=has_yaw)
+            spec = own_spec("its own", classes, has_yaw=any(box.box[6] for box in boxes))
         hints.append(
             f"Of the {len(classes)} classes in {BOXES_FILE}, "
             f"{', '.join(f'{name} has {count}' for name, count in known.items())}; choose whose count with --dataset."
         )
     named = {scan.file for scan in description.scans}
-    others = [file for file in point_cloud_files(root) if Path(file).as_posix() not in named]
+    others = [file for file in point_cloud_files(root) if file not in named]
     if others:
         hints.append(f"{len(others)} point clouds are not in {BOXES_FILE} and not used ({some(others)}).")
-    sources: dict[Split, ScanSource] = {}
-    mend = []
-    yaws = [abs(box.box[6]) for scan in description.scans for box in scan.boxes]
-    far = [yaw for yaw in yaws if _FULL_TURN < yaw < math.inf]
+    far = [abs(box.box[6]) for box in boxes if _FULL_TURN < abs(box.box[6]) < math.inf]
     if far:
-        mend.append(
+        problems.append(
             f"{len(far)} boxes have a yaw of more than a full turn, up to {max(far):g}: give radians, not degrees."
         )
-    for split in _SPLITS:
-        try:
-            source = ScanFolder(root, split, spec, description=description)
-        except InputError as error:
-            mend.append(str(error))
-            continue
-        hints += source.warnings
-        if not source.warnings:  # else it is that of the other split
-            sources[split] = source
-    return CheckedFolder(root, "own scans", spec, sources, description.up, description.unit, mend, hints)
+    sources, failures = _open_splits(lambda split: ScanFolder(root, split, spec, description=description))
+    for split, source in list(sources.items()):
+        warnings = cast(ScanFolder, source).warnings
+        hints += warnings
+        if warnings:  # validation uses the training scans, which need no second check
+            del sources[split]
+    return CheckedFolder(root, "own scans", spec, sources, description.up, description.unit, problems + failures, hints)
 
 
 def _bare_folder(root: Path, spec: DatasetSpec | None, files: Sequence[str]) -> CheckedFolder:
@@ -139,86 +146,63 @@ def _bare_folder(root: Path, spec: DatasetSpec | None, files: Sequence[str]) -> 
     spec = spec or SPECS[0]
     entry = json.dumps({"file": files[0], "boxes": []})
     example = f'{{"version": 1, "up": "z", "unit": "m", "scans": [{entry}, ...]}}'
-    mend = [f"There is no {BOXES_FILE}, so nothing says where the boxes are: write one such as {example}."]
+    problems = [f"There is no {BOXES_FILE}, so nothing says where the boxes are: write one such as {example}."]
     source = ScanFolder(root, "train", spec, description=description)
-    return CheckedFolder(root, f"point clouds without {BOXES_FILE}", spec, {"train": source}, mend=mend)
+    return CheckedFolder(root, f"point clouds without {BOXES_FILE}", spec, {"train": source}, problems=problems)
 
 
 def _mmdet3d_folder(root: Path, spec: DatasetSpec | None, infos: Sequence[str]) -> CheckedFolder:
-    named = next((s for s in SPECS if any(info.startswith(f"{s.name}_infos") for info in infos)), None)
-    spec = spec or named
+    spec = spec or next((s for s in SPECS if any(info.startswith(f"{s.name}_infos") for info in infos)), None)
     if spec is None:
         raise InputError(
             f"{root} holds {some(infos)}, which do not tell the dataset: choose one with --dataset="
             f"{'|'.join(s.name for s in SPECS)}; expected are names such as {default_info_files(SPECS[0], 'train')[0]}."
         )
-    sources: dict[Split, ScanSource] = {}
-    mend = []
-    for split in _SPLITS:
-        try:
-            sources[split] = Mmdet3dFolder(root, default_info_files(spec, split), spec)
-        except InputError as error:
-            mend.append(f"Split {split}: {error}")
-    return CheckedFolder(root, "a folder prepared by mmdetection3d", spec, sources, mend=mend)
+    sources, problems = _open_splits(
+        lambda split: Mmdet3dFolder(root, default_info_files(spec, split), spec), "Split {split}: {error}"
+    )
+    return CheckedFolder(root, "a folder prepared by mmdetection3d", spec, sources, problems=problems)
 
 
 def _tfds_folder(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
-    from h2a2_jax.scans.tfds_source import TfdsSource, find_tfds
-
-    if spec is None:
-        for candidate in SPECS:
-            try:
-                find_tfds(root, candidate)
-            except InputError:
-                continue
+    for candidate in SPECS if spec is None else ():
+        with contextlib.suppress(InputError):
+            find_tfds(root, candidate)
             spec = candidate
             break
-    spec = spec or SPECS[0]
-    sources: dict[Split, ScanSource] = {}
-    mend = []
-    for split in _SPLITS:
-        try:
-            sources[split] = TfdsSource(root, split, spec)
-        except InputError as error:
-            mend.append(str(error))
-    return CheckedFolder(root, "a dataset prepared by python -m data", spec, sources, mend=list(dict.fromkeys(mend)))
-
-
-def some(names: Sequence[str]) -> str:
-    """The first three, for a sentence."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    chosen = spec or SPECS[0]
+    sources, problems = _open_splits(lambda split: TfdsSource(root, split, chosen))
+    return CheckedFolder(root, "a dataset prepared by python -m data", chosen, sources, problems=problems)
 
 
 ROOTS: Mapping[str, str] = {"scannet": "data/scannet", "sunrgbd": "data/sun_rgbd", "s3dis": "data/s3dis"}
-"""Where a dataset is looked for, below the folder that a program is started in: where its command prepares it."""
-
-_POINTS_FOLDER = "points"
+"""Default folder of a dataset, below the working folder: the one that its command prepares."""
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One dataset of a run, and where its scans come from.
+    """One dataset of a run, and the place of its scans.
 
     Attributes:
-        name: of the dataset: "scannet", "sunrgbd", "s3dis", or any other with `classes` of its own.
+        name: "scannet", "sunrgbd", "s3dis", or any other name with `classes` of its own.
         kind: "mmdet3d", a folder prepared by mmdetection3d; "tfds", one that `python -m data.<dataset>` prepared;
             "scans", a folder of scans with boxes.json (`ScanFolder`); "auto", whichever of these `root` is; or
             "synthetic", procedural scans.
         root: the folder; none for procedural scans.
         train_infos: info files of the training scans in `root` (mmdet3d); empty: the names mmdetection3d gives them.
-        val_infos: likewise, of the validation scans.
+        val_infos: info files of the validation scans; empty as above.
         train_size: number of training scans (synthetic).
         val_size: number of validation scans (synthetic).
         scale: rooms like the real ones, "full", or small ones with few classes, "demo" (synthetic).
         seed: another seed gives other scans (synthetic).
-        repeats: how often an epoch goes through the training scans; None: as the dataset's recipe says.
-        augment: whether training scans are mirrored, turned, scaled and moved by the dataset's recipe.
-        sample: whether points of training scans are drawn by the dataset's recipe; else all are used.
+        repeats: passes of an epoch through the training scans; None: as the dataset's recipe says.
+        augment: True to mirror, turn, scale and move training scans by the dataset's recipe.
+        sample: True to sample points of training scans by the dataset's recipe; False uses all.
         batch_size: training scans in a step, over all devices of the dataset; None: as `train.batch_size` says.
         weight: probability, above 0 up to 1, with which the dataset takes part in a training step.
-        classes: of a dataset of one's own; the built-in ones have theirs.
-        has_yaw: whether the boxes of a dataset of one's own turn about z.
-        large_classes: see `own_spec`.
+        classes: classes of a dataset of one's own; the built-in ones have theirs.
+        has_yaw: True if the boxes of a dataset of one's own turn about z.
+        large_classes: classes of the coarse level, see `own_spec`.
     """
 
     name: str
@@ -241,12 +225,12 @@ class SourceConfig:
 
     @property
     def is_procedural(self) -> bool:
-        """Whether its scans are made here, so that what is measured on them says nothing about the real ones."""
+        """True if the scans are procedural: scores on them say nothing about real ones."""
         return self.kind == "synthetic"
 
     @property
     def spec(self) -> DatasetSpec:
-        """What is fixed of the dataset.
+        """Classes and protocol of the dataset.
 
         Raises:
             InputError: neither a built-in name nor classes, or both; see `own_spec`.
@@ -257,82 +241,65 @@ class SourceConfig:
 
 
 def build_source(source: SourceConfig, split: Split) -> ScanSource:
-    """The scans of one split of a dataset.
+    """Open the scans of one split of a dataset.
 
     Args:
-        source: which dataset, from where.
+        source: the dataset and its place.
         split: "train" or "val".
 
     Raises:
         InputError: the dataset is unknown, or its folder or a file in it is missing or cannot be understood.
     """
-    spec = source.spec
-    match _kind(source):
+    spec, root = source.spec, Path(source.root)
+    # Of a folder of no kind, mmdetection3d's files are reported as missing.
+    kind = source.kind if source.kind != "auto" else _kind_of(root) or "mmdet3d"
+    match kind:
         case "synthetic":
             size = source.train_size if split == "train" else source.val_size
             return SyntheticSource(spec, split, size, seed=source.seed, scale=source.scale)
         case "tfds":
-            return TfdsSource(source.root, split, spec)
+            return TfdsSource(root, split, spec)
         case "scans":
-            scans = ScanFolder(source.root, split, spec)
-            _check_classes(source)
+            scans, found = ScanFolder(root, split, spec), folder_classes(root)
+            # Boxes of other classes than the dataset's are left out; nothing is learnt if that is all of them.
+            if found and not any(class_label(name, spec) >= 0 for name in found):
+                raise InputError(
+                    f"No box in {root / BOXES_FILE} is of a class of {source.name}: there are {some(found, 6)}; "
+                    f"expected are {some(spec.classes, 6)}."
+                )
             return scans
     infos = (source.train_infos if split == "train" else source.val_infos) or default_info_files(spec, split)
-    _check_folder(source, infos)
-    return Mmdet3dFolder(source.root, infos, spec, points_folder=_POINTS_FOLDER)
-
-
-def holds_dataset(root: Path) -> bool:
-    """Whether a folder has scans with their boxes in one of the forms that `kind` "auto" knows."""
-    return _kind_found(root) is not None
-
-
-def _kind(source: SourceConfig) -> str:
-    """What `root` is, where the config leaves it open; of a folder that is nothing mmdetection3d's files are missed."""
-    return source.kind if source.kind != "auto" else _kind_found(Path(source.root)) or "mmdet3d"
-
-
-def _kind_found(root: Path) -> str | None:
-    if is_scan_folder(root):
-        return "scans"
-    if (root / _POINTS_FOLDER).exists():
-        return "mmdet3d"
-    return "tfds" if is_tfds(root) else None
-
-
-def _check_classes(source: SourceConfig) -> None:
-    """Boxes of other classes than the dataset's are left out; nothing is learnt if that is all of them."""
-    found, spec = folder_classes(source.root), source.spec
-    if found and not any(class_label(name, spec) >= 0 for name in found):
-        raise InputError(
-            f"No box in {Path(source.root) / BOXES_FILE} is of a class of {source.name}: there are {_listed(found)}; "
-            f"expected are {_listed(spec.classes)}."
-        )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-
-
-def _check_folder(source: SourceConfig, infos: Sequence[str]) -> None:
-    root = Path(source.root)
-    wanted = [root, root / _POINTS_FOLDER, *(root / info for info in infos)]
+    wanted = [root, root / "points", *(root / info for info in infos)]
     missing = next((path for path in wanted if not path.exists()), None)
     if missing is not None:
         prepares = ".".join(root.parts) if (root / "__main__.py").is_file() else "data.<dataset>"
         raise InputError(
             f"The data of {source.name} is not there: {missing} does not exist; expected is a folder prepared by "
-            f"mmdetection3d, {root}/ with {', '.join(infos)} and {_POINTS_FOLDER}/<scan>.bin, or one that "
+            f"mmdetection3d, {root}/ with {', '.join(infos)} and points/<scan>.bin, or one that "
             f"`python -m {prepares}` prepared, or scans with {BOXES_FILE} (set another one with "
             f"--config.datasets.{source.name}.root=...); --config=configs/joint.py:demo runs without data."
         )
+    return Mmdet3dFolder(root, infos, spec)
+
+
+def holds_dataset(root: Path) -> bool:
+    """Return True if a folder has scans with their boxes in one of the forms that `kind` "auto" knows."""
+    return _kind_of(root) is not None
+
+
+def _kind_of(root: Path) -> str | None:
+    if is_scan_folder(root):
+        return "scans"
+    if (root / "points").exists():
+        return "mmdet3d"
+    return "tfds" if is_tfds(root) else None
 
 
 def summed_notes(notes: Mapping[str, Mapping[str, int]]) -> str | None:
-    """One sentence on what loading left out or repaired; None if there is nothing.
+    """Return one sentence on what loading left out or repaired; None if nothing was.
 
     Args:
-        notes: a count by kind (`Scan.notes`), by scan.
+        notes: counts by kind (`Scan.notes`), by scan.
     """
     total: Counter[str] = Counter()
     for each in notes.values():
@@ -344,28 +311,24 @@ def summed_notes(notes: Mapping[str, Mapping[str, int]]) -> str | None:
 
 
 class CachedSource:
-    """Keeps every scan of a source in memory once it was loaded; several threads may ask at once.
+    """A source that keeps every loaded scan in memory; several threads may read at once.
 
     Attributes:
-        source: what is kept.
+        source: source of the scans.
+        names: names of the scans, in order.
     """
 
     def __init__(self, source: ScanSource):
-        self.source = source
+        self.source, self.names = source, source.names
         self._scans: dict[int, Scan] = {}
         self._locks = [threading.Lock() for _ in range(len(source))]
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of the scans, in order."""
-        return self.source.names
 
     def __len__(self) -> int:
         """Number of scans."""
         return len(self._locks)
 
     def __getitem__(self, index: int) -> Scan:
-        """One scan, loaded at the first call; a scan that failed to load is tried again.
+        """Return one scan, loaded at the first call; a scan that failed to load is tried again.
 
         Raises:
             ScanError: the scan cannot be used.
@@ -377,13 +340,13 @@ class CachedSource:
 
 
 def permuted_boxes(source: ScanSource, seed: int) -> ScanSource:
-    """Every scan carries the boxes and labels of another scan of its source: a control that cannot be learnt.
+    """Give every scan the boxes and labels of another scan of its source: a control that cannot be learnt.
 
-    What a detector trained on it still scores is due to where boxes usually are, not to what it sees. The permutation
+    The score of a detector trained on it is due to the usual places of boxes, not to the points. The permutation
     is one cycle through all scans, so that none keeps its own boxes.
 
     Args:
-        source: of the scans; a source of one scan stays as it is.
+        source: source of the scans; one scan stays as it is.
         seed: another seed gives another permutation.
     """
     return _PermutedBoxes(source, seed)
@@ -391,21 +354,16 @@ def permuted_boxes(source: ScanSource, seed: int) -> ScanSource:
 
 class _PermutedBoxes:
     def __init__(self, source: ScanSource, seed: int):
-        self.source = source
+        self.source, self.names = source, source.names
         order = np.random.default_rng(seed).permutation(len(source))
         self._donor = dict(zip(order.tolist(), np.roll(order, -1).tolist(), strict=True))
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of the scans, in order."""
-        return self.source.names
 
     def __len__(self) -> int:
         """Number of scans."""
         return len(self.source)
 
     def __getitem__(self, index: int) -> Scan:
-        """One scan with another one's boxes.
+        """Return one scan with another one's boxes.
 
         Raises:
             ScanError: this scan or the other one cannot be used.

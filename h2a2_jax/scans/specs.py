@@ -1,4 +1,4 @@
-"""What is fixed per dataset: classes, box protocol, augmentation and sampling recipe.
+"""Facts of each dataset: classes, box protocol, augmentation and sampling recipe.
 
 The numbers are TR3D's (arXiv 2302.02858) per-dataset training recipes. Class orders are those of the label
 indices in prepared mmdet3d folders, including their spelling ("showercurtrain").
@@ -44,7 +44,7 @@ class CountSampling:
 
 
 Sampling = FractionSampling | CountSampling | None
-"""How points are drawn from a scan; None keeps all of them in their order."""
+"""Sampling of the points of a scan; None keeps all of them in their order."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class DatasetSpec:
         has_yaw: True if boxes turn about z, False if they are axis-aligned (yaw 0).
         label_to_level: per class, the head level that learns it: 0 (16 cm) or 1 (32 cm).
         color_scale: divisor that brings the colours of prepared files to 0-1.
-        repeats: how often one epoch goes through the training scans.
+        repeats: passes of one epoch through the training scans.
         augmentation: training augmentation.
         train_sampling: point sampling in training.
         test_sampling: point sampling in evaluation.
@@ -86,25 +86,9 @@ class DatasetSpec:
 
 SCANNET = DatasetSpec(
     name="scannet",
-    classes=(
-        "cabinet",
-        "bed",
-        "chair",
-        "sofa",
-        "table",
-        "door",
-        "window",
-        "bookshelf",
-        "picture",
-        "counter",
-        "desk",
-        "curtain",
-        "refrigerator",
-        "showercurtrain",
-        "toilet",
-        "sink",
-        "bathtub",
-        "garbagebin",
+    classes=tuple(
+        "cabinet bed chair sofa table door window bookshelf picture counter desk curtain refrigerator showercurtrain "
+        "toilet sink bathtub garbagebin".split()
     ),
     has_yaw=False,
     label_to_level=(0, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 1, 0),
@@ -144,7 +128,7 @@ SPECS = (SCANNET, SUNRGBD, S3DIS)
 
 
 def dataset_spec(name: str) -> DatasetSpec:
-    """Returns the built-in spec called `name`.
+    """Return the built-in spec called `name`.
 
     Args:
         name: "scannet", "sunrgbd" or "s3dis".
@@ -162,14 +146,14 @@ def dataset_spec(name: str) -> DatasetSpec:
 def own_spec(
     name: str, classes: tuple[str, ...], *, has_yaw: bool = False, large_classes: tuple[str, ...] | None = None
 ) -> DatasetSpec:
-    """The spec of a dataset of one's own, with the recipe that the built-in ones share.
+    """Make the spec of a dataset of one's own, with the recipe that the built-in ones share.
 
     Args:
         name: none of the built-in ones.
         classes: class names; the position is the label.
-        has_yaw: whether boxes turn about z.
-        large_classes: those that the 32 cm level learns, of things wider than about a metre; None: those that a
-            built-in dataset learns there.
+        has_yaw: True if boxes turn about z.
+        large_classes: classes of the 32 cm level, things wider than about a metre; None: those that a built-in
+            dataset has there.
 
     Raises:
         InputError: the name is built in; no class, one twice; a large class is none of the classes.

@@ -18,7 +18,7 @@ METADATA_FILE = "metadata.json"
 _INFO_FILE = "dataset_info.json"
 _INCOMPLETE = "incomplete."
 _BELOW = ("", "*/", "*/*/", "prepared/*/*/")
-"""Where a version's folder may be below what a user gives."""
+"""Places of a version's folder below the folder that a user gives."""
 
 
 class TfdsSource:
@@ -29,15 +29,16 @@ class TfdsSource:
 
     Attributes:
         folder: the version's folder that is read, as in data/scannet/prepared/scannet/1.0.0.
+        names: names of the scans, in order.
     """
 
     def __init__(self, root: str | Path, split: str, spec: DatasetSpec):
-        """Finds the dataset and checks that it is whole.
+        """Find the dataset and check that it is whole.
 
         Args:
             root: a version's folder, or one up to three levels above it: data/scannet, data/scannet/prepared, ...
             split: "train" or "val".
-            spec: the dataset that is expected.
+            spec: expected dataset.
 
         Raises:
             InputError: nothing is prepared there, only half, or another dataset; or tensorflow-datasets is missing.
@@ -62,22 +63,17 @@ class TfdsSource:
                 f'Reading {self.folder} needs {error.name}, which is not installed: pip install "h2a2_jax[data]".'
             ) from error
         self._split = split
-        self._names: tuple[str, ...] = tuple(metadata["names"][split])
+        self.names: Sequence[str] = tuple(metadata["names"][split])
         self._lock = threading.Lock()
         self._opened: Any = None
         self._process = 0
 
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of the scans, in order."""
-        return self._names
-
     def __len__(self) -> int:
         """Number of scans."""
-        return len(self._names)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> Scan:
-        """Reads one scan.
+        """Read one scan.
 
         Raises:
             IndexError: the index is not in [0, number of scans).
@@ -85,9 +81,9 @@ class TfdsSource:
             InputError: the files cannot be opened.
             RuntimeError: this process was forked from one that has read.
         """
-        if not 0 <= index < len(self._names):
-            raise IndexError(f"scan {index} of {len(self._names)}")
-        name = self._names[index]
+        if not 0 <= index < len(self.names):
+            raise IndexError(f"scan {index} of {len(self.names)}")
+        name = self.names[index]
         records = self._records()
         try:
             found = records[index]
@@ -111,7 +107,7 @@ class TfdsSource:
         return scan
 
     def _records(self) -> Any:
-        """TFDS's view of the files."""
+        """Return TFDS's view of the files, opened once per process."""
         if self._opened is None or self._process != os.getpid():
             with self._lock:
                 if self._opened is None or self._process != os.getpid():
@@ -153,16 +149,16 @@ def _check_not_forked() -> None:
 
 
 def is_tfds(root: str | Path) -> bool:
-    """Whether a dataset was prepared by `python -m data.<dataset>` at this place, in full or in part."""
+    """Return True if `python -m data.<dataset>` prepared a dataset here, in full or in part."""
     return bool(_versions(Path(root)) or _unfinished(Path(root)))
 
 
 def find_tfds(root: str | Path, spec: DatasetSpec) -> Path:
-    """The version's folder of a prepared dataset; the newest version where there are several.
+    """Find the version's folder of a prepared dataset; the newest of several versions.
 
     Args:
         root: that folder, or one up to three levels above it.
-        spec: the dataset that is expected.
+        spec: expected dataset.
 
     Raises:
         InputError: there is none, only half of one, only others, or more than one.
@@ -193,9 +189,9 @@ def find_tfds(root: str | Path, spec: DatasetSpec) -> Path:
 
 
 def why_not_whole(folder: Path) -> str | None:
-    """What is missing of a version's folder, half a sentence; None if nothing is.
+    """Describe the missing part of a version's folder in half a sentence; None if it is whole.
 
-    Reads no record: a file that was cut or is missing shows in the sizes.
+    No record is read: a file that was cut or is missing shows in the sizes.
     """
     info = read_json(folder / _INFO_FILE)
     if info is None or read_json(folder / METADATA_FILE) is None:

@@ -1,8 +1,8 @@
 """Sparse convolution on padded active sites, without Flax: functions on arrays.
 
-Sites are built on the host (`grid`), tables of neighbours from them (`neighbors`), padded to the shapes of a bucket
-(`plan`, `buckets`) they are kernel maps; or sites and maps are built inside jit (`traced_sites`, `traced_maps`).
-Features are convolved and pooled on a device (`conv`, `pool`).
+Sites are built on the host (`sites`), tables of neighbours from them (`neighbors`). Padded to the shapes of a bucket
+(`buckets`), tables are kernel maps (`kernel_map`). The same sites and maps can be built inside jit (`in_jit`). Features
+are convolved (`conv`) and pooled (`pool`) on a device. `docs/layers.md` walks through an example.
 """
 
 from h2a2_jax.sparse.buckets import BucketLadder, level_sizes, pad_tables

@@ -1,12 +1,9 @@
-"""Buckets of padded shapes: a ladder of capacities, and tables padded to one of them.
+"""Buckets: few sets of static shapes for batches whose numbers of sites differ.
 
-Buckets: few sets of static shapes for batches whose numbers of sites differ.
-
-Shapes are static to the compiler, scans are not. All levels of a network are coupled to one scalar ladder (a bucket
-multiplies every capacity by the same ratio), so that a run compiles a handful of shapes and not one per combination
-of levels.
-
-The sites and maps of any network, written as a host function of its voxels, in the shapes of a bucket.
+Shapes are static to the compiler, numbers of sites are not. All levels of a network are coupled to one scalar ladder (a
+bucket multiplies every capacity by the same ratio), so that a run compiles a handful of shapes and not one per
+combination of levels. `BucketLadder` chooses a bucket; `pad_tables` pads the sites and maps of any network to it, given
+as a host function of the voxels:
 
     def tables(voxels):
         coarse = sparse.downsample(voxels, 2)
@@ -17,8 +14,8 @@ The sites and maps of any network, written as a host function of its voxels, in 
     ladder = sparse.BucketLadder.measured([sparse.level_sizes(t) for t in exact])
     plan = sparse.pad_tables(exact[0], ladder.fit(sparse.level_sizes(exact[0])))
 
-What the function returns is a structure of its author's choice: dictionaries, lists, tuples, named tuples and
-dataclasses, nested; of it tables become kernel maps and site sets become padded sites, all else stays.
+The function may return any structure of nested dictionaries, lists, tuples, named tuples and dataclasses. Tables in it
+become kernel maps and site sets become padded sites; all else stays. `docs/layers.md` trains a network this way.
 """
 
 import copy
@@ -40,13 +37,13 @@ SizesT = TypeVar("SizesT", bound=tuple[int, ...])
 
 @dataclass(frozen=True)
 class BucketLadder(Generic[SizesT]):
-    """Capacities by bucket: those of bucket r are base * ratio**r, rounded up to whole blocks of rows.
+    """Capacities by bucket: those of bucket r are base * ratio**r, rounded up to multiples of 64 rows.
 
-    Sizes and capacities are tuples with one number a level (`level_sizes`); a NamedTuple stays one.
+    Sizes and capacities are tuples with one number per level (`level_sizes`); a NamedTuple stays one.
 
     Attributes:
         base: capacities of bucket 0.
-        ratio: from one bucket to the next, above 1.
+        ratio: factor from one bucket to the next, above 1. At 1.25 batches of 16 scans need some 5 shapes.
         max_bucket: highest bucket that training may use; a batch that does not fit it is cropped.
     """
 
@@ -61,13 +58,13 @@ class BucketLadder(Generic[SizesT]):
             raise InputError(f"a ladder of ratio {self.ratio} does not rise; choose one above 1, such as 1.25.")
 
     def capacities(self, bucket: int) -> SizesT:
-        """Capacities of a bucket; at least one block of rows a level."""
+        """Capacities of a bucket; at least 64 rows per level."""
         factor = self.ratio**bucket
         sizes = (int(-(-max(size, 1) * factor // self._BLOCK) * self._BLOCK) for size in self.base)
         return _like(self.base, sizes)
 
     def bucket(self, sizes: SizesT, limit: int | None = None) -> int | None:
-        """Lowest bucket that these sizes fit; None if it lies above the limit.
+        """Lowest bucket that the sizes fit; None if it lies above `limit`.
 
         Raises:
             InputError: the sizes have another number of levels than the ladder.
@@ -84,7 +81,7 @@ class BucketLadder(Generic[SizesT]):
         return bucket
 
     def fit(self, sizes: SizesT) -> SizesT:
-        """Capacities of the lowest bucket that these sizes fit, however high it is."""
+        """Capacities of the lowest bucket that the sizes fit, however high it is."""
         return self.capacities(cast(int, self.bucket(sizes)))
 
     @classmethod
@@ -96,21 +93,21 @@ class BucketLadder(Generic[SizesT]):
         lowest: str = "usual",
         **options: Any,
     ) -> "BucketLadder[SizesT]":
-        """A ladder from samples of what is to fit.
+        """Measure a ladder on samples of the batches, or of the scans, that are to fit.
 
-        Level by level the base holds the mean of the batch's sum plus three of its standard deviations, for whichever
-        dataset needs most: nearly every batch is of one shape. Where batches differ much, as those of one scan do,
-        that pads most of them heavily; `lowest="smallest"` begins at the smallest ones and makes more shapes.
+        Level by level the base holds the mean size of a batch plus three standard deviations, for the dataset that
+        needs most: nearly every batch has one shape. Where batches differ much, as those of one scan do, that pads most
+        of them heavily; `lowest="smallest"` begins at the smallest ones and makes more shapes.
 
         Args:
-            sizes: of some sample batches; or for each dataset the sizes of some of its single scans.
-            scans: how many samples a batch holds: 1 where samples are batches.
-            lowest: what bucket 0 holds, the "usual" batch or the "smallest".
-            options: ratio and max_bucket.
+            sizes: sizes of some sample batches; or for each dataset the sizes of some of its single scans.
+            scans: number of samples in a batch: 1 where samples are batches.
+            lowest: batch that bucket 0 holds, the "usual" or the "smallest" one.
+            options: `ratio` and `max_bucket` of the ladder.
 
         Raises:
             InputError: there is no sample.
-            ValueError: `lowest` is neither.
+            ValueError: `lowest` is neither "usual" nor "smallest".
         """
         if lowest not in ("usual", "smallest"):
             raise ValueError(f"lowest is {lowest!r}, expected 'usual' or 'smallest'.")
@@ -137,17 +134,17 @@ def _like(example: SizesT, sizes: Iterable[int]) -> SizesT:
 
 
 MapLayout = Callable[[NeighborTable, Sites, Sites], KernelMap]
-"""How a table becomes a map: of the table and its padded input and output sites."""
+"""Function that makes a map from a table and its padded input and output sites."""
 
 _EXPECTED_FILL = 0.4
 """Share of the sites that have a given neighbour, on the surfaces of rooms."""
 
 
 def level_sizes(tables: Any) -> tuple[int, ...]:
-    """Sites of each distinct site set of a structure, in the order in which it comes first.
+    """Number of sites of each level of a structure of tables.
 
-    Sets are told apart by identity: one set that serves many tables is one level. A table's inputs come before its
-    outputs.
+    A level is a distinct `SiteSet`, by identity: one set that serves many tables is one level. Levels are in the order
+    of their first occurrence; the inputs of a table come before its outputs.
 
     Args:
         tables: structure of `NeighborTable` and `SiteSet`.
@@ -166,12 +163,12 @@ def pad_tables(
 
     Args:
         tables: structure of `NeighborTable` and `SiteSet`.
-        capacities: rows of each level, in the order of `level_sizes`.
-        layout: which lists the maps carry: "tiles", what convolutions on CPUs read; "neighbors", the neighbours alone;
+        capacities: number of rows of each level, in the order of `level_sizes`.
+        layout: lists that the maps carry: "tiles", which convolutions on CPUs read; "neighbors", the neighbours alone;
             or a function of a table and its padded sites that calls `pad_map`. Its choices may depend on capacities
-            and on the kind of table, not on the pairs, for they are part of the shapes. Default: tiles if JAX
+            and on the kind of table, not on the pairs, for they are part of the shapes. Default: "tiles" if JAX
             computes on a CPU.
-        channels: of the layers, for the size of the tiles.
+        channels: channels of the layers, for the size of the tiles.
 
     Returns:
         The same structure with a `KernelMap` for every table and `Sites` for every set; sites of one set are one
@@ -206,6 +203,7 @@ def pad_tables(
 
 
 def _layout(layout: str | MapLayout | None, channels: int) -> MapLayout:
+    """The function that a layout stands for."""
     if callable(layout):
         return layout
     if layout is None:
@@ -224,7 +222,7 @@ def _layout(layout: str | MapLayout | None, channels: int) -> MapLayout:
 
 
 def _levels(tables: Any) -> Iterator[tuple[str, SiteSet]]:
-    """Distinct site sets, each with the path to where it comes first."""
+    """Distinct site sets, each with the path to its first occurrence."""
     seen: set[int] = set()
     for path, leaf in _leaves(tables):
         sets = [("", leaf)] if isinstance(leaf, SiteSet) else [(".inputs", leaf.inputs), (".outputs", leaf.outputs)]
@@ -235,7 +233,7 @@ def _levels(tables: Any) -> Iterator[tuple[str, SiteSet]]:
 
 
 def _children(node: Any) -> list[tuple[str, str | int, Any]] | None:
-    """Parts of a container: how to write the way to each, its key, and it; None if it is not one that is entered."""
+    """Parts of a container as (text of the step to it, key, part); None for a leaf."""
     if isinstance(node, NeighborTable | SiteSet):
         return None
     if isinstance(node, dict):
@@ -264,7 +262,7 @@ def _rebuild(node: Any, pad: Callable[[NeighborTable | SiteSet], KernelMap | Sit
         return node
     rebuilt: dict[Any, Any] = {key: _rebuild(child, pad) for _, key, child in children}
     if isinstance(node, dict):
-        same = copy.copy(node)
+        same = copy.copy(node)  # a subclass of dict stays one
         same.update(rebuilt)
         return same
     if isinstance(node, tuple) and hasattr(node, "_fields"):

@@ -1,20 +1,88 @@
-"""Sparse convolution by tiles: pairs sorted by scan and offset, a loop over as many tiles of them as there are."""
+"""Convolution on CPUs: one gather and one matmul an offset ("gather"), and tiles of pairs ("tiles").
+
+"gather" multiplies every output row at every offset, neighbour or not, and scatters in neither direction. "tiles" has
+the pairs of a map sorted by scan and offset and cut into tiles of T pairs; a loop over as many tiles as are in use
+gathers T rows, multiplies them by one kernel, and adds them to their output rows.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
-from h2a2_jax.sparse.conv_parts import ConvOptions, take_rows, zeros_varying_as
+from h2a2_jax.sparse.conv_parts import (
+    ConvOptions,
+    Gradients,
+    inverse_table,
+    kernel_choice,
+    kernel_index,
+    mask_cotangent,
+    per_row,
+)
 from h2a2_jax.sparse.kernel_map import KernelMap, PairTiles, directions
+from h2a2_jax.sparse.xla_cpu import take_rows, zeros_varying_as
+
+# ---------------------------------------------------------------- gather
 
 
-def tiles_forward(
-    x: Array, w: Array, gamma: Array | None, scan_set: Array | None, kmap: KernelMap, options: ConvOptions
-) -> Array:
-    """Arguments and result as in `convolve`, in the compute type; needs `kmap.tiles`."""
+def gather_forward(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions) -> Array:
+    """Output rows of the algorithm "gather"; see `conv_parts` for arguments and result."""
+    neighbors, scan = jnp.asarray(kmap.neighbors), jnp.asarray(kmap.out_scan)
+
+    def add_offset(total: Array, k: Array) -> tuple[Array, None]:
+        rows = take_rows(x, neighbors[k])
+        return total + _dot_by_kernel(rows, w[:, k], _masks(gamma, k, scan), options), None
+
+    total = zeros_varying_as((kmap.out_capacity, w.shape[-1]), options.sum_type, (x, w, gamma, kmap.n_out))
+    return lax.scan(add_offset, total, jnp.arange(kmap.kernel_volume))[0]
+
+
+def gather_backward(
+    x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions, cotangent: Array
+) -> Gradients:
+    """Gradients of the algorithm "gather"."""
+    g = mask_cotangent(cotangent, kmap, x.dtype)
+    neighbors, inverse = jnp.asarray(kmap.neighbors), inverse_table(kmap)
+    in_scan, out_scan = jnp.asarray(kmap.in_scan), jnp.asarray(kmap.out_scan)
+
+    def add_offset(dx: Array, k: Array) -> tuple[Array, tuple]:
+        transposed = w[:, k].swapaxes(1, 2)
+        dx = dx + _dot_by_kernel(take_rows(g, inverse[k]), transposed, _masks(gamma, k, in_scan), options)
+        rows, masks = take_rows(x, neighbors[k]), _masks(gamma, k, out_scan)
+        parts = [rows] if masks is None else [rows * masks[:, s : s + 1].astype(rows.dtype) for s in range(len(w))]
+        # The barrier keeps XLA from folding the transpose into a slower product.
+        dw = jnp.stack([options.dot(lax.optimization_barrier(part.T), g) for part in parts])
+        if gamma is None:
+            return dx, (dw, None)
+        change = options.dot(rows, w[0, k] - w[1, k])
+        return dx, (dw, jax.ops.segment_sum((change * g).sum(1), out_scan, kmap.num_scans))
+
+    dx = zeros_varying_as(x.shape, options.sum_type, (x, w, gamma, g, kmap.n_out))
+    dx, (dw, dgamma) = lax.scan(add_offset, dx, jnp.arange(kmap.kernel_volume))
+    dgamma = None if gamma is None else dgamma.T.astype(gamma.dtype)
+    return dx.astype(x.dtype), dw.swapaxes(0, 1).astype(options.kernel_type), dgamma
+
+
+def _masks(gamma: Array | None, k: Array, scan: Array) -> Array | None:
+    """Kernel that each row uses at offset k, [N, 2] of 0 and 1 (0 and 0 on padding); None without a choice."""
+    return None if gamma is None else per_row(jax.nn.one_hot(kernel_choice(gamma[:, k]), 2), scan)
+
+
+def _dot_by_kernel(rows: Array, w: Array, masks: Array | None, options: ConvOptions) -> Array:
+    """Rows [N, a] times the kernel [a, b] that each row uses, of w [1, a, b] or [2, a, b]."""
+    if masks is None:
+        return options.dot(rows, w[0])
+    first, second = (options.dot(rows * masks[:, s : s + 1].astype(rows.dtype), w[s]) for s in range(2))
+    return first + second
+
+
+# ---------------------------------------------------------------- tiles
+
+
+def tiles_forward(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions) -> Array:
+    """Output rows of the algorithm "tiles", which needs `kmap.tiles`; see `conv_parts` for arguments and result."""
     tiles, volume = _tiles_of(kmap), kmap.kernel_volume
-    kernel, stack = kernel_index(gamma, scan_set, kmap), w.reshape(-1, *w.shape[2:])
+    kernel, stack = kernel_index(gamma, kmap), w.reshape(-1, *w.shape[2:])
 
     def add_tile(t: Array, total: Array) -> Array:
         for way in directions(tiles, t, volume):
@@ -27,13 +95,12 @@ def tiles_forward(
 
 
 def tiles_backward(
-    x: Array, w: Array, gamma: Array | None, scan_set: Array | None, kmap: KernelMap, options: ConvOptions,
-    cotangent: Array,
-) -> tuple[Array, Array, Array | None]:  # fmt: skip
-    """Gradients of x, w and gamma."""
+    x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions, cotangent: Array
+) -> Gradients:
+    """Gradients of the algorithm "tiles"."""
     tiles, volume = _tiles_of(kmap), kmap.kernel_volume
-    g = cotangent.astype(x.dtype)
-    kernel, stack = kernel_index(gamma, scan_set, kmap), w.reshape(-1, *w.shape[2:])
+    g = cotangent.astype(x.dtype)  # tiles hold no pair of a padding row
+    kernel, stack = kernel_index(gamma, kmap), w.reshape(-1, *w.shape[2:])
     transposed = stack.swapaxes(1, 2)
 
     def add_tile(t: Array, carry: tuple) -> tuple:
@@ -46,8 +113,8 @@ def tiles_backward(
             # The barrier keeps XLA from folding the transpose into a slower product.
             dw = options.dot(lax.optimization_barrier(rows.T), grads)
             dstack = dstack.at[k].add(dw)
-            if dgamma is not None and scan_set is not None:
-                difference = stack[way.offset] - stack[scan_set[b] * volume + way.offset]
+            if dgamma is not None:
+                difference = stack[way.offset] - stack[volume + way.offset]
                 dgamma = dgamma.at[b, way.offset].add(jnp.vdot(dw, difference))
         return dx, dstack, dgamma
 
@@ -58,14 +125,6 @@ def tiles_backward(
     dx, dstack, dgamma = lax.fori_loop(0, tiles.count, add_tile, (dx, dstack, dgamma))
     dgamma = None if gamma is None else dgamma.astype(gamma.dtype)
     return dx.astype(x.dtype), dstack.reshape(w.shape).astype(options.kernel_type), dgamma
-
-
-def kernel_index(gamma: Array | None, scan_set: Array | None, kmap: KernelMap) -> Int[Array, "b v"]:
-    """Index into the stack, flattened over (set, offset), of the kernel of each (scan, offset)."""
-    offsets = jnp.arange(kmap.kernel_volume, dtype=jnp.int32)
-    if gamma is None or scan_set is None:
-        return jnp.broadcast_to(offsets, (kmap.num_scans, kmap.kernel_volume))
-    return jnp.where(gamma >= 0.5, 0, scan_set[:, None]).astype(jnp.int32) * kmap.kernel_volume + offsets
 
 
 def _tiles_of(kmap: KernelMap) -> PairTiles:

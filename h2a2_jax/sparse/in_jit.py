@@ -1,12 +1,13 @@
-"""Sites and kernel maps built inside jit, with static capacities.
+"""Sites and kernel maps built inside jit, by JAX alone, from arrays of static shape.
 
-Voxel sites inside jit: the sites of `grid` from arrays of static shape, by JAX alone.
-
-The same sites in the same order as on the host, as padded `Sites`. A capacity is given for every new set; what does
-not fit is left out and counted, for nothing can be raised inside jit. A site is sorted and searched as two int32
-words, so that 64-bit integers need not be enabled:
+The functions make the same sites and the same rows in the same order as those on the host (`sites`, `neighbors`,
+`kernel_map`). A capacity is given for every new set of sites; sites that do not fit are left out and counted, because
+nothing can be raised inside jit. A site is sorted and searched as two int32 words, so that 64-bit integers need not be
+enabled:
 
     hi = scan << 16 | (x + 2^15)        lo = y << 16 | (z + 2^15)        padding: both 2^31 - 1, behind every site
+
+`docs/layers.md` builds the maps of a network this way.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.sparse.kernel_map import KernelMap, PairTiles
-from h2a2_jax.sparse.sites import MAX_COORDINATE, MAX_DERIVED, MAX_SCANS, Sites, Size3, moved_offsets, size3
+from h2a2_jax.sparse.sites import MAX_COORDINATE, MAX_DERIVED, MAX_SCANS, Sites, Size3, size3, voxel_offsets
 from h2a2_jax.typing import AnyArray
 
 _BIAS = 1 << 15
@@ -33,11 +34,11 @@ class Words(NamedTuple):
     lo: Array
 
     def below(self, other: "Words") -> Bool[Array, "..."]:
-        """Which keys come before the other ones."""
+        """True where a key comes before the other one."""
         return (self.hi < other.hi) | ((self.hi == other.hi) & (self.lo < other.lo))
 
     def equal(self, other: "Words") -> Bool[Array, "..."]:
-        """Which keys are those of the same sites."""
+        """True where two keys are of the same site."""
         return (self.hi == other.hi) & (self.lo == other.lo)
 
     def at(self, rows: Int[Array, "..."]) -> "Words":
@@ -64,6 +65,9 @@ def lower_bounds(keys: Words, queries: Words) -> Int[Array, "..."]:
     return lax.fori_loop(0, n.bit_length(), halve, (low, low + n))[0]
 
 
+# ---------------------------------------------------------------- sites
+
+
 def voxelize_points(
     points: Float[Array, "m 3"],
     scan: Int[AnyArray, " m"],
@@ -75,17 +79,17 @@ def voxelize_points(
     """Voxelise the points of a batch; the first point of a voxel represents it. `voxelize` inside jit.
 
     Args:
-        points: float32 metres, padded.
-        scan: of each point; points of no scan in 0..num_scans-1 are left out as padding.
-        n: valid points.
-        voxel_size: metres (static).
-        capacity: rows of the sites.
-        num_scans: scans in the batch.
+        points: positions in metres, padded.
+        scan: scan of each point; points of no scan in 0..num_scans-1 are left out as padding.
+        n: number of valid points.
+        voxel_size: edge of a voxel in metres (static).
+        capacity: number of rows of the sites.
+        num_scans: number of scans in the batch.
 
     Returns:
-        Sites of stride 1; the first point of each, m on padding; overflow, 0 where the result is complete: the number
-        of sites that did not fit, the last ones in order, and of points left out because they are not finite or lie
-        outside the +-31,743 voxels that a key can hold.
+        Sites of stride 1; the first point of each, m on padding; overflow int32 [], 0 where the result is complete: the
+        number of sites that did not fit, the last ones in order, plus the number of points left out because they are
+        not finite or lie outside the +-31,743 voxels that a key can hold.
     """
     voxels, inside = _voxels(points, voxel_size)
     given = _given(jnp.asarray(scan), n, num_scans)
@@ -106,14 +110,14 @@ def sites_from_coords(
 
     Args:
         coords: rows (scan, x, y, z), or (scan, x, y) in 2-D; rows of no scan in 0..num_scans-1 are padding.
-        capacity: rows of the result.
-        num_scans: scans in the batch.
-        n: valid rows, default all.
-        stride: of the set; coordinates are multiples of it.
+        capacity: number of rows of the result.
+        num_scans: number of scans in the batch.
+        n: number of valid rows, default all.
+        stride: stride of the set; coordinates are multiples of it.
 
     Returns:
-        Sites; overflow, 0 where the result is complete: the number of sites that did not fit and of rows left out
-        because a coordinate is out of the range of a key.
+        Sites; overflow int32 [], 0 where the result is complete: the number of sites that did not fit, plus the number
+        of rows left out because a coordinate is out of the range of a key.
     """
     rows = jnp.asarray(coords).astype(jnp.int32)
     if rows.shape[1] == 3:
@@ -126,7 +130,7 @@ def downsample_sites(sites: Sites, factor: int, capacity: int) -> tuple[Sites, I
     """Sites of the coarser grid, floored: `downsample` inside jit.
 
     Returns:
-        Sites; overflow as of `sites_from_coords`.
+        Sites; overflow as in `sites_from_coords`.
     """
     stride = sites.stride * factor
     coords = jnp.asarray(sites.coords)
@@ -135,19 +139,19 @@ def downsample_sites(sites: Sites, factor: int, capacity: int) -> tuple[Sites, I
 
 
 def generate_sites(sites: Sites, kernel_size: Size3, capacity: int, factor: int = 2) -> tuple[Sites, Int[Array, ""]]:
-    """Sites that a generative transposed convolution makes: `generate` inside jit.
+    """Sites of a generative transposed convolution: `generate` inside jit.
 
     Returns:
-        Sites; overflow as of `sites_from_coords`.
+        Sites; overflow as in `sites_from_coords`.
 
     Raises:
         ValueError: the stride of the sites is not a multiple of `factor`.
-        InputError: the kernel reaches too far, see `moved_offsets`.
+        InputError: the kernel reaches farther than a key has room for.
     """
     if sites.stride % factor:
         raise ValueError(f"sites of stride {sites.stride} have no finer grid at 1/{factor} of it.")
     stride = sites.stride // factor
-    offsets = moved_offsets(kernel_size, 1, stride)
+    offsets = voxel_offsets(kernel_size, 1, stride)
     moves = jnp.asarray(np.pad(offsets, ((0, 0), (1, 0))).astype(np.int32))
     coords = (jnp.asarray(sites.coords)[None] + moves[:, None]).reshape(-1, 4)
     return _collect(coords, jnp.tile(sites.valid, len(moves)), MAX_DERIVED, capacity, stride, sites.num_scans)
@@ -157,7 +161,7 @@ def unite_sites(a: Sites, b: Sites, capacity: int) -> tuple[Sites, Int[Array, ""
     """Union of two sets of one stride: `unite` inside jit.
 
     Returns:
-        Sites; overflow, the number of sites that did not fit.
+        Sites; overflow int32 [], the number of sites that did not fit.
 
     Raises:
         ValueError: the strides differ.
@@ -177,22 +181,23 @@ def rows_of_part(part: Sites, whole: Sites) -> Int[Array, " n"]:
 
 
 def _given(scan: Array, n: Array | np.ndarray | int, num_scans: int) -> Array:
+    """True for the rows that are not padding."""
     return (jnp.arange(len(scan)) < n) & (scan >= 0) & (scan < num_scans)
 
 
 def _voxels(points: Array, voxel_size: float) -> tuple[Array, Array]:
-    """Voxels floor(p / voxel_size), divided in float32, int32 [m, 3]; which points have one in range."""
+    """Voxels floor(p / voxel_size), divided in float32, int32 [m, 3]; True for the points with a voxel in range."""
     size = np.float32(voxel_size)
     points = points.astype(jnp.float32)
     inside = jnp.isfinite(points).all(1)
     points = jnp.where(inside[:, None], points, 0)
     estimate = jnp.floor(jnp.clip(points / size, -2.0 * _BIAS, 2.0 * _BIAS))
-    voxels = rounded_floor(points, estimate, size)
+    voxels = floor_quotient(points, estimate, size)
     inside &= (jnp.abs(voxels) < MAX_COORDINATE).all(1)
     return voxels.astype(jnp.int32), inside
 
 
-def rounded_floor(points: Float[Array, "*s"], estimate: Float[Array, "*s"], size: np.float32) -> Float[Array, "*s"]:
+def floor_quotient(points: Float[Array, "*s"], estimate: Float[Array, "*s"], size: np.float32) -> Float[Array, "*s"]:
     """floor(fl(p / size)), where fl rounds to the nearest float32, from an estimate that is at most 1 off.
 
     Compilers replace a division by an approximate one, or by a product with the reciprocal, and points on a voxel's
@@ -220,19 +225,21 @@ def rounded_floor(points: Float[Array, "*s"], estimate: Float[Array, "*s"], size
 def _collect(
     coords: Array, given: Array, limit: int, capacity: int, stride: int, num_scans: int
 ) -> tuple[Sites, Array]:
+    """The distinct sites among given rows; overflow counts the rows beyond +-limit too."""
     inside = (coords[:, 1:] >= -limit).all(1) & (coords[:, 1:] <= limit).all(1)
     sites, _, overflow = _distinct(_pack(coords, given & inside), capacity, stride, num_scans)
     return sites, overflow + (given & ~inside).sum(dtype=jnp.int32)
 
 
 def _pack(coords: Array, valid: Array) -> Words:
+    """Keys of rows (scan, x, y, z); those of padding lie behind all others."""
     scan, x, y, z = (coords[:, i] for i in range(4))
     words = (scan << 16) | (x + _BIAS), (y << 16) | (z + _BIAS)
     return Words(*(jnp.where(valid, word, _PADDING) for word in words))
 
 
 def _distinct(words: Words, capacity: int, stride: int, num_scans: int) -> tuple[Sites, Array, Array]:
-    """The distinct sites of unordered keys, the first row that each came from, and how many did not fit."""
+    """The distinct sites of unordered keys, the first row with each, and the number of sites that did not fit."""
     if num_scans > MAX_SCANS:
         raise InputError(f"a batch of {num_scans} scans is too large for a key, which holds {MAX_SCANS}; split it.")
     m = words.hi.shape[0]
@@ -253,24 +260,27 @@ def _distinct(words: Words, capacity: int, stride: int, num_scans: int) -> tuple
     return Sites(coords, n, stride, num_scans), first, count - n
 
 
+# ---------------------------------------------------------------- kernel maps
+
+
 def submanifold_map(
     sites: Sites, kernel_size: Size3 = 3, dilation: int = 1, *, tile_size: int | None = None
 ) -> KernelMap:
     """Map of a stride-1 convolution: `submanifold_neighbors` and `pad_map` inside jit.
 
     Args:
-        sites: input and output sites.
-        kernel_size: static.
-        dilation: static.
-        tile_size: pairs in a tile (static); None leaves the tiles out.
+        sites: input sites, which are the output sites too.
+        kernel_size: size of the kernel (static).
+        dilation: distance of neighbouring slices in strides (static).
+        tile_size: number of pairs in a tile (static); None leaves the tiles out.
 
     Raises:
-        InputError: the kernel reaches too far, see `moved_offsets`.
+        InputError: the kernel reaches farther than a key has room for.
     """
-    offsets = moved_offsets(kernel_size, dilation, sites.stride)
+    offsets = voxel_offsets(kernel_size, dilation, sites.stride)
     if any(k % 2 == 0 for k in size3(kernel_size)):
         return _map(_search(sites, sites, offsets), sites, sites, tile_size, "submanifold")
-    # One of each two opposite runs along z is searched, the other is its mirror image; the centre's is its own.
+    # Of two opposite runs along z one is searched, the other is its mirror image. The run of the centre is searched.
     runs = [tuple(offset) for offset in offsets[:, :2].tolist()]
     centre = [j for j, run in enumerate(runs) if run == (0, 0)]
     ahead = [j for j, run in enumerate(runs) if run > (0, 0)]
@@ -287,9 +297,9 @@ def strided_map(
     """Map of a strided convolution: `strided_neighbors` and `pad_map` inside jit.
 
     Raises:
-        InputError: the kernel reaches too far, see `moved_offsets`.
+        InputError: the kernel reaches farther than a key has room for.
     """
-    offsets = moved_offsets(kernel_size, dilation, inputs.stride)
+    offsets = voxel_offsets(kernel_size, dilation, inputs.stride)
     return _map(_search(inputs, outputs, offsets), inputs, outputs, tile_size, "strided")
 
 
@@ -297,9 +307,9 @@ def pool_map(inputs: Sites, outputs: Sites, kernel_size: Size3, *, tile_size: in
     """Map of a pooling: `pool_neighbors` and `pad_map` inside jit.
 
     Raises:
-        InputError: the window reaches too far, see `moved_offsets`.
+        InputError: the window reaches farther than a key has room for.
     """
-    rows = _search(inputs, outputs, moved_offsets(kernel_size, 1, inputs.stride))
+    rows = _search(inputs, outputs, voxel_offsets(kernel_size, 1, inputs.stride))
     return _map(rows, inputs, outputs, tile_size, "pool")
 
 
@@ -307,9 +317,9 @@ def generative_map(inputs: Sites, outputs: Sites, kernel_size: Size3, *, tile_si
     """Map of a generative transposed convolution: `generative_neighbors` and `pad_map` inside jit.
 
     Raises:
-        InputError: the kernel reaches too far, see `moved_offsets`.
+        InputError: the kernel reaches farther than a key has room for.
     """
-    rows = _search(inputs, outputs, -moved_offsets(kernel_size, 1, outputs.stride))
+    rows = _search(inputs, outputs, -voxel_offsets(kernel_size, 1, outputs.stride))
     return _map(rows, inputs, outputs, tile_size, "generative")
 
 
@@ -327,8 +337,8 @@ def _map(rows: Array, inputs: Sites, outputs: Sites, tile_size: int | None, kind
 def _search(inputs: Sites, outputs: Sites, offsets: Int[np.ndarray, "v 3"]) -> Int[Array, "v n_out"]:
     """For each offset and output site the input row at out + offset, the inputs' capacity where there is none.
 
-    The offsets are whole runs along z. One binary search finds the first key at or behind each run's first site; where
-    a run leaves no gaps, the next ones follow by comparing with the next key.
+    The offsets are whole runs along z. One binary search finds the first key at or behind the first site of each run;
+    where a run has no gaps, the next ones follow by comparing with the next key.
     """
     keys, centres = site_words(inputs), site_words(outputs)
     runs, run_of = np.unique(offsets[:, :2], axis=0, return_inverse=True)
@@ -347,7 +357,7 @@ def _search(inputs: Sites, outputs: Sites, offsets: Int[np.ndarray, "v 3"]) -> I
 
 
 def _inverse(rows: Int[Array, "v n_out"], in_capacity: int) -> Int[Array, "v n_in"]:
-    """For each offset and input row the output row that it reaches, the outputs' capacity where there is none."""
+    """For each offset and input row the output row that reads it, the outputs' capacity where there is none."""
     volume, n_out = rows.shape
     empty = jnp.full((volume, in_capacity), n_out, jnp.int32)
     outs = jnp.broadcast_to(jnp.arange(n_out, dtype=jnp.int32), rows.shape)
@@ -355,7 +365,7 @@ def _inverse(rows: Int[Array, "v n_out"], in_capacity: int) -> Int[Array, "v n_i
 
 
 def _cut_pairs(rows: Int[Array, "v n_out"], inputs: Sites, outputs: Sites, tile: int, kind: str) -> PairTiles:
-    """The pairs of a map in tiles of `tile` pairs, each in the place where `cut_pairs` puts it."""
+    """The pairs of a map in tiles of `tile` pairs, every pair in the place where `kernel_map.cut_pairs` puts it."""
     volume, num_scans = len(rows), inputs.num_scans
     mirrored = kind == "submanifold" and volume % 2 == 1
     used, most = volume // 2 if mirrored else volume, min(inputs.capacity, outputs.capacity)
@@ -370,22 +380,22 @@ def _cut_pairs(rows: Int[Array, "v n_out"], inputs: Sites, outputs: Sites, tile:
         tiles = jnp.concatenate([tiles, -(-jnp.diff(starts) // (2 * tile))[None]])
     ends = jnp.cumsum(tiles.reshape(-1), dtype=jnp.int32)
     begins = jnp.pad(ends, (1, 0))[:-1].reshape(-1, num_scans)
-    own = jnp.minimum(scan, num_scans - 1)
+    known_scan = jnp.minimum(scan, num_scans - 1)  # padding rows need any index in range
     outs = jnp.arange(outputs.capacity, dtype=jnp.int32)
-    # Place of a pair: that of the first one of its offset and scan, and on by its rank among them.
-    places = (begins[:used] * tile - bounds[:, :-1])[:, own] + rank[:, :-1]
+    # Place of a pair: that of the first pair of its offset and scan, plus its rank among these.
+    places = (begins[:used] * tile - bounds[:, :-1])[:, known_scan] + rank[:, :-1]
     places = jnp.where(hit, places, capacity * tile).reshape(-1)
     in_places, out_places = [places], [places]
     in_values, out_values = [rows.reshape(-1)], [jnp.broadcast_to(outs, rows.shape).reshape(-1)]
-    if mirrored:  # the centre's tiles hold one row after the other, in either list
-        nth = outs - starts[own]
-        centre, place = begins[used][own] + nth // (2 * tile), nth % (2 * tile)
+    if mirrored:  # the tiles of the centre hold T rows in the list of inputs, the next T in the list of outputs
+        nth = outs - starts[known_scan]
+        centre, place = begins[used][known_scan] + nth // (2 * tile), nth % (2 * tile)
         for half, (into, values) in enumerate([(in_places, in_values), (out_places, out_values)]):
             here = (place // tile == half) & (scan < num_scans)
             into.append(jnp.where(here, centre * tile + place % tile, capacity * tile))
             values.append(outs)
 
-    def filled(places: list[Array], values: list[Array], past: int) -> Array:
+    def fill(places: list[Array], values: list[Array], past: int) -> Array:
         empty = jnp.broadcast_to(past + jnp.arange(tile, dtype=jnp.int32), (capacity, tile)).reshape(-1)
         full = empty.at[jnp.concatenate(places)].set(jnp.concatenate(values), mode="drop")
         return full.reshape(capacity, tile)
@@ -394,8 +404,8 @@ def _cut_pairs(rows: Int[Array, "v n_out"], inputs: Sites, outputs: Sites, tile:
     index = jnp.arange(capacity, dtype=jnp.int32)
     of_tile = jnp.where(index < count, jnp.searchsorted(ends, index, side="right").astype(jnp.int32), 0)
     return PairTiles(
-        filled(in_places, in_values, inputs.capacity),
-        filled(out_places, out_values, outputs.capacity),
+        fill(in_places, in_values, inputs.capacity),
+        fill(out_places, out_values, outputs.capacity),
         of_tile // num_scans,
         of_tile % num_scans,
         count,

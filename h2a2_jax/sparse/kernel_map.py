@@ -1,13 +1,13 @@
-"""Kernel maps: a padded neighbour table and the lists that algorithms derive from it.
+"""Kernel maps: a padded neighbour table, and the lists that the fast algorithms read.
 
-Sites of a nearly dense submanifold map in cubic blocks, for Winograd convolution.
+A map is built once from coordinates (`pad_map`) and used by every convolution between the same two site sets. Beside
+the neighbours it may hold
 
-A block of 4^3 grid cells is convolved from the 6^3 cells around it, whatever number of them is occupied: that pays
-where nearly all of them are, and only there.
+- the pairs of each offset and scan in tiles (`PairTiles`), for the algorithms "tiles" and "pairs",
+- the sites in cubic blocks (`SiteBlocks`), for "winograd": 4^3 outputs are computed from the 6^3 voxels around them,
+  occupied or not, which pays only where nearly all are.
 
-Kernel maps: padded neighbour tables, with the lists that the fast algorithms read.
-
-A map is built once from coordinates and used by every convolution between the same two site sets.
+Everything here is numpy on the host; `in_jit` makes the same maps inside jit.
 """
 
 import math
@@ -23,6 +23,8 @@ from h2a2_jax.sparse.neighbors import NeighborTable, submanifold_neighbors
 from h2a2_jax.sparse.sites import Sites, SiteSet, downsample, find_keys, kernel_offsets, pack_keys
 from h2a2_jax.typing import AnyArray, Leaf, static_field
 
+# ---------------------------------------------------------------- tiles of pairs
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -34,12 +36,12 @@ class PairTiles:
     where every row is its own neighbour, a tile holds rows of the scan in both lists, and each row goes to itself.
 
     Attributes:
-        in_rows: int32 [C, T]; places without a pair hold distinct indices past the last row.
-        out_rows: int32 [C, T], likewise.
-        offset: int32 [C].
-        scan: int32 [C].
-        count: int32 [], tiles in use; the others hold no pair.
-        mirrored: static.
+        in_rows: int32 [C, T], input row of each pair; places without a pair hold distinct indices past the last row.
+        out_rows: int32 [C, T], output row of each pair; distinct indices past the last row where there is none.
+        offset: int32 [C], offset k of each tile.
+        scan: int32 [C], scan b of each tile.
+        count: int32 [], number of tiles in use; the others hold no pair.
+        mirrored: whether each tile serves two opposite offsets (static).
     """
 
     in_rows: Leaf
@@ -53,12 +55,12 @@ class PairTiles:
 def choose_tile_size(pairs: float, channels: int) -> int:
     """Pairs in a tile for the algorithm "tiles" on CPUs.
 
-    As many as a scan has at one offset, so that few tiles do it; not so many that rows leave the caches; at least as
-    many as keep the threads of one matmul busy (measured: 1024 at 128 channels, where 512 take as long).
+    As many as a scan has at one offset, so that few tiles hold them; not so many that rows leave the caches; at least
+    as many as keep the threads of one matmul busy (measured: 1024 at 128 channels, where 512 take as long).
 
     Args:
-        pairs: expected at one offset of one scan.
-        channels: of the layer, the geometric mean of in and out.
+        pairs: number of pairs expected at one offset of one scan.
+        channels: channels of the layer, the geometric mean of in and out.
     """
     most = min(4096, max(1024, 2**18 // max(1, channels)))
     least = 1024 if pairs > 600 else 64
@@ -67,7 +69,13 @@ def choose_tile_size(pairs: float, channels: int) -> int:
 
 @dataclass(frozen=True)
 class Direction:
-    """Pairs of a tile that go one way: rows to read and to write, int32 [T], and the offset they go by, int32 []."""
+    """Pairs of a tile in one direction.
+
+    Attributes:
+        source: int32 [T], rows to read.
+        target: int32 [T], rows to write.
+        offset: int32 [], offset k from target to source.
+    """
 
     source: Array
     target: Array
@@ -75,12 +83,12 @@ class Direction:
 
 
 def directions(tiles: PairTiles, index: Any, volume: int) -> tuple[Direction, ...]:
-    """The one way, or the two of a mirrored list, that the pairs of tile `index` go.
+    """Pairs of tile `index` in the one direction, or in both directions of a mirrored list.
 
     Args:
-        tiles: of arrays.
-        index: of a tile, or of several.
-        volume: offsets V of the kernel.
+        tiles: the lists, as JAX arrays.
+        index: index of a tile, or a slice of several.
+        volume: number V of offsets of the kernel.
     """
     i, o, k = tiles.in_rows[index], tiles.out_rows[index], tiles.offset[index]
     if not tiles.mirrored:
@@ -124,12 +132,14 @@ def cut_pairs(table: NeighborTable, in_capacity: int, out_capacity: int, tile: i
     return PairTiles(in_rows, out_rows, offset, scan, np.asarray(count, np.int32), mirrored)
 
 
+# ---------------------------------------------------------------- blocks
+
 BLOCK = 4
 """Outputs of a block along each axis."""
 TILE = BLOCK + 2
 """Inputs of a block along each axis."""
 CHUNK = 32
-"""Blocks that are transformed and multiplied together: as many as the caches of a core hold at 128 channels."""
+"""Blocks that are transformed and multiplied in one step: as many as the caches of a core hold at 128 channels."""
 MIN_GAIN = 2.5
 """Pairs per product from which blocks are used: measured, they win from 3 on and lose below 2.3."""
 
@@ -140,10 +150,10 @@ class SiteBlocks:
     """Sites by block, in chunks of blocks of one scan.
 
     Attributes:
-        rows: int32 [C, 6, 6, 6, n], axes z, y, x of a block with its border: the row of each cell, or the number of
-            rows where the cell is empty. The inner 4^3 cells are the block's own.
-        scan: int32 [C].
-        count: int32 [], chunks in use; zero where blocks do not pay for this map.
+        rows: int32 [C, 6, 6, 6, n], axes z, y, x of a block with its border: the row of the site at each place, or the
+            number of rows where there is none. The inner 4^3 places belong to the block itself.
+        scan: int32 [C], scan of each chunk.
+        count: int32 [], number of chunks in use; zero where blocks do not pay for this map.
     """
 
     rows: Leaf
@@ -152,7 +162,7 @@ class SiteBlocks:
 
 
 def fits_blocks(table: NeighborTable) -> bool:
-    """Whether Winograd convolution can run on a map: submanifold, 3^3 offsets, no dilation."""
+    """Return True for a map of 3^3 submanifold offsets without dilation, on which Winograd convolution can run."""
     return table.kind == "submanifold" and np.array_equal(table.offsets, kernel_offsets(3) * table.inputs.stride)
 
 
@@ -165,8 +175,8 @@ def cut_blocks(table: NeighborTable, capacity: int, *, always: bool = False) -> 
     """The sites of a 3^3 submanifold table in blocks (numpy arrays).
 
     Args:
-        table: with `fits_blocks`.
-        capacity: rows of the padded sites; it bounds the chunks too, for more than that many blocks never pay.
+        table: a table with `fits_blocks`.
+        capacity: number of rows of the padded sites; it bounds the chunks too, for more blocks never pay.
         always: use the blocks even where they do not pay.
     """
     sites = table.inputs
@@ -189,39 +199,42 @@ def cut_blocks(table: NeighborTable, capacity: int, *, always: bool = False) -> 
 
 
 def _with_border(table: NeighborTable, missing: int) -> np.ndarray:
-    """Row of every cell of each block and its border, int32 [blocks, 6, 6, 6], axes z, y, x."""
+    """Row of the site at every place of each block and its border, int32 [blocks, 6, 6, 6], axes z, y, x."""
     sites = table.inputs
     blocks = downsample(sites, BLOCK)
-    own = np.full((len(blocks) + 1, BLOCK, BLOCK, BLOCK), missing, np.int32)
+    inner = np.full((len(blocks) + 1, BLOCK, BLOCK, BLOCK), missing, np.int32)  # one more: an empty block
     corner = sites.coords
     corner[:, 1:] -= corner[:, 1:] % blocks.stride
-    cell = (sites.coords - corner) // sites.stride
+    place = (sites.coords - corner) // sites.stride
     block = find_keys(blocks.keys, pack_keys(corner))
-    own[block, cell[:, 3], cell[:, 2], cell[:, 1]] = np.arange(len(sites), dtype=np.int32)
+    inner[block, place[:, 3], place[:, 2], place[:, 1]] = np.arange(len(sites), dtype=np.int32)
     around = submanifold_neighbors(blocks).rows
     around = np.where(around >= 0, around, len(blocks))
     out = np.empty((len(blocks), TILE, TILE, TILE), np.int32)
-    # Along an axis, what the neighbour at -1, 0, +1 gives: its last cell, all its cells, its first cell.
+    # Along an axis, the neighbour at -1 gives its last layer, the block itself all its layers, that at +1 its first.
     to = (slice(0, 1), slice(1, TILE - 1), slice(TILE - 1, TILE))
     of = (slice(BLOCK - 1, BLOCK), slice(0, BLOCK), slice(0, 1))
     for (x, y, z), neighbor in zip(kernel_offsets(3) + 1, around, strict=True):
-        out[:, to[z], to[y], to[x]] = own[neighbor][:, of[z], of[y], of[x]]
+        out[:, to[z], to[y], to[x]] = inner[neighbor][:, of[z], of[y], of[x]]
     return out
+
+
+# ---------------------------------------------------------------- maps
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KernelMap:
-    """Neighbour-index map of a convolution or a pooling.
+    """Neighbour map of a convolution or a pooling.
 
     Attributes:
         neighbors: int32 [V, N_out], input row that offset k brings to each output row, or N_in (out of range) where
             there is none and on padding. One offset's rows are distinct and ascending.
         inputs: padded input sites.
         outputs: padded output sites.
-        tiles: the pairs as tiles, or None where no algorithm wants them.
-        blocks: the sites as blocks, likewise.
+        tiles: the pairs as tiles; None for algorithms that read the neighbours alone.
         kind: "submanifold", "strided", "inverse", "generative" or "pool" (static).
+        blocks: the sites as blocks; None for every algorithm but "winograd".
     """
 
     neighbors: Leaf
@@ -243,17 +256,17 @@ class KernelMap:
 
     @property
     def n_in(self) -> Int[AnyArray, ""]:
-        """Valid input rows."""
+        """Number of valid input rows."""
         return self.inputs.n
 
     @property
     def n_out(self) -> Int[AnyArray, ""]:
-        """Valid output rows."""
+        """Number of valid output rows."""
         return self.outputs.n
 
     @property
     def num_scans(self) -> int:
-        """Scans in the batch."""
+        """Number of scans in the batch."""
         return self.inputs.num_scans
 
     @property
@@ -263,17 +276,17 @@ class KernelMap:
 
     @property
     def in_capacity(self) -> int:
-        """Input rows, padding included."""
+        """Number of input rows, padding included."""
         return self.inputs.capacity
 
     @property
     def out_capacity(self) -> int:
-        """Output rows, padding included."""
+        """Number of output rows, padding included."""
         return self.outputs.capacity
 
     @property
     def kernel_volume(self) -> int:
-        """Offsets V of the kernel."""
+        """Number V of offsets of the kernel."""
         return self.neighbors.shape[0]
 
 
@@ -291,7 +304,7 @@ def pad_map(
         table: the neighbours.
         inputs: the padded input sites (`pad_sites`).
         outputs: the padded output sites.
-        tile_size: pairs in a tile; None leaves the tiles out.
+        tile_size: number of pairs in a tile; None leaves the tiles out.
         blocks: None leaves the blocks of Winograd convolution out; "auto" puts the sites in blocks if they are dense
             enough to pay, "always" in any case.
 
@@ -319,12 +332,12 @@ def pad_map(
 def limit_tiles(kernel_map: KernelMap, capacity: int) -> KernelMap:
     """The same map with room for fewer (or more) tiles; on the host (numpy arrays).
 
-    The capacity of a new map suffices for a full kernel on every site. Algorithm "pairs" multiplies all of it, so a
-    bucket of maps shares the largest number of tiles that it meets instead.
+    The capacity of a new map suffices for a full kernel on every site. Algorithm "pairs" multiplies all of it, so the
+    maps of a bucket share the largest number of tiles that any of them needs instead.
 
     Args:
-        kernel_map: with tiles.
-        capacity: tiles.
+        kernel_map: a map with tiles.
+        capacity: number of tiles of the result.
 
     Raises:
         ValueError: the map has no tiles, or more in use than `capacity`.
@@ -335,7 +348,7 @@ def limit_tiles(kernel_map: KernelMap, capacity: int) -> KernelMap:
     if int(tiles.count) > capacity:
         raise ValueError(f"{int(tiles.count)} tiles are in use, a capacity of {capacity} does not hold them.")
 
-    def resized(rows: np.ndarray, empty: np.ndarray | int) -> np.ndarray:
+    def resize(rows: np.ndarray, empty: np.ndarray | int) -> np.ndarray:
         out = np.empty((capacity, *rows.shape[1:]), rows.dtype)
         out[:] = empty
         out[: len(rows)] = rows[:capacity]
@@ -346,10 +359,10 @@ def limit_tiles(kernel_map: KernelMap, capacity: int) -> KernelMap:
         kernel_map,
         tiles=replace(
             tiles,
-            in_rows=resized(tiles.in_rows, kernel_map.in_capacity + place),
-            out_rows=resized(tiles.out_rows, kernel_map.out_capacity + place),
-            offset=resized(tiles.offset, 0),
-            scan=resized(tiles.scan, 0),
+            in_rows=resize(tiles.in_rows, kernel_map.in_capacity + place),
+            out_rows=resize(tiles.out_rows, kernel_map.out_capacity + place),
+            offset=resize(tiles.offset, 0),
+            scan=resize(tiles.scan, 0),
         ),
     )
 

@@ -1,4 +1,4 @@
-"""Tables of neighbours on the host: which input row each offset of a kernel brings to each output site."""
+"""Tables of neighbours on the host: the input row that each offset of a kernel brings to each output site."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from h2a2_jax.sparse.sites import SiteSet, Size3, key_offsets, moved_offsets, size3
+from h2a2_jax.sparse.sites import SiteSet, Size3, key_offsets, size3, voxel_offsets
 
 MISSING = -1
+"""Row of a neighbour that does not exist."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,10 @@ class NeighborTable:
 
     Attributes:
         rows: int32 [V, n_out], input row that slice k brings to each output row, -1 where there is none.
-        inputs: the input sites.
-        outputs: the output sites.
+        inputs: input sites.
+        outputs: output sites.
         kind: "submanifold", "strided", "inverse", "generative" or "pool".
-        offsets: int64 [V, 3], from the output to the input of slice k, in finest voxels.
+        offsets: int64 [V, 3], from the output to the input site of slice k, in finest voxels.
     """
 
     rows: np.ndarray
@@ -38,12 +39,17 @@ class NeighborTable:
 def submanifold_neighbors(sites: SiteSet, kernel_size: Size3 = 3, dilation: int = 1) -> NeighborTable:
     """Map of a stride-1 convolution: the output sites are the input sites.
 
-    Half of an odd kernel's offsets is searched, the other half is its mirror image.
+    Half of an odd kernel's offsets are searched, the other half is the mirror image.
+
+    Args:
+        sites: input sites, which are the output sites too.
+        kernel_size: size of the kernel.
+        dilation: distance of neighbouring slices, in strides.
 
     Raises:
-        InputError: the kernel reaches too far, see `moved_offsets`.
+        InputError: the kernel reaches farther than a key has room for.
     """
-    offsets = moved_offsets(kernel_size, dilation, sites.stride)
+    offsets = voxel_offsets(kernel_size, dilation, sites.stride)
     if any(k % 2 == 0 for k in size3(kernel_size)):
         return NeighborTable(_neighbors(sites, sites, offsets), sites, sites, "submanifold", offsets)
     rows = np.full((len(offsets), len(sites)), MISSING, np.int32)
@@ -59,9 +65,9 @@ def strided_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: Size3, dil
     """Map of a strided convolution: in = out + offset * input stride. Kernel size 1 is a lookup of the coarse sites.
 
     Raises:
-        InputError: the kernel reaches too far, see `moved_offsets`.
+        InputError: the kernel reaches farther than a key has room for.
     """
-    offsets = moved_offsets(kernel_size, dilation, inputs.stride)
+    offsets = voxel_offsets(kernel_size, dilation, inputs.stride)
     return NeighborTable(_neighbors(inputs, outputs, offsets), inputs, outputs, "strided", offsets)
 
 
@@ -69,9 +75,9 @@ def pool_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: Size3) -> Nei
     """Map of a pooling: the inputs under each output site's window.
 
     Raises:
-        InputError: the window reaches too far, see `moved_offsets`.
+        InputError: the window reaches farther than a key has room for.
     """
-    offsets = moved_offsets(kernel_size, 1, inputs.stride)
+    offsets = voxel_offsets(kernel_size, 1, inputs.stride)
     return NeighborTable(_neighbors(inputs, outputs, offsets), inputs, outputs, "pool", offsets)
 
 
@@ -79,9 +85,9 @@ def generative_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: Size3) 
     """Map of a generative transposed convolution: out = in + offset * output stride, same slice order, no flip.
 
     Raises:
-        InputError: the kernel reaches too far, see `moved_offsets`.
+        InputError: the kernel reaches farther than a key has room for.
     """
-    offsets = -moved_offsets(kernel_size, 1, outputs.stride)
+    offsets = -voxel_offsets(kernel_size, 1, outputs.stride)
     return NeighborTable(_neighbors(inputs, outputs, offsets), inputs, outputs, "generative", offsets)
 
 
@@ -142,7 +148,7 @@ def _lower_bounds(keys: Int[np.ndarray, " n"], queries: Int[np.ndarray, " m"]) -
     """Number of keys below each query; both sorted.
 
     By merging: a stable sort of two sorted lists is linear, and takes half the time of as many binary searches. The
-    lowest bit tells queries, which come before an equal key, from keys.
+    lowest bit is 0 for queries, which come before an equal key, and 1 for keys.
     """
     n = len(queries)
     if len(keys) > 8 * n:

@@ -1,4 +1,4 @@
-"""Pooling over the windows of a kernel map, and over whole scans."""
+"""Pooling: maximum and mean over the windows of a kernel map, and over whole scans."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from h2a2_jax.sparse.conv_parts import no_gradient, zeros_varying_as
+from h2a2_jax.sparse.conv_parts import no_gradient
 from h2a2_jax.sparse.kernel_map import KernelMap
 from h2a2_jax.sparse.sites import Sites, SparseTensor
+from h2a2_jax.sparse.xla_cpu import zeros_varying_as
 
 _UNROLL = 32
-"""Offsets in one body of a loop."""
+"""Offsets in one body of a loop, which XLA fuses into one pass."""
 _MATMUL_SCANS = 64
-"""Up to so many scans their sums are a product with 0 and 1: an accelerator is slow at adding many rows into few."""
+"""Largest number of scans whose sums are a product with 0 and 1: accelerators are slow at adding many rows into few."""
 
 
 @jax.custom_vjp
@@ -26,7 +27,7 @@ def max_pool(features: Float[Array, "n_in c"], kernel_map: KernelMap) -> Float[A
 
     Args:
         features: rows of the input sites; rows of padding are never read.
-        kernel_map: of any kind; windows may overlap.
+        kernel_map: map of any kind; windows may overlap.
 
     Returns:
         Rows of the output sites; zero where a window holds no site, and on padding.
@@ -41,12 +42,12 @@ def max_pool(features: Float[Array, "n_in c"], kernel_map: KernelMap) -> Float[A
 
     start = _zeros(kernel_map.out_capacity, features, kernel_map) - jnp.inf
     # Unrolled, the offsets fuse into one pass; the rule for training keeps two arrays and is faster as a loop.
-    best, _ = _over_offsets(add_offset, start, kernel_map, unroll=_UNROLL)
-    return _where_any(best, kernel_map)
+    best, _ = _scan_offsets(add_offset, start, kernel_map, unroll=_UNROLL)
+    return _zero_if_empty(best, kernel_map)
 
 
 def _max_forward(x: Array, kmap: KernelMap) -> tuple[Array, tuple]:
-    """Also the first offset that holds each maximum; an argmax over an axis of offsets is many times slower."""
+    """Maxima, and the first offset that holds each; an argmax over an axis of offsets is many times slower."""
     _check(x, kmap)
     index_type = jnp.int8 if kmap.kernel_volume <= 127 else jnp.int32
 
@@ -57,8 +58,8 @@ def _max_forward(x: Array, kmap: KernelMap) -> tuple[Array, tuple]:
 
     zeros = _zeros(kmap.out_capacity, x, kmap)
     start = zeros - jnp.inf, zeros.astype(index_type) - 1
-    (best, chosen), _ = _over_offsets(add_offset, start, kmap)
-    return _where_any(best, kmap), (chosen, kmap)
+    (best, chosen), _ = _scan_offsets(add_offset, start, kmap)
+    return _zero_if_empty(best, kmap), (chosen, kmap)
 
 
 def _max_backward(residuals: tuple, g: Array) -> tuple:
@@ -67,7 +68,7 @@ def _max_backward(residuals: tuple, g: Array) -> tuple:
     def add_offset(dx: Array, k: Array) -> tuple[Array, None]:
         return _add_rows(dx, kmap, k, jnp.where(chosen == k, g, 0)), None
 
-    return _over_offsets(add_offset, _zeros(kmap.in_capacity, g, kmap), kmap)[0], no_gradient(kmap)
+    return _scan_offsets(add_offset, _zeros(kmap.in_capacity, g, kmap), kmap)[0], no_gradient(kmap)
 
 
 max_pool.defvjp(_max_forward, _max_backward)
@@ -79,7 +80,7 @@ def average_pool(features: Float[Array, "n_in c"], kernel_map: KernelMap) -> Flo
 
     Args:
         features: rows of the input sites; rows of padding are never read.
-        kernel_map: of any kind; windows may overlap.
+        kernel_map: map of any kind; windows may overlap.
 
     Returns:
         Rows of the output sites; zero where a window holds no site, and on padding. Sums are float32 at least.
@@ -99,7 +100,7 @@ def _average_forward(x: Array, kmap: KernelMap) -> tuple[Array, tuple]:
         return total + _window(x, kmap, k, fill=0.0), None
 
     start = _zeros(kmap.out_capacity, x.astype(weight.dtype), kmap)
-    total, _ = _over_offsets(add_offset, start, kmap, unroll=_UNROLL)
+    total, _ = _scan_offsets(add_offset, start, kmap, unroll=_UNROLL)
     return (total * weight[:, None]).astype(x.dtype), (weight, kmap)
 
 
@@ -110,7 +111,7 @@ def _average_backward(residuals: tuple, g: Array) -> tuple:
     def add_offset(dx: Array, k: Array) -> tuple[Array, None]:
         return _add_rows(dx, kmap, k, share), None
 
-    dx, _ = _over_offsets(add_offset, _zeros(kmap.in_capacity, share, kmap), kmap)
+    dx, _ = _scan_offsets(add_offset, _zeros(kmap.in_capacity, share, kmap), kmap)
     return dx.astype(g.dtype), no_gradient(kmap)
 
 
@@ -118,11 +119,11 @@ average_pool.defvjp(_average_forward, _average_backward)
 
 
 def global_pool(x: SparseTensor, reduce: Literal["mean", "max", "sum"] = "mean") -> Float[Array, "b c"]:
-    """One row a scan, over all its sites.
+    """Pool each scan over all its sites to one row.
 
     Args:
-        x: features; rows of padding are never read.
-        reduce: how; the gradient of a maximum goes to the first site that holds it.
+        x: features on sites; rows of padding are never read.
+        reduce: mean, maximum or sum; the gradient of a maximum goes to the first site that holds it.
 
     Returns:
         [B, C] in the type of the features; zero for a scan without sites. Sums are float32 at least.
@@ -156,7 +157,7 @@ def sites_per_scan(sites: Sites) -> Int[Array, " b"]:
 
 
 def _global_max(x: SparseTensor) -> Array:
-    """The row that holds each maximum first, then its value: the derivative of a gather is exact."""
+    """Maxima by way of the first row that holds each: the derivative of a gather is exact."""
     scan, (n, c) = jnp.asarray(x.sites.scan), x.features.shape
     fixed = lax.stop_gradient(x.features)
     best = jax.ops.segment_max(fixed, scan, x.sites.num_scans, indices_are_sorted=True)
@@ -171,7 +172,7 @@ def _check(x: Array, kmap: KernelMap) -> None:
         raise ValueError(f"features have {x.shape[0]} rows, the kernel map expects {kmap.in_capacity}.")
 
 
-def _over_offsets(add_offset: Callable, start: Any, kmap: KernelMap, unroll: int = 1) -> tuple:
+def _scan_offsets(add_offset: Callable, start: Any, kmap: KernelMap, unroll: int = 1) -> tuple:
     return lax.scan(add_offset, start, jnp.arange(kmap.kernel_volume), unroll=min(unroll, kmap.kernel_volume))
 
 
@@ -180,18 +181,20 @@ def _zeros(rows: int, like: Array, kmap: KernelMap) -> Array:
 
 
 def _window(x: Array, kmap: KernelMap, k: Array, fill: float = -jnp.inf) -> Array:
+    """Input row at offset k of each output row, `fill` where there is none."""
     return x.at[jnp.asarray(kmap.neighbors)[k]].get(mode="fill", fill_value=fill)
 
 
-def _where_any(rows: Array, kmap: KernelMap) -> Array:
-    """Rows of windows that hold a site; zero elsewhere."""
+def _zero_if_empty(rows: Array, kmap: KernelMap) -> Array:
+    """Rows as they are, zero for a window without a site."""
     return jnp.where((jnp.asarray(kmap.neighbors) < kmap.in_capacity).any(0)[:, None], rows, 0)
 
 
 def _add_rows(dx: Array, kmap: KernelMap, k: Array, rows: Array) -> Array:
     """Add rows to the inputs of offset k.
 
-    These are distinct, and so are the indices past the end where there is none: an accelerator adds without atomics.
+    The rows written are distinct, and so are the indices past the end where there is none: an accelerator adds without
+    atomics.
     """
     index = jnp.asarray(kmap.neighbors)[k]
     index = jnp.where(index < kmap.in_capacity, index, kmap.in_capacity + jnp.arange(kmap.out_capacity))

@@ -1,12 +1,11 @@
-"""Active sites and the tensors on them.
+"""Active sites: voxelisation, sets of sites on the host, and the padded sites and tensors of a device.
 
-Voxel sites on the host: voxelisation, sorted site keys, strided, generated and united site sets.
+A site is four integers (scan, x, y, z) in units of the finest voxel, at every level: a set of stride s holds multiples
+of s (negative coordinates occur). On the host a set is kept as sorted, unique int64 keys (`SiteSet`), z fastest:
+sorting and binary search on one machine word make maps cheap to build. `pad_sites` makes arrays of a fixed number of
+rows from a set (`Sites`), and features on them are a `SparseTensor`.
 
-A site is four integers (scan, x, y, z) in units of the finest voxel, at every level: a set of stride s holds
-multiples of s (negative coordinates occur). A set is kept as sorted, unique int64 keys, z fastest, because sorting and
-binary search on one machine word are what makes building maps cheap.
-
-Coordinates depend on points alone, never on features, so everything here runs before the network does.
+Coordinates depend on points alone, never on features, so all sets of a network are made before it runs.
 """
 
 from collections.abc import Sequence
@@ -30,13 +29,14 @@ MAX_DERIVED = _BIAS - 512
 MAX_REACH = 2 * (_BIAS - MAX_DERIVED) - 1
 """Largest offset of a kernel, in voxels. What leaves a field then still meets no site at its other end."""
 MAX_SCANS = 1 << (_BITS - 2)
+"""Largest number of scans of a batch."""
 
 Size3 = int | tuple[int, int] | tuple[int, int, int]
 """A size of a kernel: one number for a cube, (x, y) in 2-D, (x, y, z)."""
 
 
 def size3(size: Size3) -> tuple[int, int, int]:
-    """A size along x, y, z; of two numbers, along x and y, the size along z is 1."""
+    """Expand a size to three numbers along x, y, z; a size of two numbers, along x and y, is 1 along z."""
     if isinstance(size, int):
         return size, size, size
     return (size[0], size[1], 1) if len(size) == 2 else size
@@ -49,15 +49,15 @@ def voxel_coordinates(points: Float[np.ndarray, "m 3"], voxel_size: float) -> In
     other side of it.
 
     Args:
-        points: metres.
-        voxel_size: metres.
+        points: positions in metres.
+        voxel_size: edge of a voxel in metres.
 
     Returns:
-        int32 coordinates.
+        int32 coordinates [m, 3].
 
     Raises:
-        InputError: a coordinate is not finite or lies outside the +-31,743 voxels that a site key can hold, or voxels
-            have no size.
+        InputError: a coordinate is not finite or lies outside the +-31,743 voxels that a site key can hold, or
+            `voxel_size` is not above 0.
     """
     if not voxel_size > 0:
         raise InputError(f"voxel_size is {voxel_size}; expected metres above 0.")
@@ -76,12 +76,15 @@ def voxel_coordinates(points: Float[np.ndarray, "m 3"], voxel_size: float) -> In
     return scaled.astype(np.int32)
 
 
+# ---------------------------------------------------------------- keys
+
+
 def pack_keys(coords: Int[np.ndarray, "n 4"], limit: int = MAX_DERIVED) -> Int[np.ndarray, " n"]:
     """int64 keys of (scan, x, y, z) rows; their order is the lexicographic order of the rows.
 
     Args:
-        coords: the rows.
-        limit: largest |coordinate| that is let pass, `MAX_COORDINATE` for sites that were not made from others.
+        coords: rows (scan, x, y, z).
+        limit: largest |coordinate| allowed; `MAX_COORDINATE` for sites that were not made from others.
 
     Raises:
         InputError: a coordinate or a scan index is out of range.
@@ -114,7 +117,7 @@ def unpack_keys(keys: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n 4"]:
 
 
 def key_offsets(offsets: Int[np.ndarray, "v 3"]) -> Int[np.ndarray, " v"]:
-    """What to add to a key to move its site by each (dx, dy, dz), in voxels."""
+    """Differences of keys for moves (dx, dy, dz) in voxels: key + difference is the key of the moved site."""
     o = offsets.astype(np.int64)
     return (o[:, 0] << 2 * _BITS) + (o[:, 1] << _BITS) + o[:, 2]
 
@@ -126,7 +129,11 @@ def sorted_unique(keys: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
 
 
 def _starts(ordered: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """True where a run of equal values starts."""
     return np.concatenate([np.ones(min(1, len(ordered)), bool), ordered[1:] != ordered[:-1]])
+
+
+# ---------------------------------------------------------------- offsets of kernels
 
 
 def kernel_offsets(kernel_size: Size3, dilation: int = 1) -> Int[np.ndarray, "v 3"]:
@@ -139,8 +146,8 @@ def kernel_offsets(kernel_size: Size3, dilation: int = 1) -> Int[np.ndarray, "v 
     return (np.stack([x.ravel(), y.ravel(), z.ravel()], -1) * dilation).astype(np.int64)
 
 
-def moved_offsets(kernel_size: Size3, dilation: int, stride: int) -> Int[np.ndarray, "v 3"]:
-    """Offsets of a kernel's slices in finest voxels, for sites of a stride.
+def voxel_offsets(kernel_size: Size3, dilation: int, stride: int) -> Int[np.ndarray, "v 3"]:
+    """Offsets of a kernel's slices in finest voxels, for sites of the given stride.
 
     Raises:
         InputError: the kernel reaches farther than a key has room for, `MAX_REACH` voxels.
@@ -154,6 +161,9 @@ def moved_offsets(kernel_size: Size3, dilation: int, stride: int) -> Int[np.ndar
     return kernel_offsets(kernel_size, dilation) * stride
 
 
+# ---------------------------------------------------------------- sets on the host
+
+
 @dataclass(frozen=True)
 class SiteSet:
     """A set of sites on the host.
@@ -161,7 +171,7 @@ class SiteSet:
     Attributes:
         keys: int64 [n], sorted and unique.
         stride: distance of neighbouring sites, in finest voxels.
-        num_scans: scans in the batch; keys' scan indices are below it.
+        num_scans: number of scans in the batch; the scan indices of keys are below it.
     """
 
     keys: np.ndarray
@@ -199,8 +209,8 @@ def site_set(coords: Int[np.ndarray, "n d"], *, stride: int = 1, num_scans: int 
 
     Args:
         coords: rows (scan, x, y, z), or (scan, x, y) in 2-D, where z is 0.
-        stride: of the set; coordinates are multiples of it.
-        num_scans: scans in the batch; default one more than the largest scan index.
+        stride: stride of the set; coordinates are multiples of it.
+        num_scans: number of scans in the batch; default one more than the largest scan index.
 
     Raises:
         InputError: a coordinate or a scan index is out of range.
@@ -216,11 +226,11 @@ def site_set(coords: Int[np.ndarray, "n d"], *, stride: int = 1, num_scans: int 
 
 @dataclass(frozen=True)
 class Voxelization:
-    """Sites of a batch of point clouds, and which point each took its features from.
+    """Sites of a batch of point clouds, and the point that each takes its features from.
 
     Attributes:
-        sites: the occupied voxels, stride 1.
-        first_point: int64 [n], row in the concatenated points of the first point of each voxel.
+        sites: occupied voxels, stride 1.
+        first_point: int64 [n], first point of each voxel, as a row of the concatenated point clouds.
     """
 
     sites: SiteSet
@@ -231,11 +241,11 @@ def voxelize(clouds: Sequence[np.ndarray], voxel_size: float) -> Voxelization:
     """Voxelise one point cloud per scan; the first point of a voxel represents it.
 
     Args:
-        clouds: float32 [m_i, 3] metres, one array a scan, empty ones allowed.
-        voxel_size: metres.
+        clouds: one float32 array [m_i, 3] per scan, in metres; empty ones are allowed.
+        voxel_size: edge of a voxel in metres.
 
     Raises:
-        InputError: see `voxel_coordinates`; or one array is given in place of a list of them.
+        InputError: as `voxel_coordinates`; or one array is given in place of a list of arrays.
     """
     if isinstance(clouds, np.ndarray) and clouds.ndim < 3:
         raise InputError(f"an array {list(clouds.shape)} was given; expected is a list with an array [m, 3] a scan.")
@@ -244,14 +254,14 @@ def voxelize(clouds: Sequence[np.ndarray], voxel_size: float) -> Voxelization:
     scan = np.repeat(np.arange(len(clouds)), [len(c) for c in coords])
     if len(clouds) > MAX_SCANS:
         raise InputError(f"a batch of {len(clouds)} scans was given, a key holds {MAX_SCANS}; use smaller ones.")
-    keys, first = _sorted_cells(scan, rows)
+    keys, first = _distinct_voxels(scan, rows)
     return Voxelization(SiteSet(keys, 1, len(clouds)), first)
 
 
-def _sorted_cells(
+def _distinct_voxels(
     scan: Int[np.ndarray, " n"], rows: Int[np.ndarray, "n 3"]
 ) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
-    """Sorted distinct keys of (scan, x, y, z), and the first row that each is of."""
+    """Sorted distinct keys of (scan, x, y, z), and the first row with each."""
     low = rows.min(0, initial=0)
     bits = [int(extent).bit_length() for extent in (rows.max(0, initial=0) - low)]
     x_bits, y_bits, z_bits = bits
@@ -262,7 +272,7 @@ def _sorted_cells(
         order = np.argsort(keys, kind="stable")
         starts = _starts(keys[order])
         return keys[order][starts], order[starts]
-    # Where cell and row fit one word together, that is sorted: several times faster than to sort the rows' order.
+    # Voxel and row fit one word: sorting that is several times faster than an argsort of the voxels.
     word = scan.astype(np.int64)
     for axis, width in enumerate(bits):
         word <<= width
@@ -271,14 +281,14 @@ def _sorted_cells(
     word <<= place_bits
     word += np.arange(len(rows))
     word.sort()
-    cell = word >> place_bits
-    starts = _starts(cell)
-    cell, first = cell[starts], word[starts] & ((1 << place_bits) - 1)
-    z = cell & ((1 << z_bits) - 1)
-    y = (cell >> z_bits) & ((1 << y_bits) - 1)
-    x = (cell >> (z_bits + y_bits)) & ((1 << x_bits) - 1)
+    voxel = word >> place_bits
+    starts = _starts(voxel)
+    voxel, first = voxel[starts], word[starts] & ((1 << place_bits) - 1)
+    z = voxel & ((1 << z_bits) - 1)
+    y = (voxel >> z_bits) & ((1 << y_bits) - 1)
+    x = (voxel >> (z_bits + y_bits)) & ((1 << x_bits) - 1)
     move = low.astype(np.int64) + _BIAS
-    keys = (cell >> sum(bits)) << 3 * _BITS
+    keys = (voxel >> sum(bits)) << 3 * _BITS
     keys += ((x + move[0]) << 2 * _BITS) + ((y + move[1]) << _BITS) + (z + move[2])
     return keys, first
 
@@ -303,16 +313,16 @@ def downsample(sites: SiteSet, factor: int) -> SiteSet:
 
 
 def generate(sites: SiteSet, kernel_size: Size3, factor: int = 2) -> SiteSet:
-    """Sites that a generative transposed convolution makes: every site plus every offset of the finer stride.
+    """Sites of a generative transposed convolution: every site plus every offset of the finer stride.
 
     Raises:
         ValueError: the stride of the sites is not a multiple of `factor`.
-        InputError: a made site may lie outside +-`MAX_DERIVED`.
+        InputError: a generated site may lie outside +-`MAX_DERIVED`.
     """
     if sites.stride % factor:
         raise ValueError(f"sites of stride {sites.stride} have no finer grid at 1/{factor} of it.")
     stride = sites.stride // factor
-    offsets = moved_offsets(kernel_size, 1, stride)
+    offsets = voxel_offsets(kernel_size, 1, stride)
     _check_reach(_reach(sites.keys) + int(np.abs(offsets).max(initial=0)), MAX_DERIVED)
     moves = key_offsets(offsets)
     return SiteSet(sorted_unique((sites.keys[None, :] + moves[:, None]).ravel()), stride, sites.num_scans)
@@ -330,6 +340,9 @@ def unite(a: SiteSet, b: SiteSet) -> SiteSet:
     return SiteSet(keys, a.stride, max(a.num_scans, b.num_scans))
 
 
+# ---------------------------------------------------------------- padded sites
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sites:
@@ -337,10 +350,10 @@ class Sites:
 
     Attributes:
         coords: int32 [N, 4], rows (scan, x, y, z) in finest voxels, in lexicographic order; padding rows, all at the
-            end, carry scan = num_scans.
+            end, have scan = num_scans.
         n: int32 [], number of valid rows.
         stride: distance of neighbouring sites in finest voxels (static).
-        num_scans: scans in the batch (static).
+        num_scans: number of scans in the batch (static).
     """
 
     coords: Leaf
@@ -350,7 +363,7 @@ class Sites:
 
     @property
     def capacity(self) -> int:
-        """Rows, padding included."""
+        """Number of rows, padding included."""
         return self.coords.shape[0]
 
     @property
@@ -360,7 +373,7 @@ class Sites:
 
     @property
     def valid(self) -> Bool[Array, " N"]:
-        """Which rows are sites."""
+        """True for the rows that are sites."""
         return jnp.arange(self.capacity) < self.n
 
 
@@ -370,15 +383,15 @@ class SparseTensor:
     """Features on active sites; rows of padding hold zeros.
 
     Attributes:
-        features: float [N, C].
-        sites: where the rows are.
+        features: float [N, C], one row per site.
+        sites: padded sites of the rows.
     """
 
     features: Leaf
     sites: Sites
 
     def with_features(self, features: Float[Array, "N C"]) -> "SparseTensor":
-        """The same sites with other features; the caller keeps padding rows at zero."""
+        """Other features on the same sites; the caller keeps padding rows at zero."""
         return replace(self, features=features)
 
 

@@ -1,22 +1,23 @@
-"""Block Winograd F(4,3)^3 for nearly dense submanifold maps.
+"""Convolution of nearly dense submanifold maps by Winograd's F(4, 3)^3 on blocks of sites (Lavin and Gray 2016).
 
-Matrices of one-dimensional Winograd convolution F(m, r): y = A' [(G g) * (B' d)].
+One-dimensional F(4, 3) computes 4 outputs of a kernel g of 3 taps from 6 inputs d with 6 products:
 
-m outputs of a kernel of r taps from m + r - 1 inputs with as many products, by Toom and Cook: both polynomials are
-evaluated at m + r - 2 points and at infinity, multiplied there, and the transpose of that scheme is a correlation.
+    y = A' [(G g) * (B' d)]
 
-Sparse convolution by Winograd's F(4, 3)^3 on blocks of sites, for nearly dense submanifold maps.
+The matrices are those of Toom and Cook: both polynomials are evaluated at 5 points and at infinity and multiplied
+there; the transpose of that scheme is a correlation.
 
-A block's 6^3 inputs, transformed along each axis, meet the transformed kernel in 216 matrix products in place of
-27 * 64, and one more transform gives its 4^3 outputs (Lavin and Gray 2016, in three dimensions). Empty cells are zeros.
+In three dimensions a block's 6^3 inputs, transformed along each axis, meet the transformed kernel in 216 matrix
+products in place of 27 * 64, and one more transform gives the block's 4^3 outputs. Empty places of a block are zeros.
 
-The leading axis of a transformed block is a list of six arrays, each with its own transforms and products: that many
+The leading axis of a transformed block is a list of six arrays with separate transforms and products: that many
 independent chains keep several threads at work.
 """
 
+import math
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,51 +25,36 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from h2a2_jax.sparse.conv_parts import ConvOptions, take_rows, zeros_varying_as
+from h2a2_jax.sparse.conv_parts import ConvOptions, Gradients
 from h2a2_jax.sparse.kernel_map import BLOCK, TILE, KernelMap, SiteBlocks
+from h2a2_jax.sparse.xla_cpu import take_rows, zeros_varying_as
 
 POINTS = (Fraction(0), Fraction(2, 3), Fraction(-2, 3), Fraction(4, 3), Fraction(-4, 3))
 """Points for F(4, 3): a tenth of the rounding error of the textbook's 0, +-1, +-2."""
+_INNER = slice(1, 1 + BLOCK)
+"""Outputs of a block among its inputs, along an axis."""
+
+# ---------------------------------------------------------------- matrices
 
 
-class Transforms(NamedTuple):
-    """Matrices of F(m, r), float64.
-
-    Attributes:
-        output: A', [m, m + r - 1].
-        kernel: G, [m + r - 1, r].
-        input: B', [m + r - 1, m + r - 1].
-    """
-
-    output: np.ndarray
-    kernel: np.ndarray
-    input: np.ndarray
-
-
-def winograd_transforms(m: int = 4, r: int = 3, points: tuple[Fraction, ...] = POINTS) -> Transforms:
-    """Matrices of F(m, r), computed in exact fractions.
-
-    Raises:
-        ValueError: not m + r - 2 distinct points.
-    """
-    if len(set(points)) != m + r - 2:
-        raise ValueError(f"F({m}, {r}) needs {m + r - 2} distinct points, given {points}.")
-    infinity = [[Fraction(int(i == n - 1)) for i in range(n)] for n in (m, r)]
-    output = [[p**i for i in range(m)] for p in points] + [infinity[0]]
-    kernel, inputs = [], []
-    for p in points:
-        others = [q for q in points if q != p]
-        scale = Fraction(1)
-        for q in others:
-            scale *= p - q
-        kernel.append([p**i / scale for i in range(r)])
-        inputs.append([*_polynomial(others), Fraction(0)])
-    kernel.append(infinity[1])
-    inputs.append(_polynomial(points))
-    return Transforms(_floats(output).T, _floats(kernel), _floats(inputs))
+def winograd_matrices() -> tuple[Float[np.ndarray, "4 6"], Float[np.ndarray, "6 3"], Float[np.ndarray, "6 6"]]:
+    """A', G and B' of F(4, 3), computed in exact fractions, in float64."""
+    output: list[list] = [[p**i for i in range(BLOCK)] for p in POINTS]
+    kernel: list[list] = []
+    inputs: list[list] = []
+    for p in POINTS:
+        others = [q for q in POINTS if q != p]
+        scale = math.prod(p - q for q in others)
+        kernel.append([p**i / scale for i in range(3)])
+        inputs.append([*_polynomial(others), 0])
+    # The last row of each is that of the point at infinity.
+    output.append([0, 0, 0, 1])
+    kernel.append([0, 0, 1])
+    inputs.append(_polynomial(POINTS))
+    return np.array(output, float).T, np.array(kernel, float), np.array(inputs, float)
 
 
-def _polynomial(roots: tuple[Fraction, ...] | list[Fraction]) -> list[Fraction]:
+def _polynomial(roots: Sequence[Fraction]) -> list[Fraction]:
     """Coefficients, lowest first, of the product of (x - root)."""
     coefficients = [Fraction(1)]
     for root in roots:
@@ -77,31 +63,39 @@ def _polynomial(roots: tuple[Fraction, ...] | list[Fraction]) -> list[Fraction]:
     return coefficients
 
 
-def _floats(rows: list[list[Fraction]]) -> np.ndarray:
-    return np.array([[float(value) for value in row] for row in rows])
+@cache
+def _matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A', B', and G of all three axes at once [6, 36, 27], with its transpose in the order of the products."""
+    output, kernel, inputs = winograd_matrices()
+    cube = np.einsum("az,by,cx->abczyx", kernel, kernel, kernel).reshape(TILE, TILE * TILE, 27)
+    return output, inputs, cube, cube.transpose(0, 2, 1)
 
 
-_INNER = slice(1, 1 + BLOCK)
+# ---------------------------------------------------------------- convolution
 
 
-def winograd_forward(
-    x: Array, w: Array, gamma: Array | None, scan_set: Array | None, kmap: KernelMap, options: ConvOptions
-) -> Array:
-    """Arguments and result as in `convolve`, in the compute type; needs `kmap.blocks`."""
+def winograd_forward(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions) -> Array:
+    """Output rows of the algorithm "winograd", which needs `kmap.blocks`; see `conv_parts` for arguments and result."""
     blocks = _blocks_of(kmap)
-    kernels = _selected(w, gamma, scan_set)
-    return _convolve_blocks(x, _kernel_transform(kernels, options), blocks, (x, w, gamma, kmap.n_out), options)
+    kernels = _transform_kernel(_select_kernel(w, gamma), options)
+
+    def write_chunk(t: Array, out: Array) -> Array:
+        cells = _gather(x, blocks.rows[t], options)
+        return _scatter(out, blocks.rows[t], _apply(cells, kernels, _kernel_of(blocks, kernels[0], t), options))
+
+    shape = x.shape[0], kernels[0].shape[-1]
+    out = zeros_varying_as(shape, options.sum_type, (x, w, gamma, kmap.n_out))
+    return lax.fori_loop(0, blocks.count, write_chunk, out)
 
 
 def winograd_backward(
-    x: Array, w: Array, gamma: Array | None, scan_set: Array | None, kmap: KernelMap, options: ConvOptions,
-    cotangent: Array,
-) -> tuple[Array, Array, Array | None]:  # fmt: skip
+    x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions, cotangent: Array
+) -> Gradients:
     """Gradients of x, by the mirrored kernel, of w, among the transforms, and of gamma."""
     blocks = _blocks_of(kmap)
     g = cotangent.astype(x.dtype)
-    kernels = _selected(w, gamma, scan_set)
-    mirrored = _kernel_transform(kernels[:, ::-1].swapaxes(2, 3), options)
+    kernels = _select_kernel(w, gamma)
+    mirrored = _transform_kernel(kernels[:, ::-1].swapaxes(2, 3), options)
     like = (x, w, gamma, g, kmap.n_out)
 
     def add_chunk(t: Array, carry: tuple) -> tuple:
@@ -109,27 +103,17 @@ def winograd_backward(
         scan = _kernel_of(blocks, kernels, t)
         gradients = _gather(g, blocks.rows[t], options)
         dx = _scatter(dx, blocks.rows[t], _apply(gradients, mirrored, scan, options))
-        inputs = _input_transform(_gather(x, blocks.rows[t], options))
-        outputs = _output_transposed(gradients[_INNER, _INNER, _INNER])
-        products = [_batched(options, "tbc,tbd->tcd", v, u) for v, u in zip(inputs, outputs, strict=True)]
+        inputs = _transform_input(_gather(x, blocks.rows[t], options))
+        outputs = _transpose_output(gradients[_INNER, _INNER, _INNER])
+        products = [options.einsum("tbc,tbd->tcd", v, u) for v, u in zip(inputs, outputs, strict=True)]
         return dx, [part.at[scan].add(product) for part, product in zip(parts, products, strict=True)]
 
     dx = zeros_varying_as(x.shape, options.sum_type, like)
     shape = (kernels.shape[0], TILE * TILE, *w.shape[2:])
     parts = [zeros_varying_as(shape, options.sum_type, like) for _ in range(TILE)]
     dx, parts = lax.fori_loop(0, blocks.count, add_chunk, (dx, parts))
-    dselected = _kernel_transposed(parts)
-    dw, dgamma = _to_stack(dselected, w, gamma, scan_set)
+    dw, dgamma = _split_gradient(_transpose_kernel(parts), w, gamma)
     return dx.astype(x.dtype), dw.astype(options.kernel_type), dgamma
-
-
-def _convolve_blocks(x: Array, kernels: list[Array], blocks: SiteBlocks, like: tuple, options: ConvOptions) -> Array:
-    def write_chunk(t: Array, out: Array) -> Array:
-        cells = _gather(x, blocks.rows[t], options)
-        return _scatter(out, blocks.rows[t], _apply(cells, kernels, _kernel_of(blocks, kernels[0], t), options))
-
-    out = zeros_varying_as((x.shape[0], kernels[0].shape[-1]), options.sum_type, like)
-    return lax.fori_loop(0, blocks.count, write_chunk, out)
 
 
 def _blocks_of(kmap: KernelMap) -> SiteBlocks:
@@ -137,26 +121,25 @@ def _blocks_of(kmap: KernelMap) -> SiteBlocks:
     return jax.tree.map(jnp.asarray, kmap.blocks)
 
 
-def _selected(w: Array, gamma: Array | None, scan_set: Array | None) -> Float[Array, "b v c d"]:
-    """The kernel of each scan; one for all of them where none is selected."""
-    if gamma is None or scan_set is None:
-        return w[:1]
-    return jnp.where(gamma[:, :, None, None] >= 0.5, w[0], w[scan_set])
+def _select_kernel(w: Array, gamma: Array | None) -> Float[Array, "b v c d"]:
+    """The kernel of each scan; one for all of them without a choice."""
+    return w if gamma is None else jnp.where(gamma[:, :, None, None] >= 0.5, w[0], w[1])
 
 
-def _to_stack(
-    dselected: Array, w: Array, gamma: Array | None, scan_set: Array | None
+def _split_gradient(
+    dselected: Array, w: Array, gamma: Array | None
 ) -> tuple[Float[Array, "s v c d"], Float[Array, "b v"] | None]:
-    """Gradients of the stack and of gamma from those of each scan's kernel: the reverse of `_selected`."""
-    if gamma is None or scan_set is None:
-        return jnp.concatenate([dselected, jnp.zeros((len(w) - 1, *w.shape[1:]), dselected.dtype)]), None
-    dgamma = jnp.einsum("bvcd,bvcd->bv", dselected, (w[0] - w[scan_set]).astype(dselected.dtype))
+    """Gradients of the stack and of gamma from those of each scan's kernel: the reverse of `_select_kernel`."""
+    if gamma is None:
+        return dselected, None
+    dgamma = jnp.einsum("bvcd,bvcd->bv", dselected, (w[0] - w[1])[None].astype(dselected.dtype))
     shared = (gamma >= 0.5)[:, :, None, None]
-    own = jax.ops.segment_sum(jnp.where(shared, 0, dselected), scan_set, len(w))
-    return own.at[0].add(jnp.where(shared, dselected, 0).sum(0)), dgamma.astype(gamma.dtype)
+    dw = [jnp.where(shared, dselected, 0).sum(0), jnp.where(shared, 0, dselected).sum(0)]
+    return jnp.stack(dw), dgamma.astype(gamma.dtype)
 
 
 def _kernel_of(blocks: SiteBlocks, kernels: Array, t: Array) -> Array | int:
+    """Kernel of chunk t, whose blocks are all of one scan."""
     return blocks.scan[t] if kernels.shape[0] > 1 else 0
 
 
@@ -173,30 +156,20 @@ def _scatter(out: Array, rows: Array, cells: Float[Array, "z y x n c"]) -> Array
 
 
 def _apply(cells: Array, kernels: list[Array], scan: Array | int, options: ConvOptions) -> Float[Array, "z y x n d"]:
-    transformed = _input_transform(cells)
-    return _output_transform([
-        _batched(options, "tbc,tcd->tbd", v, kernel[scan])
+    """Transform the inputs of a chunk, multiply, transform back."""
+    # Transformed values stay in the type of the sums: rounded to bfloat16, they would make the result ten times less
+    # exact than that of the other algorithms.
+    transformed = _transform_input(cells)
+    return _transform_output([
+        options.einsum("tbc,tcd->tbd", v, kernel[scan])
         for v, kernel in zip(transformed, kernels, strict=True)
     ])  # fmt: skip
 
 
-def _batched(options: ConvOptions, spec: str, a: Array, b: Array) -> Array:
-    """Batched products of transformed values, in the type of the sums.
-
-    Rounded to bfloat16, transformed values would make the result ten times less exact than the other algorithms'.
-    """
-    return jnp.einsum(spec, a, b, precision=options.precision, preferred_element_type=options.sum_type)
+# ---------------------------------------------------------------- transforms
 
 
-@cache
-def _matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """A', B', and G of all three axes at once [6, 36, 27], with its transpose in the order of the products."""
-    one = winograd_transforms()
-    cube = np.einsum("az,by,cx->abczyx", one.kernel, one.kernel, one.kernel).reshape(TILE, TILE * TILE, 27)
-    return one.output, one.input, cube, cube.transpose(0, 2, 1)
-
-
-def _kernel_transform(kernels: Float[Array, "b v c d"], options: ConvOptions) -> list[Float[Array, "b t c d"]]:
+def _transform_kernel(kernels: Float[Array, "b v c d"], options: ConvOptions) -> list[Float[Array, "b t c d"]]:
     _, _, cube, _ = _matrices()
     return [
         jnp.einsum("tv,bvcd->btcd", jnp.asarray(part, options.sum_type), kernels.astype(options.sum_type),
@@ -205,7 +178,7 @@ def _kernel_transform(kernels: Float[Array, "b v c d"], options: ConvOptions) ->
     ]  # fmt: skip
 
 
-def _kernel_transposed(parts: list[Float[Array, "b t c d"]]) -> Float[Array, "b v c d"]:
+def _transpose_kernel(parts: list[Float[Array, "b t c d"]]) -> Float[Array, "b v c d"]:
     _, _, _, cube = _matrices()
     total = jnp.zeros((), parts[0].dtype)
     for part, matrix in zip(parts, cube, strict=True):
@@ -215,18 +188,18 @@ def _kernel_transposed(parts: list[Float[Array, "b t c d"]]) -> Float[Array, "b 
     return total
 
 
-def _input_transform(cells: Float[Array, "z y x n c"]) -> list[Float[Array, "t n c"]]:
+def _transform_input(cells: Float[Array, "z y x n c"]) -> list[Float[Array, "t n c"]]:
     _, matrix, _, _ = _matrices()
     return _transform(matrix, list(cells))
 
 
-def _output_transform(products: list[Float[Array, "t n d"]]) -> Float[Array, "z y x n d"]:
+def _transform_output(products: list[Float[Array, "t n d"]]) -> Float[Array, "z y x n d"]:
     matrix, _, _, _ = _matrices()
     planes = [p.reshape(TILE, TILE, *p.shape[1:]) for p in products]
     return jnp.stack(_combine(matrix, [_along(matrix, _along(matrix, p, 0), 1) for p in planes]))
 
 
-def _output_transposed(cells: Float[Array, "z y x n d"]) -> list[Float[Array, "t n d"]]:
+def _transpose_output(cells: Float[Array, "z y x n d"]) -> list[Float[Array, "t n d"]]:
     matrix, _, _, _ = _matrices()
     return _transform(matrix.T, list(cells))
 
@@ -238,6 +211,7 @@ def _transform(matrix: np.ndarray, planes: list[Array]) -> list[Array]:
 
 
 def _along(matrix: np.ndarray, values: Array, axis: int) -> Array:
+    """A matrix along one axis of an array."""
     slices = [lax.index_in_dim(values, i, axis, keepdims=False) for i in range(values.shape[axis])]
     return jnp.stack(_combine(matrix, slices), axis)
 

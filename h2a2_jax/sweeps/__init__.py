@@ -1,5 +1,6 @@
-"""Sweeps: many runs of one config that differ in one thing each, a table at the end.
+"""Sweeps: many runs of one config that differ in one thing each, and a table of them.
 
-`plan` says which runs a sweep is made of, `runner` trains them in processes of their own (`worker`), `results` makes
-the table, `picture` draws it. A sweep that was stopped, however it was, goes on when it is started again.
+`ablation` (with the tau sweep), `protocol` and `transfer` name the runs and the columns of their tables. `sweep_plan`
+describes a run and finds its folder, `sweep_runner` trains in worker processes, `sweep_results` makes the table and the
+picture. A stopped or killed sweep resumes when the same command is started again.
 """

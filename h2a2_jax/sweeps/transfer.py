@@ -1,11 +1,12 @@
-"""Transfer: detectors that were trained without a dataset, on its scans as they are and after fine-tuning.
+"""Transfer: detectors that were trained without a dataset, evaluated on its scans at once and after fine-tuning.
 
-As they are (zero-shot), the head of a dataset that a detector knows predicts, over the classes that both have. The
-scans are seen with the embedding, statistics and exclusive kernels of the head's dataset ("own"), or with the mean of
-all that the detector knows ("mean"), and then also with the shared kernels everywhere.
+At once (zero-shot), the head of a dataset that a detector knows predicts the classes that both datasets have. The
+detector is conditioned on the head's dataset ("own": its embedding, statistics and exclusive kernels), or on the mean
+of all datasets that it knows ("mean"), and then also with the shared kernels everywhere.
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,24 +18,100 @@ from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.distributed import say
 from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation.cross import common_classes
-from h2a2_jax.evaluation.evaluate import build_predictor, predict_source, say_skipped
+from h2a2_jax.evaluation.evaluate import predict_source, say_skipped
 from h2a2_jax.files import whole_file
+from h2a2_jax.inference.predictor import build_predictor
 from h2a2_jax.scans.sources import SourceConfig, build_source
-from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, naive_joint, restricted, seeded, selected_and_harmonized
-from h2a2_jax.sweeps.sweep_runner import finished, read_evaluation
-from h2a2_jax.sweeps.tables import markdown_table, per_cent, spread, spread_cell
+from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate, naive_joint, restricted, seeded, selected_and_harmonized
+from h2a2_jax.sweeps.sweep_results import (
+    SEEDS,
+    Column,
+    Score,
+    evaluation_scores,
+    finished,
+    metric_names,
+    per_cent,
+    read_evaluation,
+    result_row,
+    sweep_result,
+)
+from h2a2_jax.sweeps.sweep_runner import programs_folder, run_sweep
 
 ZERO_SHOT_VERSION = 1
-"""Of zero_shot_<dataset>.json in the folder of a run."""
+"""Version of zero_shot_<dataset>.json in the folder of a run."""
+_WAY = ("head", "conditioning", "kernels")
+"""Keys that tell the entries of zero_shot_<dataset>.json apart."""
+
+
+def run_transfer(
+    config: ExperimentConfig,
+    workdir: Path,
+    held_out: str,
+    seeds: Sequence[int],
+    tuning_steps: int | None = None,
+    jobs: int | None = None,
+    budget_minutes: float | None = None,
+) -> int:
+    """Train without a dataset, predict its scans, fine-tune to it; write table.md and results.json.
+
+    Args:
+        config: Base of the sweep, of three datasets or more, with kernel selection.
+        workdir: Folder of the sweep; finished runs there are not repeated, nor runs of other sweeps that are the same
+            experiment.
+        held_out: Dataset that detectors are transferred to.
+        seeds: Seeds of training.
+        tuning_steps: Steps of the training on that dataset; None: half of those of the config.
+        jobs: See `run_sweep`.
+        budget_minutes: See `run_sweep`.
+
+    Returns:
+        The exit status of `run_sweep`.
+
+    Raises:
+        InputError: the config does not fit the sweep, data are missing, or the workdir holds other runs of the same
+            names.
+    """
+    pretrained, tuned = pretraining_rows(config, held_out, seeds), list[Row]()
+    before: dict[SweepRun, Path] = {}
+
+    def located() -> dict[SweepRun, Path]:
+        before.update(locate(pretrained, workdir))
+        tuned.extend(tuning_rows(config, held_out, seeds, pretrained, before, tuning_steps))
+        return {**before, **locate(tuned, workdir)}
+
+    def predict(until: float) -> list[str]:
+        source, cache, failures = held_out_source(config, held_out), programs_folder(workdir / "cache"), []
+        missing = without_zero_shot(pretrained, before, source)
+        for number, folder in enumerate(missing, 1):
+            if time.monotonic() > until:
+                left = len(missing) - number + 1
+                print(f"The budget is used; {left} predictions of {held_out} are left, the same command does them.")
+                break
+            print(f"[{number}/{len(missing)}] {folder.name} predicts the scans of {held_out}.", flush=True)
+            try:
+                evaluate_zero_shot(folder, source, cache)
+            except InputError as error:
+                failures.append(f"{folder.name} did not predict {held_out}: {error}")
+        return failures
+
+    return run_sweep(
+        config,
+        workdir,
+        located,
+        lambda folders: transfer_results(config, held_out, pretrained, tuned, folders),
+        jobs,
+        budget_minutes,
+        then=predict,
+    )
 
 
 def pretraining_rows(base: ExperimentConfig, held_out: str, seeds: Sequence[int]) -> list[Row]:
-    """TR3D on each of the other datasets; naive joint training and H2A2 on them together.
+    """TR3D on each of the other datasets; naive joint training and H2A2 on all of them.
 
     Args:
-        base: joint config with kernel selection.
-        held_out: the dataset left out.
-        seeds: each once.
+        base: Joint config with kernel selection.
+        held_out: Dataset that is left out.
+        seeds: Seeds of training, each once.
 
     Raises:
         InputError: the base has no such dataset, fewer than two others or no kernel selection, or a seed makes no
@@ -63,17 +140,18 @@ def tuning_rows(
     folders: Mapping[SweepRun, Path],
     steps: int | None = None,
 ) -> list[Row]:
-    """Training on the dataset that was held out, from scratch and from what was trained without it.
+    """Training on the dataset that was held out, from scratch and from each detector that was trained without it.
 
-    What starts with a detector that selects its kernels selects them too; there is a row from scratch for both.
+    A training that starts from a detector with kernel selection has kernel selection too; there is a row from scratch
+    with it and one without.
 
     Args:
-        base: joint config with kernel selection.
-        held_out: the dataset.
-        seeds: each once.
-        pretrained: `pretraining_rows`.
-        folders: of their runs.
-        steps: of the training; None: half of those of the base.
+        base: Joint config with kernel selection.
+        held_out: Dataset that was left out.
+        seeds: Seeds of training, each once.
+        pretrained: From `pretraining_rows`.
+        folders: Folders of the runs of `pretrained`.
+        steps: Steps of the training; None: half of those of the base.
 
     Raises:
         InputError: the number of steps makes no sense.
@@ -99,14 +177,14 @@ def tuning_rows(
 
 
 def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
-    """Writes zero_shot_<dataset>.json into the folder of a run that was trained without a dataset.
+    """Write zero_shot_<dataset>.json into the folder of a run that was trained without a dataset.
 
-    What of the dataset's scans could not be used, and which heads have no class in common with it, is said.
+    Scans that could not be used and heads without a class in common with the dataset are printed.
 
     Args:
-        folder: of the run.
-        source: of the dataset, whose validation scans are predicted.
-        cache: folder of compiled programs.
+        folder: Folder of the run.
+        source: The dataset, whose validation scans are predicted.
+        cache: Folder of compiled programs.
 
     Raises:
         InputError: the run's checkpoint cannot be read, or the scans are not there.
@@ -129,7 +207,7 @@ def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
             for head in (head for head in config.specs if head.name not in strangers):
                 common = common_with[head.name]
                 found = predict_source(predictor, scans, source.spec, way.batch_size, head=head.name)
-                skipped |= found.log.skipped
+                skipped |= found.skipped
                 levels = found.evaluate_common(common, way.iou_thresholds).to_dict()["thresholds"]
                 entries.append(
                     {
@@ -141,20 +219,15 @@ def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
                     }
                 )
     say_skipped(skipped)
-    document = {
-        "version": ZERO_SHOT_VERSION,
-        "source": _identity(source),
-        "skipped": skipped,
-        "entries": entries,
-    }
-    with whole_file(_zero_shot_file(folder, source.name)) as part:
+    document = {"version": ZERO_SHOT_VERSION, "source": _identity(source), "skipped": skipped, "entries": entries}
+    with whole_file(folder / f"zero_shot_{source.name}.json") as part:
         part.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def read_zero_shot(folder: Path, source: SourceConfig) -> list[dict[str, Any]] | None:
-    """The entries of zero_shot_<dataset>.json; None where it is not there, or of other scans or another version."""
+    """The entries of zero_shot_<dataset>.json; None if it is missing, of other scans or of another version."""
     try:
-        document = json.loads(_zero_shot_file(folder, source.name).read_text())
+        document = json.loads((folder / f"zero_shot_{source.name}.json").read_text())
     except FileNotFoundError:
         return None
     same = (document.get("version"), document.get("source")) == (ZERO_SHOT_VERSION, _identity(source))
@@ -162,65 +235,79 @@ def read_zero_shot(folder: Path, source: SourceConfig) -> list[dict[str, Any]] |
 
 
 def without_zero_shot(pretrained: Sequence[Row], folders: Mapping[SweepRun, Path], source: SourceConfig) -> list[Path]:
-    """Folders of the finished runs that were not evaluated yet on the scans of a dataset."""
+    """Folders of the finished runs that are not yet evaluated on the scans of a dataset."""
     of_runs = [folders[run] for row in pretrained for run in row.runs]
     return [folder for folder in of_runs if finished(folder) and read_zero_shot(folder, source) is None]
 
 
-def transfer_figures(
+def transfer_results(
     base: ExperimentConfig,
     held_out: str,
     pretrained: Sequence[Row],
     tuned: Sequence[Row],
     folders: Mapping[SweepRun, Path],
-) -> dict[str, Any]:
-    """What transfer comes to, of the runs that are finished.
+) -> list[dict[str, Any]]:
+    """Results of the runs that are finished: at once on the scans of the dataset held out, and after training on it.
 
-    Returns:
-        "held_out"; "zero_shot", a list of "trained", "head", "conditioning", "kernels", "classes" and "mAP"; "tuned", a
-        list of "start" and "mAP". MAP is on the validation scans of the dataset held out, in per cent, a list by
-        threshold of "mean", "std" (sample standard deviation over seeds) and "n".
+    Args:
+        base: Config of the sweep.
+        held_out: Dataset that was left out.
+        pretrained: From `pretraining_rows`.
+        tuned: From `tuning_rows`.
+        folders: Folders of the runs of both.
     """
-    thresholds = range(len(base.eval.iou_thresholds))
+    metrics = metric_names(base)
     source = held_out_source(base, held_out)
     zero_shot = []
     for row in pretrained:
-        entries: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        entries: dict[tuple[str, ...], list[tuple[SweepRun, dict[str, Any]]]] = {}
         for run in row.runs:
             for entry in read_zero_shot(folders[run], source) or ():
-                entries.setdefault((entry["head"], entry["conditioning"], entry["kernels"]), []).append(entry)
-        for (head, conditioning, kernels), found in entries.items():
-            levels = [spread([per_cent(entry["mAP"][t]) for entry in found]) for t in thresholds]
-            zero_shot.append(
-                {
-                    "trained": row.label,
-                    "head": head,
-                    "conditioning": conditioning,
-                    "kernels": kernels,
-                    "classes": found[0]["classes"],
-                    "mAP": levels,
-                }
-            )
-    rows = []
+                entries.setdefault(tuple(entry[key] for key in _WAY), []).append((run, entry))
+        for way, found in entries.items():
+            scores = [
+                Score(run.seed, held_out, dict(zip(metrics, map(per_cent, entry["mAP"]), strict=True)))
+                for run, entry in found
+            ]
+            facts = dict(zip(_WAY, way, strict=True))
+            zero_shot.append(result_row(row.label, scores, **facts, classes=found[0][1]["classes"]))
+    after_tuning = []
     for row in tuned:
-        done = [evaluation for run in row.runs if (evaluation := read_evaluation(folders[run])) is not None]
-        levels = [spread([per_cent(one[held_out]["thresholds"][t]["mAP"]) for one in done]) for t in thresholds]
-        rows.append({"start": row.label, "mAP": levels})
-    return {"held_out": held_out, "zero_shot": zero_shot, "tuned": rows}
-
-
-def transfer_table(result: Mapping[str, Any]) -> str:
-    """Two Markdown tables of what results.json holds of transfer, and the note on what the numbers are."""
-    held_out = result["held_out"]
-    levels = [f"mAP@{threshold:g}" for threshold in result["iou_thresholds"]]
-    titles = [f"{level} of these" for level in levels]
-    zero_shot = [[f"without {held_out}", "head", "conditioning", "kernels", "classes", *titles, "seeds"]]
-    for entry in result["zero_shot"]:
-        cells = [entry["trained"], entry["head"], entry["conditioning"], entry["kernels"], str(len(entry["classes"]))]
-        zero_shot.append([*cells, *map(spread_cell, entry["mAP"]), _seeds(entry)])
-    tuned = [[f"on {held_out}", *levels, "seeds"]]
-    tuned += [[entry["start"], *map(spread_cell, entry["mAP"]), _seeds(entry)] for entry in result["tuned"]]
-    return f"{markdown_table(zero_shot)}\n\n{markdown_table(tuned)}\n\n{result['note']}\n"
+        done = [(run, evaluation) for run in row.runs if (evaluation := read_evaluation(folders[run])) is not None]
+        scores = [s for run, evaluation in done for s in evaluation_scores(evaluation, base, run.seed)]
+        after_tuning.append(result_row(row.label, [score for score in scores if score.dataset == held_out]))
+    without, on_it = (rows[0].runs[0].config.train.steps for rows in (pretrained, tuned))
+    note = "mAP in per cent on the validation scans of {}, over {}; mean ± sample standard deviation over seeds. "
+    common = "the classes that the head's dataset has too"
+    return [
+        sweep_result(
+            f"transfer_to_{held_out}",
+            f"Transfer to {held_out}",
+            note.format(held_out, common)
+            + f"Trained without it for {without} steps of {base.train.batch_size} scans a dataset.",
+            base,
+            zero_shot,
+            [
+                Column(f"without {held_out}", ("name",), "text"),
+                *(Column(key, (key,), "text") for key in _WAY),
+                Column("classes", ("classes",), "length"),
+                *(Column(f"{metric} of these", ("summary", held_out, metric)) for metric in metrics),
+                SEEDS,
+            ],
+        ),
+        sweep_result(
+            f"tuning_to_{held_out}",
+            f"Training on {held_out}",
+            note.format(held_out, "all of its classes") + f"Trained on it for {on_it} steps.",
+            base,
+            after_tuning,
+            [
+                Column(f"on {held_out}", ("name",), "text"),
+                *(Column(metric, ("summary", held_out, metric)) for metric in metrics),
+                SEEDS,
+            ],
+        ),
+    ]
 
 
 def held_out_source(base: ExperimentConfig, held_out: str) -> SourceConfig:
@@ -229,13 +316,5 @@ def held_out_source(base: ExperimentConfig, held_out: str) -> SourceConfig:
 
 
 def _identity(source: SourceConfig) -> dict[str, Any]:
-    """What says which scans of a source are predicted, as JSON gives it back."""
+    """The source as JSON gives it back: equal for the same scans."""
     return json.loads(json.dumps(asdict(source)))
-
-
-def _zero_shot_file(folder: Path, held_out: str) -> Path:
-    return folder / f"zero_shot_{held_out}.json"
-
-
-def _seeds(entry: Mapping[str, Any]) -> str:
-    return str(max((level["n"] for level in entry["mAP"] if level is not None), default=0))

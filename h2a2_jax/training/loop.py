@@ -27,10 +27,10 @@ from h2a2_jax.evaluation.documents import (
     score_text,
     write_evaluation,
 )
-from h2a2_jax.evaluation.evaluate import build_predictor, evaluate_predictor, merged, say_notes, say_skipped
+from h2a2_jax.evaluation.evaluate import evaluate, merged, say_notes, say_skipped
 from h2a2_jax.files import alone_in, drop_lines_after, whole_file
 from h2a2_jax.host import revision, versions
-from h2a2_jax.inference.predictor import Predictor
+from h2a2_jax.inference.predictor import Predictor, build_predictor
 from h2a2_jax.loader.stream import JointStep, JointStream
 from h2a2_jax.loader.workers import WorkerDiedError
 from h2a2_jax.models import TR3D
@@ -288,7 +288,7 @@ class Evaluate(Callback):
             self._predictor = build_predictor(detector, training.config.specs, training.config.eval)
         else:
             self._predictor.take_over(detector)
-        documents = evaluate_predictor(training.config, self._predictor, folder, training.process_layout, tables=tables)
+        documents = evaluate(training.config, self._predictor, folder, training.process_layout, tables=tables)
         self._log.add_scores(training, score_metrics(documents))
         return documents
 

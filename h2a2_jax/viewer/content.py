@@ -1,4 +1,4 @@
-"""What is drawn of a scan: points in their colours, boxes, labels."""
+"""Content of a picture of a scan: points in their colours, boxes, labels."""
 
 import colorsys
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from scipy.spatial import cKDTree
 
 from h2a2_jax.boxes.codec import box_corners
-from h2a2_jax.boxes.matching import IOU_THRESHOLDS, GroundTruth, iou_matrix, match
+from h2a2_jax.boxes.matching import IOU_THRESHOLDS, GroundTruth, Pool, best_overlaps, match
 from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.scans.frame import spread
 from h2a2_jax.scans.scan import Scan
@@ -23,14 +23,18 @@ _CLASS_COLORS = (
 _IGNORED = (0.5, 0.5, 0.5)
 _GOLDEN = 0.618034
 _HEIGHT_MAP = "cividis"
-_CEILING = 0.25
-"""m below the highest points."""
+_CEILING = 0.25  # m below the highest points
+_SEED = 0
+_SPACING_PROBES = 1000
+_SPACING_PERCENTILE = 80
+_SMALLEST_ROOM = 1.0  # m
+_BULK = (0.2, 99.8)  # percentiles of the points to frame: a few strays seen through a window do not count
 
 
 def class_color(label: int) -> tuple[float, float, float]:
     """Colour of a class, red, green, blue in 0-1: always the same for a label, grey for -1.
 
-    The first 20 are chosen to be told apart on light and on dark; hues of later ones go round by the golden section.
+    The first 20 are easy to distinguish on light and on dark; later hues follow in steps of the golden section.
     """
     if label < 0:
         return _IGNORED
@@ -41,17 +45,17 @@ def class_color(label: int) -> tuple[float, float, float]:
 
 
 def has_colors(scan: Scan) -> bool:
-    """Whether the points' colours differ: those of files without colour are all the same."""
+    """Return True if the points differ in colour; those of files without colour do not."""
     return len(scan.colors) > 1 and bool(np.ptp(scan.colors, axis=0).max() > 0.02)
 
 
 def height_colors(height: Float[np.ndarray, " m"]) -> Float[np.ndarray, "m 3"]:
-    """Colours for heights that run from 0 to 1, dark blue to yellow; those beyond take the colour of the end."""
+    """Colours of heights from 0 to 1, dark blue to yellow; heights beyond have the colour of the end."""
     return colormaps[_HEIGHT_MAP](0.15 + 0.8 * np.clip(height, 0, 1))[:, :3]
 
 
 def height_limits(points: Float[np.ndarray, "m 3"]) -> tuple[float, float]:
-    """Lowest and highest z (m) but for a few strays; 0 and 1 without points."""
+    """Lowest and highest z (m) except for a few stray points; 0 and 1 without points."""
     if not len(points):
         return 0.0, 1.0
     low, high = np.percentile(points[:, 2], [1, 99])
@@ -59,7 +63,7 @@ def height_limits(points: Float[np.ndarray, "m 3"]) -> tuple[float, float]:
 
 
 def display_colors(scan: Scan) -> Float[np.ndarray, "m 3"]:
-    """The scan's own colours; by height where it has none."""
+    """Colours of the scan, 0-1; colours by height if it has none."""
     if has_colors(scan):
         return scan.colors
     low, high = height_limits(scan.points)
@@ -77,29 +81,21 @@ def ceiling_cut(points: Float[np.ndarray, "m 3"]) -> float | None:
 
 
 def below_ceiling(points: Float[np.ndarray, "m 3"]) -> Bool[np.ndarray, " m"]:
-    """Tells the points below the ceiling; all where there is none."""
+    """Mask of the points below the ceiling; all of them if there is none."""
     cut = ceiling_cut(points)
     return np.ones(len(points), bool) if cut is None else points[:, 2] < cut
 
 
-_SEED = 0
-_SPACING_PROBES = 1000
-_SPACING_PERCENTILE = 80
-_SMALLEST_ROOM = 1.0  # m
-_BULK = (0.2, 99.8)
-"""Percentiles between which points count for what a picture frames: a few strays through a window do not."""
-
-
 @dataclass(frozen=True)
 class Content:
-    """A scan as it is shown.
+    """Checked content of a picture.
 
     Attributes:
-        scan: finite points only, no more than were asked for; its boxes are not looked at.
-        num_points: of the scan before thinning.
-        detections: finite ones, by descending score.
-        truth: boxes of a class; None if nothing is known of it.
-        class_names: by label.
+        scan: scan with finite points only, thinned; its boxes are not used.
+        num_points: number of points of the scan before thinning.
+        detections: detections with finite numbers, by descending score.
+        truth: annotated boxes that have a class; None if the scan is not annotated.
+        class_names: names of the classes by label.
         notes: sentences on what is not shown.
     """
 
@@ -111,21 +107,21 @@ class Content:
     notes: tuple[str, ...]
 
 
-def content(
+def make_content(
     scan: Scan,
     detections: Detections | None,
     class_names: Sequence[str],
     truth: GroundTruth | None,
     max_points: int,
 ) -> Content:
-    """Checks what is to be shown and leaves out what cannot be.
+    """Check what is to be shown, and leave out what cannot be.
 
     Args:
-        scan: the points.
-        detections: in the scan's frame; None is none.
-        class_names: by label.
-        truth: in the scan's frame; boxes with label -1 are left out.
-        max_points: points beyond are thinned evenly along the order of the scan.
+        scan: points and colours.
+        detections: detections in the scan's frame; None for none.
+        class_names: names of the classes by label.
+        truth: annotated boxes in the scan's frame; boxes with label -1 are left out.
+        max_points: a scan of more points is thinned evenly along its order.
 
     Raises:
         ValueError: a label has no class name, colours and points or boxes and labels differ in number, or `max_points`
@@ -151,35 +147,35 @@ def content(
     _check_labels(detections.labels, len(class_names))
     if truth is not None:
         _check_labels(truth.labels, len(class_names))
-    shown = replace(scan, points=scan.points[rows], colors=np.clip(scan.colors[rows], 0, 1))
-    return Content(shown, len(scan.points), detections, truth, tuple(class_names), tuple(notes))
+    thinned = replace(scan, points=scan.points[rows], colors=np.clip(scan.colors[rows], 0, 1))
+    return Content(thinned, len(scan.points), detections, truth, tuple(class_names), tuple(notes))
 
 
-def framed(shown: Content) -> tuple[Float[np.ndarray, " 3"], Float[np.ndarray, " 3"]]:
-    """Lowest and highest x, y, z (m) that a picture frames: the points but for a few strays, and the boxes nearby."""
-    points, boxes = shown.scan.points, all_boxes(shown)
+def above_score(shown: Content, score: float) -> Content:
+    """Leave out detections below a score."""
+    rows = shown.detections.scores >= score
+    found = shown.detections
+    return replace(shown, detections=Detections(found.boxes[rows], found.scores[rows], found.labels[rows]))
+
+
+def view_limits(shown: Content) -> tuple[Float[np.ndarray, " 3"], Float[np.ndarray, " 3"]]:
+    """Lowest and highest x, y, z (m) to frame: the points except for a few strays, and the boxes nearby; float64."""
+    points = shown.scan.points
+    boxes = [shown.detections.boxes] + ([] if shown.truth is None else [shown.truth.boxes])
+    corners = box_corners(np.concatenate(boxes).astype(np.float64)).reshape(-1, 3)
     if not len(points):
-        corners = box_corners(boxes).reshape(-1, 3)
-        if not len(corners):
-            return np.zeros(3), np.ones(3)
-        return corners.min(axis=0), corners.max(axis=0)
+        return (corners.min(axis=0), corners.max(axis=0)) if len(corners) else (np.zeros(3), np.ones(3))
     low, high = np.percentile(points.astype(np.float64), _BULK, axis=0)
-    if len(boxes):
-        corners, reach = box_corners(boxes).reshape(-1, 3), np.maximum(high - low, _SMALLEST_ROOM)
+    if len(corners):
+        reach = np.maximum(high - low, _SMALLEST_ROOM)
         low = np.maximum(np.minimum(low, corners.min(axis=0)), low - reach / 4)
         high = np.minimum(np.maximum(high, corners.max(axis=0)), high + reach / 4)
     middle, half = (low + high) / 2, np.maximum(high - low, _SMALLEST_ROOM / 2) / 2
     return middle - half, middle + half
 
 
-def all_boxes(shown: Content) -> Float[np.ndarray, "n 7"]:
-    """Detected and true boxes, float64."""
-    boxes = [shown.detections.boxes] + ([] if shown.truth is None else [shown.truth.boxes])
-    return np.concatenate(boxes).astype(np.float64)
-
-
 def point_spacing(points: Float[np.ndarray, "m 3"]) -> float:
-    """Distance (m) between neighbouring points that most do not exceed, from a sample; 0.05 for fewer than two."""
+    """Distance (m) between neighbouring points that 80 % of a sample do not exceed; 0.05 for fewer than two points."""
     if len(points) < 2:
         return 0.05
     probes = points[_evenly(len(points), min(len(points), _SPACING_PROBES))]
@@ -190,45 +186,36 @@ def point_spacing(points: Float[np.ndarray, "m 3"]) -> float:
 
 @dataclass(frozen=True)
 class Hits:
-    """Which detections hit which ground truth.
+    """Matches of detections with ground truth.
 
     Attributes:
-        truth: per IoU threshold and detection the row of the ground-truth box it hits; -1 for none.
-        iou: of each detection with the ground-truth box of its class that it overlaps most.
+        truth: row of the ground-truth box that each detection hits, by IoU threshold; -1 for none.
+        iou: largest IoU of each detection with a ground-truth box of its class.
     """
 
     truth: Int[np.ndarray, "t n"]
     iou: Float[np.ndarray, " n"]
 
 
-def hits(shown: Content, iou_thresholds: Sequence[float] = IOU_THRESHOLDS) -> Hits:
-    """Matches detections with ground truth as evaluation does, each class by descending score.
+def find_hits(shown: Content) -> Hits:
+    """Match detections with ground truth as evaluation does, each class by descending score.
 
-    A match depends on detections of higher score only, so it holds whatever scores are hidden.
-
-    Args:
-        shown: with ground truth or without.
-        iou_thresholds: volume IoU that a hit exceeds.
+    A match depends on detections of higher score only, so it stays the same when lower scores are hidden.
     """
     found, truth = shown.detections, shown.truth
-    hit = np.full((len(iou_thresholds), len(found)), -1)
-    best = np.zeros(len(found), np.float32)
+    hit = np.full((len(IOU_THRESHOLDS), len(found)), -1)
     if truth is None or not len(found) or not len(truth.labels):
-        return Hits(hit, best)
+        return Hits(hit, np.zeros(len(found), np.float32))
     rotated = bool(found.boxes[:, 6].any() or truth.boxes[:, 6].any())
-    overlap = iou_matrix(found.boxes, truth.boxes, rotated=rotated)
-    for label in np.intersect1d(found.labels, truth.labels):
-        rows, columns = np.flatnonzero(found.labels == label), np.flatnonzero(truth.labels == label)
-        iou = overlap[np.ix_(rows, columns)]
-        best[rows] = iou.max(axis=1)
-        for row, threshold in enumerate(iou_thresholds):
-            is_hit = match(iou, threshold)
-            hit[row, rows[is_hit]] = columns[iou[is_hit].argmax(axis=1)]
+    best, target = best_overlaps(Pool.of([found]), Pool.of([truth]), rotated=rotated)
+    for row, threshold in enumerate(IOU_THRESHOLDS):
+        is_hit, _ = match(best, target, threshold)
+        hit[row, is_hit] = target[is_hit]
     return Hits(hit, best)
 
 
 def _evenly(count: int, kept: int) -> Int[np.ndarray, " k"]:
-    """One row at random of each of `kept` runs of equal length: rows of depth images show no stripes."""
+    """One random row of each of `kept` runs of equal length; a fixed step would show stripes in depth images."""
     edges = np.arange(kept + 1) * count // kept
     return np.random.default_rng(_SEED).integers(edges[:-1], edges[1:])
 

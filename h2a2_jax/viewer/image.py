@@ -1,6 +1,6 @@
 """Pictures of scans with their boxes, drawn without a display."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Literal
 
 import matplotlib
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
@@ -16,18 +16,28 @@ from h2a2_jax.boxes.codec import BOX_EDGES, box_corners
 from h2a2_jax.boxes.matching import GroundTruth
 from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.scans.scan import Scan
-from h2a2_jax.viewer.content import Content, below_ceiling, class_color, content, display_colors, framed, point_spacing
+from h2a2_jax.viewer.content import (
+    Content,
+    above_score,
+    below_ceiling,
+    class_color,
+    display_colors,
+    make_content,
+    point_spacing,
+    view_limits,
+)
 from h2a2_jax.viewer.render import Camera, Canvas, Lines, camera_for, draw_lines, draw_points, shade
 
 View = Literal["oblique", "top"]
 
 _OVERSAMPLING = 2
-_DIAMETER = 1.4  # of a point, in distances between points
+_DIAMETER = 1.4  # of a point, in units of the distance between points
 _BACKGROUND = (0.867, 0.89, 0.918)
 _PAPER = (255, 255, 255)
 _INK, _QUIET = (27, 36, 48), (88, 101, 118)
 _HALO = (1.0, 1.0, 1.0)
 _GRID = (0.45, 0.5, 0.56)
+_MOST_METRES = 60  # largest extent with a line a metre
 _MOST_LABELS = 80
 _MOST_LEGEND = 24
 _HEADER, _ROW, _MARGIN = 46, 22, 14
@@ -48,32 +58,31 @@ def write_image(
     size: tuple[int, int] = (1400, 900),
     max_points: int = 400_000,
 ) -> None:
-    """Writes a picture of a scan with its boxes; no display is needed.
+    """Write a picture of a scan with its boxes; no display is needed.
 
-    Detections are drawn with solid edges and their scores, ground truth with dashed ones; what points hide is fainter.
-    Ceilings are cut off.
+    Detections have solid edges and scores, ground truth has dashed edges; parts behind points are fainter. Ceilings are
+    cut off.
 
     Args:
-        path: of the PNG file, whatever its suffix.
-        scan: points and colours; without colours they are coloured by height. Its own boxes are not shown.
-        detections: boxes in the scan's frame; None is none.
-        class_names: by label.
+        path: path of the PNG file, of any suffix.
+        scan: points and colours; points without colours are coloured by height. The scan's boxes are not shown.
+        detections: boxes in the scan's frame; None for none.
+        class_names: names of the classes by label.
         truth: annotated boxes.
-        title: above the picture; the scan's name by default.
+        title: title above the picture; the scan's name by default.
         view: "oblique", in perspective from above; or "top", to scale.
-        beside: whether ground truth has a picture of its own beside the detections'.
-        score: detections below are not shown.
+        beside: draw ground truth in a second picture beside the detections.
+        score: detections below this score are not shown.
         size: width and height in pixels.
-        max_points: a scan of more is thinned evenly.
+        max_points: a scan of more points is thinned evenly.
 
     Raises:
-        ValueError: see `content`.
+        ValueError: as of `make_content`.
     """
-    shown = content(scan, detections, class_names, truth, max_points)
+    shown = make_content(scan, detections, class_names, truth, max_points)
     software = PngInfo()
     software.add_text("Software", "boxes of h2a2_jax")
-    drawn = draw(shown, title=title, view=view, beside=beside, score=score, size=size)
-    drawn.save(path, "PNG", pnginfo=software)
+    draw(shown, title=title, view=view, beside=beside, score=score, size=size).save(path, "PNG", pnginfo=software)
 
 
 def draw(
@@ -85,16 +94,14 @@ def draw(
     score: float | int = 0.3,
     size: tuple[int, int] = (1400, 900),
 ) -> Image.Image:
-    """The picture of `write_image`."""
-    rows = shown.detections.scores >= score
-    found = shown.detections
-    shown = replace(shown, detections=Detections(found.boxes[rows], found.scores[rows], found.labels[rows]))
+    """Draw the picture of `write_image`."""
+    shown = above_score(shown, score)
     page = Image.new("RGB", size, _PAPER)
     _write_header(page, shown, shown.scan.name if title is None else title, score)
     panes = [(True, False), (False, True)] if beside and shown.truth is not None else [(True, shown.truth is not None)]
     width = (size[0] - _LEGEND - _MARGIN * (len(panes) + 1)) // len(panes)
     height = size[1] - _HEADER - _MARGIN
-    camera = camera_for(*framed(shown), view, max(width, 16), max(height, 16))
+    camera = camera_for(*view_limits(shown), view, max(width, 16), max(height, 16))
     points = _draw_room(shown, camera)
     for i, (with_found, with_truth) in enumerate(panes):
         picture = _draw_pane(points, camera, shown, with_found, with_truth)
@@ -105,40 +112,59 @@ def draw(
     return page
 
 
+def draw_views(views: Mapping[View, Content], title: str, remark: str, pixels: int) -> Image.Image:
+    """Draw views of true boxes side by side, with solid edges and without a legend.
+
+    Args:
+        views: content of each view, from left to right.
+        title: first line above the views.
+        remark: second line.
+        pixels: width and height of each view.
+    """
+    width = len(views) * (pixels + _MARGIN) + _MARGIN
+    page = Image.new("RGB", (width, pixels + _HEADER + _MARGIN), _PAPER)
+    for i, (view, shown) in enumerate(views.items()):
+        camera = camera_for(*view_limits(shown), view, pixels, pixels)
+        picture = _draw_pane(_draw_room(shown, camera), camera, shown, False, True, dashed=False)
+        page.paste(picture, (_MARGIN + i * (pixels + _MARGIN), _HEADER))
+    _write_title(page, title, remark)
+    return page
+
+
 def _draw_room(shown: Content, camera: Camera) -> Canvas:
-    """Points and the grid of the floor, several pixels for one of the picture."""
+    """Draw points and the grid of the floor, `_OVERSAMPLING` pixels a side for one of the picture."""
     fine = _finer(camera)
     points = shown.scan.points
     kept = below_ceiling(points)
     diameter = _DIAMETER * point_spacing(points)
     canvas = draw_points(fine, points[kept], display_colors(shown.scan)[kept], diameter, _BACKGROUND)
     canvas = shade(canvas, _OVERSAMPLING, camera.distance if camera.parallel else None)
-    low, high = framed(shown)
+    low, high = view_limits(shown)
     grid = _grid(low, high)
     draw_lines(canvas, fine, Lines(grid, np.tile(_GRID, (len(grid), 1)), 0.8 * _OVERSAMPLING), visible=0.35, hidden=0.0)
     return canvas
 
 
-def _draw_pane(room: Canvas, camera: Camera, shown: Content, with_found: bool, with_truth: bool) -> Image.Image:
+def _draw_pane(
+    room: Canvas, camera: Camera, shown: Content, with_found: bool, with_truth: bool, dashed: bool = True
+) -> Image.Image:
     canvas, fine = Canvas(room.colors.copy(), room.depth), _finer(camera)
-    if with_truth and shown.truth is not None:
-        lines = _box_lines(shown.truth.boxes, shown.truth.labels, fine, 1.6, dashed=True)
-        draw_lines(canvas, fine, lines, visible=1.0, hidden=0.35, halo=_HALO)
+    found, truth = shown.detections, shown.truth
+    lines = []
+    if with_truth and truth is not None:
+        lines.append(_box_lines(truth.boxes, truth.labels, fine, 1.6, dashed=dashed))
     if with_found:
-        lines = _box_lines(shown.detections.boxes, shown.detections.labels, fine, 2.0, dashed=False)
-        draw_lines(canvas, fine, lines, visible=1.0, hidden=0.35, halo=_HALO)
+        lines.append(_box_lines(found.boxes, found.labels, fine, 2.0, dashed=False))
+    for some in lines:
+        draw_lines(canvas, fine, some, visible=1.0, hidden=0.35, halo=_HALO)
     height, width = camera.height, camera.width
     small = canvas.colors.reshape(height, _OVERSAMPLING, width, _OVERSAMPLING, 3).mean(axis=(1, 3))
     picture = Image.fromarray((np.clip(small, 0, 1) * 255 + 0.5).astype(np.uint8))
     if with_found:
-        words = [
-            f"{shown.class_names[k]} {s:.2f}"
-            for k, s in zip(shown.detections.labels, shown.detections.scores, strict=True)
-        ]
-        _write_labels(picture, camera, shown.detections.boxes, shown.detections.labels, words)
-    elif with_truth and shown.truth is not None:
-        words = [shown.class_names[k] for k in shown.truth.labels]
-        _write_labels(picture, camera, shown.truth.boxes, shown.truth.labels, words)
+        words = [f"{shown.class_names[k]} {s:.2f}" for k, s in zip(found.labels, found.scores, strict=True)]
+        _write_labels(picture, camera, found.boxes, found.labels, words)
+    elif with_truth and truth is not None:
+        _write_labels(picture, camera, truth.boxes, truth.labels, [shown.class_names[k] for k in truth.labels])
     if camera.parallel:
         _draw_scale(picture, camera)
     return picture
@@ -149,7 +175,7 @@ def _finer(camera: Camera) -> Camera:
 
 
 def _box_lines(boxes: np.ndarray, labels: np.ndarray, camera: Camera, width: float, dashed: bool) -> Lines:
-    """Edges, and a line from the middle of the top to where yaw points; near boxes last."""
+    """Edges, and for turned boxes a line from the middle of the top towards the yaw; near boxes last."""
     order = np.argsort(-camera.project(boxes[:, :3].astype(np.float64))[1], kind="stable")
     corners = box_corners(boxes[order])
     edges = corners[:, np.array(BOX_EDGES)]
@@ -162,9 +188,9 @@ def _box_lines(boxes: np.ndarray, labels: np.ndarray, camera: Camera, width: flo
 
 
 def _grid(low: np.ndarray, high: np.ndarray) -> Float[np.ndarray, "k 2 3"]:
-    """Lines at whole metres on the floor; of more than 60 m at tens, hundreds and so on."""
+    """Lines on the floor at whole metres; above 60 m at tens, hundreds and so on."""
     reach = float((high - low)[:2].max())
-    every = 1.0 if reach <= 60 else 10.0 ** np.ceil(np.log10(reach / 60))
+    every = 1.0 if reach <= _MOST_METRES else 10.0 ** np.ceil(np.log10(reach / _MOST_METRES))
     first, last = np.floor(low[:2] / every) * every, np.ceil(high[:2] / every) * every
     xs, ys = (np.arange(a, b + every / 2, every) for a, b in zip(first, last, strict=True))
     along_y = [[[x, first[1], low[2]], [x, last[1], low[2]]] for x in xs]
@@ -175,7 +201,7 @@ def _grid(low: np.ndarray, high: np.ndarray) -> Float[np.ndarray, "k 2 3"]:
 def _write_labels(
     picture: Image.Image, camera: Camera, boxes: np.ndarray, labels: np.ndarray, words: list[str]
 ) -> None:
-    """Names above boxes, in the given order; one that would cover another moves up a little or is left out."""
+    """Write names above boxes, in the given order; a name that would cover another moves up a little or is left out."""
     pen, font = ImageDraw.Draw(picture), _font(12)
     tops = boxes[:, :3].astype(np.float64)
     tops[:, 2] += boxes[:, 5] / 2
@@ -189,7 +215,8 @@ def _write_labels(
         x = min(max(x - wide / 2, 2), camera.width - wide - 2)
         for lift in (0, 1, 2):
             frame = np.array([x, y - high - 2 - lift * high, x + wide, y - 2 - lift * high])
-            if frame[1] >= 0 and not _overlaps(placed, frame).any():
+            covers = (placed[:, :2] < frame[2:]).all(axis=1) & (placed[:, 2:] > frame[:2]).all(axis=1)
+            if frame[1] >= 0 and not covers.any():
                 break
         else:
             continue
@@ -200,17 +227,17 @@ def _write_labels(
         pen.text((frame[0] + 7, frame[1] + 9), word, _INK, font, anchor="lm")
 
 
-def _overlaps(placed: Float[np.ndarray, "n 4"], frame: Float[np.ndarray, " 4"]) -> Bool[np.ndarray, " n"]:
-    return (placed[:, 0] < frame[2]) & (placed[:, 2] > frame[0]) & (placed[:, 1] < frame[3]) & (placed[:, 3] > frame[1])
-
-
 def _write_header(page: Image.Image, shown: Content, title: str, score: float) -> None:
-    pen = ImageDraw.Draw(page)
     words = [f"{shown.num_points:,} points", f"{len(shown.detections)} detections with score {score:g} or more"]
     if shown.truth is not None:
         words.append(f"{len(shown.truth.labels)} true boxes")
-    pen.text((_MARGIN, 17), _shortened(title, page.width - 2 * _MARGIN, 17), _INK, _font(17), anchor="lm")
-    pen.text((_MARGIN, 35), ", ".join(words), _QUIET, _font(12), anchor="lm")
+    _write_title(page, title, ", ".join(words))
+
+
+def _write_title(page: Image.Image, title: str, remark: str) -> None:
+    pen, width = ImageDraw.Draw(page), page.width - 2 * _MARGIN
+    pen.text((_MARGIN, 17), _shortened(title, width, 17), _INK, _font(17), anchor="lm")
+    pen.text((_MARGIN, 35), _shortened(remark, width, 12), _QUIET, _font(12), anchor="lm")
 
 
 def _write_legend(page: Image.Image, shown: Content) -> None:
@@ -239,12 +266,9 @@ def _write_legend(page: Image.Image, shown: Content) -> None:
             y += _ROW
         pen.text((left, y + 10), "Numbers: detected / true", _QUIET, _font(12), anchor="lm")
         y += _ROW
-    pen.text((left, y + 10), "Grid of 1 m on the floor" if _is_metric(shown) else "", _QUIET, _font(12), anchor="lm")
-
-
-def _is_metric(shown: Content) -> bool:
-    low, high = framed(shown)
-    return bool((high - low)[:2].max() <= 60)
+    low, high = view_limits(shown)
+    grid = "Grid of 1 m on the floor" if (high - low)[:2].max() <= _MOST_METRES else ""
+    pen.text((left, y + 10), grid, _QUIET, _font(12), anchor="lm")
 
 
 def _draw_scale(picture: Image.Image, camera: Camera) -> None:
@@ -267,5 +291,5 @@ def _shortened(text: str, width: int, size: int) -> str:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """A font that comes with Matplotlib: the same on every machine."""
+    """Font that comes with Matplotlib: the same on every machine."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)

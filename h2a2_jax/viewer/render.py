@@ -1,4 +1,4 @@
-"""A camera and a renderer in NumPy."""
+"""Camera and renderer of points and lines in NumPy."""
 
 import math
 from dataclasses import dataclass, replace
@@ -6,29 +6,36 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-FIELD_OF_VIEW = math.radians(40)
-"""Of the height of a picture."""
-
 VIEWS = {"oblique": (-1.99, 0.88, False), "top": (-math.pi / 2, math.pi / 2, True)}
-"""Yaw and pitch (rad) of the direction from what is looked at to the eye, and whether lines of sight are parallel."""
+"""Yaw and pitch (rad) of the direction from the target to the eye, and True for parallel projection."""
 
-_HALF_HEIGHT = math.tan(FIELD_OF_VIEW / 2)
+_HALF_HEIGHT = math.tan(
+    math.radians(40) / 2
+)  # of the picture at distance 1, for a vertical field of view of 40 degrees
 _ROUNDS = 6
 _AIR = 1.03
-_NEAREST = 1e-3
+_NEAREST = 1e-3  # m
+_NEAR = 0.05  # m
+_LARGEST = 28  # pixels
+_ROUND = 0.3  # of a point's squared width: between a disc and a square, so that a regular grid shows no gaps
+_SHADING = 9.0
+_STEEPEST = 0.03  # of the depth, per neighbour
+_NEIGHBOURS = ((0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))
+_TOLERANCE = 0.02  # m by which a line may lie behind points and still count as visible
+_DASH, _PERIOD = 6.0, 10.0  # pixels, for lines one pixel wide and more
 
 
 @dataclass(frozen=True)
 class Camera:
-    """A camera that looks at a target, z up in the picture.
+    """Camera that looks at a target; z points up in the picture.
 
     Attributes:
-        axes: rows: right, up in the picture, towards the eye.
-        target: x, y, z (m) of what is in the middle.
-        distance: of the eye (m); in parallel projection it sets the scale alone.
-        parallel: whether lines of sight are.
-        width: of the picture in pixels.
-        height: of the picture in pixels.
+        axes: unit vectors as rows: right, up in the picture, towards the eye.
+        target: x, y, z (m) in the middle of the picture.
+        distance: distance from the target to the eye (m); sets only the scale in parallel projection.
+        parallel: True for parallel projection, False for perspective.
+        width: width of the picture in pixels.
+        height: height of the picture in pixels.
     """
 
     axes: Float[np.ndarray, "3 3"]
@@ -40,18 +47,15 @@ class Camera:
 
     @property
     def pixels_per_metre(self) -> float:
-        """At the distance of the target."""
+        """Scale at the distance of the target."""
         return self.height / (2 * self.distance * _HALF_HEIGHT)
 
     def project(self, points: Float[np.ndarray, "n 3"]) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, " n"]]:
-        """Pixels and depth of places.
-
-        Args:
-            points: x, y, z (m).
+        """Project points (m) into the picture.
 
         Returns:
-            Pixels from the left and from the top, and the distance (m) in front of the eye, along the line of sight in
-            the middle. The pixels of what is behind the eye mean nothing.
+            Pixels from the left and from the top, and the distance (m) in front of the eye along the optical axis. The
+            pixels of points behind the eye are meaningless.
         """
         right, up, towards = ((points - self.target) @ self.axes.T).T
         depth = self.distance - towards
@@ -64,14 +68,14 @@ class Camera:
 def camera_for(
     low: Float[np.ndarray, " 3"], high: Float[np.ndarray, " 3"], view: str, width: int, height: int
 ) -> Camera:
-    """The nearest camera of a view that sees a box whole.
+    """Place the nearest camera of a view that sees the whole of an axis-aligned box.
 
     Args:
         low: lowest corner of the box (m).
-        high: its highest corner.
+        high: highest corner of the box (m).
         view: a key of `VIEWS`.
-        width: of the picture in pixels.
-        height: of the picture in pixels.
+        width: width of the picture in pixels.
+        height: height of the picture in pixels.
     """
     yaw, pitch, parallel = VIEWS[view]
     axes = np.array(
@@ -95,23 +99,13 @@ def camera_for(
     return camera
 
 
-_NEAR = 0.05  # m
-_LARGEST = 28  # pixels
-_ROUND = 0.3  # of a point's squared width: between a disc and a square, so that a regular grid shows no gaps
-_SHADING = 9.0
-_STEEPEST = 0.03  # of the depth, per neighbour
-_NEIGHBOURS = ((0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))
-_TOLERANCE = 0.02  # m by which a line may lie behind points and is still seen
-_DASH, _PERIOD = 6.0, 10.0  # pixels, for lines one pixel wide and more
-
-
 @dataclass(frozen=True)
 class Canvas:
-    """A picture in the making.
+    """Unfinished picture.
 
     Attributes:
         colors: red, green, blue in 0-1.
-        depth: distance in front of the eye (m); infinite where there is nothing.
+        depth: distance in front of the eye (m); infinite where there is no point.
     """
 
     colors: Float[np.ndarray, "h w 3"]
@@ -125,14 +119,14 @@ def draw_points(
     diameter: float,
     background: tuple[float, float, float],
 ) -> Canvas:
-    """Points as discs, near ones over far ones.
+    """Draw points as discs, near ones over far ones.
 
     Args:
-        camera: it looks through.
+        camera: camera of the picture.
         points: x, y, z (m).
-        colors: in 0-1.
-        diameter: of a point (m).
-        background: where there is no point.
+        colors: red, green, blue in 0-1.
+        diameter: diameter of a point (m).
+        background: colour of pixels without a point.
     """
     pixels, depth = camera.project(points)
     seen = (depth > _NEAR) | camera.parallel
@@ -156,7 +150,7 @@ def draw_points(
 
 
 def _stamp(winner: np.ndarray, camera: Camera, corner: np.ndarray, ranks: np.ndarray, size: int) -> None:
-    """Enters points of one width, in ascending order of `ranks`, where no higher rank is."""
+    """Write the ranks of points of one width, in ascending order, into pixels that hold no higher rank."""
     steps = np.arange(size) - (size - 1) / 2
     for i, j in np.argwhere(steps[:, None] ** 2 + steps**2 <= _ROUND * max(size, 2) ** 2):
         x, y = corner[:, 0] + i, corner[:, 1] + j
@@ -167,12 +161,12 @@ def _stamp(winner: np.ndarray, camera: Camera, corner: np.ndarray, ranks: np.nda
 
 
 def shade(canvas: Canvas, radius: int, reference: float | None = None) -> Canvas:
-    """Darkens what lies behind its neighbours in the picture (eye-dome lighting, Boucheny 2009).
+    """Darken pixels that lie behind their neighbours (eye-dome lighting, Boucheny 2009).
 
     Args:
-        canvas: points.
-        radius: of the neighbourhood in pixels.
-        reference: distance (m) that steps in depth are relative to; each pixel's own depth by default.
+        canvas: picture of points.
+        radius: radius of the neighbourhood in pixels.
+        reference: distance (m) that steps in depth are relative to; the depth of each pixel by default.
     """
     depth = np.where(np.isfinite(canvas.depth), canvas.depth, np.float32(1e9))
     scale = depth if reference is None else np.float32(reference)
@@ -188,13 +182,13 @@ def shade(canvas: Canvas, radius: int, reference: float | None = None) -> Canvas
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines of one look.
+    """Lines of one width and style.
 
     Attributes:
-        ends: both ends of each (m).
-        colors: of each, in 0-1.
-        width: in pixels.
-        dashed: whether they are.
+        ends: both ends of each line (m).
+        colors: colour of each line, 0-1.
+        width: width in pixels.
+        dashed: True for dashed lines.
     """
 
     ends: Float[np.ndarray, "k 2 3"]
@@ -212,21 +206,21 @@ def draw_lines(
     hidden: float,
     halo: tuple[float, float, float] | None = None,
 ) -> None:
-    """Draws lines into a picture.
+    """Draw lines into a picture.
 
     Args:
-        canvas: changed in place, but for its depth.
-        camera: the picture was drawn through.
-        lines: drawn in order; later ones cover earlier ones.
-        visible: opacity of what no point hides.
-        hidden: opacity of what points hide.
-        halo: colour of a seam on either side of what is visible.
+        canvas: picture; its colours are changed in place, its depth is not.
+        camera: camera of the picture.
+        lines: lines in the order in which they are drawn; later ones cover earlier ones.
+        visible: opacity of the parts in front of the points.
+        hidden: opacity of the parts behind points.
+        halo: colour of a seam on either side of the visible parts; None for no seam.
     """
     pixels, depth, line, side, along = _samples(camera, lines.ends)
     if lines.dashed:
         drawn = along % (_PERIOD * lines.width) < _DASH * lines.width
         pixels, depth, line, side = (values[drawn] for values in (pixels, depth, line, side))
-    cells, inside = _cells(camera, pixels)
+    cells, inside = _pixel_index(camera, pixels)
     before = np.zeros(len(depth), bool)
     before[inside] = depth[inside] <= canvas.depth.reshape(-1)[cells[inside]] * 1.003 + _TOLERANCE
     if halo is not None:
@@ -237,10 +231,10 @@ def draw_lines(
 
 
 def _samples(camera: Camera, ends: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Pixels, depth, line, direction across the line and pixels from its start, a sample for every pixel of a line."""
+    """Sample lines at every pixel: pixels, depth, line, unit vector across the line, pixels from its start."""
     (start, from_depth), (end, to_depth) = camera.project(ends[:, 0]), camera.project(ends[:, 1])
     if not camera.parallel:
-        ends, kept = _before_the_eye(ends, from_depth, to_depth)
+        ends, kept = _clip_at_eye(ends, from_depth, to_depth)
         (start, from_depth), (end, to_depth) = camera.project(ends[:, 0]), camera.project(ends[:, 1])
     else:
         kept = np.arange(len(ends))
@@ -252,16 +246,14 @@ def _samples(camera: Camera, ends: np.ndarray) -> tuple[np.ndarray, ...]:
     pixels = start[row] + share[:, None] * (end - start)[row]
     if camera.parallel:
         depth = from_depth[row] + share * (to_depth - from_depth)[row]
-    else:  # what is linear in the picture is the inverse
+    else:  # in perspective the inverse of the depth is linear in the picture
         depth = 1 / (1 / from_depth[row] + share * (1 / to_depth - 1 / from_depth)[row])
     across = (end - start)[:, ::-1] * [-1, 1] / np.maximum(np.linalg.norm(end - start, axis=1, keepdims=True), 1e-9)
     return pixels, depth, kept[row], across[row], share * length[row]
 
 
-def _before_the_eye(
-    ends: np.ndarray, first: np.ndarray, second: np.ndarray
-) -> tuple[np.ndarray, Int[np.ndarray, " k"]]:
-    """Ends of lines cut where they come too near the eye, and the rows of those that are left."""
+def _clip_at_eye(ends: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, Int[np.ndarray, " k"]]:
+    """Cut lines where they come too near the eye; returns their ends and the rows of the lines that are left."""
     kept = np.flatnonzero(np.maximum(first, second) > _NEAR)
     ends, first, second = ends[kept].astype(np.float64), first[kept], second[kept]
     for own, depth, other in ((0, first, second), (1, second, first)):
@@ -271,7 +263,8 @@ def _before_the_eye(
     return ends, kept
 
 
-def _cells(camera: Camera, pixels: np.ndarray) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+def _pixel_index(camera: Camera, pixels: np.ndarray) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+    """Flat index of each pixel, and a mask of the pixels inside of the picture."""
     x, y = np.floor(pixels).astype(np.int64).T
     inside = (x >= 0) & (y >= 0) & (x < camera.width) & (y < camera.height)
     return y * camera.width + x, inside
@@ -286,11 +279,11 @@ def _brush(
     width: float,
     opacity: float,
 ) -> None:
-    """Paints samples with a brush as wide as the line; where several meet, the last line's colour, once."""
+    """Paint samples with a brush as wide as the line; where lines meet, the last one paints once."""
     pixels, line, side = (values[chosen] for values in samples)
     painted = np.full(camera.width * camera.height, -1)
     for off in np.linspace(-(width - 1) / 2, (width - 1) / 2, max(1, int(np.ceil(width * 1.3)))):
-        cells, inside = _cells(camera, pixels + off * side)
+        cells, inside = _pixel_index(camera, pixels + off * side)
         painted[cells[inside]] = line[inside]
     found = painted >= 0
     flat = canvas.colors.reshape(-1, 3)

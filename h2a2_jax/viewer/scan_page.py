@@ -1,4 +1,4 @@
-"""The viewer: one HTML file that refers to nothing outside itself."""
+"""HTML page that shows a scan with its boxes; the file refers to nothing outside itself."""
 
 import base64
 import io
@@ -20,13 +20,13 @@ from h2a2_jax.viewer.content import (
     Content,
     ceiling_cut,
     class_color,
-    content,
-    framed,
+    find_hits,
     has_colors,
     height_colors,
     height_limits,
-    hits,
+    make_content,
     point_spacing,
+    view_limits,
 )
 from h2a2_jax.viewer.image import draw
 
@@ -50,28 +50,27 @@ def write_viewer(
     still: bool = True,
     note: str = "",
 ) -> None:
-    """Writes a page that shows a scan with its boxes in any browser, from disk, without a network.
+    """Write a page that shows a scan with its boxes in any browser, from disk, without a network.
 
     Points are stored as 16-bit steps within the scan's extent (half a millimetre for 33 m) and 8-bit colours, 12 bytes
-    a point in the file; boxes are stored exactly. Numbers on the page are those of the scan's frame, however far from
-    the origin it lies.
+    a point in the file; boxes are stored exactly. Numbers on the page are in the scan's frame.
 
     Args:
-        path: of the HTML file.
-        scan: points and colours; without colours they are coloured by height. Its own boxes are not shown.
-        detections: boxes in the scan's frame, of any score; None is none.
-        class_names: by label.
+        path: path of the HTML file.
+        scan: points and colours; points without colours are coloured by height. The scan's boxes are not shown.
+        detections: boxes in the scan's frame, of any score; None for none.
+        class_names: names of the classes by label.
         truth: annotated boxes, shown over or beside the detections, which are marked as hits or not.
-        title: of the page; the scan's name by default.
+        title: title of the page; the scan's name by default.
         score: lowest score shown at first; a slider changes it.
-        max_points: a scan of more is thinned evenly, and the page says so.
-        still: whether to include a still picture for browsers without WebGL 2 (about 100 kB).
-        note: a sentence on the page, as on the frame that its numbers are in.
+        max_points: a scan of more points is thinned evenly, and the page says so.
+        still: include a still picture for browsers without WebGL 2 (about 100 kB).
+        note: sentence for the page, such as one about the frame of the numbers.
 
     Raises:
-        ValueError: see `content`.
+        ValueError: as of `make_content`.
     """
-    shown = content(scan, detections, class_names, truth, max_points)
+    shown = make_content(scan, detections, class_names, truth, max_points)
     document = _payload(shown, scan.name if title is None else title, score)
     low, step, places = quantise(shown.scan.points)
     document["notes"] += [note] if note else []
@@ -86,19 +85,19 @@ def write_viewer(
         "colors": base64.b64encode(bytes(colors)).decode(),
         "script": "\n".join(_asset(name) for name in _SCRIPTS),
     }
-    # In one pass: what is put in may itself look like a place to put something in.
+    # In one pass: a value may itself contain a placeholder.
     page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("viewer.html"))
-    # Names of files that are not UTF-8 reach Python as lone surrogates, which no encoding takes.
+    # File names that are not UTF-8 reach Python as lone surrogates, which UTF-8 cannot encode.
     Path(path).write_bytes(page.encode("utf-8", errors="replace"))
 
 
 def quantise(
     points: Float[np.ndarray, "m 3"],
 ) -> tuple[Float[np.ndarray, " 3"], Float[np.ndarray, " 3"], UInt16[np.ndarray, "m 3"]]:
-    """Points as steps from their lowest corner.
+    """Quantise points to steps from their lowest corner.
 
     Returns:
-        Lowest x, y, z and the length of a step along each (m), float64, and the steps, 0 to 65535.
+        Lowest x, y, z (m) and the length of a step along each (m), both float64; the steps, 0 to 65535.
     """
     wide = points.astype(np.float64)
     low, high = (wide.min(axis=0), wide.max(axis=0)) if len(wide) else (np.zeros(3), np.zeros(3))
@@ -108,7 +107,7 @@ def quantise(
 
 def _payload(shown: Content, title: str, score: float) -> dict[str, Any]:
     points, found, truth = shown.scan.points, shown.detections, shown.truth
-    hit, (low, high) = hits(shown), framed(shown)
+    hits, (low, high) = find_hits(shown), view_limits(shown)
     return {
         "title": title,
         "notes": list(shown.notes),
@@ -131,8 +130,8 @@ def _payload(shown: Content, title: str, score: float) -> dict[str, Any]:
             "boxes": found.boxes.tolist(),
             "scores": found.scores.tolist(),
             "labels": found.labels.tolist(),
-            "hits": hit.truth.tolist(),
-            "iou": hit.iou.tolist(),
+            "hits": hits.truth.tolist(),
+            "iou": hits.iou.tolist(),
         },
         "truth": None if truth is None else {"boxes": truth.boxes.tolist(), "labels": truth.labels.tolist()},
         "iouThresholds": list(IOU_THRESHOLDS),

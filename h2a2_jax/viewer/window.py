@@ -1,9 +1,8 @@
-"""Open3D's window, where there is one."""
+"""Window of Open3D that shows a scan with its boxes; needs a display."""
 
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,20 @@ from h2a2_jax.boxes.matching import GroundTruth
 from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.scan import Scan
-from h2a2_jax.viewer.content import Content, below_ceiling, class_color, content, display_colors, framed
+from h2a2_jax.viewer.content import (
+    Content,
+    above_score,
+    below_ceiling,
+    class_color,
+    display_colors,
+    make_content,
+    view_limits,
+)
 
 _INSTEAD = "; an HTML page and a PNG of the scan need none of this"
 _PACKAGES = "libusb-1.0-0 libgl1 libegl1 libx11-6 libudev1 libvulkan1 mesa-vulkan-drivers"
 _MOST_POINTS = 2_000_000
-_GAMMA = 2.2  # the shader of lines takes its colours as linear light
+_GAMMA = 2.2  # Open3D's shader of lines expects colours in linear light
 _POINT_SIZE = 4.0  # pixels
 _TRUTH_COLOR = (0.1, 0.1, 0.1)
 _BACKGROUND = (0.867, 0.89, 0.918, 1.0)
@@ -34,29 +41,26 @@ def show(
     title: str | None = None,
     score: float | int = 0.3,
 ) -> None:
-    """Opens a window that shows a scan with its boxes, and returns when it is closed.
+    """Open a window that shows a scan with its boxes, and return when it is closed.
 
     Detections have the colour of their class and a label, ground truth is black; a list at the side turns each class
     on and off.
 
     Args:
-        scan: points and colours; without colours they are coloured by height. Its own boxes are not shown.
-        detections: boxes in the scan's frame; None is none.
-        class_names: by label.
+        scan: points and colours; points without colours are coloured by height. The scan's boxes are not shown.
+        detections: boxes in the scan's frame; None for none.
+        class_names: names of the classes by label.
         truth: annotated boxes.
-        title: of the window; the scan's name by default.
-        score: detections below are not shown.
+        title: title of the window; the scan's name by default.
+        score: detections below this score are not shown.
 
     Raises:
         InputError: Open3D, a library it needs, a graphics driver or a display is missing.
-        ValueError: see `content`.
+        ValueError: as of `make_content`.
     """
     _require_display()
     open3d = _open3d()
-    shown = content(scan, detections, class_names, truth, _MOST_POINTS)
-    kept = shown.detections.scores >= score
-    found = shown.detections
-    shown = replace(shown, detections=Detections(found.boxes[kept], found.scores[kept], found.labels[kept]))
+    shown = above_score(make_content(scan, detections, class_names, truth, _MOST_POINTS), score)
     try:
         open3d.visualization.draw(
             geometries(open3d, shown),
@@ -69,43 +73,43 @@ def show(
             on_init=lambda window: _add_labels(window, shown),
             **_camera(shown),
         )
-    except RuntimeError as error:  # of Open3D, for want of a graphics driver
+    except RuntimeError as error:  # Open3D raises it if there is no graphics driver
         raise InputError(
             f"Open3D cannot open its window ({str(error).rstrip('.!')}): apt-get install {_PACKAGES}{_INSTEAD}."
         ) from error
 
 
 def geometries(open3d: Any, shown: Content) -> list[dict[str, Any]]:
-    """What Open3D's `draw` takes: the points, and a group of lines for each class.
+    """Arguments of Open3D's `draw`: the points, and a group of lines for each class.
 
     Args:
         open3d: the module.
-        shown: what is there to see, of the scores wanted.
+        shown: content of the window.
     """
-    # Lengths are relative to the scan's own place: the window computes in float32.
+    # Coordinates are relative to the scan's place: the window computes in float32.
     origin = _origin(shown)
-    points = shown.scan.points
+    points, names = shown.scan.points, shown.class_names
     below = below_ceiling(points)
     cloud = open3d.geometry.PointCloud()
     cloud.points = open3d.utility.Vector3dVector(points[below].astype(np.float64) - origin)
     cloud.colors = open3d.utility.Vector3dVector(display_colors(shown.scan)[below].astype(np.float64))
     parts = [_part(open3d, "points", "scan", cloud, _UNLIT)]
-    for label in np.unique(shown.detections.labels).tolist():
-        boxes = shown.detections.boxes[shown.detections.labels == label]
-        lines = _line_set(open3d, boxes, origin, class_color(label))
-        parts.append(_part(open3d, f"{shown.class_names[label]} ({len(boxes)})", "detections", lines, _LINES))
-    if shown.truth is not None:
-        for label in np.unique(shown.truth.labels).tolist():
-            boxes = shown.truth.boxes[shown.truth.labels == label]
-            lines = _line_set(open3d, boxes, origin, _TRUTH_COLOR)
-            parts.append(
-                _part(open3d, f"true {shown.class_names[label]} ({len(boxes)})", "ground truth", lines, _LINES)
-            )
+
+    def add_boxes(boxes: np.ndarray, name: str, group: str, color: tuple[float, float, float]) -> None:
+        lines = _line_set(open3d, boxes, origin, color)
+        parts.append(_part(open3d, f"{name} ({len(boxes)})", group, lines, _LINES))
+
+    found, truth = shown.detections, shown.truth
+    for label in np.unique(found.labels).tolist():
+        add_boxes(found.boxes[found.labels == label], names[label], "detections", class_color(label))
+    if truth is not None:
+        for label in np.unique(truth.labels).tolist():
+            add_boxes(truth.boxes[truth.labels == label], f"true {names[label]}", "ground truth", _TRUTH_COLOR)
     return parts
 
 
 def _origin(shown: Content) -> np.ndarray:
-    return np.floor(framed(shown)[0])
+    return np.floor(view_limits(shown)[0])
 
 
 def _part(open3d: Any, name: str, group: str, geometry: Any, shader: str) -> dict[str, Any]:
@@ -135,7 +139,7 @@ def _add_labels(window: Any, shown: Content) -> None:
 
 
 def _camera(shown: Content) -> dict[str, Any]:
-    low, high = (corner - _origin(shown) for corner in framed(shown))
+    low, high = (corner - _origin(shown) for corner in view_limits(shown))
     middle, reach = (low + high) / 2, float(np.linalg.norm(high - low))
     eye = middle + reach * np.array([-0.27, -0.6, 0.8])
     return {"lookat": middle.astype(np.float32), "eye": eye.astype(np.float32), "up": np.array([0, 0, 1], np.float32)}

@@ -93,7 +93,7 @@ def test_gradients_without_conflict_stay_as_they_are():
     np.testing.assert_array_equal(state.scales, 1)
 
 
-def test_conflict_is_judged_over_all_parameters_together():
+def test_conflicts_are_those_of_the_whole_parameter_vector():
     grads = {"a": jnp.array([[1.0], [-1.0]]), "b": jnp.array([[3.0], [3.0]])}
     updates, _ = pcgrad(2).update(grads, pcgrad(2).init(None), present=jnp.ones(2, bool))
     jax.tree.map(np.testing.assert_array_equal, updates, grads)
@@ -114,7 +114,7 @@ def test_order_is_drawn_anew_in_every_step_and_matters():
     assert float(other_seed["gain"]) != float(mean_and_state(grads, jnp.ones(7, bool))[0]["gain"])
 
 
-def test_every_dataset_goes_through_all_in_an_order_of_its_own():
+def test_orders_differ_by_dataset():
     orders = orders_of_step(7, 0, 0)
     np.testing.assert_array_equal(np.sort(orders, axis=1), np.tile(np.arange(7), (7, 1)))
     assert len({tuple(row) for row in orders}) > 1

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -24,3 +25,9 @@ def relative_error(actual, expected):
         return float("inf")
     scale = np.abs(expected).max(initial=0.0)
     return float(np.abs(actual - expected).max(initial=0.0) / (scale if scale > 0 else 1.0))
+
+
+def boxes_of_corners(corners):
+    """Boxes without yaw from their lower and upper corners (m), the form of the reference's axis-aligned losses."""
+    low, high = corners[..., :3], corners[..., 3:]
+    return jnp.concatenate([(low + high) / 2, high - low, jnp.zeros_like(low[..., :1])], axis=-1)

@@ -1,16 +1,12 @@
 import numpy as np
 import pytest
 
-from h2a2_jax.boxes import (
-    PUBLISHED_TOLERANCE,
-    bev_nms,
-    multiclass_nms,
-    overlap_matrix,
-    rotated_bev_iou,
-    tolerant_bev_iou,
-)
+from h2a2_jax import boxes as exact
+from h2a2_jax.boxes import rotated_bev_iou
 from tests.boxes.golden import FIXTURES, load_cases
+from tests.boxes.host_nms import bev_nms, multiclass_nms, overlap_matrix
 from tests.boxes.polygons import random_pairs
+from tests.boxes.tolerant_iou import PUBLISHED_TOLERANCE, tolerant_bev_iou
 
 CASES = load_cases(FIXTURES / "boxes_seed0.npz")
 KINDS = {"nms_scannet": 0.0, "nms_sunrgbd": PUBLISHED_TOLERANCE}
@@ -59,14 +55,6 @@ def test_tolerance_zero_is_exact_and_tolerance_only_adds():
     assert np.mean(tolerant_bev_iou(first, second) - exact) > 0
 
 
-def test_stacked_boxes_survive_by_volume_only():
-    boxes = np.array([[0, 0, 0, 1, 1, 1, 0.2], [0, 0, 2, 1, 1, 1, 0.2]], np.float32)
-    scores = np.array([[0.5], [0.9]], np.float32)
-    assert len(multiclass_nms(boxes, scores, rotated=True)) == 1
-    both = multiclass_nms(boxes, scores, rotated=True, iou="3d")
-    np.testing.assert_array_equal(both.scores, np.array([0.9, 0.5], np.float32))
-
-
 @pytest.mark.parametrize("count", [0, 1, 64, 65])
 def test_any_number_of_boxes(count):
     rng = np.random.default_rng(count)
@@ -88,9 +76,10 @@ def test_nothing_scores():
     assert len(found) == 0 and found.boxes.shape == (0, 7)
 
 
-def test_tolerance_is_refused_where_it_means_nothing():
-    boxes = np.ones((3, 7), np.float32)
-    with pytest.raises(ValueError, match="needs rotated footprints"):
-        overlap_matrix(boxes, rotated=True, iou="3d", corner_tolerance=0.01)
-    with pytest.raises(ValueError, match="needs rotated footprints"):
-        overlap_matrix(boxes, rotated=False, corner_tolerance=0.01)
+@pytest.mark.parametrize("rotated", [False, True])
+def test_volumes_tell_boxes_apart_that_stand_above_one_another(rotated):
+    boxes = np.array([[0, 0, 0, 1, 1, 1, 0], [0, 0, 3, 1, 1, 1, 0], [0, 0, 0.1, 1, 1, 1, 0]], np.float32)
+    scores = np.array([[0.9], [0.8], [0.7]], np.float32)
+    for iou, kept in (("bev", [0]), ("3d", [0, 1])):
+        rows, _, count = exact.multiclass_nms(boxes, scores, rotated=rotated, iou=iou)
+        assert rows[:count].tolist() == kept

@@ -4,13 +4,10 @@ import numpy as np
 import pytest
 
 from h2a2_jax import boxes
-from tests.boxes.golden import FIXTURES, load_cases, relative_error
+from tests.boxes.golden import FIXTURES, boxes_of_corners, load_cases, relative_error
 from tests.boxes.polygons import intersection_area, iou_3d, random_pairs, special_pairs
 
 CASES = load_cases(FIXTURES / "boxes_seed0.npz")
-extents_from_boxes, extents_iou, extents_diou = map(
-    jax.jit, (boxes.extents_from_boxes, boxes.extents_iou, boxes.extents_diou)
-)
 axis_aligned_bev_iou, axis_aligned_diou, axis_aligned_iou = map(
     jax.jit, (boxes.axis_aligned_bev_iou, boxes.axis_aligned_diou, boxes.axis_aligned_iou)
 )
@@ -31,11 +28,14 @@ def gradients(function, first, second, weight=1.0):
     return jax.jit(jax.grad(lambda a, b: jnp.sum(function(a, b) * weight), argnums=(0, 1)))(first, second)
 
 
-@pytest.mark.parametrize(("name", "function"), [("iou", extents_iou), ("diou", extents_diou)])
-def test_corner_form_equals_the_reference(name, function):
+@pytest.mark.parametrize(("name", "function"), [("iou", axis_aligned_iou), ("diou", axis_aligned_diou)])
+def test_axis_aligned_iou_equals_the_reference(name, function):
+    def of_corners(first, second):
+        return function(boxes_of_corners(first), boxes_of_corners(second))
+
     data = CASES["axis_aligned_loss"]
-    assert relative_error(1 - function(data["pred"], data["target"]), data[f"{name}_loss"]) <= 1e-6
-    gradient = -gradients(function, data["pred"], data["target"], data["loss_weight"])[0]
+    assert relative_error(1 - of_corners(data["pred"], data["target"]), data[f"{name}_loss"]) <= 1e-6
+    gradient = -gradients(of_corners, data["pred"], data["target"], data["loss_weight"])[0]
     assert relative_error(gradient, data[f"{name}_grad_pred"]) <= 1e-6
 
 
@@ -110,16 +110,11 @@ def test_without_yaw_rotated_and_axis_aligned_agree():
     first[:, 6] = second[:, 6] = 0
     expected = axis_aligned_iou(first, second)
     np.testing.assert_allclose(rotated_iou(first, second), expected, atol=1e-6)
-    np.testing.assert_allclose(extents_iou(extents_from_boxes(first), extents_from_boxes(second)), expected, atol=2e-6)
-    np.testing.assert_allclose(
-        extents_diou(extents_from_boxes(first), extents_from_boxes(second)), axis_aligned_diou(first, second), atol=2e-6
-    )
 
 
 @pytest.mark.parametrize(
     ("pairwise", "paired"),
     [
-        (boxes.pairwise_axis_aligned_iou, axis_aligned_iou),
         (boxes.pairwise_axis_aligned_bev_iou, axis_aligned_bev_iou),
         (boxes.pairwise_rotated_iou, rotated_iou),
         (boxes.pairwise_rotated_bev_iou, rotated_bev_iou),

@@ -7,37 +7,20 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from h2a2_jax.boxes import (
-    decode_boxes,
-    greedy_suppression,
-    multiclass_nms,
-    overlap_matrix,
-    traced_detections,
-    traced_multiclass_nms,
-)
+from h2a2_jax import boxes as exact
+from h2a2_jax.boxes import decode_boxes, detections_from_predictions
 from h2a2_jax.boxes.nms import MAX_CANDIDATES
 from h2a2_jax.scans.specs import SCANNET, SUNRGBD
 from tests.boxes.golden import FIXTURES, load_cases
+from tests.boxes.host_nms import kept_by_class, multiclass_nms
 
-NMS = {rotated: jax.jit(partial(traced_multiclass_nms, rotated=rotated)) for rotated in (False, True)}
-DETECTIONS = {rotated: jax.jit(partial(traced_detections, rotated=rotated)) for rotated in (False, True)}
-
-
-def on_host(boxes, scores, rotated, score_threshold=0.01, iou_threshold=0.5):
-    """Rows and labels of the greedy pass, class by class."""
-    overlaps = overlap_matrix(boxes, rotated=rotated)
-    rows, labels = [np.zeros(0, int)], [np.zeros(0, int)]
-    for label, column in enumerate(scores.T):
-        order = np.argsort(-column, kind="stable")
-        order = order[column[order] > score_threshold]
-        rows.append(order[greedy_suppression(overlaps[np.ix_(order, order)] > iou_threshold)])
-        labels.append(np.full(len(rows[-1]), label))
-    return np.concatenate(rows), np.concatenate(labels)
+NMS = {rotated: jax.jit(partial(exact.multiclass_nms, rotated=rotated)) for rotated in (False, True)}
+DETECTIONS = {rotated: jax.jit(partial(detections_from_predictions, rotated=rotated)) for rotated in (False, True)}
 
 
 def assert_equal_to_host(boxes, scores, rotated, **thresholds):
     rows, labels, count = NMS[rotated](boxes, scores, **thresholds)
-    expected_rows, expected_labels = on_host(boxes, scores, rotated, **thresholds)
+    expected_rows, expected_labels = kept_by_class(boxes, scores, rotated=rotated, **thresholds)
     assert int(count) == len(expected_rows)
     np.testing.assert_array_equal(rows[:count], expected_rows)
     np.testing.assert_array_equal(labels[:count], expected_labels)
@@ -107,7 +90,7 @@ def test_chains_identical_boxes_and_no_candidates(rotated):
 
 def test_maps_over_the_scans_of_a_batch():
     scans = [room(np.random.default_rng(seed), 200, 5, objects=2 + 4 * seed) for seed in range(3)]
-    together = jax.jit(jax.vmap(partial(traced_multiclass_nms, rotated=True)))(*map(np.stack, zip(*scans, strict=True)))
+    together = jax.jit(jax.vmap(partial(exact.multiclass_nms, rotated=True)))(*map(np.stack, zip(*scans, strict=True)))
     for scan, (boxes, scores) in enumerate(scans):
         for found, expected in zip(together, NMS[True](boxes, scores), strict=True):
             np.testing.assert_array_equal(found[scan], expected)

@@ -1,4 +1,4 @@
-"""Frozen parameters by names: what is held in which detector, and entries that are refused."""
+"""Frozen parameters by name: the parameters of every entry, and entries that are refused."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def frozen(*entries: str, model: Any = TINY) -> frozenset[str]:
     return frozen_paths(state(model).shared, state(model).exclusive, entries)
 
 
-def test_a_place_is_frozen_with_what_is_exclusive_in_it():
+def test_a_place_is_frozen_with_its_exclusive_parameters():
     held = frozen("layer1")
     assert {"backbone.stages.0.0.first.conv.shared", "backbone.stages.0.0.first.conv.exclusive"} <= held
     assert all(name.startswith("backbone.stages.0.") for name in held)
@@ -68,7 +68,7 @@ def test_an_unknown_name_is_refused_with_the_nearest():
 
 
 def test_a_group_that_the_model_lacks_is_refused():
-    with pytest.raises(InputError, match=r"'gates', of which this model \(see model.selection\) has no parameters"):
+    with pytest.raises(InputError, match=r"'gates', but this model \(see model.selection\) has no such parameters"):
         frozen("gates", model=PLAIN)
 
 
@@ -79,7 +79,7 @@ def test_everything_frozen_is_refused():
         frozen("shared", "exclusive")
 
 
-def test_a_mask_is_the_tree_with_truths():
+def test_a_mask_marks_the_frozen_leaves():
     tree, held = state().exclusive, frozen("layer2", "embedding")
     mask = frozen_mask(tree, held)
     assert jax.tree.structure(mask) == jax.tree.structure(tree)
@@ -90,7 +90,7 @@ def test_a_mask_is_the_tree_with_truths():
     }
 
 
-def test_how_much_is_frozen_and_where():
+def test_the_text_counts_frozen_parameters_by_place():
     tree = {"neck": {"a": jnp.ones((2, 3)), "b": jnp.ones(4)}, "embedding": jnp.ones((1, 5))}
     shared, exclusive = {"neck": tree["neck"]}, {"embedding": tree["embedding"]}
     assert frozen_text(shared, exclusive, {"neck.a"}) == "Frozen: 6 of 15 parameters: neck in part."

@@ -1,4 +1,4 @@
-"""What a balancer recorded, by groups of parameters: numbers by hand, and every parameter in its group."""
+"""A balancer's record by groups of parameters: numbers by hand, and every parameter in its group."""
 
 import functools
 import re
@@ -77,7 +77,7 @@ def test_one_norm_over_everything_is_one_group():
 
 
 @pytest.mark.parametrize("choices", [{}, {"tau": 0.25}, {"convolutions": ("stem", "residual", "neck")}])
-def test_every_shared_parameter_is_of_one_place_and_one_kind(choices: dict[str, Any]):
+def test_every_shared_parameter_has_one_place_and_one_kind(choices: dict[str, Any]):
     names = flat_names(shared_parameters(**choices))
     for groups in (PLACES, KINDS):
         assert all(sum(re.search(pattern, name) is not None for pattern in groups.values()) == 1 for name in names)

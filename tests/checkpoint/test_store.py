@@ -1,11 +1,14 @@
-"""Checkpoints: exact, by name, on any devices, and refused in a sentence where they do not fit."""
+"""Checkpoints: restored exactly, by name, on any devices; refused with an error message if they do not fit."""
 
 import dataclasses
 import errno
 import functools
 import logging
 import resource
-from collections.abc import Sequence
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from absl import logging as absl_logging
 from flax import nnx
 
 from h2a2_jax.balancers import build_balancer
@@ -26,9 +30,13 @@ from h2a2_jax.checkpoint.tree import flat_names
 from h2a2_jax.config import ExperimentConfig, HarmonizeConfig, SourceConfig
 from h2a2_jax.distributed import train_mesh
 from h2a2_jax.errors import InputError
+from h2a2_jax.host import quiet_command_line
 from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
 from h2a2_jax.scans.specs import dataset_spec
+
+# Orbax stops waiting for the other files when it cannot read one, and TensorStore then reports to a closed event loop.
+pytestmark = pytest.mark.filterwarnings("ignore:(?s).*loop is closed:pytest.PytestUnraisableExceptionWarning")
 
 NAMES = ("scannet", "sunrgbd", "s3dis")
 TINY = DetectorConfig(
@@ -123,7 +131,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainState]:
     return folder, state
 
 
-def test_state_comes_back_bit_for_bit(saved: tuple[Path, TrainState]):
+def test_a_state_is_restored_bit_for_bit(saved: tuple[Path, TrainState]):
     folder, state = saved
     with CheckpointStore(folder) as store:
         assert store.latest_step() == 7
@@ -141,7 +149,7 @@ def test_another_order_of_datasets_is_restored_by_name(plain: tuple[Path, TrainS
 
 
 @pytest.mark.parametrize("devices", [1, 3])
-def test_fewer_devices_restore_what_six_saved(plain: tuple[Path, TrainState], devices: int):
+def test_fewer_devices_restore_a_state_of_six(plain: tuple[Path, TrainState], devices: int):
     folder, state = plain
     like = place_state(make_state(4, model=PLAIN), train_mesh(3, jax.devices()[:devices]))
     with CheckpointStore(folder) as store:
@@ -151,7 +159,7 @@ def test_fewer_devices_restore_what_six_saved(plain: tuple[Path, TrainState], de
         assert leaf.sharding == wanted.sharding and leaf.committed
 
 
-def test_the_model_is_built_from_the_checkpoint_alone(saved: tuple[Path, TrainState]):
+def test_the_model_is_restored_without_a_config(saved: tuple[Path, TrainState]):
     folder, state = saved
     with CheckpointStore(folder) as store:
         model, config = store.restore_model(7)
@@ -161,7 +169,7 @@ def test_the_model_is_built_from_the_checkpoint_alone(saved: tuple[Path, TrainSt
     assert_equal((exclusive, shared, stats), (state.exclusive, state.shared, state.stats))
 
 
-def test_stored_are_slices_by_name_in_their_true_shape(saved: tuple[Path, TrainState]):
+def test_stored_arrays_are_slices_by_name_without_padding(saved: tuple[Path, TrainState]):
     folder, state = saved
     params = ocp.StandardCheckpointer().restore(folder / "7" / "params")
     assert set(params["datasets"]) == set(NAMES)
@@ -197,7 +205,7 @@ def test_without_a_checkpoint(tmp_path: Path):
     assert not (tmp_path / "none").exists()
 
 
-def test_another_architecture_is_refused_by_fields(saved: tuple[Path, TrainState]):
+def test_another_architecture_is_refused_by_config_keys(saved: tuple[Path, TrainState]):
     folder, state = saved
     other = dataclasses.replace(TINY, stem_channels=8, selection=SelectionConfig())
     with CheckpointStore(folder) as store, pytest.raises(InputError) as error:
@@ -226,7 +234,7 @@ def test_other_datasets_are_refused(plain: tuple[Path, TrainState]):
 
 
 @pytest.mark.parametrize("method", ["pcgrad", "gradnorm"])
-def test_a_balancer_with_a_state_of_its_own_is_restored_by_name(tmp_path: Path, method: Any):
+def test_the_state_of_a_balancer_is_restored_by_name(tmp_path: Path, method: Any):
     balancer = build_balancer(HarmonizeConfig(method), len(NAMES))
     state = make_state(1, model=PLAIN)
     rng = np.random.default_rng(3)
@@ -264,7 +272,33 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path):
         store.restore_model()
 
 
-def test_nothing_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Log messages as the command line filters them."""
+    logger, verbosity = logging.getLogger("absl"), absl_logging.get_verbosity()
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(logger, "filters", [*logger.filters])
+    quiet_command_line()
+    yield
+    absl_logging.set_verbosity(verbosity)
+
+
+def test_a_library_leaves_logging_and_hooks_alone(tmp_path: Path):
+    logger = logging.getLogger("absl")
+
+    def process_state() -> tuple[Any, ...]:
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        return sys.unraisablehook, sys.excepthook, [*logger.filters], logger.level, [*warnings.filters], handlers
+
+    before = process_state()
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, make_state(1, model=PLAIN), experiment(model=PLAIN), NAMES)
+        store.wait()
+        store.restore_model()
+    assert process_state() == before
+
+
+def test_nothing_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture, quiet: None):
     with caplog.at_level(logging.WARNING), CheckpointStore(tmp_path) as store:
         store.save(1, make_state(1, model=PLAIN), experiment(model=PLAIN), NAMES)
         store.wait()
@@ -272,7 +306,9 @@ def test_nothing_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     assert not caplog.records
 
 
-def test_what_fails_in_the_background_is_raised_once_and_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_failure_in_the_background_is_raised_once_and_not_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, quiet: None
+):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     store = CheckpointStore(tmp_path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # bytes of a file, as if the disk were full
@@ -301,7 +337,7 @@ def test_a_path_stands_for_a_run_its_checkpoints_or_one_of_them(tmp_path: Path):
     assert checkpoint_place(tmp_path / "7").directory == tmp_path / "7" / "checkpoints"
 
 
-def test_averages_are_stored_and_are_what_is_restored_as_the_model(tmp_path: Path):
+def test_averages_are_stored_and_restored_as_the_model(tmp_path: Path):
     state = make_state(1, model=PLAIN)
     other = make_state(5, model=PLAIN)
     averaged = dataclasses.replace(state, averages=Averages(other.shared, other.exclusive, other.stats))
@@ -331,7 +367,7 @@ def largest_file(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("item", ["params", "batch_stats", "optimizer"])
-def test_a_bit_that_a_disk_turned_is_noticed(tmp_path: Path, item: str):
+def test_a_flipped_bit_is_detected(tmp_path: Path, item: str):
     state = make_state(1, model=PLAIN)
     with CheckpointStore(tmp_path) as store:
         store.save(1, state, experiment(model=PLAIN), NAMES)
@@ -360,7 +396,7 @@ def test_the_best_stays_beside_the_latest(tmp_path: Path):
         assert store.steps() == [4, 5, 6]
 
 
-def test_what_a_kill_leaves_is_tidied_and_what_is_damaged_set_aside(tmp_path: Path):
+def test_remains_of_a_kill_are_removed_and_a_damaged_checkpoint_is_set_aside(tmp_path: Path):
     folder = tmp_path / "checkpoints"
     with CheckpointStore(folder) as store:
         for step in (2, 3):
@@ -376,7 +412,7 @@ def test_what_a_kill_leaves_is_tidied_and_what_is_damaged_set_aside(tmp_path: Pa
         assert store.steps() == [2, 3] and (tmp_path / "checkpoints_damaged" / "4" / "params").is_dir()
 
 
-def test_a_checkpoint_that_was_to_be_removed_when_a_kill_came_is_tidied(tmp_path: Path):
+def test_superseded_checkpoints_are_removed_by_tidy(tmp_path: Path):
     with CheckpointStore(tmp_path, keep=9) as store:
         for step in (1, 2, 3, 4):
             store.save(step, make_state(1, model=PLAIN), experiment(model=PLAIN), NAMES)
@@ -385,7 +421,7 @@ def test_a_checkpoint_that_was_to_be_removed_when_a_kill_came_is_tidied(tmp_path
         assert store.steps() == [1, 3, 4]
 
 
-def test_a_config_that_is_not_what_was_saved_is_damage(tmp_path: Path):
+def test_a_changed_config_is_damage(tmp_path: Path):
     with CheckpointStore(tmp_path) as store:
         store.save(1, make_state(1, model=PLAIN), experiment(model=PLAIN), NAMES)
         store.wait()
@@ -397,7 +433,7 @@ def test_a_config_that_is_not_what_was_saved_is_damage(tmp_path: Path):
             store.stored_config(1)
 
 
-def test_a_checkpoint_that_cannot_be_written_is_said_with_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_write_names_the_newest_saved_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     state = make_state(1, model=PLAIN)
     with CheckpointStore(tmp_path) as store:
         store.save(1, state, experiment(model=PLAIN), NAMES)

@@ -1,4 +1,4 @@
-"""Warm starts: what is taken from a checkpoint, by name, and every array that is not is said."""
+"""Warm starts: arrays are loaded by name, and the report names every array that is not."""
 
 import dataclasses
 import functools
@@ -34,14 +34,14 @@ def parts(sources: Sources, model: DetectorConfig) -> tuple:
 
 
 def detector(seed: int, sources: Sources, model: DetectorConfig) -> TR3D:
-    """Random numbers in every place; nothing is compiled."""
+    """A detector of random numbers; nothing is compiled."""
     rng = np.random.default_rng(seed)
     graph, *trees = parts(sources, model)
     return merge_model(graph, *jax.tree.map(lambda leaf: jnp.asarray(rng.random(leaf.shape), leaf.dtype), trees))
 
 
 def arrays(model: TR3D, sources: Sources) -> dict[str, Arrays]:
-    """By dataset, "" for shared ones, and path."""
+    """Arrays of a detector by dataset ("" for shared ones) and path."""
     specs = [source.spec for source in sources]
     _, exclusive, shared, stats = split_model(model)
     params, statistics = stored_params(shared, exclusive, specs), stored_statistics(stats, specs)
@@ -49,7 +49,7 @@ def arrays(model: TR3D, sources: Sources) -> dict[str, Arrays]:
 
 
 def save(run: Path, seed: int, sources: Sources, model: DetectorConfig, step: int = 7) -> dict[str, Arrays]:
-    """A checkpoint of a detector; returns what it holds."""
+    """Save a checkpoint of a random detector; return its arrays."""
     trained, nothing = detector(seed, sources, model), {"count": jnp.int32(0)}
     _, exclusive, shared, stats = split_model(trained)
     with CheckpointStore(run / "checkpoints") as store:
@@ -89,19 +89,19 @@ def pairs(names: Sequence[ArrayName]) -> set[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def joint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Arrays]]:
-    """A run that selected kernels on two datasets, and what it holds."""
+    """A run with kernel selection on two datasets, and its arrays."""
     run = tmp_path_factory.mktemp("joint")
     return run, save(run, 1, (SCANNET, SUNRGBD), TINY)
 
 
 @pytest.fixture(scope="module")
 def tr3d(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Arrays]]:
-    """The same of a run without selection on one dataset."""
+    """A run without selection on one dataset, and its arrays."""
     run = tmp_path_factory.mktemp("tr3d")
     return run, save(run, 2, (SCANNET,), PLAIN)
 
 
-def test_the_same_detector_takes_everything_by_name(joint: tuple[Path, dict]):
+def test_the_same_detector_loads_every_array_by_name(joint: tuple[Path, dict]):
     run, held = joint
     _, after, report = start(run, (SUNRGBD, SCANNET), TINY)
     assert_same({owner: after[owner] for owner in held}, held)
@@ -113,7 +113,7 @@ def test_the_same_detector_takes_everything_by_name(joint: tuple[Path, dict]):
     assert "\n" not in report.text()
 
 
-def test_one_dataset_more_starts_anew_with_the_mean_statistics(joint: tuple[Path, dict]):
+def test_a_new_dataset_is_initialised_with_the_mean_statistics(joint: tuple[Path, dict]):
     run, held = joint
     _, after, report = start(run, (SCANNET, MINE, SUNRGBD), TINY)
     assert_same({owner: after[owner] for owner in held}, held)
@@ -129,7 +129,7 @@ def test_one_dataset_more_starts_anew_with_the_mean_statistics(joint: tuple[Path
     assert "  heads.{box_bias,box_kernel,class_bias,class_kernel} of mine" in report.text()
 
 
-def test_one_dataset_fewer_is_left_out(joint: tuple[Path, dict]):
+def test_a_dataset_of_the_checkpoint_alone_is_left_out(joint: tuple[Path, dict]):
     run, held = joint
     _, after, report = start(run, (SUNRGBD,), TINY)
     assert_same(after, {"": held[""], "sunrgbd": held["sunrgbd"]})
@@ -167,12 +167,12 @@ def test_exclusive_kernels_that_start_as_copies_copy_the_loaded_kernel(tr3d: tup
         np.testing.assert_array_equal(after[owner][f"backbone.stages.1.0.second.conv.{parameter}"], kernel)
 
 
-def test_what_selects_its_kernels_is_no_start_of_tr3d(joint: tuple[Path, dict]):
+def test_a_checkpoint_with_selection_is_refused_as_the_start_of_tr3d(joint: tuple[Path, dict]):
     with pytest.raises(InputError, match=r"The checkpoint of step 7 in .* selects its kernels and this model does not"):
         start(joint[0], (SCANNET,), PLAIN)
 
 
-def test_parts_that_no_longer_select_are_initialised(tmp_path: Path):
+def test_convolutions_that_no_longer_select_are_initialised(tmp_path: Path):
     wide = dataclasses.replace(TINY, selection=dataclasses.replace(TINY.selection, convolutions=("residual", "stem")))
     save(tmp_path, 3, (SCANNET,), wide)
     _, _, report = start(tmp_path, (SCANNET,), TINY)
@@ -180,7 +180,7 @@ def test_parts_that_no_longer_select_are_initialised(tmp_path: Path):
     assert {("", "backbone.stem.conv.shared"), ("scannet", "backbone.stem.conv.exclusive")} < pairs(report.left_over)
 
 
-def test_what_is_shared_there_starts_what_is_a_datasets_own_here(tr3d: tuple[Path, dict]):
+def test_shared_arrays_of_the_checkpoint_start_exclusive_ones_here(tr3d: tuple[Path, dict]):
     run, held = tr3d
     own = dataclasses.replace(PLAIN, neck="exclusive", norm_affine="exclusive")
     _, after, report = start(run, (SCANNET, MINE), own)
@@ -207,7 +207,7 @@ def test_a_head_of_boxes_with_another_number_of_outputs_starts_anew(tmp_path: Pa
     assert "  heads.box_kernel of mine (float32[4,6] in the checkpoint, float32[4,8] here)" in report.text()
 
 
-def test_what_has_another_shape_is_initialised_and_said(tr3d: tuple[Path, dict]):
+def test_arrays_of_another_shape_are_initialised_and_reported(tr3d: tuple[Path, dict]):
     _, _, report = start(tr3d[0], (SCANNET, MINE), dataclasses.replace(PLAIN, stem_channels=6))
     assert ("", "backbone.stem.conv.kernel") in pairs(report.other_shape)
     assert ("mine", "backbone.stem.norm.mean") in pairs(report.other_shape)
@@ -221,13 +221,13 @@ def test_paths_in_braces_expand_to_every_path(tr3d: tuple[Path, dict]):
     assert sorted(expanded.stdout.split()) == sorted(name.path for name in report.initialised)
 
 
-def test_nothing_that_fits_is_refused(tr3d: tuple[Path, dict]):
+def test_a_checkpoint_without_a_fitting_parameter_is_refused(tr3d: tuple[Path, dict]):
     other = dataclasses.replace(PLAIN, stem_channels=6, stage_channels=(6, 6, 6, 6), neck_channels=6)
     with pytest.raises(InputError, match=r"^No parameter of the checkpoint of step 7 in .* has the name and the shape"):
         start(tr3d[0], (MINE,), other)
 
 
-def test_places_of_checkpoints(tmp_path: Path, tr3d: tuple[Path, dict]):
+def test_a_run_its_checkpoints_or_one_of_them_can_be_given(tmp_path: Path, tr3d: tuple[Path, dict]):
     run, specs = tr3d[0], [SCANNET.spec]
     fresh = detector(5, (SCANNET,), PLAIN)
     for path in (run / "checkpoints", run / "checkpoints" / "7"):
@@ -235,7 +235,7 @@ def test_places_of_checkpoints(tmp_path: Path, tr3d: tuple[Path, dict]):
     assert not warm_start(fresh, specs, run, 7)[1].initialised
     with pytest.raises(InputError, match="no checkpoint of step 8"):
         warm_start(fresh, specs, run, 8)
-    with pytest.raises(InputError, match="none is no folder: give the folder of a run"):
+    with pytest.raises(InputError, match=r"There is no folder .*none: train first, or give the folder of a run"):
         warm_start(fresh, specs, tmp_path / "none")
     with pytest.raises(InputError, match="There is no checkpoint in"):
         warm_start(fresh, specs, tmp_path)

@@ -3,8 +3,7 @@ import pytest
 from flax import nnx
 
 from h2a2_jax.checkpoint.store import restore_checkpoint
-from h2a2_jax.convert.command import main, table
-from h2a2_jax.convert.conversion import Entry, convert_file
+from h2a2_jax.convert.conversion import Entry, convert_command, convert_file, table
 from h2a2_jax.convert.torch_file import read_torch_file, write_torch_file
 from h2a2_jax.convert.tr3d_weights import config_of_weights, export_tr3d, tr3d_slots
 from h2a2_jax.errors import InputError
@@ -29,7 +28,7 @@ STATE = weights()
 def converted(tmp_path, capsys, state, *flags, meta=None):
     """Exit status, what was printed, and what went to standard error."""
     write_torch_file(tmp_path / "tr3d.pth", state, meta)
-    status = main([str(tmp_path / "tr3d.pth"), f"--output={tmp_path / 'run'}", *flags])
+    status = convert_command([str(tmp_path / "tr3d.pth"), f"--output={tmp_path / 'run'}", *flags])
     out, err = capsys.readouterr()
     assert err.count("\n") == (status == 2), err
     return status, out, err
@@ -40,7 +39,7 @@ def restored(tmp_path, index=0):
     return export_tr3d(model, index), config
 
 
-def test_the_voxel_size_is_said(tmp_path, capsys):
+def test_the_voxel_size_can_be_given(tmp_path, capsys):
     assert "--voxel_size is 0; expected is a length" in converted(tmp_path, capsys, STATE, "--voxel_size=0")[2]
     status, out, _ = converted(tmp_path, capsys, STATE, "--voxel_size=0.015")
     assert status == 0 and "voxels of 0.015 m" in out
@@ -61,7 +60,7 @@ def test_there_and_back_keeps_every_bit(tmp_path, capsys):
     for name, value in STATE.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
-    assert main([str(tmp_path / "run"), "--reverse", f"--output={tmp_path / 'back.pth'}"]) == 0
+    assert convert_command([str(tmp_path / "run"), "--reverse", f"--output={tmp_path / 'back.pth'}"]) == 0
     assert capsys.readouterr().out.startswith("written: ")
     back = read_torch_file(tmp_path / "back.pth")
     assert back.classes == config.specs[0].classes
@@ -75,7 +74,7 @@ def test_there_and_back_keeps_every_bit(tmp_path, capsys):
         ([f"--output={tmp_path / 'other.pth'}", "--step=3"], "no checkpoint of step 3"),
         ([f"--output={tmp_path / 'other.pth'}", "--voxel_size=0.02"], "not for --reverse"),
     ):
-        assert main([str(tmp_path / "run"), "--reverse", *arguments]) == 2
+        assert convert_command([str(tmp_path / "run"), "--reverse", *arguments]) == 2
         assert match in capsys.readouterr().err
     # The folder is a run now, and is not written over.
     assert "is the folder of a run already" in converted(tmp_path, capsys, STATE)[2]
@@ -92,13 +91,13 @@ def test_the_reference_weights_keep_every_bit(tmp_path, capsys, kind):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
-def test_names_are_printed_whatever_they_hold():
+def test_unprintable_letters_of_names_are_replaced():
     # A lone surrogate cannot be printed, and an escape sequence would clear the terminal.
     text = table([Entry("left over", "a\ud800b\x1b[2Jc\nd", "3 float32")])
     assert "a?b?[2Jc?d  3 float32" in text and text.encode()
 
 
-def test_half_a_model_is_refused_and_loaded_if_told(tmp_path, capsys):
+def test_half_a_model_is_refused_unless_partial(tmp_path, capsys):
     state = {name: value for name, value in STATE.items() if not name.startswith("bbox_head.conv_reg")}
     state["neck.out_block_0.1.bn.weight"] = np.ones(9, np.float32)
     state["extra.weight"] = np.ones(3, np.float32)
@@ -114,7 +113,7 @@ def test_half_a_model_is_refused_and_loaded_if_told(tmp_path, capsys):
     np.testing.assert_array_equal(found["bbox_head.conv_cls.kernel"], STATE["bbox_head.conv_cls.kernel"])
 
 
-def test_of_fcaf3d_the_backbone_is_taken(tmp_path, capsys):
+def test_the_backbone_of_fcaf3d_is_converted(tmp_path, capsys):
     # Its stem has an instance norm, its head names of ours for other things.
     state = {n: v for n, v in STATE.items() if n.startswith("backbone.") and not n.startswith("backbone.norm1")}
     state |= {"backbone.norm1.weight": np.ones((1, 4), np.float32), "backbone.norm1.bias": np.ones((1, 4), np.float32)}
@@ -156,13 +155,13 @@ def test_a_dataset_of_ones_own(tmp_path, capsys):
     ],
     ids=str,
 )
-def test_flags_that_do_not_fit_are_one_sentence(tmp_path, capsys, flags, match):
+def test_flags_that_do_not_fit_are_refused(tmp_path, capsys, flags, match):
     status, _, err = converted(tmp_path, capsys, STATE, *flags)
     assert status == 2 and match in err
 
 
 def test_output_is_required_and_must_be_a_folder(tmp_path, capsys):
-    assert main(["tr3d.pth"]) == 2
+    assert convert_command(["tr3d.pth"]) == 2
     assert "--output" in capsys.readouterr().err
     (tmp_path / "run").write_text("")
     assert "is a file" in converted(tmp_path, capsys, STATE)[2]

@@ -8,8 +8,10 @@ import zipfile
 import numpy as np
 import pytest
 
+from h2a2_jax import restricted_pickle
 from h2a2_jax.convert.torch_file import read_torch_file, write_torch_file
 from h2a2_jax.errors import InputError
+from h2a2_jax.restricted_pickle import Inert
 
 RNG = np.random.default_rng(0)
 STATE = {
@@ -47,7 +49,7 @@ def assert_refused(path, match):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_written_is_read(written):
+def test_written_files_are_read_back(written):
     file = read_torch_file(written)
     assert list(file.tensors) == list(STATE)
     for name, array in STATE.items():
@@ -57,7 +59,7 @@ def test_what_is_written_is_read(written):
     assert file.others == file.not_read == ()
 
 
-def test_torch_reads_what_is_written(written):
+def test_torch_reads_written_files(written):
     torch = pytest.importorskip("torch")
     loaded = torch.load(written, weights_only=True)
     assert loaded["meta"] == {"dataset_meta": {"classes": ["chair", "table"]}}
@@ -66,7 +68,7 @@ def test_torch_reads_what_is_written(written):
 
 
 @pytest.mark.parametrize("archive", [True, False])
-def test_what_torch_writes_is_read(tmp_path, archive):
+def test_files_of_torch_are_read(tmp_path, archive):
     torch = pytest.importorskip("torch")
     base = torch.arange(40, dtype=torch.float32).reshape(10, 4) / 7
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
@@ -219,14 +221,14 @@ def test_that_tensor_is_read_if_it_is_honest(written):
     ids=range(9),
 )
 def test_bombs_end_in_a_sentence(written, bomb, monkeypatch):
-    monkeypatch.setattr(pickle_reader, "MAX_READS", 50_000)
+    monkeypatch.setattr(restricted_pickle, "MAX_READS", 50_000)
     replace_pickle(written, bomb)
     assert_refused(written, "damaged|state dict")
 
 
 @pytest.mark.parametrize("start", [b"", b"\x95" + struct.pack("<Q", 100_001)], ids=["plain", "in a frame"])
 def test_objects_are_counted(written, monkeypatch, start):
-    monkeypatch.setattr(pickle_reader, "MAX_READS", 50_000)
+    monkeypatch.setattr(restricted_pickle, "MAX_READS", 50_000)
     replace_pickle(written, b"\x80\x04" + start + b"]" * 100_000 + b".")
     assert_refused(written, "more objects")
 
@@ -261,8 +263,8 @@ def test_compressed_and_overlapping_records_are_refused(written):
     assert_refused(written, "compressed")
 
 
-def test_an_object_keeps_nothing_of_what_is_done_to_it():
+def test_inert_objects_keep_nothing():
     content = pickle.dumps({"a": functools.partial(max, 1), "b": complex(1, 2), "c": {1, 2}, "d": frozenset({3})}, 2)
-    loaded, names = pickle_reader.load_inert(io.BytesIO(content))
-    assert set(loaded) == {"a", "b", "c", "d"} and all(isinstance(v, pickle_reader.Inert) for v in loaded.values())
+    loaded, names = restricted_pickle.load_inert_pickle(io.BytesIO(content), {}, Inert())
+    assert set(loaded) == {"a", "b", "c", "d"} and all(isinstance(v, Inert) for v in loaded.values())
     assert "functools.partial" in names

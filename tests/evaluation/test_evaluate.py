@@ -1,10 +1,13 @@
-"""Evaluation as a command asks for it: which scans, whose heads, which files."""
+"""Evaluation of scans by request: files and tables, heads across datasets, folders of scans."""
 
 import csv
 import json
 import re
-from dataclasses import replace
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,13 +16,13 @@ import pytest
 from configs.joint import demo
 from h2a2_jax.boxes import Detections
 from h2a2_jax.boxes.matching import GroundTruth
-from h2a2_jax.commands.evaluate import _check_classes, results_folder
 from h2a2_jax.config import ExperimentConfig, SourceConfig
 from h2a2_jax.distributed import MeshLayout, train_mesh
 from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation import evaluate_detections
+from h2a2_jax.evaluation.cross import cross_table
 from h2a2_jax.evaluation.documents import evaluation_json
-from h2a2_jax.evaluation.evaluate import EvalRequest, chosen_sources, cross_table, evaluate_predictor
+from h2a2_jax.evaluation.evaluate import EvalRequest, _check_classes, chosen_sources, evaluate
 from h2a2_jax.evaluation.evaluation_page import draw_curves, write_evaluation_page
 from h2a2_jax.scans.specs import dataset_spec
 
@@ -53,59 +56,97 @@ class Knowing:
 KNOWING = Knowing({f"synthetic_{name}": name for name in ("scannet", "sunrgbd", "s3dis")})
 
 
-def test_one_evaluation_on_any_devices_and_in_any_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@dataclass(frozen=True)
+class Written:
+    """An evaluation: its results, the folder they were written to, and what it printed."""
+
+    results: dict[str, Any]
+    folder: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    return evaluated(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def across(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    return evaluated(tmp_path_factory.mktemp("across"), request=EvalRequest(cross=True))
+
+
+def evaluated(folder: Path, config: ExperimentConfig | None = None, **options: Any) -> Written:
+    with redirect_stdout(StringIO()) as printed:
+        results = evaluate(config or small(), KNOWING, folder, **options)
+    return Written(results, folder, printed.getvalue())
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(3, 2), (6, 1)])
+def test_any_devices_and_batches_give_the_same_evaluation(plain: Written, tmp_path: Path, devices: int, batch: int):
     config = small()
-    texts = []
-    for devices, batch in ((1, 1), (3, 2), (6, 1)):
-        process_layout = MeshLayout(train_mesh(3, jax.devices()[:devices]), 3)
-        again = replace(config, eval=replace(config.eval, batch_size=batch))
-        evaluate_predictor(again, KNOWING, tmp_path / str(devices), process_layout)
-        texts.append((tmp_path / str(devices) / "evaluation.json").read_text())
-    assert texts[0] == texts[1] == texts[2]
-    results = json.loads(texts[0])
+    process_layout = MeshLayout(train_mesh(3, jax.devices()[:devices]), 3)
+    config = replace(config, eval=replace(config.eval, batch_size=batch))
+    other = evaluated(tmp_path, config, process_layout=process_layout)
+    assert (other.folder / "evaluation.json").read_text() == (plain.folder / "evaluation.json").read_text()
+
+
+def test_evaluation_json_has_the_scores_of_every_dataset(plain: Written):
+    text = (plain.folder / "evaluation.json").read_text()
+    results = json.loads(text)
     assert list(results) == ["scannet", "sunrgbd", "s3dis"]
-    for name, values in results.items():
+    for values in results.values():
         assert values["version"] == 1 and values["scans"] == 2 and "protocol" not in values
         assert [level["mAP"] for level in values["thresholds"]] == pytest.approx([1, 1])
         assert values["num_detections"]["chair"] == values["num_ground_truth"]["chair"] + 2
+    assert evaluation_json(results) == text
+
+
+def test_every_annotated_box_is_in_one_bin_of_size_and_one_of_distance(plain: Written):
+    for name, values in plain.results.items():
         assert values["by_distance"]["from"] == ("sensor" if name == "sunrgbd" else "centre")
         for breakdown in (values["by_size"], values["by_distance"]):
             boxes = sum(sum(one["num_ground_truth"].values()) for one in breakdown["bins"])
             assert boxes == sum(values["num_ground_truth"].values())
-    assert evaluation_json(results) == texts[0]
-    printed = capsys.readouterr().out
+
+
+def test_tables_and_summaries_are_printed(plain: Written):
+    printed = plain.printed
     assert "sunrgbd, 2 scans" in printed and "mAP@0.25/0.5 by size: small" in printed and "mean" in printed
 
-    rows = list(csv.DictReader((tmp_path / "1" / "evaluation.csv").read_text().splitlines()))
+
+def test_evaluation_csv_has_a_row_per_dataset_threshold_and_class(plain: Written):
+    rows = list(csv.DictReader((plain.folder / "evaluation.csv").read_text().splitlines()))
     assert len(rows) == 2 * ((18 + 1) + (10 + 1) + (5 + 1))
-    missing = results["scannet"]["classes_left_out"][0]
+    missing = plain.results["scannet"]["classes_left_out"][0]
     cells = next(row for row in rows if row["dataset"] == "scannet" and row["class"] == missing)
     assert (cells["AP"], cells["ground_truth"], cells["best_f1"]) == ("", "0", "")
     mean = next(row for row in rows if row["dataset"] == "s3dis" and row["class"] == "(mean)")
     assert float(mean["AP"]) == pytest.approx(1) and float(mean["best_f1"]) == pytest.approx(1)
 
 
-def test_heads_on_the_scans_of_others_and_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    config = small()
-    results = evaluate_predictor(config, KNOWING, tmp_path, request=EvalRequest(cross=True))
-    assert {name: list(values["cross"]) for name, values in results.items()} == {
+def test_heads_are_evaluated_on_the_scans_of_other_datasets(across: Written):
+    assert {name: list(values["cross"]) for name, values in across.results.items()} == {
         "scannet": ["sunrgbd", "s3dis"],
         "sunrgbd": ["scannet", "s3dis"],
         "s3dis": ["scannet", "sunrgbd"],
     }
-    entry = results["s3dis"]["cross"]["scannet"]
+    assert across.results["s3dis"]["protocol"] == {"split": "val"}
+    entry = across.results["s3dis"]["cross"]["scannet"]
     assert entry["classes"]["bookcase"] == "bookshelf" and entry["without_counterpart"] == ["board"]
     assert entry["thresholds"][0]["own_mAP"] == pytest.approx(1)
-    # What knows no synonyms finds no bookcase under its other name.
-    has_bookcase = results["s3dis"]["num_ground_truth"]["bookcase"] > 0
+    # The predictor of the test knows no synonyms and finds no bookcase under its other name.
+    has_bookcase = across.results["s3dis"]["num_ground_truth"]["bookcase"] > 0
     assert entry["thresholds"][0]["AP"]["bookcase"] == (0 if has_bookcase else None)
     assert entry["thresholds"][1]["AP"]["chair"] == pytest.approx(1)
-    table = cross_table(results)
-    assert table in capsys.readouterr().out and "scannet on s3dis: without counterpart are board." in table
-    assert results["s3dis"]["protocol"] == {"split": "val"}
 
-    path = write_evaluation_page(results, tmp_path, "what it is")
-    text = path.read_text()
+
+def test_a_table_across_datasets_is_printed(across: Written):
+    table = cross_table(across.results)
+    assert table in across.printed and "scannet on s3dis: without counterpart are board." in table
+
+
+def test_the_page_has_pictures_and_tables_and_refers_to_nothing_outside(across: Written):
+    text = write_evaluation_page(across.results, across.folder, "what it is").read_text()
     assert text.count("<img") == 6 and not re.search(r"(src|href)=\"(?!data:|#)", text)
     assert 'id="cross"' in text and "bookcase (bookshelf)" in text and "what it is" in text
     assert "left out of the means" in text and "AP by class, size and distance" in text
@@ -132,7 +173,7 @@ def test_a_folder_is_evaluated_with_the_head_of_a_dataset(tmp_path: Path):
     knowing = Knowing({"kitchen": "s3dis", "office": "s3dis"})
     request = EvalRequest(dataset="s3dis", data=str(folder), tta=("flip_x",))
     for split, boxes in (("val", 2), ("train", 1)):
-        results = evaluate_predictor(small(), knowing, tmp_path / split, request=replace(request, split=split))
+        results = evaluate(small(), knowing, tmp_path / split, request=replace(request, split=split))
         assert list(results) == ["s3dis"] and results["s3dis"]["scans"] == 1
         assert results["s3dis"]["num_ground_truth"]["chair"] == boxes
         assert results["s3dis"]["protocol"]["tta"] == ["flip_x"]
@@ -153,7 +194,7 @@ def test_another_drawing_gives_other_points_where_some_are_drawn(tmp_path: Path)
     seen = []
     for draw in (0, 0, 1):
         counting = Counting()
-        evaluate_predictor(config, counting, tmp_path, draw=draw)
+        evaluate(config, counting, tmp_path, draw=draw)
         seen.append(counting.seen)
     assert seen[0] == seen[1] and seen[0]["scannet"] == seen[2]["scannet"]  # all points are used there
     assert seen[0]["sunrgbd"] != seen[2]["sunrgbd"]
@@ -171,7 +212,7 @@ def test_another_drawing_gives_other_points_where_some_are_drawn(tmp_path: Path)
         ),
     ],
 )
-def test_what_cannot_be_evaluated_is_one_sentence(request_: EvalRequest, sentence: str):
+def test_a_request_that_does_not_fit_is_an_error(request_: EvalRequest, sentence: str):
     with pytest.raises(InputError, match=re.escape(sentence)):
         chosen_sources(small(), request_)
 
@@ -194,12 +235,12 @@ def test_other_classes_than_the_checkpoints_are_refused():
 
 
 def test_results_of_other_requests_leave_the_runs_own_alone():
-    assert results_folder(EvalRequest()) == results_folder(EvalRequest(output=Path("x"))) == "."
+    assert EvalRequest().results_folder == EvalRequest(output=Path("x")).results_folder == "."
     request = EvalRequest("train", "s3dis", "some/scans", ("flip_x", "scales"), True, None, 100)
-    assert results_folder(request) == "evaluation_train_s3dis_scans_flip_x_scales_cross_step100"
+    assert request.results_folder == "evaluation_train_s3dis_scans_flip_x_scales_cross_step100"
 
 
-def test_a_folder_that_cannot_be_written_to_is_said_before_the_work(tmp_path: Path):
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_work(tmp_path: Path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(InputError, match="taken cannot be written to"):
-        evaluate_predictor(small(), Knowing({}), tmp_path / "taken")
+        evaluate(small(), Knowing({}), tmp_path / "taken")

@@ -4,11 +4,19 @@ import numpy as np
 import pytest
 
 from h2a2_jax.boxes import Detections
-from h2a2_jax.boxes.matching import GroundTruth, iou_matrix, match
+from h2a2_jax.boxes.matching import GroundTruth, Pool, best_overlaps, match, pool_detections
 from h2a2_jax.evaluation import average_precision, evaluate_detections
-from h2a2_jax.evaluation.average_precision import best_f1, calibration, precision_at_levels, precision_recall
-from h2a2_jax.evaluation.breakdown import DISTANCES, SIZES, distance_from, scan_origin
-from h2a2_jax.evaluation.hits import Pool, best_overlaps, hits, pool_detections
+from h2a2_jax.evaluation.average_precision import (
+    DISTANCES,
+    SIZES,
+    best_f1,
+    calibration,
+    distance_from,
+    precision_at_levels,
+    precision_recall,
+    scan_origin,
+)
+from tests.evaluation.overlaps import hits_of_scan, iou_matrix
 
 
 def random_scans(scans, *, yaw, classes=3, seed=0):
@@ -35,17 +43,17 @@ def random_scans(scans, *, yaw, classes=3, seed=0):
 def test_hits_of_all_scans_at_once_are_those_scan_by_scan(yaw):
     detections, ground_truth = random_scans(30, yaw=yaw)
     detected, scores = pool_detections(detections)
-    truth = Pool.of([t.boxes for t in ground_truth], [t.labels for t in ground_truth])
+    truth = Pool.of(ground_truth)
     overlap, target = best_overlaps(detected, truth, rotated=bool(yaw))
     for threshold in (0.25, 0.5):
-        is_hit, is_near = hits(overlap, target, threshold)
+        is_hit, is_near = match(overlap, target, threshold)
         assert np.all(is_near[is_hit]) and is_hit.sum() > 20
         for scan, (found, there) in enumerate(zip(detections, ground_truth, strict=True)):
             for label in range(3):
                 rows = np.flatnonzero(found.labels == label)
                 rows = rows[np.argsort(-found.scores[rows], kind="stable")]
                 own = there.boxes[there.labels == label]
-                expected = match(iou_matrix(found.boxes[rows], own, rotated=bool(yaw)), threshold)
+                expected = hits_of_scan(iou_matrix(found.boxes[rows], own, rotated=bool(yaw)), threshold)
                 pooled = (detected.scans == scan) & (detected.labels == label)
                 np.testing.assert_array_equal(scores[pooled], found.scores[rows])
                 np.testing.assert_array_equal(is_hit[pooled], expected)

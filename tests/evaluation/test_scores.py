@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from h2a2_jax.boxes import Detections
-from h2a2_jax.boxes.matching import GroundTruth, iou_matrix, match
+from h2a2_jax.boxes.matching import GroundTruth, match
 from h2a2_jax.evaluation import average_precision, evaluate_detections, precision_recall
 from tests.boxes.golden import FIXTURES, load_cases
 from tests.boxes.polygons import iou_3d
+from tests.evaluation.overlaps import iou_matrix
 
 CASES = {case: data for case, data in load_cases(FIXTURES / "boxes_seed0.npz").items() if case.startswith("eval_")}
 
@@ -72,17 +73,27 @@ def test_order_of_scans_and_detections_changes_nothing():
     np.testing.assert_allclose(result.average_precision, expected.average_precision, atol=1e-12)
 
 
+def hits(overlaps, threshold):
+    """Hits among detections of one scan and class, from their overlaps [n, m] with its boxes."""
+    overlaps = np.asarray(overlaps)
+    return list(match(overlaps.max(axis=1), overlaps.argmax(axis=1), threshold)[0])
+
+
 def test_duplicates_are_false_positives_and_a_second_best_box_is_not_given():
-    overlaps = np.array([[0.9, 0.6], [0.8, 0.7], [0.1, 0.7]])
-    assert list(match(overlaps, 0.5)) == [True, False, True]
-    assert list(match(overlaps, 0.7)) == [True, False, False]
-    assert list(match(np.zeros((2, 0)), 0.5)) == [False, False]
-    assert match(np.zeros((0, 3)), 0.5).shape == (0,)
+    overlaps = [[0.9, 0.6], [0.8, 0.7], [0.1, 0.7]]
+    assert hits(overlaps, 0.5) == [True, False, True]
+    assert hits(overlaps, 0.7) == [True, False, False]
+
+
+def test_without_boxes_or_detections_there_is_no_hit():
+    assert evaluate([found([0, 1], [0.9, 0.8])], [there([])]).num_detections[0] == 2
+    assert list(match(np.zeros(2, np.float32), np.full(2, -1), 0.5)[0]) == [False, False]
+    assert match(np.zeros(0, np.float32), np.zeros(0, np.int64), 0.5)[0].shape == (0,)
 
 
 def test_overlap_must_exceed_the_threshold():
-    assert not match(np.array([[0.25]]), 0.25)[0]
-    assert match(np.array([[0.2501]]), 0.25)[0]
+    assert hits([[0.25]], 0.25) == [False]
+    assert hits([[0.2501]], 0.25) == [True]
 
 
 def test_area_under_the_envelope():

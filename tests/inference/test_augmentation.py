@@ -1,4 +1,4 @@
-"""Test-time augmentation: what is led into a view and back is where it was, and views of one box become one."""
+"""Test-time augmentation: boxes of a view return to their places, and the views of one box are fused."""
 
 import dataclasses
 import math
@@ -47,15 +47,15 @@ def test_the_views_of_a_choice():
 
 @pytest.mark.parametrize("has_yaw", [False, True])
 @pytest.mark.parametrize("view", [*ALL, View(True, True, 3, 0.95), View(True, False, 1, 1.05)], ids=str)
-def test_boxes_moved_with_the_scan_are_led_back(view: View, has_yaw: bool):
-    # Moved by what augments training scans, an implementation of its own.
+def test_boxes_moved_with_the_scan_return(view: View, has_yaw: bool):
+    # Moved by the augmentation of training, which is another implementation.
     there = random_boxes(has_yaw=has_yaw)
     moved = scan(there)
     for axis, flip in enumerate((view.flip_x, view.flip_y)):
         moved = mirror(moved, axis) if flip else moved
     moved = rescale(rotate(moved, view.quarter_turns * math.pi / 2, has_yaw=has_yaw), view.scale)
-    np.testing.assert_allclose(view.see(scan(there)).points, moved.points, atol=2e-6)
-    back = view.lead_back(moved.boxes, has_yaw=has_yaw)
+    np.testing.assert_allclose(view.transform_scan(scan(there)).points, moved.points, atol=2e-6)
+    back = view.restore_boxes(moved.boxes, has_yaw=has_yaw)
     np.testing.assert_allclose(back[:, :6], there[:, :6], atol=2e-6)
     turn = (back[:, 6] - there[:, 6] + math.pi / 2) % math.pi - math.pi / 2  # a box turned by pi is the same
     np.testing.assert_allclose(turn, 0, atol=2e-6)
@@ -69,15 +69,15 @@ def test_mirrors_and_turns_round_nothing(view: View):
     boxes[:, :3] = np.einsum("nj,ij->ni", boxes[:, :3], view.matrix.astype(np.float32))
     if view.quarter_turns % 2:
         boxes[:, [3, 4]] = boxes[:, [4, 3]]
-    np.testing.assert_array_equal(view.lead_back(boxes, has_yaw=False), there)
-    before, seen = scan(there), view.see(scan(there))
+    np.testing.assert_array_equal(view.restore_boxes(boxes, has_yaw=False), there)
+    before, seen = scan(there), view.transform_scan(scan(there))
     inside = [points_in_box(before.points, box).sum() for box in there]
     assert inside == [points_in_box(seen.points, box).sum() for box in boxes] and sum(inside) > 100
     np.testing.assert_array_equal(seen.transform[:3, :3], view.matrix.astype(np.float32))
 
 
 class Boxed:
-    """Finds the box around all points: of the score by which view it is, a little too large where it is mirrored."""
+    """Finds the box around all points, with a score that rises from view to view."""
 
     def __init__(self) -> None:
         self.passes = 0
@@ -91,7 +91,7 @@ class Boxed:
         return [found(box, [0.2 * self.passes]) for box in boxes]
 
 
-def test_a_predictor_sees_every_view_and_says_one_box():
+def test_every_view_is_predicted_and_its_boxes_are_fused():
     inner = Boxed()
     outer = TestTimeAugmented(inner, ("flip_x", "scales"), (SCANNET, SUNRGBD))
     one, other = scan(random_boxes(has_yaw=False)), scan(random_boxes(has_yaw=False))
@@ -104,19 +104,26 @@ def test_a_predictor_sees_every_view_and_says_one_box():
         assert result.scores[0] == pytest.approx((0.2 + 0.4 + 0.6 + 0.8) / 4)
 
 
-def test_fused_boxes_are_means_weighted_by_score_and_what_one_view_misses_counts_less():
-    a = np.array([[0, 0, 0, 2, 1, 1, 0.0]])
-    b = np.array([[0.1, 0, 0, 2, 1, 1, 0.0]])
-    far = np.array([[9, 0, 0, 2, 1, 1, 0.0]])
-    result = fuse([found(a, [0.9]), found(np.concatenate([b, far]), [0.3, 0.8])], rotated=False)
-    np.testing.assert_allclose(result.boxes, np.concatenate([0.75 * a + 0.25 * b, far]), atol=1e-6)
+A = np.array([[0, 0, 0, 2, 1, 1, 0.0]])
+NEAR_A = np.array([[0.1, 0, 0, 2, 1, 1, 0.0]])
+FAR = np.array([[9, 0, 0, 2, 1, 1, 0.0]])
+
+
+def test_fused_boxes_are_means_weighted_by_score_and_one_that_a_view_misses_counts_less():
+    result = fuse([found(A, [0.9]), found(np.concatenate([NEAR_A, FAR]), [0.3, 0.8])], rotated=False)
+    np.testing.assert_allclose(result.boxes, np.concatenate([0.75 * A + 0.25 * NEAR_A, FAR]), atol=1e-6)
     np.testing.assert_allclose(result.scores, [0.6, 0.4])
-    # Another class, and a second box of one view, are not mixed in.
-    result = fuse([found(np.concatenate([a, b]), [0.9, 0.5]), found(b, [0.3], [1])], rotated=False)
-    np.testing.assert_allclose(result.boxes, np.concatenate([a, b]), atol=1e-6)
+
+
+def test_boxes_of_another_class_and_a_second_box_of_a_view_are_not_fused():
+    result = fuse([found(np.concatenate([A, NEAR_A]), [0.9, 0.5]), found(NEAR_A, [0.3], [1])], rotated=False)
+    np.testing.assert_allclose(result.boxes, np.concatenate([A, NEAR_A]), atol=1e-6)
     np.testing.assert_allclose(result.scores, [0.45, 0.15])
     assert result.labels.tolist() == [0, 1]
-    assert len(fuse([found(a[:0], []), found(a[:0], [])], rotated=True)) == 0
+
+
+def test_views_without_boxes_fuse_to_none():
+    assert len(fuse([found(A[:0], []), found(A[:0], [])], rotated=True)) == 0
 
 
 def test_a_box_turned_by_a_right_angle_or_by_pi_is_fused_as_the_same():

@@ -11,10 +11,9 @@ import pytest
 import h2a2_jax
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.detector import Boxes, Detector
-from h2a2_jax.inference.predictor import Predictor, prepare
-from h2a2_jax.inference.shape_cache import BucketFile
+from h2a2_jax.inference.predictor import BucketFile, Predictor, prepare
 from h2a2_jax.models import LevelSizes
-from h2a2_jax.scans.scan_folder import UPRIGHT
+from h2a2_jax.scans.frame import UPRIGHT
 from tests.inference.tiny import SPECS, random_detector, room
 
 SMALL, OTHER = room("small", 500, 1.2), room("other", 400, 1.0)
@@ -40,7 +39,7 @@ def assert_same(a: Boxes, b: Boxes, atol: float = 1e-4) -> None:
 
 
 @pytest.mark.slow
-def test_it_finds_what_the_predictor_finds(detector: Detector, found: Boxes):
+def test_a_detector_finds_the_boxes_of_its_predictor(detector: Detector, found: Boxes):
     spec = detector.predictor.spec("s3dis")
     (expected,) = detector.predictor.predict([prepare(replace(SMALL, name="scan"), spec)], "s3dis")
     chosen = expected.scores >= 0.1
@@ -52,7 +51,7 @@ def test_it_finds_what_the_predictor_finds(detector: Detector, found: Boxes):
     assert detector.datasets == ("sunrgbd", "s3dis") and detector.classes("s3dis") == spec.classes
 
 
-def test_scores_are_cut_after_the_fact(detector: Detector, found: Boxes):
+def test_boxes_below_the_score_are_left_out(detector: Detector, found: Boxes):
     median = float(np.median(found.scores))
     assert_same(detector(SMALL.points, SMALL.colors, "s3dis", score=median), found[found.scores >= median])
     single = next(iter(found))
@@ -105,7 +104,7 @@ def test_lists_of_clouds_give_lists_of_boxes_in_passes_of_one_shape(detector: De
     assert detector([], dataset="s3dis") == []
 
 
-def test_bytes_are_colours_too(detector: Detector):
+def test_colours_may_be_bytes(detector: Detector):
     as_bytes = np.round(SMALL.colors * 255).astype(np.uint8)
     assert_same(detector(SMALL.points, as_bytes, "s3dis"), detector(SMALL.points, as_bytes / np.float32(255), "s3dis"))
 
@@ -126,7 +125,7 @@ def test_threads_get_their_own_boxes(detector: Detector, found: Boxes):
             assert_same(boxes, found if scan is SMALL else other)
 
 
-def test_wrong_arguments_are_one_sentence(detector: Detector):
+def test_wrong_arguments_of_a_call_are_errors(detector: Detector):
     points, colors = SMALL.points, SMALL.colors
     for arguments, options, sentence in (
         ((points, colors), {}, "dataset is not given: say whose head predicts, one of sunrgbd, s3dis"),
@@ -154,7 +153,7 @@ def test_boxes_are_chosen_by_index_slice_and_mask(found: Boxes):
         found[len(found)]
 
 
-def test_wrong_arguments_of_restoring_are_one_sentence(tmp_path: Path):
+def test_wrong_arguments_of_restore_are_errors(tmp_path: Path):
     for name, value, sentence in (
         ("score_threshold", 7.0, "score_threshold is 7.0; expected is a number from 0 to 1"),
         ("iou_threshold", float("nan"), "iou_threshold is nan"),
@@ -163,38 +162,45 @@ def test_wrong_arguments_of_restoring_are_one_sentence(tmp_path: Path):
             h2a2_jax.Detector.restore(tmp_path, **{name: value})
 
 
-def test_a_checkpoint_that_is_not_there_says_so(tmp_path: Path):
+def test_a_missing_checkpoint_is_an_error(tmp_path: Path):
     with pytest.raises(InputError, match="There is no folder"):
         h2a2_jax.Detector.restore(tmp_path / "nowhere")
     with pytest.raises(InputError, match="There is no checkpoint in"):
         h2a2_jax.Detector.restore(tmp_path)
     (tmp_path / "model.pth").write_bytes(b"")
-    with pytest.raises(InputError, match=r"is a file; .* h2a2_jax.convert.tr3d_weights"):
+    with pytest.raises(InputError, match=r"is a file; .* h2a2_jax.convert.tr3d`"):
         h2a2_jax.Detector.restore(tmp_path / "model.pth")
 
 
-def test_shapes_are_remembered(detector: Detector, found: Boxes, tmp_path: Path):
+def test_shapes_are_stored_for_later_processes(detector: Detector, found: Boxes, tmp_path: Path):
     file = BucketFile(tmp_path / "buckets.json")
     assert file.read() == {}
-    remembering = Detector(detector.predictor, file)
-    remembering(SMALL.points, SMALL.colors, "s3dis")
+    Detector(detector.predictor, file)(SMALL.points, SMALL.colors, "s3dis")
     assert file.read() == detector.predictor.bucket_bases != {}
-    # A later process takes them over, whatever scan it sees first.
-    fresh = Predictor(random_detector(), SPECS)
-    Detector(fresh, file)
-    assert fresh.bucket_bases == detector.predictor.bucket_bases
     assert [path.name for path in tmp_path.iterdir()] == ["buckets.json"]
-    for damaged in ("", "[]", '{"version": 1, "bases": {"1": [1, 2]}}', json.dumps({"version": 2, "bases": {}})):
-        file.path.write_text(damaged)
-        assert file.read() == {}
+    fresh = Predictor(random_detector(), SPECS)
+    Detector(fresh, file)  # before it sees any scan
+    assert fresh.bucket_bases == detector.predictor.bucket_bases
+
+
+@pytest.mark.parametrize(
+    "damaged", ["", "[]", '{"version": 1, "bases": {"1": [1, 2]}}', json.dumps({"version": 2, "bases": {}})]
+)
+def test_a_damaged_file_of_shapes_counts_as_none(tmp_path: Path, damaged: str):
+    file = BucketFile(tmp_path / "buckets.json")
+    file.path.write_text(damaged)
+    assert file.read() == {}
     file.write({2: LevelSizes(*range(1, 10))})
     assert file.read() == {2: LevelSizes(*range(1, 10))}
+
+
+def test_shapes_that_cannot_be_stored_are_a_warning(tmp_path: Path):
     with pytest.warns(UserWarning, match="cannot be written"):
-        BucketFile(tmp_path / "gone" / "buckets.json").write(file.read())
+        BucketFile(tmp_path / "gone" / "buckets.json").write({2: LevelSizes(*range(1, 10))})
 
 
-def test_threads_remember_shapes_side_by_side(tmp_path):
-    # Warnings are errors here: a thread that took another's file away would be told of by one.
+def test_threads_store_shapes_side_by_side(tmp_path):
+    # Warnings are errors in tests, and a thread that took another's file away would raise one.
     file = BucketFile(tmp_path / "buckets.json")
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: file.write({1 + i % 8: LevelSizes(*[1] * 9)}), range(400)))

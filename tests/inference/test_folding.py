@@ -66,7 +66,7 @@ def predictions(model, batch, dataset, head=None):
     ("case", "conditioning"),
     [*((case, "own") for case in CASES), *(("default", c) for c in ("another", "mean", "shared kernels"))],
 )
-def test_it_predicts_the_same(case, conditioning, batch):
+def test_a_folded_detector_predicts_the_same(case, conditioning, batch):
     model, head = trained(case), 1
     dataset = {
         "own": DatasetContext.one(head, DATASETS),
@@ -100,7 +100,7 @@ def test_only_what_depends_on_scans_is_left():
     }  # fmt: skip
 
 
-def test_the_model_is_left_as_it_was(batch):
+def test_folding_does_not_change_the_model(batch):
     model = trained("default")
     before = jax.device_get(nnx.state(model))
     fold(model, DatasetContext.one(0, DATASETS), 0)

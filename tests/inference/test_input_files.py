@@ -1,12 +1,11 @@
-"""Which files are found and what their results are called; what cannot be found is said in a sentence."""
+"""Files that inputs stand for, names of their results, and error messages where nothing is found."""
 
 import os
-import threading
 
 import pytest
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.inference.input_files import OWN_COMMENT, Pending, PredictRequest, find_inputs, printable, read_ahead
+from h2a2_jax.inference.input_files import OWN_COMMENT, PredictRequest, find_inputs, printable
 
 
 def touch(root, *names, content="1 2 3\n"):
@@ -35,7 +34,7 @@ def test_files_and_patterns(tmp_path):
     assert names(tmp_path / "b" / "*") == ["one", "three"]
     assert names(tmp_path / "**") == ["a/one", "a/two", "b/one", "b/three"]
     assert names(tmp_path / "[b]*") == ["b/one", "b/three"]
-    # The same file once, however often it is meant; what one suffix does not tell apart keeps it.
+    # A file that two inputs name counts once.
     assert names(tmp_path / "a", tmp_path / "a" / "one.ply") == ["one", "two"]
 
 
@@ -59,7 +58,7 @@ def test_names_of_other_bytes(tmp_path):
     assert all(file.path.is_file() for file in found.files)
 
 
-def test_links_that_go_round(tmp_path):
+def test_links_in_circles_are_followed_once(tmp_path):
     touch(tmp_path, "a/one.ply", "other/two.ply")
     (tmp_path / "a" / "round").symlink_to(tmp_path / "a")
     (tmp_path / "a" / "up").symlink_to(tmp_path)
@@ -100,7 +99,7 @@ def test_results_of_a_prediction_are_no_input(tmp_path):
         names(tmp_path / "out")
 
 
-def test_a_comma_in_a_name_is_spoken_of(tmp_path):
+def test_the_error_explains_a_comma_in_a_name(tmp_path):
     touch(tmp_path, "a,b.ply")
     with pytest.raises(InputError, match=r"a: check the path given with --input \(a comma separates two"):
         names(tmp_path / "a", "b.ply")
@@ -137,7 +136,7 @@ def test_nothing_to_predict(tmp_path, inputs, sentence):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may look into any folder")
-def test_a_folder_that_must_not_be_looked_into(tmp_path):
+def test_a_folder_without_permission_is_named(tmp_path):
     touch(tmp_path, "a.ply", "closed/b.ply")
     (tmp_path / "closed").chmod(0)
     try:
@@ -169,24 +168,3 @@ def test_requests_that_make_no_sense(field, value, sentence):
         return
     with pytest.raises(InputError, match=sentence):
         PredictRequest(("a",), **{field: value})
-
-
-def test_the_next_is_read_while_one_is_worked_on():
-    begun, release = [], threading.Event()
-
-    def load(i):
-        begun.append(i)
-        if i == 1:
-            assert release.wait(10)
-        if i == 2:
-            raise InputError("two")
-        return i
-
-    results = read_ahead([lambda i=i: load(i) for i in range(3)])
-    assert next(results).result() == 0
-    release.set()  # the second one began while the first is worked on, or this would wait for ever
-    assert next(results).result() == 1
-    with pytest.raises(InputError, match="two"):
-        next(results).result()
-    assert begun == [0, 1, 2] and next(results, None) is None
-    assert Pending(lambda: 7).result() == 7 and list(read_ahead([])) == []

@@ -1,4 +1,4 @@
-"""A folder of files is predicted: boxes move with the scan, what is damaged is named and stops nothing."""
+"""Prediction of folders of files: boxes move with the scan, and a damaged file is named and stops nothing."""
 
 import csv
 import dataclasses
@@ -7,15 +7,15 @@ import math
 import os
 import re
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from h2a2_jax.commands.predict import _shapes
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.input_files import FoundInputs, PredictRequest, find_inputs
-from h2a2_jax.inference.predict_folder import Outcome, predict_files
+from h2a2_jax.inference.predict_folder import Outcome, _bucket_file, predict_files, read_ahead
 from h2a2_jax.inference.predictor import _SMALLEST, Predictor
 from h2a2_jax.inference.results import read_predicted_scans
 from h2a2_jax.inference.writers import check_output
@@ -83,7 +83,7 @@ def still(predictor, tmp_path_factory):
 
 
 def assert_moved(found, still, motion):
-    """Whether boxes are the same ones, their corners moved; which corner is which may change."""
+    """Check that boxes are the same with their corners moved; the numbering of corners may change."""
     corners, scores, labels = found
     assert sorted(labels.tolist()) == sorted(still[2].tolist())
     np.testing.assert_allclose(scores, still[1], atol=1e-4)
@@ -166,7 +166,7 @@ def test_a_tilted_scan_is_turned_upright_and_its_boxes_back(predictor, tmp_path)
     np.testing.assert_allclose(turned, up, atol=1e-5)
 
 
-def test_what_is_written(predictor, tmp_path):
+def test_results_are_written_and_may_be_written_again(predictor, tmp_path):
     root, output = tmp_path / "scans", tmp_path / "out"
     (root / "below").mkdir(parents=True)
     output.mkdir()
@@ -202,7 +202,7 @@ def test_what_is_written(predictor, tmp_path):
     assert {row["scan"] for row in rows} == {"below/a"} and rows[0]["unit"] == "m"
 
 
-def test_boxes_of_lower_scores_are_on_the_page_alone_and_none_is_told(predictor, tmp_path):
+def test_boxes_of_lower_scores_are_on_the_page_alone(predictor, tmp_path):
     root = tmp_path / "scans"
     root.mkdir()
     np.savez(root / "a.npz", points=POINTS, colors=COLORS)
@@ -303,7 +303,7 @@ class Stopped(Predictor):
         return super().predict(scans, dataset, seconds)
 
 
-def test_what_was_done_before_it_was_stopped_is_there(predictor, tmp_path, monkeypatch):
+def test_results_until_a_stop_are_kept(predictor, tmp_path, monkeypatch):
     root = tmp_path / "scans"
     root.mkdir()
     for name in "abc":
@@ -324,7 +324,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "a.json").write_text('{"version": 1}')
     with pytest.raises(InputError, match=r"a\.json is there already and is no result of a prediction"):
         check_output(tmp_path, ["a"], ("json",))
-    check_output(tmp_path, ["a"], ("csv", "ply", "html"))  # none of which is called so
+    check_output(tmp_path, ["a"], ("csv", "ply", "html"))  # no such file has this name
     assert not list(tmp_path.glob(".*"))
     (tmp_path / "a.png").write_bytes(b"a photograph")
     with pytest.raises(InputError, match=r"a\.png is there already and is no result of a prediction"):
@@ -333,11 +333,11 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
 
 def test_a_run_whose_cache_cannot_be_made_predicts_without(tmp_path):
     (tmp_path / "cache").write_text("a file of somebody else")
-    assert _shapes(tmp_path) is None
+    assert _bucket_file(tmp_path) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a display is always there")
-def test_without_a_display_boxes_are_there_all_the_same(predictor, tmp_path, monkeypatch):
+def test_without_a_display_boxes_are_written_all_the_same(predictor, tmp_path, monkeypatch):
     for variable in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(variable, raising=False)
     root, said = tmp_path / "scans", []
@@ -351,3 +351,24 @@ def test_another_dataset(predictor, tmp_path):
     request = PredictRequest(("a",), tmp_path, dataset="scannet")
     with pytest.raises(InputError, match="trained on sunrgbd, s3dis, not on 'scannet'"):
         predict_files(predictor, FoundInputs((), {}), request, tmp_path)
+
+
+def test_the_next_is_read_while_one_is_worked_on():
+    begun, release = [], threading.Event()
+
+    def load(i):
+        begun.append(i)
+        if i == 1:
+            assert release.wait(10)
+        if i == 2:
+            raise InputError("two")
+        return i
+
+    results = read_ahead([lambda i=i: load(i) for i in range(3)])
+    assert next(results).result() == 0
+    release.set()  # the second one began while the first is worked on, or this would wait for ever
+    assert next(results).result() == 1
+    with pytest.raises(InputError, match="two"):
+        next(results).result()
+    assert begun == [0, 1, 2] and next(results, None) is None
+    assert list(read_ahead([])) == []

@@ -9,9 +9,8 @@ import pytest
 from flax import nnx
 
 from h2a2_jax.boxes import Detections
-from h2a2_jax.config import EvalConfig
 from h2a2_jax.errors import InputError
-from h2a2_jax.evaluation.evaluate import evaluate_source
+from h2a2_jax.evaluation.evaluate import predict_source
 from h2a2_jax.inference.predictor import _SMALLEST, Predictor, prepare
 from h2a2_jax.loader.batching import BucketLadder, scan_sizes
 from h2a2_jax.models import TR3D, HeadConfig, LevelSizes
@@ -59,7 +58,7 @@ def test_a_bigger_bucket_gives_the_same_boxes(make_predictor: Callable[[], Predi
     assert_same(other.predict([SMALL], "sunrgbd")[0], small_boxes)
 
 
-def test_a_scan_that_does_not_fit_takes_a_higher_rung(predictor: Predictor, small_boxes: Detections):
+def test_a_scan_that_does_not_fit_takes_a_higher_bucket(predictor: Predictor, small_boxes: Detections):
     small, big = scan_sizes(SMALL, 0.01), scan_sizes(BIG, 0.01)
     lowest, higher = predictor._capacities(small, 1), predictor._capacities(big, 1)
     assert small.fits(lowest) and not big.fits(lowest) and big.fits(higher)
@@ -152,12 +151,13 @@ def test_evaluation_names_what_it_leaves_out(predictor: Predictor, capsys: pytes
     )
     bad = dataclasses.replace(SMALL, name="bad", points=np.full_like(SMALL.points, 1e4))
     source = Listed([None, annotated, bad])
-    evaluation, detections, log = evaluate_source(predictor, source, spec, EvalConfig(iou_thresholds=(0.9,)))
+    result = predict_source(predictor, source, spec)
+    evaluation = result.evaluate(spec, (0.9,))
     assert evaluation.iou_thresholds == (0.9,) and evaluation.mean_average_precision[0] == pytest.approx(1)
     assert evaluation.num_ground_truth.sum() == len(best)
-    assert len(detections) == 1 and len(detections[0]) == len(found)
-    assert set(log.skipped) == {"broken", "bad"} and "m from the origin" in log.skipped["bad"]
-    assert log.notes == {SMALL.name: {"points repaired": 2}}
+    assert len(result.detections) == 1 and len(result.detections[0]) == len(found)
+    assert set(result.skipped) == {"broken", "bad"} and "m from the origin" in result.skipped["bad"]
+    assert result.notes == {SMALL.name: {"points repaired": 2}}
     assert "sunrgbd: 100%" in capsys.readouterr().err
 
 

@@ -1,6 +1,5 @@
 """Prediction files: schema, round trip, the frame of the input file."""
 
-import dataclasses
 import json
 import math
 
@@ -12,14 +11,14 @@ from h2a2_jax.boxes.codec import box_corners
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.results import (
     boxes_in_input_frame,
-    predictions_json,
+    document_of,
     read_predicted_scans,
-    read_predictions,
     scan_entry,
 )
 from h2a2_jax.loader.augment import mirror, rescale, rotate, translate
+from h2a2_jax.scans.frame import UPRIGHT
 from h2a2_jax.scans.scan import Scan
-from h2a2_jax.scans.scan_folder import UPRIGHT, _box_entry, _Wrong
+from h2a2_jax.scans.scan_folder import _box_entry, _Wrong
 from h2a2_jax.scans.specs import SCANNET, SUNRGBD
 
 BOXES = np.array([[1, 2, 0.5, 0.6, 0.7, 1, 0.3], [-4, 0, 1, 2, 1, 0.5, -3.1]], np.float32)
@@ -29,8 +28,8 @@ SCAN = Scan("a", np.zeros((1, 3), np.float32), np.zeros((1, 3), np.float32), BOX
 
 def test_schema_and_round_trip():
     empty = Detections(np.zeros((0, 7), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
-    other = dataclasses.replace(SCAN, name="b")
-    document = json.loads(json.dumps(predictions_json(iter([SCAN, other]), [FOUND, empty], SUNRGBD)))
+    entries = (scan_entry(name, SCAN.transform, found, SUNRGBD) for name, found in (("a", FOUND), ("b", empty)))
+    document = json.loads(json.dumps(document_of(entries, SUNRGBD)))
     assert {k: v for k, v in document.items() if k != "scans"} == {
         "version": 1,
         "frame": "input file, z up",
@@ -45,11 +44,11 @@ def test_schema_and_round_trip():
         "label": 3,
         "name": "chair",
     }
-    read = read_predictions(document)
-    assert list(read) == ["a", "b"] and len(read["b"]) == 0
-    np.testing.assert_allclose(read["a"].boxes, BOXES, atol=1e-6)
-    np.testing.assert_allclose(read["a"].scores, FOUND.scores, atol=1e-6)
-    assert read["a"].labels.tolist() == [3, 0]
+    one, other = read_predicted_scans(document)
+    assert (one.name, other.name) == ("a", "b") and len(other.detections) == 0
+    np.testing.assert_allclose(one.detections.boxes, BOXES, atol=1e-6)
+    np.testing.assert_allclose(one.detections.scores, FOUND.scores, atol=1e-6)
+    assert one.detections.labels.tolist() == [3, 0]
 
 
 @pytest.mark.parametrize("angle", [0.4, -2.5])
@@ -69,7 +68,7 @@ def test_an_axis_aligned_box_is_turned_in_the_file():
 @pytest.mark.parametrize("moved", [mirror(SCAN, 0), rescale(SCAN, 1.1)])
 def test_augmented_scans_are_refused(moved: Scan):
     with pytest.raises(ValueError, match="no rotation about z"):
-        predictions_json([moved], [FOUND], SCANNET)
+        scan_entry(moved.name, moved.transform, FOUND, SCANNET)
 
 
 def moved_file(matrix: np.ndarray) -> np.ndarray:
@@ -100,8 +99,6 @@ def test_corners_of_any_file(degrees: float, tilted: bool, up: str, unit: float)
         distances = np.linalg.norm(one[:, None] - other[None], axis=-1)
         assert distances.min(axis=0).max() < 1e-5 and distances.min(axis=1).max() < 1e-5
     if tilted:
-        with pytest.raises(InputError, match="boxes of scan a do not stand upright in its file"):
-            read_predictions(document)
         with pytest.raises(_Wrong, match="does not stand upright in its file"):
             _box_entry(entry["boxes"][0], "box 1")
 
@@ -125,4 +122,4 @@ INCOMPLETE = {"version": 1, "scans": [{"name": "a", "boxes": [{}]}]}
 @pytest.mark.parametrize("document", [{"version": 2}, {"version": 1}, INCOMPLETE])
 def test_other_documents_are_refused(document: dict):
     with pytest.raises(InputError, match="predict again"):
-        read_predictions(document)
+        read_predicted_scans(document)

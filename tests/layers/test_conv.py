@@ -70,7 +70,7 @@ def test_a_layer_states_its_compute_type_or_takes_the_contexts():
     assert SparseConv(4, 3, 2, use_bias=True, rngs=nnx.Rngs(0))(bare, KMAP).features.dtype == jnp.bfloat16
 
 
-def test_what_does_not_fit_is_named():
+def test_inputs_that_do_not_fit_raise():
     x = on(KMAP.inputs)
     for layer in (
         SparseConv(4, 3, 2, rngs=nnx.Rngs(0)),

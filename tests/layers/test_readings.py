@@ -119,7 +119,7 @@ def test_modulation_and_gate_start_silent_or_at_random():
     np.testing.assert_allclose(block.gate.factor(embedding), 1.5)
 
 
-def test_every_scan_may_have_an_embedding_of_its_own():
+def test_embeddings_may_differ_by_scan():
     kmap, x = scene()
     layer = ConvNorm(CHANNELS, 5, selection=PLAIN, num_datasets=DATASETS, rngs=nnx.Rngs(0))
     embeddings = jax.random.normal(jax.random.key(0), (3, 3))

@@ -33,8 +33,8 @@ def test_sizes_are_those_of_the_tables(scans):
 
 
 @pytest.mark.parametrize("scans", SCANS)
-def test_the_union_is_what_was_generated(scans):
-    """Every site of a stage lies in its parent's cell, whose children are all made."""
+def test_union_equals_the_generated_sites(scans):
+    """Every site of a stage lies in the voxel of its parent, all of whose children are generated."""
     for up in detector_tables(SCANS[scans]()).ups:
         np.testing.assert_array_equal(up.generate.outputs.keys, up.lateral.outputs.keys)
         assert (up.generate.outputs.lookup(up.stage.coords) >= 0).all()
@@ -71,7 +71,7 @@ def test_a_plan_has_the_shapes_of_its_bucket():
 
 
 @pytest.mark.parametrize("level", LevelSizes._fields)
-def test_what_does_not_fit_is_refused(level):
+def test_levels_that_do_not_fit_raise(level):
     tables = detector_tables(SCANS["rooms"]())
     small = tables.sizes._replace(**{level: getattr(tables.sizes, level) - 1})
     assert tables.sizes.fits(tables.sizes) and not tables.sizes.fits(small)

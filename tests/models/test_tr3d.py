@@ -45,7 +45,7 @@ def capacities_of(*batches, more=32):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("selection", [SELECTION, None], ids=["selection", "plain"])
-def test_padding_and_company_change_nothing(selection):
+def test_padding_and_other_scans_change_nothing(selection):
     _, forward = detector(selection)
     alone = of_scan(forward(batch_of([room(0)])), 0)
     assert len(alone[0]) > 50 and np.ptp(alone[3]) > 1e-3

@@ -1,4 +1,4 @@
-"""What the detector's choices change: which layers select, who owns the neck, what a scan's own embedding does."""
+"""Effects of the detector's options: layers that select, a shared or exclusive neck, embeddings of scans."""
 
 from dataclasses import replace
 from functools import cache
@@ -39,21 +39,21 @@ def logits(model, batch, dataset=0, scan=None):
     ("parts", "count"), [(("residual",), 8), (("stem",), 1), (("neck",), 4), (("residual", "stem", "neck"), 13)]
 )
 def test_which_convolutions_select_their_kernels(parts, count):
-    model = nnx.eval_shape(lambda: tiny_detector_as_drawn(replace(SELECTION, convolutions=parts)))
+    model = nnx.eval_shape(lambda: fresh_tiny_detector(replace(SELECTION, convolutions=parts)))
     names = list(selective_layers(model))
     assert len(names) == count
     for part, prefix in (("stem", "stem"), ("residual", "layer"), ("neck", "neck")):
         assert any(name.startswith(prefix) for name in names) == (part in parts)
 
 
-def tiny_detector_as_drawn(selection, **options):
+def fresh_tiny_detector(selection, **options):
     heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in SPECS]
     return TR3D(replace(tiny_config(selection), **options), heads, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("choice", ["shared", "exclusive"])
-def test_the_neck_is_one_for_all_or_each_dataset_has_its_own(choice):
-    model = nnx.eval_shape(lambda: tiny_detector_as_drawn(None, neck=choice, norm_affine=choice))
+def test_neck_is_shared_or_exclusive(choice):
+    model = nnx.eval_shape(lambda: fresh_tiny_detector(None, neck=choice, norm_affine=choice))
     for part in (part for step in model.neck.steps for part in (step.up, step.lateral, step.out)):
         for variable in (part.conv.kernel, part.norm.scale, part.norm.bias):
             assert (variable.get_metadata().get("dataset_axis") == 0) == (choice == "exclusive")

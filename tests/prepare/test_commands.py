@@ -19,14 +19,14 @@ from tests.scans.raw.miniature import write_s3dis, write_scannet, write_sunrgbd
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs a command; its exit status, standard output and standard error."""
+    """Function that runs a command and returns its exit status, standard output and standard error."""
 
     def run(dataset: str, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [dataset, *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             runpy.run_module(f"data.{dataset}", run_name="__main__")
-        told = capsys.readouterr()
-        return end.value.code, told.out, told.err
+        printed = capsys.readouterr()
+        return end.value.code, printed.out, printed.err
 
     return run
 
@@ -43,9 +43,9 @@ def test_raw_data_are_prepared_and_read_back_equal(tmp_path, run, dataset, write
     write(tmp_path / "raw")
     raw = parser(tmp_path / "raw")
     output = tmp_path / "prepared"
-    status, told, _ = run(dataset, f"--raw={tmp_path / 'raw'}", f"--output={output}", "--workers=1", *options)
-    assert status == 0, told
-    assert "published" in told and "Warning: train has" in told
+    status, printed, _ = run(dataset, f"--raw={tmp_path / 'raw'}", f"--output={output}", "--workers=1", *options)
+    assert status == 0, printed
+    assert "published" in printed and "Warning: train has" in printed
     for split, names in raw.splits.items():
         source = TfdsSource(output, split, raw.spec)
         assert tuple(source.names) == tuple(sorted(names))
@@ -56,9 +56,9 @@ def test_raw_data_are_prepared_and_read_back_equal(tmp_path, run, dataset, write
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_procedural_data_are_prepared_and_read_back_equal(tmp_path, run, spec):
     arguments = ("--train=2", "--val=1", "--seed=4", "--scale=demo", "--workers=1", f"--output={tmp_path}")
-    status, told, errors = run(f"synthetic_{spec.name}", *arguments)
+    status, printed, errors = run(f"synthetic_{spec.name}", *arguments)
     assert status == 0, errors
-    assert "published" not in told
+    assert "published" not in printed
     for split, size in (("train", 2), ("val", 1)):
         source = TfdsSource(tmp_path, split, spec)
         expected = SyntheticSource(spec, split, size, seed=4, scale="demo")
@@ -72,9 +72,9 @@ def test_a_scan_that_fails_gives_status_one_and_can_be_left_out(tmp_path, run):
     broken = tmp_path / "raw" / "scans" / "scene0000_00" / "scene0000_00_vh_clean_2.ply"
     broken.write_bytes(broken.read_bytes()[:200])
     arguments = (f"--raw={tmp_path / 'raw'}", f"--output={tmp_path / 'out'}", "--workers=1")
-    status, told, errors = run("scannet", *arguments)
+    status, printed, errors = run("scannet", *arguments)
     assert status == 1
-    assert "1 of 4 scans cannot be prepared:" in told and "--skip-failed" in errors.splitlines()[-1]
+    assert "1 of 4 scans cannot be prepared:" in printed and "--skip-failed" in errors.splitlines()[-1]
     with pytest.raises(InputError, match="only half prepared"):
         TfdsSource(tmp_path / "out", "train", ScanNet(tmp_path / "raw").spec)
     status, _, errors = run("scannet", *arguments, "--skip-failed")
@@ -96,6 +96,6 @@ def test_a_scan_that_fails_gives_status_one_and_can_be_left_out(tmp_path, run):
     ],
 )
 def test_wrong_arguments_are_one_sentence(run, dataset, arguments, sentence):
-    status, told, errors = run(dataset, *arguments)
-    assert status == 2 and told == ""
+    status, printed, errors = run(dataset, *arguments)
+    assert status == 2 and printed == ""
     assert len(errors.strip().splitlines()) == 1 and sentence in errors

@@ -1,4 +1,4 @@
-"""kill -9 of the command at moments spread over its run; H2A2_KILLS=10 for more of them than the few by default."""
+"""kill -9 of the command at moments spread over its run; H2A2_KILLS=10 for ten kills instead of two."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 from h2a2_jax.scans.tfds_source import TfdsSource
 from tests.prepare.tiny import TinyRaw, assert_equal, tiny_scan
 
-_ROOT = Path(__file__).parents[3]
+_ROOT = Path(__file__).parents[2]
 _KILLS = int(os.environ.get("H2A2_KILLS", "2"))
 
 
@@ -64,7 +64,7 @@ def _wait_for_the_end(group: int) -> None:
 
 
 def test_killed_while_preparing(tmp_path):
-    """Only the parent is killed, or all of its group: workers end, what was done stays, nothing half is read."""
+    """A kill of the parent or of its group ends the workers, keeps finished scans and leaves nothing half-written."""
     train = 12 * _KILLS
     command = ("data.synthetic_s3dis", f"--train={train}", "--val=2", "--scale=demo", f"--output={tmp_path}")
     command += ("--workers=2", "--keep-cache")
@@ -82,9 +82,9 @@ def test_killed_while_preparing(tmp_path):
         with pytest.raises(InputError, match="only half prepared"):
             TfdsSource(tmp_path, "train", S3DIS)
     with _command(*command) as process:
-        told, _ = process.communicate(timeout=100)
-    assert process.returncode == 0, told
-    assert f"{train + 2} scans, {len(done)} of them done before" in told and "damaged" not in told
+        printed, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, printed
+    assert f"{train + 2} scans, {len(done)} of them done before" in printed and "damaged" not in printed
     assert done.items() <= {path.name: path.stat().st_mtime_ns for path in cache.glob("*.scan")}.items()
     assert not list(tmp_path.rglob("*.writing"))
     for split, size in (("train", train), ("val", 2)):
@@ -111,8 +111,8 @@ def test_killed_while_packing(tmp_path):
         with pytest.raises(InputError, match="only half prepared"):
             TfdsSource(output, "train", S3DIS)
     with _command(*command) as process:
-        told, _ = process.communicate(timeout=100)
-    assert process.returncode == 0, told
+        printed, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, printed
     assert sorted(log.read_text().splitlines()) == sorted([*raw.splits["train"], "b 0"])
     assert [path.name for path in (output / "tiny").iterdir()] == ["1.0.0"]
     source = TfdsSource(output, "train", S3DIS)
@@ -121,12 +121,12 @@ def test_killed_while_packing(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_by_a_signal_it_says_how_to_go_on(tmp_path, number):
+def test_a_signal_stops_it_with_a_sentence_on_how_to_resume(tmp_path, number):
     command = ("data.synthetic_s3dis", "--train=500", "--val=1", "--scale=demo", f"--output={tmp_path}", "--workers=1")
     with _command(*command) as process:
         _wait(lambda: len(list(tmp_path.glob("*.cache/*.scan"))) >= 2, process)
         os.killpg(process.pid, number)  # as a terminal does with Ctrl-C
-        told, _ = process.communicate(timeout=30)
+        printed, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + number
-    assert told.strip().endswith("The same command goes on from there.") and "Traceback" not in told
+    assert printed.strip().endswith("The same command goes on from there.") and "Traceback" not in printed
     _wait_for_the_end(process.pid)

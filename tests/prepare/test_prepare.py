@@ -1,5 +1,7 @@
-"""Preparation in this process: what is done, redone, left out and refused."""
+"""Preparation of tiny scans: results, resumed calls, failures and refusals."""
 
+import contextlib
+import io
 import json
 import os
 import resource
@@ -11,7 +13,7 @@ import pytest
 from h2a2_jax.errors import InputError
 from h2a2_jax.prepare.prepare import FailedScansError, prepare
 from h2a2_jax.prepare.prepared_scan import PrepareScan
-from h2a2_jax.prepare.scan_cache import OutputError, ScanCache, write_whole
+from h2a2_jax.prepare.scan_cache import OutputError, ScanCache, write_json
 from h2a2_jax.scans.scan import ScanError
 from h2a2_jax.scans.specs import S3DIS
 from h2a2_jax.scans.tfds_source import TfdsSource
@@ -27,16 +29,28 @@ def _prepare(raw: TinyRaw, output: Path, **options) -> Path:
     return prepare(TinyBuilder, raw, {"seed": 3}, output, **{"workers": 1, **options})
 
 
-def test_prepared_and_read_back_equal_and_nothing_is_done_twice(tmp_path, capsys):
-    raw = TinyRaw(tmp_path / "log")
-    folder = _prepare(raw, tmp_path / "out", published={"train": 4, "val": 1}, workers=2)
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Prepared tiny scans: the raw ones, the output folder, the folder of the dataset, and the lines printed."""
+    tmp_path = tmp_path_factory.mktemp("prepared")
+    raw, printed = TinyRaw(tmp_path / "log"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        folder = _prepare(raw, tmp_path / "out", published={"train": 4, "val": 1}, workers=2)
+    return raw, tmp_path / "out", folder, printed.getvalue()
+
+
+def test_prepared_scans_are_read_back_equal(prepared):
+    raw, output, _, _ = prepared
     for split, names in raw.splits.items():
-        source = TfdsSource(tmp_path / "out", split, S3DIS)
+        source = TfdsSource(output, split, S3DIS)
         assert tuple(source.names) == names
         for index, name in enumerate(names):
             assert_equal(source[index], tiny_scan(name, raw.points))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tiny", "tiny.lock"]
+    assert sorted(path.name for path in output.iterdir()) == ["tiny", "tiny.lock"]
 
+
+def test_statistics_count_the_scans_and_compare_them_with_the_published_numbers(prepared):
+    raw, _, folder, printed = prepared
     found = json.loads((folder / "statistics.json").read_text())
     labels = [tiny_scan(name, raw.points).labels[0] for name in raw.splits["train"]]
     train = found["splits"]["train"]
@@ -45,22 +59,28 @@ def test_prepared_and_read_back_equal_and_nothing_is_done_twice(tmp_path, capsys
     assert train["points"] == {"min": 50, "median": 50, "max": 50}
     assert train["notes"] == {"lines repaired": 9} and found["notes"] == {"areas missing": 2}
     assert "train has 3 scans; published are 4." in found["warnings"]
-    assert "Warning: train has 3 scans; published are 4." in capsys.readouterr().out
+    assert "Warning: train has 3 scans; published are 4." in printed
 
+
+def test_a_prepared_dataset_is_not_prepared_again(prepared, capsys, tmp_path):
+    raw, output, folder, _ = prepared
     before = folder.stat().st_mtime_ns
-    _prepare(raw, tmp_path / "out")
+    _prepare(raw, output)
     assert "holds all 4 scans already" in capsys.readouterr().out
     assert _loaded(raw) == ["a/0", "a/1", "a/2", "b 0"] and folder.stat().st_mtime_ns == before
     (folder / "statistics.json").rename(tmp_path / "taken away")
-    _prepare(raw, tmp_path / "out")
+    _prepare(raw, output)
     assert "There is no statistics.json beside them" in capsys.readouterr().out
     (tmp_path / "taken away").rename(folder / "statistics.json")
 
+
+def test_a_prepared_dataset_of_other_settings_is_refused(prepared):
+    raw, output, _, _ = prepared
     with pytest.raises(InputError, match=r"other settings \(seed: 3 there, 4 asked for\): remove that folder, or"):
-        prepare(TinyBuilder, raw, {"seed": 4}, tmp_path / "out", workers=1)
+        prepare(TinyBuilder, raw, {"seed": 4}, output, workers=1)
 
 
-def test_what_no_voxel_reaches_is_left_out_and_counted(tmp_path):
+def test_points_too_far_to_be_voxelised_are_left_out_and_counted(tmp_path):
     cache = ScanCache(tmp_path / "cache", {})
     cache.open()
     work = PrepareScan(TinyRaw(tmp_path / "log", bad={"a/0": "stray", "a/1": "far"}), cache)
@@ -73,12 +93,12 @@ def test_what_no_voxel_reaches_is_left_out_and_counted(tmp_path):
         work("a/1")
 
 
-def test_failing_scans_are_all_named_and_alone_tried_again(tmp_path, capsys):
+def test_failed_scans_are_all_named_and_the_next_call_tries_only_those(tmp_path, capsys):
     bad = {"a/0": "missing", "a/1": "bug", "a/2": "death", "a/3": "no points", "a/4": "label", "a/5": "memory"}
     raw, output = TinyRaw(tmp_path / "log", 8, bad=bad), tmp_path / "out"
     with pytest.raises(FailedScansError, match=r"6 of 9 scans failed.*--skip-failed"):
         _prepare(raw, output)
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for sentence in (
         "Scan a/0 lacks its file.",
         "a/1 cannot be prepared (KeyError: 'vertex').",
@@ -87,7 +107,7 @@ def test_failing_scans_are_all_named_and_alone_tried_again(tmp_path, capsys):
         "Scan a/4: some labels are outside the classes.",
         "There was not enough memory for a/5: use fewer --workers.",
     ):
-        assert sentence in told
+        assert sentence in printed
     assert json.loads((output / "tiny.cache" / "failed.json").read_text()).keys() == bad.keys()
     assert not (output / "tiny").exists()
 
@@ -140,20 +160,20 @@ def test_scans_of_other_settings_are_not_mixed_in(tmp_path):
         _prepare(raw, output)
     with pytest.raises(InputError, match=r"tiny.cache holds scans .* other settings \(seed: 3 there, 4 asked for\)"):
         prepare(TinyBuilder, raw, {"seed": 4}, output, workers=1)
-    (output / "tiny.cache" / "settings.json").unlink()  # a file of a scan alone tells too
+    (output / "tiny.cache" / "settings.json").unlink()  # the files of the scans hold the settings too
     raw.log.unlink()
     prepare(TinyBuilder, TinyRaw(raw.log), {"seed": 4}, output, workers=1)
     assert _loaded(raw) == ["a/0", "a/1", "a/2", "b 0"]
 
 
-def test_more_scans_than_before_are_packed_anew(tmp_path):
+def test_a_dataset_with_more_scans_than_before_is_packed_again(tmp_path):
     raw = TinyRaw(tmp_path / "log")
     _prepare(raw, tmp_path / "out")
     _prepare(TinyRaw(raw.log, 4), tmp_path / "out")
     assert len(TfdsSource(tmp_path / "out", "train", S3DIS)) == 4
 
 
-def test_one_preparation_of_an_output_at_a_time(tmp_path):
+def test_a_second_preparation_of_the_same_output_is_refused(tmp_path):
     import fcntl
 
     (tmp_path / "out").mkdir()
@@ -193,5 +213,5 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     # The temporary name leads to the device that is always full.
     (tmp_path / f"scan.{os.getpid()}.writing").symlink_to("/dev/full")
     with pytest.raises(OutputError, match=r"No space is left on the disk of .*: free some, or give an --output"):
-        write_whole(tmp_path / "scan", b"content")
+        write_json(tmp_path / "scan", "content")
     assert list(tmp_path.iterdir()) == []

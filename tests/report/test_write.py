@@ -2,45 +2,20 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from configs.joint import demo
-from h2a2_jax.balancers.ngh import plain_mean
-from h2a2_jax.checkpoint.store import CheckpointStore
-from h2a2_jax.checkpoint.train_state import create_state
-from h2a2_jax.config import ExperimentConfig, to_json
 from h2a2_jax.errors import InputError
 from h2a2_jax.report import write_report
 from h2a2_jax.report.figures_training import by_group, series_of
-from h2a2_jax.report.write import find_singles
-from h2a2_jax.training.build import build_detector
 from h2a2_jax.training.gradients import SelectionMetrics
 from h2a2_jax.training.metrics import MetricsWriter, SelectionLog
+from tests.report.small_run import small, store
 
 NAMES = ("scannet", "s3dis")
-
-
-def small(names: tuple[str, ...], selection: bool) -> ExperimentConfig:
-    config = demo()
-    datasets = [replace(d, train_size=1, val_size=2) for d in config.datasets if d.name in names]
-    model = replace(config.model, stem_channels=4, stage_channels=(4, 4, 4, 4), neck_channels=4, voxel_size=0.03)
-    if not selection:
-        model = replace(model, selection=None)
-    return replace(config, datasets=tuple(datasets), model=model)
-
-
-def store(config: ExperimentConfig, workdir: Path) -> None:
-    """A run as training leaves it, after no step."""
-    _, state = create_state(build_detector(config), optax.sgd(0.1), plain_mean())
-    with CheckpointStore(workdir / "checkpoints") as checkpoints:
-        checkpoints.save(1, state, config, config.dataset_names)
-    (workdir / "config.json").write_text(to_json(config))
 
 
 def log(workdir: Path) -> None:
@@ -67,9 +42,6 @@ def test_a_report_is_one_page_with_all_its_pictures(tmp_path: Path) -> None:
     log(run)
     thresholds = [{"iou": iou, "mAP": 0.125} for iou in joint.eval.iou_thresholds]
     (run / "evaluation.json").write_text(json.dumps({name: {"thresholds": thresholds} for name in NAMES}))
-    for name in NAMES:
-        store(small((name,), selection=False), tmp_path / "runs" / f"tr3d_{name}_seed0")
-    assert [p.name for p in find_singles(run)] == ["tr3d_s3dis_seed0", "tr3d_scannet_seed0"]
 
     target = write_report(joint, run, scans=4)
 
@@ -79,10 +51,10 @@ def test_a_report_is_one_page_with_all_its_pictures(tmp_path: Path) -> None:
     stages = [f"layer{s}" for s in range(1, 5)]
     assert pictures == {
         *(f"kernels_{s}" for s in stages), *(f"history_{s}" for s in stages), "agreement", "stability", "losses", "psi",
-        "gradient_norm", "scale", "premise_with_centre", "premise_without_centre", "premise_profiles", "site_classes",
+        "gradient_norm", "scale",
     }  # fmt: skip
     assert all(path.stat().st_size > 5000 for path in target.parent.glob("*.png"))
-    for anchor in ("summary", "kernels", "history", "agreement", "stability", "balance", "premise"):
+    for anchor in ("summary", "kernels", "history", "agreement", "stability", "balance"):
         assert f'<section id="{anchor}">' in text
     assert "0.125" in text and "0.250" in text
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', text)
@@ -98,13 +70,9 @@ def test_a_run_without_selection_or_logs_gets_what_is_there(tmp_path: Path) -> N
     config = small(NAMES, selection=False)
     store(config, tmp_path)
     text = write_report(config, tmp_path).read_text()
-    for sentence in ("has no kernel selection", "no metrics.jsonl", "no evaluation.json", "--mode=ablation"):
+    for sentence in ("has no kernel selection", "no metrics.jsonl", "no evaluation.json"):
         assert sentence in text
     assert list((tmp_path / "report").glob("*.png")) == []
-    with pytest.raises(InputError, match=r"detector of scannet, s3dis; --singles takes detectors of one dataset"):
-        write_report(config, tmp_path, singles=[tmp_path])
-    with pytest.raises(InputError, match="it has no config"):
-        write_report(config, tmp_path, singles=[tmp_path / "nowhere"])
 
 
 def test_without_a_checkpoint_there_is_no_report(tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
-"""Up and the directions of walls are found in rooms of known tilt, and what one wall leaves open is said to be open."""
+"""Up and the directions of walls are found in rooms of known tilt; one wall alone leaves the tilt open."""
 
 import math
 
 import numpy as np
 import pytest
 
+from h2a2_jax.restricted_pickle import load_plain_pickle
 from h2a2_jax.scans.formats.point_cloud import read_point_cloud
 from h2a2_jax.scans.frame import MAX_TILT, Gravity, estimate_gravity, estimate_walls, surface_normals
-from h2a2_jax.scans.info_pickle import load_plain_pickle
 from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 

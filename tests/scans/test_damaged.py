@@ -83,7 +83,11 @@ FILES = {
     "ply: empty": (".ply", b"", "no PLY file"),
     "ply: another format": (".ply", b"<html></html>", "no PLY file: its first line is not 'ply'"),
     "ply: header cut off": (".ply", ply(b"")[:60], "no end_header"),
-    "ply: a format of its own": (".ply", ply(XYZ.tobytes(), form="binary_mixed"), "PLY format 'binary_mixed'"),
+    "ply: a format of its own": (
+        ".ply",
+        ply(XYZ.tobytes(), form="binary_mixed"),
+        "line 'format binary_mixed 1.0', not understood",
+    ),
     "ply: points cut off": (".ply", ply(XYZ.tobytes()[:-1]), "cut off: its header says 60 vertex .* but 719 bytes"),
     "ply: a count that lies": (".ply", ply(XYZ.tobytes(), count=10**15), "header says 1000000000000000 vertex"),
     "ply: a negative count": (".ply", ply(XYZ.tobytes(), count=-1), "-1 vertex elements"),
@@ -115,10 +119,15 @@ FILES = {
         ply(b"", "element vertex 1", "property quad x"),
         "'property quad x', not understood",
     ),
-    "ply: lists before the vertices": (
+    "ply: lists before the vertices, cut off": (
         ".ply",
-        ply(b"", "element face 1", "property list uchar int i", "element vertex 1", "property float x"),
-        "write it with vertices first",
+        ply(b"\3\0\0", "element face 1", "property list uchar int i", "element vertex 0", "property float x"),
+        "has lists before the end of its vertices and cannot be read",
+    ),
+    "ply: a property twice": (
+        ".ply",
+        ply(b"abcdefgh", "element vertex 1", "property float x", "property float x"),
+        "names two properties with same name",
     ),
     "pcd: no header": (".pcd", b"\0" * 500, "no PCD file or is cut off"),
     "pcd: points cut off": (".pcd", pcd(XYZ.tobytes()[:-1]), "says 60 points, which take 720 bytes, but 719"),
@@ -229,7 +238,7 @@ NAN[3:5, 0], NAN[9, 5] = np.nan, np.inf
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_is_left_out_of_a_scan_is_counted(tmp_path, rows, boxes, note, left):
+def test_left_out_points_and_boxes_of_a_scan_are_counted(tmp_path, rows, boxes, note, left):
     np.save(tmp_path / "a.npy", rows)
     source = ScanFolder(own_folder(tmp_path, [{"file": "a.npy", "boxes": boxes}], colors="none"), "train", SUNRGBD)
     scan = source[0]
@@ -422,7 +431,7 @@ def test_files_of_points_of_prepared_folders(tmp_path, kind):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) and len(value) == 1 else "",
 )
-def test_what_is_left_out_of_a_prepared_scan_is_counted(tmp_path, entry, rows, spec, note):
+def test_left_out_points_and_boxes_of_a_prepared_scan_are_counted(tmp_path, entry, rows, spec, note):
     source = Mmdet3dFolder(prepared(tmp_path, infos(entry), rows), "infos.pkl", spec)
     scan = source[0]
     assert dict(scan.notes) == note and len(scan.boxes) == 1

@@ -1,4 +1,4 @@
-"""How far scans may reach: what passes survives augmentation and voxelisation, what does not is told."""
+"""The reach of scans: points within it survive augmentation and voxelisation, others are refused or counted."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from h2a2_jax.scans.scan import MAX_REACH, Scan, ScanError, usable_boxes, within
 from h2a2_jax.scans.specs import SPECS
 
 
-def test_what_is_within_reach_can_be_augmented_and_voxelised():
+def test_points_within_reach_can_be_augmented_and_voxelised():
     angle = np.linspace(0, 2 * np.pi, 64)
     rim = 0.999 * MAX_REACH * np.stack([np.cos(angle), np.sin(angle), np.sign(np.sin(3 * angle))], axis=1)
     points = rim.astype(np.float32)
@@ -25,7 +25,7 @@ def test_what_is_within_reach_can_be_augmented_and_voxelised():
             assert len(collate([moved], 0.01).features) == len(np.unique(np.floor(moved.points / 0.01), axis=0))
 
 
-def test_few_stray_points_are_told_from_another_unit():
+def test_few_stray_points_are_left_out_and_many_mean_another_unit():
     points = np.zeros((1000, 3), np.float32)
     points[:10, 2] = -1e30
     assert within_reach("stray", points).tolist() == [False] * 10 + [True] * 990
@@ -34,7 +34,7 @@ def test_few_stray_points_are_told_from_another_unit():
         within_reach("stray", points)
 
 
-def test_boxes_are_sorted_by_what_is_wrong_with_them():
+def test_unusable_boxes_are_counted_by_kind():
     boxes = np.tile(np.array([0, 0, 0, 1, 1, 1, 0], np.float32), (6, 1))
     boxes[1, 6], boxes[2, 3], boxes[3, 5], boxes[4, 0], boxes[5, 4] = np.inf, 0, -1, 1e3, 1e3
     usable, notes = usable_boxes(boxes)

@@ -9,9 +9,10 @@ import pytest
 
 from h2a2_jax.boxes import Detections
 from h2a2_jax.errors import InputError
-from h2a2_jax.inference.results import predictions_json
+from h2a2_jax.inference.results import scan_entry
+from h2a2_jax.scans.frame import UPRIGHT
 from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, points_in_box, validate_scan
-from h2a2_jax.scans.scan_folder import UPRIGHT, ScanFolder, folder_classes, is_scan_folder, point_cloud_files
+from h2a2_jax.scans.scan_folder import ScanFolder, folder_classes, is_scan_folder, point_cloud_files
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD
 
 CHAIR = {"center": [1, 2, 0.5], "size": [0.6, 0.4, 1], "yaw": 0.3, "class": "chair"}
@@ -97,7 +98,7 @@ def test_axis_aligned_datasets_take_the_enclosing_box(tmp_path):
     assert scan.notes == {"boxes with yaw, replaced by the axis-aligned ones that enclose them": 1}
 
 
-def test_what_cannot_be_used_is_counted_by_name(tmp_path):
+def test_unusable_parts_are_counted_by_name(tmp_path):
     boxes = [
         CHAIR,
         {**CHAIR, "class": "lamp"},
@@ -158,7 +159,7 @@ def test_predictions_for_a_folder_are_annotations_of_it(tmp_path, up, unit):
     scan = ScanFolder(write(tmp_path, points=rows, up=up, unit=unit), "train", SUNRGBD)[0]
     boxes = np.array([[1, 2, 0.5, 0.6, 0.4, 1, 0.3], [2, 1, 0.25, 1, 2, 1, -3]], np.float32)
     found = Detections(boxes, np.array([0.9, 0.5], np.float32), np.array([3, 0], np.int32))
-    predicted = predictions_json([scan], [found], SUNRGBD)["scans"][0]
+    predicted = scan_entry(scan.name, scan.transform, found, SUNRGBD)
     assert (predicted.get("up", "z"), predicted.get("unit", "m")) == (up, unit)
     write(tmp_path, [{"file": "a.npy", "boxes": predicted["boxes"]}], rows, up=up, unit=unit)
     np.testing.assert_allclose(ScanFolder(tmp_path, "train", SUNRGBD)[0].boxes, boxes, atol=1e-5)
@@ -168,7 +169,7 @@ def test_boxes_as_predictions_write_them_are_annotations(tmp_path):
     boxes = np.array([[1, 2, 0.5, 0.6, 0.4, 1, 0.3], [2, 1, 0.5, 1, 2, 1, -3]], np.float32)
     scan = Scan("a", np.zeros((1, 3), np.float32), np.zeros((1, 3), np.float32), boxes, np.array([3, 0], np.int32))
     found = Detections(boxes, np.array([0.9, 0.5], np.float32), scan.labels)
-    predicted = predictions_json([scan], [found], SUNRGBD)["scans"][0]["boxes"]
+    predicted = scan_entry(scan.name, scan.transform, found, SUNRGBD)["boxes"]
     read = ScanFolder(write(tmp_path, [{"file": "a.npy", "boxes": predicted}]), "train", SUNRGBD)[0]
     np.testing.assert_allclose(read.boxes, boxes, atol=1e-5)
     assert read.labels.tolist() == [3, 0]

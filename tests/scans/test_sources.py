@@ -79,7 +79,7 @@ def test_cached_scans_are_loaded_once_by_any_number_of_threads():
     assert len(cached) == 4 and cached.names == source.names and isinstance(cached, ScanSource)
 
 
-def test_cached_source_raises_what_its_source_raises():
+def test_cached_source_raises_the_errors_of_its_source():
     cached = CachedSource(Numbered(5))
     for _ in range(2):
         with pytest.raises(ScanError, match="cut off"):
@@ -124,13 +124,13 @@ def test_unknown_dataset_is_refused():
         build_source(SourceConfig("kitti", kind="synthetic"), "train")
 
 
-def test_what_was_left_out_is_said_in_one_sentence():
+def test_notes_are_summed_in_one_sentence():
     notes = {"a": {"points lost": 3, "boxes lost": 1}, "b": {"points lost": 1000}}
     assert summed_notes(notes) == "In 2 of the scans: 1,003 points lost; 1 boxes lost."
     assert summed_notes({}) is None
 
 
-def test_a_root_is_known_by_what_it_holds(tmp_path):
+def test_the_kind_of_a_root_is_found_by_its_files(tmp_path):
     own = tmp_path / "own"
     own.mkdir()
     np.save(own / "a.npy", np.ones((5, 3), np.float32))

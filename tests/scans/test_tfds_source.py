@@ -102,7 +102,7 @@ def test_another_dataset_or_split_is_refused(prepared):
         TfdsSource(prepared, "test", S3DIS)
 
 
-def test_nothing_or_half_of_it_there_is_told(tmp_path):
+def test_missing_and_half_prepared_data_are_reported(tmp_path):
     with pytest.raises(InputError, match="holds no prepared dataset: prepare it with python -m data"):
         TfdsSource(tmp_path, "train", S3DIS)
     assert not is_tfds(tmp_path) and not is_tfds(tmp_path / "nowhere")
@@ -149,7 +149,7 @@ def test_a_damaged_record_fails_alone(copy):
     assert len(failed) == 1
 
 
-def test_without_tfds_it_says_what_to_install(prepared):
+def test_missing_tfds_is_reported_with_its_package(prepared):
     script = f"""if True:
         import sys
         sys.modules["tensorflow_datasets"] = None

@@ -7,12 +7,12 @@ import pytest
 
 from h2a2_jax import sparse
 from h2a2_jax.sparse.kernel_map import BLOCK, CHUNK, TILE, fits_blocks
-from h2a2_jax.sparse.winograd import POINTS, winograd_transforms
+from h2a2_jax.sparse.winograd import winograd_matrices
 from tests.sparse.transcription import padded, random_sites
 
 
 def dense_sites(size=14, stride=2, scans=1, keep=1.0, seed=0):
-    """A full cube of cells in each scan, of which a share is kept."""
+    """Sites of a full cube in each scan; a share of them, `keep`, is kept."""
     rng = np.random.default_rng(seed)
     cells = np.stack(np.meshgrid(*[np.arange(size) - 5] * 3, indexing="ij"), -1).reshape(-1, 3) * stride
     coords = [np.c_[np.full(len(cells), b), cells][rng.random(len(cells)) <= keep] for b in range(scans)]
@@ -24,19 +24,11 @@ def blocks_of(sites, capacity=None, **how):
     return sparse.pad_map(sparse.submanifold_neighbors(sites), padded_sites, padded_sites, tile_size=16, **how)
 
 
-@pytest.mark.parametrize(("m", "r", "points"), [(4, 3, POINTS), (2, 3, POINTS[:3]), (3, 2, POINTS[:3])])
-def test_transforms_compute_a_correlation(m, r, points):
-    output, kernel, inputs = winograd_transforms(m, r, points)
+def test_matrices_compute_a_correlation():
+    output, kernel, inputs = winograd_matrices()
     rng = np.random.default_rng(0)
-    d, g = rng.normal(size=m + r - 1), rng.normal(size=r)
+    d, g = rng.normal(size=6), rng.normal(size=3)
     np.testing.assert_allclose(output @ ((kernel @ g) * (inputs @ d)), np.correlate(d, g), rtol=1e-12, atol=1e-12)
-
-
-def test_transforms_need_distinct_points():
-    with pytest.raises(ValueError, match=r"F\(4, 3\) needs 5 distinct points"):
-        winograd_transforms(4, 3, POINTS[:4])
-    with pytest.raises(ValueError, match="distinct"):
-        winograd_transforms(4, 3, (*POINTS[:4], POINTS[0]))
 
 
 @pytest.mark.parametrize("scans", [1, 3])
@@ -77,7 +69,7 @@ def test_blocks_are_used_where_they_pay():
     assert int(blocks_of(random_sites((0,)), blocks="auto").blocks.count) == 0
 
 
-def test_a_map_that_blocks_do_not_serve_is_refused():
+def test_blocks_of_other_maps_raise():
     sites = random_sites((40,))
     tables = [
         sparse.submanifold_neighbors(sites, 5),

@@ -63,7 +63,7 @@ def test_a_level_without_sites_has_rows_all_the_same():
     assert ladder.fit((65, 0))[0] >= 65
 
 
-def test_what_makes_no_ladder_is_refused():
+def test_wrong_ladders_raise():
     with pytest.raises(InputError, match="2 levels, the sizes 3"):
         BucketLadder((1, 2)).bucket((1, 2, 3))
     with pytest.raises(InputError, match="does not rise"):

@@ -9,7 +9,7 @@ import pytest
 
 from h2a2_jax import sparse
 from h2a2_jax.errors import InputError
-from h2a2_jax.sparse.in_jit import rounded_floor
+from h2a2_jax.sparse.in_jit import floor_quotient
 from h2a2_jax.sparse.sites import MAX_COORDINATE, MAX_REACH
 from tests.sparse.transcription import random_sites
 
@@ -111,7 +111,7 @@ def test_points_on_the_faces_of_voxels_fall_on_the_host_s_side(size):
     expected = np.floor(values / np.float32(size))
     np.testing.assert_array_equal(sparse.voxel_coordinates(points, size)[:, 0], expected)
     for error in (-1, 0, 1):
-        got = traced(lambda p, e: rounded_floor(p, e, np.float32(size)), values, expected + np.float32(error))
+        got = traced(lambda p, e: floor_quotient(p, e, np.float32(size)), values, expected + np.float32(error))
         np.testing.assert_array_equal(got, expected)
     scan = np.zeros(len(points), np.int32)
     sites, first, _ = traced(
@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_counted_and_the_first_sites_stay():
         assert overflow == len(full) - 5 and got.n == 5
 
 
-def test_what_is_out_of_range_is_left_out_and_counted():
+def test_sites_out_of_range_are_dropped_and_counted():
     edge = MAX_COORDINATE
     coords = np.array([[0, 0, 0, edge + 1], [0, -edge - 1, 0, 0], [0, edge, 0, -edge], [0, 1 << 20, 0, 0]], np.int32)
     sites, overflow = traced(lambda c: sparse.sites_from_coords(c, 4, 1), coords)

@@ -110,7 +110,7 @@ def test_batches_of_one_bucket_are_one_program():
     assert len(traces) == 1 + len(batches)
 
 
-def test_what_does_not_fit_is_named():
+def test_sizes_that_do_not_fit_raise():
     tables = {"net": unet(random_sites())}
     fine, coarse = sparse.level_sizes(tables)
     with pytest.raises(InputError, match=r"level 1 \(stride 2, first met at \['net'\]\['down'\].outputs\) has"):

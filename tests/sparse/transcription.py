@@ -87,35 +87,33 @@ def padded(table, more_in=6, more_out=9, tile_size=16):
     return sparse.pad_map(table, inputs, outputs, tile_size=tile_size, blocks=blocks)
 
 
-def convolve(x, kernels, pairs, out_scan, gamma=None, scan_set=None):
-    """y of all output rows; kernels [S, V, Cin, Cout]."""
+def convolve(x, kernels, pairs, out_scan, gamma=None):
+    """y of all output rows; kernels [1, V, Cin, Cout], or [2, V, Cin, Cout] with gamma [B, V]."""
     y = np.zeros((len(out_scan), kernels.shape[-1]))
     for k, found in enumerate(pairs):
         for i, o in found:
-            y[o] += x[i] @ _kernel(kernels, k, out_scan[o], gamma, scan_set)
+            y[o] += x[i] @ _kernel(kernels, k, out_scan[o], gamma)
     return y
 
 
-def _kernel(kernels, k, scan, gamma, scan_set):
-    if scan_set is None:
+def _kernel(kernels, k, scan, gamma):
+    if gamma is None:
         return kernels[0, k]
-    share = 0.0 if gamma is None else gamma[scan, k]
-    return share * kernels[0, k] + (1 - share) * kernels[scan_set[scan], k]
+    return gamma[scan, k] * kernels[0, k] + (1 - gamma[scan, k]) * kernels[1, k]
 
 
-def gradients(x, kernels, pairs, out_scan, weight, gamma=None, scan_set=None):
+def gradients(x, kernels, pairs, out_scan, weight, gamma=None):
     """Of sum(y * weight) with respect to x, kernels and gamma."""
     dx, dw = np.zeros_like(x), np.zeros_like(kernels)
     dgamma = None if gamma is None else np.zeros_like(gamma)
     for k, found in enumerate(pairs):
         for i, o in found:
             b = out_scan[o]
-            dx[i] += _kernel(kernels, k, b, gamma, scan_set) @ weight[o]
-            share = 1.0 if scan_set is None else 0.0 if gamma is None else gamma[b, k]
+            dx[i] += _kernel(kernels, k, b, gamma) @ weight[o]
+            share = 1.0 if gamma is None else gamma[b, k]
             outer = np.outer(x[i], weight[o])
             dw[0, k] += share * outer
-            if scan_set is not None:
-                dw[scan_set[b], k] += (1 - share) * outer
             if dgamma is not None:
-                dgamma[b, k] += x[i] @ (kernels[0, k] - kernels[scan_set[b], k]) @ weight[o]
+                dw[1, k] += (1 - share) * outer
+                dgamma[b, k] += x[i] @ (kernels[0, k] - kernels[1, k]) @ weight[o]
     return dx, dw, dgamma

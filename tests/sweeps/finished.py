@@ -1,4 +1,4 @@
-"""Folders as runs leave them, without having run."""
+"""Folders of runs, as training leaves them."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ LEVELS = (0.25, 0.5)
 
 
 def write_run(folder: Path, config: ExperimentConfig, scores: dict[str, Sequence[float | None]] | None) -> None:
-    """The files that a run leaves: one that finished, or one that was stopped."""
+    """Write the files of a finished run, or of a stopped one if there are no scores."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(to_json(config) + "\n")
     if scores is not None:

@@ -1,4 +1,4 @@
-"""Which runs a sweep is made of and where they are kept."""
+"""Runs of a sweep, their configs and their folders."""
 
 import re
 from dataclasses import replace
@@ -9,8 +9,9 @@ import pytest
 from configs.joint import demo
 from h2a2_jax.config import to_json
 from h2a2_jax.errors import InputError
+from h2a2_jax.sweeps.ablation import ablation_rows, default_taus, tau_rows
 from h2a2_jax.sweeps.protocol import protocol_rows
-from h2a2_jax.sweeps.sweep_plan import SweepRun, ablation_rows, default_taus, locate, restricted, tau_rows
+from h2a2_jax.sweeps.sweep_plan import SweepRun, locate, restricted
 from h2a2_jax.sweeps.sweep_runner import run_all, shares
 from tests.sweeps.finished import write_run
 

@@ -1,4 +1,4 @@
-"""Runs at once, one behind another, failing, killed, and gone on with."""
+"""Runs of a sweep: several at once, one after another, failing, killed and resumed."""
 
 import json
 import os
@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from configs.joint import demo, two
-from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate, tau_rows
-from h2a2_jax.sweeps.sweep_runner import Share, finished, last_metrics, run_all, shares
+from h2a2_jax.sweeps import sweep_runner
+from h2a2_jax.sweeps.ablation import tau_rows
+from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate
+from h2a2_jax.sweeps.sweep_results import finished, last_metrics
+from h2a2_jax.sweeps.sweep_runner import Share, run_all, shares
 from tests.sweeps.finished import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -56,8 +59,8 @@ def test_a_run_waits_for_the_one_that_it_starts_with(tmp_path: Path, monkeypatch
         other,
     ]
     folders = {run: tmp_path / run.folder for run in waiting}
-    begun, told = [], []
-    monkeypatch.setattr(sweep_runner._Progress, "tell", lambda self, what: told.append(what.partition(":")[0]))
+    begun, printed = [], []
+    monkeypatch.setattr(sweep_runner._Progress, "print_end", lambda self, text: printed.append(text.partition(":")[0]))
 
     def start(run, folder, share, *others):
         begun.append(run.name)
@@ -70,7 +73,7 @@ def test_a_run_waits_for_the_one_that_it_starts_with(tmp_path: Path, monkeypatch
     failures = run_all(folders, tmp_path / "cache", jobs=1)
     assert begun == ["broken", "first", "second", "other"]
     named = ("broken_seed0 failed", "never_seed0 was not begun", "first_seed0", "second_seed0", "other_seed0")
-    assert tuple(told) == named
+    assert tuple(printed) == named
     assert {run.name: reason.partition(" (all")[0] for run, reason in failures.items()} == {
         "broken": "broken_seed0 failed: it broke",
         "never": "never_seed0 was not begun: it waits for a run that failed.",
@@ -132,12 +135,12 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on_from_its_checkpoints(tmp_p
         time.sleep(0.05)
     assert not [*workdir.glob("runs/*/evaluation.json")]
 
-    # A budget that is over before the run is: what was saved stays, and the table is of what is finished.
+    # A budget that ends before the worker has imported anything: the checkpoints stay, the table has the finished runs.
     saved = sorted(workdir.glob("runs/*/checkpoints/*"))
-    short = [*command, "--budget_minutes=0.05"]
+    short = [*command, "--budget_minutes=0.005"]
     budget = subprocess.run(short, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert budget.returncode == 0, budget.stderr
-    assert "The budget of 0.05 minutes is used; 1 run is left, the same command goes on." in budget.stdout
+    assert "The budget of 0.005 minutes is used; 1 run is left, the same command goes on." in budget.stdout
     assert "| tau = 0.25 | -" in budget.stdout and not workers()
     assert sorted(workdir.glob("runs/*/checkpoints/*")) == saved
 
@@ -149,8 +152,11 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on_from_its_checkpoints(tmp_p
     assert re.search(r"Resuming .* after step (4|8|12|16|20|24) of 24", (run / "log.txt").read_text())
     assert last_metrics(run)["step"] == 24 and finished(run, 2) and not finished(run, 3)
     assert "| s3dis @0.25" in second.stdout
-    (found,) = json.loads((workdir / "results.json").read_text())["protocol"]["runs"]
-    assert found["folder"] == run.name and len(found["mAP"]["s3dis"][1]) == 2
+    results = {found["kind"]: found for found in json.loads((workdir / "results.json").read_text())["results"]}
+    assert list(results) == ["tau_sweep", "protocol"]
+    scores = [score for row in results["protocol"]["rows"] for score in row["scores"] if score["dataset"] == "s3dis"]
+    assert {score["folder"] for score in scores} == {run.name}
+    assert [score["evaluation"] for score in scores if "mAP@0.5" in score["metrics"]] == [0, 1]
 
 
 def _read(path: Path) -> bytes:

@@ -1,17 +1,16 @@
-"""Transfer: what is trained without a dataset, how it is predicted, what starts with it, and the tables."""
+"""Transfer: trainings without a dataset, prediction of its scans, trainings that start from them, and the tables."""
 
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from configs.joint import demo
 from h2a2_jax.boxes import Detections
-from h2a2_jax.commands import transfer as commands_transfer
-from h2a2_jax.commands import transfer_command
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation.cross import CommonClasses, common_classes
@@ -19,12 +18,13 @@ from h2a2_jax.scans.sources import build_source
 from h2a2_jax.scans.specs import S3DIS, DatasetSpec, dataset_spec
 from h2a2_jax.sweeps import transfer
 from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate, naive_joint
-from h2a2_jax.sweeps.sweep_results import write_transfer
+from h2a2_jax.sweeps.sweep_results import markdown
 from h2a2_jax.sweeps.transfer import (
     evaluate_zero_shot,
     pretraining_rows,
     read_zero_shot,
-    transfer_table,
+    run_transfer,
+    transfer_results,
     tuning_rows,
     without_zero_shot,
 )
@@ -34,7 +34,7 @@ from tests.sweeps.finished import write_run
 
 
 def write_all(folders: Mapping[SweepRun, Path], scores: Mapping[str, tuple[float, float]]) -> None:
-    """What finished runs leave, the scores by the name of the run."""
+    """Write the files of finished runs, with scores by the name of the run."""
     for run, folder in folders.items():
         names = run.config.dataset_names
         write_run(folder, run.config, {name: scores.get(run.name, (0.5, 0.25)) for name in names})
@@ -182,61 +182,101 @@ def test_a_head_without_common_classes_is_named(
     assert [entry["head"] for entry in read_zero_shot(tmp_path, source) or ()] == ["scannet", "scannet"]
 
 
-def test_the_tables_and_what_is_finished(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    base = demo()
-    rows = pretraining_rows(base, "s3dis", (0, 1))
-    folders = locate(rows, tmp_path)
-    source = base.datasets[2]
-    assert without_zero_shot(rows, folders, source) == []  # nothing is trained yet
-    write_all(folders, {})
-    assert without_zero_shot(rows, folders, source) == [*folders.values()]
-    for run, folder in folders.items():
-        entries = [
-            {
-                "head": head,
-                "conditioning": "own",
-                "kernels": "selected",
-                "classes": ["table", "chair"],
-                "mAP": [0.1 + 0.2 * run.seed, None],
-            }
-            for head in run.config.dataset_names
-        ]
-        document = {"version": 1, "source": asdict(source), "entries": entries}
-        (folder / "zero_shot_s3dis.json").write_text(json.dumps(document))
+class FinishedTransfer:
+    """A transfer to S3DIS with two seeds whose detectors without it are trained and have predicted its scans.
+
+    Fine-tuning is finished from scratch, and from every detector with the first seed.
+    """
+
+    def __init__(self, workdir: Path):
+        self.base, self.workdir = demo(), workdir
+        self.source = self.base.datasets[2]
+        self.rows = pretraining_rows(self.base, "s3dis", (0, 1))
+        self.folders = locate(self.rows, workdir)
+        write_all(self.folders, {})
+        for run, folder in self.folders.items():
+            entries = [
+                {
+                    "head": head,
+                    "conditioning": "own",
+                    "kernels": "selected",
+                    "classes": ["table", "chair"],
+                    "mAP": [0.1 + 0.2 * run.seed, None],
+                }
+                for head in run.config.dataset_names
+            ]
+            document = {"version": 1, "source": asdict(self.source), "entries": entries}
+            (folder / "zero_shot_s3dis.json").write_text(json.dumps(document))
+        self.tuned = tuning_rows(self.base, "s3dis", (0, 1), self.rows, self.folders)
+        self.tuned_folders = locate(self.tuned, workdir)
+        first = {run: folder for run, folder in self.tuned_folders.items() if run.seed == 0 or run.after is None}
+        write_all(first, {"s3dis_from_scratch": (0.3, 0.1)})
+
+    def finish(self) -> None:
+        """Write the trainings that are left."""
+        write_all({run: folder for run, folder in self.tuned_folders.items() if not folder.exists()}, {})
+
+    def forget_predictions(self) -> None:
+        """Remove the predictions of all detectors."""
+        for folder in self.folders.values():
+            (folder / "zero_shot_s3dis.json").unlink()
+
+    def results(self) -> list[dict[str, Any]]:
+        return transfer_results(self.base, "s3dis", self.rows, self.tuned, {**self.folders, **self.tuned_folders})
+
+    def run(self, **options: Any) -> int:
+        return run_transfer(self.base, self.workdir, "s3dis", (0, 1), jobs=1, **options)
+
+
+@pytest.fixture
+def finished_transfer(tmp_path: Path) -> FinishedTransfer:
+    return FinishedTransfer(tmp_path)
+
+
+def test_detectors_predict_when_they_are_trained_and_only_once(finished_transfer: FinishedTransfer, tmp_path: Path):
+    rows, folders, source = (getattr(finished_transfer, name) for name in ("rows", "folders", "source"))
     assert without_zero_shot(rows, folders, source) == []
-    tuned = tuning_rows(base, "s3dis", (0, 1), rows, folders)
-    tuned_folders = locate(tuned, tmp_path)
-    write_all(
-        {run: folder for run, folder in tuned_folders.items() if run.seed == 0 or run.after is None},
-        {"s3dis_from_scratch": (0.3, 0.1)},
-    )
-    result = write_transfer(base, "s3dis", rows, tuned, {**folders, **tuned_folders}, tmp_path)
-    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in transfer_table(result).splitlines() if "|" in line]
+    finished_transfer.forget_predictions()
+    assert without_zero_shot(rows, folders, source) == [*folders.values()]
+    assert without_zero_shot(rows, locate(rows, tmp_path / "untrained"), source) == []
+
+
+def test_the_tables_have_means_over_the_finished_seeds(finished_transfer: FinishedTransfer):
+    results = finished_transfer.results()
+    text = "".join(map(markdown, results))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
     assert lines[0][-3:] == ["mAP@0.25 of these", "mAP@0.5 of these", "seeds"]
     assert lines[2] == ["TR3D on scannet", "scannet", "own", "selected", "2", "20.0 ± 14.1", "-", "2"]
     assert [line[:2] for line in lines[4:8]] == [
-        [label, head] for label in ("naive joint", "H2A2") for head in base.dataset_names[:2]
+        [label, head] for label in ("naive joint", "H2A2") for head in ("scannet", "sunrgbd")
     ]
     by_start = {line[0]: line[1:] for line in lines[10:]}
     assert by_start["from scratch"] == ["30.0 ± 0.0", "10.0 ± 0.0", "2"]
     assert by_start["from H2A2"] == ["50.0", "25.0", "1"]
-    assert (
-        "without it for 200 steps of 4 scans a dataset, on it for 100 steps" in result["note"]
-        and "say nothing about the benchmarks" in result["note"]
-    )
-    assert json.loads((tmp_path / "results.json").read_text())["transfer_to_s3dis"] == result
+    assert "without it for 200 steps of 4 scans a dataset" in results[0]["note"]
+    assert "on it for 100 steps" in results[1]["note"]
+    assert all("say nothing about the benchmarks" in result["note"] for result in results)
 
-    write_all({run: folder for run, folder in tuned_folders.items() if not folder.exists()}, {})
-    assert transfer_command(base, tmp_path, "s3dis", (0, 1), jobs=1) == 0
+
+def test_the_command_prints_and_stores_both_tables(
+    finished_transfer: FinishedTransfer, capsys: pytest.CaptureFixture[str]
+):
+    finished_transfer.finish()
+    assert finished_transfer.run() == 0
     assert "| from H2A2" in capsys.readouterr().out
-    assert "## Transfer to s3dis" in (tmp_path / "table.md").read_text()
+    assert "## Transfer to s3dis" in (finished_transfer.workdir / "table.md").read_text()
+    stored = json.loads((finished_transfer.workdir / "results.json").read_text())["results"]
+    assert stored == finished_transfer.results()
+    assert [result["kind"] for result in stored] == ["transfer_to_s3dis", "tuning_to_s3dis"]
+    assert stored[1]["rows"][-1]["seeds"] == [0, 1]
 
-    # One checkpoint that cannot be read is named; the others are predicted, and the table is written.
-    broken, *others = [folder for folder in folders.values()]
-    for folder in folders.values():
-        (folder / "zero_shot_s3dis.json").unlink()
+
+def test_a_checkpoint_that_cannot_be_read_is_named_and_the_others_predict(
+    finished_transfer: FinishedTransfer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    finished_transfer.finish()
+    finished_transfer.forget_predictions()
+    broken, *others = finished_transfer.folders.values()
     predicted = []
 
     def evaluate(folder, source, cache):
@@ -244,11 +284,20 @@ def test_the_tables_and_what_is_finished(
             raise InputError("its checkpoint is gone")
         predicted.append(folder)
 
-    monkeypatch.setattr(commands_transfer, "evaluate_zero_shot", evaluate)
-    assert transfer_command(base, tmp_path, "s3dis", (0, 1), jobs=1) == 1
-    said = capsys.readouterr()
-    assert f"{broken.name} did not predict s3dis: its checkpoint is gone" in said.err and predicted == others
-    assert "| TR3D on scannet" not in said.out and "| from H2A2" in said.out
-    predicted.clear()
-    assert transfer_command(base, tmp_path, "s3dis", (0, 1), jobs=1, budget_minutes=1e-9) == 0
-    assert f"{len(folders)} predictions of s3dis are left" in capsys.readouterr().out and predicted == []
+    monkeypatch.setattr(transfer, "evaluate_zero_shot", evaluate)
+    assert finished_transfer.run() == 1
+    printed = capsys.readouterr()
+    assert f"{broken.name} did not predict s3dis: its checkpoint is gone" in printed.err and predicted == others
+    assert "| TR3D on scannet" not in printed.out and "| from H2A2" in printed.out
+
+
+def test_a_used_budget_leaves_predictions_to_the_next_call(
+    finished_transfer: FinishedTransfer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    finished_transfer.finish()
+    finished_transfer.forget_predictions()
+    predicted = []
+    monkeypatch.setattr(transfer, "evaluate_zero_shot", lambda *given: predicted.append(given))
+    assert finished_transfer.run(budget_minutes=1e-9) == 0
+    assert f"{len(finished_transfer.folders)} predictions of s3dis are left" in capsys.readouterr().out
+    assert predicted == []

@@ -19,6 +19,9 @@ from h2a2_jax.training.build import restore_newest
 from h2a2_jax.training.loop import drop_lost_steps
 from tests.checkpoint.test_store import NAMES, PLAIN, assert_equal, experiment, largest_file, make_state
 
+# Orbax stops waiting for the other files when it cannot read one, and TensorStore then reports to a closed event loop.
+pytestmark = pytest.mark.filterwarnings("ignore:(?s).*loop is closed:pytest.PytestUnraisableExceptionWarning")
+
 CONFIG = experiment(model=PLAIN)
 
 

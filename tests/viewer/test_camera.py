@@ -1,4 +1,4 @@
-"""Where places appear in a picture."""
+"""Pixels of points in a picture."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ UP = np.array([0.0, 0, 1])
 
 @pytest.mark.parametrize("view", list(VIEWS))
 @pytest.mark.parametrize("size", [(800, 500), (300, 700)])
-def test_it_sees_all_of_the_box_and_little_more(view, size):
+def test_the_box_fills_the_picture(view, size):
     camera = camera_for(LOW, HIGH, view, *size)
     corners = np.array([[x, y, z] for x in (100, 105) for y in (-50, -47) for z in (2, 4.5)], float)
     pixels, depth = camera.project(corners)

@@ -95,7 +95,7 @@ def test_names_are_text_whatever_they_hold(tmp_path):
     assert page.tags == plain.tags and page.references == plain.references
     assert [entry["name"] for entry in page.data["classes"]] == list(EVIL)
     assert "<img src=x" not in page.source and page.texts["h1"] == "<img src=x onerror=alert(1)> & more"
-    assert len(page.points()) == 2000  # what looks like a place to put the points in did not get them
+    assert len(page.points()) == 2000  # the placeholder in a class name was not replaced
 
 
 def test_a_name_that_is_no_text_is_written(tmp_path):
@@ -121,7 +121,7 @@ def test_a_ceiling_is_cut_off(tmp_path):
     assert written(tmp_path, room(), None, NAMES).data["points"]["ceiling"] is None
 
 
-def test_thinning_is_said_on_the_page(tmp_path):
+def test_the_page_notes_thinning(tmp_path):
     page = written(tmp_path, room(), None, NAMES, max_points=500)
     assert len(page.points()) == 500 and page.data["points"]["total"] == 2000
     assert page.data["notes"] == ["500 of 2,000 points are shown, thinned evenly."]

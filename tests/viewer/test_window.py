@@ -1,4 +1,4 @@
-"""Where there is no window."""
+"""Errors without Open3D or a display."""
 
 import sys
 
@@ -9,7 +9,7 @@ from h2a2_jax.viewer import show
 from tests.viewer.scenes import NAMES, room
 
 
-def test_without_open3d_it_says_what_to_install(monkeypatch):
+def test_a_missing_open3d_is_an_error_that_names_the_package(monkeypatch):
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setitem(sys.modules, "open3d", None)
     with pytest.raises(InputError, match=r'pip install "h2a2_jax\[visual\]"; an HTML page and a PNG') as caught:
@@ -18,7 +18,7 @@ def test_without_open3d_it_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems always have a display")
-def test_without_a_display_it_says_so(monkeypatch):
+def test_a_missing_display_is_an_error(monkeypatch):
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="neither DISPLAY nor WAYLAND_DISPLAY is set"):

@@ -1,66 +1,106 @@
-"""Points of LAS files (ASPRS, versions 1.0 to 1.4, point formats 0 to 10), uncompressed."""
+"""Points of LAS and LAZ files (ASPRS, versions 1.0 to 1.4, point formats 0 to 10)."""
 
+import io
 import struct
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats.thinning import Thinning
+from h2a2_jax.scans.formats import Thinning
 
 _HEADER = 227  # bytes up to version 1.2; later ones have more
-_COUNT_14 = 247  # where version 1.4 has its 64-bit count
-_COLOR_PLACES = {2: 20, 3: 28, 5: 28, 7: 30, 8: 30, 10: 30}
-_LEAST = (20, 28, 26, 34, 57, 63, 30, 36, 38, 59, 67)  # bytes of a record by point format
-_COMPRESSED = 0x80  # LASzip marks the point format
-LAZ = "is compressed LAS: turn it into .las (`laszip -i a.laz -o a.las`, or CloudCompare's export) or .ply"
-"""What is wrong with a .laz file, and what to do."""
+_RECORD_HEADER = 54  # bytes of a variable length record before its data
 
 
 def read_las(path: Path, thinning: Thinning | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Coordinates, float64, and colours if the file has some.
+    """Read coordinates, float64, and colours if the file has some.
 
     Args:
-        path: a `.las` file.
-        thinning: which points; all without one.
+        path: a `.las` or `.laz` file.
+        thinning: chooses the points; None reads all.
 
     Returns:
         [n, 3] points; [n, 3] colours, uint16 as the format has them, or uint8 where no number exceeds 255.
 
     Raises:
-        InputError: the file is no LAS, is compressed, or is shorter than its header says.
-        OSError: it cannot be opened.
+        InputError: the file is no LAS, is shorter than its header says, or cannot be decompressed.
+        OSError: the file cannot be opened.
     """
+    import laspy  # three quarters of a second, which only these files should take
+
     with path.open("rb") as file:
-        header = file.read(_COUNT_14 + 8)
-        if header[:4] != b"LASF" or len(header) < _HEADER:
-            raise InputError(f"{path} is no LAS file or is cut off in its header: export it again.")
-        start = struct.unpack_from("<I", header, 96)[0]
-        form, width, count = struct.unpack_from("<BHI", header, 104)
-        if form & _COMPRESSED:
-            raise InputError(f"{path} {LAZ}.")
-        if form >= len(_LEAST) or width < _LEAST[form]:
-            raise InputError(f"{path} has LAS point format {form} of {width} bytes; formats 0 to 10 are read.")
-        if tuple(header[24:26]) >= (1, 4) and len(header) >= _COUNT_14 + 8:
-            count = struct.unpack_from("<Q", header, _COUNT_14)[0] or count
-        left = path.stat().st_size - start
-        if count * width > left:
+        _check_header(path, file.read(_HEADER))
+        file.seek(0)
+        try:
+            # One thread: the threads of the parallel decompressor do not survive a fork.
+            reader = laspy.LasReader(file, closefd=False, laz_backend=laspy.LazBackend.Lazrs, read_evlrs=False)
+        except Exception as error:  # laspy has no base class of the errors of damaged headers
+            raise InputError(f"{path} is no LAS file or its header is damaged ({error}): export it again.") from error
+        header = reader.header
+        count, width, left = header.point_count, header.point_format.size, path.stat().st_size - file.tell()
+        if not header.are_points_compressed and count * width > left:
             raise InputError(
                 f"{path} is cut off: its header says {count} points, which take {count * width} bytes, but "
                 f"{max(left, 0)} bytes follow; copy it again."
             )
-        color = _COLOR_PLACES.get(form)
-        names, formats, offsets = ["x", "y", "z"], ["<i4"] * 3, [0, 4, 8]
-        if color is not None:
-            names, formats = [*names, "rgb"], [*formats, "(3,)<u2"]
-            offsets = [*offsets, color]
-        record = np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": width})
-        file.seek(start)
-        rows = (thinning or Thinning()).read(file, record, count)
-    scale, offset = np.frombuffer(header, "<f8", 3, 131), np.frombuffer(header, "<f8", 3, 155)
-    points = np.stack([rows[name] for name in "xyz"], axis=1) * scale + offset
-    if color is None:
+        if header.are_points_compressed:
+            _check_chunks(path, file, header)
+        names = ["X", "Y", "Z"]
+        if "red" in header.point_format.dimension_names:
+            names += ["red", "green", "blue"]
+
+        def read(number: int) -> np.ndarray:
+            rows = reader.read_points(number).array
+            return np.stack([rows[name] for name in names], axis=1, dtype=np.int32, casting="safe")
+
+        try:
+            rows = (thinning or Thinning()).collect(read, count)
+        except Exception as error:  # of lazrs, which has no base class of its errors
+            raise InputError(f"{path} is cut off or damaged ({error}): copy it again.") from error
+    points = rows[:, :3] * header.scales + header.offsets
+    if len(names) == 3:
         return points, None
-    colors = rows["rgb"]
+    colors = rows[:, 3:]
     # Many programs write bytes into the 16 bits.
-    return points, colors.astype(np.uint8) if colors.max(initial=0) <= 255 else np.ascontiguousarray(colors)
+    return points, colors.astype(np.uint8 if colors.max(initial=0) <= 255 else np.uint16)
+
+
+def _check_header(path: Path, header: bytes) -> None:
+    """Refuse what laspy would trust: a header's numbers of bytes and of records."""
+    if header[:4] != b"LASF" or len(header) < _HEADER:
+        raise InputError(f"{path} is no LAS file or is cut off in its header: export it again.")
+    start, records = struct.unpack_from("<II", header, 96)
+    if start > path.stat().st_size or records * _RECORD_HEADER > start:
+        raise InputError(
+            f"{path} is cut off: its header says that points begin after {start} bytes and {records} records, but the "
+            f"file has {path.stat().st_size} bytes; copy it again."
+        )
+
+
+def _check_chunks(path: Path, file: BinaryIO, header: Any) -> None:
+    """Refuse a damaged table of chunks: lazrs ends the process when it cannot allocate what the table asks for."""
+    import lazrs
+
+    start, size = file.tell(), path.stat().st_size
+
+    def number(form: str, place: int) -> int:
+        file.seek(min(max(place, 0), size))
+        content = file.read(struct.calcsize(form))
+        return struct.unpack(form, content)[0] if len(content) == struct.calcsize(form) else -1
+
+    table = number("<q", start)
+    if table == -1:  # then the last bytes of the file say where it is
+        table = number("<q", size - 8)
+    chunks = number("<I", table + 4)
+    file.seek(start, io.SEEK_SET)
+    items = [vlr for vlr in header.vlrs if type(vlr).__name__ == "LasZipVlr"]
+    width = lazrs.LazVlr(items[0].record_data).item_size() if items else 0
+    if not 0 <= table <= size - 8 or not 0 <= chunks <= size // 8:
+        raise InputError(f"{path} is cut off or damaged: it lacks a table of its compressed chunks; copy it again.")
+    if width != header.point_format.size:
+        raise InputError(
+            f"{path} is damaged: its points have {header.point_format.size} bytes by its header and {width} by its "
+            "compressed chunks; write it again."
+        )

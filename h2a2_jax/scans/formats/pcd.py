@@ -8,8 +8,8 @@ from typing import BinaryIO
 import numpy as np
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats.ply import typed
-from h2a2_jax.scans.formats.thinning import Thinning
+from h2a2_jax.scans.formats import Thinning
+from h2a2_jax.scans.formats.ply import to_type
 
 _MOST_LZF_GROWTH = 88  # three bytes stand for at most 264
 _LONGEST_HEADER = 1 << 16
@@ -26,24 +26,24 @@ class _Header:
 
     @property
     def dtype(self) -> np.dtype:
-        """One point; a field of several numbers is one of raw bytes, for nobody reads it."""
+        """Type of one point; a field of several numbers is raw bytes, for nobody reads it."""
         return np.dtype([(name, self.stored(i)) for i, name in enumerate(self.names)])
 
     def stored(self, i: int) -> str:
-        """What one point holds of a field."""
+        """Return the type of field `i` of one point."""
         return self.kinds[i] if self.counts[i] == 1 else f"V{np.dtype(self.kinds[i]).itemsize * self.counts[i]}"
 
 
 def read_pcd_columns(path: Path, thinning: Thinning | None = None) -> Mapping[str, np.ndarray]:
-    """Fields of one number per point by name; packed colours (rgb, rgba) become red, green, blue in uint8.
+    """Read the fields of one number per point by name; packed colours (rgb, rgba) become red, green, blue in uint8.
 
     Args:
         path: a `.pcd` file.
-        thinning: which points; all without one. What is compressed is unpacked as a whole.
+        thinning: chooses the points; None reads all. Compressed data are unpacked as a whole.
 
     Raises:
         InputError: the file is no PCD, is shorter than its header says, or cannot be parsed.
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
     """
     with path.open("rb") as file:
         header = _read_header(path, file)
@@ -82,7 +82,7 @@ def _read_header(path: Path, file: BinaryIO) -> _Header:
         points = int(entries["POINTS"][0]) if "POINTS" in entries else width * height
         if points < 0:
             raise ValueError(f"{points} points")
-        # Padding is called _, as often as there is some.
+        # Every field of padding is called _, but the names of a type must differ.
         names = tuple(f"_{i}" if name == "_" or name in fields[:i] else name for i, name in enumerate(fields))
         kinds = tuple(f"<{kind.lower()}{size}" for kind, size in zip(types, sizes, strict=True))
         for kind in kinds:
@@ -112,7 +112,7 @@ def _binary_columns(path: Path, file: BinaryIO, header: _Header, thinning: Thinn
 
 
 def _compressed_columns(path: Path, file: BinaryIO, header: _Header, thinning: Thinning) -> dict[str, np.ndarray]:
-    """Field after field, not point after point: so it compresses better."""
+    """Read the fields one after the other: they compress better than points."""
     wanted = header.points * header.dtype.itemsize
     sizes = np.frombuffer(file.read(8), "<u4")
     left = path.stat().st_size - file.tell()
@@ -153,24 +153,24 @@ def _text_columns(path: Path, file: BinaryIO, header: _Header, thinning: Thinnin
     columns, column = {}, 0
     for name, kind, count in zip(header.names, header.kinds, header.counts, strict=True):
         if count == 1:
-            columns[name] = typed(path, name, rows[:, column], kind)
+            columns[name] = to_type(path, name, rows[:, column], kind)
         column += count
     return columns
 
 
 def decompress_lzf(content: bytes, size: int) -> bytearray:
-    """Undoes LZF (Marc Lehmann's liblzf), the compression of PCD files.
+    """Undo LZF (Marc Lehmann's liblzf), the compression of PCD files.
 
-    A control byte below 32 is followed by that many literal bytes and one more; another one repeats what was written
-    up to 8 KiB before: 3 bits of length, 13 of distance, and one byte more of length where the 3 bits are full.
+    A control byte below 32 is followed by that many literal bytes and one more; a larger one repeats bytes written
+    up to 8 KiB before: 3 bits of length, 13 of distance, and one byte more of length if the 3 bits are full.
 
     Args:
         content: compressed bytes.
-        size: of the result.
+        size: number of bytes of the result.
 
     Raises:
-        ValueError: the content does not make `size` bytes or refers to what is not there.
-        IndexError: it ends in the middle.
+        ValueError: the content does not make `size` bytes, or repeats bytes that were never written.
+        IndexError: the content ends in the middle.
     """
     output = bytearray(size)
     read, written, end = 0, 0, len(content)
@@ -194,7 +194,7 @@ def decompress_lzf(content: bytes, size: int) -> bytearray:
                 raise ValueError("a repetition of what is not there")
             if distance >= length:
                 output[written : written + length] = output[start : start + length]
-            else:  # what is repeated overlaps with what is written: a pattern
+            else:  # the repeated bytes overlap with the written ones: a pattern
                 pattern = output[start:written]
                 output[written : written + length] = (pattern * (length // distance + 1))[:length]
         written += length

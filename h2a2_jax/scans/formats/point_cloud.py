@@ -1,17 +1,17 @@
-"""Point clouds from files of any usual format, as the file has them: its frame, its unit, its scale of colours.
+"""Point clouds from files of any usual format, in the frame, unit and colour scale of the file.
 
 | suffix | what is read |
 |---|---|
-| .ply | the element vertex: x, y, z and red, green, blue (or r, g, b); ascii, binary, big-endian |
+| .ply | the element vertex: x, y, z and red, green, blue (or r, g, b); ascii, binary, big-endian; lists are skipped |
 | .pcd | x, y, z and rgb, rgba (packed) or r, g, b; ascii, binary, binary_compressed |
 | .npy | rows x, y, z, r, g, b, or x, y, z, anything else; or a structured array with these names |
 | .npz | `points` (or `xyz`, `coords`) of 3 columns with `colors` (or `rgb`), or of 6 |
-| .bin | float32 rows of 6, 4 or 3 numbers; `PointCloud.assumed` says what was taken |
+| .bin | float32 rows of 6, 4 or 3 numbers; `PointCloud.assumed` says which |
 | .txt, .xyz, .pts, .csv, .asc | a point a line; blanks, commas or semicolons between; leading lines of names pass |
-| .las | versions to 1.4, point formats 0 to 10, uncompressed |
+| .las, .laz | versions to 1.4, point formats 0 to 10 |
 
-Nothing is allocated because a header says so: its counts are compared with the size of the file before. A large file
-is thinned out while it is read, if one asks for it, so that memory does not grow with it.
+The counts of a header are compared with the size of the file before anything is allocated. A large file can be thinned
+out while it is read, so that memory does not grow with the file.
 """
 
 import io
@@ -28,10 +28,10 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats.las import LAZ, read_las
+from h2a2_jax.scans.formats import Thinning, count_lines
+from h2a2_jax.scans.formats.las import read_las
 from h2a2_jax.scans.formats.pcd import read_pcd_columns
 from h2a2_jax.scans.formats.ply import read_ply_columns
-from h2a2_jax.scans.formats.thinning import Thinning, count_lines
 from h2a2_jax.scans.scan import NOT_FINITE
 
 ColorRange = Literal["auto", "0-1", "0-255", "none"]
@@ -41,24 +41,23 @@ _COLOR_NAMES = (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diff
 _POINT_ARRAYS = ("points", "xyz", "coords", "coordinates", "arr_0")
 _COLOR_ARRAYS = ("colors", "colours", "rgb", "color")
 _MOST_ZIP_GROWTH = 1040  # deflate packs at most 258 bytes into two bits
-_NPY_START = 12  # bytes of magic, version and the longer of two kinds of length
 _LONGEST_HEADER = 10_000  # numpy's own limit
 THINNED = "points left out of a large file"
-"""A kind of note, where a file has more points than were asked for."""
+"""A kind of note, of a file with more points than the caller wants."""
 _SHORTEST_LINE = 6  # bytes of "1 2 3"
 _ROUNDING = 1e-3  # by which colours may exceed their range
 
 
 @dataclass(frozen=True, eq=False)
 class PointCloud:
-    """What a file holds of points that are finite.
+    """Finite points of a file.
 
     Attributes:
         points: x, y, z in the file's frame and unit; float64 if the file has more digits than float32 holds.
         colors: red, green, blue in the file's scale, or None if it has none.
-        full_color: what stands for full brightness where the type of the colours says so (255 for bytes), else None.
-        assumed: sentences on what the file leaves open and was taken for granted.
-        notes: what was left out, a count by kind.
+        full_color: number of full brightness if the type of the colours fixes it (255 for bytes), else None.
+        assumed: sentences on assumptions, for the file leaves them open.
+        notes: counts by kind of points left out.
     """
 
     points: Float[np.ndarray, "n 3"]
@@ -76,21 +75,18 @@ class _Raw:
 
 
 def read_point_cloud(path: str | Path, most: int | None = None) -> PointCloud:
-    """Reads a point cloud; points with a NaN or infinite coordinate or colour are left out and counted.
+    """Read a point cloud; points with a NaN or infinite coordinate or colour are left out and counted.
 
     Args:
         path: a file with one of the suffixes in `SUFFIXES`.
-        most: of a file with more points, this many are read, one at random out of each of as many equal parts, and the
-            others counted (`THINNED`). Memory is bounded by it but for compressed PCD.
+        most: largest number of points; a larger file is thinned to one point at random out of each of `most` equal
+            parts, and the others are counted (`THINNED`). It bounds the memory, but not for compressed PCD.
 
     Raises:
-        InputError: one sentence if there is no such file, or its suffix is unknown, or it is damaged. A file that
-            holds no point is none of these.
+        InputError: the file is missing or damaged, or its suffix is unknown. A file without points raises nothing.
     """
     path, thinning = Path(path), Thinning(most)
     reader = _READERS.get(path.suffix.lower())
-    if path.suffix.lower() in REFUSED:
-        raise InputError(f"{path} {REFUSED[path.suffix.lower()]}.")
     if reader is None:
         raise InputError(f"{path} has the suffix {path.suffix!r}; point clouds are read from {', '.join(SUFFIXES)}.")
     try:
@@ -103,7 +99,7 @@ def read_point_cloud(path: str | Path, most: int | None = None) -> PointCloud:
         raise
     except (MemoryError, OverflowError) as error:
         raise InputError(f"{path} asks for more memory than there is ({error}): split it or thin it out.") from error
-    except Exception as error:  # of damaged bytes libraries say the oddest things
+    except Exception as error:  # libraries raise anything on damaged bytes
         what = " ".join(str(error).split())[:200]
         raise InputError(
             f"{path} is damaged ({type(error).__name__}: {what}): copy it again or write it again."
@@ -115,11 +111,11 @@ def read_point_cloud(path: str | Path, most: int | None = None) -> PointCloud:
 
 
 def cloud_of_arrays(points: np.ndarray, colors: np.ndarray | None = None) -> PointCloud:
-    """A point cloud of arrays; points with a NaN or infinite coordinate or colour are left out and counted.
+    """Make a point cloud of arrays; points with a NaN or infinite coordinate or colour are left out and counted.
 
     Args:
         points: [n, 3] x, y, z, numbers of any type.
-        colors: [n, 3] red, green, blue; an unsigned type says their range.
+        colors: [n, 3] red, green, blue; an unsigned type fixes their range.
 
     Raises:
         InputError: an array has another shape or holds no real numbers.
@@ -138,12 +134,12 @@ def cloud_of_arrays(points: np.ndarray, colors: np.ndarray | None = None) -> Poi
 
 
 def unit_colors(cloud: PointCloud, color_range: ColorRange = "auto") -> Float32[np.ndarray, "n 3"] | None:
-    """Colours in 0-1.
+    """Scale colours to 0-1.
 
     Args:
         cloud: the points.
-        color_range: what the file's numbers mean; "auto" goes by their type, or by the largest one if that is open:
-            up to 1 is 0-1, up to 255 is 0-255.
+        color_range: range of the file's numbers; "auto" goes by their type, or by the largest number if the type
+            leaves it open: up to 1 is 0-1, up to 255 is 0-255.
 
     Returns:
         One colour per point, or None if the cloud has none or `color_range` is "none".
@@ -164,7 +160,7 @@ def unit_colors(cloud: PointCloud, color_range: ColorRange = "auto") -> Float32[
 
 
 def _finite(raw: _Raw) -> PointCloud:
-    """Without the points that are not finite."""
+    """Leave out the points that are not finite."""
     points = _real(raw.points)
     colors = None if raw.colors is None else _real(raw.colors)
     full_color = None
@@ -181,7 +177,7 @@ def _finite(raw: _Raw) -> PointCloud:
 
 
 def _real(values: np.ndarray) -> np.ndarray:
-    """float32 where that keeps what the file holds, else float64; native byte order."""
+    """Convert to float32 if that is exact for the type, else to float64; native byte order."""
     exact = values.dtype.itemsize <= (4 if values.dtype.kind == "f" else 2)
     return np.ascontiguousarray(values, np.float32 if exact else np.float64)
 
@@ -210,33 +206,19 @@ def _from_rows(path: Path, rows: np.ndarray, what: str = "its array") -> _Raw:
     return _Raw(rows[:, :3], None, () if width == 3 else (f"columns after x, y, z of {width} are not used",))
 
 
-def _read_ply(path: Path, thinning: Thinning) -> _Raw:
-    return _from_columns(path, read_ply_columns(path, thinning))
-
-
-def _read_pcd(path: Path, thinning: Thinning) -> _Raw:
-    return _from_columns(path, read_pcd_columns(path, thinning))
-
-
-def _read_las(path: Path, thinning: Thinning) -> _Raw:
-    return _Raw(*read_las(path, thinning))
-
-
 def _read_npy(path: Path, thinning: Thinning) -> _Raw:
     with path.open("rb") as file:
         return _from_rows(path, _array(path, file, path.stat().st_size, thinning))
 
 
 def _array(path: Path, file: Any, size: int, thinning: Thinning) -> np.ndarray:
-    """One array in numpy's format, or some of its rows, if as many bytes as its header says can be there."""
-    start = file.read(_NPY_START)
-    version, digits = start[6:8], 2 if start[6:7] == b"\1" else 4
-    if start[:6] != b"\x93NUMPY" or version not in (b"\1\0", b"\2\0"):
+    """Read one array in numpy's format, or some of its rows, if the file can hold as many bytes as its header says."""
+    start = file.read(8)
+    if start not in (b"\x93NUMPY\1\0", b"\x93NUMPY\2\0"):
         raise InputError(f"{path} is no numpy array: save it again with numpy.save.")
-    length = int.from_bytes(start[8 : 8 + digits], "little")
-    header = start[8 + digits :] + file.read(max(0, min(length, _LONGEST_HEADER) - len(start) + 8 + digits))
-    header, content = header[:length], header[length:]
-    # Python's parser can crash on what is no text at all.
+    length = int.from_bytes(file.read(2 if start[6] == 1 else 4), "little")
+    header = file.read(min(length, _LONGEST_HEADER))
+    # Python's parser can crash on bytes that are no text.
     if len(header) < length or not all(32 <= byte < 127 or byte == 10 for byte in header):
         raise InputError(f"{path} is no numpy array or is cut off: its header is damaged; save it again.")
     try:
@@ -254,28 +236,16 @@ def _array(path: Path, file: Any, size: int, thinning: Thinning) -> np.ndarray:
         raise InputError(
             f"{path} is cut off: its header says {shape} of {dtype}, but it has {size} bytes; copy it again."
         )
-    content = _Following(content, file)
     try:
         if len(shape) == 2 and shape[0] and fortran:  # a column after the other
-            return np.stack([thinning.read(content, dtype, shape[0]) for _ in range(shape[1])], axis=1)
+            return np.stack([thinning.read(file, dtype, shape[0]) for _ in range(shape[1])], axis=1)
         if len(shape) == 2 and shape[0] and shape[1]:
-            return thinning.read(content, dtype, shape[0], shape[1]).reshape(-1, shape[1])
+            return thinning.read(file, dtype, shape[0], shape[1]).reshape(-1, shape[1])
         if len(shape) == 1:
-            return thinning.read(content, dtype, shape[0])
-        return Thinning().read(content, dtype, count).reshape(shape, order="F" if fortran else "C")
+            return thinning.read(file, dtype, shape[0])
+        return Thinning().read(file, dtype, count).reshape(shape, order="F" if fortran else "C")
     except EOFError as error:
         raise InputError(f"{path} is cut off: of {count * dtype.itemsize} bytes {error}; copy it again.") from error
-
-
-class _Following:
-    """What was read of a file already, followed by the rest of it."""
-
-    def __init__(self, start: bytes, file: Any):
-        self._start, self._file = start, file
-
-    def read(self, size: int) -> bytes:
-        start, self._start = self._start[:size], self._start[size:]
-        return start + self._file.read(size - len(start)) if len(start) < size else start
 
 
 def _read_npz(path: Path, thinning: Thinning) -> _Raw:
@@ -333,7 +303,7 @@ def _read_bin(path: Path, thinning: Thinning) -> _Raw:
 
 
 def _row_width(values: np.ndarray, count: int) -> int:
-    """Numbers per row: the period in which columns are most alike, 6 where it makes no difference or there are few."""
+    """Guess the numbers per row: the period in which columns are most alike, 6 of few rows or without a difference."""
     widths = [width for width in (6, 4, 3) if count % width == 0]
     some = values.astype(np.float64)
     if len(widths) == 1 or len(some) < 12 * 20:
@@ -341,7 +311,7 @@ def _row_width(values: np.ndarray, count: int) -> int:
     some = some[: len(some) // 12 * 12]
     some[~np.isfinite(some) | (np.abs(some) > 1e9)] = np.nan
 
-    def spread(width: int) -> float:  # the mean code length of a number, if each column is a normal distribution
+    def spread(width: int) -> float:  # mean code length of a number, with a normal distribution per column
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return float(np.mean(np.log(np.nan_to_num(np.nanstd(some.reshape(-1, width), axis=0)) + 1e-6)))
@@ -386,15 +356,13 @@ def _read_text(path: Path, thinning: Thinning) -> _Raw:
 
 
 _READERS: dict[str, Callable[[Path, Thinning], _Raw]] = {
-    ".ply": _read_ply,
-    ".pcd": _read_pcd,
+    ".ply": lambda path, thinning: _from_columns(path, read_ply_columns(path, thinning)),
+    ".pcd": lambda path, thinning: _from_columns(path, read_pcd_columns(path, thinning)),
     ".npz": _read_npz,
     ".npy": _read_npy,
     ".bin": _read_bin,
     **dict.fromkeys((".txt", ".xyz", ".pts", ".csv", ".asc"), _read_text),
-    ".las": _read_las,
+    **dict.fromkeys((".las", ".laz"), lambda path, thinning: _Raw(*read_las(path, thinning))),
 }
 SUFFIXES = tuple(_READERS)
 """Suffixes of the files that `read_point_cloud` reads."""
-REFUSED: Mapping[str, str] = {".laz": LAZ}
-"""Suffixes of files of points that are not read: what is wrong with them."""

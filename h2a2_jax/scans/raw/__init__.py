@@ -1,8 +1,149 @@
-"""ScanNet v2, SUN RGB-D and S3DIS as people download them."""
+"""ScanNet v2, SUN RGB-D and S3DIS as people download them: the protocol of a dataset, and helpers of all readers."""
 
-from h2a2_jax.scans.raw.raw_files import PUBLISHED, PublishedCounts, RawDataset
-from h2a2_jax.scans.raw.s3dis import S3dis
-from h2a2_jax.scans.raw.scannet import ScanNet
-from h2a2_jax.scans.raw.sunrgbd import SunRgbd
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
-__all__ = ["PUBLISHED", "PublishedCounts", "RawDataset", "S3dis", "ScanNet", "SunRgbd"]
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.scans.scan import NOT_FINITE, Scan, UnusableScan
+from h2a2_jax.scans.specs import DatasetSpec
+
+FAR = 1000.0
+"""Coordinates (m) beyond which a point is a mistake: the rooms of the benchmarks measure tens of metres."""
+
+TOO_FAR = "points more than 1 km from the origin"
+NO_CLASS = "objects of no class of the dataset"
+NO_POINTS = "objects without points"
+NO_BOX = "objects without a usable box"
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """Return a path that can be printed; bytes of its name that are no UTF-8 appear as escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def read_file(path: Path) -> bytes:
+    """Read one file of a scan.
+
+    Raises:
+        UnusableScan: the file is missing or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UnusableScan(f"lacks the file {shown(path)}: download the scan again.") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise UnusableScan(
+            f"cannot be read from {shown(path)} ({error}): check the file and its permissions."
+        ) from None
+
+
+def check_folder(root: Path, layout: str) -> None:
+    """Refuse a root that is no folder.
+
+    Args:
+        root: path that the user gave.
+        layout: expected content of the folder, the end of a sentence.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if not root.is_dir():
+        raise InputError(f"There is no folder {shown(root)}: it should hold {layout}.")
+
+
+def first_existing(candidates: list[Path]) -> Path | None:
+    """Return the first of several paths that is a file, None if none is."""
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def usable_points(points: Float[np.ndarray, "m 3"], notes: Counter[str]) -> Bool[np.ndarray, " m"]:
+    """Mark the points whose coordinates can be true, and count the others in `notes`.
+
+    Args:
+        points: x, y, z (m).
+        notes: counts by kind, which the function adds to.
+    """
+    if np.abs(points).max(initial=0) <= FAR:  # not so if one of them is NaN
+        return np.ones(len(points), bool)
+    finite = np.isfinite(points).all(axis=1)
+    near = np.abs(np.where(np.isfinite(points), points, 0)).max(axis=1, initial=0) <= FAR
+    notes[NOT_FINITE] += int((~finite).sum())
+    notes[TOO_FAR] += int((finite & ~near).sum())
+    return finite & near
+
+
+def instance_boxes(
+    points: Float[np.ndarray, "m 3"], instances: Int[np.ndarray, " m"], count: int
+) -> tuple[Float[np.ndarray, "n 7"], Bool[np.ndarray, " n"]]:
+    """Enclose the points of each instance by an axis-aligned box.
+
+    Args:
+        points: x, y, z (m).
+        instances: instance of each point in [0, count); -1 for none.
+        count: number of instances.
+
+    Returns:
+        Centre, sizes and yaw 0 of each instance, and a mask of the instances with points (the boxes of others are 0).
+    """
+    boxes = np.zeros((count, 7), points.dtype)
+    order = np.argsort(instances, kind="stable")
+    starts = np.searchsorted(instances[order], np.arange(count + 1))
+    filled = starts[1:] > starts[:-1]
+    if filled.any():
+        # Points of no instance (-1) come first and lie before the first start.
+        ordered = points[order]
+        low = np.minimum.reduceat(ordered, starts[:-1][filled])
+        high = np.maximum.reduceat(ordered, starts[:-1][filled])
+        boxes[filled, :3] = (low + high) / 2
+        boxes[filled, 3:6] = high - low
+    return boxes, filled
+
+
+def counted(notes: Counter[str]) -> dict[str, int]:
+    """Keep the kinds that occurred, sorted."""
+    return {kind: number for kind, number in sorted(notes.items()) if number}
+
+
+@runtime_checkable
+class RawDataset(Protocol):
+    """A benchmark as people download it.
+
+    Opening one reads what all scans share and raises `InputError` if the folder is not laid out as expected.
+    Instances can be pickled and travel to other processes without parsing anything again.
+    """
+
+    @property
+    def spec(self) -> DatasetSpec:
+        """Classes and protocol."""
+
+    @property
+    def splits(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of the scans of "train" and of "val", in order; unique across both."""
+
+    @property
+    def notes(self) -> Mapping[str, int]:
+        """Counts by kind of what opening left out; `Scan.notes` has those of a scan."""
+
+    def load(self, name: str) -> Scan:
+        """Parse one scan.
+
+        Args:
+            name: one of the names in `splits`.
+
+        Raises:
+            ScanError: the files of this scan are missing or cannot be used; other scans may be fine.
+        """
+
+
+PUBLISHED: Mapping[str, Mapping[str, int]] = {
+    "scannet": {"train": 1201, "val": 312},
+    "sunrgbd": {"train": 5285, "val": 5050},
+    "s3dis": {"train": 204, "val": 68},
+}
+"""Number of scans by dataset and split that the authors state; those of S3DIS are for Area 5 as validation."""

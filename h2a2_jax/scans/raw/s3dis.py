@@ -9,14 +9,13 @@ lines; those are repaired where their meaning is plain and left out otherwise, a
 import io
 import re
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.raw.raw_files import (
+from h2a2_jax.scans.raw import (
     NO_BOX,
     NO_CLASS,
     NO_POINTS,
@@ -27,8 +26,8 @@ from h2a2_jax.scans.raw.raw_files import (
     shown,
     usable_points,
 )
-from h2a2_jax.scans.scan import Scan, ScanError
-from h2a2_jax.scans.specs import S3DIS, DatasetSpec
+from h2a2_jax.scans.scan import Scan, ScanError, UnusableScan, scan_errors
+from h2a2_jax.scans.specs import S3DIS
 
 REPAIRED = "lines repaired"
 DROPPED = "lines that could not be read"
@@ -48,18 +47,23 @@ _PLAIN = b"0123456789eE.+- \t\r\n"
 class S3dis:
     """Rooms of S3DIS; a `RawDataset`.
 
-    A room's smallest coordinates become its origin, `Scan.transform` tells the shift.
+    A room's smallest coordinates become its origin, `Scan.transform` is the shift.
+
+    Attributes:
+        spec: classes and protocol.
+        splits: rooms of "train" and "val" by area and name, such as "Area_1_office_2".
+        notes: how many of the six areas are missing.
     """
 
     def __init__(self, root: str | Path, val_area: int = 5):
-        """Lists the rooms.
+        """List the rooms.
 
         Args:
             root: the folder with the areas, or the one the archive was unpacked in.
-            val_area: the area whose rooms are the "val" split; the others are "train".
+            val_area: area whose rooms are the "val" split; the others are "train".
 
         Raises:
-            InputError: there is no such area, or none besides it.
+            InputError: there is no such area, or no other one.
         """
         self._root = Path(root)
         check_folder(self._root, _LAYOUT)
@@ -75,29 +79,12 @@ class S3dis:
             raise InputError(
                 f"There are no rooms in {', '.join(missing)} of {shown(self._root)}: an S3DIS folder holds {_LAYOUT}."
             )
-        self._splits = {
-            "train": tuple(others),
-            "val": tuple(f"Area_{val_area}_{room}" for room in rooms[val_area]),
-        }
-        self._notes = {"areas missing": len(missing)} if missing else {}
-
-    @property
-    def spec(self) -> DatasetSpec:
-        """S3DIS's classes and protocol."""
-        return S3DIS
-
-    @property
-    def splits(self) -> Mapping[str, tuple[str, ...]]:
-        """Rooms of "train" and "val" by area and name, such as "Area_1_office_2"."""
-        return self._splits
-
-    @property
-    def notes(self) -> Mapping[str, int]:
-        """How many of the six areas are missing."""
-        return self._notes
+        self.spec = S3DIS
+        self.splits = {"train": tuple(others), "val": tuple(f"Area_{val_area}_{room}" for room in rooms[val_area])}
+        self.notes = {"areas missing": len(missing)} if missing else {}
 
     def load(self, name: str) -> Scan:
-        """Parses one room.
+        """Parse one room.
 
         Args:
             name: such as "Area_1_office_2".
@@ -108,52 +95,53 @@ class S3dis:
         Raises:
             ScanError: the room has no annotations, or a file that is no annotation at all.
         """
-        if not any(name in names for names in self._splits.values()):
+        if not any(name in names for names in self.splits.values()):
             raise ScanError(name, f"There is no room {name} in {shown(self._root)}: names look like Area_1_office_2.")
-        notes: Counter[str] = Counter()
-        area, room = name[:6], name[7:]
-        folder = self._root / area / room / "Annotations"
-        files = sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
-        if not files:
-            raise ScanError(name, f"Scan {name} has no folder {shown(folder)} with text files: unpack that room again.")
-        objects = [_read_object(path, name, notes) for path in files]
-        instances = np.repeat(np.arange(len(files)), [len(rows) for rows in objects])
-        rows = np.concatenate(objects)
-        usable = usable_points(rows[:, :3], notes)
-        if not np.abs(rows[:, 3:] - 127.5).max(initial=0) <= 127.5:  # so if one of them is NaN
-            in_range = (np.abs(rows[:, 3:] - 127.5) <= 127.5).all(axis=1)
-            notes["points with colours outside 0-255"] += int((usable & ~in_range).sum())
-            usable &= in_range
-        if not usable.any():
-            raise ScanError(name, f"Scan {name} has no usable point in {shown(folder)}: unpack that room again.")
-        if not usable.all():
-            rows, instances = rows[usable], instances[usable]
-        origin = rows[:, :3].min(axis=0)
-        points = rows[:, :3] - origin
-        boxes, filled = instance_boxes(points, instances, len(files))
-        labels = np.array([_label(path, notes) for path in files], np.int32)
-        sized = (boxes[:, 3:6] > 0).all(axis=1)
-        notes[NO_POINTS] += int((~filled).sum())
-        notes[NO_BOX] += int(((labels >= 0) & filled & ~sized).sum())
-        kept = (labels >= 0) & filled & sized
-        transform = np.eye(4, dtype=np.float32)
-        transform[:3, 3] = -origin
-        return Scan(
-            name,
-            points.astype(np.float32),
-            rows[:, 3:].astype(np.float32) / np.float32(255),
-            boxes[kept].astype(np.float32),
-            labels[kept],
-            transform,
-            counted(notes),
-        )
+        with scan_errors(name):
+            notes: Counter[str] = Counter()
+            area, room = name[:6], name[7:]
+            folder = self._root / area / room / "Annotations"
+            files = sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
+            if not files:
+                raise UnusableScan(f"has no folder {shown(folder)} with text files: unpack that room again.")
+            objects = [_read_object(path, notes) for path in files]
+            instances = np.repeat(np.arange(len(files)), [len(rows) for rows in objects])
+            rows = np.concatenate(objects)
+            usable = usable_points(rows[:, :3], notes)
+            if not np.abs(rows[:, 3:] - 127.5).max(initial=0) <= 127.5:  # so if one of them is NaN
+                in_range = (np.abs(rows[:, 3:] - 127.5) <= 127.5).all(axis=1)
+                notes["points with colours outside 0-255"] += int((usable & ~in_range).sum())
+                usable &= in_range
+            if not usable.any():
+                raise UnusableScan(f"has no usable point in {shown(folder)}: unpack that room again.")
+            if not usable.all():
+                rows, instances = rows[usable], instances[usable]
+            origin = rows[:, :3].min(axis=0)
+            points = rows[:, :3] - origin
+            boxes, filled = instance_boxes(points, instances, len(files))
+            labels = np.array([_label(path, notes) for path in files], np.int32)
+            sized = (boxes[:, 3:6] > 0).all(axis=1)
+            notes[NO_POINTS] += int((~filled).sum())
+            notes[NO_BOX] += int(((labels >= 0) & filled & ~sized).sum())
+            kept = (labels >= 0) & filled & sized
+            transform = np.eye(4, dtype=np.float32)
+            transform[:3, 3] = -origin
+            return Scan(
+                name,
+                points.astype(np.float32),
+                rows[:, 3:].astype(np.float32) / np.float32(255),
+                boxes[kept].astype(np.float32),
+                labels[kept],
+                transform,
+                counted(notes),
+            )
 
     def _area(self, area: int) -> Path:
         return self._root / f"Area_{area}"
 
 
 def _rooms(area: Path) -> list[str]:
-    """Names of the folders in an area, sorted."""
+    """List the names of the folders in an area, sorted."""
     if not area.is_dir():
         return []
     rooms = sorted(path for path in area.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -169,7 +157,7 @@ def _rooms(area: Path) -> list[str]:
 
 
 def _label(path: Path, notes: Counter[str]) -> int:
-    """Label of an object by its file's name; -1 for those of no class, which are counted."""
+    """Return the label of an object by its file's name; -1 for one of no class, which is counted."""
     word = path.stem.rpartition("_")[0] or path.stem
     if word in S3DIS.classes:
         return S3DIS.classes.index(word)
@@ -178,9 +166,9 @@ def _label(path: Path, notes: Counter[str]) -> int:
     return -1
 
 
-def _read_object(path: Path, name: str, notes: Counter[str]) -> Float[np.ndarray, "m 6"]:
-    """Rows of one file; broken lines are repaired or left out, and counted."""
-    content = read_file(path, name)
+def _read_object(path: Path, notes: Counter[str]) -> Float[np.ndarray, "m 6"]:
+    """Read the rows of one file; broken lines are repaired or left out, and counted."""
+    content = read_file(path)
     if not content.strip():
         return np.zeros((0, _COLUMNS))
     rows = _parse(content)
@@ -190,16 +178,13 @@ def _read_object(path: Path, name: str, notes: Counter[str]) -> Float[np.ndarray
     blocks = [_parse_broken(lines[start : start + _BLOCK], notes) for start in range(0, len(lines), _BLOCK)]
     rows = np.concatenate(blocks)
     if not len(rows):
-        raise ScanError(
-            name,
-            f"Scan {name} has no line of six numbers (x y z r g b) in {shown(path)}: unpack that room again.",
-        )
+        raise UnusableScan(f"has no line of six numbers (x y z r g b) in {shown(path)}: unpack that room again.")
     return rows
 
 
 def _parse(content: bytes) -> Float[np.ndarray, "m 6"] | None:
-    """Rows of text in which every line that is not blank has six plain numbers; None for any other text."""
-    # NumPy takes some bytes that nobody meant as a blank for one; a repair should be counted.
+    """Parse text in which every line that is not blank has six plain numbers; None for any other text."""
+    # NumPy takes other bytes for a blank too; such a repair should be counted.
     if content.translate(None, _PLAIN):
         return None
     try:
@@ -226,10 +211,13 @@ def _parse_broken(lines: list[bytes], notes: Counter[str]) -> Float[np.ndarray, 
 
 
 def _read_line(line: bytes) -> tuple[list[float] | None, bool]:
-    """The six numbers of a line, None if it is not plain which, and whether it had them without a repair.
+    """Read the six numbers of a line.
 
     Foreign bytes, such as the NUL between two numbers of a published file, stand for a blank; where that makes too
     many numbers, for nothing.
+
+    Returns:
+        The numbers, None if they are not plain; and True if the line needed no repair.
     """
     for repair in (None, b" ", b""):
         words = line.split()

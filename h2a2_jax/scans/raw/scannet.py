@@ -14,7 +14,6 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.raw.raw_files import (
+from h2a2_jax.scans.formats.ply import read_ply_columns
+from h2a2_jax.scans.raw import (
     NO_BOX,
     NO_CLASS,
     NO_POINTS,
@@ -34,8 +34,8 @@ from h2a2_jax.scans.raw.raw_files import (
     shown,
     usable_points,
 )
-from h2a2_jax.scans.scan import Scan, ScanError
-from h2a2_jax.scans.specs import SCANNET, DatasetSpec
+from h2a2_jax.scans.scan import Scan, ScanError, UnusableScan, scan_errors
+from h2a2_jax.scans.specs import SCANNET
 
 NYU40_IDS = (3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 24, 28, 33, 34, 36, 39)
 """NYU40 id of each class of the detection protocol, in the order of the labels."""
@@ -47,7 +47,7 @@ _ALIGNMENT = re.compile(r"^\s*axisAlignment\s*=(.*)$", re.MULTILINE)
 
 
 class _Group(NamedTuple):
-    """One annotated object: its name for people and its segments."""
+    """One annotated object: its name and its segments."""
 
     label: str
     segments: np.ndarray
@@ -57,10 +57,15 @@ class ScanNet:
     """Scans of ScanNet v2; a `RawDataset`.
 
     Points and boxes are in the frame aligned with the walls, `Scan.transform` is the alignment.
+
+    Attributes:
+        spec: classes and protocol.
+        splits: scans of "train" and "val" in the order of the official lists.
+        notes: empty, for opening leaves nothing out.
     """
 
     def __init__(self, root: str | Path):
-        """Reads the lists of scans and the table of labels.
+        """Read the lists of scans and the table of labels.
 
         Args:
             root: the folder with `scans`; the two lists may also lie in its `meta_data` or `Tasks/Benchmark`.
@@ -73,31 +78,17 @@ class ScanNet:
         if not (self._root / "scans").is_dir():
             raise InputError(f"There is no folder scans in {shown(root)}: a ScanNet folder holds {_LAYOUT}.")
         self._label_of = _read_labels(self._root / _LABELS)
-        self._splits = {split: _read_split(self._root, split) for split in ("train", "val")}
-        both = sorted(set(self._splits["train"]) & set(self._splits["val"]))
+        self.spec, self.notes = SCANNET, dict[str, int]()
+        self.splits = {split: _read_split(self._root, split) for split in ("train", "val")}
+        both = sorted(set(self.splits["train"]) & set(self.splits["val"]))
         if both:
             raise InputError(
                 f"{len(both)} scans such as {both[0]} are in scannetv2_train.txt and in scannetv2_val.txt: "
                 "fetch both lists again."
             )
 
-    @property
-    def spec(self) -> DatasetSpec:
-        """ScanNet's classes and protocol."""
-        return SCANNET
-
-    @property
-    def splits(self) -> Mapping[str, tuple[str, ...]]:
-        """Scans of "train" and "val" in the order of the official lists."""
-        return self._splits
-
-    @property
-    def notes(self) -> Mapping[str, int]:
-        """Always empty: opening leaves nothing out."""
-        return {}
-
     def load(self, name: str) -> Scan:
-        """Parses one scan.
+        """Parse one scan.
 
         Args:
             name: such as "scene0000_00".
@@ -108,34 +99,35 @@ class ScanNet:
         Raises:
             ScanError: a file is missing, cut off or contradicts another one.
         """
-        if not any(name in names for names in self._splits.values()):
+        if not any(name in names for names in self.splits.values()):
             raise ScanError(name, f"There is no scan {name} in the lists of {shown(self._root)}: check its name.")
-        folder = self._root / "scans" / name
-        if not folder.is_dir():
-            raise ScanError(name, f"Scan {name} has no folder {shown(folder)}: download it, or take it off the list.")
-        notes: Counter[str] = Counter()
-        stem = folder / name
-        alignment = _read_alignment(_file(stem, ".txt"), name, notes)
-        vertices, colors = _read_vertices(_file(stem, "_vh_clean_2.ply"), name)
-        segments = _read_segments(_file(stem, "_vh_clean_2.0.010000.segs.json"), name, len(vertices))
-        groups = _read_groups(_file(stem, ".aggregation.json"), name, notes)
-        usable = usable_points(vertices, notes)
-        if not usable.any():
-            raise ScanError(
-                name, f"Scan {name} has no usable vertex in {shown(_file(stem, '_vh_clean_2.ply'))}: download it again."
+        with scan_errors(name):
+            folder = self._root / "scans" / name
+            if not folder.is_dir():
+                raise UnusableScan(f"has no folder {shown(folder)}: download it, or take it off the list.")
+            notes: Counter[str] = Counter()
+            stem = folder / name
+            alignment = _read_alignment(_file(stem, ".txt"), notes)
+            vertices, colors = _read_vertices(_file(stem, "_vh_clean_2.ply"))
+            segments = _read_segments(_file(stem, "_vh_clean_2.0.010000.segs.json"), len(vertices))
+            groups = _read_groups(_file(stem, ".aggregation.json"), notes)
+            usable = usable_points(vertices, notes)
+            if not usable.any():
+                raise UnusableScan(
+                    f"has no usable vertex in {shown(_file(stem, '_vh_clean_2.ply'))}: download it again."
+                )
+            vertices, colors, segments = vertices[usable], colors[usable], segments[usable]
+            points = vertices @ alignment[:3, :3].T + alignment[:3, 3]
+            boxes, labels = self._boxes(points, segments, groups, notes)
+            return Scan(
+                name,
+                points.astype(np.float32),
+                colors.astype(np.float32) / np.float32(255),
+                boxes,
+                labels,
+                alignment.astype(np.float32),
+                counted(notes),
             )
-        vertices, colors, segments = vertices[usable], colors[usable], segments[usable]
-        points = vertices @ alignment[:3, :3].T + alignment[:3, 3]
-        boxes, labels = self._boxes(points, segments, groups, notes)
-        return Scan(
-            name,
-            points.astype(np.float32),
-            colors.astype(np.float32) / np.float32(255),
-            boxes,
-            labels,
-            alignment.astype(np.float32),
-            counted(notes),
-        )
 
     def _boxes(
         self,
@@ -176,7 +168,7 @@ def _read_text(path: Path, what: str) -> str:
 
 
 def _read_labels(path: Path) -> dict[str, int]:
-    """Label of each raw category; -1 for those of no class."""
+    """Read the label of each raw category; -1 for one of no class."""
     text = _read_text(path, "fetch it with ScanNet's download script, option --label_map")
     rows = csv.DictReader(io.StringIO(text), delimiter="\t")
     columns = rows.fieldnames or ()
@@ -211,101 +203,81 @@ def _read_split(root: Path, split: str) -> tuple[str, ...]:
     return names
 
 
-def _read_alignment(path: Path, name: str, notes: Counter[str]) -> Float[np.ndarray, "4 4"]:
-    found = _ALIGNMENT.search(read_file(path, name).decode("utf-8", "replace"))
+def _read_alignment(path: Path, notes: Counter[str]) -> Float[np.ndarray, "4 4"]:
+    found = _ALIGNMENT.search(read_file(path).decode("utf-8", "replace"))
     if not found:
         notes["alignment missing, identity taken"] += 1
         return np.eye(4)
     try:
         matrix = np.array([float(number) for number in found[1].split()]).reshape(4, 4)
     except ValueError:
-        raise ScanError(
-            name,
-            f"Scan {name} has {len(found[1].split())} entries after axisAlignment in {shown(path)}, but a matrix has "
-            "16 numbers: download the file again.",
+        raise UnusableScan(
+            f"has {len(found[1].split())} entries after axisAlignment in {shown(path)}, but a matrix has "
+            "16 numbers: download the file again."
         ) from None
     rotation = matrix[:3, :3]
     rigid = np.isfinite(matrix).all() and np.abs(rotation @ rotation.T - np.eye(3)).max() < 0.05
     if not rigid or np.linalg.det(rotation) < 0 or np.abs(matrix[3] - (0, 0, 0, 1)).max() > 1e-6:
-        raise ScanError(
-            name,
-            f"Scan {name} has an axisAlignment in {shown(path)} that is no rotation and translation: download the "
-            "file again.",
+        raise UnusableScan(
+            f"has an axisAlignment in {shown(path)} that is no rotation and translation: download the file again."
         )
     return matrix
 
 
-def _read_vertices(path: Path, name: str) -> tuple[Float[np.ndarray, "m 3"], UInt8[np.ndarray, "m 3"]]:
-    try:
-        from plyfile import PlyData, PlyParseError
-    except ImportError:
-        raise InputError('Reading PLY needs plyfile: pip install "h2a2_jax[data]".') from None
-    if not path.is_file():
-        raise ScanError(name, f"Scan {name} lacks the file {shown(path)}: download the scan again.")
+def _read_vertices(path: Path) -> tuple[Float[np.ndarray, "m 3"], UInt8[np.ndarray, "m 3"]]:
     again = "download the file again"
     try:
-        try:
-            # Faces of a known length are mapped, not parsed: a hundred times faster.
-            mesh = PlyData.read(str(path), known_list_len={"face": {"vertex_indices": 3, "vertex_index": 3}})
-        except PlyParseError as error:
-            if "unexpected list length" not in str(error):
-                raise
-            mesh = PlyData.read(str(path))
-        rows = mesh["vertex"].data
-        points = np.stack([rows[axis] for axis in "xyz"], axis=1).astype(np.float64)
-        colors = np.stack([rows[channel] for channel in ("red", "green", "blue")], axis=1)
-    except (PlyParseError, OSError, UnicodeDecodeError) as error:
-        raise ScanError(name, f"Scan {name} has an unreadable PLY file {shown(path)} ({error}): {again}.") from None
-    except MemoryError:
-        raise ScanError(
-            name, f"Scan {name} has a PLY file {shown(path)} whose header promises more than fits in memory: {again}."
-        ) from None
-    except (KeyError, ValueError, TypeError) as error:
-        raise ScanError(
-            name,
-            f"Scan {name} has no vertices of x, y, z, red, green, blue in {shown(path)} ({error}): {again}.",
-        ) from None
-    if colors.dtype != np.uint8:
-        raise ScanError(
-            name, f"Scan {name} has colours of type {colors.dtype} in {shown(path)}, but uchar is expected: {again}."
+        # The faces are not used, but a file cut off in them is an unfinished download.
+        columns = read_ply_columns(path, complete=True)
+    except FileNotFoundError:
+        raise UnusableScan(f"lacks the file {shown(path)}: download the scan again.") from None
+    except InputError as error:
+        raise UnusableScan(f"has an unreadable PLY file: {shown(str(error))}") from None
+    except OSError as error:
+        raise UnusableScan(f"has an unreadable PLY file ({shown(str(error))}): {again}.") from None
+    missing = [field for field in ("x", "y", "z", "red", "green", "blue") if field not in columns]
+    if missing:
+        raise UnusableScan(
+            f"has no vertices of x, y, z, red, green, blue in {shown(path)}, for it lacks "
+            f"{', '.join(missing)}: {again}."
         )
+    points = np.stack([columns[axis] for axis in "xyz"], axis=1).astype(np.float64)
+    colors = np.stack([columns[channel] for channel in ("red", "green", "blue")], axis=1)
+    if colors.dtype != np.uint8:
+        raise UnusableScan(f"has colours of type {colors.dtype} in {shown(path)}, but uchar is expected: {again}.")
     return points, colors
 
 
-def _read_json(path: Path, name: str) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_file(path, name))
+        content = json.loads(read_file(path))
     except (ValueError, RecursionError) as error:
-        raise ScanError(
-            name, f"Scan {name} has an invalid JSON file {shown(path)} ({error}): download it again."
-        ) from None
+        raise UnusableScan(f"has an invalid JSON file {shown(path)} ({error}): download it again.") from None
     return content if isinstance(content, dict) else {}
 
 
-def _read_segments(path: Path, name: str, vertices: int) -> Int[np.ndarray, " m"]:
-    segments = _integers(_read_json(path, name).get("segIndices"))
+def _read_segments(path: Path, vertices: int) -> Int[np.ndarray, " m"]:
+    segments = _integers(_read_json(path).get("segIndices"))
     if segments is None or len(segments) != vertices:
         found = "no list segIndices" if segments is None else f"{len(segments)} segment numbers"
-        raise ScanError(
-            name,
-            f"Scan {name} has {found} in {shown(path)}, but {vertices} vertices in its PLY file: download both again.",
+        raise UnusableScan(
+            f"has {found} in {shown(path)}, but {vertices} vertices in its PLY file: download both again."
         )
     return segments
 
 
-def _read_groups(path: Path, name: str, notes: Counter[str]) -> dict[int, _Group]:
-    """Objects by id, in the order in which they claim their segments."""
+def _read_groups(path: Path, notes: Counter[str]) -> dict[int, _Group]:
+    """Read objects by id, in the order in which they claim their segments."""
     groups: dict[int, _Group] = {}
-    content = _read_json(path, name).get("segGroups")
+    content = _read_json(path).get("segGroups")
     for entry in content if isinstance(content, list) else [None]:
         entry = entry if isinstance(entry, dict) else {}
         number, label = entry.get("objectId"), entry.get("label")
         segments = _integers(entry.get("segments"))
         if type(number) is not int or not isinstance(label, str) or segments is None or abs(number) >= 2**63:
-            raise ScanError(
-                name,
-                f"Scan {name} has objects in {shown(path)} without objectId, label or segments, which a list "
-                "segGroups holds for each: download it again.",
+            raise UnusableScan(
+                f"has objects in {shown(path)} without objectId, label or segments, which a list "
+                "segGroups holds for each: download it again."
             )
         notes["objects replaced by a later one of the same id"] += number in groups
         groups[number] = _Group(label, segments)
@@ -313,7 +285,7 @@ def _read_groups(path: Path, name: str, notes: Counter[str]) -> dict[int, _Group
 
 
 def _integers(values: object) -> Int[np.ndarray, " n"] | None:
-    """A flat array if `values` is a list of integers."""
+    """Return a flat array if `values` is a list of integers."""
     try:
         array = np.array(values if isinstance(values, list) else None)
     except (ValueError, OverflowError):

@@ -1,6 +1,4 @@
-"""SUN RGB-D as downloaded: annotations, depth frames, points.
-
-SUN RGB-D as its website serves it, without MATLAB (Song et al., CVPR 2015, https://rgbd.cs.princeton.edu).
+"""SUN RGB-D as its website serves it, without MATLAB (Song et al., CVPR 2015, https://rgbd.cs.princeton.edu).
 
     SUNRGBD/  kv1/ kv2/ realsense/ xtion/  with depth PNGs and colour JPEGs
     SUNRGBDMeta3DBB_v2.mat (or SUNRGBDMeta.mat)  allsplit.mat
@@ -10,25 +8,29 @@ from 1: "000017". A depth image becomes points of an upright camera: x to the ri
 the origin, metres.
 """
 
+import io
+import struct
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int32, Int64, UInt8, UInt16
+from PIL import Image
+from scipy.io import loadmat, whosmat
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.raw.matlab import load_mat
-from h2a2_jax.scans.raw.raw_files import FAR, NO_BOX, NO_CLASS, check_folder, counted, first_existing, shown
-from h2a2_jax.scans.scan import Scan, ScanError
-from h2a2_jax.scans.specs import SUNRGBD, DatasetSpec
+from h2a2_jax.scans.raw import FAR, NO_BOX, NO_CLASS, check_folder, counted, first_existing, shown
+from h2a2_jax.scans.scan import Scan, ScanError, UnusableScan, scan_errors
+from h2a2_jax.scans.specs import SUNRGBD
 
 _FIELDS = ("sequenceName", "Rtilt", "K", "depthpath", "rgbpath", "groundtruth3DBB")
 _OBJECT_FIELDS = ("coeffs", "centroid", "classname", "orientation")
+_MAT_HEADER = 128  # bytes of a MATLAB file before its variables
+_MATRIX, _COMPRESSED = 14, 15
 _PREFIX = "/n/fs/sun3d/data"  # where the authors kept the data: 16 characters
 _NO_YAW = "objects with orientation 0, yaw 0 taken"
 
@@ -41,7 +43,7 @@ class SunFrames:
 
     Attributes:
         depth_paths: depth image of each frame as the metadata has it.
-        color_paths: colour image likewise.
+        color_paths: colour image of each frame as the metadata has it.
         intrinsics: focal lengths and principal point, pixels.
         tilts: rotation that brings the camera upright.
         boxes: centre, sizes, yaw of the objects of the ten classes.
@@ -60,8 +62,72 @@ class SunFrames:
     notes: tuple[dict[str, int], ...]
 
 
-def relative_path(stored: str) -> str:
-    """A path of the metadata below the user's root, with "/" between its parts and none around them."""
+def load_mat(path: Path, kinds: Mapping[str, str]) -> list[np.ndarray]:
+    """Read variables of a MATLAB file of version 5.
+
+    The file is checked to be one that MATLAB or SciPy wrote, complete and of the expected variables, before SciPy's
+    reader gets it: that reader trusts a file and can end the process on other bytes.
+
+    Args:
+        path: the file.
+        kinds: MATLAB class of each variable by name, such as "struct".
+
+    Returns:
+        Values of the variables in that order, structs and cells as SciPy nests them.
+
+    Raises:
+        InputError: the file is damaged, of another version, or lacks a variable of that class.
+    """
+    try:
+        content = path.read_bytes()
+        if content[:10] == b"MATLAB 7.3":
+            raise InputError(
+                f"{shown(path)} is a MATLAB file of version 7.3, but the original has version 5: download it again."
+            )
+        _check_complete(content)
+        found = {name: kind for name, _, kind in whosmat(io.BytesIO(content))}
+        missing = [name for name in kinds if name not in found]
+        if missing:
+            raise InputError(f"{shown(path)} holds no variable {' and no '.join(missing)}: download it again.")
+        for name, kind in kinds.items():
+            if found[name] != kind:
+                raise InputError(f"{shown(path)} holds a {found[name]} {name}, no {kind}: download it again.")
+        variables = loadmat(io.BytesIO(content), variable_names=list(kinds))
+        return [variables[name] for name in kinds]
+    except InputError:
+        raise
+    except Exception as error:  # damaged bytes bring about every kind of exception in SciPy's reader
+        reason = " ".join(str(error).split())
+        raise InputError(f"{shown(path)} is no readable MATLAB file ({reason}): download it again.") from None
+
+
+def _check_complete(content: bytes) -> None:
+    """Raise ValueError or zlib.error unless the header is of version 5 and all variables are whole."""
+    order = {b"IM": "<", b"MI": ">"}.get(content[126:128])
+    if order is None:
+        raise ValueError("its header is not that of version 5")
+    place = _MAT_HEADER
+    while place < len(content):
+        if place + 8 > len(content):
+            raise ValueError("it is cut off")
+        kind, size = struct.unpack_from(f"{order}II", content, place)
+        place += 8 + size
+        if place > len(content):
+            raise ValueError("it is cut off")
+        if kind not in (_MATRIX, _COMPRESSED):
+            raise ValueError(f"it holds an element of the kind {kind}")
+        if kind == _COMPRESSED:  # as in the originals; has a checksum, which SciPy compares too late
+            stream, inflater = content[place - size : place], zlib.decompressobj()
+            while stream and not inflater.eof:
+                inflater.decompress(stream, 1 << 24)
+                stream = inflater.unconsumed_tail
+            inflater.flush()  # what the limit of the last call kept back
+            if not inflater.eof:
+                raise ValueError("it is cut off")
+
+
+def _relative_path(stored: str) -> str:
+    """Return a path of the metadata below the user's root, with "/" between its parts and none around them."""
     parts = stored.split("/")
     if "SUNRGBD" in parts:
         parts = parts[parts.index("SUNRGBD") :]
@@ -71,7 +137,7 @@ def relative_path(stored: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """The text in an array of one string, in a cell or not; empty if there is none."""
+    """Return the text of an array of one string, in a cell or not; empty if there is none."""
     array = np.asarray(value)
     if array.dtype == object and array.size == 1:
         array = np.asarray(array.item())
@@ -79,7 +145,7 @@ def _text(value: Any) -> str:
 
 
 def _numbers(value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """An array of numbers of that shape (whether row or column), NaN if it is something else."""
+    """Return an array of numbers in that shape (from a row or a column), NaN if it is something else."""
     array = np.asarray(value)
     if array.dtype.kind not in "fiu" or array.size != np.prod(shape):
         return np.full(shape, np.nan)
@@ -92,19 +158,9 @@ def _require_fields(path: Path, array: np.ndarray, fields: Iterable[str]) -> Non
         raise InputError(f"{shown(path)} has frames without the field {', '.join(missing)}: download it again.")
 
 
-def read_frames(path: Path) -> tuple[list[str], SunFrames]:
-    """Reads what a metadata file says of every frame.
-
-    Args:
-        path: SUNRGBDMeta3DBB_v2.mat or SUNRGBDMeta.mat.
-
-    Returns:
-        The folder of each frame, relative to the user's root, and the rest.
-
-    Raises:
-        InputError: the file is unreadable or lacks a field.
-    """
-    (meta,) = load_mat(path, ("SUNRGBDMeta",))
+def _read_frames(path: Path) -> tuple[list[str], SunFrames]:
+    """Read the metadata of every frame: its folder, relative to the user's root, and the rest."""
+    (meta,) = load_mat(path, {"SUNRGBDMeta": "struct"})
     _require_fields(path, meta, _FIELDS)
     records = meta.ravel()
     boxes: list[np.ndarray] = []
@@ -128,11 +184,11 @@ def read_frames(path: Path) -> tuple[list[str], SunFrames]:
         np.array(offsets),
         tuple(notes),
     )
-    return [relative_path(_text(value)) for value in records["sequenceName"]], frames
+    return [_relative_path(_text(value)) for value in records["sequenceName"]], frames
 
 
 def _read_object(record: Any, boxes: list[np.ndarray], labels: list[int], notes: Counter[str]) -> None:
-    """Appends the box and label of an object, or counts why not."""
+    """Append the box and label of an object, or count why it has none."""
     name = _text(record["classname"]).strip()
     if name not in SUNRGBD.classes:
         notes[NO_CLASS] += 1
@@ -150,21 +206,10 @@ def _read_object(record: Any, boxes: list[np.ndarray], labels: list[int], notes:
     labels.append(SUNRGBD.classes.index(name))
 
 
-def read_splits(path: Path, sequences: list[str]) -> tuple[dict[str, tuple[str, ...]], dict[str, int]]:
-    """Reads the official split.
-
-    Args:
-        path: allsplit.mat.
-        sequences: the folder of each frame of the metadata.
-
-    Returns:
-        Names of the frames of "train" and "val", and counts of what the two files do not agree on.
-
-    Raises:
-        InputError: the file is unreadable, its lists overlap, or one names no frame of the metadata.
-    """
-    lists = dict(zip(("train", "val"), load_mat(path, ("alltrain", "alltest")), strict=True))
-    listed = {split: {relative_path(_text(cell)) for cell in cells.ravel()} for split, cells in lists.items()}
+def _read_splits(path: Path, sequences: list[str]) -> tuple[dict[str, tuple[str, ...]], dict[str, int]]:
+    """Read names of the frames of "train" and "val", and counts of what the split and the metadata do not share."""
+    lists = dict(zip(("train", "val"), load_mat(path, {"alltrain": "cell", "alltest": "cell"}), strict=True))
+    listed = {split: {_relative_path(_text(cell)) for cell in cells.ravel()} for split, cells in lists.items()}
     both = sorted(listed["train"] & listed["val"])
     if both:
         raise InputError(
@@ -203,7 +248,7 @@ _LAYOUT = "SUNRGBD/ with the frames, {} and allsplit.mat (of SUNRGBDtoolbox.zip)
 
 
 def decode_depth(values: UInt16[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
-    """Metres from the pixels of a depth image.
+    """Convert the pixels of a depth image to metres.
 
     The files hold millimetres with the 16 bits rotated left by three.
 
@@ -224,7 +269,7 @@ def back_project(
     intrinsics: Float[np.ndarray, "3 3"],
     tilt: Float[np.ndarray, "3 3"],
 ) -> Float32[np.ndarray, "m 3"]:
-    """Points of an upright camera from pixels with depth.
+    """Turn pixels with depth into points of an upright camera.
 
     Args:
         u: columns, counted from 1 as the intrinsics do.
@@ -246,10 +291,15 @@ class SunRgbd:
     """Frames of SUN RGB-D; a `RawDataset`.
 
     The metadata is parsed once, at opening; copies in other processes receive the result.
+
+    Attributes:
+        spec: classes and protocol.
+        splits: frames of "train" and of "val", the official test split, by number.
+        notes: counts of frames that only the metadata or only the split knows.
     """
 
     def __init__(self, root: str | Path, annotations: str = "v2"):
-        """Reads the metadata and the split.
+        """Read the metadata and the split.
 
         Args:
             root: the folder with `SUNRGBD`.
@@ -265,27 +315,12 @@ class SunRgbd:
         check_folder(self._root, layout)
         if not (self._root / "SUNRGBD").is_dir():
             raise InputError(f"There is no folder SUNRGBD in {shown(self._root)}: a SUN RGB-D folder holds {layout}.")
-        _pillow()
-        sequences, self._frames = read_frames(_find(self._root, _FILES[annotations], "Metadata"))
-        self._splits, self._notes = read_splits(_find(self._root, "allsplit.mat", "traintestSUNRGBD"), sequences)
-
-    @property
-    def spec(self) -> DatasetSpec:
-        """SUN RGB-D's classes and protocol."""
-        return SUNRGBD
-
-    @property
-    def splits(self) -> Mapping[str, tuple[str, ...]]:
-        """Frames of "train" and of "val", the official test split, by number."""
-        return self._splits
-
-    @property
-    def notes(self) -> Mapping[str, int]:
-        """Frames that only the metadata or only the split knows."""
-        return self._notes
+        sequences, self._frames = _read_frames(_find(self._root, _FILES[annotations], "Metadata"))
+        self.spec = SUNRGBD
+        self.splits, self.notes = _read_splits(_find(self._root, "allsplit.mat", "traintestSUNRGBD"), sequences)
 
     def load(self, name: str) -> Scan:
-        """Parses one frame.
+        """Parse one frame.
 
         Args:
             name: its number with six digits, such as "000017".
@@ -301,53 +336,44 @@ class SunRgbd:
         frame = int(name) - 1 if name.isascii() and name.isdigit() else -1
         if not 0 <= frame < len(frames.depth_paths):
             raise ScanError(name, f"There is no frame {name}: they run from 000001 to {len(frames.depth_paths):06d}.")
-        intrinsics, tilt = frames.intrinsics[frame], frames.tilts[frame]
-        _check_camera(name, intrinsics, tilt)
-        depth_path = self._path(name, frames.depth_paths[frame])
-        color_path = self._path(name, frames.color_paths[frame])
-        depth = decode_depth(_read_depth(depth_path, name))
-        colors = _read_colors(color_path, name)
-        if colors.shape[:2] != depth.shape:
-            raise ScanError(
+        with scan_errors(name, "Frame"):
+            intrinsics, tilt = frames.intrinsics[frame], frames.tilts[frame]
+            _check_camera(intrinsics, tilt)
+            depth_path = self._path(frames.depth_paths[frame])
+            color_path = self._path(frames.color_paths[frame])
+            depth = decode_depth(_read_depth(depth_path))
+            colors = _read_colors(color_path)
+            if colors.shape[:2] != depth.shape:
+                raise UnusableScan(
+                    f"has a depth image of {_size(depth)} pixels but a colour image of {_size(colors)} "
+                    f"({shown(color_path)}): unpack SUNRGBD.zip again."
+                )
+            measured = np.flatnonzero(depth)
+            if not len(measured):
+                raise UnusableScan(f"has no depth at all in {shown(depth_path)}: leave the frame out.")
+            if len(measured) > POINTS:
+                rng = np.random.default_rng(zlib.crc32(name.encode()))
+                measured = rng.choice(measured, POINTS, replace=False)
+            rows, columns = np.divmod(measured, depth.shape[1])
+            points = back_project(columns + 1, rows + 1, depth[rows, columns], intrinsics, tilt)
+            objects = slice(frames.offsets[frame], frames.offsets[frame + 1])
+            return Scan(
                 name,
-                f"Frame {name} has a depth image of {_size(depth)} pixels but a colour image of {_size(colors)} "
-                f"({shown(color_path)}): unpack SUNRGBD.zip again.",
+                points,
+                colors[rows, columns].astype(np.float32) / np.float32(255),
+                frames.boxes[objects],
+                frames.labels[objects],
+                notes=frames.notes[frame],
             )
-        measured = np.flatnonzero(depth)
-        if not len(measured):
-            raise ScanError(name, f"Frame {name} has no depth at all in {shown(depth_path)}: leave the frame out.")
-        if len(measured) > POINTS:
-            rng = np.random.default_rng(zlib.crc32(name.encode()))
-            measured = rng.choice(measured, POINTS, replace=False)
-        rows, columns = np.divmod(measured, depth.shape[1])
-        points = back_project(columns + 1, rows + 1, depth[rows, columns], intrinsics, tilt)
-        objects = slice(frames.offsets[frame], frames.offsets[frame + 1])
-        return Scan(
-            name,
-            points,
-            colors[rows, columns].astype(np.float32) / np.float32(255),
-            frames.boxes[objects],
-            frames.labels[objects],
-            notes=frames.notes[frame],
-        )
 
-    def _path(self, name: str, stored: str) -> Path:
-        relative = relative_path(stored)
+    def _path(self, stored: str) -> Path:
+        relative = _relative_path(stored)
         if not relative or ".." in relative.split("/"):
-            raise ScanError(
-                name,
-                f"Frame {name} has the path {stored!r} in the metadata, which does not stay inside "
-                f"{shown(self._root)}: it is not read; download the metadata again.",
+            raise UnusableScan(
+                f"has the path {stored!r} in the metadata, which does not stay inside "
+                f"{shown(self._root)}: it is not read; download the metadata again."
             )
         return self._root / relative
-
-
-def _pillow() -> ModuleType:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise InputError('Reading images needs Pillow: pip install "h2a2_jax[data]".') from None
-    return Image
 
 
 def _find(root: Path, file: str, folder: str) -> Path:
@@ -363,46 +389,36 @@ def _find(root: Path, file: str, folder: str) -> Path:
     return path
 
 
-def _check_camera(name: str, intrinsics: np.ndarray, tilt: np.ndarray) -> None:
+def _check_camera(intrinsics: np.ndarray, tilt: np.ndarray) -> None:
     if not np.isfinite(intrinsics).all() or min(intrinsics[0, 0], intrinsics[1, 1]) < 1:
-        raise ScanError(
-            name,
-            f"Frame {name} has focal lengths {intrinsics[0, 0]:g} and {intrinsics[1, 1]:g} in the metadata (K), but "
-            "they are hundreds of pixels: download the metadata again.",
+        raise UnusableScan(
+            f"has focal lengths {intrinsics[0, 0]:g} and {intrinsics[1, 1]:g} in the metadata (K), but "
+            "they are hundreds of pixels: download the metadata again."
         )
     if not np.isfinite(tilt).all() or np.abs(tilt @ tilt.T - np.eye(3)).max() > 0.05:
-        raise ScanError(
-            name, f"Frame {name} has an Rtilt in the metadata that is no rotation: download the metadata again."
-        )
+        raise UnusableScan("has an Rtilt in the metadata that is no rotation: download the metadata again.")
 
 
-def _read_image(path: Path, name: str, modes: tuple[str, ...], expected: str) -> np.ndarray:
-    image_module = _pillow()
+def _read_image(path: Path, modes: tuple[str, ...], expected: str) -> np.ndarray:
     try:
-        with image_module.open(path) as image:
+        with Image.open(path) as image:
             if image.mode in modes:
                 return np.asarray(image)
             mode = image.mode
     except FileNotFoundError:
-        raise ScanError(
-            name, f"Frame {name} lacks the image {shown(path)}: unpack SUNRGBD.zip so that it lies there."
-        ) from None
-    except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
-        raise ScanError(
-            name, f"Frame {name} has an unreadable image {shown(path)} ({error}): unpack SUNRGBD.zip again."
-        ) from None
-    raise ScanError(
-        name, f"Frame {name} has an image of mode {mode} at {shown(path)}, but {expected}: unpack SUNRGBD.zip again."
-    )
+        raise UnusableScan(f"lacks the image {shown(path)}: unpack SUNRGBD.zip so that it lies there.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnusableScan(f"has an unreadable image {shown(path)} ({error}): unpack SUNRGBD.zip again.") from None
+    raise UnusableScan(f"has an image of mode {mode} at {shown(path)}, but {expected}: unpack SUNRGBD.zip again.")
 
 
-def _read_depth(path: Path, name: str) -> UInt16[np.ndarray, "height width"]:
-    pixels = _read_image(path, name, ("I;16", "I;16B"), "a depth image is a grey PNG of 16 bits")
+def _read_depth(path: Path) -> UInt16[np.ndarray, "height width"]:
+    pixels = _read_image(path, ("I;16", "I;16B"), "a depth image is a grey PNG of 16 bits")
     return pixels.astype(np.uint16)
 
 
-def _read_colors(path: Path, name: str) -> UInt8[np.ndarray, "height width 3"]:
-    return _read_image(path, name, ("RGB",), "a colour image has mode RGB")
+def _read_colors(path: Path) -> UInt8[np.ndarray, "height width 3"]:
+    return _read_image(path, ("RGB",), "a colour image has mode RGB")
 
 
 def _size(image: np.ndarray) -> str:

@@ -1,17 +1,155 @@
-"""Furniture from shared primitives.
+"""Furniture from cuboids and elliptic cylinders, upright or leaning.
 
-Every builder takes the size (depth along x, width along y, height along z; m) and a generator, and returns
-primitives that fill exactly that size, centred on the z axis and standing on z = 0. The front looks along +x, the
-back (a headboard, a wall) is at -x. What looks alike in reality is built from the same parts here, whatever dataset
-names it.
+Every builder takes the size (depth along x, width along y, height along z; m) and a generator, and returns primitives
+that fill exactly that size, centred on the z axis and standing on z = 0. The front looks along +x, the back (such as a
+headboard) is at -x. A builder whose name ends in `_plain` makes the simpler form for the small rooms of scale "demo".
+
+The order of the random draws is part of every builder: a change gives other scans for the same seed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Int, Int32
 
-from h2a2_jax.scans.synthetic.shapes import Color, Primitive
+Color = tuple[float, float, float]
+"""Red, green, blue in 0-1."""
+
+
+class Primitive(NamedTuple):
+    """One primitive in the frame of its object, given by its bounds.
+
+    Attributes:
+        low: smallest x, y, z (m).
+        high: largest x, y, z (m).
+        color: red, green, blue in 0-1.
+        is_round: an elliptic cylinder about z that fills the bounds, rather than a cuboid.
+        lean: shift of the top along x relative to the bottom, per metre of height; all horizontal sections are equal,
+            and the bounds enclose the whole primitive.
+    """
+
+    low: tuple[float, float, float]
+    high: tuple[float, float, float]
+    color: Color
+    is_round: bool = False
+    lean: float = 0.0
+
+    def shift(self, y: float = 0.0, z: float = 0.0) -> "Primitive":
+        """Move sideways and up (m)."""
+        (x0, y0, z0), (x1, y1, z1) = self.low, self.high
+        return self._replace(low=(x0, y0 + y, z0 + z), high=(x1, y1 + y, z1 + z))
+
+
+@dataclass(frozen=True, eq=False)
+class Solids:
+    """Many primitives in one frame, as arrays.
+
+    Attributes:
+        centers: gravity centres (m).
+        halves: half sizes along the primitive's axes (m); of a leaning one those of its horizontal section and height.
+        yaws: rotation about z (rad, counter-clockwise).
+        colors: red, green, blue in 0-1.
+        is_round: elliptic cylinder rather than cuboid.
+        leans: shift along the primitive's x axis per metre of height.
+        owners: object that a primitive belongs to; -1 = none that is annotated.
+    """
+
+    centers: Float32[np.ndarray, "n 3"]
+    halves: Float32[np.ndarray, "n 3"]
+    yaws: Float32[np.ndarray, " n"]
+    colors: Float32[np.ndarray, "n 3"]
+    is_round: Bool[np.ndarray, " n"]
+    leans: Float32[np.ndarray, " n"]
+    owners: Int32[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        """Number of primitives."""
+        return len(self.yaws)
+
+    @property
+    def boxes(self) -> Float32[np.ndarray, "n 7"]:
+        """Boxes around the primitives: centre, sizes, yaw."""
+        sizes = 2 * self.halves
+        sizes[:, 0] += 2 * np.abs(self.leans) * self.halves[:, 2]
+        return np.concatenate([self.centers, sizes, self.yaws[:, None]], axis=1)
+
+    def to_local(self, index: Int[np.ndarray, " m"], points: Float[np.ndarray, "m 3"]) -> Float[np.ndarray, "m 3"]:
+        """Transform points into the frames of primitives, where each is upright and centred on the origin.
+
+        Args:
+            index: primitive of each point.
+            points: x, y, z (m).
+        """
+        local = rotate_each(points - self.centers[index], -self.yaws[index])
+        local[:, 0] -= self.leans[index] * local[:, 2]
+        return local
+
+    def to_common(self, index: Int[np.ndarray, " m"], local: Float[np.ndarray, "m 3"]) -> Float[np.ndarray, "m 3"]:
+        """Invert `to_local`."""
+        leaning = local.copy()
+        leaning[:, 0] += self.leans[index] * local[:, 2]
+        return rotate_each(leaning, self.yaws[index]) + self.centers[index]
+
+    def place(self, position: Float[np.ndarray, " 3"], yaw: float, owner: int) -> "Solids":
+        """Rotate the primitives by `yaw` (rad) about the origin, move them to `position` (m) and set their owner."""
+        return replace(
+            self,
+            centers=rotate(self.centers, yaw) + position.astype(np.float32),
+            yaws=self.yaws + np.float32(yaw),
+            owners=np.full(len(self), owner, np.int32),
+        )
+
+
+def rotate(points: Float32[np.ndarray, "m 3"], yaw: float) -> Float32[np.ndarray, "m 3"]:
+    """Rotate points about z by `yaw` (rad, counter-clockwise)."""
+    cos, sin = np.cos(yaw), np.sin(yaw)
+    return points @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]], np.float32)
+
+
+def rotate_each(vectors: Float[np.ndarray, "*m 3"], yaws: Float[np.ndarray, "*#m"]) -> Float[np.ndarray, "*m 3"]:
+    """Rotate each vector about z by its own yaw (rad, counter-clockwise)."""
+    cos, sin = np.cos(yaws), np.sin(yaws)
+    x = vectors[..., 0] * cos - vectors[..., 1] * sin
+    y = vectors[..., 1] * cos + vectors[..., 0] * sin
+    return np.stack([x, y, vectors[..., 2]], axis=-1)
+
+
+def make_solids(primitives: Sequence[Primitive]) -> Solids:
+    """Turn a list of primitives into arrays, in the frame of their object and without owner."""
+    low = np.array([p.low for p in primitives], np.float32).reshape(-1, 3)
+    high = np.array([p.high for p in primitives], np.float32).reshape(-1, 3)
+    leans = np.array([p.lean for p in primitives], np.float32)
+    halves = (high - low) / 2
+    halves[:, 0] -= np.abs(leans) * halves[:, 2]
+    count = len(primitives)
+    return Solids(
+        centers=(low + high) / 2,
+        halves=halves,
+        yaws=np.zeros(count, np.float32),
+        colors=np.array([p.color for p in primitives], np.float32).reshape(-1, 3),
+        is_round=np.array([p.is_round for p in primitives], bool),
+        leans=leans,
+        owners=np.full(count, -1, np.int32),
+    )
+
+
+def join_solids(parts: Sequence[Solids]) -> Solids:
+    """Concatenate sets of primitives that are given in one frame."""
+    return Solids(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Solids)))
+
+
+def corners(boxes: Float[np.ndarray, "n 7"]) -> Float[np.ndarray, "n 8 3"]:
+    """Corners of boxes given as centre, sizes, yaw."""
+    signs = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], boxes.dtype)
+    offsets = signs * boxes[:, None, 3:6] / 2
+    cos, sin = np.cos(boxes[:, 6, None]), np.sin(boxes[:, 6, None])
+    x = offsets[..., 0] * cos - offsets[..., 1] * sin
+    y = offsets[..., 0] * sin + offsets[..., 1] * cos
+    return np.stack([x, y, offsets[..., 2]], axis=-1) + boxes[:, None, :3]
+
 
 Size = tuple[float, float, float]
 Builder = Callable[[Size, np.random.Generator], list[Primitive]]
@@ -19,13 +157,8 @@ Builder = Callable[[Size, np.random.Generator], list[Primitive]]
 WOODS: list[Color] = [(0.55, 0.37, 0.22), (0.42, 0.27, 0.16), (0.72, 0.55, 0.36), (0.3, 0.2, 0.14), (0.8, 0.68, 0.5)]
 PAINTS: list[Color] = [(0.85, 0.84, 0.8), (0.75, 0.75, 0.76), (0.6, 0.62, 0.64), (0.9, 0.88, 0.84)]
 FABRICS: list[Color] = [
-    (0.25, 0.3, 0.42),
-    (0.5, 0.2, 0.18),
-    (0.35, 0.36, 0.38),
-    (0.62, 0.55, 0.45),
-    (0.2, 0.38, 0.36),
-    (0.15, 0.15, 0.17),
-]
+    (0.25, 0.3, 0.42), (0.5, 0.2, 0.18), (0.35, 0.36, 0.38), (0.62, 0.55, 0.45), (0.2, 0.38, 0.36), (0.15, 0.15, 0.17),
+]  # fmt: skip
 LINENS: list[Color] = [(0.88, 0.86, 0.82), (0.65, 0.7, 0.8), (0.75, 0.55, 0.5), (0.45, 0.5, 0.62), (0.82, 0.78, 0.6)]
 METAL: Color = (0.55, 0.56, 0.58)
 DARK: Color = (0.14, 0.14, 0.15)
@@ -33,13 +166,13 @@ CERAMIC: Color = (0.93, 0.93, 0.92)
 
 
 def pick(colors: list[Color], rng: np.random.Generator) -> Color:
-    """One of some colours, a little lighter or darker."""
+    """Choose one of some colours and make it a little lighter or darker."""
     red, green, blue = np.clip(np.array(colors[rng.integers(len(colors))]) * rng.uniform(0.9, 1.1), 0, 1).tolist()
     return red, green, blue
 
 
 def shade(color: Color, factor: float) -> Color:
-    """A colour made lighter or darker by a factor."""
+    """Make a colour lighter or darker by a factor."""
     red, green, blue = (min(1.0, channel * factor) for channel in color)
     return red, green, blue
 
@@ -83,7 +216,7 @@ def chair(size: Size, rng: np.random.Generator) -> list[Primitive]:
     seat, fabric, frame = height * 0.54, pick(FABRICS + WOODS[:2], rng), pick([*WOODS, METAL, DARK], rng)
     swivel, arms, slats = rng.random() < 0.4, rng.random() < 0.35, rng.random() < 0.4
     thickness, inset = (0.08 if swivel else 0.045), (0.06 if arms else 0.0)
-    slope, width = rng.uniform(0.08, 0.25), y - inset  # of the back: metres backwards per metre of height
+    slope, width = rng.uniform(0.08, 0.25), y - inset  # slope of the back: metres backwards per metre of height
 
     def upright(left: float, right: float, low: float, high: float, depth: float, color: Color) -> Primitive:
         behind = slope * (height - high), slope * (height - low)
@@ -139,19 +272,12 @@ def desk(size: Size, rng: np.random.Generator) -> list[Primitive]:
     width = min(0.42, 0.6 * y)
     drawers = _fronts((2 * x - 0.04, width, height - 0.04), 3, 1, 0.05, shade(wood, 0.9), METAL)
     offset = side * (y - width / 2)
-    moved = [
-        part._replace(
-            low=(part.low[0], part.low[1] + offset, part.low[2]),
-            high=(part.high[0], part.high[1] + offset, part.high[2]),
-        )
-        for part in drawers
-    ]
     end = (-side * y, -side * (y - 0.03))
     return [
         Primitive((-x, -y, height - 0.04), (x, y, height), wood),
         Primitive((-x, min(end), 0.0), (x - 0.04, max(end), height - 0.04), shade(wood, 0.85)),
         Primitive((-x + 0.02, -y + 0.03, height * 0.4), (-x + 0.04, y - 0.03, height - 0.04), shade(wood, 0.8)),
-        *moved,
+        *(part.shift(y=offset) for part in drawers),
     ]
 
 
@@ -221,13 +347,7 @@ def night_stand(size: Size, rng: np.random.Generator) -> list[Primitive]:
     wood = pick(WOODS, rng)
     lift = 0.12
     body = _fronts((size[0], size[1], size[2] - lift), 2, 1, 0.02, wood, DARK)
-    raised = [
-        part._replace(
-            low=(part.low[0], part.low[1], part.low[2] + lift), high=(part.high[0], part.high[1], part.high[2] + lift)
-        )
-        for part in body
-    ]
-    return raised + legs(size, lift, 0.04, shade(wood, 0.8))
+    return [*(part.shift(z=lift) for part in body), *legs(size, lift, 0.04, shade(wood, 0.8))]
 
 
 def refrigerator(size: Size, rng: np.random.Generator) -> list[Primitive]:
@@ -244,17 +364,23 @@ def refrigerator(size: Size, rng: np.random.Generator) -> list[Primitive]:
     ]
 
 
-def bookshelf(size: Size, rng: np.random.Generator) -> list[Primitive]:
-    """An open shelf with rows of books on its boards, here and there a gap."""
+def _shelf_body(size: Size, board: float, wood: Color) -> tuple[list[Primitive], list[float]]:
+    """Back, sides and top of a shelf, and the heights (m) of its boards and top."""
     x, y, height = size[0] / 2, size[1] / 2, size[2]
-    wood, board = pick(WOODS + PAINTS[:1], rng), 0.03
     parts = [
         Primitive((-x, -y, 0.0), (-x + 0.015, y, height), shade(wood, 0.8)),
         Primitive((-x, -y, 0.0), (x, -y + board, height), wood),
         Primitive((-x, y - board, 0.0), (x, y, height), wood),
         Primitive((-x, -y, height - board), (x, y, height), wood),
     ]
-    levels = np.linspace(0.04, height, max(3, round(height / 0.36)) + 1).tolist()
+    return parts, np.linspace(0.04, height, max(3, round(height / 0.36)) + 1).tolist()
+
+
+def bookshelf(size: Size, rng: np.random.Generator) -> list[Primitive]:
+    """An open shelf with rows of books on its boards, here and there a gap."""
+    x, y = size[0] / 2, size[1] / 2
+    wood, board = pick(WOODS + PAINTS[:1], rng), 0.03
+    parts, levels = _shelf_body(size, board, wood)
     for bottom, top in pairwise(levels):
         parts.append(Primitive((-x, -y, bottom - board), (x, y, bottom), wood))
         start, clear = -y + board, top - board - bottom
@@ -426,3 +552,74 @@ def plant(size: Size, rng: np.random.Generator) -> list[Primitive]:
             Primitive((ends[0], low, 0.3 * height), (ends[1], high, top), (0.4 * green, green, 0.35 * green), lean=lean)
         )
     return parts
+
+
+def chair_plain(size: Size, rng: np.random.Generator) -> list[Primitive]:
+    """Seat, back, and legs or a swivel foot; sometimes arms."""
+    x, y, height = size[0] / 2, size[1] / 2, size[2]
+    seat, fabric = height * 0.54, pick(FABRICS + WOODS[:2], rng)
+    swivel, arms = rng.random() < 0.4, rng.random() < 0.35
+    thickness, inset = (0.07 if swivel else 0.045), (0.06 if arms else 0.0)
+    parts = [
+        Primitive((-x, -y + inset, seat - thickness), (x, y - inset, seat), fabric),
+        Primitive((-x, -y + inset, seat if rng.random() < 0.6 else seat + 0.1), (-x + 0.06, y - inset, height), fabric),
+    ]
+    if swivel:
+        parts += [
+            Primitive((-0.03, -0.03, 0.06), (0.03, 0.03, seat - thickness), METAL, is_round=True),
+            Primitive((-x, -0.03, 0.0), (x, 0.03, 0.06), DARK),
+            Primitive((-0.03, -y, 0.0), (0.03, y, 0.06), DARK),
+        ]
+    else:
+        parts += legs(size, seat - thickness, 0.04, pick([*WOODS, METAL, DARK], rng))
+    if arms:
+        arm = seat + 0.4 * (height - seat)
+        for low in (-y, y - 0.05):
+            parts.append(Primitive((-x + 0.06, low, arm - 0.03), (x * 0.8, low + 0.05, arm), DARK))
+            parts.append(Primitive((x * 0.3, low, seat - 0.05), (x * 0.3 + 0.04, low + 0.05, arm - 0.03), DARK))
+    return parts
+
+
+def sofa_plain(size: Size, rng: np.random.Generator) -> list[Primitive]:
+    """A base with cushions between a back and two arms."""
+    x, y, height = size[0] / 2, size[1] / 2, size[2]
+    fabric = pick(FABRICS, rng)
+    cushion, arm, back = shade(fabric, 1.15), min(0.2, 0.25 * y), 0.28 * size[0]
+    seat = height * 0.5
+    parts = [
+        Primitive((-x, -y, 0.04), (x, y, seat - 0.14), shade(fabric, 0.85)),
+        Primitive((-x, -y, 0.0), (-x + back, y, height), fabric),
+        Primitive((-x, -y, 0.0), (x, -y + arm, height * 0.7), fabric),
+        Primitive((-x, y - arm, 0.0), (x, y, height * 0.7), fabric),
+    ]
+    seats = max(1, round((2 * y - 2 * arm) / 0.7))
+    edges = np.linspace(-y + arm, y - arm, seats + 1).tolist()
+    for low, high in pairwise(edges):
+        parts.append(Primitive((-x + back, low + 0.01, seat - 0.14), (x, high - 0.01, seat), cushion))
+    return parts
+
+
+def bookshelf_plain(size: Size, rng: np.random.Generator) -> list[Primitive]:
+    """An open shelf with books and other things on its boards."""
+    x, y = size[0] / 2, size[1] / 2
+    wood, board = pick(WOODS + PAINTS[:1], rng), 0.03
+    parts, levels = _shelf_body(size, board, wood)
+    for bottom, top in pairwise(levels):
+        parts.append(Primitive((-x, -y, bottom - board), (x, y, bottom), wood))
+        start = -y + board
+        for _ in range(2):
+            length = rng.uniform(0.3, 0.6) * (2 * y - 2 * board)
+            end = min(start + length, y - board)
+            if end - start > 0.05 and rng.random() < 0.85:
+                rise = rng.uniform(0.5, 0.85) * (top - board - bottom)
+                red, green, blue = rng.uniform(0.1, 0.8, 3).tolist()
+                books = Primitive(
+                    (-x + 0.015, start, bottom), (x * rng.uniform(0.2, 0.8), end, bottom + rise), (red, green, blue)
+                )
+                parts.append(books)
+            start = end
+    return parts
+
+
+PLAIN_BUILDERS: dict[str, Builder] = {"chair": chair_plain, "sofa": sofa_plain, "bookshelf": bookshelf_plain}
+"""Simpler forms by the name of the kind: small scans cannot show more, and training recipes are tuned on them."""

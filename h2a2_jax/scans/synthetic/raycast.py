@@ -1,6 +1,6 @@
-"""What a sensor at one point sees of a room: closed-form ray casting on a grid of directions.
+"""Ray casting in closed form: view of a room from one point on a grid of directions.
 
-Every primitive is tested only against the rays of the window it can appear in, and the nearest hit wins, as in a
+Every primitive is tested only against the rays of the window that it can appear in, and the nearest hit wins, as in a
 depth buffer. Nothing is sampled on surfaces that cannot be seen.
 """
 
@@ -11,10 +11,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, Int64
 
+from h2a2_jax.scans.synthetic.furniture import Solids, corners, rotate_each
 from h2a2_jax.scans.synthetic.rooms import Room
-from h2a2_jax.scans.synthetic.shapes import Solids, corners, turned_each
 
-_NEAREST = 0.05  # m; what is closer than this to the sensor is not seen
+_NEAREST = 0.05  # m; surfaces closer to the sensor are not seen
 _STRIPS = np.array([1.0, 0.88, 1.06, 0.94, 1.1, 0.9, 1.02], np.float32)  # brightness of the strips of a floor
 Window = tuple[slice, slice]
 
@@ -24,7 +24,7 @@ class RayGrid(Protocol):
     """Rays from one origin, in rows and columns.
 
     Attributes:
-        origin: of all rays (m), in the frame of the room.
+        origin: origin of all rays (m), in the frame of the room.
         directions: unit vectors; first index x, y, z.
     """
 
@@ -32,7 +32,7 @@ class RayGrid(Protocol):
     directions: Float32[np.ndarray, "3 rows cols"]
 
     def windows(self, parts: Solids) -> list[list[Window]]:
-        """For each primitive, the rows and columns that its rays lie in (no, one or two windows)."""
+        """Rows and columns that the rays of each primitive lie in: no, one or two windows."""
 
 
 class SphericalGrid:
@@ -46,10 +46,10 @@ class SphericalGrid:
         elevation: tuple[float, float],
         rng: np.random.Generator,
     ):
-        """Makes the rays, each at a random place in its cell.
+        """Make the rays, each at a random place in its cell of the grid.
 
         Args:
-            origin: of all rays (m).
+            origin: origin of all rays (m).
             rows: cells in elevation, even in its sine.
             cols: cells in azimuth, over the full circle.
             elevation: lowest and highest (rad).
@@ -73,8 +73,8 @@ class SphericalGrid:
         turn = np.arctan2(seen[..., 1], seen[..., 0]) - bearing[:, None]
         turn = (turn + np.pi) % (2 * np.pi) - np.pi
         start, stop = bearing + turn.min(axis=1), bearing + turn.max(axis=1)
-        # Distance to the footprint: nearest and farthest point of it, in the plane.
-        local = np.abs(turned_each(toward, -parts.yaws)[:, :2]) - parts.boxes[:, 3:5] / 2
+        # Distances to the nearest and the farthest point of the footprint, in the plane.
+        local = np.abs(rotate_each(toward, -parts.yaws)[:, :2]) - parts.boxes[:, 3:5] / 2
         near = np.hypot(*np.maximum(local, 0).T)
         far = np.hypot(seen[..., 0], seen[..., 1]).max(axis=1)
         top, bottom = toward[:, 2] + parts.halves[:, 2], toward[:, 2] - parts.halves[:, 2]
@@ -146,12 +146,12 @@ class PinholeGrid:
     """Rays of a camera."""
 
     def __init__(self, camera: DepthCamera, rows: int, cols: int, rng: np.random.Generator):
-        """Makes the rays, each at a random place in its pixel.
+        """Make the rays, each at a random place in its pixel.
 
         Args:
-            camera: whose rays.
-            rows: of the image.
-            cols: of the image.
+            camera: the camera.
+            rows: number of rows of the image.
+            cols: number of columns of the image.
             rng: source of randomness.
         """
         self.origin = camera.origin
@@ -172,33 +172,33 @@ class PinholeGrid:
         last_col = np.clip(np.ceil((u.max(axis=1) + 1) / 2 * cols), 0, cols).astype(int)
         first_row = np.clip(np.floor((v.min(axis=1) + 1) / 2 * rows), 0, rows).astype(int)
         last_row = np.clip(np.ceil((v.max(axis=1) + 1) / 2 * rows), 0, rows).astype(int)
+        behind = depth < _NEAREST
         found: list[list[Window]] = []
         for index in range(len(parts)):
-            behind = depth[index] < _NEAREST
             band = slice(first_row[index], last_row[index])
             stripe = slice(first_col[index], last_col[index])
-            if behind.all():
+            if behind[index].all() or (
+                not behind[index].any() and (band.start >= band.stop or stripe.start >= stripe.stop)
+            ):
                 found.append([])
-            elif behind.any():
+            elif behind[index].any():
                 found.append([(slice(0, rows), slice(0, cols))])
-            elif band.start < band.stop and stripe.start < stripe.stop:
-                found.append([(band, stripe)])
             else:
-                found.append([])
+                found.append([(band, stripe)])
         return found
 
 
 @dataclass(frozen=True, eq=False)
 class DepthView:
-    """What the rays of a grid hit first.
+    """First hits of the rays of a grid.
 
     Attributes:
         distances: along the rays (m).
-        points: where they hit (m), in the frame of the room.
-        colors: of the surface, lit from above.
-        owners: object hit; -1 = the shell or something nobody annotates.
-        is_ceiling: whether the ray hit the ceiling.
-        normals: unit vectors across the surface, in the frame of the room.
+        points: points hit (m), in the frame of the room.
+        colors: colours of the lit surface, 0-1.
+        owners: object hit; -1 = the shell or a thing that is no object.
+        is_ceiling: True where the ray hit the ceiling.
+        normals: unit normals of the surface, in the frame of the room.
         facing: cosine between the ray and the surface normal; 0 = grazing.
         unoccluded: for each object, the number of rays that would hit it if nothing else were there.
     """
@@ -214,7 +214,7 @@ class DepthView:
 
 
 def look(room: Room, grid: RayGrid) -> DepthView:
-    """Casts the rays of a grid into a room.
+    """Cast the rays of a grid into a room.
 
     Args:
         room: the room.
@@ -253,7 +253,7 @@ def look(room: Room, grid: RayGrid) -> DepthView:
 
 
 def _enter(origin: np.ndarray, half: np.ndarray, rays: tuple[np.ndarray, ...], is_round: bool) -> np.ndarray:
-    """Distance at which rays enter a primitive, in its own frame; infinity where they miss it."""
+    """Distance at which rays enter a primitive, in the frame of the primitive; infinity where they miss it."""
     with np.errstate(divide="ignore", invalid="ignore"):
         inverse = 1 / rays[2]
         middle, reach = -origin[2] * inverse, half[2] * np.abs(inverse)
@@ -274,7 +274,7 @@ def _enter(origin: np.ndarray, half: np.ndarray, rays: tuple[np.ndarray, ...], i
 
 
 def _shell(room: Room, grid: RayGrid) -> tuple[np.ndarray, np.ndarray]:
-    """Distance at which rays leave the room, and through which of its six faces."""
+    """Distance at which rays leave the room, and the number of the face (0-5) that they hit there."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ahead = grid.directions > 0
         planes = np.where(ahead, room.size[:, None, None], np.float32(0))
@@ -310,7 +310,7 @@ def _surface(
         leaning = np.flatnonzero(parts.leans[hit])
         own[leaning, 2] -= parts.leans[hit[leaning]] * own[leaning, 0]
         own[leaning] /= np.linalg.norm(own[leaning], axis=1, keepdims=True)
-        normals[on_part] = turned_each(own, parts.yaws[hit])
+        normals[on_part] = rotate_each(own, parts.yaws[hit])
         colors[on_part] = parts.colors[hit]
         if room.lamp is not None:
             colors[on_part] *= _grain(parts.colors, parts.halves, local, hit)[:, None]
@@ -329,7 +329,7 @@ def _surface(
 
 
 def _grain(colors: np.ndarray, halves: np.ndarray, local: np.ndarray, hit: np.ndarray) -> np.ndarray:
-    """Brightness of wavy stripes on what was hit; the colour of a part decides how wide and how strong they are."""
+    """Brightness of wavy stripes on the parts hit; the colour of a part decides their width and strength."""
     seed = colors @ np.array([37.7, 91.3, 53.9], np.float32)
     strength, density = 0.14 * (seed % 1), 20 + 100 * (2.7 * seed % 1)
     place = local * halves[hit]
@@ -338,5 +338,5 @@ def _grain(colors: np.ndarray, halves: np.ndarray, local: np.ndarray, hit: np.nd
 
 
 def _sine(rise: Float[np.ndarray, " n"], distance: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Sine of the elevation of something at a height over a horizontal distance."""
+    """Sine of the elevation of a point at a height above the sensor and a horizontal distance from it."""
     return rise / np.maximum(np.hypot(rise, distance), 1e-6)

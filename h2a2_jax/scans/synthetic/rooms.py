@@ -1,19 +1,203 @@
-"""Rooms: a shell and furniture that does not overlap, placed along walls, at tables or freely."""
+"""Rooms: kinds of furniture, the contents of a dataset's rooms, and where things are placed.
+
+Furniture does not overlap; it stands along walls, at tables or freely. The order of the random draws decides the rooms:
+a change gives other scans for the same seed.
+"""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from h2a2_jax.scans.specs import DatasetSpec
-from h2a2_jax.scans.synthetic.catalogue import Kind, Programme, label_of
-from h2a2_jax.scans.synthetic.shapes import Primitive, Solids, joined, solids
+from h2a2_jax.scans.synthetic import furniture
+from h2a2_jax.scans.synthetic.furniture import Builder, Primitive, Size, Solids, join_solids, make_solids
+
+Mount = Literal["wall", "free", "seat", "hung"]
+"""Place of a thing: back to a wall, anywhere, at a table, or fixed to a wall at a height."""
+
+Scale = Literal["demo", "full"]
+"""Small rooms of few and easily distinguished classes, or rooms of the size and variety of the real data."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of furniture.
+
+    Attributes:
+        build: builder that makes it from primitives.
+        size: mean depth, width, height (m).
+        mount: place in the room.
+        base: range of the height of the lower side above the floor (m).
+        spread: standard deviation of the logarithm of each size.
+        limit: largest number in a room.
+        height_spread: standard deviation of the logarithm of the height; None = `spread`. Tables vary less in height.
+    """
+
+    build: Builder
+    size: Size
+    mount: Mount
+    base: tuple[float, float] = (0.0, 0.0)
+    spread: float = 0.2
+    limit: int = 2
+    height_spread: float | None = None
+
+
+# Sizes are class means of the SUN RGB-D boxes where it has the class, else chosen so that the axis-aligned boxes
+# of wall-bound objects are about those of ScanNet.
+KINDS: Mapping[str, Kind] = {
+    "bed": Kind(furniture.bed, (2.11, 1.62, 0.93), "wall", limit=1),
+    "table": Kind(furniture.table, (0.79, 1.28, 0.72), "free", spread=0.35, height_spread=0.2),
+    "sofa": Kind(furniture.sofa, (0.92, 1.87, 0.85), "wall"),
+    "chair": Kind(furniture.chair, (0.59, 0.55, 0.83), "seat", limit=8),
+    "desk": Kind(furniture.desk, (0.70, 1.35, 0.74), "wall", limit=3),
+    "toilet": Kind(furniture.toilet, (0.70, 0.45, 0.76), "wall", limit=1),
+    "dresser": Kind(furniture.dresser, (0.53, 1.00, 1.17), "wall", limit=1),
+    "night_stand": Kind(furniture.night_stand, (0.50, 0.63, 0.68), "wall"),
+    "bookshelf": Kind(furniture.bookshelf, (0.40, 1.07, 1.69), "wall", limit=3),
+    "bathtub": Kind(furniture.bathtub, (0.77, 1.40, 0.50), "wall", limit=1),
+    "cabinet": Kind(furniture.cabinet, (0.50, 1.05, 0.93), "wall", spread=0.35, limit=4),
+    "door": Kind(furniture.door, (0.12, 0.95, 1.90), "hung", limit=3, spread=0.1),
+    "window": Kind(furniture.window, (0.12, 1.45, 1.15), "hung", (0.8, 1.0), 0.35),
+    "picture": Kind(furniture.picture, (0.05, 0.60, 0.54), "hung", (1.2, 1.5), 0.35, 3),
+    "counter": Kind(furniture.counter, (0.65, 2.20, 0.27), "hung", (0.75, 0.85), 0.35, 1),
+    "curtain": Kind(furniture.curtain, (0.14, 1.60, 1.68), "hung", (0.3, 0.6), limit=1),
+    "refrigerator": Kind(furniture.refrigerator, (0.68, 0.72, 1.50), "wall", limit=1),
+    "showercurtrain": Kind(furniture.curtain, (0.14, 0.75, 1.75), "hung", (0.15, 0.3), limit=1),
+    "sink": Kind(furniture.sink, (0.48, 0.54, 0.30), "hung", (0.6, 0.75), limit=1),
+    "garbagebin": Kind(furniture.garbage_bin, (0.42, 0.42, 0.58), "wall", limit=3),
+    "board": Kind(furniture.board, (0.10, 2.00, 1.20), "hung", (0.8, 1.0), limit=1),
+    "carton": Kind(furniture.carton, (0.35, 0.4, 0.35), "free", spread=0.35, limit=3),
+    "plant": Kind(furniture.plant, (0.45, 0.45, 0.9), "wall", spread=0.35, limit=2),
+}
+
+_S3DIS_SIZES: Mapping[str, Size] = {
+    "chair": (0.6, 0.6, 0.8), "table": (0.9, 1.5, 0.75), "bookshelf": (0.4, 1.0, 2.0), "board": (0.1, 2.0, 1.2),
+    "sofa": (0.9, 1.8, 0.8),
+}  # fmt: skip
+
+# Closer to the means of ScanNet's axis-aligned boxes: half the sum of depth and width, and the height.
+_SCANNET_SIZES: Mapping[str, Size] = {
+    "cabinet": (0.46, 0.96, 0.90), "bathtub": (0.70, 1.27, 0.48), "door": (0.12, 1.0, 1.75),
+    "window": (0.12, 1.56, 1.15), "picture": (0.05, 0.58, 0.54), "counter": (0.68, 2.66, 0.27),
+    "curtain": (0.16, 1.88, 1.68), "refrigerator": (0.62, 0.66, 1.25), "showercurtrain": (0.14, 0.66, 1.75),
+    "garbagebin": (0.48, 0.49, 0.58),
+}  # fmt: skip
+
+Weights = Mapping[str, int | float]
+"""Relative frequency of each kind of furniture."""
+
+_BEDROOM: Weights = {
+    "bed": 6, "night_stand": 3.5, "dresser": 2.5, "cabinet": 1.5, "desk": 1, "chair": 2.5, "door": 3.2, "window": 1.5,
+    "picture": 1.5, "curtain": 1.5, "bookshelf": 1, "garbagebin": 1, "carton": 1, "sofa": 0.5, "table": 1.5,
+}  # fmt: skip
+_OFFICE: Weights = {
+    "desk": 3, "chair": 9, "table": 3.5, "bookshelf": 1.5, "cabinet": 2.3, "door": 3.2, "window": 1.5,
+    "garbagebin": 1.5, "picture": 0.7, "board": 1, "carton": 1, "plant": 0.5,
+}  # fmt: skip
+_LIVING: Weights = {
+    "sofa": 4, "table": 5, "chair": 6, "bookshelf": 1.5, "cabinet": 1.7, "door": 3, "window": 1.5, "curtain": 1.5,
+    "picture": 1.5, "plant": 1, "night_stand": 0.5, "carton": 0.5,
+}  # fmt: skip
+_KITCHEN: Weights = {
+    "counter": 5, "sink": 3, "refrigerator": 4, "cabinet": 3, "table": 3.5, "chair": 7, "door": 3, "window": 1,
+    "garbagebin": 1.5, "picture": 0.5,
+}  # fmt: skip
+_BATHROOM: Weights = {
+    "toilet": 6, "sink": 5, "bathtub": 5, "showercurtrain": 5, "door": 4, "cabinet": 2.2, "garbagebin": 1.5,
+    "picture": 1, "window": 0.7, "chair": 1, "curtain": 0.5,
+}  # fmt: skip
+_BATH_AND_BED: Weights = {**_BATHROOM, "bed": 4, "night_stand": 3, "dresser": 2.5, "chair": 5, "desk": 1, "table": 3}
+_CONFERENCE: Weights = {"table": 5, "chair": 9, "board": 3, "door": 1.5, "bookshelf": 0.7, "sofa": 0.5, "window": 1}
+_LOUNGE: Weights = {
+    "sofa": 5, "table": 4, "chair": 5, "bookshelf": 1, "board": 1, "plant": 1, "door": 1, "window": 1,
+}  # fmt: skip
+_LIBRARY: Weights = {"bookshelf": 3.5, "table": 4, "chair": 6, "board": 1, "door": 1, "carton": 1}
+
+
+@dataclass(frozen=True)
+class Programme:
+    """Sizes and contents of the rooms of a dataset.
+
+    Attributes:
+        scale: scale of the rooms; "demo" also has simpler furniture and rules of placement.
+        kinds: kinds of furniture by name.
+        rooms: kinds of room; each scan picks one at random.
+        objects: smallest and largest number of annotated objects to place.
+        boxes: smallest and largest number of boxes of a scan; a room that shows another number is not used.
+        clutter: largest number of things without a class to place as well.
+        width: range of the room along x (m).
+        length: range of the room along y (m).
+        height: range of the ceiling (m).
+    """
+
+    scale: Scale
+    kinds: Mapping[str, Kind]
+    rooms: tuple[Weights, ...]
+    objects: tuple[int, int]
+    boxes: tuple[int, int]
+    clutter: int
+    width: tuple[float, float]
+    length: tuple[float, float]
+    height: tuple[float, float]
+
+
+_DEMO_ROOMS: Mapping[str, Weights] = {
+    "scannet": {"chair": 4, "table": 2.5, "sofa": 1.5, "bed": 2, "bookshelf": 1.5, "door": 2, "cabinet": 1.5},
+    "sunrgbd": {"chair": 4, "table": 3, "sofa": 4, "bed": 5, "bookshelf": 2.5, "door": 0.5},
+    "s3dis": {"chair": 4, "table": 2.5, "sofa": 2, "bookshelf": 2, "board": 2, "door": 0.5},
+}
+_ROOM = (3.0, 8.0)  # m
+
+
+def programme(spec: DatasetSpec, scale: Scale) -> Programme:
+    """Return sizes and contents of the rooms of a dataset at a scale."""
+    kinds = {name: _kind_of(name, spec, scale) for name in KINDS}
+    rooms: tuple[Weights, ...]
+    match spec.name:
+        case "scannet":
+            rooms = (_BEDROOM, _OFFICE, _OFFICE, _LIVING, _KITCHEN, _BATHROOM)
+            full = Programme(scale, kinds, rooms, (9, 16), (8, 16), 3, _ROOM, _ROOM, (2.4, 3.0))
+        case "sunrgbd":
+            rooms = (_BEDROOM, _OFFICE, _LIVING, _BATH_AND_BED)
+            full = Programme(scale, kinds, rooms, (5, 10), (2, 6), 3, _ROOM, _ROOM, (2.4, 3.0))
+        case _:
+            rooms = (_OFFICE, _CONFERENCE, _LOUNGE, _LIBRARY)
+            full = Programme(scale, kinds, rooms, (7, 14), (6, 14), 4, (3.0, 10.0), (3.0, 12.0), (2.7, 3.2))
+    if scale == "full":
+        return full
+    # One image shows little of a narrow room: most objects would stick out of it.
+    extent = (4.0, 5.5) if spec.name == "sunrgbd" else (3.0, 4.5)
+    demo_rooms = (_DEMO_ROOMS[spec.name],)
+    return replace(full, rooms=demo_rooms, objects=(3, 6), boxes=(1, 8), clutter=1, width=extent, length=extent)
+
+
+def _kind_of(name: str, spec: DatasetSpec, scale: Scale) -> Kind:
+    """Kind of furniture with its mean size and spread in a dataset."""
+    kind = KINDS[name]
+    if spec.name == "s3dis":
+        kind = replace(kind, size=_S3DIS_SIZES.get(name, kind.size))
+    if scale == "demo":
+        return replace(kind, build=furniture.PLAIN_BUILDERS.get(name, kind.build), spread=0.5 * kind.spread)
+    if spec.name == "scannet":
+        kind = replace(kind, size=_SCANNET_SIZES.get(name, kind.size))
+    return replace(kind, spread=max(kind.spread, 0.2))
+
+
+def label_of(name: str, spec: DatasetSpec) -> int:
+    """Return the label of a kind of furniture in a dataset; -1 if the dataset does not annotate it."""
+    if spec.name == "s3dis" and name == "bookshelf":
+        name = "bookcase"
+    return spec.classes.index(name) if name in spec.classes else -1
+
 
 _TRIES = 25
 _GAP = 0.04
-_ALONG = math.radians(3)  # what counts as along a wall
-_ALIGNED = 0.78  # a little of the rest is so by chance, and finds a place less often
+_ALONG = math.radians(3)  # largest angle to a wall that counts as along it
+_ALIGNED = 0.78  # gives four in five: some of the rest are aligned by chance, and find a place less often
 _SEATED_AT = ("table", "desk")
 
 Box = tuple[float, float, float, float, float, float, float]
@@ -26,11 +210,11 @@ class Room:
 
     Attributes:
         size: width (x), length (y), height (z) (m).
-        shell_colors: of the walls at small and large x, at small and large y, the floor and the ceiling.
+        shell_colors: colours of the walls at small and large x, at small and large y, of the floor and the ceiling.
         solids: primitives of all things, those of one object in a row; `owners` index `boxes`.
-        boxes: the box of every object, annotated or not; yaw is the direction its front looks to.
+        boxes: box of every object, annotated or not; yaw is the direction of its front.
         labels: class of every object; -1 if the dataset does not annotate it.
-        lamp: where the light comes from (m); None = evenly from above.
+        lamp: position of the light (m); None = evenly from above.
         plank: width (m) of the strips of the floor, which differ in brightness; 0 = one colour.
     """
 
@@ -43,7 +227,7 @@ class Room:
     plank: float = 0.0
 
     def is_free(self, x: float, y: float, z: float, clearance: float) -> bool:
-        """Tells whether a point is at least `clearance` (m) from all objects that reach up to its height."""
+        """Return True if a point is at least `clearance` (m) away from all objects at its height."""
         for box in self.boxes.tolist():
             if box[2] + box[5] / 2 + 0.1 < z or box[2] - box[5] / 2 - 0.1 > z:
                 continue
@@ -56,34 +240,33 @@ class Room:
         return True
 
 
-def furnished_room(programme: Programme, spec: DatasetSpec, rng: np.random.Generator) -> Room:
-    """Draws a room.
+def furnish_room(programme: Programme, spec: DatasetSpec, rng: np.random.Generator) -> Room:
+    """Make a random room.
 
     Args:
         programme: sizes and contents.
-        spec: the dataset, which decides what is annotated.
+        spec: dataset, which decides which objects are annotated.
         rng: source of randomness.
     """
     size = (rng.uniform(*programme.width), rng.uniform(*programme.length), rng.uniform(*programme.height))
-    chosen = _draw_contents(programme, spec, rng)
-    drawn = []
-    for name in chosen:
-        depth, width, height = _draw_size(programme.kinds[name], programme, rng)
-        drawn.append((name, programme.kinds[name], (depth, width, min(height, size[2] - 0.1))))
+    things = []
+    for name in _choose_contents(programme, spec, rng):
+        depth, width, height = _random_size(programme.kinds[name], programme.scale, rng)
+        things.append((name, programme.kinds[name], (depth, width, min(height, size[2] - 0.1))))
     # Large fronts first, seats last: they look for a table.
-    drawn.sort(key=lambda item: (item[1].mount == "seat", -item[2][1] * item[2][2]))
+    things.sort(key=lambda thing: (thing[1].mount == "seat", -thing[2][1] * thing[2][2]))
 
     place = _place_simply if programme.scale == "demo" else _place
     placed: list[tuple[str, Box]] = []
     parts: list[Solids] = []
-    for name, kind, extent in drawn:
+    for name, kind, extent in things:
         box = place(name, kind, extent, size, placed, rng)
         if box is not None:
             position = np.array([box[0], box[1], box[2] - box[5] / 2])
-            parts.append(solids(kind.build(extent, rng)).placed(position, box[6], len(placed)))
+            parts.append(make_solids(kind.build(extent, rng)).place(position, box[6], len(placed)))
             placed.append((name, box))
             if name == "counter":
-                parts.append(_cupboard_under(box))
+                parts.append(_cupboard_below(box))
     lamp, plank = None, 0.0
     if programme.scale != "demo":
         lamp = (np.array([*rng.uniform(0.25, 0.75, 2), 0.95]) * size).astype(np.float32)
@@ -91,7 +274,7 @@ def furnished_room(programme: Programme, spec: DatasetSpec, rng: np.random.Gener
     return Room(
         size=np.array(size, np.float32),
         shell_colors=_shell_colors(rng),
-        solids=joined([*parts, solids([])]),
+        solids=join_solids([*parts, make_solids([])]),
         boxes=np.array([box for _, box in placed], np.float32).reshape(-1, 7),
         labels=np.array([label_of(name, spec) for name, _ in placed], np.int32),
         lamp=lamp,
@@ -99,8 +282,8 @@ def furnished_room(programme: Programme, spec: DatasetSpec, rng: np.random.Gener
     )
 
 
-def _draw_contents(programme: Programme, spec: DatasetSpec, rng: np.random.Generator) -> list[str]:
-    """Names of what the room should hold: annotated objects, then clutter."""
+def _choose_contents(programme: Programme, spec: DatasetSpec, rng: np.random.Generator) -> list[str]:
+    """Names of the annotated objects and the clutter to place, in random order."""
     weights = programme.rooms[rng.integers(len(programme.rooms))]
     wanted = int(rng.integers(programme.objects[0], programme.objects[1] + 1))
     clutter = int(rng.integers(0, programme.clutter + 1))
@@ -118,9 +301,9 @@ def _draw_contents(programme: Programme, spec: DatasetSpec, rng: np.random.Gener
     return chosen
 
 
-def _draw_size(kind: Kind, programme: Programme, rng: np.random.Generator) -> tuple[float, float, float]:
+def _random_size(kind: Kind, scale: Scale, rng: np.random.Generator) -> Size:
     """Depth, width and height of one thing (m), log-normal."""
-    if programme.scale == "demo":
+    if scale == "demo":
         # Heights vary less than footprints: people sit and work at one height.
         spread = np.clip(rng.normal(0.0, kind.spread, 3) * (1, 1, 0.5), -0.5, 0.5)
     else:
@@ -133,28 +316,30 @@ def _draw_size(kind: Kind, programme: Programme, rng: np.random.Generator) -> tu
 def _place_simply(
     name: str,
     kind: Kind,
-    extent: tuple[float, float, float],
-    room: tuple[float, float, float],
+    extent: Size,
+    room: Size,
     placed: list[tuple[str, Box]],
     rng: np.random.Generator,
 ) -> Box | None:
-    """Finds a free place for an object of a small room; None if there is none."""
-    bottom = rng.uniform(*kind.base)
-    bottom = min(bottom, room[2] - extent[2] - 0.05)
+    """Find a free place for an object of a small room; None if there is none."""
+    bottom = min(rng.uniform(*kind.base), room[2] - extent[2] - 0.05)
     for _ in range(_TRIES):
         tables = [box for name, box in placed if name in _SEATED_AT]
         if kind.mount == "seat" and tables and rng.random() < 0.75:
-            x, y, yaw = _at_table(tables[rng.integers(len(tables))], extent[0], rng)
+            x, y, yaw = _pose_at_table(tables[rng.integers(len(tables))], extent[0], rng)
         elif kind.mount in ("wall", "hung") and (kind.mount == "hung" or rng.random() < 0.9):
-            x, y, yaw = _along_wall(extent, room, kind.mount == "hung", rng)
+            x, y, yaw = _pose_along_wall(extent, room, kind.mount == "hung", rng)
         else:
             margin = math.hypot(extent[0], extent[1]) / 2
             if 2 * margin >= min(room[0], room[1]):
                 continue
             x, y = rng.uniform(margin, room[0] - margin), rng.uniform(margin, room[1] - margin)
-            yaw = _roughly_along_walls(rng)
+            if rng.random() < 0.8:
+                yaw = rng.integers(4) * math.pi / 2 + rng.uniform(-1, 1) * _ALONG
+            else:
+                yaw = rng.uniform(-math.pi, math.pi)
         box = (x, y, bottom + extent[2] / 2, *extent, yaw)
-        if _inside(box, room) and not any(overlap(box, other, _GAP) for _, other in placed):
+        if _is_inside(box, room) and not any(overlap(box, other, _GAP) for _, other in placed):
             return box
     return None
 
@@ -162,42 +347,42 @@ def _place_simply(
 def _place(
     name: str,
     kind: Kind,
-    extent: tuple[float, float, float],
-    room: tuple[float, float, float],
+    extent: Size,
+    room: Size,
     placed: list[tuple[str, Box]],
     rng: np.random.Generator,
 ) -> Box | None:
-    """Finds a free place for an object, four in five of them along the walls; None if there is none."""
+    """Find a free place for an object, for four in five of them along the walls; None if there is none."""
     bottom = min(rng.uniform(*kind.base), room[2] - extent[2] - 0.05)
     aligned = kind.mount == "hung" or rng.random() < _ALIGNED
     tables = [box for name, box in placed if name in _SEATED_AT and (not aligned or _is_aligned(box))]
-    taken = [_kept_free(name, box) for name, box in placed]
+    taken = [_occupied_box(name, box) for name, box in placed]
     for _ in range(3 * _TRIES):
         if kind.mount == "seat" and tables and rng.random() < 0.85:
-            x, y, facing = _at_table(tables[rng.integers(len(tables))], extent[0], rng)
+            x, y, facing = _pose_at_table(tables[rng.integers(len(tables))], extent[0], rng)
             if aligned:
                 yaw = round(facing / (math.pi / 2)) * math.pi / 2 + rng.uniform(-_ALONG, _ALONG)
             else:
                 yaw = rng.uniform(-math.pi, math.pi)
         elif aligned and (kind.mount == "hung" or (kind.mount == "wall" and rng.random() < 0.95)):
-            x, y, yaw = _along_wall(extent, room, kind.mount == "hung", rng)
+            x, y, yaw = _pose_along_wall(extent, room, kind.mount == "hung", rng)
         else:
             x, y = rng.uniform(0.0, room[0]), rng.uniform(0.0, room[1])
             turns = int(rng.integers(4))
             yaw = turns * math.pi / 2 + rng.uniform(-_ALONG, _ALONG) if aligned else rng.uniform(-math.pi, math.pi)
         box = (x, y, bottom + extent[2] / 2, *extent, yaw)
-        if _inside(box, room) and not any(overlap(_kept_free(name, box), other, _GAP) for other in taken):
+        if _is_inside(box, room) and not any(overlap(_occupied_box(name, box), other, _GAP) for other in taken):
             return box
     return None
 
 
 def _is_aligned(box: Box) -> bool:
-    """Whether a box stands along the walls."""
+    """Return True if a box stands along the walls."""
     return abs((box[6] + math.pi / 4) % (math.pi / 2) - math.pi / 4) <= _ALONG + 1e-9
 
 
-def _kept_free(name: str, box: Box) -> Box:
-    """What an object needs for itself: a counter the space below it, a door that it can be walked to."""
+def _occupied_box(name: str, box: Box) -> Box:
+    """Box around the space that an object needs: a counter that below it, a door some to walk through it."""
     x, y, z, depth, width, height, yaw = box
     if name == "counter":
         top = z + height / 2
@@ -207,42 +392,30 @@ def _kept_free(name: str, box: Box) -> Box:
     return box
 
 
-def _roughly_along_walls(rng: np.random.Generator) -> float:
-    """A yaw along one of the four walls within 3 degrees (80 %), else any."""
-    if rng.random() < 0.8:
-        return rng.integers(4) * math.pi / 2 + rng.uniform(-1, 1) * math.radians(3)
-    return rng.uniform(-math.pi, math.pi)
-
-
-def _along_wall(
-    extent: tuple[float, float, float], room: tuple[float, float, float], fixed: bool, rng: np.random.Generator
-) -> tuple[float, float, float]:
-    """A place with the back to a wall and the front into the room; things fixed to the wall touch it."""
+def _pose_along_wall(extent: Size, room: Size, fixed: bool, rng: np.random.Generator) -> tuple[float, float, float]:
+    """Position and yaw with the back to a wall and the front into the room; things fixed to the wall touch it."""
     wall = int(rng.integers(4))
     yaw = wall * math.pi / 2
     distance = extent[0] / 2
     if not fixed:
-        turn = rng.uniform(-1, 1) * math.radians(3)
+        turn = rng.uniform(-1, 1) * _ALONG
         yaw += turn
         distance += abs(math.sin(turn)) * extent[1] / 2 + rng.uniform(0.01, 0.08)
     along = room[1] if wall % 2 == 0 else room[0]
     half = extent[1] / 2 + 0.03
     if 2 * half >= along:
-        return -1.0, -1.0, yaw
+        return -1.0, -1.0, yaw  # outside of the room, so refused
     position = rng.uniform(half, along - half)
-    match wall:
-        case 0:
-            return distance, position, yaw
-        case 1:
-            return position, distance, yaw
-        case 2:
-            return room[0] - distance, position, yaw
-        case _:
-            return position, room[1] - distance, yaw
+    x, y = (distance, position) if wall % 2 == 0 else (position, distance)
+    if wall == 2:
+        x = room[0] - distance
+    elif wall == 3:
+        y = room[1] - distance
+    return x, y, yaw
 
 
-def _at_table(table: Box, depth: float, rng: np.random.Generator) -> tuple[float, float, float]:
-    """A place beside a table, looking at it; at a desk (deep side at a wall) the wall side fails later."""
+def _pose_at_table(table: Box, depth: float, rng: np.random.Generator) -> tuple[float, float, float]:
+    """Position and yaw beside a table, facing it; the side of a desk at the wall is refused later."""
     side = int(rng.integers(4))
     reach = table[3 + side % 2] / 2 + depth / 2 + rng.uniform(0.05, 0.2)
     span = table[3 + (side + 1) % 2] / 2
@@ -253,7 +426,7 @@ def _at_table(table: Box, depth: float, rng: np.random.Generator) -> tuple[float
     return x, y, angle + math.pi + rng.normal(0.0, 0.15)
 
 
-def _inside(box: Box, room: tuple[float, float, float]) -> bool:
+def _is_inside(box: Box, room: Size) -> bool:
     cos, sin = abs(math.cos(box[6])), abs(math.sin(box[6]))
     half_x, half_y = (box[3] * cos + box[4] * sin) / 2, (box[3] * sin + box[4] * cos) / 2
     slack = 1e-6
@@ -261,7 +434,7 @@ def _inside(box: Box, room: tuple[float, float, float]) -> bool:
 
 
 def overlap(one: Box, other: Box, gap: float) -> bool:
-    """Tells whether two upright boxes come closer than about `gap` (m); separating axes in the plane, then z."""
+    """Return True if two upright boxes come closer than about `gap` (m): z first, then separating axes in the plane."""
     if abs(one[2] - other[2]) >= (one[5] + other[5]) / 2 + gap:
         return False
     dx, dy = other[0] - one[0], other[1] - one[1]
@@ -278,11 +451,11 @@ def overlap(one: Box, other: Box, gap: float) -> bool:
     return True
 
 
-def _cupboard_under(counter: Box) -> Solids:
-    """What a counter rests on; its own thing, not part of the counter's box."""
+def _cupboard_below(counter: Box) -> Solids:
+    """Cupboard that a counter rests on; not part of the counter's box."""
     x, y, top = counter[3] / 2 - 0.03, counter[4] / 2 - 0.02, counter[2] - counter[5] / 2
-    body = solids([Primitive((-counter[3] / 2, -y, 0.0), (x, y, top), (0.5, 0.4, 0.3))])
-    return body.placed(np.array([counter[0], counter[1], 0.0]), counter[6], -1)
+    body = make_solids([Primitive((-counter[3] / 2, -y, 0.0), (x, y, top), (0.5, 0.4, 0.3))])
+    return body.place(np.array([counter[0], counter[1], 0.0]), counter[6], -1)
 
 
 def _shell_colors(rng: np.random.Generator) -> np.ndarray:

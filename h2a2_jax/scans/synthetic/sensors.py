@@ -1,4 +1,4 @@
-"""Sensors that walk through a room, and the points that they measure."""
+"""Sensors: positions in a room, and the points that a depth camera or a laser scanner measures from there."""
 
 import math
 from collections.abc import Mapping
@@ -7,25 +7,24 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Float32, Int32
 
-from h2a2_jax.scans.synthetic.catalogue import Scale
+from h2a2_jax.scans.synthetic.furniture import rotate
 from h2a2_jax.scans.synthetic.raycast import DepthCamera, DepthView, PinholeGrid, SphericalGrid, look
-from h2a2_jax.scans.synthetic.rooms import Room
-from h2a2_jax.scans.synthetic.shapes import turned
+from h2a2_jax.scans.synthetic.rooms import Room, Scale
 
 FIELD = (math.radians(57), math.radians(45))
 """Horizontal and vertical field of view of the depth camera."""
 
 RANGE = (0.6, 8.0)
-"""Depth (m) that it measures."""
+"""Smallest and largest depth (m) that it measures."""
 
 FRAMED = 0.4
-"""Share of a box that must be framed for its object to be in view."""
+"""Share of a box that must lie in the image for its object to be in view."""
 
 
-def free_points(
+def choose_positions(
     room: Room, count: int, height: tuple[float, float], clearance: float, rng: np.random.Generator
 ) -> list[Float32[np.ndarray, " 3"]]:
-    """Places for a sensor, apart from furniture and from one another as far as that goes."""
+    """Choose positions for a sensor away from furniture and from one another, as far as the room allows."""
     found: list[np.ndarray] = []
     for attempt in range(count * 60):
         relaxed = clearance * (1 - attempt / (count * 60))
@@ -42,12 +41,12 @@ def free_points(
     return found
 
 
-def aimed_camera(room: Room, rng: np.random.Generator) -> DepthCamera:
-    """Of several random cameras, the one that sees most annotated objects."""
+def aim_camera(room: Room, rng: np.random.Generator) -> DepthCamera:
+    """Choose the one of several random cameras that sees most annotated objects."""
     boxes = room.boxes[room.labels >= 0]
     targets = boxes[:, :3]
     best, best_score = None, -1.0
-    for origin in free_points(room, 8, (0.9, 1.5), 0.3, rng):
+    for origin in choose_positions(room, 8, (0.9, 1.5), 0.3, rng):
         for _ in range(2):
             aim = room.size / 2
             if len(targets):
@@ -65,12 +64,12 @@ def aimed_camera(room: Room, rng: np.random.Generator) -> DepthCamera:
 
 
 def share_in_view(camera: DepthCamera, boxes: Float32[np.ndarray, "k 7"]) -> Float[np.ndarray, " k"]:
-    """Which part of each box the camera frames and reaches, on a lattice of points in it."""
+    """Share of each box in the image and within the range of the camera, on a lattice of points in the box."""
     ticks = np.linspace(-0.9, 0.9, 4, dtype=np.float32)
     lattice = np.stack(np.meshgrid(ticks, ticks, ticks[::3]), axis=-1).reshape(-1, 3)
     offsets = lattice * boxes[:, None, 3:6] / 2
     placed = [
-        turned(offset, yaw) + center
+        rotate(offset, yaw) + center
         for offset, yaw, center in zip(offsets, boxes[:, 6].tolist(), boxes[:, :3], strict=True)
     ]
     right, down, depth = camera.image(np.array(placed, np.float32).reshape(-1, 3))
@@ -78,20 +77,20 @@ def share_in_view(camera: DepthCamera, boxes: Float32[np.ndarray, "k 7"]) -> Flo
     return framed.reshape(len(boxes), len(lattice)).mean(axis=1)
 
 
-_CELL = (0.0245, 0.0335)  # m; cells of a fused surface
+_CELL = (0.0245, 0.0335)  # m; smallest and largest cell of a fused surface
 
 
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """What a sensor delivers of a room.
+    """Points that a sensor measures in a room.
 
     Attributes:
-        points: x, y, z (m) in the sensor's convention of frames.
+        points: x, y, z (m) in the frame that the dataset uses.
         colors: red, green, blue in 0-1.
         owners: object that a point lies on; -1 = none that the room lists.
-        boxes: the whole boxes of all objects of the room, in the frame of the points.
+        boxes: boxes of all objects of the room as a whole, in the frame of the points.
         visible: fraction of each object's rays that nothing else blocks; 0 for objects out of view.
-        losses: what part of the points is missing though seen, by cause.
+        losses: share of the seen points that is missing, by cause.
     """
 
     points: Float32[np.ndarray, "m 3"]
@@ -110,31 +109,28 @@ def fused_mesh(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
     room.
     """
     is_demo = scale == "demo"
-    views, rows, cols, highest = (3, 80, 160, 18) if is_demo else (8, 190, 380, 30)
-    elevation = (math.radians(-80), math.radians(highest))
-    seen = [
-        look(room, SphericalGrid(origin, rows, cols, elevation, rng))
-        for origin in free_points(room, views, (1.2, 1.7), 0.3, rng)
-    ]
-    points, colors, owners = _merged(seen, ~np.stack([view.is_ceiling for view in seen]))
+    views, rows, cols, highest = (3, 80, 160, 18.0) if is_demo else (8, 190, 380, 30.0)
+    seen = _look_around(room, views, (rows, cols), (-80.0, highest), (1.2, 1.7), 0.3, rng)
+    kept_rays = ~np.stack([view.is_ceiling for view in seen])
+    points, colors, owners = _merge(seen, kept_rays)
     sigma = rng.uniform(0.005, 0.008) if is_demo else rng.uniform(0.0053, 0.0075)
     if is_demo:
         points += rng.normal(0.0, sigma, points.shape).astype(np.float32)
-        points, colors, owners = _thinned(points, colors, owners, 0.045)
+        points, colors, owners = _thin(points, colors, owners, 0.045)
         fraction = rng.uniform(0.10, 0.25)
     else:
         fraction = rng.uniform(0.10, 0.25)
-        normals = np.stack([view.normals for view in seen])[~np.stack([view.is_ceiling for view in seen])]
+        normals = np.stack([view.normals for view in seen])[kept_rays]
         spacing = _spacing(points, 1 - fraction, rng)
-        points, means, owners = _thinned(points, np.concatenate([colors, normals], axis=1), owners, spacing)
+        points, means, owners = _thin(points, np.concatenate([colors, normals], axis=1), owners, spacing)
         colors, normals = means[:, :3], means[:, 3:]
         normals = normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-6)
         points += normals * _bumps(points, sigma, rng)
-    kept = (_without_patches if is_demo else _without_holes)(points, fraction, rng)
+    kept = (_cut_patches if is_demo else _cut_holes)(points, fraction, rng)
     losses = {"holes": 1 - len(kept) / len(points)}
-    kept = _at_most(kept, 12_000 if is_demo else 150_000, rng)
+    kept = rng.permutation(kept)[: 12_000 if is_demo else 150_000]
     shift = np.array([*(-rng.uniform(0.0, 1.0, 2) * room.size[:2]), 0.0], np.float32)
-    colors = _noisy(colors[kept], 12 / 255, rng)
+    colors = _add_noise(colors[kept], 12 / 255, rng)
     return _capture(room, seen, points[kept] + shift, colors, owners[kept], shift, losses)
 
 
@@ -146,25 +142,36 @@ def full_room(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
     """
     is_demo = scale == "demo"
     views, rows, cols = (2, 84, 170) if is_demo else (5, 240, 420)
-    elevation = (math.radians(-75), math.radians(89))
-    seen = [
-        look(room, SphericalGrid(origin, rows, cols, elevation, rng))
-        for origin in free_points(room, views, (1.4, 1.7), 0.35, rng)
-    ]
-    points, colors, owners = _merged(seen, np.ones((views, rows, cols), bool))
+    seen = _look_around(room, views, (rows, cols), (-75.0, 89.0), (1.4, 1.7), 0.35, rng)
+    points, colors, owners = _merge(seen, np.ones((views, rows, cols), bool))
     if is_demo:
         points += rng.normal(0.0, 0.002, points.shape).astype(np.float32)
-        points, colors, owners = _thinned(points, colors, owners, 0.04)
+        points, colors, owners = _thin(points, colors, owners, 0.04)
     else:
-        points, colors, owners = _thinned(points, colors, owners, 0.012)
+        points, colors, owners = _thin(points, colors, owners, 0.012)
         points += np.float32(0.002) * rng.standard_normal(points.shape, np.float32)
-    kept = (_without_patches if is_demo else _without_holes)(points, rng.uniform(0.02, 0.05), rng)
+    kept = (_cut_patches if is_demo else _cut_holes)(points, rng.uniform(0.02, 0.05), rng)
     losses = {"holes": 1 - len(kept) / len(points)}
-    kept = _at_most(kept, 14_000 if is_demo else 1_000_000, rng)
+    kept = rng.permutation(kept)[: 14_000 if is_demo else 1_000_000]
     tint = np.array([1.06, 1.0, 0.86], np.float32)
     shift = -points[kept].min(axis=0)
-    colors = _noisy(colors[kept] * tint, 4 / 255, rng)
+    colors = _add_noise(colors[kept] * tint, 4 / 255, rng)
     return _capture(room, seen, points[kept] + shift, colors, owners[kept], shift, losses)
+
+
+def _look_around(
+    room: Room,
+    views: int,
+    shape: tuple[int, int],
+    elevation: tuple[float, float],
+    height: tuple[float, float],
+    clearance: float,
+    rng: np.random.Generator,
+) -> list[DepthView]:
+    """Views all around from several positions; elevation in degrees, height and clearance in metres."""
+    low, high = math.radians(elevation[0]), math.radians(elevation[1])
+    positions = choose_positions(room, views, height, clearance, rng)
+    return [look(room, SphericalGrid(origin, *shape, (low, high), rng)) for origin in positions]
 
 
 def depth_frame(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
@@ -176,11 +183,11 @@ def depth_frame(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
     """
     is_demo = scale == "demo"
     rows, cols = (96, 124) if is_demo else (300, 380)
-    camera = aimed_camera(room, rng)
+    camera = aim_camera(room, rng)
     view = look(room, PinholeGrid(camera, rows, cols, rng))
     offset = view.points - camera.origin
     depth = offset @ camera.axes[1]
-    measured, flying = _measured_depth(depth, rng)
+    measured, flying = _measure_depth(depth, rng)
     luminance = view.colors.mean(axis=-1)
     dropped = rng.random(depth.shape) < rng.uniform(0.05, 0.15)
     grazing = (view.facing < 0.08) & (rng.random(depth.shape) < 0.7)
@@ -193,21 +200,21 @@ def depth_frame(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
 
     turn = math.pi / 2 - camera.yaw
     boxes = room.boxes.copy()
-    boxes[:, :3] = turned(boxes[:, :3] - camera.origin, turn)
+    boxes[:, :3] = rotate(boxes[:, :3] - camera.origin, turn)
     boxes[:, 6] = (boxes[:, 6] + turn + np.pi) % (2 * np.pi) - np.pi
-    chosen = _at_most(np.arange(len(points)), 12_000 if is_demo else 50_000, rng)
+    chosen = rng.permutation(len(points))[: 12_000 if is_demo else 50_000]
     return Capture(
-        points=turned(points, turn)[chosen],
-        colors=_noisy(colors, 5 / 255, rng)[chosen],
+        points=rotate(points, turn)[chosen],
+        colors=_add_noise(colors, 5 / 255, rng)[chosen],
         owners=owners[chosen],
         boxes=boxes,
-        visible=_visible([view], len(room.boxes)) * (share_in_view(camera, room.boxes) > FRAMED),
+        visible=_visible_shares([view], len(room.boxes)) * (share_in_view(camera, room.boxes) > FRAMED),
         losses={cause: float(share) for cause, share in losses.items()},
     )
 
 
-def _measured_depth(depth: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Depth as a structured-light camera gives it, and which pixels fly between two surfaces."""
+def _measure_depth(depth: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Depth (m) as a structured-light camera measures it, and a mask of the pixels that fly between two surfaces."""
     sigma = 0.0012 + 0.0019 * (depth - 0.4) ** 2
     measured = depth + rng.normal(0.0, 1.0, depth.shape).astype(np.float32) * sigma
     step = 0.00285  # 1/m per disparity unit: 2.85 mm at 1 m, growing with the squared depth
@@ -224,7 +231,7 @@ def _vignette(rows: int, cols: int) -> np.ndarray:
     return (1 - 0.15 * (u * u + v * v)).astype(np.float32)
 
 
-def _merged(views: list[DepthView], kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _merge(views: list[DepthView], kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Points, colours and owners of the kept rays of all views."""
     points = np.stack([view.points for view in views])[kept]
     colors = np.stack([view.colors for view in views])[kept]
@@ -232,12 +239,12 @@ def _merged(views: list[DepthView], kept: np.ndarray) -> tuple[np.ndarray, np.nd
     return points, colors, owners
 
 
-def _thinned(
+def _thin(
     points: np.ndarray, colors: np.ndarray, owners: np.ndarray, spacing: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One point per cell of a grid of `spacing` (m): the mean of those in it, which rounds corners and blurs.
+    """Replace the points in each cell of a grid of `spacing` (m) by their mean, which rounds corners and blurs.
 
-    What goes for the colours goes for any other columns beside them.
+    The colours may have further columns, which are averaged too.
     """
     cells = np.floor((points - points.min(axis=0)) / spacing).astype(np.int64)
     extent = cells.max(axis=0) + 1
@@ -252,11 +259,11 @@ def _thinned(
 
 
 def _spacing(points: np.ndarray, share: float, rng: np.random.Generator) -> float:
-    """Edge (m) of the cells that bring a surface to the number of points of a scan, within what scans have.
+    """Edge (m) of the cells that thin a surface to the number of points of a scan, within the limits of `_CELL`.
 
     Args:
         points: dense samples of the surface.
-        share: of the surface that will be left.
+        share: share of the surface that will be left.
         rng: source of randomness.
     """
     coarse = 0.05
@@ -267,13 +274,13 @@ def _spacing(points: np.ndarray, share: float, rng: np.random.Generator) -> floa
 
 
 def _bumps(points: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
-    """Noise of a fused surface: one half of its variance is smooth over 0.2-0.6 m, the other free at every point."""
+    """Noise of a fused surface: half of its variance is smooth over 0.2-0.6 m, half independent at every point."""
     smooth = _smooth_field(points, (0.2, 0.6), rng) + rng.standard_normal(len(points), np.float32)
     return (smooth * np.float32(sigma / math.sqrt(2)))[:, None]
 
 
 def _smooth_field(points: np.ndarray, length: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """A random function of the place with variance 1, a sum of waves of some range of lengths (m)."""
+    """Random function of the place with variance 1, a sum of waves of a range of lengths (m)."""
     waves = 10
     direction = rng.normal(size=(3, waves))
     direction *= 2 * math.pi / rng.uniform(*length, waves) / np.linalg.norm(direction, axis=0)
@@ -282,13 +289,13 @@ def _smooth_field(points: np.ndarray, length: tuple[float, float], rng: np.rando
     return heights * np.cos(points @ direction.astype(np.float32) + phase).sum(axis=1)
 
 
-def _without_holes(points: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
-    """Indices of the points left after `fraction` of them is lost in holes of irregular shape."""
+def _cut_holes(points: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """Indices of the points left after `fraction` of them is cut out in holes of irregular shape."""
     field = _smooth_field(points, (0.25, 1.0), rng)
     return np.flatnonzero(field < np.quantile(field, 1 - fraction))
 
 
-def _without_patches(points: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+def _cut_patches(points: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
     """Indices of the points left after about `fraction` of them is cut out in round patches."""
     order = np.argsort(points[:, 0], kind="stable")
     along, ordered = points[order, 0], points[order]
@@ -306,17 +313,12 @@ def _without_patches(points: np.ndarray, fraction: float, rng: np.random.Generat
     return np.flatnonzero(alive)
 
 
-def _at_most(indices: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """At most `count` of the indices, in random order."""
-    return rng.permutation(indices)[:count]
-
-
-def _noisy(colors: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
+def _add_noise(colors: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
     noise = rng.standard_normal(colors.shape, np.float32) * np.float32(sigma)
     return np.clip(colors + noise, 0, 1).astype(np.float32)
 
 
-def _visible(views: list[DepthView], objects: int) -> np.ndarray:
+def _visible_shares(views: list[DepthView], objects: int) -> np.ndarray:
     """Fraction of each object's rays, over all views, that nothing else blocks."""
     hits = sum(np.bincount(view.owners[view.owners >= 0], minlength=objects) for view in views)
     return (hits / np.maximum(sum(view.unoccluded for view in views), 1)).astype(np.float32)
@@ -333,4 +335,4 @@ def _capture(
 ) -> Capture:
     boxes = room.boxes.copy()
     boxes[:, :3] += shift
-    return Capture(points.astype(np.float32), colors, owners, boxes, _visible(views, len(room.boxes)), losses)
+    return Capture(points.astype(np.float32), colors, owners, boxes, _visible_shares(views, len(room.boxes)), losses)

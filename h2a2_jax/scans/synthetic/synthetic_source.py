@@ -1,4 +1,4 @@
-"""Procedural stand-ins for ScanNet, SUN RGB-D and S3DIS, for what needs data but no licence.
+"""Procedural stand-ins for ScanNet, SUN RGB-D and S3DIS, for tests and demonstrations without a licence.
 
 One generator of rooms and furniture serves all three; classes, box protocol, sensor, frame, noise and colour differ
 as the real datasets' do. Numbers measured on these scans say nothing about the real ones.
@@ -14,8 +14,7 @@ from jaxtyping import Float32, Int32
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.scan import Scan
 from h2a2_jax.scans.specs import DatasetSpec
-from h2a2_jax.scans.synthetic.catalogue import Scale, programme
-from h2a2_jax.scans.synthetic.rooms import Room, furnished_room
+from h2a2_jax.scans.synthetic.rooms import Room, Scale, furnish_room, programme
 from h2a2_jax.scans.synthetic.sensors import Capture, depth_frame, full_room, fused_mesh
 
 _SENSORS: dict[str, Callable[[Room, Scale, np.random.Generator], Capture]] = {
@@ -25,7 +24,7 @@ _SENSORS: dict[str, Callable[[Room, Scale, np.random.Generator], Capture]] = {
 }
 _SPLITS = ("train", "val")
 _FEWEST_POINTS = 30
-_FEWEST_POINTS_OF_SCAN = 5_000  # fewer: the camera stands before a wall; another room is drawn
+_FEWEST_POINTS_OF_SCAN = 5_000  # fewer: the camera faces a wall, so another room is made
 _LEAST_VISIBLE = 0.15
 _ATTEMPTS = 20
 
@@ -33,10 +32,9 @@ _ATTEMPTS = 20
 class SyntheticSource:
     """Generated scans of one dataset; the same index always gives the same scan.
 
-    An annotated object that shows fewer than 30 points, or less than 15 % of itself, has no box. Every scan has 5,000
-    points and as many boxes as scans of its dataset have: 8-16 (scannet), 2-6 (sunrgbd), 6-14 (s3dis); of scale "demo"
-    1-8. Boxes enclose the visible points (axis-aligned datasets) or the whole object
-    (datasets with yaw).
+    An annotated object that shows fewer than 30 points, or less than 15 % of itself, has no box. Every scan has at
+    least 5,000 points, and 8-16 (scannet), 2-6 (sunrgbd) or 6-14 (s3dis) boxes; 1-8 at scale "demo". Boxes enclose the
+    visible points (axis-aligned datasets) or the whole object (datasets with yaw).
     """
 
     def __init__(
@@ -48,14 +46,14 @@ class SyntheticSource:
         seed: int = 0,
         scale: Scale = "full",
     ):
-        """Names the scans; each is generated when it is asked for.
+        """Name the scans; each is generated when it is read.
 
         Args:
             spec: scannet, sunrgbd or s3dis.
-            split: the splits share no scan.
+            split: "train" or "val", which share no scan.
             size: number of scans.
             seed: another seed gives other scans.
-            scale: "demo" for small rooms with few and easily told classes, "full" for rooms like the real ones.
+            scale: "demo" for small rooms with few, easily distinguished classes, "full" for rooms like the real ones.
 
         Raises:
             InputError: no stand-in exists for the dataset, or split, size, seed or scale is none of the above.
@@ -86,7 +84,7 @@ class SyntheticSource:
         return self._size
 
     def __getitem__(self, index: int) -> Scan:
-        """Generates one scan.
+        """Generate one scan.
 
         Raises:
             IndexError: the index is not in [0, size).
@@ -95,7 +93,7 @@ class SyntheticSource:
         return scan
 
     def acquire(self, index: int) -> tuple[Scan, Room, Capture]:
-        """Generates one scan, with the room it shows and what the sensor made of it.
+        """Generate one scan, with the room that it shows and the sensor's capture of that room.
 
         Raises:
             IndexError: the index is not in [0, size).
@@ -107,9 +105,9 @@ class SyntheticSource:
         )
         plan = programme(self.spec, self._scale)
         for _ in range(_ATTEMPTS):
-            room = furnished_room(plan, self.spec, rng)
+            room = furnish_room(plan, self.spec, rng)
             if self._scale == "full" and np.count_nonzero(room.labels >= 0) < plan.boxes[0]:
-                continue  # no need to look
+                continue  # no sensor can show enough boxes
             capture = _SENSORS[self.spec.name](room, self._scale, rng)
             boxes, labels = _annotation(room, capture, self.spec.has_yaw)
             if plan.boxes[0] <= len(labels) <= plan.boxes[1] and len(capture.points) >= _FEWEST_POINTS_OF_SCAN:

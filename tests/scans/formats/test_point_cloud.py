@@ -1,4 +1,4 @@
-"""Point clouds: every format gives back what was written, and what a file leaves open is said."""
+"""Point clouds: every format gives back the written points, and assumptions about a file are reported."""
 
 import os
 import struct
@@ -9,7 +9,7 @@ import pytest
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats.pcd import decompress_lzf
-from h2a2_jax.scans.formats.point_cloud import PointCloud, read_point_cloud, unit_colors
+from h2a2_jax.scans.formats.point_cloud import THINNED, PointCloud, read_point_cloud, unit_colors
 from h2a2_jax.scans.scan import NOT_FINITE
 
 POINTS = np.array([[0.5, -1.25, 2], [3, 4, -5.5], [0.125, 0, 2**-10]], np.float32)
@@ -43,6 +43,47 @@ def test_ply(tmp_path, form, kind):
     assert cloud.full_color == 255 and not cloud.notes
     np.testing.assert_allclose(unit_colors(cloud), COLORS / 255, atol=1e-7)
     assert read_point_cloud(write_ply(tmp_path / "b.ply", form, colors=False)).colors is None
+
+
+def ply_with_lists(where: str, form: str, ends: int = 3) -> bytes:
+    """Vertices with lists, or behind the lists of faces."""
+    lists = [[0, 1, 2, 3][:ends], [7, 8, 9]]
+    order = ">" if "big" in form else "<"
+
+    def row(values, kinds):
+        return (
+            f"{' '.join(map(str, values))}\n".encode() if form == "ascii" else struct.pack(f"{order}{kinds}", *values)
+        )
+
+    rows = [([*p.tolist(), *c.tolist()], "3f3B") for p, c in zip(POINTS, COLORS, strict=True)]
+    faces = [([len(entries), *entries], f"B{len(entries)}i") for entries in lists]
+    vertex = [f"element vertex {len(rows)}", *(f"property float {axis}" for axis in "xyz")]
+    vertex += [f"property uchar {name}" for name in ("red", "green", "blue")]
+    if where == "in vertices":
+        rows = [(a + b, f"{i}{j}") for (a, i), (b, j) in zip(rows, [*faces, ([0], "B")], strict=True)]
+        lines, body = [*vertex, "property list uchar int views"], rows
+    else:
+        lines = [f"element face {len(faces)}", "property list uchar int vertex_indices", *vertex]
+        body = faces + rows
+    header = ["ply", f"format {form} 1.0", *lines, "end_header", ""]
+    return "\n".join(header).encode() + b"".join(row(*each) for each in body)
+
+
+@pytest.mark.parametrize("form", ["ascii", "binary_little_endian", "binary_big_endian"])
+@pytest.mark.parametrize(("where", "ends"), [("in vertices", 3), ("before vertices", 3), ("before vertices", 4)])
+def test_lists_of_ply_files_are_passed_over(tmp_path, form, where, ends):
+    (tmp_path / "a.ply").write_bytes(ply_with_lists(where, form, ends))
+    cloud, some = read_point_cloud(tmp_path / "a.ply"), read_point_cloud(tmp_path / "a.ply", 1)
+    np.testing.assert_array_equal(cloud.points, POINTS)
+    np.testing.assert_array_equal(cloud.colors, COLORS)
+    assert some.notes == {THINNED: 2} and some.points.tolist() in POINTS[:, None].tolist()
+
+
+def test_headers_of_ply_files_may_be_untidy(tmp_path):
+    header = "ply\r\ncomment caf\xe9\r\nformat  ascii 1.0 \r\n\r\nobj_info x\r\nelement vertex 1\r\n"
+    header += "".join(f"property  float {axis}\r\n" for axis in "xyz") + "end_header \r\n1 2 3\r\n"
+    (tmp_path / "a.ply").write_bytes(header.encode("latin1"))
+    np.testing.assert_array_equal(read_point_cloud(tmp_path / "a.ply").points, [[1, 2, 3]])
 
 
 def lzf(content: bytes) -> bytes:
@@ -142,7 +183,7 @@ def test_numpy_files(tmp_path):
 
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("width", [3, 4, 6])
-def test_the_width_of_raw_rows_is_found_and_said(tmp_path, width, centred):
+def test_the_width_of_raw_rows_is_found_and_reported(tmp_path, width, centred):
     rng = np.random.default_rng(width)
     rows = np.zeros((1200, width), "<f4")  # 1200 rows of any width are whole rows of the others as well
     rows[:, :3] = rng.uniform(0, 1, (1200, 3)) * [6, 4, 2.5] - ([3, 2, 1.25] if centred else [0, 0, 0])

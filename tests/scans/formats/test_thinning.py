@@ -1,12 +1,14 @@
 """Large files are thinned out while they are read: the same rows whatever the format, colours with their points."""
 
+import io
 import struct
 
+import laspy
 import numpy as np
 import pytest
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats import thinning
+from h2a2_jax.scans import formats
 from h2a2_jax.scans.formats.point_cloud import THINNED, read_point_cloud
 
 N, MOST = 1000, 64
@@ -16,7 +18,7 @@ RGB = np.stack([np.arange(N) % 256, np.full(N, 9), np.arange(N) // 256], axis=1)
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(thinning, "_BLOCK", 48)
+    monkeypatch.setattr(formats, "_BLOCK", 48)
 
 
 def las(points, colors=None, *, form=2, minor=2, count=None) -> bytes:
@@ -37,6 +39,13 @@ def las(points, colors=None, *, form=2, minor=2, count=None) -> bytes:
     if colors is not None:
         rows[:, place : place + 6] = colors.astype("<u2").view(np.uint8).reshape(-1, 6)
     return bytes(header) + rows.tobytes()
+
+
+def laz(content: bytes) -> bytes:
+    """The same points compressed."""
+    packed = io.BytesIO()
+    laspy.read(io.BytesIO(content)).write(packed, do_compress=True, laz_backend=laspy.LazBackend.Lazrs)
+    return packed.getvalue()
 
 
 def write(path, form: str) -> None:
@@ -64,12 +73,13 @@ def write(path, form: str) -> None:
             both.tofile(path)
         case "xyz":
             path.write_text("x y z r g b\n" + lines)
-        case "las":
-            path.write_bytes(las(XYZ - [5e5, 0, 0], RGB))
+        case "las" | "laz":
+            content = las(XYZ - [5e5, 0, 0], RGB)
+            path.write_bytes(content if form == "las" else laz(content))
 
 
 @pytest.mark.parametrize(
-    "form", ["ply", "text ply", "pcd", "text pcd", "npy", "npy by columns", "npz", "bin", "xyz", "las"]
+    "form", ["ply", "text ply", "pcd", "text pcd", "npy", "npy by columns", "npz", "bin", "xyz", "las", "laz"]
 )
 def test_the_same_points_of_every_format(tmp_path, form):
     path = tmp_path / f"a.{form.split()[1] if form.startswith('text') else form.split()[0]}"
@@ -81,40 +91,55 @@ def test_the_same_points_of_every_format(tmp_path, form):
     rows = some.points[:, 0].round().astype(int)
     edges = np.arange(MOST + 1) * N // MOST
     assert ((rows >= edges[:-1]) & (rows < edges[1:])).all()
-    np.testing.assert_array_equal(rows, thinning.Thinning(MOST).rows(N))
+    np.testing.assert_array_equal(rows, formats.Thinning(MOST).rows(N))
     np.testing.assert_allclose(some.points, XYZ[rows], atol=1e-6)
     np.testing.assert_allclose(some.colors, RGB[rows], atol=1e-6)
     assert not read_point_cloud(path, N).notes
 
 
+@pytest.mark.parametrize("pack", [bytes, laz], ids=["las", "laz"])
 @pytest.mark.parametrize(("form", "minor"), [(2, 2), (7, 4)])
-def test_las_in_map_coordinates(tmp_path, form, minor):
+def test_las_in_map_coordinates(tmp_path, form, minor, pack):
     path = tmp_path / "a.las"
-    path.write_bytes(las(XYZ, RGB.astype(np.uint16) * 257, form=form, minor=minor))
+    path.write_bytes(pack(las(XYZ, RGB.astype(np.uint16) * 257, form=form, minor=minor)))
     cloud = read_point_cloud(path)
-    np.testing.assert_allclose(cloud.points, XYZ + np.float64((5e5, 0, 0)), atol=1e-9)
+    np.testing.assert_array_equal(cloud.points, np.round(XYZ * 100).astype(int) * 0.01 + np.float64((5e5, 0, 0)))
     assert cloud.full_color == 65535 and cloud.colors.max() == 255 * 257
-    path.write_bytes(las(XYZ, form=0))
+    path.write_bytes(pack(las(XYZ, form=0)))
     assert read_point_cloud(path).colors is None
 
 
+def changed(content: bytes, place: int, form: str, value: int) -> bytes:
+    content = bytearray(content)
+    struct.pack_into(form, content, place, value)
+    return bytes(content)
+
+
+LAZ = laz(las(XYZ))
+START = struct.unpack_from("<I", LAZ, 96)[0]  # of the points, where the place of the table of chunks is
+
+
+@pytest.mark.parametrize("suffix", [".las", ".laz"])
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
         (b"LASF", "is no LAS file or is cut off in its header"),
+        (b"PK" + las(XYZ)[2:], "is no LAS file"),
         (las(XYZ, count=10**9), "cut off: its header says 1000000000 points"),
         (las(XYZ)[:-1], "cut off: its header says 1000 points, which take 26000 bytes, but 25999"),
-        (las(XYZ)[:104] + b"\x82" + las(XYZ)[105:], "is compressed LAS"),
-        (las(XYZ)[:104] + b"\x0b" + las(XYZ)[105:], "LAS point format 11 of 26 bytes"),
+        (changed(las(XYZ), 104, "<B", 30), "is no LAS file or its header is damaged .*30"),
+        (changed(las(XYZ), 100, "<I", 10**9), "after 227 bytes and 1000000000 records"),
+        (changed(las(XYZ), 96, "<I", 10**9), "after 1000000000 bytes and 0 records"),
+        (LAZ[:-30], "cut off or damaged: it lacks a table"),
+        (changed(LAZ, START, "<q", -1)[:-4], "cut off or damaged: it lacks a table"),
+        (changed(LAZ, struct.unpack_from("<q", LAZ, START)[0] + 4, "<I", 10**9), "it lacks a table"),
+        (changed(LAZ, 107, "<I", 10**9), "is cut off or damaged"),
     ],
 )
-def test_other_las(tmp_path, content, sentence):
-    (tmp_path / "a.las").write_bytes(content)
+def test_damaged_las(tmp_path, content, sentence, suffix):
+    (tmp_path / f"a{suffix}").write_bytes(content)
     with pytest.raises(InputError, match=sentence):
-        read_point_cloud(tmp_path / "a.las")
-    (tmp_path / "a.laz").write_bytes(content)
-    with pytest.raises(InputError, match=r"a\.laz is compressed LAS: turn it into \.las"):
-        read_point_cloud(tmp_path / "a.laz")
+        read_point_cloud(tmp_path / f"a{suffix}")
 
 
 @pytest.mark.parametrize("end", ["\n", "\n\n", "\r\n \r\n", "\r"], ids=repr)

@@ -10,7 +10,9 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.raw import S3dis, ScanNet, SunRgbd
+from h2a2_jax.scans.raw.s3dis import S3dis
+from h2a2_jax.scans.raw.scannet import ScanNet
+from h2a2_jax.scans.raw.sunrgbd import SunRgbd
 from h2a2_jax.scans.scan import ScanError, validate_scan
 from tests.scans.raw.miniature import (
     S3DIS_ROOMS,
@@ -138,16 +140,19 @@ def set_nan(vertices):
 
 SCAN_ERRORS = [
     # ScanNet
-    pytest.param(ScanNet, cut(PLY), "unreadable PLY file .*early end-of-file", id="truncated PLY"),
-    pytest.param(ScanNet, cut(PLY, 0.98), "unreadable PLY file", id="PLY truncated in its faces"),
+    pytest.param(ScanNet, cut(PLY), "unreadable PLY file: .* is cut off", id="truncated PLY"),
+    pytest.param(ScanNet, cut(PLY, 0.98), "says 2 face elements", id="PLY truncated in its faces"),
     pytest.param(ScanNet, cut(PLY, 0.05), "unreadable PLY file", id="PLY truncated in its header"),
     pytest.param(
-        ScanNet, replace(PLY, b"vertex 60", b"vertex 900000000"), "early end-of-file", id="header promises more"
+        ScanNet,
+        replace(PLY, b"vertex 60", b"vertex 900000000"),
+        "is cut off: its header says 900000000 vertex",
+        id="header promises more",
     ),
     pytest.param(ScanNet, replace(PLY, b"vertex 60", b"vertex 59"), "PLY file", id="header promises less"),
     pytest.param(ScanNet, replace(PLY, b"vertex 60", b"vertex -1"), "PLY file|vertices", id="negative count"),
     pytest.param(ScanNet, replace(PLY, b"uchar red", b"uchar r00"), "no vertices of x, y, z, red", id="no colours"),
-    pytest.param(ScanNet, replace(PLY, b"element vertex", b"element vertey"), "no vertices of x", id="no vertices"),
+    pytest.param(ScanNet, replace(PLY, b"element vertex", b"element vertey"), "without vertices", id="no vertices"),
     pytest.param(ScanNet, replace(PLY, b"ply\n", b"plt\n"), "unreadable PLY file", id="not a PLY"),
     pytest.param(ScanNet, overwrite(PLY, b""), "unreadable PLY file", id="empty PLY"),
     pytest.param(ScanNet, overwrite(PLY, b"\xff\xfe\x00" * 99), "unreadable PLY file", id="PLY of binary junk"),
@@ -332,7 +337,7 @@ COUNTED = [
 
 
 @pytest.mark.parametrize(("kind", "damage", "notes", "points", "boxes"), COUNTED)
-def test_what_is_left_out_is_counted(tmp_path, kind, damage, notes, points, boxes):
+def test_left_out_points_and_objects_are_counted(tmp_path, kind, damage, notes, points, boxes):
     WRITERS[kind](tmp_path)
     before = kind(tmp_path).load(VICTIMS[kind])
     damage(tmp_path)

@@ -3,7 +3,8 @@ import pickle
 import numpy as np
 import pytest
 
-from h2a2_jax.scans.raw import RawDataset, S3dis
+from h2a2_jax.scans.raw import RawDataset
+from h2a2_jax.scans.raw.s3dis import S3dis
 from h2a2_jax.scans.scan import validate_scan
 from h2a2_jax.scans.specs import S3DIS
 from tests.scans.raw.miniature import BAD_LINE, S3DIS_ROOMS, S3DIS_SPLITS, room_folder, write_s3dis

@@ -3,7 +3,8 @@ import pickle
 import numpy as np
 import pytest
 
-from h2a2_jax.scans.raw import PUBLISHED, RawDataset, ScanNet
+from h2a2_jax.scans.raw import PUBLISHED, RawDataset
+from h2a2_jax.scans.raw.scannet import ScanNet
 from h2a2_jax.scans.scan import validate_scan
 from h2a2_jax.scans.specs import SCANNET
 from tests.scans.raw.miniature import SCANNET_NYU40, SCANNET_SCENES, SCANNET_SPLITS, write_ply, write_scannet
@@ -48,7 +49,7 @@ def test_it_is_a_raw_dataset(root):
     dataset = ScanNet(root)
     assert isinstance(dataset, RawDataset)
     assert dataset.spec is SCANNET and dataset.splits == SCANNET_SPLITS and dataset.notes == {}
-    assert PUBLISHED["scannet"].scans == {"train": 1201, "val": 312} and PUBLISHED["scannet"].classes == 18
+    assert PUBLISHED["scannet"] == {"train": 1201, "val": 312}
 
 
 @pytest.mark.parametrize("name", SCANNET_SCENES)
@@ -78,7 +79,7 @@ def test_alignment_moves_points_before_boxes_are_taken(root):
     np.testing.assert_allclose(scan.points, np.stack([5.5 - y, x - 2.25, z + 0.125], axis=1), atol=1e-6)
 
 
-def test_what_is_left_out_is_counted(root):
+def test_left_out_points_and_objects_are_counted(root):
     dataset = ScanNet(root)
     assert dataset.load("scene0000_00").notes == {"objects of no class of the dataset": 1, "objects without points": 1}
     assert dataset.load("scene0002_00").notes == {"alignment missing, identity taken": 1}

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from scipy.io import loadmat, savemat
 
-from h2a2_jax.scans.mmdet3d import Mmdet3dFolder
-from h2a2_jax.scans.raw import RawDataset, SunRgbd
-from h2a2_jax.scans.raw.sunrgbd import POINTS, back_project, decode_depth
+from h2a2_jax.scans.mmdet3d import Mmdet3dFolder, lay_out
+from h2a2_jax.scans.raw import RawDataset
+from h2a2_jax.scans.raw.sunrgbd import POINTS, SunRgbd, back_project, decode_depth
 from h2a2_jax.scans.scan import points_in_box, validate_scan
 from h2a2_jax.scans.specs import SUNRGBD
 from tests.scans.raw.miniature import SUN_FRAMES, SUN_SPLITS, cells, sun_meta, write_depth, write_sunrgbd
@@ -82,7 +82,7 @@ def test_boxes_equal_those_computed_by_hand(root, annotations):
         assert scan.notes == ({"objects of no class of the dataset": pillows} if pillows else {})
 
 
-def test_versions_of_the_annotations_are_told_apart(tmp_path):
+def test_versions_of_the_annotations_differ(tmp_path):
     write_sunrgbd(tmp_path)
     other = [dict(frame, objects=[("sofa", (1, 1, 1), (1, 1, 1), (1, 0, 0))]) for frame in SUN_FRAMES]
     savemat(tmp_path / "SUNRGBDtoolbox/Metadata/SUNRGBDMeta.mat", {"SUNRGBDMeta": sun_meta(other)})
@@ -90,7 +90,7 @@ def test_versions_of_the_annotations_are_told_apart(tmp_path):
     assert SunRgbd(tmp_path, "v2").load("000002").labels.tolist() == []
 
 
-def test_depth_decodes_what_was_encoded():
+def test_encoded_depth_is_decoded():
     millimetres = np.arange(2**16, dtype=np.uint16)
     encoded = np.array([((d * 8) % 2**16) + d // 2**13 for d in range(2**16)], np.uint16)
     np.testing.assert_allclose(decode_depth(encoded), np.minimum(millimetres / 1000, 8.0), rtol=1e-6)
@@ -173,7 +173,8 @@ def test_conventions_of_boxes_on_a_real_frame(tmp_path):
     folder = Path(os.environ["H2A2_SCANS_DIR"])
     if not (folder / "000017.bin").is_file():
         pytest.skip(f"there is no 000017.bin in {folder}")
-    scan = Mmdet3dFolder(folder, "sunrgbd_000017_infos.pkl", SUNRGBD, points_folder=".")[0]
+    lay_out([folder / "000017.bin"], folder / "sunrgbd_000017_infos.pkl", SUNRGBD, tmp_path)
+    scan = Mmdet3dFolder(tmp_path, "sunrgbd_infos_train.pkl", SUNRGBD)[0]
     bed = scan.boxes[scan.labels.tolist().index(SUNRGBD.classes.index("bed"))]
     assert points_in_box(scan.points, bed).sum() == 18_117
     # The same box as the raw file would have it: half sizes with the first two exchanged, a direction for the yaw.

@@ -2,11 +2,10 @@ import numpy as np
 import pytest
 
 from h2a2_jax.scans.specs import SPECS
-from h2a2_jax.scans.synthetic import plain_furniture
-from h2a2_jax.scans.synthetic.catalogue import KINDS, label_of, programme
-from h2a2_jax.scans.synthetic.shapes import solids
+from h2a2_jax.scans.synthetic.furniture import PLAIN_BUILDERS, make_solids
+from h2a2_jax.scans.synthetic.rooms import KINDS, label_of, programme
 
-FORMS = [(name, kind.build) for name, kind in KINDS.items()] + list(plain_furniture.BUILDERS.items())
+FORMS = [(name, kind.build) for name, kind in KINDS.items()] + list(PLAIN_BUILDERS.items())
 
 
 @pytest.mark.parametrize(("name", "build"), FORMS)
@@ -14,7 +13,7 @@ def test_primitives_fill_exactly_the_size(name, build):
     rng = np.random.default_rng(0)
     for _ in range(10):
         size = (np.array(KINDS[name].size) * np.exp(rng.normal(0, 0.2, 3))).tolist()
-        parts = solids(build(tuple(size), rng))
+        parts = make_solids(build(tuple(size), rng))
         reach = parts.boxes[:, 3:6] / 2
         low, high = (parts.centers - reach).min(axis=0), (parts.centers + reach).max(axis=0)
         np.testing.assert_allclose(low, [-size[0] / 2, -size[1] / 2, 0], atol=2e-3)

@@ -4,20 +4,23 @@ import numpy as np
 import pytest
 
 from h2a2_jax.scans.specs import S3DIS
-from h2a2_jax.scans.synthetic.catalogue import programme
+from h2a2_jax.scans.synthetic.furniture import Primitive, join_solids, make_solids
 from h2a2_jax.scans.synthetic.raycast import DepthCamera, PinholeGrid, SphericalGrid, look
-from h2a2_jax.scans.synthetic.rooms import Room, furnished_room
-from h2a2_jax.scans.synthetic.shapes import Primitive, joined, solids
+from h2a2_jax.scans.synthetic.rooms import Room, furnish_room, programme
 
 SIZE = np.array([6, 8, 3], np.float32)
 
 
 def room_of(*objects):
     """A room of 6 x 8 x 3 m with one object per list of primitives."""
-    parts = [solids(primitives).placed(np.zeros(3), 0.0, owner) for owner, primitives in enumerate(objects)]
+    parts = [make_solids(primitives).place(np.zeros(3), 0.0, owner) for owner, primitives in enumerate(objects)]
     boxes = np.zeros((len(objects), 7), np.float32)
     return Room(
-        SIZE, np.full((6, 3), 0.5, np.float32), joined([*parts, solids([])]), boxes, np.zeros(len(boxes), np.int32)
+        SIZE,
+        np.full((6, 3), 0.5, np.float32),
+        join_solids([*parts, make_solids([])]),
+        boxes,
+        np.zeros(len(boxes), np.int32),
     )
 
 
@@ -75,7 +78,7 @@ def test_a_cylinder_is_hit_on_its_mantle_and_its_top():
 @pytest.mark.parametrize("is_round", [False, True])
 @pytest.mark.parametrize("lean", [-0.6, 0.35])
 def test_leaning_primitives_are_hit_where_marching_along_the_rays_enters_them(is_round, lean):
-    parts = solids([Primitive((-0.7, -0.5, 0.0), (0.7, 0.5, 1.2), RED, is_round, lean)]).placed(
+    parts = make_solids([Primitive((-0.7, -0.5, 0.0), (0.7, 0.5, 1.2), RED, is_round, lean)]).place(
         np.array([3.2, 4.1, 0.3]), 0.7, 0
     )
     room = Room(SIZE, np.full((6, 3), 0.5, np.float32), parts, np.zeros((1, 7), np.float32), np.zeros(1, np.int32))
@@ -96,7 +99,7 @@ def test_leaning_primitives_are_hit_where_marching_along_the_rays_enters_them(is
 
 
 def test_normals_of_leaning_faces_are_across_them():
-    parts = solids([Primitive((3.0, 2.0, 0.5), (4.0, 6.0, 2.5), RED, lean=0.3)]).placed(np.zeros(3), 0.0, 0)
+    parts = make_solids([Primitive((3.0, 2.0, 0.5), (4.0, 6.0, 2.5), RED, lean=0.3)]).place(np.zeros(3), 0.0, 0)
     room = Room(SIZE, np.full((6, 3), 0.5, np.float32), parts, np.zeros((1, 7), np.float32), np.zeros(1, np.int32))
     view = look(room, sphere((1, 4, 1.2)))
     front = (view.owners == 0) & (np.abs(view.normals[..., 0]) > 0.5)
@@ -110,8 +113,8 @@ def test_normals_of_leaning_faces_are_across_them():
 
 def test_frames_of_primitives_and_back():
     rng = np.random.default_rng(0)
-    parts = solids([Primitive((0.0, 0, 0), (1, 2, 3), RED, lean=0.2), Primitive((0.0, 0, 0), (1, 1, 1), RED)])
-    parts = parts.placed(np.array([1.0, 2.0, 0.5]), 1.1, 4)
+    parts = make_solids([Primitive((0.0, 0, 0), (1, 2, 3), RED, lean=0.2), Primitive((0.0, 0, 0), (1, 1, 1), RED)])
+    parts = parts.place(np.array([1.0, 2.0, 0.5]), 1.1, 4)
     points, index = rng.normal(size=(40, 3)), rng.integers(2, size=40)
     np.testing.assert_allclose(parts.to_common(index, parts.to_local(index, points)), points, atol=1e-6)
 
@@ -146,7 +149,7 @@ class WithoutWindows:
 @pytest.mark.parametrize("seed", range(6))
 def test_windows_never_lose_a_hit(seed):
     rng = np.random.default_rng(seed)
-    room = furnished_room(programme(S3DIS, "full"), S3DIS, rng)
+    room = furnish_room(programme(S3DIS, "full"), S3DIS, rng)
     origin = np.array([*rng.uniform(0.3, 0.7, 2), 0.75], np.float32) * room.size
     pinhole = PinholeGrid(DepthCamera(origin, rng.uniform(-3, 3), -0.4, (1.0, 0.8)), 60, 70, rng)
     for grid in (sphere(origin), pinhole):

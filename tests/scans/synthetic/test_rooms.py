@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from h2a2_jax.scans.specs import SCANNET, SPECS, SUNRGBD
-from h2a2_jax.scans.synthetic.catalogue import label_of, programme
-from h2a2_jax.scans.synthetic.rooms import furnished_room, overlap
-from h2a2_jax.scans.synthetic.shapes import corners
+from h2a2_jax.scans.synthetic.furniture import corners
+from h2a2_jax.scans.synthetic.rooms import furnish_room, label_of, overlap, programme
 
 
 def random_boxes(rng, count):
@@ -40,7 +39,7 @@ def test_overlap_agrees_with_sampling():
 @pytest.mark.parametrize("scale", ["demo", "full"])
 def test_objects_stand_apart_and_inside_the_room(spec, scale):
     for seed in range(8):
-        room = furnished_room(programme(spec, scale), spec, np.random.default_rng(seed))
+        room = furnish_room(programme(spec, scale), spec, np.random.default_rng(seed))
         boxes = [tuple(box) for box in room.boxes.tolist()]
         for index, box in enumerate(boxes):
             assert not any(overlap(box, other, 0.0) for other in boxes[:index])
@@ -51,7 +50,7 @@ def test_objects_stand_apart_and_inside_the_room(spec, scale):
 
 
 def test_solids_of_an_object_are_in_a_row_and_in_its_box():
-    room = furnished_room(programme(SUNRGBD, "full"), SUNRGBD, np.random.default_rng(1))
+    room = furnish_room(programme(SUNRGBD, "full"), SUNRGBD, np.random.default_rng(1))
     parts = room.solids
     owners = parts.owners[parts.owners >= 0]
     assert (np.diff(owners) >= 0).all() and set(owners.tolist()) == set(range(len(room.boxes)))
@@ -70,7 +69,7 @@ def rooms():
     """50 rooms of full scale per dataset."""
     plans = {spec: programme(spec, "full") for spec in SPECS}
     return {
-        spec.name: [furnished_room(plan, spec, np.random.default_rng([seed, 5])) for seed in range(50)]
+        spec.name: [furnish_room(plan, spec, np.random.default_rng([seed, 5])) for seed in range(50)]
         for spec, plan in plans.items()
     }
 
@@ -160,7 +159,7 @@ def test_nothing_stands_in_the_cupboard_below_a_counter_or_right_before_a_door(r
 
 
 def test_free_space_is_measured_from_box_faces():
-    room = furnished_room(programme(SUNRGBD, "demo"), SUNRGBD, np.random.default_rng(0))
+    room = furnish_room(programme(SUNRGBD, "demo"), SUNRGBD, np.random.default_rng(0))
     x, y, z, depth, _, _, yaw = room.boxes[0].tolist()
     assert not room.is_free(x, y, z, 0.01)
     alone = type(room)(room.size, room.shell_colors, room.solids, room.boxes[:1], room.labels[:1])

@@ -3,10 +3,9 @@ import pytest
 
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SPECS, SUNRGBD
 from h2a2_jax.scans.synthetic import sensors
-from h2a2_jax.scans.synthetic.catalogue import programme
+from h2a2_jax.scans.synthetic.furniture import Primitive, join_solids, make_solids
 from h2a2_jax.scans.synthetic.raycast import SphericalGrid, look
-from h2a2_jax.scans.synthetic.rooms import Room, furnished_room
-from h2a2_jax.scans.synthetic.shapes import Primitive, joined, solids
+from h2a2_jax.scans.synthetic.rooms import Room, furnish_room, programme
 
 STEP = 0.00285  # 1/m per unit of disparity
 
@@ -14,7 +13,7 @@ STEP = 0.00285  # 1/m per unit of disparity
 @pytest.mark.parametrize("depth", [0.7, 1.5, 3.0, 6.0])
 def test_depth_noise_has_the_deviation_of_the_formula(depth):
     true = np.full((300, 300), depth, np.float32)
-    measured, flying = sensors._measured_depth(true, np.random.default_rng(0))
+    measured, flying = sensors._measure_depth(true, np.random.default_rng(0))
     assert not flying.any()
     formula = np.hypot(0.0012 + 0.0019 * (depth - 0.4) ** 2, STEP * depth**2 / np.sqrt(12))
     assert abs(measured.std() / formula - 1) < 0.03
@@ -23,7 +22,7 @@ def test_depth_noise_has_the_deviation_of_the_formula(depth):
 
 def test_depth_comes_in_steps_of_disparity():
     true = np.full((100, 100), 4.0, np.float32)
-    measured, _ = sensors._measured_depth(true, np.random.default_rng(0))
+    measured, _ = sensors._measure_depth(true, np.random.default_rng(0))
     units = 1 / measured / STEP
     np.testing.assert_allclose(units, np.round(units), atol=1e-3)
     assert 3 < len(np.unique(measured)) < 40
@@ -32,7 +31,7 @@ def test_depth_comes_in_steps_of_disparity():
 def test_points_fly_only_at_edges_and_between_the_two_surfaces():
     true = np.full((200, 200), 2.0, np.float32)
     true[:, 100:] = 3.0
-    measured, flying = sensors._measured_depth(true, np.random.default_rng(0))
+    measured, flying = sensors._measure_depth(true, np.random.default_rng(0))
     assert (np.flatnonzero(flying.any(axis=0)) == 99).all() and 0.2 < flying[:, 99].mean() < 0.4
     assert 1.9 < measured[flying].min() and measured[flying].max() < 3.1
     assert ((measured[flying] > 2.1) & (measured[flying] < 2.9)).mean() > 0.6
@@ -41,7 +40,7 @@ def test_points_fly_only_at_edges_and_between_the_two_surfaces():
 def test_holes_take_the_fraction_and_are_holes():
     rng = np.random.default_rng(0)
     points = np.concatenate([rng.uniform(0, 4, (40_000, 2)), np.zeros((40_000, 1))], axis=1).astype(np.float32)
-    kept = sensors._without_holes(points, 0.2, rng)
+    kept = sensors._cut_holes(points, 0.2, rng)
     assert abs(1 - len(kept) / len(points) - 0.2) < 1e-3
     lost = np.ones(len(points), bool)
     lost[kept] = False
@@ -53,7 +52,7 @@ def test_holes_take_the_fraction_and_are_holes():
 def test_patches_take_at_least_the_fraction_and_leave_the_rest():
     rng = np.random.default_rng(0)
     points = rng.uniform(0, 4, (20_000, 3)).astype(np.float32)
-    kept = sensors._without_patches(points, 0.1, rng)
+    kept = sensors._cut_patches(points, 0.1, rng)
     assert 0.88 < len(kept) / len(points) <= 0.9 and (np.diff(kept) > 0).all()
 
 
@@ -69,7 +68,7 @@ def test_bumps_have_their_deviation_and_are_partly_smooth():
 def test_thinning_leaves_the_mean_of_every_cell():
     points = np.array([[0.0, 0, 0], [0.01, 0, 0], [0.31, 0, 0]], np.float32)
     colors = np.array([[0.0, 0, 0], [1, 1, 1], [0.5, 0.5, 0.5]], np.float32)
-    thin, means, owners = sensors._thinned(points, colors, np.array([3, 3, 7], np.int32), 0.1)
+    thin, means, owners = sensors._thin(points, colors, np.array([3, 3, 7], np.int32), 0.1)
     np.testing.assert_allclose(thin, [[0.005, 0, 0], [0.31, 0, 0]], atol=1e-7)
     np.testing.assert_allclose(means, [[0.5] * 3, [0.5] * 3])
     assert owners.tolist() == [3, 7]
@@ -79,23 +78,23 @@ def test_the_visible_share_is_what_nothing_blocks():
     """From one point a slab hides the lower half of a board behind it."""
     board = [Primitive((5.0, 2.0, 0.5), (5.1, 6.0, 2.5), (0.5, 0.5, 0.5))]
     slab = [Primitive((3.0, 0.0, 0.0), (3.1, 8.0, 1.5), (0.5, 0.5, 0.5))]
-    parts = [solids(part).placed(np.zeros(3), 0.0, owner) for owner, part in enumerate((board, slab))]
+    parts = [make_solids(part).place(np.zeros(3), 0.0, owner) for owner, part in enumerate((board, slab))]
     room = Room(
         np.array([6, 8, 3], np.float32),
         np.full((6, 3), 0.5, np.float32),
-        joined(parts),
+        join_solids(parts),
         np.zeros((2, 7), np.float32),
         np.zeros(2, np.int32),
     )
     grid = SphericalGrid(np.array([1, 4, 1.5], np.float32), 400, 800, (-1.4, 1.4), np.random.default_rng(0))
-    shares = sensors._visible([look(room, grid)], 2)
+    shares = sensors._visible_shares([look(room, grid)], 2)
     assert abs(shares[0] - 0.5) < 0.02 and shares[1] == 1
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_points_lie_on_what_they_belong_to(spec):
     rng = np.random.default_rng(3)
-    room = furnished_room(programme(spec, "full"), spec, rng)
+    room = furnish_room(programme(spec, "full"), spec, rng)
     sensor = {SCANNET: sensors.fused_mesh, SUNRGBD: sensors.depth_frame, S3DIS: sensors.full_room}[spec]
     capture = sensor(room, "full", rng)
     own = capture.owners >= 0

@@ -1,0 +1,691 @@
+"""The command line: the script `h2a2`, `python -m h2a2_jax`, and run.py.
+
+    h2a2 train --config=configs/joint.py:demo --workdir=runs/demo
+    h2a2 predict room.ply myscans/ --workdir=runs/demo --output=boxes
+    h2a2 sweep ablation --config=configs/joint.py:demo --workdir=runs/sweep
+
+run.py takes the same flags and names the command with `--mode`, inputs with `--input`. Both go through one parser.
+"""
+
+import argparse
+import difflib
+import re
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from h2a2_jax.errors import InputError, Stopped
+
+if TYPE_CHECKING:
+    from h2a2_jax.config import ExperimentConfig
+from h2a2_jax.host import quiet_command_line
+
+_EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
+_CONFIG_HELP = "file of the config, as configs/joint.py:demo; --config.KEY=VALUE sets a value of it"
+_INTERRUPTED = 130
+_PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
+_FILE_FLAGS = ("up", "unit", "colors", "align", "score", "show")
+"""Flags of `predict` that say how files of points are read."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the command line.
+
+    Attributes:
+        name: of the command, as "predict" or "sweep ablation".
+        mode: name after run.py's `--mode`; empty where run.py does not have the command.
+        summary: one line for --help.
+        add_flags: adds the command's flags to its parser.
+        run: does the work; returns the exit status.
+        config: True if --config is needed, None if it may be given, False if the command takes none.
+    """
+
+    name: str
+    mode: str
+    summary: str
+    add_flags: Callable[[argparse.ArgumentParser], None]
+    run: Callable[["Invocation"], int | None]
+    config: bool | None = None
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A parsed command line.
+
+    Attributes:
+        command: the chosen command.
+        flags: values of its flags.
+        config: the config with the values that flags set; None if none was given.
+        spell: name of a command, given its name in `COMMANDS`, as the user would type it.
+    """
+
+    command: Command
+    flags: argparse.Namespace
+    config: ConfigDict | None
+    spell: Callable[[Command], str]
+
+    @property
+    def workdir(self) -> Path:
+        """The folder of the run."""
+        return Path(self.flags.workdir)
+
+    def experiment(self) -> Any:
+        """Return the config as `ExperimentConfig`, or None."""
+        from h2a2_jax.config import experiment_config
+
+        return None if self.config is None else experiment_config(self.config)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command `h2a2`.
+
+    Args:
+        arguments: of the command line without the program's name; None: those of this process.
+
+    Returns:
+        Exit status: 0; 1 if part of the work failed; 2 after one sentence on wrong input; 130 after Ctrl-C.
+    """
+    return _guarded("h2a2", lambda: _run_h2a2(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run_py(arguments: Sequence[str] | None = None) -> int:
+    """Run run.py: the commands of `main`, chosen with `--mode` ("train" by default)."""
+    return _guarded("run.py", lambda: _run_mode(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _guarded(program: str, run: Callable[[], int | None]) -> int:
+    logging.use_absl_handler()
+    quiet_command_line()
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags
+    try:
+        return run() or 0
+    except InputError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: stopped.", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _run_h2a2(arguments: list[str]) -> int | None:
+    from h2a2_jax import __version__
+
+    if arguments[:1] == ["--version"]:
+        print(__version__)
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview(COMMANDS))
+        return 0 if arguments else 2
+    command = next((c for c in COMMANDS if c.name.split() == arguments[: len(c.name.split())]), None)
+    if command is None:
+        within = [c for c in COMMANDS if c.name.split()[0] == arguments[0]]
+        if within and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
+            print(_overview(within))
+            return 0 if len(arguments) > 1 else 2
+        given = " ".join(arguments[:2] if within else arguments[:1])
+        near = difflib.get_close_matches(given, [c.name for c in COMMANDS], 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"there is no command {given!r}; commands are {', '.join(c.name for c in COMMANDS)}.{hint}")
+    return _run_command(command, arguments[len(command.name.split()) :], f"h2a2 {command.name}", _spell_command)
+
+
+def _run_mode(arguments: list[str]) -> int | None:
+    modes = {command.mode: command for command in COMMANDS if command.mode}
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--mode", default="train")
+    mode, rest = chosen.parse_known_args(arguments)
+    if mode.mode not in modes:
+        raise InputError(f"--mode is {mode.mode!r}; expected one of {', '.join(modes)}.")
+    if {"-h", "--help"} & set(rest) and not any(argument.startswith("--mode") for argument in arguments):
+        print(_overview(list(modes.values()), spell=_spell_mode))
+        return 0
+    program = "run.py" if mode.mode == "train" else f"run.py --mode={mode.mode}"
+    return _run_command(modes[mode.mode], rest, program, _spell_mode)
+
+
+def _spell_command(command: Command) -> str:
+    return f"h2a2 {command.name}"
+
+
+def _spell_mode(command: Command) -> str:
+    return f"--mode={command.mode}"
+
+
+def _overview(commands: Sequence[Command], spell: Callable[[Command], str] = _spell_command) -> str:
+    width = max(len(spell(command)) for command in commands)
+    lines = [f"  {spell(command):{width}}  {command.summary}" for command in commands]
+    return "\n".join(["commands (each has its own --help):", *lines])
+
+
+def _run_command(command: Command, arguments: list[str], program: str, spell: Callable[[Command], str]) -> int | None:
+    parser = _Parser(prog=program, description=command.summary, allow_abbrev=False)
+    command.add_flags(parser)
+    if command.config is not False:
+        parser.add_argument("--config", metavar="FILE[:VARIANT]", help=_CONFIG_HELP)
+    if {"-h", "--help"} & set(arguments):
+        parser.print_help()
+        return 0
+    config_arguments, rest = _split_config(arguments)
+    if config_arguments and command.config is False:
+        raise InputError(f"--config is not for {spell(command)}; leave it out.")
+    values, unknown = parser.parse_known_args(list(_plain_switches(rest, parser)))
+    if unknown:
+        raise InputError(_unknown_argument(unknown[0], command, parser, spell))
+    invocation = Invocation(command, values, _read_config(config_arguments), spell)
+    if command.config and (invocation.config is None or not values.workdir):
+        example = _EXAMPLE if spell(command) == "--mode=train" else f"{spell(command)} {_EXAMPLE}"
+        raise InputError(
+            f"{program.split()[0]} needs --config and --workdir, as in {example}; --help lists commands and flags."
+        )
+    if command.config is None and not values.workdir:
+        raise InputError(f"{spell(command)} needs --workdir, the folder of a run with its checkpoints.")
+    return command.run(invocation)
+
+
+def _plain_switches(arguments: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Write --name=true as --name; leave --name=false and --noname out."""
+    switches = {action.option_strings[0][2:] for action in parser._actions if action.const is True}
+    for argument in arguments:
+        name, _, value = argument.removeprefix("--").partition("=")
+        if name in switches and value.lower() in ("true", "false"):
+            if value.lower() == "true":
+                yield f"--{name}"
+        elif name.removeprefix("no") not in switches or not argument.startswith("--no"):
+            yield argument
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are `InputError`, in our form: flag, value, expected values."""
+
+    _FORMS = (
+        (r"(.*): invalid choice: (.*) \(choose from (.*)\)", r"\1 is \2; expected one of \3"),
+        (r"(.*): invalid int value: (.*)", r"\1 is \2; expected a whole number"),
+        (r"(.*): invalid float value: (.*)", r"\1 is \2; expected a number"),
+        (r"(.*): (is .*; expected .*)", r"\1 \2"),
+        (r"(.*): expected one argument", r"\1 has no value"),
+    )
+
+    def error(self, message: str) -> NoReturn:
+        text = message.removeprefix("argument ")
+        for pattern, sentence in self._FORMS:
+            text = re.sub(f"^{pattern}$", sentence, text)
+        raise InputError(f"{text}; --help lists the flags.")
+
+
+def _unknown_argument(
+    argument: str, command: Command, parser: argparse.ArgumentParser, spell: Callable[[Command], str]
+) -> str:
+    """Sentence on an argument that the command does not take."""
+    name = argument.partition("=")[0]
+    if not name.startswith("--"):
+        return f"{spell(command)} takes flags only, given {argument!r}; an example is {_EXAMPLE}."
+    others = [other for other in COMMANDS if other.mode and name in _flag_names(other)]
+    if len(others) > 3:
+        return f"{name} is not for {spell(command)}; leave it out."
+    if others:
+        return f"{name} is for {' and '.join(map(spell, others))}, given with {spell(command)}."
+    near = difflib.get_close_matches(name, _flag_names(command), 1)
+    return f"{spell(command)} has no flag {name}{f'; did you mean {near[0]}?' if near else '; --help lists its flags.'}"
+
+
+def _flag_names(command: Command) -> list[str]:
+    parser = argparse.ArgumentParser(add_help=False)
+    command.add_flags(parser)
+    config = [] if command.config is False else ["--config"]
+    return [option for action in parser._actions for option in action.option_strings] + config
+
+
+# --- the config ------------------------------------------------------------------------------------------------------
+
+
+def _split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part the arguments --config and --config.KEY, each as "flag=value", from the others."""
+    chosen, rest = [], []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if not re.match(r"--(no)?config(=|\.|$)", argument):
+            rest.append(argument)
+        elif "=" in argument or argument.startswith("--no"):
+            chosen.append(argument)
+        else:
+            value = next(remaining, None)
+            if value is None:
+                raise InputError(f"{argument} has no value; an example is {_EXAMPLE}.")
+            chosen.append(f"{argument}={value}")
+    return [_present_name(argument) for argument in chosen], rest
+
+
+def _present_name(argument: str) -> str:
+    """Replace a key that had another name in version 0.1.0."""
+    from h2a2_jax.config import RENAMED_KEYS
+
+    for old, new in RENAMED_KEYS.items():
+        argument = re.sub(rf"^--(no)?config\.{re.escape(old)}(?==|$)", rf"--\1config.{new}", argument)
+    return argument
+
+
+def _read_config(arguments: list[str]) -> ConfigDict | None:
+    """Load the config file and set the values that flags name.
+
+    Raises:
+        InputError: the file or a key is not there, or a value is of the wrong type.
+    """
+    if not arguments:
+        return None
+    if not any(argument.startswith("--config=") for argument in arguments):
+        raise InputError(f"{arguments[0].partition('=')[0]} needs --config, the file that it changes: {_EXAMPLE}.")
+    values = flags.FlagValues()
+    argv = ["h2a2", *arguments]
+    holder = config_flags.DEFINE_config_file("config", None, _CONFIG_HELP, flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+        config = holder.value
+        config.to_dict()  # a config file that failed to load says so only when it is used
+        return config
+    except Exception as error:  # a config file runs any code, and flags wrap what it raises
+        raise InputError(_config_sentence(error, arguments)) from error
+
+
+def _config_sentence(error: BaseException, arguments: Sequence[str]) -> str:
+    """Extract one sentence from an error of the flags, which put the text of a traceback into what they raise."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    ours = [link for link in chain if isinstance(link, InputError)]
+    if ours:
+        return str(ours[-1])
+    text = " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").replace("'", "").split())
+    if isinstance(error, OSError):
+        if missing := re.search(r"No such file or directory: ([^ )]+)", text):
+            return f"There is no config file {missing[1]}; an example is {_EXAMPLE}."
+        return f"the config file cannot be read ({text}); an example is {_EXAMPLE}."
+    if isinstance(error, KeyError | AttributeError):
+        text = text.replace("\\", "").replace('"', "'")
+        unknown = text.partition(" ")[0].strip("'")
+        return f"unknown config key {text}{_keys_beside(unknown, arguments)}"
+    return text
+
+
+def _keys_beside(unknown: str, arguments: Sequence[str]) -> str:
+    """List, in brackets, the keys that the config has beside an unknown one; "" where no flag names it."""
+    given = dict(argument.lstrip("-").partition("=")[::2] for argument in arguments)
+    path = next((flag.split(".")[1:] for flag in given if unknown in flag.split(".")[1:]), None)
+    if path is None or not given.get("config"):
+        return ""
+    file, _, variant = given["config"].partition(":")
+    part = runpy.run_path(file)["get_config"](*[variant] * bool(variant))
+    for key in path[: path.index(unknown)]:
+        part = part[key]
+    return f" (keys there: {', '.join(part)})"
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def _numbers(kind: type) -> Callable[[str], list]:
+    """Parser of a list of numbers with commas between."""
+
+    def parse(text: str) -> list:
+        try:
+            return [kind(part) for part in text.split(",")] if text else []
+        except ValueError:
+            example = "0,1" if kind is int else "0.2,0.3"
+            raise argparse.ArgumentTypeError(f"is {text!r}; expected numbers as in {example}") from None
+
+    return parse
+
+
+def _names(text: str) -> list[str]:
+    """Parse names with commas between."""
+    return text.split(",") if text else []
+
+
+def _number(kind: type, least: int, most: int | None = None) -> Callable[[str], Any]:
+    """Parser of a number within bounds."""
+
+    def parse(text: str) -> Any:
+        bounds = f"of {least} or more" if most is None else f"from {least} to {most}"
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"is {text!r}; expected a number {bounds}")
+        return value
+
+    return parse
+
+
+def _add_workdir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", metavar="FOLDER", help="folder of the run: checkpoints, metrics, results")
+
+
+def _add_step(parser: argparse.ArgumentParser, text: str = "step of the checkpoint: a number, best or last") -> None:
+    parser.add_argument("--step", help=f"{text}; the last one by default")
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several processes")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="process 0; auto under a cluster such as SLURM")
+    group.add_argument("--num_processes", type=int, metavar="N", help="number of processes")
+    group.add_argument("--process_id", type=int, metavar="N", help="number of this process, from 0")
+
+
+def _train_flags(parser: argparse.ArgumentParser) -> None:
+    _add_workdir(parser)
+    parser.add_argument(
+        "--accept_changes",
+        action="store_true",
+        help="resume with a config that differs from the one that the run began with",
+    )
+    _add_processes(parser)
+
+
+def _eval_flags(parser: argparse.ArgumentParser) -> None:
+    _add_workdir(parser)
+    _add_step(parser)
+    parser.add_argument("--dataset", help="the one dataset to evaluate; all by default")
+    parser.add_argument("--data", metavar="FOLDER", help="scans with boxes to evaluate on instead of the dataset's own")
+    parser.add_argument("--split", choices=("val", "train"), default="val", help="split of the scans (val)")
+    parser.add_argument("--tta", type=_names, default=[], help="test-time augmentation: of flip_x,flip_y,scales,turns")
+    parser.add_argument(
+        "--cross",
+        action="store_true",
+        help="evaluate every dataset's head on every dataset, over the classes they share",
+    )
+    parser.add_argument("--output", metavar="FOLDER", help="folder of the results; by default in the workdir")
+    _add_processes(parser)
+
+
+def _predict_flags(parser: argparse.ArgumentParser) -> None:
+    formats = ".ply .pcd .las .laz .npy .npz .bin .txt .xyz .pts .csv .asc"
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help=f"point clouds ({formats}), folders or patterns; none: the validation scans of the run's config",
+    )
+    parser.add_argument("--input", type=_names, metavar="INPUT,...", help="the inputs as a list with commas between")
+    _add_workdir(parser)
+    _add_step(parser)
+    parser.add_argument("--dataset", help="dataset whose head predicts; the first of the run by default")
+    parser.add_argument("--output", metavar="FOLDER", help="folder of the results; by default in the workdir")
+    parser.add_argument("--score", type=_number(float, 0, 1), help="lowest score of a box")
+    parser.add_argument("--formats", type=_names, help="files to write: of json,csv,ply,html,png")
+    group = parser.add_argument_group("how files of points are read")
+    axes = ("z", "-z", "y", "-y", "x", "-x", "auto")
+    group.add_argument("--up", choices=axes, help="axis that points up (z)")
+    group.add_argument("--unit", choices=("m", "cm", "mm", "auto"), help="unit of the points (m)")
+    group.add_argument("--colors", choices=("auto", "0-1", "0-255", "none"), help="range of the colours (auto)")
+    group.add_argument(
+        "--align",
+        choices=("none", "gravity", "manhattan", "both"),
+        help="turn the scan until its floor is level (gravity), its walls lie along x and y (manhattan)",
+    )
+    group.add_argument("--show", action="store_true", help="open a window with every scan (needs open3d)")
+    _add_processes(parser)
+
+
+def _report_flags(parser: argparse.ArgumentParser) -> None:
+    _add_workdir(parser)
+
+
+def _check_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="folder of scans")
+    parser.add_argument("--data", metavar="FOLDER", help="the same as a flag")
+    parser.add_argument("--dataset", help="dataset whose classes count")
+    parser.add_argument("--output", metavar="FOLDER", help="folder of the results; runs/check by default")
+
+
+def _replay_flags(parser: argparse.ArgumentParser) -> None:
+    _add_workdir(parser)
+    _add_step(parser, "number of the batch")
+
+
+def _sweep_flags(parser: argparse.ArgumentParser, *, seeds: bool = True) -> None:
+    _add_workdir(parser)
+    if seeds:
+        parser.add_argument("--seeds", type=_numbers(int), default=[0, 1], help="seeds of training (0,1)")
+    parser.add_argument("--jobs", type=int, help="runs at once; by default one a CPU core, at most 4, and 1 on a GPU")
+    parser.add_argument(
+        "--budget_minutes", type=float, help="train for this long; the same command goes on with what is left"
+    )
+
+
+def _tau_flags(parser: argparse.ArgumentParser) -> None:
+    _sweep_flags(parser)
+    parser.add_argument(
+        "--taus", type=_numbers(float), default=[], help="thresholds; by default 0.15 to 0.35 in steps of 0.05"
+    )
+
+
+def _ablation_flags(parser: argparse.ArgumentParser) -> None:
+    _sweep_flags(parser)
+    rows = "naive, sfks, ngh, sfks_ngh, tr3d, tr3d_<dataset>"
+    parser.add_argument("--rows", type=_names, default=[], help=f"of {rows}; by default the first five")
+
+
+def _transfer_flags(parser: argparse.ArgumentParser) -> None:
+    _sweep_flags(parser)
+    parser.add_argument("--held_out", metavar="DATASET", help="dataset to train without, then to predict and fine-tune")
+    parser.add_argument("--tuning_steps", type=int, help="steps of fine-tuning; by default half of training's")
+
+
+def _protocol_flags(parser: argparse.ArgumentParser) -> None:
+    _sweep_flags(parser, seeds=False)
+    parser.add_argument("--trainings", type=_number(int, 1), default=5, help="trainings, by seeds (5)")
+    parser.add_argument("--evaluations", type=_number(int, 1), default=5, help="evaluations of each training (5)")
+
+
+# --- commands: their modules are imported when a command runs, so that a wrong flag is answered at once ---------------
+
+
+def _train(given: Invocation) -> int | None:
+    from h2a2_jax.distributed import processes
+
+    config = given.experiment()
+    try:
+        with processes(given.flags.coordinator, given.flags.num_processes, given.flags.process_id):
+            train_command(config, given.workdir, accept_changes=given.flags.accept_changes)
+    except Stopped as stopped:  # the loop printed what is saved
+        return stopped.status
+    return None
+
+
+def train_command(config: "ExperimentConfig", workdir: Path, *, accept_changes: bool = False) -> None:
+    """Train, evaluate and draw the curves, or resume the run in the workdir; `train` has the arguments and errors."""
+    from h2a2_jax.distributed import MeshLayout, is_main, say, train_mesh
+    from h2a2_jax.scans.sources import build_source
+    from h2a2_jax.training.loop import train
+    from h2a2_jax.training.metrics import FILE_NAME
+    from h2a2_jax.training.summary import next_commands
+
+    layout = MeshLayout(train_mesh(len(config.datasets)), len(config.datasets))
+
+    def open_data() -> None:
+        for dataset in layout.datasets:
+            for split in ("train", "val"):
+                build_source(config.datasets[dataset], split)
+
+    layout.all_or_raise(open_data, "open its data")  # before anything is written or compiled
+    train(config, workdir, accept_changes=accept_changes)
+    curves = ""
+    if is_main() and (workdir / FILE_NAME).exists():
+        from h2a2_jax.report.figures_training import draw_curves
+
+        curves = f", drawn in {draw_curves(workdir)}"
+    say(f"Losses are in {workdir / FILE_NAME}{curves}; checkpoints in {workdir / 'checkpoints'}. What may come next:")
+    for command in next_commands(workdir, config):
+        say(f"    {command}")
+
+
+def _eval(given: Invocation) -> int | None:
+    from h2a2_jax.distributed import processes
+    from h2a2_jax.evaluation.evaluate import EvalRequest, evaluate_checkpoint
+
+    values = given.flags
+    request = EvalRequest(
+        split=values.split,
+        dataset=values.dataset,
+        data=values.data,
+        tta=tuple(values.tta),
+        cross=values.cross,
+        output=None if values.output is None else Path(values.output),
+        step=_chosen_step(given),
+    )
+    with processes(values.coordinator, values.num_processes, values.process_id):
+        evaluate_checkpoint(given.workdir, request, given.experiment())
+    return None
+
+
+def _predict(given: Invocation) -> int | None:
+    from h2a2_jax.distributed import processes
+    from h2a2_jax.inference.input_files import PredictRequest
+    from h2a2_jax.inference.predict_folder import predict_inputs, predict_validation_scans
+
+    values = given.flags
+    inputs = tuple([*values.inputs, *(values.input or ())])
+    _check_predict_flags(values, inputs)
+    chosen = {name: getattr(values, name) for name in _FILE_FLAGS if getattr(values, name) is not None}
+    if values.formats is not None or not inputs:  # scans of a config have only the formats that are asked for
+        chosen["formats"] = tuple(values.formats or ())
+    output = None if values.output is None else Path(values.output)
+    request = PredictRequest(inputs, output=output, dataset=values.dataset, step=_chosen_step(given), **chosen)
+    if inputs:
+        return predict_inputs(given.workdir, request, given.experiment()).status
+    with processes(values.coordinator, values.num_processes, values.process_id):
+        predict_validation_scans(given.workdir, request, given.experiment())
+    return None
+
+
+def _check_predict_flags(values: argparse.Namespace, inputs: Sequence[str]) -> None:
+    """Refuse flags that do not go together."""
+    if values.input is not None and not inputs:
+        raise InputError(
+            "--input is empty; expected are files, folders or patterns (leave it out for a run's own scans)."
+        )
+    given = [f"--{name}" for name in _FILE_FLAGS if getattr(values, name) not in (None, False)]
+    if given and not inputs:
+        raise InputError(
+            f"{', '.join(given)} is for files of points: name them with --input; the scans of a config have their own."
+        )
+    processes = [f"--{name}" for name in _PROCESS_FLAGS if getattr(values, name) is not None]
+    if processes and inputs:
+        raise InputError(
+            f"{', '.join(processes)} is for the scans of a config: files of points are predicted by one process; give "
+            "each process files and an --output of its own."
+        )
+
+
+def _chosen_step(given: Invocation) -> int | None:
+    from h2a2_jax.checkpoint.store import checkpoint_place
+    from h2a2_jax.evaluation.documents import chosen_step
+
+    return chosen_step(checkpoint_place(given.workdir).run, given.flags.step)
+
+
+def _report(given: Invocation) -> int | None:
+    from h2a2_jax.checkpoint.store import restore_checkpoint
+    from h2a2_jax.report import write_report
+
+    config = given.experiment() or restore_checkpoint(given.workdir)[1]
+    print(f"The report is {write_report(config, given.workdir)}.", flush=True)
+    return None
+
+
+def _replay(given: Invocation) -> int | None:
+    from h2a2_jax.checkpoint.store import checkpoint_place
+    from h2a2_jax.training.nonfinite import replay
+
+    step = given.flags.step
+    if step is not None and not step.isdecimal():
+        raise InputError(f"--step is {step!r}; expected the number of a batch that the run kept.")
+    number, saved, shards = replay(checkpoint_place(given.workdir).run, None if step is None else int(step))
+    print(f"Batch {number} of {given.workdir}, with the parameters of step {saved}:")
+    for shard in shards:
+        print(f"  {shard.text()}")
+    return int(not all(shard.is_finite for shard in shards))
+
+
+def _check(given: Invocation) -> int | None:
+    folder = given.flags.folder or given.flags.data
+    if not folder:
+        raise InputError(f"{given.spell(given.command)} needs --data=FOLDER, the folder to look over.")
+    from h2a2_jax.check import check
+
+    return 0 if check(folder, given.flags.dataset, given.flags.output).ready else 1
+
+
+def _convert_flags(parser: argparse.ArgumentParser) -> None:
+    from h2a2_jax.convert.conversion import add_arguments
+
+    add_arguments(parser)
+
+
+def _convert(given: Invocation) -> int | None:
+    from h2a2_jax.convert.conversion import convert_command
+
+    return convert_command(given.flags)
+
+
+def _tau_sweep(given: Invocation) -> int | None:
+    from h2a2_jax.sweeps.ablation import run_tau_sweep
+
+    values = given.flags
+    return run_tau_sweep(
+        given.experiment(), given.workdir, values.taus, values.seeds, values.jobs, values.budget_minutes
+    )
+
+
+def _ablation(given: Invocation) -> int | None:
+    from h2a2_jax.sweeps.ablation import run_ablation
+
+    values = given.flags
+    return run_ablation(
+        given.experiment(), given.workdir, values.seeds, values.jobs, values.budget_minutes, values.rows
+    )
+
+
+def _transfer(given: Invocation) -> int | None:
+    values = given.flags
+    if values.held_out is None:
+        raise InputError(
+            f"{given.spell(given.command)} needs --held_out, the dataset to train without, as in --held_out=s3dis."
+        )
+    from h2a2_jax.sweeps.transfer import run_transfer
+
+    config, lengths = given.experiment(), (values.tuning_steps, values.jobs, values.budget_minutes)
+    return run_transfer(config, given.workdir, values.held_out, values.seeds, *lengths)
+
+
+def _protocol(given: Invocation) -> int | None:
+    from h2a2_jax.sweeps.protocol import run_protocol
+
+    values = given.flags
+    numbers = (values.trainings, values.evaluations, values.jobs, values.budget_minutes)
+    return run_protocol(given.experiment(), given.workdir, *numbers)
+
+
+COMMANDS: tuple[Command, ...] = (
+    Command("train", "train", "train a detector, or resume its run, then evaluate it", _train_flags, _train, True),
+    Command("eval", "eval", "evaluate a checkpoint: average precision, curves, a page", _eval_flags, _eval),
+    Command("predict", "predict", "find boxes in files of points", _predict_flags, _predict),
+    Command("report", "report", "draw what kernel selection and gradient harmonisation did", _report_flags, _report),
+    Command("check", "check", "look over a folder of scans before training on it", _check_flags, _check, False),
+    Command("sweep tau", "tau_sweep", "train with several thresholds of selection", _tau_flags, _tau_sweep, True),
+    Command("sweep ablation", "ablation", "train naive, SF-KS, NGH, both, TR3D", _ablation_flags, _ablation, True),
+    Command("sweep transfer", "transfer", "hold a dataset out, then fine-tune to it", _transfer_flags, _transfer, True),
+    Command("sweep protocol", "protocol", "train and evaluate several times", _protocol_flags, _protocol, True),
+    Command("replay", "replay", "run a batch again that was not finite", _replay_flags, _replay),
+    Command("convert", "", "weights of TR3D in mmdetection3d to a run, and back", _convert_flags, _convert, False),
+)

@@ -1,0 +1,1 @@
+"""Entry point of `python -m h2a2_jax.convert.tr3d`."""

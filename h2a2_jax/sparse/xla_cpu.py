@@ -1,0 +1,167 @@
+"""Workarounds for XLA: values that a program must compute late, keep in few bits, or compute twice.
+
+XLA shares equal values of the forward and the backward pass, orders them as it likes, and fuses a conversion into every
+computation that reads its result. Float32 copies of bfloat16 features then live on from one pass to the other, and
+values that are to be computed a second time are computed early and kept. `jax.lax.optimization_barrier` prevents both
+on accelerators; XLA's CPU compiler drops barriers before it decides. On CPUs the functions below therefore hide a
+choice from the compiler: a comparison with the bits of a NaN that no computation makes.
+
+All of them save memory, which `python -m benchmarks.detector --passes forward+backward` shows as "temporaries":
+
+| function | without it, on CPUs | options of the benchmark |
+|---|---|---|
+| `take_rows` | a float32 copy of all bfloat16 rows is kept for the backward pass | `--dtype bfloat16` |
+| `round_rows` | float32 sums are kept in place of their bfloat16 rows | `--dtype bfloat16` |
+| `after` | transposed and transformed kernels of all layers exist from the start of the backward pass | |
+| `zeros_varying_as` | the sums of all loops of a program are allocated at its start | |
+| `recompute` | values to be computed a second time are kept, as by `jax.checkpoint` | `--rematerialize both` |
+
+Two barriers that XLA's CPU compiler does heed stand beside the products that they speed up, in `conv_cpu` (a transpose
+in front of a matmul) and in `winograd` (one gather for six chains); `benchmarks/convolution.py` times both.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.dtypes import float0
+from jaxtyping import Array, Bool, Float, Int
+
+from h2a2_jax.typing import AnyArray
+
+_NEVER = 0x7FA5_5A3C
+"""Bits of a float32 NaN that no computation makes."""
+
+
+def is_float(value: AnyArray) -> bool:
+    """Return True for an array of numbers that have gradients."""
+    return jnp.issubdtype(jnp.result_type(value), jnp.inexact)
+
+
+def is_computed(values: Any) -> Bool[Array, ""]:
+    """True, but only once the floats among the leaves of a pytree are computed; the CPU compiler cannot foresee it."""
+    leaves = [leaf for leaf in jax.tree.leaves(values) if is_float(leaf) and leaf.size]
+    if jax.default_backend() != "cpu" or not leaves:
+        return jnp.array(True)
+    entry = sum(leaf.reshape(-1)[0].astype(jnp.float32) for leaf in leaves)
+    return lax.bitcast_convert_type(entry, jnp.uint32) != np.uint32(_NEVER)
+
+
+def after(cotangents: Any, values: Any) -> Any:
+    """Values as they are, but used only once the cotangents are computed, and never shared with the forward pass.
+
+    Args:
+        cotangents: pytree of float arrays.
+        values: pytree of arrays; integers pass through unguarded.
+    """
+    if jax.default_backend() != "cpu":
+        return lax.optimization_barrier((cotangents, values))[1]
+    computed = is_computed(cotangents)
+    return jax.tree.map(lambda value: jnp.where(computed, value, jnp.nan) if is_float(value) else value, values)
+
+
+def zeros_varying_as(shape: tuple[int, ...], dtype: Any, like: tuple[Any, ...]) -> Array:
+    """Zeros for the sums of a loop: allocated late, and of the type that a loop under shard_map needs.
+
+    Args:
+        shape: of the array.
+        dtype: of the array.
+        like: pytree of arrays. The zeros vary over every mesh axis that one of these varies over, and do not exist
+            before the floats among these do.
+    """
+    zero = jnp.zeros((), dtype)
+    for leaf in jax.tree.leaves(like):
+        # Passes on the type of the leaf, never its value, and compiles to nothing.
+        zero = zero + jnp.where(False, jnp.asarray(leaf).reshape(-1)[:1].sum().astype(dtype), 0)
+    return jnp.broadcast_to(jnp.where(is_computed(like), zero, jnp.array(-1, dtype)), shape)
+
+
+def take_rows(rows: Array, index: Array) -> Array:
+    """Rows by index; an index past the end gives zeros. Not differentiable where rows are narrower than float32.
+
+    Narrow rows are gathered as bits: XLA's CPU compiler gathers bfloat16 from a float32 copy of all rows, keeps that
+    copy for the backward pass, and then multiplies in float32 too.
+    """
+    if rows.dtype.itemsize >= 4:
+        return rows.at[index].get(mode="fill", fill_value=0)
+    bits = lax.bitcast_convert_type(rows, jnp.uint16).at[index].get(mode="fill", fill_value=0)
+    return lax.bitcast_convert_type(bits, rows.dtype)
+
+
+def round_rows(sums: Float[Array, "n c"], dtype: Any, n: Int[AnyArray, ""]) -> Float[Array, "n c"]:
+    """Round sums [N, C] to the type of features, without a copy in the wider type that lives on.
+
+    A choice that the CPU compiler cannot foresee makes it store the rounded values. Accelerators would wait for the
+    choice, and get a barrier.
+
+    Args:
+        sums: rows past the first n are zero.
+        dtype: type of the features; one at least as wide as that of the sums is a plain conversion.
+        n: number of rows that are sites.
+    """
+    if jnp.dtype(dtype).itemsize >= sums.dtype.itemsize:
+        return sums.astype(dtype)
+    if jax.default_backend() != "cpu":
+        return lax.optimization_barrier(sums.astype(dtype))
+    zeros = lambda rows: zeros_varying_as(rows.shape, dtype, (rows, n))  # noqa: E731
+    return lax.cond(jnp.asarray(n) > 0, lambda rows: rows.astype(dtype), zeros, sums)
+
+
+def recompute(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call function(*arguments); the backward pass keeps the arguments alone and computes the rest a second time.
+
+    As `jax.checkpoint`, whose barriers XLA's CPU compiler drops. No forward-mode derivatives.
+
+    Args:
+        function: takes and returns pytrees of arrays; reads no traced value but its arguments.
+        arguments: pytrees of arrays.
+    """
+    leaves, tree = jax.tree.flatten(arguments)
+    outputs: list[Any] = []
+
+    def flat(*leaves: Any) -> list[Any]:
+        values, structure = jax.tree.flatten(function(*jax.tree.unflatten(tree, leaves)))
+        outputs[:] = [structure]
+        return values
+
+    run = jax.custom_vjp(flat)
+
+    def forward(*primals: Any) -> tuple[list[Any], list[Any]]:
+        values = [primal.value for primal in primals]
+        return flat(*values), values
+
+    def backward(values: list[Any], cotangents: list[Any]) -> tuple[Any, ...]:
+        # Outputs that nothing reads have symbolic zeros: they are not computed again.
+        known = [i for i, c in enumerate(cotangents) if not isinstance(c, SymbolicZero) and c.dtype != float0]
+        floats = [i for i, value in enumerate(values) if is_float(value)]
+        given = [cotangents[i] for i in known]
+
+        def again(*varied: Array) -> list[Any]:
+            full = list(values)
+            for i, value in zip(floats, after(given, list(varied)), strict=True):
+                full[i] = value
+            computed = flat(*full)
+            return [computed[i] for i in known]
+
+        gradients = dict(zip(floats, jax.vjp(again, *(values[i] for i in floats))[1](given), strict=True))
+        return tuple(gradients.get(i) for i in range(len(values)))
+
+    run.defvjp(forward, backward, symbolic_zeros=True)
+    values = run(*leaves)
+    return jax.tree.unflatten(outputs[0], values)
+
+
+def recompute_if_narrow(function: Callable[..., Any], features: Any, *arguments: Any) -> Any:
+    """Call a function that computes in float32, by `recompute` where a float32 copy of the features would be kept.
+
+    Args:
+        function: as for `recompute`.
+        features: array, or a pytree that begins with one.
+        arguments: pytrees of arrays.
+    """
+    narrow = jax.tree.leaves(features)[0].dtype.itemsize < 4
+    return recompute(function, features, *arguments) if narrow else function(features, *arguments)

@@ -1,0 +1,239 @@
+"""Tau sweep and ablation: settings of one config side by side."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from h2a2_jax.config import ExperimentConfig
+from h2a2_jax.errors import InputError
+from h2a2_jax.sweeps.sweep_plan import (
+    Row,
+    SweepRun,
+    check_once,
+    locate,
+    naive_joint,
+    restricted,
+    seeded,
+    selected_and_harmonized,
+)
+from h2a2_jax.sweeps.sweep_results import (
+    ALL,
+    EXCLUSIVE,
+    MEAN,
+    SEEDS,
+    SPEED,
+    Column,
+    Score,
+    evaluation_scores,
+    last_metrics,
+    metric_names,
+    per_cent,
+    read_evaluation,
+    result_row,
+    scans_per_second,
+    sweep_result,
+    training_length,
+)
+from h2a2_jax.sweeps.sweep_runner import run_sweep
+from h2a2_jax.training.build import count_parameters
+
+ABLATION_ROWS = ("naive", "sfks", "ngh", "sfks_ngh", "tr3d")
+
+DEFAULT_TAUS = (0.15, 0.2, 0.25, 0.3, 0.35)
+"""Values around the default 0.25. Alpha starts at 0.5 and beta near 0.5, so all offsets are exclusive far above these
+thresholds and none far below."""
+
+
+def run_tau_sweep(
+    config: ExperimentConfig,
+    workdir: Path,
+    taus: Sequence[float],
+    seeds: Sequence[int],
+    jobs: int | None,
+    budget_minutes: float | None = None,
+) -> int:
+    """Train and evaluate the config with every tau and seed; write table.md, results.json and tau.png.
+
+    Args:
+        config: Base of the sweep, with kernel selection.
+        workdir: Folder of the sweep; finished runs there are not repeated.
+        taus: Thresholds; empty for the default ones.
+        seeds: Seeds of training.
+        jobs: See `run_sweep`.
+        budget_minutes: See `run_sweep`.
+
+    Returns:
+        The exit status of `run_sweep`.
+
+    Raises:
+        InputError: the config does not fit the sweep, data are missing, or the workdir holds other runs of the same
+            names.
+    """
+    rows = tau_rows(config, taus or default_taus(config), seeds)
+    title = "Sweep of the threshold tau"
+    return run_sweep(
+        config,
+        workdir,
+        lambda: locate(rows, workdir),
+        lambda folders: [comparison_result("tau_sweep", title, config, rows, folders)],
+        jobs,
+        budget_minutes,
+    )
+
+
+def run_ablation(
+    config: ExperimentConfig,
+    workdir: Path,
+    seeds: Sequence[int],
+    jobs: int | None,
+    budget_minutes: float | None = None,
+    names: Sequence[str] = (),
+) -> int:
+    """Train and evaluate naive joint training, SF-KS, NGH, both, and TR3D alone, with every seed.
+
+    Written are table.md, results.json and ablation.png. Arguments and errors are those of `run_tau_sweep`; `names` are
+    rows of `ablation_rows`.
+    """
+    rows = ablation_rows(config, seeds, names)
+    return run_sweep(
+        config,
+        workdir,
+        lambda: locate(rows, workdir),
+        lambda folders: [comparison_result("ablation", "Ablation", config, rows, folders)],
+        jobs,
+        budget_minutes,
+    )
+
+
+def default_taus(base: ExperimentConfig) -> tuple[float, ...]:
+    """Thresholds of a sweep when none are given, the base's own included."""
+    own = () if base.model.selection is None else (base.model.selection.tau,)
+    return tuple(sorted({*DEFAULT_TAUS, *own}))
+
+
+def tau_rows(base: ExperimentConfig, taus: Sequence[float], seeds: Sequence[int]) -> list[Row]:
+    """The base with every tau, a row each.
+
+    Args:
+        base: Joint config with kernel selection.
+        taus: Thresholds of alpha * beta, each once.
+        seeds: Seeds of training, each once.
+
+    Raises:
+        InputError: the base has no kernel selection, or a value is given twice or makes no sense.
+    """
+    selection = base.model.selection
+    if selection is None:
+        raise InputError("The tau sweep needs kernel selection, and model.selection is off: give a config that has it.")
+    check_once("taus", taus)
+    rows = []
+    for tau in taus:
+        model = replace(base.model, selection=replace(selection, tau=tau))
+        rows.append(Row(f"tau = {tau:g}", seeded(f"tau{tau}", replace(base, model=model), seeds), tau))
+    return rows
+
+
+def ablation_rows(base: ExperimentConfig, seeds: Sequence[int], names: Sequence[str] = ()) -> list[Row]:
+    """Naive joint training, SF-KS, NGH, both, and TR3D alone on each dataset.
+
+    The single-dataset runs take as many steps as the joint ones, so that each sees as many of its scans. Their
+    learning rate falls after the number of epochs that is nearest to the same number of steps.
+
+    Args:
+        base: Joint config with kernel selection; what the ablation does not switch stays.
+        seeds: Seeds of training, each once.
+        names: Names of the rows, in the order of the table: of `ABLATION_ROWS`, or "tr3d_<dataset>" for TR3D on one
+            dataset; empty: all of `ABLATION_ROWS`.
+
+    Raises:
+        InputError: the base has no kernel selection or only one dataset, a seed is given twice or makes no sense, or
+            there is no such row.
+    """
+    if base.model.selection is None:
+        raise InputError("The ablation switches kernel selection off itself: give a config that has model.selection.")
+    if len(base.datasets) < 2:
+        raise InputError(
+            f"The ablation is of joint training, and the config has only {base.dataset_names[0]}: give 2+."
+        )
+    naive = naive_joint(base)
+    both = selected_and_harmonized(base)
+    joint = {
+        "naive": ("naive joint", naive),
+        "sfks": ("SF-KS", replace(both, harmonize=naive.harmonize)),
+        "ngh": ("NGH", replace(naive, harmonize=both.harmonize)),
+        "sfks_ngh": ("SF-KS + NGH", both),
+    }
+    rows = {name: Row(label, seeded(name, config, seeds)) for name, (label, config) in joint.items()}
+    alone = {f"tr3d_{name}": seeded(f"tr3d_{name}", restricted(naive, [name]), seeds) for name in base.dataset_names}
+    rows["tr3d"] = Row("TR3D alone", tuple(run for runs in alone.values() for run in runs))
+    rows |= {name: Row(f"TR3D alone on {name.removeprefix('tr3d_')}", runs) for name, runs in alone.items()}
+    if unknown := [name for name in names if name not in rows]:
+        raise InputError(f"The ablation has no row {unknown[0]!r}; its rows are {', '.join(rows)}.")
+    check_once("rows", names or ABLATION_ROWS)
+    return [rows[name] for name in names or ABLATION_ROWS]
+
+
+def comparison_result(
+    kind: str, title: str, base: ExperimentConfig, rows: Sequence[Row], folders: Mapping[SweepRun, Path]
+) -> dict[str, Any]:
+    """Result of a tau sweep or an ablation: average precision, exclusive offsets, parameters and speed of each setting.
+
+    Args:
+        kind: "tau_sweep" or "ablation".
+        title: Heading of the table.
+        base: Config of the sweep.
+        rows: Settings; a seed counts when all of its runs are finished.
+        folders: Folders of the runs.
+    """
+    entries = []
+    for row in rows:
+        seeds = dict.fromkeys(run.seed for run in row.runs)
+        runs = {seed: {run: folders[run] for run in row.runs if run.seed == seed} for seed in seeds}
+        scores = [score for seed in seeds for score in _comparison_scores(runs[seed], base)]
+        parameters = sum(count_parameters(run.config) for run in runs[row.runs[0].seed])
+        entries.append(result_row(row.label, scores, tau=row.tau, parameters=parameters))
+    columns = [Column("setting", ("name",), "text")]
+    for name in [*base.dataset_names, MEAN]:
+        columns += [Column(f"{name} {metric}", ("summary", name, metric)) for metric in metric_names(base)]
+    if any(EXCLUSIVE in found for row in entries for found in row["summary"].values()):
+        columns += [Column(f"{name} exclusive", ("summary", name, EXCLUSIVE)) for name in base.dataset_names]
+    columns += [Column("parameters", ("parameters",), "millions"), Column("scans/s", ("summary", ALL, SPEED)), SEEDS]
+    note = (
+        f"mAP and exclusive in per cent, after {training_length(base)} of {base.train.batch_size} scans a dataset; "
+        "mean ± sample standard deviation over seeds; exclusive: share of the kernel offsets that use the dataset's "
+        "own kernel, of the last line of metrics; parameters: of all detectors of a row; scans/s: in training, median "
+        "over the run's logged steps, beside whatever ran at the same time."
+    )
+    return sweep_result(kind, title, note, base, entries, columns)
+
+
+def _comparison_scores(runs: Mapping[SweepRun, Path], base: ExperimentConfig) -> list[Score]:
+    """Scores of one seed of a row, from its runs on different datasets; none unless all of them are finished."""
+    seed = next(iter(runs)).seed
+    merged: dict[str, Any] = {}
+    folder_names, extra = {}, {}
+    for folder in runs.values():
+        evaluation, last = read_evaluation(folder), last_metrics(folder)
+        if evaluation is None:
+            return []
+        merged |= evaluation
+        for name in evaluation:
+            folder_names[name] = folder.name
+            if (key := f"{EXCLUSIVE}/{name}") in last:
+                extra[name] = {EXCLUSIVE: per_cent(last[key])}
+    scores = [
+        replace(s, metrics={**s.metrics, **extra.get(s.dataset, {})}, folder=folder_names.get(s.dataset, ""))
+        for s in evaluation_scores(merged, base, seed)
+    ]
+    rates = [rate for folder in runs.values() if (rate := scans_per_second(folder)) is not None]
+    # Trainings one after the other: the mean is weighted by their scans. Configs in epochs have 0 steps and equal
+    # weights here.
+    scans = [
+        run.config.train.steps
+        * sum((d.batch_size or run.config.train.batch_size) * d.weight for d in run.config.datasets)
+        for run in runs
+    ]
+    speed = statistics.harmonic_mean(rates, scans if all(scans) else None) if len(rates) == len(runs) else None
+    return [*scores, Score(seed, ALL, {SPEED: speed})]
