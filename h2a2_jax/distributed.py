@@ -145,7 +145,7 @@ class MeshLayout:
 
     @cached_property
     def datasets(self) -> tuple[int, ...]:
-        """Datasets of which this process loads training scans."""
+        """Datasets whose training scans this process loads."""
         return tuple(sorted({d for d, _ in self.shards}))
 
     @cached_property
