@@ -13,7 +13,7 @@ ROTATED_CHANNELS = 8
 def decode_boxes(
     locations: Float[AnyArray, "*batch 3"], predictions: Float[AnyArray, "*batch channels"]
 ) -> Float[Array, "*batch 7"]:
-    """Decodes the regression outputs of each location into a box.
+    """Decode the regression outputs of each location into a box.
 
     Columns 0:3 are the offset from the location to the box's centre (m), columns 3:6 positive extents (m), already
     passed through exp. With 6 columns the extents are the box's sizes and its yaw is 0. With 8 columns the last two
@@ -54,7 +54,7 @@ def decode_boxes_padded(
     predictions: Float[AnyArray, "*batch 8"],
     has_yaw: bool | Bool[AnyArray, ""],
 ) -> Float[Array, "*batch 7"]:
-    """Decodes outputs padded to 8 columns, in the 6- or the 8-column form.
+    """Decode outputs padded to 8 columns, in the 6- or the 8-column form.
 
     Lets datasets with and without yaw share one compiled step: `has_yaw` may be traced.
 
@@ -69,11 +69,8 @@ def decode_boxes_padded(
     # The form not chosen runs as well, and must not overflow on columns that it ignores.
     angles = jnp.where(has_yaw, predictions[..., AXIS_ALIGNED_CHANNELS:], 0.0)
     rotated = jnp.concatenate([predictions[..., :AXIS_ALIGNED_CHANNELS], angles], axis=-1)
-    return jnp.where(
-        has_yaw,
-        _decode_rotated(locations, rotated),
-        _decode_axis_aligned(locations, predictions[..., :AXIS_ALIGNED_CHANNELS]),
-    )
+    turned = _decode_rotated(locations, rotated)
+    return jnp.where(has_yaw, turned, _decode_axis_aligned(locations, predictions[..., :AXIS_ALIGNED_CHANNELS]))
 
 
 def _decode_axis_aligned(locations: AnyArray, predictions: AnyArray) -> Array:

@@ -80,10 +80,10 @@ class Predictor:
         kernels: Literal["selected", "shared"] = "selected",
         folded: bool = True,
     ):
-        """Take over a model.
+        """Take over a trained model.
 
         Args:
-            model: the trained model.
+            model: the model.
             specs: its datasets, in the order of its dataset axis.
             score_threshold: lowest score of a box.
             iou_threshold: bird's-eye-view IoU above which the lower score of a class is suppressed.
@@ -101,17 +101,16 @@ class Predictor:
             raise ValueError(f"specs are those of {', '.join(given)}; the model expects {', '.join(expected)}.")
         self.specs = tuple(specs)
         self._thresholds = np.array(score_threshold, np.float32), np.array(iou_threshold, np.float32)
-        self._voxel_size = model.config.voxel_size
-        self._layout = PlanLayout.of(model.config)
-        self._kernels = kernels
-        self._conditioning = conditioning
+        self._voxel_size, self._layout = model.config.voxel_size, PlanLayout.of(model.config)
+        self._kernels, self._conditioning = kernels, conditioning
         if conditioning not in ("own", "mean"):
             self._index(conditioning)
         graph, state = nnx.split(model)
         self._state = jax.tree.map(jnp.asarray, state)
-        # One program serves all datasets: folded detectors differ in their parameters only.
-        self._fold = jax.jit(partial(_fold, graph)) if folded else None
+        self._fold = None
         if folded:
+            # One program serves all datasets: folded detectors differ in their parameters only.
+            self._fold = jax.jit(partial(_fold, graph))
             graph = nnx.graphdef(nnx.eval_shape(partial(_fold_model, graph), self._state, *self._contexts(0)))
         self._forward = jax.jit(partial(_forward, graph))
         self._folded_states: dict[int, nnx.State] = {}
@@ -129,11 +128,8 @@ class Predictor:
     def take_over(self, model: TR3D) -> None:
         """Replace the parameters by those of another model of the same structure; nothing is compiled anew.
 
-        Args:
-            model: the other trained model.
-
         Raises:
-            ValueError: its structure is another one.
+            ValueError: the structure is another one.
         """
         state = jax.tree.map(jnp.asarray, nnx.split(model)[1])
         if jax.tree.structure(state) != jax.tree.structure(self._state):  # type: ignore[operator]
@@ -184,9 +180,8 @@ class Predictor:
                     raise ScanError(scan.name, f"Scan {scan.name} cannot be used: {error}") from error
             raise
         capacities = self._capacities(batch.tables.sizes, len(scans))
-        layout = self._layout
-        if not fits_layout(batch.tables, capacities, layout):
-            layout = replace(layout, machine="any")
+        fits = fits_layout(batch.tables, capacities, self._layout)
+        layout = self._layout if fits else replace(self._layout, machine="any")
         plan = pad_plan(batch.tables, capacities, layout)
         features = sparse.pad_rows(batch.features, capacities.voxels)
         parameters = self._parameters(index)
@@ -231,10 +226,8 @@ class Predictor:
     def _capacities(self, sizes: LevelSizes, count: int) -> LevelSizes:
         with self._lock:
             if count not in self._ladders:
-                base = [
-                    max(count * least, int(np.ceil(size / _RATIO**_BUCKETS_BELOW)))
-                    for size, least in zip(sizes, _SMALLEST, strict=True)
-                ]
+                lowest = np.ceil(np.array(sizes) / _RATIO**_BUCKETS_BELOW).astype(int)
+                base = np.maximum(count * np.array(_SMALLEST), lowest).tolist()
                 self._ladders[count] = BucketLadder(LevelSizes(*base), _RATIO)
             ladder = self._ladders[count]
         bucket = ladder.bucket(sizes)
@@ -250,24 +243,12 @@ class Predictor:
 
 def build_predictor(model: TR3D, specs: Sequence[DatasetSpec], config: EvalConfig) -> Predictor:
     """The predictor of a config; `Predictor` has the other arguments and the errors."""
-    return Predictor(
-        model,
-        specs,
-        score_threshold=config.score_threshold,
-        iou_threshold=config.iou_threshold,
-        conditioning=config.conditioning,
-        kernels=config.kernels,
-    )
+    options = ("score_threshold", "iou_threshold", "conditioning", "kernels")
+    return Predictor(model, specs, **{option: getattr(config, option) for option in options})
 
 
 def prepare(scan: Scan, spec: DatasetSpec, draw: int = 0) -> Scan:
-    """Draw a scan's points as the dataset's test protocol says.
-
-    Args:
-        scan: scan with all its points.
-        spec: dataset by whose protocol points are drawn.
-        draw: number of the drawing; a scan gets the same points whenever this number is the same.
-    """
+    """Draw a scan's points as the dataset's test protocol says; the same ones whenever `draw` is the same number."""
     if not len(scan.points):
         return scan
     seed = zlib.crc32(scan.name.encode())
@@ -289,8 +270,8 @@ def predict_scans(
     """Predict every scan of a source, one batch in memory at a time; scans that cannot be used are left out.
 
     Args:
-        predictor: finds the boxes.
-        source: the scans.
+        predictor: predictor of the model's datasets.
+        source: scans, loaded as they are needed.
         spec: dataset of the scans, by whose test protocol points are drawn.
         skipped: filled with the reason for each scan that is left out, by its name.
         notes: filled with counts of points and boxes that loading left out or repaired, by the name of the scan.
@@ -383,7 +364,7 @@ class BucketFile:
     compilation cache in the same folder holds. It is a cache: a file that cannot be read counts as none.
 
     Attributes:
-        path: path of the file.
+        path: path of the JSON file.
     """
 
     path: Path
