@@ -113,12 +113,8 @@ def best_f1(
     found = np.cumsum(is_hit)[ends]
     f1 = 2 * found / (ends + 1 + num_ground_truth)
     best = int(f1.argmax())
-    return OperatingPoint(
-        float(scores[ends[best]]),
-        float(found[best] / (ends[best] + 1)),
-        float(found[best] / num_ground_truth),
-        float(f1[best]),
-    )
+    precision, recall = found[best] / (ends[best] + 1), found[best] / num_ground_truth
+    return OperatingPoint(float(scores[ends[best]]), float(precision), float(recall), float(f1[best]))
 
 
 def calibration(

@@ -106,10 +106,10 @@ class Evaluation:
 
     def table(self) -> str:
         """A plain text table: a row per class and one of the means, AP and AR in per cent."""
-        width = max(len(name) for name in (*self.class_names, "class", "mean"))
+        width = max(map(len, (*self.class_names, "class", "mean")))
         titles = [f"{kind}@{threshold:g}" for threshold in self.iou_thresholds for kind in ("AP", "AR")]
         scores = np.stack([self.average_precision, self.average_recall], axis=1).reshape(len(titles), -1).T
-        means = np.stack([self.mean_average_precision, self.mean_average_recall], axis=1).reshape(-1)
+        means = np.stack([self.mean_average_precision, self.mean_average_recall], axis=1).ravel()
         lines = [f"{'class':<{width}}  {'boxes':>6}" + "".join(f"{title:>9}" for title in titles)]
         rows = [*zip(self.class_names, self.num_ground_truth, scores, strict=True)]
         for name, count, values in (*rows, ("mean", self.num_ground_truth.sum(), means)):
@@ -205,7 +205,7 @@ def evaluate_detections(
     origins: Float[np.ndarray, "s 2"] | None = None,
     measured_from: DistanceFrom = "centre",
 ) -> Evaluation:
-    """Scores detections against ground truth.
+    """Score detections against ground truth.
 
     Per class, detections of all scans are taken by descending score. One is a hit if the ground-truth box of its
     class and scan that it overlaps most exceeds the threshold and was not hit before; duplicates are false positives.
@@ -297,9 +297,7 @@ def evaluate_detections(
 
 
 def _mean_over_classes(scores: np.ndarray, is_counted: np.ndarray) -> np.ndarray:
-    if not is_counted.any():
-        return np.full(len(scores), np.nan)
-    return scores[:, is_counted].mean(axis=1)
+    return scores[:, is_counted].mean(axis=1) if is_counted.any() else np.full(len(scores), np.nan)
 
 
 def _none_if_nan(value: float) -> float | None:

@@ -28,6 +28,7 @@ from h2a2_jax.host import progress_interval
 from h2a2_jax.inference.input_files import (
     FileScan,
     FoundInputs,
+    InputFile,
     PredictRequest,
     find_inputs,
     load_file,
