@@ -36,13 +36,7 @@ class GroundTruth:
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Boxes of all scans in one list.
-
-    Attributes:
-        boxes: Boxes, each in the frame of its scan.
-        labels: Class of each.
-        scans: Number of the scan of each.
-    """
+    """Boxes of all scans in one list, each in the frame of its scan, with class and number of the scan of each."""
 
     boxes: Float[np.ndarray, "n 7"]
     labels: Int[np.ndarray, " n"]

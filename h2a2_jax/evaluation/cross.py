@@ -32,12 +32,9 @@ SYNONYMS = (
 
 @dataclass(frozen=True)
 class CommonClasses:
-    """The classes that the head of one dataset and the scans of another have in common.
+    """The classes that the head of one dataset and the scans (`data`) of another have in common.
 
-    Attributes:
-        head: dataset whose head predicts.
-        data: dataset of the scans.
-        pairs: for each common class its label in the scans and its label in the head.
+    `pairs` has for each common class its label in the scans and its label in the head.
     """
 
     head: DatasetSpec

@@ -120,7 +120,7 @@ def evaluate(
         config: configuration whose data and `eval` are used.
         predictor: predictor of the datasets of the config; in a run of several processes, the same in all.
         folder: folder of the results.
-        process_layout: layout that says which datasets each process evaluates; by default that of all devices.
+        process_layout: datasets that each process evaluates; None: by the layout of all devices.
         request: choice of scans, augmentation and heads.
         draw: number of the drawing of points, where the test protocol of a dataset draws some.
         datasets: of those that the request is for, the ones evaluated; None: all.
@@ -205,12 +205,8 @@ def chosen_sources(config: ExperimentConfig, request: EvalRequest) -> dict[int, 
 class PredictedSource:
     """Boxes found and annotated in the scans of a source that can be used, in the order of the scans.
 
-    Attributes:
-        detections: boxes found.
-        truth: boxes annotated.
-        origins: x, y of each scan that distances are measured from.
-        skipped: by scan, the reason why it was left out.
-        notes: by scan, counts of points and boxes that loading left out or repaired.
+    Distances in a scan are measured from its origin x, y. By name of the scan, `skipped` has the reason for each that
+    was left out, and `notes` counts of points and boxes that loading left out or repaired.
     """
 
     detections: list[Detections] = field(default_factory=list)

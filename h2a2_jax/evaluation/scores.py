@@ -121,16 +121,15 @@ class Evaluation:
 
     def summary(self) -> str:
         """A line on AP by size, one on AP by distance, and one on the score to keep boxes from."""
-        lines = []
+        lines, levels = [], "/".join(f"{threshold:g}" for threshold in self.iou_thresholds)
         for title, breakdown in (("size", self.by_size), ("distance", self.by_distance)):
             if breakdown is None:
                 continue
             measured = f", from the {breakdown.measured_from}" if breakdown.measured_from else ""
-            cells = []
-            for b, name in enumerate(breakdown.bins.describe()):
-                scores = "/".join(_per_cent(value) for value in breakdown.mean_average_precision[:, b])
-                cells.append(f"{name} {scores}, ground truth {breakdown.num_ground_truth[b].sum()}")
-            levels = "/".join(f"{threshold:g}" for threshold in self.iou_thresholds)
+            bins = zip(
+                breakdown.bins.describe(), breakdown.mean_average_precision.T, breakdown.num_ground_truth, strict=True
+            )
+            cells = [f"{name} {'/'.join(map(_per_cent, scores))}, ground truth {n.sum()}" for name, scores, n in bins]
             lines.append(f"mAP@{levels} by {title}{measured}: {'; '.join(cells)}.")
         for threshold, point in zip(self.iou_thresholds, self.best_f1_of_all, strict=True):
             if point is not None and not np.isnan(point.score):
@@ -173,19 +172,18 @@ class Evaluation:
         }
 
     def _breakdown(self, breakdown: Breakdown) -> dict[str, Any]:
-        entries = []
-        for b, name in enumerate(breakdown.bins.names):
-            levels = [
-                {
-                    "iou": threshold,
-                    "mAP": _none_if_nan(breakdown.mean_average_precision[row, b]),
-                    "AP": self._by_class(breakdown.average_precision[row, b]),
-                }
-                for row, threshold in enumerate(self.iou_thresholds)
-            ]
-            counts = self._counts(breakdown.num_ground_truth[b])
-            entries.append({"name": name, "num_ground_truth": counts, "thresholds": levels})
-        bins = breakdown.bins
+        bins, means, scores = breakdown.bins, breakdown.mean_average_precision, breakdown.average_precision
+        entries = [
+            {
+                "name": name,
+                "num_ground_truth": self._counts(breakdown.num_ground_truth[b]),
+                "thresholds": [
+                    {"iou": iou, "mAP": _none_if_nan(means[t, b]), "AP": self._by_class(scores[t, b])}
+                    for t, iou in enumerate(self.iou_thresholds)
+                ],
+            }
+            for b, name in enumerate(bins.names)
+        ]
         return {"bounds": list(bins.bounds), "unit": bins.unit, "from": breakdown.measured_from, "bins": entries}
 
     def _counts(self, counts: np.ndarray) -> dict[str, int]:

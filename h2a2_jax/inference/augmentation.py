@@ -26,13 +26,10 @@ SCALES = (0.95, 1.05)
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A transform of a scan: mirrored first, then turned, then scaled, about the origin of its frame.
+    """A transform of a scan about the origin of its frame.
 
-    Attributes:
-        flip_x: True for x -> -x.
-        flip_y: True for y -> -y.
-        quarter_turns: quarter turns counter-clockwise about z, 0 to 3.
-        scale: factor of all coordinates.
+    The scan is mirrored first (`flip_x`: x -> -x), then turned by 0 to 3 quarter turns counter-clockwise about z, then
+    scaled.
     """
 
     flip_x: bool = False
@@ -90,15 +87,16 @@ def views(names: Sequence[str], augmentation: Augmentation | None = None) -> tup
     if augmentation is not None:
         trained = {"flip_x": augmentation.flip_x > 0, "flip_y": augmentation.flip_y > 0}
         names = [name for name in names if trained.get(name, name != "turns" or all(trained.values()))]
-    flips = itertools.product(
-        (False, True) if "flip_x" in names else (False,), (False, True) if "flip_y" in names else (False,)
-    )
-    found = [View(flip_x=x, flip_y=y) for x, y in flips]
-    found += [View(scale=scale) for scale in SCALES if "scales" in names]
-    turns = (1, 2, 3) if "turns" in names else ()
+    flips = itertools.product(*((False, True) if name in names else (False,) for name in ("flip_x", "flip_y")))
+    scales = SCALES if "scales" in names else ()
     # Half a turn equals both mirrors.
-    found += [View(quarter_turns=k) for k in turns if k != 2 or not {"flip_x", "flip_y"} <= {*names}]
-    return tuple(found)
+    both = {"flip_x", "flip_y"} <= {*names}
+    turns = () if "turns" not in names else (1, 3) if both else (1, 2, 3)
+    return (
+        *(View(flip_x=x, flip_y=y) for x, y in flips),
+        *(View(scale=scale) for scale in scales),
+        *(View(quarter_turns=count) for count in turns),
+    )
 
 
 class TestTimeAugmented:

@@ -80,17 +80,10 @@ class Predictor:
         kernels: Literal["selected", "shared"] = "selected",
         folded: bool = True,
     ):
-        """Take over a trained model.
+        """Take over a trained model; the thresholds and choices are those of `Detector.restore`.
 
-        Args:
-            model: the model.
-            specs: its datasets, in the order of its dataset axis.
-            score_threshold: lowest score of a box.
-            iou_threshold: bird's-eye-view IoU above which the lower score of a class is suppressed.
-            conditioning: dataset whose embedding, statistics and exclusive kernels are used: "own" is that whose head
-                predicts, the name of another one, or "mean" of all.
-            kernels: "selected" by each scan's structure, or "shared" everywhere.
-            folded: True to compute once what depends on the dataset alone; the results are equal up to rounding.
+        The specs are in the order of the model's dataset axis. With or without `folded`, results are equal up to
+        rounding.
 
         Raises:
             ValueError: the specs are not those of the model.
@@ -149,15 +142,11 @@ class Predictor:
             self._ladders |= {count: BucketLadder(base, _RATIO) for count, base in bases.items()}
 
     def predict(self, scans: Sequence[Scan], dataset: str, seconds: dict[str, float] | None = None) -> list[Detections]:
-        """Boxes of scans, in one pass; the boxes of a scan do not depend on the other scans.
+        """Boxes of scans by the head of a dataset, in one pass; those of a scan do not depend on the other scans.
 
+        All points of the scans are used: `prepare` draws points as the dataset's protocol says. The time of the pass is
+        added to `seconds` by stage: "maps" (voxels, kernel maps, padding), "network", "boxes" (decoding, suppression).
         May be called from several threads.
-
-        Args:
-            scans: scans with the points to use: `prepare` draws points as the dataset's protocol says.
-            dataset: the dataset whose head, statistics and exclusive kernels are used.
-            seconds: the time of the pass is added here by stage: "maps" (voxels, kernel maps, padding), "network",
-                "boxes" (decoding, suppression).
 
         Returns:
             The boxes of each scan, in the frame of its points; none for a scan without points.
@@ -269,16 +258,9 @@ def predict_scans(
 ) -> Iterator[tuple[Scan, Scan, Detections]]:
     """Predict every scan of a source, one batch in memory at a time; scans that cannot be used are left out.
 
-    Args:
-        predictor: predictor of the model's datasets.
-        source: scans, loaded as they are needed.
-        spec: dataset of the scans, by whose test protocol points are drawn.
-        skipped: filled with the reason for each scan that is left out, by its name.
-        notes: filled with counts of points and boxes that loading left out or repaired, by the name of the scan.
-        batch_size: scans in a pass.
-        head: dataset whose head predicts; None: that of the scans.
-        draw: number of the drawing of points.
-        progress: True to show scans done and time left on standard error.
+    By the name of the scan, `skipped` is filled with the reason for each that is left out, and `notes` with counts of
+    points and boxes that loading left out or repaired. Points are drawn by the test protocol of `spec`, the dataset of
+    the scans, whose head predicts unless another one is named. Progress is shown on standard error.
 
     Yields:
         Each scan that can be used: with all its points, with the points drawn, and its boxes.
@@ -362,9 +344,6 @@ class BucketFile:
 
     The first scan sets a ladder. The file gives later processes the same shapes, and so the programs that JAX's
     compilation cache in the same folder holds. It is a cache: a file that cannot be read counts as none.
-
-    Attributes:
-        path: path of the JSON file.
     """
 
     path: Path

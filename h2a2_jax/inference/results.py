@@ -61,11 +61,11 @@ _TOLERANCE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class PredictedScan:
-    """The boxes of one scan in a document.
+    """The boxes of one scan in a document, whose schema says more.
 
     Attributes:
         name: name of the scan.
-        detections: boxes (float64) in the frame and unit of the file; in a tilted file upright as the module says.
+        detections: boxes (float64) in the frame and unit of the file; in a tilted file upright.
         up: axis of the file that points up.
         unit: unit of the file.
         alignment: rotation from the axes of a tilted file to upright ones; None for other files.

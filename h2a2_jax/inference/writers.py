@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from scipy.spatial.transform import Rotation
 
 from h2a2_jax.boxes.codec import BOX_EDGES, box_corners
+from h2a2_jax.boxes.matching import GroundTruth
 from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.errors import InputError
 from h2a2_jax.files import whole_file
@@ -130,23 +131,15 @@ def write_scan(
     matrix: Float[np.ndarray, "4 4"],
     found: Detections,
     spec: DatasetSpec,
-    truth: Any = None,
+    truth: GroundTruth | None = None,
     shown: float = 0.3,
     every: Detections | None = None,
 ) -> None:
     """Write the results of one scan in some of `input_files.FORMATS`; "csv", a table of all scans, is not written here.
 
-    Args:
-        folder: folder of the results.
-        formats: formats to write.
-        entry: entry of the scan (`results.scan_entry`).
-        scan: points and colours.
-        matrix: transform from the file's frame and unit to the scan's.
-        found: boxes in the scan's frame.
-        spec: dataset of the boxes.
-        truth: `GroundTruth` for page and picture, or None.
-        shown: lowest score of boxes in the picture, and in the page until one moves its slider.
-        every: boxes of any score, for the page; None: those found.
+    The entry is that of `results.scan_entry`; the matrix transforms from the file's frame and unit to that of the scan
+    and the boxes found. Page and picture show `truth` beside them, and boxes from the score `shown` on, the page until
+    one moves its slider. The page has the boxes of `every` score; None: those found.
     """
     stem = folder / str(entry["name"])
     if "json" in formats:
@@ -224,12 +217,10 @@ def _vertices(
     places = np.linalg.solve(matrix[:3, :3].astype(np.float64), (places - matrix[:3, 3]).T).T
     metres = float(np.linalg.norm(matrix[2, :3]))
     real = "<f8" if np.abs(places).max(initial=0) * metres > 1e3 else "<f4"
-    kinds = [*((axis, real) for axis in "xyz"), *((color, "u1") for color in ("red", "green", "blue"))]
-    rows = np.empty(len(places), np.dtype([*kinds, *more]))
-    for i, axis in enumerate("xyz"):
-        rows[axis] = places[:, i]
-    for i, color in enumerate(("red", "green", "blue")):
-        rows[color] = np.round(255 * colors[:, i])
+    channels = ("red", "green", "blue")
+    rows = np.empty(len(places), np.dtype([*((axis, real) for axis in "xyz"), *((c, "u1") for c in channels), *more]))
+    for i, (axis, channel) in enumerate(zip("xyz", channels, strict=True)):
+        rows[axis], rows[channel] = places[:, i], np.round(255 * colors[:, i])
     return rows
 
 
