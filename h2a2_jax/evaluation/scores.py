@@ -126,10 +126,9 @@ class Evaluation:
             if breakdown is None:
                 continue
             measured = f", from the {breakdown.measured_from}" if breakdown.measured_from else ""
-            bins = zip(
-                breakdown.bins.describe(), breakdown.mean_average_precision.T, breakdown.num_ground_truth, strict=True
-            )
-            cells = [f"{name} {'/'.join(map(_per_cent, scores))}, ground truth {n.sum()}" for name, scores, n in bins]
+            means, counts = breakdown.mean_average_precision.T, breakdown.num_ground_truth.sum(axis=1)
+            bins = zip(breakdown.bins.describe(), means, counts, strict=True)
+            cells = [f"{name} {'/'.join(map(_per_cent, mean))}, ground truth {count}" for name, mean, count in bins]
             lines.append(f"mAP@{levels} by {title}{measured}: {'; '.join(cells)}.")
         for threshold, point in zip(self.iou_thresholds, self.best_f1_of_all, strict=True):
             if point is not None and not np.isnan(point.score):
