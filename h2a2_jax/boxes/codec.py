@@ -50,9 +50,7 @@ def decode_boxes(
 
 
 def decode_boxes_padded(
-    locations: Float[AnyArray, "*batch 3"],
-    predictions: Float[AnyArray, "*batch 8"],
-    has_yaw: bool | Bool[AnyArray, ""],
+    locations: Float[AnyArray, "*batch 3"], predictions: Float[AnyArray, "*batch 8"], has_yaw: bool | Bool[AnyArray, ""]
 ) -> Float[Array, "*batch 7"]:
     """Decode outputs padded to 8 columns, in the 6- or the 8-column form.
 
@@ -93,6 +91,8 @@ def _decode_rotated(locations: AnyArray, predictions: AnyArray) -> Array:
 
 BOX_EDGES = tuple((i, i | bit) for i in range(8) for bit in (1, 2, 4) if not i & bit)
 """The 12 pairs of corners of `box_corners` that an edge joins."""
+CORNER_SIGNS = np.array([[1 if i & bit else -1 for bit in (1, 2, 4)] for i in range(8)])
+"""Sides of the corners of `box_corners` along x, y, z."""
 
 
 def box_corners(boxes: Float[np.ndarray, "n 7"]) -> Float[np.ndarray, "n 8 3"]:
@@ -106,8 +106,7 @@ def box_corners(boxes: Float[np.ndarray, "n 7"]) -> Float[np.ndarray, "n 8 3"]:
         box's own axes. Float64, in the frame of the boxes.
     """
     boxes = boxes.astype(np.float64)
-    signs = np.array([[1 if i & bit else -1 for bit in (1, 2, 4)] for i in range(8)])
-    offsets = signs * boxes[:, None, 3:6] / 2
+    offsets = CORNER_SIGNS * boxes[:, None, 3:6] / 2
     cos, sin = np.cos(boxes[:, 6, None]), np.sin(boxes[:, 6, None])
     x = offsets[..., 0] * cos - offsets[..., 1] * sin
     y = offsets[..., 0] * sin + offsets[..., 1] * cos

@@ -132,13 +132,7 @@ def calibration(
 
 @dataclasses.dataclass(frozen=True)
 class Bins:
-    """Ranges of a quantity of boxes.
-
-    Attributes:
-        names: Names of the bins, by rising quantity.
-        bounds: Bounds between the bins, one fewer; a value on a bound is in the upper bin.
-        unit: Unit of the bounds.
-    """
+    """Ranges of a quantity of boxes, rising; a value on one of the bounds between two bins is in the upper one."""
 
     names: tuple[str, ...]
     bounds: tuple[float, ...]

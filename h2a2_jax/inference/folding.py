@@ -31,9 +31,8 @@ def fold(model: TR3D, dataset: DatasetContext, head: int) -> TR3D:
     one dataset, which may ask for shared kernels only if `dataset` does.
 
     Args:
-        model: the trained model; it is not changed.
-        dataset: dataset whose embedding, exclusive kernels and statistics are used, or the mean; and whether kernels
-            are selected.
+        model: trained model; it is not changed.
+        dataset: dataset (or mean) whose embedding, exclusive kernels and statistics are used; selection of kernels.
         head: index of the dataset whose head predicts.
     """
     folded = folded_parameters(model, dataset, DatasetContext.one(head, len(model.heads_config)))

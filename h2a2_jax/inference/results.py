@@ -41,6 +41,7 @@ and its yaw is about the upright z. A corner is then center + R.T @ Rz(yaw) @ (+
 `PredictedScan.corners` gives corners in the file's frame and unit for any scan.
 """
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -202,10 +203,9 @@ def boxes_in_input_frame(
 def _file_frame(transform: np.ndarray) -> tuple[str, str]:
     """The axis of the file that points up, and the file's unit."""
     metres = float(np.linalg.norm(transform[2, :3]))
-    for unit, size in UNITS.items():
-        for up, upright in UPRIGHT.items():
-            if abs(metres / size - 1) < _TOLERANCE and np.abs(transform[2, :3] / size - upright[2]).max() < _TOLERANCE:
-                return up, unit
+    for (unit, size), (up, upright) in itertools.product(UNITS.items(), UPRIGHT.items()):
+        if abs(metres / size - 1) < _TOLERANCE and np.abs(transform[2, :3] / size - upright[2]).max() < _TOLERANCE:
+            return up, unit
     raise _no_inverse(transform)
 
 

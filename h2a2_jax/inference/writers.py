@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.spatial.transform import Rotation
 
-from h2a2_jax.boxes.codec import BOX_EDGES, box_corners
+from h2a2_jax.boxes.codec import BOX_EDGES, CORNER_SIGNS, box_corners
 from h2a2_jax.boxes.matching import GroundTruth
 from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.errors import InputError
@@ -107,7 +107,6 @@ def write_box_frames(path: Path, matrix: Float[np.ndarray, "4 4"], found: Detect
     The matrix transforms from the file's frame and unit to that of the boxes.
     """
     vertices, colors, faces = [np.zeros((0, 3))], [np.zeros((0, 3))], [np.zeros((0, 3), np.int64)]
-    signs = np.array([[1 if i & bit else -1 for bit in (1, 2, 4)] for i in range(8)])
     triangles = np.array([(face[0], face[i], face[i + 1]) for face in _CUBE for i in (1, 2)])
     for number, (box, corners) in enumerate(zip(found.boxes, box_corners(found.boxes), strict=True)):
         axes = np.stack([corners[bit] - corners[0] for bit in (1, 2, 4)])
@@ -116,7 +115,7 @@ def write_box_frames(path: Path, matrix: Float[np.ndarray, "4 4"], found: Detect
             half = np.full(3, _BAR / 2)
             direction = int(np.log2(one ^ other))
             half[direction] += box[3 + direction] / 2
-            vertices.append((corners[one] + corners[other]) / 2 + (signs * half) @ axes)
+            vertices.append((corners[one] + corners[other]) / 2 + (CORNER_SIGNS * half) @ axes)
             faces.append(triangles + 8 * (len(BOX_EDGES) * number + bar))
         colors.append(np.tile(class_color(int(found.labels[number])), (8 * len(BOX_EDGES), 1)))
     rows = _vertices(np.concatenate(vertices), np.concatenate(colors), matrix)
