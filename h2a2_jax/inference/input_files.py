@@ -12,6 +12,7 @@ import glob
 import itertools
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -291,12 +292,14 @@ class FileScan:
         scan: the scan in metres, z up, aligned if the request says so.
         matrix: transform from the file's frame and unit to that of the scan; `scan.transform` in float64.
         remarks: parts of sentences on assumptions and on likely mistakes, with the flag that corrects them.
+        seconds: time that reading and aligning took.
     """
 
     file: InputFile
     scan: Scan
     matrix: Float[np.ndarray, "4 4"]
     remarks: tuple[str, ...]
+    seconds: float
 
 
 def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> FileScan:
@@ -305,6 +308,7 @@ def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> Fi
     Raises:
         InputError: the file cannot be read or used; one sentence, with the flags that may help.
     """
+    started = time.perf_counter()
     if file.path.exists() and not file.path.is_file() and not file.path.is_dir():
         raise InputError(f"{printable(file.path)} is no regular file: give a point cloud.")
     cloud = read_point_cloud(file.path, request.most_points)
@@ -323,7 +327,7 @@ def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> Fi
     notes = [(kind, count) for kind, count in placed.scan.notes.items() if kind != NO_COLORS]
     remarks += [f"{count:,} {kind}{' are left out' * (kind == NOT_FINITE)}" for kind, count in notes]
     placed, more = align(placed, request, spec)
-    return FileScan(file, placed.scan, placed.matrix, tuple([*remarks, *more]))
+    return FileScan(file, placed.scan, placed.matrix, (*remarks, *more), time.perf_counter() - started)
 
 
 def _frame(cloud: PointCloud, request: PredictRequest) -> tuple[str, str, list[str]]:

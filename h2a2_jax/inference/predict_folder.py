@@ -25,15 +25,7 @@ from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.distributed import MeshLayout, train_mesh
 from h2a2_jax.errors import INTERRUPTED, InputError
 from h2a2_jax.host import progress_interval
-from h2a2_jax.inference.input_files import (
-    FileScan,
-    FoundInputs,
-    InputFile,
-    PredictRequest,
-    find_inputs,
-    load_file,
-    printable,
-)
+from h2a2_jax.inference.input_files import FileScan, FoundInputs, PredictRequest, find_inputs, load_file, printable
 from h2a2_jax.inference.predictor import BucketFile, Predictor, build_predictor, predict_scans, prepare, skipped_lines
 from h2a2_jax.inference.results import document_of, scan_entry
 from h2a2_jax.inference.writers import ALL_BOXES, TABLE, check_output, write_document, write_scan, write_table
@@ -245,7 +237,7 @@ def predict_files(
     """
     spec = predictor.specs[0] if request.dataset is None else predictor.spec(request.dataset)
     outcome = Outcome(failed=dict(found.problems))
-    loads = [partial(_timed_load, file, request, spec) for file in found.files]
+    loads = [partial(load_file, file, request, spec) for file in found.files]
     with tqdm(total=len(found.files), unit="scan", mininterval=progress_interval(), disable=None) as bar:
         try:
             for file, pending in zip(found.files, read_ahead(loads), strict=True):
@@ -293,14 +285,9 @@ def read_ahead(functions: Iterable[Callable[[], Item]]) -> Iterator[Future[Item]
         yield current
 
 
-def _timed_load(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> tuple[FileScan, float]:
-    started = time.perf_counter()
-    return load_file(file, request, spec), time.perf_counter() - started
-
-
 def _predict_file(
     predictor: Predictor,
-    pending: Future[tuple[FileScan, float]],
+    pending: Future[FileScan],
     request: PredictRequest,
     spec: DatasetSpec,
     output: Path,
@@ -309,8 +296,8 @@ def _predict_file(
 ) -> str | None:
     """Predict one file and write its results; returns the reason where that failed."""
     try:
-        loaded, seconds = pending.result()
-        outcome.seconds["load"] += seconds
+        loaded = pending.result()
+        outcome.seconds["load"] += loaded.seconds
         for remark in loaded.remarks:
             _remark(loaded, remark, outcome, say)
         (every,) = predictor.predict([prepare(loaded.scan, spec)], spec.name, outcome.seconds)
