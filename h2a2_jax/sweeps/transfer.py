@@ -208,7 +208,7 @@ def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
                 common = common_with[head.name]
                 found = predict_source(predictor, scans, source.spec, way.batch_size, head=head.name)
                 skipped |= found.skipped
-                levels = found.evaluate_common(common, way.iou_thresholds).to_dict()["thresholds"]
+                levels = found.evaluate(common.data, way.iou_thresholds, common).to_dict()["thresholds"]
                 entries.append(
                     {
                         "head": head.name,
