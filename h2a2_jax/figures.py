@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,7 @@ figcaption { color: #333; max-width: 60rem; font-size: .92rem; } nav a { margin-
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG with title and caption.
-
-    Attributes:
-        path: Path of the file.
-        title: Title of the picture.
-        caption: Sentences on the content and how it was computed.
-    """
+    """A PNG; its caption states the content and how it was computed."""
 
     path: Path
     title: str
@@ -41,13 +35,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under column names.
-
-    Attributes:
-        caption: Sentence on the numbers.
-        columns: Headings of the columns.
-        rows: Cells of each row; the first one is the name of the row.
-    """
+    """Rows of text under headings; the first entry of a row is its name."""
 
     caption: str
     columns: Sequence[str]
@@ -56,19 +44,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page.
-
-    Attributes:
-        anchor: Id of the section, for links.
-        title: Heading.
-        text: Paragraphs.
-        contents: Pictures and tables, in order.
-    """
+    """A part of the page: paragraphs, then pictures and tables; links lead to its anchor."""
 
     anchor: str
     title: str
     text: Sequence[str] = ()
-    contents: Sequence[Picture | Table] = field(default_factory=tuple)
+    contents: Sequence[Picture | Table] = ()
 
 
 def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
@@ -132,11 +113,6 @@ def save(figure: Figure, folder: Path, name: str, title: str, caption: str) -> P
     path = folder / f"{name}.png"
     figure.savefig(path, dpi=_DPI)
     return Picture(path, title, caption)
-
-
-def name_steps(axes: Any) -> None:
-    """Label the horizontal axis with the training step."""
-    axes.set_xlabel("training step")
 
 
 def as_text(name: str) -> str:
