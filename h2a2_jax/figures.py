@@ -26,7 +26,7 @@ figcaption { color: #333; max-width: 60rem; font-size: .92rem; } nav a { margin-
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG; its caption states the content and how it was computed."""
+    """A PNG with a title and a caption: sentences on the content and how it was computed."""
 
     path: Path
     title: str
@@ -35,7 +35,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under headings; the first entry of a row is its name."""
+    """Rows of text, each opening with its name, under column names; the caption is a sentence on the numbers."""
 
     caption: str
     columns: Sequence[str]
@@ -44,7 +44,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: paragraphs, then pictures and tables; links lead to its anchor."""
+    """A part of the page: paragraphs, then pictures and tables; the anchor is its id, for links."""
 
     anchor: str
     title: str
@@ -97,7 +97,6 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#33
 """Colours that colour-blind people can tell apart (Okabe and Ito)."""
 SHARED_MAP = LinearSegmentedColormap.from_list("shared", ["#e08214", "#f7f7f7", "#542788"])
 """Colours from a dataset's own kernel (orange, 0) to the shared one (purple, 1)."""
-_DPI = 110
 
 
 def canvas(rows: int, columns: int, width: float | int, height: float | int, **options: Any) -> tuple[Figure, Any]:
@@ -111,7 +110,7 @@ def save(figure: Figure, folder: Path, name: str, title: str, caption: str) -> P
     """Write <folder>/<name>.png."""
     figure.suptitle(title, parse_math=False)
     path = folder / f"{name}.png"
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=110)
     return Picture(path, title, caption)
 
 
