@@ -176,8 +176,7 @@ def _closing(outcome: "Outcome", found: FoundInputs, output: Path) -> Iterator[s
     for remark, names in outcome.remarks.values():
         if len(names) > REPEATED:
             yield f"{len(names)} scans ({some(names)}), as the first one: {printable(remark)}."
-    count = sum(len(entry["boxes"]) for entry in outcome.entries)
-    boxes = "1 box" if count == 1 else f"{count} boxes"
+    boxes = "1 box" if outcome.boxes == 1 else f"{outcome.boxes} boxes"
     done = f"{boxes} in {len(outcome.entries)} of {_count(found.files, 'scan')}: {printable(output)}"
     yield f"Stopped. Until then: {done}; the same command begins anew." if outcome.interrupted else done
     if outcome.entries:
@@ -214,6 +213,11 @@ class Outcome:
     remarks: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     interrupted: bool = False
+
+    @property
+    def boxes(self) -> int:
+        """Number of boxes found."""
+        return sum(len(entry["boxes"]) for entry in self.entries)
 
     @property
     def status(self) -> int:
