@@ -231,9 +231,15 @@ class Predictor:
 
 
 def build_predictor(model: TR3D, specs: Sequence[DatasetSpec], config: EvalConfig) -> Predictor:
-    """The predictor of a config; `Predictor` has the other arguments and the errors."""
-    options = ("score_threshold", "iou_threshold", "conditioning", "kernels")
-    return Predictor(model, specs, **{option: getattr(config, option) for option in options})
+    """Build the predictor of a config; `Predictor` has the other arguments and the errors."""
+    return Predictor(
+        model,
+        specs,
+        score_threshold=config.score_threshold,
+        iou_threshold=config.iou_threshold,
+        conditioning=config.conditioning,
+        kernels=config.kernels,
+    )
 
 
 def prepare(scan: Scan, spec: DatasetSpec, draw: int = 0) -> Scan:
