@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,52 +22,34 @@ from tqdm import tqdm
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import available_cores
 from h2a2_jax.prepare.worker_pool import run_in_processes
-from h2a2_jax.scans.formats.point_cloud import PointCloud
 from h2a2_jax.scans.frame import AXES, UNITS, AxisFinding, Guess, guess_unit, guess_up, spread
-from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, points_in_box, some
+from h2a2_jax.scans.scan import ScanError, ScanSource, points_in_box, some
 from h2a2_jax.scans.scan_folder import BOXES_FILE, ScanFolder
 from h2a2_jax.scans.sources import CheckedFolder, Split, recognise
 from h2a2_jax.scans.specs import DatasetSpec, dataset_spec
 
-CHECK_VERSION = 1
 _PROBLEMS = "mend"  # the key in check.json of version 1
 _FEW_POINTS = 5
 _FEW_SCANS = 8  # are read faster than processes start
 
 USUAL_SIZES: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
     "scannet": {
-        "cabinet": (0.77, 0.81, 0.93),
-        "door": (0.53, 0.60, 1.75),
-        "window": (0.96, 0.72, 1.15),
-        "picture": (0.21, 0.42, 0.54),
-        "counter": (1.44, 1.90, 0.27),
-        "curtain": (1.38, 0.66, 1.68),
-        "refrigerator": (0.67, 0.71, 1.30),
-        "showercurtrain": (0.42, 0.38, 1.75),
-        "sink": (0.51, 0.51, 0.30),
-        "bathtub": (1.15, 1.05, 0.50),
-        "garbagebin": (0.48, 0.49, 0.58),
+        "cabinet": (0.77, 0.81, 0.93), "door": (0.53, 0.60, 1.75), "window": (0.96, 0.72, 1.15),
+        "picture": (0.21, 0.42, 0.54), "counter": (1.44, 1.90, 0.27), "curtain": (1.38, 0.66, 1.68),
+        "refrigerator": (0.67, 0.71, 1.30), "showercurtrain": (0.42, 0.38, 1.75), "sink": (0.51, 0.51, 0.30),
+        "bathtub": (1.15, 1.05, 0.50), "garbagebin": (0.48, 0.49, 0.58),
     },
     "sunrgbd": {
-        "bed": (2.11, 1.62, 0.93),
-        "table": (0.79, 1.28, 0.72),
-        "sofa": (0.92, 1.87, 0.85),
-        "chair": (0.59, 0.55, 0.83),
-        "toilet": (0.70, 0.45, 0.76),
-        "desk": (0.70, 1.35, 0.74),
-        "dresser": (0.53, 1.00, 1.17),
-        "night_stand": (0.50, 0.63, 0.68),
-        "bookshelf": (0.40, 1.07, 1.69),
+        "bed": (2.11, 1.62, 0.93), "table": (0.79, 1.28, 0.72), "sofa": (0.92, 1.87, 0.85),
+        "chair": (0.59, 0.55, 0.83), "toilet": (0.70, 0.45, 0.76), "desk": (0.70, 1.35, 0.74),
+        "dresser": (0.53, 1.00, 1.17), "night_stand": (0.50, 0.63, 0.68), "bookshelf": (0.40, 1.07, 1.69),
         "bathtub": (0.77, 1.40, 0.47),
     },
     "s3dis": {
-        "chair": (0.6, 0.6, 0.8),
-        "table": (1.5, 0.9, 0.75),
-        "bookcase": (1.0, 0.4, 2.0),
-        "board": (2.0, 0.1, 1.2),
+        "chair": (0.6, 0.6, 0.8), "table": (1.5, 0.9, 0.75), "bookcase": (1.0, 0.4, 2.0), "board": (2.0, 0.1, 1.2),
         "sofa": (1.8, 0.9, 0.8),
     },
-}
+}  # fmt: skip
 """Mean sizes dx, dy, dz (m) of boxes in the built-in datasets, of the classes whose sizes are known."""
 
 
@@ -75,7 +58,6 @@ class BoxFinding:
     """Measurements of one box.
 
     Attributes:
-        label: class of the box.
         size: dx, dy, dz (m).
         held: points in the box.
         held_clockwise: points the box would hold if yaw counted clockwise.
@@ -98,11 +80,8 @@ class ScanFinding:
     """Measurements of one scan.
 
     Attributes:
-        split: "train" or "val".
-        name: name of the scan.
         error: why the scan cannot be used; then the fields below have their defaults, but for `axes` of a file that
             can be read.
-        points: number of usable points.
         axes: spread along x, y, z of the file, in its unit.
         colors: smallest and largest number, in the file's scale; None without colours.
         duplicates: share of points that are exactly where another one is.
@@ -150,10 +129,8 @@ class CheckReport:
 def check(root: str | Path, dataset: str | None = None, output: str | Path | None = None) -> CheckReport:
     """Read all scans of a folder, print the findings, and write check.json and contact_sheet.png.
 
-    Args:
-        root: the folder.
-        dataset: "scannet", "sunrgbd" or "s3dis", whose classes count; None: by the files in the folder.
-        output: folder for the two files; None for runs/check/<name of the folder>.
+    The classes that count are those of `dataset`, or (None) of the one that the files name. The two files go to the
+    folder `output`, or (None) to runs/check/<name of the folder>.
 
     Raises:
         InputError: the folder is missing or of no known kind, or `output` cannot be written.
@@ -168,8 +145,7 @@ def check(root: str | Path, dataset: str | None = None, output: str | Path | Non
     print(report)
     with _writing_to(output):
         (output / "check.json").write_text(json.dumps(report.document, indent=1) + "\n")
-        usable = [(scan["split"], scan["name"]) for scan in report.document["scans"] if scan["error"] is None]
-        if usable:
+        if usable := [(scan["split"], scan["name"]) for scan in report.document["scans"] if scan["error"] is None]:
             from h2a2_jax.viewer.contact_sheet import draw_contact_sheet
 
             draw_contact_sheet(folder.sources, usable, folder.spec, output / "contact_sheet.png")
@@ -185,12 +161,9 @@ def _writing_to(output: Path) -> Iterator[None]:
         raise InputError(f"{output} cannot be written ({error.strerror}): choose another folder, --output.") from error
 
 
-# ---- measuring -----------------------------------------------------------------------------------------------------
-
-
 def _findings(folder: CheckedFolder) -> Iterator[ScanFinding]:
     """Yield a finding for each scan, in no order."""
-    measure = _Measure(folder.sources)
+    measure = partial(_measure, folder.sources)
     places = [f"{split} {i}" for split, source in folder.sources.items() for i in range(len(source))]
     if len(places) <= _FEW_SCANS:
         yield from map(measure, places)
@@ -201,29 +174,20 @@ def _findings(folder: CheckedFolder) -> Iterator[ScanFinding]:
         yield ScanFinding(split, name, outcome.failure) if outcome.failure else outcome.value
 
 
-@dataclass(frozen=True)
-class _Measure:
-    """Measuring one scan, named by its split and number, in another process."""
-
-    sources: Mapping[Split, ScanSource]
-
-    def __call__(self, place: str) -> ScanFinding:
-        split, number = place.split()
-        source, index = self.sources[cast(Split, split)], int(number)
-        cloud = None
-        try:
-            if isinstance(source, ScanFolder):
-                cloud = source.read(index)
-                return _measured(split, source.convert(index, cloud), cloud)
-            return _measured(split, source[index], None)
-        except ScanError as error:
-            # A scan in another unit than declared may reach too far to be used, and its spread still shows its unit.
-            axes = spread(cloud.points) if cloud is not None and len(cloud.points) else ()
-            return ScanFinding(split, source.names[index], str(error), axes=axes)
-
-
-def _measured(split: str, scan: Scan, cloud: PointCloud | None) -> ScanFinding:
-    """Measure a scan; `cloud` has its points as in the file, if the file has a frame of its own."""
+def _measure(sources: Mapping[Split, ScanSource], place: str) -> ScanFinding:
+    """Measure one scan, named by its split and number; this may run in another process."""
+    split, number = place.split()
+    source, index, cloud = sources[cast(Split, split)], int(number), None
+    try:
+        if isinstance(source, ScanFolder):  # whose files have a frame of their own
+            cloud = source.read(index)
+            scan = source.convert(index, cloud)
+        else:
+            scan = source[index]
+    except ScanError as error:
+        # A scan in another unit than declared may reach too far to be used, and its spread still shows its unit.
+        axes = spread(cloud.points) if cloud is not None and len(cloud.points) else ()
+        return ScanFinding(split, source.names[index], str(error), axes=axes)
     points, colors = (scan.points, scan.colors) if cloud is None else (cloud.points, cloud.colors)
     bits = np.ascontiguousarray(scan.points, np.float32).view(np.uint32).astype(np.uint64)
     mixed = bits @ np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
@@ -251,20 +215,10 @@ def _box(points: np.ndarray, box: np.ndarray, label: int) -> BoxFinding:
     dx, dy, dz = (float(size) for size in box[3:6])
     cos, sin = np.abs(np.cos(box[6])), np.abs(np.sin(box[6]))
     half = np.array([dx * cos + dy * sin, dx * sin + dy * cos, dz]) / 2
-    low, high = points.min(axis=0), points.max(axis=0)
+    outside = (box[:3] + half < points.min(axis=0)).any() or (box[:3] - half > points.max(axis=0)).any()
     held, held_clockwise, held_from_bottom = (int(points_in_box(near, b).sum()) for b in (box, clockwise, raised))
-    return BoxFinding(
-        label,
-        (dx, dy, dz),
-        held,
-        held_clockwise,
-        held_from_bottom,
-        turned=bool(cos * sin > 0.1),
-        outside=bool((box[:3] + half < low).any() or (box[:3] - half > high).any()),
-    )
-
-
-# ---- judging -------------------------------------------------------------------------------------------------------
+    turned = bool(cos * sin > 0.1)
+    return BoxFinding(label, (dx, dy, dz), held, held_clockwise, held_from_bottom, turned, bool(outside))
 
 
 def _document(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[str, Any]:
@@ -273,9 +227,7 @@ def _document(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[st
     findings = sorted(findings, key=lambda finding: (finding.split, order[cast(Split, finding.split), finding.name]))
     good = [finding for finding in findings if finding.error is None]
     bad = [finding for finding in findings if finding.error is not None]
-    notes: Counter[str] = Counter()
-    for finding in good:
-        notes.update(finding.notes)
+    notes = sum((Counter(finding.notes) for finding in good), Counter[str]())
     measured = [finding.axes for finding in findings if finding.axes]
     up, unit = guess_up(folder.up, measured), guess_unit(folder.unit, measured)
     problems, hints = [*folder.problems], [*folder.hints]
@@ -283,24 +235,22 @@ def _document(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[st
     if bad:  # which may be because of the unit
         problems.append(f"{len(bad)} of {len(findings)} scans cannot be used; the first: {bad[0].error}")
     _judge_boxes(folder, good, problems, hints)
-    twice = {finding.name for finding in findings if finding.split == "train"}
-    twice &= {finding.name for finding in findings if finding.split == "val"}
-    if twice:
-        hints.append(f"{len(twice)} scans are in train and in val ({some(sorted(twice))}): scores say nothing new.")
-    crowded = [finding.name for finding in good if finding.duplicates > 0.5]
-    if crowded:
+    train, val = ({finding.name for finding in findings if finding.split == split} for split in ("train", "val"))
+    if twice := sorted(train & val):
+        hints.append(f"{len(twice)} scans are in train and in val ({some(twice)}): scores say nothing new.")
+    if crowded := [finding.name for finding in good if finding.duplicates > 0.5]:
         hints.append(f"In {len(crowded)} scans more than half of the points are exact duplicates ({some(crowded)}).")
     hints += dict.fromkeys(sentence for finding in good[:3] for sentence in finding.assumed)
     return {
-        "version": CHECK_VERSION,
+        "version": 1,
         "folder": str(folder.root),
         "kind": folder.kind,
         "dataset": folder.spec.name,
         "ready": not problems,
         _PROBLEMS: problems,
         "hints": hints,
-        "up": up.document(),
-        "unit": unit.document(),
+        "up": asdict(up),
+        "unit": asdict(unit),
         "splits": {split: _split(folder, [f for f in findings if f.split == split]) for split in folder.sources},
         "classes": _classes(folder.spec, [box for finding in good for box in finding.boxes]),
         "notes": dict(notes.most_common()),
@@ -326,9 +276,7 @@ def _split(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[str, 
 
 
 def _range(values: Sequence[int | float]) -> dict[str, int | float] | None:
-    if not values:
-        return None
-    return {"min": min(values), "median": float(np.median(values)), "max": max(values)}
+    return {"min": min(values), "median": float(np.median(values)), "max": max(values)} if values else None
 
 
 def _classes(spec: DatasetSpec, boxes: Sequence[BoxFinding]) -> dict[str, Any]:
@@ -345,15 +293,15 @@ def _classes(spec: DatasetSpec, boxes: Sequence[BoxFinding]) -> dict[str, Any]:
 
 
 def _judge_frame(folder: CheckedFolder, up: Guess, unit: Guess, problems: list[str], hints: list[str]) -> None:
-    for key, what, found in (("up", "the up axis", up), ("unit", "the unit", unit)):
+    for key, what, found in (("up", "The up axis", up), ("unit", "The unit", unit)):
         if not found.differs:
             continue
         remedy = (
             f'set "{key}": "{found.guess}" in {BOXES_FILE}'
-            if folder.is_own
+            if any(isinstance(source, ScanFolder) for source in folder.sources.values())
             else f"prepare the folder again with {'z up' if key == 'up' else 'metres'}"
         )
-        sentence = f"{what.capitalize()} looks like {found.guess}, not {found.declared} ({found.evidence})"
+        sentence = f"{what} looks like {found.guess}, not {found.declared} ({found.evidence})"
         if found.certain:
             problems.append(f"{sentence}: {remedy}.")
         else:
@@ -369,8 +317,7 @@ def _judge_boxes(folder: CheckedFolder, findings: Sequence[ScanFinding], problem
     for split, source in folder.sources.items():
         if len(source) and not any(finding.boxes for finding in findings if finding.split == split):
             problems.append(f"No scan of the split {split} has a box of a class of {folder.spec.name}.")
-    few = [box for box in boxes if box.held < _FEW_POINTS]
-    if few:
+    if few := [box for box in boxes if box.held < _FEW_POINTS]:
         outside, empty = sum(box.outside for box in few), sum(box.held == 0 and not box.outside for box in few)
         where = [f.name for f in findings if any(box.held < _FEW_POINTS for box in f.boxes)]
         sentence = (
@@ -393,23 +340,16 @@ def _judge_boxes(folder: CheckedFolder, findings: Sequence[ScanFinding], problem
             f"Boxes hold {raised / max(held, 1):.1f} times as many points if their centres are those of their bottoms: "
             "give the centre of the whole box."
         )
-    ratio = _size_ratio(folder.spec, boxes)
-    if ratio is not None and not 0.6 < ratio < 1.7:
+    usual = USUAL_SIZES.get(folder.spec.name, {})
+    ratios = [
+        (np.prod(box.size) / np.prod(usual[name])) ** (1 / 3)
+        for box in boxes
+        if (name := folder.spec.classes[box.label]) in usual
+    ]
+    ratio = float(np.median(ratios)) if len(ratios) >= 3 else 1.0
+    if not 0.6 < ratio < 1.7:
         half = ", as half sizes would be: give full ones" if 0.4 < ratio <= 0.6 else ": check sizes and unit"
         hints.append(f"Boxes are {ratio:.2g} times as large as is usual for their classes{half}.")
-
-
-def _size_ratio(spec: DatasetSpec, boxes: Sequence[BoxFinding]) -> float | None:
-    usual = USUAL_SIZES.get(spec.name, {})
-    ratios = [
-        (np.prod(box.size) / np.prod(usual[spec.classes[box.label]])) ** (1 / 3)
-        for box in boxes
-        if box.label >= 0 and spec.classes[box.label] in usual
-    ]
-    return float(np.median(ratios)) if len(ratios) >= 3 else None
-
-
-# ---- printing ------------------------------------------------------------------------------------------------------
 
 
 def _lines(document: Mapping[str, Any]) -> Iterator[str]:
@@ -432,19 +372,15 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
     for name, found in document["classes"].items():
         if found["boxes"]:
             yield f"{name:16}{found['boxes']:>7}  {_size(found['mean_size']):18}  {_size(found['usual_size'])}"
-    missing = [name for name, found in document["classes"].items() if not found["boxes"]]
-    if missing:
+    if missing := [name for name, found in document["classes"].items() if not found["boxes"]]:
         yield f"no boxes of {', '.join(missing)}"
     for kind, count in document["notes"].items():
         yield f"left out or repaired: {count} {kind}"
     for hint in document["hints"]:
         yield f"note: {hint}"
-    if document["ready"]:
-        yield "ready"
-    else:
-        yield "to fix:"
-        for i, sentence in enumerate(document[_PROBLEMS]):
-            yield f"  {i + 1}. {sentence}"
+    yield "ready" if document["ready"] else "to fix:"
+    for number, sentence in enumerate(document[_PROBLEMS], 1):
+        yield f"  {number}. {sentence}"
 
 
 def _spread(found: Mapping[str, int | float], form: str) -> str:

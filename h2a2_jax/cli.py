@@ -166,13 +166,27 @@ def _overview(commands: Sequence[Command], spell: Callable[[Command], str] = _sp
 
 
 def _run_command(command: Command, arguments: list[str], program: str, spell: Callable[[Command], str]) -> int | None:
-    parser = _Parser(prog=program, description=command.summary, allow_abbrev=False)
-    command.add_flags(parser)
-    if command.config is not False:
-        parser.add_argument("--config", metavar="FILE[:VARIANT]", help=_CONFIG_HELP)
     if {"-h", "--help"} & set(arguments):
-        parser.print_help()
+        _build_parser(command, program).print_help()
         return 0
+    return command.run(parse(command, arguments, program, spell))
+
+
+def parse(
+    command: Command, arguments: Sequence[str], program: str = "h2a2", spell: Callable[[Command], str] = _spell_command
+) -> Invocation:
+    """Parse the arguments of a command.
+
+    Args:
+        command: the command.
+        arguments: its flags and inputs.
+        program: name in error messages, as "h2a2 predict" or "run.py".
+        spell: spells a command as the user would type it.
+
+    Raises:
+        InputError: a flag is unknown or has a wrong value, a needed one is missing, or the config cannot be loaded.
+    """
+    parser = _build_parser(command, program)
     config_arguments, rest = _split_config(arguments)
     if config_arguments and command.config is False:
         raise InputError(f"--config is not for {spell(command)}; leave it out.")
@@ -187,7 +201,15 @@ def _run_command(command: Command, arguments: list[str], program: str, spell: Ca
         )
     if command.config is None and not values.workdir:
         raise InputError(f"{spell(command)} needs --workdir, the folder of a run with its checkpoints.")
-    return command.run(invocation)
+    return invocation
+
+
+def _build_parser(command: Command, program: str) -> "_Parser":
+    parser = _Parser(prog=program, description=command.summary, allow_abbrev=False)
+    command.add_flags(parser)
+    if command.config is not False:
+        parser.add_argument("--config", metavar="FILE[:VARIANT]", help=_CONFIG_HELP)
+    return parser
 
 
 def _plain_switches(arguments: Sequence[str], parser: argparse.ArgumentParser) -> Iterator[str]:
@@ -444,7 +466,9 @@ def _check_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", metavar="FOLDER", help="folder of scans")
     parser.add_argument("--data", metavar="FOLDER", help="the same as a flag")
     parser.add_argument("--dataset", help="dataset whose classes count")
-    parser.add_argument("--output", metavar="FOLDER", help="folder of the results; runs/check by default")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="folder of the results; runs/check/<name of the folder> by default"
+    )
 
 
 def _replay_flags(parser: argparse.ArgumentParser) -> None:

@@ -29,13 +29,7 @@ def compilation_cache(folder: Path | None) -> Iterator[None]:
 
     Programs that took a second or more to compile are kept, as train steps do, unless
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says otherwise. A cache that JAX_COMPILATION_CACHE_DIR or `jax.config`
-    names already is used instead, unchanged.
-
-    Args:
-        folder: made if missing; None: nothing is kept.
-
-    Raises:
-        InputError: the folder cannot be made or written to.
+    names already is used instead, unchanged. Without a folder nothing is kept.
     """
     if folder is None or jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         yield
@@ -50,11 +44,7 @@ def compilation_cache(folder: Path | None) -> Iterator[None]:
 def use_compilation_cache(folder: Path) -> None:
     """Make the folder JAX's compilation cache for the rest of this process, in place of any other.
 
-    Args:
-        folder: made if missing; damaged entries in it are removed.
-
-    Raises:
-        InputError: the folder cannot be made or written to.
+    A folder that is missing is made, and damaged entries in it are removed.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,15 +57,10 @@ def use_compilation_cache(folder: Path) -> None:
 
 
 def remove_damaged_entries(folder: Path) -> int:
-    """Remove incomplete entries, as a kill leaves them; an entry that cannot be read or removed stays.
+    """Remove incomplete entries, as a kill leaves them, and return their number; the folder may be missing.
 
-    An entry that another process is writing at this moment is removed too; it is compiled again when next needed.
-
-    Args:
-        folder: a compilation cache; may be missing.
-
-    Returns:
-        Number of removed entries.
+    An entry that cannot be read or removed stays. One that another process is writing at this moment is removed too; it
+    is compiled again when next needed.
     """
     removed = 0
     for entry in folder.glob(f"*{_ENTRY}"):

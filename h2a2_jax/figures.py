@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,7 @@ figcaption { color: #333; max-width: 60rem; font-size: .92rem; } nav a { margin-
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG with title and caption.
-
-    Attributes:
-        path: Path of the file.
-        title: Title of the picture.
-        caption: Sentences on the content and how it was computed.
-    """
+    """A PNG with a title and a caption: sentences on the content and how it was computed."""
 
     path: Path
     title: str
@@ -41,13 +35,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under column names.
-
-    Attributes:
-        caption: Sentence on the numbers.
-        columns: Headings of the columns.
-        rows: Cells of each row; the first one is the name of the row.
-    """
+    """Rows of text, each opening with its name, under column names; the caption is a sentence on the numbers."""
 
     caption: str
     columns: Sequence[str]
@@ -56,19 +44,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page.
-
-    Attributes:
-        anchor: Id of the section, for links.
-        title: Heading.
-        text: Paragraphs.
-        contents: Pictures and tables, in order.
-    """
+    """A part of the page: paragraphs, then pictures and tables; the anchor is its id, for links."""
 
     anchor: str
     title: str
     text: Sequence[str] = ()
-    contents: Sequence[Picture | Table] = field(default_factory=tuple)
+    contents: Sequence[Picture | Table] = ()
 
 
 def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
@@ -116,7 +97,6 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#33
 """Colours that colour-blind people can tell apart (Okabe and Ito)."""
 SHARED_MAP = LinearSegmentedColormap.from_list("shared", ["#e08214", "#f7f7f7", "#542788"])
 """Colours from a dataset's own kernel (orange, 0) to the shared one (purple, 1)."""
-_DPI = 110
 
 
 def canvas(rows: int, columns: int, width: float | int, height: float | int, **options: Any) -> tuple[Figure, Any]:
@@ -130,13 +110,8 @@ def save(figure: Figure, folder: Path, name: str, title: str, caption: str) -> P
     """Write <folder>/<name>.png."""
     figure.suptitle(title, parse_math=False)
     path = folder / f"{name}.png"
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=110)
     return Picture(path, title, caption)
-
-
-def name_steps(axes: Any) -> None:
-    """Label the horizontal axis with the training step."""
-    axes.set_xlabel("training step")
 
 
 def as_text(name: str) -> str:

@@ -14,11 +14,7 @@ from h2a2_jax.errors import InputError
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; it becomes `path` if the block ends well, and is removed otherwise.
 
-    Args:
-        path: the file; its folder is made if missing.
-
-    Raises:
-        OSError: the file cannot be written.
+    The folder of the file is made if missing; an OSError if the file cannot be written is the caller's to explain.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")  # each of several processes has its own
@@ -42,14 +38,7 @@ def alone_in(folder: Path, what: str) -> Iterator[None]:
     """Keep a second program out of a folder; the system releases the lock however this program ends.
 
     The file `lock` in the folder names the process that holds the lock or held it last. Without locks in the system or
-    the file system nothing is checked.
-
-    Args:
-        folder: made if missing.
-        what: name of the program's work for the error message, as in "training run".
-
-    Raises:
-        InputError: another program works there, or the folder cannot be written to.
+    the file system nothing is checked. `what` names the program's work in the error message, as in "training run".
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,11 +69,7 @@ class JsonLinesWriter:
     """Appends JSON objects to a file, one a line, with "step" and "version" as the first keys of each.
 
     Every line is flushed when written, so that a killed run leaves its lines behind. Opening the file drops a last line
-    that a kill cut short.
-
-    Args:
-        path: the file; its folder is made if missing.
-        version: version of the schema.
+    that a kill cut short, and makes the folder if missing. The version is that of the schema.
     """
 
     def __init__(self, path: Path, version: int):
@@ -95,17 +80,8 @@ class JsonLinesWriter:
         self._file.truncate(self._file.read().rfind(b"\n") + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line.
-
-        Args:
-            step: optimiser steps done.
-            values: further keys; JSON values, finite.
-
-        Raises:
-            ValueError: a key is "step" or "version", or a number is not finite.
-        """
-        reserved = {"step", "version"} & values.keys()
-        if reserved:
+        """Append one line; raise ValueError if a key is "step" or "version", or a number is not finite."""
+        if reserved := {"step", "version"} & values.keys():
             raise ValueError(f"metrics of step {step} contain {sorted(reserved)}, which the writer sets; rename them")
         line = {"step": int(step), "version": self._version, **values}
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
@@ -120,9 +96,6 @@ def read_json_lines(path: Path, version: int) -> list[dict[str, Any]]:
     """Read the lines of a file in the order of their steps; of several lines of one step the last one counts.
 
     A last line that a kill cut short is skipped.
-
-    Raises:
-        InputError: a line is no JSON object with a step, or has another version.
     """
     text = path.read_text(encoding="utf-8")
     by_step: dict[int, dict[str, Any]] = {}
@@ -144,15 +117,7 @@ def read_json_lines(path: Path, version: int) -> list[dict[str, Any]]:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Remove from a file the lines of later steps and a last line that a kill cut short.
-
-    Args:
-        path: the file; may be missing.
-        step: the last step that stays.
-
-    Raises:
-        InputError: a line is no JSON object with a step.
-    """
+    """Remove from a file, if there is one, the lines of later steps and a last line that a kill cut short."""
     if not path.exists():
         return
 

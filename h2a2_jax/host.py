@@ -20,7 +20,6 @@ from absl import logging as absl_logging
 import h2a2_jax
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-_GIT_TIMEOUT_S = 10
 
 
 def core_numbers() -> list[int]:
@@ -51,11 +50,7 @@ def end_with_parent() -> None:
 
 @contextlib.contextmanager
 def sigterm_raises(kind: type[KeyboardInterrupt]) -> Iterator[None]:
-    """Inside, SIGTERM raises an exception of this kind; no effect outside of the main thread, which gets no signals.
-
-    Args:
-        kind: KeyboardInterrupt, or a subclass that distinguishes SIGTERM from Ctrl-C.
-    """
+    """Inside, SIGTERM raises an exception of this kind; no effect outside of the main thread, which gets no signals."""
 
     def stop(number: int, frame: object) -> NoReturn:
         raise kind
@@ -71,12 +66,10 @@ def sigterm_raises(kind: type[KeyboardInterrupt]) -> Iterator[None]:
 
 
 def restore_handler(number: int, before: Any) -> None:
-    """Restore the handler of a signal.
+    """Restore the handler of a signal, the result of `signal.signal`.
 
-    Args:
-        number: number of the signal.
-        before: result of `signal.signal`. None stands for a handler that was not set from Python; Python cannot set it
-            again, so that the system's default takes its place.
+    None stands for a handler that was not set from Python; Python cannot set it again, so that the system's default
+    takes its place.
     """
     signal.signal(number, signal.SIG_DFL if before is None else before)
 
@@ -135,13 +128,9 @@ def versions() -> dict[str, str]:
 def revision(package: Path | None = None) -> str:
     """The git revision of the checkout that the package runs from.
 
-    Args:
-        package: folder of the package; None: of this one.
-
-    Returns:
-        The full hash, with " + uncommitted changes" if tracked files or new ones in the package differ from it;
-        "installed package" outside of a checkout, and in a repository that does not track the package's files, such as
-        one around a site-packages folder; "unknown" if git fails.
+    The full hash, with " + uncommitted changes" if tracked files or new ones in the package differ from it; "installed
+    package" outside of a checkout, and in a repository that does not track the package's files, such as one around a
+    site-packages folder; "unknown" if git fails.
     """
     package = package or Path(h2a2_jax.__file__).parent
     if not any((folder / ".git").exists() for folder in package.absolute().parents):
@@ -168,5 +157,5 @@ def _git(folder: Path, *arguments: str) -> str:
         capture_output=True,
         text=True,
         check=True,
-        timeout=_GIT_TIMEOUT_S,
+        timeout=10,
     ).stdout.strip()

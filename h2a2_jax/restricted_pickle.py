@@ -14,7 +14,7 @@ import pickle
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy._core import multiarray, numeric
@@ -42,21 +42,11 @@ class Inert:
         """Return the object itself."""
         return self
 
-    def append(self, _: Any) -> None:
-        """Do nothing."""
-
-    def extend(self, _: Any) -> None:
-        """Do nothing."""
+    append = extend = __call__
 
 
 def load_plain_pickle(path: Path) -> Any:
     """Load a pickle of builtin containers, numbers, strings and numpy arrays.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The object.
 
     Raises:
         InputError: the file is missing, is no complete pickle, or names any other class or function
@@ -96,8 +86,7 @@ def load_inert_pickle(
         The object, of builtin containers, numbers, text, results of `admitted`, and `Inert`; and the names not read.
 
     Raises:
-        pickle.UnpicklingError: the source is no pickle, or holds more than `MAX_READS`.
-        Exception: anything else that a damaged pickle leads to; none of its code has run.
+        Exception: any that a damaged pickle, or one of more than `MAX_READS`, leads to; none of its code has run.
     """
     unpickler = _InertUnpickler(_Counted(source), admitted, load_persistent)
     return unpickler.load(), unpickler.not_read
@@ -108,12 +97,14 @@ def is_plain_key(key: Any) -> bool:
     return key is None or isinstance(key, str | int | float)
 
 
+# The one in Python: its steps can be replaced, and a few damaged bytes do not make it fill the memory.
 _Unpickler: Any = pickle._Unpickler
 
 
 class _RestrictedUnpickler(_Unpickler):
-    # The one in Python: its steps can be replaced, and a few damaged bytes do not make it fill the memory.
-    dispatch: ClassVar[dict[int, Callable]] = dict(_Unpickler.dispatch)
+    def __init_subclass__(cls) -> None:
+        # The original finds its steps in a table of functions, in which those of a subclass take their places here.
+        cls.dispatch = {code: getattr(cls, step.__name__) for code, step in _Unpickler.dispatch.items()}
 
     def get_extension(self, code: int) -> None:
         raise pickle.UnpicklingError(f"the extension {code}")
@@ -127,16 +118,8 @@ class _RestrictedUnpickler(_Unpickler):
         (size,) = struct.unpack("<Q", self.read(8))
         self.append(bytearray(self.read(size)))
 
-    dispatch[pickle.FRAME[0]] = load_frame
-    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
-
-
-# ---- plain data ----------------------------------------------------------------------------------------------------
-
 
 class _PlainUnpickler(_RestrictedUnpickler):
-    dispatch: ClassVar[dict[int, Callable]] = dict(_RestrictedUnpickler.dispatch)
-
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PLAIN:
             raise NotAdmittedError(f"{module}.{name}")
@@ -148,8 +131,6 @@ class _PlainUnpickler(_RestrictedUnpickler):
             self.stack.pop()  # the type is already what its state says
         else:
             super().load_build()
-
-    dispatch[pickle.BUILD[0]] = load_build
 
 
 def _check_state(instance: Any, state: Any) -> None:
@@ -224,9 +205,6 @@ for _builtins in ("builtins", "__builtin__"):
         _PLAIN[_builtins, _bytes.__name__] = _byte_string(_bytes)
 
 
-# ---- unknown names -------------------------------------------------------------------------------------------------
-
-
 class _Counted:
     def __init__(self, source: Source):
         self._source, self._left = source, MAX_READS
@@ -242,8 +220,6 @@ class _Counted:
 
 
 class _InertUnpickler(_RestrictedUnpickler):
-    dispatch: ClassVar[dict[int, Callable]] = dict(_RestrictedUnpickler.dispatch)
-
     def __init__(self, source: _Counted, admitted: Admitted, load_persistent: Callable[[Any], Any]):
         super().__init__(source, encoding="utf-8")  # of Python 2's text, as torch reads it
         self._admitted, self.persistent_load = admitted, load_persistent
@@ -266,7 +242,7 @@ class _InertUnpickler(_RestrictedUnpickler):
         del self.stack[-3:]
         self.append(Inert())
 
-    def load_set(self) -> None:
+    def load_empty_set(self) -> None:
         self.append(Inert())
 
     def load_frozenset(self) -> None:
@@ -282,8 +258,9 @@ class _InertUnpickler(_RestrictedUnpickler):
         self._set(items)
 
     def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._set([key, value])
+        items = self.stack[-2:]
+        del self.stack[-2:]
+        self._set(items)
 
     def load_setitems(self) -> None:
         self._set(self.pop_mark())
@@ -295,16 +272,3 @@ class _InertUnpickler(_RestrictedUnpickler):
             target.update((key, value) for key, value in pairs if is_plain_key(key))
         elif not isinstance(target, Inert):
             raise pickle.UnpicklingError("items of no dictionary")
-
-    for _opcode, _load in (
-        (pickle.BUILD, load_build),
-        (pickle.NEWOBJ, load_newobj),
-        (pickle.NEWOBJ_EX, load_newobj_ex),
-        (pickle.EMPTY_SET, load_set),
-        (pickle.FROZENSET, load_frozenset),
-        (pickle.ADDITEMS, load_additems),
-        (pickle.DICT, load_dict),
-        (pickle.SETITEM, load_setitem),
-        (pickle.SETITEMS, load_setitems),
-    ):
-        dispatch[_opcode[0]] = _load

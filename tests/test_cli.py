@@ -1,13 +1,16 @@
 """The command line: what each command takes, and the sentence that wrong input ends in."""
 
+import re
+import shlex
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
 from h2a2_jax import __version__
-from h2a2_jax.cli import COMMANDS, main, run_py
+from h2a2_jax.cli import COMMANDS, main, parse, run_py
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections loads configs so
@@ -161,3 +164,30 @@ def test_switches_may_have_a_value(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_the_module_is_the_script() -> None:
     done = subprocess.run([sys.executable, "-m", "h2a2_jax", "--version"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, __version__)
+
+
+def test_the_script_h2a2_is_installed() -> None:
+    (script,) = entry_points(group="console_scripts", name="h2a2")
+    assert script.load() is main
+
+
+def documented_commands() -> list[str]:
+    """Lines of shell blocks of the README and of docs that run a command."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    lines = [line.strip() for page in pages for line in page.read_text().replace("\\\n", " ").splitlines()]
+    return sorted({line for line in lines if re.match(r"(python run\.py|h2a2) -?-?\w", line)})
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_documented_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    program, *arguments = shlex.split(line, comments=True)
+    if program == "python":
+        mode = next((argument[7:] for argument in arguments if argument.startswith("--mode=")), "train")
+        command = next(command for command in COMMANDS if command.mode == mode)
+        arguments = [argument for argument in arguments[1:] if not argument.startswith("--mode=")]
+    else:
+        command = next(c for c in COMMANDS if c.name.split() == arguments[: len(c.name.split())])
+        arguments = arguments[len(command.name.split()) :]
+    given = parse(command, arguments)
+    assert given.config is None or given.experiment().datasets

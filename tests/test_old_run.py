@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from h2a2_jax.cli import main
+from h2a2_jax.scans.specs import dataset_spec
+from h2a2_jax.scans.synthetic import SyntheticSource
+
 ROOT = Path(__file__).parent.parent
 FIXTURE = ROOT / "tests" / "fixtures" / "run_0.1.0.tar.gz"
 
@@ -58,3 +62,23 @@ def test_the_boxes_are_the_same(old_run: Path, tmp_path: Path) -> None:
         # Rounding differs by processor: a box at the border of suppression or of the lowest score may come or go.
         nearest = np.abs(rows[:, None] - expected[None]).max(-1).min(0)
         assert abs(len(rows) - len(expected)) <= 5 and (nearest < 1e-3).mean() > 0.99
+
+
+@pytest.mark.slow
+def test_files_of_points_are_predicted_into_its_folder(
+    old_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scan = SyntheticSource(dataset_spec("scannet"), "val", 1, scale="demo")[0]
+    np.savetxt(tmp_path / "room.txt", np.hstack([scan.points, np.rint(255 * scan.colors)]), fmt="%.4f")
+    assert main(["predict", str(tmp_path), f"--workdir={old_run}", "--dataset=scannet", "--score=0.01"]) == 0
+    assert "procedural scans only" in capsys.readouterr().out
+    written = {path.name for path in (old_run / "boxes").iterdir()}
+    assert {"room.html", "room.json", "room_points.ply", "room_boxes.ply", "boxes.csv", "predictions.json"} <= written
+    assert len((old_run / "boxes" / "boxes.csv").read_text().splitlines()) > 100
+
+
+def test_weights_with_kernel_selection_are_not_exported(
+    old_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(old_run), "--reverse", f"--output={tmp_path / 'tr3d.pth'}"]) == 2
+    assert "which TR3D cannot express" in capsys.readouterr().err and not (tmp_path / "tr3d.pth").exists()

@@ -5,12 +5,7 @@ Axis-aligned boxes carry yaw 0. Nothing here knows of networks or datasets.
 """
 
 from h2a2_jax.boxes.codec import decode_boxes, decode_boxes_padded
-from h2a2_jax.boxes.iou import (
-    axis_aligned_bev_iou,
-    axis_aligned_diou,
-    axis_aligned_iou,
-    pairwise_axis_aligned_bev_iou,
-)
+from h2a2_jax.boxes.iou import axis_aligned_bev_iou, axis_aligned_diou, axis_aligned_iou, pairwise_axis_aligned_bev_iou
 from h2a2_jax.boxes.nms import Detections, detections_from_predictions, multiclass_nms, overlap_matrix
 from h2a2_jax.boxes.rotated_iou import (
     bev_intersection_area,

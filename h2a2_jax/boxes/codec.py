@@ -13,7 +13,7 @@ ROTATED_CHANNELS = 8
 def decode_boxes(
     locations: Float[AnyArray, "*batch 3"], predictions: Float[AnyArray, "*batch channels"]
 ) -> Float[Array, "*batch 7"]:
-    """Decodes the regression outputs of each location into a box.
+    """Decode the regression outputs of each location into a box.
 
     Columns 0:3 are the offset from the location to the box's centre (m), columns 3:6 positive extents (m), already
     passed through exp. With 6 columns the extents are the box's sizes and its yaw is 0. With 8 columns the last two
@@ -50,11 +50,9 @@ def decode_boxes(
 
 
 def decode_boxes_padded(
-    locations: Float[AnyArray, "*batch 3"],
-    predictions: Float[AnyArray, "*batch 8"],
-    has_yaw: bool | Bool[AnyArray, ""],
+    locations: Float[AnyArray, "*batch 3"], predictions: Float[AnyArray, "*batch 8"], has_yaw: bool | Bool[AnyArray, ""]
 ) -> Float[Array, "*batch 7"]:
-    """Decodes outputs padded to 8 columns, in the 6- or the 8-column form.
+    """Decode outputs padded to 8 columns, in the 6- or the 8-column form.
 
     Lets datasets with and without yaw share one compiled step: `has_yaw` may be traced.
 
@@ -69,11 +67,8 @@ def decode_boxes_padded(
     # The form not chosen runs as well, and must not overflow on columns that it ignores.
     angles = jnp.where(has_yaw, predictions[..., AXIS_ALIGNED_CHANNELS:], 0.0)
     rotated = jnp.concatenate([predictions[..., :AXIS_ALIGNED_CHANNELS], angles], axis=-1)
-    return jnp.where(
-        has_yaw,
-        _decode_rotated(locations, rotated),
-        _decode_axis_aligned(locations, predictions[..., :AXIS_ALIGNED_CHANNELS]),
-    )
+    turned = _decode_rotated(locations, rotated)
+    return jnp.where(has_yaw, turned, _decode_axis_aligned(locations, predictions[..., :AXIS_ALIGNED_CHANNELS]))
 
 
 def _decode_axis_aligned(locations: AnyArray, predictions: AnyArray) -> Array:
@@ -96,6 +91,8 @@ def _decode_rotated(locations: AnyArray, predictions: AnyArray) -> Array:
 
 BOX_EDGES = tuple((i, i | bit) for i in range(8) for bit in (1, 2, 4) if not i & bit)
 """The 12 pairs of corners of `box_corners` that an edge joins."""
+CORNER_SIGNS = np.array([[1 if i & bit else -1 for bit in (1, 2, 4)] for i in range(8)])
+"""Sides of the corners of `box_corners` along x, y, z."""
 
 
 def box_corners(boxes: Float[np.ndarray, "n 7"]) -> Float[np.ndarray, "n 8 3"]:
@@ -109,8 +106,7 @@ def box_corners(boxes: Float[np.ndarray, "n 7"]) -> Float[np.ndarray, "n 8 3"]:
         box's own axes. Float64, in the frame of the boxes.
     """
     boxes = boxes.astype(np.float64)
-    signs = np.array([[1 if i & bit else -1 for bit in (1, 2, 4)] for i in range(8)])
-    offsets = signs * boxes[:, None, 3:6] / 2
+    offsets = CORNER_SIGNS * boxes[:, None, 3:6] / 2
     cos, sin = np.cos(boxes[:, 6, None]), np.sin(boxes[:, 6, None])
     x = offsets[..., 0] * cos - offsets[..., 1] * sin
     y = offsets[..., 0] * sin + offsets[..., 1] * cos

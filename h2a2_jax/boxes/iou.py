@@ -36,10 +36,8 @@ def axis_aligned_diou(
 ) -> Float[Array, "*batch"]:
     """Volume DIoU of paired boxes, their yaw ignored: IoU - d^2 / c^2.
 
-    d is the distance between the centres, c the diagonal of the smallest axis-aligned box around both.
-
-    Returns:
-        DIoU, -1 to 1.
+    d is the distance between the centres, c the diagonal of the smallest axis-aligned box around both. The result lies
+    between -1 and 1.
 
     References:
         Distance-IoU Loss, https://arxiv.org/abs/1911.08287.
@@ -57,15 +55,7 @@ def pairwise_axis_aligned_bev_iou(first: Float[AnyArray, "n 7"], second: Float[A
 def enclosing_square_diagonal(
     first: Float[AnyArray, "*#batch 6"], second: Float[AnyArray, "*#batch 6"]
 ) -> Float[Array, "*batch"]:
-    """Squared diagonal (m^2) of the smallest axis-aligned box around two.
-
-    Args:
-        first: Lower and upper corners (m).
-        second: Lower and upper corners (m).
-
-    Returns:
-        Squared length.
-    """
+    """Squared diagonal (m^2) of the smallest axis-aligned box around two, given by lower and upper corners (m)."""
     diagonal = jnp.maximum(first[..., 3:], second[..., 3:]) - jnp.minimum(first[..., :3], second[..., :3])
     return jnp.sum(diagonal * diagonal, axis=-1)
 
@@ -77,32 +67,17 @@ def relative_extents(
 ) -> tuple[Float[Array, "*#batch 6"], Float[Array, "*#batch 6"]]:
     """Corner forms of two boxes in a frame centred on the second, which keeps float32 accurate far from the origin.
 
-    Args:
-        offset: Centre of the first minus centre of the second (m).
-        first_half: Half sizes of the first (m).
-        second_half: Half sizes of the second (m).
-
-    Returns:
-        Lower and upper corners of the first, and of the second.
+    The offset is the centre of the first minus that of the second; it and the half sizes are in metres. Returned are
+    lower and upper corners of the first, and of the second.
     """
-    return (
-        jnp.concatenate([offset - first_half, offset + first_half], axis=-1),
-        jnp.concatenate([-second_half, second_half], axis=-1),
-    )
+    first = jnp.concatenate([offset - first_half, offset + first_half], axis=-1)
+    return first, jnp.concatenate([-second_half, second_half], axis=-1)
 
 
 def ratio_of_overlap(
     intersection: Float[AnyArray, "*#batch"], total: Float[AnyArray, "*#batch"]
 ) -> Float[Array, "*batch"]:
-    """IoU from an intersection and the sum of both contents; 0 where the union is empty.
-
-    Args:
-        intersection: Common volume or area.
-        total: Sum of the two volumes or areas.
-
-    Returns:
-        Intersection over union.
-    """
+    """IoU from the common volume (or area) and the sum of both volumes; 0 where the union is empty."""
     return jnp.divide(intersection, jnp.maximum(total - intersection, SMALLEST))
 
 

@@ -36,13 +36,7 @@ class GroundTruth:
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Boxes of all scans in one list.
-
-    Attributes:
-        boxes: Boxes, each in the frame of its scan.
-        labels: Class of each.
-        scans: Number of the scan of each.
-    """
+    """Boxes of all scans in one list, each in the frame of its scan, with class and number of the scan of each."""
 
     boxes: Float[np.ndarray, "n 7"]
     labels: Int[np.ndarray, " n"]
@@ -69,12 +63,7 @@ def pool_detections(detections: Sequence[Detections]) -> tuple[Pool, Float[np.nd
 def best_overlaps(
     detected: Pool, ground_truth: Pool, *, rotated: bool
 ) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """The ground-truth box of its own class and scan that each detection overlaps most.
-
-    Args:
-        detected: Detections.
-        ground_truth: Ground truth; of boxes overlapped alike the first counts.
-        rotated: True if yaw counts.
+    """The ground-truth box of its own class and scan that each detection overlaps most; of equal ones the first.
 
     Returns:
         Volume IoU with that box, 0 to 1, and its row; 0 and -1 where a detection overlaps none.
@@ -92,15 +81,10 @@ def best_overlaps(
 def match(
     overlap: Float[np.ndarray, " n"], target: Int[np.ndarray, " n"], threshold: float
 ) -> tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-    """Tells hits, duplicates and other false positives apart, for detections by descending score.
+    """Tell hits, duplicates and other false positives apart, for `best_overlaps` of detections by descending score.
 
     A detection hits the box that it overlaps most if that IoU is greater than the threshold and no detection before it
     hit that box; a duplicate is not given to a second-best box.
-
-    Args:
-        overlap: See `best_overlaps`.
-        target: See `best_overlaps`.
-        threshold: IoU to exceed.
 
     Returns:
         True for hits; True for detections that overlap a box enough, hits and duplicates.

@@ -65,14 +65,8 @@ class Detections:
 def overlap_matrix(boxes: Float[AnyArray, "n 7"], *, rotated: bool) -> Float[np.ndarray, "n n"]:
     """Bird's-eye-view IoU of every box with every other, on the host.
 
-    Compiles once per power of two: boxes, or rotated pairs close enough to meet, are padded up to it.
-
-    Args:
-        boxes: Boxes.
-        rotated: True if yaw counts.
-
-    Returns:
-        IoU of the footprints, 0 to 1.
+    Compiles once per power of two: boxes, or rotated pairs close enough to meet, are padded up to it. With `rotated`
+    yaw counts.
     """
     boxes = np.asarray(boxes)
     if not rotated:
@@ -107,7 +101,7 @@ def multiclass_nms(
     """Suppress every class by itself, by bird's-eye-view IoU; heights are ignored.
 
     Args:
-        boxes: Boxes.
+        boxes: Centre, sizes (m), yaw (rad).
         scores: Confidence of each box in each class; NaN scores nothing.
         score_threshold: A box must score more than this in a class to be detected as that class.
         iou_threshold: A box is dropped if its IoU with a better one that is kept is greater than this.
@@ -167,12 +161,8 @@ def detections_from_predictions(
         boxes, scores, score_threshold=score_threshold, iou_threshold=iou_threshold, rotated=rotated
     )
     is_found = jnp.arange(len(rows)) < count
-    return (
-        jnp.where(is_found[:, None], boxes[rows], 0),
-        jnp.where(is_found, scores[rows, labels], 0),
-        labels,
-        count,
-    )
+    boxes, scores = jnp.where(is_found[:, None], boxes[rows], 0), jnp.where(is_found, scores[rows, labels], 0)
+    return boxes, scores, labels, count
 
 
 def _best_rows(scores: Array, valid: AnyArray, max_candidates: int) -> Array:

@@ -27,15 +27,7 @@ _CORNER_SIGNS = ((1, 1), (-1, 1), (-1, -1), (1, -1))
 def bev_intersection_area(
     first: Float[AnyArray, "*#batch 7"], second: Float[AnyArray, "*#batch 7"]
 ) -> Float[Array, "*batch"]:
-    """Common area (m^2) of the footprints of paired boxes.
-
-    Args:
-        first: Boxes.
-        second: Boxes.
-
-    Returns:
-        Area in the x, y plane.
-    """
+    """Common area (m^2) of the footprints of paired boxes, in the x, y plane."""
     half_x, half_y = first[..., 3] / 2, first[..., 4] / 2
     corners = _corners_in_frame_of(first, second)
     edges = zip(corners, corners[1:] + corners[:1], strict=True)
@@ -47,29 +39,13 @@ def bev_intersection_area(
 def rotated_bev_iou(
     first: Float[AnyArray, "*#batch 7"], second: Float[AnyArray, "*#batch 7"]
 ) -> Float[Array, "*batch"]:
-    """Bird's-eye-view (x, y) IoU of paired boxes.
-
-    Args:
-        first: Boxes.
-        second: Boxes.
-
-    Returns:
-        Intersection over union of the footprints, 0 to 1.
-    """
+    """Bird's-eye-view (x, y) IoU of paired boxes: intersection over union of the footprints, 0 to 1."""
     total = first[..., 3] * first[..., 4] + second[..., 3] * second[..., 4]
     return ratio_of_overlap(bev_intersection_area(first, second), total)
 
 
 def rotated_iou(first: Float[AnyArray, "*#batch 7"], second: Float[AnyArray, "*#batch 7"]) -> Float[Array, "*batch"]:
-    """Volume IoU of paired boxes.
-
-    Args:
-        first: Boxes.
-        second: Boxes.
-
-    Returns:
-        Intersection over union, 0 to 1.
-    """
+    """Volume IoU of paired boxes, 0 to 1."""
     offset = first[..., 2] - second[..., 2]
     first_half, second_half = first[..., 5] / 2, second[..., 5] / 2
     height = jnp.minimum(offset + first_half, second_half) - jnp.maximum(offset - first_half, -second_half)
@@ -79,28 +55,12 @@ def rotated_iou(first: Float[AnyArray, "*#batch 7"], second: Float[AnyArray, "*#
 
 
 def pairwise_rotated_iou(first: Float[AnyArray, "n 7"], second: Float[AnyArray, "m 7"]) -> Float[Array, "n m"]:
-    """Volume IoU of every box with every other.
-
-    Args:
-        first: Boxes.
-        second: Boxes.
-
-    Returns:
-        Intersection over union, 0 to 1.
-    """
+    """Volume IoU of every first box with every second one, 0 to 1."""
     return rotated_iou(first[:, None], second[None])
 
 
 def pairwise_rotated_bev_iou(first: Float[AnyArray, "n 7"], second: Float[AnyArray, "m 7"]) -> Float[Array, "n m"]:
-    """Bird's-eye-view IoU of every box with every other.
-
-    Args:
-        first: Boxes.
-        second: Boxes.
-
-    Returns:
-        Intersection over union of the footprints, 0 to 1.
-    """
+    """Bird's-eye-view (x, y) IoU of every first box with every second one, 0 to 1."""
     return rotated_bev_iou(first[:, None], second[None])
 
 
@@ -124,7 +84,7 @@ def _corners_in_frame_of(first: AnyArray, second: AnyArray) -> list[tuple[Array,
 def _cos_sin_of_difference(angle: AnyArray, other: AnyArray) -> tuple[Array, Array]:
     """Cosine and sine of angle - other, without the rounding of that difference.
 
-    Two boxes with one edge in common, told by yaws a quarter turn apart, would else be askew by half a digit of the
+    Two boxes with one edge in common, given by yaws a quarter turn apart, would else be askew by half a digit of the
     yaw, which over 10 m is a share of 5e-6 of a box 25 cm wide.
     """
     turn = angle - other

@@ -40,23 +40,18 @@ class UnsavedCheckpointError(InputError):
 
 
 class CheckpointFiles:
-    """Checkpoints in a folder; `close` makes sure that the last one is complete.
+    """Checkpoints in a folder, which the first save makes; `close` makes sure that the last one is complete.
 
     A write that fails in the background raises UnsavedCheckpointError in the next call of `save_items`, `check`, `wait`
     or `close`.
 
-    Attributes:
-        directory: absolute path; made by the first save.
+    Args:
+        directory: folder of the checkpoints, "<workdir>/checkpoints".
+        keep: number of the latest checkpoints that stay when another one is saved.
+        best: returns the step of a checkpoint that stays at any age; called when another one is saved.
     """
 
     def __init__(self, directory: str | Path, keep: int = 2, best: Callable[[], int | None] = lambda: None):
-        """Open the folder.
-
-        Args:
-            directory: folder of the checkpoints, "<workdir>/checkpoints".
-            keep: number of the latest checkpoints that stay when another one is saved.
-            best: returns the step of a checkpoint that stays at any age; called when another one is saved.
-        """
         self.directory = Path(directory).absolute()
         self._preserved = _Preserved(keep, best)
         self._manager: ocp.CheckpointManager | None = None
@@ -64,18 +59,14 @@ class CheckpointFiles:
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
         manager = self._open()
-        return sorted(manager.all_steps()) if manager is not None else []
+        return [] if manager is None else sorted(manager.all_steps())
 
     def latest_step(self) -> int | None:
         """Step of the newest finished checkpoint; None if there is none."""
         return max(self.steps(), default=None)
 
     def existing(self, step: int | None) -> int:
-        """Return the step, or the latest one for None.
-
-        Raises:
-            InputError: there is no checkpoint of that step, or none at all.
-        """
+        """Return the step, or the latest one for None; raise InputError if there is no such checkpoint."""
         steps = self.steps()
         if not steps:
             raise InputError(f"There is no checkpoint in {self.directory}: train first, or give another --workdir.")
@@ -91,12 +82,10 @@ class CheckpointFiles:
         return f"The checkpoint of step {step} in {self.directory}"
 
     def save_items(self, step: int, items: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """Store items; return at once and write in the background.
+        """Store nested dicts of numpy arrays, which must not change any more; return at once, write in the background.
 
-        Args:
-            step: number of the checkpoint; one that is stored already stays unchanged.
-            items: nested dicts of numpy arrays by item; the arrays must not change any more.
-            config: JSON values; stored with the checksums of the items and its own.
+        The config, of JSON values, is stored with the checksums of the items and its own. A step that is stored already
+        stays unchanged.
 
         Raises:
             UnsavedCheckpointError: this checkpoint, or the one before, could not be written.
@@ -124,12 +113,7 @@ class CheckpointFiles:
     def read_items(
         self, step: int, items: Sequence[str], checksums: Mapping[str, int | None] | None = None
     ) -> dict[str, Any]:
-        """Read items of a finished checkpoint and compare them with their checksums.
-
-        Args:
-            step: number of the checkpoint.
-            items: names; "config" is JSON.
-            checksums: CRC-32 by item, as the config has them; an item without one is not compared.
+        """Read items of a finished checkpoint and compare those that have a checksum (CRC-32) with it.
 
         Raises:
             DamagedCheckpointError: an item is missing, cannot be read, or differs from what was saved.
@@ -144,8 +128,8 @@ class CheckpointFiles:
                 f"{self.place(step)} cannot be read, a file in it is missing or damaged "
                 f"({str(error).splitlines()[0]}): choose another step."
             ) from error
-        for item, expected in (checksums or {}).items():
-            if item in items and expected is not None:
+        for item in items:
+            if (expected := (checksums or {}).get(item)) is not None:
                 self._check(step, item, expected, checksum(restored[item]))
         return {item: restored[item] for item in items}
 
@@ -165,7 +149,7 @@ class CheckpointFiles:
         """
         self.close()
         folders = {int(folder.name): folder for folder in self.directory.glob("*/") if folder.name.isdecimal()}
-        whole = [step for step in sorted(folders) if _is_whole(folders[step])]
+        whole = [s for s in sorted(folders) if all((folders[s] / item).is_dir() for item in (*ITEMS, "config"))]
         keep = self._preserved.latest
         stay = self._preserved.of(whole) | {step for step in folders if sum(w > step for w in whole) < keep}
         for folder in [*self._unfinished(), *(folder for step, folder in folders.items() if step not in stay)]:
@@ -198,7 +182,7 @@ class CheckpointFiles:
             )
 
     def _unfinished(self) -> list[Path]:
-        return [folder for folder in self.directory.glob("*/") if _UNFINISHED in folder.name]
+        return list(self.directory.glob(f"*{_UNFINISHED}*/"))
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
@@ -220,11 +204,9 @@ class CheckpointFiles:
             newest = None
             with contextlib.suppress(Exception):
                 newest = self.latest_step()
-            remedy = (
-                "there is no earlier one, so that the same command begins anew."
-                if newest is None
-                else f"the same command goes on after step {newest}, which is saved."
-            )
+            remedy = "there is no earlier one, so that the same command begins anew."
+            if newest is not None:
+                remedy = f"the same command goes on after step {newest}, which is saved."
             raise UnsavedCheckpointError(
                 f"A checkpoint could not be written to {self.directory} ({_reason(error)}): free space there or make "
                 f"it writable; {remedy}"
@@ -235,7 +217,7 @@ class CheckpointFiles:
         if self._manager is None and (create or self.directory.is_dir()):
             if create:
                 self.directory.mkdir(parents=True, exist_ok=True)
-            multiprocessing = ocp.options.MultiprocessingOptions()
+            options = ocp.CheckpointManagerOptions(preservation_policy=self._preserved, create=create)
             if jax.process_count() > 1:
                 # Every process holds the whole state, so that each opens the folder alone: the first one writes, all
                 # read, and none waits for another.
@@ -243,16 +225,10 @@ class CheckpointFiles:
                 multiprocessing = ocp.options.MultiprocessingOptions(
                     primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
                 )
+                options = dataclasses.replace(options, create=False, multiprocessing_options=multiprocessing)
             handlers: dict[str, Any] = {item: ocp.StandardCheckpointHandler() for item in (*ITEMS, AVERAGES)}
-            self._manager = ocp.CheckpointManager(
-                self.directory,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=self._preserved,
-                    create=create and jax.process_count() == 1,
-                    multiprocessing_options=multiprocessing,
-                ),
-                item_handlers={**handlers, "config": ocp.JsonCheckpointHandler()},
-            )
+            handlers["config"] = ocp.JsonCheckpointHandler()
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         return self._manager
 
 
@@ -270,10 +246,6 @@ class _Preserved:
     def of(self, steps: Sequence[int]) -> set[int]:
         """Steps that stay, of ascending ones."""
         return {*steps[-self.latest :], *({self.best()} & {*steps})}  # type: ignore[arg-type]
-
-
-def _is_whole(folder: Path) -> bool:
-    return all((folder / item).is_dir() for item in (*ITEMS, "config"))
 
 
 def _config_checksum(stored: Mapping[str, Any]) -> int:

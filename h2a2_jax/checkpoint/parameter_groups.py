@@ -49,7 +49,7 @@ GROUPS: Mapping[str, str] = {
 "exclusive_kernels" the others. `frozen_paths` adds "shared" and "exclusive": all parameters without and with a dataset
 axis."""
 
-_AXIS_GROUPS = ("shared", "exclusive")
+_AXES = ("shared", "exclusive")
 
 
 def place_of(path: str) -> str:
@@ -58,34 +58,23 @@ def place_of(path: str) -> str:
 
 
 def frozen_paths(shared: Any, exclusive: Any, entries: Sequence[str]) -> frozenset[str]:
-    """Find the parameters that the entries of `optim.freeze` name.
+    """Find the paths of the parameters that the entries of `optim.freeze` name: some, but not all.
 
-    Args:
-        shared: tree of the parameters that datasets share; its leaves may be shapes.
-        exclusive: tree of the parameters with a dataset axis.
-        entries: each one of `GROUPS`, "shared", "exclusive", or a path or its beginning up to a dot, such as
-            "backbone.stages.0".
-
-    Returns:
-        Paths of the parameters.
-
-    Raises:
-        InputError: an entry names no parameter of the model, or the entries name every one.
+    An entry is one of `GROUPS`, "shared", "exclusive", or a path or its beginning up to a dot, such as
+    "backbone.stages.0". The leaves of the trees may be shapes.
     """
-    by_axis = dict(zip(_AXIS_GROUPS, (flat_names(shared), flat_names(exclusive)), strict=True))
+    by_axis = dict(zip(_AXES, (flat_names(shared), flat_names(exclusive)), strict=True))
     every = [*by_axis["shared"], *by_axis["exclusive"]]
-    found: set[str] = set()
-    for entry in entries:
-        matching = by_axis[entry] if entry in by_axis else _matching(entry, every)
-        if not matching:
-            raise InputError(_unknown_entry(entry, every))
-        found.update(matching)
+    matching = {entry: by_axis.get(entry) or _matching(entry, every) for entry in entries}
+    if unknown := [entry for entry, names in matching.items() if not names]:
+        raise InputError(_unknown_entry(unknown[0], every))
+    found = frozenset().union(*matching.values())
     if found and len(found) == len(every):
         raise InputError(
             f"optim.freeze is {', '.join(entries)}, which is every parameter, so that nothing would be trained: leave "
             "a part of the model out of it."
         )
-    return frozenset(found)
+    return found
 
 
 def frozen_mask(tree: Any, frozen: Collection[str]) -> Any:
@@ -125,8 +114,8 @@ def _matching(entry: str, names: Sequence[str]) -> list[str]:
 
 def _unknown_entry(entry: str, names: Sequence[str]) -> str:
     """Error message for an entry that names none of the parameters."""
-    groups = [*(group for group in GROUPS if _matching(group, names)), *_AXIS_GROUPS]
-    if entry in GROUPS or entry in _AXIS_GROUPS:
+    groups = [*(group for group in GROUPS if _matching(group, names)), *_AXES]
+    if entry in GROUPS or entry in _AXES:
         return f"optim.freeze has {entry!r}, but this model (see model.selection) has no such parameters: leave it out."
     parts = [name.split(".") for name in names]
     beginnings = {".".join(part[:length]) for part in parts for length in range(1, len(part) + 1)}

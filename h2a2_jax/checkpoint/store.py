@@ -39,43 +39,25 @@ class CheckpointStore(CheckpointFiles):
         self.close()
 
     def save(self, step: int, state: TrainState, config: ExperimentConfig, names: Sequence[str]) -> None:
-        """Store a state; return when it is copied, and write it in the background.
+        """Store a state, on any devices; return when it is copied, and write it in the background.
 
-        A checkpoint counts only when it is finished, whatever kills the program before. A step that is stored already
-        stays unchanged.
-
-        Args:
-            step: steps done, the number of the checkpoint.
-            state: the state after that step, on any devices.
-            config: the run's config.
-            names: the datasets in the order of the dataset axis.
+        The names are those of the datasets in the order of the dataset axis. A checkpoint counts only when it is
+        finished, whatever kills the program before. A step that is stored already stays unchanged.
 
         Raises:
             UnsavedCheckpointError: this checkpoint, or the one before, could not be written.
         """
         if step in self.steps():
             return
-        stored_config = {
-            "version": CHECKPOINT_VERSION,
-            "datasets": list(names),
-            "config": json.loads(to_json(config)),
-        }
-        self.save_items(step, stored_state(state, _specs(config, names)), stored_config)
+        header = {"version": CHECKPOINT_VERSION, "datasets": list(names), "config": json.loads(to_json(config))}
+        self.save_items(step, stored_state(state, _specs(config, names)), header)
 
     def stored_config(self, step: int) -> ExperimentConfig:
-        """Read the config that a checkpoint was saved with.
-
-        Raises:
-            InputError: there is no such checkpoint, or its config cannot be read.
-        """
+        """Read the config that a checkpoint was saved with."""
         return self._read_header(self.existing(step)).config
 
     def restore_state(
-        self,
-        step: int | None,
-        like: TrainState,
-        names: Sequence[str],
-        config: ExperimentConfig | None = None,
+        self, step: int | None, like: TrainState, names: Sequence[str], config: ExperimentConfig | None = None
     ) -> TrainState:
         """Restore a whole training state to resume from.
 
@@ -107,8 +89,8 @@ class CheckpointStore(CheckpointFiles):
         if averages is not None:
             # A run that did not average so far begins its averages with its parameters.
             parts = (averages.exclusive, averages.shared, averages.stats)
-            parts = self._fill_model(step, parts, items.get(AVERAGES) or items, names)
-            averages = Averages(exclusive=parts[0], shared=parts[1], stats=parts[2])
+            own, common, statistics = self._fill_model(step, parts, items.get(AVERAGES) or items, names)
+            averages = Averages(common, own, statistics)
         return TrainState(
             shared=shared,
             exclusive=exclusive,
@@ -132,11 +114,8 @@ class CheckpointStore(CheckpointFiles):
             averaged: True takes the averages of parameters and statistics if the run kept some.
 
         Returns:
-            TR3D and stored config; the dataset axis has the order of the datasets of `expected`, else of the
-            stored config.
-
-        Raises:
-            InputError: there is no such checkpoint, it cannot be read, or it is not of the expected config.
+            The detector and the stored config. The dataset axis has the order of the datasets of `expected`, else of
+            the stored config.
         """
         step = self.existing(step)
         header = self._read_header(step)
@@ -152,19 +131,11 @@ class CheckpointStore(CheckpointFiles):
         return merge_model(graph, *self._fill_model(step, (exclusive, shared, stats), items, names)), config
 
     def restore_arrays(self, step: int | None = None) -> "StoredModel":
-        """Read the stored arrays of the detector as they are, for a detector of any architecture.
-
-        Args:
-            step: number of the checkpoint; None: the last one.
-
-        Raises:
-            InputError: there is no such checkpoint, or it cannot be read.
-        """
+        """Read the stored arrays of a checkpoint's detector (None: the last one), for one of any architecture."""
         step = self.existing(step)
         header = self._read_header(step)
         items = self._read_detector(step, header, averaged=True)
-        params = items["params"]
-        return StoredModel(step, header.config, params["shared"], params["datasets"], items["batch_stats"])
+        return StoredModel(step, header.config, **items["params"], statistics=items["batch_stats"])
 
     def _read_detector(self, step: int, header: "_Header", averaged: bool) -> Mapping[str, Any]:
         """Read the items params and batch_stats, or their averages."""
@@ -211,8 +182,7 @@ class CheckpointStore(CheckpointFiles):
         self, step: int, parts: tuple[Any, Any, Any], items: Mapping[str, Any], names: Sequence[str]
     ) -> tuple[Any, Any, Any]:
         """Fill (exclusive, shared, statistics), in the order of `split_model`, from the items of a detector."""
-        exclusive, shared, stats = parts
-        params = items["params"]
+        (exclusive, shared, stats), params = parts, items["params"]
         return (
             self._fill(step, "model", exclusive, stacked(params["datasets"], names, exclusive)),
             self._fill(step, "model", shared, params["shared"]),
@@ -233,38 +203,23 @@ class _Header(NamedTuple):
 
 
 class StoredModel(NamedTuple):
-    """The arrays of a checkpoint's detector by path, in the layout of `h2a2_jax.checkpoint.tree`.
-
-    Attributes:
-        step: number of the checkpoint.
-        config: the run's config.
-        shared: parameters that its datasets share.
-        datasets: each dataset's own parameters, by dataset name.
-        statistics: each dataset's running statistics, by dataset name.
-    """
+    """The arrays of a checkpoint's detector by path, in the layout of `h2a2_jax.checkpoint.tree`."""
 
     step: int
     config: ExperimentConfig
     shared: Arrays
-    datasets: dict[str, Arrays]
+    datasets: dict[str, Arrays]  # parameters by dataset name
     statistics: dict[str, Arrays]
 
 
 def restore_checkpoint(
     path: str | Path, step: int | None = None, expected: ExperimentConfig | None = None
 ) -> tuple[TR3D, ExperimentConfig]:
-    """Restore the detector of a checkpoint and the config it is built by.
+    """Restore the detector of a checkpoint and the config it is built by, as `CheckpointStore.restore_model` does.
 
-    Args:
-        path: the folder of a run, the "checkpoints" in it, or the folder of one step in that.
-        step: number of the checkpoint; None: that of the path, or the last one.
-        expected: as for `CheckpointStore.restore_model`.
-
-    Returns:
-        TR3D and config; the datasets of both in the order of `expected`, else of the stored config.
-
-    Raises:
-        InputError: there is no such checkpoint, it cannot be read, or it is not of the expected config.
+    The path is the folder of a run, the "checkpoints" in it, or the folder of one step in that; without a step in the
+    path or beside it, the last one is restored. An InputError explains a checkpoint that is missing, damaged or not of
+    the expected config.
     """
     place = existing_place(path)
     with CheckpointStore(place.directory) as store:
@@ -272,13 +227,7 @@ def restore_checkpoint(
 
 
 class CheckpointPlace(NamedTuple):
-    """The run, the checkpoints and the step that a path points to.
-
-    Attributes:
-        run: folder of the run, where results belong.
-        directory: folder of its checkpoints.
-        step: number of the checkpoint if the path is the folder of one, else None.
-    """
+    """Folder of a run, folder of its checkpoints, and the step if the path is the folder of one."""
 
     run: Path
     directory: Path
@@ -286,11 +235,7 @@ class CheckpointPlace(NamedTuple):
 
 
 def existing_place(path: str | Path) -> CheckpointPlace:
-    """Resolve a path as `checkpoint_place` does, and require that it is a folder.
-
-    Raises:
-        InputError: the path is missing or a file.
-    """
+    """Resolve a path as `checkpoint_place` does; raise InputError if it is missing or a file."""
     path = Path(path)
     if path.is_file():
         raise InputError(

@@ -1,7 +1,7 @@
 """The state of a training run, split into arrays that datasets share and arrays with a dataset axis."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,45 +20,25 @@ from h2a2_jax.typing import Leaf
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes.
+    """Everything that a step changes; the parameters are split as by `split_model`."""
 
-    Attributes:
-        step: int32 [], steps taken, skipped ones among them.
-        shared: parameters that all datasets share (`nnx.State`).
-        exclusive: parameters with a leading dataset axis.
-        stats: running statistics, with a leading dataset axis.
-        shared_optimizer: optax state of the shared parameters.
-        exclusive_optimizer: optax state of the exclusive ones.
-        balancer: state of the gradient balancer.
-        skipped: int32 [], steps that were skipped because a value in them was not finite.
-        skipped_in_row: int32 [], skipped steps since the last step that was not skipped.
-        averages: `Averages`; None if the run keeps none.
-        accumulated: `Accumulated`; None if a step is one batch.
-    """
-
-    step: Leaf
+    step: Leaf  # int32 [], steps taken, skipped ones among them
     shared: Leaf
-    exclusive: Leaf
-    stats: Leaf
+    exclusive: Leaf  # with a leading dataset axis
+    stats: Leaf  # running statistics, with a leading dataset axis
     shared_optimizer: Leaf
     exclusive_optimizer: Leaf
     balancer: Leaf
-    skipped: Leaf
-    skipped_in_row: Leaf
-    averages: Leaf = None
-    accumulated: Leaf = None
+    skipped: Leaf  # int32 [], steps that were skipped because a value in them was not finite
+    skipped_in_row: Leaf  # int32 [], skipped steps since the last step that was not skipped
+    averages: Leaf = None  # `Averages`; None if the run keeps none
+    accumulated: Leaf = None  # `Accumulated`; None if a step is one batch
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Averages:
-    """Exponential moving averages of a detector: smoother than the parameters, and used in evaluation.
-
-    Attributes:
-        shared: averages of the shared parameters.
-        exclusive: averages of the exclusive parameters.
-        stats: averages of the running statistics.
-    """
+    """Exponential moving averages of a detector: smoother than the parameters, and used in evaluation."""
 
     shared: Leaf
     exclusive: Leaf
@@ -68,21 +48,13 @@ class Averages:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Accumulated:
-    """Sums of the gradients over the batches of an unfinished step; zero between steps.
+    """Sums of the gradients over the batches of an unfinished step; zero between steps."""
 
-    Attributes:
-        shared: sums for the shared parameters, with a leading dataset axis: balancing needs each dataset's own.
-        exclusive: sums for the exclusive parameters.
-        losses: float [D], sums of the losses.
-        count: int32 [D], batches that each dataset took part in.
-        batches: int32 [], batches seen.
-    """
-
-    shared: Leaf
+    shared: Leaf  # with a leading dataset axis: balancing needs each dataset's own
     exclusive: Leaf
-    losses: Leaf
-    count: Leaf
-    batches: Leaf
+    losses: Leaf  # float [D], sums
+    count: Leaf  # int32 [D], batches that each dataset took part in
+    batches: Leaf  # int32 [], batches seen
 
 
 def head_configs(specs: Sequence[DatasetSpec]) -> list[HeadConfig]:
@@ -113,16 +85,18 @@ def create_state(
     averaged: bool = False,
     accumulating: bool = False,
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """Create the state of a run before its first step.
-
-    Args:
-        model: the detector at its start.
-        optimizer: optimiser of the parameters, shared and exclusive.
-        balancer: balancer of the shared gradients.
-        averaged: True if averages of the parameters are kept.
-        accumulating: True if a step has several batches.
-    """
+    """Create the state of a run before its first step; `accumulating` if a step has several batches."""
     graph, exclusive, shared, stats = split_model(model)
+    accumulated = None
+    if accumulating:
+        datasets = len(jax.tree.leaves(stats)[0])
+        accumulated = Accumulated(
+            shared=jax.tree.map(lambda leaf: jnp.zeros((datasets, *leaf.shape), leaf.dtype), shared),
+            exclusive=jax.tree.map(jnp.zeros_like, exclusive),
+            losses=jnp.zeros(datasets),
+            count=jnp.zeros(datasets, jnp.int32),
+            batches=jnp.zeros((), jnp.int32),
+        )
     return graph, TrainState(
         step=jnp.zeros((), jnp.int32),
         shared=shared,
@@ -134,18 +108,7 @@ def create_state(
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_row=jnp.zeros((), jnp.int32),
         averages=Averages(shared, exclusive, stats) if averaged else None,
-        accumulated=_nothing_accumulated(shared, exclusive, stats) if accumulating else None,
-    )
-
-
-def _nothing_accumulated(shared: nnx.State, exclusive: nnx.State, stats: nnx.State) -> Accumulated:
-    datasets = len(jax.tree.leaves(stats)[0])
-    return Accumulated(
-        shared=jax.tree.map(lambda leaf: jnp.zeros((datasets, *leaf.shape), leaf.dtype), shared),
-        exclusive=jax.tree.map(jnp.zeros_like, exclusive),
-        losses=jnp.zeros(datasets),
-        count=jnp.zeros(datasets, jnp.int32),
-        batches=jnp.zeros((), jnp.int32),
+        accumulated=accumulated,
     )
 
 
@@ -158,20 +121,14 @@ def state_specs(state: TrainState) -> TrainState:
     def everywhere(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: P(), tree)
 
-    averages, accumulated = state.averages, state.accumulated
-    return TrainState(
-        step=P(),
-        shared=everywhere(state.shared),
+    averages = state.averages
+    return replace(
+        everywhere(state),
         exclusive=along_datasets(state.exclusive),
         stats=along_datasets(state.stats),
-        shared_optimizer=everywhere(state.shared_optimizer),
         exclusive_optimizer=along_datasets(state.exclusive_optimizer),
-        balancer=everywhere(state.balancer),
-        skipped=P(),
-        skipped_in_row=P(),
-        averages=averages
-        and Averages(everywhere(averages.shared), along_datasets(averages.exclusive), along_datasets(averages.stats)),
-        accumulated=accumulated and along_datasets(accumulated),
+        averages=averages and replace(along_datasets(averages), shared=everywhere(averages.shared)),
+        accumulated=along_datasets(state.accumulated),
     )
 
 

@@ -13,7 +13,7 @@ Gradients accumulated for a step of several batches are not stored: there are no
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,13 +38,7 @@ def flat_names(tree: Any) -> list[str]:
 
 
 def stored_params(shared: Any, exclusive: Any, specs: Sequence[DatasetSpec]) -> dict[str, Any]:
-    """The item "params".
-
-    Args:
-        shared: tree of the parameters that all datasets share.
-        exclusive: tree of the parameters with a dataset axis.
-        specs: the datasets in the order of that axis.
-    """
+    """The item "params"; the datasets in the order of the dataset axis of the exclusive parameters."""
     return {"shared": _host_arrays(shared), "datasets": _by_dataset(_host_arrays(exclusive), specs)}
 
 
@@ -96,19 +90,13 @@ def describe_array(array: Any) -> str:
 
 
 def stacked(stored: Mapping[str, Arrays], names: Sequence[str], like: Any) -> Arrays:
-    """Stack the datasets' arrays on a leading axis and pad the outputs of their heads with zeros.
-
-    Args:
-        stored: arrays by dataset name.
-        names: datasets in the order of the axis.
-        like: tree with the padded shapes.
-    """
-    widths = {_name(path): leaf.shape[-1:] for path, leaf in jax.tree_util.tree_flatten_with_path(like)[0]}
+    """Stack the datasets' arrays on a leading axis and pad the outputs of their heads with zeros to those of a tree."""
+    shapes = {path: leaf.shape for path, leaf in zip(flat_names(like), jax.tree.leaves(like), strict=True)}
 
     def padded(path: str, array: np.ndarray) -> np.ndarray:
-        if _head_width(path) is None or path not in widths:
+        if not _is_of_head(path) or path not in shapes:
             return array
-        missing = max(widths[path][0] - array.shape[-1], 0)
+        missing = max(shapes[path][-1] - array.shape[-1], 0)
         return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)])
 
     return {path: np.stack([padded(path, stored[name][path]) for name in names]) for path in stored[names[0]]}
@@ -142,21 +130,20 @@ def differences(stored: Mapping[str, np.ndarray], like: Any) -> list[str]:
 
 def filled(like: Any, stored: Arrays) -> Any:
     """Replace the leaves of a tree by the stored arrays, each on the devices of its leaf."""
+
+    def place(array: np.ndarray, like: Any) -> jax.Array:
+        sharding = getattr(like, "sharding", None)
+        if sharding is None or not getattr(like, "committed", True):
+            return jnp.array(array)  # uncommitted, so that JAX may move it to where other arguments are
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
     leaves, structure = jax.tree.flatten(like)
-    arrays = [_placed(stored[name], leaf) for name, leaf in zip(flat_names(like), leaves, strict=True)]
-    return jax.tree.unflatten(structure, arrays)
-
-
-def _placed(array: np.ndarray, like: Any) -> jax.Array:
-    sharding = getattr(like, "sharding", None)
-    if sharding is None or not getattr(like, "committed", True):
-        return jnp.array(array)  # uncommitted, so that JAX may move it to where other arguments are
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return jax.tree.unflatten(structure, map(place, [stored[name] for name in flat_names(like)], leaves))
 
 
 def _name(path: tuple[Any, ...]) -> str:
     keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))) for key in path]
-    return ".".join(keys[:-1] if keys[-1] == "value" else keys)  # a Flax variable holds its array as `value`
+    return ".".join(keys[:-1] if keys[-1:] == ["value"] else keys)  # a Flax variable holds its array as `value`
 
 
 def _host_arrays(tree: Any) -> Arrays:
@@ -173,19 +160,17 @@ def _host_array(leaf: Any) -> np.ndarray:
 def _by_dataset(arrays: Arrays, specs: Sequence[DatasetSpec]) -> dict[str, Arrays]:
     """Slices of stacked arrays by dataset name, without the padding of heads."""
 
-    def own(path: str, array: np.ndarray, spec: DatasetSpec) -> np.ndarray:
-        width = _head_width(path)
-        return array if width is None else array[..., : width(spec)]
+    def unpadded(path: str, array: np.ndarray, spec: DatasetSpec) -> np.ndarray:
+        if not _is_of_head(path):
+            return array
+        return array[..., : spec.num_outputs if path.split(".")[-1].startswith("box_") else spec.num_classes]
 
     return {
-        spec.name: {path: own(path, array[row], spec) for path, array in arrays.items()}
+        spec.name: {path: unpadded(path, array[row], spec) for path, array in arrays.items()}
         for row, spec in enumerate(specs)
     }
 
 
-def _head_width(path: str) -> Callable[[DatasetSpec], int] | None:
-    """For a parameter of a head, a function from a dataset to the length of its last axis, which the model pads."""
-    *_, module, parameter = ("", *path.split("."))
-    if module != "heads":
-        return None
-    return (lambda spec: spec.num_outputs) if parameter.startswith("box_") else (lambda spec: spec.num_classes)
+def _is_of_head(path: str) -> bool:
+    """Return True for a parameter of a head, whose last axis the model pads to the widest head."""
+    return path.split(".")[-2:-1] == ["heads"]

@@ -44,40 +44,24 @@ _SHARED = ""
 
 
 class ArrayName(NamedTuple):
-    """A parameter or a running statistic, shared or of one dataset.
-
-    Attributes:
-        path: path in the detector.
-        dataset: name of its dataset; "" if it is shared.
-        note: remark for the report, as on a shape that does not fit.
-    """
+    """Path in the detector of a parameter or a running statistic, and its dataset: "" if it is shared."""
 
     path: str
     dataset: str = _SHARED
-    note: str = ""
+    note: str = ""  # for the report, as on a shape that does not fit
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """Report of a warm start.
+    """Report of a warm start: fates of the arrays of the detector, and arrays of the checkpoint that were not used."""
 
-    Attributes:
-        source: the checkpoint, in words.
-        loaded: arrays of the detector that were loaded from the checkpoint.
-        averaged: statistics of datasets that the checkpoint does not know: the mean over its own.
-        initialised: arrays of the detector that the checkpoint does not have.
-        other_shape: arrays of the detector that have another shape, dtype or meaning there; initialised too.
-        left_over: arrays of the checkpoint that were not used.
-        left_datasets: datasets of the checkpoint that the detector does not have.
-    """
-
-    source: str
+    source: str  # the checkpoint, in words
     loaded: tuple[ArrayName, ...]
-    averaged: tuple[ArrayName, ...]
-    initialised: tuple[ArrayName, ...]
-    other_shape: tuple[ArrayName, ...]
+    averaged: tuple[ArrayName, ...]  # statistics of datasets that the checkpoint does not know: the mean over its own
+    initialised: tuple[ArrayName, ...]  # which the checkpoint does not have
+    other_shape: tuple[ArrayName, ...]  # of another shape, dtype or meaning in the checkpoint; initialised too
     left_over: tuple[ArrayName, ...]
-    left_datasets: tuple[str, ...]
+    left_datasets: tuple[str, ...]  # datasets of the checkpoint that the detector does not have
 
     def text(self) -> str:
         """The number of loaded arrays, and every path that was not loaded, with alternatives in shell braces.
@@ -140,9 +124,6 @@ def warm_start(
         path: the folder of a run, the "checkpoints" in it, or the folder of one step in that.
         step: number of the checkpoint; None: that of the path, or the last one.
 
-    Returns:
-        A new detector, and the report.
-
     Raises:
         InputError: there is no such checkpoint or it cannot be read; no parameter in it fits; or it selects its kernels
             and the model does not, whose backbone would then be initialised among trained norms.
@@ -183,17 +164,9 @@ def _by_dataset(shared: Arrays, own: Mapping[str, Arrays], statistics: Mapping[s
 def _match(
     ours: Mapping[str, Arrays], stored: StoredModel, classes: Mapping[str, tuple[str, ...]], copies: bool, source: str
 ) -> tuple[dict[str, Arrays], WarmStart]:
-    """Find a start for every array of a detector.
+    """Find a start for every array of a detector, by dataset and path.
 
-    Args:
-        ours: arrays by dataset and path, as they were initialised.
-        stored: the checkpoint.
-        classes: class names of our datasets.
-        copies: True if exclusive kernels without a counterpart copy shared ones.
-        source: the checkpoint, in words.
-
-    Returns:
-        Arrays by dataset and path after the warm start, and the report.
+    `copies` is True if exclusive kernels without a counterpart copy shared ones.
     """
     theirs = _by_dataset(stored.shared, stored.datasets, stored.statistics)
     other_classes = {s.name for s in stored.config.specs if s.name in classes and s.classes != classes[s.name]}
@@ -224,12 +197,10 @@ def _match(
         else:
             start[dataset][path] = value
         found[kind].append(ArrayName(path, dataset, note))
+    fates = ("loaded", "averaged", "initialised", "other_shape")
     return start, WarmStart(
         source=source,
-        loaded=tuple(found["loaded"]),
-        averaged=tuple(found["averaged"]),
-        initialised=tuple(found["initialised"]),
-        other_shape=tuple(found["other_shape"]),
+        **{fate: tuple(found[fate]) for fate in fates},
         left_over=tuple(ArrayName(p, d) for d, arrays in theirs.items() for p in arrays if (d, p) not in used),
         left_datasets=tuple(name for name in stored.datasets if name not in ours),
     )

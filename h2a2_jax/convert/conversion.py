@@ -8,6 +8,7 @@
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,36 +46,25 @@ follow from the weights. Of FCAF3D the backbone's convolutions and norms of the 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the table that a conversion prints: a parameter and what was done with it.
+    """One line of the table that a conversion prints: a parameter of TR3D and what was done with it.
 
-    Attributes:
-        fate: "used", "left over" (in the file, without a place here), "missing" (needed here, not in the file) or
-            "written".
-        name: name of the parameter in TR3D.
-        form: its shape and dtype, as text.
-        why: a remark.
+    Its fate is "used", "left over" (in the file, without a place here), "missing" (needed here, not in the file) or
+    "written".
     """
 
     fate: str
     name: str
-    form: str
+    form: str  # shape and dtype
     why: str = ""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A run made from the weights of a file.
+    """A run made from the weights of a file."""
 
-    Attributes:
-        config: config of a run that the weights could come from.
-        weights: weights with a place in its detector, by TR3D's names.
-        entries: one entry for every name.
-        notes: further remarks, a sentence each.
-    """
-
-    config: ExperimentConfig
-    weights: Mapping[str, np.ndarray]
-    entries: tuple[Entry, ...]
+    config: ExperimentConfig  # of a run that the weights could come from
+    weights: Mapping[str, np.ndarray]  # those with a place in its detector, by TR3D's names
+    entries: tuple[Entry, ...]  # one for every name
     notes: tuple[str, ...] = ()
 
     def of(self, fate: str) -> list[Entry]:
@@ -86,24 +76,24 @@ class Conversion:
         graph, state = nnx.split(_shape_detector(self.config))
         model = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state))
         load_tr3d(model, self.weights)
-        if missing := [entry.name for entry in self.of("missing")]:
-            load_tr3d(model, _initialise(self.config, missing))
+        missing = [entry.name for entry in self.of("missing")]
+
+        def draw(key: PRNGKeyArray) -> dict[str, jax.Array]:
+            slots = tr3d_slots(draw_detector(self.config, key))
+            return {name: slots[name].variable[...][slots[name].index].reshape(slots[name].shape) for name in missing}
+
+        if missing:  # compiled for the missing parameters alone, since all of them take long
+            load_tr3d(model, jax.device_get(jax.jit(draw)(jax.random.key(self.config.train.seed))))
         return model
 
 
 def convert_file(
     file: TorchFile, dataset: str | None = None, classes: tuple[str, ...] = (), seed: int = 0
 ) -> Conversion:
-    """Find the detector that a file's weights belong to, and the place of each.
+    """Find the detector that a file's weights belong to, and the place of each; refuse weights that are not finite.
 
-    Args:
-        file: as `read_torch_file` returns it.
-        dataset: name of the dataset of the head; None: the built-in one with as many classes and outputs.
-        classes: class names of a dataset that is not built in; empty: as the file names them.
-        seed: seed of the parameters that the file lacks.
-
-    Raises:
-        InputError: the weights are not TR3D's, their dataset is not known, or one of them is not finite.
+    The dataset of the head is by default the built-in one with as many classes and outputs. One that is not built in
+    has the given classes, or those that the file names. The seed is that of the parameters that the file lacks.
     """
     whole = without_prefix(file.tensors)
     numbers = {name: value for name, value in whole.items() if not name.endswith("num_batches_tracked")}
@@ -145,15 +135,7 @@ def convert_file(
 
 
 def save_conversion(conversion: Conversion, workdir: Path) -> None:
-    """Write a run's folder: config.json and a checkpoint of step 0, from which training can go on.
-
-    Args:
-        conversion: the run.
-        workdir: the folder, without checkpoints yet.
-
-    Raises:
-        InputError: the folder holds checkpoints or cannot be written.
-    """
+    """Write a run's folder: config.json and a checkpoint of step 0, from which training can go on."""
     config = conversion.config
     optimizer = build_optimizer(config.optim, learning_rate(config.optim, steps_per_epoch=1, total_steps=1))
     balancer = build_balancer(config.harmonize, 1, DATASET, config.train.seed)
@@ -168,18 +150,10 @@ def save_conversion(conversion: Conversion, workdir: Path) -> None:
 
 
 def export_checkpoint(path: Path, dataset: str | None = None, step: int | None = None) -> tuple[dict, dict[str, Any]]:
-    """Export a checkpoint of ours in the form of mmdetection3d's TR3D.
-
-    Args:
-        path: folder of a run.
-        dataset: name of the dataset whose statistics and head are exported; required with several datasets.
-        step: number of the checkpoint; None: the last one.
+    """Export a run's checkpoint in the form of mmdetection3d's TR3D, with the statistics and the head of one dataset.
 
     Returns:
         The state dict, by TR3D's names, and the metadata stored beside it.
-
-    Raises:
-        InputError: there is no such checkpoint; it selects kernels; the dataset is missing or unknown.
     """
     model, config = restore_checkpoint(path, step)
     if config.model.selection is not None:
@@ -234,7 +208,8 @@ def _dataset_of(
                 "--dataset."
             )
         note = ""
-        if stored and [_letters(name) for name in stored] != [_letters(name) for name in spec.classes]:
+        theirs, ours = ([re.sub(r"[\W_]", "", name).lower() for name in names] for names in (stored, spec.classes))
+        if stored and theirs != ours:
             note = (
                 f"Attention: the file calls its classes {', '.join(stored)}; those of {dataset} are "
                 f"{', '.join(spec.classes)}. If they are others, convert with --dataset=NAME --classes=..."
@@ -253,20 +228,6 @@ def _dataset_of(
 def _shape_detector(config: ExperimentConfig) -> TR3D:
     """The detector with shapes in place of arrays."""
     return nnx.eval_shape(lambda: draw_detector(config, jax.random.key(0)))
-
-
-def _initialise(config: ExperimentConfig, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Parameters of a new detector, by TR3D's names; compiled for these alone, since all of them take long."""
-
-    def draw(key: PRNGKeyArray) -> dict[str, jax.Array]:
-        slots = tr3d_slots(draw_detector(config, key))
-        return {name: slots[name].variable[...][slots[name].index].reshape(slots[name].shape) for name in names}
-
-    return jax.device_get(jax.jit(draw)(jax.random.key(config.train.seed)))
-
-
-def _letters(name: str) -> str:
-    return "".join(filter(str.isalnum, name)).lower()
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -301,14 +262,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def convert_command(arguments: argparse.Namespace | Sequence[str]) -> int:
-    """Run the command and print a table of every parameter.
-
-    Args:
-        arguments: of the command line, or parsed by a parser with `add_arguments`.
-
-    Returns:
-        Exit status: 0, or 2 after an error message on standard error.
-    """
+    """Print a table of every parameter; return 0, or 2 after an error message on standard error."""
     quiet_command_line()
     try:
         if not isinstance(arguments, argparse.Namespace):
@@ -321,10 +275,7 @@ def convert_command(arguments: argparse.Namespace | Sequence[str]) -> int:
             add_arguments(parser)
             arguments = parser.parse_args(arguments)
         _check_arguments(arguments)
-        if arguments.reverse:
-            _to_pytorch(arguments)
-        else:
-            _from_pytorch(arguments)
+        (_to_pytorch if arguments.reverse else _from_pytorch)(arguments)
     except InputError as error:
         print(f"convert: {_printable(str(error))}", file=sys.stderr)
         return 2
@@ -380,7 +331,6 @@ def _to_pytorch(given: argparse.Namespace) -> None:
         raise InputError(f"{given.output} exists: give another --output.")
     state, meta = export_checkpoint(given.input, given.dataset, given.step)
     try:
-        given.output.absolute().parent.mkdir(parents=True, exist_ok=True)
         write_torch_file(given.output, state, meta)
     except OSError as error:
         raise InputError(f"{given.output} cannot be written: {error.strerror or error}.") from error
@@ -390,8 +340,7 @@ def _to_pytorch(given: argparse.Namespace) -> None:
 def table(entries: Sequence[Entry], fates: Sequence[str] = ("used", "left over", "missing")) -> str:
     """Format entries as text, grouped by fate, with the number of each."""
     entries = [replace(entry, name=_printable(entry.name)) for entry in entries]
-    width = max((len(entry.name) for entry in entries), default=0)
-    forms = max((len(entry.form) for entry in entries), default=0)
+    width, forms = (max((len(getattr(entry, field)) for entry in entries), default=0) for field in ("name", "form"))
     lines = []
     for fate in fates:
         chosen = [entry for entry in entries if entry.fate == fate]

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.files import whole_file
 from h2a2_jax.restricted_pickle import Source, is_plain_key, load_inert_pickle
 
 MAX_PICKLE = 64 * 2**20
@@ -27,18 +28,10 @@ MAX_PICKLE = 64 * 2**20
 
 MAX_DIMENSIONS = 8
 
-_STORAGES = {
-    "FloatStorage": np.dtype(np.float32),
-    "DoubleStorage": np.dtype(np.float64),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-}
+_NUMBERS = {"Float": np.float32, "Double": np.float64, "Half": np.float16, "BFloat16": ml_dtypes.bfloat16,
+            "Long": np.int64, "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8,
+            "Bool": np.bool_}  # fmt: skip
+_STORAGES = {f"{name}Storage": np.dtype(number) for name, number in _NUMBERS.items()}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _STATE_KEYS = ("state_dict", "model_state_dict", "model")
@@ -50,30 +43,17 @@ class _Damaged(Exception):
 
 @dataclass(frozen=True)
 class TorchFile:
-    """Model of a file.
+    """Model of a file."""
 
-    Attributes:
-        tensors: arrays of the state dict by name, in order; of the type they are stored in.
-        others: names of its entries that are no tensors.
-        not_read: classes and functions that the file names and that were neither imported nor called.
-        classes: class names that the training framework stored beside it, if any.
-    """
-
-    tensors: dict[str, np.ndarray]
-    others: tuple[str, ...]
-    not_read: tuple[str, ...]
-    classes: tuple[str, ...]
+    tensors: dict[str, np.ndarray]  # of the state dict by name, in order; of the type they are stored in
+    others: tuple[str, ...]  # names of its entries that are no tensors
+    not_read: tuple[str, ...]  # classes and functions that the file names, neither imported nor called
+    classes: tuple[str, ...]  # class names that the training framework stored beside it, if any
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Numbers behind the pickle.
-
-    Attributes:
-        key: name of the storage in the file.
-        dtype: type of its numbers.
-        numel: how many numbers there are, as the pickle says.
-    """
+    """Numbers behind the pickle, as many as it states."""
 
     key: str
     dtype: np.dtype
@@ -82,14 +62,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the pickle: a view of a storage, checked to lie within `numel`.
-
-    Attributes:
-        storage: numbers of the tensor.
-        offset: place of the first one.
-        shape: shape of the tensor.
-        strides: steps along each dimension, in numbers.
-    """
+    """A tensor of the pickle: a view of a storage, checked to lie within `numel`; offset and strides count numbers."""
 
     storage: Storage
     offset: int
@@ -98,15 +71,9 @@ class StoredTensor:
 
 
 def read_torch_file(path: str | Path) -> TorchFile:
-    """Reads the state dict of a file, a checkpoint of a training framework or a bare one.
+    """Read the state dict of a file, a checkpoint of a training framework or a bare one.
 
     The memory taken is that of the state dict: of optimisers and the like nothing is read.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its tensors, and what else there is.
 
     Raises:
         InputError: no such file, one that is not PyTorch's, damaged, or one without a state dict.
@@ -117,7 +84,7 @@ def read_torch_file(path: str | Path) -> TorchFile:
     try:
         with open(path, "rb") as file:
             head = file.read(4)
-            if head[:4] == b"PK\x03\x04":
+            if head == b"PK\x03\x04":
                 return _read_archive(path)
             if head[:2] == b"\x80\x02":
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -234,8 +201,7 @@ def _storage(persistent_id: Any) -> Storage:
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> StoredTensor:
     """Stand for torch._utils._rebuild_tensor_v2."""
     good = isinstance(storage, Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
-    good = good and len(shape) == len(strides) <= MAX_DIMENSIONS and all(map(_is_count, (offset, *shape, *strides)))
-    if not good:
+    if not (good and len(shape) == len(strides) <= MAX_DIMENSIONS and all(map(_is_count, (offset, *shape, *strides)))):
         raise pickle.UnpicklingError("a tensor without storage, shape or strides")
     # As many numbers as the storage has, at most: a stride of zero could claim any number.
     last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
@@ -280,13 +246,9 @@ def _find_state(path: Path, content: Any) -> tuple[dict[str, Any], tuple[str, ..
 
 def _stored_classes(meta: Any) -> tuple[str, ...]:
     """Class names as mmengine ("dataset_meta") or mmcv ("CLASSES") store them."""
-    if not isinstance(meta, dict):
-        return ()
-    inner = meta.get("dataset_meta")
-    for names in (
-        inner.get("classes") or inner.get("CLASSES") if isinstance(inner, dict) else None,
-        meta.get("CLASSES"),
-    ):
+    meta = meta if isinstance(meta, dict) else {}
+    inner = found if isinstance(found := meta.get("dataset_meta"), dict) else {}
+    for names in (inner.get("classes") or inner.get("CLASSES"), meta.get("CLASSES")):
         if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
             return tuple(name[:100] for name in names)
     return ()
@@ -330,7 +292,7 @@ def _filled(
 
 
 def write_torch_file(path: str | Path, state: Mapping[str, np.ndarray], meta: Mapping[str, Any] | None = None) -> None:
-    """Writes a checkpoint as torch.save does, {"meta": ..., "state_dict": ...}.
+    """Write a checkpoint as torch.save does, {"meta": ..., "state_dict": ...}, in one piece.
 
     torch.load reads it, with weights_only=True too, and so do mmengine and mmcv.
 
@@ -339,16 +301,13 @@ def write_torch_file(path: str | Path, state: Mapping[str, np.ndarray], meta: Ma
         state: float32 or int64 arrays by name, in order.
         meta: of text, numbers, lists and dicts.
     """
-    path = Path(path)
-    arrays = [np.ascontiguousarray(array).reshape(array.shape) for array in state.values()]
-    partial = path.with_name(f"{path.name}.partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", _checkpoint_pickle(dict(zip(state, arrays, strict=True)), meta or {}))
+    arrays = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in state.items()}
+    with whole_file(Path(path)) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", _checkpoint_pickle(arrays, meta or {}))
         archive.writestr("archive/byteorder", "little")
-        for key, array in enumerate(arrays):
+        for key, array in enumerate(arrays.values()):
             archive.writestr(f"archive/data/{key}", array.astype(array.dtype.newbyteorder("<")).tobytes())
         archive.writestr("archive/version", "3\n")
-    partial.replace(path)
 
 
 _WRITTEN = {np.dtype(np.float32): "FloatStorage", np.dtype(np.int64): "LongStorage"}

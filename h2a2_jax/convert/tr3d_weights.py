@@ -24,36 +24,15 @@ _STEM = "backbone.conv1.kernel"
 
 @dataclass(frozen=True)
 class Slot:
-    """Place of a parameter of TR3D in the detector here.
-
-    Attributes:
-        variable: the Flax variable that holds it.
-        index: index of its part of the variable.
-        shape: its shape in TR3D.
-    """
+    """Place of a parameter of TR3D in the detector here: a part of a Flax variable, and its shape in TR3D."""
 
     variable: nnx.Variable
     index: tuple[Any, ...]
     shape: tuple[int, ...]
 
-    def read(self) -> np.ndarray:
-        """Return the value in the shape it has in TR3D."""
-        return np.asarray(self.variable[...][self.index]).reshape(self.shape)
-
-    def write(self, value: np.ndarray) -> None:
-        """Set the value from the shape it has in TR3D."""
-        whole = np.array(self.variable[...])
-        whole[self.index] = np.asarray(value).reshape(whole[self.index].shape)
-        self.variable[...] = jnp.asarray(whole)
-
 
 def tr3d_slots(model: TR3D, dataset: int = 0) -> dict[str, Slot]:
-    """Every parameter and running statistic of TR3D by its name in mmdetection3d.
-
-    Args:
-        model: the detector.
-        dataset: index on the dataset axis of the statistics and the head.
-    """
+    """Every parameter and running statistic of TR3D by its name in mmdetection3d; the statistics of one dataset."""
     slots = _conv_norm_slots("backbone.conv1", "backbone.norm1", model.backbone.stem, dataset)
     for s, stage in enumerate(model.backbone.stages):
         for b, block in enumerate(stage):
@@ -88,12 +67,13 @@ def _conv_norm_slots(conv_name: str, norm_name: str, part: ConvNorm, dataset: in
         f"{norm_name}.bn.running_mean": norm.mean,
         f"{norm_name}.bn.running_var": norm.var,
     }
-    slots = {}
-    for name, variable in variables.items():
-        has_dataset_axis = variable.get_metadata().get("dataset_axis") == 0
-        index, shape = (dataset, variable.shape[1:]) if has_dataset_axis else (slice(None), variable.shape)
-        slots[name] = Slot(variable, (index,), shape)
-    return slots
+
+    def slot(variable: nnx.Variable) -> Slot:
+        if variable.get_metadata().get("dataset_axis") == 0:
+            return Slot(variable, (dataset,), variable.shape[1:])
+        return Slot(variable, (), variable.shape)
+
+    return {name: slot(variable) for name, variable in variables.items()}
 
 
 def load_tr3d(model: TR3D, state: Mapping[str, np.ndarray], dataset: int = 0) -> None:
@@ -111,12 +91,16 @@ def load_tr3d(model: TR3D, state: Mapping[str, np.ndarray], dataset: int = 0) ->
                 "build the detector with the checkpoint's depth and widths."
             )
     for name in used:
-        slots[name].write(state[name])
+        variable, index = slots[name].variable, slots[name].index
+        whole = np.array(variable[...])
+        whole[index] = np.asarray(state[name]).reshape(whole[index].shape)
+        variable[...] = jnp.asarray(whole)
 
 
 def export_tr3d(model: TR3D, dataset: int = 0) -> dict[str, np.ndarray]:
     """A detector's parameters and running statistics under TR3D's names and in its shapes."""
-    return {name: slot.read() for name, slot in tr3d_slots(model, dataset).items()}
+    slots = tr3d_slots(model, dataset)
+    return {name: np.asarray(slot.variable[...][slot.index]).reshape(slot.shape) for name, slot in slots.items()}
 
 
 def without_prefix(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -126,10 +110,7 @@ def without_prefix(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def config_of_weights(state: Mapping[str, np.ndarray]) -> DetectorConfig:
-    """Find the architecture of weights from their names and shapes.
-
-    Args:
-        state: weights by TR3D's names; without a neck, the neck gets its default width.
+    """Find the architecture of weights from their names and shapes; without a neck, it gets its default width.
 
     Raises:
         InputError: there is no such backbone, or one of other blocks or another depth.

@@ -113,12 +113,8 @@ def best_f1(
     found = np.cumsum(is_hit)[ends]
     f1 = 2 * found / (ends + 1 + num_ground_truth)
     best = int(f1.argmax())
-    return OperatingPoint(
-        float(scores[ends[best]]),
-        float(found[best] / (ends[best] + 1)),
-        float(found[best] / num_ground_truth),
-        float(f1[best]),
-    )
+    precision, recall = found[best] / (ends[best] + 1), found[best] / num_ground_truth
+    return OperatingPoint(float(scores[ends[best]]), float(precision), float(recall), float(f1[best]))
 
 
 def calibration(
@@ -136,13 +132,7 @@ def calibration(
 
 @dataclasses.dataclass(frozen=True)
 class Bins:
-    """Ranges of a quantity of boxes.
-
-    Attributes:
-        names: Names of the bins, by rising quantity.
-        bounds: Bounds between the bins, one fewer; a value on a bound is in the upper bin.
-        unit: Unit of the bounds.
-    """
+    """Ranges of a quantity of boxes, rising; a value on one of the bounds between two bins is in the upper one."""
 
     names: tuple[str, ...]
     bounds: tuple[float, ...]

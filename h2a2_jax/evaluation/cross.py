@@ -13,6 +13,7 @@ import numpy as np
 
 from h2a2_jax.boxes.matching import GroundTruth
 from h2a2_jax.boxes.nms import Detections
+from h2a2_jax.evaluation.documents import per_cent
 from h2a2_jax.scans.scan import enclosing_boxes
 from h2a2_jax.scans.scan_folder import class_label, plain_name
 from h2a2_jax.scans.specs import DatasetSpec
@@ -31,12 +32,9 @@ SYNONYMS = (
 
 @dataclass(frozen=True)
 class CommonClasses:
-    """The classes that a head and the scans of another dataset have in common.
+    """The classes that the head of one dataset and the scans (`data`) of another have in common.
 
-    Attributes:
-        head: the dataset whose head predicts.
-        data: the dataset of the scans.
-        pairs: for each common class its label in the scans and its label in the head.
+    `pairs` has for each common class its label in the scans and its label in the head.
     """
 
     head: DatasetSpec
@@ -63,9 +61,7 @@ class CommonClasses:
         """Boxes of the head in common classes, with the labels of `names`, turned as boxes of the scans are."""
         labels = _relabel(found.labels, [label for _, label in self.pairs], self.head.num_classes)
         kept = labels >= 0
-        boxes = found.boxes[kept]
-        if not self.data.has_yaw:
-            boxes = enclosing_boxes(boxes)
+        boxes = found.boxes[kept] if self.data.has_yaw else enclosing_boxes(found.boxes[kept])
         return Detections(boxes, found.scores[kept], labels[kept])
 
     def truth(self, there: GroundTruth) -> GroundTruth:
@@ -98,26 +94,18 @@ def _synonyms(name: str) -> list[str]:
 
 
 def cross_table(results: Mapping[str, Any]) -> str:
-    """A text table of mAP in per cent: heads by rows, scans by columns, over the classes that both have.
-
-    Args:
-        results: content of evaluation.json, of an evaluation across datasets.
-    """
-
-    def per_cent(levels: Sequence[Mapping[str, Any]], key: str) -> str:
-        return "/".join("-" if level[key] is None else f"{100 * level[key]:.1f}" for level in levels)
-
+    """A text table of mAP in per cent from evaluation.json: heads by rows, scans by columns, over common classes."""
     heads = list(dict.fromkeys(head for data, values in results.items() for head in (data, *values["cross"])))
     lines = [["head \\ scans", *results]]
     for head in heads:
         cells = []
         for data, values in results.items():
             if head == data:
-                cells.append(per_cent(values["thresholds"], "mAP"))
+                cells.append(per_cent(values["thresholds"]))
             else:
                 entry = values["cross"][head]
                 own = f"own {per_cent(entry['thresholds'], 'own_mAP')}, {len(entry['classes'])} classes"
-                cells.append(f"{per_cent(entry['thresholds'], 'mAP')} ({own})")
+                cells.append(f"{per_cent(entry['thresholds'])} ({own})")
         lines.append([head, *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

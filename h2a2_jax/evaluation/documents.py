@@ -49,7 +49,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,7 @@ MEAN = "(mean)"
 
 
 def write_evaluation(folder: Path, documents: Mapping[str, Any]) -> None:
-    """Write both files, each whole or not at all; evaluation.json last, so that it stands for both.
-
-    Args:
-        folder: folder of the files, made if missing.
-        documents: content of evaluation.json, by dataset.
-    """
+    """Write both files, each whole or not at all; evaluation.json last, so that it stands for both."""
     for name, text in ((CSV_FILE, evaluation_csv(documents)), (JSON_FILE, evaluation_json(documents))):
         with whole_file(folder / name) as part:
             part.write_text(text, encoding="utf-8", newline="")
@@ -82,41 +77,33 @@ def evaluation_json(documents: Mapping[str, Any]) -> str:
 def evaluation_csv(documents: Mapping[str, Any]) -> str:
     """The documents as a table; cells are empty where a figure is not defined."""
     rows = [row for name, document in documents.items() for row in _rows(name, document)]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
     out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer = csv.DictWriter(out, list(dict.fromkeys(column for row in rows for column in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
 
 
 def _rows(dataset: str, document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    truth, detections = document["num_ground_truth"], document["num_detections"]
+    counts = [document[key] | {MEAN: sum(document[key].values())} for key in ("num_ground_truth", "num_detections")]
+    bins = [one for key in ("by_size", "by_distance") for one in (document[key] or {"bins": ()})["bins"]]
     for t, level in enumerate(document["thresholds"]):
-        for name in (*truth, MEAN):
-            is_mean = name == MEAN
-            point = level["best_f1_of_all"] if is_mean else level["best_f1"][name]
-            row = {
+        points = level["best_f1"] | {MEAN: level["best_f1_of_all"]}
+        scores = {"AP": level["AP"] | {MEAN: level["mAP"]}, "AR": level["AR"] | {MEAN: level["mAR"]}}
+        in_bins = {f"AP_{one['name']}": one["thresholds"][t] for one in bins}
+        for name in counts[0]:
+            point = points[name] or {}
+            yield {
                 "dataset": dataset,
                 "iou": level["iou"],
                 "class": name,
-                "ground_truth": sum(truth.values()) if is_mean else truth[name],
-                "detections": sum(detections.values()) if is_mean else detections[name],
-                "AP": level["mAP"] if is_mean else level["AP"][name],
-                "AR": level["mAR"] if is_mean else level["AR"][name],
+                "ground_truth": counts[0][name],
+                "detections": counts[1][name],
+                **{column: of_classes[name] for column, of_classes in scores.items()},
+                **{f"best_f1_{key}": point.get(key) for key in ("score", "precision", "recall")},
+                "best_f1": point.get("f1"),
+                **{column: one["mAP"] if name == MEAN else one["AP"][name] for column, one in in_bins.items()},
             }
-            for key, column in (
-                ("score", "best_f1_score"),
-                ("precision", "best_f1_precision"),
-                ("recall", "best_f1_recall"),
-                ("f1", "best_f1"),
-            ):
-                row[column] = None if point is None else point[key]
-            for breakdown in (document["by_size"], document["by_distance"]):
-                for one in breakdown["bins"] if breakdown else ():
-                    found = one["thresholds"][t]
-                    row[f"AP_{one['name']}"] = found["mAP"] if is_mean else found["AP"][name]
-            yield row
 
 
 FOLDER = "evaluations"
@@ -157,11 +144,7 @@ def best_step(workdir: Path) -> int | None:
 
 
 def chosen_step(workdir: Path, text: str | None) -> int | None:
-    """The step that a user chose; None for the last one.
-
-    Args:
-        workdir: folder of a run.
-        text: a number, "best", "last", or None, which is the last.
+    """The step that a user chose by a number, "best", "last", or None, which is the last; None for the last one.
 
     Raises:
         InputError: it is none of these, or no checkpoint of the run was evaluated.
@@ -169,8 +152,7 @@ def chosen_step(workdir: Path, text: str | None) -> int | None:
     if text is None or text == LAST:
         return None
     if text == BEST:
-        step = best_step(workdir)
-        if step is None:
+        if (step := best_step(workdir)) is None:
             raise InputError(
                 f"No checkpoint of {workdir} was evaluated, so that none is known as the best: train with "
                 "--config.train.evaluate_every=STEPS, or give a number."
@@ -184,14 +166,13 @@ def chosen_step(workdir: Path, text: str | None) -> int | None:
 def score_text(documents: Mapping[str, Any]) -> str:
     """One line of mAP in per cent, as in "mAP@0.25/0.5 scannet 51.3/20.1, s3dis 49.0/-"."""
     levels = "/".join(f"{level['iou']:g}" for level in next(iter(documents.values()))["thresholds"])
-
-    def per_cent(score: float | None) -> str:
-        return "-" if score is None else f"{100 * score:.1f}"
-
-    scores = [
-        f"{name} {'/'.join(per_cent(level['mAP']) for level in own['thresholds'])}" for name, own in documents.items()
-    ]
+    scores = [f"{name} {per_cent(document['thresholds'])}" for name, document in documents.items()]
     return f"mAP@{levels} {', '.join(scores)}"
+
+
+def per_cent(levels: Sequence[Mapping[str, Any]], key: str = "mAP") -> str:
+    """Scores at the IoU thresholds in per cent, as in "51.3/20.1"; a dash where a score is not defined."""
+    return "/".join("-" if level[key] is None else f"{100 * level[key]:.1f}" for level in levels)
 
 
 def score_metrics(documents: Mapping[str, Any]) -> dict[str, float | None]:

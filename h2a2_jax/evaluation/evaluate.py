@@ -49,11 +49,7 @@ class EvalRequest:
     step: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values that make no sense.
-
-        Raises:
-            InputError: the split or a test-time augmentation does not exist.
-        """
+        """Raise InputError if the split or a test-time augmentation does not exist."""
         views(self.tta)
         if self.split not in ("train", "val"):
             raise InputError(f"There is no split {self.split!r}: use train or val.")
@@ -85,13 +81,8 @@ def evaluate_checkpoint(workdir: Path, request: EvalRequest = _PLAIN, config: Ex
     """Restore a checkpoint, evaluate it; write evaluation.json, evaluation.csv and evaluation.html.
 
     The results of a plain evaluation go into the workdir, as at the end of training; those of any other request go into
-    a folder of its own there (`EvalRequest.results_folder`).
-
-    Args:
-        workdir: folder of the run, the checkpoints in it, or that of one step.
-        request: which scans, and how.
-        config: the config that the checkpoint must agree with, and whose data and evaluation are used; None: the one
-            that the checkpoint holds.
+    a folder of its own there (`EvalRequest.results_folder`). The checkpoint must agree with `config`, whose data and
+    `eval` are used; None is the config that the checkpoint holds.
 
     Raises:
         InputError: there is no checkpoint, it is of another architecture, other datasets or classes than the config,
@@ -101,10 +92,8 @@ def evaluate_checkpoint(workdir: Path, request: EvalRequest = _PLAIN, config: Ex
     if request.step is None and place.step is not None:
         request = replace(request, step=place.step)
     model, stored = restore_checkpoint(workdir, request.step, config)
-    if config is None:
-        config = stored
-    else:
-        _check_classes(stored, config)
+    config = stored if config is None else config
+    _check_classes(stored, config)
     sources = chosen_sources(config, request).values()
     folder = request.output or place.run / request.results_folder
     results = evaluate(config, build_predictor(model, config.specs, config.eval), folder, request=request)
@@ -128,11 +117,11 @@ def evaluate(
     """Evaluate on the scans of every dataset or of those requested; print tables, write evaluation.json and .csv.
 
     Args:
-        config: the config, whose data and evaluation are used.
+        config: configuration whose data and `eval` are used.
         predictor: predictor of the datasets of the config; in a run of several processes, the same in all.
         folder: folder of the results.
-        process_layout: layout that says which datasets each process evaluates; by default that of all devices.
-        request: which scans, and how.
+        process_layout: datasets that each process evaluates; None: by the layout of all devices.
+        request: choice of scans, augmentation and heads.
         draw: number of the drawing of points, where the test protocol of a dataset draws some.
         datasets: of those that the request is for, the ones evaluated; None: all.
         tables: True to print the results.
@@ -199,8 +188,7 @@ def chosen_sources(config: ExperimentConfig, request: EvalRequest) -> dict[int, 
         raise InputError(f"Heads are compared across datasets, and the model was trained on {listed} alone.")
     if request.data is None:
         return {d: source for d, source in enumerate(config.datasets) if request.dataset in (None, source.name)}
-    dataset = request.dataset or (names[0] if len(names) == 1 else None)
-    if dataset is None:
+    if request.dataset is None and len(names) > 1:
         raise InputError(f"The model has heads for {listed}: say whose classes {request.data} has (--dataset).")
     if not Path(request.data).is_dir():
         raise InputError(f"There is no folder {request.data}: give one with scans and their boxes.")
@@ -209,7 +197,7 @@ def chosen_sources(config: ExperimentConfig, request: EvalRequest) -> dict[int, 
             f"Nothing in {request.data} says where the boxes are: --mode=check --data={request.data} tells what is "
             f"missing, and --mode=predict --input={request.data} finds boxes without scoring them."
         )
-    place = names.index(dataset)
+    place = names.index(request.dataset or names[0])
     return {place: replace(config.datasets[place], kind="auto", root=request.data, train_infos=(), val_infos=())}
 
 
@@ -217,12 +205,8 @@ def chosen_sources(config: ExperimentConfig, request: EvalRequest) -> dict[int, 
 class PredictedSource:
     """Boxes found and annotated in the scans of a source that can be used, in the order of the scans.
 
-    Attributes:
-        detections: boxes found.
-        truth: boxes annotated.
-        origins: x, y of each scan that distances are measured from.
-        skipped: by scan, the reason why it was left out.
-        notes: by scan, counts of points and boxes that loading left out or repaired.
+    Distances in a scan are measured from its origin x, y. By name of the scan, `skipped` has the reason for each that
+    was left out, and `notes` counts of points and boxes that loading left out or repaired.
     """
 
     detections: list[Detections] = field(default_factory=list)
@@ -231,28 +215,14 @@ class PredictedSource:
     skipped: dict[str, str] = field(default_factory=dict)
     notes: dict[str, Mapping[str, int]] = field(default_factory=dict)
 
-    def evaluate(self, spec: DatasetSpec, iou_thresholds: Sequence[float]) -> Evaluation:
-        """Scores, by the protocol of the dataset of the scans."""
-        return self._scores(self.detections, self.truth, spec.classes, spec, iou_thresholds)
-
-    def evaluate_common(self, common: CommonClasses, iou_thresholds: Sequence[float]) -> Evaluation:
-        """Scores of another dataset's head over the classes that both have."""
-        detections = [common.detections(found) for found in self.detections]
-        truth = [common.truth(there) for there in self.truth]
-        return self._scores(detections, truth, common.names, common.data, iou_thresholds)
-
-    def _scores(
-        self,
-        detections: Sequence[Detections],
-        truth: Sequence[GroundTruth],
-        classes: Sequence[str],
-        spec: DatasetSpec,
-        iou_thresholds: Sequence[float],
+    def evaluate(
+        self, spec: DatasetSpec, iou_thresholds: Sequence[float], common: CommonClasses | None = None
     ) -> Evaluation:
+        """Scores, by the protocol of the dataset of the scans; of another head over the classes in common with it."""
         return evaluate_detections(
-            detections,
-            truth,
-            classes,
+            [common.detections(found) for found in self.detections] if common else self.detections,
+            [common.truth(there) for there in self.truth] if common else self.truth,
+            common.names if common else spec.classes,
             iou_thresholds,
             rotated=spec.has_yaw,
             origins=np.array(self.origins, np.float64).reshape(-1, 2),
@@ -307,19 +277,11 @@ def _evaluate_dataset(
 def _compare_heads(
     own: PredictedSource, other: PredictedSource, head: DatasetSpec, data: DatasetSpec, thresholds: Sequence[float]
 ) -> dict[str, Any]:
-    """Scores of the head of another dataset, and of the scans' own head, over the classes that both have.
-
-    Args:
-        own: boxes of the scans' own head.
-        other: boxes of the other head.
-        head: the dataset of the other head.
-        data: the dataset of the scans.
-        thresholds: volume IoU that a hit must exceed.
-    """
+    """Scores of the head of another dataset, and of the scans' own head, over the classes that both have."""
     common = common_classes(head, data)
     same = CommonClasses(data, data, tuple((label, label) for label, _ in common.pairs))
-    scores_of_other = other.evaluate_common(common, thresholds).to_dict()["thresholds"]
-    scores_of_own = own.evaluate_common(same, thresholds).to_dict()["thresholds"]
+    scores_of_other = other.evaluate(data, thresholds, common).to_dict()["thresholds"]
+    scores_of_own = own.evaluate(data, thresholds, same).to_dict()["thresholds"]
     return {
         "classes": {name: head.classes[label] for name, (_, label) in zip(common.names, common.pairs, strict=True)},
         "without_counterpart": list(common.without_counterpart),
@@ -358,7 +320,7 @@ def merged(by_process: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _check_classes(stored: ExperimentConfig, config: ExperimentConfig) -> None:
-    saved: Mapping[str, Any] = {spec.name: spec for spec in stored.specs}
+    saved = {spec.name: spec for spec in stored.specs}
     for spec in config.specs:
         trained = saved[spec.name]
         if trained.classes != spec.classes:
@@ -367,15 +329,14 @@ def _check_classes(stored: ExperimentConfig, config: ExperimentConfig) -> None:
                 f"{', '.join(spec.classes)}: give those it was trained with, in their order."
             )
         if trained.has_yaw != spec.has_yaw:
-            words = {True: "turned", False: "axis-aligned"}
+            kind, other = ("turned", "axis-aligned") if trained.has_yaw else ("axis-aligned", "turned")
             raise InputError(
-                f"The checkpoint's {spec.name} has {words[trained.has_yaw]} boxes, the config's "
-                f"{words[spec.has_yaw]} ones: set has_yaw as it was trained with."
+                f"The checkpoint's {spec.name} has {kind} boxes, the config's {other} ones: set has_yaw as it was "
+                "trained with."
             )
 
 
 def _subtitle(sources: Iterable[SourceConfig], workdir: Path, request: EvalRequest) -> str:
-    procedural = [source.name for source in sources if source.is_procedural]
     parts = [f"{workdir}, split {request.split}"]
     if request.step is not None:
         parts.append(f"step {request.step}")
@@ -384,9 +345,7 @@ def _subtitle(sources: Iterable[SourceConfig], workdir: Path, request: EvalReque
     if request.tta:
         parts.append(f"test-time augmentation {', '.join(request.tta)}")
     text = "; ".join(parts) + "."
-    if procedural:
-        text += (
-            f" The scans of {', '.join(procedural)} are procedural stand-ins: these numbers say nothing about the "
-            "benchmarks of these names."
-        )
+    if procedural := ", ".join(source.name for source in sources if source.is_procedural):
+        text += f" The scans of {procedural} are procedural stand-ins: these numbers say nothing about the "
+        text += "benchmarks of these names."
     return text

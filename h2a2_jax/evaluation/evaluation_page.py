@@ -1,7 +1,7 @@
 """An evaluation as one HTML page: tables, precision-recall curves, AP by size and distance, calibration of scores."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,16 +15,7 @@ Document = Mapping[str, Any]
 
 
 def write_evaluation_page(documents: Mapping[str, Document], folder: Path, subtitle: str) -> Path:
-    """Write <folder>/evaluation.html, which refers to nothing outside itself.
-
-    Args:
-        documents: content of evaluation.json (`h2a2_jax.evaluation.documents`).
-        folder: folder of the page, made if missing.
-        subtitle: line below the heading.
-
-    Returns:
-        Path of the page.
-    """
+    """Write <folder>/evaluation.html, which refers to nothing outside itself, from evaluation.json; return its path."""
     with TemporaryDirectory() as pictures:
         sections = [_summary(documents)]
         for name, document in documents.items():
@@ -156,22 +147,25 @@ def _classes(document: Document) -> Table:
     columns = ["class", "boxes", "detections"]
     for level in levels:
         columns += [f"AP@{level['iou']:g}", f"AR@{level['iou']:g}", "best F1", "score from"]
-    rows = []
-    for label in document["num_ground_truth"]:
-        row = [label, str(document["num_ground_truth"][label]), str(document["num_detections"][label])]
-        for level in levels:
-            row += [_per_cent(level["AP"][label]), _per_cent(level["AR"][label])]
-            row += [_of(level["best_f1"][label], "f1", 1, 100.0), _of(level["best_f1"][label], "score", 2)]
-        rows.append(row)
-    mean = ["mean", str(sum(document["num_ground_truth"].values())), str(sum(document["num_detections"].values()))]
-    for level in levels:
-        mean += [_per_cent(level["mAP"]), _per_cent(level["mAR"])]
-        mean += [_of(level["best_f1_of_all"], "f1", 1, 100.0), _of(level["best_f1_of_all"], "score", 2)]
+
+    def row(title: str, truth: int, detections: int, figures: Iterable[tuple[Any, Any, Any]]) -> list[str]:
+        cells = [title, str(truth), str(detections)]
+        for precision, recall, point in figures:
+            cells += [_per_cent(precision), _per_cent(recall), _of(point, "f1", 1, 100.0), _of(point, "score", 2)]
+        return cells
+
+    truth, detections = document["num_ground_truth"], document["num_detections"]
+    rows = [
+        row(name, truth[name], detections[name], ((o["AP"][name], o["AR"][name], o["best_f1"][name]) for o in levels))
+        for name in truth
+    ]
+    means = [(level["mAP"], level["mAR"], level["best_f1_of_all"]) for level in levels]
+    rows.append(row("mean", sum(truth.values()), sum(detections.values()), means))
     caption = (
         "Per cent; AP: area below the precision-recall curve, AR: recall of all detections, score from: where F1 is "
         "greatest, in the last row for all classes alike."
     )
-    return Table(caption, columns, [*rows, mean])
+    return Table(caption, columns, rows)
 
 
 def _bins_table(document: Document) -> Table:

@@ -106,10 +106,10 @@ class Evaluation:
 
     def table(self) -> str:
         """A plain text table: a row per class and one of the means, AP and AR in per cent."""
-        width = max(len(name) for name in (*self.class_names, "class", "mean"))
+        width = max(map(len, (*self.class_names, "class", "mean")))
         titles = [f"{kind}@{threshold:g}" for threshold in self.iou_thresholds for kind in ("AP", "AR")]
         scores = np.stack([self.average_precision, self.average_recall], axis=1).reshape(len(titles), -1).T
-        means = np.stack([self.mean_average_precision, self.mean_average_recall], axis=1).reshape(-1)
+        means = np.stack([self.mean_average_precision, self.mean_average_recall], axis=1).ravel()
         lines = [f"{'class':<{width}}  {'boxes':>6}" + "".join(f"{title:>9}" for title in titles)]
         rows = [*zip(self.class_names, self.num_ground_truth, scores, strict=True)]
         for name, count, values in (*rows, ("mean", self.num_ground_truth.sum(), means)):
@@ -121,16 +121,14 @@ class Evaluation:
 
     def summary(self) -> str:
         """A line on AP by size, one on AP by distance, and one on the score to keep boxes from."""
-        lines = []
+        lines, levels = [], "/".join(f"{threshold:g}" for threshold in self.iou_thresholds)
         for title, breakdown in (("size", self.by_size), ("distance", self.by_distance)):
             if breakdown is None:
                 continue
             measured = f", from the {breakdown.measured_from}" if breakdown.measured_from else ""
-            cells = []
-            for b, name in enumerate(breakdown.bins.describe()):
-                scores = "/".join(_per_cent(value) for value in breakdown.mean_average_precision[:, b])
-                cells.append(f"{name} {scores}, ground truth {breakdown.num_ground_truth[b].sum()}")
-            levels = "/".join(f"{threshold:g}" for threshold in self.iou_thresholds)
+            means, counts = breakdown.mean_average_precision.T, breakdown.num_ground_truth.sum(axis=1)
+            bins = zip(breakdown.bins.describe(), means, counts, strict=True)
+            cells = [f"{name} {'/'.join(map(_per_cent, mean))}, ground truth {count}" for name, mean, count in bins]
             lines.append(f"mAP@{levels} by {title}{measured}: {'; '.join(cells)}.")
         for threshold, point in zip(self.iou_thresholds, self.best_f1_of_all, strict=True):
             if point is not None and not np.isnan(point.score):
@@ -173,19 +171,18 @@ class Evaluation:
         }
 
     def _breakdown(self, breakdown: Breakdown) -> dict[str, Any]:
-        entries = []
-        for b, name in enumerate(breakdown.bins.names):
-            levels = [
-                {
-                    "iou": threshold,
-                    "mAP": _none_if_nan(breakdown.mean_average_precision[row, b]),
-                    "AP": self._by_class(breakdown.average_precision[row, b]),
-                }
-                for row, threshold in enumerate(self.iou_thresholds)
-            ]
-            counts = self._counts(breakdown.num_ground_truth[b])
-            entries.append({"name": name, "num_ground_truth": counts, "thresholds": levels})
-        bins = breakdown.bins
+        bins, means, scores = breakdown.bins, breakdown.mean_average_precision, breakdown.average_precision
+        entries = [
+            {
+                "name": name,
+                "num_ground_truth": self._counts(breakdown.num_ground_truth[b]),
+                "thresholds": [
+                    {"iou": iou, "mAP": _none_if_nan(means[t, b]), "AP": self._by_class(scores[t, b])}
+                    for t, iou in enumerate(self.iou_thresholds)
+                ],
+            }
+            for b, name in enumerate(bins.names)
+        ]
         return {"bounds": list(bins.bounds), "unit": bins.unit, "from": breakdown.measured_from, "bins": entries}
 
     def _counts(self, counts: np.ndarray) -> dict[str, int]:
@@ -205,7 +202,7 @@ def evaluate_detections(
     origins: Float[np.ndarray, "s 2"] | None = None,
     measured_from: DistanceFrom = "centre",
 ) -> Evaluation:
-    """Scores detections against ground truth.
+    """Score detections against ground truth.
 
     Per class, detections of all scans are taken by descending score. One is a hit if the ground-truth box of its
     class and scan that it overlaps most exceeds the threshold and was not hit before; duplicates are false positives.
@@ -297,9 +294,7 @@ def evaluate_detections(
 
 
 def _mean_over_classes(scores: np.ndarray, is_counted: np.ndarray) -> np.ndarray:
-    if not is_counted.any():
-        return np.full(len(scores), np.nan)
-    return scores[:, is_counted].mean(axis=1)
+    return scores[:, is_counted].mean(axis=1) if is_counted.any() else np.full(len(scores), np.nan)
 
 
 def _none_if_nan(value: float) -> float | None:

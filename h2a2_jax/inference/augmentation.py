@@ -26,13 +26,10 @@ SCALES = (0.95, 1.05)
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A transform of a scan: mirrored first, then turned, then scaled, about the origin of its frame.
+    """A transform of a scan about the origin of its frame.
 
-    Attributes:
-        flip_x: True for x -> -x.
-        flip_y: True for y -> -y.
-        quarter_turns: quarter turns counter-clockwise about z, 0 to 3.
-        scale: factor of all coordinates.
+    The scan is mirrored first (`flip_x`: x -> -x), then turned by 0 to 3 quarter turns counter-clockwise about z, then
+    scaled.
     """
 
     flip_x: bool = False
@@ -56,12 +53,7 @@ class View:
         return dataclasses.replace(scan, points=points, transform=(motion @ scan.transform).astype(np.float32))
 
     def restore_boxes(self, boxes: Float[np.ndarray, "n 7"], *, has_yaw: bool) -> Float[np.ndarray, "n 7"]:
-        """Boxes of the view in the scan's frame.
-
-        Args:
-            boxes: boxes in the view's frame.
-            has_yaw: True if boxes have a yaw; if not, a quarter turn swaps their sizes and yaw stays 0.
-        """
+        """Boxes of the view in the scan's frame; without yaw, a quarter turn swaps their sizes and yaw stays 0."""
         result = boxes.astype(np.float64)
         result[:, :3] = result[:, :3] @ np.linalg.inv(self.matrix).T
         result[:, 3:6] /= self.scale
@@ -95,15 +87,16 @@ def views(names: Sequence[str], augmentation: Augmentation | None = None) -> tup
     if augmentation is not None:
         trained = {"flip_x": augmentation.flip_x > 0, "flip_y": augmentation.flip_y > 0}
         names = [name for name in names if trained.get(name, name != "turns" or all(trained.values()))]
-    flips = itertools.product(
-        (False, True) if "flip_x" in names else (False,), (False, True) if "flip_y" in names else (False,)
-    )
-    found = [View(flip_x=x, flip_y=y) for x, y in flips]
-    found += [View(scale=scale) for scale in SCALES if "scales" in names]
-    turns = (1, 2, 3) if "turns" in names else ()
+    flips = itertools.product(*((False, True) if name in names else (False,) for name in ("flip_x", "flip_y")))
+    scales = SCALES if "scales" in names else ()
     # Half a turn equals both mirrors.
-    found += [View(quarter_turns=k) for k in turns if k != 2 or not {"flip_x", "flip_y"} <= {*names}]
-    return tuple(found)
+    both = {"flip_x", "flip_y"} <= {*names}
+    turns = () if "turns" not in names else (1, 3) if both else (1, 2, 3)
+    return (
+        *(View(flip_x=x, flip_y=y) for x, y in flips),
+        *(View(scale=scale) for scale in scales),
+        *(View(quarter_turns=count) for count in turns),
+    )
 
 
 class TestTimeAugmented:
@@ -114,16 +107,9 @@ class TestTimeAugmented:
     def __init__(
         self, predictor: Predicts, names: Sequence[str], specs: Sequence[DatasetSpec], iou_threshold: float = 0.5
     ):
-        """Wrap a predictor.
+        """Wrap a predictor of one view; arguments and errors as of `views` and `fuse`.
 
-        Args:
-            predictor: predictor of one view.
-            names: names of the augmentations, see `views`.
-            specs: the datasets, whose augmentations of training limit the views.
-            iou_threshold: bird's-eye-view IoU above which boxes of one class are fused.
-
-        Raises:
-            InputError: see `views`.
+        The views of a dataset are limited by the augmentation that it was trained with.
         """
         self._predictor, self._iou_threshold = predictor, iou_threshold
         self._has_yaw = {spec.name: spec.has_yaw for spec in specs}
@@ -141,34 +127,26 @@ class TestTimeAugmented:
 
 
 def fuse(found: Sequence[Detections], iou_threshold: float = 0.5, *, rotated: bool) -> Detections:
-    """Fuse the boxes of several views.
+    """Fuse the boxes of several views, which are in one frame.
 
     Args:
-        found: boxes of each view, in one frame.
+        found: boxes of each view.
         iou_threshold: bird's-eye-view IoU above which boxes of one class are fused.
         rotated: True if yaw counts.
 
     Returns:
         Boxes class by class, by descending score.
     """
-    labels = np.concatenate([one.labels for one in found])
-    boxes: list[np.ndarray] = [np.zeros((0, 7), np.float32)]
-    scores: list[np.ndarray] = [np.zeros(0, np.float32)]
-    kept: list[np.ndarray] = [np.zeros(0, np.int32)]
+    labels, boxes, scores = (np.concatenate([getattr(one, k) for one in found]) for k in ("labels", "boxes", "scores"))
+    view = np.repeat(np.arange(len(found)), [len(one) for one in found])
+    fused = [Detections(np.zeros((0, 7), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))]
     for label in np.unique(labels):
-        own = [one.labels == label for one in found]
-        fused = _fuse_class(
-            np.concatenate([one.boxes[rows] for one, rows in zip(found, own, strict=True)]),
-            np.concatenate([one.scores[rows] for one, rows in zip(found, own, strict=True)]),
-            np.repeat(np.arange(len(found)), [rows.sum() for rows in own]),
-            iou_threshold,
-            rotated,
-        )
-        order = np.argsort(-fused[1], kind="stable")
-        boxes.append(fused[0][order])
-        scores.append(fused[1][order] / np.float32(len(found)))
-        kept.append(np.full(len(order), label, np.int32))
-    return Detections(np.concatenate(boxes), np.concatenate(scores), np.concatenate(kept))
+        rows = labels == label
+        means, sums = _fuse_class(boxes[rows], scores[rows], view[rows], iou_threshold, rotated)
+        order = np.argsort(-sums, kind="stable")
+        kept = np.full(len(order), label, np.int32)
+        fused.append(Detections(means[order], sums[order] / np.float32(len(found)), kept))
+    return Detections(*(np.concatenate([getattr(one, k) for one in fused]) for k in ("boxes", "scores", "labels")))
 
 
 def _fuse_class(
@@ -180,8 +158,7 @@ def _fuse_class(
     close = overlap_matrix(boxes, rotated=rotated) > iou_threshold
     np.fill_diagonal(close, True)  # a box without area does not overlap itself
     is_free = np.ones(len(boxes), bool)
-    fused: list[np.ndarray] = []
-    sums: list[float] = []
+    fused, sums = list[np.ndarray](), list[float]()
     for best in range(len(boxes)):
         if not is_free[best]:
             continue

@@ -21,7 +21,6 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.inference.predictor import BucketFile, Predictor, prepare
 from h2a2_jax.inference.results import boxes_in_input_frame
 from h2a2_jax.loader.batching import no_scan
-from h2a2_jax.models import LevelSizes
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, ColorRange, PointCloud, cloud_of_arrays
 from h2a2_jax.scans.frame import UNITS, UPRIGHT, PlacedCloud, place_cloud, upright_matrix
 
@@ -58,15 +57,9 @@ class Boxes:
     def __getitem__(self, chosen: Bool[np.ndarray, " n"] | Int[np.ndarray, " m"] | slice | int) -> "Boxes":
         """Boxes chosen by a mask, as in `boxes[boxes.scores > 0.5]`, an array of rows, a slice or an index."""
         rows = np.atleast_1d(np.arange(len(self))[chosen])
-        return Boxes(
-            self.centers[rows],
-            self.sizes[rows],
-            self.yaws[rows],
-            self.scores[rows],
-            self.labels[rows],
-            tuple(self.names[row] for row in rows),
-            self.notes,
-        )
+        columns = (self.centers, self.sizes, self.yaws, self.scores, self.labels)
+        centers, sizes, yaws, scores, labels = (column[rows] for column in columns)
+        return Boxes(centers, sizes, yaws, scores, labels, tuple(self.names[row] for row in rows), self.notes)
 
 
 class Detector:
@@ -86,13 +79,10 @@ class Detector:
             predictor: predictor of a trained model.
             buckets: file that keeps the padded shapes of scans for later processes; None: they are not kept.
         """
-        self.predictor = predictor
-        self._buckets = buckets
+        self.predictor, self._buckets = predictor, buckets
         self._writing = threading.Lock()
-        self._remembered: dict[int, LevelSizes] = {}
-        if buckets is not None:
-            self._remembered = buckets.read()
-            predictor.set_bucket_bases(self._remembered)
+        self._remembered = {} if buckets is None else buckets.read()
+        predictor.set_bucket_bases(self._remembered)
 
     @classmethod
     def restore(
@@ -213,14 +203,14 @@ class Detector:
             InputError: an argument is not as above; a point cloud has no finite point; its colours are in another
                 range.
         """
-        for cloud in points if isinstance(points, list | tuple) else [points]:
+        single = not isinstance(points, list | tuple)
+        clouds = cast(Sequence[Any], [points] if single else points)
+        for cloud in clouds:
             if isinstance(cloud, str | Path | PointCloud):
                 raise InputError(
                     f"The points are a {type(cloud).__name__}; expected is an array of shape [n, 3]: of a file, "
                     "cloud = h2a2_jax.read_point_cloud(FILE) has cloud.points and cloud.colors."
                 )
-        single = not isinstance(points, list | tuple)
-        clouds = cast(Sequence[Any], [points] if single else points)
         hues = cast(Sequence[Any], [colors] if single else [None] * len(clouds) if colors is None else colors)
         if isinstance(hues, np.ndarray) or len(hues) != len(clouds):
             raise InputError(

@@ -31,9 +31,8 @@ def fold(model: TR3D, dataset: DatasetContext, head: int) -> TR3D:
     one dataset, which may ask for shared kernels only if `dataset` does.
 
     Args:
-        model: the trained model; it is not changed.
-        dataset: dataset whose embedding, exclusive kernels and statistics are used, or the mean; and whether kernels
-            are selected.
+        model: trained model; it is not changed.
+        dataset: dataset (or mean) whose embedding, exclusive kernels and statistics are used; selection of kernels.
         head: index of the dataset whose head predicts.
     """
     folded = folded_parameters(model, dataset, DatasetContext.one(head, len(model.heads_config)))
@@ -79,20 +78,16 @@ class FoldedConv(nnx.Module):
     """
 
     def __init__(self, part: ConvNorm, dataset: DatasetContext, embedding: Array | None, per_scan: bool):
-        """Compute the parameters.
+        """Fold a part of a trained detector.
 
-        Args:
-            part: convolution, norm and gate of a trained detector.
-            dataset: the dataset whose parameters and statistics are folded.
-            embedding: embedding [d] of that dataset; None without kernel selection.
-            per_scan: True if scans have embeddings of their own.
+        The embedding [d] is that of the dataset, None without kernel selection; `per_scan` says that scans have
+        embeddings of their own.
         """
-        conv = part.conv
+        conv, varies = part.conv, False
         phi: Array | None = None
         theta: Array | None = None
         gate_factor: Array | None = None
         structure: Structure | None = None
-        varies = False
         if isinstance(conv, SelectiveConv):
             assert embedding is not None and part.gate is not None
             kernels = conv.kernels(dataset)
@@ -124,18 +119,18 @@ class FoldedConv(nnx.Module):
     def __call__(
         self, x: SparseTensor, kernel_map: KernelMap | None = None, context: ForwardContext | None = None
     ) -> SparseTensor:
-        """Apply onto the map's output sites.
-
-        Args:
-            x: features on the map's input sites.
-            kernel_map: map of the convolution; None for a kernel of one slice.
-            context: algorithm, compute type, tap; the embeddings of scans where they have any.
+        """Apply onto the map's output sites; without a map, the kernel has one slice.
 
         Raises:
             ValueError: the map does not fit.
         """
         context = context or ForwardContext()
-        modulated = self._modulated(x, context)
+        if self.modulation is not None:
+            modulated = self.modulation(x, context.embedding)
+        elif self.phi is None or self.theta is None:
+            modulated = x
+        else:
+            modulated = modulate(x, self.phi[...], self.theta[...])
         if kernel_map is None:
             y = mix_channels(modulated, self.kernels[0], self.name, context.dtype, context.precision)
             sites = x.sites
@@ -151,14 +146,10 @@ class FoldedConv(nnx.Module):
                 precision=context.precision,
             )
             sites = kernel_map.outputs
-        return self._finished(SparseTensor(y, sites), context)
-
-    def _modulated(self, x: SparseTensor, context: ForwardContext) -> SparseTensor:
-        if self.modulation is not None:
-            return self.modulation(x, context.embedding)
-        if self.phi is None or self.theta is None:
-            return x
-        return modulate(x, self.phi[...], self.theta[...])
+        if self.gate is not None and self.gate_first:
+            y = self.gate(SparseTensor(y, sites), context.embedding).features
+        out = SparseTensor(jnp.where(sites.valid[:, None], y + self.bias[...].astype(y.dtype), 0), sites)
+        return out if self.gate is None or self.gate_first else self.gate(out, context.embedding)
 
     def _gamma(self, x: SparseTensor, modulated: SparseTensor, context: ForwardContext) -> Array | None:
         if self.selection is None or self.alpha is None or self.projection is None or self.prototypes is None:
@@ -166,14 +157,6 @@ class FoldedConv(nnx.Module):
         structure = Structure(self.alpha[...], self.projection[...], self.prototypes[...])
         seen = modulated if self.selection.structural_features == "modulated" else x
         return select_kernels(seen, structure, self.selection, context, self.name)
-
-    def _finished(self, y: SparseTensor, context: ForwardContext) -> SparseTensor:
-        if self.gate is not None and self.gate_first:
-            y = self.gate(y, context.embedding)
-        y = y.with_features(jnp.where(y.sites.valid[:, None], y.features + self.bias[...].astype(y.features.dtype), 0))
-        if self.gate is not None and not self.gate_first:
-            y = self.gate(y, context.embedding)
-        return y
 
 
 def _param(value: Array | None) -> nnx.Param | None:

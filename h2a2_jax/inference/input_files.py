@@ -12,6 +12,7 @@ import glob
 import itertools
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -50,10 +51,8 @@ OWN_COMMENT = "boxes of h2a2_jax"
 """Text in the first bytes of every PLY file, page and picture that a prediction writes."""
 
 _TEXTS = (".txt", ".csv", ".asc", ".pts", ".xyz")
-_RESERVED = ("predictions",)  # predictions.json holds the boxes of all scans
 _MEASURED = 200_000  # points that the spread is measured on
-_TILTED = math.radians(5)
-_TURNED = math.radians(5)
+_TILTED = _TURNED = math.radians(5)
 
 
 @dataclass(frozen=True)
@@ -90,11 +89,7 @@ class PredictRequest:
     most_points: int = MOST_POINTS
 
     def __post_init__(self) -> None:
-        """Refuse values that make no sense.
-
-        Raises:
-            InputError: a field has none of its known values.
-        """
+        """Raise InputError if a field has none of its known values."""
         for flag, value, known in (
             ("up", self.up, (*UPRIGHT, "auto")),
             ("unit", self.unit, (*UNITS, "auto")),
@@ -105,9 +100,8 @@ class PredictRequest:
             if value not in known:
                 raise InputError(f"--{flag} is {value!r}; expected is one of {', '.join(known)}.")
         if self.inputs and not self.formats and not self.show:
-            raise InputError(
-                f"--formats is empty, nothing would be written; expected are some of {', '.join(FORMATS)}."
-            )
+            names = ", ".join(FORMATS)
+            raise InputError(f"--formats is empty, nothing would be written; expected are some of {names}.")
         if not 0 <= self.score <= 1:
             raise InputError(f"--score is {self.score:g}; expected is a number from 0 to 1.")
         if self.most_points < 1:
@@ -116,12 +110,7 @@ class PredictRequest:
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file of points.
-
-    Attributes:
-        path: path of the file.
-        name: unique name of its scan and its results: its path below the input that it was found by.
-    """
+    """A file of points, and the unique name of its scan and results: its path below the input that it was found by."""
 
     path: Path
     name: str
@@ -154,11 +143,7 @@ def find_inputs(inputs: Sequence[str], output: Path | None = None) -> FoundInput
     """Find the files of points of some inputs.
 
     Folders are searched to the bottom, through links but each once; names that begin with a dot are passed over, and
-    so is the folder of the results.
-
-    Args:
-        inputs: see `PredictRequest`.
-        output: folder of the results.
+    so is `output`, the folder of the results.
 
     Raises:
         InputError: an input is neither file nor folder, or matches nothing; or there is no file of points.
@@ -167,18 +152,15 @@ def find_inputs(inputs: Sequence[str], output: Path | None = None) -> FoundInput
         raise InputError("No input is given: give files, folders or patterns with --input=FILE|FOLDER|GLOB.")
     aside = None if output is None else os.path.realpath(output)
     found: dict[str, tuple[Path, PurePath]] = {}
-    problems: dict[str, str] = {}
-    passed_over: list[Path] = []
-    results: list[Path] = []
+    problems, passed_over, results = dict[str, str](), list[Path](), list[Path]()
     for text in inputs:
         named_alone = os.path.lexists(text)
         for path, name in _expand(text, len(inputs)):
             if not path.is_dir():
                 candidates = iter([(path, name)])
             elif aside is not None and os.path.realpath(path) == aside:
-                raise InputError(
-                    f"{printable(path)} is the folder of the input and of the output: choose another --output."
-                )
+                folder = printable(path)
+                raise InputError(f"{folder} is the folder of the input and of the output: choose another --output.")
             else:
                 candidates = _files_below(path, name, aside, problems)
             for file, place in candidates:
@@ -188,12 +170,11 @@ def find_inputs(inputs: Sequence[str], output: Path | None = None) -> FoundInput
                     results.append(file)
                 else:
                     found.setdefault(os.path.abspath(file), (file, place))
-    if not found and not problems and results:
-        raise InputError(f"{printable(', '.join(inputs))} holds results of predictions only: give other point clouds.")
     if not found and not problems:
-        raise InputError(
-            f"There is no point cloud in {printable(', '.join(inputs))}: files with {', '.join(SUFFIXES)} are read."
-        )
+        searched = printable(", ".join(inputs))
+        if results:
+            raise InputError(f"{searched} holds results of predictions only: give other point clouds.")
+        raise InputError(f"There is no point cloud in {searched}: files with {', '.join(SUFFIXES)} are read.")
     names = _unique_names([place for _, place in found.values()])
     files = tuple(InputFile(path, name) for (path, _), name in zip(found.values(), names, strict=True))
     return FoundInputs(files, problems, tuple(passed_over), tuple(results))
@@ -285,8 +266,7 @@ def _unique_names(places: Sequence[PurePath]) -> list[str]:
     """A name for each path: without its suffix if that makes it unique, whatever the case of letters."""
     plain = [_plain_name(place.with_suffix("")) for place in places]
     counts = Counter(name.casefold() for name in plain)
-    taken = set(_RESERVED)
-    names = []
+    taken, names = {"predictions"}, []  # predictions.json holds the boxes of all scans
     for place, short in zip(places, plain, strict=True):
         is_unique = counts[short.casefold()] == 1 and short.casefold() not in taken
         base = short if is_unique else _plain_name(place)
@@ -308,29 +288,27 @@ class FileScan:
     """One file, ready for the detector.
 
     Attributes:
-        file: the file that was read.
+        file: path of the file and name of its scan.
         scan: the scan in metres, z up, aligned if the request says so.
         matrix: transform from the file's frame and unit to that of the scan; `scan.transform` in float64.
         remarks: parts of sentences on assumptions and on likely mistakes, with the flag that corrects them.
+        seconds: time that reading and aligning took.
     """
 
     file: InputFile
     scan: Scan
     matrix: Float[np.ndarray, "4 4"]
     remarks: tuple[str, ...]
+    seconds: float
 
 
 def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> FileScan:
-    """Read one file, bring it to metres with z up, and align it.
-
-    Args:
-        file: the file to read.
-        request: frame, unit, colours and alignment of the files.
-        spec: dataset whose head is to predict.
+    """Read one file, bring it to metres with z up, and align it for the head of a dataset.
 
     Raises:
         InputError: the file cannot be read or used; one sentence, with the flags that may help.
     """
+    started = time.perf_counter()
     if file.path.exists() and not file.path.is_file() and not file.path.is_dir():
         raise InputError(f"{printable(file.path)} is no regular file: give a point cloud.")
     cloud = read_point_cloud(file.path, request.most_points)
@@ -346,11 +324,10 @@ def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> Fi
     elif request.colors == "0-255" and cloud.colors is not None and cloud.colors.max(initial=0) <= 1:
         remarks.append("looks as if colours reach to 1, not 255: add --colors=0-1")
     remarks += cloud.assumed
-    for kind, count in placed.scan.notes.items():
-        if kind != NO_COLORS:
-            remarks.append(f"{count:,} {kind}{' are left out' * (kind == NOT_FINITE)}")
+    notes = [(kind, count) for kind, count in placed.scan.notes.items() if kind != NO_COLORS]
+    remarks += [f"{count:,} {kind}{' are left out' * (kind == NOT_FINITE)}" for kind, count in notes]
     placed, more = align(placed, request, spec)
-    return FileScan(file, placed.scan, placed.matrix, tuple([*remarks, *more]))
+    return FileScan(file, placed.scan, placed.matrix, (*remarks, *more), time.perf_counter() - started)
 
 
 def _frame(cloud: PointCloud, request: PredictRequest) -> tuple[str, str, list[str]]:
@@ -378,45 +355,33 @@ def _frame(cloud: PointCloud, request: PredictRequest) -> tuple[str, str, list[s
 
 
 def align(placed: PlacedCloud, request: PredictRequest, spec: DatasetSpec) -> tuple[PlacedCloud, list[str]]:
-    """Turn a scan as `PredictRequest.align` says, with remarks on what was done and what would help.
-
-    Args:
-        placed: scan in metres, the axis that points up turned to z.
-        request: the alignments.
-        spec: dataset whose head is to predict.
-
-    Returns:
-        The turned scan; remarks.
-    """
+    """Turn a scan in metres, z up, as `PredictRequest.align` says, with remarks on what was done and would help."""
     normals = surface_normals(placed.scan.points)
     gravity = estimate_gravity(normals)
     rotation, remarks = np.eye(3), []
     tilt = f"{math.degrees(gravity.tilt):.1f} degrees"
     levels = request.align in ("gravity", "both")
     is_tilted = not levels and gravity.sure and gravity.tilt > _TILTED
-    if levels:
-        if gravity.sure:
-            rotation = gravity.rotation
-            remarks.append(f"was tilted by {tilt} and is turned upright")
-        else:
-            remarks.append("does not show which way is up (too few floors and walls) and is left as it is")
+    if levels and gravity.sure:
+        rotation = gravity.rotation
+        remarks.append(f"was tilted by {tilt} and is turned upright")
+    elif levels:
+        remarks.append("does not show which way is up (too few floors and walls) and is left as it is")
     elif is_tilted:
         # Walls are measured better on a level scan: advising both at once saves a round.
         is_turned = request.align == "manhattan" or not spec.has_yaw
         remarks.append(f"looks tilted by {tilt}: add --align={'both' if is_turned else 'gravity'}")
     walls = estimate_walls(normals @ rotation.T)
     angle = f"{math.degrees(walls.angle):.1f} degrees"
-    if request.align in ("manhattan", "both"):
-        if walls.sure:
-            rotation = walls.rotation @ rotation
-            remarks.append(f"has its walls at {angle} to x and y and is turned along them")
-        else:
-            remarks.append("shows no direction of its walls and is not turned along them")
+    turns = request.align in ("manhattan", "both")
+    if turns and walls.sure:
+        rotation = walls.rotation @ rotation
+        remarks.append(f"has its walls at {angle} to x and y and is turned along them")
+    elif turns:
+        remarks.append("shows no direction of its walls and is not turned along them")
     elif walls.sure and not spec.has_yaw and abs(walls.angle) > _TURNED and not is_tilted:
-        both = "both" if request.align == "gravity" else "manhattan"
-        remarks.append(
-            f"has its walls at {angle} to x and y, and boxes of {spec.name} are axis-aligned: add --align={both}"
-        )
+        flag = f"--align={'both' if levels else 'manhattan'}"
+        remarks.append(f"has its walls at {angle} to x and y, and boxes of {spec.name} are axis-aligned: add {flag}")
     if np.array_equal(rotation, np.eye(3)):
         return placed, remarks
     motion = np.eye(4)

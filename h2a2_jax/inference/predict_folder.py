@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
@@ -24,23 +25,8 @@ from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.distributed import MeshLayout, train_mesh
 from h2a2_jax.errors import INTERRUPTED, InputError
 from h2a2_jax.host import progress_interval
-from h2a2_jax.inference.input_files import (
-    FileScan,
-    FoundInputs,
-    InputFile,
-    PredictRequest,
-    find_inputs,
-    load_file,
-    printable,
-)
-from h2a2_jax.inference.predictor import (
-    BucketFile,
-    Predictor,
-    build_predictor,
-    predict_scans,
-    prepare,
-    skipped_lines,
-)
+from h2a2_jax.inference.input_files import FileScan, FoundInputs, PredictRequest, find_inputs, load_file, printable
+from h2a2_jax.inference.predictor import BucketFile, Predictor, build_predictor, predict_scans, prepare, skipped_lines
 from h2a2_jax.inference.results import document_of, scan_entry
 from h2a2_jax.inference.writers import ALL_BOXES, TABLE, check_output, write_document, write_scan, write_table
 from h2a2_jax.scans.sources import build_source, some
@@ -69,14 +55,8 @@ def predict_inputs(
 ) -> "Outcome":
     """Restore a checkpoint and write the boxes of files of points.
 
-    Padded shapes and compiled programs are kept in <run>/cache for the next time, where that can be written to.
-
-    Args:
-        workdir: folder of a run, or of its checkpoints, or of one of them.
-        request: which files, and how.
-        config: the config that the checkpoint must agree with, and whose `eval` is used; None: the one that the
-            checkpoint holds.
-        say: called with each line for the user.
+    Padded shapes and compiled programs are kept in <run>/cache for the next time, where that can be written to. The
+    checkpoint must agree with `config`, whose `eval` is used; None is the config that the checkpoint holds.
 
     Returns:
         Results and failures by file; also after Ctrl-C, with the files done until then.
@@ -116,13 +96,9 @@ def predict_validation_scans(
 ) -> None:
     """Restore a checkpoint and write the boxes of the validation scans, <workdir>/predictions/<dataset>.json.
 
-    Args:
-        workdir: folder of the run, or of its checkpoints, or of one of them.
-        request: request without inputs; its formats "ply", "html" and "png" are written scan by scan to
-            <output>/<dataset>/, with the annotated boxes beside those found. None: none of them.
-        config: the config that the checkpoint must agree with, and whose data are used; None: the one that the
-            checkpoint holds.
-        say: called with each line for the user.
+    The request has no inputs; its formats "ply", "html" and "png" are written scan by scan to <output>/<dataset>/, with
+    the annotated boxes beside those found. The checkpoint must agree with `config`, whose data are used; None is the
+    config that the checkpoint holds.
 
     Raises:
         InputError: there is no checkpoint, it is of another architecture than the config, a table is asked for, or the
@@ -154,9 +130,8 @@ def predict_validation_scans(
             try:
                 write_scan(folder, formats, entry, scan, matrix, found, spec, truth)
             except OSError as error:
-                raise InputError(
-                    f"{error.filename or folder} cannot be written ({error.strerror}): choose another --output."
-                ) from error
+                problem = f"{error.filename or folder} cannot be written ({error.strerror})"
+                raise InputError(f"{problem}: choose another --output.") from error
         for line in skipped_lines(skipped):
             say(line)
         path = output / f"{spec.name}.json"
@@ -182,13 +157,11 @@ def _opening(found: FoundInputs, request: PredictRequest, predictor: Predictor, 
     if request.dataset is None and len(names) > 1:
         choice = f" (the first of {', '.join(names)}; choose with --dataset)"
     kind = "turned about the vertical" if spec.has_yaw else "axis-aligned"
-    yield (
-        f"{_count(found.files, 'file')}, boxes by the head of {spec.name}{choice}: {len(spec.classes)} classes, {kind}."
-    )
+    files = _count(found.files, "file")
+    yield f"{files}, boxes by the head of {spec.name}{choice}: {len(spec.classes)} classes, {kind}."
     up = "whatever axis seems to point up" if request.up == "auto" else f"{request.up} up"
     unit = "the unit that seems to be theirs" if request.unit == "auto" else request.unit
-    lowest = f"boxes of score {request.score:g} and more"
-    yield f"Files are taken as {up}, in {unit}, {lowest} go to {printable(output)}."
+    yield f"Files are taken as {up}, in {unit}, boxes of score {request.score:g} and more go to {printable(output)}."
     if found.passed_over:
         shown = ", ".join(printable(path) for path in found.passed_over[:3])
         yield f"Passed over, as without points: {_count(found.passed_over, 'text file')}, {shown}."
@@ -203,7 +176,8 @@ def _closing(outcome: "Outcome", found: FoundInputs, output: Path) -> Iterator[s
     for remark, names in outcome.remarks.values():
         if len(names) > REPEATED:
             yield f"{len(names)} scans ({some(names)}), as the first one: {printable(remark)}."
-    boxes = "1 box" if outcome.boxes == 1 else f"{outcome.boxes} boxes"
+    count = sum(len(entry["boxes"]) for entry in outcome.entries)
+    boxes = "1 box" if count == 1 else f"{count} boxes"
     done = f"{boxes} in {len(outcome.entries)} of {_count(found.files, 'scan')}: {printable(output)}"
     yield f"Stopped. Until then: {done}; the same command begins anew." if outcome.interrupted else done
     if outcome.entries:
@@ -238,13 +212,8 @@ class Outcome:
     entries: list[dict[str, Any]] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     remarks: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     interrupted: bool = False
-
-    @property
-    def boxes(self) -> int:
-        """Number of boxes found."""
-        return sum(len(entry["boxes"]) for entry in self.entries)
 
     @property
     def status(self) -> int:
@@ -255,14 +224,10 @@ class Outcome:
 def predict_files(
     predictor: Predictor, found: FoundInputs, request: PredictRequest, output: Path, say: Callable[[str], None] = print
 ) -> Outcome:
-    """Predict files and write the results, the next file being read meanwhile.
+    """Predict files and write the results to a folder, the next file being read meanwhile.
 
-    Args:
-        predictor: predictor whose lowest score is that of the request, or `FAINT_SCORE` if this is lower.
-        found: the files.
-        request: dataset, frame, score and formats.
-        output: folder of the results, which can be written to.
-        say: called with remarks as they come up, `REPEATED` times for each kind, and with failures.
+    The lowest score of the predictor is that of the request, or `FAINT_SCORE` if this is lower. `say` is called with
+    remarks as they come up, `REPEATED` times for each kind, and with failures.
 
     Returns:
         Results and failures; also after Ctrl-C, with the files done until then.
@@ -272,7 +237,7 @@ def predict_files(
     """
     spec = predictor.specs[0] if request.dataset is None else predictor.spec(request.dataset)
     outcome = Outcome(failed=dict(found.problems))
-    loads = [partial(_timed_load, file, request, spec) for file in found.files]
+    loads = [partial(load_file, file, request, spec) for file in found.files]
     with tqdm(total=len(found.files), unit="scan", mininterval=progress_interval(), disable=None) as bar:
         try:
             for file, pending in zip(found.files, read_ahead(loads), strict=True):
@@ -320,14 +285,9 @@ def read_ahead(functions: Iterable[Callable[[], Item]]) -> Iterator[Future[Item]
         yield current
 
 
-def _timed_load(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> tuple[FileScan, float]:
-    started = time.perf_counter()
-    return load_file(file, request, spec), time.perf_counter() - started
-
-
 def _predict_file(
     predictor: Predictor,
-    pending: Future[tuple[FileScan, float]],
+    pending: Future[FileScan],
     request: PredictRequest,
     spec: DatasetSpec,
     output: Path,
@@ -336,8 +296,8 @@ def _predict_file(
 ) -> str | None:
     """Predict one file and write its results; returns the reason where that failed."""
     try:
-        loaded, seconds = pending.result()
-        outcome.seconds["load"] = outcome.seconds.get("load", 0.0) + seconds
+        loaded = pending.result()
+        outcome.seconds["load"] += loaded.seconds
         for remark in loaded.remarks:
             _remark(loaded, remark, outcome, say)
         (every,) = predictor.predict([prepare(loaded.scan, spec)], spec.name, outcome.seconds)
@@ -345,18 +305,16 @@ def _predict_file(
         if not len(boxes):
             best = f"the best has {every.scores.max():.2f}: --score lowers the bound" if len(every) else "nor near it"
             _remark(loaded, f"no box has a score of {request.score:g} or more, {best}", outcome, say)
-        started = time.perf_counter()
-        entry = scan_entry(loaded.scan.name, loaded.matrix, boxes, spec, printable(loaded.file.path))
-        write_scan(
-            output, request.formats, entry, loaded.scan, loaded.matrix, boxes, spec, shown=request.score, every=every
-        )
-        outcome.seconds["write"] = outcome.seconds.get("write", 0.0) + time.perf_counter() - started
+        started, scan, matrix = time.perf_counter(), loaded.scan, loaded.matrix
+        entry = scan_entry(scan.name, matrix, boxes, spec, printable(loaded.file.path))
+        write_scan(output, request.formats, entry, scan, matrix, boxes, spec, shown=request.score, every=every)
+        outcome.seconds["write"] += time.perf_counter() - started
         outcome.entries.append(entry)
         if request.show:
             from h2a2_jax.viewer import show
 
             try:
-                show(loaded.scan, boxes, spec.classes, title=loaded.scan.name, score=request.score)
+                show(scan, boxes, spec.classes, title=scan.name, score=request.score)
             except InputError as error:  # no window is no failure: the boxes are written
                 _remark(loaded, f"is not shown: {error}".removesuffix("."), outcome, say)
     except InputError as error:

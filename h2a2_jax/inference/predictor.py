@@ -80,17 +80,10 @@ class Predictor:
         kernels: Literal["selected", "shared"] = "selected",
         folded: bool = True,
     ):
-        """Take over a model.
+        """Take over a trained model; the thresholds and choices are those of `Detector.restore`.
 
-        Args:
-            model: the trained model.
-            specs: its datasets, in the order of its dataset axis.
-            score_threshold: lowest score of a box.
-            iou_threshold: bird's-eye-view IoU above which the lower score of a class is suppressed.
-            conditioning: dataset whose embedding, statistics and exclusive kernels are used: "own" is that whose head
-                predicts, the name of another one, or "mean" of all.
-            kernels: "selected" by each scan's structure, or "shared" everywhere.
-            folded: True to compute once what depends on the dataset alone; the results are equal up to rounding.
+        The specs are in the order of the model's dataset axis. With or without `folded`, results are equal up to
+        rounding.
 
         Raises:
             ValueError: the specs are not those of the model.
@@ -101,17 +94,16 @@ class Predictor:
             raise ValueError(f"specs are those of {', '.join(given)}; the model expects {', '.join(expected)}.")
         self.specs = tuple(specs)
         self._thresholds = np.array(score_threshold, np.float32), np.array(iou_threshold, np.float32)
-        self._voxel_size = model.config.voxel_size
-        self._layout = PlanLayout.of(model.config)
-        self._kernels = kernels
-        self._conditioning = conditioning
+        self._voxel_size, self._layout = model.config.voxel_size, PlanLayout.of(model.config)
+        self._kernels, self._conditioning = kernels, conditioning
         if conditioning not in ("own", "mean"):
             self._index(conditioning)
         graph, state = nnx.split(model)
         self._state = jax.tree.map(jnp.asarray, state)
-        # One program serves all datasets: folded detectors differ in their parameters only.
-        self._fold = jax.jit(partial(_fold, graph)) if folded else None
+        self._fold = None
         if folded:
+            # One program serves all datasets: folded detectors differ in their parameters only.
+            self._fold = jax.jit(partial(_fold, graph))
             graph = nnx.graphdef(nnx.eval_shape(partial(_fold_model, graph), self._state, *self._contexts(0)))
         self._forward = jax.jit(partial(_forward, graph))
         self._folded_states: dict[int, nnx.State] = {}
@@ -129,11 +121,8 @@ class Predictor:
     def take_over(self, model: TR3D) -> None:
         """Replace the parameters by those of another model of the same structure; nothing is compiled anew.
 
-        Args:
-            model: the other trained model.
-
         Raises:
-            ValueError: its structure is another one.
+            ValueError: the structure is another one.
         """
         state = jax.tree.map(jnp.asarray, nnx.split(model)[1])
         if jax.tree.structure(state) != jax.tree.structure(self._state):  # type: ignore[operator]
@@ -153,15 +142,11 @@ class Predictor:
             self._ladders |= {count: BucketLadder(base, _RATIO) for count, base in bases.items()}
 
     def predict(self, scans: Sequence[Scan], dataset: str, seconds: dict[str, float] | None = None) -> list[Detections]:
-        """Boxes of scans, in one pass; the boxes of a scan do not depend on the other scans.
+        """Boxes of scans by the head of a dataset, in one pass; those of a scan do not depend on the other scans.
 
+        All points of the scans are used: `prepare` draws points as the dataset's protocol says. The time of the pass is
+        added to `seconds` by stage: "maps" (voxels, kernel maps, padding), "network", "boxes" (decoding, suppression).
         May be called from several threads.
-
-        Args:
-            scans: scans with the points to use: `prepare` draws points as the dataset's protocol says.
-            dataset: the dataset whose head, statistics and exclusive kernels are used.
-            seconds: the time of the pass is added here by stage: "maps" (voxels, kernel maps, padding), "network",
-                "boxes" (decoding, suppression).
 
         Returns:
             The boxes of each scan, in the frame of its points; none for a scan without points.
@@ -184,9 +169,8 @@ class Predictor:
                     raise ScanError(scan.name, f"Scan {scan.name} cannot be used: {error}") from error
             raise
         capacities = self._capacities(batch.tables.sizes, len(scans))
-        layout = self._layout
-        if not fits_layout(batch.tables, capacities, layout):
-            layout = replace(layout, machine="any")
+        fits = fits_layout(batch.tables, capacities, self._layout)
+        layout = self._layout if fits else replace(self._layout, machine="any")
         plan = pad_plan(batch.tables, capacities, layout)
         features = sparse.pad_rows(batch.features, capacities.voxels)
         parameters = self._parameters(index)
@@ -231,10 +215,8 @@ class Predictor:
     def _capacities(self, sizes: LevelSizes, count: int) -> LevelSizes:
         with self._lock:
             if count not in self._ladders:
-                base = [
-                    max(count * least, int(np.ceil(size / _RATIO**_BUCKETS_BELOW)))
-                    for size, least in zip(sizes, _SMALLEST, strict=True)
-                ]
+                lowest = np.ceil(np.array(sizes) / _RATIO**_BUCKETS_BELOW).astype(int)
+                base = np.maximum(count * np.array(_SMALLEST), lowest).tolist()
                 self._ladders[count] = BucketLadder(LevelSizes(*base), _RATIO)
             ladder = self._ladders[count]
         bucket = ladder.bucket(sizes)
@@ -250,24 +232,12 @@ class Predictor:
 
 def build_predictor(model: TR3D, specs: Sequence[DatasetSpec], config: EvalConfig) -> Predictor:
     """The predictor of a config; `Predictor` has the other arguments and the errors."""
-    return Predictor(
-        model,
-        specs,
-        score_threshold=config.score_threshold,
-        iou_threshold=config.iou_threshold,
-        conditioning=config.conditioning,
-        kernels=config.kernels,
-    )
+    options = ("score_threshold", "iou_threshold", "conditioning", "kernels")
+    return Predictor(model, specs, **{option: getattr(config, option) for option in options})
 
 
 def prepare(scan: Scan, spec: DatasetSpec, draw: int = 0) -> Scan:
-    """Draw a scan's points as the dataset's test protocol says.
-
-    Args:
-        scan: scan with all its points.
-        spec: dataset by whose protocol points are drawn.
-        draw: number of the drawing; a scan gets the same points whenever this number is the same.
-    """
+    """Draw a scan's points as the dataset's test protocol says; the same ones whenever `draw` is the same number."""
     if not len(scan.points):
         return scan
     seed = zlib.crc32(scan.name.encode())
@@ -288,16 +258,9 @@ def predict_scans(
 ) -> Iterator[tuple[Scan, Scan, Detections]]:
     """Predict every scan of a source, one batch in memory at a time; scans that cannot be used are left out.
 
-    Args:
-        predictor: finds the boxes.
-        source: the scans.
-        spec: dataset of the scans, by whose test protocol points are drawn.
-        skipped: filled with the reason for each scan that is left out, by its name.
-        notes: filled with counts of points and boxes that loading left out or repaired, by the name of the scan.
-        batch_size: scans in a pass.
-        head: dataset whose head predicts; None: that of the scans.
-        draw: number of the drawing of points.
-        progress: True to show scans done and time left on standard error.
+    By the name of the scan, `skipped` is filled with the reason for each that is left out, and `notes` with counts of
+    points and boxes that loading left out or repaired. Points are drawn by the test protocol of `spec`, the dataset of
+    the scans, whose head predicts unless another one is named. Progress is shown on standard error.
 
     Yields:
         Each scan that can be used: with all its points, with the points drawn, and its boxes.
@@ -381,9 +344,6 @@ class BucketFile:
 
     The first scan sets a ladder. The file gives later processes the same shapes, and so the programs that JAX's
     compilation cache in the same folder holds. It is a cache: a file that cannot be read counts as none.
-
-    Attributes:
-        path: path of the file.
     """
 
     path: Path

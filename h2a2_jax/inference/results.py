@@ -41,6 +41,7 @@ and its yaw is about the upright z. A corner is then center + R.T @ Rz(yaw) @ (+
 `PredictedScan.corners` gives corners in the file's frame and unit for any scan.
 """
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -56,18 +57,16 @@ from h2a2_jax.scans.frame import UNITS, UPRIGHT
 from h2a2_jax.scans.specs import DatasetSpec
 
 PREDICTIONS_VERSION = 1
-_FRAME = "input file, z up"
-_UNITS = {"length": "m", "angle": "rad"}
 _TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class PredictedScan:
-    """The boxes of one scan in a document.
+    """The boxes of one scan in a document, whose schema says more.
 
     Attributes:
         name: name of the scan.
-        detections: boxes (float64) in the frame and unit of the file; in a tilted file upright as the module says.
+        detections: boxes (float64) in the frame and unit of the file; in a tilted file upright.
         up: axis of the file that points up.
         unit: unit of the file.
         alignment: rotation from the axes of a tilted file to upright ones; None for other files.
@@ -86,8 +85,9 @@ class PredictedScan:
         """The rotation of each box: a corner is center + rotation @ (+-dx/2, +-dy/2, +-dz/2)."""
         yaw = self.detections.boxes[:, 6].astype(np.float64)
         turns = np.zeros((len(yaw), 3, 3))
-        turns[:, 0, 0], turns[:, 0, 1] = np.cos(yaw), -np.sin(yaw)
-        turns[:, 1, 0], turns[:, 1, 1] = np.sin(yaw), np.cos(yaw)
+        turns[:, 0, 0] = turns[:, 1, 1] = np.cos(yaw)
+        turns[:, 1, 0] = np.sin(yaw)
+        turns[:, 0, 1] = -turns[:, 1, 0]
         turns[:, 2, 2] = 1
         if self.alignment is not None:
             return self.alignment.T @ turns
@@ -106,8 +106,8 @@ def document_of(entries: Iterable[dict[str, Any]], spec: DatasetSpec) -> dict[st
     """The document of entries (`scan_entry`) of scans, ready for `json.dump`."""
     return {
         "version": PREDICTIONS_VERSION,
-        "frame": _FRAME,
-        "units": dict(_UNITS),
+        "frame": "input file, z up",
+        "units": {"length": "m", "angle": "rad"},
         "dataset": spec.name,
         "scans": list(entries),
     }
@@ -118,13 +118,8 @@ def scan_entry(
 ) -> dict[str, Any]:
     """The entry of one scan in a document.
 
-    Args:
-        name: name of the scan.
-        transform: transform from the frame and unit of the file to that of the boxes; float64 keeps map coordinates
-            exact.
-        found: boxes in the scan's frame.
-        spec: dataset whose classes the labels count.
-        file: path of the input file.
+    The transform leads from the frame and unit of the file to that of the boxes found; float64 keeps map coordinates
+    exact. `file` is the path of the input file.
 
     Raises:
         ValueError: the transform scales or mirrors, as that of an augmented scan may.
@@ -163,11 +158,10 @@ def read_predicted_scans(document: dict[str, Any]) -> list[PredictedScan]:
     Raises:
         InputError: the document has another version or lacks something.
     """
-    if document.get("version") != PREDICTIONS_VERSION:
-        raise InputError(
-            f"The predictions have version {document.get('version')}, this program reads version "
-            f"{PREDICTIONS_VERSION}: predict again."
-        )
+    version = document.get("version")
+    if version != PREDICTIONS_VERSION:
+        known = PREDICTIONS_VERSION
+        raise InputError(f"The predictions have version {version}, this program reads version {known}: predict again.")
     try:
         return [predicted_scan(entry) for entry in document["scans"]]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -179,10 +173,8 @@ def boxes_in_input_frame(
 ) -> Float[np.ndarray, "n 7"]:
     """Transform boxes from the frame of a scan back to that of its file.
 
-    Args:
-        boxes: centre, sizes (m), yaw (rad) in the scan's frame.
-        transform: transform from the file's frame to the scan's: a rotation about z and a shift, for a file in m, cm or
-            mm whose x, y or z points up or down.
+    The transform leads from the file's frame to the scan's: a rotation about z and a shift, for a file in m, cm or mm
+    whose x, y or z points up or down.
 
     Returns:
         The boxes with yaw in [-pi, pi), float64, in the unit of the file; sizes along its axes, yaw about the one that
@@ -211,10 +203,9 @@ def boxes_in_input_frame(
 def _file_frame(transform: np.ndarray) -> tuple[str, str]:
     """The axis of the file that points up, and the file's unit."""
     metres = float(np.linalg.norm(transform[2, :3]))
-    for unit, size in UNITS.items():
-        for up, upright in UPRIGHT.items():
-            if abs(metres / size - 1) < _TOLERANCE and np.abs(transform[2, :3] / size - upright[2]).max() < _TOLERANCE:
-                return up, unit
+    for (unit, size), (up, upright) in itertools.product(UNITS.items(), UPRIGHT.items()):
+        if abs(metres / size - 1) < _TOLERANCE and np.abs(transform[2, :3] / size - upright[2]).max() < _TOLERANCE:
+            return up, unit
     raise _no_inverse(transform)
 
 

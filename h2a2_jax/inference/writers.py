@@ -24,7 +24,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.spatial.transform import Rotation
 
-from h2a2_jax.boxes.codec import BOX_EDGES, box_corners
+from h2a2_jax.boxes.codec import BOX_EDGES, CORNER_SIGNS, box_corners
+from h2a2_jax.boxes.matching import GroundTruth
 from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.errors import InputError
 from h2a2_jax.files import whole_file
@@ -52,13 +53,7 @@ def write_document(path: Path, document: dict[str, Any]) -> None:
 
 
 def write_table(path: Path, entries: Iterable[dict[str, Any]], spec: DatasetSpec) -> None:
-    """Write the boxes of scans as a table.
-
-    Args:
-        path: path of the .csv.
-        entries: entries of the scans (`results.scan_entry`).
-        spec: dataset of the boxes.
-    """
+    """Write the boxes of scans, given by their entries (`results.scan_entry`), as a table."""
     with whole_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(CSV_COLUMNS)
@@ -79,18 +74,12 @@ def write_points(path: Path, scan: Scan, matrix: Float[np.ndarray, "4 4"], found
     """Write the points of a scan as a binary PLY in the frame of its file.
 
     Vertices have x, y, z (double where float would lose a tenth of a millimetre), red, green, blue, label and instance
-    (class and number of the box of the highest score that holds the point; -1 where there is none), score.
-
-    Args:
-        path: path of the .ply.
-        scan: points and colours.
-        matrix: transform from the file's frame and unit to the scan's.
-        found: boxes in the scan's frame.
+    (class and number of the box of the highest score that holds the point; -1 where there is none), score. The matrix
+    transforms from the file's frame and unit to that of the scan and the boxes.
     """
-    labels, instances, scores = point_labels(scan.points, found)
     more = [("label", "<i4"), ("instance", "<i4"), ("score", "<f4")]
     rows = _vertices(scan.points.astype(np.float64), scan.colors, matrix, more)
-    rows["label"], rows["instance"], rows["score"] = labels, instances, scores
+    rows["label"], rows["instance"], rows["score"] = point_labels(scan.points, found)
     _write_ply(path, rows, None)
 
 
@@ -115,13 +104,9 @@ def point_labels(
 def write_box_frames(path: Path, matrix: Float[np.ndarray, "4 4"], found: Detections) -> None:
     """Write boxes as a PLY mesh of bars along their edges, in the colours of their classes.
 
-    Args:
-        path: path of the .ply.
-        matrix: transform from the file's frame and unit to that of the boxes.
-        found: the boxes.
+    The matrix transforms from the file's frame and unit to that of the boxes.
     """
     vertices, colors, faces = [np.zeros((0, 3))], [np.zeros((0, 3))], [np.zeros((0, 3), np.int64)]
-    signs = np.array([[1 if i & bit else -1 for bit in (1, 2, 4)] for i in range(8)])
     triangles = np.array([(face[0], face[i], face[i + 1]) for face in _CUBE for i in (1, 2)])
     for number, (box, corners) in enumerate(zip(found.boxes, box_corners(found.boxes), strict=True)):
         axes = np.stack([corners[bit] - corners[0] for bit in (1, 2, 4)])
@@ -130,7 +115,7 @@ def write_box_frames(path: Path, matrix: Float[np.ndarray, "4 4"], found: Detect
             half = np.full(3, _BAR / 2)
             direction = int(np.log2(one ^ other))
             half[direction] += box[3 + direction] / 2
-            vertices.append((corners[one] + corners[other]) / 2 + (signs * half) @ axes)
+            vertices.append((corners[one] + corners[other]) / 2 + (CORNER_SIGNS * half) @ axes)
             faces.append(triangles + 8 * (len(BOX_EDGES) * number + bar))
         colors.append(np.tile(class_color(int(found.labels[number])), (8 * len(BOX_EDGES), 1)))
     rows = _vertices(np.concatenate(vertices), np.concatenate(colors), matrix)
@@ -145,23 +130,15 @@ def write_scan(
     matrix: Float[np.ndarray, "4 4"],
     found: Detections,
     spec: DatasetSpec,
-    truth: Any = None,
+    truth: GroundTruth | None = None,
     shown: float = 0.3,
     every: Detections | None = None,
 ) -> None:
-    """Write the results of one scan.
+    """Write the results of one scan in some of `input_files.FORMATS`; "csv", a table of all scans, is not written here.
 
-    Args:
-        folder: folder of the results.
-        formats: some of `input_files.FORMATS`; "csv", a table of all scans, is not written here.
-        entry: entry of the scan (`results.scan_entry`).
-        scan: points and colours.
-        matrix: transform from the file's frame and unit to the scan's.
-        found: boxes in the scan's frame.
-        spec: dataset of the boxes.
-        truth: `GroundTruth` for page and picture, or None.
-        shown: lowest score of boxes in the picture, and in the page until one moves its slider.
-        every: boxes of any score, for the page; None: those found.
+    The entry is that of `results.scan_entry`; the matrix transforms from the file's frame and unit to that of the scan
+    and the boxes found. Page and picture show `truth` beside them, and boxes from the score `shown` on, the page until
+    one moves its slider. The page has the boxes of `every` score; None: those found.
     """
     stem = folder / str(entry["name"])
     if "json" in formats:
@@ -175,10 +152,9 @@ def write_scan(
         moved = not np.allclose(matrix, np.eye(4), rtol=0, atol=1e-9)
         note = "Numbers on this page are in metres with z up; JSON and CSV have those of the file." if moved else ""
         if "html" in formats:
+            on_page = found if every is None else every
             with whole_file(_with_end(stem, ".html")) as part:
-                write_viewer(
-                    part, scan, found if every is None else every, spec.classes, truth=truth, score=shown, note=note
-                )
+                write_viewer(part, scan, on_page, spec.classes, truth=truth, score=shown, note=note)
         if "png" in formats:
             with whole_file(_with_end(stem, ".png")) as part:
                 write_image(part, scan, found, spec.classes, truth=truth, score=shown)
@@ -200,12 +176,7 @@ def check_results_folder(folder: Path) -> None:
 
 
 def check_output(folder: Path, names: Iterable[str], formats: Sequence[str]) -> None:
-    """Make the folder of the results and check that they can be written to it.
-
-    Args:
-        folder: folder of the results.
-        names: names of the scans.
-        formats: formats that will be written.
+    """Make the folder of the results and check that those of scans with these names can be written to it.
 
     Raises:
         InputError: it cannot be made or written to, or a file of another program is in the place of a result.
@@ -217,9 +188,8 @@ def check_output(folder: Path, names: Iterable[str], formats: Sequence[str]) -> 
         wanted += [_with_end(folder / name, end) for kind in formats for end in ends.get(kind, ())]
     for path in wanted:
         if path.is_dir() or (path.is_file() and not _is_result(path)):
-            raise InputError(
-                f"{path} is there already and is no result of a prediction: choose another folder with --output."
-            )
+            problem = f"{path} is there already and is no result of a prediction"
+            raise InputError(f"{problem}: choose another folder with --output.")
 
 
 def _is_result(path: Path) -> bool:
@@ -246,12 +216,10 @@ def _vertices(
     places = np.linalg.solve(matrix[:3, :3].astype(np.float64), (places - matrix[:3, 3]).T).T
     metres = float(np.linalg.norm(matrix[2, :3]))
     real = "<f8" if np.abs(places).max(initial=0) * metres > 1e3 else "<f4"
-    kinds = [*((axis, real) for axis in "xyz"), *((color, "u1") for color in ("red", "green", "blue"))]
-    rows = np.empty(len(places), np.dtype([*kinds, *more]))
-    for i, axis in enumerate("xyz"):
-        rows[axis] = places[:, i]
-    for i, color in enumerate(("red", "green", "blue")):
-        rows[color] = np.round(255 * colors[:, i])
+    channels = ("red", "green", "blue")
+    rows = np.empty(len(places), np.dtype([*((axis, real) for axis in "xyz"), *((c, "u1") for c in channels), *more]))
+    for i, (axis, channel) in enumerate(zip("xyz", channels, strict=True)):
+        rows[axis], rows[channel] = places[:, i], np.round(255 * colors[:, i])
     return rows
 
 

@@ -23,27 +23,19 @@ except ImportError as error:
     ) from error
 
 STATISTICS_FILE = "statistics.json"
+_BOXES = "centre x, y, z, sizes dx, dy, dz (m), yaw (rad)"
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Content of a dataset to write.
-
-    Attributes:
-        cache: cache that holds the scans.
-        splits: names of the scans by split, in the order in which they are written.
-        metadata: values for metadata.json.
-        statistics: values for statistics.json.
-        on_scan: called after each scan.
-        shard_bytes: approximate size of a shard; TFDS keeps the scans of a shard in memory while it writes it.
-    """
+    """Content of a dataset to write: scans of a cache, by split and in the order in which they are written."""
 
     cache: ScanCache
     splits: Mapping[str, Sequence[str]]
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    statistics: Mapping[str, Any] = field(default_factory=dict)
-    on_scan: Callable[[], object] = lambda: None
-    shard_bytes: int = 128 << 20
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # for metadata.json
+    statistics: Mapping[str, Any] = field(default_factory=dict)  # for statistics.json
+    on_scan: Callable[[], object] = lambda: None  # called after each scan
+    shard_bytes: int = 128 << 20  # approximate; TFDS keeps the scans of a shard in memory while it writes it
 
 
 class _LocalInfo(tfds.core.DatasetInfo):
@@ -58,7 +50,8 @@ class ScanDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  
     installed, and readers shuffle anyway. A dataset is written to a temporary folder and renamed, so that it is
     complete or absent.
 
-    A subclass `Builder` sets `spec`, `homepage`, `citation`, `licence` and describes the data in its docstring.
+    A subclass `Builder` sets `spec`, `homepage`, `citation`, `licence` and describes the data in its docstring. Only
+    `python -m data.<dataset>` has scans to pack; without them the builder only describes the dataset.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -73,13 +66,6 @@ class ScanDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  
     licence: ClassVar[str]
 
     def __init__(self, *, packing: Packing | None = None, file_format: str = "array_record", **kwargs: Any):
-        """Build from prepared scans, or only describe the dataset.
-
-        Args:
-            packing: the scans; only `python -m data.<dataset>` has them.
-            file_format: file format of TFDS.
-            kwargs: arguments of `tfds.core.DatasetBuilder`, such as `data_dir`.
-        """
         self._packing = packing
         super().__init__(file_format=file_format, **kwargs)
 
@@ -94,9 +80,7 @@ class ScanDatasetBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):  
                     "name": features.Text(doc="id of the scan"),
                     "points": rows(shape=(None, 3), dtype=np.float32, doc="x, y, z (m), in the frame of the boxes"),
                     "colors": rows(shape=(None, 3), dtype=np.uint8, doc="red, green, blue, 0-255"),
-                    "boxes": rows(
-                        shape=(None, 7), dtype=np.float32, doc="centre x, y, z, sizes dx, dy, dz (m), yaw (rad)"
-                    ),
+                    "boxes": rows(shape=(None, 7), dtype=np.float32, doc=_BOXES),
                     "labels": rows(shape=(None,), dtype=np.int32, doc="class of each box, -1: ignore"),
                     "transform": rows(shape=(4, 4), dtype=np.float32, doc="from the raw file's frame to the points'"),
                     "notes": features.Text(doc="what loading left out or repaired, a JSON object of counts"),
@@ -141,18 +125,8 @@ def _examples(packing: Packing, names: Sequence[str]) -> Iterator[tuple[str, dic
             scan = packing.cache.read(name)
         except DamagedScanError as error:
             raise InputError(f"{error} It was whole a moment ago: give the same command again.") from error
-        yield (
-            name,
-            {
-                "name": scan.name,
-                "points": scan.points,
-                "colors": colors_to_bytes(scan.colors),
-                "boxes": scan.boxes,
-                "labels": scan.labels,
-                "transform": scan.transform,
-                "notes": json.dumps(dict(scan.notes)),
-            },
-        )
+        stored = {key: getattr(scan, key) for key in ("name", "points", "boxes", "labels", "transform")}
+        yield name, {**stored, "colors": colors_to_bytes(scan.colors), "notes": json.dumps(dict(scan.notes))}
         packing.on_scan()
 
 
@@ -162,9 +136,9 @@ def _cut_into_shards(packing: Packing, names: Sequence[str]) -> list[list[str]]:
     size = 0
     for name in names:
         scan_bytes = packing.cache.path(name).stat().st_size
-        if shards[-1] and size + scan_bytes > packing.shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
         size += scan_bytes
+        if shards[-1] and size > packing.shard_bytes:
+            shards.append([])
+            size = scan_bytes
+        shards[-1].append(name)
     return shards

@@ -7,11 +7,13 @@ import errno
 import fcntl
 import hashlib
 import importlib
+import itertools
 import os
 import re
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,23 +49,11 @@ def prepare(
 ) -> Path:
     """Prepare a dataset, or resume where an earlier call stopped; print the progress and the statistics.
 
-    Args:
-        builder: TFDS builder of the dataset.
-        raw: the scans.
-        settings: values that the scans depend on beside their names, numbers and strings by name; scans of other
-            settings are not mixed in.
-        output: folder for <dataset>/<version>/ and, until all is done, <dataset>.cache/.
-        workers: number of processes at once.
-        published: number of scans by split that the dataset's authors state, to compare with.
-        skip_failed: pack without the scans that cannot be prepared.
-        keep_cache: keep the cache after packing, which otherwise stays only where scans failed.
-
-    Returns:
-        Folder of the prepared dataset.
-
-    Raises:
-        FailedScansError: scans failed, and `skip_failed` is not set.
-        InputError: the output holds other data, is in use, or cannot be written.
+    The settings are the values that the scans depend on beside their names, numbers and strings by name; scans of other
+    settings are not mixed in. The output folder gets <dataset>/<version>/, which is returned, and, until all is done,
+    <dataset>.cache/; `keep_cache` keeps the latter, which otherwise stays only where scans failed. `published` is the
+    number of scans by split that the dataset's authors state, to compare with. `skip_failed` packs without the scans
+    that cannot be prepared, instead of raising FailedScansError.
     """
     splits = _names_by_split(raw)
     total = sum(map(len, splits.values()))
@@ -80,10 +70,15 @@ def prepare(
             summaries, failed = _fill(cache, raw, splits, workers)
             cache.write_failures(failed)
             if failed:
-                _report_failures(failed, total, skip_failed)
+                reasons = "".join(f"\n  {reason}" for _, reason in sorted(failed.items()))
+                print(f"{len(failed)} of {total} scans cannot be prepared:{reasons}")
+            if failed and not skip_failed:
+                raise FailedScansError(
+                    f"Nothing was packed, as {len(failed)} of {total} scans failed: repair them and give the same "
+                    "command again, which tries only those, or pack the others with --skip-failed."
+                )
             kept = {split: [name for name in names if name in summaries] for split, names in splits.items()}
-            empty = [split for split, names in kept.items() if not names]
-            if empty:
+            if empty := [split for split, names in kept.items() if not names]:
                 raise FailedScansError(f"No scan of {' and '.join(empty)} could be prepared, so nothing was packed.")
             counted = {split: [summaries[name] for name in names] for split, names in kept.items()}
             found = statistics(raw.spec, counted, published, failed, raw.notes)
@@ -106,12 +101,9 @@ def prepare(
 
 def _names_by_split(raw: RawDataset) -> dict[str, list[str]]:
     splits = {split: sorted(raw.splits[split]) for split in ("train", "val")}
-    names = [name for split in splits.values() for name in split]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"Scan {twice} is named twice in the lists of the splits: name each once.")
-    empty = [split for split, names in splits.items() if not names]
-    if empty:
+    if twice := [name for name, count in Counter(itertools.chain(*splits.values())).items() if count > 1]:
+        raise InputError(f"Scan {twice[0]} is named twice in the lists of the splits: name each once.")
+    if empty := [split for split, names in splits.items() if not names]:
         raise InputError(f"There is no scan in {' and '.join(empty)}: check the raw folder and its lists of scans.")
     return splits
 
@@ -141,11 +133,7 @@ def _remove_left_overs(parent: Path) -> None:
 
 
 def _holds(folder: Path, cache: ScanCache, splits: Mapping[str, Sequence[str]]) -> bool:
-    """Return True if the folder is a complete dataset of exactly these scans.
-
-    Raises:
-        InputError: it holds scans of other settings.
-    """
+    """Return True if the folder is a complete dataset of exactly these scans; raise InputError for other settings."""
     metadata = read_json(folder / METADATA_FILE)
     if not isinstance(metadata, dict) or why_not_whole(folder) is not None:
         return False
@@ -161,11 +149,7 @@ def _holds(folder: Path, cache: ScanCache, splits: Mapping[str, Sequence[str]]) 
 def _fill(
     cache: ScanCache, raw: RawDataset, splits: Mapping[str, Sequence[str]], workers: int
 ) -> tuple[dict[str, ScanSummary], dict[str, str]]:
-    """Prepare the scans that the cache lacks.
-
-    Returns:
-        Summaries of the scans, and reasons of those that failed, by name.
-    """
+    """Prepare the scans that the cache lacks; return summaries, and reasons of the scans that failed, by name."""
     names = [name for split in splits.values() for name in split]
     done_before = {name for name in names if cache.path(name).exists()}
     print(
@@ -191,17 +175,6 @@ def _fill(
     redone = made - (len(summaries) + len(failed) - len(done_before))
     print(f"{made} scans prepared" + (f", {redone} of them since their files were damaged" * (redone > 0)) + ".")
     return summaries, failed
-
-
-def _report_failures(failed: Mapping[str, str], total: int, skip_failed: bool) -> None:
-    print(f"{len(failed)} of {total} scans cannot be prepared:")
-    for _, reason in sorted(failed.items()):
-        print(f"  {reason}")
-    if not skip_failed:
-        raise FailedScansError(
-            f"Nothing was packed, as {len(failed)} of {total} scans failed: repair them and give the same command "
-            "again, which tries only those, or pack the others with --skip-failed."
-        )
 
 
 def _pack(builder: type[ScanDatasetBuilder], output: Path, folder: Path, packing: Packing) -> None:
@@ -277,16 +250,7 @@ def raw_command(
 
 
 def synthetic_command(dataset: str, stands_for: str, arguments: Sequence[str] | None = None) -> int:
-    """Generate a procedural dataset.
-
-    Args:
-        dataset: the package data.<dataset>.
-        stands_for: "scannet", "sunrgbd" or "s3dis".
-        arguments: arguments of the command; those of the process by default.
-
-    Returns:
-        Exit status as of `raw_command`.
-    """
+    """Generate a procedural dataset data.<dataset> like "scannet", "sunrgbd" or "s3dis"; return as `raw_command`."""
     parser = _Parser(dataset)
     parser.add_argument("--train", type=int, default=1000, metavar="N", help="training scans (1000)")
     parser.add_argument("--val", type=int, default=100, metavar="N", help="validation scans (100)")
@@ -295,23 +259,15 @@ def synthetic_command(dataset: str, stands_for: str, arguments: Sequence[str] | 
 
     def open_scans(options: argparse.Namespace) -> _Opened:
         raw = SyntheticRaw(stands_for, {"train": options.train, "val": options.val}, options.seed, options.scale)
-        return raw, {"seed": options.seed, "scale": options.scale, "generator": _generator_digest()}, None
+        # The digest of the generator's code is a setting of the scans: those of different code must not be mixed.
+        files = sorted(Path(synthetic.__file__).parent.glob("*.py"))
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+        return raw, {"seed": options.seed, "scale": options.scale, "generator": digest}, None
 
     return _run(dataset, parser, open_scans, arguments)
 
 
-def _generator_digest() -> str:
-    """Digest of the generator's code, a setting of the scans: those of different code must not be mixed."""
-    files = sorted(Path(synthetic.__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-
-
-def _run(
-    dataset: str,
-    parser: "_Parser",
-    open_scans: Callable[[argparse.Namespace], _Opened],
-    arguments: Sequence[str] | None,
-) -> int:
+def _run(dataset: str, parser: "_Parser", open_scans: Callable[..., _Opened], arguments: Sequence[str] | None) -> int:
     home = f"data/{dataset}/prepared"
     parser.add_argument("--output", type=Path, metavar="DIR", help=f"where the prepared dataset goes ({home})")
     cores = available_cores()

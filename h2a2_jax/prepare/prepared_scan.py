@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
 
 from h2a2_jax.prepare.scan_cache import DamagedScanError, ScanCache
 from h2a2_jax.scans.raw import RawDataset
@@ -27,54 +26,35 @@ _SITE_SIZE = 0.01  # m, the finest voxels that indoor detectors use
 
 @dataclass(frozen=True)
 class ScanSummary:
-    """Counts of one scan.
-
-    Attributes:
-        points: number of points.
-        sites: number of voxels of 1 cm that hold a point.
-        extent: extent of the points along x, y, z (m).
-        boxes: number of boxes by class.
-        sizes: sums of the boxes' sizes dx, dy, dz (m) by class.
-        ignored: number of boxes with label -1.
-        notes: counts of what loading left out or repaired.
-    """
+    """Counts of one scan."""
 
     points: int
-    sites: int
-    extent: tuple[float, float, float]
-    boxes: tuple[int, ...]
-    sizes: tuple[tuple[float, float, float], ...]
-    ignored: int
-    notes: Mapping[str, int]
+    sites: int  # voxels of 1 cm that hold a point
+    extent: tuple[float, float, float]  # of the points along x, y, z (m)
+    boxes: tuple[int, ...]  # by class
+    sizes: tuple[tuple[float, float, float], ...]  # sums of the boxes' sizes dx, dy, dz (m) by class
+    ignored: int  # boxes with label -1
+    notes: Mapping[str, int]  # counts of what loading left out or repaired
 
 
 def summarise(scan: Scan, num_classes: int) -> ScanSummary:
-    """Count the points, sites and boxes of a scan.
-
-    Args:
-        scan: a scan of at least one point.
-        num_classes: number of classes; labels are below it.
-    """
+    """Count the points, sites and boxes of a scan of at least one point."""
+    voxels = np.floor(scan.points / _SITE_SIZE).astype(np.int64)
+    voxels -= voxels.min(0)
+    spans = voxels.max(0) + 1
     kept = scan.labels >= 0
     labels = scan.labels[kept]
     sizes = np.zeros((num_classes, 3))
     np.add.at(sizes, labels, scan.boxes[kept, 3:6])
     return ScanSummary(
         points=len(scan.points),
-        sites=_count_sites(scan.points),
+        sites=len(np.unique((voxels[:, 0] * spans[1] + voxels[:, 1]) * spans[2] + voxels[:, 2])),
         extent=tuple(np.ptp(scan.points, axis=0).tolist()),
         boxes=tuple(np.bincount(labels, minlength=num_classes).tolist()),
         sizes=tuple(map(tuple, sizes.tolist())),  # type: ignore[arg-type]
         ignored=int((~kept).sum()),
         notes=dict(scan.notes),
     )
-
-
-def _count_sites(points: Float32[np.ndarray, "m 3"]) -> int:
-    voxels = np.floor(points / _SITE_SIZE).astype(np.int64)
-    voxels -= voxels.min(0)
-    spans = voxels.max(0) + 1
-    return len(np.unique((voxels[:, 0] * spans[1] + voxels[:, 1]) * spans[2] + voxels[:, 2]))
 
 
 class SyntheticRaw:
@@ -107,45 +87,27 @@ class SyntheticRaw:
 
 @dataclass(frozen=True)
 class PrepareScan:
-    """Put a scan into the cache unless it is there; callable in any process.
-
-    Attributes:
-        raw: dataset that the scans are loaded from.
-        cache: cache that they are written to.
-    """
+    """Put a scan into the cache unless it is there; callable in any process."""
 
     raw: RawDataset
     cache: ScanCache
 
     def __call__(self, name: str) -> tuple[ScanSummary, bool]:
-        """Load a scan and write it to the cache, unless a complete file is there.
-
-        Returns:
-            The summary of the scan, and True if it had to be loaded.
-
-        Raises:
-            ScanError: the scan cannot be used.
-            OutputError: the file cannot be written.
-        """
+        """Return the summary of a scan, and True if it had to be loaded."""
         num_classes = self.raw.spec.num_classes
         with contextlib.suppress(DamagedScanError):
             return summarise(self.cache.read(name), num_classes), False
         scan = self.raw.load(name)
         if np.isfinite(scan.points).all():  # validate_scan refuses the others
             scan = _drop_far_points(scan)
-        problems = validate_scan(scan, num_classes)
-        if problems:
+        if problems := validate_scan(scan, num_classes):
             raise ScanError(name, " ".join(problems))
         self.cache.write(scan)
         return summarise(scan, num_classes), True
 
 
 def _drop_far_points(scan: Scan) -> Scan:
-    """Drop points that lie too far away to be voxelised, and the boxes that they stretched.
-
-    Raises:
-        ScanError: more than 1 % of the points lie too far away.
-    """
+    """Drop points, up to 1 %, that lie too far away to be voxelised, and the boxes that they stretched."""
     near = within_reach(scan.name, scan.points)
     if near.all():
         return scan
@@ -169,18 +131,10 @@ def statistics(
 ) -> dict[str, Any]:
     """Statistics of a dataset as JSON values.
 
-    Args:
-        spec: classes of the dataset.
-        splits: summaries of the scans by split.
-        published: number of scans by split that the dataset's authors state.
-        failed: scans left out, with the reason.
-        notes: counts of what was left out before any scan was loaded.
-
-    Returns:
-        "version", "dataset", "splits" (by name: "scans", "published_scans" or null; "points", "sites_1cm",
-        "boxes_per_scan" and "extent" x, y, z (m) with "min", "median" and "max" over scans; "boxes" and "mean_size"
-        dx, dy, dz (m; null where there is no box) by class; "ignored_boxes"; "notes" summed over scans), "notes",
-        "failed" and "warnings", sentences on what is not as expected.
+    "version", "dataset", "splits" (by name: "scans", "published_scans" or null; "points", "sites_1cm", "boxes_per_scan"
+    and "extent" x, y, z (m) with "min", "median" and "max" over scans; "boxes" and "mean_size" dx, dy, dz (m; null
+    where there is no box) by class; "ignored_boxes"; "notes" summed over scans), "notes" of what was left out before
+    any scan was loaded, "failed" and "warnings", sentences on what is not as expected.
     """
     result: dict[str, Any] = {"version": VERSION, "dataset": spec.name, "splits": {}}
     result |= {"notes": dict(notes or {}), "failed": dict(failed or {}), "warnings": []}
@@ -221,12 +175,11 @@ def _split_statistics(spec: DatasetSpec, scans: Sequence[ScanSummary]) -> dict[s
 
 
 def _min_median_max(values: Any) -> dict[str, float | None]:
-    array = np.asarray(values, float)
-    found = (array.min(), np.median(array), array.max()) if len(array) else (None, None, None)
-    return {
-        name: value if value is None else round(float(value), 4)
-        for name, value in zip(("min", "median", "max"), found, strict=True)
-    }
+    array, names = np.asarray(values, float), ("min", "median", "max")
+    if not len(array):
+        return dict.fromkeys(names)
+    found = (array.min(), np.median(array), array.max())
+    return {name: round(float(value), 4) for name, value in zip(names, found, strict=True)}
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -235,9 +188,7 @@ def table(found: Mapping[str, Any]) -> str:
     rows = [["", *found["splits"]], ["scans", *map(_format_scans, splits)]]
     for key, title in (("points", "points"), ("sites_1cm", "sites at 1 cm"), ("boxes_per_scan", "boxes in a scan")):
         rows.append([title, *(_format_spread(split[key], ",.0f") for split in splits)])
-    rows += [
-        [f"extent {axis} (m)", *(_format_spread(split["extent"][axis], ".1f") for split in splits)] for axis in "xyz"
-    ]
+    rows += [[f"extent {xyz} (m)", *(_format_spread(s["extent"][xyz], ".1f") for s in splits)] for xyz in "xyz"]
     rows += [[name, *(_format_class(split, name) for split in splits)] for name in splits[0]["boxes"]]
     rows.append(["ignored boxes", *(f"{split['ignored_boxes']:,}" for split in splits)])
     for note in sorted({note for split in splits for note in split["notes"]}):

@@ -40,13 +40,9 @@ class DamagedScanError(Exception):
 
 
 class ScanCache:
-    """Files of scans that were prepared with the same settings.
+    """Files of scans that were prepared with the same settings, numbers and strings by name; others are not read.
 
     Several processes may write different scans at once. Picklable.
-
-    Args:
-        folder: folder of the files.
-        settings: settings of the preparation, numbers and strings by name. Scans written with others are not read.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
@@ -54,23 +50,16 @@ class ScanCache:
         self.settings = {"format": FORMAT_VERSION, **settings}
 
     def open(self) -> None:
-        """Make the folder, or check that an existing one has the same settings; remove half-written files.
-
-        Raises:
-            InputError: the folder holds scans of other settings.
-            OutputError: the folder cannot be written to.
-        """
+        """Make the folder, or check that an existing one has the same settings; remove half-written files."""
         make_folder(self.folder)
         file = self.folder / "settings.json"
-        if file.exists():
-            found = read_json(file)
-            if found != self.settings:
-                raise InputError(
-                    f"{self.folder} holds scans that were prepared with other settings "
-                    f"({difference(found, self.settings)}): remove that folder, or give another --output."
-                )
-        else:
+        if not file.exists():
             write_json(file, self.settings)
+        elif (found := read_json(file)) != self.settings:
+            raise InputError(
+                f"{self.folder} holds scans that were prepared with other settings "
+                f"({difference(found, self.settings)}): remove that folder, or give another --output."
+            )
         for left_over in self.folder.glob(f"*{_TEMPORARY}"):
             left_over.unlink()
 
@@ -79,11 +68,7 @@ class ScanCache:
         return self.folder / f"{quote(name, safe=' ')}.scan"
 
     def write(self, scan: Scan) -> None:
-        """Write a scan in one go; colours are rounded to 1/255.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
+        """Write a scan in one go; colours are rounded to 1/255."""
         facts = {"name": scan.name, "settings": self.settings, "notes": dict(scan.notes)}
         buffer = io.BytesIO()
         np.savez(
@@ -99,11 +84,7 @@ class ScanCache:
         _write_atomically(self.path(scan.name), _MAGIC + hashlib.sha256(body).digest() + body)
 
     def read(self, name: str) -> Scan:
-        """Read a scan.
-
-        Raises:
-            DamagedScanError: the file is missing, damaged, or of other settings.
-        """
+        """Read a scan; raise DamagedScanError if its file is missing, damaged, or of other settings."""
         path = self.path(name)
         try:
             content = path.read_bytes()
@@ -115,15 +96,8 @@ class ScanCache:
         try:
             with np.load(io.BytesIO(body), allow_pickle=False) as arrays:
                 facts = json.loads(arrays["facts"].tobytes())
-                scan = Scan(
-                    facts["name"],
-                    arrays["points"],
-                    colors_from_bytes(arrays["colors"]),
-                    arrays["boxes"],
-                    arrays["labels"],
-                    arrays["transform"],
-                    facts["notes"],
-                )
+                others = {key: arrays[key] for key in ("points", "boxes", "labels", "transform")}
+                scan = Scan(facts["name"], colors=colors_from_bytes(arrays["colors"]), notes=facts["notes"], **others)
         except (ValueError, KeyError, zipfile.BadZipFile) as error:  # complete, but written by another version
             raise DamagedScanError(f"{path} is of another format.") from error
         if scan.name != name or facts["settings"] != self.settings:
@@ -152,31 +126,19 @@ def colors_to_bytes(colors: np.ndarray) -> np.ndarray:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that a kill at any moment leaves complete or as it was before.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
+    """Write a JSON file that a kill at any moment leaves complete or as it was before."""
     _write_atomically(path, _json_bytes(value))
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents; it may exist.
-
-    Raises:
-        OutputError: the folder cannot be made.
-    """
+    """Make a folder and its parents; it may exist."""
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError inside into one sentence about the path.
-
-    Raises:
-        OutputError: an OSError was raised inside.
-    """
+    """Turn an OSError inside into an OutputError about the path."""
     try:
         yield
     except OSError as error:
@@ -185,9 +147,8 @@ def explain_write_errors(path: Path) -> Iterator[None]:
                 f"No space is left on the disk of {path}: free some, or give an --output on another disk; "
                 "the same command then goes on."
             ) from error
-        raise OutputError(
-            f"{path} cannot be written ({error.strerror or error}): give an --output that can."
-        ) from error
+        problem = f"{path} cannot be written ({error.strerror or error})"
+        raise OutputError(f"{problem}: give an --output that can.") from error
 
 
 def difference(found: Any, wanted: Mapping[str, Any]) -> str:

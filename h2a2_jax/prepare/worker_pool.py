@@ -20,13 +20,7 @@ _MAX_EARLY_DEATHS = 3  # in a row, of processes that died before their first sca
 
 @dataclass(frozen=True)
 class ScanOutcome:
-    """Result of the work on one scan.
-
-    Attributes:
-        name: name of the scan.
-        value: return value of the work; None if it failed.
-        failure: one sentence with the reason of a failure; None if the work succeeded.
-    """
+    """Return value of the work on one scan; if the work failed, a sentence with the reason instead."""
 
     name: str
     value: Any = None
@@ -39,17 +33,8 @@ def run_in_processes(work: Callable[[str], Any], names: Sequence[str], workers: 
     A scan whose work raises, or whose process dies, fails alone; a new process takes the place of the dead one. The
     processes end when the iteration ends, also when this process is killed.
 
-    Args:
-        work: picklable; called with a name in another process.
-        names: names of the scans.
-        workers: number of processes at once.
-
-    Yields:
-        One outcome a name, in the order in which they finish.
-
-    Raises:
-        OutputError: the work raised it.
-        InputError: processes cannot be started, or die before they begin.
+    An OutputError of the (picklable) work ends the iteration, and so do processes that cannot be started, or die before
+    they begin, with an InputError.
     """
     waiting = list(reversed(names))
     running: list[_Worker] = []
@@ -93,11 +78,8 @@ def run_in_processes(work: Callable[[str], Any], names: Sequence[str], workers: 
 class _Worker:
     """A process with an executor of its own: when it dies, the executor breaks and the scan that it had is known.
 
-    One executor of many processes would end all of them with the first that dies, and the scan could not be named.
-
-    Attributes:
-        name: scan under way; None until the process is ready.
-        future: outcome of that scan.
+    One executor of many processes would end all of them with the first that dies, and the scan could not be named. The
+    attribute `name` is the scan under way, None until the process is ready; `future` is the outcome of that scan.
     """
 
     def __init__(self, work: Callable[[str], Any]):

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.patches import Rectangle
 
-from h2a2_jax.figures import COLORS, SHARED_MAP, Picture, canvas, groups_of, name_steps, save
+from h2a2_jax.figures import COLORS, SHARED_MAP, Picture, canvas, groups_of, save
 from h2a2_jax.report.observation import LayerSelection
 from h2a2_jax.report.offsets import (
     OFFSET_CLASSES,
@@ -106,7 +106,7 @@ def draw_history(
                 axes[0, 0].legend(fontsize=7)
                 axes[0, 1].legend(fontsize=7)
         for ax in axes[-1]:
-            name_steps(ax)
+            ax.set_xlabel("training step")
         figure.colorbar(image, ax=axes, location="right", shrink=0.6).set_label("share of scans with gamma = 1")
         pictures.append(
             save(
@@ -142,10 +142,7 @@ def draw_agreement(
     ax.set(ylim=(0, 1.05), ylabel="share of (pair of datasets, offset)\nwith the same choice")
     ax.legend(fontsize=8, ncols=6, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     return save(
-        figure,
-        folder,
-        "agreement",
-        "Agreement of selections across datasets, by class of offset",
+        figure, folder, "agreement", "Agreement of selections across datasets, by class of offset",
         "For every pair of datasets and every offset, whether the majority of validation scans of both takes the "
         "same kind of kernel (shared or own); bars are the mean over pairs and over the offsets of a class (their "
         "number in brackets; the centre is a single offset, so its bar takes few values). The black line is what "
@@ -153,7 +150,7 @@ def draw_agreement(
         "is no sign of learning: alpha, prototypes and projection are the same for all datasets, so scans that "
         "resemble each other agree from the first step on. Diamonds show that start (training scans, first line of "
         "selection.jsonl); what lies between them and the bars came with training.",
-    )
+    )  # fmt: skip
 
 
 def draw_stability(
@@ -174,21 +171,18 @@ def draw_stability(
         for d, name in enumerate(datasets):
             over_layers = np.mean([disagreement(log.gamma[:, d]) for log in history.values()], 0)
             ax.plot(steps, over_layers, color=COLORS[d], label=name, marker="." if len(steps) == 1 else None)
-        ax.set(title="disagreement in training, mean of layers", ylabel="1 \u2212 |2 gamma \u2212 1|", ylim=(0, 1.02))
+        ax.set(xlabel="training step", ylabel="1 \u2212 |2 gamma \u2212 1|", ylim=(0, 1.02))
+        ax.set_title("disagreement in training, mean of layers")
         ax.legend(fontsize=8)
-        name_steps(ax)
     return save(
-        figure,
-        folder,
-        "stability",
-        "How often selections flip, and how far scans disagree",
+        figure, folder, "stability", "How often selections flip, and how far scans disagree",
         "Flips: the share of (dataset, offset) whose majority changes from one line of selection.jsonl to the next, a "
         "line for each layer, a colour for each stage, darker for later layers. Disagreement: how far the scans of one "
         "dataset differ, the mean over offsets of 1 \u2212 |2 gamma \u2212 1| with gamma the share of scans that take "
         "the shared kernel: 0 where all take the same kind, 1 where half take each. In training gamma is the mean over "
         "the steps of a line, so that it also holds changes from step to step (with one scan a line it is 0); on "
         "validation scans the model stands still.",
-    )
+    )  # fmt: skip
 
 
 def _draw_flips(ax: Any, steps: Int[np.ndarray, " t"], history: Mapping[str, SelectionHistory]) -> None:
@@ -198,10 +192,11 @@ def _draw_flips(ax: Any, steps: Int[np.ndarray, " t"], history: Mapping[str, Sel
             label = group if i == len(layers) - 1 else None
             flips = flip_shares(history[layer].gamma)
             ax.plot(steps[1:], flips, color=color, alpha=depth, linewidth=1.2, label=label)
-    ax.set(title="flips from line to line", ylabel="share of (dataset, offset) that change sides")
+    ax.set(
+        title="flips from line to line", xlabel="training step", ylabel="share of (dataset, offset) that change sides"
+    )
     ax.set_ylim(bottom=0)
     ax.legend(fontsize=8)
-    name_steps(ax)
 
 
 def _draw_disagreement(ax: Any, selections: Mapping[str, LayerSelection], datasets: Sequence[str]) -> None:

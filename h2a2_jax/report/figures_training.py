@@ -1,5 +1,6 @@
 """Figures of training: curves.png, gradient norms, harmonisation."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,22 +15,20 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 
 from h2a2_jax.checkpoint.parameter_groups import KINDS
 from h2a2_jax.errors import InputError
-from h2a2_jax.figures import COLORS, Picture, as_text, canvas, name_steps, save
+from h2a2_jax.figures import COLORS, Picture, as_text, canvas, save
 from h2a2_jax.files import whole_file
 from h2a2_jax.training.metrics import FILE_NAME, read_metrics
 from h2a2_jax.training.summary import CURVES
 
-Series = Mapping[str, Float[np.ndarray, "_ 2"]]
-"""Rows (step, value) of each metric."""
+Rows = Float[np.ndarray, "_ 2"]
+"""Steps and values of a metric."""
+Series = Mapping[str, Rows]
+"""Rows of each metric."""
 _COLUMNS = 4
 
 
-def series_of(lines: Sequence[Mapping[str, float | int | None]]) -> dict[str, Float[np.ndarray, "_ 2"]]:
-    """The values of each metric over the steps, without nulls.
-
-    Args:
-        lines: Lines of metrics.jsonl, in order.
-    """
+def series_of(lines: Sequence[Mapping[str, float | int | None]]) -> dict[str, Rows]:
+    """The values of each metric of metrics.jsonl over the steps, without nulls."""
     found: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         for name, value in line.items():
@@ -38,9 +37,9 @@ def series_of(lines: Sequence[Mapping[str, float | int | None]]) -> dict[str, Fl
     return {name: np.array(values) for name, values in found.items()}
 
 
-def by_group(series: Series, metric: str, datasets: Sequence[str]) -> dict[str, dict[str, Float[np.ndarray, "_ 2"]]]:
+def by_group(series: Series, metric: str, datasets: Sequence[str]) -> dict[str, dict[str, Rows]]:
     """The series "<metric>/<group>/<dataset>", by group and dataset."""
-    groups: dict[str, dict[str, Float[np.ndarray, "_ 2"]]] = {}
+    groups: dict[str, dict[str, Rows]] = {}
     for name, values in series.items():
         parts = name.split("/")
         if len(parts) == 3 and parts[0] == metric and parts[2] in datasets:
@@ -52,7 +51,7 @@ def draw_psi(series: Series, threshold: float | None, folder: Path) -> Picture |
     """Agreement of gradient norms over training; None without it."""
     groups = {name.split("/")[1]: values for name, values in series.items() if name.startswith("psi/")}
     whole: Series = {name: groups.pop(name) for name in ("mean", "min") if name in groups}
-    shares = {"/".join(n.split("/")[1:]): v for n, v in series.items() if n.startswith("harmonized_share/")}
+    shares = {n.removeprefix("harmonized_share/"): v for n, v in series.items() if n.startswith("harmonized_share/")}
     if "harmonized_share" in groups:
         shares["all tensors"] = groups.pop("harmonized_share")
     groups.pop("cap_hits", None)
@@ -60,12 +59,8 @@ def draw_psi(series: Series, threshold: float | None, folder: Path) -> Picture |
         return None
     kinds = {name: values for name, values in groups.items() if name in KINDS}
     places = {name: values for name, values in groups.items() if name not in KINDS}
-    parts: list[tuple[str, Series, list[str]]] = [
-        ("all tensors", whole, ["all tensors"]),
-        ("by place", places, [*places]),
-        ("by kind", kinds, [*kinds]),
-    ]
-    parts = [part for part in parts if part[1]]
+    titled = {"all tensors": (whole, ["all tensors"]), "by place": (places, [*places]), "by kind": (kinds, [*kinds])}
+    parts = [(title, values, names) for title, (values, names) in titled.items() if values]
     figure, axes = canvas(2, len(parts), 5 * len(parts), 7, sharex=True)
     for column, (title, values, names) in enumerate(parts):
         upper, lower = axes[:, column]
@@ -74,8 +69,8 @@ def draw_psi(series: Series, threshold: float | None, folder: Path) -> Picture |
             upper.axhline(threshold, color="0.3", linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
         upper.set(title=title, ylabel="Psi, mean over tensors (1: equal norms)", ylim=(0, 1.05))
         _lines(lower, {name: shares[name] for name in names if name in shares})
-        lower.set(ylabel="share of tensors with Psi below the threshold", ylim=(-0.02, 1.05))
-        name_steps(lower)
+        lower.set_ylabel("share of tensors with Psi below the threshold")
+        lower.set(xlabel="training step", ylim=(-0.02, 1.05))
         upper.legend(fontsize=8, loc="lower left")
     return save(
         figure, folder, "psi", "Agreement of the datasets' gradient norms",
@@ -88,8 +83,8 @@ def draw_psi(series: Series, threshold: float | None, folder: Path) -> Picture |
 
 
 def _lines(ax: Any, values: Series) -> None:
-    for i, (name, rows) in enumerate(values.items()):
-        ax.plot(*rows.T, color=COLORS[i % len(COLORS)], label=name, linewidth=1.3)
+    for color, (name, rows) in zip(itertools.cycle(COLORS), values.items(), strict=False):
+        ax.plot(*rows.T, color=color, label=name, linewidth=1.3)
 
 
 def draw_by_group(
@@ -105,29 +100,21 @@ def draw_by_group(
     for ax in axes.flat[len(groups) :]:
         ax.set_visible(False)
     for ax, (group, own) in zip(axes.flat, groups.items(), strict=False):
-        _logarithmic(ax, own, datasets)
+        for color, name in zip(itertools.cycle(COLORS), datasets, strict=False):
+            if name in own:
+                ax.plot(*own[name].T, color=color, label=name, linewidth=1.2)
+        if any((values[:, 1] > 0).any() for values in own.values()):
+            ax.set_yscale("log")
         ax.set_title(group, fontsize=10)
         ax.set_ylabel(label, fontsize=8)
-        name_steps(ax)
+        ax.set_xlabel("training step")
     axes[0, 0].legend(fontsize=8)
     return save(figure, folder, metric, title, caption)
-
-
-def _logarithmic(ax: Any, own: Series, datasets: Sequence[str]) -> None:
-    positive = False
-    for d, name in enumerate(datasets):
-        if name in own:
-            ax.plot(*own[name].T, color=COLORS[d], label=name, linewidth=1.2)
-            positive |= bool((own[name][:, 1] > 0).any())
-    if positive:
-        ax.set_yscale("log")
 
 
 _CURVE_COLUMNS = 3
 _FEW = 30
 """Largest number of points that get markers: a single point draws no line."""
-
-Rows = Float[np.ndarray, "_ 2"]
 
 
 @dataclass(frozen=True)
@@ -135,7 +122,6 @@ class _Panel:
     """A diagram over the steps.
 
     Attributes:
-        title: Title of the panel.
         of_datasets: Rows by dataset, in the colours that all panels share.
         others: Further rows by name.
         scale: "zero" begins at 0, "share" is 0 to 1, "log" is logarithmic.
@@ -151,12 +137,6 @@ def draw_curves(workdir: Path) -> Path:
     """Draw <workdir>/curves.png: losses, mAP, learning rate, gradients, kernels, pace and counts over the steps.
 
     A panel without values is left out. A kill leaves the old picture or the new one.
-
-    Args:
-        workdir: Folder of the run.
-
-    Returns:
-        Path of the picture.
 
     Raises:
         InputError: the run has no line of metrics, or one is damaged.
@@ -203,33 +183,25 @@ def _curves(lines: Sequence[Mapping[str, float | int | None]]) -> Figure:
 def _panels(series: Mapping[str, Rows], datasets: Sequence[str]) -> list[_Panel]:
     """Panels that have values."""
 
+    def rows(metrics: Mapping[str, str]) -> dict[str, Rows]:
+        return {label: series[metric] for label, metric in metrics.items() if metric in series}
+
     def of(metric: str) -> dict[str, Rows]:
-        return {name: series[f"{metric}/{name}"] for name in datasets if f"{metric}/{name}" in series}
-
-    def alone(*metrics: str) -> dict[str, Rows]:
-        return {metric: series[metric] for metric in metrics if metric in series}
-
-    def one(metric: str) -> dict[str, Rows]:
-        return {"": series[metric]} if metric in series else {}
+        return rows({name: f"{metric}/{name}" for name in datasets})
 
     scored = sorted({name.split("/", 1)[0] for name in series if name.startswith("mAP@")})
-    agreement = {"mean": "psi/mean", "lowest": "psi/min"}
+    counts = ("skipped_steps", "skipped_scans", "compilations")
     panels = [
         _Panel("loss", of("loss"), {}),
         *(_Panel(f"{metric}, validation scans", of(metric), {}) for metric in scored),
         _Panel("box loss", of("loss_box"), {}),
         _Panel("classification loss", of("loss_class"), {}),
-        _Panel("learning rate", {}, one("learning_rate"), "log"),
-        _Panel("gradient norm before clipping", {}, one("gradient_norm"), "log"),
-        _Panel(
-            "Psi, agreement of gradient norms",
-            {},
-            {name: series[metric] for name, metric in agreement.items() if metric in series},
-            "share",
-        ),
+        _Panel("learning rate", {}, rows({"": "learning_rate"}), "log"),
+        _Panel("gradient norm before clipping", {}, rows({"": "gradient_norm"}), "log"),
+        _Panel("Psi, agreement of gradient norms", {}, rows({"mean": "psi/mean", "lowest": "psi/min"}), "share"),
         _Panel("share of exclusive kernels", of("exclusive_share"), {}, "share"),
-        _Panel("scans per second", {}, one("scans_per_second")),
-        _Panel("counts", {}, alone("skipped_steps", "skipped_scans", "compilations")),
+        _Panel("scans per second", {}, rows({"": "scans_per_second"})),
+        _Panel("counts", {}, rows({name: name for name in counts})),
     ]
     return [panel for panel in panels if panel.of_datasets or panel.others]
 
@@ -251,7 +223,7 @@ def _draw(ax: Any, panel: _Panel, datasets: Sequence[str], last: float) -> None:
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ax.tick_params(labelsize=8)
     ax.grid(alpha=0.25)
-    name_steps(ax)
+    ax.set_xlabel("training step")
     values = np.concatenate(shown)
     if panel.scale == "log" and len(values):
         _decades(ax, values)

@@ -55,9 +55,7 @@ def load_batches(source: ScanSource, spec: DatasetSpec, count: int, voxel_size: 
 class PaddedShape:
     """One padded shape for many scans, so that a detector is compiled once.
 
-    Attributes:
-        capacities: Numbers of sites of every level after padding.
-        layout: Layout of the plan.
+    `capacities` are the numbers of sites of every level after padding.
     """
 
     capacities: LevelSizes
@@ -101,12 +99,8 @@ class LayerSelection:
 def observe_selection(model: TR3D, batches: Sequence[Sequence[ScanBatch]]) -> dict[str, LayerSelection]:
     """alpha, beta and gamma of each layer with 3^3 kernel selection, as the detector predicts.
 
-    Args:
-        model: Trained detector.
-        batches: Batches of one scan each, by dataset, in the order of the dataset axis.
-
-    Returns:
-        By layer, in the order of the forward pass; empty for a detector without kernel selection.
+    Batches have one scan each and are grouped by dataset, in the order of the dataset axis. The layers are in the order
+    of the forward pass; a detector without kernel selection has none.
     """
     shape = PaddedShape.of([batch for own in batches for batch in own], model.config)
     graph, state = nnx.split(model)

@@ -17,22 +17,14 @@ def offset_classes() -> Int[np.ndarray, " 27"]:
 
 
 def majority(gamma: Float[np.ndarray, "*s"]) -> Bool[np.ndarray, "*s"]:
-    """Return True where at least half of the scans take the shared kernel.
-
-    Args:
-        gamma: Share of scans that take it.
-    """
+    """Return True where gamma, the share of scans that take the shared kernel, is at least one half."""
     return gamma >= 0.5
 
 
 def agreement(gamma: Float[np.ndarray, "d 27"]) -> Float[np.ndarray, " 4"]:
     """By offset class, share of (pair of datasets, offset) in which both datasets' majorities take the same kind.
 
-    Args:
-        gamma: Share of scans that take the shared kernel, by dataset.
-
-    Returns:
-        NaN with fewer than two datasets.
+    NaN with fewer than two datasets.
     """
     chosen, classes = majority(gamma), offset_classes()
     same = [a == b for a, b in itertools.combinations(chosen, 2)]
@@ -54,8 +46,8 @@ def chance_agreement(gamma: Float[np.ndarray, "d 27"]) -> float:
 
 def flip_shares(gamma: Float[np.ndarray, "t d 27"]) -> Float[np.ndarray, " t_minus_1"]:
     """From one time to the next, share of (dataset, offset) whose majority changes, among those known at both."""
-    chosen, known = majority(gamma), np.isfinite(gamma)
-    known = known[1:] & known[:-1]
+    chosen, finite = majority(gamma), np.isfinite(gamma)
+    known = finite[1:] & finite[:-1]
     changed = (chosen[1:] != chosen[:-1]) & known
     return changed.sum((1, 2)) / np.maximum(known.sum((1, 2)), 1)
 

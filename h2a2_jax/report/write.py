@@ -27,15 +27,8 @@ def write_report(config: ExperimentConfig, workdir: Path, scans: int = 16) -> Pa
 
     The page holds a summary; the offsets that each layer shares or keeps exclusive on validation scans; alpha, beta and
     gamma over training; agreement of selections across datasets and their flips; losses, gradient norms and Psi. Where
-    a run has no kernel selection or no log, a sentence takes the place of the pictures.
-
-    Args:
-        config: Config of the run; must agree with its newest checkpoint.
-        workdir: Folder of the run.
-        scans: Number of validation scans of each dataset to run, at most.
-
-    Returns:
-        Path of the page.
+    a run has no kernel selection or no log, a sentence takes the place of the pictures. The detector runs on at most
+    `scans` validation scans of each dataset.
 
     Raises:
         InputError: there is no checkpoint, or it is of another config; data or files of the run are missing or damaged.
@@ -67,10 +60,9 @@ def write_report(config: ExperimentConfig, workdir: Path, scans: int = 16) -> Pa
         *_selection_sections(config, selections, counts, log, folder),
         _balance_section(config, lines, folder),
     ]
-    title = f"Report of {workdir.absolute().name}"
     subtitle = f"{', '.join(names)}; checkpoint of step {step}. One file: it can be moved, mailed and printed."
     target = folder / "index.html"
-    target.write_text(page(title, subtitle, sections), encoding="utf-8")
+    target.write_text(page(f"Report of {workdir.absolute().name}", subtitle, sections), encoding="utf-8")
     return target
 
 
@@ -120,11 +112,7 @@ def _summary(
 
 
 def _selection_sections(
-    config: ExperimentConfig,
-    selections: dict[str, LayerSelection],
-    counts: Sequence[int],
-    log: Log,
-    folder: Path,
+    config: ExperimentConfig, selections: dict[str, LayerSelection], counts: Sequence[int], log: Log, folder: Path
 ) -> list[Section]:
     if not selections:
         text = ["This detector has no kernel selection (model.selection is None), so there is nothing to show here."]
@@ -144,26 +132,15 @@ def _selection_sections(
     )
     several = len(names) > 1
     missing = [] if history else [f"There is no {metrics.SELECTION_FILE} in the run's folder: training writes it."]
+    pictures = draw_history(steps, history, names, folder) if history else []
+    across: list[Picture | Table] = [draw_agreement(selections, history, folder), agreeing] if several else []
+    alone = [] if several else ["Agreement takes two datasets; this run has one."]
+    stability = draw_stability(steps, history, selections, names, folder)
     return [
         Section("kernels", "Shared and exclusive offsets", (), kernels),
-        Section(
-            "history",
-            "Selection over training",
-            missing,
-            draw_history(steps, history, names, folder) if history else [],
-        ),
-        Section(
-            "agreement",
-            "Agreement across datasets",
-            [] if several else ["Agreement takes two datasets; this run has one."],
-            [draw_agreement(selections, history, folder), agreeing] if several else [],
-        ),
-        Section(
-            "stability",
-            "Flips and disagreement",
-            missing,
-            [draw_stability(steps, history, selections, names, folder)],
-        ),
+        Section("history", "Selection over training", missing, pictures),
+        Section("agreement", "Agreement across datasets", alone, across),
+        Section("stability", "Flips and disagreement", missing, [stability]),
     ]
 
 

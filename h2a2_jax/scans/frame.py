@@ -9,8 +9,7 @@ grid of directions, so that a tilt of 30 degrees is no local matter.
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
@@ -32,20 +31,14 @@ UPRIGHT: Mapping[str, Sequence[Sequence[int]]] = {
 }
 """Rotation that turns the axis which points up in a file to z."""
 
-GREY = 0.5
-"""Colour of points without colour: between black and white."""
+GREY = 0.5  # colour of points without colour: between black and white
 NO_COLORS = "scans without colours, made grey"
 _FAR = 100.0
 _STEP = 96.0  # m; whole metres are exact in float32, and this is a multiple of 64 voxels of 1, 1.5 or 2 cm
 
 
 def upright_matrix(up: str, unit: str) -> Float[np.ndarray, "4 4"]:
-    """Return the matrix from a frame with that axis up, in that unit, to metres with z up.
-
-    Args:
-        up: a key of `UPRIGHT`.
-        unit: a key of `UNITS`.
-    """
+    """Return the matrix from a frame with that axis up (a key of `UPRIGHT`), in that unit, to metres with z up."""
     matrix = np.eye(4)
     matrix[:3, :3] = np.array(UPRIGHT[up]) * UNITS[unit]
     return matrix
@@ -72,17 +65,11 @@ def place_cloud(
     *,
     colors_hint: str = "",
 ) -> PlacedCloud:
-    """Make a scan of the points of a file.
+    """Make a scan of the points of a file, with the matrix from the file's frame and unit to metres, z up.
 
     A scan without colours is made grey. A scan far from the origin (in the frame of a map, for example) is shifted
-    there by multiples of 96 m, which leaves its voxels as they are at all levels.
-
-    Args:
-        name: of the scan.
-        cloud: points and colours.
-        matrix: from the file's frame and unit to metres, z up.
-        colors: range of the colours.
-        colors_hint: remedy for another range than expected, as in "say --colors".
+    there by multiples of 96 m, which leaves its voxels as they are at all levels. `colors_hint` is the remedy for
+    colours in another range than `colors`, as in "say --colors".
 
     Raises:
         ScanError: no point is usable, most are too far away, or the colours are in another range.
@@ -125,8 +112,7 @@ class AxisFinding:
     Attributes:
         extent: length between the .2 and the 99.8 percentile.
         slab: share of points in the fullest slab of 2 % of the longest extent: a floor or a ceiling across this axis.
-        low: share of points in the lowest 5 % of the extent.
-        high: share of points in the highest 5 %.
+        low: share of points in the lowest 5 % of the extent; `high` is that in the highest.
         lower_half: share below the middle of the points between 15 and 85 % of the extent: furniture.
     """
 
@@ -146,17 +132,12 @@ def spread(points: Float[np.ndarray, "m 3"]) -> tuple[AxisFinding, ...]:
     for axis in range(3):
         bins = max(2, int(np.ceil(extent[axis] / slab)))
         counts, _ = np.histogram(points[:, axis], bins, (low[axis], low[axis] + bins * slab))
+        fullest = float((counts[:-1] + counts[1:]).max() / len(points))
         place = (points[:, axis] - low[axis]) / extent[axis]
         middle = place[(place > _MIDDLE[0]) & (place < _MIDDLE[1])]
-        found.append(
-            AxisFinding(
-                float(extent[axis]),
-                float((counts[:-1] + counts[1:]).max() / len(points)),
-                float((place < _ENDS).mean()),
-                float((place > 1 - _ENDS).mean()),
-                float((middle < 0.5).mean()) if len(middle) else 0.5,
-            )
-        )
+        lower_half = float((middle < 0.5).mean()) if len(middle) else 0.5
+        ends = float((place < _ENDS).mean()), float((place > 1 - _ENDS).mean())
+        found.append(AxisFinding(float(extent[axis]), fullest, *ends, lower_half))
     return tuple(found)
 
 
@@ -173,7 +154,6 @@ class Guess:
     Attributes:
         declared: value that the user or the format gives.
         guess: value that the points look like; None if they leave it open.
-        certain: True if there is little doubt.
         evidence: the numbers behind the guess, in words.
     """
 
@@ -187,17 +167,11 @@ class Guess:
         """True if the guess is another than the declared value."""
         return self.guess not in (None, self.declared)
 
-    def document(self) -> dict[str, Any]:
-        """Return the fields for JSON."""
-        return asdict(self)
-
 
 def guess_up(declared: str, scans: Sequence[Sequence[AxisFinding]]) -> Guess:
     """Guess the axis that points up: a floor and a ceiling are the fullest slabs, and furniture stands on the floor.
 
-    Args:
-        declared: declared axis, with its sign.
-        scans: findings along x, y, z of each scan; several scans are surer than one.
+    `scans` has the findings along x, y, z of each scan; several scans are surer than one.
     """
     if not scans:
         return Guess(declared, None, False, "no scan could be read")
@@ -228,12 +202,7 @@ def _points_along(axis: AxisFinding) -> int:
 
 
 def guess_unit(declared: str, scans: Sequence[Sequence[AxisFinding]]) -> Guess:
-    """Guess the unit in which a scan is as large as a room, by the middle one of its three extents.
-
-    Args:
-        declared: declared unit.
-        scans: findings along x, y, z of each scan.
-    """
+    """Guess the unit in which a scan is as large as a room, by the middle one of its three extents."""
     if not scans:
         return Guess(declared, None, False, "no scan could be read")
     extents = np.median([[axis.extent for axis in axes] for axes in scans], axis=0)
@@ -243,8 +212,7 @@ def guess_unit(declared: str, scans: Sequence[Sequence[AxisFinding]]) -> Guess:
     return Guess(declared, unit, unit is not None, f"median extents {shown}; rooms measure 3 to 10 m")
 
 
-MAX_TILT = math.radians(35)
-"""Largest angle (rad) between z and gravity that is searched."""
+MAX_TILT = math.radians(35)  # between z and gravity
 _CELL = 0.04  # m; one point each, so that surfaces near a sensor count no more than far ones
 _SUPPORTS = 40_000  # points whose neighbourhoods are planes
 _NORMALS = 6_000
@@ -264,7 +232,7 @@ class Gravity:
 
     Attributes:
         up: unit vector, within `MAX_TILT` of z.
-        tilt: angle between it and z (rad).
+        tilt: angle between `up` and z (rad).
         sure: True if surfaces of two directions at least agree on it; one wall alone leaves it open.
     """
 
@@ -304,12 +272,9 @@ class Walls:
 
 
 def surface_normals(points: Float[np.ndarray, "m 3"]) -> Float[np.ndarray, "n 3"]:
-    """Estimate normals at places spread evenly over the flat surfaces of a scan; none of fewer than 24 points.
+    """Estimate normals, of arbitrary sign, at places spread evenly over the flat surfaces of a scan (m).
 
-    Their signs are arbitrary.
-
-    Args:
-        points: metres.
+    A scan of fewer than 24 points has none.
     """
     rng = np.random.default_rng(0)
     if len(points) > 1_000_000:
@@ -332,11 +297,7 @@ def surface_normals(points: Float[np.ndarray, "m 3"]) -> Float[np.ndarray, "n 3"
 
 
 def estimate_gravity(normals: Float[np.ndarray, "n 3"]) -> Gravity:
-    """Find the direction along and across which the normals lie best, within `MAX_TILT` of z.
-
-    Args:
-        normals: unit vectors of `surface_normals`.
-    """
+    """Find the direction along and across which the normals of `surface_normals` lie best, within `MAX_TILT` of z."""
     up = np.array([0.0, 0.0, 1.0])
     if not len(normals):
         return Gravity(up, 0.0, False)
@@ -363,11 +324,7 @@ def estimate_gravity(normals: Float[np.ndarray, "n 3"]) -> Gravity:
 
 
 def estimate_walls(normals: Float[np.ndarray, "n 3"]) -> Walls:
-    """Find the angle of the walls modulo 90 degrees.
-
-    Args:
-        normals: unit vectors of an upright scan.
-    """
+    """Find the angle of the walls modulo 90 degrees, by the unit normals of an upright scan."""
     upright = normals[np.abs(normals[:, 2]) < _UPRIGHT_WALL]
     if len(upright) < 20:
         return Walls(0.0, False)

@@ -25,12 +25,12 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.restricted_pickle import load_plain_pickle
@@ -52,37 +52,16 @@ _NO_CLASS = "boxes of no class of the dataset"
 _NO_ALIGNMENT = "scans without an alignment, taken as aligned"
 
 
-@dataclass(frozen=True, eq=False)
-class _ScanInfo:
-    """Annotation of one scan; `alignment` brings the stored points into the frame of the boxes."""
-
-    name: str
-    boxes: Float32[np.ndarray, "g 7"]
-    labels: Int32[np.ndarray, " g"]
-    alignment: Float32[np.ndarray, "4 4"]
-    notes: Mapping[str, int]
-
-
 class Mmdet3dFolder:
     """Scans of one prepared folder.
 
-    `__getitem__` raises `ScanError` for a scan that cannot be read or has no usable point.
-
-    Attributes:
-        spec: classes and protocol.
-        names: names of the scans, in the order of the info files.
+    The order is that of the info files. `__getitem__` raises `ScanError` for a scan that cannot be used.
     """
 
     def __init__(self, root: str | Path, info_file: str | Sequence[str], spec: DatasetSpec):
         """Read the annotations and check that every scan's file is there.
 
-        Args:
-            root: the prepared folder.
-            info_file: name of the info file in the folder, or several in order (S3DIS areas).
-            spec: the dataset the folder holds.
-
-        Raises:
-            InputError: a folder or file is missing, an info file cannot be understood, or a scan is named twice.
+        `info_file` is the name of the info file in the folder, or several in order (S3DIS areas).
         """
         self.spec = spec
         self._points = Path(root) / "points"
@@ -95,31 +74,25 @@ class Mmdet3dFolder:
         self._infos = [info for file in files for info in _read_infos(Path(root) / file, spec)]
         if not self._infos:
             raise InputError(f"{', '.join(files)} in {root} name no scan: prepare the folder again.")
-        twice = [name for name, count in Counter(info.name for info in self._infos).items() if count > 1]
-        if twice:
+        if twice := [name for name, count in Counter(info.name for info in self._infos).items() if count > 1]:
             raise InputError(
                 f"{', '.join(files)} in {root} name {len(twice)} scans more than once ({some(twice)}): "
                 "prepare the folder again."
             )
         self.names = [info.name for info in self._infos]
-        missing = [info.name for info in self._infos if not self._path(info.name).is_file()]
-        if missing:
+        if missing := [info.name for info in self._infos if not self._path(info.name).is_file()]:
             raise InputError(
                 f"{len(missing)} of the {len(self._infos)} scans named in {', '.join(files)} have no .bin file in "
                 f"{self._points} ({some(missing)}): finish preparing the folder."
             )
 
     def __len__(self) -> int:
-        """Number of scans."""
         return len(self._infos)
 
     def __getitem__(self, index: int) -> Scan:
         """Load one scan, in the frame of its boxes.
 
         Points with a NaN or infinite coordinate or colour are dropped and counted in `Scan.notes`.
-
-        Raises:
-            ScanError: the file is cut off, holds no usable point, reaches too far, or its colours are in another range.
         """
         info = self._infos[index]
         with scan_errors(info.name):
@@ -139,12 +112,12 @@ class Mmdet3dFolder:
                     f"{self._other_type(info.name)}."
                 )
             with np.errstate(over="ignore"):  # beyond float32 is beyond reach too
-                points = rows[:, :3] @ info.alignment[:3, :3].T + info.alignment[:3, 3]
+                points = rows[:, :3] @ info.transform[:3, :3].T + info.transform[:3, 3]
             near = within_reach(info.name, np.nan_to_num(points, nan=np.inf))
             if not near.all():
                 notes[FAR_POINTS] = int((~near).sum())
                 points, colors = points[near], colors[near]
-            return Scan(info.name, points, colors, info.boxes, info.labels, info.alignment, notes)
+            return replace(info, points=points, colors=colors, notes=notes)
 
     def _path(self, name: str) -> Path:
         return self._points / f"{name}.bin"
@@ -179,39 +152,31 @@ def default_info_files(spec: DatasetSpec, split: Literal["train", "val"]) -> tup
     return (f"{spec.name}_infos_{split}.pkl",)
 
 
-def _read_infos(path: Path, spec: DatasetSpec) -> list[_ScanInfo]:
-    """Read an info file of version 1 or 2: one entry per scan, in the file's order, with objects of the classes."""
+def _read_infos(path: Path, spec: DatasetSpec) -> list[Scan]:
+    """Read an info file of version 1 or 2: scans without points, in the file's order, with objects of the classes."""
     content = load_plain_pickle(path)
     try:
         if isinstance(content, Mapping) and "data_list" in content:
             categories = content.get("metainfo", {}).get("categories")
             _refuse_mixture(content["data_list"], "pts_path", 2)
-            infos = [_read_v2(entry, categories, spec) for entry in content["data_list"]]
-        elif isinstance(content, list):
-            _refuse_mixture(content, "lidar_points", 1)
-            infos = [_read_v1(entry, spec) for entry in content]
-        else:
+            return [_read_v2(entry, categories, spec) for entry in content["data_list"]]
+        if not isinstance(content, list):
             raise TypeError("neither {metainfo, data_list} nor a list")
+        _refuse_mixture(content, "lidar_points", 1)
+        return [_read_v1(entry, spec) for entry in content]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(
             f"{path} is no mmdetection3d info file of version 1 or 2 ({what}): prepare the folder again."
         ) from error
-    return infos
 
 
 def _refuse_mixture(entries: Iterable[Any], key: str, version: int) -> None:
-    other = [i for i, entry in enumerate(entries) if key in entry]
-    if other:
+    if other := [i for i, entry in enumerate(entries) if key in entry]:
         raise ValueError(f"it is of version {version}, but {len(other)} entries, the first at {other[0]}, are not")
 
 
-def _scan_name(stored_path: str) -> str:
-    """Return the name of the scan whose points an info file stores at `stored_path`."""
-    return Path(stored_path).stem
-
-
-def _read_v2(entry: Mapping[str, Any], categories: Mapping[str, int] | None, spec: DatasetSpec) -> _ScanInfo:
+def _read_v2(entry: Mapping[str, Any], categories: Mapping[str, int] | None, spec: DatasetSpec) -> Scan:
     instances = entry.get("instances", [])
     labels = [instance["bbox_label_3d"] for instance in instances]
     if categories:
@@ -224,7 +189,7 @@ def _read_v2(entry: Mapping[str, Any], categories: Mapping[str, int] | None, spe
     return _scan_info(name, boxes, labels, entry.get("axis_align_matrix"), spec)
 
 
-def _read_v1(entry: Mapping[str, Any], spec: DatasetSpec) -> _ScanInfo:
+def _read_v1(entry: Mapping[str, Any], spec: DatasetSpec) -> Scan:
     annos = entry.get("annos", {})
     empty = int(annos.get("gt_num", 0)) == 0  # then the keys of the boxes are absent
     boxes = [] if empty else annos["gt_boxes_upright_depth"]
@@ -235,25 +200,24 @@ def _read_v1(entry: Mapping[str, Any], spec: DatasetSpec) -> _ScanInfo:
 
 def _safe_name(stored_path: Any, columns: Any) -> str:
     """Return the name of a scan after checking that its path stays in a folder and its file has six columns."""
-    if not isinstance(stored_path, str) or "\0" in stored_path or not _scan_name(stored_path):
+    if not isinstance(stored_path, str) or "\0" in stored_path or not Path(stored_path).stem:
         raise ValueError(f"the path of a scan is {stored_path!r}")
     if ".." in PurePosixPath(stored_path.replace("\\", "/")).parts:
         raise ValueError(f"the path {stored_path!r} leaves the folder")
     if columns is not None and columns != _COLUMNS:
-        raise ValueError(f"scan {_scan_name(stored_path)} has {columns} numbers per point, {_COLUMNS} expected")
-    return _scan_name(stored_path)
+        raise ValueError(f"scan {Path(stored_path).stem} has {columns} numbers per point, {_COLUMNS} expected")
+    return Path(stored_path).stem
 
 
-def _scan_info(name: str, boxes: Iterable[Any], labels: Iterable[Any], alignment: Any, spec: DatasetSpec) -> _ScanInfo:
+def _scan_info(name: str, boxes: Iterable[Any], labels: Iterable[Any], alignment: Any, spec: DatasetSpec) -> Scan:
     with np.errstate(over="ignore"):
         box_array = np.array(list(boxes), np.float32)
     box_array = box_array.reshape(len(box_array), -1) if box_array.size else np.zeros((0, 7), np.float32)
     if box_array.shape[1] not in (6, 7):
         raise ValueError(f"boxes of scan {name} have {box_array.shape[1]} numbers, 6 or 7 expected")
+    box_array = np.pad(box_array, ((0, 0), (0, 7 - box_array.shape[1])))  # yaw 0
     if not spec.has_yaw:
-        box_array = box_array[:, :6]
-    yaw = np.zeros((len(box_array), 7 - box_array.shape[1]), np.float32)
-    box_array = np.concatenate([box_array, yaw], axis=1)
+        box_array[:, 6] = 0
     given = np.array(list(labels), np.float64).reshape(-1)
     label_array = np.nan_to_num(np.clip(given, -1, spec.num_classes), nan=0.5).astype(np.int32)
     if len(label_array) != len(box_array):
@@ -268,7 +232,8 @@ def _scan_info(name: str, boxes: Iterable[Any], labels: Iterable[Any], alignment
     kept = usable & known
     if alignment is None and spec.name == "scannet":  # whose points are stored before they are aligned
         notes[_NO_ALIGNMENT] = 1
-    return _ScanInfo(name, box_array[kept], label_array[kept], _alignment(name, alignment), notes)
+    none = np.zeros((0, 3), np.float32)
+    return Scan(name, none, none, box_array[kept], label_array[kept], _alignment(name, alignment), notes)
 
 
 def _alignment(name: str, alignment: Any) -> Float32[np.ndarray, "4 4"]:
@@ -285,45 +250,31 @@ def _alignment(name: str, alignment: Any) -> Float32[np.ndarray, "4 4"]:
 
 
 def lay_out(scans: Sequence[Path], infos: Path, spec: DatasetSpec, output: Path) -> list[Path]:
-    """Copy scans and write the info files that name them.
+    """Copy `.bin` files, write the info files that name them, and return those of training and of validation.
 
-    Args:
-        scans: `.bin` files.
-        infos: a version 2 info file that annotates each of them.
-        spec: the dataset they belong to.
-        output: the folder to make; files of the same names in it are replaced.
-
-    Returns:
-        The info files of training and of validation.
-
-    Raises:
-        InputError: a file is missing, or `infos` is no version 2 info file or lacks a scan.
+    Files of the same names in the folder `output` are replaced.
     """
-    for scan in scans:
-        if not scan.is_file():
-            raise InputError(f"There is no file {scan}: give the .bin file of a scan.")
+    if absent := [scan for scan in scans if not scan.is_file()]:
+        raise InputError(f"There is no file {absent[0]}: give the .bin file of a scan.")
     content = load_plain_pickle(infos)
     if not isinstance(content, dict) or "data_list" not in content:
         raise InputError(f"{infos} is no version 2 info file: it should hold a dictionary with data_list.")
     try:
-        entries = {_scan_name(entry["lidar_points"]["lidar_path"]): entry for entry in content["data_list"]}
+        entries = {Path(entry["lidar_points"]["lidar_path"]).stem: entry for entry in content["data_list"]}
     except (KeyError, TypeError) as error:
         raise InputError(
             f"{infos} is no version 2 info file: an entry of data_list lacks lidar_points with lidar_path."
         ) from error
-    missing = [scan.stem for scan in scans if scan.stem not in entries]
-    if missing:
+    if missing := [scan.stem for scan in scans if scan.stem not in entries]:
         raise InputError(f"{infos} does not annotate {', '.join(missing)}: give the info file that does.")
     (output / "points").mkdir(parents=True, exist_ok=True)
     for scan in scans:
         shutil.copyfile(scan, output / "points" / scan.name)
-    chosen = {**content, "data_list": [entries[scan.stem] for scan in scans]}
     train, *other_areas = default_info_files(spec, "train")
     (val,) = default_info_files(spec, "val")
-    for file in (train, val):
-        (output / file).write_bytes(pickle.dumps(chosen))
-    for file in other_areas:
-        (output / file).write_bytes(pickle.dumps({**content, "data_list": []}))
+    for file in (train, val, *other_areas):
+        chosen = [] if file in other_areas else [entries[scan.stem] for scan in scans]
+        (output / file).write_bytes(pickle.dumps({**content, "data_list": chosen}))
     return [output / train, output / val]
 
 

@@ -10,8 +10,7 @@ from jaxtyping import Bool, Float, Float32, Int32
 
 from h2a2_jax.errors import InputError
 
-NOT_FINITE = "points with NaN or infinite values"
-"""A kind of note (`Scan.notes`)."""
+NOT_FINITE = "points with NaN or infinite values"  # a kind of note (`Scan.notes`)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,19 +37,14 @@ class Scan:
 
 
 class ScanError(InputError):
-    """One scan cannot be used (unreadable, empty); the others of its source may be fine.
-
-    Attributes:
-        scan: the scan's name.
-    """
+    """One scan, named by `scan`, cannot be used (unreadable, empty); the others of its source may be fine."""
 
     def __init__(self, scan: str, message: str):
-        """Store the scan's name beside the message."""
         super().__init__(message)
         self.scan = scan
 
     def __reduce__(self) -> tuple[type["ScanError"], tuple[str, str]]:
-        """Pass both arguments: an exception keeps only its message, from which another process cannot make it again."""
+        # An exception keeps only its message, from which another process cannot make it again.
         return type(self), (self.scan, str(self))
 
 
@@ -60,12 +54,7 @@ class UnusableScan(Exception):
 
 @contextlib.contextmanager
 def scan_errors(name: str, noun: str = "Scan") -> Iterator[None]:
-    """Turn an `UnusableScan` into the `ScanError` of a scan.
-
-    Args:
-        name: name of the scan.
-        noun: the dataset's word for a scan.
-    """
+    """Turn an `UnusableScan` into the `ScanError` of a scan; `noun` is the dataset's word for a scan."""
     try:
         yield
     except UnusableScan as error:
@@ -80,23 +69,19 @@ class ScanSource(Protocol):
     def names(self) -> Sequence[str]:
         """Names of the scans, in order."""
 
-    def __len__(self) -> int:
-        """Number of scans."""
+    def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Scan:
         """Load one scan."""
 
 
 def load_or_skip(source: ScanSource, skipped: dict[str, str], indices: Iterable[int] | None = None) -> Iterator[Scan]:
-    """Yield scans, skipping those that cannot be loaded.
+    """Yield the scans of some indices (None: all), skipping those that cannot be loaded.
 
     Args:
         source: source of the scans.
         skipped: filled with scan name -> reason for each skipped scan.
         indices: indices of the scans, in order; None: all.
-
-    Yields:
-        The scans that load.
     """
     for index in range(len(source)) if indices is None else indices:
         try:
@@ -129,35 +114,24 @@ def validate_scan(scan: Scan, num_classes: int | None = None) -> list[str]:
         scan: the scan to check.
         num_classes: if given, labels must be below it.
     """
-    problems = []
-    if len(scan.points) == 0:
-        problems.append("it has no points")
-    if len(scan.points) != len(scan.colors):
-        problems.append(f"it has {len(scan.points)} points but {len(scan.colors)} colours")
-    if len(scan.boxes) != len(scan.labels):
-        problems.append(f"it has {len(scan.boxes)} boxes but {len(scan.labels)} labels")
-    if not np.isfinite(scan.points).all():
-        problems.append("some coordinates are NaN or infinite")
-    if not np.isfinite(scan.colors).all() or scan.colors.min(initial=0) < 0 or scan.colors.max(initial=0) > 1:
-        problems.append("some colours lie outside 0-1")
-    if not np.isfinite(scan.boxes).all():
-        problems.append("some boxes are NaN or infinite")
-    elif (scan.boxes[:, 3:6] <= 0).any():
-        problems.append("some boxes have a size that is not positive")
-    if (scan.labels < -1).any() or (num_classes is not None and (scan.labels >= num_classes).any()):
-        problems.append("some labels are outside the classes")
-    return [f"Scan {scan.name}: {problem}." for problem in problems]
+    points, colors, boxes, labels = scan.points, scan.colors, scan.boxes, scan.labels
+    finite = np.isfinite(boxes).all()
+    problems = {
+        "it has no points": len(points) == 0,
+        f"it has {len(points)} points but {len(colors)} colours": len(points) != len(colors),
+        f"it has {len(boxes)} boxes but {len(labels)} labels": len(boxes) != len(labels),
+        "some coordinates are NaN or infinite": not np.isfinite(points).all(),
+        "some colours lie outside 0-1": not ((colors >= 0) & (colors <= 1)).all(),  # nor is NaN inside
+        "some boxes are NaN or infinite": not finite,
+        "some boxes have a size that is not positive": finite and (boxes[:, 3:6] <= 0).any(),
+        "some labels are outside the classes": (labels < -1).any()
+        or (num_classes is not None and (labels >= num_classes).any()),
+    }
+    return [f"Scan {scan.name}: {problem}." for problem, found in problems.items() if found]
 
 
 def enclosing_boxes(boxes: Float[np.ndarray, "n 7"]) -> Float[np.ndarray, "n 7"]:
-    """Enclose turned boxes by axis-aligned ones.
-
-    Args:
-        boxes: centre, sizes (m), yaw (rad).
-
-    Returns:
-        The same centres and heights, yaw 0, in the type of the boxes.
-    """
+    """Enclose turned boxes by axis-aligned ones of the same centres and heights, yaw 0, in the type of the boxes."""
     cos, sin = np.abs(np.cos(boxes[:, 6])), np.abs(np.sin(boxes[:, 6]))
     result = boxes.copy()
     result[:, 3] = boxes[:, 3] * cos + boxes[:, 4] * sin
@@ -181,11 +155,7 @@ _STRAY_SHARE = 0.01
 
 
 def within_reach(name: str, points: Float[np.ndarray, "m 3"]) -> Bool[np.ndarray, " m"]:
-    """Mark the points within reach; a few stray ones are left out, many mean that the unit is another.
-
-    Args:
-        name: of the scan.
-        points: metres, finite.
+    """Mark the points (m, finite) within reach; a few stray ones are left out, many mean that the unit is another.
 
     Raises:
         ScanError: more than 1 % of the points lie beyond `MAX_REACH`.
@@ -203,14 +173,7 @@ def within_reach(name: str, points: Float[np.ndarray, "m 3"]) -> Bool[np.ndarray
 
 
 def usable_boxes(boxes: Float[np.ndarray, "g 7"]) -> tuple[Bool[np.ndarray, " g"], dict[str, int]]:
-    """Mark the boxes that can be learnt from.
-
-    Args:
-        boxes: centre, sizes (m), yaw (rad); any number, NaN and infinity too.
-
-    Returns:
-        The mask of usable boxes, and counts of the others by kind.
-    """
+    """Mark the boxes that can be learnt from, and count the others by kind; NaN and infinity may occur."""
     finite = np.isfinite(boxes).all(axis=1)
     with np.errstate(invalid="ignore"):
         positive = (boxes[:, 3:6] > 0).all(axis=1)

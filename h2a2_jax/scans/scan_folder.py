@@ -80,14 +80,7 @@ class ScanEntry:
 
 @dataclass(frozen=True)
 class FolderDescription:
-    """The content of boxes.json.
-
-    Attributes:
-        up: axis of the files that points up.
-        unit: unit of the files and boxes.
-        colors: range of the files' colours.
-        scans: scans in the order of boxes.json.
-    """
+    """The content of boxes.json, with its defaults filled in."""
 
     up: str
     unit: str
@@ -101,11 +94,7 @@ def is_scan_folder(root: str | Path) -> bool:
 
 
 def folder_classes(root: str | Path) -> tuple[str, ...]:
-    """Return the names of the classes in the folder's boxes.json, in alphabetical order.
-
-    Raises:
-        InputError: see `read_folder`.
-    """
+    """Return the names of the classes in the folder's boxes.json, in alphabetical order; see `read_folder`."""
     return tuple(sorted({box.label for scan in read_folder(root).scans for box in scan.boxes}))
 
 
@@ -137,12 +126,8 @@ def point_cloud_files(root: str | Path) -> list[str]:
 class ScanFolder:
     """The scans of one split of a user's folder.
 
-    `__getitem__` raises `ScanError` for a scan that is missing, cannot be read or has no usable point.
-
-    Attributes:
-        spec: classes and protocol.
-        names: names of the scans, in the order of boxes.json.
-        warnings: sentences on the source as a whole.
+    `__getitem__` raises `ScanError` for a scan that is missing, cannot be read or has no usable point. The scans are in
+    the order of boxes.json; `warnings` are sentences on the source as a whole.
     """
 
     def __init__(
@@ -155,17 +140,9 @@ class ScanFolder:
     ):
         """Read boxes.json; points are read scan by scan.
 
-        Args:
-            root: the folder.
-            split: "train" or "val"; without a scan in the split val, it is train.
-            spec: classes and protocol of the boxes.
-            description: content of boxes.json; None reads it.
-
-        Raises:
-            InputError: see `read_folder`; or no scan is in the split.
+        A split val without a scan is the split train. A `description` stands for the content of boxes.json.
         """
-        self.spec, self._root = spec, Path(root)
-        self._description = read_folder(root) if description is None else description
+        self.spec, self._root, self._description = spec, Path(root), description or read_folder(root)
         self.warnings: list[str] = []
         entries = [entry for entry in self._description.scans if entry.split == split]
         if not entries and split == "val":
@@ -181,23 +158,14 @@ class ScanFolder:
         self._entries, self.names = tuple(entries), [entry.name for entry in entries]
 
     def __len__(self) -> int:
-        """Number of scans."""
         return len(self._entries)
 
     def __getitem__(self, index: int) -> Scan:
-        """Load one scan in metres, z up, colours in 0-1 (grey .5 without colours), near the origin (`place_cloud`).
-
-        Raises:
-            ScanError: the file is missing or cannot be used.
-        """
+        """Load one scan in metres, z up, colours in 0-1 (grey .5 without colours), near the origin (`place_cloud`)."""
         return self.convert(index, self.read(index))
 
     def read(self, index: int) -> PointCloud:
-        """Read the points of one scan in the frame of its file.
-
-        Raises:
-            ScanError: the file is missing or damaged.
-        """
+        """Read the points of one scan in the frame of its file; raise `ScanError` if it is missing or damaged."""
         entry = self._entries[index]
         try:
             return read_point_cloud(self._root / entry.file)
@@ -205,11 +173,7 @@ class ScanFolder:
             raise ScanError(entry.name, f"Scan {entry.name}: {error}") from error
 
     def convert(self, index: int, cloud: PointCloud) -> Scan:
-        """Make one scan of its points as `read` returns them.
-
-        Raises:
-            ScanError: no point is usable, most are too far away, or the colours are in another range.
-        """
+        """Make one scan of its points as `read` returns them; raises `ScanError` like `place_cloud`."""
         entry, described = self._entries[index], self._description
         hint = f'say "colors" in {BOXES_FILE} ({", ".join(COLOR_RANGES)})'
         matrix = upright_matrix(described.up, described.unit)
@@ -269,8 +233,7 @@ def _description(document: Any, root: Path) -> FolderDescription:
     if not isinstance(document["scans"], list) or not document["scans"]:
         raise _Wrong("its scans are no list of at least one")
     scans = tuple(_scan_entry(scan, i, root) for i, scan in enumerate(document["scans"]))
-    twice = [name for name, count in Counter(scan.name for scan in scans).items() if count > 1]
-    if twice:
+    if twice := [name for name, count in Counter(scan.name for scan in scans).items() if count > 1]:
         raise _Wrong(f"scan {', '.join(twice[:3])} is there more than once; names of files without suffix must differ")
     return FolderDescription(up, unit, colors, scans)
 
@@ -281,22 +244,18 @@ def _scan_entry(scan: Any, position: int, root: Path) -> ScanEntry:
     file = scan["file"]
     if not isinstance(file, str) or not file or "\0" in file:
         raise _Wrong(f"the file of {where} is {file!r}; expected is a path in the folder")
-    _refuse_escape(root, file)
-    split = _one_of(scan, "split", "train", ("train", "val"))
-    boxes = scan.get("boxes", [])
-    if not isinstance(boxes, list):
-        raise _Wrong(f"the boxes of {file} are no list")
-    entries = tuple(_box_entry(box, f"box {i + 1} of {file}") for i, box in enumerate(boxes))
-    return ScanEntry(file, cast(Literal["train", "val"], split), entries)
-
-
-def _refuse_escape(root: Path, file: str) -> None:
     try:
         inside = (root / file).resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError):
         inside = False
     if not inside or Path(file).is_absolute() or ".." in Path(file).parts:
         raise _Wrong(f"the file {file!r} lies outside the folder; copy it there and give its path in the folder")
+    split = _one_of(scan, "split", "train", ("train", "val"))
+    boxes = scan.get("boxes", [])
+    if not isinstance(boxes, list):
+        raise _Wrong(f"the boxes of {file} are no list")
+    entries = tuple(_box_entry(box, f"box {i + 1} of {file}") for i, box in enumerate(boxes))
+    return ScanEntry(file, cast(Literal["train", "val"], split), entries)
 
 
 def _box_entry(box: Any, where: str) -> BoxEntry:
@@ -306,8 +265,7 @@ def _box_entry(box: Any, where: str) -> BoxEntry:
     named = {"class", "name"} if box.keys() & {"class", "name"} else set()
     missing = sorted(_BOX_KEYS - box.keys() - named)
     for key in box.keys() - _BOX_KEYS:
-        close = difflib.get_close_matches(key.lower(), missing, 1, _CLOSE)
-        if close:
+        if close := difflib.get_close_matches(key.lower(), missing, 1, _CLOSE):
             raise _Wrong(f"{where} has the unknown key {key!r}; did you mean {close[0]!r}?")
     if box.get("upright", True) is not True:
         raise _Wrong(f"{where} does not stand upright in its file; turn the file upright and predict its boxes again")

@@ -41,12 +41,9 @@ class CheckedFolder:
     """A folder of a known kind, for a check before training.
 
     Attributes:
-        root: the folder.
         kind: kind of the folder in words.
         spec: classes and protocol that the folder is compared with.
-        sources: scans by split.
-        up: declared axis that points up.
-        unit: declared unit.
+        up: axis that points up, as the folder declares it; `unit` is that of the files.
         problems: sentences on what must be changed before training.
         hints: sentences on what is worth knowing.
     """
@@ -60,22 +57,9 @@ class CheckedFolder:
     problems: Sequence[str] = ()
     hints: Sequence[str] = ()
 
-    @property
-    def is_own(self) -> bool:
-        """True if boxes.json declares frame and unit."""
-        return any(isinstance(source, ScanFolder) for source in self.sources.values())
-
 
 def recognise(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
-    """Find the kind of a folder and open its scans.
-
-    Args:
-        root: the folder.
-        spec: expected dataset; None: by the files in the folder.
-
-    Raises:
-        InputError: the folder is missing or of no known kind.
-    """
+    """Find the kind of a folder and open its scans, of an expected dataset or (None) the one that its files name."""
     if not root.is_dir():
         what = f"{root} is a file, not a folder" if root.is_file() else f"There is no folder {root}"
         raise InputError(f"{what}: give a folder of scans with --data=FOLDER.")
@@ -83,11 +67,9 @@ def recognise(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
         return _own_folder(root, spec)
     if is_tfds(root):
         return _tfds_folder(root, spec)
-    infos = [file.name for file in root.glob("*.pkl")]
-    if infos:
+    if infos := [file.name for file in root.glob("*.pkl")]:
         return _mmdet3d_folder(root, spec, infos)
-    files = point_cloud_files(root)
-    if files:
+    if files := point_cloud_files(root):
         return _bare_folder(root, spec, files)
     raise InputError(
         f"{root} holds no scans: expected are {BOXES_FILE} with point clouds, or *_infos_*.pkl with points/ as "
@@ -124,11 +106,9 @@ def _own_folder(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
             f"{', '.join(f'{name} has {count}' for name, count in known.items())}; choose whose count with --dataset."
         )
     named = {scan.file for scan in description.scans}
-    others = [file for file in point_cloud_files(root) if file not in named]
-    if others:
+    if others := [file for file in point_cloud_files(root) if file not in named]:
         hints.append(f"{len(others)} point clouds are not in {BOXES_FILE} and not used ({some(others)}).")
-    far = [abs(box.box[6]) for box in boxes if _FULL_TURN < abs(box.box[6]) < math.inf]
-    if far:
+    if far := [abs(box.box[6]) for box in boxes if _FULL_TURN < abs(box.box[6]) < math.inf]:
         problems.append(
             f"{len(far)} boxes have a yaw of more than a full turn, up to {max(far):g}: give radians, not degrees."
         )
@@ -243,10 +223,6 @@ class SourceConfig:
 def build_source(source: SourceConfig, split: Split) -> ScanSource:
     """Open the scans of one split of a dataset.
 
-    Args:
-        source: the dataset and its place.
-        split: "train" or "val".
-
     Raises:
         InputError: the dataset is unknown, or its folder or a file in it is missing or cannot be understood.
     """
@@ -296,27 +272,14 @@ def _kind_of(root: Path) -> str | None:
 
 
 def summed_notes(notes: Mapping[str, Mapping[str, int]]) -> str | None:
-    """Return one sentence on what loading left out or repaired; None if nothing was.
-
-    Args:
-        notes: counts by kind (`Scan.notes`), by scan.
-    """
-    total: Counter[str] = Counter()
-    for each in notes.values():
-        total.update(each)
-    if not total:
-        return None
+    """Return one sentence on what loading left out or repaired, by `Scan.notes` of each scan; None if nothing was."""
+    total = sum(map(Counter, notes.values()), Counter[str]())
     counts = "; ".join(f"{count:,} {kind}" for kind, count in total.items())
-    return f"In {len(notes)} of the scans: {counts}."
+    return f"In {len(notes)} of the scans: {counts}." if total else None
 
 
 class CachedSource:
-    """A source that keeps every loaded scan in memory; several threads may read at once.
-
-    Attributes:
-        source: source of the scans.
-        names: names of the scans, in order.
-    """
+    """A source that keeps every loaded scan of another `source` in memory; several threads may read at once."""
 
     def __init__(self, source: ScanSource):
         self.source, self.names = source, source.names
@@ -324,50 +287,33 @@ class CachedSource:
         self._locks = [threading.Lock() for _ in range(len(source))]
 
     def __len__(self) -> int:
-        """Number of scans."""
         return len(self._locks)
 
     def __getitem__(self, index: int) -> Scan:
-        """Return one scan, loaded at the first call; a scan that failed to load is tried again.
-
-        Raises:
-            ScanError: the scan cannot be used.
-        """
+        """Return one scan, loaded at the first call; a scan that failed to load (`ScanError`) is tried again."""
         with self._locks[index]:
             if index not in self._scans:
                 self._scans[index] = self.source[index]
             return self._scans[index]
 
 
-def permuted_boxes(source: ScanSource, seed: int) -> ScanSource:
-    """Give every scan the boxes and labels of another scan of its source: a control that cannot be learnt.
+class PermutedBoxes:
+    """Scans that have the boxes and labels of another scan of their source: a control that cannot be learnt.
 
     The score of a detector trained on it is due to the usual places of boxes, not to the points. The permutation
-    is one cycle through all scans, so that none keeps its own boxes.
-
-    Args:
-        source: source of the scans; one scan stays as it is.
-        seed: another seed gives another permutation.
+    is one cycle through all scans, so that none keeps its own boxes, but for the only one of its source.
     """
-    return _PermutedBoxes(source, seed)
 
-
-class _PermutedBoxes:
     def __init__(self, source: ScanSource, seed: int):
         self.source, self.names = source, source.names
         order = np.random.default_rng(seed).permutation(len(source))
         self._donor = dict(zip(order.tolist(), np.roll(order, -1).tolist(), strict=True))
 
     def __len__(self) -> int:
-        """Number of scans."""
         return len(self.source)
 
     def __getitem__(self, index: int) -> Scan:
-        """Return one scan with another one's boxes.
-
-        Raises:
-            ScanError: this scan or the other one cannot be used.
-        """
+        """Return one scan with another one's boxes; raise `ScanError` if one of the two cannot be used."""
         scan = self.source[index]
         try:
             donor = self.source[self._donor[index]]

@@ -128,19 +128,17 @@ SPECS = (SCANNET, SUNRGBD, S3DIS)
 
 
 def dataset_spec(name: str) -> DatasetSpec:
-    """Return the built-in spec called `name`.
-
-    Args:
-        name: "scannet", "sunrgbd" or "s3dis".
+    """Return the built-in spec called "scannet", "sunrgbd" or "s3dis".
 
     Raises:
         InputError: for any other name.
     """
-    for spec in SPECS:
-        if spec.name == name:
-            return spec
-    known = ", ".join(spec.name for spec in SPECS)
-    raise InputError(f"Unknown dataset {name!r}: use one of {known}, or name the classes of a dataset of your own.")
+    known = {spec.name: spec for spec in SPECS}
+    if name in known:
+        return known[name]
+    raise InputError(
+        f"Unknown dataset {name!r}: use one of {', '.join(known)}, or name the classes of a dataset of your own."
+    )
 
 
 def own_spec(
@@ -165,8 +163,7 @@ def own_spec(
     if large_classes is None:
         known = {c for spec in SPECS for c, level in zip(spec.classes, spec.label_to_level, strict=True) if level == 1}
         large_classes = tuple(c for c in classes if c in known)
-    foreign = [c for c in large_classes if c not in classes]
-    if foreign:
+    if foreign := [c for c in large_classes if c not in classes]:
         raise InputError(f"dataset {name} has no class {foreign[0]!r}, which large_classes names; it has {classes!r}.")
     return DatasetSpec(
         name=name,

@@ -26,25 +26,16 @@ class TfdsSource:
 
     Files are opened by each process when it first reads, so that a source can be pickled and used by several threads at
     once. array_record crashes in a process that is forked after its parent has read: such a process is refused.
-
-    Attributes:
-        folder: the version's folder that is read, as in data/scannet/prepared/scannet/1.0.0.
-        names: names of the scans, in order.
+    `folder` is that of the version which is read, as in data/scannet/prepared/scannet/1.0.0.
     """
 
     def __init__(self, root: str | Path, split: str, spec: DatasetSpec):
         """Find the dataset and check that it is whole.
 
-        Args:
-            root: a version's folder, or one up to three levels above it: data/scannet, data/scannet/prepared, ...
-            split: "train" or "val".
-            spec: expected dataset.
-
-        Raises:
-            InputError: nothing is prepared there, only half, or another dataset; or tensorflow-datasets is missing.
+        `root` is a version's folder, or one up to three levels above it: data/scannet, data/scannet/prepared, ...
         """
         self.folder = find_tfds(root, spec)
-        metadata = _metadata(self.folder)
+        metadata = read_json(self.folder / METADATA_FILE)
         if tuple(metadata["classes"]) != spec.classes:
             raise InputError(
                 f"{self.folder} holds the {len(metadata['classes'])} classes {', '.join(metadata['classes'])}; "
@@ -69,33 +60,19 @@ class TfdsSource:
         self._process = 0
 
     def __len__(self) -> int:
-        """Number of scans."""
         return len(self.names)
 
     def __getitem__(self, index: int) -> Scan:
-        """Read one scan.
-
-        Raises:
-            IndexError: the index is not in [0, number of scans).
-            ScanError: its record is damaged.
-            InputError: the files cannot be opened.
-            RuntimeError: this process was forked from one that has read.
-        """
+        """Read one scan; raise `ScanError` if its record is damaged, `InputError` if the files cannot be opened."""
         if not 0 <= index < len(self.names):
             raise IndexError(f"scan {index} of {len(self.names)}")
         name = self.names[index]
         records = self._records()
         try:
             found = records[index]
-            scan = Scan(
-                found["name"].decode(),
-                found["points"],
-                colors_from_bytes(found["colors"]),
-                found["boxes"],
-                found["labels"],
-                found["transform"],
-                json.loads(found["notes"]),
-            )
+            arrays = {key: found[key] for key in ("points", "boxes", "labels", "transform")}
+            colors, notes = colors_from_bytes(found["colors"]), json.loads(found["notes"])
+            scan = Scan(found["name"].decode(), colors=colors, notes=notes, **arrays)
         except Exception as error:  # array_record, protobuf and TFDS each have their own
             raise ScanError(
                 name,
@@ -108,23 +85,27 @@ class TfdsSource:
 
     def _records(self) -> Any:
         """Return TFDS's view of the files, opened once per process."""
-        if self._opened is None or self._process != os.getpid():
-            with self._lock:
-                if self._opened is None or self._process != os.getpid():
-                    _check_not_forked()
-                    self._opened, self._process = self._open(), os.getpid()
-        return self._opened
+        with self._lock:
+            if self._opened is None or self._process != os.getpid():
+                global _first_reader
+                # array_record keeps threads for all its readers, which a fork does not copy.
+                if _first_reader not in (None, os.getpid()):
+                    raise RuntimeError(
+                        "Prepared data are read in a process that was forked after its parent had read some: start "
+                        "processes by spawn, or fork before reading."
+                    )
+                _first_reader = os.getpid()
+                import tensorflow_datasets as tfds
 
-    def _open(self) -> Any:
-        import tensorflow_datasets as tfds
-
-        try:
-            return tfds.builder_from_directory(self.folder).as_data_source(split=self._split)
-        except Exception as error:  # TFDS has no base class of its errors
-            raise InputError(
-                f"{self.folder} cannot be opened ({' '.join(str(error).split())[:200]}): remove it and prepare the "
-                "dataset again."
-            ) from error
+                try:
+                    self._opened = tfds.builder_from_directory(self.folder).as_data_source(split=self._split)
+                except Exception as error:  # TFDS has no base class of its errors
+                    raise InputError(
+                        f"{self.folder} cannot be opened ({' '.join(str(error).split())[:200]}): remove it and prepare "
+                        "the dataset again."
+                    ) from error
+                self._process = os.getpid()
+            return self._opened
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lock": None, "_opened": None}
@@ -134,18 +115,7 @@ class TfdsSource:
         self._lock = threading.Lock()
 
 
-_first_reader: int | None = None
-
-
-def _check_not_forked() -> None:
-    """The array_record package keeps threads for all its readers, which a fork does not copy."""
-    global _first_reader
-    if _first_reader not in (None, os.getpid()):
-        raise RuntimeError(
-            "Prepared data are read in a process that was forked after its parent had read some: start processes by "
-            "spawn, or fork before reading."
-        )
-    _first_reader = os.getpid()
+_first_reader: int | None = None  # process
 
 
 def is_tfds(root: str | Path) -> bool:
@@ -154,17 +124,9 @@ def is_tfds(root: str | Path) -> bool:
 
 
 def find_tfds(root: str | Path, spec: DatasetSpec) -> Path:
-    """Find the version's folder of a prepared dataset; the newest of several versions.
-
-    Args:
-        root: that folder, or one up to three levels above it.
-        spec: expected dataset.
-
-    Raises:
-        InputError: there is none, only half of one, only others, or more than one.
-    """
+    """Find the version's folder of a prepared dataset, at most three levels below `root`; the newest of several."""
     root = Path(root)
-    found = {folder: _metadata(folder)["dataset"] for folder in _versions(root)}
+    found = {folder: read_json(folder / METADATA_FILE)["dataset"] for folder in _versions(root)}
     fitting = [folder for folder, dataset in found.items() if dataset == spec.name]
     datasets = {folder.parent for folder in fitting}
     if len(datasets) > 1:
@@ -173,7 +135,7 @@ def find_tfds(root: str | Path, spec: DatasetSpec) -> Path:
             f"give one of {', '.join(map(str, sorted(datasets)))}."
         )
     if fitting:
-        return max(fitting, key=_version_number)
+        return max(fitting, key=lambda folder: [int(n) if n.isdigit() else 0 for n in folder.name.split(".")])
     if found:
         others = ", ".join(f"{folder} ({dataset})" for folder, dataset in found.items())
         raise InputError(f"{root} holds no prepared {spec.name}, but {others}: give another folder or another dataset.")
@@ -202,8 +164,7 @@ def why_not_whole(folder: Path) -> str | None:
             folder / f"{info['name']}-{split['name']}.{info['fileFormat']}-{i:05d}-of-{number:05d}"
             for i in range(number)
         ]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
+        if missing := [file.name for file in files if not file.is_file()]:
             return f"{folder} lacks {missing[0]}"
         size, expected = sum(file.stat().st_size for file in files), int(split["numBytes"])
         if size != expected:
@@ -221,13 +182,3 @@ def _unfinished(root: Path) -> list[Path]:
     patterns = ["*.cache/settings.json", "prepared/*.cache/settings.json"]
     patterns += [f"{below}{_INCOMPLETE}*/" for below in ("", "*/", "prepared/*/")]
     return sorted(path for pattern in patterns for path in root.glob(pattern))
-
-
-def _version_number(folder: Path) -> list[int]:
-    return [int(part) if part.isdigit() else 0 for part in folder.name.split(".")]
-
-
-def _metadata(folder: Path) -> dict[str, Any]:
-    metadata = read_json(folder / METADATA_FILE)
-    assert isinstance(metadata, dict)  # as _versions has seen
-    return metadata

@@ -132,7 +132,8 @@ def _split_gradient(
     """Gradients of the stack and of gamma from those of each scan's kernel: the reverse of `_select_kernel`."""
     if gamma is None:
         return dselected, None
-    dgamma = jnp.einsum("bvcd,bvcd->bv", dselected, (w[0] - w[1])[None].astype(dselected.dtype))
+    difference = jnp.broadcast_to(w[0] - w[1], dselected.shape).astype(dselected.dtype)
+    dgamma = jnp.einsum("bvcd,bvcd->bv", dselected, difference)
     shared = (gamma >= 0.5)[:, :, None, None]
     dw = [jnp.where(shared, dselected, 0).sum(0), jnp.where(shared, 0, dselected).sum(0)]
     return jnp.stack(dw), dgamma.astype(gamma.dtype)

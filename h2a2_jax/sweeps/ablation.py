@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,30 +57,17 @@ def run_tau_sweep(
 ) -> int:
     """Train and evaluate the config with every tau and seed; write table.md, results.json and tau.png.
 
-    Args:
-        config: Base of the sweep, with kernel selection.
-        workdir: Folder of the sweep; finished runs there are not repeated.
-        taus: Thresholds; empty for the default ones.
-        seeds: Seeds of training.
-        jobs: See `run_sweep`.
-        budget_minutes: See `run_sweep`.
-
-    Returns:
-        The exit status of `run_sweep`.
+    Finished runs in the workdir are not repeated. Without taus the sweep takes `default_taus`. Jobs, budget and exit
+    status are those of `run_sweep`.
 
     Raises:
         InputError: the config does not fit the sweep, data are missing, or the workdir holds other runs of the same
             names.
     """
     rows = tau_rows(config, taus or default_taus(config), seeds)
-    title = "Sweep of the threshold tau"
+    result = partial(comparison_result, "tau_sweep", "Sweep of the threshold tau", config, rows)
     return run_sweep(
-        config,
-        workdir,
-        lambda: locate(rows, workdir),
-        lambda folders: [comparison_result("tau_sweep", title, config, rows, folders)],
-        jobs,
-        budget_minutes,
+        config, workdir, partial(locate, rows, workdir), lambda found: [result(found)], jobs, budget_minutes
     )
 
 
@@ -97,13 +85,9 @@ def run_ablation(
     rows of `ablation_rows`.
     """
     rows = ablation_rows(config, seeds, names)
+    result = partial(comparison_result, "ablation", "Ablation", config, rows)
     return run_sweep(
-        config,
-        workdir,
-        lambda: locate(rows, workdir),
-        lambda folders: [comparison_result("ablation", "Ablation", config, rows, folders)],
-        jobs,
-        budget_minutes,
+        config, workdir, partial(locate, rows, workdir), lambda found: [result(found)], jobs, budget_minutes
     )
 
 
@@ -114,12 +98,7 @@ def default_taus(base: ExperimentConfig) -> tuple[float, ...]:
 
 
 def tau_rows(base: ExperimentConfig, taus: Sequence[float], seeds: Sequence[int]) -> list[Row]:
-    """The base with every tau, a row each.
-
-    Args:
-        base: Joint config with kernel selection.
-        taus: Thresholds of alpha * beta, each once.
-        seeds: Seeds of training, each once.
+    """The base with every threshold of alpha * beta, a row each.
 
     Raises:
         InputError: the base has no kernel selection, or a value is given twice or makes no sense.
@@ -141,11 +120,8 @@ def ablation_rows(base: ExperimentConfig, seeds: Sequence[int], names: Sequence[
     The single-dataset runs take as many steps as the joint ones, so that each sees as many of its scans. Their
     learning rate falls after the number of epochs that is nearest to the same number of steps.
 
-    Args:
-        base: Joint config with kernel selection; what the ablation does not switch stays.
-        seeds: Seeds of training, each once.
-        names: Names of the rows, in the order of the table: of `ABLATION_ROWS`, or "tr3d_<dataset>" for TR3D on one
-            dataset; empty: all of `ABLATION_ROWS`.
+    Names, in the order of the table, are of `ABLATION_ROWS`, or "tr3d_<dataset>" for TR3D on one dataset; without them
+    the table has all of `ABLATION_ROWS`.
 
     Raises:
         InputError: the base has no kernel selection or only one dataset, a seed is given twice or makes no sense, or
@@ -180,12 +156,7 @@ def comparison_result(
 ) -> dict[str, Any]:
     """Result of a tau sweep or an ablation: average precision, exclusive offsets, parameters and speed of each setting.
 
-    Args:
-        kind: "tau_sweep" or "ablation".
-        title: Heading of the table.
-        base: Config of the sweep.
-        rows: Settings; a seed counts when all of its runs are finished.
-        folders: Folders of the runs.
+    A seed of a row counts when all of its runs are finished.
     """
     entries = []
     for row in rows:

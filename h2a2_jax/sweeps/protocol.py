@@ -6,6 +6,7 @@ samples. A dataset that is tested on all points (ScanNet) is evaluated once, and
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +47,16 @@ def run_protocol(
 ) -> int:
     """Train several times and evaluate each training several times; write table.md and results.json.
 
-    Args:
-        config: Config of the trainings; the seeds count up from its seed.
-        workdir: Folder of the protocol; finished runs there are not repeated, nor runs of other sweeps that are the
-            same experiment.
-        trainings: Number of trainings.
-        evaluations: Number of evaluations of each training, which differ in the sampled points.
-        jobs: See `run_sweep`.
-        budget_minutes: See `run_sweep`.
-
-    Returns:
-        The exit status of `run_sweep`.
+    The seeds count up from the config's. Finished runs in the workdir are not repeated, nor runs of other sweeps that
+    are the same experiment. Jobs, budget and exit status are those of `run_sweep`.
 
     Raises:
         InputError: a number makes no sense, data are missing, or the workdir holds other runs of the same names.
     """
     rows = protocol_rows(config, trainings, evaluations)
-    return run_sweep(
-        config,
-        workdir,
-        lambda: locate(rows, workdir),
-        lambda folders: [protocol_result(config, rows, folders, evaluations)],
-        jobs,
-        budget_minutes,
-        evaluations,
-    )
+    result = partial(protocol_result, config, rows, evaluations)
+    located = partial(locate, rows, workdir)
+    return run_sweep(config, workdir, located, lambda found: [result(found)], jobs, budget_minutes, evaluations)
 
 
 def protocol_rows(base: ExperimentConfig, trainings: int, evaluations: int) -> list[Row]:
@@ -87,16 +73,9 @@ def protocol_rows(base: ExperimentConfig, trainings: int, evaluations: int) -> l
 
 
 def protocol_result(
-    base: ExperimentConfig, rows: Sequence[Row], folders: Mapping[SweepRun, Path], evaluations: int
+    base: ExperimentConfig, rows: Sequence[Row], evaluations: int, folders: Mapping[SweepRun, Path]
 ) -> dict[str, Any]:
-    """Result of the trainings that are finished with all of their evaluations: one row for each dataset and threshold.
-
-    Args:
-        base: Config of the trainings.
-        rows: From `protocol_rows`.
-        folders: Folders of the runs.
-        evaluations: Number of evaluations of each training.
-    """
+    """Result of the trainings that have all of their evaluations: one row for each dataset and threshold."""
     repeated = sampled_datasets(base)
     scores: list[Score] = []
     for run in (run for row in rows for run in row.runs):

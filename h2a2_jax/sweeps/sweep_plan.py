@@ -10,9 +10,6 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.scans.sources import build_source
 from h2a2_jax.training.build import steps_of_run
 
-RUNS = "runs"
-"""Name of the folder with the runs, in the folder of a sweep."""
-
 
 @dataclass(frozen=True)
 class SweepRun:
@@ -20,8 +17,7 @@ class SweepRun:
 
     Attributes:
         name: Name of the setting, as in "tau0.15".
-        seed: Seed of the parameters, the order of scans and the augmentation.
-        config: Config of the run, with the seed.
+        seed: Seed of the parameters, the order of scans and the augmentation; `config` has it too.
         after: Run that has to be finished before this one begins; None: this one may begin at once.
     """
 
@@ -41,7 +37,6 @@ class Row:
     """One row of the table.
 
     Attributes:
-        label: Name of the row.
         runs: Runs of all seeds; several of one seed have different datasets and make up the row.
         tau: Threshold of alpha * beta that the row stands for; None in sweeps over something else.
     """
@@ -66,12 +61,7 @@ def restricted(joint: ExperimentConfig, names: Sequence[str], steps: int | None 
 
     The learning rate falls after the same fractions of the training, rounded to the nearest epoch. A decay that would
     coincide with the one before comes an epoch later; one that would come at the end is dropped. Warm-up keeps its
-    number of steps.
-
-    Args:
-        joint: Config of the joint training.
-        names: Names of the datasets to keep.
-        steps: Steps of the training; None: as many as the joint training takes.
+    number of steps. Without `steps` the training takes as many as the joint one.
     """
     rest = replace(joint, datasets=tuple(source for source in joint.datasets if source.name in names))
     epoch = steps_of_run(rest, _batches_per_epoch(rest))[0]
@@ -83,28 +73,21 @@ def restricted(joint: ExperimentConfig, names: Sequence[str], steps: int | None 
         decay = max(nearest, decays[-1] + 1 if decays else 1)
         if decay * epoch < steps:
             decays.append(decay)
-    return replace(
-        rest,
-        optim=replace(joint.optim, decay_epochs=tuple(decays)),
-        train=replace(joint.train, steps=steps),
-    )
+    optim = replace(joint.optim, decay_epochs=tuple(decays))
+    return replace(rest, optim=optim, train=replace(joint.train, steps=steps))
 
 
 def locate(rows: Sequence[Row], workdir: Path) -> dict[SweepRun, Path]:
     """The folder of every run: one that holds the same experiment, else a new one by the run's name.
 
-    Args:
-        rows: Rows of the sweep.
-        workdir: Folder of the sweep, which may hold the runs of other sweeps.
-
     Raises:
         InputError: the folder of a run's name holds another experiment.
     """
-    stored = {path.parent: path.read_text() for path in sorted((workdir / RUNS).glob("*/config.json"))}
+    stored = {path.parent: path.read_text() for path in sorted((workdir / "runs").glob("*/config.json"))}
     experiments = {folder: experiment for folder, text in stored.items() if (experiment := _experiment(text))}
     folders = {}
     for run in (run for row in rows for run in row.runs):
-        own = workdir / RUNS / run.folder
+        own = workdir / "runs" / run.folder
         same = [folder for folder, experiment in experiments.items() if _is_experiment(experiment, run)]
         # A kill while the config was written leaves the beginning of it.
         is_cut = own in stored and to_json(run.config).startswith(stored[own])
@@ -158,13 +141,14 @@ def _experiment(text: str) -> ExperimentConfig | None:
 
 def _is_experiment(stored: ExperimentConfig, run: SweepRun) -> bool:
     """Return True if a stored config is a run's, even if the folder of the sweep has moved since."""
-    if run.after is not None:  # init_from is a folder of the sweep: only its name is compared
-        stored, expected = (
-            replace(config, train=replace(config.train, init_from=Path(config.train.init_from).name))
-            for config in (stored, run.config)
-        )
-        return stored == expected
-    return stored == run.config
+    if run.after is None:
+        return stored == run.config
+    # init_from is a folder of the sweep: only its name is compared.
+    first, second = (
+        replace(config, train=replace(config.train, init_from=Path(config.train.init_from).name))
+        for config in (stored, run.config)
+    )
+    return first == second
 
 
 def _difference(text: str, config: ExperimentConfig) -> str:
@@ -173,6 +157,5 @@ def _difference(text: str, config: ExperimentConfig) -> str:
     if stored is None:
         return "its config.json cannot be read"
     theirs, ours = leaves_of(stored), leaves_of(config)
-    keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-    key = keys[0]
-    return f"{key} is {theirs.get(key)} there and {ours.get(key)} here" if keys else "its config differs"
+    key = next((key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)), None)
+    return "its config differs" if key is None else f"{key} is {theirs.get(key)} there and {ours.get(key)} here"

@@ -74,7 +74,6 @@ class Score:
     """Metrics of one dataset in one evaluation.
 
     Attributes:
-        seed: Seed of the training.
         dataset: Name of the dataset, `MEAN` or `ALL`.
         metrics: Values by name of the metric; None where a metric is undefined.
         folder: Name of the run's folder; empty where several runs make up the score.
@@ -93,7 +92,6 @@ class Column:
     """One column of a table.
 
     Attributes:
-        title: Heading.
         path: Keys that lead from a row of results.json to the value; "*" stands for the only key there.
         form: "text", "count", "length" (of a list), "millions", "decimals" or "spread" (mean ± standard deviation).
     """
@@ -119,14 +117,9 @@ def per_cent(share: float | None) -> float | None:
 def evaluation_scores(
     evaluation: Mapping[str, Any], base: ExperimentConfig, seed: int, folder: str = "", number: int = 0
 ) -> list[Score]:
-    """Scores of each dataset of an evaluation, and of their mean.
+    """Scores of each dataset of an evaluation.json, and of their mean.
 
-    Args:
-        evaluation: Content of evaluation.json, or the parts of several that together cover the datasets.
-        base: Config of the sweep; the mean is None unless every dataset of it has a score.
-        seed: Seed of the training.
-        folder: Name of the run's folder.
-        number: Number of the evaluation.
+    The parts of several evaluations may be given as one. The mean is None unless every dataset of the base has a score.
     """
     names = metric_names(base)
     found = {
@@ -168,13 +161,7 @@ def spread(values: Mapping[int, Sequence[float | None]]) -> dict[str, Any]:
 
 
 def result_row(name: str, scores: Sequence[Score], **facts: Any) -> dict[str, Any]:
-    """A row of results.json.
-
-    Args:
-        name: Name of the row.
-        scores: Scores of the finished runs.
-        facts: Further JSON values of the row.
-    """
+    """A row of results.json with the scores of the finished runs and further JSON values."""
     values: dict[str, dict[str, dict[int, list[float | None]]]] = {}
     for score in scores:
         for metric, value in score.metrics.items():
@@ -188,15 +175,10 @@ def result_row(name: str, scores: Sequence[Score], **facts: Any) -> dict[str, An
 def sweep_result(
     kind: str, title: str, note: str, base: ExperimentConfig, rows: Sequence[dict[str, Any]], columns: Sequence[Column]
 ) -> dict[str, Any]:
-    """One table as results.json holds it.
+    """One table as results.json holds it, with rows from `result_row`.
 
-    Args:
-        kind: Kind of the table; of one kind a folder keeps the last one.
-        title: Heading of the table.
-        note: Sentences below the table; one about procedural scans is added where there are any.
-        base: Config of the sweep.
-        rows: From `result_row`.
-        columns: Columns of the table.
+    Of one kind a folder keeps the last table. Where scans are procedural, the note below the table gets a sentence on
+    them.
     """
     procedural = [source.name for source in base.datasets if source.is_procedural]
     if procedural:
@@ -218,22 +200,16 @@ def sweep_result(
 
 
 def write_results(results: Sequence[Mapping[str, Any]], workdir: Path) -> str:
-    """Write results.json, table.md and the pictures; results of other kinds that are there stay.
+    """Write results.json, table.md and the pictures, and return the Markdown tables.
 
-    Args:
-        results: From `sweep_result`.
-        workdir: Folder of the sweep.
-
-    Returns:
-        The Markdown tables of the results.
+    Stored results of other kinds stay.
     """
     path = workdir / "results.json"
     document = read_json(path) or {}
     stored = {old["kind"]: old for old in document["results"]} if document.get("version") == VERSION else {}
     stored |= {result["kind"]: result for result in results}
-    content = {"version": VERSION, "results": [*stored.values()]}
     with whole_file(path) as part:
-        part.write_text(json.dumps(content, indent=2) + "\n")
+        part.write_text(json.dumps({"version": VERSION, "results": [*stored.values()]}, indent=2) + "\n")
     with whole_file(workdir / "table.md") as part:
         part.write_text("\n".join(f"## {found['title']}\n\n{markdown(found)}" for found in stored.values()))
     for result in results:
@@ -282,13 +258,10 @@ def draw_result(result: Mapping[str, Any], workdir: Path) -> Path:
     is_tau = result["kind"] == "tau_sweep"
     places = [row["tau"] for row in rows] if is_tau else range(len(rows))
     datasets = [*result["datasets"], MEAN]
-    metrics = [f"mAP@{threshold:g}" for threshold in result["iou_thresholds"]]
-    if is_tau:
-        metrics.append(EXCLUSIVE)
+    metrics = [*(f"mAP@{threshold:g}" for threshold in result["iou_thresholds"]), *([EXCLUSIVE] if is_tau else [])]
     seeds = list(dict.fromkeys(seed for row in rows for seed in row["seeds"]))
-    figure, axes = canvas(
-        len(metrics), len(datasets), 2.6 * len(datasets) + 0.6, 2.3 * len(metrics) + 1.2, sharex=True, sharey="row"
-    )
+    size = (2.6 * len(datasets) + 0.6, 2.3 * len(metrics) + 1.2)
+    figure, axes = canvas(len(metrics), len(datasets), *size, sharex=True, sharey="row")
     for r, metric in enumerate(metrics):
         for ax, dataset in zip(axes[r], datasets, strict=True):
             for seed, marker in zip(seeds, itertools.cycle(_MARKERS)):

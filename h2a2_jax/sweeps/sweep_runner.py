@@ -90,9 +90,6 @@ def shares(jobs: int | None) -> list[Share]:
     Small models gain little from more cores, so on a CPU the default is a run a core, at most four at once; an
     accelerator is not divided by default.
 
-    Args:
-        jobs: Number of runs at once; None for the default.
-
     Raises:
         InputError: less than 1, or more than there are cores.
     """
@@ -124,16 +121,9 @@ def run_sweep(
 ) -> int:
     """Do the runs of a sweep that are not finished, write its results and print its tables.
 
-    Args:
-        config: Base of the sweep; its data must be there.
-        workdir: Folder of the sweep.
-        located: Returns the runs of the sweep and their folders.
-        results: Returns the results (`sweep_result`) of the runs in these folders.
-        jobs: Number of runs at once; None for the default of `shares`.
-        budget_minutes: See `run_all`; the table then holds the finished runs.
-        evaluations: Number of evaluations of each run.
-        then: Called between the runs and the results, with the time at which the budget ends (`time.monotonic`);
-            returns error messages.
+    `located` returns the runs and their folders, `results` the results (`sweep_result`) of the runs in these folders.
+    `then` is called between the runs and the results with the time at which the budget ends (`time.monotonic`), and
+    returns error messages. Jobs and budget are those of `run_all`; after the budget the table has the finished runs.
 
     Returns:
         The exit status: 0, or 1 if a run failed, or 130 if the user stopped the sweep.
@@ -170,13 +160,9 @@ def run_all(
 ) -> dict[SweepRun, str]:
     """Train and evaluate the runs that are not finished, each in a process, with its output in <folder>/log.txt.
 
-    Args:
-        folders: Folders of the runs, including every run that another one waits for.
-        cache: Folder in which the runs share compiled programs, unless JAX_COMPILATION_CACHE_DIR names another. Each
-            machine has its own part: a program compiled for one processor may not run on another.
-        jobs: Number of runs at once; None for the default of `shares`.
-        evaluations: Number of evaluations of each run; those after the first sample other points.
-        budget_minutes: Time after which running workers save their step and end, and no other begins; None: no limit.
+    `folders` has every run that another one waits for. The runs share compiled programs in the cache, unless
+    JAX_COMPILATION_CACHE_DIR names another folder. Evaluations after the first sample other points. When the budget is
+    used, running workers save their step and end, and no other begins.
 
     Returns:
         An error message for each run that failed; the others are finished, or left for the next call.
@@ -245,13 +231,9 @@ def _start(run: SweepRun, folder: Path, share: Share, cache: Path, evaluations: 
     command = [sys.executable, "-m", "h2a2_jax.sweeps.sweep_runner", str(path), str(folder), str(evaluations)]
     with (folder / LOG).open("ab") as log, _on_cores(share.cores):
         process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=_environment(share, cache),
+            command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=_environment(share, cache),
             start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others
-        )
+        )  # fmt: skip
     return _Job(run, folder, process, share, time.monotonic())
 
 
@@ -270,7 +252,7 @@ def _on_cores(cores: Sequence[int]) -> Iterator[None]:
 
 
 def programs_folder(cache: Path) -> Path:
-    """Folder of this machine in the cache of a sweep."""
+    """Folder of this machine in the cache of a sweep: a program of one processor may not run on another."""
     return (cache / platform.node()).absolute()
 
 
@@ -338,13 +320,7 @@ def _minutes(seconds: float) -> str:
 
 
 def main(config: str, workdir: str, evaluations: str = "1") -> None:
-    """Train and evaluate one run as a worker process, or resume it.
-
-    Args:
-        config: File with the run's config as JSON.
-        workdir: Folder of the run.
-        evaluations: Number of evaluations; those after the first sample other points.
-    """
+    """Train and evaluate one run as a worker process, or resume it; `config` is a file of JSON."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     quiet_command_line()
     try:
@@ -362,11 +338,7 @@ def main(config: str, workdir: str, evaluations: str = "1") -> None:
 def run(config: ExperimentConfig, workdir: Path, evaluations: int = 1) -> None:
     """Do what is missing of a training and its evaluations.
 
-    Args:
-        config: Config of the run.
-        workdir: Folder of the run.
-        evaluations: Number of evaluations; those after the first are of the datasets whose test protocol samples
-            points, with other points.
+    Evaluations after the first are of the datasets whose test protocol samples points, with other points.
     """
     if not finished(workdir):
         train(config, workdir)

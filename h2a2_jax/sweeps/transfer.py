@@ -54,18 +54,9 @@ def run_transfer(
 ) -> int:
     """Train without a dataset, predict its scans, fine-tune to it; write table.md and results.json.
 
-    Args:
-        config: Base of the sweep, of three datasets or more, with kernel selection.
-        workdir: Folder of the sweep; finished runs there are not repeated, nor runs of other sweeps that are the same
-            experiment.
-        held_out: Dataset that detectors are transferred to.
-        seeds: Seeds of training.
-        tuning_steps: Steps of the training on that dataset; None: half of those of the config.
-        jobs: See `run_sweep`.
-        budget_minutes: See `run_sweep`.
-
-    Returns:
-        The exit status of `run_sweep`.
+    Finished runs in the workdir are not repeated, nor runs of other sweeps that are the same experiment. Jobs, budget
+    and exit status are those of `run_sweep`. The config has three datasets or more and kernel selection. Without
+    `tuning_steps` the training on the dataset takes half of the config's steps.
 
     Raises:
         InputError: the config does not fit the sweep, data are missing, or the workdir holds other runs of the same
@@ -80,7 +71,8 @@ def run_transfer(
         return {**before, **locate(tuned, workdir)}
 
     def predict(until: float) -> list[str]:
-        source, cache, failures = held_out_source(config, held_out), programs_folder(workdir / "cache"), []
+        source = next(source for source in config.datasets if source.name == held_out)
+        cache, failures = programs_folder(workdir / "cache"), []
         missing = without_zero_shot(pretrained, before, source)
         for number, folder in enumerate(missing, 1):
             if time.monotonic() > until:
@@ -107,11 +99,6 @@ def run_transfer(
 
 def pretraining_rows(base: ExperimentConfig, held_out: str, seeds: Sequence[int]) -> list[Row]:
     """TR3D on each of the other datasets; naive joint training and H2A2 on all of them.
-
-    Args:
-        base: Joint config with kernel selection.
-        held_out: Dataset that is left out.
-        seeds: Seeds of training, each once.
 
     Raises:
         InputError: the base has no such dataset, fewer than two others or no kernel selection, or a seed makes no
@@ -143,15 +130,7 @@ def tuning_rows(
     """Training on the dataset that was held out, from scratch and from each detector that was trained without it.
 
     A training that starts from a detector with kernel selection has kernel selection too; there is a row from scratch
-    with it and one without.
-
-    Args:
-        base: Joint config with kernel selection.
-        held_out: Dataset that was left out.
-        seeds: Seeds of training, each once.
-        pretrained: From `pretraining_rows`.
-        folders: Folders of the runs of `pretrained`.
-        steps: Steps of the training; None: half of those of the base.
+    with it and one without. Without `steps` the training takes half of those of the base.
 
     Raises:
         InputError: the number of steps makes no sense.
@@ -179,12 +158,8 @@ def tuning_rows(
 def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
     """Write zero_shot_<dataset>.json into the folder of a run that was trained without a dataset.
 
-    Scans that could not be used and heads without a class in common with the dataset are printed.
-
-    Args:
-        folder: Folder of the run.
-        source: The dataset, whose validation scans are predicted.
-        cache: Folder of compiled programs.
+    The validation scans of the source are predicted, with compiled programs from the cache. Scans that could not be
+    used and heads without a class in common with the dataset are printed.
 
     Raises:
         InputError: the run's checkpoint cannot be read, or the scans are not there.
@@ -208,16 +183,9 @@ def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
                 common = common_with[head.name]
                 found = predict_source(predictor, scans, source.spec, way.batch_size, head=head.name)
                 skipped |= found.skipped
-                levels = found.evaluate_common(common, way.iou_thresholds).to_dict()["thresholds"]
-                entries.append(
-                    {
-                        "head": head.name,
-                        "conditioning": way.conditioning,
-                        "kernels": way.kernels,
-                        "classes": list(common.names),
-                        "mAP": [level["mAP"] for level in levels],
-                    }
-                )
+                levels = found.evaluate(common.data, way.iou_thresholds, common).to_dict()["thresholds"]
+                facts = dict(zip(_WAY, (head.name, way.conditioning, way.kernels), strict=True))
+                entries.append(facts | {"classes": list(common.names), "mAP": [level["mAP"] for level in levels]})
     say_skipped(skipped)
     document = {"version": ZERO_SHOT_VERSION, "source": _identity(source), "skipped": skipped, "entries": entries}
     with whole_file(folder / f"zero_shot_{source.name}.json") as part:
@@ -236,7 +204,7 @@ def read_zero_shot(folder: Path, source: SourceConfig) -> list[dict[str, Any]] |
 
 def without_zero_shot(pretrained: Sequence[Row], folders: Mapping[SweepRun, Path], source: SourceConfig) -> list[Path]:
     """Folders of the finished runs that are not yet evaluated on the scans of a dataset."""
-    of_runs = [folders[run] for row in pretrained for run in row.runs]
+    of_runs = (folders[run] for row in pretrained for run in row.runs)
     return [folder for folder in of_runs if finished(folder) and read_zero_shot(folder, source) is None]
 
 
@@ -247,18 +215,9 @@ def transfer_results(
     tuned: Sequence[Row],
     folders: Mapping[SweepRun, Path],
 ) -> list[dict[str, Any]]:
-    """Results of the runs that are finished: at once on the scans of the dataset held out, and after training on it.
-
-    Args:
-        base: Config of the sweep.
-        held_out: Dataset that was left out.
-        pretrained: From `pretraining_rows`.
-        tuned: From `tuning_rows`.
-        folders: Folders of the runs of both.
-    """
-    metrics = metric_names(base)
-    source = held_out_source(base, held_out)
-    zero_shot = []
+    """Results of the runs that are finished: at once on the scans of the dataset held out, and after training on it."""
+    source = next(source for source in base.datasets if source.name == held_out)
+    metrics, zero_shot = metric_names(base), []
     for row in pretrained:
         entries: dict[tuple[str, ...], list[tuple[SweepRun, dict[str, Any]]]] = {}
         for run in row.runs:
@@ -278,41 +237,20 @@ def transfer_results(
         after_tuning.append(result_row(row.label, [score for score in scores if score.dataset == held_out]))
     without, on_it = (rows[0].runs[0].config.train.steps for rows in (pretrained, tuned))
     note = "mAP in per cent on the validation scans of {}, over {}; mean ± sample standard deviation over seeds. "
-    common = "the classes that the head's dataset has too"
+    at_once = (
+        note.format(held_out, "the classes that the head's dataset has too")
+        + f"Trained without it for {without} steps of {base.train.batch_size} scans a dataset."
+    )
+    tuning = note.format(held_out, "all of its classes") + f"Trained on it for {on_it} steps."
+    ways = [*(Column(key, (key,), "text") for key in _WAY), Column("classes", ("classes",), "length")]
+    scores_at_once = [Column(f"{metric} of these", ("summary", held_out, metric)) for metric in metrics]
+    columns = [Column(f"without {held_out}", ("name",), "text"), *ways, *scores_at_once, SEEDS]
+    scores_after = [Column(metric, ("summary", held_out, metric)) for metric in metrics]
+    columns_after = [Column(f"on {held_out}", ("name",), "text"), *scores_after, SEEDS]
     return [
-        sweep_result(
-            f"transfer_to_{held_out}",
-            f"Transfer to {held_out}",
-            note.format(held_out, common)
-            + f"Trained without it for {without} steps of {base.train.batch_size} scans a dataset.",
-            base,
-            zero_shot,
-            [
-                Column(f"without {held_out}", ("name",), "text"),
-                *(Column(key, (key,), "text") for key in _WAY),
-                Column("classes", ("classes",), "length"),
-                *(Column(f"{metric} of these", ("summary", held_out, metric)) for metric in metrics),
-                SEEDS,
-            ],
-        ),
-        sweep_result(
-            f"tuning_to_{held_out}",
-            f"Training on {held_out}",
-            note.format(held_out, "all of its classes") + f"Trained on it for {on_it} steps.",
-            base,
-            after_tuning,
-            [
-                Column(f"on {held_out}", ("name",), "text"),
-                *(Column(metric, ("summary", held_out, metric)) for metric in metrics),
-                SEEDS,
-            ],
-        ),
+        sweep_result(f"transfer_to_{held_out}", f"Transfer to {held_out}", at_once, base, zero_shot, columns),
+        sweep_result(f"tuning_to_{held_out}", f"Training on {held_out}", tuning, base, after_tuning, columns_after),
     ]
-
-
-def held_out_source(base: ExperimentConfig, held_out: str) -> SourceConfig:
-    """The dataset of that name."""
-    return next(source for source in base.datasets if source.name == held_out)
 
 
 def _identity(source: SourceConfig) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from h2a2_jax.loader.stream import JointStream, count_workers
 from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
 from h2a2_jax.scans.mmdet3d import Mmdet3dFolder
 from h2a2_jax.scans.scan import ScanSource
-from h2a2_jax.scans.sources import CachedSource, build_source, permuted_boxes
+from h2a2_jax.scans.sources import CachedSource, PermutedBoxes, build_source
 from h2a2_jax.scans.tfds_source import TfdsSource
 from h2a2_jax.training.step import StepMetrics, make_train_step
 
@@ -88,7 +88,7 @@ def build_stream(config: ExperimentConfig, process_layout: MeshLayout) -> JointS
         is_quick = isinstance(source, Mmdet3dFolder | TfdsSource)
         if count_workers(config) == 0 and not is_quick and len(source) <= CACHED_SCANS:
             source = CachedSource(source)
-        return permuted_boxes(source, config.train.seed) if config.train.permute_boxes else source
+        return PermutedBoxes(source, config.train.seed) if config.train.permute_boxes else source
 
     sources = process_layout.all_or_raise(
         lambda: {d: open_source(d) for d in process_layout.datasets}, "open its scans"

@@ -1,7 +1,7 @@
 """Callbacks of the training loop: stop signals, profiles, counted compilations, checkpoints, progress.
 
-`h2a2_jax.training.metrics` has the callbacks for metrics and evaluations, `h2a2_jax.training.nonfinite` the one for
-values that are not finite.
+The callback for metrics is in `h2a2_jax.training.metrics`, that for values that are not finite in
+`h2a2_jax.training.nonfinite`, that for evaluations in `h2a2_jax.training.loop`.
 """
 
 import contextlib

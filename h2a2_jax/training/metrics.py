@@ -1,4 +1,18 @@
-"""Metrics of a run: gathered over steps, written as JSON lines and for TensorBoard."""
+"""Metrics of a run: gathered over steps, written as JSON lines and for TensorBoard.
+
+A line of metrics.jsonl, version 1, holds means over the batches since the line before; null stands for NaN:
+
+    "step", "version"                                   optimiser steps done; version of the schema
+    "loss/<dataset>", "loss_box/...", "loss_class/..."  losses of each dataset
+    "learning_rate", "gradient_norm"                    of the last step; the mean of the global norm before clipping
+    "psi/mean", "psi/min", "psi/harmonized_share", "psi/cap_hits"     agreement of norms over tensors, last step
+    "psi/<group>", "harmonized_share/<group>"           the same by group of parameters (`PLACES`, `KINDS`)
+    "gradient_norm/<group>/<dataset>", "scale/<group>/<dataset>"      norms, and the factors of the balancer
+    "exclusive_share/<dataset>"                         share of (scan, offset) pairs that take the exclusive kernel
+    "dropped_points", "skipped_scans", "skipped_steps"  points cropped; scans and steps left out so far
+    "scans_per_second", "compilations"                  speed since the line before; programs compiled so far
+    "mAP@<IoU>/<dataset>"                               of an evaluated step
+"""
 
 import contextlib
 import math

@@ -16,21 +16,16 @@ from h2a2_jax.viewer.image import View, draw_views
 
 _MOST_SCANS = 12
 _MOST_POINTS = 400_000
-_PIXELS = {1: 720, 2: 560, 3: 440}
-"""Width of a view by the number of columns."""
+_PIXELS = {1: 720, 2: 560, 3: 440}  # width of a view by the number of columns
 _WALL, _SKIRTING = 0.3, 0.8  # m: depth of the walls that are left out, and height from which they are
 
 
 def draw_contact_sheet(
     sources: Mapping[Any, ScanSource], usable: Sequence[tuple[str, str]], spec: DatasetSpec, path: Path
 ) -> None:
-    """Draw up to 12 scans, evenly chosen, each from above and obliquely, without ceilings and near walls.
+    """Draw up to 12 of the usable (split, scan name), each from above and obliquely, without ceilings and near walls.
 
-    Args:
-        sources: scans by split.
-        usable: split and name of the scans to choose from.
-        spec: names the classes.
-        path: of the PNG.
+    The scans are chosen evenly from the sources, which are named by split.
     """
     splits: dict[str, list[str]] = {}
     for split, name in usable:

@@ -20,13 +20,8 @@ _CLASS_COLORS = (
     "#e6194b #2f7ff0 #f58231 #2fa84a #b13fd6 #12b5c9 #f032c8 #b8860b #7a5cff #86b300 "
     "#a8323e #0f8a7a #ff8fa3 #5b7fa6 #c9643b #6b8e23 #d19ae6 #7fc8f8 #d4b106 #8c6d5a"
 ).split()
-_IGNORED = (0.5, 0.5, 0.5)
-_GOLDEN = 0.618034
-_HEIGHT_MAP = "cividis"
 _CEILING = 0.25  # m below the highest points
-_SEED = 0
 _SPACING_PROBES = 1000
-_SPACING_PERCENTILE = 80
 _SMALLEST_ROOM = 1.0  # m
 _BULK = (0.2, 99.8)  # percentiles of the points to frame: a few strays seen through a window do not count
 
@@ -37,11 +32,11 @@ def class_color(label: int) -> tuple[float, float, float]:
     The first 20 are easy to distinguish on light and on dark; later hues follow in steps of the golden section.
     """
     if label < 0:
-        return _IGNORED
+        return 0.5, 0.5, 0.5
     if label < len(_CLASS_COLORS):
         red, green, blue = bytes.fromhex(_CLASS_COLORS[label][1:])
         return red / 255, green / 255, blue / 255
-    return colorsys.hls_to_rgb(label * _GOLDEN % 1, (0.45, 0.6)[label % 2], 0.7)
+    return colorsys.hls_to_rgb(label * 0.618034 % 1, (0.45, 0.6)[label % 2], 0.7)
 
 
 def has_colors(scan: Scan) -> bool:
@@ -51,7 +46,7 @@ def has_colors(scan: Scan) -> bool:
 
 def height_colors(height: Float[np.ndarray, " m"]) -> Float[np.ndarray, "m 3"]:
     """Colours of heights from 0 to 1, dark blue to yellow; heights beyond have the colour of the end."""
-    return colormaps[_HEIGHT_MAP](0.15 + 0.8 * np.clip(height, 0, 1))[:, :3]
+    return colormaps["cividis"](0.15 + 0.8 * np.clip(height, 0, 1))[:, :3]
 
 
 def height_limits(points: Float[np.ndarray, "m 3"]) -> tuple[float, float]:
@@ -88,40 +83,23 @@ def below_ceiling(points: Float[np.ndarray, "m 3"]) -> Bool[np.ndarray, " m"]:
 
 @dataclass(frozen=True)
 class Content:
-    """Checked content of a picture.
+    """Checked content of a picture."""
 
-    Attributes:
-        scan: scan with finite points only, thinned; its boxes are not used.
-        num_points: number of points of the scan before thinning.
-        detections: detections with finite numbers, by descending score.
-        truth: annotated boxes that have a class; None if the scan is not annotated.
-        class_names: names of the classes by label.
-        notes: sentences on what is not shown.
-    """
-
-    scan: Scan
-    num_points: int
-    detections: Detections
-    truth: GroundTruth | None
+    scan: Scan  # with finite points only, thinned; its boxes are not used
+    num_points: int  # before thinning
+    detections: Detections  # with finite numbers, by descending score
+    truth: GroundTruth | None  # annotated boxes that have a class; None if the scan is not annotated
     class_names: tuple[str, ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # sentences on what is not shown
 
 
 def make_content(
-    scan: Scan,
-    detections: Detections | None,
-    class_names: Sequence[str],
-    truth: GroundTruth | None,
-    max_points: int,
+    scan: Scan, detections: Detections | None, class_names: Sequence[str], truth: GroundTruth | None, max_points: int
 ) -> Content:
     """Check what is to be shown, and leave out what cannot be.
 
-    Args:
-        scan: points and colours.
-        detections: detections in the scan's frame; None for none.
-        class_names: names of the classes by label.
-        truth: annotated boxes in the scan's frame; boxes with label -1 are left out.
-        max_points: a scan of more points is thinned evenly along its order.
+    Boxes are in the scan's frame; true ones with label -1 are left out. A scan of more than `max_points` is thinned
+    evenly along its order.
 
     Raises:
         ValueError: a label has no class name, colours and points or boxes and labels differ in number, or `max_points`
@@ -131,8 +109,16 @@ def make_content(
         raise ValueError(f"max_points is {max_points}; expected at least 1.")
     if len(scan.points) != len(scan.colors):
         raise ValueError(f"scan {scan.name} has {len(scan.points)} points but {len(scan.colors)} colours.")
-    if detections is None:
-        detections = Detections(np.zeros((0, 7), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+    found = detections
+    if found is None:
+        found = Detections(np.zeros((0, 7), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+    if not len(found.boxes) == len(found.scores) == len(found.labels):
+        raise ValueError(
+            f"detections have {len(found.boxes)} boxes, {len(found.scores)} scores and {len(found.labels)} labels; "
+            "expected as many of each."
+        )
+    if truth is not None and len(truth.boxes) != len(truth.labels):
+        raise ValueError(f"ground truth has {len(truth.boxes)} boxes but {len(truth.labels)} labels.")
     notes = []
     rows = np.flatnonzero(np.isfinite(scan.points).all(axis=1) & np.isfinite(scan.colors).all(axis=1))
     if len(rows) < len(scan.points):
@@ -140,22 +126,33 @@ def make_content(
     if len(rows) > max_points:
         notes.append(f"{max_points:,} of {len(rows):,} points are shown, thinned evenly.")
         rows = rows[_evenly(len(rows), max_points)]
-    detections, lost = _finite_detections(detections)
-    truth, lost_truth = (None, 0) if truth is None else _usable_truth(truth)
-    if lost + lost_truth:
-        notes.append(f"{lost + lost_truth:,} boxes with NaN or infinite numbers are not shown.")
-    _check_labels(detections.labels, len(class_names))
+    usable = np.flatnonzero(np.isfinite(found.boxes).all(axis=1) & np.isfinite(found.scores))
+    lost = len(found) - len(usable)
+    found = _rows(found, usable[np.argsort(-found.scores[usable], kind="stable")])
     if truth is not None:
-        _check_labels(truth.labels, len(class_names))
+        finite = np.isfinite(truth.boxes).all(axis=1)
+        lost += int((~finite).sum())
+        kept = finite & (truth.labels >= 0)
+        truth = GroundTruth(truth.boxes[kept], truth.labels[kept])
+    if lost:
+        notes.append(f"{lost:,} boxes with NaN or infinite numbers are not shown.")
+    for labels in (found.labels, *([] if truth is None else [truth.labels])):
+        if len(labels) and not (0 <= labels.min() and labels.max() < len(class_names)):
+            raise ValueError(
+                f"labels run from {labels.min()} to {labels.max()}; expected 0 to {len(class_names) - 1}, for "
+                f"{len(class_names)} class names."
+            )
     thinned = replace(scan, points=scan.points[rows], colors=np.clip(scan.colors[rows], 0, 1))
-    return Content(thinned, len(scan.points), detections, truth, tuple(class_names), tuple(notes))
+    return Content(thinned, len(scan.points), found, truth, tuple(class_names), tuple(notes))
 
 
 def above_score(shown: Content, score: float) -> Content:
     """Leave out detections below a score."""
-    rows = shown.detections.scores >= score
-    found = shown.detections
-    return replace(shown, detections=Detections(found.boxes[rows], found.scores[rows], found.labels[rows]))
+    return replace(shown, detections=_rows(shown.detections, shown.detections.scores >= score))
+
+
+def _rows(found: Detections, rows: np.ndarray) -> Detections:
+    return Detections(found.boxes[rows], found.scores[rows], found.labels[rows])
 
 
 def view_limits(shown: Content) -> tuple[Float[np.ndarray, " 3"], Float[np.ndarray, " 3"]]:
@@ -181,20 +178,15 @@ def point_spacing(points: Float[np.ndarray, "m 3"]) -> float:
     probes = points[_evenly(len(points), min(len(points), _SPACING_PROBES))]
     distances, _ = cKDTree(points).query(probes, k=min(5, len(points)))
     # The mean over four neighbours: the nearest alone is close by chance, or a duplicate.
-    return float(max(np.percentile(distances[:, 1:].mean(axis=1), _SPACING_PERCENTILE), 1e-4))
+    return float(max(np.percentile(distances[:, 1:].mean(axis=1), 80), 1e-4))
 
 
 @dataclass(frozen=True)
 class Hits:
-    """Matches of detections with ground truth.
+    """Matches of detections with ground truth."""
 
-    Attributes:
-        truth: row of the ground-truth box that each detection hits, by IoU threshold; -1 for none.
-        iou: largest IoU of each detection with a ground-truth box of its class.
-    """
-
-    truth: Int[np.ndarray, "t n"]
-    iou: Float[np.ndarray, " n"]
+    truth: Int[np.ndarray, "t n"]  # row of the box that each detection hits, by IoU threshold; -1 for none
+    iou: Float[np.ndarray, " n"]  # largest IoU of each detection with a ground-truth box of its class
 
 
 def find_hits(shown: Content) -> Hits:
@@ -217,31 +209,4 @@ def find_hits(shown: Content) -> Hits:
 def _evenly(count: int, kept: int) -> Int[np.ndarray, " k"]:
     """One random row of each of `kept` runs of equal length; a fixed step would show stripes in depth images."""
     edges = np.arange(kept + 1) * count // kept
-    return np.random.default_rng(_SEED).integers(edges[:-1], edges[1:])
-
-
-def _finite_detections(found: Detections) -> tuple[Detections, int]:
-    if not len(found.boxes) == len(found.scores) == len(found.labels):
-        raise ValueError(
-            f"detections have {len(found.boxes)} boxes, {len(found.scores)} scores and {len(found.labels)} labels; "
-            "expected as many of each."
-        )
-    rows = np.flatnonzero(np.isfinite(found.boxes).all(axis=1) & np.isfinite(found.scores))
-    rows = rows[np.argsort(-found.scores[rows], kind="stable")]
-    return Detections(found.boxes[rows], found.scores[rows], found.labels[rows]), len(found) - len(rows)
-
-
-def _usable_truth(truth: GroundTruth) -> tuple[GroundTruth, int]:
-    if len(truth.boxes) != len(truth.labels):
-        raise ValueError(f"ground truth has {len(truth.boxes)} boxes but {len(truth.labels)} labels.")
-    finite = np.isfinite(truth.boxes).all(axis=1)
-    rows = finite & (truth.labels >= 0)
-    return GroundTruth(truth.boxes[rows], truth.labels[rows]), int((~finite).sum())
-
-
-def _check_labels(labels: np.ndarray, num_classes: int) -> None:
-    if len(labels) and not (0 <= labels.min() and labels.max() < num_classes):
-        raise ValueError(
-            f"labels run from {labels.min()} to {labels.max()}; expected 0 to {num_classes - 1}, for {num_classes} "
-            "class names."
-        )
+    return np.random.default_rng(0).integers(edges[:-1], edges[1:])

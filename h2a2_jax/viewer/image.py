@@ -97,7 +97,10 @@ def draw(
     """Draw the picture of `write_image`."""
     shown = above_score(shown, score)
     page = Image.new("RGB", size, _PAPER)
-    _write_header(page, shown, shown.scan.name if title is None else title, score)
+    remark = f"{shown.num_points:,} points, {len(shown.detections)} detections with score {score:g} or more"
+    if shown.truth is not None:
+        remark += f", {len(shown.truth.labels)} true boxes"
+    _write_title(page, shown.scan.name if title is None else title, remark)
     panes = [(True, False), (False, True)] if beside and shown.truth is not None else [(True, shown.truth is not None)]
     width = (size[0] - _LEGEND - _MARGIN * (len(panes) + 1)) // len(panes)
     height = size[1] - _HEADER - _MARGIN
@@ -113,14 +116,7 @@ def draw(
 
 
 def draw_views(views: Mapping[View, Content], title: str, remark: str, pixels: int) -> Image.Image:
-    """Draw views of true boxes side by side, with solid edges and without a legend.
-
-    Args:
-        views: content of each view, from left to right.
-        title: first line above the views.
-        remark: second line.
-        pixels: width and height of each view.
-    """
+    """Draw views of true boxes from left to right, `pixels` wide and high, with solid edges and without a legend."""
     width = len(views) * (pixels + _MARGIN) + _MARGIN
     page = Image.new("RGB", (width, pixels + _HEADER + _MARGIN), _PAPER)
     for i, (view, shown) in enumerate(views.items()):
@@ -149,22 +145,19 @@ def _draw_pane(
     room: Canvas, camera: Camera, shown: Content, with_found: bool, with_truth: bool, dashed: bool = True
 ) -> Image.Image:
     canvas, fine = Canvas(room.colors.copy(), room.depth), _finer(camera)
-    found, truth = shown.detections, shown.truth
-    lines = []
+    found, truth, names = shown.detections, shown.truth, shown.class_names
     if with_truth and truth is not None:
-        lines.append(_box_lines(truth.boxes, truth.labels, fine, 1.6, dashed=dashed))
+        _draw_boxes(canvas, fine, truth.boxes, truth.labels, 1.6, dashed=dashed)
     if with_found:
-        lines.append(_box_lines(found.boxes, found.labels, fine, 2.0, dashed=False))
-    for some in lines:
-        draw_lines(canvas, fine, some, visible=1.0, hidden=0.35, halo=_HALO)
+        _draw_boxes(canvas, fine, found.boxes, found.labels, 2.0, dashed=False)
     height, width = camera.height, camera.width
     small = canvas.colors.reshape(height, _OVERSAMPLING, width, _OVERSAMPLING, 3).mean(axis=(1, 3))
     picture = Image.fromarray((np.clip(small, 0, 1) * 255 + 0.5).astype(np.uint8))
     if with_found:
-        words = [f"{shown.class_names[k]} {s:.2f}" for k, s in zip(found.labels, found.scores, strict=True)]
+        words = [f"{names[k]} {score:.2f}" for k, score in zip(found.labels, found.scores, strict=True)]
         _write_labels(picture, camera, found.boxes, found.labels, words)
     elif with_truth and truth is not None:
-        _write_labels(picture, camera, truth.boxes, truth.labels, [shown.class_names[k] for k in truth.labels])
+        _write_labels(picture, camera, truth.boxes, truth.labels, [names[k] for k in truth.labels])
     if camera.parallel:
         _draw_scale(picture, camera)
     return picture
@@ -174,8 +167,10 @@ def _finer(camera: Camera) -> Camera:
     return replace(camera, width=_OVERSAMPLING * camera.width, height=_OVERSAMPLING * camera.height)
 
 
-def _box_lines(boxes: np.ndarray, labels: np.ndarray, camera: Camera, width: float, dashed: bool) -> Lines:
-    """Edges, and for turned boxes a line from the middle of the top towards the yaw; near boxes last."""
+def _draw_boxes(
+    canvas: Canvas, camera: Camera, boxes: np.ndarray, labels: np.ndarray, width: float, dashed: bool
+) -> None:
+    """Draw edges, and for turned boxes a line from the middle of the top towards the yaw; near boxes last."""
     order = np.argsort(-camera.project(boxes[:, :3].astype(np.float64))[1], kind="stable")
     corners = box_corners(boxes[order])
     edges = corners[:, np.array(BOX_EDGES)]
@@ -184,7 +179,8 @@ def _box_lines(boxes: np.ndarray, labels: np.ndarray, camera: Camera, width: flo
     heading[~turned] = heading[~turned][:, :, :1]
     ends = np.concatenate([edges, heading], axis=1).reshape(-1, 2, 3)
     colors = np.array([class_color(int(label)) for label in labels[order]]).reshape(-1, 3)
-    return Lines(ends, np.repeat(colors, edges.shape[1] + 1, axis=0), width * _OVERSAMPLING, dashed)
+    lines = Lines(ends, np.repeat(colors, edges.shape[1] + 1, axis=0), width * _OVERSAMPLING, dashed)
+    draw_lines(canvas, camera, lines, visible=1.0, hidden=0.35, halo=_HALO)
 
 
 def _grid(low: np.ndarray, high: np.ndarray) -> Float[np.ndarray, "k 2 3"]:
@@ -221,17 +217,10 @@ def _write_labels(
         else:
             continue
         placed = np.vstack([placed, frame])
-        color = tuple(int(255 * channel) for channel in class_color(int(label)))
+        color = _pen_color(label)
         pen.rounded_rectangle(frame.tolist(), 4, (255, 255, 255), color, 1)
         pen.rectangle([frame[0] + 1, frame[1] + 3, frame[0] + 4, frame[3] - 3], color)
         pen.text((frame[0] + 7, frame[1] + 9), word, _INK, font, anchor="lm")
-
-
-def _write_header(page: Image.Image, shown: Content, title: str, score: float) -> None:
-    words = [f"{shown.num_points:,} points", f"{len(shown.detections)} detections with score {score:g} or more"]
-    if shown.truth is not None:
-        words.append(f"{len(shown.truth.labels)} true boxes")
-    _write_title(page, title, ", ".join(words))
 
 
 def _write_title(page: Image.Image, title: str, remark: str) -> None:
@@ -242,14 +231,11 @@ def _write_title(page: Image.Image, title: str, remark: str) -> None:
 
 def _write_legend(page: Image.Image, shown: Content) -> None:
     pen, left, y = ImageDraw.Draw(page), page.width - _LEGEND, _HEADER
-    true_labels = np.zeros(0, int) if shown.truth is None else shown.truth.labels
-    found, true = (
-        np.bincount(labels, minlength=len(shown.class_names)) for labels in (shown.detections.labels, true_labels)
-    )
+    of_truth = np.zeros(0, int) if shown.truth is None else shown.truth.labels
+    found, true = (np.bincount(k, minlength=len(shown.class_names)) for k in (shown.detections.labels, of_truth))
     present = np.flatnonzero(found + true)
     for label in present[:_MOST_LEGEND]:
-        color = tuple(int(255 * channel) for channel in class_color(int(label)))
-        pen.rounded_rectangle([left, y + 4, left + 12, y + 16], 3, color)
+        pen.rounded_rectangle([left, y + 4, left + 12, y + 16], 3, _pen_color(label))
         count = f"{found[label]}" if shown.truth is None else f"{found[label]} / {true[label]}"
         pen.text((left + 20, y + 10), _shortened(shown.class_names[label], 104, 13), _INK, _font(13), anchor="lm")
         pen.text((page.width - _MARGIN, y + 10), count, _QUIET, _font(13), anchor="rm")
@@ -269,6 +255,10 @@ def _write_legend(page: Image.Image, shown: Content) -> None:
     low, high = view_limits(shown)
     grid = "Grid of 1 m on the floor" if (high - low)[:2].max() <= _MOST_METRES else ""
     pen.text((left, y + 10), grid, _QUIET, _font(12), anchor="lm")
+
+
+def _pen_color(label: np.integer) -> tuple[int, ...]:
+    return tuple(int(255 * channel) for channel in class_color(int(label)))
 
 
 def _draw_scale(picture: Image.Image, camera: Camera) -> None:

@@ -9,9 +9,7 @@ from jaxtyping import Bool, Float, Int
 VIEWS = {"oblique": (-1.99, 0.88, False), "top": (-math.pi / 2, math.pi / 2, True)}
 """Yaw and pitch (rad) of the direction from the target to the eye, and True for parallel projection."""
 
-_HALF_HEIGHT = math.tan(
-    math.radians(40) / 2
-)  # of the picture at distance 1, for a vertical field of view of 40 degrees
+_HALF_HEIGHT = math.tan(math.radians(20))  # of the picture at distance 1: a vertical field of view of 40 degrees
 _ROUNDS = 6
 _AIR = 1.03
 _NEAREST = 1e-3  # m
@@ -27,22 +25,13 @@ _DASH, _PERIOD = 6.0, 10.0  # pixels, for lines one pixel wide and more
 
 @dataclass(frozen=True)
 class Camera:
-    """Camera that looks at a target; z points up in the picture.
+    """Camera that looks at a target; z points up in the picture."""
 
-    Attributes:
-        axes: unit vectors as rows: right, up in the picture, towards the eye.
-        target: x, y, z (m) in the middle of the picture.
-        distance: distance from the target to the eye (m); sets only the scale in parallel projection.
-        parallel: True for parallel projection, False for perspective.
-        width: width of the picture in pixels.
-        height: height of the picture in pixels.
-    """
-
-    axes: Float[np.ndarray, "3 3"]
-    target: Float[np.ndarray, " 3"]
-    distance: float
+    axes: Float[np.ndarray, "3 3"]  # unit vectors as rows: right, up in the picture, towards the eye
+    target: Float[np.ndarray, " 3"]  # m, in the middle of the picture
+    distance: float  # from the target to the eye (m); sets only the scale in parallel projection
     parallel: bool
-    width: int
+    width: int  # pixels
     height: int
 
     @property
@@ -51,11 +40,9 @@ class Camera:
         return self.height / (2 * self.distance * _HALF_HEIGHT)
 
     def project(self, points: Float[np.ndarray, "n 3"]) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, " n"]]:
-        """Project points (m) into the picture.
+        """Project points (m) to pixels from the left and from the top, meaningless for points behind the eye.
 
-        Returns:
-            Pixels from the left and from the top, and the distance (m) in front of the eye along the optical axis. The
-            pixels of points behind the eye are meaningless.
+        The second result is the distance (m) in front of the eye along the optical axis.
         """
         right, up, towards = ((points - self.target) @ self.axes.T).T
         depth = self.distance - towards
@@ -68,23 +55,13 @@ class Camera:
 def camera_for(
     low: Float[np.ndarray, " 3"], high: Float[np.ndarray, " 3"], view: str, width: int, height: int
 ) -> Camera:
-    """Place the nearest camera of a view that sees the whole of an axis-aligned box.
+    """Place the nearest camera of a view (a key of `VIEWS`) that sees the whole of an axis-aligned box.
 
-    Args:
-        low: lowest corner of the box (m).
-        high: highest corner of the box (m).
-        view: a key of `VIEWS`.
-        width: width of the picture in pixels.
-        height: height of the picture in pixels.
+    The box is given by its lowest and its highest corner (m), the size of the picture in pixels.
     """
     yaw, pitch, parallel = VIEWS[view]
-    axes = np.array(
-        [
-            [-math.sin(yaw), math.cos(yaw), 0],
-            [-math.sin(pitch) * math.cos(yaw), -math.sin(pitch) * math.sin(yaw), math.cos(pitch)],
-            [math.cos(pitch) * math.cos(yaw), math.cos(pitch) * math.sin(yaw), math.sin(pitch)],
-        ]
-    )
+    east, north, level, rise = math.cos(yaw), math.sin(yaw), math.cos(pitch), math.sin(pitch)
+    axes = np.array([[-north, east, 0], [-rise * east, -rise * north, level], [level * east, level * north, rise]])
     corners = np.stack(np.meshgrid(*zip(low, high, strict=True)), axis=-1).reshape(-1, 3).astype(np.float64)
     camera = Camera(axes, corners.mean(axis=0), 1.0, parallel, width, height)
     half = np.array([_HALF_HEIGHT * width / height, _HALF_HEIGHT])
@@ -101,15 +78,10 @@ def camera_for(
 
 @dataclass(frozen=True)
 class Canvas:
-    """Unfinished picture.
+    """Unfinished picture."""
 
-    Attributes:
-        colors: red, green, blue in 0-1.
-        depth: distance in front of the eye (m); infinite where there is no point.
-    """
-
-    colors: Float[np.ndarray, "h w 3"]
-    depth: Float[np.ndarray, "h w"]
+    colors: Float[np.ndarray, "h w 3"]  # 0-1
+    depth: Float[np.ndarray, "h w"]  # distance in front of the eye (m); infinite where there is no point
 
 
 def draw_points(
@@ -119,15 +91,7 @@ def draw_points(
     diameter: float,
     background: tuple[float, float, float],
 ) -> Canvas:
-    """Draw points as discs, near ones over far ones.
-
-    Args:
-        camera: camera of the picture.
-        points: x, y, z (m).
-        colors: red, green, blue in 0-1.
-        diameter: diameter of a point (m).
-        background: colour of pixels without a point.
-    """
+    """Draw points (m) as discs of a diameter (m), near ones over far ones; colours are 0-1."""
     pixels, depth = camera.project(points)
     seen = (depth > _NEAR) | camera.parallel
     seen &= ((pixels > -_LARGEST) & (pixels < np.array([camera.width, camera.height]) + _LARGEST)).all(axis=1)
@@ -141,32 +105,27 @@ def draw_points(
     for size in np.unique(width):
         _stamp(winner, camera, corner[width == size], np.flatnonzero(width == size), int(size))
     found = winner >= 0
-    picture = np.full((camera.height * camera.width, 3), background, np.float32)
+    picture = np.full((len(winner), 3), background, np.float32)
     picture[found] = colors[order[winner[found]]]
     far = np.full(len(winner), np.inf, np.float32)
     far[found] = depth[winner[found]]
-    shape = (camera.height, camera.width)
-    return Canvas(picture.reshape(*shape, 3), far.reshape(shape))
+    return Canvas(picture.reshape(camera.height, camera.width, 3), far.reshape(camera.height, camera.width))
 
 
 def _stamp(winner: np.ndarray, camera: Camera, corner: np.ndarray, ranks: np.ndarray, size: int) -> None:
     """Write the ranks of points of one width, in ascending order, into pixels that hold no higher rank."""
     steps = np.arange(size) - (size - 1) / 2
-    for i, j in np.argwhere(steps[:, None] ** 2 + steps**2 <= _ROUND * max(size, 2) ** 2):
-        x, y = corner[:, 0] + i, corner[:, 1] + j
-        inside = (x >= 0) & (y >= 0) & (x < camera.width) & (y < camera.height)
-        cells, own = (y * camera.width + x)[inside], ranks[inside]
+    for step in np.argwhere(steps[:, None] ** 2 + steps**2 <= _ROUND * max(size, 2) ** 2):
+        cells, inside = _pixel_index(camera, corner + step)
+        cells, own = cells[inside], ranks[inside]
         nearer = winner[cells] < own
         winner[cells[nearer]] = own[nearer]  # of several the last is kept, which is the nearest
 
 
 def shade(canvas: Canvas, radius: int, reference: float | None = None) -> Canvas:
-    """Darken pixels that lie behind their neighbours (eye-dome lighting, Boucheny 2009).
+    """Darken pixels that lie behind their neighbours at a radius in pixels (eye-dome lighting, Boucheny 2009).
 
-    Args:
-        canvas: picture of points.
-        radius: radius of the neighbourhood in pixels.
-        reference: distance (m) that steps in depth are relative to; the depth of each pixel by default.
+    Steps in depth are relative to the reference (m), by default to the depth of each pixel.
     """
     depth = np.where(np.isfinite(canvas.depth), canvas.depth, np.float32(1e9))
     scale = depth if reference is None else np.float32(reference)
@@ -182,18 +141,11 @@ def shade(canvas: Canvas, radius: int, reference: float | None = None) -> Canvas
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines of one width and style.
+    """Lines of one width and style, in the order in which they are drawn: later ones cover earlier ones."""
 
-    Attributes:
-        ends: both ends of each line (m).
-        colors: colour of each line, 0-1.
-        width: width in pixels.
-        dashed: True for dashed lines.
-    """
-
-    ends: Float[np.ndarray, "k 2 3"]
-    colors: Float[np.ndarray, "k 3"]
-    width: float
+    ends: Float[np.ndarray, "k 2 3"]  # m
+    colors: Float[np.ndarray, "k 3"]  # 0-1
+    width: float  # pixels
     dashed: bool = False
 
 
@@ -206,15 +158,10 @@ def draw_lines(
     hidden: float,
     halo: tuple[float, float, float] | None = None,
 ) -> None:
-    """Draw lines into a picture.
+    """Draw lines into a picture, whose colours are changed in place.
 
-    Args:
-        canvas: picture; its colours are changed in place, its depth is not.
-        camera: camera of the picture.
-        lines: lines in the order in which they are drawn; later ones cover earlier ones.
-        visible: opacity of the parts in front of the points.
-        hidden: opacity of the parts behind points.
-        halo: colour of a seam on either side of the visible parts; None for no seam.
+    `visible` is the opacity of the parts in front of the points, `hidden` that of the others. The halo is the colour of
+    a seam on either side of the visible parts; None for no seam.
     """
     pixels, depth, line, side, along = _samples(camera, lines.ends)
     if lines.dashed:
@@ -223,11 +170,21 @@ def draw_lines(
     cells, inside = _pixel_index(camera, pixels)
     before = np.zeros(len(depth), bool)
     before[inside] = depth[inside] <= canvas.depth.reshape(-1)[cells[inside]] * 1.003 + _TOLERANCE
+    flat = canvas.colors.reshape(-1, 3)
+
+    def brush(chosen: np.ndarray, colors: np.ndarray, width: float, opacity: float) -> None:
+        """Paint samples with a brush as wide as the line; where lines meet, the last one paints once."""
+        painted = np.full(len(flat), -1)
+        for off in np.linspace(-(width - 1) / 2, (width - 1) / 2, max(1, int(np.ceil(width * 1.3)))):
+            cells, inside = _pixel_index(camera, pixels[chosen] + off * side[chosen])
+            painted[cells[inside]] = line[chosen][inside]
+        found = painted >= 0
+        flat[found] += opacity * (colors[painted[found]].astype(np.float32) - flat[found])
+
     if halo is not None:
-        seam = np.broadcast_to(np.array(halo), lines.colors.shape)
-        _brush(canvas, camera, (pixels, line, side), before, seam, 1.8 * lines.width, 0.5 * visible)
-    _brush(canvas, camera, (pixels, line, side), ~before, lines.colors, lines.width, hidden)
-    _brush(canvas, camera, (pixels, line, side), before, lines.colors, lines.width, visible)
+        brush(before, np.broadcast_to(np.array(halo), lines.colors.shape), 1.8 * lines.width, 0.5 * visible)
+    brush(~before, lines.colors, lines.width, hidden)
+    brush(before, lines.colors, lines.width, visible)
 
 
 def _samples(camera: Camera, ends: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -268,23 +225,3 @@ def _pixel_index(camera: Camera, pixels: np.ndarray) -> tuple[Int[np.ndarray, " 
     x, y = np.floor(pixels).astype(np.int64).T
     inside = (x >= 0) & (y >= 0) & (x < camera.width) & (y < camera.height)
     return y * camera.width + x, inside
-
-
-def _brush(
-    canvas: Canvas,
-    camera: Camera,
-    samples: tuple[np.ndarray, np.ndarray, np.ndarray],
-    chosen: np.ndarray,
-    colors: np.ndarray,
-    width: float,
-    opacity: float,
-) -> None:
-    """Paint samples with a brush as wide as the line; where lines meet, the last one paints once."""
-    pixels, line, side = (values[chosen] for values in samples)
-    painted = np.full(camera.width * camera.height, -1)
-    for off in np.linspace(-(width - 1) / 2, (width - 1) / 2, max(1, int(np.ceil(width * 1.3)))):
-        cells, inside = _pixel_index(camera, pixels + off * side)
-        painted[cells[inside]] = line[inside]
-    found = painted >= 0
-    flat = canvas.colors.reshape(-1, 3)
-    flat[found] += opacity * (colors[painted[found]].astype(np.float32) - flat[found])

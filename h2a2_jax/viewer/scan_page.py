@@ -32,8 +32,6 @@ from h2a2_jax.viewer.image import draw
 
 _SCRIPTS = ("camera.js", "scene.js", "model.js", "panel.js", "input.js", "viewer.js")
 _STEPS = 65535
-_RAMP = 8
-_STILL_SIZE = (1000, 640)
 _DECIMALS = 4
 
 
@@ -91,14 +89,8 @@ def write_viewer(
     Path(path).write_bytes(page.encode("utf-8", errors="replace"))
 
 
-def quantise(
-    points: Float[np.ndarray, "m 3"],
-) -> tuple[Float[np.ndarray, " 3"], Float[np.ndarray, " 3"], UInt16[np.ndarray, "m 3"]]:
-    """Quantise points to steps from their lowest corner.
-
-    Returns:
-        Lowest x, y, z (m) and the length of a step along each (m), both float64; the steps, 0 to 65535.
-    """
+def quantise(points: Float[np.ndarray, "m 3"]) -> tuple[np.ndarray, np.ndarray, UInt16[np.ndarray, "m 3"]]:
+    """Return lowest x, y, z (m) and the length of a step along each (m), both float64; points in steps, 0 to 65535."""
     wide = points.astype(np.float64)
     low, high = (wide.min(axis=0), wide.max(axis=0)) if len(wide) else (np.zeros(3), np.zeros(3))
     step = np.maximum(high - low, 1e-3) / _STEPS
@@ -121,7 +113,7 @@ def _payload(shown: Content, title: str, score: float) -> dict[str, Any]:
             "ceiling": ceiling_cut(points),
         },
         "frame": {"low": low.tolist(), "high": high.tolist()},
-        "ramp": height_colors(np.linspace(0, 1, _RAMP)).round(_DECIMALS).tolist(),
+        "ramp": height_colors(np.linspace(0, 1, 8)).round(_DECIMALS).tolist(),
         "classes": [
             {"name": name, "color": np.round(class_color(label), _DECIMALS).tolist()}
             for label, name in enumerate(shown.class_names)
@@ -140,7 +132,7 @@ def _payload(shown: Content, title: str, score: float) -> dict[str, Any]:
 
 def _still(shown: Content, score: float) -> str:
     encoded = io.BytesIO()
-    draw(shown, score=score, size=_STILL_SIZE).save(encoded, "JPEG", quality=80)
+    draw(shown, score=score, size=(1000, 640)).save(encoded, "JPEG", quality=80)
     data = base64.b64encode(encoded.getvalue()).decode()
     return f'<img id="still" alt="The scan with its boxes, obliquely from above" src="data:image/jpeg;base64,{data}">'
 

@@ -44,15 +44,7 @@ def show(
     """Open a window that shows a scan with its boxes, and return when it is closed.
 
     Detections have the colour of their class and a label, ground truth is black; a list at the side turns each class
-    on and off.
-
-    Args:
-        scan: points and colours; points without colours are coloured by height. The scan's boxes are not shown.
-        detections: boxes in the scan's frame; None for none.
-        class_names: names of the classes by label.
-        truth: annotated boxes.
-        title: title of the window; the scan's name by default.
-        score: detections below this score are not shown.
+    on and off. The arguments are those of `write_image`.
 
     Raises:
         InputError: Open3D, a library it needs, a graphics driver or a display is missing.
@@ -80,12 +72,7 @@ def show(
 
 
 def geometries(open3d: Any, shown: Content) -> list[dict[str, Any]]:
-    """Arguments of Open3D's `draw`: the points, and a group of lines for each class.
-
-    Args:
-        open3d: the module.
-        shown: content of the window.
-    """
+    """Arguments of Open3D's `draw`: the points, and a group of lines for each class."""
     # Coordinates are relative to the scan's place: the window computes in float32.
     origin = _origin(shown)
     points, names = shown.scan.points, shown.class_names
@@ -96,7 +83,11 @@ def geometries(open3d: Any, shown: Content) -> list[dict[str, Any]]:
     parts = [_part(open3d, "points", "scan", cloud, _UNLIT)]
 
     def add_boxes(boxes: np.ndarray, name: str, group: str, color: tuple[float, float, float]) -> None:
-        lines = _line_set(open3d, boxes, origin, color)
+        edges = np.array(BOX_EDGES)[None] + 8 * np.arange(len(boxes))[:, None, None]
+        lines = open3d.geometry.LineSet()
+        lines.points = open3d.utility.Vector3dVector((box_corners(boxes) - origin).reshape(-1, 3))
+        lines.lines = open3d.utility.Vector2iVector(edges.reshape(-1, 2))
+        lines.paint_uniform_color(np.array(color) ** _GAMMA)
         parts.append(_part(open3d, f"{name} ({len(boxes)})", group, lines, _LINES))
 
     found, truth = shown.detections, shown.truth
@@ -119,16 +110,6 @@ def _part(open3d: Any, name: str, group: str, geometry: Any, shader: str) -> dic
     material.point_size = _POINT_SIZE
     material.sRGB_color = True
     return {"name": name, "group": group, "geometry": geometry, "material": material}
-
-
-def _line_set(open3d: Any, boxes: np.ndarray, origin: np.ndarray, color: tuple[float, float, float]) -> Any:
-    corners = box_corners(boxes) - origin
-    edges = np.array(BOX_EDGES)[None] + 8 * np.arange(len(boxes))[:, None, None]
-    lines = open3d.geometry.LineSet()
-    lines.points = open3d.utility.Vector3dVector(corners.reshape(-1, 3))
-    lines.lines = open3d.utility.Vector2iVector(edges.reshape(-1, 2))
-    lines.paint_uniform_color(np.array(color) ** _GAMMA)
-    return lines
 
 
 def _add_labels(window: Any, shown: Content) -> None:

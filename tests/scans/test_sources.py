@@ -12,7 +12,7 @@ import pytest
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.scan import Scan, ScanError, ScanSource
 from h2a2_jax.scans.scan_folder import ScanFolder
-from h2a2_jax.scans.sources import CachedSource, SourceConfig, build_source, permuted_boxes, summed_notes
+from h2a2_jax.scans.sources import CachedSource, PermutedBoxes, SourceConfig, build_source, summed_notes
 from h2a2_jax.scans.specs import S3DIS
 
 
@@ -40,7 +40,7 @@ class Numbered:
 
 def test_no_scan_keeps_its_boxes_and_all_boxes_stay():
     source = Numbered(4)
-    permuted = permuted_boxes(source, seed=1)
+    permuted = PermutedBoxes(source, seed=1)
     taken = []
     for i in range(4):
         scan = permuted[i]
@@ -48,18 +48,18 @@ def test_no_scan_keeps_its_boxes_and_all_boxes_stay():
         assert len(scan.boxes) == len(scan.labels) != i + 1
         taken.append(len(scan.boxes))
     assert sorted(taken) == [1, 2, 3, 4]
-    assert [len(permuted_boxes(source, seed=1)[i].boxes) for i in range(4)] == taken
-    others = [[len(permuted_boxes(source, seed=s)[i].boxes) for i in range(4)] for s in range(2, 8)]
+    assert [len(PermutedBoxes(source, seed=1)[i].boxes) for i in range(4)] == taken
+    others = [[len(PermutedBoxes(source, seed=s)[i].boxes) for i in range(4)] for s in range(2, 8)]
     assert any(other != taken for other in others)
     assert isinstance(permuted, ScanSource) and permuted.names == source.names
 
 
 def test_permuting_one_scan_is_the_identity():
-    assert len(permuted_boxes(Numbered(1), 0)[0].boxes) == 1
+    assert len(PermutedBoxes(Numbered(1), 0)[0].boxes) == 1
 
 
 def test_a_scan_whose_donor_is_broken_is_named_itself():
-    permuted = permuted_boxes(Numbered(5), 0)
+    permuted = PermutedBoxes(Numbered(5), 0)
     failing = []
     for i in range(5):
         try:

@@ -11,13 +11,13 @@ class Levels(NamedTuple):
     coarse: int
 
 
-def test_a_rung_multiplies_every_level_and_rounds_up():
+def test_a_bucket_multiplies_every_level_and_rounds_up():
     ladder = BucketLadder((100, 1000), ratio=1.5)
     assert ladder.capacities(0) == (128, 1024)
     assert ladder.capacities(2) == (256, 2304)  # 225 and 2250 in whole blocks of 64
 
 
-def test_the_lowest_rung_that_fits_every_level_is_taken():
+def test_the_lowest_bucket_that_fits_every_level_is_taken():
     ladder = BucketLadder((640, 640), ratio=2.0)
     assert ladder.bucket((640, 640)) == 0
     assert ladder.bucket((10, 641)) == 1

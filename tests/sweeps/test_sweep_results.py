@@ -131,7 +131,7 @@ def test_the_protocol_has_the_best_the_mean_and_the_spread(tmp_path: Path):
         if again is not None:
             write_run(folder / "evaluation_draw1", run.config, {"sunrgbd": (again, 0.1)})
     assert [finished(folder, 2) for folder in folders.values()] == [True, True, False]
-    result = protocol_result(base, rows, folders, 2)
+    result = protocol_result(base, rows, 2, folders)
     assert [row["seeds"] for row in result["rows"]] == [[7, 8]] * 6
     by_name = {row["name"]: row for row in result["rows"]}
     of_draws = [score["metrics"]["mAP@0.25"] for score in by_name["sunrgbd @0.25"]["scores"] if score["seed"] == 7]
@@ -158,7 +158,7 @@ def test_the_protocol_has_the_best_the_mean_and_the_spread(tmp_path: Path):
 
 def test_a_protocol_without_a_finished_training_has_an_empty_table(tmp_path: Path):
     rows = protocol_rows(demo(), 1, 2)
-    result = protocol_result(demo(), rows, locate(rows, tmp_path), 2)
+    result = protocol_result(demo(), rows, 2, locate(rows, tmp_path))
     assert {tuple(line[1:]) for line in cells_of(markdown(result))[1:]} == {(*["-"] * 6, "0")}
 
 

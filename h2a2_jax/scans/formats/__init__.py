@@ -1,5 +1,6 @@
 """Files of points: a reader for each format, and the choice of rows of a large table, read block by block."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,35 +15,23 @@ class Thinning:
     """Choice of rows of a table: one at random out of each of `most` equal parts, all of a table of no more rows.
 
     A table of a given length always gives the same rows, so that points and colours in two tables stay paired.
-
-    Attributes:
-        left_out: number of rows that were not read of the last table.
-
-    Args:
-        most: largest number of rows; None: all.
+    `left_out` is the number of rows that were not read of the last table; `most` None reads all.
     """
 
     def __init__(self, most: int | None = None):
-        self._most = most
-        self.left_out = 0
+        self._most, self.left_out = most, 0
 
     def rows(self, count: int) -> Int[np.ndarray, " k"] | None:
         """Return the numbers of the rows to read, rising; None for all of them."""
-        if self._most is None or count <= self._most:
-            self.left_out = 0
+        self.left_out = count - self.kept(count)
+        if self._most is None or not self.left_out:
             return None
-        self.left_out = count - self._most
         edges = np.arange(self._most + 1, dtype=np.int64) * count // self._most
         within = np.random.default_rng(_SEED).random(self._most)
         return edges[:-1] + (within * np.diff(edges)).astype(np.int64)
 
     def collect(self, read: Callable[[int], np.ndarray], count: int) -> np.ndarray:
-        """Read a table block by block and keep the wanted rows.
-
-        Args:
-            read: returns that many next rows.
-            count: rows of the table.
-        """
+        """Read a table of `count` rows block by block, keep the wanted ones; `read` returns that many next rows."""
         wanted, parts = self.rows(count), []
         for first in range(0, count, _BLOCK):
             size = min(_BLOCK, count - first)
@@ -54,13 +43,9 @@ class Thinning:
         return np.concatenate(parts) if parts else read(0)
 
     def read(self, file: Any, dtype: np.dtype, count: int, columns: int = 1) -> np.ndarray:
-        """Read rows of a binary file from its position on, and leave it behind the table.
+        """Read rows of a binary file, which need not be seekable, from its position on; leave it behind the table.
 
-        Args:
-            file: open for reading bytes; it need not be seekable.
-            dtype: of an entry.
-            count: rows of the table.
-            columns: entries in a row; the result has two axes if there are several.
+        The table has `count` rows of `columns` entries each; the result has two axes if there are several.
 
         Raises:
             EOFError: the file ends before.
@@ -79,24 +64,11 @@ class Thinning:
         """Yield the lines to read among `count`, as far as there are so many."""
         wanted = self.rows(count)
         if wanted is None:
-            yield from (line for _, line in zip(range(count), lines, strict=False))
+            yield from itertools.islice(lines, count)
             return
-        position = 0
-        for row in wanted.tolist():
-            for line in lines:
-                position += 1
-                if position > row:
-                    yield line
-                    break
-            else:
-                return
+        for passed in np.diff(wanted, prepend=-1).tolist():  # lines up to and with the wanted one
+            yield from itertools.islice(lines, passed - 1, passed)
 
     def kept(self, count: int) -> int:
         """Return the number of rows read of a table."""
         return count if self._most is None else min(count, self._most)
-
-
-def count_lines(open_file: Callable[[], Any]) -> int:
-    """Count the lines of a text that are not blank, without keeping it."""
-    with open_file() as file:
-        return sum(bool(line.strip()) for line in file)

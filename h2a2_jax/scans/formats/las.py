@@ -15,23 +15,23 @@ _RECORD_HEADER = 54  # bytes of a variable length record before its data
 
 
 def read_las(path: Path, thinning: Thinning | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read coordinates, float64, and colours if the file has some.
+    """Read [n, 3] coordinates, float64, and colours if the file has some, of the points that `thinning` chooses.
 
-    Args:
-        path: a `.las` or `.laz` file.
-        thinning: chooses the points; None reads all.
-
-    Returns:
-        [n, 3] points; [n, 3] colours, uint16 as the format has them, or uint8 where no number exceeds 255.
-
-    Raises:
-        InputError: the file is no LAS, is shorter than its header says, or cannot be decompressed.
-        OSError: the file cannot be opened.
+    The [n, 3] colours are uint16 as the format has them, or uint8 where no number exceeds 255.
     """
     import laspy  # three quarters of a second, which only these files should take
 
     with path.open("rb") as file:
-        _check_header(path, file.read(_HEADER))
+        header, size = file.read(_HEADER), path.stat().st_size
+        # Laspy would trust the header's numbers of bytes and of records.
+        if header[:4] != b"LASF" or len(header) < _HEADER:
+            raise InputError(f"{path} is no LAS file or is cut off in its header: export it again.")
+        start, records = struct.unpack_from("<II", header, 96)
+        if start > size or records * _RECORD_HEADER > start:
+            raise InputError(
+                f"{path} is cut off: its header says that points begin after {start} bytes and {records} records, but "
+                f"the file has {size} bytes; copy it again."
+            )
         file.seek(0)
         try:
             # One thread: the threads of the parallel decompressor do not survive a fork.
@@ -39,7 +39,7 @@ def read_las(path: Path, thinning: Thinning | None = None) -> tuple[np.ndarray, 
         except Exception as error:  # laspy has no base class of the errors of damaged headers
             raise InputError(f"{path} is no LAS file or its header is damaged ({error}): export it again.") from error
         header = reader.header
-        count, width, left = header.point_count, header.point_format.size, path.stat().st_size - file.tell()
+        count, width, left = header.point_count, header.point_format.size, size - file.tell()
         if not header.are_points_compressed and count * width > left:
             raise InputError(
                 f"{path} is cut off: its header says {count} points, which take {count * width} bytes, but "
@@ -65,18 +65,6 @@ def read_las(path: Path, thinning: Thinning | None = None) -> tuple[np.ndarray, 
     colors = rows[:, 3:]
     # Many programs write bytes into the 16 bits.
     return points, colors.astype(np.uint8 if colors.max(initial=0) <= 255 else np.uint16)
-
-
-def _check_header(path: Path, header: bytes) -> None:
-    """Refuse what laspy would trust: a header's numbers of bytes and of records."""
-    if header[:4] != b"LASF" or len(header) < _HEADER:
-        raise InputError(f"{path} is no LAS file or is cut off in its header: export it again.")
-    start, records = struct.unpack_from("<II", header, 96)
-    if start > path.stat().st_size or records * _RECORD_HEADER > start:
-        raise InputError(
-            f"{path} is cut off: its header says that points begin after {start} bytes and {records} records, but the "
-            f"file has {path.stat().st_size} bytes; copy it again."
-        )
 
 
 def _check_chunks(path: Path, file: BinaryIO, header: Any) -> None:

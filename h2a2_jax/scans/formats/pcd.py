@@ -1,9 +1,9 @@
 """Points of PCD files (Point Cloud Library, version .7 and before): ascii, binary, binary_compressed."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -16,34 +16,16 @@ _LONGEST_HEADER = 1 << 16
 _KINDS = ("<f4", "<f8", *(f"<{sign}{size}" for sign in "iu" for size in (1, 2, 4, 8)))
 
 
-@dataclass(frozen=True)
-class _Header:
-    names: tuple[str, ...]
-    kinds: tuple[str, ...]
-    counts: tuple[int, ...]
+class _Header(NamedTuple):
+    dtype: np.dtype  # of one point; a field of several numbers is a subarray, which nobody reads
     points: int
     data: str
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Type of one point; a field of several numbers is raw bytes, for nobody reads it."""
-        return np.dtype([(name, self.stored(i)) for i, name in enumerate(self.names)])
-
-    def stored(self, i: int) -> str:
-        """Return the type of field `i` of one point."""
-        return self.kinds[i] if self.counts[i] == 1 else f"V{np.dtype(self.kinds[i]).itemsize * self.counts[i]}"
 
 
 def read_pcd_columns(path: Path, thinning: Thinning | None = None) -> Mapping[str, np.ndarray]:
     """Read the fields of one number per point by name; packed colours (rgb, rgba) become red, green, blue in uint8.
 
-    Args:
-        path: a `.pcd` file.
-        thinning: chooses the points; None reads all. Compressed data are unpacked as a whole.
-
-    Raises:
-        InputError: the file is no PCD, is shorter than its header says, or cannot be parsed.
-        OSError: the file cannot be opened.
+    `thinning` chooses the points; compressed data are unpacked as a whole.
     """
     with path.open("rb") as file:
         header = _read_header(path, file)
@@ -83,17 +65,19 @@ def _read_header(path: Path, file: BinaryIO) -> _Header:
         if points < 0:
             raise ValueError(f"{points} points")
         # Every field of padding is called _, but the names of a type must differ.
-        names = tuple(f"_{i}" if name == "_" or name in fields[:i] else name for i, name in enumerate(fields))
-        kinds = tuple(f"<{kind.lower()}{size}" for kind, size in zip(types, sizes, strict=True))
+        names = [f"_{i}" if name == "_" or name in fields[:i] else name for i, name in enumerate(fields)]
+        kinds = [f"<{kind.lower()}{size}" for kind, size in zip(types, sizes, strict=True)]
         for kind in kinds:
             if kind not in _KINDS:
                 raise ValueError(f"a field of type {kind[1].upper()} and size {kind[2:]}")
+        shapes = [() if count == 1 else (count,) for count in counts]
+        dtype = np.dtype(list(zip(names, kinds, shapes, strict=True)))
         (data,) = entries["DATA"]
         if data.lower() not in ("ascii", "binary", "binary_compressed"):
             raise ValueError(f"DATA {data}")
     except (KeyError, ValueError, IndexError) as error:
         raise InputError(f"{path} has a PCD header that cannot be understood ({error}); write it again.") from error
-    return _Header(names, kinds, tuple(counts), points, data.lower())
+    return _Header(dtype, points, data.lower())
 
 
 def _cut_off(path: Path, header: _Header, expected: str, left: int) -> InputError:
@@ -108,7 +92,7 @@ def _binary_columns(path: Path, file: BinaryIO, header: _Header, thinning: Thinn
     if wanted > left:
         raise _cut_off(path, header, f"{wanted} bytes", left)
     rows = thinning.read(file, header.dtype, header.points if header.dtype.itemsize else 0)
-    return {name: rows[name] for name, count in zip(header.names, header.counts, strict=True) if count == 1}
+    return {name: rows[name] for name in header.dtype.names or () if not header.dtype[name].shape}
 
 
 def _compressed_columns(path: Path, file: BinaryIO, header: _Header, thinning: Thinning) -> dict[str, np.ndarray]:
@@ -129,9 +113,9 @@ def _compressed_columns(path: Path, file: BinaryIO, header: _Header, thinning: T
     except (ValueError, IndexError) as error:
         raise InputError(f"{path} is damaged: its compressed data are not LZF ({error}); write it again.") from error
     columns, first, rows = {}, 0, thinning.rows(header.points)
-    for i, name in enumerate(header.names):
-        dtype = np.dtype(header.stored(i))
-        if header.counts[i] == 1:
+    for name in header.dtype.names or ():
+        dtype = header.dtype[name]
+        if not dtype.shape:
             column = np.frombuffer(content, dtype, header.points, first)
             columns[name] = column if rows is None else column[rows]
         first += header.points * dtype.itemsize
@@ -139,11 +123,13 @@ def _compressed_columns(path: Path, file: BinaryIO, header: _Header, thinning: T
 
 
 def _text_columns(path: Path, file: BinaryIO, header: _Header, thinning: Thinning) -> dict[str, np.ndarray]:
-    width, left = sum(header.counts), path.stat().st_size - file.tell()
+    fields = {name: header.dtype[name] for name in header.dtype.names or ()}
+    width = sum(math.prod(field.shape) for field in fields.values())
+    left = path.stat().st_size - file.tell()
     if 2 * width * header.points > left + 1:
         raise _cut_off(path, header, f"{width} numbers each", left)
     if not header.points:
-        return {name: np.zeros(0, kind) for name, kind in zip(header.names, header.kinds, strict=True)}
+        return {name: np.zeros(0, field.base) for name, field in fields.items()}
     try:
         rows = np.loadtxt(thinning.lines(file, header.points), np.float64, comments=None, ndmin=2, encoding="latin1")
     except (ValueError, IndexError) as error:
@@ -151,10 +137,10 @@ def _text_columns(path: Path, file: BinaryIO, header: _Header, thinning: Thinnin
     if rows.shape != (thinning.kept(header.points), width):
         raise _cut_off(path, header, f"{width} numbers each (read were {rows.shape[0]} rows)", left)
     columns, column = {}, 0
-    for name, kind, count in zip(header.names, header.kinds, header.counts, strict=True):
-        if count == 1:
-            columns[name] = to_type(path, name, rows[:, column], kind)
-        column += count
+    for name, field in fields.items():
+        if not field.shape:
+            columns[name] = to_type(path, name, rows[:, column], field)
+        column += math.prod(field.shape)
     return columns
 
 
@@ -163,10 +149,6 @@ def decompress_lzf(content: bytes, size: int) -> bytearray:
 
     A control byte below 32 is followed by that many literal bytes and one more; a larger one repeats bytes written
     up to 8 KiB before: 3 bits of length, 13 of distance, and one byte more of length if the 3 bits are full.
-
-    Args:
-        content: compressed bytes.
-        size: number of bytes of the result.
 
     Raises:
         ValueError: the content does not make `size` bytes, or repeats bytes that were never written.

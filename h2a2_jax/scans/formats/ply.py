@@ -23,15 +23,8 @@ def read_ply_columns(
 ) -> Mapping[str, np.ndarray]:
     """Read the properties of the vertices, one array of a number per vertex each; lists are left out.
 
-    Args:
-        path: a `.ply` file.
-        thinning: chooses the vertices; None reads all. A binary file with lists in its vertices or before them is
-            parsed as a whole first.
-        complete: also refuse a file that ends before the elements behind the vertices, such as faces, can.
-
-    Raises:
-        InputError: the file is no PLY, is shorter than its header says, or cannot be parsed.
-        OSError: the file cannot be opened.
+    `thinning` chooses the vertices; a binary file with lists in its vertices or before them is parsed as a whole
+    first. With `complete`, a file that ends before the elements behind the vertices, such as faces, can is refused.
     """
     thinning = thinning or Thinning()
     with path.open("rb") as file:
@@ -61,11 +54,7 @@ def read_ply_columns(
 
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[PlyData, list[int]]:
-    """Parse the header; the file is left at its end.
-
-    Returns:
-        Elements without content, and the number of rows of each.
-    """
+    """Parse the header: elements without content, and the number of rows of each. The file is left at its end."""
     if file.readline(16).strip() != b"ply":
         raise InputError(f"{path} is no PLY file: its first line is not 'ply'; export it again.")
     lines = ["ply"]
@@ -157,18 +146,8 @@ def _read_with_lists(path: Path, header: PlyData, thinning: Thinning) -> Mapping
     return {name: np.array(rows[name] if chosen is None else rows[name][chosen]) for name in plain}
 
 
-def to_type(path: Path, name: str, values: np.ndarray, kind: str) -> np.ndarray:
-    """Convert numbers read from text to the type that the header gives them.
-
-    Args:
-        path: of the file, for the error message.
-        name: of the field, for the error message.
-        values: float64 as read.
-        kind: a numpy type string.
-
-    Raises:
-        InputError: a whole number is not in the range of its type.
-    """
+def to_type(path: Path, name: str, values: np.ndarray, kind: str | np.dtype) -> np.ndarray:
+    """Convert float64 numbers read from text to the numpy type that the header gives them, if it can hold them."""
     dtype = np.dtype(kind)
     if dtype.kind == "f":
         with np.errstate(over="ignore"):  # to infinity, which is left out later

@@ -14,7 +14,9 @@ The counts of a header are compared with the size of the file before anything is
 out while it is read, so that memory does not grow with the file.
 """
 
+import contextlib
 import io
+import math
 import struct
 import warnings
 import zipfile
@@ -28,7 +30,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats import Thinning, count_lines
+from h2a2_jax.scans.formats import Thinning
 from h2a2_jax.scans.formats.las import read_las
 from h2a2_jax.scans.formats.pcd import read_pcd_columns
 from h2a2_jax.scans.formats.ply import read_ply_columns
@@ -42,8 +44,7 @@ _POINT_ARRAYS = ("points", "xyz", "coords", "coordinates", "arr_0")
 _COLOR_ARRAYS = ("colors", "colours", "rgb", "color")
 _MOST_ZIP_GROWTH = 1040  # deflate packs at most 258 bytes into two bits
 _LONGEST_HEADER = 10_000  # numpy's own limit
-THINNED = "points left out of a large file"
-"""A kind of note, of a file with more points than the caller wants."""
+THINNED = "points left out of a large file"  # a kind of note, of a file with more points than the caller wants
 _SHORTEST_LINE = 6  # bytes of "1 2 3"
 _ROUNDING = 1e-3  # by which colours may exceed their range
 
@@ -105,9 +106,7 @@ def read_point_cloud(path: str | Path, most: int | None = None) -> PointCloud:
             f"{path} is damaged ({type(error).__name__}: {what}): copy it again or write it again."
         ) from error
     cloud = _finite(raw)
-    if not thinning.left_out:
-        return cloud
-    return replace(cloud, notes={**cloud.notes, THINNED: thinning.left_out})
+    return replace(cloud, notes={**cloud.notes, THINNED: thinning.left_out}) if thinning.left_out else cloud
 
 
 def cloud_of_arrays(points: np.ndarray, colors: np.ndarray | None = None) -> PointCloud:
@@ -134,15 +133,10 @@ def cloud_of_arrays(points: np.ndarray, colors: np.ndarray | None = None) -> Poi
 
 
 def unit_colors(cloud: PointCloud, color_range: ColorRange = "auto") -> Float32[np.ndarray, "n 3"] | None:
-    """Scale colours to 0-1.
+    """Scale colours to 0-1; None if the cloud has none or `color_range`, that of the file's numbers, is "none".
 
-    Args:
-        cloud: the points.
-        color_range: range of the file's numbers; "auto" goes by their type, or by the largest number if the type
-            leaves it open: up to 1 is 0-1, up to 255 is 0-255.
-
-    Returns:
-        One colour per point, or None if the cloud has none or `color_range` is "none".
+    "auto" goes by the type of the numbers, or by the largest if the type leaves it open: up to 1 is 0-1, up to 255
+    is 0-255.
 
     Raises:
         InputError: a number lies outside the range.
@@ -161,14 +155,12 @@ def unit_colors(cloud: PointCloud, color_range: ColorRange = "auto") -> Float32[
 
 def _finite(raw: _Raw) -> PointCloud:
     """Leave out the points that are not finite."""
-    points = _real(raw.points)
-    colors = None if raw.colors is None else _real(raw.colors)
-    full_color = None
-    if raw.colors is not None and raw.colors.dtype.kind == "u":
-        full_color = float(np.iinfo(raw.colors.dtype).max)
+    points, colors, full_color = _real(raw.points), None, None
     finite = np.isfinite(points).all(axis=1)
-    if colors is not None:
+    if raw.colors is not None:
+        colors = _real(raw.colors)
         finite &= np.isfinite(colors).all(axis=1)
+        full_color = float(np.iinfo(raw.colors.dtype).max) if raw.colors.dtype.kind == "u" else None
     notes = {}
     if not finite.all():
         notes[NOT_FINITE] = int((~finite).sum())
@@ -184,8 +176,7 @@ def _real(values: np.ndarray) -> np.ndarray:
 
 def _from_columns(path: Path, columns: Mapping[str, np.ndarray]) -> _Raw:
     by_name = {name.lower(): values for name, values in columns.items()}
-    missing = [name for name in "xyz" if name not in by_name]
-    if missing:
+    if missing := [name for name in "xyz" if name not in by_name]:
         raise InputError(f"{path} has no {', '.join(missing)} among its fields ({', '.join(columns) or 'none'}).")
     points = np.stack([by_name[name] for name in "xyz"], axis=1)
     names = next((names for names in _COLOR_NAMES if all(name in by_name for name in names)), None)
@@ -199,11 +190,9 @@ def _from_rows(path: Path, rows: np.ndarray, what: str = "its array") -> _Raw:
         raise InputError(f"{path}: {what} has the type {rows.dtype}; expected are real numbers.")
     if rows.ndim != 2 or rows.shape[1] < 3:
         raise InputError(f"{path}: {what} has the shape {rows.shape}; expected are rows x, y, z or x, y, z, r, g, b.")
-    width = rows.shape[1]
-    if width >= 6:
-        assumed = () if width == 6 else (f"columns after the first 6 of {width} are not used",)
-        return _Raw(rows[:, :3], rows[:, 3:6], assumed)
-    return _Raw(rows[:, :3], None, () if width == 3 else (f"columns after x, y, z of {width} are not used",))
+    width, colors = rows.shape[1], rows[:, 3:6] if rows.shape[1] >= 6 else None
+    used = "x, y, z" if colors is None else "the first 6"
+    return _Raw(rows[:, :3], colors, () if width in (3, 6) else (f"columns after {used} of {width} are not used",))
 
 
 def _read_npy(path: Path, thinning: Thinning) -> _Raw:
@@ -229,9 +218,7 @@ def _array(path: Path, file: Any, size: int, thinning: Thinning) -> np.ndarray:
         raise InputError(f"{path} is no numpy array ({error}): save it again with numpy.save.") from error
     if dtype.hasobject:
         raise InputError(f"{path} holds Python objects, which are never loaded: save plain numbers.")
-    count = 1
-    for length in shape:
-        count *= length
+    count = math.prod(shape)
     if count * dtype.itemsize > size:
         raise InputError(
             f"{path} is cut off: its header says {shape} of {dtype}, but it has {size} bytes; copy it again."
@@ -331,11 +318,9 @@ def _read_text(path: Path, thinning: Thinning) -> _Raw:
     for line in head:
         delimiter = ";" if b";" in line else "," if b"," in line else None
         words = line.decode("latin1").replace(delimiter or " ", " ").split()
-        try:
+        with contextlib.suppress(ValueError):
             if len([float(word) for word in words]) >= 3:
                 break
-        except ValueError:
-            pass
         skip += 1  # names of columns, a comment, or the number of points
     if skip == len(head):
         if head:
@@ -348,7 +333,9 @@ def _read_text(path: Path, thinning: Thinning) -> _Raw:
             for _ in range(skip):
                 next(filled)
             if thinning.kept(size := path.stat().st_size // _SHORTEST_LINE) < size:
-                filled = thinning.lines(filled, count_lines(lambda: path.open(encoding="latin1")) - skip)
+                with path.open(encoding="latin1") as text:
+                    count = sum(bool(line.strip()) for line in text) - skip
+                filled = thinning.lines(filled, count)
             rows = np.loadtxt(filled, np.float64, comments=("#", "//"), delimiter=delimiter, ndmin=2)
     except ValueError as error:
         raise InputError(f"{path} has a line that is not numbers ({error}).") from error

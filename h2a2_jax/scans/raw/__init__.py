@@ -13,9 +13,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.scans.scan import NOT_FINITE, Scan, UnusableScan
 from h2a2_jax.scans.specs import DatasetSpec
 
-FAR = 1000.0
-"""Coordinates (m) beyond which a point is a mistake: the rooms of the benchmarks measure tens of metres."""
-
+FAR = 1000.0  # m; a larger coordinate is a mistake: the rooms of the benchmarks measure tens of metres
 TOO_FAR = "points more than 1 km from the origin"
 NO_CLASS = "objects of no class of the dataset"
 NO_POINTS = "objects without points"
@@ -28,11 +26,7 @@ def shown(path: str | os.PathLike[str]) -> str:
 
 
 def read_file(path: Path) -> bytes:
-    """Read one file of a scan.
-
-    Raises:
-        UnusableScan: the file is missing or cannot be read.
-    """
+    """Read one file of a scan; raise `UnusableScan` if it is missing or cannot be read."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -44,31 +38,13 @@ def read_file(path: Path) -> bytes:
 
 
 def check_folder(root: Path, layout: str) -> None:
-    """Refuse a root that is no folder.
-
-    Args:
-        root: path that the user gave.
-        layout: expected content of the folder, the end of a sentence.
-
-    Raises:
-        InputError: there is no such folder.
-    """
+    """Refuse a root that is no folder; `layout` is the expected content, the end of a sentence."""
     if not root.is_dir():
         raise InputError(f"There is no folder {shown(root)}: it should hold {layout}.")
 
 
-def first_existing(candidates: list[Path]) -> Path | None:
-    """Return the first of several paths that is a file, None if none is."""
-    return next((path for path in candidates if path.is_file()), None)
-
-
 def usable_points(points: Float[np.ndarray, "m 3"], notes: Counter[str]) -> Bool[np.ndarray, " m"]:
-    """Mark the points whose coordinates can be true, and count the others in `notes`.
-
-    Args:
-        points: x, y, z (m).
-        notes: counts by kind, which the function adds to.
-    """
+    """Mark the points (m) whose coordinates can be true, and count the others in `notes`."""
     if np.abs(points).max(initial=0) <= FAR:  # not so if one of them is NaN
         return np.ones(len(points), bool)
     finite = np.isfinite(points).all(axis=1)
@@ -81,12 +57,9 @@ def usable_points(points: Float[np.ndarray, "m 3"], notes: Counter[str]) -> Bool
 def instance_boxes(
     points: Float[np.ndarray, "m 3"], instances: Int[np.ndarray, " m"], count: int
 ) -> tuple[Float[np.ndarray, "n 7"], Bool[np.ndarray, " n"]]:
-    """Enclose the points of each instance by an axis-aligned box.
+    """Enclose the points (m) of each instance by an axis-aligned box.
 
-    Args:
-        points: x, y, z (m).
-        instances: instance of each point in [0, count); -1 for none.
-        count: number of instances.
+    `instances` has the instance of each point in [0, count), -1 for none.
 
     Returns:
         Centre, sizes and yaw 0 of each instance, and a mask of the instances with points (the boxes of others are 0).
@@ -131,14 +104,7 @@ class RawDataset(Protocol):
         """Counts by kind of what opening left out; `Scan.notes` has those of a scan."""
 
     def load(self, name: str) -> Scan:
-        """Parse one scan.
-
-        Args:
-            name: one of the names in `splits`.
-
-        Raises:
-            ScanError: the files of this scan are missing or cannot be used; other scans may be fine.
-        """
+        """Parse one scan; raise `ScanError` if its files are missing or cannot be used (others may be fine)."""
 
 
 PUBLISHED: Mapping[str, Mapping[str, int]] = {

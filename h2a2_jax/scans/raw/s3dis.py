@@ -15,17 +15,8 @@ import numpy as np
 from jaxtyping import Float
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.raw import (
-    NO_BOX,
-    NO_CLASS,
-    NO_POINTS,
-    check_folder,
-    counted,
-    instance_boxes,
-    read_file,
-    shown,
-    usable_points,
-)
+from h2a2_jax.scans import raw
+from h2a2_jax.scans.raw import shown
 from h2a2_jax.scans.scan import Scan, ScanError, UnusableScan, scan_errors
 from h2a2_jax.scans.specs import S3DIS
 
@@ -47,32 +38,23 @@ _PLAIN = b"0123456789eE.+- \t\r\n"
 class S3dis:
     """Rooms of S3DIS; a `RawDataset`.
 
-    A room's smallest coordinates become its origin, `Scan.transform` is the shift.
-
-    Attributes:
-        spec: classes and protocol.
-        splits: rooms of "train" and "val" by area and name, such as "Area_1_office_2".
-        notes: how many of the six areas are missing.
+    A room is named by area and folder, such as "Area_1_office_2". Its smallest coordinates become its origin,
+    `Scan.transform` is the shift. `notes` says how many of the six areas are missing.
     """
 
     def __init__(self, root: str | Path, val_area: int = 5):
-        """List the rooms.
+        """List the rooms: those of `val_area` are the "val" split, the others "train".
 
-        Args:
-            root: the folder with the areas, or the one the archive was unpacked in.
-            val_area: area whose rooms are the "val" split; the others are "train".
-
-        Raises:
-            InputError: there is no such area, or no other one.
+        The root is the folder with the areas, or the one the archive was unpacked in.
         """
         self._root = Path(root)
-        check_folder(self._root, _LAYOUT)
+        raw.check_folder(self._root, _LAYOUT)
         if val_area not in _AREAS:
             raise InputError(f"There is no area {val_area} of S3DIS for validation: use 1 to 6; 5 is usual.")
         unpacked = [self._root / archive for archive in _ARCHIVES if (self._root / archive).is_dir()]
-        if unpacked and not self._area(val_area).is_dir():
+        if unpacked and not (self._root / f"Area_{val_area}").is_dir():
             self._root = unpacked[0]
-        rooms = {area: _rooms(self._area(area)) for area in _AREAS}
+        rooms = {area: _rooms(self._root / f"Area_{area}") for area in _AREAS}
         missing = [f"Area_{area}" for area in _AREAS if not rooms[area]]
         others = [f"Area_{area}_{room}" for area in _AREAS for room in rooms[area] if area != val_area]
         if not rooms[val_area] or not others:
@@ -84,17 +66,7 @@ class S3dis:
         self.notes = {"areas missing": len(missing)} if missing else {}
 
     def load(self, name: str) -> Scan:
-        """Parse one room.
-
-        Args:
-            name: such as "Area_1_office_2".
-
-        Returns:
-            The points of all objects, by file name, and the boxes of the objects of the five classes.
-
-        Raises:
-            ScanError: the room has no annotations, or a file that is no annotation at all.
-        """
+        """Parse one room: the points of all objects, by file name, and the boxes of the objects of the five classes."""
         if not any(name in names for names in self.splits.values()):
             raise ScanError(name, f"There is no room {name} in {shown(self._root)}: names look like Area_1_office_2.")
         with scan_errors(name):
@@ -107,7 +79,7 @@ class S3dis:
             objects = [_read_object(path, notes) for path in files]
             instances = np.repeat(np.arange(len(files)), [len(rows) for rows in objects])
             rows = np.concatenate(objects)
-            usable = usable_points(rows[:, :3], notes)
+            usable = raw.usable_points(rows[:, :3], notes)
             if not np.abs(rows[:, 3:] - 127.5).max(initial=0) <= 127.5:  # so if one of them is NaN
                 in_range = (np.abs(rows[:, 3:] - 127.5) <= 127.5).all(axis=1)
                 notes["points with colours outside 0-255"] += int((usable & ~in_range).sum())
@@ -118,11 +90,11 @@ class S3dis:
                 rows, instances = rows[usable], instances[usable]
             origin = rows[:, :3].min(axis=0)
             points = rows[:, :3] - origin
-            boxes, filled = instance_boxes(points, instances, len(files))
+            boxes, filled = raw.instance_boxes(points, instances, len(files))
             labels = np.array([_label(path, notes) for path in files], np.int32)
             sized = (boxes[:, 3:6] > 0).all(axis=1)
-            notes[NO_POINTS] += int((~filled).sum())
-            notes[NO_BOX] += int(((labels >= 0) & filled & ~sized).sum())
+            notes[raw.NO_POINTS] += int((~filled).sum())
+            notes[raw.NO_BOX] += int(((labels >= 0) & filled & ~sized).sum())
             kept = (labels >= 0) & filled & sized
             transform = np.eye(4, dtype=np.float32)
             transform[:3, 3] = -origin
@@ -133,11 +105,8 @@ class S3dis:
                 boxes[kept].astype(np.float32),
                 labels[kept],
                 transform,
-                counted(notes),
+                raw.counted(notes),
             )
-
-    def _area(self, area: int) -> Path:
-        return self._root / f"Area_{area}"
 
 
 def _rooms(area: Path) -> list[str]:
@@ -161,21 +130,28 @@ def _label(path: Path, notes: Counter[str]) -> int:
     word = path.stem.rpartition("_")[0] or path.stem
     if word in S3DIS.classes:
         return S3DIS.classes.index(word)
-    notes[NO_CLASS] += 1
+    notes[raw.NO_CLASS] += 1
     notes["objects of an unknown name, taken as clutter"] += word not in _OTHER_CLASSES
     return -1
 
 
 def _read_object(path: Path, notes: Counter[str]) -> Float[np.ndarray, "m 6"]:
     """Read the rows of one file; broken lines are repaired or left out, and counted."""
-    content = read_file(path)
+    content = raw.read_file(path)
     if not content.strip():
         return np.zeros((0, _COLUMNS))
-    rows = _parse(content)
-    if rows is not None:
+    if (rows := _parse(content)) is not None:
         return rows
-    lines = content.splitlines()
-    blocks = [_parse_broken(lines[start : start + _BLOCK], notes) for start in range(0, len(lines), _BLOCK)]
+    lines = [line for line in content.splitlines() if line.strip()]
+    blocks = []
+    for start in range(0, len(lines), _BLOCK):
+        block = lines[start : start + _BLOCK]
+        if (rows := _parse(b"\n".join(block))) is None:
+            read = [_read_line(line) for line in block]
+            notes[DROPPED] += sum(numbers is None for numbers, _ in read)
+            notes[REPAIRED] += sum(numbers is not None and not whole for numbers, whole in read)
+            rows = np.array([numbers for numbers, _ in read if numbers is not None]).reshape(-1, _COLUMNS)
+        blocks.append(rows)
     rows = np.concatenate(blocks)
     if not len(rows):
         raise UnusableScan(f"has no line of six numbers (x y z r g b) in {shown(path)}: unpack that room again.")
@@ -194,30 +170,11 @@ def _parse(content: bytes) -> Float[np.ndarray, "m 6"] | None:
     return rows if rows.shape[1] == _COLUMNS else None
 
 
-def _parse_broken(lines: list[bytes], notes: Counter[str]) -> Float[np.ndarray, "m 6"]:
-    lines = [line for line in lines if line.strip()]
-    rows = _parse(b"\n".join(lines)) if lines else None
-    if rows is not None:
-        return rows
-    kept = []
-    for line in lines:
-        numbers, whole = _read_line(line)
-        if numbers is None:
-            notes[DROPPED] += 1
-        else:
-            notes[REPAIRED] += not whole
-            kept.append(numbers)
-    return np.array(kept, np.float64).reshape(-1, _COLUMNS)
-
-
 def _read_line(line: bytes) -> tuple[list[float] | None, bool]:
     """Read the six numbers of a line.
 
     Foreign bytes, such as the NUL between two numbers of a published file, stand for a blank; where that makes too
-    many numbers, for nothing.
-
-    Returns:
-        The numbers, None if they are not plain; and True if the line needed no repair.
+    many numbers, for nothing. The numbers are None if they are not plain; True follows if no repair was needed.
     """
     for repair in (None, b" ", b""):
         words = line.split()

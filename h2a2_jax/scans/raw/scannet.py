@@ -21,19 +21,9 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.scans import raw
 from h2a2_jax.scans.formats.ply import read_ply_columns
-from h2a2_jax.scans.raw import (
-    NO_BOX,
-    NO_CLASS,
-    NO_POINTS,
-    check_folder,
-    counted,
-    first_existing,
-    instance_boxes,
-    read_file,
-    shown,
-    usable_points,
-)
+from h2a2_jax.scans.raw import shown
 from h2a2_jax.scans.scan import Scan, ScanError, UnusableScan, scan_errors
 from h2a2_jax.scans.specs import SCANNET
 
@@ -56,49 +46,30 @@ class _Group(NamedTuple):
 class ScanNet:
     """Scans of ScanNet v2; a `RawDataset`.
 
-    Points and boxes are in the frame aligned with the walls, `Scan.transform` is the alignment.
-
-    Attributes:
-        spec: classes and protocol.
-        splits: scans of "train" and "val" in the order of the official lists.
-        notes: empty, for opening leaves nothing out.
+    Points and boxes are in the frame aligned with the walls, `Scan.transform` is the alignment. The scans of a split
+    are in the order of the official lists; opening leaves nothing out.
     """
 
     def __init__(self, root: str | Path):
         """Read the lists of scans and the table of labels.
 
-        Args:
-            root: the folder with `scans`; the two lists may also lie in its `meta_data` or `Tasks/Benchmark`.
-
-        Raises:
-            InputError: a part of the layout is missing or unreadable; the sentence says where to get it.
+        The two lists may also lie in `meta_data` or `Tasks/Benchmark` of the root, the folder with `scans`.
         """
         self._root = Path(root)
-        check_folder(self._root, _LAYOUT)
+        raw.check_folder(self._root, _LAYOUT)
         if not (self._root / "scans").is_dir():
             raise InputError(f"There is no folder scans in {shown(root)}: a ScanNet folder holds {_LAYOUT}.")
         self._label_of = _read_labels(self._root / _LABELS)
         self.spec, self.notes = SCANNET, dict[str, int]()
         self.splits = {split: _read_split(self._root, split) for split in ("train", "val")}
-        both = sorted(set(self.splits["train"]) & set(self.splits["val"]))
-        if both:
+        if both := sorted(set(self.splits["train"]) & set(self.splits["val"])):
             raise InputError(
                 f"{len(both)} scans such as {both[0]} are in scannetv2_train.txt and in scannetv2_val.txt: "
                 "fetch both lists again."
             )
 
     def load(self, name: str) -> Scan:
-        """Parse one scan.
-
-        Args:
-            name: such as "scene0000_00".
-
-        Returns:
-            All vertices with colours, and the boxes of the objects of the 18 classes, by object id.
-
-        Raises:
-            ScanError: a file is missing, cut off or contradicts another one.
-        """
+        """Parse one scan: all vertices with colours, and the boxes of the objects of the 18 classes, by object id."""
         if not any(name in names for names in self.splits.values()):
             raise ScanError(name, f"There is no scan {name} in the lists of {shown(self._root)}: check its name.")
         with scan_errors(name):
@@ -106,16 +77,14 @@ class ScanNet:
             if not folder.is_dir():
                 raise UnusableScan(f"has no folder {shown(folder)}: download it, or take it off the list.")
             notes: Counter[str] = Counter()
-            stem = folder / name
-            alignment = _read_alignment(_file(stem, ".txt"), notes)
-            vertices, colors = _read_vertices(_file(stem, "_vh_clean_2.ply"))
-            segments = _read_segments(_file(stem, "_vh_clean_2.0.010000.segs.json"), len(vertices))
-            groups = _read_groups(_file(stem, ".aggregation.json"), notes)
-            usable = usable_points(vertices, notes)
+            mesh = folder / f"{name}_vh_clean_2.ply"
+            alignment = _read_alignment(folder / f"{name}.txt", notes)
+            vertices, colors = _read_vertices(mesh)
+            segments = _read_segments(folder / f"{name}_vh_clean_2.0.010000.segs.json", len(vertices))
+            groups = _read_groups(folder / f"{name}.aggregation.json", notes)
+            usable = raw.usable_points(vertices, notes)
             if not usable.any():
-                raise UnusableScan(
-                    f"has no usable vertex in {shown(_file(stem, '_vh_clean_2.ply'))}: download it again."
-                )
+                raise UnusableScan(f"has no usable vertex in {shown(mesh)}: download it again.")
             vertices, colors, segments = vertices[usable], colors[usable], segments[usable]
             points = vertices @ alignment[:3, :3].T + alignment[:3, 3]
             boxes, labels = self._boxes(points, segments, groups, notes)
@@ -126,7 +95,7 @@ class ScanNet:
                 boxes,
                 labels,
                 alignment.astype(np.float32),
-                counted(notes),
+                raw.counted(notes),
             )
 
     def _boxes(
@@ -141,21 +110,17 @@ class ScanNet:
         for number, group in enumerate(groups.values()):
             place = np.minimum(np.searchsorted(known, group.segments), len(known) - 1)
             owner[place[known[place] == group.segments]] = number
-        boxes, filled = instance_boxes(points, owner[segment_of], len(groups))
+        boxes, filled = raw.instance_boxes(points, owner[segment_of], len(groups))
         labels = np.array([self._label_of.get(group.label, -2) for group in groups.values()], np.int32)
         sized = (boxes[:, 3:6] > 0).all(axis=1)
         notes["objects whose name is not in the table of labels"] += int((labels == -2).sum())
-        notes[NO_CLASS] += int((labels == -1).sum())
-        notes[NO_POINTS] += int(((labels >= 0) & ~filled).sum())
-        notes[NO_BOX] += int(((labels >= 0) & filled & ~sized).sum())
+        notes[raw.NO_CLASS] += int((labels == -1).sum())
+        notes[raw.NO_POINTS] += int(((labels >= 0) & ~filled).sum())
+        notes[raw.NO_BOX] += int(((labels >= 0) & filled & ~sized).sum())
         kept = (labels >= 0) & filled & sized
         by_id = np.argsort(np.array(list(groups), np.int64), kind="stable")
         rows = by_id[kept[by_id]]
         return boxes[rows].astype(np.float32), labels[rows]
-
-
-def _file(stem: Path, ending: str) -> Path:
-    return stem.with_name(stem.name + ending)
 
 
 def _read_text(path: Path, what: str) -> str:
@@ -172,8 +137,7 @@ def _read_labels(path: Path) -> dict[str, int]:
     text = _read_text(path, "fetch it with ScanNet's download script, option --label_map")
     rows = csv.DictReader(io.StringIO(text), delimiter="\t")
     columns = rows.fieldnames or ()
-    missing = [column for column in ("raw_category", "nyu40id") if column not in columns]
-    if missing:
+    if missing := [column for column in ("raw_category", "nyu40id") if column not in columns]:
         raise InputError(
             f"{shown(path)} has no column {' and no column '.join(missing)} (it has {', '.join(columns) or 'none'}): "
             "fetch it again with ScanNet's download script, option --label_map."
@@ -186,25 +150,25 @@ def _read_labels(path: Path) -> dict[str, int]:
 
 def _read_split(root: Path, split: str) -> tuple[str, ...]:
     file = f"scannetv2_{split}.txt"
-    path = first_existing([root / place / file for place in ("", "meta_data", "Tasks/Benchmark")])
+    places = (root / place / file for place in ("", "meta_data", "Tasks/Benchmark"))
+    path = next(filter(Path.is_file, places), root / file)
     fetch = (
         "fetch scannetv2_train.txt and scannetv2_val.txt from "
         f"https://github.com/ScanNet/ScanNet/tree/master/Tasks/Benchmark into {shown(root)}"
     )
-    names = tuple(_read_text(path or root / file, fetch).split())
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
-    if twice:
-        raise InputError(f"{shown(path or file)} lists {twice} twice: {fetch}.")
+    names = tuple(_read_text(path, fetch).split())
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise InputError(f"{shown(path)} lists {twice} twice: {fetch}.")
     wrong = next((name for name in names if not _NAME.fullmatch(name)), None)
     if wrong or not names:
         raise InputError(
-            f"{shown(path or file)} lists {f'{wrong!r}, which is no name of a scan' if wrong else 'no scan'}: {fetch}."
+            f"{shown(path)} lists {f'{wrong!r}, which is no name of a scan' if wrong else 'no scan'}: {fetch}."
         )
     return names
 
 
 def _read_alignment(path: Path, notes: Counter[str]) -> Float[np.ndarray, "4 4"]:
-    found = _ALIGNMENT.search(read_file(path).decode("utf-8", "replace"))
+    found = _ALIGNMENT.search(raw.read_file(path).decode("utf-8", "replace"))
     if not found:
         notes["alignment missing, identity taken"] += 1
         return np.eye(4)
@@ -235,8 +199,7 @@ def _read_vertices(path: Path) -> tuple[Float[np.ndarray, "m 3"], UInt8[np.ndarr
         raise UnusableScan(f"has an unreadable PLY file: {shown(str(error))}") from None
     except OSError as error:
         raise UnusableScan(f"has an unreadable PLY file ({shown(str(error))}): {again}.") from None
-    missing = [field for field in ("x", "y", "z", "red", "green", "blue") if field not in columns]
-    if missing:
+    if missing := [field for field in ("x", "y", "z", "red", "green", "blue") if field not in columns]:
         raise UnusableScan(
             f"has no vertices of x, y, z, red, green, blue in {shown(path)}, for it lacks "
             f"{', '.join(missing)}: {again}."
@@ -250,7 +213,7 @@ def _read_vertices(path: Path) -> tuple[Float[np.ndarray, "m 3"], UInt8[np.ndarr
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_file(path))
+        content = json.loads(raw.read_file(path))
     except (ValueError, RecursionError) as error:
         raise UnusableScan(f"has an invalid JSON file {shown(path)} ({error}): download it again.") from None
     return content if isinstance(content, dict) else {}
@@ -290,6 +253,5 @@ def _integers(values: object) -> Int[np.ndarray, " n"] | None:
         array = np.array(values if isinstance(values, list) else None)
     except (ValueError, OverflowError):
         return None
-    if array.ndim != 1 or (array.size and array.dtype != np.int64):
-        return None
-    return array.astype(np.int64)
+    fits = array.ndim == 1 and (not array.size or array.dtype == np.int64)
+    return array.astype(np.int64) if fits else None

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int32, Int64, UInt8, UInt16
+from jaxtyping import Float, Float32, Int, Int32, Int64, UInt16
 from PIL import Image
 from scipy.io import loadmat, whosmat
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.raw import FAR, NO_BOX, NO_CLASS, check_folder, counted, first_existing, shown
+from h2a2_jax.scans.raw import FAR, NO_BOX, NO_CLASS, check_folder, counted, shown
 from h2a2_jax.scans.scan import Scan, ScanError, UnusableScan, scan_errors
 from h2a2_jax.scans.specs import SUNRGBD
 
@@ -42,14 +42,13 @@ class SunFrames:
     Objects of frame i are the rows offsets[i]:offsets[i + 1]. Values that could not be read are NaN.
 
     Attributes:
-        depth_paths: depth image of each frame as the metadata has it.
-        color_paths: colour image of each frame as the metadata has it.
+        depth_paths: depth image of each frame as the metadata has it; `color_paths` are those of the colour images.
         intrinsics: focal lengths and principal point, pixels.
         tilts: rotation that brings the camera upright.
         boxes: centre, sizes, yaw of the objects of the ten classes.
-        labels: their classes.
+        labels: class of each box.
         offsets: first object of each frame, and the end.
-        notes: objects left out, by frame.
+        notes: counts by kind of the objects left out, by frame.
     """
 
     depth_paths: tuple[str, ...]
@@ -68,15 +67,8 @@ def load_mat(path: Path, kinds: Mapping[str, str]) -> list[np.ndarray]:
     The file is checked to be one that MATLAB or SciPy wrote, complete and of the expected variables, before SciPy's
     reader gets it: that reader trusts a file and can end the process on other bytes.
 
-    Args:
-        path: the file.
-        kinds: MATLAB class of each variable by name, such as "struct".
-
-    Returns:
-        Values of the variables in that order, structs and cells as SciPy nests them.
-
-    Raises:
-        InputError: the file is damaged, of another version, or lacks a variable of that class.
+    `kinds` has the MATLAB class of each variable by name, such as "struct". The values come in that order, structs and
+    cells as SciPy nests them.
     """
     try:
         content = path.read_bytes()
@@ -86,8 +78,7 @@ def load_mat(path: Path, kinds: Mapping[str, str]) -> list[np.ndarray]:
             )
         _check_complete(content)
         found = {name: kind for name, _, kind in whosmat(io.BytesIO(content))}
-        missing = [name for name in kinds if name not in found]
-        if missing:
+        if missing := [name for name in kinds if name not in found]:
             raise InputError(f"{shown(path)} holds no variable {' and no '.join(missing)}: download it again.")
         for name, kind in kinds.items():
             if found[name] != kind:
@@ -153,8 +144,7 @@ def _numbers(value: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _require_fields(path: Path, array: np.ndarray, fields: Iterable[str]) -> None:
-    missing = [field for field in fields if field not in (array.dtype.names or ())]
-    if missing:
+    if missing := [field for field in fields if field not in (array.dtype.names or ())]:
         raise InputError(f"{shown(path)} has frames without the field {', '.join(missing)}: download it again.")
 
 
@@ -210,8 +200,7 @@ def _read_splits(path: Path, sequences: list[str]) -> tuple[dict[str, tuple[str,
     """Read names of the frames of "train" and "val", and counts of what the split and the metadata do not share."""
     lists = dict(zip(("train", "val"), load_mat(path, {"alltrain": "cell", "alltest": "cell"}), strict=True))
     listed = {split: {_relative_path(_text(cell)) for cell in cells.ravel()} for split, cells in lists.items()}
-    both = sorted(listed["train"] & listed["val"])
-    if both:
+    if both := sorted(listed["train"] & listed["val"]):
         raise InputError(
             f"{shown(path)} lists {len(both)} frames such as {both[0]} for training and for testing: download it again."
         )
@@ -219,44 +208,30 @@ def _read_splits(path: Path, sequences: list[str]) -> tuple[dict[str, tuple[str,
         split: tuple(f"{index:06d}" for index, sequence in enumerate(sequences, 1) if sequence in folders)
         for split, folders in listed.items()
     }
-    empty = [split for split, names in splits.items() if not names]
-    if empty:
+    if empty := [split for split, names in splits.items() if not names]:
         raise InputError(
             f"None of the frames that {shown(path)} lists for {empty[0]} is in the metadata: take both files from the "
             "same SUNRGBDtoolbox.zip."
         )
     wanted = listed["train"] | listed["val"]
-    return splits, counted(
-        Counter(
-            {
-                "entries of the split lists given twice": sum(map(np.size, lists.values())) - len(wanted),
-                "frames of the split lists without metadata": len(wanted - set(sequences)),
-                "frames of the metadata in no split": sum(sequence not in wanted for sequence in sequences),
-            }
-        )
-    )
+    notes = {
+        "entries of the split lists given twice": sum(map(np.size, lists.values())) - len(wanted),
+        "frames of the split lists without metadata": len(wanted - set(sequences)),
+        "frames of the metadata in no split": sum(sequence not in wanted for sequence in sequences),
+    }
+    return splits, counted(Counter(notes))
 
 
-POINTS = 50_000
-"""Points drawn from a frame at preparation, as in the published experiments."""
-
-MAX_DEPTH = 8.0
-"""Depths (m) are clamped to this."""
-
+POINTS = 50_000  # drawn from a frame at preparation, as in the published experiments
+MAX_DEPTH = 8.0  # m; larger ones are clamped to this
 _FILES = {"v2": "SUNRGBDMeta3DBB_v2.mat", "v1": "SUNRGBDMeta.mat"}
 _LAYOUT = "SUNRGBD/ with the frames, {} and allsplit.mat (of SUNRGBDtoolbox.zip)"
 
 
 def decode_depth(values: UInt16[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
-    """Convert the pixels of a depth image to metres.
+    """Convert the pixels of a depth PNG, millimetres with the 16 bits rotated left by three, to metres.
 
-    The files hold millimetres with the 16 bits rotated left by three.
-
-    Args:
-        values: pixels of the PNG.
-
-    Returns:
-        Depth (m) along the optical axis, at most `MAX_DEPTH`; 0 where nothing was measured.
+    The depth is that along the optical axis, at most `MAX_DEPTH`; 0 where nothing was measured.
     """
     millimetres = (values >> 3) | (values << 13)
     return np.minimum(millimetres.astype(np.float32) / np.float32(1000), np.float32(MAX_DEPTH))
@@ -269,17 +244,9 @@ def back_project(
     intrinsics: Float[np.ndarray, "3 3"],
     tilt: Float[np.ndarray, "3 3"],
 ) -> Float32[np.ndarray, "m 3"]:
-    """Turn pixels with depth into points of an upright camera.
+    """Turn pixels with depth (m) into points of an upright camera: x to the right, y forward, z up (m).
 
-    Args:
-        u: columns, counted from 1 as the intrinsics do.
-        v: rows, counted from 1.
-        depth: metres along the optical axis.
-        intrinsics: focal lengths and principal point, pixels.
-        tilt: rotation that brings the camera upright.
-
-    Returns:
-        x to the right, y forward, z up (m).
+    Columns `u` and rows `v` count from 1, as the intrinsics (pixels) do; `tilt` brings the camera upright.
     """
     distance = depth.astype(np.float64)
     right = (u - intrinsics[0, 2]) * distance / intrinsics[0, 0]
@@ -290,23 +257,15 @@ def back_project(
 class SunRgbd:
     """Frames of SUN RGB-D; a `RawDataset`.
 
-    The metadata is parsed once, at opening; copies in other processes receive the result.
-
-    Attributes:
-        spec: classes and protocol.
-        splits: frames of "train" and of "val", the official test split, by number.
-        notes: counts of frames that only the metadata or only the split knows.
+    A frame is named by its number with six digits, such as "000017"; "val" is the official test split. The metadata is
+    parsed once, at opening; copies in other processes receive the result. `notes` counts the frames that only the
+    metadata or only the split knows.
     """
 
     def __init__(self, root: str | Path, annotations: str = "v2"):
-        """Read the metadata and the split.
+        """Read the metadata and the split; the root is the folder with `SUNRGBD`.
 
-        Args:
-            root: the folder with `SUNRGBD`.
-            annotations: "v2", the corrected boxes, or "v1", those of VoteNet's experiments.
-
-        Raises:
-            InputError: a part of the layout is missing or unreadable.
+        The annotations are "v2", the corrected boxes, or "v1", those of VoteNet's experiments.
         """
         self._root = Path(root)
         if annotations not in _FILES:
@@ -320,17 +279,10 @@ class SunRgbd:
         self.splits, self.notes = _read_splits(_find(self._root, "allsplit.mat", "traintestSUNRGBD"), sequences)
 
     def load(self, name: str) -> Scan:
-        """Parse one frame.
+        """Parse one frame, in the frame of reference of the annotations.
 
-        Args:
-            name: its number with six digits, such as "000017".
-
-        Returns:
-            `POINTS` points, drawn the same in every run (all of them if the frame has fewer), and the boxes of the
-            objects of the ten classes. The frame of both is that of the annotations.
-
-        Raises:
-            ScanError: an image is missing or unreadable, or the metadata cannot be used.
+        A scan has `POINTS` points, the same in every run (all of them if the image has fewer), and the boxes of the
+        objects of the ten classes.
         """
         frames = self._frames
         frame = int(name) - 1 if name.isascii() and name.isdigit() else -1
@@ -338,11 +290,18 @@ class SunRgbd:
             raise ScanError(name, f"There is no frame {name}: they run from 000001 to {len(frames.depth_paths):06d}.")
         with scan_errors(name, "Frame"):
             intrinsics, tilt = frames.intrinsics[frame], frames.tilts[frame]
-            _check_camera(intrinsics, tilt)
+            if not np.isfinite(intrinsics).all() or min(intrinsics[0, 0], intrinsics[1, 1]) < 1:
+                raise UnusableScan(
+                    f"has focal lengths {intrinsics[0, 0]:g} and {intrinsics[1, 1]:g} in the metadata (K), but "
+                    "they are hundreds of pixels: download the metadata again."
+                )
+            if not np.isfinite(tilt).all() or np.abs(tilt @ tilt.T - np.eye(3)).max() > 0.05:
+                raise UnusableScan("has an Rtilt in the metadata that is no rotation: download the metadata again.")
             depth_path = self._path(frames.depth_paths[frame])
             color_path = self._path(frames.color_paths[frame])
-            depth = decode_depth(_read_depth(depth_path))
-            colors = _read_colors(color_path)
+            pixels = _read_image(depth_path, ("I;16", "I;16B"), "a depth image is a grey PNG of 16 bits")
+            depth = decode_depth(pixels.astype(np.uint16))
+            colors = _read_image(color_path, ("RGB",), "a colour image has mode RGB")
             if colors.shape[:2] != depth.shape:
                 raise UnusableScan(
                     f"has a depth image of {_size(depth)} pixels but a colour image of {_size(colors)} "
@@ -378,7 +337,7 @@ class SunRgbd:
 
 def _find(root: Path, file: str, folder: str) -> Path:
     places = [root, root / folder, root / "SUNRGBDtoolbox" / folder]
-    path = first_existing([place / file for place in places])
+    path = next((place / file for place in places if (place / file).is_file()), None)
     if path is None:
         own = file == _FILES["v2"]  # a download of its own
         raise InputError(
@@ -387,16 +346,6 @@ def _find(root: Path, file: str, folder: str) -> Path:
             f"{'' if own else ', unpacked'}."
         )
     return path
-
-
-def _check_camera(intrinsics: np.ndarray, tilt: np.ndarray) -> None:
-    if not np.isfinite(intrinsics).all() or min(intrinsics[0, 0], intrinsics[1, 1]) < 1:
-        raise UnusableScan(
-            f"has focal lengths {intrinsics[0, 0]:g} and {intrinsics[1, 1]:g} in the metadata (K), but "
-            "they are hundreds of pixels: download the metadata again."
-        )
-    if not np.isfinite(tilt).all() or np.abs(tilt @ tilt.T - np.eye(3)).max() > 0.05:
-        raise UnusableScan("has an Rtilt in the metadata that is no rotation: download the metadata again.")
 
 
 def _read_image(path: Path, modes: tuple[str, ...], expected: str) -> np.ndarray:
@@ -410,15 +359,6 @@ def _read_image(path: Path, modes: tuple[str, ...], expected: str) -> np.ndarray
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnusableScan(f"has an unreadable image {shown(path)} ({error}): unpack SUNRGBD.zip again.") from None
     raise UnusableScan(f"has an image of mode {mode} at {shown(path)}, but {expected}: unpack SUNRGBD.zip again.")
-
-
-def _read_depth(path: Path) -> UInt16[np.ndarray, "height width"]:
-    pixels = _read_image(path, ("I;16", "I;16B"), "a depth image is a grey PNG of 16 bits")
-    return pixels.astype(np.uint16)
-
-
-def _read_colors(path: Path) -> UInt8[np.ndarray, "height width 3"]:
-    return _read_image(path, ("RGB",), "a colour image has mode RGB")
 
 
 def _size(image: np.ndarray) -> str:

@@ -23,9 +23,7 @@ class Primitive(NamedTuple):
     """One primitive in the frame of its object, given by its bounds.
 
     Attributes:
-        low: smallest x, y, z (m).
-        high: largest x, y, z (m).
-        color: red, green, blue in 0-1.
+        low: smallest x, y, z (m); `high` has the largest.
         is_round: an elliptic cylinder about z that fills the bounds, rather than a cuboid.
         lean: shift of the top along x relative to the bottom, per metre of height; all horizontal sections are equal,
             and the bounds enclose the whole primitive.
@@ -51,8 +49,6 @@ class Solids:
         centers: gravity centres (m).
         halves: half sizes along the primitive's axes (m); of a leaning one those of its horizontal section and height.
         yaws: rotation about z (rad, counter-clockwise).
-        colors: red, green, blue in 0-1.
-        is_round: elliptic cylinder rather than cuboid.
         leans: shift along the primitive's x axis per metre of height.
         owners: object that a primitive belongs to; -1 = none that is annotated.
     """
@@ -66,7 +62,6 @@ class Solids:
     owners: Int32[np.ndarray, " n"]
 
     def __len__(self) -> int:
-        """Number of primitives."""
         return len(self.yaws)
 
     @property
@@ -77,12 +72,7 @@ class Solids:
         return np.concatenate([self.centers, sizes, self.yaws[:, None]], axis=1)
 
     def to_local(self, index: Int[np.ndarray, " m"], points: Float[np.ndarray, "m 3"]) -> Float[np.ndarray, "m 3"]:
-        """Transform points into the frames of primitives, where each is upright and centred on the origin.
-
-        Args:
-            index: primitive of each point.
-            points: x, y, z (m).
-        """
+        """Transform points (m) into the frames of primitives, where each is upright and centred on the origin."""
         local = rotate_each(points - self.centers[index], -self.yaws[index])
         local[:, 0] -= self.leans[index] * local[:, 2]
         return local
@@ -144,11 +134,7 @@ def join_solids(parts: Sequence[Solids]) -> Solids:
 def corners(boxes: Float[np.ndarray, "n 7"]) -> Float[np.ndarray, "n 8 3"]:
     """Corners of boxes given as centre, sizes, yaw."""
     signs = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], boxes.dtype)
-    offsets = signs * boxes[:, None, 3:6] / 2
-    cos, sin = np.cos(boxes[:, 6, None]), np.sin(boxes[:, 6, None])
-    x = offsets[..., 0] * cos - offsets[..., 1] * sin
-    y = offsets[..., 0] * sin + offsets[..., 1] * cos
-    return np.stack([x, y, offsets[..., 2]], axis=-1) + boxes[:, None, :3]
+    return rotate_each(signs * boxes[:, None, 3:6] / 2, boxes[:, 6, None]) + boxes[:, None, :3]
 
 
 Size = tuple[float, float, float]
@@ -202,11 +188,8 @@ def _fronts(size: Size, rows: int, columns: int, bottom: float, body: Color, met
             low = (front - 0.01, -y + column * width + gap, bottom + row * rise + gap)
             high = (front, -y + (column + 1) * width - gap, bottom + (row + 1) * rise - gap)
             parts.append(Primitive(low, high, shade(body, 0.92)))
-            middle_y, middle_z = (low[1] + high[1]) / 2, (low[2] + high[2]) / 2
-            handle = min(0.06, width / 5)
-            parts.append(
-                Primitive((front, middle_y - handle, middle_z - 0.012), (x, middle_y + handle, middle_z + 0.012), metal)
-            )
+            y0, z0, handle = (low[1] + high[1]) / 2, (low[2] + high[2]) / 2, min(0.06, width / 5)
+            parts.append(Primitive((front, y0 - handle, z0 - 0.012), (x, y0 + handle, z0 + 0.012), metal))
     return parts
 
 
@@ -294,18 +277,12 @@ def sofa(size: Size, rng: np.random.Generator) -> list[Primitive]:
         Primitive((-x, y - arm, 0.08), (x, y, rest), fabric),
         *legs(size, 0.08, 0.06, DARK),
     ]
-    seats = max(1, round((2 * y - 2 * arm) / 0.7))
-    slope = 0.25
+    seats, slope = max(1, round((2 * y - 2 * arm) / 0.7)), 0.25
     depth = 0.12 * size[0] + slope * 0.45 * height
     for low, high in pairwise(np.linspace(-y + arm, y - arm, seats + 1).tolist()):
-        front = Primitive((-x + back, low + 0.01, seat - 0.14), (x, high - 0.01, seat), cushion)
-        behind = Primitive(
-            (-x + back - 0.02, low + 0.015, seat),
-            (-x + back + depth, high - 0.015, 0.96 * height),
-            cushion,
-            lean=-slope,
-        )
-        parts += [front, behind]
+        parts.append(Primitive((-x + back, low + 0.01, seat - 0.14), (x, high - 0.01, seat), cushion))
+        bottom, top = (-x + back - 0.02, low + 0.015, seat), (-x + back + depth, high - 0.015, 0.96 * height)
+        parts.append(Primitive(bottom, top, cushion, lean=-slope))
     if rng.random() < 0.5:
         side = rng.choice([-1.0, 1.0]) * (y - arm - 0.22)
         start = -x + back + 0.6 * depth
@@ -325,8 +302,7 @@ def bed(size: Size, rng: np.random.Generator) -> list[Primitive]:
         Primitive((-x * 0.3, -y, top * 0.45), (x, y, top + 0.02), blanket),
     ]
     pillows = 2 if y > 0.6 else 1
-    edges = np.linspace(-y + 0.06, y - 0.06, pillows + 1).tolist()
-    for low, high in pairwise(edges):
+    for low, high in pairwise(np.linspace(-y + 0.06, y - 0.06, pillows + 1).tolist()):
         parts.append(Primitive((-x + 0.1, low + 0.05, top), (-x + 0.5, high - 0.05, top + 0.13), shade(linen, 1.1)))
     return parts
 
@@ -542,15 +518,12 @@ def plant(size: Size, rng: np.random.Generator) -> list[Primitive]:
     """A pot with leaning leaves: clutter of no class."""
     x, y, height = size[0] / 2, size[1] / 2, size[2]
     parts = [Primitive((-x * 0.6, -y * 0.6, 0.0), (x * 0.6, y * 0.6, height * 0.3), (0.6, 0.35, 0.25), is_round=True)]
-    edges = np.linspace(-y, y, 6).tolist()
-    for index, (low, high) in enumerate(pairwise(edges)):
+    for index, (low, high) in enumerate(pairwise(np.linspace(-y, y, 6).tolist())):
         green, side = rng.uniform(0.35, 0.55), 1 if index % 2 else -1
         top = height * (1.0 if index < 2 else rng.uniform(0.75, 1.0))
-        ends = (0.0, x) if side > 0 else (-x, 0.0)
-        lean = side * (x - 0.04) / (top - 0.3 * height)
-        parts.append(
-            Primitive((ends[0], low, 0.3 * height), (ends[1], high, top), (0.4 * green, green, 0.35 * green), lean=lean)
-        )
+        start, end = (0.0, x) if side > 0 else (-x, 0.0)
+        lean, color = side * (x - 0.04) / (top - 0.3 * height), (0.4 * green, green, 0.35 * green)
+        parts.append(Primitive((start, low, 0.3 * height), (end, high, top), color, lean=lean))
     return parts
 
 
@@ -593,8 +566,7 @@ def sofa_plain(size: Size, rng: np.random.Generator) -> list[Primitive]:
         Primitive((-x, y - arm, 0.0), (x, y, height * 0.7), fabric),
     ]
     seats = max(1, round((2 * y - 2 * arm) / 0.7))
-    edges = np.linspace(-y + arm, y - arm, seats + 1).tolist()
-    for low, high in pairwise(edges):
+    for low, high in pairwise(np.linspace(-y + arm, y - arm, seats + 1).tolist()):
         parts.append(Primitive((-x + back, low + 0.01, seat - 0.14), (x, high - 0.01, seat), cushion))
     return parts
 
@@ -613,10 +585,8 @@ def bookshelf_plain(size: Size, rng: np.random.Generator) -> list[Primitive]:
             if end - start > 0.05 and rng.random() < 0.85:
                 rise = rng.uniform(0.5, 0.85) * (top - board - bottom)
                 red, green, blue = rng.uniform(0.1, 0.8, 3).tolist()
-                books = Primitive(
-                    (-x + 0.015, start, bottom), (x * rng.uniform(0.2, 0.8), end, bottom + rise), (red, green, blue)
-                )
-                parts.append(books)
+                corner = (x * rng.uniform(0.2, 0.8), end, bottom + rise)
+                parts.append(Primitive((-x + 0.015, start, bottom), corner, (red, green, blue)))
             start = end
     return parts
 

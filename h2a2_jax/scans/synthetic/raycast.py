@@ -6,7 +6,6 @@ depth buffer. Nothing is sampled on surfaces that cannot be seen.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int32, Int64
@@ -19,24 +18,11 @@ _STRIPS = np.array([1.0, 0.88, 1.06, 0.94, 1.1, 0.9, 1.02], np.float32)  # brigh
 Window = tuple[slice, slice]
 
 
-@runtime_checkable
-class RayGrid(Protocol):
-    """Rays from one origin, in rows and columns.
-
-    Attributes:
-        origin: origin of all rays (m), in the frame of the room.
-        directions: unit vectors; first index x, y, z.
-    """
-
-    origin: Float32[np.ndarray, " 3"]
-    directions: Float32[np.ndarray, "3 rows cols"]
-
-    def windows(self, parts: Solids) -> list[list[Window]]:
-        """Rows and columns that the rays of each primitive lie in: no, one or two windows."""
-
-
 class SphericalGrid:
-    """Rays all around, evenly spread over the sphere between two elevations."""
+    """Rays all around from one origin (m), evenly spread over the sphere between two elevations.
+
+    `directions` are unit vectors; their first index is x, y, z.
+    """
 
     def __init__(
         self,
@@ -48,12 +34,7 @@ class SphericalGrid:
     ):
         """Make the rays, each at a random place in its cell of the grid.
 
-        Args:
-            origin: origin of all rays (m).
-            rows: cells in elevation, even in its sine.
-            cols: cells in azimuth, over the full circle.
-            elevation: lowest and highest (rad).
-            rng: source of randomness.
+        The rows are even in the sine of the elevation (lowest and highest, rad), the columns in the azimuth.
         """
         self.origin = origin
         self._shape = rows, cols
@@ -87,17 +68,12 @@ class SphericalGrid:
         last_col = np.ceil(stop * cols / (2 * np.pi)).astype(int)
         found: list[list[Window]] = []
         for index in range(len(parts)):
-            band = slice(first_row[index], last_row[index])
-            width = last_col[index] - first_col[index]
-            begin = first_col[index] % cols
-            if band.start >= band.stop:
-                found.append([])
-            elif near[index] == 0 or width >= cols:
-                found.append([(band, slice(0, cols))])
-            elif begin + width <= cols:
-                found.append([(band, slice(begin, begin + width))])
-            else:
-                found.append([(band, slice(begin, cols)), (band, slice(0, begin + width - cols))])
+            band, begin = slice(first_row[index], last_row[index]), first_col[index] % cols
+            end = begin + last_col[index] - first_col[index]
+            stripes = [slice(begin, min(end, cols)), slice(0, end - cols)]  # the second one beyond the full circle
+            if near[index] == 0 or end - begin >= cols:
+                stripes = [slice(0, cols)]
+            found.append([(band, s) for s in stripes if band.start < band.stop and s.start < s.stop])
         return found
 
 
@@ -143,20 +119,11 @@ class DepthCamera:
 
 
 class PinholeGrid:
-    """Rays of a camera."""
+    """Rays of a camera; `directions` are unit vectors, their first index is x, y, z."""
 
     def __init__(self, camera: DepthCamera, rows: int, cols: int, rng: np.random.Generator):
-        """Make the rays, each at a random place in its pixel.
-
-        Args:
-            camera: the camera.
-            rows: number of rows of the image.
-            cols: number of columns of the image.
-            rng: source of randomness.
-        """
-        self.origin = camera.origin
-        self._camera = camera
-        self._shape = rows, cols
+        """Make the rays, each at a random place in its pixel."""
+        self.origin, self._camera, self._shape = camera.origin, camera, (rows, cols)
         jitter = rng.random((2, rows, cols), np.float32)
         reach = np.array(camera.reach, np.float32)
         u = (2 * (np.arange(cols, dtype=np.float32) + jitter[0]) / cols - 1) * reach[0]
@@ -175,17 +142,15 @@ class PinholeGrid:
         behind = depth < _NEAREST
         found: list[list[Window]] = []
         for index in range(len(parts)):
-            band = slice(first_row[index], last_row[index])
-            stripe = slice(first_col[index], last_col[index])
-            if behind[index].all() or (
-                not behind[index].any() and (band.start >= band.stop or stripe.start >= stripe.stop)
-            ):
-                found.append([])
-            elif behind[index].any():
-                found.append([(slice(0, rows), slice(0, cols))])
-            else:
-                found.append([(band, stripe)])
+            window = slice(first_row[index], last_row[index]), slice(first_col[index], last_col[index])
+            if behind[index].any():
+                window = slice(0, rows), slice(0, cols)
+            seen = not behind[index].all() and all(side.start < side.stop for side in window)
+            found.append([window] if seen else [])
         return found
+
+
+RayGrid = SphericalGrid | PinholeGrid
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +162,6 @@ class DepthView:
         points: points hit (m), in the frame of the room.
         colors: colours of the lit surface, 0-1.
         owners: object hit; -1 = the shell or a thing that is no object.
-        is_ceiling: True where the ray hit the ceiling.
         normals: unit normals of the surface, in the frame of the room.
         facing: cosine between the ray and the surface normal; 0 = grazing.
         unoccluded: for each object, the number of rays that would hit it if nothing else were there.
@@ -214,12 +178,7 @@ class DepthView:
 
 
 def look(room: Room, grid: RayGrid) -> DepthView:
-    """Cast the rays of a grid into a room.
-
-    Args:
-        room: the room.
-        grid: rays whose origin lies in the room and in no primitive.
-    """
+    """Cast the rays of a grid, whose origin lies in the room and in no primitive, into the room."""
     distances, faces = _shell(room, grid)
     parts = room.solids
     hit_part = np.full(distances.shape, -1, np.int32)

@@ -28,9 +28,7 @@ class Kind:
     """One kind of furniture.
 
     Attributes:
-        build: builder that makes it from primitives.
         size: mean depth, width, height (m).
-        mount: place in the room.
         base: range of the height of the lower side above the floor (m).
         spread: standard deviation of the logarithm of each size.
         limit: largest number in a room.
@@ -124,7 +122,6 @@ class Programme:
 
     Attributes:
         scale: scale of the rooms; "demo" also has simpler furniture and rules of placement.
-        kinds: kinds of furniture by name.
         rooms: kinds of room; each scan picks one at random.
         objects: smallest and largest number of annotated objects to place.
         boxes: smallest and largest number of boxes of a scan; a room that shows another number is not used.
@@ -241,13 +238,7 @@ class Room:
 
 
 def furnish_room(programme: Programme, spec: DatasetSpec, rng: np.random.Generator) -> Room:
-    """Make a random room.
-
-    Args:
-        programme: sizes and contents.
-        spec: dataset, which decides which objects are annotated.
-        rng: source of randomness.
-    """
+    """Make a random room; the spec decides which objects are annotated."""
     size = (rng.uniform(*programme.width), rng.uniform(*programme.length), rng.uniform(*programme.height))
     things = []
     for name in _choose_contents(programme, spec, rng):
@@ -314,12 +305,7 @@ def _random_size(kind: Kind, scale: Scale, rng: np.random.Generator) -> Size:
 
 
 def _place_simply(
-    name: str,
-    kind: Kind,
-    extent: Size,
-    room: Size,
-    placed: list[tuple[str, Box]],
-    rng: np.random.Generator,
+    name: str, kind: Kind, extent: Size, room: Size, placed: list[tuple[str, Box]], rng: np.random.Generator
 ) -> Box | None:
     """Find a free place for an object of a small room; None if there is none."""
     bottom = min(rng.uniform(*kind.base), room[2] - extent[2] - 0.05)
@@ -345,17 +331,14 @@ def _place_simply(
 
 
 def _place(
-    name: str,
-    kind: Kind,
-    extent: Size,
-    room: Size,
-    placed: list[tuple[str, Box]],
-    rng: np.random.Generator,
+    name: str, kind: Kind, extent: Size, room: Size, placed: list[tuple[str, Box]], rng: np.random.Generator
 ) -> Box | None:
     """Find a free place for an object, for four in five of them along the walls; None if there is none."""
     bottom = min(rng.uniform(*kind.base), room[2] - extent[2] - 0.05)
     aligned = kind.mount == "hung" or rng.random() < _ALIGNED
-    tables = [box for name, box in placed if name in _SEATED_AT and (not aligned or _is_aligned(box))]
+    tables = [box for name, box in placed if name in _SEATED_AT]
+    if aligned:
+        tables = [box for box in tables if abs((box[6] + math.pi / 4) % (math.pi / 2) - math.pi / 4) <= _ALONG + 1e-9]
     taken = [_occupied_box(name, box) for name, box in placed]
     for _ in range(3 * _TRIES):
         if kind.mount == "seat" and tables and rng.random() < 0.85:
@@ -374,11 +357,6 @@ def _place(
         if _is_inside(box, room) and not any(overlap(_occupied_box(name, box), other, _GAP) for other in taken):
             return box
     return None
-
-
-def _is_aligned(box: Box) -> bool:
-    """Return True if a box stands along the walls."""
-    return abs((box[6] + math.pi / 4) % (math.pi / 2) - math.pi / 4) <= _ALONG + 1e-9
 
 
 def _occupied_box(name: str, box: Box) -> Box:

@@ -6,23 +6,20 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Float32, Int32
+from numpy.random import Generator
 
 from h2a2_jax.scans.synthetic.furniture import rotate
 from h2a2_jax.scans.synthetic.raycast import DepthCamera, DepthView, PinholeGrid, SphericalGrid, look
 from h2a2_jax.scans.synthetic.rooms import Room, Scale
 
-FIELD = (math.radians(57), math.radians(45))
-"""Horizontal and vertical field of view of the depth camera."""
-
-RANGE = (0.6, 8.0)
-"""Smallest and largest depth (m) that it measures."""
-
-FRAMED = 0.4
-"""Share of a box that must lie in the image for its object to be in view."""
+Limits = tuple[float, float]  # smallest and largest value
+FIELD = (math.radians(57), math.radians(45))  # horizontal and vertical field of view of the depth camera
+RANGE = (0.6, 8.0)  # smallest and largest depth (m) that it measures
+FRAMED = 0.4  # share of a box that must lie in the image for its object to be in view
 
 
 def choose_positions(
-    room: Room, count: int, height: tuple[float, float], clearance: float, rng: np.random.Generator
+    room: Room, count: int, height: Limits, clearance: float, rng: Generator
 ) -> list[Float32[np.ndarray, " 3"]]:
     """Choose positions for a sensor away from furniture and from one another, as far as the room allows."""
     found: list[np.ndarray] = []
@@ -41,7 +38,7 @@ def choose_positions(
     return found
 
 
-def aim_camera(room: Room, rng: np.random.Generator) -> DepthCamera:
+def aim_camera(room: Room, rng: Generator) -> DepthCamera:
     """Choose the one of several random cameras that sees most annotated objects."""
     boxes = room.boxes[room.labels >= 0]
     targets = boxes[:, :3]
@@ -86,7 +83,6 @@ class Capture:
 
     Attributes:
         points: x, y, z (m) in the frame that the dataset uses.
-        colors: red, green, blue in 0-1.
         owners: object that a point lies on; -1 = none that the room lists.
         boxes: boxes of all objects of the room as a whole, in the frame of the points.
         visible: fraction of each object's rays that nothing else blocks; 0 for objects out of view.
@@ -101,7 +97,7 @@ class Capture:
     losses: Mapping[str, float]
 
 
-def fused_mesh(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
+def fused_mesh(room: Room, scale: Scale, rng: Generator) -> Capture:
     """A walk through the room with a depth camera, fused: ScanNet.
 
     Several viewpoints, no ceiling, 50,000-150,000 points every 2-3 cm (demo: 4.5 cm), 10-25 % of the surface missing
@@ -134,7 +130,7 @@ def fused_mesh(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
     return _capture(room, seen, points[kept] + shift, colors, owners[kept], shift, losses)
 
 
-def full_room(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
+def full_room(room: Room, scale: Scale, rng: Generator) -> Capture:
     """Tripod scans merged into one cloud: S3DIS.
 
     Several positions, the ceiling included, 200,000 points and more (demo: 14,000), 2-5 % missing, 2 mm noise, a warm
@@ -160,13 +156,7 @@ def full_room(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
 
 
 def _look_around(
-    room: Room,
-    views: int,
-    shape: tuple[int, int],
-    elevation: tuple[float, float],
-    height: tuple[float, float],
-    clearance: float,
-    rng: np.random.Generator,
+    room: Room, views: int, shape: tuple[int, int], elevation: Limits, height: Limits, clearance: float, rng: Generator
 ) -> list[DepthView]:
     """Views all around from several positions; elevation in degrees, height and clearance in metres."""
     low, high = math.radians(elevation[0]), math.radians(elevation[1])
@@ -174,7 +164,7 @@ def _look_around(
     return [look(room, SphericalGrid(origin, *shape, (low, high), rng)) for origin in positions]
 
 
-def depth_frame(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
+def depth_frame(room: Room, scale: Scale, rng: Generator) -> Capture:
     """One RGB-D image: SUN RGB-D.
 
     A camera of 57 x 45 degrees at 0.6-8 m with noise that grows with the squared depth, quantised disparity, flying
@@ -195,7 +185,9 @@ def depth_frame(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
     losses = {"dropout": dropped.mean(), "grazing or dark": (grazing | dark).mean(), "flying": flying.mean()}
     kept = ~(dropped | grazing | dark) & (measured > RANGE[0]) & (measured < RANGE[1])
     points = (offset * (measured / depth)[..., None])[kept]
-    colors = (view.colors * (rng.uniform(0.5, 1.4) * _vignette(rows, cols))[..., None])[kept]
+    v, u = np.linspace(-1, 1, rows)[:, None], np.linspace(-1, 1, cols)
+    vignette = (1 - 0.15 * (u * u + v * v)).astype(np.float32)  # 1 in the middle, 0.7 in the corners
+    colors = (view.colors * (rng.uniform(0.5, 1.4) * vignette)[..., None])[kept]
     owners = np.where(flying, -1, view.owners)[kept].astype(np.int32)
 
     turn = math.pi / 2 - camera.yaw
@@ -213,7 +205,7 @@ def depth_frame(room: Room, scale: Scale, rng: np.random.Generator) -> Capture:
     )
 
 
-def _measure_depth(depth: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _measure_depth(depth: np.ndarray, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
     """Depth (m) as a structured-light camera measures it, and a mask of the pixels that fly between two surfaces."""
     sigma = 0.0012 + 0.0019 * (depth - 0.4) ** 2
     measured = depth + rng.normal(0.0, 1.0, depth.shape).astype(np.float32) * sigma
@@ -225,27 +217,16 @@ def _measure_depth(depth: np.ndarray, rng: np.random.Generator) -> tuple[np.ndar
     return measured.astype(np.float32), flying
 
 
-def _vignette(rows: int, cols: int) -> np.ndarray:
-    """Brightness over the image: 1 in the middle, 0.7 in the corners."""
-    v, u = np.linspace(-1, 1, rows)[:, None], np.linspace(-1, 1, cols)
-    return (1 - 0.15 * (u * u + v * v)).astype(np.float32)
-
-
 def _merge(views: list[DepthView], kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Points, colours and owners of the kept rays of all views."""
-    points = np.stack([view.points for view in views])[kept]
-    colors = np.stack([view.colors for view in views])[kept]
-    owners = np.stack([view.owners for view in views])[kept]
-    return points, colors, owners
+    points, colors, owners = zip(*((view.points, view.colors, view.owners) for view in views), strict=True)
+    return np.stack(points)[kept], np.stack(colors)[kept], np.stack(owners)[kept]
 
 
 def _thin(
     points: np.ndarray, colors: np.ndarray, owners: np.ndarray, spacing: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Replace the points in each cell of a grid of `spacing` (m) by their mean, which rounds corners and blurs.
-
-    The colours may have further columns, which are averaged too.
-    """
+    """Replace the points, with colours (and more columns), in each cell of a grid of `spacing` (m) by their mean."""
     cells = np.floor((points - points.min(axis=0)) / spacing).astype(np.int64)
     extent = cells.max(axis=0) + 1
     keys = (cells[:, 0] * extent[1] + cells[:, 1]) * extent[2] + cells[:, 2]
@@ -258,14 +239,8 @@ def _thin(
     return sums[:, :3], sums[:, 3:], owners[order[starts]]
 
 
-def _spacing(points: np.ndarray, share: float, rng: np.random.Generator) -> float:
-    """Edge (m) of the cells that thin a surface to the number of points of a scan, within the limits of `_CELL`.
-
-    Args:
-        points: dense samples of the surface.
-        share: share of the surface that will be left.
-        rng: source of randomness.
-    """
+def _spacing(points: np.ndarray, share: float, rng: Generator) -> float:
+    """Edge (m) of the cells that thin a dense surface to the points of a scan, if `share` of the surface is left."""
     coarse = 0.05
     cells = np.floor(points / coarse).astype(np.int64)
     filled = len(np.unique((cells[:, 0] * 4096 + cells[:, 1]) * 4096 + cells[:, 2]))
@@ -273,13 +248,13 @@ def _spacing(points: np.ndarray, share: float, rng: np.random.Generator) -> floa
     return float(np.clip(spacing, *_CELL))
 
 
-def _bumps(points: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
+def _bumps(points: np.ndarray, sigma: float, rng: Generator) -> np.ndarray:
     """Noise of a fused surface: half of its variance is smooth over 0.2-0.6 m, half independent at every point."""
     smooth = _smooth_field(points, (0.2, 0.6), rng) + rng.standard_normal(len(points), np.float32)
     return (smooth * np.float32(sigma / math.sqrt(2)))[:, None]
 
 
-def _smooth_field(points: np.ndarray, length: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+def _smooth_field(points: np.ndarray, length: tuple[float, float], rng: Generator) -> np.ndarray:
     """Random function of the place with variance 1, a sum of waves of a range of lengths (m)."""
     waves = 10
     direction = rng.normal(size=(3, waves))
@@ -289,13 +264,13 @@ def _smooth_field(points: np.ndarray, length: tuple[float, float], rng: np.rando
     return heights * np.cos(points @ direction.astype(np.float32) + phase).sum(axis=1)
 
 
-def _cut_holes(points: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+def _cut_holes(points: np.ndarray, fraction: float, rng: Generator) -> np.ndarray:
     """Indices of the points left after `fraction` of them is cut out in holes of irregular shape."""
     field = _smooth_field(points, (0.25, 1.0), rng)
     return np.flatnonzero(field < np.quantile(field, 1 - fraction))
 
 
-def _cut_patches(points: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+def _cut_patches(points: np.ndarray, fraction: float, rng: Generator) -> np.ndarray:
     """Indices of the points left after about `fraction` of them is cut out in round patches."""
     order = np.argsort(points[:, 0], kind="stable")
     along, ordered = points[order, 0], points[order]
@@ -313,7 +288,7 @@ def _cut_patches(points: np.ndarray, fraction: float, rng: np.random.Generator) 
     return np.flatnonzero(alive)
 
 
-def _add_noise(colors: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
+def _add_noise(colors: np.ndarray, sigma: float, rng: Generator) -> np.ndarray:
     noise = rng.standard_normal(colors.shape, np.float32) * np.float32(sigma)
     return np.clip(colors + noise, 0, 1).astype(np.float32)
 

@@ -38,25 +38,12 @@ class SyntheticSource:
     """
 
     def __init__(
-        self,
-        spec: DatasetSpec,
-        split: Literal["train", "val"],
-        size: int,
-        *,
-        seed: int = 0,
-        scale: Scale = "full",
+        self, spec: DatasetSpec, split: Literal["train", "val"], size: int, *, seed: int = 0, scale: Scale = "full"
     ):
         """Name the scans; each is generated when it is read.
 
-        Args:
-            spec: scannet, sunrgbd or s3dis.
-            split: "train" or "val", which share no scan.
-            size: number of scans.
-            seed: another seed gives other scans.
-            scale: "demo" for small rooms with few, easily distinguished classes, "full" for rooms like the real ones.
-
-        Raises:
-            InputError: no stand-in exists for the dataset, or split, size, seed or scale is none of the above.
+        The splits share no scan, and another seed gives other scans. Scale "demo" means small rooms with few, easily
+        distinguished classes, "full" rooms like the real ones.
         """
         if spec.name not in _SENSORS:
             raise InputError(f"There is no synthetic {spec.name}: use one of {', '.join(_SENSORS)}.")
@@ -68,38 +55,21 @@ class SyntheticSource:
             raise InputError(f"A synthetic source of {size} scans was asked for: give at least 1.")
         if seed < 0:
             raise InputError(f"The seed {seed} was asked for: give 0 or more.")
-        self.spec = spec
-        self._split = split
-        self._size = size
-        self._seed = seed
+        self.spec, self._split, self._seed = spec, split, seed
         self._scale: Scale = scale
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the scans, such as "synthetic_scannet/train/000012"."""
-        return [self._name(index) for index in range(self._size)]
+        self.names = [f"synthetic_{spec.name}/{split}/{index:06d}" for index in range(size)]
 
     def __len__(self) -> int:
-        """Number of scans."""
-        return self._size
+        return len(self.names)
 
     def __getitem__(self, index: int) -> Scan:
-        """Generate one scan.
-
-        Raises:
-            IndexError: the index is not in [0, size).
-        """
-        scan, _, _ = self.acquire(index)
-        return scan
+        """Generate one scan."""
+        return self.acquire(index)[0]
 
     def acquire(self, index: int) -> tuple[Scan, Room, Capture]:
-        """Generate one scan, with the room that it shows and the sensor's capture of that room.
-
-        Raises:
-            IndexError: the index is not in [0, size).
-        """
-        if not 0 <= index < self._size:
-            raise IndexError(f"scan {index} of {self._size}")
+        """Generate one scan, with the room that it shows and the sensor's capture of that room."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"scan {index} of {len(self)}")
         rng = np.random.default_rng(
             [self._seed, zlib.crc32(self.spec.name.encode()), _SPLITS.index(self._split), index, self._scale == "demo"]
         )
@@ -111,11 +81,8 @@ class SyntheticSource:
             capture = _SENSORS[self.spec.name](room, self._scale, rng)
             boxes, labels = _annotation(room, capture, self.spec.has_yaw)
             if plan.boxes[0] <= len(labels) <= plan.boxes[1] and len(capture.points) >= _FEWEST_POINTS_OF_SCAN:
-                return Scan(self._name(index), capture.points, capture.colors, boxes, labels), room, capture
+                return Scan(self.names[index], capture.points, capture.colors, boxes, labels), room, capture
         raise RuntimeError(f"{_ATTEMPTS} rooms in a row show too little: the catalogue is broken.")
-
-    def _name(self, index: int) -> str:
-        return f"synthetic_{self.spec.name}/{self._split}/{index:06d}"
 
 
 def _annotation(

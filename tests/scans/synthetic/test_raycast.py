@@ -136,7 +136,7 @@ def test_image_coordinates():
     np.testing.assert_allclose(depth, [3, 4, -2], atol=1e-5)
 
 
-class WithoutWindows:
+class WithoutWindows(SphericalGrid):
     """The same rays, each tested against every primitive."""
 
     def __init__(self, grid):
