@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import jax
 import numpy as np
@@ -56,6 +57,7 @@ class ScanBatch:
         return max((len(scan.boxes) for scan in self.scans), default=0)
 
 
+@cache
 def no_scan() -> Scan:
     """A scan with neither points nor boxes, which fills a row of a batch and changes nothing."""
     none = np.zeros((0, 3), np.float32)
