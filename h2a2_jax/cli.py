@@ -620,7 +620,7 @@ def _chosen_step(given: Invocation) -> int | None:
 
 def _report(given: Invocation) -> int | None:
     from h2a2_jax.checkpoint.store import restore_checkpoint
-    from h2a2_jax.report import write_report
+    from h2a2_jax.report.write import write_report
 
     config = given.experiment() or restore_checkpoint(given.workdir)[1]
     print(f"The report is {write_report(config, given.workdir)}.", flush=True)

@@ -315,7 +315,7 @@ def _predict_file(
         outcome.seconds["write"] += time.perf_counter() - started
         outcome.entries.append(entry)
         if request.show:
-            from h2a2_jax.viewer import show
+            from h2a2_jax.viewer.window import show
 
             try:
                 show(scan, boxes, spec.classes, title=scan.name, score=request.score)

@@ -147,7 +147,8 @@ def write_scan(
         write_points(_with_end(stem, "_points.ply"), scan, matrix, found)
         write_box_frames(_with_end(stem, "_boxes.ply"), matrix, found)
     if "html" in formats or "png" in formats:
-        from h2a2_jax.viewer import write_image, write_viewer
+        from h2a2_jax.viewer.image import write_image
+        from h2a2_jax.viewer.scan_page import write_viewer
 
         moved = not np.allclose(matrix, np.eye(4), rtol=0, atol=1e-9)
         note = "Numbers on this page are in metres with z up; JSON and CSV have those of the file." if moved else ""

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.report import write_report
 from h2a2_jax.report.figures_training import by_group, series_of
+from h2a2_jax.report.write import write_report
 from h2a2_jax.training.gradients import SelectionMetrics
 from h2a2_jax.training.metrics import MetricsWriter, SelectionLog
 from tests.report.small_run import small, store

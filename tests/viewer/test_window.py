@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.viewer import show
+from h2a2_jax.viewer.window import show
 from tests.viewer.scenes import NAMES, room
 
 
