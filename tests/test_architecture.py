@@ -1,6 +1,7 @@
 """Imports go downwards, floor by floor, as docs/architecture.md says."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,14 @@ def test_imports_go_downwards(part: str) -> None:
 def test_sparse_knows_no_flax() -> None:
     for path in (PACKAGE / "sparse").rglob("*.py"):
         assert "import flax" not in path.read_text() and "from flax" not in path.read_text(), path
+
+
+def test_the_table_of_rooms_shows_the_floors() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| ?(\d*) \| ((?:`\w+`(?:, )?)+) \|", page, flags=re.MULTILINE)
+    shown: list[set[str]] = []
+    for number, names in rows:
+        if number:
+            shown.append(set())
+        shown[-1] |= set(re.findall(r"`(\w+)`", names))
+    assert tuple(shown) == FLOORS[:-1]  # all but __main__

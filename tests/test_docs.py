@@ -160,3 +160,9 @@ def test_every_public_name_is_in_the_api_reference(part: str, site: Path) -> Non
     page = (site / "api" / part / "index.html").read_text()
     names = import_module(f"h2a2_jax.{part}").__all__
     assert not [name for name in names if f'.{name}"' not in page]
+
+
+def test_tests_that_the_list_of_features_names_exist() -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)", (ROOT / "tests" / "FEATURES.md").read_text())
+    assert len(named) > 200
+    assert not [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text()]

@@ -255,3 +255,14 @@ def test_real_files(scans_dir, name, kept, lost, colored):
         assert 0.84 < cloud.points[:, 2].min() < 0.85 and 3.81 < cloud.points[:, 2].max() < 3.83
     if colored:
         assert 0.5 < unit_colors(cloud).max() <= 1
+
+
+@pytest.mark.parametrize("suffix", ["txt", "xyz", "pts", "csv", "asc"])
+def test_text_files_are_read_whatever_their_suffix(tmp_path, suffix):
+    separator = "," if suffix == "csv" else " "
+    rows = [separator.join(map(str, [*point, *color])) for point, color in zip(POINTS, COLORS, strict=True)]
+    path = tmp_path / f"a.{suffix}"
+    path.write_text("\n".join(rows) + "\n")
+    cloud = read_point_cloud(path)
+    np.testing.assert_array_equal(cloud.points, POINTS)
+    np.testing.assert_array_equal(cloud.colors, COLORS)
