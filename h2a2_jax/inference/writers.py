@@ -33,7 +33,6 @@ from h2a2_jax.inference.input_files import OWN_COMMENT
 from h2a2_jax.inference.results import PREDICTIONS_VERSION, document_of, predicted_scan
 from h2a2_jax.scans.scan import Scan, points_in_box
 from h2a2_jax.scans.specs import DatasetSpec
-from h2a2_jax.viewer.content import class_color
 
 CSV_COLUMNS = (
     *("scan", "file", "class", "label", "score"),
@@ -106,6 +105,8 @@ def write_box_frames(path: Path, matrix: Float[np.ndarray, "4 4"], found: Detect
 
     The matrix transforms from the file's frame and unit to that of the boxes.
     """
+    from h2a2_jax.viewer.content import class_color  # here, for training loads this module and draws nothing
+
     vertices, colors, faces = [np.zeros((0, 3))], [np.zeros((0, 3))], [np.zeros((0, 3), np.int64)]
     triangles = np.array([(face[0], face[i], face[i + 1]) for face in _CUBE for i in (1, 2)])
     for number, (box, corners) in enumerate(zip(found.boxes, box_corners(found.boxes), strict=True)):
