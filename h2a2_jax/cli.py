@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from h2a2_jax.errors import InputError, Stopped
+from h2a2_jax.errors import INTERRUPTED, InputError, Stopped
 
 if TYPE_CHECKING:
     from h2a2_jax.config import ExperimentConfig
@@ -28,7 +28,6 @@ from h2a2_jax.host import quiet_command_line
 
 _EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
 _CONFIG_HELP = "file of the config, as configs/joint.py:demo; --config.KEY=VALUE sets a value of it"
-_INTERRUPTED = 130
 _PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
 _FILE_FLAGS = ("up", "unit", "colors", "align", "score", "show")
 """Flags of `predict` that say how files of points are read."""
@@ -112,7 +111,7 @@ def _guarded(program: str, run: Callable[[], int | None]) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"{program}: stopped.", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
 
 
 def _run_h2a2(arguments: list[str]) -> int | None:

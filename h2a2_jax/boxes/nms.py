@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from h2a2_jax.boxes.codec import decode_boxes
 from h2a2_jax.boxes.iou import axis_aligned_iou, pairwise_axis_aligned_bev_iou
-from h2a2_jax.boxes.rotated_iou import pairwise_rotated_bev_iou, rotated_bev_iou, rotated_iou
+from h2a2_jax.boxes.rotated_iou import pairwise_rotated_bev_iou, pairwise_rotated_iou, rotated_bev_iou
 from h2a2_jax.typing import AnyArray
 
 MAX_CANDIDATES = 1000
@@ -178,7 +178,8 @@ def _best_rows(scores: Array, valid: AnyArray, max_candidates: int) -> Array:
 def _is_overlapping(boxes: AnyArray, iou_threshold: float | AnyArray, rotated: bool, iou: str) -> Array:
     """Pairs [n, n] in which the box of the row, if kept, suppresses that of the column."""
     if iou == "3d":
-        return (rotated_iou if rotated else axis_aligned_iou)(boxes[:, None], boxes[None]) > iou_threshold
+        overlaps = pairwise_rotated_iou(boxes, boxes) if rotated else axis_aligned_iou(boxes[:, None], boxes[None])
+        return overlaps > iou_threshold
     if not rotated:
         return pairwise_axis_aligned_bev_iou(boxes, boxes) > iou_threshold
     # As in `overlap_matrix`: of a pair the box of the lower row comes first, and a pair whose footprints' circles lie
