@@ -20,6 +20,7 @@ become kernel maps and site sets become padded sites; all else stays. `docs/laye
 
 import copy
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
@@ -30,7 +31,7 @@ import numpy as np
 from h2a2_jax.errors import InputError
 from h2a2_jax.sparse.kernel_map import KernelMap, choose_tile_size, pad_map
 from h2a2_jax.sparse.neighbors import NeighborTable
-from h2a2_jax.sparse.sites import Sites, SiteSet, pad_sites
+from h2a2_jax.sparse.sites import Root, Sites, SiteSet, pad_sites, render_identity, roots_of
 
 SizesT = TypeVar("SizesT", bound=tuple[int, ...])
 
@@ -172,7 +173,7 @@ def pad_tables(
 
     Returns:
         The same structure with a `KernelMap` for every table and `Sites` for every set; sites of one set are one
-        object throughout.
+        object throughout. Sets that begin from several clouds of one name are numbered in their identities.
 
     Raises:
         InputError: a level does not fit its capacity, or the numbers of levels and capacities differ.
@@ -185,13 +186,14 @@ def pad_tables(
             "measured on level_sizes(tables)."
         )
     padded: dict[int, Sites] = {}
+    numbers = _number_roots(levels)
     for level, ((path, sites), capacity) in enumerate(zip(levels, capacities, strict=True)):
         if len(sites) > capacity:
             raise InputError(
                 f"level {level} (stride {sites.stride}, first met at {path or 'the top'}) has {len(sites)} sites, "
                 f"which do not fit a capacity of {capacity}; take a larger bucket."
             )
-        padded[id(sites)] = pad_sites(sites, capacity)
+        padded[id(sites)] = pad_sites(sites, capacity, identity=render_identity(sites.lineage, numbers))
     as_map = _layout(layout, channels)
 
     def pad(leaf: NeighborTable | SiteSet) -> KernelMap | Sites:
@@ -200,6 +202,18 @@ def pad_tables(
         return as_map(leaf, padded[id(leaf.inputs)], padded[id(leaf.outputs)])
 
     return _rebuild(tables, pad)
+
+
+def _number_roots(levels: Sequence[tuple[str, SiteSet]]) -> dict[Root, int]:
+    """Number of each root among those of its name, in the order of the levels."""
+    numbers: dict[Root, int] = {}
+    names: Counter[str] = Counter()
+    for _, sites in levels:
+        for root in roots_of(sites.lineage):
+            if root not in numbers:
+                numbers[root] = names[root.name]
+                names[root.name] += 1
+    return numbers
 
 
 def _layout(layout: str | MapLayout | None, channels: int) -> MapLayout:
@@ -213,7 +227,7 @@ def _layout(layout: str | MapLayout | None, channels: int) -> MapLayout:
 
     def with_tiles(table: NeighborTable, inputs: Sites, outputs: Sites) -> KernelMap:
         # A single offset is one plain gather, and pooling reads no lists.
-        if layout == "neighbors" or len(table.rows) == 1 or table.kind == "pool":
+        if layout == "neighbors" or len(table.rows) == 1 or table.kind in ("pool", "neighbors"):
             return pad_map(table, inputs, outputs)
         pairs = _EXPECTED_FILL * min(inputs.capacity, outputs.capacity) / max(1, inputs.num_scans)
         return pad_map(table, inputs, outputs, tile_size=choose_tile_size(pairs, channels))

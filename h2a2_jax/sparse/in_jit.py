@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.sparse.kernel_map import KernelMap, PairTiles
-from h2a2_jax.sparse.sites import MAX_COORDINATE, MAX_DERIVED, MAX_SCANS, Sites, Size3, size3, voxel_offsets
+from h2a2_jax.sparse.sites import MAX_COORDINATE, MAX_DERIVED, MAX_SCANS, PerAxis, Sites, per_axis, voxel_offsets
 from h2a2_jax.typing import AnyArray
 
 _BIAS = 1 << 15
@@ -138,7 +138,7 @@ def downsample_sites(sites: Sites, factor: int, capacity: int) -> tuple[Sites, I
     return _collect(coords, sites.valid, MAX_DERIVED, capacity, stride, sites.num_scans)
 
 
-def generate_sites(sites: Sites, kernel_size: Size3, capacity: int, factor: int = 2) -> tuple[Sites, Int[Array, ""]]:
+def generate_sites(sites: Sites, kernel_size: PerAxis, capacity: int, factor: int = 2) -> tuple[Sites, Int[Array, ""]]:
     """Sites of a generative transposed convolution: `generate` inside jit.
 
     Returns:
@@ -264,7 +264,7 @@ def _distinct(words: Words, capacity: int, stride: int, num_scans: int) -> tuple
 
 
 def submanifold_map(
-    sites: Sites, kernel_size: Size3 = 3, dilation: int = 1, *, tile_size: int | None = None
+    sites: Sites, kernel_size: PerAxis = 3, dilation: int = 1, *, tile_size: int | None = None
 ) -> KernelMap:
     """Map of a stride-1 convolution: `submanifold_neighbors` and `pad_map` inside jit.
 
@@ -278,7 +278,7 @@ def submanifold_map(
         InputError: the kernel reaches farther than a key has room for.
     """
     offsets = voxel_offsets(kernel_size, dilation, sites.stride)
-    if any(k % 2 == 0 for k in size3(kernel_size)):
+    if any(k % 2 == 0 for k in per_axis(kernel_size)):
         return _map(_search(sites, sites, offsets), sites, sites, tile_size, "submanifold")
     # Of two opposite runs along z one is searched, the other is its mirror image. The run of the centre is searched.
     runs = [tuple(offset) for offset in offsets[:, :2].tolist()]
@@ -292,7 +292,7 @@ def submanifold_map(
 
 
 def strided_map(
-    inputs: Sites, outputs: Sites, kernel_size: Size3, dilation: int = 1, *, tile_size: int | None = None
+    inputs: Sites, outputs: Sites, kernel_size: PerAxis, dilation: int = 1, *, tile_size: int | None = None
 ) -> KernelMap:
     """Map of a strided convolution: `strided_neighbors` and `pad_map` inside jit.
 
@@ -303,7 +303,7 @@ def strided_map(
     return _map(_search(inputs, outputs, offsets), inputs, outputs, tile_size, "strided")
 
 
-def pool_map(inputs: Sites, outputs: Sites, kernel_size: Size3, *, tile_size: int | None = None) -> KernelMap:
+def pool_map(inputs: Sites, outputs: Sites, kernel_size: PerAxis, *, tile_size: int | None = None) -> KernelMap:
     """Map of a pooling: `pool_neighbors` and `pad_map` inside jit.
 
     Raises:
@@ -313,7 +313,7 @@ def pool_map(inputs: Sites, outputs: Sites, kernel_size: Size3, *, tile_size: in
     return _map(rows, inputs, outputs, tile_size, "pool")
 
 
-def generative_map(inputs: Sites, outputs: Sites, kernel_size: Size3, *, tile_size: int | None = None) -> KernelMap:
+def generative_map(inputs: Sites, outputs: Sites, kernel_size: PerAxis, *, tile_size: int | None = None) -> KernelMap:
     """Map of a generative transposed convolution: `generative_neighbors` and `pad_map` inside jit.
 
     Raises:

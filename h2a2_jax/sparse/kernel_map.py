@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from h2a2_jax.sparse.neighbors import NeighborTable, submanifold_neighbors
-from h2a2_jax.sparse.sites import Sites, SiteSet, downsample, find_keys, kernel_offsets, pack_keys
+from h2a2_jax.sparse.neighbors import KINDS, NeighborTable, check_rows, submanifold_neighbors
+from h2a2_jax.sparse.sites import PerAxis, Sites, SiteSet, downsample, find_keys, kernel_offsets, pack_keys
 from h2a2_jax.typing import AnyArray, Leaf, static_field
 
 # ---------------------------------------------------------------- tiles of pairs
@@ -163,7 +163,12 @@ class SiteBlocks:
 
 def fits_blocks(table: NeighborTable) -> bool:
     """Return True for a map of 3^3 submanifold offsets without dilation, on which Winograd convolution can run."""
-    return table.kind == "submanifold" and np.array_equal(table.offsets, kernel_offsets(3) * table.inputs.stride)
+    sites = table.inputs
+    return (
+        table.kind == "submanifold"
+        and sites.axes == 3
+        and np.array_equal(table.offsets, kernel_offsets(3) * np.array(sites.strides))
+    )
 
 
 def block_gain(pairs: int, blocks: int) -> float:
@@ -204,10 +209,9 @@ def _with_border(table: NeighborTable, missing: int) -> np.ndarray:
     blocks = downsample(sites, BLOCK)
     inner = np.full((len(blocks) + 1, BLOCK, BLOCK, BLOCK), missing, np.int32)  # one more: an empty block
     corner = sites.coords
-    corner[:, 1:] -= corner[:, 1:] % blocks.stride
-    place = (sites.coords - corner) // sites.stride
-    block = find_keys(blocks.keys, pack_keys(corner))
-    inner[block, place[:, 3], place[:, 2], place[:, 1]] = np.arange(len(sites), dtype=np.int32)
+    corner[:, 1:] -= corner[:, 1:] % blocks.strides
+    x, y, z = ((sites.coords - corner)[:, 1:] // sites.strides).T
+    inner[find_keys(blocks.keys, pack_keys(corner)), z, y, x] = np.arange(len(sites), dtype=np.int32)
     around = submanifold_neighbors(blocks).rows
     around = np.where(around >= 0, around, len(blocks))
     out = np.empty((len(blocks), TILE, TILE, TILE), np.int32)
@@ -229,12 +233,13 @@ class KernelMap:
 
     Attributes:
         neighbors: int32 [V, N_out], input row that offset k brings to each output row, or N_in (out of range) where
-            there is none and on padding. One offset's rows are distinct and ascending.
+            there is none and on padding. One offset's rows are distinct and ascending, but in maps of kind "neighbors".
         inputs: padded input sites.
         outputs: padded output sites.
         tiles: the pairs as tiles; None for algorithms that read the neighbours alone.
-        kind: "submanifold", "strided", "inverse", "generative" or "pool" (static).
+        kind: "submanifold", "strided", "inverse", "generative", "pool" or "neighbors" (static).
         blocks: the sites as blocks; None for every algorithm but "winograd".
+        kernel_size: size of the kernel along each axis; None for maps of any other neighbours (static).
     """
 
     neighbors: Leaf
@@ -243,6 +248,7 @@ class KernelMap:
     tiles: PairTiles | None
     kind: str = static_field()
     blocks: SiteBlocks | None = None
+    kernel_size: tuple[int, ...] | None = static_field(default=None)
 
     @property
     def in_scan(self) -> Int[AnyArray, " n_in"]:
@@ -270,7 +276,7 @@ class KernelMap:
         return self.inputs.num_scans
 
     @property
-    def strides(self) -> tuple[int, int]:
+    def strides(self) -> tuple[PerAxis, PerAxis]:
         """Strides of the input and of the output sites."""
         return self.inputs.stride, self.outputs.stride
 
@@ -309,9 +315,11 @@ def pad_map(
             enough to pay, "always" in any case.
 
     Raises:
-        ValueError: blocks are asked for where the map is not that of a 3^3 submanifold convolution, or "auto" without
-            the tiles that serve a map on which they do not pay.
+        InputError: an offset of a table that is not of kind "neighbors" brings one input row to several output rows.
+        ValueError: the sites are not those of the table; blocks are asked for where the map is not that of a 3^3
+            submanifold convolution, or "auto" without the tiles that serve a map on which they do not pay.
     """
+    _check_table(table, inputs, outputs, tile_size)
     if blocks is not None and not fits_blocks(table):
         raise ValueError(
             f"blocks serve submanifold maps of 3^3 offsets without dilation; this one is {table.kind} with "
@@ -326,7 +334,26 @@ def pad_map(
     neighbors[:, count:] = inputs.capacity
     tiles = None if tile_size is None else cut_pairs(table, inputs.capacity, outputs.capacity, tile_size)
     cut = None if blocks is None else cut_blocks(table, inputs.capacity, always=blocks == "always")
-    return KernelMap(neighbors, inputs, outputs, tiles, table.kind, cut)
+    return KernelMap(neighbors, inputs, outputs, tiles, table.kind, cut, table.kernel_size)
+
+
+def _check_table(table: NeighborTable, inputs: Sites, outputs: Sites, tile_size: int | None) -> None:
+    if table.kind not in KINDS:
+        raise ValueError(f"a table has the kind {table.kind!r}; expected one of {', '.join(KINDS)}.")
+    for side, sites, exact in (("inputs", inputs, table.inputs), ("outputs", outputs, table.outputs)):
+        if not isinstance(sites, Sites):
+            raise ValueError(
+                f"pad_map was given a {type(sites).__name__} for {side}; expected Sites, of sparse.pad_sites."
+            )
+        if (int(sites.n), sites.strides, sites.num_scans) != (len(exact), exact.strides, exact.num_scans):
+            raise ValueError(
+                f"pad_map was given {side} with {int(sites.n)} sites of stride {sites.stride} in {sites.num_scans} "
+                f"scans; the table has {len(exact)} of stride {exact.stride} in {exact.num_scans}: pad the table's own."
+            )
+    if table.kernel_size is None and table.kind != "neighbors":
+        check_rows(table)
+    if table.kind == "neighbors" and tile_size is not None:
+        raise ValueError("a table of kind 'neighbors' has no tiles, whose rows are distinct; leave tile_size out.")
 
 
 def limit_tiles(kernel_map: KernelMap, capacity: int) -> KernelMap:

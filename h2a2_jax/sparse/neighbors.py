@@ -6,8 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from h2a2_jax.sparse.sites import SiteSet, Size3, key_offsets, size3, voxel_offsets
+from h2a2_jax.errors import InputError
+from h2a2_jax.sparse.sites import PerAxis, SiteSet, kernel_offsets, key_offsets, per_axis, shorten, voxel_offsets
 
+KINDS = ("submanifold", "strided", "inverse", "generative", "pool", "neighbors")
+"""Kinds of maps."""
 MISSING = -1
 """Row of a neighbour that does not exist."""
 
@@ -20,8 +23,10 @@ class NeighborTable:
         rows: int32 [V, n_out], input row that slice k brings to each output row, -1 where there is none.
         inputs: input sites.
         outputs: output sites.
-        kind: "submanifold", "strided", "inverse", "generative" or "pool".
-        offsets: int64 [V, 3], from the output to the input site of slice k, in finest voxels.
+        kind: "submanifold", "strided", "inverse", "generative" or "pool"; "neighbors" for any other table, as of the
+            nearest sites or those within a radius, where an offset may bring one input row to several output rows.
+        offsets: int64 [V, 3], from the output to the input site of slice k, in finest voxels; [V, 4] in 4-D.
+        kernel_size: size of the kernel along each axis; None for tables of any other neighbours.
     """
 
     rows: np.ndarray
@@ -29,6 +34,7 @@ class NeighborTable:
     outputs: SiteSet
     kind: str
     offsets: np.ndarray
+    kernel_size: tuple[int, ...] | None = None
 
     @property
     def pairs_per_offset(self) -> Int[np.ndarray, " v"]:
@@ -36,7 +42,7 @@ class NeighborTable:
         return (self.rows >= 0).sum(1)
 
 
-def submanifold_neighbors(sites: SiteSet, kernel_size: Size3 = 3, dilation: int = 1) -> NeighborTable:
+def submanifold_neighbors(sites: SiteSet, kernel_size: PerAxis = 3, dilation: PerAxis = 1) -> NeighborTable:
     """Map of a stride-1 convolution: the output sites are the input sites.
 
     Half of an odd kernel's offsets are searched, the other half is the mirror image.
@@ -47,48 +53,77 @@ def submanifold_neighbors(sites: SiteSet, kernel_size: Size3 = 3, dilation: int 
         dilation: distance of neighbouring slices, in strides.
 
     Raises:
+        ValueError: a size or a dilation is not one positive integer per axis.
         InputError: the kernel reaches farther than a key has room for.
     """
-    offsets = voxel_offsets(kernel_size, dilation, sites.stride)
-    if any(k % 2 == 0 for k in size3(kernel_size)):
-        return NeighborTable(_neighbors(sites, sites, offsets), sites, sites, "submanifold", offsets)
+    check_sets("submanifold_neighbors", sites)
+    sizes = per_axis(kernel_size, sites.axes, name="kernel_size")
+    offsets = voxel_offsets(sizes, dilation, sites.strides, sites.axes)
+    if any(k % 2 == 0 for k in sizes):
+        return NeighborTable(_neighbors(sites, sites, offsets), sites, sites, "submanifold", offsets, sizes)
     rows = np.full((len(offsets), len(sites)), MISSING, np.int32)
     rows[len(offsets) // 2] = np.arange(len(sites), dtype=np.int32)
-    half = np.flatnonzero(key_offsets(offsets) > 0)  # whole runs along z, and of the centre's run the part behind it
+    # Whole runs along the last axis, and of the centre's run the part behind it.
+    half = np.flatnonzero(key_offsets(offsets) > 0)
     for j, found, centres in _search(sites.keys, sites.keys, offsets[half]):
         rows[half[j]][centres] = found
         rows[-1 - half[j]][found] = centres
-    return NeighborTable(rows, sites, sites, "submanifold", offsets)
+    return NeighborTable(rows, sites, sites, "submanifold", offsets, sizes)
 
 
-def strided_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: Size3, dilation: int = 1) -> NeighborTable:
+def strided_neighbors(
+    inputs: SiteSet,
+    outputs: SiteSet,
+    kernel_size: PerAxis,
+    dilation: PerAxis = 1,
+    *,
+    padding: PerAxis | None = None,
+) -> NeighborTable:
     """Map of a strided convolution: in = out + offset * input stride. Kernel size 1 is a lookup of the coarse sites.
 
+    Args:
+        inputs: sites of the finer grid.
+        outputs: sites of the coarser grid (`downsample`, `strided_sites`).
+        kernel_size: size of the kernel.
+        dilation: distance of neighbouring slices, in strides of the inputs.
+        padding: inputs before the output's own place that the kernel covers, as in spconv and Torch: slice i brings
+            out + (i * dilation - padding) * input stride. Default: odd kernels are centred, even ones begin at the
+            output's place.
+
     Raises:
+        ValueError: the stride of the outputs is no multiple of that of the inputs, or numbers are not one per axis.
         InputError: the kernel reaches farther than a key has room for.
     """
-    offsets = voxel_offsets(kernel_size, dilation, inputs.stride)
-    return NeighborTable(_neighbors(inputs, outputs, offsets), inputs, outputs, "strided", offsets)
+    check_sets("strided_neighbors", inputs, outputs, coarser=True)
+    sizes = per_axis(kernel_size, inputs.axes, name="kernel_size")
+    offsets = padded_offsets(sizes, dilation, inputs.strides, padding)
+    return NeighborTable(_neighbors(inputs, outputs, offsets), inputs, outputs, "strided", offsets, sizes)
 
 
-def pool_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: Size3) -> NeighborTable:
+def pool_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: PerAxis) -> NeighborTable:
     """Map of a pooling: the inputs under each output site's window.
 
     Raises:
+        ValueError: the stride of the outputs is no multiple of that of the inputs, or numbers are not one per axis.
         InputError: the window reaches farther than a key has room for.
     """
-    offsets = voxel_offsets(kernel_size, 1, inputs.stride)
-    return NeighborTable(_neighbors(inputs, outputs, offsets), inputs, outputs, "pool", offsets)
+    check_sets("pool_neighbors", inputs, outputs, coarser=True)
+    sizes = per_axis(kernel_size, inputs.axes, name="kernel_size")
+    offsets = voxel_offsets(sizes, 1, inputs.strides, inputs.axes)
+    return NeighborTable(_neighbors(inputs, outputs, offsets), inputs, outputs, "pool", offsets, sizes)
 
 
-def generative_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: Size3) -> NeighborTable:
+def generative_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: PerAxis) -> NeighborTable:
     """Map of a generative transposed convolution: out = in + offset * output stride, same slice order, no flip.
 
     Raises:
+        ValueError: the stride of the inputs is no multiple of that of the outputs, or numbers are not one per axis.
         InputError: the kernel reaches farther than a key has room for.
     """
-    offsets = -voxel_offsets(kernel_size, 1, outputs.stride)
-    return NeighborTable(_neighbors(inputs, outputs, offsets), inputs, outputs, "generative", offsets)
+    check_sets("generative_neighbors", outputs, inputs, coarser=True)
+    sizes = per_axis(kernel_size, inputs.axes, name="kernel_size")
+    offsets = -voxel_offsets(sizes, 1, outputs.strides, inputs.axes)
+    return NeighborTable(_neighbors(inputs, outputs, offsets), inputs, outputs, "generative", offsets, sizes)
 
 
 def inverse_neighbors(table: NeighborTable) -> NeighborTable:
@@ -96,15 +131,83 @@ def inverse_neighbors(table: NeighborTable) -> NeighborTable:
 
     The pair (input i, output o) of offset k becomes (input o, output i) of offset k, so that slice k of a kernel
     meets the same pairs in both directions.
+
+    Raises:
+        InputError: an offset brings one input row to several output rows.
     """
+    check_rows(table)
     rows = np.full((len(table.rows), len(table.inputs)), MISSING, np.int32)
     for inverse, forward in zip(rows, table.rows, strict=True):
         hits = np.flatnonzero(forward >= 0).astype(np.int32)
         inverse[forward[hits]] = hits
-    return NeighborTable(rows, table.outputs, table.inputs, "inverse", -table.offsets)
+    return NeighborTable(rows, table.outputs, table.inputs, "inverse", -table.offsets, table.kernel_size)
 
 
-def _neighbors(inputs: SiteSet, outputs: SiteSet, offsets: Int[np.ndarray, "v 3"]) -> Int[np.ndarray, "v n"]:
+def padded_offsets(
+    kernel_size: tuple[int, ...], dilation: PerAxis, strides: tuple[int, ...], padding: PerAxis | None
+) -> Int[np.ndarray, "v d"]:
+    """Offsets of a strided convolution's slices in finest voxels; see `strided_neighbors`."""
+    axes = len(strides)
+    offsets = voxel_offsets(kernel_size, dilation, strides, axes)
+    if padding is None:
+        return offsets
+    first = kernel_offsets(kernel_size, dilation, axes).min(0)
+    return offsets - (first + np.array(per_axis(padding, axes, name="padding", least=0))) * np.array(strides)
+
+
+def check_sets(user: str, fine: SiteSet, coarse: SiteSet | None = None, *, coarser: bool = False) -> None:
+    """Check that sets are sets, of one batch, and that the stride of the coarse one is a multiple of the fine one's.
+
+    Raises:
+        ValueError: they are not.
+    """
+    sets = [fine] if coarse is None else [fine, coarse]
+    for sites in sets:
+        if not isinstance(sites, SiteSet):
+            hint = (
+                "in jit use sparse.submanifold_map and its like" if hasattr(sites, "valid") else "see sparse.site_set"
+            )
+            raise ValueError(f"{user} was given a {type(sites).__name__}; expected a SiteSet of the host: {hint}.")
+    if coarse is None:
+        return
+    if (fine.axes, fine.num_scans) != (coarse.axes, coarse.num_scans):
+        raise ValueError(
+            f"{user} was given sites with {fine.axes} and {coarse.axes} axes, of {fine.num_scans} and "
+            f"{coarse.num_scans} scans; expected are two sets of one batch."
+        )
+    check_strides(user, fine.strides, coarse.strides)
+
+
+def check_strides(user: str, fine: tuple[int, ...], coarse: tuple[int, ...]) -> None:
+    """Check that coarse strides are multiples of fine ones.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if any(c % f for f, c in zip(fine, coarse, strict=True)):
+        ends = ("inputs", "outputs") if user[:4] != "gene" else ("outputs", "inputs")
+        raise ValueError(
+            f"{user} was given {ends[0]} of stride {shorten(fine)} and {ends[1]} of stride {shorten(coarse)}, which is "
+            "no multiple of it: are the arguments swapped?"
+        )
+
+
+def check_rows(table: NeighborTable) -> None:
+    """Check that no offset brings one input row to two output rows, as tables of nearest neighbours may.
+
+    Raises:
+        InputError: one does.
+    """
+    for k, rows in enumerate(table.rows):
+        present = rows[rows >= 0]
+        if len(present) and np.bincount(present).max() > 1:
+            raise InputError(
+                f"offset {k} of a {table.kind!r} table brings one input row to several output rows; give such a table "
+                "the kind 'neighbors', which has no inverse."
+            )
+
+
+def _neighbors(inputs: SiteSet, outputs: SiteSet, offsets: Int[np.ndarray, "v d"]) -> Int[np.ndarray, "v n"]:
     rows = np.full((len(offsets), len(outputs)), MISSING, np.int32)
     for j, found, centres in _search(inputs.keys, outputs.keys, offsets):
         rows[j][centres] = found
@@ -112,21 +215,21 @@ def _neighbors(inputs: SiteSet, outputs: SiteSet, offsets: Int[np.ndarray, "v 3"
 
 
 def _search(
-    keys: Int[np.ndarray, " n"], centres: Int[np.ndarray, " m"], offsets: Int[np.ndarray, "v 3"]
+    keys: Int[np.ndarray, " n"], centres: Int[np.ndarray, " m"], offsets: Int[np.ndarray, "v d"]
 ) -> Iterator[tuple[int, Int[np.ndarray, " p"], Int[np.ndarray, " p"]]]:
     """For each offset j the pairs (row in keys, row in centres) with key = centre + offset; both are sorted.
 
-    Offsets that share dx, dy form a run along z, where keys are adjacent: one search finds the first key at or behind
-    the run's first site, the next ones follow by comparing with the next key.
+    Offsets that differ in z alone, the last axis, form a run, where keys are adjacent: one search finds the first key
+    at or behind the run's first site, the next ones follow by comparing with the next key.
     """
     ends = np.append(keys, np.iinfo(np.int64).max)
     moves = key_offsets(offsets)
-    runs: dict[tuple[int, int], list[int]] = {}
-    for j in np.argsort(offsets[:, 2], kind="stable"):
-        runs.setdefault((int(offsets[j, 0]), int(offsets[j, 1])), []).append(int(j))
+    runs: dict[tuple[int, ...], list[int]] = {}
+    for j in np.argsort(offsets[:, -1], kind="stable"):
+        runs.setdefault(tuple(offsets[j, :-1].tolist()), []).append(int(j))
     for run in runs.values():
         first = centres + moves[run[0]]
-        if centres is keys and moves[run[0]] > 0 and not offsets[run[0], :2].any():
+        if centres is keys and moves[run[0]] > 0 and not offsets[run[0], :-1].any():
             position = np.arange(1, len(keys) + 1)  # the next site in z can only lie behind the site itself
         else:
             position = _lower_bounds(keys, first)

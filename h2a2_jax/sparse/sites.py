@@ -1,48 +1,139 @@
 """Active sites: voxelisation, sets of sites on the host, and the padded sites and tensors of a device.
 
-A site is four integers (scan, x, y, z) in units of the finest voxel, at every level: a set of stride s holds multiples
-of s (negative coordinates occur). On the host a set is kept as sorted, unique int64 keys (`SiteSet`), z fastest:
-sorting and binary search on one machine word make maps cheap to build. `pad_sites` makes arrays of a fixed number of
-rows from a set (`Sites`), and features on them are a `SparseTensor`.
+A site is a scan and integers (x, y, z) in units of the finest voxel, at every level: a set of stride s holds multiples
+of s (negative coordinates occur). Sites in 2-D have z = 0, sites in 4-D a fourth coordinate. On the host a set is kept
+as sorted, unique int64 keys (`SiteSet`), the last axis fastest: sorting and binary search on one machine word make maps
+cheap to build. `pad_sites` makes arrays of a fixed number of rows from a set (`Sites`), and features on them are a
+`SparseTensor`.
+
+Every set has an identity: the operations that made it, as text ("voxels/2", "generate(voxels/4, 3, 2)"). It is static
+under jit and the same for every scan, so that two tensors on different sites are told apart without a look at their
+coordinates, and nothing is compiled anew.
 
 Coordinates depend on points alone, never on features, so all sets of a network are made before it runs.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float, Int
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.typing import AnyArray, Leaf, static_field
 
-_BITS = 16
-_BIAS = 1 << (_BITS - 1)
-_FIELD = (1 << _BITS) - 1
-MAX_COORDINATE = _BIAS - 1024
-"""Largest |coordinate| of a given site; the rest of the 16-bit field is room for the offsets of kernels."""
-MAX_DERIVED = _BIAS - 512
-"""Largest |coordinate| of a site that was floored to a coarser grid or generated."""
-MAX_REACH = 2 * (_BIAS - MAX_DERIVED) - 1
-"""Largest offset of a kernel, in voxels. What leaves a field then still meets no site at its other end."""
-MAX_SCANS = 1 << (_BITS - 2)
+PerAxis = int | tuple[int, ...]
+"""One number for all axes, or one for each: (x, y) in 2-D, (x, y, z), (x, y, z, t) in 4-D."""
+
+
+class Reach(NamedTuple):
+    """Limits of coordinates, in voxels.
+
+    Attributes:
+        given: largest |coordinate| of a given site; the rest of a key's field is room for the offsets of kernels.
+        derived: largest |coordinate| of a site that was floored to a coarser grid or generated.
+        kernel: largest offset of a kernel. A site moved by it out of its field still meets no site at the other end.
+    """
+
+    given: int
+    derived: int
+    kernel: int
+
+
+@dataclass(frozen=True)
+class KeyFields:
+    """Fields of a site's int64 key: the scan, then one field an axis, the last axis lowest.
+
+    Attributes:
+        axes: number of axes, 3 or 4.
+        bits: width of the field of an axis.
+    """
+
+    axes: int
+    bits: int
+
+    @property
+    def bias(self) -> int:
+        """Number added to a coordinate, so that fields are not negative."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def mask(self) -> int:
+        """Ones on the width of a field."""
+        return (1 << self.bits) - 1
+
+    @property
+    def shifts(self) -> tuple[int, ...]:
+        """Place of each axis's field in the key."""
+        return tuple(self.bits * i for i in reversed(range(self.axes)))
+
+    @property
+    def scan_shift(self) -> int:
+        """Place of the scan's field in the key."""
+        return self.bits * self.axes
+
+    @property
+    def reach(self) -> Reach:
+        """Limits of coordinates: +-31,743 voxels in 3-D, +-1,983 in 4-D."""
+        room = 1 << (self.bits - 6)
+        return Reach(self.bias - room, self.bias - room // 2, room - 1)
+
+
+_KEYS = {3: KeyFields(3, 16), 4: KeyFields(4, 12)}
+MAX_COORDINATE = _KEYS[3].reach.given
+"""Largest |coordinate| of a given site in 2-D and 3-D."""
+MAX_DERIVED = _KEYS[3].reach.derived
+"""Largest |coordinate| of a derived site in 2-D and 3-D."""
+MAX_REACH = _KEYS[3].reach.kernel
+"""Largest offset of a kernel in 2-D and 3-D."""
+MAX_SCANS = 1 << 14
 """Largest number of scans of a batch."""
 
-Size3 = int | tuple[int, int] | tuple[int, int, int]
-"""A size of a kernel: one number for a cube, (x, y) in 2-D, (x, y, z)."""
+
+def key_fields(axes: int) -> KeyFields:
+    """Fields of the keys of sites with 3 or 4 axes."""
+    return _KEYS[axes]
 
 
-def size3(size: Size3) -> tuple[int, int, int]:
-    """Expand a size to three numbers along x, y, z; a size of two numbers, along x and y, is 1 along z."""
-    if isinstance(size, int):
-        return size, size, size
-    return (size[0], size[1], 1) if len(size) == 2 else size
+def per_axis(value: Any, axes: int = 3, *, name: str = "size", least: int | None = 1) -> tuple[int, ...]:
+    """One integer for each axis; two numbers for three axes are those of x and y in 2-D.
+
+    Args:
+        value: an integer, or a sequence of integers.
+        axes: number of axes.
+        name: name of the value for an error message.
+        least: smallest number allowed; None for any but zero.
+
+    Raises:
+        ValueError: other numbers, or not one per axis.
+    """
+    numbers = [value] * axes if np.ndim(value) == 0 else list(value)
+    if len(numbers) == 2 and axes == 3:
+        numbers.append(1 if least is None else least)
+    whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in numbers)
+    if len(numbers) != axes or not whole or not all(n != 0 if least is None else n >= least for n in numbers):
+        raise ValueError(
+            f"{name} is {value!r}; expected one integer {'other than 0' if least is None else f'from {least} on'}, or "
+            f"one for each of the {axes} axes of the sites" + (" (x, y in 2-D)." if axes == 3 else ".")
+        )
+    return tuple(int(n) for n in numbers)
 
 
-def voxel_coordinates(points: Float[np.ndarray, "m 3"], voxel_size: float) -> Int[np.ndarray, "m 3"]:
+Size3, size3 = PerAxis, per_axis  # until the layers use the new names
+
+
+def shorten(numbers: Sequence[int]) -> PerAxis:
+    """One number where all axes have the same, else a tuple."""
+    return int(numbers[0]) if len(set(numbers)) == 1 else tuple(int(n) for n in numbers)
+
+
+def voxel_coordinates(points: Float[np.ndarray, "m d"], voxel_size: float | Sequence[float]) -> Int[np.ndarray, "m d"]:
     """Voxel of each point: floor(p / voxel_size), divided in float32.
 
     Division, not multiplication by the reciprocal, and in float32: a point on a voxel's face otherwise falls on the
@@ -50,28 +141,34 @@ def voxel_coordinates(points: Float[np.ndarray, "m 3"], voxel_size: float) -> In
 
     Args:
         points: positions in metres.
-        voxel_size: edge of a voxel in metres.
+        voxel_size: edge of a voxel in metres, or its edges along the axes.
 
     Returns:
-        int32 coordinates [m, 3].
+        int32 coordinates [m, d].
 
     Raises:
         InputError: a coordinate is not finite or lies outside the +-31,743 voxels that a site key can hold, or
-            `voxel_size` is not above 0.
+            `voxel_size` is not above 0 or not one number per axis.
     """
-    if not voxel_size > 0:
-        raise InputError(f"voxel_size is {voxel_size}; expected metres above 0.")
+    points = np.asarray(points)
+    size = np.asarray(voxel_size, np.float32)
+    if size.shape not in ((), points.shape[1:]) or not (size > 0).all():
+        raise InputError(
+            f"voxel_size is {voxel_size}; expected metres above 0: one number, or one for each of the "
+            f"{points.shape[1]} columns of the points."
+        )
     finite = np.isfinite(points).all(1)
     if not finite.all():
         raise InputError(
             f"{int((~finite).sum())} of {len(points)} points are NaN or infinite; remove them before voxelisation."
         )
     with np.errstate(over="ignore"):  # beyond float32 is beyond the range too
-        scaled = np.floor(np.asarray(points, np.float32) / np.float32(voxel_size))
-    if len(scaled) and np.abs(scaled).max() >= MAX_COORDINATE:
+        scaled = np.floor(np.asarray(points, np.float32) / size)
+    limit = key_fields(4 if points.shape[1] == 4 else 3).reach.given
+    if len(scaled) and np.abs(scaled).max() >= limit:
         raise InputError(
             f"a point lies {float(np.abs(points).max()):.1f} m from the origin; voxels of {voxel_size} m reach "
-            f"{MAX_COORDINATE * voxel_size:.1f} m: centre the scan, check its unit (metres), or use larger voxels."
+            f"{limit * float(size.min()):.1f} m: centre the scan, check its unit (metres), or use larger voxels."
         )
     return scaled.astype(np.int32)
 
@@ -79,23 +176,26 @@ def voxel_coordinates(points: Float[np.ndarray, "m 3"], voxel_size: float) -> In
 # ---------------------------------------------------------------- keys
 
 
-def pack_keys(coords: Int[np.ndarray, "n 4"], limit: int = MAX_DERIVED) -> Int[np.ndarray, " n"]:
+def pack_keys(coords: Int[np.ndarray, "n d"], limit: int | None = None) -> Int[np.ndarray, " n"]:
     """int64 keys of (scan, x, y, z) rows; their order is the lexicographic order of the rows.
 
     Args:
-        coords: rows (scan, x, y, z).
-        limit: largest |coordinate| allowed; `MAX_COORDINATE` for sites that were not made from others.
+        coords: rows (scan, x, y, z), or (scan, x, y, z, t).
+        limit: largest |coordinate| allowed; by default that of derived sites.
 
     Raises:
         InputError: a coordinate or a scan index is out of range.
     """
     c = coords.astype(np.int64)
+    fields = key_fields(c.shape[1] - 1)
     if len(c):
-        _check_reach(int(np.abs(c[:, 1:]).max()), limit)
+        _check_reach(int(np.abs(c[:, 1:]).max()), fields.reach.derived if limit is None else limit)
         if c[:, 0].min() < 0 or c[:, 0].max() >= MAX_SCANS:
             raise InputError(f"scan indices must lie in 0..{MAX_SCANS - 1}, given up to {int(c[:, 0].max())}.")
-    c[:, 1:] += _BIAS
-    return (c[:, 0] << 3 * _BITS) | (c[:, 1] << 2 * _BITS) | (c[:, 2] << _BITS) | c[:, 3]
+    keys = c[:, 0]
+    for axis in range(fields.axes):
+        keys = (keys << fields.bits) + (c[:, 1 + axis] + fields.bias)
+    return keys
 
 
 def _check_reach(reach: int, limit: int) -> None:
@@ -105,21 +205,17 @@ def _check_reach(reach: int, limit: int) -> None:
         )
 
 
-def _reach(keys: Int[np.ndarray, " n"]) -> int:
-    """Largest |coordinate|."""
-    return max(int(np.abs(((keys >> shift) & _FIELD) - _BIAS).max(initial=0)) for shift in (2 * _BITS, _BITS, 0))
+def unpack_keys(keys: Int[np.ndarray, " n"], axes: int = 3) -> Int[np.ndarray, "n d"]:
+    """(scan, x, y, z) rows, int32, of int64 keys; (scan, x, y, z, t) of keys with four axes."""
+    fields = key_fields(axes)
+    parts = [keys >> fields.scan_shift] + [((keys >> s) & fields.mask) - fields.bias for s in fields.shifts]
+    return np.stack(parts, -1).astype(np.int32)
 
 
-def unpack_keys(keys: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n 4"]:
-    """(scan, x, y, z) rows, int32, of int64 keys."""
-    fields = [keys >> 3 * _BITS] + [((keys >> shift) & _FIELD) - _BIAS for shift in (2 * _BITS, _BITS, 0)]
-    return np.stack(fields, -1).astype(np.int32)
-
-
-def key_offsets(offsets: Int[np.ndarray, "v 3"]) -> Int[np.ndarray, " v"]:
-    """Differences of keys for moves (dx, dy, dz) in voxels: key + difference is the key of the moved site."""
-    o = offsets.astype(np.int64)
-    return (o[:, 0] << 2 * _BITS) + (o[:, 1] << _BITS) + o[:, 2]
+def key_offsets(offsets: Int[np.ndarray, "v d"]) -> Int[np.ndarray, " v"]:
+    """Differences of keys for moves in voxels: key + difference is the key of the moved site."""
+    shifts = key_fields(offsets.shape[1]).shifts
+    return sum((offsets[:, i].astype(np.int64) << shift) for i, shift in enumerate(shifts))  # type: ignore[return-value]
 
 
 def sorted_unique(keys: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
@@ -136,29 +232,90 @@ def _starts(ordered: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
 # ---------------------------------------------------------------- offsets of kernels
 
 
-def kernel_offsets(kernel_size: Size3, dilation: int = 1) -> Int[np.ndarray, "v 3"]:
+def kernel_offsets(kernel_size: PerAxis, dilation: PerAxis = 1, axes: int | None = None) -> Int[np.ndarray, "v d"]:
     """Integer offsets of a kernel's slices, x fastest: slice k = ix + Kx * iy + Kx * Ky * iz.
 
     Odd sizes are centred (-K//2 .. K//2), even sizes start at zero (0 .. K-1).
+
+    Args:
+        kernel_size: size of the kernel.
+        dilation: distance of neighbouring slices.
+        axes: number of axes, 3 or 4; by default 4 for a size of four numbers, else 3.
     """
-    axes = [np.arange(k) - (k // 2 if k % 2 else 0) for k in size3(kernel_size)]
-    z, y, x = np.meshgrid(axes[2], axes[1], axes[0], indexing="ij")
-    return (np.stack([x.ravel(), y.ravel(), z.ravel()], -1) * dilation).astype(np.int64)
+    axes = axes or (4 if np.ndim(kernel_size) and len(kernel_size) == 4 else 3)  # type: ignore[arg-type]
+    sizes = per_axis(kernel_size, axes, name="kernel_size")
+    ranges = [np.arange(k, dtype=np.int64) - (k // 2 if k % 2 else 0) for k in sizes]
+    grids = np.meshgrid(*reversed(ranges), indexing="ij")
+    return np.stack([grid.ravel() for grid in reversed(grids)], -1) * np.array(
+        per_axis(dilation, axes, name="dilation")
+    )
 
 
-def voxel_offsets(kernel_size: Size3, dilation: int, stride: int) -> Int[np.ndarray, "v 3"]:
+def voxel_offsets(kernel_size: PerAxis, dilation: PerAxis, stride: PerAxis, axes: int = 3) -> Int[np.ndarray, "v d"]:
     """Offsets of a kernel's slices in finest voxels, for sites of the given stride.
 
     Raises:
-        InputError: the kernel reaches farther than a key has room for, `MAX_REACH` voxels.
+        ValueError: a size or a dilation is not one positive integer per axis.
+        InputError: the kernel reaches farther than a key has room for.
     """
-    reach = max(k // 2 if k % 2 else k - 1 for k in size3(kernel_size)) * abs(dilation) * stride
-    if reach > MAX_REACH:
+    offsets = kernel_offsets(kernel_size, dilation, axes) * np.array(per_axis(stride, axes, name="stride"))
+    reach, most = int(np.abs(offsets).max(initial=0)), key_fields(axes).reach.kernel
+    if reach > most:
         raise InputError(
             f"a kernel of size {kernel_size} and dilation {dilation} on sites of stride {stride} reaches {reach} "
-            f"voxels, a map holds at most {MAX_REACH}; use a smaller kernel, dilation or stride."
+            f"voxels, a map holds at most {most}; use a smaller kernel, dilation or stride."
         )
-    return kernel_offsets(kernel_size, dilation) * stride
+    return offsets
+
+
+# ---------------------------------------------------------------- identity
+
+
+class Root:
+    """A set that was not made from another one: where an identity begins.
+
+    Attributes:
+        name: name in identities.
+    """
+
+    def __init__(self, name: str):
+        """Begin an identity with a name; each root is one of its own, whatever its name."""
+        self.name = name
+
+
+Lineage = Root | tuple
+"""A root, or (text with a place {} for each parent, *parents), or (factors of a coarser grid, parent)."""
+
+
+def render_identity(lineage: Lineage, numbers: Mapping[Root, int] | None = None) -> str:
+    """Identity of a set as text; roots with a number above zero carry it."""
+    if isinstance(lineage, Root):
+        number = (numbers or {}).get(lineage, 0)
+        return f"{lineage.name}#{number}" if number else lineage.name
+    operation, *parents = lineage
+    identities = [render_identity(parent, numbers) for parent in parents]
+    return operation.format(*identities) if isinstance(operation, str) else coarser_identity(*identities, operation)
+
+
+def coarser_identity(identity: str, factors: tuple[int, ...]) -> str:
+    """Identity of coarser sites; downsampling twice by 2 is downsampling by 4."""
+    base, _, last = identity.rpartition("/")
+    if base and last.replace("x", "").isdigit():
+        before = [int(part) for part in last.split("x")]
+        before = before * len(factors) if len(before) == 1 else before
+        identity, factors = base, tuple(a * b for a, b in zip(before, factors, strict=True))
+    return f"{identity}/{'x'.join(map(str, factors)) if len(set(factors)) > 1 else factors[0]}"
+
+
+def generated_identity(identity: str, kernel_size: PerAxis, factor: PerAxis, axes: int) -> str:
+    """Identity of the sites that a generative convolution makes."""
+    sizes = (shorten(per_axis(value, axes)) for value in (kernel_size, factor))
+    return "generate({}, {}, {})".format(identity, *sizes)
+
+
+def roots_of(lineage: Lineage) -> list[Root]:
+    """Roots of a lineage, in order."""
+    return [lineage] if isinstance(lineage, Root) else [root for parent in lineage[1:] for root in roots_of(parent)]
 
 
 # ---------------------------------------------------------------- sets on the host
@@ -170,30 +327,44 @@ class SiteSet:
 
     Attributes:
         keys: int64 [n], sorted and unique.
-        stride: distance of neighbouring sites, in finest voxels.
+        stride: distance of neighbouring sites, in finest voxels; one number, or one per axis.
         num_scans: number of scans in the batch; the scan indices of keys are below it.
+        axes: number of coordinates of a site: 3, also in 2-D where z is 0, or 4.
+        lineage: operations that made the set, for its identity.
     """
 
     keys: np.ndarray
-    stride: int
+    stride: PerAxis
     num_scans: int
+    axes: int = 3
+    lineage: Lineage = field(default_factory=lambda: Root("sites"), compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @property
-    def coords(self) -> Int[np.ndarray, "n 4"]:
-        """(scan, x, y, z) rows in lexicographic order, int32."""
-        return unpack_keys(self.keys)
+    def identity(self) -> str:
+        """Operations that made the set, as text."""
+        return render_identity(self.lineage)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Stride along each axis."""
+        return per_axis(self.stride, self.axes, name="stride")
+
+    @property
+    def coords(self) -> Int[np.ndarray, "n d"]:
+        """(scan, x, y, z) rows in lexicographic order, int32; (scan, x, y, z, t) with four axes."""
+        return unpack_keys(self.keys, self.axes)
 
     @property
     def scan(self) -> Int[np.ndarray, " n"]:
         """Scan index of each site, int32."""
-        return (self.keys >> 3 * _BITS).astype(np.int32)
+        return (self.keys >> key_fields(self.axes).scan_shift).astype(np.int32)
 
-    def lookup(self, coords: Int[np.ndarray, "m 4"]) -> Int[np.ndarray, " m"]:
+    def lookup(self, coords: Int[np.ndarray, "m d"]) -> Int[np.ndarray, " m"]:
         """Row of each given site, int32, -1 where it is not in the set."""
-        return find_keys(self.keys, pack_keys(coords))
+        return find_keys(self.keys, pack_keys(with_axes(np.asarray(coords), self.axes)))
 
 
 def find_keys(keys: Int[np.ndarray, " n"], queries: Int[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
@@ -204,74 +375,138 @@ def find_keys(keys: Int[np.ndarray, " n"], queries: Int[np.ndarray, " m"]) -> In
     return np.where(keys[rows] == queries, rows, -1).astype(np.int32)
 
 
-def site_set(coords: Int[np.ndarray, "n d"], *, stride: int = 1, num_scans: int | None = None) -> SiteSet:
+def with_axes(coords: AnyArray, axes: int | None = None) -> AnyArray:
+    """Rows (scan, x, y, ...) with all their axes: rows of a 2-D site get z = 0.
+
+    Raises:
+        InputError: rows of another length.
+    """
+    lengths = {None: (3, 4, 5), 3: (3, 4), 4: (5,)}
+    if coords.ndim != 2 or coords.shape[1] not in lengths[axes]:
+        raise InputError(
+            f"coordinates have the shape {list(coords.shape)}; expected rows (scan, x, y, z), (scan, x, y) in 2-D or "
+            "(scan, x, y, z, t) in 4-D."
+        )
+    if coords.shape[1] > 3:
+        return coords
+    xp = np if isinstance(coords, np.ndarray) else jnp
+    return xp.concatenate([coords, xp.zeros_like(coords[:, :1])], 1)
+
+
+def site_set(coords: AnyArray, *, stride: PerAxis = 1, num_scans: int | None = None, name: str = "sites") -> SiteSet:
     """The set of the given sites, in any order, duplicates merged.
 
     Args:
-        coords: rows (scan, x, y, z), or (scan, x, y) in 2-D, where z is 0.
+        coords: whole numbers, rows (scan, x, y, z); (scan, x, y) in 2-D, where z is 0; (scan, x, y, z, t) in 4-D.
         stride: stride of the set; coordinates are multiples of it.
         num_scans: number of scans in the batch; default one more than the largest scan index.
+        name: name of the set in the identities of what is made from it.
 
     Raises:
-        InputError: a coordinate or a scan index is out of range.
+        InputError: a coordinate is not whole, no multiple of the stride or out of range, or a scan index is.
     """
-    if coords.shape[1] == 3:
-        coords = np.concatenate([coords, np.zeros_like(coords[:, :1])], 1)
-    most = int(coords[:, 0].max()) + 1 if len(coords) else 1
+    rows = with_axes(np.asarray(coords))
+    axes = rows.shape[1] - 1
+    if not np.issubdtype(rows.dtype, np.integer):
+        whole = np.isfinite(rows) & (rows == np.floor(rows)) if np.issubdtype(rows.dtype, np.floating) else False
+        if not np.all(whole):
+            raise InputError(
+                f"coordinates of type {rows.dtype} hold {int((~np.asarray(whole)).sum())} values that are no whole "
+                "numbers; give integers, or points in metres to sparse.voxelize."
+            )
+        rows = np.clip(rows, -(2.0**40), 2.0**40).astype(np.int64)
+    steps = per_axis(stride, axes, name="stride")
+    if (rows[:, 1:] % steps).any():
+        odd = rows[(rows[:, 1:] % steps).any(1)][0].tolist()
+        raise InputError(
+            f"site {odd} is none of a grid of stride {stride}: coordinates count finest voxels, multiply them by the "
+            "stride, or leave the stride out."
+        )
+    most = int(rows[:, 0].max()) + 1 if len(rows) else 1
     scans = most if num_scans is None else num_scans
-    if len(coords) and most > scans:
+    if len(rows) and most > scans:
         raise InputError(f"scan index {most - 1} is none of a batch of {scans} scans; count scans from 0.")
-    return SiteSet(sorted_unique(pack_keys(coords, MAX_COORDINATE)), stride, scans)
+    keys = sorted_unique(pack_keys(rows, key_fields(axes).reach.given))
+    return SiteSet(keys, shorten(steps), scans, axes, Root(name))
 
 
 @dataclass(frozen=True)
 class Voxelization:
-    """Sites of a batch of point clouds, and the point that each takes its features from.
+    """Sites of a batch of point clouds, and the points that they come from.
 
     Attributes:
         sites: occupied voxels, stride 1.
         first_point: int64 [n], first point of each voxel, as a row of the concatenated point clouds.
+        site_of_point: int32 [m], row of the site of each point of the concatenated point clouds; None if not asked for.
     """
 
     sites: SiteSet
     first_point: np.ndarray
+    site_of_point: np.ndarray | None = None
 
 
-def voxelize(clouds: Sequence[np.ndarray], voxel_size: float) -> Voxelization:
+def voxelize(
+    clouds: Sequence[np.ndarray],
+    voxel_size: float | Sequence[float],
+    *,
+    axes: int = 3,
+    inverse: bool = False,
+    name: str = "voxels",
+) -> Voxelization:
     """Voxelise one point cloud per scan; the first point of a voxel represents it.
 
     Args:
-        clouds: one float32 array [m_i, 3] per scan, in metres; empty ones are allowed.
-        voxel_size: edge of a voxel in metres.
+        clouds: one array [m_i, 3] per scan, in metres; [m_i, 2] in 2-D, [m_i, 4] in 4-D; empty ones are allowed.
+        voxel_size: edge of a voxel in metres, or its edges along the axes.
+        axes: 3, also in 2-D, or 4.
+        inverse: if True, the site of every point is returned too.
+        name: name of the sites in the identities of what is made from them.
 
     Raises:
-        InputError: as `voxel_coordinates`; or one array is given in place of a list of arrays.
+        InputError: as `voxel_coordinates`; a cloud has other columns; or one array is given in place of a list.
     """
-    if isinstance(clouds, np.ndarray) and clouds.ndim < 3:
+    if hasattr(clouds, "shape") and len(clouds.shape) < 3:
         raise InputError(f"an array {list(clouds.shape)} was given; expected is a list with an array [m, 3] a scan.")
-    coords = [voxel_coordinates(points, voxel_size) for points in clouds]
-    rows = np.concatenate([np.empty((0, 3), np.int32), *coords])
-    scan = np.repeat(np.arange(len(clouds)), [len(c) for c in coords])
+    clouds = [np.asarray(cloud) for cloud in clouds]
+    allowed = (2, 3) if axes == 3 else (4,)
+    for cloud in clouds:
+        if cloud.ndim != 2 or cloud.shape[1] not in allowed or cloud.dtype.kind not in "fiu":
+            raise InputError(
+                f"a cloud has the shape {list(cloud.shape)} and the type {cloud.dtype}; expected are numbers "
+                f"[m, {' or '.join(map(str, allowed))}], positions alone: cut colours and intensities off"
+                + (", or ask for axes=4." if cloud.ndim == 2 and cloud.shape[1] == 4 else ".")
+            )
     if len(clouds) > MAX_SCANS:
         raise InputError(f"a batch of {len(clouds)} scans was given, a key holds {MAX_SCANS}; use smaller ones.")
-    keys, first = _distinct_voxels(scan, rows)
-    return Voxelization(SiteSet(keys, 1, len(clouds)), first)
+    columns = {cloud.shape[1] for cloud in clouds} or {axes}
+    if len(columns) > 1:
+        raise InputError(f"clouds with {sorted(columns)} columns were given; expected is one dimension for all.")
+    coords = [voxel_coordinates(points, voxel_size) for points in clouds]
+    rows = np.concatenate([np.empty((0, *columns), np.int32), *coords])
+    if columns == {2}:
+        rows = np.concatenate([rows, np.zeros_like(rows[:, :1])], 1)
+    scan = np.repeat(np.arange(len(clouds)), [len(c) for c in coords])
+    keys, order, starts = _distinct_voxels(scan, rows)
+    site_of_point = None
+    if inverse:
+        site_of_point = np.empty(len(rows), np.int32)
+        site_of_point[order] = np.cumsum(starts, dtype=np.int32) - 1
+    return Voxelization(SiteSet(keys, 1, len(clouds), axes, Root(name)), order[starts], site_of_point)
 
 
 def _distinct_voxels(
-    scan: Int[np.ndarray, " n"], rows: Int[np.ndarray, "n 3"]
-) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
-    """Sorted distinct keys of (scan, x, y, z), and the first row with each."""
+    scan: Int[np.ndarray, " n"], rows: Int[np.ndarray, "n d"]
+) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+    """Sorted distinct keys, the rows in the order of their keys, and True where a new key starts in that order."""
     low = rows.min(0, initial=0)
     bits = [int(extent).bit_length() for extent in (rows.max(0, initial=0) - low)]
-    x_bits, y_bits, z_bits = bits
     place_bits = len(rows).bit_length()
     scan_bits = int(scan[-1] if len(scan) else 0).bit_length()
     if scan_bits + sum(bits) + place_bits > 63:
         keys = pack_keys(np.concatenate([scan[:, None], rows], 1))
         order = np.argsort(keys, kind="stable")
         starts = _starts(keys[order])
-        return keys[order][starts], order[starts]
+        return keys[order][starts], order, starts
     # Voxel and row fit one word: sorting that is several times faster than an argsort of the voxels.
     word = scan.astype(np.int64)
     for axis, width in enumerate(bits):
@@ -281,63 +516,89 @@ def _distinct_voxels(
     word <<= place_bits
     word += np.arange(len(rows))
     word.sort()
-    voxel = word >> place_bits
-    starts = _starts(voxel)
-    voxel, first = voxel[starts], word[starts] & ((1 << place_bits) - 1)
-    z = voxel & ((1 << z_bits) - 1)
-    y = (voxel >> z_bits) & ((1 << y_bits) - 1)
-    x = (voxel >> (z_bits + y_bits)) & ((1 << x_bits) - 1)
-    move = low.astype(np.int64) + _BIAS
-    keys = (voxel >> sum(bits)) << 3 * _BITS
-    keys += ((x + move[0]) << 2 * _BITS) + ((y + move[1]) << _BITS) + (z + move[2])
-    return keys, first
+    order = word & ((1 << place_bits) - 1)
+    word >>= place_bits
+    starts = _starts(word)
+    voxel = word[starts]
+    fields = key_fields(rows.shape[1])
+    keys = (voxel >> sum(bits)) << fields.scan_shift
+    below = 0
+    for axis in reversed(range(len(bits))):
+        place = (voxel >> below) & ((1 << bits[axis]) - 1)
+        keys += (place + (int(low[axis]) + fields.bias)) << fields.shifts[axis]
+        below += bits[axis]
+    return keys, order, starts
 
 
-def downsample(sites: SiteSet, factor: int) -> SiteSet:
+def downsample(sites: SiteSet, factor: PerAxis) -> SiteSet:
     """Sites of the coarser grid: unique(floor(c / s) * s) with s = sites.stride * factor, true floor.
 
+    Args:
+        sites: sites of the finer grid.
+        factor: ratio of the strides, one number or one per axis.
+
     Raises:
-        InputError: a coarse site lies outside +-`MAX_DERIVED`.
+        ValueError: the factor is not one positive integer per axis.
+        InputError: a coarse site is out of the range of a key.
     """
-    stride = sites.stride * factor
-    if stride & (stride - 1) == 0 and MAX_DERIVED % stride == 0:
+    factors = per_axis(factor, sites.axes, name="factor")
+    strides = [s * f for s, f in zip(sites.strides, factors, strict=True)]
+    fields = key_fields(sites.axes)
+    if all(s & (s - 1) == 0 and fields.reach.derived % s == 0 for s in strides):
         # The bias is a multiple of every power of two: clear the low bits of each field.
-        low = _FIELD & ~(stride - 1)
-        mask = (-1 << 3 * _BITS) | (low << 2 * _BITS) | (low << _BITS) | low
+        mask = -1 << fields.scan_shift
+        for stride, shift in zip(strides, fields.shifts, strict=True):
+            mask |= (fields.mask & ~(stride - 1)) << shift
         keys = sites.keys & np.int64(mask)
     else:
         coords = sites.coords
-        coords[:, 1:] = np.floor_divide(coords[:, 1:], stride) * stride
+        coords[:, 1:] = np.floor_divide(coords[:, 1:], strides) * strides
         keys = pack_keys(coords)
-    return SiteSet(sorted_unique(keys), stride, sites.num_scans)
+    lineage = (factors, sites.lineage)
+    return SiteSet(sorted_unique(keys), shorten(strides), sites.num_scans, sites.axes, lineage)
 
 
-def generate(sites: SiteSet, kernel_size: Size3, factor: int = 2) -> SiteSet:
+def generate(sites: SiteSet, kernel_size: PerAxis, factor: PerAxis = 2) -> SiteSet:
     """Sites of a generative transposed convolution: every site plus every offset of the finer stride.
 
     Raises:
         ValueError: the stride of the sites is not a multiple of `factor`.
-        InputError: a generated site may lie outside +-`MAX_DERIVED`.
+        InputError: a generated site may be out of the range of a key.
     """
-    if sites.stride % factor:
-        raise ValueError(f"sites of stride {sites.stride} have no finer grid at 1/{factor} of it.")
-    stride = sites.stride // factor
-    offsets = voxel_offsets(kernel_size, 1, stride)
-    _check_reach(_reach(sites.keys) + int(np.abs(offsets).max(initial=0)), MAX_DERIVED)
-    moves = key_offsets(offsets)
-    return SiteSet(sorted_unique((sites.keys[None, :] + moves[:, None]).ravel()), stride, sites.num_scans)
+    strides = finer_strides(sites.strides, factor)
+    offsets = voxel_offsets(kernel_size, 1, strides, sites.axes)
+    fields = key_fields(sites.axes)
+    reach = max(
+        int(np.abs(((sites.keys >> shift) & fields.mask) - fields.bias).max(initial=0)) for shift in fields.shifts
+    )
+    _check_reach(reach + int(np.abs(offsets).max(initial=0)), fields.reach.derived)
+    keys = sorted_unique((sites.keys[None, :] + key_offsets(offsets)[:, None]).ravel())
+    lineage = (generated_identity("{}", kernel_size, factor, sites.axes), sites.lineage)
+    return SiteSet(keys, shorten(strides), sites.num_scans, sites.axes, lineage)
+
+
+def finer_strides(strides: tuple[int, ...], factor: PerAxis) -> tuple[int, ...]:
+    """Strides divided by a factor.
+
+    Raises:
+        ValueError: a stride is no multiple of the factor.
+    """
+    factors = per_axis(factor, len(strides), name="factor")
+    if any(s % f for s, f in zip(strides, factors, strict=True)):
+        raise ValueError(f"sites of stride {shorten(strides)} have no finer grid at 1/{factor} of it.")
+    return tuple(s // f for s, f in zip(strides, factors, strict=True))
 
 
 def unite(a: SiteSet, b: SiteSet) -> SiteSet:
     """Union of two site sets of one stride.
 
     Raises:
-        ValueError: the strides differ.
+        ValueError: the strides or the numbers of axes differ.
     """
-    if a.stride != b.stride:
+    if (a.strides, a.axes) != (b.strides, b.axes):
         raise ValueError(f"a union needs one stride, given {a.stride} and {b.stride}.")
     keys = sorted_unique(np.concatenate([a.keys, b.keys]))
-    return SiteSet(keys, a.stride, max(a.num_scans, b.num_scans))
+    return SiteSet(keys, a.stride, max(a.num_scans, b.num_scans), a.axes, ("unite({}, {})", a.lineage, b.lineage))
 
 
 # ---------------------------------------------------------------- padded sites
@@ -350,21 +611,34 @@ class Sites:
 
     Attributes:
         coords: int32 [N, 4], rows (scan, x, y, z) in finest voxels, in lexicographic order; padding rows, all at the
-            end, have scan = num_scans.
+            end, have scan = num_scans. [N, 5] in 4-D.
         n: int32 [], number of valid rows.
-        stride: distance of neighbouring sites in finest voxels (static).
+        stride: distance of neighbouring sites in finest voxels, one number or one per axis (static).
         num_scans: number of scans in the batch (static).
+        identity: operations that made the sites, the same for every scan (static). Tensors on sites of another
+            identity are refused.
     """
 
     coords: Leaf
     n: Leaf
-    stride: int = static_field()
+    stride: int | tuple[int, ...] = static_field()
     num_scans: int = static_field()
+    identity: str = static_field(default="sites")
 
     @property
     def capacity(self) -> int:
         """Number of rows, padding included."""
         return self.coords.shape[0]
+
+    @property
+    def axes(self) -> int:
+        """Number of coordinates of a site: 3, also in 2-D, or 4."""
+        return self.coords.shape[-1] - 1
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Stride along each axis."""
+        return per_axis(self.stride, self.axes, name="stride")
 
     @property
     def scan(self) -> Int[AnyArray, " N"]:
@@ -395,8 +669,91 @@ class SparseTensor:
         return replace(self, features=features)
 
 
-def pad_sites(sites: SiteSet, capacity: int) -> Sites:
+check_values = jax.make_user_context(False)
+"""Context in which coordinates are compared by value inside jit too, for programs under `checkify.checkify`.
+
+    with sparse.check_values(True):
+        error, y = checkify.checkify(jax.jit(model))(x, maps)
+    error.throw()
+"""
+
+
+def check_same_sites(user: str, a: Sites, b: Sites) -> None:
+    """Refuse two sets of sites that are not the same.
+
+    Sets of one stride, capacity, number of scans and identity pass. Coordinates whose values are known, outside jit,
+    are compared, and decide where identities differ. Inside jit they are compared within `check_values(True)`.
+
+    Args:
+        user: subject of the error message, as "add was given tensors".
+        a: sites.
+        b: sites that should be the same.
+
+    Raises:
+        ValueError: the sites differ.
+    """
+    for sites in (a, b):
+        if not isinstance(sites, Sites):
+            raise ValueError(
+                f"{user} on a {type(sites).__name__}; expected padded Sites: pad a set with sparse.pad_sites, or the "
+                "tables of a network with sparse.pad_tables."
+            )
+    static = [(s.stride, s.capacity, s.num_scans, s.axes) for s in (a, b)]
+    if static[0] != static[1]:
+        names = ("stride", "rows", "scans", "axes")
+        differ = [f"{n} {p} and {q}" for n, p, q in zip(names, *static, strict=True) if p != q]
+        raise ValueError(f"{user} on different sites: {a.identity!r} and {b.identity!r}, of {', '.join(differ)}.")
+    if a.coords is b.coords:
+        return
+    if not any(isinstance(s.coords, jax.core.Tracer) for s in (a, b)):
+        if not np.array_equal(a.coords, b.coords):
+            raise ValueError(
+                f"{user} on different sites: {a.identity!r} with {int(a.n)} and {b.identity!r} with {int(b.n)} rows "
+                "hold other coordinates; unite them (unite=True, sparse.union_add), or build the map for these sites."
+            )
+        return
+    if a.identity != b.identity:
+        raise ValueError(
+            f"{user} on different sites: {a.identity!r} and {b.identity!r}; unite them (unite=True, sparse.union_add), "
+            "build the map for these sites, or, if they are equal, give both one identity."
+        )
+    if check_values.value:
+        same = (jnp.asarray(a.coords) == jnp.asarray(b.coords)).all()
+        checkify.check(same, f"{user} on sites {a.identity!r} with other coordinates.")
+
+
+_uses: WeakKeyDictionary[Any, Counter[str]] = WeakKeyDictionary()
+"""Number of sets made by each operation in each trace."""
+
+
+def number_identity(identity: str, *arrays: Any) -> str:
+    """Tell apart sites made twice by one operation in a trace: the second is "...#1", and so on.
+
+    The numbers begin anew in every trace, so that they are the same for every scan. Outside jit nothing is numbered:
+    there coordinates are compared by value.
+
+    Args:
+        identity: operation and what it was applied to.
+        arrays: arrays that decide the sites.
+    """
+    traces = [array._trace for array in jax.tree.leaves(arrays) if isinstance(array, jax.core.Tracer)]
+    if not traces:
+        return identity
+    trace = traces[0]
+    while hasattr(trace, "parent_trace"):
+        trace = trace.parent_trace
+    count = _uses.setdefault(trace, Counter())
+    count[identity] += 1
+    return identity if count[identity] == 1 else f"{identity}#{count[identity] - 1}"
+
+
+def pad_sites(sites: SiteSet, capacity: int, *, identity: str | None = None) -> Sites:
     """A host set as padded arrays (numpy).
+
+    Args:
+        sites: the set.
+        capacity: number of rows.
+        identity: identity of the sites; by default that of the set.
 
     Raises:
         InputError: more sites than `capacity`.
@@ -406,10 +763,10 @@ def pad_sites(sites: SiteSet, capacity: int) -> Sites:
         raise InputError(
             f"{n} sites of stride {sites.stride} do not fit a capacity of {capacity}; take a larger bucket."
         )
-    coords = np.zeros((capacity, 4), np.int32)
+    coords = np.zeros((capacity, 1 + sites.axes), np.int32)
     coords[:n] = sites.coords
     coords[n:, 0] = sites.num_scans
-    return Sites(coords, np.asarray(n, np.int32), sites.stride, sites.num_scans)
+    return Sites(coords, np.asarray(n, np.int32), sites.stride, sites.num_scans, identity or sites.identity)
 
 
 def pad_rows(rows: AnyArray, capacity: int) -> np.ndarray:
