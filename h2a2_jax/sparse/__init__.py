@@ -7,8 +7,11 @@ are convolved (`conv`) and pooled (`pool`) on a device. `docs/layers.md` walks t
 
 from h2a2_jax.sparse.buckets import BucketLadder, level_sizes, pad_tables
 from h2a2_jax.sparse.conv import convolve
+from h2a2_jax.sparse.cover import cover
 from h2a2_jax.sparse.in_jit import (
+    cover_sites,
     downsample_sites,
+    find_rows,
     generate_sites,
     generative_map,
     inverse_map,
@@ -43,6 +46,7 @@ from h2a2_jax.sparse.sites import (
     SiteSet,
     SparseTensor,
     Voxelization,
+    check_values,
     downsample,
     generate,
     kernel_offsets,
@@ -65,10 +69,14 @@ __all__ = [
     "SparseTensor",
     "Voxelization",
     "average_pool",
+    "check_values",
     "choose_tile_size",
     "convolve",
+    "cover",
+    "cover_sites",
     "downsample",
     "downsample_sites",
+    "find_rows",
     "generate",
     "generate_sites",
     "generative_map",

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from h2a2_jax.sparse.neighbors import KINDS, NeighborTable, check_rows, submanifold_neighbors
-from h2a2_jax.sparse.sites import PerAxis, Sites, SiteSet, downsample, find_keys, kernel_offsets, pack_keys
+from h2a2_jax.sparse.sites import Sites, SiteSet, downsample, find_keys, kernel_offsets, pack_keys
 from h2a2_jax.typing import AnyArray, Leaf, static_field
 
 # ---------------------------------------------------------------- tiles of pairs
@@ -276,7 +276,7 @@ class KernelMap:
         return self.inputs.num_scans
 
     @property
-    def strides(self) -> tuple[PerAxis, PerAxis]:
+    def strides(self) -> tuple[int | tuple[int, ...], int | tuple[int, ...]]:
         """Strides of the input and of the output sites."""
         return self.inputs.stride, self.outputs.stride
 
