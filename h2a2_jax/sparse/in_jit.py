@@ -157,7 +157,8 @@ def voxelize_points(
         InputError: the points have other columns, or `voxel_size` is not above 0 or not one number per axis.
         ValueError: scans are not integers, or a number is out of range.
     """
-    points, scan = jnp.asarray(points), _check_scan(scan, points)
+    points = jnp.asarray(points)
+    scan = _check_scan(scan, points)
     voxels, inside = _voxels(points, voxel_size)
     given = _given(scan, n, num_scans)
     coords = with_axes(jnp.concatenate([scan[:, None].astype(jnp.int32), voxels], 1))
