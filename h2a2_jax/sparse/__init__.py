@@ -57,6 +57,7 @@ from h2a2_jax.sparse.sites import (
     voxel_coordinates,
     voxelize,
 )
+from h2a2_jax.sparse.unet_plan import UNetPlan
 
 __all__ = [
     "BucketLadder",
@@ -67,6 +68,7 @@ __all__ = [
     "SiteSet",
     "Sites",
     "SparseTensor",
+    "UNetPlan",
     "Voxelization",
     "average_pool",
     "check_values",

@@ -42,11 +42,10 @@ def cover(
     check_set("cover", sites)
     window = Window.of(sites.strides, kernel_size, stride, padding, dilation, shape)
     coords = sites.coords
-    outside = coords[~window.inside(coords)]
-    if len(outside):
+    if shape is not None and not (inside := window.inside(coords)).all():
         raise InputError(
-            f"site {outside[0].tolist()} lies outside of a grid of shape {shape} and stride {sites.stride}; give a "
-            "larger shape, or none for an unbounded grid."
+            f"site {coords[~inside][0].tolist()} lies outside of a grid of shape {shape} and stride {sites.stride}; "
+            "give a larger shape, or none for an unbounded grid."
         )
     outputs, covered = window.outputs(coords)
     keys = sorted_unique(pack_keys(outputs[covered]))
@@ -122,9 +121,7 @@ class Window:
         return f"cover({', '.join([inputs, *(str(shorten(n)) for n in numbers)])})"
 
     def inside(self, coords: Any) -> Any:
-        """True [n] for the rows (scan, x, y, z) inside the grid; numpy or JAX arrays."""
-        if self.shape is None:
-            return coords[:, 0] == coords[:, 0]
+        """True [n] for the rows (scan, x, y, z) inside the grid of `shape`; numpy or JAX arrays."""
         extent = np.array(self.shape, np.int32) * np.array(self.strides, np.int32)
         return ((coords[:, 1:] >= 0) & (coords[:, 1:] < extent)).all(1)
 

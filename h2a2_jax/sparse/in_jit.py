@@ -203,8 +203,11 @@ def sites_from_coords(
     strides = per_axis(stride, rows.shape[1] - 1, name="stride")
     limit = key_fields(rows.shape[1] - 1).reach.given
     given = _given(rows[:, 0], len(rows) if n is None else n, num_scans)
-    inside = None if max(strides) == 1 else (rows[:, 1:] % np.array(strides, np.int32) == 0).all(1)
-    sites, overflow = _collect("sites_from_coords", rows, given, limit, capacity, strides, num_scans, name, inside)
+    lost: Array | int = 0
+    if max(strides) > 1:
+        on_grid = (rows[:, 1:] % np.array(strides, np.int32) == 0).all(1)
+        given, lost = given & on_grid, (given & ~on_grid).sum(dtype=jnp.int32)
+    sites, overflow = _collect("sites_from_coords", rows, given, limit, capacity, strides, num_scans, name, lost)
     return replace(sites, identity=number_identity(name, sites.coords)), overflow
 
 
@@ -252,13 +255,16 @@ def cover_sites(
     """
     check_padded("cover_sites", sites)
     window = Window.of(sites.strides, kernel_size, stride, padding, dilation, shape)
-    coords = jnp.asarray(sites.coords)
+    coords, valid = jnp.asarray(sites.coords), sites.valid
+    lost: Array | int = 0
+    if shape is not None:
+        inside = window.inside(coords)
+        valid, lost = valid & inside, (valid & ~inside).sum(dtype=jnp.int32)
     outputs, covered = window.outputs(coords)
-    given = (covered & sites.valid).reshape(-1)
-    inside = jnp.tile(window.inside(coords), len(outputs))
+    given = (covered & valid).reshape(-1)
     limit, strides = key_fields(sites.axes).reach.derived, window.coarse_strides
     outputs, identity = outputs.reshape(-1, coords.shape[1]), window.identity(sites.identity)
-    return _collect("cover_sites", outputs, given, limit, capacity, strides, sites.num_scans, identity, inside)
+    return _collect("cover_sites", outputs, given, limit, capacity, strides, sites.num_scans, identity, lost)
 
 
 def generate_sites(
@@ -454,14 +460,13 @@ def _collect(
     strides: tuple[int, ...],
     num_scans: int,
     identity: str,
-    inside: Array | None = None,
+    lost: Array | int = 0,
 ) -> tuple[Sites, Array]:
-    """The distinct sites among given rows; overflow counts the rows beyond +-limit, or not inside, too."""
-    within = (coords[:, 1:] >= -limit).all(1) & (coords[:, 1:] <= limit).all(1)
-    inside = within if inside is None else within & inside
+    """The distinct sites among given rows; overflow counts the rows beyond +-limit and those lost before too."""
+    inside = (coords[:, 1:] >= -limit).all(1) & (coords[:, 1:] <= limit).all(1)
     words, axes = _pack(coords, given & inside), coords.shape[1] - 1
     sites, _, overflow = _distinct(words, capacity, shorten(strides), num_scans, axes, identity)
-    return sites, _report(user, overflow + (given & ~inside).sum(dtype=jnp.int32), capacity)
+    return sites, _report(user, overflow + (given & ~inside).sum(dtype=jnp.int32) + lost, capacity)
 
 
 def _distinct(

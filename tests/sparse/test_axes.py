@@ -133,7 +133,7 @@ def test_the_range_in_four_dimensions():
         sparse.site_set(np.array([[0, 0, 0, 0, 1985]]))
     got, overflow = sparse.sites_from_coords(np.array([[0, 0, 0, 0, 1985], [0, 0, 0, 0, -1984]]), 4, 1)
     assert overflow == 1 and got.n == 1
-    points = np.array([[0, 0, 0, 198.45], [0, 0, 0, -198.35]], np.float32)
+    points = np.array([[0, 0, 0, 198.45], [0, 0, 0, -198.25]], np.float32)
     assert sparse.voxelize_points(points, np.zeros(2, np.int32), 2, 0.1, 4, 1)[2] == 1
     with pytest.raises(InputError, match=r"198\.4 m from the origin"):
         sparse.voxelize([points], 0.1, axes=4)
