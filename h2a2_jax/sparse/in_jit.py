@@ -198,8 +198,6 @@ def sites_from_coords(
         ValueError: coordinates are not integers, or a number is out of range.
     """
     rows = with_axes(_integers("sites_from_coords", coords))
-    if rows.ndim != 2:
-        raise InputError(f"coordinates have the shape {list(rows.shape)}; expected a row for each site.")
     strides = per_axis(stride, rows.shape[1] - 1, name="stride")
     limit = key_fields(rows.shape[1] - 1).reach.given
     given = _given(rows[:, 0], len(rows) if n is None else n, num_scans)
@@ -322,7 +320,7 @@ def find_rows(sites: Sites, coords: Int[AnyArray, "*m d"]) -> Int[Array, "*m"]:
         ValueError: coordinates are not integers.
     """
     check_padded("find_rows", sites)
-    rows = with_axes(_integers("find_rows", coords), sites.axes)
+    rows = with_axes(_integers("find_rows", coords), sites.axes, rows=False)
     inside = (jnp.abs(rows[..., 1:]) <= key_fields(sites.axes).reach.derived).all(-1)
     inside &= (rows[..., 0] >= 0) & (rows[..., 0] < sites.num_scans)
     return _rows_of(sites, _pack(rows, inside), inside)
@@ -605,8 +603,8 @@ def inverse_map(kernel_map: KernelMap, *, tile_size: int | None = None) -> Kerne
         ValueError: the map is of kind "neighbors", whose offsets bring one input row to several output rows.
     """
     if not isinstance(kernel_map, KernelMap) or kernel_map.kind == "neighbors":
-        given = f"a map of kind {kernel_map.kind!r}" if isinstance(kernel_map, KernelMap) else type(kernel_map).__name__
-        raise ValueError(f"inverse_map was given {given}; expected the KernelMap of a convolution.")
+        given = f"map of kind {kernel_map.kind!r}" if isinstance(kernel_map, KernelMap) else type(kernel_map).__name__
+        raise ValueError(f"inverse_map was given a {given}; expected the KernelMap of a convolution.")
     rows = _inverse(jnp.asarray(kernel_map.neighbors), kernel_map.in_capacity)
     return _map(rows, kernel_map.outputs, kernel_map.inputs, tile_size, "inverse", kernel_map.kernel_size)
 
@@ -619,7 +617,9 @@ def _map(
     kind: str,
     kernel_size: tuple[int, ...] | None,
 ) -> KernelMap:
-    tiles = None if tile_size is None else _cut_pairs(rows, inputs, outputs, tile_size, kind)
+    tiles = None
+    if tile_size is not None:
+        tiles = _cut_pairs(rows, inputs, outputs, check_count("tile_size", tile_size), kind)
     return KernelMap(rows, inputs, outputs, tiles, kind, kernel_size=kernel_size)
 
 

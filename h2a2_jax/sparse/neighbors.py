@@ -142,8 +142,12 @@ def inverse_neighbors(table: NeighborTable) -> NeighborTable:
     meets the same pairs in both directions.
 
     Raises:
+        ValueError: the table is none.
         InputError: an offset brings one input row to several output rows.
     """
+    if not isinstance(table, NeighborTable):
+        hint = ": inverse padded maps by sparse.inverse_map" if hasattr(table, "neighbors") else ""
+        raise ValueError(f"inverse_neighbors was given a {type(table).__name__}; expected a NeighborTable{hint}.")
     check_rows(table)
     rows = np.full((len(table.rows), len(table.inputs)), MISSING, np.int32)
     for inverse, forward in zip(rows, table.rows, strict=True):
@@ -180,7 +184,7 @@ def check_strides(user: str, fine: tuple[int, ...], coarse: tuple[int, ...]) -> 
         ends = ("inputs", "outputs") if user[:4] != "gene" else ("outputs", "inputs")
         raise ValueError(
             f"{user} was given {ends[0]} of stride {shorten(fine)} and {ends[1]} of stride {shorten(coarse)}, which is "
-            "no multiple of it: are the arguments swapped?"
+            "no multiple of it: swap the arguments."
         )
 
 

@@ -149,6 +149,8 @@ def check_voxel_size(voxel_size: float | Sequence[float], columns: int) -> np.nd
     Raises:
         InputError: they are not above 0, or not one number per axis.
     """
+    if isinstance(voxel_size, jax.core.Tracer):
+        raise InputError("voxel_size is an argument of a function under jit; expected is a number, which is static.")
     size = np.asarray(voxel_size)
     if size.dtype.kind not in "fiu" or size.shape not in ((), (columns,)) or not ((size > 0) & np.isfinite(size)).all():
         raise InputError(
@@ -297,8 +299,10 @@ def voxel_offsets(
     reach, most = int(np.abs(ends).max()), key_fields(axes).reach.kernel
     if reach > most:
         raise InputError(
-            f"a kernel of size {kernel_size} and dilation {dilation} on sites of stride {stride} reaches {reach} "
-            f"voxels, a map holds at most {most}; use a smaller kernel, dilation or stride."
+            f"a kernel of size {kernel_size} and dilation {dilation}"
+            + (f" with padding {padding}" if padding is not None else "")
+            + f" on sites of stride {stride} reaches {reach} voxels, a map holds at most {most}; use a smaller kernel, "
+            "dilation or stride."
         )
     offsets = kernel_offsets(kernel_size, dilation, axes)
     return (offsets - offsets.min(0) + first) * strides
@@ -399,8 +403,19 @@ class SiteSet:
         return (self.keys >> key_fields(self.axes).scan_shift).astype(np.int32)
 
     def lookup(self, coords: Int[np.ndarray, "m d"]) -> Int[np.ndarray, " m"]:
-        """Row of each given site, int32, -1 where it is not in the set."""
-        return find_keys(self.keys, pack_keys(with_axes(np.asarray(coords), self.axes)))
+        """Row of each given site, int32, -1 where it is not in the set.
+
+        Raises:
+            InputError: the coordinates are no integers, or not one row per site.
+        """
+        rows = with_axes(np.asarray(coords), self.axes)
+        if not np.issubdtype(rows.dtype, np.integer):
+            raise InputError(f"lookup was given coordinates of type {rows.dtype}; expected integers, in finest voxels.")
+        inside = (np.abs(rows[:, 1:]) <= key_fields(self.axes).reach.derived).all(1)
+        inside &= (rows[:, 0] >= 0) & (rows[:, 0] < MAX_SCANS)
+        return np.where(inside, find_keys(self.keys, pack_keys(np.where(inside[:, None], rows, 0))), -1).astype(
+            np.int32
+        )
 
 
 def find_keys(keys: Int[np.ndarray, " n"], queries: Int[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
@@ -411,14 +426,19 @@ def find_keys(keys: Int[np.ndarray, " n"], queries: Int[np.ndarray, " m"]) -> In
     return np.where(keys[rows] == queries, rows, -1).astype(np.int32)
 
 
-def with_axes(coords: Any, axes: int | None = None) -> Any:
+def with_axes(coords: Any, axes: int | None = None, *, rows: bool = True) -> Any:
     """Rows (scan, x, y, ...) with all their axes: rows of a 2-D site get z = 0.
+
+    Args:
+        coords: numpy or JAX array.
+        axes: number of axes; None for any.
+        rows: if False, the array may have any number of dimensions.
 
     Raises:
         InputError: rows of another length.
     """
     lengths = {None: (3, 4, 5), 3: (3, 4), 4: (5,)}
-    if coords.ndim < 1 or coords.shape[-1] not in lengths[axes]:
+    if (coords.ndim != 2 if rows else coords.ndim < 1) or coords.shape[-1] not in lengths[axes]:
         raise InputError(
             f"coordinates have the shape {list(coords.shape)}; expected rows (scan, x, y, z), (scan, x, y) in 2-D or "
             "(scan, x, y, z, t) in 4-D."
@@ -441,6 +461,8 @@ def site_set(coords: AnyArray, *, stride: PerAxis = 1, num_scans: int | None = N
     Raises:
         InputError: a coordinate is not whole, no multiple of the stride or out of range, or a scan index is.
     """
+    if isinstance(coords, jax.core.Tracer):
+        raise ValueError("site_set was given an array inside jit; use sparse.sites_from_coords there.")
     rows = with_axes(np.asarray(coords))
     axes = rows.shape[1] - 1
     if not np.issubdtype(rows.dtype, np.integer):
@@ -451,6 +473,8 @@ def site_set(coords: AnyArray, *, stride: PerAxis = 1, num_scans: int | None = N
                 "numbers; give integers, or points in metres to sparse.voxelize."
             )
         rows = np.clip(rows, -(2.0**40), 2.0**40).astype(np.int64)
+    elif rows.dtype == np.uint64:  # signed, the largest ones would be small
+        rows = np.minimum(rows, 1 << 40).astype(np.int64)
     steps = per_axis(stride, axes, name="stride")
     if (rows[:, 1:] % steps).any():
         odd = rows[(rows[:, 1:] % steps).any(1)][0].tolist()
@@ -459,7 +483,7 @@ def site_set(coords: AnyArray, *, stride: PerAxis = 1, num_scans: int | None = N
             "stride, or leave the stride out."
         )
     most = int(rows[:, 0].max()) + 1 if len(rows) else 1
-    scans = most if num_scans is None else num_scans
+    scans = most if num_scans is None else check_count("num_scans", num_scans, least=0, most=MAX_SCANS)
     if len(rows) and most > scans:
         raise InputError(f"scan index {most - 1} is none of a batch of {scans} scans; count scans from 0.")
     keys = sorted_unique(pack_keys(rows, key_fields(axes).reach.given))
@@ -501,8 +525,13 @@ def voxelize(
     Raises:
         InputError: as `voxel_coordinates`; a cloud has other columns; or one array is given in place of a list.
     """
-    if hasattr(clouds, "shape") and len(clouds.shape) < 3:
-        raise InputError(f"an array {list(clouds.shape)} was given; expected is a list with an array [m, 3] a scan.")
+    if axes not in _KEYS:
+        raise ValueError(f"axes is {axes!r}; expected 3, also for clouds in 2-D, or 4.")
+    if len(getattr(clouds, "shape", ())) != 3 and not isinstance(clouds, Sequence):
+        given = f"array {list(clouds.shape)}" if hasattr(clouds, "shape") else type(clouds).__name__
+        raise InputError(f"one {given} was given; expected is a list with an array [m, 3] a scan.")
+    if any(isinstance(cloud, jax.core.Tracer) for cloud in clouds):
+        raise ValueError("voxelize was given points inside jit; use sparse.voxelize_points there.")
     clouds = [np.asarray(cloud) for cloud in clouds]
     allowed = (2, 3) if axes == 3 else (4,)
     for cloud in clouds:
@@ -647,7 +676,10 @@ def unite(a: SiteSet, b: SiteSet) -> SiteSet:
     for sites in (a, b):
         check_set("unite", sites)
     if (a.strides, a.axes) != (b.strides, b.axes):
-        raise ValueError(f"a union needs one stride, given {a.stride} and {b.stride}.")
+        raise ValueError(
+            f"a union needs one stride and one number of axes, given strides {a.stride} and {b.stride}, "
+            f"{a.axes} and {b.axes} axes."
+        )
     keys = sorted_unique(np.concatenate([a.keys, b.keys]))
     return SiteSet(keys, a.stride, max(a.num_scans, b.num_scans), a.axes, ("unite({}, {})", a.lineage, b.lineage))
 
@@ -824,8 +856,14 @@ def pad_sites(sites: SiteSet, capacity: int, *, identity: str | None = None) -> 
 
 
 def pad_rows(rows: AnyArray, capacity: int) -> np.ndarray:
-    """Rows [n, ...] padded with zeros to [capacity, ...] (numpy)."""
-    rows = np.asarray(rows)
+    """Rows [n, ...] padded with zeros to [capacity, ...] (numpy).
+
+    Raises:
+        InputError: more rows than `capacity`.
+    """
+    rows, capacity = np.asarray(rows), check_count("capacity", capacity, least=0)
+    if len(rows) > capacity:
+        raise InputError(f"{len(rows)} rows do not fit a capacity of {capacity}; take a larger bucket.")
     out = np.zeros((capacity, *rows.shape[1:]), rows.dtype)
     out[: len(rows)] = rows
     return out

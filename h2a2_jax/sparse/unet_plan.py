@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.sparse.buckets import BucketLadder, MapLayout, level_sizes, pad_tables
-from h2a2_jax.sparse.in_jit import downsample_sites, inverse_map, strided_map, submanifold_map
+from h2a2_jax.sparse.in_jit import check_padded, downsample_sites, inverse_map, strided_map, submanifold_map
 from h2a2_jax.sparse.kernel_map import KernelMap
 from h2a2_jax.sparse.neighbors import inverse_neighbors, strided_neighbors, submanifold_neighbors
 from h2a2_jax.sparse.sites import PerAxis, Sites, SiteSet, Voxelization, check_count, downsample, voxelize
@@ -134,6 +134,7 @@ class UNetPlan:
         Returns:
             The plan; overflow int32 [], number of sites of all levels that did not fit.
         """
+        check_padded("UNetPlan.in_jit", sites)
         pyramid, overflow = [sites], jnp.int32(0)
         for capacity in capacities:
             coarse, lost = downsample_sites(pyramid[-1], factor, capacity)
