@@ -10,7 +10,11 @@ enabled:
 `docs/layers.md` builds the maps of a network this way.
 """
 
-from typing import NamedTuple
+import functools
+import math
+import operator
+from collections.abc import Iterable
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,23 +31,22 @@ _FIELD = (1 << 16) - 1
 _PADDING = np.iinfo(np.int32).max
 
 
-class Words(NamedTuple):
-    """Keys of sites, int32 each; ordered by hi, then lo."""
+Words = tuple[Array, ...]
+"""Keys of sites in int32 words; ordered by the first word, then by the next."""
 
-    hi: Array
-    lo: Array
 
-    def below(self, other: "Words") -> Bool[Array, "..."]:
-        """True where a key comes before the other one."""
-        return (self.hi < other.hi) | ((self.hi == other.hi) & (self.lo < other.lo))
+def below(a: Words, b: Words) -> Bool[Array, "..."]:
+    """True where a key comes before the other one."""
+    *before, last = zip(a, b, strict=True)
+    result = last[0] < last[1]
+    for x, y in reversed(before):
+        result = (x < y) | ((x == y) & result)
+    return result
 
-    def equal(self, other: "Words") -> Bool[Array, "..."]:
-        """True where two keys are of the same site."""
-        return (self.hi == other.hi) & (self.lo == other.lo)
 
-    def at(self, rows: Int[Array, "..."]) -> "Words":
-        """Keys of rows; padding where a row is past the end."""
-        return Words(*(word.at[rows].get(mode="fill", fill_value=_PADDING) for word in self))
+def equal(a: Words, b: Words) -> Bool[Array, "..."]:
+    """True where two keys are of the same site."""
+    return _all([x == y for x, y in zip(a, b, strict=True)])
 
 
 def site_words(sites: Sites) -> Words:
@@ -53,16 +56,51 @@ def site_words(sites: Sites) -> Words:
 
 def lower_bounds(keys: Words, queries: Words) -> Int[Array, "..."]:
     """Number of ascending keys below each query, by a binary search for all queries at once."""
-    n = keys.hi.shape[0]
+    n = keys[0].shape[0]
+    steps = n.bit_length()
 
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = (low + high) // 2
-        below = keys.at(middle).below(queries) & (low < high)
-        return jnp.where(below, middle + 1, low), jnp.where(below, high, middle)
+    def advance(i: Array, count: Array) -> Array:
+        more = count + (1 << (steps - 1 - i)).astype(jnp.int32)
+        return jnp.where((more <= n) & below(_at(keys, more - 1), queries), more, count)
 
-    low = jnp.zeros_like(queries.hi)
-    return lax.fori_loop(0, n.bit_length(), halve, (low, low + n))[0]
+    return lax.fori_loop(0, steps, advance, jnp.zeros_like(queries[0])) if n else jnp.zeros_like(queries[0])
+
+
+def running_sum(values: Int[Array, "*b n"]) -> Int[Array, "*b n"]:
+    """Sums of the first 1, 2, ... n values along the last axis.
+
+    A loop that doubles the length of the sums: `jnp.cumsum` takes three times as long to compile, and on CPUs longer to
+    run.
+    """
+    n = values.shape[-1]
+
+    def double(i: Array, sums: Array) -> Array:
+        behind = jnp.concatenate([jnp.zeros_like(sums), sums], -1)
+        return sums + lax.dynamic_slice_in_dim(behind, n - (1 << i), n, -1)
+
+    return lax.fori_loop(0, max(0, n - 1).bit_length(), double, values)
+
+
+def _at(words: Words, rows: Int[Array, "..."]) -> Words:
+    """Keys of rows 0 and up, the last key where a row is past the end."""
+    return tuple(_take(word, jnp.minimum(rows, len(word) - 1)) for word in words)
+
+
+def _take(values: Array, rows: Array) -> Array:
+    """Values of rows that exist: without the comparisons that JAX adds for others."""
+    return values.at[rows].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def _put(places: Array, values: Array, fill: Array | int, size: int) -> Int[Array, " size"]:
+    """Values at distinct places of an int32 array of `fill`; places at or past its end are left out."""
+    empty = jnp.full(size, fill, jnp.int32)
+    places, values = places.reshape(-1), values.reshape(-1)
+    return empty.at[places].set(values, mode="drop", wrap_negative_indices=False)
+
+
+def _all(conditions: Iterable[Array]) -> Bool[Array, "..."]:
+    """True where all conditions hold; unlike a reduction part of the loop that makes them."""
+    return functools.reduce(operator.and_, conditions)
 
 
 # ---------------------------------------------------------------- sites
@@ -134,7 +172,11 @@ def downsample_sites(sites: Sites, factor: int, capacity: int) -> tuple[Sites, I
     """
     stride = sites.stride * factor
     coords = jnp.asarray(sites.coords)
-    coords = jnp.concatenate([coords[:, :1], coords[:, 1:] // stride * stride], 1)
+    if stride & (stride - 1):
+        floored = coords[:, 1:] // stride * stride
+    else:
+        floored = coords[:, 1:] & -stride  # a division takes far more operations
+    coords = jnp.concatenate([coords[:, :1], floored], 1)
     return _collect(coords, sites.valid, MAX_DERIVED, capacity, stride, sites.num_scans)
 
 
@@ -168,7 +210,7 @@ def unite_sites(a: Sites, b: Sites, capacity: int) -> tuple[Sites, Int[Array, ""
     """
     if a.stride != b.stride:
         raise ValueError(f"a union needs one stride, given {a.stride} and {b.stride}.")
-    words = Words(*map(jnp.concatenate, zip(site_words(a), site_words(b), strict=True)))
+    words = tuple(map(jnp.concatenate, zip(site_words(a), site_words(b), strict=True)))
     sites, _, overflow = _distinct(words, capacity, a.stride, max(a.num_scans, b.num_scans))
     return sites, overflow
 
@@ -177,7 +219,7 @@ def rows_of_part(part: Sites, whole: Sites) -> Int[Array, " n"]:
     """Row in a part of each row of a union, the part's capacity where it has none: `union_rows` inside jit."""
     keys, queries = site_words(part), site_words(whole)
     rows = lower_bounds(keys, queries)
-    return jnp.where(keys.at(rows).equal(queries) & whole.valid, rows, part.capacity)
+    return jnp.where(equal(_at(keys, rows), queries) & whole.valid, rows, part.capacity)
 
 
 def _given(scan: Array, n: Array | np.ndarray | int, num_scans: int) -> Array:
@@ -189,11 +231,11 @@ def _voxels(points: Array, voxel_size: float) -> tuple[Array, Array]:
     """Voxels floor(p / voxel_size), divided in float32, int32 [m, 3]; True for the points with a voxel in range."""
     size = np.float32(voxel_size)
     points = points.astype(jnp.float32)
-    inside = jnp.isfinite(points).all(1)
+    inside = _all(jnp.isfinite(points).T)
     points = jnp.where(inside[:, None], points, 0)
     estimate = jnp.floor(jnp.clip(points / size, -2.0 * _BIAS, 2.0 * _BIAS))
     voxels = floor_quotient(points, estimate, size)
-    inside &= (jnp.abs(voxels) < MAX_COORDINATE).all(1)
+    inside &= _all((jnp.abs(voxels) < MAX_COORDINATE).T)
     return voxels.astype(jnp.int32), inside
 
 
@@ -226,7 +268,8 @@ def _collect(
     coords: Array, given: Array, limit: int, capacity: int, stride: int, num_scans: int
 ) -> tuple[Sites, Array]:
     """The distinct sites among given rows; overflow counts the rows beyond +-limit too."""
-    inside = (coords[:, 1:] >= -limit).all(1) & (coords[:, 1:] <= limit).all(1)
+    # Without sign, what lies below the range is a large number too.
+    inside = _all(((coords[:, 1:] + limit).astype(jnp.uint32) <= 2 * limit).T)
     sites, _, overflow = _distinct(_pack(coords, given & inside), capacity, stride, num_scans)
     return sites, overflow + (given & ~inside).sum(dtype=jnp.int32)
 
@@ -235,28 +278,27 @@ def _pack(coords: Array, valid: Array) -> Words:
     """Keys of rows (scan, x, y, z); those of padding lie behind all others."""
     scan, x, y, z = (coords[:, i] for i in range(4))
     words = (scan << 16) | (x + _BIAS), (y << 16) | (z + _BIAS)
-    return Words(*(jnp.where(valid, word, _PADDING) for word in words))
+    return tuple(jnp.where(valid, word, _PADDING) for word in words)
 
 
 def _distinct(words: Words, capacity: int, stride: int, num_scans: int) -> tuple[Sites, Array, Array]:
     """The distinct sites of unordered keys, the first row with each, and the number of sites that did not fit."""
     if num_scans > MAX_SCANS:
         raise InputError(f"a batch of {num_scans} scans is too large for a key, which holds {MAX_SCANS}; split it.")
-    m = words.hi.shape[0]
+    m = words[0].shape[0]
     rows = jnp.arange(m, dtype=jnp.int32)
-    hi, lo, rows = lax.sort((*words, rows), num_keys=2, is_stable=True)
-    ordered = Words(hi, lo)
-    before = Words(*(jnp.concatenate([jnp.full(1, -1, jnp.int32), word[:-1]]) for word in ordered))
-    starts = ~ordered.equal(before) & (hi != _PADDING)
-    count = starts.sum(dtype=jnp.int32)
-    place = jnp.where(starts, jnp.cumsum(starts, dtype=jnp.int32) - 1, capacity)
-    chosen = jnp.full(capacity, m, jnp.int32).at[place].set(jnp.arange(m, dtype=jnp.int32), mode="drop")
-    hi, lo = ordered.at(chosen)
-    coords = jnp.stack([hi >> 16, (hi & _FIELD) - _BIAS, lo >> 16, (lo & _FIELD) - _BIAS], 1)
+    *ordered, rows = lax.sort((*words, rows), num_keys=len(words), is_stable=True)
+    before = tuple(jnp.concatenate([jnp.full(1, -1, jnp.int32), word[:-1]]) for word in ordered)
+    starts = ~equal(tuple(ordered), before) & (ordered[0] != _PADDING)
+    nth = running_sum(starts.astype(jnp.int32))
+    count = nth[-1] if m else jnp.int32(0)
+    chosen = _put(jnp.where(starts, nth - 1, capacity), jnp.arange(m, dtype=jnp.int32), 0, capacity)
     n = jnp.minimum(count, capacity)
-    padding = jnp.asarray([num_scans, 0, 0, 0], jnp.int32)
-    coords = jnp.where((jnp.arange(capacity) < n)[:, None], coords, padding)
-    first = rows.at[chosen].get(mode="fill", fill_value=m)
+    valid = jnp.arange(capacity) < n
+    fields = [field for word in _at(tuple(ordered), chosen) for field in (word >> 16, (word & _FIELD) - _BIAS)]
+    padding = [num_scans, *[0] * (len(fields) - 1)]
+    coords = jnp.stack([jnp.where(valid, field, empty) for field, empty in zip(fields, padding, strict=True)], 1)
+    first = jnp.where(valid, _take(rows, chosen), m)
     return Sites(coords, n, stride, num_scans), first, count - n
 
 
@@ -277,17 +319,15 @@ def submanifold_map(
     Raises:
         InputError: the kernel reaches farther than a key has room for.
     """
-    offsets = voxel_offsets(kernel_size, dilation, sites.stride)
+    grid = _grid(kernel_size, dilation, sites.stride)
     if any(k % 2 == 0 for k in size3(kernel_size)):
-        return _map(_search(sites, sites, offsets), sites, sites, tile_size, "submanifold")
-    # Of two opposite runs along z one is searched, the other is its mirror image. The run of the centre is searched.
-    runs = [tuple(offset) for offset in offsets[:, :2].tolist()]
-    centre = [j for j, run in enumerate(runs) if run == (0, 0)]
-    ahead = [j for j, run in enumerate(runs) if run > (0, 0)]
-    searched = _search(sites, sites, offsets[centre + ahead])
-    mirrored = _inverse(searched[len(centre) :], sites.capacity)
-    held = [*centre, *ahead, *(len(offsets) - 1 - j for j in ahead)]
-    rows = jnp.concatenate([searched, mirrored])[np.argsort(held)]
+        return _map(_search(sites, sites, grid), sites, sites, tile_size, "submanifold")
+    # Of two opposite runs one is searched, the other is its mirror image. The run of the centre is searched.
+    ahead = grid.shape[1] // 2
+    rows = _search(sites, sites, grid[:, ahead:])
+    if ahead:
+        mirrored = _inverse(rows[:, 1:], sites.capacity)[::-1, ::-1]
+        rows = jnp.concatenate([mirrored, rows], 1)
     return _map(rows, sites, sites, tile_size, "submanifold")
 
 
@@ -299,8 +339,8 @@ def strided_map(
     Raises:
         InputError: the kernel reaches farther than a key has room for.
     """
-    offsets = voxel_offsets(kernel_size, dilation, inputs.stride)
-    return _map(_search(inputs, outputs, offsets), inputs, outputs, tile_size, "strided")
+    rows = _search(inputs, outputs, _grid(kernel_size, dilation, inputs.stride))
+    return _map(rows, inputs, outputs, tile_size, "strided")
 
 
 def pool_map(inputs: Sites, outputs: Sites, kernel_size: Size3, *, tile_size: int | None = None) -> KernelMap:
@@ -309,7 +349,7 @@ def pool_map(inputs: Sites, outputs: Sites, kernel_size: Size3, *, tile_size: in
     Raises:
         InputError: the window reaches farther than a key has room for.
     """
-    rows = _search(inputs, outputs, voxel_offsets(kernel_size, 1, inputs.stride))
+    rows = _search(inputs, outputs, _grid(kernel_size, 1, inputs.stride))
     return _map(rows, inputs, outputs, tile_size, "pool")
 
 
@@ -319,95 +359,124 @@ def generative_map(inputs: Sites, outputs: Sites, kernel_size: Size3, *, tile_si
     Raises:
         InputError: the kernel reaches farther than a key has room for.
     """
-    rows = _search(inputs, outputs, -voxel_offsets(kernel_size, 1, outputs.stride))
+    rows = _search(inputs, outputs, -_grid(kernel_size, 1, outputs.stride))
     return _map(rows, inputs, outputs, tile_size, "generative")
 
 
 def inverse_map(kernel_map: KernelMap, *, tile_size: int | None = None) -> KernelMap:
     """Map of an inverse convolution: `inverse_neighbors` and `pad_map` inside jit."""
+    inputs, outputs, tiles = kernel_map.outputs, kernel_map.inputs, kernel_map.tiles
     rows = _inverse(jnp.asarray(kernel_map.neighbors), kernel_map.in_capacity)
-    return _map(rows, kernel_map.outputs, kernel_map.inputs, tile_size, "inverse")
+    inverse = _map(rows, inputs, outputs, None, "inverse")
+    if tile_size is None:
+        return inverse
+    capacity = _tile_capacity(len(rows), inputs, outputs, tile_size, mirrored=False)
+    if tiles is not None and not tiles.mirrored and jnp.shape(tiles.in_rows) == (capacity, tile_size):
+        # The rows of an offset ascend on both sides of its pairs: the tiles are the same.
+        return replace(inverse, tiles=replace(tiles, in_rows=tiles.out_rows, out_rows=tiles.in_rows))
+    return _map(rows, inputs, outputs, tile_size, "inverse")
 
 
-def _map(rows: Array, inputs: Sites, outputs: Sites, tile_size: int | None, kind: str) -> KernelMap:
+def _map(rows: Int[Array, "*v n_out"], inputs: Sites, outputs: Sites, tile_size: int | None, kind: str) -> KernelMap:
+    rows = rows.reshape(-1, outputs.capacity)
     tiles = None if tile_size is None else _cut_pairs(rows, inputs, outputs, tile_size, kind)
     return KernelMap(rows, inputs, outputs, tiles, kind)
 
 
-def _search(inputs: Sites, outputs: Sites, offsets: Int[np.ndarray, "v 3"]) -> Int[Array, "v n_out"]:
+def _grid(kernel_size: Size3, dilation: int, stride: int) -> Int[np.ndarray, "h r 3"]:
+    """Offsets of a kernel's slices, in their order, by height (the last axis) and run of heights."""
+    offsets = voxel_offsets(kernel_size, dilation, stride)
+    return offsets.reshape(size3(kernel_size)[-1], -1, offsets.shape[1])
+
+
+def _search(inputs: Sites, outputs: Sites, grid: Int[np.ndarray, "h r 3"]) -> Int[Array, "h r n_out"]:
     """For each offset and output site the input row at out + offset, the inputs' capacity where there is none.
 
-    The offsets are whole runs along z. One binary search finds the first key at or behind the first site of each run;
-    where a run has no gaps, the next ones follow by comparing with the next key.
+    Keys that differ in height alone follow each other. One binary search finds the first key at or behind the lowest
+    site of each run; where a run has no gaps, the next ones follow by comparing with the next key.
     """
     keys, centres = site_words(inputs), site_words(outputs)
-    runs, run_of = np.unique(offsets[:, :2], axis=0, return_inverse=True)
-    heights, height_of = np.unique(offsets[:, 2], return_inverse=True)
-    dx, dy = (jnp.asarray(runs[:, i, None], jnp.int32) for i in range(2))
-    columns = Words(centres.hi + dx, centres.lo + (dy << 16))
-    found = []
-    for i, z in enumerate(heights.tolist()):
-        query = Words(columns.hi, columns.lo + z)
-        if i == 0 or z - heights[i - 1] > inputs.stride:
-            position = lower_bounds(keys, query)
-        hit = keys.at(position).equal(query) & outputs.valid
-        found.append(jnp.where(hit, position, inputs.capacity))
-        position = position + hit
-    return jnp.concatenate(found)[height_of.ravel() * len(runs) + run_of.ravel()]
+    heights = grid[:, 0, 2]
+    dx, dy = (jnp.asarray(grid[0, :, i, None], jnp.int32) for i in range(2))
+    columns = centres[0] + dx, centres[1] + (dy << 16)
+
+    def compare(position: Array, query: Words) -> tuple[Array, Array]:
+        hit = equal(_at(keys, position), query) & outputs.valid
+        return hit, jnp.where(hit, position, inputs.capacity)
+
+    def raise_query(position: Array, z: Array) -> tuple[Array, Array]:
+        hit, rows = compare(position, (*columns[:-1], columns[-1] + z))
+        return position + hit, rows
+
+    order = np.argsort(heights)
+    z = jnp.asarray(heights[order], jnp.int32)
+    if np.diff(heights[order]).max(initial=0) > inputs.stride:
+        query = (
+            *(jnp.broadcast_to(word, (len(z), *word.shape)) for word in columns[:-1]),
+            columns[-1] + z[:, None, None],
+        )
+        return compare(lower_bounds(keys, query), query)[1]
+    lowest = lower_bounds(keys, (*columns[:-1], columns[-1] + z[0]))
+    rows = lax.scan(raise_query, lowest, z)[1]
+    return rows if (order[:-1] < order[1:]).all() else rows[::-1]
 
 
-def _inverse(rows: Int[Array, "v n_out"], in_capacity: int) -> Int[Array, "v n_in"]:
+def _inverse(rows: Int[Array, "*v n_out"], in_capacity: int) -> Int[Array, "*v n_in"]:
     """For each offset and input row the output row that reads it, the outputs' capacity where there is none."""
-    volume, n_out = rows.shape
-    empty = jnp.full((volume, in_capacity), n_out, jnp.int32)
-    outs = jnp.broadcast_to(jnp.arange(n_out, dtype=jnp.int32), rows.shape)
-    return empty.at[jnp.arange(volume)[:, None], rows].set(outs, mode="drop")
+    *volume, n_out = rows.shape
+    size = math.prod(volume) * in_capacity
+    first = np.arange(0, size, in_capacity, dtype=np.int32).reshape(*volume, 1) if size else 0
+    places = jnp.where(rows < in_capacity, first + rows, size)
+    outs = lax.broadcasted_iota(jnp.int32, rows.shape, rows.ndim - 1)
+    return _put(places, outs, n_out, size).reshape(*volume, in_capacity)
+
+
+def _tile_capacity(volume: int, inputs: Sites, outputs: Sites, tile: int, *, mirrored: bool) -> int:
+    """Number of tiles that holds every map of these shapes, as in `kernel_map.cut_pairs`."""
+    most, num_scans = min(inputs.capacity, outputs.capacity), inputs.num_scans
+    used = volume // 2 if mirrored else volume
+    return used * (-(-most // tile) + num_scans) + mirrored * (-(-most // (2 * tile)) + num_scans)
 
 
 def _cut_pairs(rows: Int[Array, "v n_out"], inputs: Sites, outputs: Sites, tile: int, kind: str) -> PairTiles:
     """The pairs of a map in tiles of `tile` pairs, every pair in the place where `kernel_map.cut_pairs` puts it."""
     volume, num_scans = len(rows), inputs.num_scans
     mirrored = kind == "submanifold" and volume % 2 == 1
-    used, most = volume // 2 if mirrored else volume, min(inputs.capacity, outputs.capacity)
-    capacity = used * (-(-most // tile) + num_scans) + mirrored * (-(-most // (2 * tile)) + num_scans)
+    used = volume // 2 if mirrored else volume
+    capacity = _tile_capacity(volume, inputs, outputs, tile, mirrored=mirrored)
     rows, scan = rows[:used], jnp.asarray(outputs.scan)
+    starts = lower_bounds((scan,), (jnp.arange(num_scans + 1, dtype=jnp.int32),))
+    # Number of pairs of each offset up to and with a row, and before the first row of each scan.
     hit = rows < inputs.capacity
-    rank = jnp.pad(jnp.cumsum(hit, 1, dtype=jnp.int32), ((0, 0), (1, 0)))
-    starts = jnp.searchsorted(scan, jnp.arange(num_scans + 1)).astype(jnp.int32)
-    bounds = rank[:, starts]
-    tiles = -(-jnp.diff(bounds, axis=1) // tile)
+    rank = running_sum(hit.astype(jnp.int32))
+    if rows.size:
+        bounds = jnp.where(starts > 0, _take(rank.T, jnp.maximum(starts, 1) - 1).T, 0)
+    else:
+        bounds = jnp.zeros((used, num_scans + 1), jnp.int32)
+    tiles = lax.div(bounds[:, 1:] - bounds[:, :-1] + (tile - 1), np.int32(tile))
     if mirrored:
-        tiles = jnp.concatenate([tiles, -(-jnp.diff(starts) // (2 * tile))[None]])
-    ends = jnp.cumsum(tiles.reshape(-1), dtype=jnp.int32)
-    begins = jnp.pad(ends, (1, 0))[:-1].reshape(-1, num_scans)
-    known_scan = jnp.minimum(scan, num_scans - 1)  # padding rows need any index in range
-    outs = jnp.arange(outputs.capacity, dtype=jnp.int32)
-    # Place of a pair: that of the first pair of its offset and scan, plus its rank among these.
-    places = (begins[:used] * tile - bounds[:, :-1])[:, known_scan] + rank[:, :-1]
-    places = jnp.where(hit, places, capacity * tile).reshape(-1)
-    in_places, out_places = [places], [places]
-    in_values, out_values = [rows.reshape(-1)], [jnp.broadcast_to(outs, rows.shape).reshape(-1)]
+        centre_tiles = lax.div(starts[1:] - starts[:-1] + (2 * tile - 1), np.int32(2 * tile))
+        tiles = jnp.concatenate([tiles, centre_tiles[None]])
+    ends = running_sum(tiles.reshape(-1))
+    begins = ends.reshape(tiles.shape) - tiles
+    count, index = ends[-1], jnp.arange(capacity, dtype=jnp.int32)
+    of_tile = jnp.where(index < count, lower_bounds((ends,), (index + 1,)), 0)
+    offset, of_scan = lax.div(of_tile, np.int32(num_scans)), lax.rem(of_tile, np.int32(num_scans))
+    nth = jnp.arange(tile, dtype=jnp.int32)
+    in_rows, out_rows = (jnp.broadcast_to(past + nth, (capacity, tile)) for past in (inputs.capacity, outputs.capacity))
+    if rows.size:
+        # Place of a pair: that of the first pair of its offset and scan, plus its rank among these.
+        base = begins[:used] * tile - bounds[:, :-1] - 1
+        places = _take(base.T, jnp.minimum(scan, num_scans - 1)).T + rank  # padding rows need any scan in range
+        places = jnp.where(hit, places, capacity * tile)
+        pair = _put(places, jnp.arange(rows.size, dtype=jnp.int32), rows.size, capacity * tile).reshape(capacity, tile)
+        held = pair < rows.size
+        in_rows = jnp.where(held, _at((rows.reshape(-1),), pair)[0], in_rows)
+        out_rows = jnp.where(held, lax.rem(pair, np.int32(outputs.capacity)), out_rows)
     if mirrored:  # the tiles of the centre hold T rows in the list of inputs, the next T in the list of outputs
-        nth = outs - starts[known_scan]
-        centre, place = begins[used][known_scan] + nth // (2 * tile), nth % (2 * tile)
-        for half, (into, values) in enumerate([(in_places, in_values), (out_places, out_values)]):
-            here = (place // tile == half) & (scan < num_scans)
-            into.append(jnp.where(here, centre * tile + place % tile, capacity * tile))
-            values.append(outs)
-
-    def fill(places: list[Array], values: list[Array], past: int) -> Array:
-        empty = jnp.broadcast_to(past + jnp.arange(tile, dtype=jnp.int32), (capacity, tile)).reshape(-1)
-        full = empty.at[jnp.concatenate(places)].set(jnp.concatenate(values), mode="drop")
-        return full.reshape(capacity, tile)
-
-    count = ends[-1]
-    index = jnp.arange(capacity, dtype=jnp.int32)
-    of_tile = jnp.where(index < count, jnp.searchsorted(ends, index, side="right").astype(jnp.int32), 0)
-    return PairTiles(
-        fill(in_places, in_values, inputs.capacity),
-        fill(out_places, out_values, outputs.capacity),
-        of_tile // num_scans,
-        of_tile % num_scans,
-        count,
-        mirrored,
-    )
+        first = _take(starts[:-1] - begins[used] * (2 * tile), of_scan) + index * (2 * tile)
+        first = jnp.where((offset == used) & (index < count), first, outputs.capacity)[:, None]
+        end = _take(starts[1:], of_scan)[:, None]
+        in_rows = jnp.where(first + nth < end, first + nth, in_rows)
+        out_rows = jnp.where(first + tile + nth < end, first + tile + nth, out_rows)
+    return PairTiles(in_rows, out_rows, offset, of_scan, count, mirrored)
