@@ -1,23 +1,28 @@
-"""Compile time of a training step and the length of its program: `python -m benchmarks.compile_time --model minkunet34`.
+"""Compile time of a training step, and the length of its program.
+
+    python -m benchmarks.compile_time [--model minkunet34|tr3d] [--stem 5|3] [--tile-size 64] [--repeats 3]
 
 The step of "minkunet34" starts from points: it voxelises them, builds all its sites and kernel maps inside jit, and
-updates a MinkUNet34 (Choy et al. 2019, with its stem of 5^3 or of 3^3) by SGD with momentum. The step of "tr3d" is that
-of the detector at full width on padded maps from the host, as in training, by AdamW.
+updates a MinkUNet34 (Choy et al. 2019) by SGD with momentum. The step of "tr3d" is that of the detector at full width
+on padded maps from the host, as in training, by AdamW and a stand-in loss.
 
-Every repeat is a fresh process without a persistent compilation cache; medians count. Seconds are those of the
-process's CPU time: other work on the machine hardly changes them. Neither they nor the lines depend on the numbers of
-rows, which are small. A line is one operation of the program before XLA ("StableHLO") and after it ("optimised"); an
-origin is
+Every repeat is a fresh process without a persistent compilation cache; medians count. Seconds are CPU time of the
+process. Neither they nor the lines depend on the numbers of rows, which are small. A line is one operation of the
+program before XLA ("StableHLO") or after it ("optimised"). Compile time follows the fusions: XLA makes a function of
+machine code of each. Origins are
 
-    maps       operations of `h2a2_jax.sparse.in_jit`
-    backward   operations of a derivative's transpose
-    forward    the rest with a source: forward pass, loss, optimizer
-    none       brackets, and operations that XLA made without noting a source
+    maps        operations of `h2a2_jax.sparse.in_jit`
+    backward    operations of transposed derivatives
+    optimizer   operations of optax, but for its losses
+    forward     the rest with a source
+    none        operations of computations in which XLA notes no source
+
+Operations without a source count as those around them; XLA joins operations of several sources to one fusion. So the
+lines of an origin after XLA are an estimate.
 """
 
 import argparse
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -25,6 +30,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -44,28 +50,29 @@ POINTS = 4096
 CAPACITIES = (4096, 2048, 1024, 512, 256)
 """Rows of the levels of MinkUNet34; all differ, as in practice, so that no two levels share a shape."""
 SCANS = 2
-TILE: int | None = 64
 CLASSES = 20
-ORIGINS = ("maps", "forward", "backward", "none")
+ORIGINS = ("maps", "forward", "backward", "optimizer", "none")
 Maps = dict[str, list[KernelMap]]
 
 
 # ---------------------------------------------------------------- MinkUNet34
 
 
-def unet_maps(points: jax.Array, scan: jax.Array, n: jax.Array, stem: int) -> tuple[Maps, jax.Array, jax.Array]:
+def unet_maps(
+    points: jax.Array, scan: jax.Array, n: jax.Array, stem: int, tile_size: int | None
+) -> tuple[Maps, jax.Array, jax.Array]:
     """Maps of a U-Net of five levels; the first point of each voxel; the number of sites and points left out."""
     sites, first, lost = sparse.voxelize_points(points, scan, n, 0.05, CAPACITIES[0], SCANS)
     levels = [sites]
     for capacity in CAPACITIES[1:]:
         sites, more = sparse.downsample_sites(sites, 2, capacity)
         levels, lost = [*levels, sites], lost + more
-    down = [sparse.strided_map(a, b, 2, tile_size=TILE) for a, b in zip(levels, levels[1:], strict=False)]
+    down = [sparse.strided_map(a, b, 2, tile_size=tile_size) for a, b in pairwise(levels)]
     maps = {
-        "stem": [sparse.submanifold_map(levels[0], stem, tile_size=TILE)],
-        "same": [sparse.submanifold_map(level, 3, tile_size=TILE) for level in levels],
+        "stem": [sparse.submanifold_map(levels[0], stem, tile_size=tile_size)],
+        "same": [sparse.submanifold_map(level, 3, tile_size=tile_size) for level in levels],
         "down": down,
-        "up": [sparse.inverse_map(there, tile_size=TILE) for there in down],
+        "up": [sparse.inverse_map(there, tile_size=tile_size) for there in down],
     }
     return maps, first, lost
 
@@ -118,13 +125,14 @@ class MinkUNet34(nnx.Module):
         return self.head(x)
 
 
-def unet_step(stem: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def unet_step(stem: int, tile_size: int | None) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Training step of MinkUNet34 from points, and the shapes of its arguments."""
-    graph, params, stats = nnx.split(nnx.eval_shape(lambda: MinkUNet34(stem, nnx.Rngs(0))), nnx.Param, nnx.BatchStat)
+    graph, *states = nnx.split(nnx.eval_shape(lambda: MinkUNet34(stem, nnx.Rngs(0))), nnx.Param, nnx.BatchStat)
+    params, stats = states
     optimizer = optax.sgd(0.1, momentum=0.9)
 
     def step(params: Any, stats: Any, state: Any, points: Any, scan: Any, n: Any, labels: Any) -> Any:
-        maps, first, lost = unet_maps(points, scan, n, stem)
+        maps, first, lost = unet_maps(points, scan, n, stem, tile_size)
         sites = maps["same"][0].inputs
         rows = jnp.minimum(first, POINTS - 1)
         features, classes = jnp.where(sites.valid[:, None], points[rows], 0), labels[rows]
@@ -151,7 +159,9 @@ def unet_step(stem: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 def detector_step() -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Training step of the detector at full width by a stand-in loss, and the shapes of its arguments."""
     config, heads = DetectorConfig(), [HeadConfig("scan", 18, 6)]
-    graph, params, rest = nnx.split(nnx.eval_shape(lambda: TR3D(config, heads, rngs=nnx.Rngs(0))), nnx.Param, ...)
+    model = nnx.eval_shape(lambda: TR3D(config, heads, rngs=nnx.Rngs(0)))
+    graph, *states = nnx.split(model, nnx.Param, nnx.Variable)
+    params, rest = states
     optimizer = optax.adamw(1e-3)
     cloud = np.random.default_rng(0).uniform(0, 1, (POINTS, 3)).astype(np.float32)
     tables = detector_tables(sparse.voxelize([cloud], config.voxel_size).sites)
@@ -175,20 +185,21 @@ def detector_step() -> tuple[Callable[..., Any], tuple[Any, ...]]:
 # ---------------------------------------------------------------- measuring
 
 
-def measure(model: str, stem: int = 5) -> dict[str, Any]:
+def measure(model: str, stem: int = 5, tile_size: int | None = 64) -> dict[str, Any]:
     """Lower and compile the step of a model once in this process: lines by origin and CPU seconds."""
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_include_full_tracebacks_in_locations", True)
-    step, arguments = unet_step(stem) if model == "minkunet34" else detector_step()
+    step, arguments = unet_step(stem, tile_size) if model == "minkunet34" else detector_step()
     clock = [time.process_time()]
     lowered = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*arguments)
     clock.append(time.process_time())
     program = lowered.compile()
     clock.append(time.process_time())
-    before, after = lowered.as_text(debug_info=True), program.as_text()
+    before, after = lowered.as_text(debug_info=True), program.as_text() or ""
     return {
         "StableHLO": count_stablehlo(before),
         "optimised": count_optimised(after),
+        "fusions": after.count(" fusion("),
         "lower_s": clock[1] - clock[0],
         "compile_s": clock[2] - clock[1],
     }
@@ -198,7 +209,11 @@ def origin(name: str, files: str) -> str:
     """Origin of an operation with a name of JAX's scopes and the source files of its call stack."""
     if "in_jit.py" in files:
         return "maps"
-    return "backward" if "transpose(" in name else "forward" if name or files else "none"
+    if "transpose(" in name:
+        return "backward"
+    if "/optax/" in files and "/losses/" not in files:
+        return "optimizer"
+    return "forward" if name or files else "none"
 
 
 def count_stablehlo(text: str) -> dict[str, int]:
@@ -217,11 +232,20 @@ def count_stablehlo(text: str) -> dict[str, int]:
         return known[location]
 
     counts: Counter[str] = Counter()
+    callers: dict[str, str] = {}  # origin of the first call of each function; callers come before the called
+    function = ""
     for line in text.splitlines():
-        if line.startswith("#loc") or not line.strip():
+        if " = " not in line or line.startswith("#loc"):
+            opened = re.search(r"func\.func \w+ @(\w+)", line)
+            function = opened[1] if opened else function
             continue
-        found = re.search(r"loc\((#loc\d+)\)$", line)
-        counts[origin(*resolve(found[1])) if found and " = " in line else "none"] += 1
+        location = re.search(r"loc\((#loc\d+)\)$", line)
+        name, files = resolve(location[1]) if location else ("", "")
+        found = callers.get(function, origin(name, files)) if not files else origin(name, files)
+        called = re.search(r"call @(\w+)", line)
+        if called:
+            callers.setdefault(called[1], found)
+        counts[found] += 1
     return _with_total(counts)
 
 
@@ -240,20 +264,25 @@ def count_optimised(text: str) -> dict[str, int]:
     }
 
     def sources(frame: str) -> str:
-        names: list[str] = []
+        names = []
         while frame in frames:
             place, parent = frames[frame]
             names.append(files[places[place]])
-            if parent == frame:
-                break
-            frame = parent
+            frame = str(int(parent) - 1) if parent else ""  # XLA prints one more than the parent's number
         return "/".join(names)
 
     counts: Counter[str] = Counter()
-    for line in filter(str.strip, body.splitlines()):
-        name = re.search(r'op_name="([^"]*)"', line)
-        frame, file = re.search(r"stack_frame_id=(\d+)", line), re.search(r'source_file="([^"]*)"', line)
-        counts[origin(name[1] if name else "", sources(frame[1]) if frame else file[1] if file else "")] += 1
+    for computation in body.split("\n\n"):
+        here: Counter[str] = Counter()
+        for line in (line for line in computation.splitlines() if " = " in line):
+            name = re.search(r'op_name="([^"]*)"', line)
+            frame, file = re.search(r"stack_frame_id=(\d+)", line), re.search(r'source_file="([^"]*)"', line)
+            source = sources(frame[1]) if frame else file[1] if file else ""
+            here[origin(name[1] if name else "", source)] += 1
+        if len(here) > 1:  # parameters and constants have no source: they belong to what reads them
+            unknown = here.pop("none", 0)
+            here[here.most_common(1)[0][0]] += unknown
+        counts += here
     return _with_total(counts)
 
 
@@ -272,6 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--stem", type=int, default=5, choices=(3, 5), help="kernel size of the U-Net's stem (default 5)"
     )
+    parser.add_argument("--tile-size", type=int, default=64, help="pairs in a tile of the U-Net's maps; 0: no tiles")
     parser.add_argument("--repeats", type=int, default=3, help="fresh processes; the median counts (default 3)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--here", action="store_true", help="measure once, in this process")
@@ -279,14 +309,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.repeats < 1:
         parser.error(f"--repeats is {options.repeats}, expected 1 or more")
     if options.here:
-        results = [measure(options.model, options.stem)]
+        results = [measure(options.model, options.stem, options.tile_size or None)]
     else:
         command = [sys.executable, "-m", "benchmarks.compile_time", "--here", "--json"]
-        command += ["--model", options.model, "--stem", str(options.stem)]
+        command += ["--model", options.model, "--stem", str(options.stem), "--tile-size", str(options.tile_size)]
         results = []
         for turn in range(options.repeats):
             report(f"process {turn + 1} of {options.repeats}")
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ).stdout
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
             results.append(json.loads(output))
     result = {
         "model": options.model,
@@ -299,14 +329,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def table_of(result: dict[str, Any]) -> str:
     """Format the result as a table."""
-    lines = [
-        f"{result['model']}: a training step",
-        f"{'lines of':12}" + "".join(f"{key:>10}" for key in result["StableHLO"]),
-    ]
-    for kind in ("StableHLO", "optimised"):
-        lines.append(f"{kind:12}" + "".join(f"{count:10,}" for count in result[kind].values()))
-    lines.append(f"CPU seconds: {result['lower_s']:.1f} to trace and lower, {result['compile_s']:.1f} to compile")
-    return "\n".join(lines)
+    rows = [f"{kind:12}" + "".join(f"{n:11,}" for n in result[kind].values()) for kind in ("StableHLO", "optimised")]
+    return "\n".join(
+        [
+            f"{result['model']}: a training step",
+            f"{'lines':12}" + "".join(f"{key:>11}" for key in result["StableHLO"]),
+            *rows,
+            f"{result['fusions']:,} fusions",
+            f"CPU seconds: {result['lower_s']:.1f} to trace and lower, {result['compile_s']:.1f} to compile",
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -83,7 +83,8 @@ def running_sum(values: Int[Array, "*b n"]) -> Int[Array, "*b n"]:
 
 def _at(words: Words, rows: Int[Array, "..."]) -> Words:
     """Keys of rows 0 and up, the last key where a row is past the end."""
-    return tuple(_take(word, jnp.minimum(rows, len(word) - 1)) for word in words)
+    rows = jnp.minimum(rows, len(words[0]) - 1)
+    return tuple(_take(word, rows) for word in words)
 
 
 def _take(values: Array, rows: Array) -> Array:
