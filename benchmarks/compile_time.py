@@ -188,7 +188,6 @@ def detector_step() -> tuple[Callable[..., Any], tuple[Any, ...]]:
 def measure(model: str, stem: int = 5, tile_size: int | None = 64) -> dict[str, Any]:
     """Lower and compile the step of a model once in this process: lines by origin and CPU seconds."""
     jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_include_full_tracebacks_in_locations", True)
     step, arguments = unet_step(stem, tile_size) if model == "minkunet34" else detector_step()
     clock = [time.process_time()]
     lowered = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*arguments)
@@ -235,7 +234,7 @@ def count_stablehlo(text: str) -> dict[str, int]:
     callers: dict[str, str] = {}  # origin of the first call of each function; callers come before the called
     function = ""
     for line in text.splitlines():
-        if " = " not in line or line.startswith("#loc"):
+        if not re.match(r"\s+%\S+ = ", line):
             opened = re.search(r"func\.func \w+ @(\w+)", line)
             function = opened[1] if opened else function
             continue
@@ -274,7 +273,7 @@ def count_optimised(text: str) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for computation in body.split("\n\n"):
         here: Counter[str] = Counter()
-        for line in (line for line in computation.splitlines() if " = " in line):
+        for line in filter(re.compile(r"\s+(ROOT )?%\S+ = ").match, computation.splitlines()):
             name = re.search(r'op_name="([^"]*)"', line)
             frame, file = re.search(r"stack_frame_id=(\d+)", line), re.search(r'source_file="([^"]*)"', line)
             source = sources(frame[1]) if frame else file[1] if file else ""

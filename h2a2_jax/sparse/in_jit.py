@@ -63,7 +63,9 @@ def lower_bounds(keys: Words, queries: Words) -> Int[Array, "..."]:
         more = count + (1 << (steps - 1 - i)).astype(jnp.int32)
         return jnp.where((more <= n) & below(_at(keys, more - 1), queries), more, count)
 
-    return lax.fori_loop(0, steps, advance, jnp.zeros_like(queries[0])) if n else jnp.zeros_like(queries[0])
+    none = jnp.zeros_like(queries[0])
+    # Under shard_map counts vary over the devices, as the keys do.
+    return lax.fori_loop(0, steps, advance, none + 0 * keys[0][0]) if n else none
 
 
 def running_sum(values: Int[Array, "*b n"]) -> Int[Array, "*b n"]:
@@ -82,7 +84,9 @@ def running_sum(values: Int[Array, "*b n"]) -> Int[Array, "*b n"]:
 
 
 def _at(words: Words, rows: Int[Array, "..."]) -> Words:
-    """Keys of rows 0 and up, the last key where a row is past the end."""
+    """Keys of rows 0 and up; the last key where a row is past the end, padding where there is no key."""
+    if not len(words[0]):
+        return tuple(jnp.full_like(rows, _PADDING) for _ in words)
     rows = jnp.minimum(rows, len(words[0]) - 1)
     return tuple(_take(word, rows) for word in words)
 
@@ -299,7 +303,7 @@ def _distinct(words: Words, capacity: int, stride: int, num_scans: int) -> tuple
     fields = [field for word in _at(tuple(ordered), chosen) for field in (word >> 16, (word & _FIELD) - _BIAS)]
     padding = [num_scans, *[0] * (len(fields) - 1)]
     coords = jnp.stack([jnp.where(valid, field, empty) for field, empty in zip(fields, padding, strict=True)], 1)
-    first = jnp.where(valid, _take(rows, chosen), m)
+    first = jnp.where(valid, _at((rows,), chosen)[0], m)
     return Sites(coords, n, stride, num_scans), first, count - n
 
 
@@ -379,7 +383,7 @@ def inverse_map(kernel_map: KernelMap, *, tile_size: int | None = None) -> Kerne
 
 
 def _map(rows: Int[Array, "*v n_out"], inputs: Sites, outputs: Sites, tile_size: int | None, kind: str) -> KernelMap:
-    rows = rows.reshape(-1, outputs.capacity)
+    rows = rows.reshape(math.prod(rows.shape[:-1]), outputs.capacity)
     tiles = None if tile_size is None else _cut_pairs(rows, inputs, outputs, tile_size, kind)
     return KernelMap(rows, inputs, outputs, tiles, kind)
 
