@@ -11,9 +11,12 @@ halves of the host's key, int32, so that 64-bit integers need not be enabled:
 In 4-D, where fields have 12 bits, the cut goes through y. `docs/layers.md` builds the maps of a network this way.
 """
 
-from collections.abc import Sequence
+import functools
+import math
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,23 +55,22 @@ _PADDING = np.iinfo(np.int32).max
 _FAR = 1 << 30
 
 
-class Words(NamedTuple):
-    """Keys of sites, int32 each; ordered by hi, then lo."""
+Words = tuple[Array, ...]
+"""Keys of sites in int32 words; ordered by the first word, then by the next."""
 
-    hi: Array
-    lo: Array
 
-    def below(self, other: "Words") -> Bool[Array, "..."]:
-        """True where a key comes before the other one."""
-        return (self.hi < other.hi) | ((self.hi == other.hi) & (self.lo < other.lo))
+def below(a: Words, b: Words) -> Bool[Array, "..."]:
+    """True where a key comes before the other one."""
+    *before, last = zip(a, b, strict=True)
+    result = last[0] < last[1]
+    for x, y in reversed(before):
+        result = (x < y) | ((x == y) & result)
+    return result
 
-    def equal(self, other: "Words") -> Bool[Array, "..."]:
-        """True where two keys are of the same site."""
-        return (self.hi == other.hi) & (self.lo == other.lo)
 
-    def at(self, rows: Int[Array, "..."]) -> "Words":
-        """Keys of rows; padding where a row is past the end."""
-        return Words(*(word.at[rows].get(mode="fill", fill_value=_PADDING) for word in self))
+def equal(a: Words, b: Words) -> Bool[Array, "..."]:
+    """True where two keys are of the same site."""
+    return _all([x == y for x, y in zip(a, b, strict=True)])
 
 
 def site_words(sites: Sites) -> Words:
@@ -78,16 +80,56 @@ def site_words(sites: Sites) -> Words:
 
 def lower_bounds(keys: Words, queries: Words) -> Int[Array, "..."]:
     """Number of ascending keys below each query, by a binary search for all queries at once."""
-    n = keys.hi.shape[0]
+    n = keys[0].shape[0]
+    steps = n.bit_length()
 
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = (low + high) // 2
-        below = keys.at(middle).below(queries) & (low < high)
-        return jnp.where(below, middle + 1, low), jnp.where(below, high, middle)
+    def advance(i: Array, count: Array) -> Array:
+        more = count + (1 << (steps - 1 - i)).astype(jnp.int32)
+        return jnp.where((more <= n) & below(_at(keys, more - 1), queries), more, count)
 
-    low = jnp.zeros_like(queries.hi)
-    return lax.fori_loop(0, n.bit_length(), halve, (low, low + n))[0]
+    none = jnp.zeros_like(queries[0])
+    # Under shard_map counts vary over the devices, as the keys do.
+    return lax.fori_loop(0, steps, advance, none + 0 * keys[0][0]) if n else none
+
+
+def running_sum(values: Int[Array, "*b n"]) -> Int[Array, "*b n"]:
+    """Sums of the first 1, 2, ... n values along the last axis.
+
+    A loop that doubles the length of the sums: `jnp.cumsum` takes three times as long to compile, and on CPUs longer to
+    run.
+    """
+    n = values.shape[-1]
+
+    def double(i: Array, sums: Array) -> Array:
+        behind = jnp.concatenate([jnp.zeros_like(sums), sums], -1)
+        return sums + lax.dynamic_slice_in_dim(behind, n - (1 << i), n, -1)
+
+    return lax.fori_loop(0, max(0, n - 1).bit_length(), double, values)
+
+
+def _at(words: Words, rows: Int[Array, "..."]) -> Words:
+    """Keys of rows 0 and up; the last key where a row is past the end, padding where there is no key."""
+    if not len(words[0]):
+        return tuple(jnp.full_like(rows, _PADDING) for _ in words)
+    rows = jnp.minimum(rows, len(words[0]) - 1)
+    return tuple(_take(word, rows) for word in words)
+
+
+def _take(values: Array, rows: Array) -> Array:
+    """Values of rows that exist: without the comparisons that JAX adds for others."""
+    return values.at[rows].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def _put(places: Array, values: Array, fill: Array | int, size: int) -> Int[Array, " size"]:
+    """Values at distinct places of an int32 array of `fill`; places at or past its end are left out."""
+    empty = jnp.full(size, fill, jnp.int32)
+    places, values = places.reshape(-1), values.reshape(-1)
+    return empty.at[places].set(values, mode="drop", wrap_negative_indices=False)
+
+
+def _all(conditions: Iterable[Array]) -> Bool[Array, "..."]:
+    """True where all conditions hold; unlike a reduction part of the loop that makes them."""
+    return functools.reduce(operator.and_, conditions)
 
 
 def _pack(coords: Array, valid: Array) -> Words:
@@ -99,28 +141,29 @@ def _pack(coords: Array, valid: Array) -> Words:
     else:
         x, y, z, t = (axis + key_fields(4).bias for axis in place)
         words = (scan << 16) | (x << 4) | (y >> 8), ((y << 24) | (z << 12) | t) ^ _LOWEST
-    return Words(*(jnp.where(valid, word, _PADDING) for word in words))
+    return tuple(jnp.where(valid, word, _PADDING) for word in words)
 
 
-def _unpack(words: Words, axes: int) -> Array:
-    """Rows of keys, int32 [n, 1 + axes]."""
+def _unpack(words: Words, axes: int) -> list[Array]:
+    """Columns (scan, x, y, z) or (scan, x, y, z, t) of keys."""
     hi, lo = words
     if axes == 3:
-        return jnp.stack([hi >> 16, (hi & _FIELD) - _BIAS, lo >> 16, (lo & _FIELD) - _BIAS], 1)
+        return [hi >> 16, (hi & _FIELD) - _BIAS, lo >> 16, (lo & _FIELD) - _BIAS]
     fields, lo = key_fields(4), lo ^ _LOWEST
     y = ((hi & 15) << 8) | ((lo >> 24) & 255)
     place = [(hi >> 4) & fields.mask, y, (lo >> 12) & fields.mask, lo & fields.mask]
-    return jnp.stack([hi >> 16, *(axis - fields.bias for axis in place)], 1)
+    return [hi >> 16, *(axis - fields.bias for axis in place)]
 
 
 def _move(words: Words, offsets: Int[np.ndarray, "v d"]) -> Words:
     """Keys of the sites at each offset, [v, n]; the offsets are 0 along the last axis."""
+    hi, lo = words
     if offsets.shape[1] == 3:
         dx, dy = (jnp.asarray(offsets[:, i, None], jnp.int32) for i in range(2))
-        return Words(words.hi + dx, words.lo + (dy << 16))
+        return hi + dx, lo + (dy << 16)
     moves = key_offsets(offsets)[:, None]
-    lo = words.lo + jnp.asarray(moves.astype(np.uint32).view(np.int32))
-    return Words(words.hi + jnp.asarray((moves >> 32).astype(np.int32)) + (lo < words.lo), lo)  # with the carry
+    moved = lo + jnp.asarray(moves.astype(np.uint32).view(np.int32))
+    return hi + jnp.asarray((moves >> 32).astype(np.int32)) + (moved < lo), moved  # with the carry
 
 
 # ---------------------------------------------------------------- sites
@@ -203,7 +246,7 @@ def sites_from_coords(
     given = _given(rows[:, 0], len(rows) if n is None else n, num_scans)
     lost: Array | int = 0
     if max(strides) > 1:
-        on_grid = (rows[:, 1:] % np.array(strides, np.int32) == 0).all(1)
+        on_grid = _all((rows[:, 1:] % np.array(strides, np.int32) == 0).T)
         given, lost = given & on_grid, (given & ~on_grid).sum(dtype=jnp.int32)
     sites, overflow = _collect("sites_from_coords", rows, given, limit, capacity, strides, num_scans, name, lost)
     return replace(sites, identity=number_identity(name, sites.coords)), overflow
@@ -228,7 +271,11 @@ def downsample_sites(sites: Sites, factor: PerAxis, capacity: int) -> tuple[Site
     strides = tuple(s * f for s, f in zip(sites.strides, factors, strict=True))
     coords = jnp.asarray(sites.coords)
     step = strides[0] if len(set(strides)) == 1 else np.array(strides, np.int32)
-    coords = jnp.concatenate([coords[:, :1], coords[:, 1:] // step * step], 1)
+    if any(s & (s - 1) for s in strides):
+        floored = coords[:, 1:] // step * step
+    else:
+        floored = coords[:, 1:] & -step  # a division takes far more operations
+    coords = jnp.concatenate([coords[:, :1], floored], 1)
     identity, limit = coarser_identity(sites.identity, factors), key_fields(sites.axes).reach.derived
     return _collect("downsample_sites", coords, sites.valid, limit, capacity, strides, sites.num_scans, identity)
 
@@ -299,7 +346,7 @@ def unite_sites(a: Sites, b: Sites, capacity: int) -> tuple[Sites, Int[Array, ""
     check_padded("unite_sites", a, b, coarser=False)
     if a.strides != b.strides:
         raise ValueError(f"a union needs one stride, given {a.stride} and {b.stride}.")
-    words = Words(*map(jnp.concatenate, zip(site_words(a), site_words(b), strict=True)))
+    words = tuple(map(jnp.concatenate, zip(site_words(a), site_words(b), strict=True)))
     identity = f"unite({a.identity}, {b.identity})"
     sites, _, overflow = _distinct(words, capacity, a.stride, max(a.num_scans, b.num_scans), a.axes, identity)
     return sites, _report("unite_sites", overflow, capacity)
@@ -336,7 +383,7 @@ def _rows_of(sites: Sites, queries: Words, valid: Array) -> Array:
     """Row of each query, the capacity where it is missing or not valid."""
     keys = site_words(sites)
     rows = lower_bounds(keys, queries)
-    return jnp.where(keys.at(rows).equal(queries) & valid, rows, sites.capacity)
+    return jnp.where(equal(_at(keys, rows), queries) & valid, rows, sites.capacity)
 
 
 def check_padded(user: str, fine: Any, coarse: Any = None, *, coarser: bool = True) -> None:
@@ -414,11 +461,11 @@ def _voxels(points: Array, voxel_size: float | Sequence[float]) -> tuple[Array, 
     size = check_voxel_size(voxel_size, points.shape[1])
     limit = key_fields(4 if points.shape[1] == 4 else 3).reach.given
     points = points.astype(jnp.float32)
-    inside = jnp.isfinite(points).all(1)
+    inside = _all(jnp.isfinite(points).T)
     points = jnp.where(inside[:, None], points, 0)
     estimate = jnp.floor(jnp.clip(points / size, -2.0 * _BIAS, 2.0 * _BIAS))
     voxels = floor_quotient(points, estimate, size)
-    inside &= (jnp.abs(voxels) < limit).all(1)
+    inside &= _all((jnp.abs(voxels) < limit).T)
     return voxels.astype(jnp.int32), inside
 
 
@@ -461,7 +508,8 @@ def _collect(
     lost: Array | int = 0,
 ) -> tuple[Sites, Array]:
     """The distinct sites among given rows; overflow counts the rows beyond +-limit and those lost before too."""
-    inside = (coords[:, 1:] >= -limit).all(1) & (coords[:, 1:] <= limit).all(1)
+    # Without sign, what lies below the range is a large number too.
+    inside = _all(((coords[:, 1:] + limit).astype(jnp.uint32) <= 2 * limit).T)
     words, axes = _pack(coords, given & inside), coords.shape[1] - 1
     sites, _, overflow = _distinct(words, capacity, shorten(strides), num_scans, axes, identity)
     return sites, _report(user, overflow + (given & ~inside).sum(dtype=jnp.int32) + lost, capacity)
@@ -472,45 +520,49 @@ def _distinct(
 ) -> tuple[Sites, Array, Array]:
     """The distinct sites of unordered keys, the first row with each, and the number of sites that did not fit."""
     num_scans = check_count("num_scans", num_scans, least=0, most=MAX_SCANS)
-    capacity = check_count("capacity", capacity)
-    m = words.hi.shape[0]
+    capacity = check_count("capacity", capacity, least=0)
+    m = words[0].shape[0]
     rows = jnp.arange(m, dtype=jnp.int32)
-    hi, lo, rows = lax.sort((*words, rows), num_keys=2, is_stable=True)
-    ordered = Words(hi, lo)
-    before = Words(*(jnp.concatenate([jnp.full(1, -1, jnp.int32), word[:-1]]) for word in ordered))
-    starts = ~ordered.equal(before) & (hi != _PADDING)
-    count = starts.sum(dtype=jnp.int32)
-    place = jnp.cumsum(starts, dtype=jnp.int32) - 1
-    if num_scans > 1:
-        starts, place = _share(starts, place, hi >> 16, num_scans, capacity)
-    place = jnp.where(starts, place, capacity)
-    chosen = jnp.full(capacity, m, jnp.int32).at[place].set(jnp.arange(m, dtype=jnp.int32), mode="drop")
-    coords = _unpack(ordered.at(chosen), axes)
+    *ordered, rows = lax.sort((*words, rows), num_keys=len(words), is_stable=True)
+    before = tuple(jnp.concatenate([jnp.full(1, -1, jnp.int32), word[:-1]]) for word in ordered)
+    starts = ~equal(tuple(ordered), before) & (ordered[0] != _PADDING)
+    nth = running_sum(starts.astype(jnp.int32))
+    count = nth[-1] if m else jnp.int32(0)
+    place = nth - 1
+    if num_scans > 1 and m > capacity:
+        starts, place = _share(starts, place, ordered[0] >> 16, num_scans, capacity)
+    chosen = _put(jnp.where(starts, place, capacity), jnp.arange(m, dtype=jnp.int32), 0, capacity)
     n = jnp.minimum(count, capacity)
-    padding = jnp.asarray([num_scans] + [0] * axes, jnp.int32)
-    coords = jnp.where((jnp.arange(capacity) < n)[:, None], coords, padding)
-    first = rows.at[chosen].get(mode="fill", fill_value=m)
+    valid = jnp.arange(capacity) < n
+    fields, padding = _unpack(_at(tuple(ordered), chosen), axes), [num_scans, *[0] * axes]
+    coords = jnp.stack([jnp.where(valid, field, empty) for field, empty in zip(fields, padding, strict=True)], 1)
+    first = jnp.where(valid, _at((rows,), chosen)[0], m)
     return Sites(coords, n, stride, num_scans, identity), first, count - n
 
 
 def _share(starts: Array, rank: Array, scan: Array, num_scans: int, capacity: int) -> tuple[Array, Array]:
     """Fair shares of the capacity: the sites that stay, and the row of each.
 
-    A scan with fewer sites than its share keeps all; the others share the rest evenly. Sites are in order of scans;
-    `rank` is their place among all. The level L of the shares is the largest with sum(min(sites, L)) <= capacity, and
-    sum(min(sites, L)) is the smallest over k of the k least numbers of sites plus L for each other scan.
+    A scan with fewer sites than its share keeps all; the others share the rest evenly. Sites are in order of scans,
+    `rank` is their place among all.
     """
-    sites = jnp.zeros(num_scans, jnp.int32).at[scan].add(starts.astype(jnp.int32), mode="drop", indices_are_sorted=True)
-    ascending = jnp.sort(sites)
-    least = jnp.cumsum(ascending) - ascending
-    level = lax.div(capacity - least, num_scans - jnp.arange(num_scans, dtype=jnp.int32)).max()
-    more = sites > level
-    spare = capacity - jnp.minimum(sites, level).sum(dtype=jnp.int32)
-    kept = jnp.minimum(sites, level) + (more & (jnp.cumsum(more, dtype=jnp.int32) <= spare))
-    scan = jnp.minimum(scan, num_scans - 1)  # padding is in none
-    begin, end = jnp.cumsum(sites) - sites, jnp.cumsum(kept)
-    inside = rank - begin[scan]
-    return starts & (inside < kept[scan]), inside + (end - kept)[scan]
+    ones = starts.astype(jnp.int32)
+    sites = jnp.zeros(num_scans, jnp.int32).at[scan].add(ones, mode="drop", wrap_negative_indices=False)
+    steps = capacity.bit_length()
+
+    def rise(i: Array, level: Array) -> Array:
+        more = level + (1 << (steps - 1 - i)).astype(jnp.int32)
+        return jnp.where(jnp.minimum(sites, more).sum() <= capacity, more, level)
+
+    level = lax.fori_loop(0, steps, rise, 0 * sites[0])  # all keep that many
+    more = (sites > level).astype(jnp.int32)
+    even = jnp.minimum(sites, level)
+    sites_end, even_end, more_end = running_sum(jnp.stack([sites, even, more]))
+    spare = capacity - even_end[-1]  # the first of the others keep one more
+    begin, kept = sites_end - sites, even + more * (more_end <= spare)
+    shift = even_end + jnp.minimum(more_end, spare) - kept - begin
+    end, shift = _take(jnp.stack([begin + kept, shift], 1), jnp.minimum(scan, num_scans - 1)).T  # padding is in none
+    return starts & (rank < end), rank + shift
 
 
 # ---------------------------------------------------------------- kernel maps
@@ -533,19 +585,15 @@ def submanifold_map(
     """
     check_padded("submanifold_map", sites)
     sizes = per_axis(kernel_size, sites.axes, name="kernel_size")
-    offsets = voxel_offsets(sizes, dilation, sites.strides, sites.axes)
+    grid = _grid(sizes, dilation, sites.strides)
     if any(k % 2 == 0 for k in sizes):
-        return _map(_search(sites, sites, offsets), sites, sites, tile_size, "submanifold", sizes)
-    # Of two opposite runs along the last axis one is searched, the other is its mirror image. The run of the centre is
-    # searched.
-    runs = [tuple(offset) for offset in offsets[:, :-1].tolist()]
-    middle = (0,) * (sites.axes - 1)
-    centre = [j for j, run in enumerate(runs) if run == middle]
-    ahead = [j for j, run in enumerate(runs) if run > middle]
-    searched = _search(sites, sites, offsets[centre + ahead])
-    mirrored = _inverse(searched[len(centre) :], sites.capacity)
-    held = [*centre, *ahead, *(len(offsets) - 1 - j for j in ahead)]
-    rows = jnp.concatenate([searched, mirrored])[np.argsort(held)]
+        return _map(_search(sites, sites, grid), sites, sites, tile_size, "submanifold", sizes)
+    # Of two opposite runs one is searched, the other is its mirror image. The run of the centre is searched.
+    ahead = grid.shape[1] // 2
+    rows = _search(sites, sites, grid[:, ahead:])
+    if ahead:
+        mirrored = _inverse(rows[:, 1:], sites.capacity)[::-1, ::-1]
+        rows = jnp.concatenate([mirrored, rows], 1)
     return _map(rows, sites, sites, tile_size, "submanifold", sizes)
 
 
@@ -566,8 +614,8 @@ def strided_map(
     """
     check_padded("strided_map", inputs, outputs)
     sizes = per_axis(kernel_size, inputs.axes, name="kernel_size")
-    offsets = voxel_offsets(sizes, dilation, inputs.strides, inputs.axes, padding=padding)
-    return _map(_search(inputs, outputs, offsets), inputs, outputs, tile_size, "strided", sizes)
+    rows = _search(inputs, outputs, _grid(sizes, dilation, inputs.strides, padding))
+    return _map(rows, inputs, outputs, tile_size, "strided", sizes)
 
 
 def pool_map(inputs: Sites, outputs: Sites, kernel_size: PerAxis, *, tile_size: int | None = None) -> KernelMap:
@@ -579,7 +627,7 @@ def pool_map(inputs: Sites, outputs: Sites, kernel_size: PerAxis, *, tile_size: 
     """
     check_padded("pool_map", inputs, outputs)
     sizes = per_axis(kernel_size, inputs.axes, name="kernel_size")
-    rows = _search(inputs, outputs, voxel_offsets(sizes, 1, inputs.strides, inputs.axes))
+    rows = _search(inputs, outputs, _grid(sizes, 1, inputs.strides))
     return _map(rows, inputs, outputs, tile_size, "pool", sizes)
 
 
@@ -592,7 +640,7 @@ def generative_map(inputs: Sites, outputs: Sites, kernel_size: PerAxis, *, tile_
     """
     check_padded("generative_map", outputs, inputs)
     sizes = per_axis(kernel_size, inputs.axes, name="kernel_size")
-    rows = _search(inputs, outputs, -voxel_offsets(sizes, 1, outputs.strides, inputs.axes))
+    rows = _search(inputs, outputs, -_grid(sizes, 1, outputs.strides))
     return _map(rows, inputs, outputs, tile_size, "generative", sizes)
 
 
@@ -605,97 +653,130 @@ def inverse_map(kernel_map: KernelMap, *, tile_size: int | None = None) -> Kerne
     if not isinstance(kernel_map, KernelMap) or kernel_map.kind == "neighbors":
         given = f"map of kind {kernel_map.kind!r}" if isinstance(kernel_map, KernelMap) else type(kernel_map).__name__
         raise ValueError(f"inverse_map was given a {given}; expected the KernelMap of a convolution.")
+    inputs, outputs, tiles = kernel_map.outputs, kernel_map.inputs, kernel_map.tiles
     rows = _inverse(jnp.asarray(kernel_map.neighbors), kernel_map.in_capacity)
-    return _map(rows, kernel_map.outputs, kernel_map.inputs, tile_size, "inverse", kernel_map.kernel_size)
+    inverse = _map(rows, inputs, outputs, None, "inverse", kernel_map.kernel_size)
+    if tile_size is None:
+        return inverse
+    check_count("tile_size", tile_size)
+    capacity = _tile_capacity(len(rows), inputs, outputs, tile_size, mirrored=False)
+    if tiles is not None and not tiles.mirrored and jnp.shape(tiles.in_rows) == (capacity, tile_size):
+        # The rows of an offset ascend on both sides of its pairs: the tiles are the same.
+        return replace(inverse, tiles=replace(tiles, in_rows=tiles.out_rows, out_rows=tiles.in_rows))
+    return _map(rows, inputs, outputs, tile_size, "inverse", kernel_map.kernel_size)
 
 
 def _map(
-    rows: Array,
+    rows: Int[Array, "*v n_out"],
     inputs: Sites,
     outputs: Sites,
     tile_size: int | None,
     kind: str,
     kernel_size: tuple[int, ...] | None,
 ) -> KernelMap:
+    rows = rows.reshape(math.prod(rows.shape[:-1]), outputs.capacity)
     tiles = None
     if tile_size is not None:
         tiles = _cut_pairs(rows, inputs, outputs, check_count("tile_size", tile_size), kind)
     return KernelMap(rows, inputs, outputs, tiles, kind, kernel_size=kernel_size)
 
 
-def _search(inputs: Sites, outputs: Sites, offsets: Int[np.ndarray, "v d"]) -> Int[Array, "v n_out"]:
+def _grid(
+    sizes: tuple[int, ...], dilation: PerAxis, strides: tuple[int, ...], padding: PerAxis | None = None
+) -> Int[np.ndarray, "h r d"]:
+    """Offsets of a kernel's slices, in their order, by height (the last axis) and run of heights."""
+    axes = len(strides)
+    return voxel_offsets(sizes, dilation, strides, axes, padding=padding).reshape(sizes[-1], -1, axes)
+
+
+def _search(inputs: Sites, outputs: Sites, grid: Int[np.ndarray, "h r d"]) -> Int[Array, "h r n_out"]:
     """For each offset and output site the input row at out + offset, the inputs' capacity where there is none.
 
-    The offsets are whole runs along z, the last axis. One binary search finds the first key at or behind the first
+    Keys that differ in height alone follow each other. One binary search finds the first key at or behind the lowest
     site of each run; where a run has no gaps, the next ones follow by comparing with the next key.
     """
     keys, centres = site_words(inputs), site_words(outputs)
-    runs, run_of = np.unique(offsets[:, :-1], axis=0, return_inverse=True)
-    heights, height_of = np.unique(offsets[:, -1], return_inverse=True)
-    columns = _move(centres, np.pad(runs, ((0, 0), (0, 1))))
-    found = []
-    for i, z in enumerate(heights.tolist()):
-        query = Words(columns.hi, columns.lo + z)
-        if i == 0 or z - heights[i - 1] > inputs.strides[-1]:
-            position = lower_bounds(keys, query)
-        hit = keys.at(position).equal(query) & outputs.valid
-        found.append(jnp.where(hit, position, inputs.capacity))
-        position = position + hit
-    return jnp.concatenate(found)[height_of.ravel() * len(runs) + run_of.ravel()]
+    heights, runs = grid[:, 0, -1], grid[0].copy()
+    runs[:, -1] = 0
+    columns = _move(centres, runs)
+
+    def compare(position: Array, query: Words) -> tuple[Array, Array]:
+        hit = equal(_at(keys, position), query) & outputs.valid
+        return hit, jnp.where(hit, position, inputs.capacity)
+
+    def raise_query(position: Array, z: Array) -> tuple[Array, Array]:
+        hit, rows = compare(position, (*columns[:-1], columns[-1] + z))
+        return position + hit, rows
+
+    order = np.argsort(heights)
+    z = jnp.asarray(heights[order], jnp.int32)
+    if np.diff(heights[order]).max(initial=0) > inputs.strides[-1]:
+        query = (
+            *(jnp.broadcast_to(word, (len(z), *word.shape)) for word in columns[:-1]),
+            columns[-1] + z[:, None, None],
+        )
+        return compare(lower_bounds(keys, query), query)[1]
+    lowest = lower_bounds(keys, (*columns[:-1], columns[-1] + z[0]))
+    rows = lax.scan(raise_query, lowest, z)[1]
+    return rows if (order[:-1] < order[1:]).all() else rows[::-1]
 
 
-def _inverse(rows: Int[Array, "v n_out"], in_capacity: int) -> Int[Array, "v n_in"]:
+def _inverse(rows: Int[Array, "*v n_out"], in_capacity: int) -> Int[Array, "*v n_in"]:
     """For each offset and input row the output row that reads it, the outputs' capacity where there is none."""
-    volume, n_out = rows.shape
-    empty = jnp.full((volume, in_capacity), n_out, jnp.int32)
-    outs = jnp.broadcast_to(jnp.arange(n_out, dtype=jnp.int32), rows.shape)
-    return empty.at[jnp.arange(volume)[:, None], rows].set(outs, mode="drop")
+    *volume, n_out = rows.shape
+    size = math.prod(volume) * in_capacity
+    first = np.arange(0, size, in_capacity, dtype=np.int32).reshape(*volume, 1) if size else 0
+    places = jnp.where(rows < in_capacity, first + rows, size)
+    outs = lax.broadcasted_iota(jnp.int32, rows.shape, rows.ndim - 1)
+    return _put(places, outs, n_out, size).reshape(*volume, in_capacity)
+
+
+def _tile_capacity(volume: int, inputs: Sites, outputs: Sites, tile: int, *, mirrored: bool) -> int:
+    """Number of tiles that holds every map of these shapes, as in `kernel_map.cut_pairs`."""
+    most, num_scans = min(inputs.capacity, outputs.capacity), inputs.num_scans
+    used = volume // 2 if mirrored else volume
+    return used * (-(-most // tile) + num_scans) + mirrored * (-(-most // (2 * tile)) + num_scans)
 
 
 def _cut_pairs(rows: Int[Array, "v n_out"], inputs: Sites, outputs: Sites, tile: int, kind: str) -> PairTiles:
     """The pairs of a map in tiles of `tile` pairs, every pair in the place where `kernel_map.cut_pairs` puts it."""
     volume, num_scans = len(rows), inputs.num_scans
     mirrored = kind == "submanifold" and volume % 2 == 1
-    used, most = volume // 2 if mirrored else volume, min(inputs.capacity, outputs.capacity)
-    capacity = used * (-(-most // tile) + num_scans) + mirrored * (-(-most // (2 * tile)) + num_scans)
+    used = volume // 2 if mirrored else volume
+    capacity = _tile_capacity(volume, inputs, outputs, tile, mirrored=mirrored)
     rows, scan = rows[:used], jnp.asarray(outputs.scan)
+    starts = lower_bounds((scan,), (jnp.arange(num_scans + 1, dtype=jnp.int32),))
+    # Number of pairs of each offset up to and with a row, and before the first row of each scan.
     hit = rows < inputs.capacity
-    rank = jnp.pad(jnp.cumsum(hit, 1, dtype=jnp.int32), ((0, 0), (1, 0)))
-    starts = jnp.searchsorted(scan, jnp.arange(num_scans + 1)).astype(jnp.int32)
-    bounds = rank[:, starts]
-    tiles = -(-jnp.diff(bounds, axis=1) // tile)
+    rank = running_sum(hit.astype(jnp.int32))
+    if rows.size:
+        bounds = jnp.where(starts > 0, _take(rank.T, jnp.maximum(starts, 1) - 1).T, 0)
+    else:
+        bounds = jnp.zeros((used, num_scans + 1), jnp.int32)
+    tiles = lax.div(bounds[:, 1:] - bounds[:, :-1] + (tile - 1), np.int32(tile))
     if mirrored:
-        tiles = jnp.concatenate([tiles, -(-jnp.diff(starts) // (2 * tile))[None]])
-    ends = jnp.cumsum(tiles.reshape(-1), dtype=jnp.int32)
-    begins = jnp.pad(ends, (1, 0))[:-1].reshape(-1, num_scans)
-    known_scan = jnp.minimum(scan, num_scans - 1)  # padding rows need any index in range
-    outs = jnp.arange(outputs.capacity, dtype=jnp.int32)
-    # Place of a pair: that of the first pair of its offset and scan, plus its rank among these.
-    places = (begins[:used] * tile - bounds[:, :-1])[:, known_scan] + rank[:, :-1]
-    places = jnp.where(hit, places, capacity * tile).reshape(-1)
-    in_places, out_places = [places], [places]
-    in_values, out_values = [rows.reshape(-1)], [jnp.broadcast_to(outs, rows.shape).reshape(-1)]
+        centre_tiles = lax.div(starts[1:] - starts[:-1] + (2 * tile - 1), np.int32(2 * tile))
+        tiles = jnp.concatenate([tiles, centre_tiles[None]])
+    ends = running_sum(tiles.reshape(-1))
+    begins = ends.reshape(tiles.shape) - tiles
+    count, index = ends[-1], jnp.arange(capacity, dtype=jnp.int32)
+    of_tile = jnp.where(index < count, lower_bounds((ends,), (index + 1,)), 0)
+    offset, of_scan = lax.div(of_tile, np.int32(num_scans)), lax.rem(of_tile, np.int32(num_scans))
+    nth = jnp.arange(tile, dtype=jnp.int32)
+    in_rows, out_rows = (jnp.broadcast_to(past + nth, (capacity, tile)) for past in (inputs.capacity, outputs.capacity))
+    if rows.size:
+        # Place of a pair: that of the first pair of its offset and scan, plus its rank among these.
+        base = begins[:used] * tile - bounds[:, :-1] - 1
+        places = _take(base.T, jnp.minimum(scan, num_scans - 1)).T + rank  # padding rows need any scan in range
+        places = jnp.where(hit, places, capacity * tile)
+        pair = _put(places, jnp.arange(rows.size, dtype=jnp.int32), rows.size, capacity * tile).reshape(capacity, tile)
+        held = pair < rows.size
+        in_rows = jnp.where(held, _at((rows.reshape(-1),), pair)[0], in_rows)
+        out_rows = jnp.where(held, lax.rem(pair, np.int32(outputs.capacity)), out_rows)
     if mirrored:  # the tiles of the centre hold T rows in the list of inputs, the next T in the list of outputs
-        nth = outs - starts[known_scan]
-        centre, place = begins[used][known_scan] + nth // (2 * tile), nth % (2 * tile)
-        for half, (into, values) in enumerate([(in_places, in_values), (out_places, out_values)]):
-            here = (place // tile == half) & (scan < num_scans)
-            into.append(jnp.where(here, centre * tile + place % tile, capacity * tile))
-            values.append(outs)
-
-    def fill(places: list[Array], values: list[Array], past: int) -> Array:
-        empty = jnp.broadcast_to(past + jnp.arange(tile, dtype=jnp.int32), (capacity, tile)).reshape(-1)
-        full = empty.at[jnp.concatenate(places)].set(jnp.concatenate(values), mode="drop")
-        return full.reshape(capacity, tile)
-
-    count = ends[-1]
-    index = jnp.arange(capacity, dtype=jnp.int32)
-    of_tile = jnp.where(index < count, jnp.searchsorted(ends, index, side="right").astype(jnp.int32), 0)
-    return PairTiles(
-        fill(in_places, in_values, inputs.capacity),
-        fill(out_places, out_values, outputs.capacity),
-        of_tile // num_scans,
-        of_tile % num_scans,
-        count,
-        mirrored,
-    )
+        first = _take(starts[:-1] - begins[used] * (2 * tile), of_scan) + index * (2 * tile)
+        first = jnp.where((offset == used) & (index < count), first, outputs.capacity)[:, None]
+        end = _take(starts[1:], of_scan)[:, None]
+        in_rows = jnp.where(first + nth < end, first + nth, in_rows)
+        out_rows = jnp.where(first + tile + nth < end, first + tile + nth, out_rows)
+    return PairTiles(in_rows, out_rows, offset, of_scan, count, mirrored)

@@ -308,6 +308,44 @@ def test_every_batch_of_a_shape_has_its_own_map_under_vmap():
         assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], maps), expected)
 
 
+def test_maps_of_capacity_zero_and_of_no_points():
+    rows = padded(random_sites(stride=2))
+    empty = sparse.pad_sites(sparse.site_set(np.zeros((0, 4), np.int32), stride=2, num_scans=3), 0)
+    for inputs, outputs in ((empty, empty), (rows, empty), (empty, rows)):
+        build = partial(sparse.strided_map, kernel_size=3, tile_size=4)
+        there, back = traced(lambda a, b, f=build: (f(a, b), sparse.inverse_map(f(a, b), tile_size=4)), inputs, outputs)
+        for got in (there, back):
+            assert got.neighbors.shape == (27, got.out_capacity) and (got.neighbors == got.in_capacity).all()
+            assert got.tiles.count == 0 and (got.tiles.in_rows >= got.in_capacity).all()
+    sites, first, lost = traced(
+        lambda p: sparse.voxelize_points(p, np.zeros(0, np.int32), 0, 0.1, 3, 1), np.zeros((0, 3), np.float32)
+    )
+    assert sites.n == 0 and lost == 0 and first.tolist() == [0, 0, 0]
+
+
+def test_maps_of_each_device_under_shard_map():
+    sites = random_sites(stride=2)
+    rows = padded(sites)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    spec = jax.sharding.PartitionSpec("data")
+
+    def build(stack):
+        fine = jax.tree.map(lambda leaf: leaf[0], stack)
+        coarse, _ = sparse.downsample_sites(fine, 2, fine.capacity)
+        down = sparse.strided_map(fine, coarse, 2, tile_size=8)
+        maps = sparse.submanifold_map(fine, 3, tile_size=8), down, sparse.inverse_map(down, tile_size=8)
+        return jax.tree.map(lambda leaf: leaf[None], maps)
+
+    stack = jax.tree.map(lambda leaf: np.asarray(leaf)[None], rows)
+    maps = traced(jax.shard_map(build, mesh=mesh, in_specs=spec, out_specs=spec), stack)
+    same, down, up = jax.tree.map(lambda leaf: leaf[0], maps)
+    assert_same(same, sparse.pad_map(sparse.submanifold_neighbors(sites), rows, rows, tile_size=8))
+    coarse = sparse.downsample(sites, 2)
+    table, coarse_rows = sparse.strided_neighbors(sites, coarse, 2), sparse.pad_sites(coarse, rows.capacity)
+    assert_same(down, sparse.pad_map(table, rows, coarse_rows, tile_size=8))
+    assert_same(up, sparse.pad_map(sparse.inverse_neighbors(table), coarse_rows, rows, tile_size=8))
+
+
 def test_no_kernel_meets_the_other_end_of_the_range():
     ends = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]) * MAX_COORDINATE
     coords = np.concatenate([np.c_[np.full(8, b), ends] for b in (0, 1, 2)]).astype(np.int32)

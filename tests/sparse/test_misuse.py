@@ -94,7 +94,7 @@ def make_cases():
             lambda: jitted(lambda s: sparse.voxelize_points(points, scan, 9, s, 16, 1), 0.1),
             "voxel_size is an argument of a function under jit",
         ),
-        "capacity of 0": (lambda: points_in_jit(points, capacity=0), "capacity is 0; expected an integer from 1 on."),
+        "capacity of -1": (lambda: points_in_jit(points, capacity=-1), "capacity is -1; expected an integer from 0"),
         "capacity of 16.0": (lambda: points_in_jit(points, capacity=16.0), "capacity is 16.0; expected an integer"),
         "too many scans": (lambda: points_in_jit(points, scans=1 << 15), "expected an integer from 0 to 16384."),
         # grids
