@@ -45,10 +45,18 @@ def is_float(value: AnyArray) -> bool:
 def is_computed(values: Any) -> Bool[Array, ""]:
     """True, but only once the floats among the leaves of a pytree are computed; the CPU compiler cannot foresee it."""
     leaves = [leaf for leaf in jax.tree.leaves(values) if is_float(leaf) and leaf.size]
-    if jax.default_backend() != "cpu" or not leaves:
+    if not leaves:
         return jnp.array(True)
-    entry = sum(leaf.reshape(-1)[0].astype(jnp.float32) for leaf in leaves)
-    return lax.bitcast_convert_type(entry, jnp.uint32) != np.uint32(_NEVER)
+
+    def compare(*leaves: Array) -> Array:
+        entry = sum(leaf.reshape(-1)[0].astype(jnp.float32) for leaf in leaves)
+        return lax.bitcast_convert_type(entry, jnp.uint32) != np.uint32(_NEVER)
+
+    def know(*leaves: Array) -> Array:
+        # True, and of the type that a comparison has under shard_map; it compiles to nothing.
+        return (sum(leaf.reshape(-1)[0].astype(jnp.float32) for leaf in leaves) == jnp.nan) | True
+
+    return lax.platform_dependent(*leaves, cpu=compare, default=know)
 
 
 def after(cotangents: Any, values: Any) -> Any:
@@ -58,10 +66,15 @@ def after(cotangents: Any, values: Any) -> Any:
         cotangents: pytree of float arrays.
         values: pytree of arrays; integers pass through unguarded.
     """
-    if jax.default_backend() != "cpu":
+
+    def compare(cotangents: Any, values: Any) -> Any:
+        computed = is_computed(cotangents)
+        return jax.tree.map(lambda value: jnp.where(computed, value, jnp.nan) if is_float(value) else value, values)
+
+    def wait(cotangents: Any, values: Any) -> Any:
         return lax.optimization_barrier((cotangents, values))[1]
-    computed = is_computed(cotangents)
-    return jax.tree.map(lambda value: jnp.where(computed, value, jnp.nan) if is_float(value) else value, values)
+
+    return lax.platform_dependent(cotangents, values, cpu=compare, default=wait)
 
 
 def zeros_varying_as(shape: tuple[int, ...], dtype: Any, like: tuple[Any, ...]) -> Array:
@@ -105,10 +118,15 @@ def round_rows(sums: Float[Array, "n c"], dtype: Any, n: Int[AnyArray, ""]) -> F
     """
     if jnp.dtype(dtype).itemsize >= sums.dtype.itemsize:
         return sums.astype(dtype)
-    if jax.default_backend() != "cpu":
+
+    def choose(sums: Array, n: Array) -> Array:
+        zeros = lambda rows: zeros_varying_as(rows.shape, dtype, (rows, n))  # noqa: E731
+        return lax.cond(n > 0, lambda rows: rows.astype(dtype), zeros, sums)
+
+    def wait(sums: Array, n: Array) -> Array:
         return lax.optimization_barrier(sums.astype(dtype))
-    zeros = lambda rows: zeros_varying_as(rows.shape, dtype, (rows, n))  # noqa: E731
-    return lax.cond(jnp.asarray(n) > 0, lambda rows: rows.astype(dtype), zeros, sums)
+
+    return lax.platform_dependent(sums, jnp.asarray(n), cpu=choose, default=wait)
 
 
 def recompute(function: Callable[..., Any], *arguments: Any) -> Any:
