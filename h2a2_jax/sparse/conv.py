@@ -261,7 +261,8 @@ def segment_sum_backward(
     x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions, cotangent: Array
 ) -> Gradients:
     """Gradients of the definition, by JAX."""
-    dx, dw, dgamma = jax.vjp(lambda *values: segment_sum_forward(*values, kmap, options), x, w, gamma)[1](cotangent)
+    forward = partial(segment_sum_forward, kmap=kmap, options=options)
+    dx, dw, dgamma = jax.vjp(lambda x, w, gamma: forward(x, w, gamma), x, w, gamma)[1](cotangent)
     return dx, dw.astype(options.kernel_type), dgamma
 
 

@@ -187,7 +187,7 @@ def pairs_backward(
         """Sums over tiles, as matmuls with 0 and 1: a handful of products beside those of the tiles, and no atomics."""
         dstack, dgamma = carry
         of_kernel = jax.nn.one_hot(index, len(stack), axis=0, dtype=dw.dtype)
-        if weights is not None:
+        if gamma is not None and weights is not None:
             of_kernel = of_kernel * gamma[scan, offset].astype(dw.dtype)
         dstack = dstack + _add_up(of_kernel, dw.reshape(len(dw), -1)).reshape(dstack.shape)
         if dgamma is None:

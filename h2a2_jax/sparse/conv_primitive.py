@@ -153,7 +153,7 @@ def _levels(batch: Batch, i: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _typed(avals: tuple, batch: Batch, shapes: tuple[tuple[tuple[int, ...], Any], ...]) -> list:
-    """Types of arrays of given shapes: batched, spread over the mesh, and varying over its axes, as the arguments are."""
+    """Types of arrays of given shapes; they are batched and spread over a mesh as the arguments are."""
 
     def build(*args: Any) -> list[Array]:
         def zero(dtype: Any) -> Array:

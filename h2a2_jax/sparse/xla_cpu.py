@@ -99,6 +99,8 @@ def take_rows(rows: Array, index: Array) -> Array:
     Narrow rows are gathered as bits: XLA's CPU compiler gathers bfloat16 from a float32 copy of all rows, keeps that
     copy for the backward pass, and then multiplies in float32 too.
     """
+    if not len(rows):  # XLA gathers nothing from an array without rows
+        return jnp.zeros((*index.shape, *rows.shape[1:]), rows.dtype)
     if rows.dtype.itemsize >= 4:
         return rows.at[index].get(mode="fill", fill_value=0)
     bits = lax.bitcast_convert_type(rows, jnp.uint16).at[index].get(mode="fill", fill_value=0)

@@ -115,24 +115,24 @@ def test_derivatives_under_vmap(algorithm):
     rng = np.random.default_rng(3)
     stacks = tuple(np.stack([a, rng.permutation(a.reshape(-1)).reshape(a.shape)]) for a in (x, kernels, gamma))
 
-    def loss(how, axes, x, kernels, gamma):
-        y = jax.vmap(how, in_axes=axes)(x, kernels, gamma)
-        return (jnp.sin(y) * weight).sum()
+    def ours(x, kernels, gamma):
+        return sparse.convolve(x, kernels, kmap, gamma=gamma, algorithm=algorithm)
+
+    def derivatives(how, axes, args, ways):
+        def loss(*args):
+            return (jnp.sin(jax.vmap(how, in_axes=axes)(*args)) * weight).sum()
+
+        gradients = jax.grad(loss, (0, 1, 2))
+        return gradients(*args), jax.jvp(gradients, args, ways)[1]
 
     with jax.enable_x64(True):
         for axes in ((0, None, None), (None, 0, None), (0, 0, 0)):
             args = tuple(jnp.asarray(s if a == 0 else s[0]) for s, a in zip(stacks, axes, strict=True))
             ways = tuple(rng.normal(size=a.shape) for a in args)
             got, expected = (
-                jax.jit(lambda args, loss=partial(loss, how, axes): (
-                    jax.grad(loss, (0, 1, 2))(*args),
-                    jax.jvp(jax.grad(loss, (0, 1, 2)), args, ways)[1],
-                ))(args)
-                for how in (
-                    lambda x, w, g: sparse.convolve(x, w, kmap, gamma=g, algorithm=algorithm),
-                    lambda x, w, g: plain(kmap, 1, x, w, g),
-                )
-            )  # fmt: skip
+                jax.jit(derivatives, static_argnums=(0, 1))(how, axes, args, ways)
+                for how in (ours, partial(plain, kmap, 1))
+            )
             for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * np.abs(b).max())
 
