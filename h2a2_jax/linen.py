@@ -200,9 +200,10 @@ class BatchNorm(_Layer):
     channels: int
     num_datasets: int = 1
     eps: float = 1e-5
-    momentum: float = 0.1
+    momentum: float = 0.9
     exclusive_affine: bool = False
     shared_statistics: bool = False
+    use_running_average: bool = True
     layer = layers.BatchNorm
 
 

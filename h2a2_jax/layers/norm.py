@@ -4,6 +4,7 @@ Flax's batch norm would not do: padding must not count, the replicas of a datase
 sums, not means, are added over devices), and every dataset keeps its own running statistics.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext, parameter
+from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext, is_training, parameter
 from h2a2_jax.sparse.pool import scan_sum, sites_per_scan
 from h2a2_jax.sparse.sites import SparseTensor
 from h2a2_jax.sparse.xla_cpu import after
@@ -125,13 +126,14 @@ def _by_batch_backward(eps: float, axis_name: AxisName, residuals: tuple, cotang
 normalize_by_batch.defvjp(_by_batch_forward, _by_batch_backward)
 
 
-def update_running(running: Statistics, batch: BatchStatistics, momentum: float) -> Statistics:
-    """Running statistics after a batch: (1 - momentum) * old + momentum * new, with the unbiased variance.
+def update_running(running: Statistics, batch: BatchStatistics, rate: float) -> Statistics:
+    """Running statistics after a batch: (1 - rate) * old + rate * new, with the unbiased variance.
 
-    A batch of one site counts with its biased variance; one without sites changes nothing.
+    A batch of one site counts with its biased variance; one without sites changes nothing. The rate is Torch's
+    `momentum`, and one minus Flax's.
     """
     unbiased = batch.statistics.var * batch.num_sites / jnp.maximum(batch.num_sites - 1, 1)
-    rate = jnp.where(batch.num_sites > 0, momentum, 0.0)
+    rate = jnp.where(batch.num_sites > 0, rate, 0.0)  # type: ignore[assignment]
     return Statistics(
         (1 - rate) * running.mean + rate * batch.statistics.mean, (1 - rate) * running.var + rate * unbiased
     )
@@ -229,9 +231,13 @@ class BatchNorm(nnx.Module):
     The statistics of a batch are always one dataset's: mixed ones would let one dataset's scans into the gradient of
     another's loss.
 
+    `model.train()` and `model.eval()` set `use_running_average`, as for the layers of Flax; a context that says
+    `training` overrides it. Unlike Flax's batch norm the layer evaluates unless told to train.
+
     Attributes:
         scale: [C]; [D, C] with `exclusive_affine`.
         bias: [C]; [D, C] with `exclusive_affine`.
+        use_running_average: if True, the layer evaluates: the running statistics are used, and stay.
         mean: [D, C], running mean.
         var: [D, C], running variance.
     """
@@ -242,9 +248,10 @@ class BatchNorm(nnx.Module):
         *,
         num_datasets: int = 1,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float = 0.9,
         exclusive_affine: bool = False,
         shared_statistics: bool = False,
+        use_running_average: bool = True,
         rngs: nnx.Rngs | None = None,
     ):
         """Scale starts at one, bias and running mean at zero, running variance at one.
@@ -253,17 +260,27 @@ class BatchNorm(nnx.Module):
             channels: number C of channels.
             num_datasets: number D of datasets.
             eps: added to variances.
-            momentum: weight of the new batch in the running statistics.
+            momentum: weight of the old running statistics, as in Flax: running = momentum * running + (1 - momentum) *
+                batch. Torch's `momentum` is the other weight: its m is 1 - m here, its default 0.1 is the 0.9 here.
             exclusive_affine: if True, each dataset has a scale and a bias.
             shared_statistics: if True, every batch enters the running statistics of all datasets, which are then equal.
+            use_running_average: if False, the layer trains where no context says otherwise. Flax's default is False.
             rngs: not read; nothing is random.
+
+        Raises:
+            ValueError: `momentum` is not in 0.5..1, most likely Torch's.
         """
+        if not 0.5 <= momentum <= 1:
+            raise ValueError(
+                f"BatchNorm was given momentum={momentum}, expected is Flax's, the weight of the old statistics, in "
+                "0.5..1: for Torch's momentum m give 1 - m."
+            )
         shape = (num_datasets, channels) if exclusive_affine else (channels,)
         self.scale = parameter(jnp.ones(shape), exclusive_affine)
         self.bias = parameter(jnp.zeros(shape), exclusive_affine)
         self.mean = nnx.BatchStat(jnp.zeros((num_datasets, channels)), dataset_axis=0)
         self.var = nnx.BatchStat(jnp.ones((num_datasets, channels)), dataset_axis=0)
-        self.eps, self.momentum = eps, momentum
+        self.eps, self.momentum, self.use_running_average = eps, momentum, use_running_average
         self.exclusive_affine, self.shared_statistics = exclusive_affine, shared_statistics
 
     def affine(self, dataset: DatasetContext) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
@@ -278,17 +295,19 @@ class BatchNorm(nnx.Module):
         Args:
             x: features [N, C] and sites.
             context: context of the pass: the dataset of the running statistics, training or evaluation, and the mesh
-                axis over which the batch is spread; without it the layer evaluates.
+                axis over which the batch is spread. Without it, or where it leaves `training` open, the layer does as
+                `use_running_average` says.
 
         Raises:
-            ValueError: x has another number of channels; or the context trains a layer of several datasets and names
+            ValueError: x has another number of channels; or a layer of several datasets trains and the context names
                 none.
         """
         _check_channels(self, x)
         context = context or ForwardContext()
-        dataset, valid = context.dataset_of(self.mean.shape[0]), x.sites.valid
+        training = is_training(self, context)
+        dataset, valid = replace(context, training=training).dataset_of(self.mean.shape[0]), x.sites.valid
         scale, bias = self.affine(dataset)
-        if not context.training:
+        if not training:
             return x.with_features(normalize(x.features, valid, self.running(dataset), scale, bias, self.eps))
         features, batch = normalize_by_batch(x.features, valid, scale, bias, self.eps, context.axis_name)
         self._remember(batch, dataset)
@@ -300,7 +319,8 @@ class BatchNorm(nnx.Module):
 
     def _remember(self, batch: BatchStatistics, dataset: DatasetContext) -> None:
         batch = jax.tree.map(lax.stop_gradient, batch)
-        new = update_running(Statistics(self.mean[...], self.var[...]), batch, self.momentum)
+        rate = round(1 - self.momentum, 15)  # 1 - 0.9 is 0.1 to the last bit
+        new = update_running(Statistics(self.mean[...], self.var[...]), batch, rate)
         changed = (jnp.asarray(dataset.weights)[:, None] > 0) | self.shared_statistics
         self.mean[...] = jnp.where(changed, new.mean, self.mean[...])
         self.var[...] = jnp.where(changed, new.var, self.var[...])
