@@ -37,8 +37,9 @@ from h2a2_jax.layers import (
     max_pool,
     relu,
 )
+from h2a2_jax.layers.context import Initializer
 from h2a2_jax.sparse.conv import Algorithm
-from h2a2_jax.sparse.sites import Size3
+from h2a2_jax.sparse.sites import PerAxis
 
 __all__ = [
     "BatchNorm",
@@ -148,11 +149,15 @@ class SparseConv(_Layer):
 
     in_channels: int
     out_channels: int
-    kernel_size: Size3 = 3
+    kernel_size: PerAxis = 3
     use_bias: bool = False
+    groups: int = 1
     algorithm: Algorithm | None = None
     dtype: Any = None
+    param_dtype: Any = jnp.float32
     precision: Any = None
+    kernel_init: Initializer | None = None
+    bias_init: Initializer | None = None
     exclusive_to: int | None = None
     layer = layers.SparseConv
 
@@ -168,9 +173,11 @@ class SelectiveConv(_Layer):
 
     in_channels: int
     out_channels: int
-    kernel_size: Size3 = 3
+    kernel_size: PerAxis = 3
     num_datasets: int = 1
     selection: SelectionConfig | None = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer | None = None
     layer = layers.SelectiveConv
 
 
@@ -204,6 +211,9 @@ class BatchNorm(_Layer):
     exclusive_affine: bool = False
     shared_statistics: bool = False
     use_running_average: bool = True
+    param_dtype: Any = jnp.float32
+    scale_init: Initializer | None = None
+    bias_init: Initializer | None = None
     layer = layers.BatchNorm
 
 
@@ -212,6 +222,9 @@ class InstanceNorm(_Layer):
 
     channels: int
     eps: float = 1e-5
+    param_dtype: Any = jnp.float32
+    scale_init: Initializer | None = None
+    bias_init: Initializer | None = None
     layer = layers.InstanceNorm
 
 
@@ -220,6 +233,9 @@ class LayerNorm(_Layer):
 
     channels: int
     eps: float = 1e-6
+    param_dtype: Any = jnp.float32
+    scale_init: Initializer | None = None
+    bias_init: Initializer | None = None
     layer = layers.LayerNorm
 
 
@@ -228,7 +244,7 @@ class ConvNorm(_Layer):
 
     in_channels: int
     out_channels: int
-    kernel_size: Size3 = 3
+    kernel_size: PerAxis = 3
     conv: type[SparseConv] = SparseConv
     norm: Callable[..., layers.BatchNorm] = layers.BatchNorm
     selection: SelectionConfig | None = None

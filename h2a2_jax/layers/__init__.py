@@ -8,6 +8,7 @@ from h2a2_jax.layers.modulation import EmbeddingMLP, LinearModulation
 from h2a2_jax.layers.norm import BatchNorm, InstanceNorm, LayerNorm, instance_norm, layer_norm
 from h2a2_jax.layers.residual import ConvNorm, ResidualBlock
 from h2a2_jax.layers.sparse_conv import SparseConv, SparseConvTranspose
+from h2a2_jax.layers.table import tabulate
 from h2a2_jax.sparse.pool import global_pool
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "max_pool",
     "relu",
     "structural_consistency",
+    "tabulate",
 ]

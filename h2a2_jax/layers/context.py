@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from h2a2_jax.sparse.conv import Algorithm
 from h2a2_jax.sparse.xla_cpu import recompute
@@ -65,6 +65,20 @@ class DatasetContext:
 def parameter(value: Float[Array, "*p"], exclusive: bool) -> nnx.Param:
     """A parameter that datasets share, or one with a leading dataset axis, marked as such."""
     return nnx.Param(value, dataset_axis=0) if exclusive else nnx.Param(value)
+
+
+Initializer = Callable[[PRNGKeyArray, tuple[int, ...], Any], Array]
+"""Initial values of a parameter, init(key, shape, dtype), as those of `jax.nn.initializers`."""
+
+
+def draw(init: Initializer, rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any, datasets: int | None = None) -> Array:
+    """Initial values of one parameter; for each of several datasets drawn apart, [D, *shape].
+
+    Drawn apart, because an initialiser would count the axis of datasets as part of a kernel's receptive field.
+    """
+    if datasets is None:
+        return init(rngs.params(), shape, dtype)
+    return jnp.stack([init(key, shape, dtype) for key in jax.random.split(rngs.params(), datasets)])
 
 
 @partial(

@@ -6,7 +6,7 @@ sums, not means, are added over devices), and every dataset keeps its own runnin
 
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext, is_training, parameter
+from h2a2_jax.layers.checks import check_channels, check_context, check_tensor
+from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext, Initializer, draw, is_training, parameter
 from h2a2_jax.sparse.pool import scan_sum, sites_per_scan
 from h2a2_jax.sparse.sites import SparseTensor
 from h2a2_jax.sparse.xla_cpu import after
@@ -167,6 +168,28 @@ def layer_norm(x: SparseTensor, scale: Float[Array, " c"], bias: Float[Array, " 
     return x.with_features(jnp.where(valid, y, 0).astype(x.features.dtype))
 
 
+def _affine(
+    channels: int,
+    dtype: Any,
+    scale_init: Initializer | None,
+    bias_init: Initializer | None,
+    rngs: nnx.Rngs | None,
+    datasets: int | None = None,
+) -> tuple[nnx.Param, nnx.Param]:
+    """Scale and bias of a norm, each [C], or [D, C] with a number of datasets."""
+    exclusive = datasets is not None
+    full = (datasets, channels) if exclusive else (channels,)
+
+    def build(name: str, init: Initializer | None, default: float) -> nnx.Param:
+        if init is None:
+            return parameter(jnp.full(full, default, dtype), exclusive)
+        if rngs is None:
+            raise ValueError(f"{name} was given without rngs, from which it draws: give rngs=nnx.Rngs(0).")
+        return parameter(draw(init, rngs, (channels,), dtype, datasets), exclusive)
+
+    return build("scale_init", scale_init, 1.0), build("bias_init", bias_init, 0.0)
+
+
 class InstanceNorm(nnx.Module):
     """Instance norm: each scan over its own active sites (`instance_norm`).
 
@@ -175,24 +198,39 @@ class InstanceNorm(nnx.Module):
         bias: [C], added to each channel.
     """
 
-    def __init__(self, channels: int, *, eps: float = 1e-5, rngs: nnx.Rngs | None = None):
-        """Scale starts at one, bias at zero.
+    def __init__(
+        self,
+        channels: int,
+        *,
+        eps: float = 1e-5,
+        param_dtype: Any = jnp.float32,
+        scale_init: Initializer | None = None,
+        bias_init: Initializer | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
+        """Build scale and bias.
 
         Args:
             channels: number C of channels.
             eps: added to variances.
-            rngs: not read; nothing is random.
+            param_dtype: type of scale and bias.
+            scale_init: function of (key, shape, dtype) for the initial scale [C]; None for ones.
+            bias_init: the same for the bias; None for zeros.
+            rngs: random streams; read by `scale_init` and `bias_init` alone.
+
+        Raises:
+            ValueError: `scale_init` or `bias_init` without `rngs`.
         """
-        self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
+        self.scale, self.bias = _affine(channels, param_dtype, scale_init, bias_init, rngs)
         self.eps = eps
 
     def __call__(self, x: SparseTensor, context: ForwardContext | None = None) -> SparseTensor:
         """Normalise features [N, C]; the context is not read.
 
         Raises:
-            ValueError: x has another number of channels.
+            ValueError: x has another number of channels, or an argument is of another kind.
         """
-        _check_channels(self, x)
+        _check(self, x, context)
         return instance_norm(x, self.scale[...], self.bias[...], self.eps)
 
 
@@ -204,24 +242,39 @@ class LayerNorm(nnx.Module):
         bias: [C], added to each channel.
     """
 
-    def __init__(self, channels: int, *, eps: float = 1e-6, rngs: nnx.Rngs | None = None):
-        """Scale starts at one, bias at zero.
+    def __init__(
+        self,
+        channels: int,
+        *,
+        eps: float = 1e-6,
+        param_dtype: Any = jnp.float32,
+        scale_init: Initializer | None = None,
+        bias_init: Initializer | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
+        """Build scale and bias.
 
         Args:
             channels: number C of channels.
             eps: added to variances.
-            rngs: not read; nothing is random.
+            param_dtype: type of scale and bias.
+            scale_init: function of (key, shape, dtype) for the initial scale [C]; None for ones.
+            bias_init: the same for the bias; None for zeros.
+            rngs: random streams; read by `scale_init` and `bias_init` alone.
+
+        Raises:
+            ValueError: `scale_init` or `bias_init` without `rngs`.
         """
-        self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
+        self.scale, self.bias = _affine(channels, param_dtype, scale_init, bias_init, rngs)
         self.eps = eps
 
     def __call__(self, x: SparseTensor, context: ForwardContext | None = None) -> SparseTensor:
         """Normalise features [N, C]; the context is not read.
 
         Raises:
-            ValueError: x has another number of channels.
+            ValueError: x has another number of channels, or an argument is of another kind.
         """
-        _check_channels(self, x)
+        _check(self, x, context)
         return layer_norm(x, self.scale[...], self.bias[...], self.eps)
 
 
@@ -252,9 +305,12 @@ class BatchNorm(nnx.Module):
         exclusive_affine: bool = False,
         shared_statistics: bool = False,
         use_running_average: bool = True,
+        param_dtype: Any = jnp.float32,
+        scale_init: Initializer | None = None,
+        bias_init: Initializer | None = None,
         rngs: nnx.Rngs | None = None,
     ):
-        """Scale starts at one, bias and running mean at zero, running variance at one.
+        """Build scale and bias; the running mean starts at zero, the running variance at one.
 
         Args:
             channels: number C of channels.
@@ -265,21 +321,25 @@ class BatchNorm(nnx.Module):
             exclusive_affine: if True, each dataset has a scale and a bias.
             shared_statistics: if True, every batch enters the running statistics of all datasets, which are then equal.
             use_running_average: if False, the layer trains where no context says otherwise. Flax's default is False.
-            rngs: not read; nothing is random.
+            param_dtype: type of scale and bias; running statistics are at least float32.
+            scale_init: function of (key, shape, dtype) for the initial scale [C], called once per dataset with
+                `exclusive_affine`; None for ones.
+            bias_init: the same for the bias; None for zeros.
+            rngs: random streams; read by `scale_init` and `bias_init` alone.
 
         Raises:
-            ValueError: `momentum` is not in 0.5..1, most likely Torch's.
+            ValueError: `momentum` is not in 0.5..1, most likely Torch's; or `scale_init` or `bias_init` without `rngs`.
         """
         if not 0.5 <= momentum <= 1:
             raise ValueError(
                 f"BatchNorm was given momentum={momentum}, expected is Flax's, the weight of the old statistics, in "
                 "0.5..1: for Torch's momentum m give 1 - m."
             )
-        shape = (num_datasets, channels) if exclusive_affine else (channels,)
-        self.scale = parameter(jnp.ones(shape), exclusive_affine)
-        self.bias = parameter(jnp.zeros(shape), exclusive_affine)
-        self.mean = nnx.BatchStat(jnp.zeros((num_datasets, channels)), dataset_axis=0)
-        self.var = nnx.BatchStat(jnp.ones((num_datasets, channels)), dataset_axis=0)
+        each = num_datasets if exclusive_affine else None
+        self.scale, self.bias = _affine(channels, param_dtype, scale_init, bias_init, rngs, each)
+        wide = jnp.promote_types(param_dtype, jnp.float32)
+        self.mean = nnx.BatchStat(jnp.zeros((num_datasets, channels), wide), dataset_axis=0)
+        self.var = nnx.BatchStat(jnp.ones((num_datasets, channels), wide), dataset_axis=0)
         self.eps, self.momentum, self.use_running_average = eps, momentum, use_running_average
         self.exclusive_affine, self.shared_statistics = exclusive_affine, shared_statistics
 
@@ -299,10 +359,10 @@ class BatchNorm(nnx.Module):
                 `use_running_average` says.
 
         Raises:
-            ValueError: x has another number of channels; or a layer of several datasets trains and the context names
-                none.
+            ValueError: x has another number of channels; an argument is of another kind; or a layer of several datasets
+                trains and the context names none.
         """
-        _check_channels(self, x)
+        _check(self, x, context)
         context = context or ForwardContext()
         training = is_training(self, context)
         dataset, valid = replace(context, training=training).dataset_of(self.mean.shape[0]), x.sites.valid
@@ -326,8 +386,8 @@ class BatchNorm(nnx.Module):
         self.var[...] = jnp.where(changed, new.var, self.var[...])
 
 
-def _check_channels(norm: BatchNorm | InstanceNorm | LayerNorm, x: SparseTensor) -> None:
-    if x.features.shape[1] != norm.scale.shape[-1]:
-        raise ValueError(
-            f"{type(norm).__name__} is of {norm.scale.shape[-1]} channels, given features of {x.features.shape[1]}."
-        )
+def _check(norm: BatchNorm | InstanceNorm | LayerNorm, x: SparseTensor, context: ForwardContext | None) -> None:
+    name = type(norm).__name__
+    check_context(name, context)
+    check_tensor(name, x)
+    check_channels(name, x, norm.scale.shape[-1])

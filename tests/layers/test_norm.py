@@ -115,12 +115,14 @@ def test_several_datasets_train_only_with_one_named():
 @pytest.mark.parametrize("x64", [False, True])
 def test_momentum_is_flaxs_and_its_default_torchs_to_the_last_bit(x64):
     with jax.enable_x64(x64):
-        x, norm, slow = tensor(draw(11)), BatchNorm(3), BatchNorm(3, momentum=0.99)
+        kind = jnp.zeros(()).dtype
+        x, (norm, slow) = tensor(draw(11)), (BatchNorm(3, momentum=m, param_dtype=kind) for m in (0.9, 0.99))
+        assert BatchNorm(3).momentum == 0.9
         for layer in (norm, slow):
             layer(x, TRAINING)
         batch = batch_statistics(x.features, x.sites.valid)
         for layer, rate in ((norm, 0.1), (slow, 0.01)):
-            new = update_running(Statistics(jnp.zeros(3), jnp.ones(3)), batch, rate)
+            new = update_running(Statistics(jnp.zeros(3, kind), jnp.ones(3, kind)), batch, rate)
             np.testing.assert_array_equal([layer.mean[0], layer.var[0]], new)
     flax = nnx.BatchNorm(3, momentum=0.99, rngs=nnx.Rngs(0))
     flax(x.features[:11])
@@ -170,7 +172,7 @@ def test_norms_without_statistics(layer):
 
 @pytest.mark.parametrize("layer", [BatchNorm, InstanceNorm, LayerNorm])
 def test_other_channels_are_refused(layer):
-    with pytest.raises(ValueError, match=f"{layer.__name__} is of 2 channels, given features of 3"):
+    with pytest.raises(ValueError, match=f"{layer.__name__} takes 2 channels, given features of 3"):
         layer(2)(tensor(draw(4)))
 
 
