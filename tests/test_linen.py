@@ -112,6 +112,7 @@ def test_a_layer_has_the_arguments_of_its_namesake(case):
 def test_everything_without_parameters_is_here_too():
     assert set(layers.__all__) - set(linen.__all__) == {
         "EmbeddingMLP", "binarize", "instance_norm", "layer_norm", "structural_consistency", "tabulate",
+        "weights",
     }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Flax NNX layers for sparse tensors; `docs/layers.md` builds and trains networks of them."""
 
+from h2a2_jax.layers import weights
 from h2a2_jax.layers.channel_gate import ChannelGate
 from h2a2_jax.layers.context import DatasetContext, ForwardContext
 from h2a2_jax.layers.functional import activate, add, average_pool, concatenate, max_pool, relu
@@ -38,4 +39,5 @@ __all__ = [
     "relu",
     "structural_consistency",
     "tabulate",
+    "weights",
 ]
