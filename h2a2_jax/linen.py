@@ -50,6 +50,7 @@ __all__ = [
     "InstanceNorm",
     "LayerNorm",
     "LinearModulation",
+    "NeighborAttention",
     "ResidualBlock",
     "SelectionConfig",
     "SelectiveConv",
@@ -166,6 +167,21 @@ class SparseConvTranspose(SparseConv):
     """Linen version of `layers.SparseConvTranspose`."""
 
     layer = layers.SparseConvTranspose
+
+
+class NeighborAttention(_Layer):
+    """Linen version of `layers.NeighborAttention`: `NeighborAttention(64)(x, kernel_map)`."""
+
+    channels: int
+    num_heads: int = 4
+    kernel_size: PerAxis = 3
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Initializer | None = None
+    bias_init: Initializer | None = None
+    layer = layers.NeighborAttention
 
 
 class SelectiveConv(_Layer):

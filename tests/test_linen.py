@@ -39,6 +39,7 @@ CASES = {
     "SparseConv": ((4, 6), {"use_bias": True}, (X, SAME, TRAIN), {}),
     "SparseConv 1": ((4, 6, 1), {}, (X,), {}),
     "SparseConvTranspose": ((4, 6), {"use_bias": True}, (Y, BACK, TRAIN), {}),
+    "NeighborAttention": ((4,), {"num_heads": 2}, (X, SAME, TRAIN), {}),
     "SelectiveConv": ((4, 6), SELECTED, (X, SAME, TRAIN), {}),
     "LinearModulation": ((4,), {"embedding_dim": 3, "hidden": 5}, (X, EMBEDDING), {}),
     "ChannelGate": ((4,), {"embedding_dim": 3, "hidden": 5}, (X, EMBEDDING), {}),

@@ -1,6 +1,7 @@
 """Flax NNX layers for sparse tensors; `docs/layers.md` builds and trains networks of them."""
 
 from h2a2_jax.layers import weights
+from h2a2_jax.layers.attention import NeighborAttention
 from h2a2_jax.layers.channel_gate import ChannelGate
 from h2a2_jax.layers.context import DatasetContext, ForwardContext
 from h2a2_jax.layers.functional import activate, add, average_pool, concatenate, max_pool, relu
@@ -22,6 +23,7 @@ __all__ = [
     "InstanceNorm",
     "LayerNorm",
     "LinearModulation",
+    "NeighborAttention",
     "ResidualBlock",
     "SelectionConfig",
     "SelectiveConv",
