@@ -1,5 +1,7 @@
 """Flax NNX layers for sparse tensors; `docs/layers.md` builds and trains networks of them."""
 
+from h2a2_jax.layers import weights
+from h2a2_jax.layers.attention import NeighborAttention
 from h2a2_jax.layers.channel_gate import ChannelGate
 from h2a2_jax.layers.context import DatasetContext, ForwardContext
 from h2a2_jax.layers.functional import activate, add, average_pool, concatenate, max_pool, relu
@@ -8,6 +10,7 @@ from h2a2_jax.layers.modulation import EmbeddingMLP, LinearModulation
 from h2a2_jax.layers.norm import BatchNorm, InstanceNorm, LayerNorm, instance_norm, layer_norm
 from h2a2_jax.layers.residual import ConvNorm, ResidualBlock
 from h2a2_jax.layers.sparse_conv import SparseConv, SparseConvTranspose
+from h2a2_jax.layers.table import tabulate
 from h2a2_jax.sparse.pool import global_pool
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     "InstanceNorm",
     "LayerNorm",
     "LinearModulation",
+    "NeighborAttention",
     "ResidualBlock",
     "SelectionConfig",
     "SelectiveConv",
@@ -36,4 +40,6 @@ __all__ = [
     "max_pool",
     "relu",
     "structural_consistency",
+    "tabulate",
+    "weights",
 ]
