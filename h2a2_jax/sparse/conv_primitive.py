@@ -125,8 +125,8 @@ def _is_choice(w: Array) -> bool:
 
 def _backward(*args: Any, call: ConvCall, wants: tuple[bool, ...], platform: Platform) -> list[Array]:
     """Gradients of x, w and gamma, those that are wanted; the cotangent is the last argument."""
-    *args, cotangent = args
-    x, w, gamma, kmap = call.unpack(args)
+    *given, cotangent = args
+    x, w, gamma, kmap = call.unpack(given)
     gradients = call.backward(x, w, gamma, kmap, call.options, cotangent, platform)
     return [gradient for gradient, wanted in zip(gradients, wants, strict=False) if wanted]
 
@@ -202,7 +202,7 @@ def _define(name: str, function: Callable, abstract: Callable, multiple: bool = 
         return lowered
 
     def evaluate(*args: Any, **params: Any) -> Any:
-        if jax.config.jax_disable_jit:
+        if jax.config.read("jax_disable_jit"):
             return on("cpu" if jax.default_backend() == "cpu" else "accelerator")(*map(jnp.asarray, args), **params)
         return _run(_Run(primitive, tuple(sorted(params.items()))), *args)
 
