@@ -202,7 +202,7 @@ def _define(name: str, function: Callable, abstract: Callable, multiple: bool = 
         return lowered
 
     def evaluate(*args: Any, **params: Any) -> Any:
-        if jax.config.read("jax_disable_jit"):
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
             return on("cpu" if jax.default_backend() == "cpu" else "accelerator")(*map(jnp.asarray, args), **params)
         return _run(_Run(primitive, tuple(sorted(params.items()))), *args)
 

@@ -20,7 +20,9 @@ Two barriers that XLA's CPU compiler does heed stand beside the products that th
 in front of a matmul) and in `winograd` (one gather for six chains); `benchmarks/convolution.py` times both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
 import jax
@@ -48,13 +50,15 @@ def is_computed(values: Any) -> Bool[Array, ""]:
     if not leaves:
         return jnp.array(True)
 
+    def first_entries(leaves: Sequence[Array]) -> Array:
+        return reduce(add, [leaf.reshape(-1)[0].astype(jnp.float32) for leaf in leaves])
+
     def compare(*leaves: Array) -> Array:
-        entry = sum(leaf.reshape(-1)[0].astype(jnp.float32) for leaf in leaves)
-        return lax.bitcast_convert_type(entry, jnp.uint32) != np.uint32(_NEVER)
+        return lax.bitcast_convert_type(first_entries(leaves), jnp.uint32) != np.uint32(_NEVER)
 
     def know(*leaves: Array) -> Array:
         # True, and of the type that a comparison has under shard_map; it compiles to nothing.
-        return (sum(leaf.reshape(-1)[0].astype(jnp.float32) for leaf in leaves) == jnp.nan) | True
+        return (first_entries(leaves) == jnp.nan) | True
 
     return lax.platform_dependent(*leaves, cpu=compare, default=know)
 
