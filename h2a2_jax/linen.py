@@ -10,6 +10,9 @@ running statistics in "batch_stats", plain arrays under the names of the NNX att
     context = ForwardContext(training=True)
     y, updates = model.apply(variables, x, kernel_map, context, mutable=["batch_stats"])
 
+A norm built with `use_running_average=False` trains without a context, as `linen.BatchNorm(16,
+use_running_average=not train)`; in a block, `norm=partial(layers.BatchNorm, use_running_average=not train)`.
+
 Functions without parameters (`relu`, `max_pool`, `global_pool`, ...) serve both and are exported here too.
 `docs/layers.md` trains a U-Net of these layers.
 """

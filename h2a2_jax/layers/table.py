@@ -27,6 +27,7 @@ def tabulate(model: nnx.Module, *args: Any, row_filter: Callable[[Any], bool] | 
         The table as text.
     """
     paths = {path for path, _ in nnx.iter_modules(model)}
+    classes = {type(part): dict(vars(type(part))) for _, part in nnx.iter_graph(model) if isinstance(part, nnx.Pytree)}
     shown = row_filter or (lambda row: row.path in paths)
     private = "_maybe_pytree_to_dict"
     outline = getattr(nnx.summary, private)
@@ -35,6 +36,12 @@ def tabulate(model: nnx.Module, *args: Any, row_filter: Callable[[Any], bool] | 
         return nnx.tabulate(model, *args, row_filter=shown, **options)
     finally:
         setattr(nnx.summary, private, outline)
+        for cls, own in classes.items():  # after an error Flax leaves its wrappers in place of all methods
+            for name, value in list(vars(cls).items()):
+                if name not in own:
+                    delattr(cls, name)
+                elif value is not own[name]:
+                    setattr(cls, name, own[name])
 
 
 def _outline(tree: Any) -> Any:

@@ -87,3 +87,13 @@ def test_inputs_that_do_not_fit_raise():
         SparseConvTranspose(4, 3, 2, rngs=nnx.Rngs(0))(x, KMAP)
     with pytest.raises(ValueError, match="given no map"):
         SparseConvTranspose(4, 3, 1, rngs=nnx.Rngs(0))(x)
+
+
+def test_groups_of_channels_without_a_map():
+    layer, x = SparseConv(4, 6, 1, groups=2, use_bias=True, rngs=nnx.Rngs(0)), on(KMAP.inputs)
+    kernel, n = np.asarray(layer.kernel[0]), int(KMAP.n_in)
+    assert kernel.shape == (2, 6)
+    expected = np.concatenate([x.features[:n, :2] @ kernel[:, :3], x.features[:n, 2:] @ kernel[:, 3:]], 1)
+    np.testing.assert_allclose(layer(x).features[:n], expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="SparseConv takes 4 channels, given features of 5"):
+        layer(on(KMAP.inputs, 5))

@@ -133,6 +133,9 @@ def test_a_table_of_the_layers():
     assert "normalize" not in text
     assert f"float32[27,{shape}]" not in text
     np.testing.assert_array_equal(block(X, SAME).features, ResidualBlock(4, 6, rngs=nnx.Rngs(0))(X, SAME).features)
+    with pytest.raises(ValueError, match="takes 4 channels, given features of 6"):
+        tabulate(block, X.with_features(jnp.zeros((shape, 6))), SAME)
+    assert block(X, SAME).features.shape == (shape, 6)
     assert "float32[27,4,6]" in linen.ResidualBlock(4, 6).tabulate(
         jax.random.key(0), X, SAME, console_kwargs={"width": 200, "force_terminal": False}
     )
