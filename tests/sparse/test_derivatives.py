@@ -30,8 +30,11 @@ def plain(kmap, groups, x, kernels, gamma):
     return (shared * y[0] + (1 - shared) * y[1]).sum(0)
 
 
-def modes(function, args, ways, weight):
-    """Output, forward mode, reverse mode, forward over reverse, reverse over forward, reverse over reverse."""
+MODES = ("output", "jvp", "grad", "forward over reverse", "reverse over forward", "reverse over reverse")
+
+
+def modes(function, args, ways, weight, names):
+    """Results of a function in several modes of differentiation."""
 
     def loss(args):
         y = function(*args)
@@ -44,18 +47,19 @@ def modes(function, args, ways, weight):
         gradients = jax.grad(loss)(args)
         return sum((g * w).sum() for g, w in zip(gradients, ways, strict=True))
 
-    return {
-        "output": function(*args),
-        "jvp": slope(args),
-        "grad": jax.grad(loss)(args),
-        "forward over reverse": jax.jvp(jax.grad(loss), (args,), (ways,))[1],
-        "reverse over forward": jax.grad(slope)(args),
-        "reverse over reverse": jax.grad(along)(args),
+    ways_of = {
+        "output": lambda: function(*args),
+        "jvp": lambda: slope(args),
+        "grad": lambda: jax.grad(loss)(args),
+        "forward over reverse": lambda: jax.jvp(jax.grad(loss), (args,), (ways,))[1],
+        "reverse over forward": lambda: jax.grad(slope)(args),
+        "reverse over reverse": lambda: jax.grad(along)(args),
     }
+    return {name: ways_of[name]() for name in names}
 
 
-def assert_equal_modes(function, reference, args, ways, weight, tolerance=TOLERANCE):
-    got, expected = (jax.jit(partial(modes, f))(args, ways, weight) for f in (function, reference))
+def assert_equal_modes(function, reference, args, ways, weight, tolerance=TOLERANCE, names=MODES):
+    got, expected = (jax.jit(partial(modes, f, names=names))(args, ways, weight) for f in (function, reference))
     for mode, theirs in expected.items():
         for i, (a, b) in enumerate(zip(jax.tree.leaves(got[mode]), jax.tree.leaves(theirs), strict=True)):
             scale = np.abs(b).max(initial=1e-3)
