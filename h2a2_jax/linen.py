@@ -32,10 +32,18 @@ from h2a2_jax.layers import (
     activate,
     add,
     average_pool,
+    broadcast_add,
+    broadcast_multiply,
     concatenate,
+    from_dense,
     global_pool,
+    interpolate,
     max_pool,
+    prune,
     relu,
+    to_dense,
+    to_points,
+    union_add,
 )
 from h2a2_jax.sparse.conv import Algorithm
 from h2a2_jax.sparse.sites import Size3
@@ -57,10 +65,18 @@ __all__ = [
     "activate",
     "add",
     "average_pool",
+    "broadcast_add",
+    "broadcast_multiply",
     "concatenate",
+    "from_dense",
     "global_pool",
+    "interpolate",
     "max_pool",
+    "prune",
     "relu",
+    "to_dense",
+    "to_points",
+    "union_add",
 ]
 
 _COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

@@ -21,7 +21,7 @@ _MATMUL_SCANS = 64
 """Largest number of scans whose sums are a product with 0 and 1: accelerators are slow at adding many rows into few."""
 
 
-def max_pool(features: Float[Array, "n_in c"], kernel_map: KernelMap) -> Float[Array, "n_out c"]:
+def max_pool(features: Float[AnyArray, "n_in c"], kernel_map: KernelMap) -> Float[Array, "n_out c"]:
     """Maximum over the active sites under each window, channel by channel; NaN where one of them is NaN.
 
     The gradient goes to the first site, in the order of the offsets, that holds the maximum.
@@ -36,8 +36,7 @@ def max_pool(features: Float[Array, "n_in c"], kernel_map: KernelMap) -> Float[A
     Raises:
         ValueError: the features are no floats or do not fit the map, or the map is none.
     """
-    _check("max_pool", features, kernel_map)
-    return _max(features, kernel_map)
+    return _max(_check("max_pool", features, kernel_map), kernel_map)
 
 
 @jax.custom_jvp
@@ -100,7 +99,7 @@ def _give_chosen(g: Array, chosen: Array, kmap: KernelMap) -> Array:
     return _scan_offsets(add_offset, _zeros(kmap.in_capacity, g, kmap), kmap)[0]
 
 
-def average_pool(features: Float[Array, "n_in c"], kernel_map: KernelMap) -> Float[Array, "n_out c"]:
+def average_pool(features: Float[AnyArray, "n_in c"], kernel_map: KernelMap) -> Float[Array, "n_out c"]:
     """Mean over the active sites under each window: a sum over the number of sites, not over the window's volume.
 
     Args:
@@ -113,8 +112,7 @@ def average_pool(features: Float[Array, "n_in c"], kernel_map: KernelMap) -> Flo
     Raises:
         ValueError: the features are no floats or do not fit the map, or the map is none.
     """
-    _check("average_pool", features, kernel_map)
-    return call_linear(_average, _spread, features, kernel_map)
+    return call_linear(_average, _spread, _check("average_pool", features, kernel_map), kernel_map)
 
 
 def _average(x: Array, kmap: KernelMap) -> Array:
@@ -213,16 +211,28 @@ def _global_max(x: SparseTensor) -> Array:
     return x.features.at[first, jnp.arange(x.features.shape[1])].get(mode="fill", fill_value=0)
 
 
-def _check(user: str, x: Array, kmap: KernelMap) -> None:
-    if not isinstance(kmap, KernelMap):
+def check_map(user: str, kernel_map: Any) -> None:
+    """Check that a map is padded.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(kernel_map, KernelMap):
         raise ValueError(
-            f"{user} was given a {type(kmap).__name__} for its map; expected a KernelMap: pad a table with "
+            f"{user} was given a {type(kernel_map).__name__} for its map; expected a KernelMap: pad a table with "
             "sparse.pad_map or sparse.pad_tables, or build the map in jit."
         )
+
+
+def _check(user: str, features: AnyArray, kmap: KernelMap) -> Array:
+    """Features as an array of JAX, checked."""
+    check_map(user, kmap)
+    x = jnp.asarray(features)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{user} was given features of type {x.dtype}; expected floats, as of astype(jnp.float32).")
     if x.shape[0] != kmap.in_capacity:
         raise ValueError(f"features have {x.shape[0]} rows, the kernel map expects {kmap.in_capacity}.")
+    return x
 
 
 def _scan_offsets(add_offset: Callable, start: Any, kmap: KernelMap, unroll: int = 1) -> tuple:
