@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.dtypes import float0
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
@@ -25,12 +27,12 @@ def call_linear(function: Callable[..., Array], transpose: Callable[..., Array],
         function: returns an array.
         transpose: maps (cotangent of the result, *residuals) to the cotangent of x.
         x: float array.
-        residuals: pytrees of integers.
+        residuals: pytrees of arrays; in those of floats the derivative is JAX's own.
     """
     leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, residuals))
     for leaf in leaves:
         # Under shard_map x varies over the mesh as the residuals do: its cotangent is summed. Compiles to nothing.
-        x = jnp.where(True, x, leaf.reshape(-1)[:1].sum().astype(x.dtype))
+        x = jnp.where(True, x, lax.stop_gradient(leaf).reshape(-1)[:1].sum().astype(x.dtype))
 
     def flat(function: Callable[..., Array]) -> Callable[..., Array]:
         return lambda x, *leaves: function(x, *jax.tree.unflatten(tree, leaves))
@@ -47,15 +49,25 @@ def _abstract(x: Any, *leaves: Any, function: Callable, transpose: Callable) -> 
 
 
 def _jvp(primals: tuple, tangents: tuple, **functions: Callable) -> tuple:
-    (x, *leaves), tangent = primals, tangents[0]
-    y = _linear_p.bind(x, *leaves, **functions)
-    if type(tangent) is ad.Zero:
-        return y, ad.Zero(jax.typeof(y).to_tangent_aval())
-    return y, _linear_p.bind(tangent, *leaves, **functions)
+    y, (x, *leaves) = _linear_p.bind(*primals, **functions), primals
+    parts = [] if _is_zero(tangents[0]) else [_linear_p.bind(tangents[0], *leaves, **functions)]
+    moved = {i: t for i, t in enumerate(tangents[1:]) if not _is_zero(t) and t.dtype != float0}
+
+    def of_moved(*values: Array) -> Array:
+        now = dict(zip(moved, values, strict=True))
+        return functions["function"](x, *(now.get(i, leaf) for i, leaf in enumerate(leaves)))
+
+    if moved:
+        parts.append(jax.jvp(of_moved, [leaves[i] for i in moved], list(moved.values()))[1])
+    return y, sum(parts[1:], parts[0]) if parts else ad.Zero(jax.typeof(y).to_tangent_aval())
+
+
+def _is_zero(tangent: Any) -> bool:
+    return type(tangent) is ad.Zero
 
 
 def _transpose(cotangent: Any, x: Any, *leaves: Any, function: Callable, transpose: Callable) -> list:
-    if type(cotangent) is ad.Zero:
+    if _is_zero(cotangent):
         return [ad.Zero(x.aval), *(None for _ in leaves)]
     dx = _linear_p.bind(cotangent, *leaves, function=transpose, transpose=function)
     return [dx, *(None for _ in leaves)]

@@ -5,19 +5,23 @@ The site of each point is its row in the sites: `voxelize(..., inverse=True).sit
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.sparse.in_jit import _voxels, check_padded, find_rows
+from h2a2_jax.sparse.linear import call_linear
 from h2a2_jax.sparse.pool import first_maxima
 from h2a2_jax.sparse.sites import Sites, SparseTensor, check_count, check_voxel_size
 from h2a2_jax.sparse.tensors import check_tensor, take_rows
+from h2a2_jax.sparse.xla_cpu import zeros_varying_as
 from h2a2_jax.typing import AnyArray
 
 Interpolation = Literal["trilinear", "nearest"]
@@ -170,11 +174,30 @@ def _interpolate_linearly(features: Array, sites: Sites, points: Array, scan: Ar
     sum_type = jnp.promote_types(features.dtype, jnp.float32)
     weights = jnp.where(corners == 1, share, 1 - share).prod(2).astype(sum_type)
     weights = jnp.where(rows < sites.capacity, weights, 0)
-    total = jnp.zeros((len(points), features.shape[1]), sum_type)
-    for row, weight in zip(rows, weights, strict=True):
-        total = total + weight[:, None] * take_rows(features, row)
+    total = call_linear(_sum_corners, partial(_spread_corners, len(features)), features.astype(sum_type), rows, weights)
     weight = weights.sum(0)[:, None]
     return (total / jnp.where(weight > 0, weight, 1)).astype(features.dtype)
+
+
+def _sum_corners(features: Array, rows: Array, weights: Array) -> Array:
+    """Weighted sum of the features of the corners, [m, C]."""
+
+    @jax.checkpoint  # the derivative by the weights gathers the features again
+    def weigh(row: Array, weight: Array) -> Array:
+        return weight[:, None] * take_rows(features, row)
+
+    return sum(weigh(row, weight) for row, weight in zip(rows, weights, strict=True))
+
+
+def _spread_corners(capacity: int, g: Array, rows: Array, weights: Array) -> Array:
+    """Transpose of `_sum_corners`."""
+
+    def add_corner(total: Array, corner: tuple[Array, Array]) -> tuple[Array, None]:
+        row, weight = corner
+        return total.at[row].add(weight[:, None] * g, mode="drop"), None
+
+    start = zeros_varying_as((capacity, g.shape[1]), g.dtype, (g, rows, weights))
+    return lax.scan(add_corner, start, (rows, weights))[0]
 
 
 def _check_points(user: str, points: AnyArray, scan: AnyArray, sites: Sites) -> tuple[Array, Array]:

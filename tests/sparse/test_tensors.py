@@ -94,8 +94,14 @@ def test_tensors_are_added_on_the_union_of_their_sites(kind):
     y, overflow = jax.jit(partial(sparse.union_add, capacity=len(expected)))(a, b)
     assert overflow == 0 and as_dictionary(y) == expected
     assert y.sites.identity == "unite(sites, sites)" and y.sites.stride == a.sites.stride
-    assert sparse.union_add(a, b, len(expected) - 3)[1] == 3
-    z = layers.add(a, b, unite=True)
+
+
+def test_a_union_counts_what_does_not_fit_and_by_default_everything_fits():
+    a, b = random_tensor(), random_tensor(seed=1)
+    expected = total(as_dictionary(a), as_dictionary(b))
+    y, overflow = jax.jit(partial(sparse.union_add, capacity=len(expected) - 3))(a, b)
+    assert overflow == 3 and as_dictionary(y).items() < expected.items()
+    z = jax.jit(partial(layers.add, unite=True))(a, b.with_features(b.features))
     assert as_dictionary(z) == expected and z.sites.capacity == a.sites.capacity + b.sites.capacity
 
 
