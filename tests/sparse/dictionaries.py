@@ -16,7 +16,8 @@ def random_tensor(counts=(20, 0, 13), axes=3, stride=1, channels=2, more=4, seed
     sites = sparse.site_set(np.concatenate(coords).astype(np.int32), stride=stride, num_scans=len(counts))
     rows = rng.normal(size=(len(sites), channels)).astype(np.float32)
     capacity = len(sites) + more
-    return sparse.SparseTensor(jnp.asarray(sparse.pad_rows(rows, capacity)), sparse.pad_sites(sites, capacity))
+    padded = sparse.pad_sites(sites, capacity, identity=f"sites{seed}")
+    return sparse.SparseTensor(jnp.asarray(sparse.pad_rows(rows, capacity)), padded)
 
 
 def as_dictionary(x):

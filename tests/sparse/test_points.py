@@ -164,8 +164,8 @@ def test_interpolation_reproduces_linear_functions_and_centres(stride):
 
 
 def test_interpolation_is_differentiable_in_features_and_points():
-    x = random_tensor((9, 5), reach=2, channels=1)
-    points, scan = random_points(x, 3, 0.5, 5)
+    x = random_tensor((9, 5), axes=2, reach=2, channels=1)
+    points, scan = random_points(x, 2, 0.5, 5)
     differentiable(lambda f, p: sparse.interpolate(x.with_features(f), p, scan, 0.5), x.features, points, order=2)
     differentiable(lambda f: sparse.interpolate(x.with_features(f), points, scan, 0.5, method="nearest"), x.features)
 

@@ -68,8 +68,8 @@ def test_two_prunings_are_on_different_sites():
         return sparse.prune(x, a, name=name)[0], sparse.prune(x, b, name=name)[0]
 
     y, z = jax.jit(pruned)(x, a, b)
-    assert (y.sites.identity, z.sites.identity) == ("prune(sites)", "prune(sites)#1")
-    with pytest.raises(ValueError, match=r"add was given tensors on different sites: 'prune\(sites\)'"):
+    assert (y.sites.identity, z.sites.identity) == ("prune(sites0)", "prune(sites0)#1")
+    with pytest.raises(ValueError, match=r"add was given tensors on different sites: 'prune\(sites0\)'"):
         jax.jit(lambda *args: layers.add(*pruned(*args)))(x, a, b)
     with pytest.raises(ValueError, match="hold other coordinates"):
         layers.add(*pruned(x, a, b))
@@ -93,7 +93,7 @@ def test_tensors_are_added_on_the_union_of_their_sites(kind):
     assert len(as_dictionary(a)) < len(expected) < both or kind["axes"] == 4
     y, overflow = jax.jit(partial(sparse.union_add, capacity=len(expected)))(a, b)
     assert overflow == 0 and as_dictionary(y) == expected
-    assert y.sites.identity == "unite(sites, sites)" and y.sites.stride == a.sites.stride
+    assert y.sites.identity == "unite(sites0, sites1)" and y.sites.stride == a.sites.stride
 
 
 def test_a_union_counts_what_does_not_fit_and_by_default_everything_fits():
