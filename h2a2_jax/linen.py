@@ -35,10 +35,18 @@ from h2a2_jax.layers import (
     activate,
     add,
     average_pool,
+    broadcast_add,
+    broadcast_multiply,
     concatenate,
+    from_dense,
     global_pool,
+    interpolate,
     max_pool,
+    prune,
     relu,
+    to_dense,
+    to_points,
+    union_add,
 )
 from h2a2_jax.layers.context import Initializer
 from h2a2_jax.sparse.conv import Algorithm
@@ -62,10 +70,18 @@ __all__ = [
     "activate",
     "add",
     "average_pool",
+    "broadcast_add",
+    "broadcast_multiply",
     "concatenate",
+    "from_dense",
     "global_pool",
+    "interpolate",
     "max_pool",
+    "prune",
     "relu",
+    "to_dense",
+    "to_points",
+    "union_add",
 ]
 
 _COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}

@@ -7,8 +7,11 @@ are convolved (`conv`) and pooled (`pool`) on a device. `docs/layers.md` walks t
 
 from h2a2_jax.sparse.buckets import BucketLadder, level_sizes, pad_tables
 from h2a2_jax.sparse.conv import convolve
+from h2a2_jax.sparse.cover import cover
 from h2a2_jax.sparse.in_jit import (
+    cover_sites,
     downsample_sites,
+    find_rows,
     generate_sites,
     generative_map,
     inverse_map,
@@ -37,12 +40,14 @@ from h2a2_jax.sparse.neighbors import (
     strided_neighbors,
     submanifold_neighbors,
 )
+from h2a2_jax.sparse.points import interpolate, sites_of_points, to_points, voxel_max, voxel_mean
 from h2a2_jax.sparse.pool import average_pool, global_pool, max_pool
 from h2a2_jax.sparse.sites import (
     Sites,
     SiteSet,
     SparseTensor,
     Voxelization,
+    check_values,
     downsample,
     generate,
     kernel_offsets,
@@ -53,6 +58,8 @@ from h2a2_jax.sparse.sites import (
     voxel_coordinates,
     voxelize,
 )
+from h2a2_jax.sparse.tensors import broadcast, from_dense, prune, to_dense, union_add, unite_tensors
+from h2a2_jax.sparse.unet_plan import UNetPlan
 
 __all__ = [
     "BucketLadder",
@@ -63,17 +70,25 @@ __all__ = [
     "SiteSet",
     "Sites",
     "SparseTensor",
+    "UNetPlan",
     "Voxelization",
     "average_pool",
+    "broadcast",
+    "check_values",
     "choose_tile_size",
     "convolve",
+    "cover",
+    "cover_sites",
     "downsample",
     "downsample_sites",
+    "find_rows",
+    "from_dense",
     "generate",
     "generate_sites",
     "generative_map",
     "generative_neighbors",
     "global_pool",
+    "interpolate",
     "inverse_map",
     "inverse_neighbors",
     "kernel_offsets",
@@ -86,17 +101,25 @@ __all__ = [
     "pad_tables",
     "pool_map",
     "pool_neighbors",
+    "prune",
     "rows_of_part",
     "site_set",
     "sites_from_coords",
+    "sites_of_points",
     "strided_map",
     "strided_neighbors",
     "submanifold_map",
     "submanifold_neighbors",
+    "to_dense",
+    "to_points",
+    "union_add",
     "union_rows",
     "unite",
     "unite_sites",
+    "unite_tensors",
     "voxel_coordinates",
+    "voxel_max",
+    "voxel_mean",
     "voxelize",
     "voxelize_points",
 ]

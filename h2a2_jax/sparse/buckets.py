@@ -31,7 +31,7 @@ import numpy as np
 from h2a2_jax.errors import InputError
 from h2a2_jax.sparse.kernel_map import KernelMap, choose_tile_size, pad_map
 from h2a2_jax.sparse.neighbors import NeighborTable
-from h2a2_jax.sparse.sites import Root, Sites, SiteSet, pad_sites, render_identity, roots_of
+from h2a2_jax.sparse.sites import Root, Sites, SiteSet, check_count, pad_sites, render_identity, roots_of
 
 SizesT = TypeVar("SizesT", bound=tuple[int, ...])
 
@@ -177,9 +177,12 @@ def pad_tables(
 
     Raises:
         InputError: a level does not fit its capacity, or the numbers of levels and capacities differ.
-        ValueError: there is no such layout.
+        ValueError: there is no such layout, a capacity is no integer, or something is padded already.
     """
     levels = list(_levels(tables))
+    if not isinstance(capacities, Sequence | np.ndarray):
+        raise ValueError(f"capacities is {capacities!r}; expected one number for each of {len(levels)} levels.")
+    capacities = [check_count(f"capacity of level {i}", c, least=0) for i, c in enumerate(capacities)]
     if len(levels) != len(capacities):
         raise InputError(
             f"these tables have {len(levels)} levels, given are {len(capacities)} capacities; take those of a ladder "
@@ -262,6 +265,11 @@ def _children(node: Any) -> list[tuple[str, str | int, Any]] | None:
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, NeighborTable | SiteSet]]:
+    if isinstance(node, Sites | KernelMap):
+        raise ValueError(
+            f"{path or 'the top'} is a {type(node).__name__}, which is padded already; expected tables and site sets "
+            "of the host."
+        )
     if isinstance(node, NeighborTable | SiteSet):
         yield path, node
     for step, _, child in _children(node) or []:

@@ -20,7 +20,16 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from h2a2_jax.sparse.neighbors import KINDS, NeighborTable, check_rows, submanifold_neighbors
-from h2a2_jax.sparse.sites import PerAxis, Sites, SiteSet, downsample, find_keys, kernel_offsets, pack_keys
+from h2a2_jax.sparse.sites import (
+    Sites,
+    SiteSet,
+    check_count,
+    check_set,
+    downsample,
+    find_keys,
+    kernel_offsets,
+    pack_keys,
+)
 from h2a2_jax.typing import AnyArray, Leaf, static_field
 
 # ---------------------------------------------------------------- tiles of pairs
@@ -276,7 +285,7 @@ class KernelMap:
         return self.inputs.num_scans
 
     @property
-    def strides(self) -> tuple[PerAxis, PerAxis]:
+    def strides(self) -> tuple[int | tuple[int, ...], int | tuple[int, ...]]:
         """Strides of the input and of the output sites."""
         return self.inputs.stride, self.outputs.stride
 
@@ -316,10 +325,11 @@ def pad_map(
 
     Raises:
         InputError: an offset of a table that is not of kind "neighbors" brings one input row to several output rows.
-        ValueError: the sites are not those of the table; blocks are asked for where the map is not that of a 3^3
-            submanifold convolution, or "auto" without the tiles that serve a map on which they do not pay.
+        ValueError: the sites are not those of the table; a tile has no size; blocks are asked for where the map is not
+            that of a 3^3 submanifold convolution, or "auto" without the tiles that serve a map on which they do not
+            pay.
     """
-    _check_table(table, inputs, outputs, tile_size)
+    _check_table(table, inputs, outputs, tile_size, blocks)
     if blocks is not None and not fits_blocks(table):
         raise ValueError(
             f"blocks serve submanifold maps of 3^3 offsets without dilation; this one is {table.kind} with "
@@ -337,7 +347,17 @@ def pad_map(
     return KernelMap(neighbors, inputs, outputs, tiles, table.kind, cut, table.kernel_size)
 
 
-def _check_table(table: NeighborTable, inputs: Sites, outputs: Sites, tile_size: int | None) -> None:
+_COMPARED = 64
+"""Sites of a map that are compared with the table's: all of them would take longer than the padding."""
+
+
+def _check_table(table: Any, inputs: Any, outputs: Any, tile_size: Any, blocks: Any) -> None:
+    if not isinstance(table, NeighborTable):
+        raise ValueError(f"pad_map was given a {type(table).__name__}; expected a NeighborTable of the host.")
+    if tile_size is not None:
+        check_count("tile_size", tile_size)
+    if blocks not in (None, "auto", "always"):
+        raise ValueError(f"blocks is {blocks!r}; expected 'auto', 'always' or None.")
     if table.kind not in KINDS:
         raise ValueError(f"a table has the kind {table.kind!r}; expected one of {', '.join(KINDS)}.")
     for side, sites, exact in (("inputs", inputs, table.inputs), ("outputs", outputs, table.outputs)):
@@ -350,6 +370,9 @@ def _check_table(table: NeighborTable, inputs: Sites, outputs: Sites, tile_size:
                 f"pad_map was given {side} with {int(sites.n)} sites of stride {sites.stride} in {sites.num_scans} "
                 f"scans; the table has {len(exact)} of stride {exact.stride} in {exact.num_scans}: pad the table's own."
             )
+        some = np.linspace(0, len(exact), _COMPARED if len(exact) else 0, endpoint=False, dtype=int)
+        if not np.array_equal(pack_keys(np.asarray(sites.coords)[some]), exact.keys[some]):
+            raise ValueError(f"pad_map was given {side} with other coordinates than the table's: pad the table's own.")
     if table.kernel_size is None and table.kind != "neighbors":
         check_rows(table)
     if table.kind == "neighbors" and tile_size is not None:
@@ -369,6 +392,8 @@ def limit_tiles(kernel_map: KernelMap, capacity: int) -> KernelMap:
     Raises:
         ValueError: the map has no tiles, or more in use than `capacity`.
     """
+    if not isinstance(kernel_map, KernelMap):
+        raise ValueError(f"limit_tiles was given a {type(kernel_map).__name__}; expected a KernelMap, of pad_map.")
     tiles = kernel_map.tiles
     if tiles is None:
         raise ValueError("the map has no tiles: build it with pad_map(..., tile_size=...).")
@@ -396,6 +421,8 @@ def limit_tiles(kernel_map: KernelMap, capacity: int) -> KernelMap:
 
 def union_rows(part: SiteSet, whole: SiteSet, part_capacity: int, whole_capacity: int) -> Int[np.ndarray, " n"]:
     """Row in a part of each row of a union: int32 [whole_capacity], part_capacity where the part has none."""
+    for sites in (part, whole):
+        check_set("union_rows", sites)
     rows = np.full(whole_capacity, part_capacity, np.int32)
     found = find_keys(part.keys, whole.keys)
     rows[: len(whole)] = np.where(found >= 0, found, part_capacity)

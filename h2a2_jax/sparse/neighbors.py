@@ -2,12 +2,21 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.sparse.sites import PerAxis, SiteSet, kernel_offsets, key_offsets, per_axis, shorten, voxel_offsets
+from h2a2_jax.sparse.sites import (
+    PerAxis,
+    SiteSet,
+    check_set,
+    key_offsets,
+    per_axis,
+    shorten,
+    voxel_offsets,
+)
 
 KINDS = ("submanifold", "strided", "inverse", "generative", "pool", "neighbors")
 """Kinds of maps."""
@@ -83,7 +92,7 @@ def strided_neighbors(
 
     Args:
         inputs: sites of the finer grid.
-        outputs: sites of the coarser grid (`downsample`, `strided_sites`).
+        outputs: sites of the coarser grid (`downsample`, `cover`).
         kernel_size: size of the kernel.
         dilation: distance of neighbouring slices, in strides of the inputs.
         padding: inputs before the output's own place that the kernel covers, as in spconv and Torch: slice i brings
@@ -94,9 +103,9 @@ def strided_neighbors(
         ValueError: the stride of the outputs is no multiple of that of the inputs, or numbers are not one per axis.
         InputError: the kernel reaches farther than a key has room for.
     """
-    check_sets("strided_neighbors", inputs, outputs, coarser=True)
+    check_sets("strided_neighbors", inputs, outputs)
     sizes = per_axis(kernel_size, inputs.axes, name="kernel_size")
-    offsets = padded_offsets(sizes, dilation, inputs.strides, padding)
+    offsets = voxel_offsets(sizes, dilation, inputs.strides, inputs.axes, padding=padding)
     return NeighborTable(_neighbors(inputs, outputs, offsets), inputs, outputs, "strided", offsets, sizes)
 
 
@@ -107,7 +116,7 @@ def pool_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: PerAxis) -> N
         ValueError: the stride of the outputs is no multiple of that of the inputs, or numbers are not one per axis.
         InputError: the window reaches farther than a key has room for.
     """
-    check_sets("pool_neighbors", inputs, outputs, coarser=True)
+    check_sets("pool_neighbors", inputs, outputs)
     sizes = per_axis(kernel_size, inputs.axes, name="kernel_size")
     offsets = voxel_offsets(sizes, 1, inputs.strides, inputs.axes)
     return NeighborTable(_neighbors(inputs, outputs, offsets), inputs, outputs, "pool", offsets, sizes)
@@ -120,7 +129,7 @@ def generative_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: PerAxis
         ValueError: the stride of the inputs is no multiple of that of the outputs, or numbers are not one per axis.
         InputError: the kernel reaches farther than a key has room for.
     """
-    check_sets("generative_neighbors", outputs, inputs, coarser=True)
+    check_sets("generative_neighbors", outputs, inputs)
     sizes = per_axis(kernel_size, inputs.axes, name="kernel_size")
     offsets = -voxel_offsets(sizes, 1, outputs.strides, inputs.axes)
     return NeighborTable(_neighbors(inputs, outputs, offsets), inputs, outputs, "generative", offsets, sizes)
@@ -133,8 +142,12 @@ def inverse_neighbors(table: NeighborTable) -> NeighborTable:
     meets the same pairs in both directions.
 
     Raises:
+        ValueError: the table is none.
         InputError: an offset brings one input row to several output rows.
     """
+    if not isinstance(table, NeighborTable):
+        hint = ": inverse padded maps by sparse.inverse_map" if hasattr(table, "neighbors") else ""
+        raise ValueError(f"inverse_neighbors was given a {type(table).__name__}; expected a NeighborTable{hint}.")
     check_rows(table)
     rows = np.full((len(table.rows), len(table.inputs)), MISSING, np.int32)
     for inverse, forward in zip(rows, table.rows, strict=True):
@@ -143,31 +156,14 @@ def inverse_neighbors(table: NeighborTable) -> NeighborTable:
     return NeighborTable(rows, table.outputs, table.inputs, "inverse", -table.offsets, table.kernel_size)
 
 
-def padded_offsets(
-    kernel_size: tuple[int, ...], dilation: PerAxis, strides: tuple[int, ...], padding: PerAxis | None
-) -> Int[np.ndarray, "v d"]:
-    """Offsets of a strided convolution's slices in finest voxels; see `strided_neighbors`."""
-    axes = len(strides)
-    offsets = voxel_offsets(kernel_size, dilation, strides, axes)
-    if padding is None:
-        return offsets
-    first = kernel_offsets(kernel_size, dilation, axes).min(0)
-    return offsets - (first + np.array(per_axis(padding, axes, name="padding", least=0))) * np.array(strides)
-
-
-def check_sets(user: str, fine: SiteSet, coarse: SiteSet | None = None, *, coarser: bool = False) -> None:
+def check_sets(user: str, fine: Any, coarse: Any = None) -> None:
     """Check that sets are sets, of one batch, and that the stride of the coarse one is a multiple of the fine one's.
 
     Raises:
         ValueError: they are not.
     """
-    sets = [fine] if coarse is None else [fine, coarse]
-    for sites in sets:
-        if not isinstance(sites, SiteSet):
-            hint = (
-                "in jit use sparse.submanifold_map and its like" if hasattr(sites, "valid") else "see sparse.site_set"
-            )
-            raise ValueError(f"{user} was given a {type(sites).__name__}; expected a SiteSet of the host: {hint}.")
+    for sites in (fine,) if coarse is None else (fine, coarse):
+        check_set(user, sites)
     if coarse is None:
         return
     if (fine.axes, fine.num_scans) != (coarse.axes, coarse.num_scans):
@@ -188,7 +184,7 @@ def check_strides(user: str, fine: tuple[int, ...], coarse: tuple[int, ...]) -> 
         ends = ("inputs", "outputs") if user[:4] != "gene" else ("outputs", "inputs")
         raise ValueError(
             f"{user} was given {ends[0]} of stride {shorten(fine)} and {ends[1]} of stride {shorten(coarse)}, which is "
-            "no multiple of it: are the arguments swapped?"
+            "no multiple of it: swap the arguments."
         )
 
 

@@ -16,7 +16,7 @@ Coordinates depend on points alone, never on features, so all sets of a network 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 from weakref import WeakKeyDictionary
 
 import jax
@@ -28,8 +28,8 @@ from jaxtyping import Array, Bool, Float, Int
 from h2a2_jax.errors import InputError
 from h2a2_jax.typing import AnyArray, Leaf, static_field
 
-PerAxis = int | tuple[int, ...]
-"""One number for all axes, or one for each: (x, y) in 2-D, (x, y, z), (x, y, z, t) in 4-D."""
+PerAxis: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
+"""One integer for all axes, or one for each: (x, y) in 2-D, (x, y, z), (x, y, z, t) in 4-D."""
 
 
 class Reach(NamedTuple):
@@ -101,34 +101,66 @@ def key_fields(axes: int) -> KeyFields:
     return _KEYS[axes]
 
 
-def per_axis(value: Any, axes: int = 3, *, name: str = "size", least: int | None = 1) -> tuple[int, ...]:
+def per_axis(value: Any, axes: int = 3, *, name: str = "size", least: int = 1) -> tuple[int, ...]:
     """One integer for each axis; two numbers for three axes are those of x and y in 2-D.
 
     Args:
         value: an integer, or a sequence of integers.
         axes: number of axes.
         name: name of the value for an error message.
-        least: smallest number allowed; None for any but zero.
+        least: smallest number allowed.
 
     Raises:
         ValueError: other numbers, or not one per axis.
     """
-    numbers = [value] * axes if np.ndim(value) == 0 else list(value)
+    many = isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0)
+    numbers = list(value) if many else [value] * axes
     if len(numbers) == 2 and axes == 3:
-        numbers.append(1 if least is None else least)
+        numbers.append(least)
     whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in numbers)
-    if len(numbers) != axes or not whole or not all(n != 0 if least is None else n >= least for n in numbers):
+    if len(numbers) != axes or not whole or not all(n >= least for n in numbers):
         raise ValueError(
-            f"{name} is {value!r}; expected one integer {'other than 0' if least is None else f'from {least} on'}, or "
-            f"one for each of the {axes} axes of the sites" + (" (x, y in 2-D)." if axes == 3 else ".")
+            f"{name} is {value!r}; expected one integer from {least} on, or one for each of the {axes} axes of the "
+            "sites" + (" (x, y in 2-D)." if axes == 3 else ".")
         )
     return tuple(int(n) for n in numbers)
 
 
-Size3, size3 = PerAxis, per_axis  # until the layers use the new names
+Size3: TypeAlias = PerAxis  # until the layers use the new names
+size3 = per_axis
 
 
-def shorten(numbers: Sequence[int]) -> PerAxis:
+def check_count(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
+    """An integer in a range.
+
+    Raises:
+        ValueError: it is none, or out of the range.
+    """
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        span = f"from {least} on" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} is {value!r}; expected an integer {span}.")
+    return int(value)
+
+
+def check_voxel_size(voxel_size: float | Sequence[float], columns: int) -> np.ndarray:
+    """Edges of a voxel, float32 [] or [columns].
+
+    Raises:
+        InputError: they are not above 0, or not one number per axis.
+    """
+    if isinstance(voxel_size, jax.core.Tracer):
+        raise InputError("voxel_size is an argument of a function under jit; expected is a number, which is static.")
+    size = np.asarray(voxel_size)
+    if size.dtype.kind not in "fiu" or size.shape not in ((), (columns,)) or not ((size > 0) & np.isfinite(size)).all():
+        raise InputError(
+            f"voxel_size is {voxel_size}; expected metres above 0: one number, or one for each of the {columns} "
+            "columns of the points."
+        )
+    return size.astype(np.float32)
+
+
+def shorten(numbers: Sequence[int]) -> int | tuple[int, ...]:
     """One number where all axes have the same, else a tuple."""
     return int(numbers[0]) if len(set(numbers)) == 1 else tuple(int(n) for n in numbers)
 
@@ -151,12 +183,7 @@ def voxel_coordinates(points: Float[np.ndarray, "m d"], voxel_size: float | Sequ
             `voxel_size` is not above 0 or not one number per axis.
     """
     points = np.asarray(points)
-    size = np.asarray(voxel_size, np.float32)
-    if size.shape not in ((), points.shape[1:]) or not (size > 0).all():
-        raise InputError(
-            f"voxel_size is {voxel_size}; expected metres above 0: one number, or one for each of the "
-            f"{points.shape[1]} columns of the points."
-        )
+    size = check_voxel_size(voxel_size, points.shape[1])
     finite = np.isfinite(points).all(1)
     if not finite.all():
         raise InputError(
@@ -251,21 +278,34 @@ def kernel_offsets(kernel_size: PerAxis, dilation: PerAxis = 1, axes: int | None
     )
 
 
-def voxel_offsets(kernel_size: PerAxis, dilation: PerAxis, stride: PerAxis, axes: int = 3) -> Int[np.ndarray, "v d"]:
+def voxel_offsets(
+    kernel_size: PerAxis, dilation: PerAxis, stride: PerAxis, axes: int = 3, *, padding: PerAxis | None = None
+) -> Int[np.ndarray, "v d"]:
     """Offsets of a kernel's slices in finest voxels, for sites of the given stride.
 
+    With `padding` slice i is at (i * dilation - padding) * stride, as in spconv and Torch.
+
     Raises:
-        ValueError: a size or a dilation is not one positive integer per axis.
+        ValueError: a size or a dilation is not one positive integer per axis, or a padding is negative.
         InputError: the kernel reaches farther than a key has room for.
     """
-    offsets = kernel_offsets(kernel_size, dilation, axes) * np.array(per_axis(stride, axes, name="stride"))
-    reach, most = int(np.abs(offsets).max(initial=0)), key_fields(axes).reach.kernel
+    sizes = np.array(per_axis(kernel_size, axes, name="kernel_size"))
+    spread = np.array(per_axis(dilation, axes, name="dilation"))
+    strides = np.array(per_axis(stride, axes, name="stride"))
+    first = -(sizes // 2) * (sizes % 2) * spread
+    if padding is not None:
+        first = -np.array(per_axis(padding, axes, name="padding", least=0))
+    ends = np.stack([first, first + (sizes - 1) * spread]) * strides
+    reach, most = int(np.abs(ends).max()), key_fields(axes).reach.kernel
     if reach > most:
         raise InputError(
-            f"a kernel of size {kernel_size} and dilation {dilation} on sites of stride {stride} reaches {reach} "
-            f"voxels, a map holds at most {most}; use a smaller kernel, dilation or stride."
+            f"a kernel of size {kernel_size} and dilation {dilation}"
+            + (f" with padding {padding}" if padding is not None else "")
+            + f" on sites of stride {stride} reaches {reach} voxels, a map holds at most {most}; use a smaller kernel, "
+            "dilation or stride."
         )
-    return offsets
+    offsets = kernel_offsets(kernel_size, dilation, axes)
+    return (offsets - offsets.min(0) + first) * strides
 
 
 # ---------------------------------------------------------------- identity
@@ -294,7 +334,7 @@ def render_identity(lineage: Lineage, numbers: Mapping[Root, int] | None = None)
         return f"{lineage.name}#{number}" if number else lineage.name
     operation, *parents = lineage
     identities = [render_identity(parent, numbers) for parent in parents]
-    return operation.format(*identities) if isinstance(operation, str) else coarser_identity(*identities, operation)
+    return operation.format(*identities) if isinstance(operation, str) else coarser_identity(identities[0], operation)
 
 
 def coarser_identity(identity: str, factors: tuple[int, ...]) -> str:
@@ -334,7 +374,7 @@ class SiteSet:
     """
 
     keys: np.ndarray
-    stride: PerAxis
+    stride: int | tuple[int, ...]
     num_scans: int
     axes: int = 3
     lineage: Lineage = field(default_factory=lambda: Root("sites"), compare=False, repr=False)
@@ -363,8 +403,19 @@ class SiteSet:
         return (self.keys >> key_fields(self.axes).scan_shift).astype(np.int32)
 
     def lookup(self, coords: Int[np.ndarray, "m d"]) -> Int[np.ndarray, " m"]:
-        """Row of each given site, int32, -1 where it is not in the set."""
-        return find_keys(self.keys, pack_keys(with_axes(np.asarray(coords), self.axes)))
+        """Row of each given site, int32, -1 where it is not in the set.
+
+        Raises:
+            InputError: the coordinates are no integers, or not one row per site.
+        """
+        rows = with_axes(np.asarray(coords), self.axes)
+        if not np.issubdtype(rows.dtype, np.integer):
+            raise InputError(f"lookup was given coordinates of type {rows.dtype}; expected integers, in finest voxels.")
+        inside = (np.abs(rows[:, 1:]) <= key_fields(self.axes).reach.derived).all(1)
+        inside &= (rows[:, 0] >= 0) & (rows[:, 0] < MAX_SCANS)
+        return np.where(inside, find_keys(self.keys, pack_keys(np.where(inside[:, None], rows, 0))), -1).astype(
+            np.int32
+        )
 
 
 def find_keys(keys: Int[np.ndarray, " n"], queries: Int[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
@@ -375,22 +426,27 @@ def find_keys(keys: Int[np.ndarray, " n"], queries: Int[np.ndarray, " m"]) -> In
     return np.where(keys[rows] == queries, rows, -1).astype(np.int32)
 
 
-def with_axes(coords: AnyArray, axes: int | None = None) -> AnyArray:
+def with_axes(coords: Any, axes: int | None = None, *, rows: bool = True) -> Any:
     """Rows (scan, x, y, ...) with all their axes: rows of a 2-D site get z = 0.
+
+    Args:
+        coords: numpy or JAX array.
+        axes: number of axes; None for any.
+        rows: if False, the array may have any number of dimensions.
 
     Raises:
         InputError: rows of another length.
     """
     lengths = {None: (3, 4, 5), 3: (3, 4), 4: (5,)}
-    if coords.ndim != 2 or coords.shape[1] not in lengths[axes]:
+    if (coords.ndim != 2 if rows else coords.ndim < 1) or coords.shape[-1] not in lengths[axes]:
         raise InputError(
             f"coordinates have the shape {list(coords.shape)}; expected rows (scan, x, y, z), (scan, x, y) in 2-D or "
             "(scan, x, y, z, t) in 4-D."
         )
-    if coords.shape[1] > 3:
+    if coords.shape[-1] > 3:
         return coords
     xp = np if isinstance(coords, np.ndarray) else jnp
-    return xp.concatenate([coords, xp.zeros_like(coords[:, :1])], 1)
+    return xp.concatenate([coords, xp.zeros_like(coords[..., :1])], -1)
 
 
 def site_set(coords: AnyArray, *, stride: PerAxis = 1, num_scans: int | None = None, name: str = "sites") -> SiteSet:
@@ -405,6 +461,8 @@ def site_set(coords: AnyArray, *, stride: PerAxis = 1, num_scans: int | None = N
     Raises:
         InputError: a coordinate is not whole, no multiple of the stride or out of range, or a scan index is.
     """
+    if isinstance(coords, jax.core.Tracer):
+        raise ValueError("site_set was given an array inside jit; use sparse.sites_from_coords there.")
     rows = with_axes(np.asarray(coords))
     axes = rows.shape[1] - 1
     if not np.issubdtype(rows.dtype, np.integer):
@@ -415,6 +473,8 @@ def site_set(coords: AnyArray, *, stride: PerAxis = 1, num_scans: int | None = N
                 "numbers; give integers, or points in metres to sparse.voxelize."
             )
         rows = np.clip(rows, -(2.0**40), 2.0**40).astype(np.int64)
+    elif rows.dtype == np.uint64:  # signed, the largest ones would be small
+        rows = np.minimum(rows, 1 << 40).astype(np.int64)
     steps = per_axis(stride, axes, name="stride")
     if (rows[:, 1:] % steps).any():
         odd = rows[(rows[:, 1:] % steps).any(1)][0].tolist()
@@ -423,7 +483,7 @@ def site_set(coords: AnyArray, *, stride: PerAxis = 1, num_scans: int | None = N
             "stride, or leave the stride out."
         )
     most = int(rows[:, 0].max()) + 1 if len(rows) else 1
-    scans = most if num_scans is None else num_scans
+    scans = most if num_scans is None else check_count("num_scans", num_scans, least=0, most=MAX_SCANS)
     if len(rows) and most > scans:
         raise InputError(f"scan index {most - 1} is none of a batch of {scans} scans; count scans from 0.")
     keys = sorted_unique(pack_keys(rows, key_fields(axes).reach.given))
@@ -465,8 +525,13 @@ def voxelize(
     Raises:
         InputError: as `voxel_coordinates`; a cloud has other columns; or one array is given in place of a list.
     """
-    if hasattr(clouds, "shape") and len(clouds.shape) < 3:
-        raise InputError(f"an array {list(clouds.shape)} was given; expected is a list with an array [m, 3] a scan.")
+    if axes not in _KEYS:
+        raise ValueError(f"axes is {axes!r}; expected 3, also for clouds in 2-D, or 4.")
+    if len(getattr(clouds, "shape", ())) != 3 and not isinstance(clouds, Sequence):
+        given = f"array {list(clouds.shape)}" if hasattr(clouds, "shape") else type(clouds).__name__
+        raise InputError(f"one {given} was given; expected is a list with an array [m, 3] a scan.")
+    if any(isinstance(cloud, jax.core.Tracer) for cloud in clouds):
+        raise ValueError("voxelize was given points inside jit; use sparse.voxelize_points there.")
     clouds = [np.asarray(cloud) for cloud in clouds]
     allowed = (2, 3) if axes == 3 else (4,)
     for cloud in clouds:
@@ -530,6 +595,17 @@ def _distinct_voxels(
     return keys, order, starts
 
 
+def check_set(user: str, sites: Any) -> None:
+    """Check that sites are a set of the host.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not isinstance(sites, SiteSet):
+        hint = "inside jit use the functions on padded Sites" if hasattr(sites, "valid") else "see sparse.site_set"
+        raise ValueError(f"{user} was given a {type(sites).__name__}; expected a SiteSet of the host: {hint}.")
+
+
 def downsample(sites: SiteSet, factor: PerAxis) -> SiteSet:
     """Sites of the coarser grid: unique(floor(c / s) * s) with s = sites.stride * factor, true floor.
 
@@ -541,6 +617,7 @@ def downsample(sites: SiteSet, factor: PerAxis) -> SiteSet:
         ValueError: the factor is not one positive integer per axis.
         InputError: a coarse site is out of the range of a key.
     """
+    check_set("downsample", sites)
     factors = per_axis(factor, sites.axes, name="factor")
     strides = [s * f for s, f in zip(sites.strides, factors, strict=True)]
     fields = key_fields(sites.axes)
@@ -565,6 +642,7 @@ def generate(sites: SiteSet, kernel_size: PerAxis, factor: PerAxis = 2) -> SiteS
         ValueError: the stride of the sites is not a multiple of `factor`.
         InputError: a generated site may be out of the range of a key.
     """
+    check_set("generate", sites)
     strides = finer_strides(sites.strides, factor)
     offsets = voxel_offsets(kernel_size, 1, strides, sites.axes)
     fields = key_fields(sites.axes)
@@ -595,8 +673,13 @@ def unite(a: SiteSet, b: SiteSet) -> SiteSet:
     Raises:
         ValueError: the strides or the numbers of axes differ.
     """
+    for sites in (a, b):
+        check_set("unite", sites)
     if (a.strides, a.axes) != (b.strides, b.axes):
-        raise ValueError(f"a union needs one stride, given {a.stride} and {b.stride}.")
+        raise ValueError(
+            f"a union needs one stride and one number of axes, given strides {a.stride} and {b.stride}, "
+            f"{a.axes} and {b.axes} axes."
+        )
     keys = sorted_unique(np.concatenate([a.keys, b.keys]))
     return SiteSet(keys, a.stride, max(a.num_scans, b.num_scans), a.axes, ("unite({}, {})", a.lineage, b.lineage))
 
@@ -729,7 +812,8 @@ _uses: WeakKeyDictionary[Any, Counter[str]] = WeakKeyDictionary()
 def number_identity(identity: str, *arrays: Any) -> str:
     """Tell apart sites made twice by one operation in a trace: the second is "...#1", and so on.
 
-    The numbers begin anew in every trace, so that they are the same for every scan. Outside jit nothing is numbered:
+    The numbers begin anew in every trace, so that they are the same for every scan; a function under a jit of its own
+    is such a trace, and wants another name for the sites that each call of it makes. Outside jit nothing is numbered:
     there coordinates are compared by value.
 
     Args:
@@ -740,7 +824,8 @@ def number_identity(identity: str, *arrays: Any) -> str:
     if not traces:
         return identity
     trace = traces[0]
-    while hasattr(trace, "parent_trace"):
+    # The innermost program that is traced, past vmap and grad inside of it; outside jit vmap or grad themselves.
+    while not hasattr(trace, "frame") and hasattr(trace.parent_trace, "parent_trace"):
         trace = trace.parent_trace
     count = _uses.setdefault(trace, Counter())
     count[identity] += 1
@@ -758,7 +843,8 @@ def pad_sites(sites: SiteSet, capacity: int, *, identity: str | None = None) -> 
     Raises:
         InputError: more sites than `capacity`.
     """
-    n = len(sites)
+    check_set("pad_sites", sites)
+    n, capacity = len(sites), check_count("capacity", capacity, least=0)
     if n > capacity:
         raise InputError(
             f"{n} sites of stride {sites.stride} do not fit a capacity of {capacity}; take a larger bucket."
@@ -770,8 +856,14 @@ def pad_sites(sites: SiteSet, capacity: int, *, identity: str | None = None) -> 
 
 
 def pad_rows(rows: AnyArray, capacity: int) -> np.ndarray:
-    """Rows [n, ...] padded with zeros to [capacity, ...] (numpy)."""
-    rows = np.asarray(rows)
+    """Rows [n, ...] padded with zeros to [capacity, ...] (numpy).
+
+    Raises:
+        InputError: more rows than `capacity`.
+    """
+    rows, capacity = np.asarray(rows), check_count("capacity", capacity, least=0)
+    if len(rows) > capacity:
+        raise InputError(f"{len(rows)} rows do not fit a capacity of {capacity}; take a larger bucket.")
     out = np.zeros((capacity, *rows.shape[1:]), rows.dtype)
     out[: len(rows)] = rows
     return out

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 from h2a2_jax import sparse
 from h2a2_jax.errors import InputError
@@ -122,11 +123,11 @@ def test_points_on_the_faces_of_voxels_fall_on_the_host_s_side(size):
     np.testing.assert_array_equal(first[: len(host.sites)], host.first_point)
 
 
-def test_what_does_not_fit_is_counted_and_the_first_sites_stay():
-    sites = random_sites(stride=2)
+def test_what_does_not_fit_is_counted_and_the_first_sites_of_a_scan_stay():
+    sites = random_sites(stride=2, counts=(60,))
     half = len(sites) // 2
-    kept = sparse.SiteSet(sites.keys[:half], 2, 3)
-    got, overflow = traced(lambda c: sparse.sites_from_coords(c, half, 3, stride=2), sites.coords)
+    kept = sparse.SiteSet(sites.keys[:half], 2, 1)
+    got, overflow = traced(lambda c: sparse.sites_from_coords(c, half, 1, stride=2), sites.coords)
     assert_same(got, sparse.pad_sites(kept, half))
     assert overflow == len(sites) - half
     for make, full in (
@@ -137,6 +138,89 @@ def test_what_does_not_fit_is_counted_and_the_first_sites_stay():
         got, overflow = traced(make, padded(sites))
         np.testing.assert_array_equal(got.coords, full.coords[:5])
         assert overflow == len(full) - 5 and got.n == 5
+
+
+@pytest.mark.parametrize(
+    ("counts", "capacity", "kept"),
+    [
+        ((50, 3, 20, 7), 30, (10, 3, 10, 7)),
+        ((50, 3, 20, 7), 33, (12, 3, 11, 7)),
+        ((50, 3, 20, 7), 80, (50, 3, 20, 7)),
+        ((50, 3, 20, 7), 3, (1, 1, 1, 0)),
+        ((0, 9, 0, 9), 11, (0, 6, 0, 5)),
+    ],
+)
+def test_every_scan_keeps_a_fair_share_where_sites_do_not_fit(counts, capacity, kept):
+    line = [[b, 0, 0, i] for b, n in enumerate(counts) for i in range(n)]
+    rows = np.random.default_rng(0).permutation(np.array(line, np.int32))
+    got, overflow = traced(lambda c: sparse.sites_from_coords(c, capacity, 4), rows)
+    assert overflow == sum(counts) - sum(kept) and got.n == sum(kept)
+    expected = [[b, 0, 0, i] for b, n in enumerate(kept) for i in range(n)]
+    np.testing.assert_array_equal(got.coords[: sum(kept)], expected)
+    assert (got.coords[sum(kept) :, 0] == 4).all()
+
+
+def test_overflow_is_an_error_where_values_are_checked():
+    rows = padded(random_sites())
+    with sparse.check_values(True):
+        checked = checkify.checkify(jax.jit(lambda r, c: sparse.downsample_sites(r, 2, c), static_argnums=1))
+        assert checked(rows, 128)[0].get() is None
+        error, (_, overflow) = checked(rows, 5)
+    with pytest.raises(
+        checkify.JaxRuntimeError, match=f"downsample_sites left {overflow} sites out, which do not fit a"
+    ):
+        error.throw()
+
+
+def test_coordinates_off_the_grid_are_left_out_and_counted():
+    coords = np.array([[0, 4, 0, -8], [0, 4, 1, 0], [0, 2, 0, 0]], np.int32)
+    got, overflow = traced(lambda c: sparse.sites_from_coords(c, 3, 1, stride=(4, 1, 8)), coords)
+    assert got.n == 2 and overflow == 1 and got.coords[:2].tolist() == [[0, 4, 0, -8], [0, 4, 1, 0]]
+    with jax.enable_x64(True):  # a cast to 32 bits would wrap these around to 0
+        far = jnp.array([[0, 1 << 32, 0, 0], [0, 0, 0, 0]])
+        assert sparse.sites_from_coords(far, 2, 1)[1] == 1 and sparse.sites_from_coords(np.asarray(far), 2, 1)[1] == 1
+
+
+def test_rows_are_found():
+    sites = random_sites(stride=2)
+    rows = padded(sites)
+    order = np.random.default_rng(3).permutation(len(sites))
+    wanted = sites.coords[order].reshape(2, -1, 4) if len(sites) % 2 == 0 else sites.coords[order][None]
+    found = traced(sparse.find_rows, rows, wanted)
+    np.testing.assert_array_equal(found, order.reshape(wanted.shape[:-1]))
+    lost = np.array([[0, 99, 0, 0], [3, 0, 0, 0], [-1, 0, 0, 0], [0, 1 << 20, 0, 0], [0, 1, 0, 0]], np.int64)
+    assert (traced(sparse.find_rows, rows, lost) == rows.capacity).all()
+    flat = sparse.pad_sites(sparse.site_set(np.array([[0, 1, 2], [0, -1, 2]])), 4)
+    assert traced(sparse.find_rows, flat, np.array([[0, 1, 2], [0, 2, 1], [0, -1, 2]])).tolist() == [1, 4, 0]
+
+
+def test_identities_are_those_of_the_host():
+    def build(points, name):
+        scan = jnp.zeros(len(points), jnp.int32)
+        fine, *_ = sparse.voxelize_points(points, scan, len(points), 0.1, 64, 1)
+        other, *_ = sparse.voxelize_points(points + 1, scan, len(points), 0.1, 64, 1)
+        named, *_ = sparse.voxelize_points(points, scan, len(points), 0.1, 64, 1, name=name)
+        coarse = sparse.downsample_sites(sparse.downsample_sites(fine, (2, 1, 1), 64)[0], 2, 64)[0]
+        return (
+            fine,
+            other,
+            named,
+            coarse,
+            sparse.generate_sites(coarse, 3, 64)[0],
+            sparse.unite_sites(fine, named, 64)[0],
+        )
+
+    points = np.random.default_rng(0).uniform(0, 1, (9, 3)).astype(np.float32)
+    build = jax.jit(build, static_argnums=1)
+    got = [sites.identity for sites in build(points, "lidar")]
+    assert got == [
+        "voxels", "voxels#1", "lidar", "voxels/4x2x2", "generate(voxels/4x2x2, 3, 2)", "unite(voxels, lidar)",
+    ]  # fmt: skip
+    assert [sites.identity for sites in build(points[:5], "lidar")] == got  # another trace
+    fine, named = sparse.voxelize([points], 0.1).sites, sparse.voxelize([points], 0.1, name="lidar").sites
+    coarse = sparse.downsample(sparse.downsample(fine, (2, 1, 1)), 2)
+    host = [fine, named, coarse, sparse.generate(coarse, 3), sparse.unite(fine, named)]
+    assert [sites.identity for sites in host] == [got[0], *got[2:]]
 
 
 def test_sites_out_of_range_are_dropped_and_counted():

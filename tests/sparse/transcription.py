@@ -6,10 +6,10 @@ from h2a2_jax import sparse
 from h2a2_jax.sparse.kernel_map import fits_blocks
 
 
-def random_sites(counts=(40, 0, 55), stride=1, reach=4, seed=0):
+def random_sites(counts=(40, 0, 55), stride=1, reach=4, seed=0, axes=3):
     """Sites of a batch, some negative; `counts` draws a scan, fewer sites where they coincide."""
     rng = np.random.default_rng(seed)
-    coords = [np.c_[np.full(n, b), rng.integers(-reach, reach, (n, 3)) * stride] for b, n in enumerate(counts)]
+    coords = [np.c_[np.full(n, b), rng.integers(-reach, reach, (n, axes)) * stride] for b, n in enumerate(counts)]
     return sparse.site_set(np.concatenate(coords).astype(np.int32), stride=stride, num_scans=len(counts))
 
 
@@ -18,7 +18,7 @@ def pairs_by_search(in_coords, out_coords, offsets):
     rows = {tuple(int(v) for v in c): i for i, c in enumerate(in_coords)}
     found = []
     for offset in offsets:
-        at = [(scan, x + offset[0], y + offset[1], z + offset[2]) for scan, x, y, z in out_coords.tolist()]
+        at = [(scan, *map(int.__add__, place, map(int, offset))) for scan, *place in out_coords.tolist()]
         found.append([(rows[key], o) for o, key in enumerate(at) if key in rows])
     return found
 
