@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -15,7 +14,7 @@ from h2a2_jax.layers.checks import check_channels, check_context, check_input, c
 from h2a2_jax.layers.context import ForwardContext, Initializer, draw, parameter
 from h2a2_jax.sparse.conv import Algorithm, convolve
 from h2a2_jax.sparse.kernel_map import KernelMap
-from h2a2_jax.sparse.sites import PerAxis, Sites, SparseTensor, per_axis
+from h2a2_jax.sparse.sites import PerAxis, Sites, SparseTensor, axes_of, per_axis
 
 
 def kaiming_fan_out(
@@ -39,7 +38,7 @@ def size_per_axis(kernel_size: PerAxis) -> tuple[int, ...]:
     Raises:
         ValueError: it is not one, two, three or four integers from 1 on.
     """
-    return per_axis(kernel_size, 4 if np.size(kernel_size) == 4 else 3, name="kernel_size")
+    return per_axis(kernel_size, axes_of(kernel_size), name="kernel_size")
 
 
 def output_sites(x: SparseTensor, kernel_map: KernelMap) -> Sites:

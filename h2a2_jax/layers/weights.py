@@ -9,6 +9,7 @@ K/2 - 1, maps here from 0 to K - 1.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -51,7 +52,7 @@ def to_spconv(kernel: AnyArray, kernel_size: PerAxis, *, order: AxisOrder = "zyx
         ValueError: the kernel is of another size.
     """
     kernel = np.asarray(kernel)
-    size = size_per_axis(kernel_size)[: np.size(kernel_size) if np.size(kernel_size) > 1 else 3]
+    size = size_per_axis(kernel_size)[: len(kernel_size) if isinstance(kernel_size, Sequence) else 3]
     _check_volume(kernel, size)
     grid = kernel.reshape(*size[::-1], *kernel.shape[1:])
     axes = list(range(len(size)))
