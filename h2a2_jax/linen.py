@@ -10,6 +10,9 @@ running statistics in "batch_stats", plain arrays under the names of the NNX att
     context = ForwardContext(training=True)
     y, updates = model.apply(variables, x, kernel_map, context, mutable=["batch_stats"])
 
+A norm built with `use_running_average=False` trains without a context, as `linen.BatchNorm(16,
+use_running_average=not train)`; in a block, `norm=partial(layers.BatchNorm, use_running_average=not train)`.
+
 Functions without parameters (`relu`, `max_pool`, `global_pool`, ...) serve both and are exported here too.
 `docs/layers.md` trains a U-Net of these layers.
 """
@@ -32,13 +35,22 @@ from h2a2_jax.layers import (
     activate,
     add,
     average_pool,
+    broadcast_add,
+    broadcast_multiply,
     concatenate,
+    from_dense,
     global_pool,
+    interpolate,
     max_pool,
+    prune,
     relu,
+    to_dense,
+    to_points,
+    union_add,
 )
+from h2a2_jax.layers.context import Initializer
 from h2a2_jax.sparse.conv import Algorithm
-from h2a2_jax.sparse.sites import Size3
+from h2a2_jax.sparse.sites import PerAxis
 
 __all__ = [
     "BatchNorm",
@@ -49,6 +61,7 @@ __all__ = [
     "InstanceNorm",
     "LayerNorm",
     "LinearModulation",
+    "NeighborAttention",
     "ResidualBlock",
     "SelectionConfig",
     "SelectiveConv",
@@ -57,10 +70,18 @@ __all__ = [
     "activate",
     "add",
     "average_pool",
+    "broadcast_add",
+    "broadcast_multiply",
     "concatenate",
+    "from_dense",
     "global_pool",
+    "interpolate",
     "max_pool",
+    "prune",
     "relu",
+    "to_dense",
+    "to_points",
+    "union_add",
 ]
 
 _COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
@@ -148,11 +169,15 @@ class SparseConv(_Layer):
 
     in_channels: int
     out_channels: int
-    kernel_size: Size3 = 3
+    kernel_size: PerAxis = 3
     use_bias: bool = False
+    groups: int = 1
     algorithm: Algorithm | None = None
     dtype: Any = None
+    param_dtype: Any = jnp.float32
     precision: Any = None
+    kernel_init: Initializer | None = None
+    bias_init: Initializer | None = None
     exclusive_to: int | None = None
     layer = layers.SparseConv
 
@@ -163,14 +188,31 @@ class SparseConvTranspose(SparseConv):
     layer = layers.SparseConvTranspose
 
 
+class NeighborAttention(_Layer):
+    """Linen version of `layers.NeighborAttention`: `NeighborAttention(64)(x, kernel_map)`."""
+
+    channels: int
+    num_heads: int = 4
+    kernel_size: PerAxis = 3
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Initializer | None = None
+    bias_init: Initializer | None = None
+    layer = layers.NeighborAttention
+
+
 class SelectiveConv(_Layer):
     """Linen version of `layers.SelectiveConv`; its values reach a tap under the name of the Linen module."""
 
     in_channels: int
     out_channels: int
-    kernel_size: Size3 = 3
+    kernel_size: PerAxis = 3
     num_datasets: int = 1
     selection: SelectionConfig | None = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer | None = None
     layer = layers.SelectiveConv
 
 
@@ -200,9 +242,13 @@ class BatchNorm(_Layer):
     channels: int
     num_datasets: int = 1
     eps: float = 1e-5
-    momentum: float = 0.1
+    momentum: float = 0.9
     exclusive_affine: bool = False
     shared_statistics: bool = False
+    use_running_average: bool = True
+    param_dtype: Any = jnp.float32
+    scale_init: Initializer | None = None
+    bias_init: Initializer | None = None
     layer = layers.BatchNorm
 
 
@@ -211,6 +257,9 @@ class InstanceNorm(_Layer):
 
     channels: int
     eps: float = 1e-5
+    param_dtype: Any = jnp.float32
+    scale_init: Initializer | None = None
+    bias_init: Initializer | None = None
     layer = layers.InstanceNorm
 
 
@@ -219,6 +268,9 @@ class LayerNorm(_Layer):
 
     channels: int
     eps: float = 1e-6
+    param_dtype: Any = jnp.float32
+    scale_init: Initializer | None = None
+    bias_init: Initializer | None = None
     layer = layers.LayerNorm
 
 
@@ -227,7 +279,7 @@ class ConvNorm(_Layer):
 
     in_channels: int
     out_channels: int
-    kernel_size: Size3 = 3
+    kernel_size: PerAxis = 3
     conv: type[SparseConv] = SparseConv
     norm: Callable[..., layers.BatchNorm] = layers.BatchNorm
     selection: SelectionConfig | None = None

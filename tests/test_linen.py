@@ -39,6 +39,7 @@ CASES = {
     "SparseConv": ((4, 6), {"use_bias": True}, (X, SAME, TRAIN), {}),
     "SparseConv 1": ((4, 6, 1), {}, (X,), {}),
     "SparseConvTranspose": ((4, 6), {"use_bias": True}, (Y, BACK, TRAIN), {}),
+    "NeighborAttention": ((4,), {"num_heads": 2}, (X, SAME, TRAIN), {}),
     "SelectiveConv": ((4, 6), SELECTED, (X, SAME, TRAIN), {}),
     "LinearModulation": ((4,), {"embedding_dim": 3, "hidden": 5}, (X, EMBEDDING), {}),
     "ChannelGate": ((4,), {"embedding_dim": 3, "hidden": 5}, (X, EMBEDDING), {}),
@@ -111,7 +112,8 @@ def test_a_layer_has_the_arguments_of_its_namesake(case):
 
 def test_everything_without_parameters_is_here_too():
     assert set(layers.__all__) - set(linen.__all__) == {
-        "EmbeddingMLP", "binarize", "instance_norm", "layer_norm", "structural_consistency",
+        "EmbeddingMLP", "binarize", "instance_norm", "layer_norm", "structural_consistency", "tabulate",
+        "weights",
     }  # fmt: skip
 
 
@@ -206,7 +208,7 @@ def test_variables_that_do_not_fit_raise():
         linen.SparseConv(4, 7).apply(variables, X, SAME)
     with pytest.raises(errors.ScopeParamNotFoundError, match="bias"):
         linen.SparseConv(4, 6, use_bias=True).apply(variables, X, SAME)
-    with pytest.raises(ValueError, match="given features on other sites"):
+    with pytest.raises(ValueError, match="on different sites"):
         linen.SparseConv(4, 6).apply(variables, Y, SAME)
     with pytest.raises(ValueError, match=r"needs context\.embedding"):
         linen.SelectiveConv(4, 6).init(jax.random.key(0), X, SAME)

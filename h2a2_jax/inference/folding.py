@@ -16,10 +16,11 @@ from jax import lax
 from jaxtyping import Array
 
 from h2a2_jax.layers import ChannelGate, ConvNorm, DatasetContext, ForwardContext, LinearModulation, SelectiveConv
+from h2a2_jax.layers.checks import check_input
 from h2a2_jax.layers.context import parameter
 from h2a2_jax.layers.kernel_selection import SelectionConfig, Structure, select_kernels
 from h2a2_jax.layers.modulation import modulate
-from h2a2_jax.layers.sparse_conv import check_input, mix_channels
+from h2a2_jax.layers.sparse_conv import mix_channels
 from h2a2_jax.models import TR3D
 from h2a2_jax.sparse import KernelMap, SparseTensor, convolve
 

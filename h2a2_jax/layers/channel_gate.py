@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from h2a2_jax.layers.checks import check_tensor
 from h2a2_jax.layers.modulation import EmbeddingMLP, Start, per_site
 from h2a2_jax.sparse.sites import SparseTensor
 from h2a2_jax.sparse.xla_cpu import recompute_if_narrow
@@ -35,7 +36,12 @@ class ChannelGate(nnx.Module):
         return 1 + jax.nn.sigmoid(self.mlp(embedding))
 
     def __call__(self, x: SparseTensor, embedding: Float[Array, "*b d"]) -> SparseTensor:
-        """Gate features [N, C] by an embedding [d], or by one per scan [B, d]; padding rows stay zero."""
+        """Gate features [N, C] by an embedding [d], or by one per scan [B, d]; padding rows stay zero.
+
+        Raises:
+            ValueError: x is no sparse tensor.
+        """
+        check_tensor("ChannelGate", x)
         return recompute_if_narrow(_scale, x, self.factor(embedding))
 
 

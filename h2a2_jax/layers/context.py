@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from h2a2_jax.sparse.conv import Algorithm
 from h2a2_jax.sparse.xla_cpu import recompute
@@ -67,6 +67,20 @@ def parameter(value: Float[Array, "*p"], exclusive: bool) -> nnx.Param:
     return nnx.Param(value, dataset_axis=0) if exclusive else nnx.Param(value)
 
 
+Initializer = Callable[[PRNGKeyArray, tuple[int, ...], Any], Array]
+"""Initial values of a parameter, init(key, shape, dtype), as those of `jax.nn.initializers`."""
+
+
+def draw(init: Initializer, rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any, datasets: int | None = None) -> Array:
+    """Initial values of one parameter; for each of several datasets drawn apart, [D, *shape].
+
+    Drawn apart, because an initialiser would count the axis of datasets as part of a kernel's receptive field.
+    """
+    if datasets is None:
+        return init(rngs.params(), shape, dtype)
+    return jnp.stack([init(key, shape, dtype) for key in jax.random.split(rngs.params(), datasets)])
+
+
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["dataset", "embedding"],
@@ -76,14 +90,16 @@ def parameter(value: Float[Array, "*p"], exclusive: bool) -> nnx.Param:
 class ForwardContext:
     """Settings of a forward pass, passed through a network unchanged.
 
-    `ForwardContext(training=True)` is all that training on one dataset takes; a layer without a context evaluates.
-    `docs/layers.md` trains with it.
+    `ForwardContext(training=True)` is all that training on one dataset takes. A layer without a context does as
+    `model.train()` and `model.eval()` have set it, and evaluates where neither was called. `docs/layers.md` trains with
+    it.
 
     Attributes:
         dataset: dataset whose parameters and statistics are used; None in a network of one dataset, or for the mean of
             all.
         embedding: float [d], embedding of the dataset, for layers with kernel selection; [B, d] for one per scan.
-        training: if True, batch norms use the statistics of the batch instead of the running ones, and update these.
+        training: if True, batch norms use the statistics of the batch instead of the running ones, and update these; if
+            False, they use the running ones; None leaves it to each layer's `use_running_average`.
         axis_name: mesh axis over which one dataset's scans are spread (its replicas); batch statistics are summed over
             it.
         algorithm: algorithm of the sparse convolutions (`sparse.convolve`).
@@ -100,7 +116,7 @@ class ForwardContext:
 
     dataset: DatasetContext | None = None
     embedding: Leaf = None
-    training: bool = False
+    training: bool | None = None
     axis_name: AxisName = None
     algorithm: Algorithm = "auto"
     dtype: Any = None
@@ -129,8 +145,15 @@ class ForwardContext:
             self.tap(name, value)
 
 
+def is_training(module: nnx.Module, context: ForwardContext | None) -> bool:
+    """Return True if a pass trains a module: as the context says, else if one of its layers is set to train."""
+    if context is not None and context.training is not None:
+        return context.training
+    return any(not getattr(part, "use_running_average", True) for _, part in nnx.iter_modules(module))
+
+
 def call_block(block: nnx.Module, context: ForwardContext | None, *arguments: Any, **options: Any) -> Any:
-    """Call block(*arguments, context=context, **options); recompute it for the gradient if a training context says so.
+    """Call block(*arguments, context=context, **options); recompute it for the gradient in training, if asked.
 
     The block's batch statistics are updated, and the context's tap sees what the block records, once in either case.
 
@@ -141,7 +164,7 @@ def call_block(block: nnx.Module, context: ForwardContext | None, *arguments: An
         options: keyword arguments of the block.
     """
     call: Callable[..., Any] = block  # type: ignore[assignment]
-    if context is None or not (context.rematerialize and context.training):
+    if context is None or not (context.rematerialize and is_training(block, context)):
         return call(*arguments, context=context, **options)
     graph, params, stats = nnx.split(block, nnx.Param, ...)  # type: ignore[misc]
     names: list[str] = []

@@ -1,15 +1,16 @@
 """Functions of sparse tensors without parameters, for any module system."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from h2a2_jax.sparse import pool
 from h2a2_jax.sparse.kernel_map import KernelMap
-from h2a2_jax.sparse.sites import SparseTensor
+from h2a2_jax.sparse.sites import SparseTensor, check_same_sites
+from h2a2_jax.sparse.tensors import broadcast, check_same_channels, check_tensor, unite_tensors
+from h2a2_jax.typing import AnyArray
 
 
 def relu(x: SparseTensor) -> SparseTensor:
@@ -22,39 +23,82 @@ def activate(x: SparseTensor, function: Callable[[Array], Array]) -> SparseTenso
     return x.with_features(jnp.where(x.sites.valid[:, None], function(x.features), 0))
 
 
-def add(a: SparseTensor, b: SparseTensor) -> SparseTensor:
+def add(a: SparseTensor, b: SparseTensor, *, unite: bool = False) -> SparseTensor:
     """Add features [N, C] on the same sites.
 
+    Args:
+        a: features on sites.
+        b: features on the same sites, with the same channels.
+        unite: if True, tensors on different sites are added on the union of these, with zeros where one has no site.
+            The union has the capacity of both together; `union_add` takes a smaller one, and counts what is left out.
+
     Raises:
-        ValueError: the sites or the numbers of channels differ.
+        ValueError: the numbers of channels differ, or the sites do and `unite` is False, or an argument is none.
     """
-    _check_sites(a, b)
-    if a.features.shape != b.features.shape:
-        raise ValueError(f"a sum needs the same channels, given {a.features.shape[1]} and {b.features.shape[1]}.")
+    a, b = _join("add", (a, b), unite)
+    check_same_channels(a, b)
     return a.with_features(a.features + b.features)
 
 
-def concatenate(*tensors: SparseTensor) -> SparseTensor:
+def concatenate(*tensors: SparseTensor, unite: bool = False) -> SparseTensor:
     """Concatenate the channels of several tensors on the same sites, as the skip connections of a U-Net do.
 
+    Args:
+        tensors: features on sites.
+        unite: if True, tensors on different sites are first brought onto the union of these, as by `add`
+            (`sparse.unite_tensors` takes a smaller capacity).
+
     Raises:
-        ValueError: the sites differ.
+        ValueError: the sites differ and `unite` is False, or an argument is no sparse tensor.
     """
-    _check_sites(*tensors)
-    return tensors[0].with_features(jnp.concatenate([x.features for x in tensors], 1))
+    joined = _join("concatenate", tensors, unite)
+    return joined[0].with_features(jnp.concatenate([x.features for x in joined], 1))
+
+
+def broadcast_add(x: SparseTensor, values: Float[AnyArray, "b c"]) -> SparseTensor:
+    """Add the values of each scan to the features of all its sites."""
+    return x.with_features(x.features + broadcast(values, x.sites))
+
+
+def broadcast_multiply(x: SparseTensor, values: Float[AnyArray, "b c"]) -> SparseTensor:
+    """Multiply the features of all sites of each scan by its values."""
+    return x.with_features(x.features * broadcast(values, x.sites))
 
 
 def max_pool(x: SparseTensor, kernel_map: KernelMap) -> SparseTensor:
-    """Maximum over the active sites under each window of the map (`sparse.max_pool`)."""
-    return replace(x, features=pool.max_pool(x.features, kernel_map), sites=kernel_map.outputs)
+    """Maximum over the active sites under each window of the map (`sparse.max_pool`).
+
+    Raises:
+        ValueError: the features are on other sites than the inputs of the map, or an argument is of another kind.
+    """
+    return _pool("max_pool", pool.max_pool, x, kernel_map)
 
 
 def average_pool(x: SparseTensor, kernel_map: KernelMap) -> SparseTensor:
-    """Mean over the active sites under each window of the map (`sparse.average_pool`)."""
-    return replace(x, features=pool.average_pool(x.features, kernel_map), sites=kernel_map.outputs)
+    """Mean over the active sites under each window of the map (`sparse.average_pool`).
+
+    Raises:
+        ValueError: the features are on other sites than the inputs of the map, or an argument is of another kind.
+    """
+    return _pool("average_pool", pool.average_pool, x, kernel_map)
 
 
-def _check_sites(*tensors: SparseTensor) -> None:
-    kinds = {(x.sites.stride, x.sites.capacity, x.sites.num_scans) for x in tensors}
-    if len(kinds) > 1:
-        raise ValueError(f"tensors on different sites cannot be joined: (stride, rows, scans) are {sorted(kinds)}.")
+def _pool(user: str, function: Callable[[Array, KernelMap], Array], x: SparseTensor, kmap: KernelMap) -> SparseTensor:
+    check_tensor(user, x)
+    pool.check_map(user, kmap)
+    check_same_sites(f"{user} was given features and a map", x.sites, kmap.inputs)
+    return SparseTensor(function(x.features, kmap), kmap.outputs)
+
+
+def _join(user: str, tensors: Sequence[SparseTensor], unite: bool) -> Sequence[SparseTensor]:
+    """Tensors on the same sites, united if asked for."""
+    for x in tensors:
+        check_tensor(user, x)
+    try:
+        for x in tensors[1:]:
+            check_same_sites(f"{user} was given tensors", tensors[0].sites, x.sites)
+    except ValueError:
+        if not unite:
+            raise
+        return unite_tensors(*tensors)[0]
+    return tensors

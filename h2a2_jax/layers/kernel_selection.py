@@ -10,7 +10,7 @@ The functions are the method; the module holds the parameters and calls them.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,14 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext, parameter
+from h2a2_jax.layers.checks import check_context, check_input
+from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext, Initializer, draw, parameter
 from h2a2_jax.layers.modulation import LinearModulation, Start
-from h2a2_jax.layers.sparse_conv import check_input, kaiming_fan_out
+from h2a2_jax.layers.sparse_conv import kaiming_fan_out, output_sites, size_per_axis
 from h2a2_jax.sparse.conv import convolve
 from h2a2_jax.sparse.kernel_map import KernelMap
 from h2a2_jax.sparse.pool import global_pool, scan_sum
-from h2a2_jax.sparse.sites import Size3, SparseTensor, size3
+from h2a2_jax.sparse.sites import PerAxis, SparseTensor
 from h2a2_jax.sparse.xla_cpu import recompute_if_narrow
 
 Part = Literal["residual", "stem", "neck"]
@@ -192,14 +193,16 @@ class SelectiveConv(nnx.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Size3 = 3,
+        kernel_size: PerAxis = 3,
         *,
         num_datasets: int = 1,
         selection: SelectionConfig | None = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Initializer | None = None,
         name: str = "selective_conv",
         rngs: nnx.Rngs,
     ):
-        """Kernels start kaiming-normal over the fan-out, A and P normal, O at `selection.prior_init`.
+        """A and P start normal, O at `selection.prior_init`; these are float32.
 
         Args:
             in_channels: channels of the input.
@@ -207,19 +210,24 @@ class SelectiveConv(nnx.Module):
             kernel_size: size of the kernel, that of the map.
             num_datasets: number D of datasets.
             selection: how kernels are selected; None for the defaults.
+            param_dtype: type of the kernels.
+            kernel_init: function of (key, shape, dtype) with the shape [V, Cin, Cout], called for the shared kernel and
+                for each dataset's "independent" one; None for normal values of variance 2 / (V * Cout).
             name: name under which alpha, beta and gamma reach the tap of a forward pass.
             rngs: random streams.
         """
         self.selection = selection or SelectionConfig()
         self.name = name
-        s, volume = self.selection, math.prod(size3(kernel_size))
+        self.kernel_size = size_per_axis(kernel_size)
+        s, volume = self.selection, math.prod(self.kernel_size)
         kernel = (volume, in_channels, out_channels)
-        self.shared = nnx.Param(kaiming_fan_out(rngs.params(), kernel))
-        exclusive = (
-            jnp.broadcast_to(self.shared[...], (num_datasets, *kernel))
-            if s.exclusive_init == "copy"
-            else kaiming_fan_out(rngs.params(), (num_datasets, *kernel))
-        )
+        self.shared = nnx.Param(draw(kernel_init or kaiming_fan_out, rngs, kernel, param_dtype))
+        if s.exclusive_init == "copy":
+            exclusive = jnp.broadcast_to(self.shared[...], (num_datasets, *kernel))
+        elif kernel_init is None:
+            exclusive = kaiming_fan_out(rngs.params(), (num_datasets, *kernel), param_dtype)
+        else:
+            exclusive = draw(kernel_init, rngs, kernel, param_dtype, num_datasets)
         self.exclusive = nnx.Param(exclusive, dataset_axis=0)
         by_dataset = s.structure_parameters == "exclusive"
         each = (num_datasets,) if by_dataset else ()
@@ -240,11 +248,13 @@ class SelectiveConv(nnx.Module):
             context: context of the pass; must hold the dataset's embedding, and the dataset where there are several.
 
         Raises:
-            ValueError: the context has no embedding, or no dataset in training; the map does not fit.
+            ValueError: the context has no embedding, or no dataset in training; the map does not fit, or an argument is
+                of another kind.
         """
+        check_context(self.name, context)
         if context is None or context.embedding is None:
             raise ValueError("kernel selection needs context.embedding, the embedding [d] of the dataset.")
-        check_input(self.name, x, kernel_map, self.shared.shape)
+        check_input(self.name, x, kernel_map, self.shared.shape, self.kernel_size)
         dataset = context.dataset_of(self.exclusive.shape[0])
         structure = self.structure(dataset)
         modulated = self.modulation(x, context.embedding)
@@ -260,7 +270,7 @@ class SelectiveConv(nnx.Module):
             dtype=context.dtype,
             precision=context.precision,
         )
-        return SparseTensor(y, kernel_map.outputs)
+        return SparseTensor(y, output_sites(x, kernel_map))
 
     def kernels(self, dataset: DatasetContext) -> Float[Array, "s v c_in c_out"]:
         """Stack to select from: the shared kernel and that of the dataset, or the shared one alone."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from h2a2_jax.layers.checks import check_tensor
 from h2a2_jax.sparse.sites import Sites, SparseTensor
 from h2a2_jax.sparse.xla_cpu import recompute_if_narrow
 
@@ -69,7 +70,12 @@ class LinearModulation(nnx.Module):
         return 1 + shift, theta
 
     def __call__(self, x: SparseTensor, embedding: Float[Array, "*b d"]) -> SparseTensor:
-        """Modulate features [N, C] by an embedding [d], or by one per scan [B, d]."""
+        """Modulate features [N, C] by an embedding [d], or by one per scan [B, d].
+
+        Raises:
+            ValueError: x is no sparse tensor.
+        """
+        check_tensor("LinearModulation", x)
         return recompute_if_narrow(modulate, x, *self.factors(embedding))
 
 

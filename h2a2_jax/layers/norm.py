@@ -4,8 +4,9 @@ Flax's batch norm would not do: padding must not count, the replicas of a datase
 sums, not means, are added over devices), and every dataset keeps its own running statistics.
 """
 
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext, parameter
+from h2a2_jax.layers.checks import check_channels, check_context, check_tensor
+from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext, Initializer, draw, is_training, parameter
 from h2a2_jax.sparse.pool import scan_sum, sites_per_scan
 from h2a2_jax.sparse.sites import SparseTensor
 from h2a2_jax.sparse.xla_cpu import after
@@ -125,13 +127,14 @@ def _by_batch_backward(eps: float, axis_name: AxisName, residuals: tuple, cotang
 normalize_by_batch.defvjp(_by_batch_forward, _by_batch_backward)
 
 
-def update_running(running: Statistics, batch: BatchStatistics, momentum: float) -> Statistics:
-    """Running statistics after a batch: (1 - momentum) * old + momentum * new, with the unbiased variance.
+def update_running(running: Statistics, batch: BatchStatistics, rate: float) -> Statistics:
+    """Running statistics after a batch: (1 - rate) * old + rate * new, with the unbiased variance.
 
-    A batch of one site counts with its biased variance; one without sites changes nothing.
+    A batch of one site counts with its biased variance; one without sites changes nothing. The rate is Torch's
+    `momentum`, and one minus Flax's.
     """
     unbiased = batch.statistics.var * batch.num_sites / jnp.maximum(batch.num_sites - 1, 1)
-    rate = jnp.where(batch.num_sites > 0, momentum, 0.0)
+    rate = jnp.where(batch.num_sites > 0, rate, 0.0)  # type: ignore[assignment]
     return Statistics(
         (1 - rate) * running.mean + rate * batch.statistics.mean, (1 - rate) * running.var + rate * unbiased
     )
@@ -165,6 +168,28 @@ def layer_norm(x: SparseTensor, scale: Float[Array, " c"], bias: Float[Array, " 
     return x.with_features(jnp.where(valid, y, 0).astype(x.features.dtype))
 
 
+def _affine(
+    channels: int,
+    dtype: Any,
+    scale_init: Initializer | None,
+    bias_init: Initializer | None,
+    rngs: nnx.Rngs | None,
+    datasets: int | None = None,
+) -> tuple[nnx.Param, nnx.Param]:
+    """Scale and bias of a norm, each [C], or [D, C] with a number of datasets."""
+    exclusive = datasets is not None
+    full = (datasets, channels) if exclusive else (channels,)
+
+    def build(name: str, init: Initializer | None, default: float) -> nnx.Param:
+        if init is None:
+            return parameter(jnp.full(full, default, dtype), exclusive)
+        if rngs is None:
+            raise ValueError(f"{name} was given without rngs, from which it draws: give rngs=nnx.Rngs(0).")
+        return parameter(draw(init, rngs, (channels,), dtype, datasets), exclusive)
+
+    return build("scale_init", scale_init, 1.0), build("bias_init", bias_init, 0.0)
+
+
 class InstanceNorm(nnx.Module):
     """Instance norm: each scan over its own active sites (`instance_norm`).
 
@@ -173,24 +198,39 @@ class InstanceNorm(nnx.Module):
         bias: [C], added to each channel.
     """
 
-    def __init__(self, channels: int, *, eps: float = 1e-5, rngs: nnx.Rngs | None = None):
-        """Scale starts at one, bias at zero.
+    def __init__(
+        self,
+        channels: int,
+        *,
+        eps: float = 1e-5,
+        param_dtype: Any = jnp.float32,
+        scale_init: Initializer | None = None,
+        bias_init: Initializer | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
+        """Build scale and bias.
 
         Args:
             channels: number C of channels.
             eps: added to variances.
-            rngs: not read; nothing is random.
+            param_dtype: type of scale and bias.
+            scale_init: function of (key, shape, dtype) for the initial scale [C]; None for ones.
+            bias_init: the same for the bias; None for zeros.
+            rngs: random streams; read by `scale_init` and `bias_init` alone.
+
+        Raises:
+            ValueError: `scale_init` or `bias_init` without `rngs`.
         """
-        self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
+        self.scale, self.bias = _affine(channels, param_dtype, scale_init, bias_init, rngs)
         self.eps = eps
 
     def __call__(self, x: SparseTensor, context: ForwardContext | None = None) -> SparseTensor:
         """Normalise features [N, C]; the context is not read.
 
         Raises:
-            ValueError: x has another number of channels.
+            ValueError: x has another number of channels, or an argument is of another kind.
         """
-        _check_channels(self, x)
+        _check(self, x, context)
         return instance_norm(x, self.scale[...], self.bias[...], self.eps)
 
 
@@ -202,24 +242,39 @@ class LayerNorm(nnx.Module):
         bias: [C], added to each channel.
     """
 
-    def __init__(self, channels: int, *, eps: float = 1e-6, rngs: nnx.Rngs | None = None):
-        """Scale starts at one, bias at zero.
+    def __init__(
+        self,
+        channels: int,
+        *,
+        eps: float = 1e-6,
+        param_dtype: Any = jnp.float32,
+        scale_init: Initializer | None = None,
+        bias_init: Initializer | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
+        """Build scale and bias.
 
         Args:
             channels: number C of channels.
             eps: added to variances.
-            rngs: not read; nothing is random.
+            param_dtype: type of scale and bias.
+            scale_init: function of (key, shape, dtype) for the initial scale [C]; None for ones.
+            bias_init: the same for the bias; None for zeros.
+            rngs: random streams; read by `scale_init` and `bias_init` alone.
+
+        Raises:
+            ValueError: `scale_init` or `bias_init` without `rngs`.
         """
-        self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
+        self.scale, self.bias = _affine(channels, param_dtype, scale_init, bias_init, rngs)
         self.eps = eps
 
     def __call__(self, x: SparseTensor, context: ForwardContext | None = None) -> SparseTensor:
         """Normalise features [N, C]; the context is not read.
 
         Raises:
-            ValueError: x has another number of channels.
+            ValueError: x has another number of channels, or an argument is of another kind.
         """
-        _check_channels(self, x)
+        _check(self, x, context)
         return layer_norm(x, self.scale[...], self.bias[...], self.eps)
 
 
@@ -229,9 +284,13 @@ class BatchNorm(nnx.Module):
     The statistics of a batch are always one dataset's: mixed ones would let one dataset's scans into the gradient of
     another's loss.
 
+    `model.train()` and `model.eval()` set `use_running_average`, as for the layers of Flax; a context that says
+    `training` overrides it. Unlike Flax's batch norm the layer evaluates unless told to train.
+
     Attributes:
         scale: [C]; [D, C] with `exclusive_affine`.
         bias: [C]; [D, C] with `exclusive_affine`.
+        use_running_average: if True, the layer evaluates: the running statistics are used, and stay.
         mean: [D, C], running mean.
         var: [D, C], running variance.
     """
@@ -242,28 +301,46 @@ class BatchNorm(nnx.Module):
         *,
         num_datasets: int = 1,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float = 0.9,
         exclusive_affine: bool = False,
         shared_statistics: bool = False,
+        use_running_average: bool = True,
+        param_dtype: Any = jnp.float32,
+        scale_init: Initializer | None = None,
+        bias_init: Initializer | None = None,
         rngs: nnx.Rngs | None = None,
     ):
-        """Scale starts at one, bias and running mean at zero, running variance at one.
+        """Build scale and bias; the running mean starts at zero, the running variance at one.
 
         Args:
             channels: number C of channels.
             num_datasets: number D of datasets.
             eps: added to variances.
-            momentum: weight of the new batch in the running statistics.
+            momentum: weight of the old running statistics, as in Flax: running = momentum * running + (1 - momentum) *
+                batch. Torch's `momentum` is the other weight: its m is 1 - m here, its default 0.1 is the 0.9 here.
             exclusive_affine: if True, each dataset has a scale and a bias.
             shared_statistics: if True, every batch enters the running statistics of all datasets, which are then equal.
-            rngs: not read; nothing is random.
+            use_running_average: if False, the layer trains where no context says otherwise. Flax's default is False.
+            param_dtype: type of scale and bias; running statistics are at least float32.
+            scale_init: function of (key, shape, dtype) for the initial scale [C], called once per dataset with
+                `exclusive_affine`; None for ones.
+            bias_init: the same for the bias; None for zeros.
+            rngs: random streams; read by `scale_init` and `bias_init` alone.
+
+        Raises:
+            ValueError: `momentum` is not in 0.5..1, most likely Torch's; or `scale_init` or `bias_init` without `rngs`.
         """
-        shape = (num_datasets, channels) if exclusive_affine else (channels,)
-        self.scale = parameter(jnp.ones(shape), exclusive_affine)
-        self.bias = parameter(jnp.zeros(shape), exclusive_affine)
-        self.mean = nnx.BatchStat(jnp.zeros((num_datasets, channels)), dataset_axis=0)
-        self.var = nnx.BatchStat(jnp.ones((num_datasets, channels)), dataset_axis=0)
-        self.eps, self.momentum = eps, momentum
+        if not 0.5 <= momentum <= 1:
+            raise ValueError(
+                f"BatchNorm was given momentum={momentum}, expected is Flax's, the weight of the old statistics, in "
+                "0.5..1: for Torch's momentum m give 1 - m."
+            )
+        each = num_datasets if exclusive_affine else None
+        self.scale, self.bias = _affine(channels, param_dtype, scale_init, bias_init, rngs, each)
+        wide = jnp.promote_types(param_dtype, jnp.float32)
+        self.mean = nnx.BatchStat(jnp.zeros((num_datasets, channels), wide), dataset_axis=0)
+        self.var = nnx.BatchStat(jnp.ones((num_datasets, channels), wide), dataset_axis=0)
+        self.eps, self.momentum, self.use_running_average = eps, momentum, use_running_average
         self.exclusive_affine, self.shared_statistics = exclusive_affine, shared_statistics
 
     def affine(self, dataset: DatasetContext) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
@@ -278,17 +355,19 @@ class BatchNorm(nnx.Module):
         Args:
             x: features [N, C] and sites.
             context: context of the pass: the dataset of the running statistics, training or evaluation, and the mesh
-                axis over which the batch is spread; without it the layer evaluates.
+                axis over which the batch is spread. Without it, or where it leaves `training` open, the layer does as
+                `use_running_average` says.
 
         Raises:
-            ValueError: x has another number of channels; or the context trains a layer of several datasets and names
-                none.
+            ValueError: x has another number of channels; an argument is of another kind; or a layer of several datasets
+                trains and the context names none.
         """
-        _check_channels(self, x)
+        _check(self, x, context)
         context = context or ForwardContext()
-        dataset, valid = context.dataset_of(self.mean.shape[0]), x.sites.valid
+        training = is_training(self, context)
+        dataset, valid = replace(context, training=training).dataset_of(self.mean.shape[0]), x.sites.valid
         scale, bias = self.affine(dataset)
-        if not context.training:
+        if not training:
             return x.with_features(normalize(x.features, valid, self.running(dataset), scale, bias, self.eps))
         features, batch = normalize_by_batch(x.features, valid, scale, bias, self.eps, context.axis_name)
         self._remember(batch, dataset)
@@ -300,14 +379,15 @@ class BatchNorm(nnx.Module):
 
     def _remember(self, batch: BatchStatistics, dataset: DatasetContext) -> None:
         batch = jax.tree.map(lax.stop_gradient, batch)
-        new = update_running(Statistics(self.mean[...], self.var[...]), batch, self.momentum)
+        rate = round(1 - self.momentum, 15)  # 1 - 0.9 is 0.1 to the last bit
+        new = update_running(Statistics(self.mean[...], self.var[...]), batch, rate)
         changed = (jnp.asarray(dataset.weights)[:, None] > 0) | self.shared_statistics
         self.mean[...] = jnp.where(changed, new.mean, self.mean[...])
         self.var[...] = jnp.where(changed, new.var, self.var[...])
 
 
-def _check_channels(norm: BatchNorm | InstanceNorm | LayerNorm, x: SparseTensor) -> None:
-    if x.features.shape[1] != norm.scale.shape[-1]:
-        raise ValueError(
-            f"{type(norm).__name__} is of {norm.scale.shape[-1]} channels, given features of {x.features.shape[1]}."
-        )
+def _check(norm: BatchNorm | InstanceNorm | LayerNorm, x: SparseTensor, context: ForwardContext | None) -> None:
+    name = type(norm).__name__
+    check_context(name, context)
+    check_tensor(name, x)
+    check_channels(name, x, norm.scale.shape[-1])

@@ -11,7 +11,7 @@ from h2a2_jax.layers.kernel_selection import SelectionConfig, SelectiveConv
 from h2a2_jax.layers.norm import BatchNorm
 from h2a2_jax.layers.sparse_conv import SparseConv
 from h2a2_jax.sparse.kernel_map import KernelMap
-from h2a2_jax.sparse.sites import Size3, SparseTensor
+from h2a2_jax.sparse.sites import PerAxis, SparseTensor
 
 
 class ConvNorm(nnx.Module):
@@ -21,7 +21,7 @@ class ConvNorm(nnx.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Size3 = 3,
+        kernel_size: PerAxis = 3,
         *,
         conv: Callable[..., SparseConv] = SparseConv,
         norm: Callable[..., BatchNorm] = BatchNorm,
@@ -60,7 +60,7 @@ class ConvNorm(nnx.Module):
             )
         )  # fmt: skip
         self.gate_first = selection is not None and selection.gate == "before_norm"
-        self.norm = norm(out_channels, num_datasets=num_datasets)
+        self.norm = norm(out_channels, num_datasets=num_datasets, rngs=rngs)
 
     def __call__(
         self, x: SparseTensor, kernel_map: KernelMap | None = None, context: ForwardContext | None = None

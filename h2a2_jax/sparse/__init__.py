@@ -40,6 +40,7 @@ from h2a2_jax.sparse.neighbors import (
     strided_neighbors,
     submanifold_neighbors,
 )
+from h2a2_jax.sparse.points import interpolate, sites_of_points, to_points, voxel_max, voxel_mean
 from h2a2_jax.sparse.pool import average_pool, global_pool, max_pool
 from h2a2_jax.sparse.sites import (
     Sites,
@@ -57,6 +58,7 @@ from h2a2_jax.sparse.sites import (
     voxel_coordinates,
     voxelize,
 )
+from h2a2_jax.sparse.tensors import broadcast, from_dense, prune, to_dense, union_add, unite_tensors
 from h2a2_jax.sparse.unet_plan import UNetPlan
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "UNetPlan",
     "Voxelization",
     "average_pool",
+    "broadcast",
     "check_values",
     "choose_tile_size",
     "convolve",
@@ -79,11 +82,13 @@ __all__ = [
     "downsample",
     "downsample_sites",
     "find_rows",
+    "from_dense",
     "generate",
     "generate_sites",
     "generative_map",
     "generative_neighbors",
     "global_pool",
+    "interpolate",
     "inverse_map",
     "inverse_neighbors",
     "kernel_offsets",
@@ -96,17 +101,25 @@ __all__ = [
     "pad_tables",
     "pool_map",
     "pool_neighbors",
+    "prune",
     "rows_of_part",
     "site_set",
     "sites_from_coords",
+    "sites_of_points",
     "strided_map",
     "strided_neighbors",
     "submanifold_map",
     "submanifold_neighbors",
+    "to_dense",
+    "to_points",
+    "union_add",
     "union_rows",
     "unite",
     "unite_sites",
+    "unite_tensors",
     "voxel_coordinates",
+    "voxel_max",
+    "voxel_mean",
     "voxelize",
     "voxelize_points",
 ]

@@ -10,22 +10,23 @@ where gamma[b, k] is 1, the second where it is 0. A selection, never a mixture: 
 before the convolution; for several most algorithms index the stack and store no kernel per scan.
 """
 
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from h2a2_jax.sparse.conv_accelerator import im2col_backward, im2col_forward, pair_work, pairs_backward, pairs_forward
 from h2a2_jax.sparse.conv_cpu import gather_backward, gather_forward, tiles_backward, tiles_forward
-from h2a2_jax.sparse.conv_parts import ConvOptions, Gradients, no_gradient, per_row
+from h2a2_jax.sparse.conv_parts import Algorithm, ConvOptions, Gradients, Platform, per_row
+from h2a2_jax.sparse.conv_primitive import convolve_by
 from h2a2_jax.sparse.kernel_map import KernelMap
 from h2a2_jax.sparse.winograd import winograd_backward, winograd_forward
 from h2a2_jax.sparse.xla_cpu import after, round_rows, take_rows, zeros_varying_as
-
-Algorithm = Literal["auto", "segment_sum", "gather", "tiles", "winograd", "im2col", "pairs"]
 
 DENSE_WORK = 0.5
 """Share of a full kernel's work from which on accelerators multiply the full kernel ("im2col") instead of "pairs"."""
@@ -33,16 +34,18 @@ DENSE_WORK = 0.5
 
 def convolve(
     features: Float[Array, "n_in c_in"],
-    kernels: Float[Array, "s v c_in c_out"],
+    kernels: Float[Array, "s v c_group c_out"],
     kernel_map: KernelMap,
     *,
     gamma: Float[Array, "b v"] | None = None,
+    groups: int = 1,
     algorithm: Algorithm = "auto",
     dtype: Any = None,
     precision: Any = None,
 ) -> Float[Array, "n_out c_out"]:
-    """Convolve features on active sites; differentiable in features, kernels and gamma.
+    """Convolve features on active sites; differentiable in features, kernels and gamma, in every mode and order.
 
+    Under `jax.shard_map` kernels may be replicated: their gradient is summed over the devices.
     `docs/layers.md` trains a network of such convolutions.
 
     Args:
@@ -51,9 +54,12 @@ def convolve(
         kernel_map: map from the input to the output sites.
         gamma: 1 where a scan's offset uses kernels[0], 0 where it uses kernels[1]. None: kernels[0] everywhere. Its
             gradient is that of the interpolation gamma * W_0 + (1 - gamma) * W_1: <dW[b, k], W_0[k] - W_1[k]>.
+        groups: number of groups of channels that are convolved apart: output channels [i * Cout / groups, ...) read
+            the input channels [i * Cin / groups, ...). With Cin groups the convolution is depthwise.
         algorithm: way to compute the same result.
 
-            - "segment_sum": gather, matmul, segment sum, one offset after the other, by JAX's own derivative.
+            - "segment_sum": gather, matmul, segment sum, one offset after the other, with JAX's own derivative. The one
+              algorithm for maps of kind "neighbors", whose rows may repeat.
             - "gather": the same without a scatter in either direction.
             - "tiles": pairs sorted by offset and multiplied in tiles, only as many as there are. Needs
               `kernel_map.tiles`.
@@ -64,7 +70,7 @@ def convolve(
               costs their capacity.
             - "auto": on CPUs "winograd" where the map has blocks, else "tiles" where it has tiles, else "gather". On
               accelerators "pairs" where the tiles' capacity is below half of a full kernel (`limit_tiles`), else
-              "im2col".
+              "im2col"; "gather" with groups. The platform is the one that the program is lowered for.
         dtype: compute type of the products; sums are float32 (float64 stays float64), and so is the gradient of float32
             kernels. Default: the type of the features. "winograd" always multiplies in the type of the sums, because
             its transforms magnify the rounding of factors.
@@ -74,61 +80,163 @@ def convolve(
         Rows of the output sites in the type of the features; padding rows are zero.
 
     Raises:
-        ValueError: shapes, kernel volume or algorithm do not fit the map, or the number of kernels does not fit gamma.
+        ValueError: types, shapes, kernel volume or algorithm do not fit the map, or the number of kernels does not fit
+            gamma.
     """
-    _check(features, kernels, kernel_map, gamma, algorithm)
+    _check(features, kernels, kernel_map, gamma, groups, algorithm)
+    features, kernels = jnp.asarray(features), jnp.asarray(kernels)
     compute = jnp.dtype(dtype) if dtype is not None else features.dtype
+    if kernel_map.kind == "neighbors":
+        algorithm = "segment_sum"
+    options = ConvOptions(jnp.promote_types(compute, jnp.float32), precision, kernels.dtype, algorithm, groups)
     x, w = features.astype(compute), kernels
-    chosen = _choose(kernel_map) if algorithm == "auto" else algorithm
-    options = ConvOptions(jnp.promote_types(compute, jnp.float32), precision, kernels.dtype)
-    if gamma is not None and kernel_map.num_scans == 1 and chosen != "segment_sum":
-        # One scan, one kernel an offset: selected once, its gradient split once, and not tile by tile. In the type of
-        # the kernels: gamma's gradient is a difference of long sums.
-        use_shared = gamma[0].astype(w.dtype)[:, None, None]
-        w, gamma = (use_shared * w[0] + (1 - use_shared) * w[1])[None], None
-    if chosen == "segment_sum":
-        out = _segment_sum(x, w.astype(compute), gamma, kernel_map, options)
-    else:
-        out = _convolve(x, w, gamma, kernel_map, options, chosen)
+    if gamma is not None:
+        gamma = jnp.asarray(gamma)
+        if kernel_map.num_scans == 1 and algorithm != "segment_sum":
+            # One scan, one kernel an offset: selected once, its gradient split once, and not tile by tile. In the type
+            # of the kernels: gamma's gradient is a difference of long sums.
+            use_shared = gamma[0].astype(w.dtype)[:, None, None]
+            w, gamma = (use_shared * w[0] + (1 - use_shared) * w[1])[None], None
+    out = convolve_by(_forward, _backward, x, w, gamma, kernel_map, options)
     return round_rows(out, features.dtype, kernel_map.n_out)
 
 
-def _check(features: Array, kernels: Array, kernel_map: KernelMap, gamma: Array | None, algorithm: str) -> None:
-    if features.shape[0] != kernel_map.in_capacity:
-        raise ValueError(f"features have {features.shape[0]} rows, the kernel map expects {kernel_map.in_capacity}.")
-    if kernels.shape[1] != kernel_map.kernel_volume or kernels.shape[2] != features.shape[1]:
+def check_features(user: str, features: Any, kernel_map: Any) -> None:
+    """Check that features are rows of numbers for the inputs of a map, and that the map is one.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not isinstance(kernel_map, KernelMap):
+        hint = ": pad it with sparse.pad_map or sparse.pad_tables" if hasattr(kernel_map, "offsets") else ""
+        raise ValueError(f"{user} was given a {type(kernel_map).__name__} for a map; expected a KernelMap{hint}.")
+    if not isinstance(features, jax.Array | np.ndarray):
+        hint = ": give x.features, or use a layer" if hasattr(features, "features") else ""
+        raise ValueError(f"{user} was given a {type(features).__name__} for features; expected an array [N, C]{hint}.")
+    if not jnp.issubdtype(features.dtype, jnp.floating):
+        raise ValueError(f"{user} was given {features.dtype} features; expected floats: use features.astype(float32).")
+    if features.ndim != 2 or features.shape[0] != kernel_map.in_capacity:
+        raise ValueError(
+            f"{user} was given features {list(features.shape)}: the kernel map expects {kernel_map.in_capacity} rows, "
+            "one for each of its input sites, padding included."
+        )
+
+
+def _check(
+    features: Array, kernels: Array, kernel_map: KernelMap, gamma: Array | None, groups: int, algorithm: str
+) -> None:
+    check_features("convolve", features, kernel_map)
+    if not isinstance(kernels, jax.Array | np.ndarray) or kernels.ndim != 4:
+        has = list(np.shape(kernels))
+        raise ValueError(f"kernels are a {type(kernels).__name__} {has}; expected an array [S, V, Cin, Cout].")
+    if not jnp.issubdtype(kernels.dtype, jnp.floating):
+        raise ValueError(f"kernels are {kernels.dtype}; expected floats.")
+    channels = features.shape[1]
+    if groups < 1 or channels % groups or kernels.shape[3] % groups:
+        raise ValueError(
+            f"{groups} groups do not divide {channels} input and {kernels.shape[3]} output channels; choose a divisor."
+        )
+    if kernels.shape[1] != kernel_map.kernel_volume or kernels.shape[2] * groups != channels:
+        grouped = ("", "Cin") if groups == 1 else (f" in {groups} groups", "Cin / groups")
         raise ValueError(
             f"kernels {kernels.shape} do not fit: the map has {kernel_map.kernel_volume} offsets, the features "
-            f"{features.shape[1]} channels; expected [S, V, Cin, Cout]."
+            f"{channels} channels{grouped[0]}; expected [S, V, {grouped[1]}, Cout]."
         )
     if kernels.shape[0] != (1 if gamma is None else 2):
         raise ValueError(
             f"kernels {kernels.shape} were given {'without' if gamma is None else 'with'} gamma; expected [1, V, Cin, "
             "Cout] without gamma, [2, V, Cin, Cout] with gamma."
         )
-    if gamma is not None and gamma.shape != (kernel_map.num_scans, kernel_map.kernel_volume):
-        raise ValueError(
-            f"gamma is {gamma.shape}, expected {(kernel_map.num_scans, kernel_map.kernel_volume)}: scans x offsets."
-        )
+    wanted = (kernel_map.num_scans, kernel_map.kernel_volume)
+    if gamma is not None and (gamma.shape != wanted or not jnp.issubdtype(gamma.dtype, jnp.floating)):
+        raise ValueError(f"gamma is {gamma.dtype}{list(gamma.shape)}, expected floats {wanted}: scans x offsets.")
     if algorithm not in get_args(Algorithm):
         raise ValueError(f"algorithm {algorithm!r} is none of {', '.join(get_args(Algorithm))}.")
     if algorithm in ("tiles", "pairs") and kernel_map.tiles is None:
         raise ValueError(f"algorithm {algorithm!r} needs a map with tiles: build it with pad_map(..., tile_size=...).")
     if algorithm == "winograd" and kernel_map.blocks is None:
         raise ValueError("algorithm 'winograd' needs a map with blocks: build it with pad_map(..., blocks='always').")
+    if kernel_map.kind == "neighbors" and algorithm not in ("auto", "segment_sum"):
+        raise ValueError(
+            f"algorithm {algorithm!r} needs a map whose rows are distinct at each offset; a map of kind 'neighbors' "
+            "takes 'auto' or 'segment_sum'."
+        )
 
 
-def _choose(kernel_map: KernelMap) -> str:
-    """The algorithm that "auto" stands for: by the device and by the lists of the map."""
-    if jax.default_backend() != "cpu":
+def _choose(kernel_map: KernelMap, options: ConvOptions, platform: Platform) -> Algorithm:
+    """The algorithm that "auto" stands for: by the platform and by the lists of the map."""
+    if options.algorithm != "auto":
+        return options.algorithm
+    if platform != "cpu":
+        if options.groups > 1:
+            return "gather"
         # Static: by the tiles' capacity, which is near the pairs there are only where `limit_tiles` made it so.
         return "pairs" if pair_work(kernel_map) < DENSE_WORK else "im2col"
-    if kernel_map.blocks is not None:
+    if kernel_map.blocks is not None and options.groups == 1:
         return "winograd"
     return "gather" if kernel_map.tiles is None else "tiles"
 
 
-def _segment_sum(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions) -> Array:
+# ---------------------------------------------------------------- dispatch
+
+
+def _forward(
+    x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions, platform: Platform
+) -> Array:
+    algorithm = _choose(kmap, options, platform)
+    w, options = _dense_groups(w.astype(x.dtype), options, algorithm)
+    if _may_use_tiles(algorithm, kmap):
+        use_blocks = jnp.asarray(kmap.blocks.count) > 0  # type: ignore[union-attr]
+        forward = [partial(f, options=options) for f in (winograd_forward, tiles_forward)]
+        return lax.cond(use_blocks, *forward, x, w, gamma, kmap)
+    return _ALGORITHMS[algorithm][0](x, w, gamma, kmap, options)
+
+
+def _backward(
+    x: Array,
+    w: Array,
+    gamma: Array | None,
+    kmap: KernelMap,
+    options: ConvOptions,
+    cotangent: Array,
+    platform: Platform,
+) -> Gradients:
+    algorithm = _choose(kmap, options, platform)
+    w = after(cotangent, w)  # else values that depend on the kernels alone would be made, and kept, long before
+    shape, groups = w.shape, options.groups
+    w, options = _dense_groups(w.astype(x.dtype), options, algorithm)
+    if _may_use_tiles(algorithm, kmap):
+        use_blocks = jnp.asarray(kmap.blocks.count) > 0  # type: ignore[union-attr]
+        backward = [partial(f, options=options, cotangent=cotangent) for f in (winograd_backward, tiles_backward)]
+        dx, dw, dgamma = lax.cond(use_blocks, *backward, x, w, gamma, kmap)
+    else:
+        dx, dw, dgamma = _ALGORITHMS[algorithm][1](x, w, gamma, kmap, options, cotangent)
+    if dw.shape != shape:  # the blocks of the diagonal
+        blocks = dw.reshape(*shape[:2], groups, shape[2], groups, -1)
+        dw = jnp.moveaxis(jnp.diagonal(blocks, axis1=2, axis2=4), -1, -2).reshape(shape)
+    return dx, dw, dgamma
+
+
+def _may_use_tiles(algorithm: str, kmap: KernelMap) -> bool:
+    """Return True where one program serves both: the map's coordinates choose blocks or tiles at run time."""
+    return algorithm == "winograd" and kmap.tiles is not None
+
+
+def _dense_groups(w: Array, options: ConvOptions, algorithm: str) -> tuple[Array, ConvOptions]:
+    """Kernels without groups, block-diagonal, for the algorithms that know of none."""
+    groups = options.groups
+    if groups == 1 or algorithm in ("segment_sum", "gather", "tiles"):
+        return w, options
+    parts = w.reshape(*w.shape[:3], groups, -1)
+    same = jnp.eye(groups, dtype=w.dtype)[:, None, :, None]
+    dense = parts[:, :, None] * same  # [S, V, G, Cin / G, G, Cout / G]
+    return dense.reshape(*w.shape[:2], groups * w.shape[2], w.shape[3]), replace(options, groups=1)
+
+
+# ---------------------------------------------------------------- definition
+
+
+def segment_sum_forward(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions) -> Array:
     """The definition: for each offset gather, multiply, sum the products by output row."""
     rows = jnp.arange(kmap.out_capacity)
     valid = (rows < kmap.n_out)[:, None]
@@ -138,8 +246,10 @@ def _segment_sum(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, optio
         neighbors = take_rows(wide, jnp.asarray(kmap.neighbors)[k]).astype(x.dtype)
         products = options.dot(neighbors, w[0, k])
         if gamma is not None:
-            use_shared = per_row(gamma[:, k], jnp.asarray(kmap.out_scan))[:, None]
-            products = use_shared * products + (1 - use_shared) * options.dot(neighbors, w[1, k])
+            weights = per_row(gamma[:, k], jnp.asarray(kmap.out_scan))[:, None]
+            products = weights * products
+            if len(w) == 2:
+                products = products + (1 - weights) * options.dot(neighbors, w[1, k])
         products = jnp.where(valid, products, 0)  # nor may a cotangent on padding reach a kernel
         return total + jax.ops.segment_sum(products, rows, kmap.out_capacity), None
 
@@ -147,49 +257,21 @@ def _segment_sum(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, optio
     return lax.scan(add_offset, total, jnp.arange(kmap.kernel_volume))[0]
 
 
+def segment_sum_backward(
+    x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions, cotangent: Array
+) -> Gradients:
+    """Gradients of the definition, by JAX."""
+    forward = partial(segment_sum_forward, kmap=kmap, options=options)
+    dx, dw, dgamma = jax.vjp(lambda x, w, gamma: forward(x, w, gamma), x, w, gamma)[1](cotangent)
+    return dx, dw.astype(options.kernel_type), dgamma
+
+
 _ALGORITHMS = {
+    "segment_sum": (segment_sum_forward, segment_sum_backward),
     "gather": (gather_forward, gather_backward),
     "tiles": (tiles_forward, tiles_backward),
     "im2col": (im2col_forward, im2col_backward),
     "pairs": (pairs_forward, pairs_backward),
     "winograd": (winograd_forward, winograd_backward),
 }
-"""Forward and backward function of each algorithm with a derivative of its own; see `conv_parts` for arguments."""
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _convolve(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions, algorithm: str) -> Array:
-    w = w.astype(x.dtype)
-    if _may_use_tiles(algorithm, kmap):
-        use_blocks = jnp.asarray(kmap.blocks.count) > 0  # type: ignore[union-attr]
-        forward = [partial(f, options=options) for f in (winograd_forward, tiles_forward)]
-        return lax.cond(use_blocks, *forward, x, w, gamma, kmap)
-    return _ALGORITHMS[algorithm][0](x, w, gamma, kmap, options)
-
-
-def _forward(
-    x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions, algorithm: str
-) -> tuple[Array, tuple]:
-    w = w.astype(x.dtype)
-    return _convolve(x, w, gamma, kmap, options, algorithm), (x, w, gamma, kmap)
-
-
-def _backward(options: ConvOptions, algorithm: str, residuals: tuple, cotangent: Array) -> tuple:
-    x, w, gamma, kmap = residuals
-    w = after(cotangent, w)  # else values that depend on the kernels alone would be made, and kept, long before
-    gradients: Gradients
-    if _may_use_tiles(algorithm, kmap):
-        use_blocks = jnp.asarray(kmap.blocks.count) > 0  # type: ignore[union-attr]
-        backward = [partial(f, options=options, cotangent=cotangent) for f in (winograd_backward, tiles_backward)]
-        gradients = lax.cond(use_blocks, *backward, x, w, gamma, kmap)
-    else:
-        gradients = _ALGORITHMS[algorithm][1](x, w, gamma, kmap, options, cotangent)
-    return *gradients, no_gradient(kmap)
-
-
-_convolve.defvjp(_forward, _backward)
-
-
-def _may_use_tiles(algorithm: str, kmap: KernelMap) -> bool:
-    """Return True where one program serves both: the map's coordinates choose blocks or tiles at run time."""
-    return algorithm == "winograd" and kmap.tiles is not None
+"""Forward and backward function of each algorithm; see `conv_parts` for arguments."""

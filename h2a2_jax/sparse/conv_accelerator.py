@@ -28,9 +28,10 @@ from jaxtyping import Array, Float, Int
 from h2a2_jax.sparse.conv_parts import (
     ConvOptions,
     Gradients,
+    gain,
     inverse_table,
-    kernel_choice,
     kernel_index,
+    kernel_masks,
     mask_cotangent,
     per_row,
 )
@@ -84,9 +85,9 @@ def _product(
         columns = take_rows(rows, table.T)
         if gamma is None:
             return options.dot(columns.reshape(-1, volume * a), flat[0])
-        masks = _masks(gamma, scan, rows.dtype)
-        parts = [options.dot((columns * masks[:, s, :, None]).reshape(-1, volume * a), flat[s]) for s in range(2)]
-        return parts[0] + parts[1]
+        masks = _masks(gamma, w, scan, rows.dtype)
+        parts = [options.dot((columns * masks[:, s, :, None]).reshape(-1, volume * a), flat[s]) for s in range(len(w))]
+        return sum(parts[1:], parts[0])
 
     return lax.map(multiply, _row_chunks(table, scan, rows)).reshape(-1, b)[: table.shape[1]]
 
@@ -104,10 +105,10 @@ def _kernel_gradients(
         columns, grads = take_rows(x, table.T), g[at]
         if gamma is None:
             return (total[0] + outer(columns, grads)[None], None), None
-        masks = _masks(gamma, scan, x.dtype)
-        dw = jnp.stack([outer(columns * masks[:, s, :, None], grads) for s in range(2)])
+        masks = _masks(gamma, w, scan, x.dtype)
+        dw = jnp.stack([outer(columns * masks[:, s, :, None], grads) for s in range(len(w))])
         # <dW[b, k], W_0[k] - W_1[k]>, taken row by row before it is summed over the rows of a scan.
-        back = options.dot(grads, (w[0] - w[1]).reshape(volume * a, b).T).reshape(-1, volume, a)
+        back = options.dot(grads, gain(w).reshape(volume * a, b).T).reshape(-1, volume, a)
         dots = (back * columns).sum(2, dtype=options.sum_type)
         of_scan = jax.nn.one_hot(scan, kmap.num_scans, axis=0, dtype=options.sum_type)
         return (total[0] + dw, total[1] + _add_up(of_scan, dots)), None
@@ -131,9 +132,9 @@ def _row_chunks(
     return tables.swapaxes(0, 1), scans, jnp.minimum(jnp.arange(count * length), n).reshape(count, length)
 
 
-def _masks(gamma: Array, scan: Array, dtype: Any) -> Float[Array, "n 2 v"]:
-    """Kernel of the stack that each row uses at each offset, as 0 and 1; 0 and 0 on padding."""
-    return per_row(jax.nn.one_hot(kernel_choice(gamma), 2, axis=1, dtype=dtype), scan)
+def _masks(gamma: Array, w: Array, scan: Array, dtype: Any) -> Float[Array, "n s v"]:
+    """Weight of each kernel of the stack for each row at each offset; zero on padding."""
+    return per_row(jnp.moveaxis(kernel_masks(gamma, w, dtype), -1, 1), scan)
 
 
 # ---------------------------------------------------------------- pairs
@@ -151,7 +152,8 @@ def pair_work(kernel_map: KernelMap) -> float:
 def pairs_forward(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions) -> Array:
     """Output rows of the algorithm "pairs", which needs `kmap.tiles`; see `conv_parts` for arguments and result."""
     source, target, offset, scan = _split_ways(kmap)
-    index = kernel_index(gamma, kmap)[scan, offset]
+    index = kernel_index(gamma, w, kmap)[scan, offset]
+    weights = gamma[scan, offset] if gamma is not None and len(w) == 1 else None
     stack = w.reshape(-1, *w.shape[2:])
 
     def multiply(chunk: tuple[Array, Array]) -> Array:
@@ -159,6 +161,7 @@ def pairs_forward(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, opti
         return options.dot(take_rows(x, source), stack[index])
 
     products = lax.map(multiply, _tile_chunks((source, index), x, w))
+    products = _weigh(products, weights)
     return _gather_sum(products, _positions(target, offset, kmap.kernel_volume, kmap.out_capacity))
 
 
@@ -169,9 +172,10 @@ def pairs_backward(
     volume = kmap.kernel_volume
     source, target, offset, scan = _split_ways(kmap)
     g = mask_cotangent(cotangent, kmap, x.dtype)
-    index = kernel_index(gamma, kmap)[scan, offset]
+    index = kernel_index(gamma, w, kmap)[scan, offset]
+    weights = gamma[scan, offset] if gamma is not None and len(w) == 1 else None
     stack = w.reshape(-1, *w.shape[2:])
-    transposed = stack.swapaxes(1, 2)
+    transposed, gained = stack.swapaxes(1, 2), gain(w)
 
     def multiply(carry: tuple, chunk: tuple) -> tuple[tuple, Array]:
         source, target, index, offset, scan = chunk
@@ -183,10 +187,12 @@ def pairs_backward(
         """Sums over tiles, as matmuls with 0 and 1: a handful of products beside those of the tiles, and no atomics."""
         dstack, dgamma = carry
         of_kernel = jax.nn.one_hot(index, len(stack), axis=0, dtype=dw.dtype)
+        if gamma is not None and weights is not None:
+            of_kernel = of_kernel * gamma[scan, offset].astype(dw.dtype)
         dstack = dstack + _add_up(of_kernel, dw.reshape(len(dw), -1)).reshape(dstack.shape)
         if dgamma is None:
             return dstack, None
-        slope = (dw * (stack[offset] - stack[volume + offset])).sum((1, 2), dtype=dw.dtype)
+        slope = (dw * gained[offset]).sum((1, 2), dtype=dw.dtype)
         of_scan = jax.nn.one_hot(scan, kmap.num_scans, axis=0, dtype=dw.dtype)
         return dstack, dgamma + _add_up(of_scan * slope, jax.nn.one_hot(offset, volume, dtype=dw.dtype))
 
@@ -194,10 +200,19 @@ def pairs_backward(
     start = zeros(stack.shape), None if gamma is None else zeros((kmap.num_scans, volume))
     chunks = _tile_chunks((source, target, index, offset, scan), x, w)
     (dstack, dgamma), products = lax.scan(multiply, start, chunks)
+    products = _weigh(products, weights)
     dx = _gather_sum(products, _positions(source, offset, volume, kmap.in_capacity))
     if gamma is not None and dgamma is not None:
         dgamma = dgamma.astype(gamma.dtype)
     return dx.astype(x.dtype), dstack.reshape(w.shape).astype(options.kernel_type), dgamma
+
+
+def _weigh(products: Float[Array, "*chunks t c"], weights: Float[Array, " n"] | None) -> Float[Array, "*rows t c"]:
+    """Products of each tile times its weight; tiles past the end of the lists are not read."""
+    if weights is None:
+        return products
+    tiles = products.reshape(-1, *products.shape[-2:])
+    return tiles * jnp.pad(weights, (0, len(tiles) - len(weights)))[:, None, None].astype(products.dtype)
 
 
 def _split_ways(kmap: KernelMap) -> tuple[Int[Array, "c t"], Int[Array, "c t"], Int[Array, " c"], Int[Array, " c"]]:

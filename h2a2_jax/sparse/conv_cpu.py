@@ -13,9 +13,10 @@ from jaxtyping import Array
 from h2a2_jax.sparse.conv_parts import (
     ConvOptions,
     Gradients,
+    gain,
     inverse_table,
-    kernel_choice,
     kernel_index,
+    kernel_masks,
     mask_cotangent,
     per_row,
 )
@@ -31,7 +32,7 @@ def gather_forward(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, opt
 
     def add_offset(total: Array, k: Array) -> tuple[Array, None]:
         rows = take_rows(x, neighbors[k])
-        return total + _dot_by_kernel(rows, w[:, k], _masks(gamma, k, scan), options), None
+        return total + _dot_by_kernel(rows, w[:, k], _masks(gamma, w, k, scan), options), None
 
     total = zeros_varying_as((kmap.out_capacity, w.shape[-1]), options.sum_type, (x, w, gamma, kmap.n_out))
     return lax.scan(add_offset, total, jnp.arange(kmap.kernel_volume))[0]
@@ -46,15 +47,14 @@ def gather_backward(
     in_scan, out_scan = jnp.asarray(kmap.in_scan), jnp.asarray(kmap.out_scan)
 
     def add_offset(dx: Array, k: Array) -> tuple[Array, tuple]:
-        transposed = w[:, k].swapaxes(1, 2)
-        dx = dx + _dot_by_kernel(take_rows(g, inverse[k]), transposed, _masks(gamma, k, in_scan), options)
-        rows, masks = take_rows(x, neighbors[k]), _masks(gamma, k, out_scan)
+        transposed = options.transpose(w[:, k])
+        dx = dx + _dot_by_kernel(take_rows(g, inverse[k]), transposed, _masks(gamma, w, k, in_scan), options)
+        rows, masks = take_rows(x, neighbors[k]), _masks(gamma, w, k, out_scan)
         parts = [rows] if masks is None else [rows * masks[:, s : s + 1].astype(rows.dtype) for s in range(len(w))]
-        # The barrier keeps XLA from folding the transpose into a slower product.
-        dw = jnp.stack([options.dot(lax.optimization_barrier(part.T), g) for part in parts])
+        dw = jnp.stack([options.outer(part, g) for part in parts])
         if gamma is None:
             return dx, (dw, None)
-        change = options.dot(rows, w[0, k] - w[1, k])
+        change = options.dot(rows, gain(w[:, k]))
         return dx, (dw, jax.ops.segment_sum((change * g).sum(1), out_scan, kmap.num_scans))
 
     dx = zeros_varying_as(x.shape, options.sum_type, (x, w, gamma, g, kmap.n_out))
@@ -63,17 +63,17 @@ def gather_backward(
     return dx.astype(x.dtype), dw.swapaxes(0, 1).astype(options.kernel_type), dgamma
 
 
-def _masks(gamma: Array | None, k: Array, scan: Array) -> Array | None:
-    """Kernel that each row uses at offset k, [N, 2] of 0 and 1 (0 and 0 on padding); None without a choice."""
-    return None if gamma is None else per_row(jax.nn.one_hot(kernel_choice(gamma[:, k]), 2), scan)
+def _masks(gamma: Array | None, w: Array, k: Array, scan: Array) -> Array | None:
+    """Weight of each kernel for each row at offset k, [N, S], zero on padding; None without gamma."""
+    return None if gamma is None else per_row(kernel_masks(gamma[:, k], w, gamma.dtype), scan)
 
 
 def _dot_by_kernel(rows: Array, w: Array, masks: Array | None, options: ConvOptions) -> Array:
-    """Rows [N, a] times the kernel [a, b] that each row uses, of w [1, a, b] or [2, a, b]."""
+    """Rows [N, a] times the kernel [a, b] that each row uses, of w [S, a, b]."""
     if masks is None:
         return options.dot(rows, w[0])
-    first, second = (options.dot(rows * masks[:, s : s + 1].astype(rows.dtype), w[s]) for s in range(2))
-    return first + second
+    parts = [options.dot(rows * masks[:, s : s + 1].astype(rows.dtype), w[s]) for s in range(len(w))]
+    return sum(parts[1:], parts[0])
 
 
 # ---------------------------------------------------------------- tiles
@@ -82,12 +82,16 @@ def _dot_by_kernel(rows: Array, w: Array, masks: Array | None, options: ConvOpti
 def tiles_forward(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions) -> Array:
     """Output rows of the algorithm "tiles", which needs `kmap.tiles`; see `conv_parts` for arguments and result."""
     tiles, volume = _tiles_of(kmap), kmap.kernel_volume
-    kernel, stack = kernel_index(gamma, kmap), w.reshape(-1, *w.shape[2:])
+    kernel, stack = kernel_index(gamma, w, kmap), w.reshape(-1, *w.shape[2:])
+    weights = gamma if len(w) == 1 else None
 
     def add_tile(t: Array, total: Array) -> Array:
         for way in directions(tiles, t, volume):
-            w = stack[kernel[tiles.scan[t], way.offset]]
-            total = _scatter_add(total, way.target, options.dot(take_rows(x, way.source), w))
+            b = tiles.scan[t]
+            products = options.dot(take_rows(x, way.source), stack[kernel[b, way.offset]])
+            if weights is not None:
+                products = products * weights[b, way.offset]
+            total = _scatter_add(total, way.target, products)
         return total
 
     shape = kmap.out_capacity, w.shape[-1]
@@ -100,8 +104,9 @@ def tiles_backward(
     """Gradients of the algorithm "tiles"."""
     tiles, volume = _tiles_of(kmap), kmap.kernel_volume
     g = cotangent.astype(x.dtype)  # tiles hold no pair of a padding row
-    kernel, stack = kernel_index(gamma, kmap), w.reshape(-1, *w.shape[2:])
-    transposed = stack.swapaxes(1, 2)
+    kernel, stack = kernel_index(gamma, w, kmap), w.reshape(-1, *w.shape[2:])
+    weights = gamma if len(w) == 1 else None
+    transposed, gained = options.transpose(stack), gain(w)
 
     def add_tile(t: Array, carry: tuple) -> tuple:
         dx, dstack, dgamma = carry
@@ -109,13 +114,12 @@ def tiles_backward(
         for way in directions(tiles, t, volume):
             k = kernel[b, way.offset]
             rows, grads = take_rows(x, way.source), take_rows(g, way.target)
-            dx = _scatter_add(dx, way.source, options.dot(grads, transposed[k]))
-            # The barrier keeps XLA from folding the transpose into a slower product.
-            dw = options.dot(lax.optimization_barrier(rows.T), grads)
-            dstack = dstack.at[k].add(dw)
+            dw, change = options.outer(rows, grads), options.dot(grads, transposed[k])
             if dgamma is not None:
-                difference = stack[way.offset] - stack[volume + way.offset]
-                dgamma = dgamma.at[b, way.offset].add(jnp.vdot(dw, difference))
+                dgamma = dgamma.at[b, way.offset].add(jnp.vdot(dw, gained[way.offset].astype(dw.dtype)))
+            if weights is not None:
+                dw, change = dw * weights[b, way.offset], change * weights[b, way.offset]
+            dx, dstack = _scatter_add(dx, way.source, change), dstack.at[k].add(dw)
         return dx, dstack, dgamma
 
     like = (x, w, gamma, g, kmap.n_out)

@@ -10,8 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from h2a2_jax.sparse.conv_parts import no_gradient
 from h2a2_jax.sparse.kernel_map import KernelMap
+from h2a2_jax.sparse.linear import call_linear
 from h2a2_jax.sparse.sites import Sites, SparseTensor
 from h2a2_jax.sparse.xla_cpu import zeros_varying_as
+from h2a2_jax.typing import AnyArray
 
 _UNROLL = 32
 """Offsets in one body of a loop, which XLA fuses into one pass."""
@@ -19,9 +21,8 @@ _MATMUL_SCANS = 64
 """Largest number of scans whose sums are a product with 0 and 1: accelerators are slow at adding many rows into few."""
 
 
-@jax.custom_vjp
-def max_pool(features: Float[Array, "n_in c"], kernel_map: KernelMap) -> Float[Array, "n_out c"]:
-    """Maximum over the active sites under each window, channel by channel.
+def max_pool(features: Float[AnyArray, "n_in c"], kernel_map: KernelMap) -> Float[Array, "n_out c"]:
+    """Maximum over the active sites under each window, channel by channel; NaN where one of them is NaN.
 
     The gradient goes to the first site, in the order of the offsets, that holds the maximum.
 
@@ -33,49 +34,72 @@ def max_pool(features: Float[Array, "n_in c"], kernel_map: KernelMap) -> Float[A
         Rows of the output sites; zero where a window holds no site, and on padding.
 
     Raises:
-        ValueError: the features do not fit the map.
+        ValueError: the features are no floats or do not fit the map, or the map is none.
     """
-    _check(features, kernel_map)
+    return _max(_check("max_pool", features, kernel_map), kernel_map)
 
+
+@jax.custom_jvp
+def _max(x: Array, kmap: KernelMap) -> Array:
     def add_offset(best: Array, k: Array) -> tuple[Array, None]:
-        return jnp.maximum(best, _window(features, kernel_map, k)), None
+        return jnp.maximum(best, _window(x, kmap, k)), None
 
-    start = _zeros(kernel_map.out_capacity, features, kernel_map) - jnp.inf
+    start = _zeros(kmap.out_capacity, x, kmap) - jnp.inf
     # Unrolled, the offsets fuse into one pass; the rule for training keeps two arrays and is faster as a loop.
-    best, _ = _scan_offsets(add_offset, start, kernel_map, unroll=_UNROLL)
-    return _zero_if_empty(best, kernel_map)
+    best, _ = _scan_offsets(add_offset, start, kmap, unroll=_UNROLL)
+    return _zero_if_empty(best, kmap)
 
 
-def _max_forward(x: Array, kmap: KernelMap) -> tuple[Array, tuple]:
+@_max.defjvp
+def _max_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    x, kmap = primals
+    best, chosen = _max_and_choice(x, kmap)
+    return best, call_linear(_take_chosen, _give_chosen, tangents[0], chosen, kmap)
+
+
+@jax.custom_jvp
+def _max_and_choice(x: Array, kmap: KernelMap) -> tuple[Array, Array]:
     """Maxima, and the first offset that holds each; an argmax over an axis of offsets is many times slower."""
-    _check(x, kmap)
     index_type = jnp.int8 if kmap.kernel_volume <= 127 else jnp.int32
 
     def add_offset(carry: tuple[Array, Array], k: Array) -> tuple[tuple[Array, Array], None]:
         best, chosen = carry
         window = _window(x, kmap, k)
-        return (jnp.maximum(best, window), jnp.where(window > best, k.astype(index_type), chosen)), None
+        better = ~(window <= best) & ~jnp.isnan(best)  # NaN is better than any number, the first NaN is kept
+        return (jnp.maximum(best, window), jnp.where(better, k.astype(index_type), chosen)), None
 
     zeros = _zeros(kmap.out_capacity, x, kmap)
     start = zeros - jnp.inf, zeros.astype(index_type) - 1
     (best, chosen), _ = _scan_offsets(add_offset, start, kmap)
-    return _zero_if_empty(best, kmap), (chosen, kmap)
+    return _zero_if_empty(best, kmap), chosen
 
 
-def _max_backward(residuals: tuple, g: Array) -> tuple:
-    chosen, kmap = residuals
+@_max_and_choice.defjvp
+def _max_and_choice_jvp(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    x, kmap = primals
+    best, chosen = _max_and_choice(x, kmap)
+    return (best, chosen), (call_linear(_take_chosen, _give_chosen, tangents[0], chosen, kmap), no_gradient(chosen))
+
+
+def _take_chosen(x: Array, chosen: Array, kmap: KernelMap) -> Array:
+    """The entry of the chosen offset in each window."""
+
+    def add_offset(total: Array, k: Array) -> tuple[Array, None]:
+        return total + jnp.where(chosen == k, _window(x, kmap, k, fill=0.0), 0), None
+
+    return _scan_offsets(add_offset, _zeros(kmap.out_capacity, x, kmap), kmap)[0]
+
+
+def _give_chosen(g: Array, chosen: Array, kmap: KernelMap) -> Array:
+    """Transpose of `_take_chosen`."""
 
     def add_offset(dx: Array, k: Array) -> tuple[Array, None]:
         return _add_rows(dx, kmap, k, jnp.where(chosen == k, g, 0)), None
 
-    return _scan_offsets(add_offset, _zeros(kmap.in_capacity, g, kmap), kmap)[0], no_gradient(kmap)
+    return _scan_offsets(add_offset, _zeros(kmap.in_capacity, g, kmap), kmap)[0]
 
 
-max_pool.defvjp(_max_forward, _max_backward)
-
-
-@jax.custom_vjp
-def average_pool(features: Float[Array, "n_in c"], kernel_map: KernelMap) -> Float[Array, "n_out c"]:
+def average_pool(features: Float[AnyArray, "n_in c"], kernel_map: KernelMap) -> Float[Array, "n_out c"]:
     """Mean over the active sites under each window: a sum over the number of sites, not over the window's volume.
 
     Args:
@@ -86,36 +110,37 @@ def average_pool(features: Float[Array, "n_in c"], kernel_map: KernelMap) -> Flo
         Rows of the output sites; zero where a window holds no site, and on padding. Sums are float32 at least.
 
     Raises:
-        ValueError: the features do not fit the map.
+        ValueError: the features are no floats or do not fit the map, or the map is none.
     """
-    return _average_forward(features, kernel_map)[0]
+    return call_linear(_average, _spread, _check("average_pool", features, kernel_map), kernel_map)
 
 
-def _average_forward(x: Array, kmap: KernelMap) -> tuple[Array, tuple]:
-    _check(x, kmap)
-    neighbors = jnp.asarray(kmap.neighbors)
-    weight = 1 / jnp.maximum((neighbors < kmap.in_capacity).sum(0), 1).astype(jnp.promote_types(x.dtype, jnp.float32))
+def _average(x: Array, kmap: KernelMap) -> Array:
+    weight = _weights(kmap, x)
 
     def add_offset(total: Array, k: Array) -> tuple[Array, None]:
         return total + _window(x, kmap, k, fill=0.0), None
 
     start = _zeros(kmap.out_capacity, x.astype(weight.dtype), kmap)
     total, _ = _scan_offsets(add_offset, start, kmap, unroll=_UNROLL)
-    return (total * weight[:, None]).astype(x.dtype), (weight, kmap)
+    return (total * weight).astype(x.dtype)
 
 
-def _average_backward(residuals: tuple, g: Array) -> tuple:
-    weight, kmap = residuals
-    share = g * weight[:, None]
+def _spread(g: Array, kmap: KernelMap) -> Array:
+    """Transpose of `_average`."""
+    share = g * _weights(kmap, g)
 
     def add_offset(dx: Array, k: Array) -> tuple[Array, None]:
         return _add_rows(dx, kmap, k, share), None
 
     dx, _ = _scan_offsets(add_offset, _zeros(kmap.in_capacity, share, kmap), kmap)
-    return dx.astype(g.dtype), no_gradient(kmap)
+    return dx.astype(g.dtype)
 
 
-average_pool.defvjp(_average_forward, _average_backward)
+def _weights(kmap: KernelMap, like: Array) -> Float[Array, "n_out 1"]:
+    """One over the number of sites under each window, in the type of the sums."""
+    counts = (jnp.asarray(kmap.neighbors) < kmap.in_capacity).sum(0)
+    return 1 / jnp.maximum(counts, 1).astype(jnp.promote_types(like.dtype, jnp.float32))[:, None]
 
 
 def global_pool(x: SparseTensor, reduce: Literal["mean", "max", "sum"] = "mean") -> Float[Array, "b c"]:
@@ -123,7 +148,7 @@ def global_pool(x: SparseTensor, reduce: Literal["mean", "max", "sum"] = "mean")
 
     Args:
         x: features on sites; rows of padding are never read.
-        reduce: mean, maximum or sum; the gradient of a maximum goes to the first site that holds it.
+        reduce: mean, maximum or sum; a maximum over NaN is NaN, its gradient goes to the first site that holds it.
 
     Returns:
         [B, C] in the type of the features; zero for a scan without sites. Sums are float32 at least.
@@ -156,20 +181,58 @@ def sites_per_scan(sites: Sites) -> Int[Array, " b"]:
     return jnp.diff(jnp.searchsorted(jnp.asarray(sites.scan), jnp.arange(sites.num_scans + 1)))
 
 
+def first_maxima(
+    rows: Float[Array, "n c"], segment: Int[AnyArray, " n"], num_segments: int, *, ordered: bool = False
+) -> Int[Array, "s c"]:
+    """First row that holds the maximum of each segment, channel by channel; that of the first NaN where there is one.
+
+    Args:
+        rows: values; no gradient passes.
+        segment: segment of each row; rows of no segment in 0..num_segments-1 are left out.
+        num_segments: number of segments.
+        ordered: True if segments ascend.
+
+    Returns:
+        Rows, n or more for an empty segment.
+    """
+    n, rows, missing = len(rows), lax.stop_gradient(rows), jnp.isnan(rows)
+    best = jax.ops.segment_max(jnp.where(missing, -jnp.inf, rows), segment, num_segments, ordered)
+    holds = rows == best.at[segment].get(mode="fill", fill_value=jnp.nan)
+    index = jnp.arange(n)[:, None]
+    # NaN, which compilers may drop from a maximum, comes as rows below n, maxima as rows from n on.
+    order = jnp.where(missing, index, jnp.where(holds, n + index, 2 * n))
+    first = jax.ops.segment_min(order, segment, num_segments, ordered)
+    return jnp.where(first < n, first, jnp.where(first < 2 * n, first - n, n))
+
+
 def _global_max(x: SparseTensor) -> Array:
     """Maxima by way of the first row that holds each: the derivative of a gather is exact."""
-    scan, (n, c) = jnp.asarray(x.sites.scan), x.features.shape
-    fixed = lax.stop_gradient(x.features)
-    best = jax.ops.segment_max(fixed, scan, x.sites.num_scans, indices_are_sorted=True)
-    holds = fixed == best.at[scan].get(mode="fill", fill_value=jnp.nan)
-    rows = jnp.where(holds, jnp.arange(n)[:, None], n)
-    first = jax.ops.segment_min(rows, scan, x.sites.num_scans, indices_are_sorted=True)
-    return x.features.at[first, jnp.arange(c)].get(mode="fill", fill_value=0)
+    first = first_maxima(x.features, jnp.asarray(x.sites.scan), x.sites.num_scans, ordered=True)
+    return x.features.at[first, jnp.arange(x.features.shape[1])].get(mode="fill", fill_value=0)
 
 
-def _check(x: Array, kmap: KernelMap) -> None:
+def check_map(user: str, kernel_map: Any) -> None:
+    """Check that a map is padded.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(kernel_map, KernelMap):
+        raise ValueError(
+            f"{user} was given a {type(kernel_map).__name__} for its map; expected a KernelMap: pad a table with "
+            "sparse.pad_map or sparse.pad_tables, or build the map in jit."
+        )
+
+
+def _check(user: str, features: AnyArray, kmap: KernelMap) -> Array:
+    """Features as an array of JAX, checked."""
+    check_map(user, kmap)
+    x = jnp.asarray(features)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{user} was given features of type {x.dtype}; expected floats, as of astype(jnp.float32).")
     if x.shape[0] != kmap.in_capacity:
         raise ValueError(f"features have {x.shape[0]} rows, the kernel map expects {kmap.in_capacity}.")
+    return x
 
 
 def _scan_offsets(add_offset: Callable, start: Any, kmap: KernelMap, unroll: int = 1) -> tuple:

@@ -126,10 +126,6 @@ def per_axis(value: Any, axes: int = 3, *, name: str = "size", least: int = 1) -
     return tuple(int(n) for n in numbers)
 
 
-Size3: TypeAlias = PerAxis  # until the layers use the new names
-size3 = per_axis
-
-
 def check_count(name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
     """An integer in a range.
 
@@ -158,6 +154,11 @@ def check_voxel_size(voxel_size: float | Sequence[float], columns: int) -> np.nd
             "columns of the points."
         )
     return size.astype(np.float32)
+
+
+def axes_of(size: PerAxis) -> int:
+    """Number of axes of the sites that a size is meant for: 4 for four numbers, else 3."""
+    return 4 if np.ndim(size) and len(size) == 4 else 3  # type: ignore[arg-type]
 
 
 def shorten(numbers: Sequence[int]) -> int | tuple[int, ...]:
@@ -269,7 +270,7 @@ def kernel_offsets(kernel_size: PerAxis, dilation: PerAxis = 1, axes: int | None
         dilation: distance of neighbouring slices.
         axes: number of axes, 3 or 4; by default 4 for a size of four numbers, else 3.
     """
-    axes = axes or (4 if np.ndim(kernel_size) and len(kernel_size) == 4 else 3)  # type: ignore[arg-type]
+    axes = axes or axes_of(kernel_size)
     sizes = per_axis(kernel_size, axes, name="kernel_size")
     ranges = [np.arange(k, dtype=np.int64) - (k // 2 if k % 2 else 0) for k in sizes]
     grids = np.meshgrid(*reversed(ranges), indexing="ij")

@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from h2a2_jax.sparse.conv_parts import ConvOptions, Gradients
+from h2a2_jax.sparse.conv_parts import ConvOptions, Gradients, gain, kernel_masks
 from h2a2_jax.sparse.kernel_map import BLOCK, TILE, KernelMap, SiteBlocks
 from h2a2_jax.sparse.xla_cpu import take_rows, zeros_varying_as
 
@@ -122,8 +122,11 @@ def _blocks_of(kmap: KernelMap) -> SiteBlocks:
 
 
 def _select_kernel(w: Array, gamma: Array | None) -> Float[Array, "b v c d"]:
-    """The kernel of each scan; one for all of them without a choice."""
-    return w if gamma is None else jnp.where(gamma[:, :, None, None] >= 0.5, w[0], w[1])
+    """The kernel of each scan; one for all of them without gamma."""
+    if gamma is None:
+        return w
+    each = gamma[:, :, None, None]
+    return each.astype(w.dtype) * w[0] if len(w) == 1 else jnp.where(each >= 0.5, w[0], w[1])
 
 
 def _split_gradient(
@@ -132,11 +135,9 @@ def _split_gradient(
     """Gradients of the stack and of gamma from those of each scan's kernel: the reverse of `_select_kernel`."""
     if gamma is None:
         return dselected, None
-    difference = jnp.broadcast_to(w[0] - w[1], dselected.shape).astype(dselected.dtype)
-    dgamma = jnp.einsum("bvcd,bvcd->bv", dselected, difference)
-    shared = (gamma >= 0.5)[:, :, None, None]
-    dw = [jnp.where(shared, dselected, 0).sum(0), jnp.where(shared, 0, dselected).sum(0)]
-    return jnp.stack(dw), dgamma.astype(gamma.dtype)
+    dgamma = jnp.einsum("bvcd,vcd->bv", dselected, gain(w).astype(dselected.dtype))
+    masks = kernel_masks(gamma, w, dselected.dtype)[..., None, None]
+    return jnp.stack([(masks[:, :, s] * dselected).sum(0) for s in range(len(w))]), dgamma.astype(gamma.dtype)
 
 
 def _kernel_of(blocks: SiteBlocks, kernels: Array, t: Array) -> Array | int:

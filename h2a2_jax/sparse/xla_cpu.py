@@ -20,7 +20,9 @@ Two barriers that XLA's CPU compiler does heed stand beside the products that th
 in front of a matmul) and in `winograd` (one gather for six chains); `benchmarks/convolution.py` times both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import add
 from typing import Any
 
 import jax
@@ -45,10 +47,20 @@ def is_float(value: AnyArray) -> bool:
 def is_computed(values: Any) -> Bool[Array, ""]:
     """True, but only once the floats among the leaves of a pytree are computed; the CPU compiler cannot foresee it."""
     leaves = [leaf for leaf in jax.tree.leaves(values) if is_float(leaf) and leaf.size]
-    if jax.default_backend() != "cpu" or not leaves:
+    if not leaves:
         return jnp.array(True)
-    entry = sum(leaf.reshape(-1)[0].astype(jnp.float32) for leaf in leaves)
-    return lax.bitcast_convert_type(entry, jnp.uint32) != np.uint32(_NEVER)
+
+    def first_entries(leaves: Sequence[Array]) -> Array:
+        return reduce(add, [leaf.reshape(-1)[0].astype(jnp.float32) for leaf in leaves])
+
+    def compare(*leaves: Array) -> Array:
+        return lax.bitcast_convert_type(first_entries(leaves), jnp.uint32) != np.uint32(_NEVER)
+
+    def know(*leaves: Array) -> Array:
+        # True, and of the type that a comparison has under shard_map; it compiles to nothing.
+        return (first_entries(leaves) == jnp.nan) | True
+
+    return lax.platform_dependent(*leaves, cpu=compare, default=know)
 
 
 def after(cotangents: Any, values: Any) -> Any:
@@ -58,10 +70,15 @@ def after(cotangents: Any, values: Any) -> Any:
         cotangents: pytree of float arrays.
         values: pytree of arrays; integers pass through unguarded.
     """
-    if jax.default_backend() != "cpu":
+
+    def compare(cotangents: Any, values: Any) -> Any:
+        computed = is_computed(cotangents)
+        return jax.tree.map(lambda value: jnp.where(computed, value, jnp.nan) if is_float(value) else value, values)
+
+    def wait(cotangents: Any, values: Any) -> Any:
         return lax.optimization_barrier((cotangents, values))[1]
-    computed = is_computed(cotangents)
-    return jax.tree.map(lambda value: jnp.where(computed, value, jnp.nan) if is_float(value) else value, values)
+
+    return lax.platform_dependent(cotangents, values, cpu=compare, default=wait)
 
 
 def zeros_varying_as(shape: tuple[int, ...], dtype: Any, like: tuple[Any, ...]) -> Array:
@@ -86,6 +103,8 @@ def take_rows(rows: Array, index: Array) -> Array:
     Narrow rows are gathered as bits: XLA's CPU compiler gathers bfloat16 from a float32 copy of all rows, keeps that
     copy for the backward pass, and then multiplies in float32 too.
     """
+    if not len(rows):  # XLA gathers nothing from an array without rows
+        return jnp.zeros((*index.shape, *rows.shape[1:]), rows.dtype)
     if rows.dtype.itemsize >= 4:
         return rows.at[index].get(mode="fill", fill_value=0)
     bits = lax.bitcast_convert_type(rows, jnp.uint16).at[index].get(mode="fill", fill_value=0)
@@ -105,10 +124,15 @@ def round_rows(sums: Float[Array, "n c"], dtype: Any, n: Int[AnyArray, ""]) -> F
     """
     if jnp.dtype(dtype).itemsize >= sums.dtype.itemsize:
         return sums.astype(dtype)
-    if jax.default_backend() != "cpu":
+
+    def choose(sums: Array, n: Array) -> Array:
+        zeros = lambda rows: zeros_varying_as(rows.shape, dtype, (rows, n))  # noqa: E731
+        return lax.cond(n > 0, lambda rows: rows.astype(dtype), zeros, sums)
+
+    def wait(sums: Array, n: Array) -> Array:
         return lax.optimization_barrier(sums.astype(dtype))
-    zeros = lambda rows: zeros_varying_as(rows.shape, dtype, (rows, n))  # noqa: E731
-    return lax.cond(jnp.asarray(n) > 0, lambda rows: rows.astype(dtype), zeros, sums)
+
+    return lax.platform_dependent(sums, jnp.asarray(n), cpu=choose, default=wait)
 
 
 def recompute(function: Callable[..., Any], *arguments: Any) -> Any:

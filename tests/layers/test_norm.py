@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from h2a2_jax import sparse
 from h2a2_jax.layers import BatchNorm, DatasetContext, ForwardContext, InstanceNorm, LayerNorm, instance_norm
-from h2a2_jax.layers.norm import batch_statistics, normalize
+from h2a2_jax.layers.norm import Statistics, batch_statistics, normalize, update_running
 
 TRAINING = ForwardContext(training=True)
 
@@ -104,8 +104,55 @@ def test_statistics_of_datasets_never_mix():
 
 
 def test_several_datasets_train_only_with_one_named():
+    norm = BatchNorm(3, num_datasets=2)
     with pytest.raises(ValueError, match="2 datasets trains on one at a time"):
-        BatchNorm(3, num_datasets=2)(tensor(draw(4)), TRAINING)
+        norm(tensor(draw(4)), TRAINING)
+    norm.train()
+    with pytest.raises(ValueError, match="2 datasets trains on one at a time"):
+        norm(tensor(draw(4)))
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_momentum_is_flaxs_and_its_default_torchs_to_the_last_bit(x64):
+    with jax.enable_x64(x64):
+        kind = jnp.zeros(()).dtype
+        x, (norm, slow) = tensor(draw(11)), (BatchNorm(3, momentum=m, param_dtype=kind) for m in (0.9, 0.99))
+        assert BatchNorm(3).momentum == 0.9
+        for layer in (norm, slow):
+            layer(x, TRAINING)
+        batch = batch_statistics(x.features, x.sites.valid)
+        for layer, rate in ((norm, 0.1), (slow, 0.01)):
+            new = update_running(Statistics(jnp.zeros(3, kind), jnp.ones(3, kind)), batch, rate)
+            np.testing.assert_array_equal([layer.mean[0], layer.var[0]], new)
+    flax = nnx.BatchNorm(3, momentum=0.99, rngs=nnx.Rngs(0))
+    flax(x.features[:11])
+    np.testing.assert_allclose(slow.mean[0], flax.mean[...], rtol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.01, 1.5])
+def test_torchs_momentum_is_refused(momentum):
+    with pytest.raises(ValueError, match=rf"given momentum={momentum}, expected .* for Torch's momentum m give 1 - m"):
+        BatchNorm(3, momentum=momentum)
+
+
+def test_train_and_eval_set_the_layers_and_a_context_overrides():
+    x, model = tensor(draw(9)), nnx.List([BatchNorm(3), nnx.Dropout(0.5, deterministic=True)])
+    before, trained = BatchNorm(3)(x).features, BatchNorm(3)(x, TRAINING).features
+
+    def run(model, context=None):
+        copy = nnx.merge(*nnx.split(model), copy=True)  # the setting is part of the graph
+        y = copy[0](x, context).features
+        return y, bool((copy[0].mean[...] != 0).any())
+
+    for setting, own in ((model.eval, before), (model.train, trained)):
+        setting()
+        for context, expected in (
+            (None, own), (ForwardContext(), own), (TRAINING, trained), (ForwardContext(training=False), before)
+        ):  # fmt: skip
+            y, changed = run(model, context)
+            np.testing.assert_array_equal(y, expected)
+            assert changed == (expected is trained)
+    assert not model[1].deterministic and not model[0].use_running_average
 
 
 @pytest.mark.parametrize("layer", [InstanceNorm, LayerNorm])
@@ -125,7 +172,7 @@ def test_norms_without_statistics(layer):
 
 @pytest.mark.parametrize("layer", [BatchNorm, InstanceNorm, LayerNorm])
 def test_other_channels_are_refused(layer):
-    with pytest.raises(ValueError, match=f"{layer.__name__} is of 2 channels, given features of 3"):
+    with pytest.raises(ValueError, match=f"{layer.__name__} takes 2 channels, given features of 3"):
         layer(2)(tensor(draw(4)))
 
 

@@ -146,6 +146,22 @@ def test_evaluation_is_not_recomputed():
     assert call_block(ResidualBlock(4, 4, rngs=nnx.Rngs(0)), None, x, KMAP).features.shape == x.features.shape
 
 
+def test_a_block_that_is_set_to_train_is_recomputed_too():
+    own, x = ResidualBlock(4, 4, rngs=nnx.Rngs(0)), features(KMAP)
+
+    def program(train, training):
+        def run(rows):
+            copy = nnx.merge(*nnx.split(own), copy=True)
+            if train:
+                copy.train()
+            context = ForwardContext(rematerialize=True, algorithm="gather", training=training)
+            return call_block(copy, context, x.with_features(rows), KMAP).features
+
+        return str(jax.make_jaxpr(run)(x.features))
+
+    assert program(True, None) == program(False, True) != program(False, None) == program(True, False)
+
+
 def test_integers_pass_and_have_no_gradient():
     def function(x, index):
         return {"rows": x["a"][index] * x["b"], "index": index + 1}

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from h2a2_jax import sparse
 from h2a2_jax.sparse import conv, conv_accelerator
+from h2a2_jax.sparse.conv_parts import ConvOptions
 from tests.sparse.test_conv import check, draw, objective, pad, run, stacked_maps
 from tests.sparse.transcription import padded, pairs_by_search, pairs_of, random_sites, table_of
 
@@ -139,10 +140,11 @@ def program(kind, algorithm, selection="gamma", **options):
         jnp.asarray(pad(a, n), jnp.float32) for a, n in ((x, kmap.in_capacity), (weight, kmap.out_capacity))
     )
 
+    options = ConvOptions(jnp.float32, kernel_type=jnp.float32, algorithm=algorithm, **{"precision": None, **options})
+
     def both(x, kernels, gamma):
-        function = partial(sparse.convolve, kernel_map=kmap, algorithm=algorithm, **options)
-        y, pull = jax.vjp(lambda x, w, gamma: function(x, w, gamma=gamma), x, kernels, gamma)
-        return y, pull(cotangent)
+        y = conv._forward(x, kernels, gamma, kmap, options, "accelerator")
+        return y, conv._backward(x, kernels, gamma, kmap, options, cotangent, "accelerator")
 
     single = [None if a is None else jnp.asarray(a, jnp.float32) for a in (rows, kernels, gamma)]
     return list(equations(jax.make_jaxpr(both)(*single).jaxpr))
@@ -195,12 +197,12 @@ def test_a_map_with_fewer_tiles_computes_the_same():
         sparse.limit_tiles(replace(kmap, tiles=None), used)
 
 
-def test_accelerators_choose_by_the_work_of_the_tiles(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_accelerators_choose_by_the_work_of_the_tiles():
+    choose = partial(conv._choose, options=ConvOptions(jnp.float32, None, jnp.float32), platform="accelerator")
     kmap = padded(table_of("submanifold 3", counts=(400,), reach=12))
     full, used = len(kmap.tiles.offset), int(kmap.tiles.count)
     assert conv_accelerator.pair_work(kmap) >= 1  # made for any sites
-    assert conv._choose(kmap) == "im2col"
-    assert conv._choose(sparse.limit_tiles(kmap, used)) == "pairs"
-    assert conv._choose(sparse.limit_tiles(kmap, full // 2 + 2)) == "im2col"
-    assert conv._choose(replace(kmap, tiles=None)) == "im2col"
+    assert choose(kmap) == "im2col"
+    assert choose(sparse.limit_tiles(kmap, used)) == "pairs"
+    assert choose(sparse.limit_tiles(kmap, full // 2 + 2)) == "im2col"
+    assert choose(replace(kmap, tiles=None)) == "im2col"

@@ -95,6 +95,60 @@ def test_average_and_its_gradient(size, two_d):
     np.testing.assert_allclose(half[: len(y)].astype(np.float32), a @ x, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_maximum_over_nan_is_nan(size):
+    """Also with infinity beside it, and its gradient goes to the first site that holds NaN."""
+    kmap, pairs = window_map(size)
+    rng, n_in, n_out = np.random.default_rng(0), int(kmap.n_in), int(kmap.n_out)
+    x = rng.choice(np.array([np.nan, np.inf, -np.inf, 0, 1], np.float32), (n_in, 6), p=[0.2, 0.2, 0.2, 0.2, 0.2])
+    order = np.where(np.isnan(x), np.inf, np.where(np.isinf(x), np.sign(x) * 9, x))  # NaN is above all
+    best, first = maxima(np.where(np.isneginf(order), -9, order), pairs, n_out)
+    expected = np.where(first < 0, 0, np.take_along_axis(x, first, 0))
+    y, dx = run(sparse.max_pool, x, np.ones((n_out, 6), np.float32), kmap)
+    np.testing.assert_array_equal(y, expected)
+    gradient = np.zeros((n_in + 1, 6))
+    np.add.at(gradient, (first, np.arange(6)), best > -9)  # none where all sites hold -inf
+    np.testing.assert_array_equal(dx, gradient[:-1])
+
+
+def test_a_scans_maximum_over_nan_is_nan():
+    sites = sparse.pad_sites(sparse.site_set(np.array([[0, 0, 0], [0, 1, 0], [0, 2, 0], [2, 0, 0]], np.int32)), 6)
+    rows = jnp.array([[np.inf, 1, 0], [np.nan, 3, 0], [np.nan, 2, np.nan], [-np.inf, 7, 0], [9, 9, 9], [9, 9, np.nan]])
+    pool = lambda f: sparse.global_pool(sparse.SparseTensor(f, sites), "max")  # noqa: E731
+    y, pull = jax.vjp(pool, rows)
+    np.testing.assert_array_equal(y, [[np.nan, 3, np.nan], [0, 0, 0], [-np.inf, 7, 0]])
+    (dx,) = pull(jnp.ones((3, 3)))
+    np.testing.assert_array_equal(dx, [[0, 0, 0], [1, 1, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0]])
+
+
+@pytest.mark.parametrize("pool", [sparse.max_pool, sparse.average_pool])
+def test_derivatives_of_every_kind(pool):
+    kmap, _ = window_map(3, counts=(9, 0, 7))
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, v = (jnp.asarray(rng.normal(size=(kmap.in_capacity, 2))) for _ in range(2))
+        weight = jnp.asarray(rng.normal(size=(kmap.out_capacity, 2)))
+
+        @jax.jit
+        def derivatives(x, v, kmap):
+            loss = lambda x: (pool(x, kmap) ** 3 * weight).sum()  # noqa: E731
+            gradient = jax.grad(loss)
+            products = {
+                "forward over reverse": jax.jvp(gradient, (x,), (v,))[1],
+                "reverse over forward": jax.grad(lambda x: jax.jvp(loss, (x,), (v,))[1])(x),
+                "hessian": jnp.tensordot(jax.hessian(loss)(x), v, 2),
+            }
+            slope = gradient(x + 1e-6 * v) - gradient(x - 1e-6 * v)
+            return products, slope / 2e-6
+
+        products, expected = derivatives(x, v, kmap)
+        step = 1e-7 * v
+        slope = (pool(x + step, kmap) - pool(x - step, kmap)) / 2e-7
+        np.testing.assert_allclose(jax.jvp(lambda x: pool(x, kmap), (x,), (v,))[1], slope, atol=1e-7)
+    for product in products.values():
+        np.testing.assert_allclose(product, expected, atol=1e-7)
+
+
 def whole_scans(x, sites, reduce):
     """One row a scan, by hand."""
     parts = [x[sites.scan == b] for b in range(sites.num_scans)]
@@ -142,5 +196,10 @@ def test_wrong_arguments_are_named():
     for pool in (sparse.max_pool, sparse.average_pool):
         with pytest.raises(ValueError, match=f"3 rows, the kernel map expects {kmap.in_capacity}"):
             pool(jnp.zeros((3, 2)), kmap)
+        for features in (np.ones((kmap.in_capacity, 2), np.int32), np.ones((kmap.in_capacity, 2), bool)):
+            with pytest.raises((ValueError, TypeCheckError), match=r"float|Float"):
+                pool(features, kmap)
+        with pytest.raises((ValueError, TypeCheckError), match="KernelMap"):
+            pool(jnp.ones((4, 2)), random_sites())
     with pytest.raises((ValueError, TypeCheckError), match="median"):
         sparse.global_pool(sparse.SparseTensor(jnp.zeros((kmap.in_capacity, 2)), kmap.inputs), "median")
