@@ -202,14 +202,14 @@ def voxelize_points(
     """
     points = jnp.asarray(points)
     scan = _check_scan(scan, points)
-    voxels, inside = _voxels(points, voxel_size)
+    voxels, inside = point_voxels(points, voxel_size)
     given = _given(scan, n, num_scans)
     coords = with_axes(jnp.concatenate([scan[:, None].astype(jnp.int32), voxels], 1))
     words, axes = _pack(coords, given & inside), coords.shape[1] - 1
     sites, first, overflow = _distinct(words, capacity, 1, num_scans, axes, name)
     sites = replace(sites, identity=number_identity(name, sites.coords))
     overflow += (given & ~inside).sum(dtype=jnp.int32)
-    return sites, first, _report("voxelize_points", overflow, capacity)
+    return sites, first, report_overflow("voxelize_points", overflow, capacity)
 
 
 def sites_from_coords(
@@ -349,7 +349,7 @@ def unite_sites(a: Sites, b: Sites, capacity: int) -> tuple[Sites, Int[Array, ""
     words = tuple(map(jnp.concatenate, zip(site_words(a), site_words(b), strict=True)))
     identity = f"unite({a.identity}, {b.identity})"
     sites, _, overflow = _distinct(words, capacity, a.stride, max(a.num_scans, b.num_scans), a.axes, identity)
-    return sites, _report("unite_sites", overflow, capacity)
+    return sites, report_overflow("unite_sites", overflow, capacity)
 
 
 def find_rows(sites: Sites, coords: Int[AnyArray, "*m d"]) -> Int[Array, "*m"]:
@@ -438,8 +438,8 @@ def _given(scan: Array, n: Array | np.ndarray | int, num_scans: int) -> Array:
     return (jnp.arange(len(scan)) < n) & (scan >= 0) & (scan < num_scans)
 
 
-def _report(user: str, overflow: Array, capacity: int) -> Array:
-    """The overflow; an error where values are checked."""
+def report_overflow(user: str, overflow: Array, capacity: int) -> Array:
+    """The overflow as it is given; within `check_values(True)` one above 0 is an error."""
     if check_values.value:
         checkify.check(
             overflow == 0,
@@ -450,7 +450,7 @@ def _report(user: str, overflow: Array, capacity: int) -> Array:
     return overflow
 
 
-def _voxels(points: Array, voxel_size: float | Sequence[float]) -> tuple[Array, Array]:
+def point_voxels(points: Array, voxel_size: float | Sequence[float]) -> tuple[Array, Array]:
     """Voxels floor(p / voxel_size), divided in float32, int32 [m, d]; True for the points with a voxel in range."""
     number = jnp.issubdtype(points.dtype, jnp.floating) or jnp.issubdtype(points.dtype, jnp.integer)
     if points.ndim != 2 or points.shape[1] not in (2, 3, 4) or not number:
@@ -512,7 +512,7 @@ def _collect(
     inside = _all(((coords[:, 1:] + limit).astype(jnp.uint32) <= 2 * limit).T)
     words, axes = _pack(coords, given & inside), coords.shape[1] - 1
     sites, _, overflow = _distinct(words, capacity, shorten(strides), num_scans, axes, identity)
-    return sites, _report(user, overflow + (given & ~inside).sum(dtype=jnp.int32) + lost, capacity)
+    return sites, report_overflow(user, overflow + (given & ~inside).sum(dtype=jnp.int32) + lost, capacity)
 
 
 def _distinct(
@@ -530,7 +530,7 @@ def _distinct(
     count = nth[-1] if m else jnp.int32(0)
     place = nth - 1
     if num_scans > 1 and m > capacity:
-        starts, place = _share(starts, place, ordered[0] >> 16, num_scans, capacity)
+        starts, place = share_capacity(starts, place, ordered[0] >> 16, num_scans, capacity)
     chosen = _put(jnp.where(starts, place, capacity), jnp.arange(m, dtype=jnp.int32), 0, capacity)
     n = jnp.minimum(count, capacity)
     valid = jnp.arange(capacity) < n
@@ -540,11 +540,20 @@ def _distinct(
     return Sites(coords, n, stride, num_scans, identity), first, count - n
 
 
-def _share(starts: Array, rank: Array, scan: Array, num_scans: int, capacity: int) -> tuple[Array, Array]:
-    """Fair shares of the capacity: the sites that stay, and the row of each.
+def share_capacity(starts: Array, rank: Array, scan: Array, num_scans: int, capacity: int) -> tuple[Array, Array]:
+    """Fair shares of a capacity among scans.
 
-    A scan with fewer sites than its share keeps all; the others share the rest evenly. Sites are in order of scans,
-    `rank` is their place among all.
+    A scan with fewer sites than its share keeps all, the others share the rest evenly; each keeps its first sites.
+
+    Args:
+        starts: bool [m], True for the rows that are sites; they are in order of scans.
+        rank: int32 [m], number of sites before each of them.
+        scan: int32 [m], scan of each row; any number from num_scans on for rows that are no sites.
+        num_scans: number of scans.
+        capacity: number of sites that may stay.
+
+    Returns:
+        bool [m], True for the sites that stay; int32 [m], the place of each of them among these.
     """
     ones = starts.astype(jnp.int32)
     sites = jnp.zeros(num_scans, jnp.int32).at[scan].add(ones, mode="drop", wrap_negative_indices=False)

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.sparse.in_jit import _voxels, check_padded, find_rows
+from h2a2_jax.sparse.in_jit import check_padded, find_rows, point_voxels
 from h2a2_jax.sparse.linear import call_linear
 from h2a2_jax.sparse.pool import first_maxima
 from h2a2_jax.sparse.sites import Sites, SparseTensor, check_count, check_voxel_size
@@ -49,7 +49,7 @@ def sites_of_points(
         ValueError: scans are not one integer a point, or the sites are not padded ones.
     """
     points, scan = _check_points("sites_of_points", points, scan, sites)
-    voxels, inside = _voxels(points, voxel_size)
+    voxels, inside = point_voxels(points, voxel_size)
     strides = np.array(sites.strides[: points.shape[1]], np.int32)
     coords = jnp.concatenate([scan[:, None], voxels // strides * strides], 1)
     return jnp.where(inside, find_rows(sites, coords), sites.capacity)

@@ -15,7 +15,7 @@ from jax.experimental import checkify
 from jaxtyping import Array, Bool, Int, Num
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.sparse.in_jit import _report, _share, rows_of_part, unite_sites
+from h2a2_jax.sparse.in_jit import report_overflow, rows_of_part, share_capacity, unite_sites
 from h2a2_jax.sparse.sites import (
     MAX_SCANS,
     PerAxis,
@@ -284,12 +284,12 @@ def _compact(
     """Rows to keep, in order and distinct ones from m on behind them; their number; the number that did not fit."""
     capacity, m = check_count("capacity", capacity, least=0), len(keep)
     count, place = keep.sum(dtype=jnp.int32), jnp.cumsum(keep, dtype=jnp.int32) - 1
-    if num_scans > 1:
-        keep, place = _share(keep, place, scan, num_scans, capacity)
+    if num_scans > 1 and m > capacity:
+        keep, place = share_capacity(keep, place, scan, num_scans, capacity)
     past = jnp.arange(m, m + capacity, dtype=jnp.int32)
     rows = past.at[jnp.where(keep, place, capacity)].set(jnp.arange(m, dtype=jnp.int32), mode="drop")
     n = jnp.minimum(count, capacity)
-    return rows, n, _report(user, count - n, capacity)
+    return rows, n, report_overflow(user, count - n, capacity)
 
 
 def take_rows(rows: AnyArray, index: Int[Array, " m"], *, distinct: bool = False) -> Array:
