@@ -184,7 +184,8 @@ def _forward(
     x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions, platform: Platform
 ) -> Array:
     algorithm = _choose(kmap, options, platform)
-    w, options = _dense_groups(w.astype(x.dtype), options, algorithm)
+    if algorithm not in _BY_OFFSET:
+        w, options = _dense_groups(w.astype(x.dtype), options, algorithm)
     if _may_use_tiles(algorithm, kmap):
         use_blocks = jnp.asarray(kmap.blocks.count) > 0  # type: ignore[union-attr]
         forward = [partial(f, options=options) for f in (winograd_forward, tiles_forward)]
@@ -202,9 +203,10 @@ def _backward(
     platform: Platform,
 ) -> Gradients:
     algorithm = _choose(kmap, options, platform)
-    w = after(cotangent, w)  # else values that depend on the kernels alone would be made, and kept, long before
     shape, groups = w.shape, options.groups
-    w, options = _dense_groups(w.astype(x.dtype), options, algorithm)
+    if algorithm not in _BY_OFFSET:
+        w = after(cotangent, w)  # else values that depend on the kernels alone would be made, and kept, long before
+        w, options = _dense_groups(w.astype(x.dtype), options, algorithm)
     if _may_use_tiles(algorithm, kmap):
         use_blocks = jnp.asarray(kmap.blocks.count) > 0  # type: ignore[union-attr]
         backward = [partial(f, options=options, cotangent=cotangent) for f in (winograd_backward, tiles_backward)]
@@ -225,7 +227,7 @@ def _may_use_tiles(algorithm: str, kmap: KernelMap) -> bool:
 def _dense_groups(w: Array, options: ConvOptions, algorithm: str) -> tuple[Array, ConvOptions]:
     """Kernels without groups, block-diagonal, for the algorithms that know of none."""
     groups = options.groups
-    if groups == 1 or algorithm in ("segment_sum", "gather", "tiles"):
+    if groups == 1 or algorithm == "segment_sum":
         return w, options
     parts = w.reshape(*w.shape[:3], groups, -1)
     same = jnp.eye(groups, dtype=w.dtype)[:, None, :, None]
@@ -266,6 +268,8 @@ def segment_sum_backward(
     return dx, dw.astype(options.kernel_type), dgamma
 
 
+_BY_OFFSET = ("gather", "tiles")
+"""Algorithms that convert and transpose the kernel of one offset at a time, and know of groups."""
 _ALGORITHMS = {
     "segment_sum": (segment_sum_forward, segment_sum_backward),
     "gather": (gather_forward, gather_backward),

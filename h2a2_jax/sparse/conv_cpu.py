@@ -5,6 +5,8 @@ the pairs of a map sorted by scan and offset and cut into tiles of T pairs; a lo
 gathers T rows, multiplies them by one kernel, and adds them to their output rows.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -15,12 +17,12 @@ from h2a2_jax.sparse.conv_parts import (
     Gradients,
     gain,
     inverse_table,
-    kernel_index,
+    kernel_choice,
     kernel_masks,
     mask_cotangent,
     per_row,
 )
-from h2a2_jax.sparse.kernel_map import KernelMap, PairTiles, directions
+from h2a2_jax.sparse.kernel_map import KernelMap, PairTiles
 from h2a2_jax.sparse.xla_cpu import take_rows, zeros_varying_as
 
 # ---------------------------------------------------------------- gather
@@ -31,10 +33,10 @@ def gather_forward(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, opt
     neighbors, scan = jnp.asarray(kmap.neighbors), jnp.asarray(kmap.out_scan)
 
     def add_offset(total: Array, k: Array) -> tuple[Array, None]:
-        rows = take_rows(x, neighbors[k])
-        return total + _dot_by_kernel(rows, w[:, k], _masks(gamma, w, k, scan), options), None
+        rows, kernels = take_rows(x, _row(neighbors, k)), _kernels_at(w, k, x.dtype)
+        return total + _dot_by_kernel(rows, kernels, _masks(gamma, w, k, scan), options), None
 
-    total = zeros_varying_as((kmap.out_capacity, w.shape[-1]), options.sum_type, (x, w, gamma, kmap.n_out))
+    total = zeros_varying_as((kmap.out_capacity, w.shape[-1]), options.sum_type, x)
     return lax.scan(add_offset, total, jnp.arange(kmap.kernel_volume))[0]
 
 
@@ -47,17 +49,20 @@ def gather_backward(
     in_scan, out_scan = jnp.asarray(kmap.in_scan), jnp.asarray(kmap.out_scan)
 
     def add_offset(dx: Array, k: Array) -> tuple[Array, tuple]:
-        transposed = options.transpose(w[:, k])
-        dx = dx + _dot_by_kernel(take_rows(g, inverse[k]), transposed, _masks(gamma, w, k, in_scan), options)
-        rows, masks = take_rows(x, neighbors[k]), _masks(gamma, w, k, out_scan)
+        kernels = _kernels_at(w, k, x.dtype)
+        change = _dot_by_kernel(
+            take_rows(g, _row(inverse, k)), options.transpose(kernels), _masks(gamma, w, k, in_scan), options
+        )
+        dx = dx + change
+        rows, masks = take_rows(x, _row(neighbors, k)), _masks(gamma, w, k, out_scan)
         parts = [rows] if masks is None else [rows * masks[:, s : s + 1].astype(rows.dtype) for s in range(len(w))]
         dw = jnp.stack([options.outer(part, g) for part in parts])
         if gamma is None:
             return dx, (dw, None)
-        change = options.dot(rows, gain(w[:, k]))
+        change = options.dot(rows, gain(kernels))
         return dx, (dw, jax.ops.segment_sum((change * g).sum(1), out_scan, kmap.num_scans))
 
-    dx = zeros_varying_as(x.shape, options.sum_type, (x, w, gamma, g, kmap.n_out))
+    dx = zeros_varying_as(x.shape, options.sum_type, (x, g))
     dx, (dw, dgamma) = lax.scan(add_offset, dx, jnp.arange(kmap.kernel_volume))
     dgamma = None if gamma is None else dgamma.T.astype(gamma.dtype)
     return dx.astype(x.dtype), dw.swapaxes(0, 1).astype(options.kernel_type), dgamma
@@ -81,54 +86,105 @@ def _dot_by_kernel(rows: Array, w: Array, masks: Array | None, options: ConvOpti
 
 def tiles_forward(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions) -> Array:
     """Output rows of the algorithm "tiles", which needs `kmap.tiles`; see `conv_parts` for arguments and result."""
-    tiles, volume = _tiles_of(kmap), kmap.kernel_volume
-    kernel, stack = kernel_index(gamma, w, kmap), w.reshape(-1, *w.shape[2:])
-    weights = gamma if len(w) == 1 else None
+    tiles, stack = _tiles_of(kmap), w.reshape(-1, *w.shape[2:])
 
-    def add_tile(t: Array, total: Array) -> Array:
-        for way in directions(tiles, t, volume):
-            b = tiles.scan[t]
-            products = options.dot(take_rows(x, way.source), stack[kernel[b, way.offset]])
-            if weights is not None:
-                products = products * weights[b, way.offset]
-            total = _scatter_add(total, way.target, products)
-        return total
+    def add_turn(turn: Array, total: Array) -> Array:
+        pairs = _pairs_of(tiles, turn, gamma, w)
+        # A tile's missing pairs read any row: their products are dropped.
+        rows = take_rows(x, pairs.source, fill=False)
+        products = options.dot(rows, _row(stack, pairs.kernel).astype(x.dtype))
+        if pairs.weight is not None:
+            products = products * pairs.weight
+        return _scatter_add(total, pairs.target, products)
 
-    shape = kmap.out_capacity, w.shape[-1]
-    return lax.fori_loop(0, tiles.count, add_tile, zeros_varying_as(shape, options.sum_type, (x, w, gamma, kmap.n_out)))
+    total = zeros_varying_as((kmap.out_capacity, w.shape[-1]), options.sum_type, x)
+    return lax.fori_loop(0, _turns(tiles), add_turn, total)
 
 
 def tiles_backward(
     x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions, cotangent: Array
 ) -> Gradients:
     """Gradients of the algorithm "tiles"."""
-    tiles, volume = _tiles_of(kmap), kmap.kernel_volume
+    tiles, stack = _tiles_of(kmap), w.reshape(-1, *w.shape[2:])
     g = cotangent.astype(x.dtype)  # tiles hold no pair of a padding row
-    kernel, stack = kernel_index(gamma, w, kmap), w.reshape(-1, *w.shape[2:])
-    weights = gamma if len(w) == 1 else None
-    transposed, gained = options.transpose(stack), gain(w)
 
-    def add_tile(t: Array, carry: tuple) -> tuple:
+    def add_turn(turn: Array, carry: tuple) -> tuple:
         dx, dstack, dgamma = carry
-        b = tiles.scan[t]
-        for way in directions(tiles, t, volume):
-            k = kernel[b, way.offset]
-            rows, grads = take_rows(x, way.source), take_rows(g, way.target)
-            dw, change = options.outer(rows, grads), options.dot(grads, transposed[k])
-            if dgamma is not None:
-                dgamma = dgamma.at[b, way.offset].add(jnp.vdot(dw, gained[way.offset].astype(dw.dtype)))
-            if weights is not None:
-                dw, change = dw * weights[b, way.offset], change * weights[b, way.offset]
-            dx, dstack = _scatter_add(dx, way.source, change), dstack.at[k].add(dw)
-        return dx, dstack, dgamma
+        pairs = _pairs_of(tiles, turn, gamma, w)
+        rows, grads = take_rows(x, pairs.source), take_rows(g, pairs.target)
+        # Kernels are converted and transposed one by one: nothing of the size of all of them exists.
+        transposed = options.transpose(_row(stack, pairs.kernel).astype(x.dtype))
+        dw, change = options.outer(rows, grads), options.dot(grads, transposed)
+        if dgamma is not None:
+            gained = gain(_kernels_at(w, pairs.offset, x.dtype)).astype(dw.dtype)
+            dgamma = dgamma.at[pairs.scan, pairs.offset].add(jnp.vdot(dw, gained))
+        if pairs.weight is not None:
+            dw, change = dw * pairs.weight, change * pairs.weight
+        dstack = lax.dynamic_update_index_in_dim(dstack, _row(dstack, pairs.kernel) + dw, pairs.kernel, 0)
+        return _scatter_add(dx, pairs.source, change), dstack, dgamma
 
-    like = (x, w, gamma, g, kmap.n_out)
-    dx = zeros_varying_as(x.shape, options.sum_type, like)
-    dstack = zeros_varying_as(stack.shape, options.sum_type, like)
-    dgamma = None if gamma is None else zeros_varying_as(gamma.shape, options.sum_type, like)
-    dx, dstack, dgamma = lax.fori_loop(0, tiles.count, add_tile, (dx, dstack, dgamma))
+    zero = zeros_varying_as((), options.sum_type, (x, g))
+    zeros = [None if like is None else jnp.broadcast_to(zero, like.shape) for like in (x, stack, gamma)]
+    dx, dstack, dgamma = lax.fori_loop(0, _turns(tiles), add_turn, tuple(zeros))
     dgamma = None if gamma is None else dgamma.astype(gamma.dtype)
     return dx.astype(x.dtype), dstack.reshape(w.shape).astype(options.kernel_type), dgamma
+
+
+class _Pairs(NamedTuple):
+    """Pairs of a tile in one direction.
+
+    Attributes:
+        source: int32 [T], rows to read.
+        target: int32 [T], rows to write.
+        offset: int32 [], offset k from target to source.
+        kernel: int32 [], kernel in the stack flattened over (kernel, offset).
+        scan: int32 [], scan b.
+        weight: float [], weight of the kernel; None for one.
+    """
+
+    source: Array
+    target: Array
+    offset: Array
+    kernel: Array
+    scan: Array
+    weight: Array | None
+
+
+def _turns(tiles: PairTiles) -> Array:
+    """Number of turns of a loop over the tiles in use: two for a tile that serves two offsets."""
+    return 2 * tiles.count if tiles.mirrored else tiles.count
+
+
+def _pairs_of(tiles: PairTiles, turn: Array, gamma: Array | None, w: Array) -> _Pairs:
+    """Pairs of a turn: of a tile, or of a mirrored tile there or back.
+
+    Both ways share one body of the loop, which XLA compiles in half the time of two.
+    """
+    volume = w.shape[1]
+    t = turn >> 1 if tiles.mirrored else turn
+    source, target, offset, scan = (_row(a, t) for a in (tiles.in_rows, tiles.out_rows, tiles.offset, tiles.scan))
+    if tiles.mirrored:
+        back = (turn & 1) == 1
+        centre = offset == volume // 2
+        source, target = jnp.where(back, target, source), jnp.where(back == centre, target, source)
+        offset = jnp.where(back, volume - 1 - offset, offset)
+    kernel, weight = offset, None
+    if gamma is not None:
+        chosen = gamma[scan, offset]
+        if len(w) == 1:
+            weight = chosen
+        else:
+            kernel = kernel_choice(chosen) * volume + offset
+    return _Pairs(source, target, offset, kernel, scan, weight)
+
+
+def _kernels_at(w: Array, k: Array, dtype: Any) -> Array:
+    """Kernels [S, i, o] of an offset of w [S, V, i, o], in the compute type."""
+    return lax.dynamic_index_in_dim(w, k, 1, keepdims=False, allow_negative_indices=False).astype(dtype)
+
+
+def _row(array: Array, index: Array) -> Array:
+    return lax.dynamic_index_in_dim(array, index, keepdims=False, allow_negative_indices=False)
 
 
 def _tiles_of(kmap: KernelMap) -> PairTiles:
@@ -137,4 +193,4 @@ def _tiles_of(kmap: KernelMap) -> PairTiles:
 
 
 def _scatter_add(total: Array, rows: Array, values: Array) -> Array:
-    return total.at[rows].add(values, mode="drop", unique_indices=True)
+    return total.at[rows].add(values, mode="drop", unique_indices=True, wrap_negative_indices=False)

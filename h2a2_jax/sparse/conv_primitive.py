@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 from h2a2_jax.sparse.conv_parts import ConvOptions, Platform
 from h2a2_jax.sparse.kernel_map import KernelMap
+from h2a2_jax.sparse.xla_cpu import vary_alike
 
 Batch = tuple[tuple[int | None, ...], ...]
 
@@ -72,21 +72,6 @@ def convolve_by(
     floats = 2 if gamma is None else 3
     args[:floats] = vary_alike(args[:floats], leaves)
     return conv_p.bind(*args, call=call, batch=())
-
-
-def vary_alike(values: Sequence[Array], others: Sequence[Any] = ()) -> list[Array]:
-    """Values that vary over every mesh axis that one of the values or the others varies over, under `jax.shard_map`.
-
-    The transpose of the cast is a sum over devices: replicated kernels get the sum of the devices' gradients.
-    """
-    axes = frozenset[str]().union(*(_varying_axes(value) for value in (*values, *others)))
-    missing = [tuple(sorted(axes - _varying_axes(value))) for value in values]
-    return [lax.pcast(v, more, to="varying") if more else v for v, more in zip(values, missing, strict=True)]
-
-
-def _varying_axes(value: Any) -> frozenset[str]:
-    manual = getattr(jax.typeof(value), "mat", None)
-    return frozenset() if manual is None else frozenset(manual.varying)
 
 
 # ---------------------------------------------------------------- functions of the primitives

@@ -51,7 +51,7 @@ def is_computed(values: Any) -> Bool[Array, ""]:
         return jnp.array(True)
 
     def first_entries(leaves: Sequence[Array]) -> Array:
-        return reduce(add, [leaf.reshape(-1)[0].astype(jnp.float32) for leaf in leaves])
+        return reduce(add, [_first(leaf).astype(jnp.float32) for leaf in leaves])
 
     def compare(*leaves: Array) -> Array:
         return lax.bitcast_convert_type(first_entries(leaves), jnp.uint32) != np.uint32(_NEVER)
@@ -61,6 +61,10 @@ def is_computed(values: Any) -> Bool[Array, ""]:
         return (first_entries(leaves) == jnp.nan) | True
 
     return lax.platform_dependent(*leaves, cpu=compare, default=know)
+
+
+def _first(array: Array) -> Array:
+    return lax.slice(array, (0,) * array.ndim, (1,) * array.ndim).reshape(())
 
 
 def after(cotangents: Any, values: Any) -> Any:
@@ -81,7 +85,7 @@ def after(cotangents: Any, values: Any) -> Any:
     return lax.platform_dependent(cotangents, values, cpu=compare, default=wait)
 
 
-def zeros_varying_as(shape: tuple[int, ...], dtype: Any, like: tuple[Any, ...]) -> Array:
+def zeros_varying_as(shape: tuple[int, ...], dtype: Any, like: Any) -> Array:
     """Zeros for the sums of a loop: allocated late, and of the type that a loop under shard_map needs.
 
     Args:
@@ -90,25 +94,45 @@ def zeros_varying_as(shape: tuple[int, ...], dtype: Any, like: tuple[Any, ...]) 
         like: pytree of arrays. The zeros vary over every mesh axis that one of these varies over, and do not exist
             before the floats among these do.
     """
-    zero = jnp.zeros((), dtype)
-    for leaf in jax.tree.leaves(like):
-        # Passes on the type of the leaf, never its value, and compiles to nothing.
-        zero = zero + jnp.where(False, jnp.asarray(leaf).reshape(-1)[:1].sum().astype(dtype), 0)
-    return jnp.broadcast_to(jnp.where(is_computed(like), zero, jnp.array(-1, dtype)), shape)
+    zero = jnp.where(is_computed(like), jnp.zeros((), dtype), jnp.array(-1, dtype))
+    return jnp.broadcast_to(vary_alike([zero], jax.tree.leaves(like))[0], shape)
 
 
-def take_rows(rows: Array, index: Array) -> Array:
+def vary_alike(values: Sequence[Array], others: Sequence[Any] = ()) -> list[Array]:
+    """Values that vary over every mesh axis that one of the values or the others varies over, under `jax.shard_map`.
+
+    The transpose of the cast is a sum over devices: replicated kernels get the sum of the devices' gradients.
+    """
+    axes = frozenset[str]().union(*(_varying_axes(value) for value in (*values, *others)))
+    missing = [tuple(sorted(axes - _varying_axes(value))) for value in values]
+    return [lax.pcast(v, more, to="varying") if more else v for v, more in zip(values, missing, strict=True)]
+
+
+def _varying_axes(value: Any) -> frozenset[str]:
+    manual = getattr(jax.typeof(value), "mat", None)
+    return frozenset() if manual is None else frozenset(manual.varying)
+
+
+def take_rows(rows: Array, index: Array, fill: bool = True) -> Array:
     """Rows by index; an index past the end gives zeros. Not differentiable where rows are narrower than float32.
 
     Narrow rows are gathered as bits: XLA's CPU compiler gathers bfloat16 from a float32 copy of all rows, keeps that
     copy for the backward pass, and then multiplies in float32 too.
+
+    Args:
+        rows: [N, ...].
+        index: int32, at least 0.
+        fill: if False, an index past the end gives any row.
     """
     if not len(rows):  # XLA gathers nothing from an array without rows
         return jnp.zeros((*index.shape, *rows.shape[1:]), rows.dtype)
-    if rows.dtype.itemsize >= 4:
-        return rows.at[index].get(mode="fill", fill_value=0)
-    bits = lax.bitcast_convert_type(rows, jnp.uint16).at[index].get(mode="fill", fill_value=0)
-    return lax.bitcast_convert_type(bits, rows.dtype)
+    narrow = rows.dtype.itemsize < 4
+    bits = lax.bitcast_convert_type(rows, jnp.uint16) if narrow else rows
+    bits = bits.at[index].get(mode="clip", wrap_negative_indices=False)
+    if fill:
+        inside = (index < len(rows)).reshape(*index.shape, *(1,) * (rows.ndim - 1))
+        bits = jnp.where(inside, bits, jnp.zeros((), bits.dtype))
+    return lax.bitcast_convert_type(bits, rows.dtype) if narrow else bits
 
 
 def round_rows(sums: Float[Array, "n c"], dtype: Any, n: Int[AnyArray, ""]) -> Float[Array, "n c"]:
