@@ -19,7 +19,7 @@ from h2a2_jax.layers.checks import check_channels, check_context, check_tensor
 from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext, Initializer, draw, is_training, parameter
 from h2a2_jax.sparse.pool import scan_sum, sites_per_scan
 from h2a2_jax.sparse.sites import SparseTensor
-from h2a2_jax.sparse.xla_cpu import after
+from h2a2_jax.sparse.xla_cpu import after, vary_alike
 
 
 class Statistics(NamedTuple):
@@ -369,6 +369,7 @@ class BatchNorm(nnx.Module):
         scale, bias = self.affine(dataset)
         if not training:
             return x.with_features(normalize(x.features, valid, self.running(dataset), scale, bias, self.eps))
+        scale, bias = vary_alike([scale, bias], [x.features])
         features, batch = normalize_by_batch(x.features, valid, scale, bias, self.eps, context.axis_name)
         self._remember(batch, dataset)
         return x.with_features(features)

@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.dtypes import float0
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
+
+from h2a2_jax.sparse.xla_cpu import vary_alike
 
 _linear_p = Primitive("linear")
 """Arguments x and residuals; parameters `function` and `transpose`, which take them."""
@@ -30,9 +31,7 @@ def call_linear(function: Callable[..., Array], transpose: Callable[..., Array],
         residuals: pytrees of arrays; in those of floats the derivative is JAX's own.
     """
     leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, residuals))
-    for leaf in leaves:
-        # Under shard_map x varies over the mesh as the residuals do: its cotangent is summed. Compiles to nothing.
-        x = jnp.where(True, x, lax.stop_gradient(leaf).reshape(-1)[:1].sum().astype(x.dtype))
+    x = vary_alike([x], leaves)[0]
 
     def flat(function: Callable[..., Array]) -> Callable[..., Array]:
         return lambda x, *leaves: function(x, *jax.tree.unflatten(tree, leaves))

@@ -109,8 +109,9 @@ def vary_alike(values: Sequence[Array], others: Sequence[Any] = ()) -> list[Arra
 
 
 def _varying_axes(value: Any) -> frozenset[str]:
-    manual = getattr(jax.typeof(value), "mat", None)
-    return frozenset() if manual is None else frozenset(manual.varying)
+    kind = jax.typeof(value)
+    # The name of the attribute changed between versions of JAX.
+    return frozenset(kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ()))
 
 
 def take_rows(rows: Array, index: Array, fill: bool = True) -> Array:
@@ -211,5 +212,11 @@ def recompute_if_narrow(function: Callable[..., Any], features: Any, *arguments:
         features: array, or a pytree that begins with one.
         arguments: pytrees of arrays.
     """
-    narrow = jax.tree.leaves(features)[0].dtype.itemsize < 4
-    return recompute(function, features, *arguments) if narrow else function(features, *arguments)
+    if jax.tree.leaves(features)[0].dtype.itemsize >= 4:
+        return function(features, *arguments)
+    leaves, tree = jax.tree.flatten(arguments)
+    # The gradient of replicated parameters is summed over the devices.
+    floats = [i for i, leaf in enumerate(leaves) if is_float(leaf)]
+    for i, leaf in zip(floats, vary_alike([leaves[i] for i in floats], jax.tree.leaves(features)), strict=True):
+        leaves[i] = leaf
+    return recompute(function, features, *jax.tree.unflatten(tree, leaves))
