@@ -99,6 +99,8 @@ def running_sum(values: Int[Array, "*b n"]) -> Int[Array, "*b n"]:
     run.
     """
     n = values.shape[-1]
+    if not isinstance(n, int):  # a symbolic length, of a program that is exported for every one
+        return jnp.cumsum(values, -1, dtype=values.dtype)
 
     def double(i: Array, sums: Array) -> Array:
         behind = jnp.concatenate([jnp.zeros_like(sums), sums], -1)
@@ -109,9 +111,10 @@ def running_sum(values: Int[Array, "*b n"]) -> Int[Array, "*b n"]:
 
 def _at(words: Words, rows: Int[Array, "..."]) -> Words:
     """Keys of rows 0 and up; the last key where a row is past the end, padding where there is no key."""
-    if not len(words[0]):
+    n = words[0].shape[0]
+    if n == 0:
         return tuple(jnp.full_like(rows, _PADDING) for _ in words)
-    rows = jnp.minimum(rows, len(words[0]) - 1)
+    rows = jnp.minimum(rows, n - 1)
     return tuple(_take(word, rows) for word in words)
 
 
@@ -435,7 +438,7 @@ def _check_scan(scan: AnyArray, points: Array) -> Array:
 
 def _given(scan: Array, n: Array | np.ndarray | int, num_scans: int) -> Array:
     """True for the rows that are not padding."""
-    return (jnp.arange(len(scan)) < n) & (scan >= 0) & (scan < num_scans)
+    return (jnp.arange(scan.shape[0]) < n) & (scan >= 0) & (scan < num_scans)
 
 
 def report_overflow(user: str, overflow: Array, capacity: int) -> Array:
@@ -527,9 +530,10 @@ def _distinct(
     before = tuple(jnp.concatenate([jnp.full(1, -1, jnp.int32), word[:-1]]) for word in ordered)
     starts = ~equal(tuple(ordered), before) & (ordered[0] != _PADDING)
     nth = running_sum(starts.astype(jnp.int32))
-    count = nth[-1] if m else jnp.int32(0)
+    known = isinstance(m, int)  # and no symbolic number, of a program that is exported for every one
+    count = jnp.int32(0) if known and m == 0 else nth[-1]
     place = nth - 1
-    if num_scans > 1 and m > capacity:
+    if num_scans > 1 and not (known and m <= capacity):
         starts, place = share_capacity(starts, place, ordered[0] >> 16, num_scans, capacity)
     chosen = _put(jnp.where(starts, place, capacity), jnp.arange(m, dtype=jnp.int32), 0, capacity)
     n = jnp.minimum(count, capacity)
