@@ -183,7 +183,7 @@ class SparseConv(_Layer):
 
 
 class SparseConvTranspose(SparseConv):
-    """Linen version of `layers.SparseConvTranspose`."""
+    """Linen version of `layers.SparseConvTranspose`: `SparseConvTranspose(16, 8, 2)(x, kernel_map)`."""
 
     layer = layers.SparseConvTranspose
 
@@ -217,7 +217,7 @@ class SelectiveConv(_Layer):
 
 
 class LinearModulation(_Layer):
-    """Linen version of `layers.LinearModulation`."""
+    """Linen version of `layers.LinearModulation`: `LinearModulation(16)(x, embedding)`."""
 
     channels: int
     embedding_dim: int = 64
@@ -227,7 +227,7 @@ class LinearModulation(_Layer):
 
 
 class ChannelGate(_Layer):
-    """Linen version of `layers.ChannelGate`."""
+    """Linen version of `layers.ChannelGate`: `ChannelGate(16)(x, embedding)`."""
 
     channels: int
     embedding_dim: int = 64
@@ -253,7 +253,7 @@ class BatchNorm(_Layer):
 
 
 class InstanceNorm(_Layer):
-    """Linen version of `layers.InstanceNorm`."""
+    """Linen version of `layers.InstanceNorm`: `InstanceNorm(16)(x)`."""
 
     channels: int
     eps: float = 1e-5
@@ -264,7 +264,7 @@ class InstanceNorm(_Layer):
 
 
 class LayerNorm(_Layer):
-    """Linen version of `layers.LayerNorm`."""
+    """Linen version of `layers.LayerNorm`: `LayerNorm(16)(x)`."""
 
     channels: int
     eps: float = 1e-6
@@ -288,7 +288,7 @@ class ConvNorm(_Layer):
 
 
 class ResidualBlock(_Layer):
-    """Linen version of `layers.ResidualBlock`."""
+    """Linen version of `layers.ResidualBlock`: `ResidualBlock(16, 16)(x, kernel_map, context)`."""
 
     in_channels: int
     out_channels: int

@@ -14,7 +14,7 @@ from h2a2_jax.typing import AnyArray
 
 
 def relu(x: SparseTensor) -> SparseTensor:
-    """Apply ReLU to the features."""
+    """Apply ReLU to the features [N, C]; they keep their type."""
     return x.with_features(jax.nn.relu(x.features))
 
 
@@ -56,17 +56,40 @@ def concatenate(*tensors: SparseTensor, unite: bool = False) -> SparseTensor:
 
 
 def broadcast_add(x: SparseTensor, values: Float[AnyArray, "b c"]) -> SparseTensor:
-    """Add the values of each scan to the features of all its sites."""
+    """Add the values of each scan to the features of all its sites.
+
+    Args:
+        x: features [N, C].
+        values: [B, C], or [B, 1] for all channels alike.
+
+    Raises:
+        ValueError: not one row of values for each scan.
+    """
     return x.with_features(x.features + broadcast(values, x.sites))
 
 
 def broadcast_multiply(x: SparseTensor, values: Float[AnyArray, "b c"]) -> SparseTensor:
-    """Multiply the features of all sites of each scan by its values."""
+    """Multiply the features of all sites of each scan by its values.
+
+    Args:
+        x: features [N, C].
+        values: [B, C], or [B, 1] for all channels alike.
+
+    Raises:
+        ValueError: not one row of values for each scan.
+    """
     return x.with_features(x.features * broadcast(values, x.sites))
 
 
 def max_pool(x: SparseTensor, kernel_map: KernelMap) -> SparseTensor:
     """Maximum over the active sites under each window of the map (`sparse.max_pool`).
+
+    Args:
+        x: features [N_in, C] on the map's input sites.
+        kernel_map: map of any kind.
+
+    Returns:
+        Features [N_out, C] on the map's output sites.
 
     Raises:
         ValueError: the features are on other sites than the inputs of the map, or an argument is of another kind.
@@ -76,6 +99,13 @@ def max_pool(x: SparseTensor, kernel_map: KernelMap) -> SparseTensor:
 
 def average_pool(x: SparseTensor, kernel_map: KernelMap) -> SparseTensor:
     """Mean over the active sites under each window of the map (`sparse.average_pool`).
+
+    Args:
+        x: features [N_in, C] on the map's input sites.
+        kernel_map: map of any kind.
+
+    Returns:
+        Features [N_out, C] on the map's output sites.
 
     Raises:
         ValueError: the features are on other sites than the inputs of the map, or an argument is of another kind.

@@ -112,6 +112,9 @@ def structural_consistency(
         scope: "scan", or "batch" for the mean over the sites of all scans, on all devices along `axis_name`, which is
             then the same for each scan.
         axis_name: mesh axis of the devices that share a "batch".
+
+    Returns:
+        A row for each scan, a column for each offset; float32 at least.
     """
     exact = lax.Precision.HIGHEST
 
@@ -140,7 +143,17 @@ def binarize(
     straight_through: Literal["sigmoid", "identity"] = "sigmoid",
     temperature: float = 0.1,
 ) -> Float[Array, "*s"]:
-    """1 where score >= tau, else 0; the gradient is that of a smooth surrogate of the step."""
+    """1 where score >= tau, else 0; the gradient is that of a smooth surrogate of the step.
+
+    Args:
+        score: alpha * beta, of any shape.
+        tau: threshold.
+        straight_through: gradient: "sigmoid", that of sigmoid((score - tau) / temperature), or "identity".
+        temperature: temperature of the sigmoid.
+
+    Returns:
+        0 and 1 in the type and shape of the score.
+    """
     surrogate = jax.nn.sigmoid((score - tau) / temperature) if straight_through == "sigmoid" else score
     # In brackets, because (1 + s) - s is not always 1.
     return (score >= tau).astype(score.dtype) + (surrogate - lax.stop_gradient(surrogate))
@@ -178,7 +191,7 @@ def select_kernels(
 
 
 class SelectiveConv(nnx.Module):
-    """Sparse convolution with TLM on its input and a kernel selected per scan and offset.
+    """Sparse convolution with TLM on its input and a kernel selected per scan and offset (H²A², SF-KS).
 
     Attributes:
         shared: [V, Cin, Cout], the kernel that datasets share.
@@ -215,6 +228,9 @@ class SelectiveConv(nnx.Module):
                 for each dataset's "independent" one; None for normal values of variance 2 / (V * Cout).
             name: name under which alpha, beta and gamma reach the tap of a forward pass.
             rngs: random streams.
+
+        Raises:
+            ValueError: the kernel size is no size.
         """
         self.selection = selection or SelectionConfig()
         self.name = name
@@ -246,6 +262,9 @@ class SelectiveConv(nnx.Module):
             x: features [N_in, Cin] on the map's input sites.
             kernel_map: map with as many offsets as the kernel has slices.
             context: context of the pass; must hold the dataset's embedding, and the dataset where there are several.
+
+        Returns:
+            Features [N_out, Cout] on the map's output sites, in the type of x.
 
         Raises:
             ValueError: the context has no embedding, or no dataset in training; the map does not fit, or an argument is

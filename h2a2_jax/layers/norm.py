@@ -145,7 +145,16 @@ def instance_norm(
 ) -> SparseTensor:
     """Normalise each scan's channels over its own active sites, with the biased variance.
 
-    Padding rows come out as zero and are never read.
+    Instance norm (Ulyanov et al. 2016). Padding rows come out as zero and are never read.
+
+    Args:
+        x: features [N, C]; sums are float32 at least.
+        scale: factor of each channel.
+        bias: added to each channel.
+        eps: added to variances.
+
+    Returns:
+        Features on the same sites, in the type of x.
     """
     valid, scan = x.sites.valid[:, None], jnp.asarray(x.sites.scan)
     counts = jnp.maximum(sites_per_scan(x.sites), 1)[:, None]
@@ -160,7 +169,17 @@ def instance_norm(
 
 
 def layer_norm(x: SparseTensor, scale: Float[Array, " c"], bias: Float[Array, " c"], eps: float = 1e-6) -> SparseTensor:
-    """Normalise each site over its channels, with the biased variance; padding rows come out as zero."""
+    """Normalise each site over its channels, with the biased variance (Ba et al. 2016).
+
+    Args:
+        x: features [N, C]; sums are float32 at least.
+        scale: factor of each channel.
+        bias: added to each channel.
+        eps: added to variances.
+
+    Returns:
+        Features on the same sites, in the type of x; zero on padding.
+    """
     valid = x.sites.valid[:, None]
     rows = jnp.where(valid, x.features.astype(jnp.promote_types(x.features.dtype, jnp.float32)), 0)
     centred = rows - rows.mean(1, keepdims=True)
@@ -281,8 +300,8 @@ class LayerNorm(nnx.Module):
 class BatchNorm(nnx.Module):
     """Batch norm over the active sites: scale and bias shared by all datasets, running statistics per dataset.
 
-    The statistics of a batch are always one dataset's: mixed ones would let one dataset's scans into the gradient of
-    another's loss.
+    Batch norm of Ioffe and Szegedy (2015). The statistics of a batch are always one dataset's: mixed ones would let one
+    dataset's scans into the gradient of another's loss.
 
     `model.train()` and `model.eval()` set `use_running_average`, as for the layers of Flax; a context that says
     `training` overrides it. Unlike Flax's batch norm the layer evaluates unless told to train.

@@ -72,6 +72,9 @@ class ConvNorm(nnx.Module):
             kernel_map: map of the convolution; None for a kernel of one slice.
             context: context of the pass; without it the layer evaluates.
 
+        Returns:
+            Features [N_out, Cout] on the map's output sites, in the type of x.
+
         Raises:
             ValueError: as the convolution and the norm.
         """
@@ -87,7 +90,7 @@ class ConvNorm(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """relu(norm(conv(relu(norm(conv(x))))) + skip(x)), the basic block of ResNet-18 and -34.
+    """relu(norm(conv(relu(norm(conv(x))))) + skip(x)), the basic block of ResNet-18 and -34 (He et al. 2016).
 
     The skip is the identity, or a 1^3 convolution and norm where the stride or the width changes.
     """
@@ -144,6 +147,9 @@ class ResidualBlock(nnx.Module):
             context: context of the pass; without it the block evaluates.
             down_map: 3^3 strided map onto the output sites, for a block that downsamples.
             skip_map: 1^3 strided lookup of the output sites, for a block that downsamples.
+
+        Returns:
+            Features [N_out, Cout] on the output sites, in the type of x.
 
         Raises:
             ValueError: a block that downsamples was given no strided maps.

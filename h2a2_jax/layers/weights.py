@@ -29,6 +29,9 @@ def from_spconv(weight: AnyArray, *, order: AxisOrder = "zyx") -> np.ndarray:
         weight: array of a SubMConv, SparseConv, SparseInverseConv or SparseConvTranspose in 2-D, 3-D or 4-D.
         order: order of the axes in the layer's indices, and so in *K.
 
+    Returns:
+        Kernel in the type of the weight (numpy).
+
     Raises:
         ValueError: the weight has another number of axes.
     """

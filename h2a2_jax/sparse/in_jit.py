@@ -295,6 +295,15 @@ def cover_sites(
 ) -> tuple[Sites, Int[Array, ""]]:
     """Sites of a padded strided convolution, as spconv makes them: `cover` inside jit.
 
+    Args:
+        sites: input sites.
+        kernel_size: size of the kernel (static).
+        stride: ratio of the strides of outputs and inputs (static).
+        capacity: number of rows of the result.
+        padding: inputs before the output's own place that the kernel covers (static).
+        dilation: distance of neighbouring slices, in strides of the inputs (static).
+        shape: size of the grid, as in `cover` (static); None for an unbounded one.
+
     Returns:
         Sites; overflow as in `sites_from_coords`; sites outside of `shape` count too.
 
@@ -320,6 +329,12 @@ def generate_sites(
 ) -> tuple[Sites, Int[Array, ""]]:
     """Sites of a generative transposed convolution: `generate` inside jit.
 
+    Args:
+        sites: sites of the coarser grid.
+        kernel_size: size of the kernel (static).
+        capacity: number of rows of the result.
+        factor: ratio of the strides, one number or one per axis (static).
+
     Returns:
         Sites; overflow as in `sites_from_coords`.
 
@@ -340,11 +355,16 @@ def generate_sites(
 def unite_sites(a: Sites, b: Sites, capacity: int) -> tuple[Sites, Int[Array, ""]]:
     """Union of two sets of one stride: `unite` inside jit.
 
+    Args:
+        a: sites.
+        b: sites of the same stride.
+        capacity: number of rows of the result.
+
     Returns:
         Sites; overflow int32 [], the number of sites that did not fit.
 
     Raises:
-        ValueError: the strides or the numbers of axes differ.
+        ValueError: the strides or the numbers of axes differ, or an argument is no padded sites.
     """
     check_padded("unite_sites", a, b, coarser=False)
     if a.strides != b.strides:
@@ -377,7 +397,18 @@ def find_rows(sites: Sites, coords: Int[AnyArray, "*m d"]) -> Int[Array, "*m"]:
 
 
 def rows_of_part(part: Sites, whole: Sites) -> Int[Array, " n"]:
-    """Row in a part of each row of a union, the part's capacity where it has none: `union_rows` inside jit."""
+    """Row in a part of each row of a union: `union_rows` inside jit.
+
+    Args:
+        part: sites that were united with others.
+        whole: the union.
+
+    Returns:
+        int32 [N of the union], the part's capacity where it has no such site, and on padding.
+
+    Raises:
+        ValueError: an argument is no padded sites, or the numbers of axes differ.
+    """
     check_padded("rows_of_part", part, whole, coarser=False)
     return _rows_of(part, site_words(whole), whole.valid)
 
@@ -621,6 +652,14 @@ def strided_map(
 ) -> KernelMap:
     """Map of a strided convolution: `strided_neighbors` and `pad_map` inside jit.
 
+    Args:
+        inputs: sites of the finer grid.
+        outputs: sites of the coarser grid (`downsample_sites`, `cover_sites`).
+        kernel_size: size of the kernel (static).
+        dilation: distance of neighbouring slices, in strides of the inputs (static).
+        padding: inputs before the output's own place that the kernel covers, as in `strided_neighbors` (static).
+        tile_size: number of pairs in a tile (static); None leaves the tiles out.
+
     Raises:
         ValueError: the stride of the outputs is no multiple of that of the inputs, or numbers are not one per axis.
         InputError: the kernel reaches farther than a key has room for.
@@ -633,6 +672,12 @@ def strided_map(
 
 def pool_map(inputs: Sites, outputs: Sites, kernel_size: PerAxis, *, tile_size: int | None = None) -> KernelMap:
     """Map of a pooling: `pool_neighbors` and `pad_map` inside jit.
+
+    Args:
+        inputs: sites of the finer grid.
+        outputs: sites of the coarser grid.
+        kernel_size: size of the window (static).
+        tile_size: number of pairs in a tile (static), for convolutions by this map; pooling reads none.
 
     Raises:
         ValueError: the stride of the outputs is no multiple of that of the inputs, or numbers are not one per axis.
@@ -647,6 +692,12 @@ def pool_map(inputs: Sites, outputs: Sites, kernel_size: PerAxis, *, tile_size: 
 def generative_map(inputs: Sites, outputs: Sites, kernel_size: PerAxis, *, tile_size: int | None = None) -> KernelMap:
     """Map of a generative transposed convolution: `generative_neighbors` and `pad_map` inside jit.
 
+    Args:
+        inputs: sites of the coarser grid.
+        outputs: sites of the finer grid (`generate_sites`).
+        kernel_size: size of the kernel (static).
+        tile_size: number of pairs in a tile (static); None leaves the tiles out.
+
     Raises:
         ValueError: the stride of the inputs is no multiple of that of the outputs, or numbers are not one per axis.
         InputError: the kernel reaches farther than a key has room for.
@@ -660,8 +711,12 @@ def generative_map(inputs: Sites, outputs: Sites, kernel_size: PerAxis, *, tile_
 def inverse_map(kernel_map: KernelMap, *, tile_size: int | None = None) -> KernelMap:
     """Map of an inverse convolution: `inverse_neighbors` and `pad_map` inside jit.
 
+    Args:
+        kernel_map: map of a convolution, with tiles or without.
+        tile_size: number of pairs in a tile (static); None leaves the tiles out.
+
     Raises:
-        ValueError: the map is of kind "neighbors", whose offsets bring one input row to several output rows.
+        ValueError: the map is none, or of kind "neighbors", whose offsets bring one input row to several output rows.
     """
     if not isinstance(kernel_map, KernelMap) or kernel_map.kind == "neighbors":
         given = f"map of kind {kernel_map.kind!r}" if isinstance(kernel_map, KernelMap) else type(kernel_map).__name__

@@ -50,7 +50,7 @@ class PairTiles:
         offset: int32 [C], offset k of each tile.
         scan: int32 [C], scan b of each tile.
         count: int32 [], number of tiles in use; the others hold no pair.
-        mirrored: whether each tile serves two opposite offsets (static).
+        mirrored: if True, each tile serves two opposite offsets (static).
     """
 
     in_rows: Leaf
@@ -390,7 +390,7 @@ def limit_tiles(kernel_map: KernelMap, capacity: int) -> KernelMap:
         capacity: number of tiles of the result.
 
     Raises:
-        ValueError: the map has no tiles, or more in use than `capacity`.
+        ValueError: the map is none or has no tiles, or more of them are in use than `capacity`.
     """
     if not isinstance(kernel_map, KernelMap):
         raise ValueError(f"limit_tiles was given a {type(kernel_map).__name__}; expected a KernelMap, of pad_map.")
@@ -420,7 +420,20 @@ def limit_tiles(kernel_map: KernelMap, capacity: int) -> KernelMap:
 
 
 def union_rows(part: SiteSet, whole: SiteSet, part_capacity: int, whole_capacity: int) -> Int[np.ndarray, " n"]:
-    """Row in a part of each row of a union: int32 [whole_capacity], part_capacity where the part has none."""
+    """Row in a part of each row of a union (numpy).
+
+    Args:
+        part: one of the sets that were united.
+        whole: their union.
+        part_capacity: number of rows of the padded part.
+        whole_capacity: number of rows of the padded union.
+
+    Returns:
+        int32 [whole_capacity], part_capacity where the part has no such site.
+
+    Raises:
+        ValueError: an argument is no set of the host.
+    """
     for sites in (part, whole):
         check_set("union_rows", sites)
     rows = np.full(whole_capacity, part_capacity, np.int32)

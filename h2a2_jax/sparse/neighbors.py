@@ -112,6 +112,11 @@ def strided_neighbors(
 def pool_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: PerAxis) -> NeighborTable:
     """Map of a pooling: the inputs under each output site's window.
 
+    Args:
+        inputs: sites of the finer grid.
+        outputs: sites of the coarser grid (`downsample`), or the inputs for overlapping windows of stride 1.
+        kernel_size: size of the window; odd ones are centred, even ones begin at the output's place.
+
     Raises:
         ValueError: the stride of the outputs is no multiple of that of the inputs, or numbers are not one per axis.
         InputError: the window reaches farther than a key has room for.
@@ -124,6 +129,11 @@ def pool_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: PerAxis) -> N
 
 def generative_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: PerAxis) -> NeighborTable:
     """Map of a generative transposed convolution: out = in + offset * output stride, same slice order, no flip.
+
+    Args:
+        inputs: sites of the coarser grid.
+        outputs: sites of the finer grid (`generate`).
+        kernel_size: size of the kernel.
 
     Raises:
         ValueError: the stride of the inputs is no multiple of that of the outputs, or numbers are not one per axis.
@@ -140,6 +150,9 @@ def inverse_neighbors(table: NeighborTable) -> NeighborTable:
 
     The pair (input i, output o) of offset k becomes (input o, output i) of offset k, so that slice k of a kernel
     meets the same pairs in both directions.
+
+    Args:
+        table: table of a convolution, usually a strided one.
 
     Raises:
         ValueError: the table is none.

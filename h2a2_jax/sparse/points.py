@@ -106,6 +106,13 @@ def voxel_max(
 def to_points(x: SparseTensor, site_of_point: Int[AnyArray, " m"]) -> Num[Array, "m c"]:
     """Features of the site of each point; zero for a point of no site.
 
+    Args:
+        x: features [N, C] on sites; differentiable.
+        site_of_point: row of each point's site (`sites_of_points`, `Voxelization.site_of_point`).
+
+    Returns:
+        [m, C] in the type of the features.
+
     Raises:
         ValueError: `x` is no sparse tensor, or the sites are no integers.
     """

@@ -154,7 +154,7 @@ def global_pool(x: SparseTensor, reduce: Literal["mean", "max", "sum"] = "mean")
         [B, C] in the type of the features; zero for a scan without sites. Sums are float32 at least.
 
     Raises:
-        ValueError: `reduce` is none of the three.
+        ValueError: `reduce` is none of "mean", "max" and "sum".
     """
     if reduce == "max":
         return _global_max(x)

@@ -269,6 +269,12 @@ def kernel_offsets(kernel_size: PerAxis, dilation: PerAxis = 1, axes: int | None
         kernel_size: size of the kernel.
         dilation: distance of neighbouring slices.
         axes: number of axes, 3 or 4; by default 4 for a size of four numbers, else 3.
+
+    Returns:
+        int64 offsets [V, 3], [V, 4] with four axes, in strides of the sites.
+
+    Raises:
+        ValueError: a size or a dilation is not one positive integer per axis.
     """
     axes = axes or axes_of(kernel_size)
     sizes = per_axis(kernel_size, axes, name="kernel_size")
@@ -461,6 +467,7 @@ def site_set(coords: AnyArray, *, stride: PerAxis = 1, num_scans: int | None = N
 
     Raises:
         InputError: a coordinate is not whole, no multiple of the stride or out of range, or a scan index is.
+        ValueError: a stride is not one positive integer per axis, or the coordinates are tracers of jit.
     """
     if isinstance(coords, jax.core.Tracer):
         raise ValueError("site_set was given an array inside jit; use sparse.sites_from_coords there.")
@@ -525,6 +532,7 @@ def voxelize(
 
     Raises:
         InputError: as `voxel_coordinates`; a cloud has other columns; or one array is given in place of a list.
+        ValueError: `axes` is neither 3 nor 4, or the points are tracers of jit.
     """
     if axes not in _KEYS:
         raise ValueError(f"axes is {axes!r}; expected 3, also for clouds in 2-D, or 4.")
@@ -639,6 +647,13 @@ def downsample(sites: SiteSet, factor: PerAxis) -> SiteSet:
 def generate(sites: SiteSet, kernel_size: PerAxis, factor: PerAxis = 2) -> SiteSet:
     """Sites of a generative transposed convolution: every site plus every offset of the finer stride.
 
+    The table is `generative_neighbors(sites, outputs, kernel_size)`.
+
+    Args:
+        sites: sites of the coarser grid.
+        kernel_size: size of the kernel.
+        factor: ratio of the strides, one number or one per axis.
+
     Raises:
         ValueError: the stride of the sites is not a multiple of `factor`.
         InputError: a generated site may be out of the range of a key.
@@ -669,10 +684,10 @@ def finer_strides(strides: tuple[int, ...], factor: PerAxis) -> tuple[int, ...]:
 
 
 def unite(a: SiteSet, b: SiteSet) -> SiteSet:
-    """Union of two site sets of one stride.
+    """Union of two site sets of one stride; it has the larger number of scans.
 
     Raises:
-        ValueError: the strides or the numbers of axes differ.
+        ValueError: the strides or the numbers of axes differ, or an argument is no set.
     """
     for sites in (a, b):
         check_set("unite", sites)
@@ -749,7 +764,7 @@ class SparseTensor:
     sites: Sites
 
     def with_features(self, features: Float[Array, "N C"]) -> "SparseTensor":
-        """Other features on the same sites; the caller keeps padding rows at zero."""
+        """Tensor of other features [N, C'] on the same sites; the caller keeps padding rows at zero."""
         return replace(self, features=features)
 
 
@@ -843,6 +858,7 @@ def pad_sites(sites: SiteSet, capacity: int, *, identity: str | None = None) -> 
 
     Raises:
         InputError: more sites than `capacity`.
+        ValueError: the sites are no set of the host, or the capacity is no integer from 0 on.
     """
     check_set("pad_sites", sites)
     n, capacity = len(sites), check_count("capacity", capacity, least=0)
@@ -857,10 +873,11 @@ def pad_sites(sites: SiteSet, capacity: int, *, identity: str | None = None) -> 
 
 
 def pad_rows(rows: AnyArray, capacity: int) -> np.ndarray:
-    """Rows [n, ...] padded with zeros to [capacity, ...] (numpy).
+    """Rows [n, ...] padded with zeros to [capacity, ...] (numpy), in their type.
 
     Raises:
         InputError: more rows than `capacity`.
+        ValueError: the capacity is no integer from 0 on.
     """
     rows, capacity = np.asarray(rows), check_count("capacity", capacity, least=0)
     if len(rows) > capacity:

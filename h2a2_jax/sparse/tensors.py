@@ -41,7 +41,7 @@ def prune(
 
     Args:
         x: features [N, C] on sites; differentiable.
-        keep: True for the rows to keep; padding is never kept.
+        keep: bool [N], True for the rows to keep; padding is never kept.
         capacity: number of rows of the result, default that of `x`.
         name: identity of the new sites; by default "prune(...)" of the old one, numbered, so that two results differ.
 
@@ -117,6 +117,13 @@ def union_add(a: SparseTensor, b: SparseTensor, capacity: int) -> tuple[SparseTe
 
 def broadcast(values: Num[AnyArray, "b c"], sites: Sites) -> Num[Array, "n c"]:
     """Put the values of each scan on all of its sites; zero on padding.
+
+    Args:
+        values: a row for each scan; differentiable.
+        sites: padded sites.
+
+    Returns:
+        [N, C] in the type of the values.
 
     Raises:
         ValueError: not one row of values for each scan.

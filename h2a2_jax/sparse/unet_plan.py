@@ -64,8 +64,8 @@ class UNetPlan:
             ladder: ladder whose lowest bucket that fits gives the capacities (`UNetPlan.ladder`). Default: the finest
                 level is rounded up by at most a quarter, and the others to a half, a quarter, ... of its capacity, so
                 that scans of similar size and density share their shapes.
-            layout: lists of the maps, and
-            channels: channels of the layers; see `pad_tables`.
+            layout: lists that the maps carry, as in `pad_tables`.
+            channels: channels of the layers, for the size of the tiles.
 
         Raises:
             InputError: a level does not fit its capacity, or clouds and voxel size do not go together.
@@ -133,6 +133,9 @@ class UNetPlan:
 
         Returns:
             The plan; overflow int32 [], number of sites of all levels that did not fit.
+
+        Raises:
+            ValueError: the sites are not padded ones, or a number is out of range.
         """
         check_padded("UNetPlan.in_jit", sites)
         pyramid, overflow = [sites], jnp.int32(0)
