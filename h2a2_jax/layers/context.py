@@ -37,7 +37,13 @@ class DatasetContext:
 
     @classmethod
     def one(cls, dataset: int | Int[Array, ""], num_datasets: int) -> "DatasetContext":
-        """The context of one dataset."""
+        """The context of one dataset.
+
+        Raises:
+            ValueError: there is no such dataset.
+        """
+        if not isinstance(dataset, jax.Array) and not 0 <= dataset < num_datasets:
+            raise ValueError(f"dataset is {dataset}; expected one of 0..{num_datasets - 1}.")
         return cls(jax.nn.one_hot(dataset, num_datasets), index=jnp.asarray(dataset, jnp.int32))
 
     @classmethod

@@ -14,12 +14,22 @@ from h2a2_jax.typing import AnyArray
 
 
 def relu(x: SparseTensor) -> SparseTensor:
-    """Apply ReLU to the features [N, C]; they keep their type."""
+    """Apply ReLU to the features [N, C]; they keep their type.
+
+    Raises:
+        ValueError: `x` is no sparse tensor.
+    """
+    check_tensor("relu", x)
     return x.with_features(jax.nn.relu(x.features))
 
 
 def activate(x: SparseTensor, function: Callable[[Array], Array]) -> SparseTensor:
-    """Apply any function to the features [N, C] row by row; padding rows stay zero even where it maps 0 elsewhere."""
+    """Apply any function to the features [N, C] row by row; padding rows stay zero even where it maps 0 elsewhere.
+
+    Raises:
+        ValueError: `x` is no sparse tensor.
+    """
+    check_tensor("activate", x)
     return x.with_features(jnp.where(x.sites.valid[:, None], function(x.features), 0))
 
 
@@ -65,7 +75,8 @@ def broadcast_add(x: SparseTensor, values: Float[AnyArray, "b c"]) -> SparseTens
     Raises:
         ValueError: not one row of values for each scan.
     """
-    return x.with_features(x.features + broadcast(values, x.sites))
+    check_tensor("broadcast_add", x)
+    return x.with_features((x.features + broadcast(values, x.sites)).astype(x.features.dtype))
 
 
 def broadcast_multiply(x: SparseTensor, values: Float[AnyArray, "b c"]) -> SparseTensor:
@@ -78,7 +89,8 @@ def broadcast_multiply(x: SparseTensor, values: Float[AnyArray, "b c"]) -> Spars
     Raises:
         ValueError: not one row of values for each scan.
     """
-    return x.with_features(x.features * broadcast(values, x.sites))
+    check_tensor("broadcast_multiply", x)
+    return x.with_features((x.features * broadcast(values, x.sites)).astype(x.features.dtype))
 
 
 def max_pool(x: SparseTensor, kernel_map: KernelMap) -> SparseTensor:

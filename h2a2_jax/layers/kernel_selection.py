@@ -125,9 +125,16 @@ def structural_consistency(
         units = x.with_features(unit_rows(jnp.matmul(features, projection, precision=exact)))
         return global_pool(units) if scope == "scan" else _batch_mean(units, axis_name)
 
+    _check_option("kind", kind, ("half_cosine", "relu_cosine"))
+    _check_option("scope", scope, ("scan", "batch"))
     pooled = recompute_if_narrow(pool, x, projection)
     cosine = jnp.matmul(pooled, unit_rows(prototypes).T, precision=exact)
     return (1 + cosine) / 2 if kind == "half_cosine" else jax.nn.relu(cosine)
+
+
+def _check_option(name: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(options)}.")
 
 
 def _batch_mean(x: SparseTensor, axis_name: AxisName) -> Float[Array, "b c"]:
@@ -153,7 +160,11 @@ def binarize(
 
     Returns:
         0 and 1 in the type and shape of the score.
+
+    Raises:
+        ValueError: there is no such gradient.
     """
+    _check_option("straight_through", straight_through, ("sigmoid", "identity"))
     surrogate = jax.nn.sigmoid((score - tau) / temperature) if straight_through == "sigmoid" else score
     # In brackets, because (1 + s) - s is not always 1.
     return (score >= tau).astype(score.dtype) + (surrogate - lax.stop_gradient(surrogate))

@@ -156,6 +156,7 @@ def instance_norm(
     Returns:
         Features on the same sites, in the type of x.
     """
+    check_tensor("instance_norm", x)
     valid, scan = x.sites.valid[:, None], jnp.asarray(x.sites.scan)
     counts = jnp.maximum(sites_per_scan(x.sites), 1)[:, None]
 
@@ -180,6 +181,7 @@ def layer_norm(x: SparseTensor, scale: Float[Array, " c"], bias: Float[Array, " 
     Returns:
         Features on the same sites, in the type of x; zero on padding.
     """
+    check_tensor("layer_norm", x)
     valid = x.sites.valid[:, None]
     rows = jnp.where(valid, x.features.astype(jnp.promote_types(x.features.dtype, jnp.float32)), 0)
     centred = rows - rows.mean(1, keepdims=True)

@@ -7,7 +7,7 @@ are convolved (`conv`) and pooled (`pool`) on a device. `docs/layers.md` walks t
 
 from h2a2_jax.sparse.buckets import BucketLadder, level_sizes, pad_tables
 from h2a2_jax.sparse.conv import convolve
-from h2a2_jax.sparse.cover import cover
+from h2a2_jax.sparse.covering import cover
 from h2a2_jax.sparse.in_jit import (
     cover_sites,
     downsample_sites,

@@ -31,7 +31,7 @@ import numpy as np
 from h2a2_jax.errors import InputError
 from h2a2_jax.sparse.kernel_map import KernelMap, choose_tile_size, pad_map
 from h2a2_jax.sparse.neighbors import NeighborTable
-from h2a2_jax.sparse.sites import Root, Sites, SiteSet, check_count, pad_sites, render_identity, roots_of
+from h2a2_jax.sparse.sites import Root, Sites, SiteSet, Voxelization, check_count, pad_sites, render_identity, roots_of
 
 SizesT = TypeVar("SizesT", bound=tuple[int, ...])
 
@@ -270,6 +270,8 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, NeighborTable | Si
             f"{path or 'the top'} is a {type(node).__name__}, which is padded already; expected tables and site sets "
             "of the host."
         )
+    if isinstance(node, Voxelization):
+        raise ValueError(f"{path or 'the top'} is a Voxelization; expected tables and site sets: give voxels.sites.")
     if isinstance(node, NeighborTable | SiteSet):
         yield path, node
     for step, _, child in _children(node) or []:

@@ -25,7 +25,7 @@ from jax.experimental import checkify
 from jaxtyping import Array, Bool, Float, Int
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.sparse.cover import Window
+from h2a2_jax.sparse.covering import Window
 from h2a2_jax.sparse.kernel_map import KernelMap, PairTiles
 from h2a2_jax.sparse.neighbors import check_strides
 from h2a2_jax.sparse.sites import (

@@ -12,6 +12,7 @@ from h2a2_jax.sparse.conv_parts import no_gradient
 from h2a2_jax.sparse.kernel_map import KernelMap
 from h2a2_jax.sparse.linear import call_linear
 from h2a2_jax.sparse.sites import Sites, SparseTensor
+from h2a2_jax.sparse.tensors import check_tensor
 from h2a2_jax.sparse.xla_cpu import zeros_varying_as
 from h2a2_jax.typing import AnyArray
 
@@ -156,6 +157,7 @@ def global_pool(x: SparseTensor, reduce: Literal["mean", "max", "sum"] = "mean")
     Raises:
         ValueError: `reduce` is none of "mean", "max" and "sum".
     """
+    check_tensor("global_pool", x)
     if reduce == "max":
         return _global_max(x)
     if reduce not in ("mean", "sum"):

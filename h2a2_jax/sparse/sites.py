@@ -611,7 +611,9 @@ def check_set(user: str, sites: Any) -> None:
         ValueError: they are not.
     """
     if not isinstance(sites, SiteSet):
-        hint = "inside jit use the functions on padded Sites" if hasattr(sites, "valid") else "see sparse.site_set"
+        hint = "give voxels.sites" if isinstance(sites, Voxelization) else "see sparse.site_set"
+        if isinstance(sites, Sites):
+            hint = "inside jit use the functions on padded Sites"
         raise ValueError(f"{user} was given a {type(sites).__name__}; expected a SiteSet of the host: {hint}.")
 
 
