@@ -36,7 +36,7 @@ def gather_forward(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, opt
         rows, kernels = take_rows(x, _row(neighbors, k)), _kernels_at(w, k, x.dtype)
         return total + _dot_by_kernel(rows, kernels, _masks(gamma, w, k, scan), options), None
 
-    total = zeros_varying_as((kmap.out_capacity, w.shape[-1]), options.sum_type, x)
+    total = zeros_varying_as((kmap.out_capacity, w.shape[-1]), options.sum_type, x, kmap.n_out)
     return lax.scan(add_offset, total, jnp.arange(kmap.kernel_volume))[0]
 
 
@@ -62,7 +62,7 @@ def gather_backward(
         change = options.dot(rows, gain(kernels))
         return dx, (dw, jax.ops.segment_sum((change * g).sum(1), out_scan, kmap.num_scans))
 
-    dx = zeros_varying_as(x.shape, options.sum_type, (x, g))
+    dx = zeros_varying_as(x.shape, options.sum_type, (x, g), kmap.n_out)
     dx, (dw, dgamma) = lax.scan(add_offset, dx, jnp.arange(kmap.kernel_volume))
     dgamma = None if gamma is None else dgamma.T.astype(gamma.dtype)
     return dx.astype(x.dtype), dw.swapaxes(0, 1).astype(options.kernel_type), dgamma
@@ -97,7 +97,7 @@ def tiles_forward(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, opti
             products = products * pairs.weight
         return _scatter_add(total, pairs.target, products)
 
-    total = zeros_varying_as((kmap.out_capacity, w.shape[-1]), options.sum_type, x)
+    total = zeros_varying_as((kmap.out_capacity, w.shape[-1]), options.sum_type, x, kmap.n_out)
     return lax.fori_loop(0, _turns(tiles), add_turn, total)
 
 
@@ -123,7 +123,7 @@ def tiles_backward(
         dstack = lax.dynamic_update_index_in_dim(dstack, _row(dstack, pairs.kernel) + dw, pairs.kernel, 0)
         return _scatter_add(dx, pairs.source, change), dstack, dgamma
 
-    zero = zeros_varying_as((), options.sum_type, (x, g))
+    zero = zeros_varying_as((), options.sum_type, (x, g), kmap.n_out)
     zeros = [None if like is None else jnp.broadcast_to(zero, like.shape) for like in (x, stack, gamma)]
     dx, dstack, dgamma = lax.fori_loop(0, _turns(tiles), add_turn, tuple(zeros))
     dgamma = None if gamma is None else dgamma.astype(gamma.dtype)

@@ -13,7 +13,7 @@ All of them save memory, which `python -m benchmarks.detector --passes forward+b
 | `take_rows` | a float32 copy of all bfloat16 rows is kept for the backward pass | `--dtype bfloat16` |
 | `round_rows` | float32 sums are kept in place of their bfloat16 rows | `--dtype bfloat16` |
 | `after` | transposed and transformed kernels of all layers exist from the start of the backward pass | |
-| `zeros_varying_as` | the sums of all loops of a program are allocated at its start | |
+| `zeros_varying_as` | the sums of all loops of a program are allocated at its start (three times the memory) | |
 | `recompute` | values to be computed a second time are kept, as by `jax.checkpoint` | `--rematerialize both` |
 
 Two barriers that XLA's CPU compiler does heed stand beside the products that they speed up, in `conv_cpu` (a transpose
@@ -21,7 +21,7 @@ in front of a matmul) and in `winograd` (one gather for six chains); `benchmarks
 """
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any
 
@@ -50,21 +50,20 @@ def is_computed(values: Any) -> Bool[Array, ""]:
     if not leaves:
         return jnp.array(True)
 
-    def first_entries(leaves: Sequence[Array]) -> Array:
-        return reduce(add, [_first(leaf).astype(jnp.float32) for leaf in leaves])
-
     def compare(*leaves: Array) -> Array:
-        return lax.bitcast_convert_type(first_entries(leaves), jnp.uint32) != np.uint32(_NEVER)
+        return lax.bitcast_convert_type(sum_of_first(leaves), jnp.uint32) != np.uint32(_NEVER)
 
     def know(*leaves: Array) -> Array:
         # True, and of the type that a comparison has under shard_map; it compiles to nothing.
-        return (first_entries(leaves) == jnp.nan) | True
+        return (sum_of_first(leaves) == jnp.nan) | True
 
     return lax.platform_dependent(*leaves, cpu=compare, default=know)
 
 
-def _first(array: Array) -> Array:
-    return lax.slice(array, (0,) * array.ndim, (1,) * array.ndim).reshape(())
+def sum_of_first(arrays: Sequence[Array]) -> Float[Array, ""]:
+    """Sum of the first entries of arrays."""
+    firsts = [lax.slice(array, (0,) * array.ndim, (1,) * array.ndim).reshape(()) for array in arrays]
+    return reduce(add, [first.astype(jnp.float32) for first in firsts])
 
 
 def after(cotangents: Any, values: Any) -> Any:
@@ -85,7 +84,7 @@ def after(cotangents: Any, values: Any) -> Any:
     return lax.platform_dependent(cotangents, values, cpu=compare, default=wait)
 
 
-def zeros_varying_as(shape: tuple[int, ...], dtype: Any, like: Any) -> Array:
+def zeros_varying_as(shape: tuple[int, ...], dtype: Any, like: Any, n: Int[AnyArray, ""] | None = None) -> Array:
     """Zeros for the sums of a loop: allocated late, and of the type that a loop under shard_map needs.
 
     Args:
@@ -93,9 +92,28 @@ def zeros_varying_as(shape: tuple[int, ...], dtype: Any, like: Any) -> Array:
         dtype: of the array.
         like: pytree of arrays. The zeros vary over every mesh axis that one of these varies over, and do not exist
             before the floats among these do.
+        n: a number of rows, at least 0. With it the zeros compile in less: the arrays are read behind a branch, and
+            the computations that make them are not compiled again for one of their numbers.
     """
-    zero = jnp.where(is_computed(like), jnp.zeros((), dtype), jnp.array(-1, dtype))
-    return jnp.broadcast_to(vary_alike([zero], jax.tree.leaves(like))[0], shape)
+    leaves = jax.tree.leaves(like)
+    floats = [leaf for leaf in leaves if is_float(leaf) and leaf.size]
+    if n is None or not floats:
+        zero = jnp.where(is_computed(like), jnp.zeros((), dtype), jnp.array(-1, dtype))
+    else:
+        # As bits: XLA's CPU compiler would hand a branch a float32 copy of bfloat16 rows.
+        bits = [_bits_if_narrow(leaf) for leaf in floats]
+        zero = lax.cond(n < 0, partial(_total, dtype), partial(_zero_of_total, dtype), bits)
+    return jnp.broadcast_to(vary_alike([zero], leaves)[0], shape)
+
+
+def _total(dtype: Any, arrays: Sequence[Array]) -> Array:
+    return reduce(add, [array.sum(dtype=dtype) for array in arrays])  # calls into a library; a slice would be compiled
+
+
+def _zero_of_total(dtype: Any, arrays: Sequence[Array]) -> Array:
+    # Zero of the type of the total, under shard_map and explicit sharding; the total compiles to nothing.
+    total = _total(dtype, arrays)
+    return jnp.where(total == 0, 0, jnp.zeros_like(total))
 
 
 def vary_alike(values: Sequence[Array], others: Sequence[Any] = ()) -> list[Array]:
@@ -114,6 +132,10 @@ def _varying_axes(value: Any) -> frozenset[str]:
     return frozenset(kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ()))
 
 
+def _bits_if_narrow(rows: Array) -> Array:
+    return lax.bitcast_convert_type(rows, jnp.uint16) if rows.dtype.itemsize < 4 else rows
+
+
 def take_rows(rows: Array, index: Array, fill: bool = True) -> Array:
     """Rows by index; an index past the end gives zeros. Not differentiable where rows are narrower than float32.
 
@@ -127,13 +149,11 @@ def take_rows(rows: Array, index: Array, fill: bool = True) -> Array:
     """
     if not len(rows):  # XLA gathers nothing from an array without rows
         return jnp.zeros((*index.shape, *rows.shape[1:]), rows.dtype)
-    narrow = rows.dtype.itemsize < 4
-    bits = lax.bitcast_convert_type(rows, jnp.uint16) if narrow else rows
-    bits = bits.at[index].get(mode="clip", wrap_negative_indices=False)
+    bits = _bits_if_narrow(rows).at[index].get(mode="clip", wrap_negative_indices=False)
     if fill:
         inside = (index < len(rows)).reshape(*index.shape, *(1,) * (rows.ndim - 1))
         bits = jnp.where(inside, bits, jnp.zeros((), bits.dtype))
-    return lax.bitcast_convert_type(bits, rows.dtype) if narrow else bits
+    return bits if bits.dtype == rows.dtype else lax.bitcast_convert_type(bits, rows.dtype)
 
 
 def round_rows(sums: Float[Array, "n c"], dtype: Any, n: Int[AnyArray, ""]) -> Float[Array, "n c"]:
