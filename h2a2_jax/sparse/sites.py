@@ -88,8 +88,6 @@ class KeyFields:
 _KEYS = {3: KeyFields(3, 16), 4: KeyFields(4, 12)}
 MAX_COORDINATE = _KEYS[3].reach.given
 """Largest |coordinate| of a given site in 2-D and 3-D."""
-MAX_DERIVED = _KEYS[3].reach.derived
-"""Largest |coordinate| of a derived site in 2-D and 3-D."""
 MAX_REACH = _KEYS[3].reach.kernel
 """Largest offset of a kernel in 2-D and 3-D."""
 MAX_SCANS = 1 << 14
