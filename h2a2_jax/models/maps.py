@@ -18,7 +18,7 @@ from h2a2_jax.models.architecture import DetectorConfig
 from h2a2_jax.sparse import KernelMap, NeighborTable, Sites, SiteSet
 from h2a2_jax.typing import Leaf
 
-Machine = Literal["cpu", "accelerator", "any"]
+Machine = Literal["cpu", "native", "accelerator", "any"]
 Role = Literal["stem", "skip", "down", "residual", "deep residual", "generate", "lateral"]
 
 EXPECTED_FILL = {"stem": 0.1, "down": 0.25, "residual": 0.4, "deep residual": 0.5, "generate": 1.0, "lateral": 0.85}
@@ -36,8 +36,9 @@ class PlanLayout:
     """Lists that the maps of a plan carry.
 
     Attributes:
-        machine: "cpu": tiles on every map with neighbours, blocks on those of the neck; "accelerator": tiles with a
-            static number of places on sparse maps, no lists on the others; "any": no lists.
+        machine: "cpu": tiles on every map with neighbours, blocks on those of the neck; "native", a CPU with compiled
+            kernels: blocks alone; "accelerator": tiles with a static number of places on sparse maps, no lists on the
+            others; "any": no lists.
         model: architecture; the widths of its stages and neck decide the size of tiles.
     """
 
@@ -47,8 +48,8 @@ class PlanLayout:
     @classmethod
     def of(cls, config: DetectorConfig, machine: Machine | None = None) -> "PlanLayout":
         """The layout for a detector; default machine is that on which JAX computes."""
-        here: Machine = "cpu" if jax.default_backend() == "cpu" else "accelerator"
-        return cls(machine or here, config)
+        cpu: Machine = "native" if sparse.has_native() else "cpu"
+        return cls(machine or (cpu if jax.default_backend() == "cpu" else "accelerator"), config)
 
     def fits(self, table: NeighborTable, role: Role, capacity: int) -> bool:
         """Return True if the layout has places for all pairs of a map of `capacity` padded output rows."""
@@ -66,6 +67,8 @@ class PlanLayout:
             role: role of the map in the detector.
             channels: channels of the layers that read the map.
         """
+        if self.machine == "native" and role == "lateral":
+            return sparse.pad_map(table, inputs, outputs, blocks="auto")
         if self.machine == "cpu" and role != "skip":
             pairs = EXPECTED_FILL[role] * min(inputs.capacity, outputs.capacity) / max(1, inputs.num_scans)
             return sparse.pad_map(

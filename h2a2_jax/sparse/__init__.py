@@ -7,6 +7,7 @@ are convolved (`conv`) and pooled (`pool`) on a device. `docs/layers.md` walks t
 
 from h2a2_jax.sparse.buckets import BucketLadder, level_sizes, pad_tables
 from h2a2_jax.sparse.conv import convolve
+from h2a2_jax.sparse.conv_native import has_native, native_form
 from h2a2_jax.sparse.covering import cover
 from h2a2_jax.sparse.in_jit import (
     cover_sites,
@@ -88,6 +89,7 @@ __all__ = [
     "generative_map",
     "generative_neighbors",
     "global_pool",
+    "has_native",
     "interpolate",
     "inverse_map",
     "inverse_neighbors",
@@ -95,6 +97,7 @@ __all__ = [
     "level_sizes",
     "limit_tiles",
     "max_pool",
+    "native_form",
     "pad_map",
     "pad_rows",
     "pad_sites",

@@ -29,6 +29,7 @@ import jax
 import numpy as np
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.sparse.conv_native import has_native
 from h2a2_jax.sparse.kernel_map import KernelMap, choose_tile_size, pad_map
 from h2a2_jax.sparse.neighbors import NeighborTable
 from h2a2_jax.sparse.sites import Root, Sites, SiteSet, Voxelization, check_count, pad_sites, render_identity, roots_of
@@ -168,7 +169,7 @@ def pad_tables(
         layout: lists that the maps carry: "tiles", which convolutions on CPUs read; "neighbors", the neighbours alone;
             or a function of a table and its padded sites that calls `pad_map`. Its choices may depend on capacities
             and on the kind of table, not on the pairs, for they are part of the shapes. Default: "tiles" if JAX
-            computes on a CPU.
+            computes on a CPU without the compiled kernels.
         channels: channels of the layers, for the size of the tiles.
 
     Returns:
@@ -224,7 +225,7 @@ def _layout(layout: str | MapLayout | None, channels: int) -> MapLayout:
     if callable(layout):
         return layout
     if layout is None:
-        layout = "tiles" if jax.default_backend() == "cpu" else "neighbors"
+        layout = "tiles" if jax.default_backend() == "cpu" and not has_native() else "neighbors"
     if layout not in ("tiles", "neighbors"):
         raise ValueError(f"layout {layout!r} is neither 'tiles' nor 'neighbors', nor a function.")
 

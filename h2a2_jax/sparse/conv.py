@@ -3,7 +3,7 @@
     y[o] = sum_k x[neighbors[k, o]] @ W[k]
 
 Every algorithm computes the same function; `segment_sum` is the one to read, the others are the ones to run: `gather`
-and `tiles` (`conv_cpu`), `winograd`, `im2col` and `pairs` (`conv_accelerator`).
+and `tiles` (`conv_cpu`), `winograd`, `native` (`conv_native`), `im2col` and `pairs` (`conv_accelerator`).
 
 With structure-aware kernel selection each (scan b, offset k) uses one of two kernels [W_shared, W_exclusive]: the first
 where gamma[b, k] is 1, the second where it is 0. A selection, never a mixture: for one scan the selection is made once,
@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from h2a2_jax.sparse.conv_accelerator import im2col_backward, im2col_forward, pair_work, pairs_backward, pairs_forward
 from h2a2_jax.sparse.conv_cpu import gather_backward, gather_forward, tiles_backward, tiles_forward
+from h2a2_jax.sparse.conv_native import has_native, is_native, native_backward, native_forward
 from h2a2_jax.sparse.conv_parts import Algorithm, ConvOptions, Gradients, Platform, per_row
 from h2a2_jax.sparse.conv_primitive import convolve_by
 from h2a2_jax.sparse.kernel_map import KernelMap
@@ -65,10 +66,13 @@ def convolve(
               `kernel_map.tiles`.
             - "winograd": F(4, 3)^3 on blocks, for nearly dense 3^3 submanifold maps. Needs `kernel_map.blocks`; where
               the map does not use them, tiles. In float32 it rounds ten times as much as the others.
+            - "native": compiled kernels that read the neighbours as they are, and blocks where the map uses them; on
+              CPUs, where the extension was built. Programs that are exported, groups and float64 get what "auto" takes
+              without it.
             - "im2col": one matmul of the full kernel on every row, for accelerators and nearly dense maps.
             - "pairs": tiles in one batched matmul, then a gather-sum, for accelerators. Needs `kernel_map.tiles`, and
               costs their capacity.
-            - "auto": on CPUs "winograd" where the map has blocks, else "tiles" where it has tiles, else "gather". On
+            - "auto": on CPUs "native" where it is there, else "winograd" where the map has blocks, else "tiles" where it has tiles, else "gather". On
               accelerators "pairs" where the tiles' capacity is below half of a full kernel (`limit_tiles`), else
               "im2col"; "gather" with groups. The platform is the one that the program is lowered for.
         dtype: compute type of the products; sums are float32 (float64 stays float64), and so is the gradient of float32
@@ -92,11 +96,6 @@ def convolve(
     x, w = features.astype(compute), kernels
     if gamma is not None:
         gamma = jnp.asarray(gamma)
-        if kernel_map.num_scans == 1 and algorithm != "segment_sum":
-            # One scan, one kernel an offset: selected once, its gradient split once, and not tile by tile. In the type
-            # of the kernels: gamma's gradient is a difference of long sums.
-            use_shared = gamma[0].astype(w.dtype)[:, None, None]
-            w, gamma = (use_shared * w[0] + (1 - use_shared) * w[1])[None], None
     out = convolve_by(_forward, _backward, x, w, gamma, kernel_map, options)
     return round_rows(out, features.dtype, kernel_map.n_out)
 
@@ -152,6 +151,11 @@ def _check(
         raise ValueError(f"gamma is {gamma.dtype}{list(gamma.shape)}, expected floats {wanted}: scans x offsets.")
     if algorithm not in get_args(Algorithm):
         raise ValueError(f"algorithm {algorithm!r} is none of {', '.join(get_args(Algorithm))}.")
+    if algorithm == "native" and not has_native():
+        raise ValueError(
+            "algorithm 'native' needs the compiled kernels, which are not there or turned off by H2A2_NATIVE=0; install "
+            "with a C++ compiler, or take 'auto'."
+        )
     if algorithm in ("tiles", "pairs") and kernel_map.tiles is None:
         raise ValueError(f"algorithm {algorithm!r} needs a map with tiles: build it with pad_map(..., tile_size=...).")
     if algorithm == "winograd" and kernel_map.blocks is None:
@@ -163,11 +167,19 @@ def _check(
         )
 
 
-def _choose(kernel_map: KernelMap, options: ConvOptions, platform: Platform) -> Algorithm:
+def _choose(
+    kernel_map: KernelMap, options: ConvOptions, platform: Platform, gamma: Array | None, w: Array
+) -> Algorithm:
     """The algorithm that "auto" stands for: by the platform and by the lists of the map."""
-    if options.algorithm != "auto":
+    is_weighed = gamma is not None and len(w) == 1
+    can_be_native = platform == "cpu" and is_native(options) and not is_weighed
+    if options.algorithm == "native" and not can_be_native:
+        platform = "any cpu" if platform == "cpu" else platform
+    elif options.algorithm != "auto":
         return options.algorithm
-    if platform != "cpu":
+    elif can_be_native and has_native():
+        return "native"
+    if platform == "accelerator":
         if options.groups > 1:
             return "gather"
         # Static: by the tiles' capacity, which is near the pairs there are only where `limit_tiles` made it so.
@@ -183,12 +195,15 @@ def _choose(kernel_map: KernelMap, options: ConvOptions, platform: Platform) -> 
 def _forward(
     x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions, platform: Platform
 ) -> Array:
-    algorithm = _choose(kmap, options, platform)
+    algorithm = _choose(kmap, options, platform, gamma, w)
+    if _is_one_choice(algorithm, gamma, w):
+        w, gamma = _select(w, gamma), None
     if algorithm not in _BY_OFFSET:
         w, options = _dense_groups(w.astype(x.dtype), options, algorithm)
-    if _may_use_tiles(algorithm, kmap):
-        use_blocks = jnp.asarray(kmap.blocks.count) > 0  # type: ignore[union-attr]
-        forward = [partial(f, options=options) for f in (winograd_forward, tiles_forward)]
+    if algorithm == "winograd":
+        use_blocks = jnp.asarray(kmap.blocks.count) > 0  # type: ignore[union-attr]  # one program serves both
+        without = gather_forward if kmap.tiles is None else tiles_forward
+        forward = [partial(f, options=options) for f in (winograd_forward, without)]
         return lax.cond(use_blocks, *forward, x, w, gamma, kmap)
     return _ALGORITHMS[algorithm][0](x, w, gamma, kmap, options)
 
@@ -202,14 +217,20 @@ def _backward(
     cotangent: Array,
     platform: Platform,
 ) -> Gradients:
-    algorithm = _choose(kmap, options, platform)
+    algorithm = _choose(kmap, options, platform, gamma, w)
+    if _is_one_choice(algorithm, gamma, w):
+        dx, (dw,), _ = _backward(x, _select(w, gamma), None, kmap, options, cotangent, platform)
+        use_shared = gamma[0].astype(dw.dtype)[:, None, None]
+        dgamma = (dw * (w[0] - w[1])).sum((1, 2))[None].astype(gamma.dtype)
+        return dx, jnp.stack([use_shared * dw, (1 - use_shared) * dw]), dgamma
     shape, groups = w.shape, options.groups
     if algorithm not in _BY_OFFSET:
         w = after(cotangent, w)  # else values that depend on the kernels alone would be made, and kept, long before
         w, options = _dense_groups(w.astype(x.dtype), options, algorithm)
-    if _may_use_tiles(algorithm, kmap):
-        use_blocks = jnp.asarray(kmap.blocks.count) > 0  # type: ignore[union-attr]
-        backward = [partial(f, options=options, cotangent=cotangent) for f in (winograd_backward, tiles_backward)]
+    if algorithm == "winograd":
+        use_blocks = jnp.asarray(kmap.blocks.count) > 0  # type: ignore[union-attr]  # one program serves both
+        without_blocks = gather_backward if kmap.tiles is None else tiles_backward
+        backward = [partial(f, options=options, cotangent=cotangent) for f in (winograd_backward, without_blocks)]
         dx, dw, dgamma = lax.cond(use_blocks, *backward, x, w, gamma, kmap)
     else:
         dx, dw, dgamma = _ALGORITHMS[algorithm][1](x, w, gamma, kmap, options, cotangent)
@@ -219,9 +240,15 @@ def _backward(
     return dx, dw, dgamma
 
 
-def _may_use_tiles(algorithm: str, kmap: KernelMap) -> bool:
-    """Return True where one program serves both: the map's coordinates choose blocks or tiles at run time."""
-    return algorithm == "winograd" and kmap.tiles is not None
+def _is_one_choice(algorithm: str, gamma: Array | None, w: Array) -> bool:
+    """Return True where a kernel an offset serves the one scan: it is selected once, and not tile by tile."""
+    return gamma is not None and len(w) == 2 and len(gamma) == 1 and algorithm not in ("segment_sum", "native")
+
+
+def _select(w: Array, gamma: Array) -> Array:
+    # In the type of the kernels: gamma's gradient is a difference of long sums.
+    use_shared = gamma[0].astype(w.dtype)[:, None, None]
+    return (use_shared * w[0] + (1 - use_shared) * w[1])[None]
 
 
 def _dense_groups(w: Array, options: ConvOptions, algorithm: str) -> tuple[Array, ConvOptions]:
@@ -277,5 +304,6 @@ _ALGORITHMS = {
     "im2col": (im2col_forward, im2col_backward),
     "pairs": (pairs_forward, pairs_backward),
     "winograd": (winograd_forward, winograd_backward),
+    "native": (native_forward, native_backward),
 }
 """Forward and backward function of each algorithm; see `conv_parts` for arguments."""

@@ -24,9 +24,9 @@ from h2a2_jax.sparse.kernel_map import KernelMap
 
 Gradients = tuple[Array, Array, Array | None]
 """Gradients of x, w and gamma; None for a gamma that is None."""
-Platform = Literal["cpu", "accelerator"]
-"""Kind of platform that a program is lowered for."""
-Algorithm = Literal["auto", "segment_sum", "gather", "tiles", "winograd", "im2col", "pairs"]
+Platform = Literal["cpu", "any cpu", "accelerator"]
+"""Kind of platform that a program is lowered for: this machine's CPU, a CPU of any machine, an accelerator."""
+Algorithm = Literal["auto", "segment_sum", "gather", "tiles", "winograd", "native", "im2col", "pairs"]
 """Algorithms of `convolve`."""
 
 

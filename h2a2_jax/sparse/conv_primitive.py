@@ -194,7 +194,13 @@ def _define(name: str, function: Callable, abstract: Callable, multiple: bool = 
     primitive.def_impl(evaluate)
     primitive.def_abstract_eval(abstract)
     mlir.register_lowering(primitive, mlir.lower_fun(on("accelerator"), multiple_results=multiple))
-    mlir.register_lowering(primitive, mlir.lower_fun(on("cpu"), multiple_results=multiple), platform="cpu")
+    here, anywhere = (mlir.lower_fun(on(cpu), multiple_results=multiple) for cpu in ("cpu", "any cpu"))
+
+    def lower_on_cpu(ctx: Any, *args: Any, **params: Any) -> Any:
+        is_exported = ctx.module_context.lowering_parameters.for_export
+        return (anywhere if is_exported else here)(ctx, *args, **params)
+
+    mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
 
     def batched(args: Sequence[Any], dims: Sequence[int | None], *, batch: Batch, **params: Any) -> tuple:
         moved = [a if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True)]

@@ -326,8 +326,7 @@ def pad_map(
     Raises:
         InputError: an offset of a table that is not of kind "neighbors" brings one input row to several output rows.
         ValueError: the sites are not those of the table; a tile has no size; blocks are asked for where the map is not
-            that of a 3^3 submanifold convolution, or "auto" without the tiles that serve a map on which they do not
-            pay.
+            that of a 3^3 submanifold convolution.
     """
     _check_table(table, inputs, outputs, tile_size, blocks)
     if blocks is not None and not fits_blocks(table):
@@ -335,8 +334,6 @@ def pad_map(
             f"blocks serve submanifold maps of 3^3 offsets without dilation; this one is {table.kind} with "
             f"{len(table.rows)} offsets."
         )
-    if blocks == "auto" and tile_size is None:
-        raise ValueError("blocks='auto' needs a tile_size: tiles serve the maps on which blocks do not pay.")
     count = len(table.outputs)
     neighbors = np.empty((len(table.rows), outputs.capacity), np.int32)
     # Without sign a missing neighbour, -1, is the largest number: the minimum puts the capacity in its place.

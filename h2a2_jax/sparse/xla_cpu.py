@@ -132,6 +132,14 @@ def _varying_axes(value: Any) -> frozenset[str]:
     return frozenset(kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ()))
 
 
+def varying_type(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
+    """Type of an array that varies over the mesh axes that another varies over, under `jax.shard_map`."""
+    kind = jax.typeof(like)
+    if hasattr(kind, "mat"):
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind.mat)
+    return jax.ShapeDtypeStruct(shape, dtype, vma=getattr(kind, "vma", None))
+
+
 def _bits_if_narrow(rows: Array) -> Array:
     return lax.bitcast_convert_type(rows, jnp.uint16) if rows.dtype.itemsize < 4 else rows
 
