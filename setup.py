@@ -15,7 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("h2a2_jax/sparse/native")
-KERNELS = ("pairs", "winograd")
+KERNELS = ("pairs", "winograd", "pool")
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 FORMS: dict[str, list[str]] = {"portable": []}
 if IS_X86:

@@ -7,7 +7,6 @@ are convolved (`conv`) and pooled (`pool`) on a device. `docs/layers.md` walks t
 
 from h2a2_jax.sparse.buckets import BucketLadder, level_sizes, pad_tables
 from h2a2_jax.sparse.conv import convolve
-from h2a2_jax.sparse.conv_native import has_native, native_form
 from h2a2_jax.sparse.covering import cover
 from h2a2_jax.sparse.in_jit import (
     cover_sites,
@@ -33,6 +32,7 @@ from h2a2_jax.sparse.kernel_map import (
     pad_map,
     union_rows,
 )
+from h2a2_jax.sparse.native_call import has_native, native_form
 from h2a2_jax.sparse.neighbors import (
     NeighborTable,
     generative_neighbors,

@@ -29,8 +29,8 @@ import jax
 import numpy as np
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.sparse.conv_native import has_native
 from h2a2_jax.sparse.kernel_map import KernelMap, choose_tile_size, pad_map
+from h2a2_jax.sparse.native_call import has_native
 from h2a2_jax.sparse.neighbors import NeighborTable
 from h2a2_jax.sparse.sites import Root, Sites, SiteSet, Voxelization, check_count, pad_sites, render_identity, roots_of
 

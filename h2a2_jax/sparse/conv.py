@@ -22,10 +22,11 @@ from jaxtyping import Array, Float
 
 from h2a2_jax.sparse.conv_accelerator import im2col_backward, im2col_forward, pair_work, pairs_backward, pairs_forward
 from h2a2_jax.sparse.conv_cpu import gather_backward, gather_forward, tiles_backward, tiles_forward
-from h2a2_jax.sparse.conv_native import has_native, is_native, native_backward, native_forward
+from h2a2_jax.sparse.conv_native import is_native, native_backward, native_forward
 from h2a2_jax.sparse.conv_parts import Algorithm, ConvOptions, Gradients, Platform, per_row
 from h2a2_jax.sparse.conv_primitive import convolve_by
 from h2a2_jax.sparse.kernel_map import KernelMap
+from h2a2_jax.sparse.native_call import has_native
 from h2a2_jax.sparse.winograd import winograd_backward, winograd_forward
 from h2a2_jax.sparse.xla_cpu import after, round_rows, take_rows, zeros_varying_as
 
@@ -72,9 +73,10 @@ def convolve(
             - "im2col": one matmul of the full kernel on every row, for accelerators and nearly dense maps.
             - "pairs": tiles in one batched matmul, then a gather-sum, for accelerators. Needs `kernel_map.tiles`, and
               costs their capacity.
-            - "auto": on CPUs "native" where it is there, else "winograd" where the map has blocks, else "tiles" where it has tiles, else "gather". On
-              accelerators "pairs" where the tiles' capacity is below half of a full kernel (`limit_tiles`), else
-              "im2col"; "gather" with groups. The platform is the one that the program is lowered for.
+            - "auto": on CPUs "native" where it is there, else "winograd" where the map has blocks, else "tiles" where
+              it has tiles, else "gather". On accelerators "pairs" where the tiles' capacity is below half of a full
+              kernel (`limit_tiles`), else "im2col"; "gather" with groups. The platform is the one that the program is
+              lowered for.
         dtype: compute type of the products; sums are float32 (float64 stays float64), and so is the gradient of float32
             kernels. Default: the type of the features. "winograd" always multiplies in the type of the sums, because
             its transforms magnify the rounding of factors.
@@ -153,8 +155,8 @@ def _check(
         raise ValueError(f"algorithm {algorithm!r} is none of {', '.join(get_args(Algorithm))}.")
     if algorithm == "native" and not has_native():
         raise ValueError(
-            "algorithm 'native' needs the compiled kernels, which are not there or turned off by H2A2_NATIVE=0; install "
-            "with a C++ compiler, or take 'auto'."
+            "algorithm 'native' needs the compiled kernels, which are not there or turned off by H2A2_NATIVE=0; "
+            "install with a C++ compiler, or take 'auto'."
         )
     if algorithm in ("tiles", "pairs") and kernel_map.tiles is None:
         raise ValueError(f"algorithm {algorithm!r} needs a map with tiles: build it with pad_map(..., tile_size=...).")
@@ -196,7 +198,7 @@ def _forward(
     x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions, platform: Platform
 ) -> Array:
     algorithm = _choose(kmap, options, platform, gamma, w)
-    if _is_one_choice(algorithm, gamma, w):
+    if gamma is not None and _is_one_choice(algorithm, gamma, w):
         w, gamma = _select(w, gamma), None
     if algorithm not in _BY_OFFSET:
         w, options = _dense_groups(w.astype(x.dtype), options, algorithm)
@@ -218,7 +220,7 @@ def _backward(
     platform: Platform,
 ) -> Gradients:
     algorithm = _choose(kmap, options, platform, gamma, w)
-    if _is_one_choice(algorithm, gamma, w):
+    if gamma is not None and _is_one_choice(algorithm, gamma, w):
         dx, (dw,), _ = _backward(x, _select(w, gamma), None, kmap, options, cotangent, platform)
         use_shared = gamma[0].astype(dw.dtype)[:, None, None]
         dgamma = (dw * (w[0] - w[1])).sum((1, 2))[None].astype(gamma.dtype)
@@ -240,9 +242,9 @@ def _backward(
     return dx, dw, dgamma
 
 
-def _is_one_choice(algorithm: str, gamma: Array | None, w: Array) -> bool:
+def _is_one_choice(algorithm: str, gamma: Array, w: Array) -> bool:
     """Return True where a kernel an offset serves the one scan: it is selected once, and not tile by tile."""
-    return gamma is not None and len(w) == 2 and len(gamma) == 1 and algorithm not in ("segment_sum", "native")
+    return len(w) == 2 and len(gamma) == 1 and algorithm not in ("segment_sum", "native")
 
 
 def _select(w: Array, gamma: Array) -> Array:

@@ -27,6 +27,7 @@ from jaxtyping import Array
 
 from h2a2_jax.sparse.conv_parts import ConvOptions, Platform
 from h2a2_jax.sparse.kernel_map import KernelMap
+from h2a2_jax.sparse.native_call import lower_natively
 from h2a2_jax.sparse.xla_cpu import vary_alike
 
 Batch = tuple[tuple[int | None, ...], ...]
@@ -195,12 +196,7 @@ def _define(name: str, function: Callable, abstract: Callable, multiple: bool = 
     primitive.def_abstract_eval(abstract)
     mlir.register_lowering(primitive, mlir.lower_fun(on("accelerator"), multiple_results=multiple))
     here, anywhere = (mlir.lower_fun(on(cpu), multiple_results=multiple) for cpu in ("cpu", "any cpu"))
-
-    def lower_on_cpu(ctx: Any, *args: Any, **params: Any) -> Any:
-        is_exported = ctx.module_context.lowering_parameters.for_export
-        return (anywhere if is_exported else here)(ctx, *args, **params)
-
-    mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
+    mlir.register_lowering(primitive, lower_natively(here, anywhere), platform="cpu")
 
     def batched(args: Sequence[Any], dims: Sequence[int | None], *, batch: Batch, **params: Any) -> tuple:
         moved = [a if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(args, dims, strict=True)]

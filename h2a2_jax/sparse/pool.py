@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from h2a2_jax.sparse.conv_parts import no_gradient
 from h2a2_jax.sparse.kernel_map import KernelMap
 from h2a2_jax.sparse.linear import call_linear
+from h2a2_jax.sparse.native_call import call_either, call_native, has_native
 from h2a2_jax.sparse.sites import Sites, SparseTensor
 from h2a2_jax.sparse.tensors import check_tensor
 from h2a2_jax.sparse.xla_cpu import zeros_varying_as
@@ -42,6 +43,12 @@ def max_pool(features: Float[AnyArray, "n_in c"], kernel_map: KernelMap) -> Floa
 
 @jax.custom_jvp
 def _max(x: Array, kmap: KernelMap) -> Array:
+    if _fits_native(x, kmap):
+        return call_either(lambda x, kmap: _max_natively(x, kmap)[0], _max_in_one_pass, x, kmap)
+    return _max_in_one_pass(x, kmap)
+
+
+def _max_in_one_pass(x: Array, kmap: KernelMap) -> Array:
     def add_offset(best: Array, k: Array) -> tuple[Array, None]:
         return jnp.maximum(best, _window(x, kmap, k)), None
 
@@ -61,6 +68,24 @@ def _max_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
 @jax.custom_jvp
 def _max_and_choice(x: Array, kmap: KernelMap) -> tuple[Array, Array]:
     """Maxima, and the first offset that holds each; an argmax over an axis of offsets is many times slower."""
+    if _fits_native(x, kmap):
+        return call_either(_max_natively, _max_by_offset, x, kmap)
+    return _max_by_offset(x, kmap)
+
+
+def _max_natively(x: Array, kmap: KernelMap) -> tuple[Array, Array]:
+    shape = (kmap.out_capacity, x.shape[1])
+    results = [(shape, jnp.float32), (shape, jnp.int8)]
+    best, chosen = call_native("h2a2_max_pool", results, [x, jnp.asarray(kmap.neighbors)])
+    return best, chosen
+
+
+def _fits_native(x: Array, kmap: KernelMap) -> bool:
+    """Return True where compiled kernels can pool: float32 rows, offsets that int8 holds."""
+    return has_native() and x.dtype == jnp.float32 and kmap.kernel_volume <= 127
+
+
+def _max_by_offset(x: Array, kmap: KernelMap) -> tuple[Array, Array]:
     index_type = jnp.int8 if kmap.kernel_volume <= 127 else jnp.int32
 
     def add_offset(carry: tuple[Array, Array], k: Array) -> tuple[tuple[Array, Array], None]:
@@ -93,7 +118,17 @@ def _take_chosen(x: Array, chosen: Array, kmap: KernelMap) -> Array:
 
 def _give_chosen(g: Array, chosen: Array, kmap: KernelMap) -> Array:
     """Transpose of `_take_chosen`."""
+    if _fits_native(g, kmap):
+        return call_either(_give_natively, _give_by_offset, g, chosen, kmap)
+    return _give_by_offset(g, chosen, kmap)
 
+
+def _give_natively(g: Array, chosen: Array, kmap: KernelMap) -> Array:
+    results = [((kmap.in_capacity, g.shape[1]), jnp.float32)]
+    return call_native("h2a2_max_pool_gradient", results, [g, chosen, jnp.asarray(kmap.neighbors)])[0]
+
+
+def _give_by_offset(g: Array, chosen: Array, kmap: KernelMap) -> Array:
     def add_offset(dx: Array, k: Array) -> tuple[Array, None]:
         return _add_rows(dx, kmap, k, jnp.where(chosen == k, g, 0)), None
 

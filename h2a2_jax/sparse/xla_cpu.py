@@ -135,9 +135,8 @@ def _varying_axes(value: Any) -> frozenset[str]:
 def varying_type(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
     """Type of an array that varies over the mesh axes that another varies over, under `jax.shard_map`."""
     kind = jax.typeof(like)
-    if hasattr(kind, "mat"):
-        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind.mat)
-    return jax.ShapeDtypeStruct(shape, dtype, vma=getattr(kind, "vma", None))
+    axes: dict[str, Any] = {"manual_axis_type": kind.mat} if hasattr(kind, "mat") else {"vma": kind.vma}
+    return jax.ShapeDtypeStruct(shape, dtype, **axes)
 
 
 def _bits_if_narrow(rows: Array) -> Array:

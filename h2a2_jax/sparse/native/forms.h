@@ -47,6 +47,22 @@ struct BlockOuterProducts {
   float* sum;                     // [216, channels_in, padded channels_out]
 };
 
+struct PoolRows {
+  const float* x;        // [count, channels]
+  const int32_t* table;  // [volume, rows]
+  int64_t count, volume, rows, channels;
+  float* best;           // [rows, channels]
+  int8_t* chosen;        // offset of each maximum, -1 for none
+};
+
+struct PoolGradient {
+  const float* g;          // [count, channels]
+  const int8_t* chosen;    // the same shape
+  const int32_t* reached;  // [volume, rows], output row that an input row reaches
+  int64_t count, volume, rows, channels;
+  float* dx;               // [rows, channels]
+};
+
 // Products by pairs.
 struct PairForm {
   int64_t panel;                        // columns of a panel of a packed kernel
@@ -67,6 +83,11 @@ struct BlockForm {
   void (*transform_blocks)(const Rows& x, bool outputs, const int32_t* rows, int64_t stride, int64_t begin,
                            int64_t end, int64_t first, int64_t blocks, float* transformed);
   void (*multiply_block_outer)(const BlockOuterProducts&, int64_t place);
+};
+
+struct PoolForm {
+  void (*pool)(const PoolRows&, int64_t begin, int64_t end);
+  void (*give)(const PoolGradient&, int64_t begin, int64_t end);
 };
 
 }  // namespace h2a2

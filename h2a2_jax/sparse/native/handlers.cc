@@ -18,6 +18,7 @@ namespace h2a2 {
   namespace form {                     \
   extern const PairForm kPairForm;     \
   extern const BlockForm kBlockForm;   \
+  extern const PoolForm kPoolForm;     \
   }
 H2A2_DECLARE(portable)
 #ifdef H2A2_X86
@@ -39,6 +40,7 @@ struct Forms {
   const char* name;
   const PairForm* pairs;
   const BlockForm* blocks;
+  const PoolForm* pools;
 };
 
 Forms choose_forms() {
@@ -49,11 +51,11 @@ Forms choose_forms() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-  if (avx512 && allowed("avx512")) return {"avx512", &avx512::kPairForm, &avx512::kBlockForm};
-  if (avx2 && allowed("avx2")) return {"avx2", &avx2::kPairForm, &avx2::kBlockForm};
+  if (avx512 && allowed("avx512")) return {"avx512", &avx512::kPairForm, &avx512::kBlockForm, &avx512::kPoolForm};
+  if (avx2 && allowed("avx2")) return {"avx2", &avx2::kPairForm, &avx2::kBlockForm, &avx2::kPoolForm};
 #endif
   (void)allowed;
-  return {"portable", &portable::kPairForm, &portable::kBlockForm};
+  return {"portable", &portable::kPairForm, &portable::kBlockForm, &portable::kPoolForm};
 }
 
 const Forms& forms() {
@@ -460,6 +462,33 @@ ffi::Error differentiate(ffi::ThreadPool pool, Numbers x, Numbers g, Numbers w, 
   return ffi::Error::Success();
 }
 
+// ---------------------------------------------------------------- pooling
+
+// Calls work(begin, end) for pieces of n rows.
+template <class Work>
+void run_by_rows(ffi::ThreadPool& pool, int64_t n, Work work) {
+  const int64_t parts = std::clamp<int64_t>(n / 64, 1, 8 * std::max<int64_t>(1, pool.num_threads()));
+  run_parallel(pool, parts, [=](int64_t i) { work(n * i / parts, n * (i + 1) / parts); });
+}
+
+ffi::Error max_pool(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, Indices table, Floats best,
+                    ffi::Result<ffi::Buffer<ffi::S8>> chosen) {
+  const PoolRows job{x.typed_data(),        table.typed_data(),    x.dimensions()[0],  table.dimensions()[0],
+                     table.dimensions()[1], best->dimensions()[1], best->typed_data(), chosen->typed_data()};
+  run_by_rows(pool, job.rows, [=](int64_t begin, int64_t end) { forms().pools->pool(job, begin, end); });
+  return ffi::Error::Success();
+}
+
+ffi::Error max_pool_gradient(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> g, ffi::Buffer<ffi::S8> chosen, Indices table,
+                             Floats dx) {
+  const int64_t volume = table.dimensions()[0], rows = dx->dimensions()[0];
+  const auto reached = inverse_of(pool, table.typed_data(), volume, table.dimensions()[1], rows);
+  const PoolGradient job{g.typed_data(), chosen.typed_data(), reached.data(),        g.dimensions()[0], volume,
+                         rows,           g.dimensions()[1],   dx->typed_data()};
+  run_by_rows(pool, rows, [=](int64_t begin, int64_t end) { forms().pools->give(job, begin, end); });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 }  // namespace h2a2
 
@@ -472,6 +501,8 @@ ffi::Error differentiate(ffi::ThreadPool pool, Numbers x, Numbers g, Numbers w, 
 extern "C" {
 H2A2_EXPORT XLA_FFI_Error* h2a2_convolve(XLA_FFI_CallFrame*);
 H2A2_EXPORT XLA_FFI_Error* h2a2_differentiate(XLA_FFI_CallFrame*);
+H2A2_EXPORT XLA_FFI_Error* h2a2_max_pool(XLA_FFI_CallFrame*);
+H2A2_EXPORT XLA_FFI_Error* h2a2_max_pool_gradient(XLA_FFI_CallFrame*);
 H2A2_EXPORT const char* h2a2_form();
 H2A2_EXPORT void h2a2_release_memory();
 }
@@ -507,6 +538,22 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(h2a2_differentiate, h2a2::differentiate,
                                   .Attr<bool>("has_gamma")
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()    // of w
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>());  // of gamma [scans, volume]
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(h2a2_max_pool, h2a2::max_pool,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // x [n, channels]
+                                  .Arg<h2a2::Indices>()                    // table [volume, rows]
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()  // maxima [rows, channels]
+                                  .Ret<xla::ffi::Buffer<xla::ffi::S8>>()); // offset of each
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(h2a2_max_pool_gradient, h2a2::max_pool_gradient,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // cotangent [rows, channels]
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S8>>()   // offsets [rows, channels]
+                                  .Arg<h2a2::Indices>()                    // table [volume, rows]
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()); // [n, channels]
 
 const char* h2a2_form() { return h2a2::forms().name; }
 void h2a2_release_memory() { h2a2::Scratch::release(); }
