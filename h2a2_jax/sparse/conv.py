@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
 from h2a2_jax.sparse.conv_accelerator import im2col_backward, im2col_forward, pair_work, pairs_backward, pairs_forward
@@ -169,12 +170,9 @@ def _check(
         )
 
 
-def _choose(
-    kernel_map: KernelMap, options: ConvOptions, platform: Platform, gamma: Array | None, w: Array
-) -> Algorithm:
-    """The algorithm that "auto" stands for: by the platform and by the lists of the map."""
-    is_weighed = gamma is not None and len(w) == 1
-    can_be_native = platform == "cpu" and is_native(options) and not is_weighed
+def _choose(kernel_map: KernelMap, options: ConvOptions, platform: Platform, *, is_weighed: bool = False) -> Algorithm:
+    """The algorithm that "auto" stands for: by the platform, the lists of the map, and gamma's being any weights."""
+    can_be_native = platform == "cpu" and is_native(options) and not is_weighed and not _has_explicit_axes()
     if options.algorithm == "native" and not can_be_native:
         platform = "any cpu" if platform == "cpu" else platform
     elif options.algorithm != "auto":
@@ -197,7 +195,7 @@ def _choose(
 def _forward(
     x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions, platform: Platform
 ) -> Array:
-    algorithm = _choose(kmap, options, platform, gamma, w)
+    algorithm = _choose(kmap, options, platform, is_weighed=gamma is not None and len(w) == 1)
     if gamma is not None and _is_one_choice(algorithm, gamma, w):
         w, gamma = _select(w, gamma), None
     if algorithm not in _BY_OFFSET:
@@ -219,7 +217,7 @@ def _backward(
     cotangent: Array,
     platform: Platform,
 ) -> Gradients:
-    algorithm = _choose(kmap, options, platform, gamma, w)
+    algorithm = _choose(kmap, options, platform, is_weighed=gamma is not None and len(w) == 1)
     if gamma is not None and _is_one_choice(algorithm, gamma, w):
         dx, (dw,), _ = _backward(x, _select(w, gamma), None, kmap, options, cotangent, platform)
         use_shared = gamma[0].astype(dw.dtype)[:, None, None]
@@ -240,6 +238,11 @@ def _backward(
         blocks = dw.reshape(*shape[:2], groups, shape[2], groups, -1)
         dw = jnp.moveaxis(jnp.diagonal(blocks, axis1=2, axis2=4), -1, -2).reshape(shape)
     return dx, dw, dgamma
+
+
+def _has_explicit_axes() -> bool:
+    """Return True under a mesh with explicit axes outside of shard_map, over which no foreign function is spread."""
+    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
 
 
 def _is_one_choice(algorithm: str, gamma: Array, w: Array) -> bool:

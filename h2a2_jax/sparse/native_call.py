@@ -17,7 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jaxtyping import Array
 
-from h2a2_jax.sparse.xla_cpu import vary_alike, varying_type
+from h2a2_jax.sparse.xla_cpu import vary_alike
 
 _log = logging.getLogger(__name__)
 _TARGETS = ("h2a2_convolve", "h2a2_differentiate", "h2a2_max_pool", "h2a2_max_pool_gradient")
@@ -66,6 +66,17 @@ def native_form() -> str | None:
     return None if loaded is None else loaded.h2a2_form().decode()
 
 
+def choose_native_form(name: str) -> None:
+    """Take the kernels of another instruction set from now on, for tests and benchmarks; the fastest is the default.
+
+    Raises:
+        ValueError: there are no kernels, or this machine cannot run these.
+    """
+    loaded = library()
+    if loaded is None or not loaded.h2a2_choose_form(name.encode()):
+        raise ValueError(f"native form {name!r} cannot run here; this machine takes {native_form()!r}.")
+
+
 def call_native(
     name: str, results: Sequence[tuple[tuple[int, ...], Any]], arguments: Sequence[Array], **attributes: bool
 ) -> list[Array]:
@@ -78,7 +89,12 @@ def call_native(
         attributes: static arguments.
     """
     alike = vary_alike(arguments)
-    types = [varying_type(shape, dtype, alike[0]) for shape, dtype in results]
+
+    def shaped(like: Array) -> list[Array]:
+        # Types of results that vary over a mesh as the arguments do.
+        return [jnp.broadcast_to(like.sum().astype(dtype), shape) for shape, dtype in results]
+
+    types = jax.make_jaxpr(shaped)(alike[0]).out_avals
     return list(jax.ffi.ffi_call(name, types, vmap_method="sequential")(*alike, **attributes))
 
 

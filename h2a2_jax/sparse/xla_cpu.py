@@ -132,13 +132,6 @@ def _varying_axes(value: Any) -> frozenset[str]:
     return frozenset(kind.mat.varying if hasattr(kind, "mat") else getattr(kind, "vma", ()))
 
 
-def varying_type(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
-    """Type of an array that varies over the mesh axes that another varies over, under `jax.shard_map`."""
-    kind = jax.typeof(like)
-    axes: dict[str, Any] = {"manual_axis_type": kind.mat} if hasattr(kind, "mat") else {"vma": kind.vma}
-    return jax.ShapeDtypeStruct(shape, dtype, **axes)
-
-
 def _bits_if_narrow(rows: Array) -> Array:
     return lax.bitcast_convert_type(rows, jnp.uint16) if rows.dtype.itemsize < 4 else rows
 

@@ -110,7 +110,7 @@ def test_one_program_serves_dense_and_sparse_maps():
 
 
 def test_blocks_that_do_not_pay_never_give_zeros():
-    """Forced or not, a map that leaves its blocks unused is convolved by its tiles; without tiles it is not made."""
+    """Forced or not, a map that leaves its blocks unused is convolved by its tiles, or without these by its table."""
     sites = dense_sites(size=24, keep=0.15)
     kmap = blocks_of(sites, blocks="auto")
     assert int(kmap.blocks.count) == 0
@@ -118,8 +118,9 @@ def test_blocks_that_do_not_pay_never_give_zeros():
     expected = sparse.convolve(x, kernels, kmap, algorithm="gather")
     np.testing.assert_allclose(sparse.convolve(x, kernels, kmap, algorithm="winograd"), expected, rtol=1e-6)
     rows = sparse.pad_sites(sites, len(sites))
-    with pytest.raises(ValueError, match="needs a tile_size"):
-        sparse.pad_map(sparse.submanifold_neighbors(sites), rows, rows, blocks="auto")
+    bare = sparse.pad_map(sparse.submanifold_neighbors(sites), rows, rows, blocks="auto")
+    for algorithm in ("winograd", "auto"):
+        np.testing.assert_allclose(sparse.convolve(x, kernels, bare, algorithm=algorithm), expected, rtol=1e-6)
 
 
 def test_permuted_scans_give_permuted_outputs():

@@ -13,6 +13,7 @@ from h2a2_jax import sparse
 from tests.sparse.transcription import TABLES, convolve, gradients, padded, pairs_of, random_sites, table_of
 
 ALGORITHMS = ("segment_sum", "gather", "tiles", "im2col", "pairs", "winograd")
+NATIVE = ("native",) if sparse.has_native() else ()
 WINOGRAD_ROUNDS = 20
 """Times the tolerance of the others: its transforms add numbers larger than the result."""
 SELECTIONS = ("one kernel", "gamma")
@@ -100,13 +101,13 @@ def test_one_scan():
         check(got, table, kmap, *data, pairs, 1e-12 * (WINOGRAD_ROUNDS if algorithm == "winograd" else 1))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, *NATIVE])
 def test_float32(algorithm):
     table = table_of("submanifold 3", counts=(200, 90))
-    kmap, pairs = padded(table), pairs_of("submanifold 3", table)
+    kmap, pairs = padded(table), pairs_of("submanifold 3", table)  # with blocks in use
     data = draw(table, "gamma")
     single = [None if a is None else a.astype(np.float32) if a.dtype == float else a for a in data]
-    tolerance = 1e-6 * (WINOGRAD_ROUNDS if algorithm == "winograd" else 1)
+    tolerance = 1e-6 * (WINOGRAD_ROUNDS if algorithm in ("winograd", "native") else 1)
     check(run(kmap, algorithm, *single), table, kmap, *data, pairs, tolerance)
 
 

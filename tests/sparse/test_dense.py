@@ -11,6 +11,8 @@ from jax import lax
 from h2a2_jax import sparse
 from tests.sparse.test_derivatives import assert_equal_modes
 
+NATIVE = ("native",) if sparse.has_native() else ()
+
 CASES = {
     # name: axes, kind, kernel, stride, dilation, groups, algorithm
     "2-D, odd": (2, "submanifold", (3, 3), 1, 1, 1, "gather"),
@@ -126,7 +128,7 @@ def test_sparse_equals_dense_in_every_mode(case):
 
 
 @pytest.mark.parametrize("channels", [(1, 257), (257, 1)], ids=str)
-@pytest.mark.parametrize("algorithm", ["segment_sum", "gather", "tiles", "im2col", "pairs", "winograd"])
+@pytest.mark.parametrize("algorithm", ["segment_sum", "gather", "tiles", "im2col", "pairs", "winograd", *NATIVE])
 def test_single_precision_with_one_and_many_channels(algorithm, channels):
     """1e-6 of the largest value; Winograd's transforms 1e-5."""
     sites = sparse.site_set(np.argwhere(np.random.default_rng(0).random((1, 9, 9, 9)) < 0.6))
@@ -143,5 +145,5 @@ def test_single_precision_with_one_and_many_channels(algorithm, channels):
     with jax.enable_x64(True):
         exact = jax.jit(both, static_argnums=2)(x.astype(float), w.astype(float), "segment_sum")
     for name, ours, theirs in zip(("y", "dx", "dw"), got, exact, strict=True):
-        bound = (1e-5 if algorithm == "winograd" else 1e-6) * np.abs(theirs).max()
+        bound = (1e-5 if algorithm in ("winograd", "native") else 1e-6) * np.abs(theirs).max()
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=bound, err_msg=name)

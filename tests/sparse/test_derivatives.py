@@ -13,6 +13,8 @@ from h2a2_jax import sparse
 from tests.sparse.test_conv import ALGORITHMS, draw, kind_for
 from tests.sparse.transcription import padded, random_sites, table_of
 
+NATIVE = ("native",) if sparse.has_native() else ()
+
 TOLERANCE = 1e-9
 """Relative, in float64; Winograd's transforms round some 20 times as much as the rest."""
 
@@ -169,7 +171,7 @@ def test_maps_may_be_arguments_of_a_transformed_function():
 
 def test_half_precision_in_forward_mode():
     kmap, (x, kernels), ways, _ = problem("submanifold 3", "one kernel")
-    for algorithm in ALGORITHMS:
+    for algorithm in (*ALGORITHMS, *NATIVE):
         function = partial(sparse.convolve, kernel_map=kmap, algorithm=algorithm)
         args, dots = (tuple(jnp.asarray(a, jnp.bfloat16) for a in values) for values in ((x, kernels), ways))
         y, dy = jax.jvp(function, args, dots)
@@ -181,8 +183,8 @@ def test_half_precision_in_forward_mode():
 
 @pytest.mark.parametrize(
     ("algorithm", "kind"),
-    [(a, AxisType.Auto) for a in ("gather", "tiles", "im2col", "pairs", "winograd")]
-    + [(a, AxisType.Explicit) for a in ("gather", "tiles")],
+    [(a, AxisType.Auto) for a in ("gather", "tiles", "im2col", "pairs", "winograd", *NATIVE)]
+    + [(a, AxisType.Explicit) for a in ("gather", "tiles", *NATIVE)],
     ids=str,
 )
 def test_replicated_kernels_under_shard_map(algorithm, kind):
@@ -205,7 +207,8 @@ def test_replicated_kernels_under_shard_map(algorithm, kind):
     np.testing.assert_allclose(sharded(kernels, xs), expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_explicit_sharding_of_a_batch():
+@pytest.mark.parametrize("algorithm", ["gather", *NATIVE])
+def test_explicit_sharding_of_a_batch(algorithm):
     """A stack of scans over a mesh with explicit axes, kernels replicated."""
     kmap, (x, kernels), _, weight = problem("submanifold 3", "one kernel")
     xs = jnp.asarray(np.stack([x, x[::-1]]), jnp.float32)
@@ -213,7 +216,7 @@ def test_explicit_sharding_of_a_batch():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
 
     def loss(kernels, xs):
-        return (jax.vmap(lambda x: sparse.convolve(x, kernels, kmap, algorithm="gather"))(xs) * weight).sum()
+        return (jax.vmap(lambda x: sparse.convolve(x, kernels, kmap, algorithm=algorithm))(xs) * weight).sum()
 
     expected = jax.grad(loss)(kernels, xs)
     with jax.set_mesh(mesh):
@@ -222,7 +225,7 @@ def test_explicit_sharding_of_a_batch():
     np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("algorithm", ["auto", "gather"])
+@pytest.mark.parametrize("algorithm", ["auto", "gather", *NATIVE])
 def test_export_carries_the_form_of_each_platform(algorithm):
     kmap, (x, kernels), _, _ = problem("submanifold 3", "one kernel", counts=(9,))
     exported = jax.export.export(

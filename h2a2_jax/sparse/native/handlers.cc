@@ -43,25 +43,30 @@ struct Forms {
   const PoolForm* pools;
 };
 
-Forms choose_forms() {
-  const char* limit = std::getenv("H2A2_NATIVE_FORM");  // a form by name, for tests
-  const auto allowed = [limit](const char* name) { return !limit || !*limit || std::strcmp(limit, name) == 0; };
+// Forms that this machine can run, the fastest first.
+const std::vector<Forms>& usable_forms() {
+  static const std::vector<Forms> usable = [] {
+    std::vector<Forms> found;
 #ifdef H2A2_X86
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
-  if (avx512 && allowed("avx512")) return {"avx512", &avx512::kPairForm, &avx512::kBlockForm, &avx512::kPoolForm};
-  if (avx2 && allowed("avx2")) return {"avx2", &avx2::kPairForm, &avx2::kBlockForm, &avx2::kPoolForm};
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+    if (has_avx512) found.push_back({"avx512", &avx512::kPairForm, &avx512::kBlockForm, &avx512::kPoolForm});
+    if (has_avx2) found.push_back({"avx2", &avx2::kPairForm, &avx2::kBlockForm, &avx2::kPoolForm});
 #endif
-  (void)allowed;
-  return {"portable", &portable::kPairForm, &portable::kBlockForm, &portable::kPoolForm};
+    found.push_back({"portable", &portable::kPairForm, &portable::kBlockForm, &portable::kPoolForm});
+    return found;
+  }();
+  return usable;
 }
 
-const Forms& forms() {
-  static const Forms chosen = choose_forms();
+std::atomic<const Forms*>& chosen_form() {
+  static std::atomic<const Forms*> chosen{&usable_forms().front()};
   return chosen;
 }
+
+const Forms& forms() { return *chosen_form(); }
 
 // ---------------------------------------------------------------- memory and threads
 
@@ -251,7 +256,7 @@ std::vector<std::vector<int64_t>> chunks_by_scan(const Indices& scan, int64_t co
 }
 
 void transform_packed(ffi::ThreadPool& pool, const float* packed, int64_t size, float* transformed) {
-  const int64_t parts = 64, step = (size / parts + 63) / 64 * 64;
+  const int64_t step = (size / 64 + 64) / 64 * 64;
   run_parallel(pool, (size + step - 1) / step, [=](int64_t i) {
     forms().blocks->transform_kernels(packed, i * step, std::min(size, (i + 1) * step), size, transformed);
   });
@@ -425,7 +430,7 @@ void gradient_of_blocks(ffi::ThreadPool& pool, const Rows& x, const Rows& g, con
       });
     }
     const Scratch kernels(to.volume * size);
-    const int64_t step = (size / 64 + 63) / 64 * 64;
+    const int64_t step = (size / 64 + 64) / 64 * 64;
     run_parallel(pool, (size + step - 1) / step, [=, total = sum.data(), result = kernels.data()](int64_t i) {
       forms().blocks->transpose_kernels(total, i * step, std::min(size, (i + 1) * step), size, result);
     });
@@ -504,6 +509,7 @@ H2A2_EXPORT XLA_FFI_Error* h2a2_differentiate(XLA_FFI_CallFrame*);
 H2A2_EXPORT XLA_FFI_Error* h2a2_max_pool(XLA_FFI_CallFrame*);
 H2A2_EXPORT XLA_FFI_Error* h2a2_max_pool_gradient(XLA_FFI_CallFrame*);
 H2A2_EXPORT const char* h2a2_form();
+H2A2_EXPORT int h2a2_choose_form(const char* name);
 H2A2_EXPORT void h2a2_release_memory();
 }
 
@@ -556,4 +562,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(h2a2_max_pool_gradient, h2a2::max_pool_gradient,
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()); // [n, channels]
 
 const char* h2a2_form() { return h2a2::forms().name; }
+
+// Takes another form that this machine can run, for tests and benchmarks; returns 0 where it cannot.
+int h2a2_choose_form(const char* name) {
+  for (const auto& form : h2a2::usable_forms())
+    if (std::strcmp(form.name, name) == 0) {
+      h2a2::chosen_form() = &form;
+      return 1;
+    }
+  return 0;
+}
 void h2a2_release_memory() { h2a2::Scratch::release(); }
