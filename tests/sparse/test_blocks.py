@@ -117,7 +117,7 @@ def test_blocks_that_do_not_pay_never_give_zeros():
     x, kernels = jnp.ones((kmap.in_capacity, 2)), jnp.ones((1, 27, 2, 2))
     expected = sparse.convolve(x, kernels, kmap, algorithm="gather")
     np.testing.assert_allclose(sparse.convolve(x, kernels, kmap, algorithm="winograd"), expected, rtol=1e-6)
-    rows = sparse.pad_sites(sites, len(sites))
+    rows = sparse.pad_sites(sites, kmap.in_capacity)
     bare = sparse.pad_map(sparse.submanifold_neighbors(sites), rows, rows, blocks="auto")
     for algorithm in ("winograd", "auto"):
         np.testing.assert_allclose(sparse.convolve(x, kernels, bare, algorithm=algorithm), expected, rtol=1e-6)
