@@ -49,7 +49,7 @@ class BuildForms(build_ext):
                 depends=ext.depends,
             )
         objects += self.compiler.compile(
-            [str(SOURCES / "handlers.cc")],
+            [str(SOURCES / "handlers.cc"), str(SOURCES / "maps.cc")],
             output_dir=self.build_temp,
             macros=[("H2A2_X86", "1")] if IS_X86 else [],
             include_dirs=[include],

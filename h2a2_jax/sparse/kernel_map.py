@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from h2a2_jax.sparse.neighbors import KINDS, NeighborTable, check_rows, submanifold_neighbors
+from h2a2_jax.sparse import native_maps
+from h2a2_jax.sparse.neighbors import KINDS, NeighborTable, check_rows, find_neighbors, submanifold_neighbors
 from h2a2_jax.sparse.sites import (
     Sites,
     SiteSet,
     check_count,
     check_set,
     downsample,
-    find_keys,
     kernel_offsets,
     pack_keys,
 )
@@ -116,6 +116,17 @@ def cut_pairs(table: NeighborTable, in_capacity: int, out_capacity: int, tile: i
     capacity = (half if mirrored else volume) * (-(-most // tile) + num_scans)
     if mirrored:
         capacity += -(-most // (2 * tile)) + num_scans
+    if loaded := native_maps.library():
+        in_rows, out_rows, offset, scan, count = native_maps.cut(
+            loaded,
+            np.ascontiguousarray(table.rows, np.int32),
+            half if mirrored else volume,
+            np.searchsorted(table.outputs.scan, np.arange(num_scans + 1)),
+            (in_capacity, out_capacity),
+            (capacity, tile),
+            mirrored,
+        )
+        return PairTiles(in_rows, out_rows, offset, scan, np.asarray(count, np.int32), mirrored)
     in_rows = np.tile(in_capacity + np.arange(tile, dtype=np.int32), (capacity, 1))
     out_rows = np.tile(out_capacity + np.arange(tile, dtype=np.int32), (capacity, 1))
     offset, scan = np.zeros(capacity, np.int32), np.zeros(capacity, np.int32)
@@ -196,40 +207,50 @@ def cut_blocks(table: NeighborTable, capacity: int, *, always: bool = False) -> 
     sites = table.inputs
     most = capacity if always else int(27 * capacity / (TILE**3 * MIN_GAIN))
     chunks = max(1, -(-most // CHUNK) + sites.num_scans)
-    rows = np.full((chunks, CHUNK, TILE, TILE, TILE), capacity, np.int32)
+    rows = np.full((chunks, TILE**3, CHUNK), capacity, np.int32)
     scan = np.zeros(chunks, np.int32)
     blocks = downsample(sites, BLOCK)
     per_scan = np.bincount(blocks.scan, minlength=sites.num_scans)
     used = -(-per_scan // CHUNK)
-    pairs = int((table.rows >= 0).sum())
-    pays = len(sites) > 0 and (always or block_gain(pairs, CHUNK * int(used.sum())) >= MIN_GAIN)
+    pairs, count = int(np.count_nonzero(table.rows >= 0)), int(used.sum())
+    pays = len(sites) > 0 and (always or block_gain(pairs, CHUNK * count) >= MIN_GAIN)
     if pays:
         first = (np.cumsum(used) - used)[blocks.scan] * CHUNK  # place of each scan's first block
         place = first + np.arange(len(blocks)) - (np.cumsum(per_scan) - per_scan)[blocks.scan]
-        rows.reshape(-1, TILE, TILE, TILE)[place] = _with_border(table, capacity)
-        scan[: int(used.sum())] = np.repeat(np.arange(sites.num_scans), used)
-    rows = np.ascontiguousarray(rows.transpose(0, 2, 3, 4, 1))
-    return SiteBlocks(rows, scan, np.asarray(used.sum() if pays else 0, np.int32))
+        block_at = np.full(count * CHUNK, len(blocks), np.int32)
+        block_at[place] = np.arange(len(blocks))
+        _fill_blocks(rows[:count], table, blocks, block_at.reshape(count, CHUNK))
+        scan[:count] = np.repeat(np.arange(sites.num_scans), used)
+    rows = rows.reshape(chunks, TILE, TILE, TILE, CHUNK)
+    return SiteBlocks(rows, scan, np.asarray(count if pays else 0, np.int32))
 
 
-def _with_border(table: NeighborTable, missing: int) -> np.ndarray:
-    """Row of the site at every place of each block and its border, int32 [blocks, 6, 6, 6], axes z, y, x."""
+def _fill_blocks(
+    out: Int[np.ndarray, "c p n"], table: NeighborTable, blocks: SiteSet, block_at: Int[np.ndarray, "c n"]
+) -> None:
+    """Write the row of the site at every place of each block and its border, where there is one.
+
+    Args:
+        out: int32 [chunks, 6^3, blocks of a chunk], filled with the row that stands for none.
+        table: table of the sites.
+        blocks: the blocks.
+        block_at: block in each place of a chunk; the number of blocks where there is none.
+    """
     sites = table.inputs
-    blocks = downsample(sites, BLOCK)
-    inner = np.full((len(blocks) + 1, BLOCK, BLOCK, BLOCK), missing, np.int32)  # one more: an empty block
-    corner = sites.coords
-    corner[:, 1:] -= corner[:, 1:] % blocks.strides
-    x, y, z = ((sites.coords - corner)[:, 1:] // sites.strides).T
-    inner[find_keys(blocks.keys, pack_keys(corner)), z, y, x] = np.arange(len(sites), dtype=np.int32)
+    inner = np.full((BLOCK**3, len(blocks) + 1), out.flat[0], np.int32)  # one more: an empty block
+    found = find_neighbors(sites, blocks, kernel_offsets(BLOCK) * np.array(sites.strides))
+    np.copyto(inner[:, :-1], found, where=found >= 0)
     around = submanifold_neighbors(blocks).rows
-    around = np.where(around >= 0, around, len(blocks))
-    out = np.empty((len(blocks), TILE, TILE, TILE), np.int32)
-    # Along an axis, the neighbour at -1 gives its last layer, the block itself all its layers, that at +1 its first.
-    to = (slice(0, 1), slice(1, TILE - 1), slice(TILE - 1, TILE))
-    of = (slice(BLOCK - 1, BLOCK), slice(0, BLOCK), slice(0, 1))
-    for (x, y, z), neighbor in zip(kernel_offsets(3) + 1, around, strict=True):
-        out[:, to[z], to[y], to[x]] = inner[neighbor][:, of[z], of[y], of[x]]
-    return out
+    around = np.pad(np.where(around >= 0, around, len(blocks)), ((0, 0), (0, 1)), constant_values=len(blocks))
+    # Along an axis place p of the border's 6 is place (p - 1) % 4 of the neighbour at 0, 1 or 2.
+    place = np.arange(TILE)
+    side, within = (place + BLOCK - 1) // BLOCK, (place - 1) % BLOCK
+    z, y, x = np.meshgrid(*[place] * 3, indexing="ij")
+    neighbor = (side[x] + 3 * side[y] + 9 * side[z]).ravel()
+    cell = ((within[z] * BLOCK + within[y]) * BLOCK + within[x]).ravel()
+    first = (cell * inner.shape[1]).astype(np.int32)
+    for chunk, near in zip(out, around[:, block_at].swapaxes(0, 1), strict=True):
+        inner.reshape(-1).take(near[neighbor] + first[:, None], out=chunk, mode="clip")
 
 
 # ---------------------------------------------------------------- maps
@@ -334,14 +355,21 @@ def pad_map(
             f"blocks serve submanifold maps of 3^3 offsets without dilation; this one is {table.kind} with "
             f"{len(table.rows)} offsets."
         )
-    count = len(table.outputs)
-    neighbors = np.empty((len(table.rows), outputs.capacity), np.int32)
-    # Without sign a missing neighbour, -1, is the largest number: the minimum puts the capacity in its place.
-    np.minimum(table.rows.view(np.uint32), np.uint32(inputs.capacity), out=neighbors[:, :count].view(np.uint32))
-    neighbors[:, count:] = inputs.capacity
+    neighbors = _pad_rows(table, inputs.capacity, outputs.capacity)
     tiles = None if tile_size is None else cut_pairs(table, inputs.capacity, outputs.capacity, tile_size)
     cut = None if blocks is None else cut_blocks(table, inputs.capacity, always=blocks == "always")
     return KernelMap(neighbors, inputs, outputs, tiles, table.kind, cut, table.kernel_size)
+
+
+def _pad_rows(table: NeighborTable, in_capacity: int, out_capacity: int) -> Int[np.ndarray, "v n"]:
+    if loaded := native_maps.library():
+        return native_maps.pad(loaded, np.ascontiguousarray(table.rows, np.int32), in_capacity, out_capacity)
+    count = len(table.outputs)
+    neighbors = np.empty((len(table.rows), out_capacity), np.int32)
+    # Without sign a missing neighbour, -1, is the largest number: the minimum puts the capacity in its place.
+    np.minimum(table.rows.view(np.uint32), np.uint32(in_capacity), out=neighbors[:, :count].view(np.uint32))
+    neighbors[:, count:] = in_capacity
+    return neighbors
 
 
 _COMPARED = 64
@@ -434,6 +462,6 @@ def union_rows(part: SiteSet, whole: SiteSet, part_capacity: int, whole_capacity
     for sites in (part, whole):
         check_set("union_rows", sites)
     rows = np.full(whole_capacity, part_capacity, np.int32)
-    found = find_keys(part.keys, whole.keys)
+    found = find_neighbors(part, whole, np.zeros((1, whole.axes), np.int64))[0]
     rows[: len(whole)] = np.where(found >= 0, found, part_capacity)
     return rows

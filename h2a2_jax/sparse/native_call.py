@@ -8,7 +8,6 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jaxtyping import Array
 
+from h2a2_jax.sparse import native_maps
 from h2a2_jax.sparse.xla_cpu import vary_alike
 
 _log = logging.getLogger(__name__)
@@ -33,20 +33,19 @@ def library() -> ctypes.CDLL | None:
 
     The first call says so once where they could be there.
     """
-    if os.environ.get("H2A2_NATIVE", "1") == "0":
-        return None
-    files = sorted(Path(__file__).parent.glob("_native*.so")) + sorted(Path(__file__).parent.glob("_native*.pyd"))
-    if not files:
-        _log.warning("convolutions run on XLA alone; compiled kernels are faster: %s.", _HOW)
+    file = native_maps.extension()
+    if file is None:
+        if os.environ.get("H2A2_NATIVE", "1") != "0":
+            _log.warning("convolutions run on XLA alone; compiled kernels are faster: %s.", _HOW)
         return None
     try:
-        loaded = ctypes.CDLL(str(files[0]))
+        loaded = ctypes.CDLL(str(file))
         for name in _TARGETS:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
     except (OSError, AttributeError, RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:
         _log.warning(
             "convolutions run on XLA alone: the compiled kernels in %s cannot be used here (%s); %s anew.",
-            files[0].name,
+            file.name,
             str(error).splitlines()[0],
             _HOW,
         )

@@ -1,14 +1,16 @@
 """Tables of neighbours on the host: the input row that each offset of a kernel brings to each output site."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.sparse import native_maps
 from h2a2_jax.sparse.sites import (
+    MAX_REACH,
     PerAxis,
     SiteSet,
     check_set,
@@ -69,15 +71,8 @@ def submanifold_neighbors(sites: SiteSet, kernel_size: PerAxis = 3, dilation: Pe
     sizes = per_axis(kernel_size, sites.axes, name="kernel_size")
     offsets = voxel_offsets(sizes, dilation, sites.strides, sites.axes)
     if any(k % 2 == 0 for k in sizes):
-        return NeighborTable(_neighbors(sites, sites, offsets), sites, sites, "submanifold", offsets, sizes)
-    rows = np.full((len(offsets), len(sites)), MISSING, np.int32)
-    rows[len(offsets) // 2] = np.arange(len(sites), dtype=np.int32)
-    # Whole runs along the last axis, and of the centre's run the part behind it.
-    half = np.flatnonzero(key_offsets(offsets) > 0)
-    for j, found, centres in _search(sites.keys, sites.keys, offsets[half]):
-        rows[half[j]][centres] = found
-        rows[-1 - half[j]][found] = centres
-    return NeighborTable(rows, sites, sites, "submanifold", offsets, sizes)
+        return NeighborTable(find_neighbors(sites, sites, offsets), sites, sites, "submanifold", offsets, sizes)
+    return NeighborTable(_mirrored_neighbors(sites, offsets), sites, sites, "submanifold", offsets, sizes)
 
 
 def strided_neighbors(
@@ -106,7 +101,7 @@ def strided_neighbors(
     check_sets("strided_neighbors", inputs, outputs)
     sizes = per_axis(kernel_size, inputs.axes, name="kernel_size")
     offsets = voxel_offsets(sizes, dilation, inputs.strides, inputs.axes, padding=padding)
-    return NeighborTable(_neighbors(inputs, outputs, offsets), inputs, outputs, "strided", offsets, sizes)
+    return NeighborTable(find_neighbors(inputs, outputs, offsets), inputs, outputs, "strided", offsets, sizes)
 
 
 def pool_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: PerAxis) -> NeighborTable:
@@ -124,7 +119,7 @@ def pool_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: PerAxis) -> N
     check_sets("pool_neighbors", inputs, outputs)
     sizes = per_axis(kernel_size, inputs.axes, name="kernel_size")
     offsets = voxel_offsets(sizes, 1, inputs.strides, inputs.axes)
-    return NeighborTable(_neighbors(inputs, outputs, offsets), inputs, outputs, "pool", offsets, sizes)
+    return NeighborTable(find_neighbors(inputs, outputs, offsets), inputs, outputs, "pool", offsets, sizes)
 
 
 def generative_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: PerAxis) -> NeighborTable:
@@ -142,7 +137,7 @@ def generative_neighbors(inputs: SiteSet, outputs: SiteSet, kernel_size: PerAxis
     check_sets("generative_neighbors", outputs, inputs)
     sizes = per_axis(kernel_size, inputs.axes, name="kernel_size")
     offsets = -voxel_offsets(sizes, 1, outputs.strides, inputs.axes)
-    return NeighborTable(_neighbors(inputs, outputs, offsets), inputs, outputs, "generative", offsets, sizes)
+    return NeighborTable(find_neighbors(inputs, outputs, offsets), inputs, outputs, "generative", offsets, sizes)
 
 
 def inverse_neighbors(table: NeighborTable) -> NeighborTable:
@@ -216,29 +211,55 @@ def check_rows(table: NeighborTable) -> None:
             )
 
 
-def _neighbors(inputs: SiteSet, outputs: SiteSet, offsets: Int[np.ndarray, "v d"]) -> Int[np.ndarray, "v n"]:
+def find_neighbors(inputs: SiteSet, outputs: SiteSet, offsets: Int[np.ndarray, "v d"]) -> Int[np.ndarray, "v n"]:
+    """Input row at each offset (finest voxels) from each output site, int32, -1 where there is none."""
+    moves, runs = key_offsets(offsets), _runs(offsets)
+    if loaded := native_maps.library():
+        return native_maps.search(loaded, inputs.keys, outputs.keys, moves, runs, mirrored=False)
     rows = np.full((len(offsets), len(outputs)), MISSING, np.int32)
-    for j, found, centres in _search(inputs.keys, outputs.keys, offsets):
+    for j, found, centres in _search(inputs.keys, outputs.keys, moves, runs):
         rows[j][centres] = found
     return rows
 
 
-def _search(
-    keys: Int[np.ndarray, " n"], centres: Int[np.ndarray, " m"], offsets: Int[np.ndarray, "v d"]
-) -> Iterator[tuple[int, Int[np.ndarray, " p"], Int[np.ndarray, " p"]]]:
-    """For each offset j the pairs (row in keys, row in centres) with key = centre + offset; both are sorted.
-
-    Offsets that differ in z alone, the last axis, form a run, where keys are adjacent: one search finds the first key
-    at or behind the run's first site, the next ones follow by comparing with the next key.
-    """
-    ends = np.append(keys, np.iinfo(np.int64).max)
+def _mirrored_neighbors(sites: SiteSet, offsets: Int[np.ndarray, "v d"]) -> Int[np.ndarray, "v n"]:
     moves = key_offsets(offsets)
+    # Whole runs along the last axis, and of the centre's run the part behind it.
+    runs = _runs(offsets, moves > 0)
+    if loaded := native_maps.library():
+        return native_maps.search(loaded, sites.keys, sites.keys, moves, runs, mirrored=True)
+    rows = np.full((len(offsets), len(sites)), MISSING, np.int32)
+    rows[len(offsets) // 2] = np.arange(len(sites), dtype=np.int32)
+    for j, found, centres in _search(sites.keys, sites.keys, moves, runs):
+        rows[j][centres] = found
+        rows[-1 - j][found] = centres
+    return rows
+
+
+def _runs(offsets: Int[np.ndarray, "v d"], chosen: Bool[np.ndarray, " v"] | None = None) -> list[list[int]]:
+    """Chosen offsets by run: those that differ in z alone, the last axis, ascending."""
     runs: dict[tuple[int, ...], list[int]] = {}
     for j in np.argsort(offsets[:, -1], kind="stable"):
-        runs.setdefault(tuple(offsets[j, :-1].tolist()), []).append(int(j))
-    for run in runs.values():
+        if chosen is None or chosen[j]:
+            runs.setdefault(tuple(offsets[j, :-1].tolist()), []).append(int(j))
+    return list(runs.values())
+
+
+def _search(
+    keys: Int[np.ndarray, " n"],
+    centres: Int[np.ndarray, " m"],
+    moves: Int[np.ndarray, " v"],
+    runs: Sequence[Sequence[int]],
+) -> Iterator[tuple[int, Int[np.ndarray, " p"], Int[np.ndarray, " p"]]]:
+    """For each offset j the pairs (row in keys, row in centres) with key = centre + move; both are sorted.
+
+    In a run keys are adjacent: one search finds the first key at or behind the run's first site, the next ones follow
+    by comparing with the next key.
+    """
+    ends = np.append(keys, np.iinfo(np.int64).max)
+    for run in runs:
         first = centres + moves[run[0]]
-        if centres is keys and moves[run[0]] > 0 and not offsets[run[0], :-1].any():
+        if centres is keys and 0 < moves[run[0]] <= MAX_REACH:
             position = np.arange(1, len(keys) + 1)  # the next site in z can only lie behind the site itself
         else:
             position = _lower_bounds(keys, first)

@@ -111,6 +111,8 @@ def per_axis(value: Any, axes: int = 3, *, name: str = "size", least: int = 1) -
     Raises:
         ValueError: other numbers, or not one per axis.
     """
+    if type(value) is int and value >= least:  # the usual case, many times a batch
+        return (value,) * axes
     many = isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0)
     numbers = list(value) if many else [value] * axes
     if len(numbers) == 2 and axes == 3:
@@ -234,8 +236,11 @@ def _check_reach(reach: int, limit: int) -> None:
 def unpack_keys(keys: Int[np.ndarray, " n"], axes: int = 3) -> Int[np.ndarray, "n d"]:
     """(scan, x, y, z) rows, int32, of int64 keys; (scan, x, y, z, t) of keys with four axes."""
     fields = key_fields(axes)
-    parts = [keys >> fields.scan_shift] + [((keys >> s) & fields.mask) - fields.bias for s in fields.shifts]
-    return np.stack(parts, -1).astype(np.int32)
+    coords = np.empty((len(keys), 1 + axes), np.int32)
+    coords[:, 0] = keys >> fields.scan_shift
+    for axis, shift in enumerate(fields.shifts):
+        coords[:, 1 + axis] = ((keys >> shift) & fields.mask) - fields.bias
+    return coords
 
 
 def key_offsets(offsets: Int[np.ndarray, "v d"]) -> Int[np.ndarray, " v"]:
@@ -244,9 +249,15 @@ def key_offsets(offsets: Int[np.ndarray, "v d"]) -> Int[np.ndarray, " v"]:
     return sum((offsets[:, i].astype(np.int64) << shift) for i, shift in enumerate(shifts))  # type: ignore[return-value]
 
 
-def sorted_unique(keys: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
-    """Sorted distinct keys (by sort and difference: np.unique hashes and is many times slower)."""
-    keys = np.sort(keys)
+def sorted_unique(keys: Int[np.ndarray, " n"], *, runs: bool = False) -> Int[np.ndarray, " m"]:
+    """Sorted distinct keys (by sort and difference: np.unique hashes and is many times slower).
+
+    Args:
+        keys: in any order.
+        runs: if True, the keys are a few sorted lists, one after the other, or nearly sorted; a stable sort merges them
+            in a quarter of the time.
+    """
+    keys = np.sort(keys, kind="stable" if runs else None)
     return keys[_starts(keys)]
 
 
@@ -641,7 +652,7 @@ def downsample(sites: SiteSet, factor: PerAxis) -> SiteSet:
         coords[:, 1:] = np.floor_divide(coords[:, 1:], strides) * strides
         keys = pack_keys(coords)
     lineage = (factors, sites.lineage)
-    return SiteSet(sorted_unique(keys), shorten(strides), sites.num_scans, sites.axes, lineage)
+    return SiteSet(sorted_unique(keys, runs=True), shorten(strides), sites.num_scans, sites.axes, lineage)
 
 
 def generate(sites: SiteSet, kernel_size: PerAxis, factor: PerAxis = 2) -> SiteSet:
@@ -666,7 +677,7 @@ def generate(sites: SiteSet, kernel_size: PerAxis, factor: PerAxis = 2) -> SiteS
         int(np.abs(((sites.keys >> shift) & fields.mask) - fields.bias).max(initial=0)) for shift in fields.shifts
     )
     _check_reach(reach + int(np.abs(offsets).max(initial=0)), fields.reach.derived)
-    keys = sorted_unique((sites.keys[None, :] + key_offsets(offsets)[:, None]).ravel())
+    keys = sorted_unique((sites.keys[None, :] + key_offsets(offsets)[:, None]).ravel(), runs=True)
     lineage = (generated_identity("{}", kernel_size, factor, sites.axes), sites.lineage)
     return SiteSet(keys, shorten(strides), sites.num_scans, sites.axes, lineage)
 
@@ -696,7 +707,7 @@ def unite(a: SiteSet, b: SiteSet) -> SiteSet:
             f"a union needs one stride and one number of axes, given strides {a.stride} and {b.stride}, "
             f"{a.axes} and {b.axes} axes."
         )
-    keys = sorted_unique(np.concatenate([a.keys, b.keys]))
+    keys = sorted_unique(np.concatenate([a.keys, b.keys]), runs=True)
     return SiteSet(keys, a.stride, max(a.num_scans, b.num_scans), a.axes, ("unite({}, {})", a.lineage, b.lineage))
 
 

@@ -217,8 +217,8 @@ def test_an_environment_variable_turns_the_kernels_off():
 def test_missing_kernels_are_said_once(tmp_path):
     """As on a machine where no compiler was found at installation."""
     code = (
-        "import h2a2_jax.sparse.native_call as call\n"
-        f"call.__file__ = {str(tmp_path / 'native_call.py')!r}\n"
+        "from h2a2_jax.sparse import native_call as call, native_maps\n"
+        f"native_maps.__file__ = {str(tmp_path / 'native_maps.py')!r}\n"
         "print(call.has_native(), call.has_native())\n"
     )
     out, errors = python(code)
@@ -229,8 +229,8 @@ def test_missing_kernels_are_said_once(tmp_path):
 def test_kernels_of_another_version_are_refused_by_name(tmp_path):
     (tmp_path / "_native.so").write_bytes(b"no library")
     code = (
-        "import h2a2_jax.sparse.native_call as call\n"
-        f"call.__file__ = {str(tmp_path / 'native_call.py')!r}\n"
+        "from h2a2_jax.sparse import native_call as call, native_maps\n"
+        f"native_maps.__file__ = {str(tmp_path / 'native_maps.py')!r}\n"
         "print(call.has_native())\n"
     )
     out, errors = python(code)
