@@ -94,15 +94,15 @@ def compile_job(
     config = DetectorConfig(selection=SelectionConfig() if job.form == "sfks" else None)
     heads, one = [HeadConfig("scan", 18, 6)], DatasetContext.one(0, 1)
 
-    def build() -> TR3D:
-        return TR3D(config, heads, rngs=nnx.Rngs(0))
+    def build(key: Any) -> TR3D:
+        model = TR3D(config, heads, rngs=nnx.Rngs(key))
+        return fold(model, one, 0) if job.kind == "forward" else model
 
-    def make() -> nnx.State:
-        model = build()
-        return nnx.state(fold(model, one, 0) if job.kind == "forward" else model)
+    def make(key: Any) -> nnx.State:
+        return nnx.state(build(key))
 
-    model = nnx.eval_shape(lambda: fold(build(), one, 0) if job.kind == "forward" else build())
-    state = jax.jit(make)()
+    model = nnx.eval_shape(build, jax.random.key(0))
+    state = jax.jit(make)(jax.random.key(0))
     features = jnp.asarray(np.random.default_rng(0).random((plan.voxels.capacity, config.in_channels), np.float32))
     context = partial(ForwardContext, one, algorithm=job.algorithm)
 

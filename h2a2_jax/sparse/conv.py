@@ -247,7 +247,7 @@ def _has_explicit_axes() -> bool:
 
 def _is_one_choice(algorithm: str, gamma: Array, w: Array) -> bool:
     """Return True where a kernel an offset serves the one scan: it is selected once, and not tile by tile."""
-    return len(w) == 2 and len(gamma) == 1 and algorithm not in ("segment_sum", "native")
+    return len(w) == 2 and len(gamma) == 1 and algorithm != "segment_sum"
 
 
 def _select(w: Array, gamma: Array) -> Array:
