@@ -47,6 +47,7 @@ from h2a2_jax.models import (
     fits_layout,
     pad_plan,
 )
+from h2a2_jax.sparse.xla_cpu import compiler_options
 
 WIDTHS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -236,7 +237,7 @@ def _compile(function: Any, arguments: tuple) -> tuple[Callable[..., Any], dict[
     start = time.perf_counter()
     lowered = jax.jit(function, donate_argnums=(0, 1) if len(arguments) == 4 else ()).lower(*arguments)
     traced = time.perf_counter()
-    program = lowered.compile()
+    program = lowered.compile(compiler_options())
     seconds = time.perf_counter() - traced
     memory = program.memory_analysis()
     cost = {

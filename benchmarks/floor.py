@@ -49,6 +49,7 @@ from h2a2_jax.models import (
 )
 from h2a2_jax.sparse import native_maps
 from h2a2_jax.sparse.conv import Algorithm
+from h2a2_jax.sparse.xla_cpu import compiler_options
 
 PASSES = ("forward", "step")
 FORMS = ("tr3d", "sfks")
@@ -61,7 +62,7 @@ class Job:
 
     form: str
     kind: str
-    algorithm: str
+    algorithm: Algorithm
 
     @property
     def name(self) -> str:
@@ -82,7 +83,7 @@ def make_plan(points: np.ndarray, config: DetectorConfig) -> DetectorPlan:
 
 
 def compile_job(
-    job: Job, plan: DetectorPlan, options: dict[str, Any] | None = None
+    job: Job, plan: DetectorPlan, options: dict[str, str | bool] | None = None
 ) -> tuple[Callable[[DetectorPlan], object], dict[str, float]]:
     """A call of a pass on a plan, the seconds that compiling it took, and its temporaries in MB.
 
@@ -109,7 +110,7 @@ def compile_job(
     def forward(state: Any, features: Any, plan: Any) -> Any:
         return nnx.merge(nnx.graphdef(model), state)(features, plan, context(training=False))
 
-    graph, _, _ = nnx.split(model, nnx.Param, ...)
+    graph = nnx.split(model, nnx.Param, ...)[0]
     optimizer = optax.sgd(1e-4)
 
     def step(params: Any, rest: Any, features: Any, plan: Any) -> Any:
@@ -121,6 +122,7 @@ def compile_job(
         updates, _ = optimizer.update(grads, optimizer.init(params), params)
         return optax.apply_updates(params, updates), value
 
+    options = compiler_options() if options is None else options
     start = time.perf_counter()
     if job.kind == "forward":
         program = jax.jit(forward).lower(state, features, plan).compile(options)
@@ -136,8 +138,12 @@ def compile_job(
 
     del state
     memory = program.memory_analysis()
-    cost = {"compile_s": time.perf_counter() - start, "temporaries_mb": memory.temp_size_in_bytes / 1e6}
-    return call, cost
+    temporaries = float("nan") if memory is None else memory.temp_size_in_bytes / 1e6
+    return call, {"compile_s": time.perf_counter() - start, "temporaries_mb": temporaries}
+
+
+def _with_maps(call: Callable[[DetectorPlan], object], points: np.ndarray, config: DetectorConfig) -> object:
+    return call(make_plan(points, config))
 
 
 def run(scan: Path | None, jobs: Sequence[Job], *, repeats: int, memory: bool) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def run(scan: Path | None, jobs: Sequence[Job], *, repeats: int, memory: bool) -
     for job in jobs:
         call, costs[job.name] = compile_job(job, plan)
         timing.report(f"{job.name}: compiled in {costs[job.name]['compile_s']:.1f} s")
-        functions[job.name] = lambda call=call: call(make_plan(points, config))
+        functions[job.name] = partial(_with_maps, call, points, config)
     rounds: dict[str, list[float]] = {key: [] for key in functions}
     rates = []
     for turn in range(repeats):
@@ -165,7 +171,7 @@ def run(scan: Path | None, jobs: Sequence[Job], *, repeats: int, memory: bool) -
         for key, seconds in timing.alternate(functions, 1).items():
             rounds[key].append(seconds)
     floor = flops / max(rates)
-    seconds = {key: statistics.median(values) for key, values in rounds.items()}
+    medians = {key: statistics.median(values) for key, values in rounds.items()}
     result: dict[str, Any] = {
         "scan": {"name": name, "points": len(points), "sites": tables.sizes._asdict()},
         "machine": {"device": jax.devices()[0].device_kind, "cores": available_cores(), "jax": jax.__version__},
@@ -174,12 +180,12 @@ def run(scan: Path | None, jobs: Sequence[Job], *, repeats: int, memory: bool) -
         "gflop": flops / 1e9,
         "matmul_gflops": max(rates) / 1e9,
         "floor_ms": floor * 1e3,
-        "maps_ms": seconds["maps"] * 1e3,
+        "maps_ms": medians["maps"] * 1e3,
         "jobs": {
             job.name: {
-                "ms": seconds[job.name] * 1e3,
+                "ms": medians[job.name] * 1e3,
                 "least_ms": min(rounds[job.name]) * 1e3,
-                "over_floor": seconds[job.name] / (job.floors * floor),
+                "over_floor": medians[job.name] / (job.floors * floor),
                 **costs[job.name],
                 "peak_mb": _peak_of(scan, job) if memory else None,
             }

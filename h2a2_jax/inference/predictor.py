@@ -35,6 +35,7 @@ from h2a2_jax.loader.batching import BucketLadder, collate
 from h2a2_jax.models import TR3D, DetectorPlan, LevelSizes, PlanLayout, Predictions, fits_layout, pad_plan
 from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, load_or_skip
 from h2a2_jax.scans.specs import DatasetSpec
+from h2a2_jax.sparse.xla_cpu import compiler_options
 from h2a2_jax.typing import AnyArray
 
 _RATIO = 1.5
@@ -105,7 +106,7 @@ class Predictor:
             # One program serves all datasets: folded detectors differ in their parameters only.
             self._fold = jax.jit(partial(_fold, graph))
             graph = nnx.graphdef(nnx.eval_shape(partial(_fold_model, graph), self._state, *self._contexts(0)))
-        self._forward = jax.jit(partial(_forward, graph))
+        self._forward = jax.jit(partial(_forward, graph), compiler_options=compiler_options())
         self._folded_states: dict[int, nnx.State] = {}
         self._ladders: dict[int, BucketLadder] = {}
         self._lock = threading.Lock()

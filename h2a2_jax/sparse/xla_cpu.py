@@ -21,7 +21,7 @@ in front of a matmul) and in `winograd` (one gather for six chains); `benchmarks
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from operator import add
 from typing import Any
 
@@ -35,8 +35,30 @@ from jaxtyping import Array, Bool, Float, Int
 
 from h2a2_jax.typing import AnyArray
 
+WITHOUT_YNNPACK: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+"""Options of XLA's CPU compiler that give products to Eigen and not to YNNPACK."""
 _NEVER = 0x7FA5_5A3C
 """Bits of a float32 NaN that no computation makes."""
+
+
+def compiler_options() -> dict[str, str | bool] | None:
+    """Options for `jax.jit` of programs of convolutions, which are top-level programs; None where there are none.
+
+    On a CPU products go to Eigen, which is faster than YNNPACK for most of ours (`python -m
+    benchmarks.compiler_options`).
+    """
+    known = jax.default_backend() == "cpu" and knows_option(*WITHOUT_YNNPACK)
+    return dict(WITHOUT_YNNPACK) if known else None
+
+
+@cache
+def knows_option(name: str) -> bool:
+    """Return True if this version of XLA has an option of this name."""
+    try:
+        jax.jit(lambda: 0, compiler_options={name: ""}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def is_float(value: AnyArray) -> bool:

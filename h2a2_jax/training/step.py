@@ -33,6 +33,7 @@ from h2a2_jax.config import ExperimentConfig, OptimConfig
 from h2a2_jax.distributed import DATASET, REPLICA
 from h2a2_jax.loader.batching import Batch
 from h2a2_jax.models import DetectorConfig
+from h2a2_jax.sparse.xla_cpu import compiler_options
 from h2a2_jax.training.gradients import SelectionMetrics, Targets, dataset_gradients
 
 
@@ -163,7 +164,8 @@ def make_train_step(
     # With its outputs placed as its inputs, the second step finds the first one's program. Where there are several
     # processes, each gets all metrics.
     everywhere = NamedSharding(mesh, P()) if mesh.is_multi_process else None
-    return jax.jit(sharded, donate_argnums=0, out_shardings=(state_shardings(state, mesh), everywhere))
+    shardings = state_shardings(state, mesh), everywhere
+    return jax.jit(sharded, donate_argnums=0, out_shardings=shardings, compiler_options=compiler_options())
 
 
 def tensor_names(state: TrainState) -> list[str]:

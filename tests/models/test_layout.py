@@ -59,6 +59,6 @@ def test_tiles_follow_the_widths(tables):
     )
     sizes = [[kmap.tiles.in_rows.shape[1] for kmap in maps_of(plan)] for plan in (narrow, wide)]
     assert all(a >= b for a, b in zip(*sizes, strict=True))
-    assert sparse.choose_tile_size(1e4, 16) == 4096 and sparse.choose_tile_size(1e4, 256) == 1024
-    assert sparse.choose_tile_size(7e2, 128) == 1024 and sparse.choose_tile_size(0.0, 128) == 64
+    assert sparse.choose_tile_size(1e4, 16) == 2048 and sparse.choose_tile_size(1e4, 256) == 512
+    assert sparse.choose_tile_size(7e2, 128) == 512 and sparse.choose_tile_size(0.0, 128) == 64
     assert np.all(np.diff([sparse.choose_tile_size(n, 64) for n in (1e1, 1e2, 1e3, 1e4)]) >= 0)
