@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from scipy.spatial import cKDTree
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats.point_cloud import ColorRange, PointCloud, unit_colors
@@ -276,6 +275,8 @@ def surface_normals(points: Float[np.ndarray, "m 3"]) -> Float[np.ndarray, "n 3"
 
     A scan of fewer than 24 points has none.
     """
+    from scipy.spatial import cKDTree  # takes .2 s, for scans whose frame is to be found
+
     rng = np.random.default_rng(0)
     if len(points) > 1_000_000:
         points = points[rng.choice(len(points), 1_000_000, replace=False)]
