@@ -25,8 +25,16 @@ from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.distributed import MeshLayout, train_mesh
 from h2a2_jax.errors import INTERRUPTED, InputError
 from h2a2_jax.host import progress_interval
-from h2a2_jax.inference.input_files import FileScan, FoundInputs, PredictRequest, find_inputs, load_file, printable
-from h2a2_jax.inference.predictor import Predictor, build_predictor, predict_scans, prepare, skipped_lines
+from h2a2_jax.inference.input_files import (
+    FileScan,
+    FoundInputs,
+    InputFile,
+    PredictRequest,
+    find_inputs,
+    load_file,
+    printable,
+)
+from h2a2_jax.inference.predictor import PlannedPass, Predictor, build_predictor, predict_scans, prepare, skipped_lines
 from h2a2_jax.inference.results import document_of, scan_entry
 from h2a2_jax.inference.writers import ALL_BOXES, TABLE, check_output, write_document, write_scan, write_table
 from h2a2_jax.scans.sources import build_source, some
@@ -190,7 +198,7 @@ class Outcome:
         entries: `results.scan_entry` of each scan that was predicted.
         failed: by file, the sentence that says why it could not be predicted.
         remarks: by kind, the first remark and the names of all scans that have one that differs in numbers only.
-        seconds: time by stage: "load" (in a thread of its own), "maps", "network", "boxes", "write".
+        seconds: time by stage: "load" and "maps" (in a thread of their own), "network", "boxes", "write".
         interrupted: True if the user stopped the prediction.
     """
 
@@ -227,7 +235,7 @@ def predict_files(
     """
     spec = predictor.specs[0] if request.dataset is None else predictor.spec(request.dataset)
     outcome = Outcome(failed=dict(found.problems))
-    loads = [partial(load_file, file, request, spec) for file in found.files]
+    loads = [partial(_load, predictor, file, request, spec) for file in found.files]
     with tqdm(total=len(found.files), unit="scan", mininterval=progress_interval(), disable=None) as bar:
         try:
             for file, pending in zip(found.files, read_ahead(loads), strict=True):
@@ -275,9 +283,25 @@ def read_ahead(functions: Iterable[Callable[[], Item]]) -> Iterator[Future[Item]
         yield current
 
 
+@dataclass(frozen=True)
+class _LoadedFile:
+    """A file that was read, the maps of its pass, and the seconds that each took."""
+
+    file: FileScan
+    planned: PlannedPass
+    seconds: dict[str, float]
+
+
+def _load(predictor: Predictor, file: InputFile, request: PredictRequest, spec: DatasetSpec) -> _LoadedFile:
+    """Read a file and make its maps, while the network runs on the file before."""
+    loaded = load_file(file, request, spec)
+    seconds = {"load": loaded.seconds}
+    return _LoadedFile(loaded, predictor.plan([prepare(loaded.scan, spec)], seconds), seconds)
+
+
 def _predict_file(
     predictor: Predictor,
-    pending: Future[FileScan],
+    pending: Future[_LoadedFile],
     request: PredictRequest,
     spec: DatasetSpec,
     output: Path,
@@ -286,11 +310,13 @@ def _predict_file(
 ) -> str | None:
     """Predict one file and write its results; returns the reason where that failed."""
     try:
-        loaded = pending.result()
-        outcome.seconds["load"] += loaded.seconds
+        read = pending.result()
+        loaded = read.file
+        for stage, spent in read.seconds.items():
+            outcome.seconds[stage] += spent
         for remark in loaded.remarks:
             _remark(loaded, remark, outcome, say)
-        (every,) = predictor.predict([prepare(loaded.scan, spec)], spec.name, outcome.seconds)
+        (every,) = predictor.run(read.planned, spec.name, outcome.seconds)
         boxes = every.of_score(request.score)
         if not len(boxes):
             best = f"the best has {every.scores.max():.2f}: --score lowers the bound" if len(every) else "nor near it"

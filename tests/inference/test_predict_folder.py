@@ -297,10 +297,10 @@ def test_a_correction_is_offered(predictor, tmp_path):
 class Stopped(Predictor):
     """A predictor that the user stops at the second scan."""
 
-    def predict(self, scans, dataset, seconds=None):
+    def plan(self, scans, seconds=None):
         if scans[0].name == "b":
             raise KeyboardInterrupt
-        return super().predict(scans, dataset, seconds)
+        return super().plan(scans, seconds)
 
 
 def test_results_until_a_stop_are_kept(predictor, tmp_path, monkeypatch):
