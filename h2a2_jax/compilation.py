@@ -7,7 +7,7 @@ an entry behind, which every later process would fail to read and compile anew; 
 import contextlib
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,10 +17,13 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from h2a2_jax.errors import InputError
 
+CACHE_VARIABLE = "H2A2_CACHE"
+"""Environment variable with the folder of compiled programs; "off" keeps none."""
 _ENTRY, _LAST_USE = "-cache", "-atime"
 """Endings of the names of JAX's entries, and of the files with the time of their last use."""
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _CHUNK = 1 << 20
+_NAME = "h2a2_jax"
 
 
 @contextlib.contextmanager
@@ -54,6 +57,60 @@ def use_compilation_cache(folder: Path) -> None:
         raise InputError(f"The cache {folder} cannot be written to: give another folder.")
     remove_damaged_entries(folder)
     _set_cache_folder(folder)
+
+
+def default_folder() -> Path | None:
+    """Folder for compiled programs of this user, which may be missing; None if none are to be kept.
+
+    That of the environment variable H2A2_CACHE ("off": none); else "h2a2_jax" in JAX's compilation cache, if the user
+    has set one on this machine (JAX_COMPILATION_CACHE_DIR), or in XDG_CACHE_HOME, by default ~/.cache.
+    """
+    named = os.environ.get(CACHE_VARIABLE, "")
+    if named == "off" or not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+        return None
+    if named:
+        return Path(named)
+    of_jax = jax.config.jax_compilation_cache_dir or ""  # type: ignore[attr-defined]
+    if of_jax and "://" not in of_jax:
+        return Path(of_jax) / _NAME
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (xdg if xdg.is_absolute() else Path(os.path.expanduser("~")) / ".cache") / _NAME
+
+
+def private_folder(folder: Path) -> Path:
+    """Make a folder for compiled programs, to which the user alone has access, and return it.
+
+    Who can write a compiled program runs code in the processes that load it.
+
+    Raises:
+        InputError: the folder cannot be made or written to, belongs to another user, or others can write to it.
+    """
+    remedy = f"give another folder, or set {CACHE_VARIABLE} to one or to off"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        raise InputError(f"The cache {folder} cannot be made ({error.strerror}): {remedy}.") from error
+    if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
+        raise InputError(f"The cache {folder} belongs to another user, whose programs would be run: {remedy}.")
+    if os.name == "posix" and status.st_mode & 0o022:
+        raise InputError(
+            f"The cache {folder} can be written to by other users, whose programs would be run: take that right away "
+            f"(chmod go-w), {remedy}."
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"The cache {folder} cannot be written to: {remedy}.")
+    return folder
+
+
+def default_cache(say: Callable[[str], None]) -> Path | None:
+    """Make the default folder; None if none is to be kept, or it is not private: `say` is told why."""
+    folder = default_folder()
+    try:
+        return None if folder is None else private_folder(folder)
+    except InputError as error:
+        say(f"Compiled programs are not kept. {error}")
+        return None
 
 
 def remove_damaged_entries(folder: Path) -> int:

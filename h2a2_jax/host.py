@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -30,6 +31,17 @@ def core_numbers() -> list[int]:
 def available_cores() -> int:
     """Number of CPU cores that this process may use."""
     return len(core_numbers())
+
+
+@cache
+def cpu_features() -> str:
+    """The processor's kind and instructions, which a program compiled for it needs, as far as the system tells them."""
+    kind = f"{platform.system()} {platform.machine()} {platform.processor()}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return kind
+    return "\n".join([kind, *sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})])
 
 
 def end_with_parent() -> None:

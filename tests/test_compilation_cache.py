@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from h2a2_jax.compilation import compilation_cache, remove_damaged_entries, use_compilation_cache
+from h2a2_jax.compilation import (
+    CACHE_VARIABLE,
+    compilation_cache,
+    default_cache,
+    default_folder,
+    private_folder,
+    remove_damaged_entries,
+    use_compilation_cache,
+)
 from h2a2_jax.errors import InputError
 from h2a2_jax.training.callbacks import CompilationCounter
 
@@ -103,3 +111,39 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, no_cache):
         compilation_cache(tmp_path / "file" / "cache"),
     ):
         pass
+
+
+def test_the_default_folder_is_that_of_the_user(tmp_path, no_cache, monkeypatch):
+    for name in (CACHE_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert default_folder() == tmp_path / "home" / ".cache" / "h2a2_jax"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert default_folder() == tmp_path / "xdg" / "h2a2_jax"
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "of_jax"))
+    assert default_folder() == tmp_path / "of_jax" / "h2a2_jax"
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/cache")
+    assert default_folder() == tmp_path / "xdg" / "h2a2_jax"
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "own"))
+    assert default_folder() == tmp_path / "own"
+    monkeypatch.setenv(CACHE_VARIABLE, "off")
+    assert default_folder() is None and default_cache(pytest.fail) is None
+
+
+def test_programs_are_kept_in_a_private_folder_alone(tmp_path, monkeypatch):
+    folder = private_folder(tmp_path / "new" / "cache")
+    assert folder.stat().st_mode & 0o777 == 0o700 and private_folder(folder) == folder
+    folder.chmod(0o770)
+    with pytest.raises(InputError, match=r"can be written to by other users, .* \(chmod go-w\)"):
+        private_folder(folder)
+    folder.chmod(0o755)
+    private_folder(folder)
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(InputError, match=r"belongs to another user, whose programs would be run: .*H2A2_CACHE"):
+        private_folder(folder)
+    said = []
+    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
+    assert default_cache(said.append) is None and "belongs to another user" in said[0]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be made"):
+        private_folder(tmp_path / "file" / "cache")

@@ -7,9 +7,11 @@ items). `h2a2_jax.checkpoint.tree` describes the arrays in them.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
 
 from h2a2_jax.checkpoint.integrity import AVERAGES, ITEMS, CheckpointFiles
@@ -17,7 +19,7 @@ from h2a2_jax.checkpoint.train_state import Averages, TrainState, head_configs, 
 from h2a2_jax.checkpoint.tree import COUNTERS, Arrays, differences, filled, reordered_balancer, stacked, stored_state
 from h2a2_jax.config import ExperimentConfig, from_json, leaves_of, to_json
 from h2a2_jax.errors import InputError
-from h2a2_jax.models import TR3D, DetectorConfig
+from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
 from h2a2_jax.scans.specs import DatasetSpec
 
 CHECKPOINT_VERSION = 1
@@ -83,7 +85,7 @@ class CheckpointStore(CheckpointFiles):
         optimizer = items["optimizer"]
         balancer = reordered_balancer(optimizer["balancer"], like.balancer, header.names, names)
         # Scalars of the optimiser state, such as its count, have no dataset axis.
-        exclusive_optimizer = stacked(optimizer["datasets"], names, like.exclusive_optimizer) | optimizer["scalars"]
+        exclusive_optimizer = stacked(optimizer["datasets"], names) | optimizer["scalars"]
         counters = {name: getattr(like, name) for name in COUNTERS}
         averages = like.averages
         if averages is not None:
@@ -108,14 +110,24 @@ class CheckpointStore(CheckpointFiles):
     ) -> tuple[TR3D, ExperimentConfig]:
         """Restore the detector alone, built from the stored config, on JAX's default device.
 
-        Args:
-            step: number of the checkpoint; None: the last one.
-            expected: config whose architecture and datasets the checkpoint must have; sets the order of the datasets.
-            averaged: True takes the averages of parameters and statistics if the run kept some.
+        The arguments are those of `restore_detector`.
 
         Returns:
             The detector and the stored config. The dataset axis has the order of the datasets of `expected`, else of
             the stored config.
+        """
+        stored = self.restore_detector(step, expected, averaged=averaged)
+        return stored.build(), stored.config
+
+    def restore_detector(
+        self, step: int | None = None, expected: ExperimentConfig | None = None, *, averaged: bool = True
+    ) -> "StoredDetector":
+        """Read the arrays of a detector, without building it.
+
+        Args:
+            step: number of the checkpoint; None: the last one.
+            expected: config whose architecture and datasets the checkpoint must have; sets the order of the datasets.
+            averaged: True takes the averages of parameters and statistics if the run kept some.
         """
         step = self.existing(step)
         header = self._read_header(step)
@@ -124,11 +136,8 @@ class CheckpointStore(CheckpointFiles):
             self._check_datasets(step, names, expected.dataset_names)
             self._check_model(step, config.model, expected.model)
             names = list(expected.dataset_names)
-        heads = head_configs(_specs(config, names))
-        shapes = nnx.eval_shape(lambda: TR3D(config.model, heads, rngs=nnx.Rngs(0)))
-        graph, exclusive, shared, stats = split_model(shapes)
         items = self._read_detector(step, header, averaged)
-        return merge_model(graph, *self._fill_model(step, (exclusive, shared, stats), items, names)), config
+        return StoredDetector(config, tuple(_specs(config, names)), _detector_arrays(items, names), self.place(step))
 
     def restore_arrays(self, step: int | None = None) -> "StoredModel":
         """Read the stored arrays of a checkpoint's detector (None: the last one), for one of any architecture."""
@@ -168,30 +177,20 @@ class CheckpointStore(CheckpointFiles):
         else:
             keys = [key for key in theirs if theirs[key] != ours[key]]
             found = [f"model.{key} is {theirs[key]} in the checkpoint and {ours[key]} in the config" for key in keys]
-        self._refuse_differences(step, "model", found)
-
-    def _refuse_differences(self, step: int, part: str, found: Sequence[str]) -> None:
-        if found:
-            more = f" (and {len(found) - _SHOWN} more)" if len(found) > _SHOWN else ""
-            raise InputError(
-                f"{self.place(step)} is of another {part}: {'; '.join(found[:_SHOWN])}{more}. Give the config it "
-                "was trained with, or another --workdir."
-            )
+        _refuse_differences(self.place(step), "model", found)
 
     def _fill_model(
         self, step: int, parts: tuple[Any, Any, Any], items: Mapping[str, Any], names: Sequence[str]
     ) -> tuple[Any, Any, Any]:
         """Fill (exclusive, shared, statistics), in the order of `split_model`, from the items of a detector."""
-        (exclusive, shared, stats), params = parts, items["params"]
-        return (
-            self._fill(step, "model", exclusive, stacked(params["datasets"], names, exclusive)),
-            self._fill(step, "model", shared, params["shared"]),
-            self._fill(step, "model", stats, stacked(items["batch_stats"], names, stats)),
+        exclusive, shared, stats = (
+            self._fill(step, "model", part, stored)
+            for part, stored in zip(parts, _detector_arrays(items, names), strict=True)
         )
+        return exclusive, shared, stats
 
     def _fill(self, step: int, part: str, like: Any, stored: Arrays) -> Any:
-        self._refuse_differences(step, part, differences(stored, like))
-        return filled(like, stored)
+        return _fill(self.place(step), part, like, stored)
 
 
 class _Header(NamedTuple):
@@ -200,6 +199,53 @@ class _Header(NamedTuple):
     names: list[str]
     config: ExperimentConfig
     checksums: Mapping[str, int | None]
+
+
+@dataclass(frozen=True)
+class StoredDetector:
+    """The detector of a checkpoint, before a model is built of its arrays, which takes longer than reading them.
+
+    Attributes:
+        config: the stored config.
+        specs: the datasets in the order of the dataset axis.
+        parts: (exclusive, shared, statistics) by path, in the order of `split_model`; those of the datasets stacked.
+        place: the checkpoint, as the beginning of an error message.
+    """
+
+    config: ExperimentConfig
+    specs: tuple[DatasetSpec, ...]
+    parts: tuple[Arrays, Arrays, Arrays]
+    place: str
+
+    @property
+    def heads(self) -> tuple[HeadConfig, ...]:
+        """Configs of the datasets' heads."""
+        return tuple(head_configs(self.specs))
+
+    def build(self) -> TR3D:
+        """Build the detector on JAX's default device.
+
+        Raises:
+            InputError: the arrays are those of another architecture than the config's.
+        """
+        graph, *shapes = split_model(self.shapes())
+        exclusive, shared, stats = map(filled, shapes, self.parts)
+        return merge_model(graph, exclusive, shared, stats)
+
+    def shapes(self) -> TR3D:
+        """Build the detector with shapes in place of arrays; errors are as of `build`."""
+        model = nnx.eval_shape(lambda: TR3D(self.config.model, self.heads, rngs=_OneKey(0)))
+        for like, stored in zip(split_model(model)[1:], self.parts, strict=True):
+            _refuse_differences(self.place, "model", differences(stored, like))
+        return model
+
+
+class _OneKey(nnx.Rngs):
+    """Random streams that give the same key again and again: counting draws takes longer than all else there."""
+
+    def params(self) -> Any:
+        """The key."""
+        return jax.random.key(0)
 
 
 class StoredModel(NamedTuple):
@@ -224,6 +270,15 @@ def restore_checkpoint(
     place = existing_place(path)
     with CheckpointStore(place.directory) as store:
         return store.restore_model(place.step if step is None else step, expected)
+
+
+def read_detector(
+    path: str | Path, step: int | None = None, expected: ExperimentConfig | None = None
+) -> StoredDetector:
+    """Read a checkpoint's detector without building it; arguments and errors are those of `restore_checkpoint`."""
+    place = existing_place(path)
+    with CheckpointStore(place.directory) as store:
+        return store.restore_detector(place.step if step is None else step, expected)
 
 
 class CheckpointPlace(NamedTuple):
@@ -261,6 +316,26 @@ def checkpoint_place(path: Path) -> CheckpointPlace:
     if step is None and (inside.is_dir() or not any(child.name.isdecimal() for child in directory.glob("*/"))):
         return CheckpointPlace(directory, inside, None)
     return CheckpointPlace(directory, directory, step)
+
+
+def _detector_arrays(items: Mapping[str, Any], names: Sequence[str]) -> tuple[Arrays, Arrays, Arrays]:
+    """(exclusive, shared, statistics) by path, those of the datasets stacked, from the items of a detector."""
+    params = items["params"]
+    return stacked(params["datasets"], names), params["shared"], stacked(items["batch_stats"], names)
+
+
+def _fill(place: str, part: str, like: Any, stored: Arrays) -> Any:
+    _refuse_differences(place, part, differences(stored, like))
+    return filled(like, stored)
+
+
+def _refuse_differences(place: str, part: str, found: Sequence[str]) -> None:
+    if found:
+        more = f" (and {len(found) - _SHOWN} more)" if len(found) > _SHOWN else ""
+        raise InputError(
+            f"{place} is of another {part}: {'; '.join(found[:_SHOWN])}{more}. Give the config it was trained with, or "
+            "another --workdir."
+        )
 
 
 def _specs(config: ExperimentConfig, names: Sequence[str]) -> list[DatasetSpec]:

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -89,17 +88,17 @@ def describe_array(array: Any) -> str:
     return f"{array.dtype}[{','.join(map(str, array.shape))}]"
 
 
-def stacked(stored: Mapping[str, Arrays], names: Sequence[str], like: Any) -> Arrays:
-    """Stack the datasets' arrays on a leading axis and pad the outputs of their heads with zeros to those of a tree."""
-    shapes = {path: leaf.shape for path, leaf in zip(flat_names(like), jax.tree.leaves(like), strict=True)}
+def stacked(stored: Mapping[str, Arrays], names: Sequence[str]) -> Arrays:
+    """Stack the datasets' arrays on a leading axis; outputs of heads are padded with zeros to those of the widest."""
 
-    def padded(path: str, array: np.ndarray) -> np.ndarray:
-        if not _is_of_head(path) or path not in shapes:
-            return array
-        missing = max(shapes[path][-1] - array.shape[-1], 0)
-        return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)])
+    def padded(path: str) -> list[np.ndarray]:
+        arrays = [stored[name][path] for name in names]
+        if not _is_of_head(path):
+            return arrays
+        widest = max(array.shape[-1] for array in arrays)
+        return [np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, widest - a.shape[-1])]) for a in arrays]
 
-    return {path: np.stack([padded(path, stored[name][path]) for name in names]) for path in stored[names[0]]}
+    return {path: np.stack(padded(path)) for path in stored[names[0]]}
 
 
 def reordered_balancer(stored: Arrays, like: Any, saved: Sequence[str], names: Sequence[str]) -> Arrays:
@@ -134,7 +133,8 @@ def filled(like: Any, stored: Arrays) -> Any:
     def place(array: np.ndarray, like: Any) -> jax.Array:
         sharding = getattr(like, "sharding", None)
         if sharding is None or not getattr(like, "committed", True):
-            return jnp.array(array)  # uncommitted, so that JAX may move it to where other arguments are
+            # Uncommitted, so that JAX may move it to where other arguments are; jnp.array would compile a program.
+            return jax.device_put(np.asarray(array))
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     leaves, structure = jax.tree.flatten(like)

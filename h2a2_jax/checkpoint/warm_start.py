@@ -152,7 +152,7 @@ def warm_start(
 
     def refilled(tree: Any) -> Any:
         own = {name: {path: start[name][path] for path in flat_names(tree)} for name in names}
-        return filled(tree, stacked(own, names, tree))
+        return filled(tree, stacked(own, names))
 
     return merge_model(graph, refilled(exclusive), filled(shared, start[_SHARED]), refilled(stats)), report
 

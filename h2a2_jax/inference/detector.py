@@ -6,7 +6,7 @@
 `h2a2_jax.read_point_cloud` reads files; `run.py --mode=predict` reads folders of files.
 """
 
-import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from h2a2_jax.boxes.nms import Detections
-from h2a2_jax.checkpoint.store import restore_checkpoint
+from h2a2_jax.checkpoint.store import read_detector
+from h2a2_jax.compilation import default_cache, private_folder
 from h2a2_jax.errors import InputError
-from h2a2_jax.inference.predictor import BucketFile, Predictor, prepare
+from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inference.results import boxes_in_input_frame
 from h2a2_jax.loader.batching import no_scan
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, ColorRange, PointCloud, cloud_of_arrays
@@ -65,24 +66,16 @@ class Boxes:
 class Detector:
     """Boxes of point clouds from a trained model.
 
-    The first call of a number of scans, and of a much larger scan than before, compiles; later calls do not. With a
-    `cache` folder the compiled programs serve later processes too. May be called from several threads.
+    The first call of a number of scans, and of a much larger scan than before, compiles; later calls do not, nor do
+    later processes (`cache`). May be called from several threads.
 
     Attributes:
         predictor: the predictor of `Scan`s that does the work.
     """
 
-    def __init__(self, predictor: Predictor, buckets: BucketFile | None = None):
-        """Wrap a predictor; `restore` makes a detector from a checkpoint.
-
-        Args:
-            predictor: predictor of a trained model.
-            buckets: file that keeps the padded shapes of scans for later processes; None: they are not kept.
-        """
-        self.predictor, self._buckets = predictor, buckets
-        self._writing = threading.Lock()
-        self._remembered = {} if buckets is None else buckets.read()
-        predictor.set_bucket_bases(self._remembered)
+    def __init__(self, predictor: Predictor):
+        """Wrap a predictor; `restore` makes a detector from a checkpoint."""
+        self.predictor = predictor
 
     @classmethod
     def restore(
@@ -94,7 +87,7 @@ class Detector:
         iou_threshold: float = 0.5,
         conditioning: str = "own",
         kernels: Literal["selected", "shared"] = "selected",
-        cache: str | Path | None = None,
+        cache: str | Path | bool = True,
     ) -> "Detector":
         """Restore the detector of a checkpoint.
 
@@ -106,27 +99,31 @@ class Detector:
             conditioning: dataset whose embedding, statistics and exclusive kernels are used: "own" is that of the call,
                 the name of another one, or "mean" of all, for data that no dataset stands for.
             kernels: "selected" by each scan's structure, or "shared" everywhere.
-            cache: folder that keeps compiled programs and padded shapes for later processes; sets JAX's
-                compilation cache for this process.
+            cache: folder that keeps compiled programs for later processes; True: that of the user
+                (`h2a2_jax.compilation.default_folder`), or none, with a warning, if it cannot be trusted; False: none.
+                JAX's own settings stay as they are.
 
         Raises:
             InputError: there is no such checkpoint, or it cannot be read, or has no such dataset to condition on; or
-                an argument is not as above.
+                an argument is not as above; or others can write to the folder of the cache.
         """
         _check_choice("kernels", kernels, ("selected", "shared"))
         _check_share("score_threshold", score_threshold)
         _check_share("iou_threshold", iou_threshold)
-        buckets = None if cache is None else BucketFile.open(Path(cache))
-        model, config = restore_checkpoint(checkpoint, step)
+        folder = None if isinstance(cache, bool) else private_folder(Path(cache))
+        if cache is True:
+            folder = default_cache(lambda sentence: warnings.warn(sentence, stacklevel=2))
+        stored = read_detector(checkpoint, step)
         predictor = Predictor(
-            model,
-            config.specs,
+            stored,
+            stored.specs,
             score_threshold=score_threshold,
             iou_threshold=iou_threshold,
             conditioning=conditioning,
             kernels=kernels,
+            cache=folder,
         )
-        return cls(predictor, buckets)
+        return cls(predictor)
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -240,10 +237,6 @@ class Detector:
             drawn = [prepare(replace(cloud.scan, name="scan"), spec) for cloud in batch]
             detections = self.predictor.predict([*drawn, *filler], spec.name)
             found += [_boxes(d, cloud, spec.classes, score) for cloud, d in zip(batch, detections, strict=False)]
-        if self._buckets is not None and (bases := self.predictor.bucket_bases) != self._remembered:
-            with self._writing:
-                self._remembered = bases
-                self._buckets.write(bases)
         return found[0] if single else found
 
 

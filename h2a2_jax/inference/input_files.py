@@ -52,6 +52,8 @@ OWN_COMMENT = "boxes of h2a2_jax"
 
 _TEXTS = (".txt", ".csv", ".asc", ".pts", ".xyz")
 _MEASURED = 200_000  # points that the spread is measured on
+_ADVISING = 2_000
+"""Normals measured where a scan is not to be turned."""
 _TILTED = _TURNED = math.radians(5)
 
 
@@ -356,7 +358,8 @@ def _frame(cloud: PointCloud, request: PredictRequest) -> tuple[str, str, list[s
 
 def align(placed: PlacedCloud, request: PredictRequest, spec: DatasetSpec) -> tuple[PlacedCloud, list[str]]:
     """Turn a scan in metres, z up, as `PredictRequest.align` says, with remarks on what was done and would help."""
-    normals = surface_normals(placed.scan.points)
+    # A remark needs the angles to a degree only, and is made of every file.
+    normals = surface_normals(placed.scan.points, *[_ADVISING] * (request.align == "none"))
     gravity = estimate_gravity(normals)
     rotation, remarks = np.eye(3), []
     tilt = f"{math.degrees(gravity.tilt):.1f} degrees"

@@ -3,7 +3,6 @@
 An error in one file stops no other, and the results of a file are on disk as soon as it is predicted.
 """
 
-import os
 import re
 import sys
 import time
@@ -20,13 +19,22 @@ import numpy as np
 from tqdm import tqdm
 
 from h2a2_jax.boxes.matching import GroundTruth
-from h2a2_jax.checkpoint.store import checkpoint_place, restore_checkpoint
+from h2a2_jax.checkpoint.store import checkpoint_place, read_detector, restore_checkpoint
+from h2a2_jax.compilation import default_cache
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.distributed import MeshLayout, train_mesh
 from h2a2_jax.errors import INTERRUPTED, InputError
 from h2a2_jax.host import progress_interval
-from h2a2_jax.inference.input_files import FileScan, FoundInputs, PredictRequest, find_inputs, load_file, printable
-from h2a2_jax.inference.predictor import BucketFile, Predictor, build_predictor, predict_scans, prepare, skipped_lines
+from h2a2_jax.inference.input_files import (
+    FileScan,
+    FoundInputs,
+    InputFile,
+    PredictRequest,
+    find_inputs,
+    load_file,
+    printable,
+)
+from h2a2_jax.inference.predictor import PlannedPass, Predictor, build_predictor, predict_scans, prepare, skipped_lines
 from h2a2_jax.inference.results import document_of, scan_entry
 from h2a2_jax.inference.writers import ALL_BOXES, TABLE, check_output, write_document, write_scan, write_table
 from h2a2_jax.scans.sources import build_source, some
@@ -55,8 +63,8 @@ def predict_inputs(
 ) -> "Outcome":
     """Restore a checkpoint and write the boxes of files of points.
 
-    Padded shapes and compiled programs are kept in <run>/cache for the next time, where that can be written to. The
-    checkpoint must agree with `config`, whose `eval` is used; None is the config that the checkpoint holds.
+    Compiled programs are kept for the next time (`h2a2_jax.compilation.default_folder`). The checkpoint must agree with
+    `config`, whose `eval` is used; None is the config that the checkpoint holds.
 
     Returns:
         Results and failures by file; also after Ctrl-C, with the files done until then.
@@ -69,20 +77,16 @@ def predict_inputs(
     output = run / "boxes" if request.output is None else request.output
     found = find_inputs(request.inputs, output)
     check_output(output, (file.name for file in found.files), request.formats)
-    model, stored = restore_checkpoint(workdir, request.step, config)
-    config = stored if config is None else config
+    detector = read_detector(workdir, request.step, config)
+    config = detector.config if config is None else config
     lowest = min(request.score, FAINT_SCORE)
-    predictor = build_predictor(model, config.specs, replace(config.eval, score_threshold=lowest))
-    shapes = _bucket_file(run)
-    if shapes is not None:
-        predictor.set_bucket_bases(shapes.read())
+    settings = replace(config.eval, score_threshold=lowest)
+    predictor = build_predictor(detector, config.specs, settings, default_cache(say))
     for line in _opening(found, request, predictor, output):
         say(line)
-    if all(source.is_procedural for source in stored.datasets):
+    if all(source.is_procedural for source in detector.config.datasets):
         say("The model has seen procedural scans only: on others its boxes show how things work, no more.")
     outcome = predict_files(predictor, found, request, output, say)
-    if shapes is not None:
-        shapes.write(predictor.bucket_bases)
     for line in _closing(outcome, found, output):
         say(line)
     return outcome
@@ -137,16 +141,6 @@ def predict_validation_scans(
         path = output / f"{spec.name}.json"
         write_document(path, document_of(entries, spec))
         say(f"{path}: {sum(len(entry['boxes']) for entry in entries)} boxes in {len(entries)} scans")
-
-
-def _bucket_file(run: Path) -> BucketFile | None:
-    """The file of shapes and programs of a run; None where none can be kept, which is no reason not to predict."""
-    if not os.access(run, os.W_OK):
-        return None
-    try:
-        return BucketFile.open(run / "cache")
-    except InputError:
-        return None
 
 
 def _opening(found: FoundInputs, request: PredictRequest, predictor: Predictor, output: Path) -> Iterator[str]:
@@ -204,7 +198,7 @@ class Outcome:
         entries: `results.scan_entry` of each scan that was predicted.
         failed: by file, the sentence that says why it could not be predicted.
         remarks: by kind, the first remark and the names of all scans that have one that differs in numbers only.
-        seconds: time by stage: "load" (in a thread of its own), "maps", "network", "boxes", "write".
+        seconds: time by stage: "load" and "maps" (in a thread of their own), "network", "boxes", "write".
         interrupted: True if the user stopped the prediction.
     """
 
@@ -241,7 +235,7 @@ def predict_files(
     """
     spec = predictor.specs[0] if request.dataset is None else predictor.spec(request.dataset)
     outcome = Outcome(failed=dict(found.problems))
-    loads = [partial(load_file, file, request, spec) for file in found.files]
+    loads = [partial(_load, predictor, file, request, spec) for file in found.files]
     with tqdm(total=len(found.files), unit="scan", mininterval=progress_interval(), disable=None) as bar:
         try:
             for file, pending in zip(found.files, read_ahead(loads), strict=True):
@@ -289,9 +283,25 @@ def read_ahead(functions: Iterable[Callable[[], Item]]) -> Iterator[Future[Item]
         yield current
 
 
+@dataclass(frozen=True)
+class _LoadedFile:
+    """A file that was read, the maps of its pass, and the seconds that each took."""
+
+    file: FileScan
+    planned: PlannedPass
+    seconds: dict[str, float]
+
+
+def _load(predictor: Predictor, file: InputFile, request: PredictRequest, spec: DatasetSpec) -> _LoadedFile:
+    """Read a file and make its maps, while the network runs on the file before."""
+    loaded = load_file(file, request, spec)
+    seconds = {"load": loaded.seconds}
+    return _LoadedFile(loaded, predictor.plan([prepare(loaded.scan, spec)], seconds), seconds)
+
+
 def _predict_file(
     predictor: Predictor,
-    pending: Future[FileScan],
+    pending: Future[_LoadedFile],
     request: PredictRequest,
     spec: DatasetSpec,
     output: Path,
@@ -300,11 +310,13 @@ def _predict_file(
 ) -> str | None:
     """Predict one file and write its results; returns the reason where that failed."""
     try:
-        loaded = pending.result()
-        outcome.seconds["load"] += loaded.seconds
+        read = pending.result()
+        loaded = read.file
+        for stage, spent in read.seconds.items():
+            outcome.seconds[stage] += spent
         for remark in loaded.remarks:
             _remark(loaded, remark, outcome, say)
-        (every,) = predictor.predict([prepare(loaded.scan, spec)], spec.name, outcome.seconds)
+        (every,) = predictor.run(read.planned, spec.name, outcome.seconds)
         boxes = every.of_score(request.score)
         if not len(boxes):
             best = f"the best has {every.scores.max():.2f}: --score lowers the bound" if len(every) else "nor near it"

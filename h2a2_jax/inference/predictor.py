@@ -1,18 +1,14 @@
-"""Boxes of scans from a trained detector, and the padded shapes that a run remembers for later processes."""
+"""Boxes of scans from a trained detector."""
 
-import contextlib
 import itertools
-import json
-import os
 import threading
 import time
-import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +20,13 @@ from tqdm import tqdm
 from h2a2_jax import sparse
 from h2a2_jax.boxes.codec import ROTATED_CHANNELS
 from h2a2_jax.boxes.nms import Detections, detections_from_predictions
-from h2a2_jax.compilation import use_compilation_cache
+from h2a2_jax.checkpoint.store import StoredDetector
+from h2a2_jax.checkpoint.tree import flat_names
 from h2a2_jax.config import EvalConfig
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import progress_interval
 from h2a2_jax.inference.folding import folded_parameters
+from h2a2_jax.inference.programs import ProgramStore
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.loader.augment import sample_points
 from h2a2_jax.loader.batching import BucketLadder, collate
@@ -37,6 +35,11 @@ from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, load_or_skip
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.sparse.xla_cpu import compiler_options
 from h2a2_jax.typing import AnyArray
+
+Program = Callable[..., Any]
+"""A compiled function of arrays."""
+Arrays = dict[str, Any]
+"""Arrays of a detector by path."""
 
 _RATIO = 1.5
 """Capacity of a bucket over that of the next lower one."""
@@ -72,7 +75,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: TR3D,
+        model: TR3D | StoredDetector,
         specs: Sequence[DatasetSpec],
         *,
         score_threshold: float = 0.01,
@@ -80,35 +83,39 @@ class Predictor:
         conditioning: str = "own",
         kernels: Literal["selected", "shared"] = "selected",
         folded: bool = True,
+        cache: Path | None = None,
     ):
         """Take over a trained model; the thresholds and choices are those of `Detector.restore`.
 
         The specs are in the order of the model's dataset axis. With or without `folded`, results are equal up to
-        rounding.
+        rounding. A stored detector is built only if a program has to be compiled. `cache` is a folder for compiled
+        programs (`h2a2_jax.compilation.private_folder`); None keeps them in memory alone.
 
         Raises:
             ValueError: the specs are not those of the model.
             InputError: the model was not trained on the dataset that conditions it.
         """
-        given, expected = [spec.name for spec in specs], [head.dataset for head in model.heads_config]
+        heads = model.heads if isinstance(model, StoredDetector) else model.heads_config
+        config = model.config.model if isinstance(model, StoredDetector) else model.config
+        given, expected = [spec.name for spec in specs], [head.dataset for head in heads]
         if given != expected:
             raise ValueError(f"specs are those of {', '.join(given)}; the model expects {', '.join(expected)}.")
         self.specs = tuple(specs)
         self._thresholds = np.array(score_threshold, np.float32), np.array(iou_threshold, np.float32)
-        self._voxel_size, self._layout = model.config.voxel_size, PlanLayout.of(model.config)
+        self._voxel_size, self._layout = config.voxel_size, PlanLayout.of(config)
         self._kernels, self._conditioning = kernels, conditioning
         if conditioning not in ("own", "mean"):
             self._index(conditioning)
-        graph, state = nnx.split(model)
-        self._state = jax.tree.map(jnp.asarray, state)
-        self._fold = None
-        if folded:
-            # One program serves all datasets: folded detectors differ in their parameters only.
-            self._fold = jax.jit(partial(_fold, graph))
-            graph = nnx.graphdef(nnx.eval_shape(partial(_fold_model, graph), self._state, *self._contexts(0)))
-        self._forward = jax.jit(partial(_forward, graph), compiler_options=compiler_options())
-        self._folded_states: dict[int, nnx.State] = {}
-        self._ladders: dict[int, BucketLadder] = {}
+        self._parts = _Parts(model, self._contexts(0))
+        self._arrays = _arrays_of(model)
+        self._store = None if cache is None else ProgramStore(cache, repr((config, tuple(heads))))
+        # One program serves all datasets: folded detectors differ in their parameters only.
+        self._fold = self._program(self._parts.fold, "fold") if folded else None
+        self._forward = self._program(partial(self._parts.forward, folded), f"forward_{folded}")
+        self._detections: dict[tuple[int, int, int], Program] = {}
+        self._folded_states: dict[int, Arrays] = {}
+        self._stored_bases = {} if self._store is None else self._store.read_bases()
+        self._ladders = {count: BucketLadder(base, _RATIO) for count, base in self._stored_bases.items()}
         self._lock = threading.Lock()
 
     def spec(self, dataset: str) -> DatasetSpec:
@@ -125,11 +132,11 @@ class Predictor:
         Raises:
             ValueError: the structure is another one.
         """
-        state = jax.tree.map(jnp.asarray, nnx.split(model)[1])
-        if jax.tree.structure(state) != jax.tree.structure(self._state):  # type: ignore[operator]
+        arrays = _arrays_of(model)
+        if {name: jnp.shape(a) for name, a in arrays.items()} != {n: jnp.shape(a) for n, a in self._arrays.items()}:
             raise ValueError("the model has other parameters than the predictor was made for: make another predictor.")
         with self._lock:
-            self._state, self._folded_states = state, {}
+            self._arrays, self._folded_states = arrays, {}
 
     @property
     def bucket_bases(self) -> dict[int, LevelSizes]:
@@ -156,10 +163,16 @@ class Predictor:
             InputError: the model was not trained on the dataset.
             ScanError: a coordinate is not finite, or farther from the origin than voxels reach.
         """
-        index = self._index(dataset)
-        if not scans:
-            return []
-        times = [time.perf_counter()]
+        self._index(dataset)
+        return self.run(self.plan(scans, seconds), dataset, seconds) if scans else []
+
+    def plan(self, scans: Sequence[Scan], seconds: dict[str, float] | None = None) -> "PlannedPass":
+        """Make the voxels and padded maps of a pass for `run`: on the host, beside another pass that runs.
+
+        Raises:
+            ScanError: a coordinate is not finite, or farther from the origin than voxels reach.
+        """
+        started = time.perf_counter()
         try:
             batch = collate(scans, self._voxel_size)
         except InputError:
@@ -174,43 +187,60 @@ class Predictor:
         layout = self._layout if fits else replace(self._layout, machine="any")
         plan = pad_plan(batch.tables, capacities, layout)
         features = sparse.pad_rows(batch.features, capacities.voxels)
+        _add_time(seconds, "maps", started)
+        return PlannedPass(len(scans), features, plan)
+
+    def run(self, planned: "PlannedPass", dataset: str, seconds: dict[str, float] | None = None) -> list[Detections]:
+        """Run the network on a planned pass, by the head of a dataset; the rest is as in `predict`."""
+        index, started = self._index(dataset), time.perf_counter()
         parameters = self._parameters(index)
-        times.append(time.perf_counter())
-        out = jax.block_until_ready(self._forward(*parameters, features, plan))
-        times.append(time.perf_counter())
-        spec = self.specs[index]
-        found = _detect(
-            out, *self._thresholds, num_scans=len(scans), classes=spec.num_classes, outputs=spec.num_outputs
-        )
+        out = jax.block_until_ready(self._forward(*parameters, planned.features, planned.plan))
+        _add_time(seconds, "network", started)
+        started, spec = time.perf_counter(), self.specs[index]
+        found = self._detect(planned.scans, spec)(out, *self._thresholds)
         boxes, scores, labels, counts = map(np.asarray, found)
         detections = [
             Detections(boxes[i, :count].copy(), scores[i, :count].copy(), labels[i, :count].copy())
             for i, count in enumerate(counts)
         ]
-        times.append(time.perf_counter())
-        if seconds is not None:
-            for stage, taken in zip(("maps", "network", "boxes"), np.diff(times).tolist(), strict=True):
-                seconds[stage] = seconds.get(stage, 0.0) + taken
+        _add_time(seconds, "boxes", started)
+        if self._store is not None and (bases := self.bucket_bases) != self._stored_bases:
+            self._stored_bases = bases
+            self._store.write_bases(bases)
         return detections
+
+    def _program(self, function: Program, name: str) -> Program:
+        if self._store is not None:
+            return self._store.keep(function, name)
+        return jax.jit(function, compiler_options=compiler_options())
+
+    def _detect(self, scans: int, spec: DatasetSpec) -> Program:
+        form = scans, spec.num_classes, spec.num_outputs
+        static = dict(zip(("num_scans", "classes", "outputs"), form, strict=True))
+        if self._store is None:
+            return partial(_detect, **static)
+        with self._lock:
+            if form not in self._detections:
+                self._detections[form] = self._store.keep(partial(_detect, **static), f"detect_{form}")
+            return self._detections[form]
 
     def _contexts(self, head: int) -> tuple[DatasetContext, DatasetContext]:
         """Contexts of the dataset that conditions the network and of that whose head predicts."""
         count = len(self.specs)
-        heads = DatasetContext.one(head, count)
         if self._conditioning == "mean":
-            return DatasetContext.mean(count, self._kernels), heads
+            return DatasetContext(np.full(count, 1 / count, np.float32), self._kernels), _one(head, count)
         own = head if self._conditioning == "own" else self._index(self._conditioning)
-        return replace(DatasetContext.one(own, count), kernels=self._kernels), heads
+        return replace(_one(own, count), kernels=self._kernels), _one(head, count)
 
-    def _parameters(self, head: int) -> tuple[nnx.State, tuple[DatasetContext, DatasetContext]]:
+    def _parameters(self, head: int) -> tuple[Arrays, tuple[DatasetContext, DatasetContext]]:
         """Parameters and contexts of a pass; folded ones are kept."""
         contexts = self._contexts(head)
         if self._fold is None:
-            return self._state, contexts
+            return self._arrays, contexts
         with self._lock:
             if head not in self._folded_states:
-                self._folded_states[head] = self._fold(self._state, *contexts)
-        only = DatasetContext(jnp.ones(1), self._kernels)
+                self._folded_states[head] = self._fold(self._arrays, *contexts)
+        only = DatasetContext(np.ones(1, np.float32), self._kernels)
         return self._folded_states[head], (only, only)
 
     def _capacities(self, sizes: LevelSizes, count: int) -> LevelSizes:
@@ -231,7 +261,9 @@ class Predictor:
         return names.index(dataset)
 
 
-def build_predictor(model: TR3D, specs: Sequence[DatasetSpec], config: EvalConfig) -> Predictor:
+def build_predictor(
+    model: TR3D | StoredDetector, specs: Sequence[DatasetSpec], config: EvalConfig, cache: Path | None = None
+) -> Predictor:
     """Build the predictor of a config; `Predictor` has the other arguments and the errors."""
     return Predictor(
         model,
@@ -240,6 +272,7 @@ def build_predictor(model: TR3D, specs: Sequence[DatasetSpec], config: EvalConfi
         iou_threshold=config.iou_threshold,
         conditioning=config.conditioning,
         kernels=config.kernels,
+        cache=cache,
     )
 
 
@@ -322,74 +355,78 @@ def _detect(
     return jax.vmap(lambda scan: detect(valid=out.scan == scan))(jnp.arange(num_scans))
 
 
-def _fold(graph: nnx.GraphDef, state: nnx.State, dataset: DatasetContext, head: DatasetContext) -> nnx.State:
-    return nnx.state(_fold_model(graph, state, dataset, head))
-
-
-def _fold_model(graph: nnx.GraphDef, state: nnx.State, dataset: DatasetContext, head: DatasetContext) -> TR3D:
-    return folded_parameters(nnx.merge(graph, state), dataset, head)
-
-
-def _forward(
-    graph: nnx.GraphDef,
-    state: nnx.State,
-    contexts: tuple[DatasetContext, DatasetContext],
-    features: Float[Array, "n c"],
-    plan: DetectorPlan,
-) -> Predictions:
-    dataset, head = contexts
-    return nnx.merge(graph, state)(features, plan, ForwardContext(dataset, training=False), head)
-
-
-_VERSION = 1
-_WRITING = threading.Lock()
-
-
 @dataclass(frozen=True)
-class BucketFile:
-    """Lowest shapes of the ladders, by number of scans in a pass, in <folder>/buckets.json.
+class PlannedPass:
+    """Scans of one pass as the network takes them.
 
-    The first scan sets a ladder. The file gives later processes the same shapes, and so the programs that JAX's
-    compilation cache in the same folder holds. It is a cache: a file that cannot be read counts as none.
+    Attributes:
+        scans: number of scans.
+        features: float32 [N, 3], colours of the voxels, padded.
+        plan: their sites and maps, padded.
     """
 
-    path: Path
+    scans: int
+    features: Float[np.ndarray, "n 3"]
+    plan: DetectorPlan
 
-    @classmethod
-    def open(cls, folder: Path) -> "BucketFile":
-        """The file of a folder, which becomes JAX's compilation cache for this process.
 
-        Raises:
-            InputError: the folder cannot be made or written to.
-        """
-        use_compilation_cache(folder)
-        return cls(folder / "buckets.json")
+class _Parts:
+    """The parts of a detector that are no arrays, made when a program is traced: with stored programs, never."""
 
-    def read(self) -> dict[int, LevelSizes]:
-        """The stored shapes; none if there is no such file, it is damaged or of another version."""
-        try:
-            stored = json.loads(self.path.read_text())
-            if stored["version"] != _VERSION:
-                return {}
-            bases = {int(count): LevelSizes(*map(int, base)) for count, base in stored["bases"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}
-        return {count: base for count, base in bases.items() if count > 0 and min(base) > 0}
+    def __init__(self, model: TR3D | StoredDetector, contexts: tuple[DatasetContext, DatasetContext]):
+        self._contexts = contexts  # of any dataset
+        if isinstance(model, StoredDetector):
+            self._shapes = model.shapes
+        else:
+            graph, state = nnx.split(model)
+            self._whole = graph, jax.eval_shape(lambda state: state, state)
 
-    def write(self, bases: Mapping[int, LevelSizes]) -> None:
-        """Store shapes; those that another process stored for other numbers of scans stay.
+    @cached_property
+    def _whole(self) -> tuple[nnx.GraphDef, nnx.State]:
+        return nnx.split(self._shapes())
 
-        A full disk or a folder that is gone is a warning: neither is a reason to lose the boxes just found.
-        """
-        temporary = self.path.with_suffix(f".{os.getpid()}")
-        with _WRITING:  # the name of the temporary file is the same in all threads of a process
-            bases = self.read() | dict(bases)
-            document = {"version": _VERSION, "bases": {str(count): list(base) for count, base in bases.items()}}
-            try:
-                temporary.write_text(json.dumps(document))
-                temporary.replace(self.path)
-            except OSError as error:
-                warnings.warn(f"The cache {self.path} cannot be written ({error.strerror}).", stacklevel=2)
-            finally:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
+    @cached_property
+    def _folded(self) -> tuple[nnx.GraphDef, nnx.State]:
+        graph, shapes = self._whole
+        return nnx.split(nnx.eval_shape(lambda s: folded_parameters(nnx.merge(graph, s), *self._contexts), shapes))
+
+    def fold(self, arrays: Arrays, dataset: DatasetContext, head: DatasetContext) -> Arrays:
+        """Arrays of the folded detector."""
+        return _arrays_of(folded_parameters(_merge(self._whole, arrays), dataset, head))
+
+    def forward(
+        self,
+        folded: bool,
+        arrays: Arrays,
+        contexts: tuple[DatasetContext, DatasetContext],
+        features: Float[Array, "n c"],
+        plan: DetectorPlan,
+    ) -> Predictions:
+        """Predictions of the detector, or of the folded one, with its arrays."""
+        dataset, head = contexts
+        model = _merge(self._folded if folded else self._whole, arrays)
+        return model(features, plan, ForwardContext(dataset, training=False), head)
+
+
+def _merge(parts: tuple[nnx.GraphDef, nnx.State], arrays: Arrays) -> TR3D:
+    graph, shapes = parts
+    leaves = [arrays[name] for name in flat_names(shapes)]
+    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(shapes), leaves))
+
+
+def _arrays_of(model: TR3D | StoredDetector) -> Arrays:
+    """Parameters and statistics of a detector by path."""
+    if isinstance(model, StoredDetector):
+        return jax.device_put({name: array for part in model.parts for name, array in part.items()})
+    state = nnx.state(model)
+    return dict(zip(flat_names(state), jax.tree.leaves(state), strict=True))
+
+
+def _one(dataset: int, count: int) -> DatasetContext:
+    """`DatasetContext.one` in numpy, for which nothing is compiled."""
+    return DatasetContext(np.eye(count, dtype=np.float32)[dataset], index=np.asarray(dataset, np.int32))
+
+
+def _add_time(seconds: dict[str, float] | None, stage: str, started: float) -> None:
+    if seconds is not None:
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started

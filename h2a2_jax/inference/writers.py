@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.spatial.transform import Rotation
 
 from h2a2_jax.boxes.codec import BOX_EDGES, CORNER_SIGNS, box_corners
 from h2a2_jax.boxes.matching import GroundTruth
@@ -53,6 +52,8 @@ def write_document(path: Path, document: dict[str, Any]) -> None:
 
 def write_table(path: Path, entries: Iterable[dict[str, Any]], spec: DatasetSpec) -> None:
     """Write the boxes of scans, given by their entries (`results.scan_entry`), as a table."""
+    from scipy.spatial.transform import Rotation  # takes .2 s
+
     with whole_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(CSV_COLUMNS)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from matplotlib import colormaps
 from scipy.spatial import cKDTree
 
 from h2a2_jax.boxes.codec import box_corners
@@ -46,6 +45,8 @@ def has_colors(scan: Scan) -> bool:
 
 def height_colors(height: Float[np.ndarray, " m"]) -> Float[np.ndarray, "m 3"]:
     """Colours of heights from 0 to 1, dark blue to yellow; heights beyond have the colour of the end."""
+    from matplotlib import colormaps  # takes .2 s, for scans without colours alone
+
     return colormaps["cividis"](0.15 + 0.8 * np.clip(height, 0, 1))[:, :3]
 
 

@@ -1,6 +1,5 @@
 """`h2a2_jax.Detector`: what goes in as arrays comes out as boxes in the frame and unit of the arrays."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +10,7 @@ import pytest
 import h2a2_jax
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.detector import Boxes, Detector
-from h2a2_jax.inference.predictor import BucketFile, Predictor, prepare
-from h2a2_jax.models import LevelSizes
+from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.scans.frame import UPRIGHT
 from tests.inference.tiny import SPECS, random_detector, room
 
@@ -170,38 +168,3 @@ def test_a_missing_checkpoint_is_an_error(tmp_path: Path):
     (tmp_path / "model.pth").write_bytes(b"")
     with pytest.raises(InputError, match=r"is a file; .* h2a2_jax.convert.tr3d`"):
         h2a2_jax.Detector.restore(tmp_path / "model.pth")
-
-
-def test_shapes_are_stored_for_later_processes(detector: Detector, found: Boxes, tmp_path: Path):
-    file = BucketFile(tmp_path / "buckets.json")
-    assert file.read() == {}
-    Detector(detector.predictor, file)(SMALL.points, SMALL.colors, "s3dis")
-    assert file.read() == detector.predictor.bucket_bases != {}
-    assert [path.name for path in tmp_path.iterdir()] == ["buckets.json"]
-    fresh = Predictor(random_detector(), SPECS)
-    Detector(fresh, file)  # before it sees any scan
-    assert fresh.bucket_bases == detector.predictor.bucket_bases
-
-
-@pytest.mark.parametrize(
-    "damaged", ["", "[]", '{"version": 1, "bases": {"1": [1, 2]}}', json.dumps({"version": 2, "bases": {}})]
-)
-def test_a_damaged_file_of_shapes_counts_as_none(tmp_path: Path, damaged: str):
-    file = BucketFile(tmp_path / "buckets.json")
-    file.path.write_text(damaged)
-    assert file.read() == {}
-    file.write({2: LevelSizes(*range(1, 10))})
-    assert file.read() == {2: LevelSizes(*range(1, 10))}
-
-
-def test_shapes_that_cannot_be_stored_are_a_warning(tmp_path: Path):
-    with pytest.warns(UserWarning, match="cannot be written"):
-        BucketFile(tmp_path / "gone" / "buckets.json").write({2: LevelSizes(*range(1, 10))})
-
-
-def test_threads_store_shapes_side_by_side(tmp_path):
-    # Warnings are errors in tests, and a thread that took another's file away would raise one.
-    file = BucketFile(tmp_path / "buckets.json")
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda i: file.write({1 + i % 8: LevelSizes(*[1] * 9)}), range(400)))
-    assert set(file.read()) == set(range(1, 9)) and [path.name for path in tmp_path.iterdir()] == ["buckets.json"]

@@ -15,7 +15,7 @@ import pytest
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.input_files import FoundInputs, PredictRequest, find_inputs
-from h2a2_jax.inference.predict_folder import Outcome, _bucket_file, predict_files, read_ahead
+from h2a2_jax.inference.predict_folder import Outcome, predict_files, read_ahead
 from h2a2_jax.inference.predictor import _SMALLEST, Predictor
 from h2a2_jax.inference.results import read_predicted_scans
 from h2a2_jax.inference.writers import check_output
@@ -297,10 +297,10 @@ def test_a_correction_is_offered(predictor, tmp_path):
 class Stopped(Predictor):
     """A predictor that the user stops at the second scan."""
 
-    def predict(self, scans, dataset, seconds=None):
+    def plan(self, scans, seconds=None):
         if scans[0].name == "b":
             raise KeyboardInterrupt
-        return super().predict(scans, dataset, seconds)
+        return super().plan(scans, seconds)
 
 
 def test_results_until_a_stop_are_kept(predictor, tmp_path, monkeypatch):
@@ -329,11 +329,6 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     (tmp_path / "a.png").write_bytes(b"a photograph")
     with pytest.raises(InputError, match=r"a\.png is there already and is no result of a prediction"):
         check_output(tmp_path, ["a"], ("png",))
-
-
-def test_a_run_whose_cache_cannot_be_made_predicts_without(tmp_path):
-    (tmp_path / "cache").write_text("a file of somebody else")
-    assert _bucket_file(tmp_path) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a display is always there")
