@@ -22,8 +22,8 @@ from h2a2_jax.balancers.dataset_axis import (
     keep_present,
     local_rows,
     nonzero,
-    per_dataset,
 )
+from h2a2_jax.balancers.packing import count_tensors, scale_tensors, tensor_norms, tensor_values
 
 
 class HarmonizationState(NamedTuple):
@@ -94,10 +94,9 @@ def norm_gradient_harmonization(
 
     def init(params: PyTree) -> HarmonizationState:
         def full(shape: tuple[int, ...], value: float) -> PyTree:
-            def leaf(_: Any) -> Array:
+            if scope == "global":
                 return jnp.full(shape, value, jnp.float32)
-
-            return jax.tree.map(leaf, params) if scope == "tensor" else leaf(None)
+            return tensor_values(params, jnp.full((count_tensors(params), *shape), value, jnp.float32))
 
         return HarmonizationState(
             psi=full((), 1.0),
@@ -117,10 +116,10 @@ def norm_gradient_harmonization(
     ) -> tuple[PyTree[Float[Array, "local ..."]], HarmonizationState]:
         del state, params, losses, extra_args
         check_datasets(grads, present, num_datasets, axis_name)
-        leaves, structure = jax.tree.flatten(grads)
-        if not leaves:
+        tensors = count_tensors(grads)
+        if not tensors:
             return grads, init(grads)
-        own_norms = jnp.stack([dataset_norms(leaf) for leaf in leaves], axis=1)
+        own_norms = tensor_norms(grads)
         if scope == "global":
             own_norms = dataset_norms(own_norms)[:, None]
         norms = gather_datasets(jnp.where(present[:, None], own_norms, 0), num_datasets, axis_name)
@@ -128,17 +127,15 @@ def norm_gradient_harmonization(
         psi, scales, capped = _harmonize(norms, threshold, cap)
 
         own_scales = local_rows(scales, present.shape[0], axis_name)
-        own_scales = jnp.broadcast_to(own_scales, (present.shape[0], len(leaves)))
-        updates = [keep_present(leaf * per_dataset(own_scales[:, i], leaf), present) for i, leaf in enumerate(leaves)]
+        own_scales = jnp.broadcast_to(own_scales, (present.shape[0], tensors))
+        updates = jax.tree.map(lambda leaf: keep_present(leaf, present), scale_tensors(grads, own_scales))
 
         def split(rows: Float[Array, "*shape tensors"]) -> PyTree:
             rows = rows.astype(jnp.float32)
-            if scope == "global":
-                return rows[..., 0]
-            return jax.tree.unflatten(structure, [rows[..., i] for i in range(len(leaves))])
+            return rows[..., 0] if scope == "global" else tensor_values(grads, jnp.moveaxis(rows, -1, 0))
 
         new_state = HarmonizationState(split(psi), split(norms), split(scales), jnp.sum(capped, dtype=jnp.int32))
-        return jax.tree.unflatten(structure, updates), new_state
+        return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from h2a2_jax.balancers.packing import Kind, Packing
 from h2a2_jax.distributed import DATASET
 from h2a2_jax.models import TR3D, HeadConfig
 from h2a2_jax.scans.specs import DatasetSpec
@@ -84,9 +85,28 @@ def create_state(
     *,
     averaged: bool = False,
     accumulating: bool = False,
+    kind: Kind | None = None,
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """Create the state of a run before its first step; `accumulating` if a step has several batches."""
+    """Create the state of a run before its first step.
+
+    Args:
+        model: the detector.
+        optimizer: initialises its state for shared and for exclusive parameters.
+        balancer: initialises its state for shared parameters.
+        averaged: True keeps averages.
+        accumulating: True if a step has several batches.
+        kind: kinds of parameters to pack (`h2a2_jax.balancers.packing`); None for plain trees. `unpack` makes a plain
+            state of a packed one, `pack_like` the reverse.
+    """
+    exclusive: Any
+    shared: Any
+    stats: Any
     graph, exclusive, shared, stats = split_model(model)
+    if kind is not None:
+        # On the host: each shape would be a program of its own.
+        exclusive, shared, stats = jax.device_get((exclusive, shared, stats))
+        exclusive, shared = Packing.of(exclusive, kind, 1).pack(exclusive), Packing.of(shared, kind).pack(shared)
+        stats = Packing.of(stats, lambda _: "statistics", 1).pack(stats)
     accumulated = None
     if accumulating:
         datasets = len(jax.tree.leaves(stats)[0])

@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from h2a2_jax.balancers import has_dataset_axis
+from h2a2_jax.balancers.packing import leaf_name
 from h2a2_jax.checkpoint.train_state import TrainState
 from h2a2_jax.scans.specs import DatasetSpec
 
@@ -33,7 +34,7 @@ COUNTERS = ("step", "skipped", "skipped_in_row")
 
 def flat_names(tree: Any) -> list[str]:
     """Paths of the leaves of a tree, in its order."""
-    return [_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return [leaf_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
 def stored_params(shared: Any, exclusive: Any, specs: Sequence[DatasetSpec]) -> dict[str, Any]:
@@ -139,11 +140,6 @@ def filled(like: Any, stored: Arrays) -> Any:
 
     leaves, structure = jax.tree.flatten(like)
     return jax.tree.unflatten(structure, map(place, [stored[name] for name in flat_names(like)], leaves))
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    keys = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))) for key in path]
-    return ".".join(keys[:-1] if keys[-1:] == ["value"] else keys)  # a Flax variable holds its array as `value`
 
 
 def _host_arrays(tree: Any) -> Arrays:

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from h2a2_jax.balancers import build_balancer
+from h2a2_jax.balancers.packing import pack_like, unpack
 from h2a2_jax.checkpoint.integrity import DamagedCheckpointError
 from h2a2_jax.checkpoint.parameter_groups import frozen_mask, frozen_paths, frozen_text
 from h2a2_jax.checkpoint.store import CheckpointStore, checkpoint_place
@@ -164,15 +165,22 @@ def is_weight(tree: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), weights)
 
 
+def _kind(name: str, frozen: Collection[str]) -> str | None:
+    """Kind of a parameter to pack: names for which `is_weight` holds or not; frozen parameters keep their names."""
+    if name in frozen:
+        return None
+    return "kernel" if re.search(_WEIGHTS, name) else "bias"
+
+
 @dataclass(frozen=True)
 class Trainer:
     """The compiled step of a run, with its first state.
 
     Attributes:
         graph: structure of the detector.
-        start: state before the first step, on the devices; consumed by `take_step`.
+        start: state before the first step, packed and on the devices; consumed by `take_step`.
         schedule: learning rate by the number of applied steps.
-        take_step: the step (`make_train_step`).
+        take_step: the step of packed states (`make_train_step`).
     """
 
     graph: nnx.GraphDef
@@ -183,7 +191,16 @@ class Trainer:
     def detector(self, state: TrainState, process_layout: MeshLayout) -> TR3D:
         """Return the detector to evaluate, on the host: of the averages if the state has some."""
         source = state if state.averages is None else state.averages
-        return merge_model(self.graph, *process_layout.fetch((source.exclusive, source.shared, source.stats)))
+        parts = process_layout.fetch((source.exclusive, source.shared, source.stats))
+        return merge_model(self.graph, *unpack(parts))
+
+    def plain_start(self, process_layout: MeshLayout) -> TrainState:
+        """Return the plain state before the first step, on the devices: the form of a checkpoint."""
+        return place_state(unpack(process_layout.fetch(self.start)), process_layout.mesh)
+
+    def packed(self, state: TrainState, process_layout: MeshLayout) -> TrainState:
+        """Pack a plain state, as `take_step` takes it, on the devices."""
+        return place_state(pack_like(self.start, process_layout.fetch(state)), process_layout.mesh)
 
 
 def build_trainer(
@@ -210,8 +227,9 @@ def build_trainer(
     optimizer = build_optimizer(optim, schedule, frozen)
     balancer = build_balancer(config.harmonize, len(config.datasets), DATASET, config.train.seed)
     graph, state = create_state(
-        detector, optimizer, balancer, averaged=optim.ema_decay > 0, accumulating=optim.accumulate_steps > 1
-    )
+        detector, optimizer, balancer, averaged=optim.ema_decay > 0, accumulating=optim.accumulate_steps > 1,
+        kind=partial(_kind, frozen=frozen),
+    )  # fmt: skip
     take_step = make_train_step(graph, state, config, optimizer, balancer, mesh, frozen)
     return Trainer(graph, place_state(state, mesh), schedule, take_step)
 

@@ -19,6 +19,7 @@ import jax
 from jax import monitoring
 from tqdm import tqdm
 
+from h2a2_jax.balancers.packing import unpack
 from h2a2_jax.checkpoint.store import CheckpointStore
 from h2a2_jax.checkpoint.train_state import TrainState
 from h2a2_jax.config import ExperimentConfig
@@ -124,10 +125,9 @@ class SaveCheckpoint(Callback):
         """Save the state, unless this step has a checkpoint already."""
         if self.saved == training.step:
             return
-        alone, state = training.process_layout.alone, training.state
-        whole = state if alone else training.process_layout.fetch(state)
+        whole = training.process_layout.fetch(training.state)
         if is_main():
-            training.store.save(training.step, whole, training.config, training.config.dataset_names)
+            training.store.save(training.step, unpack(whole), training.config, training.config.dataset_names)
         self.saved = training.step
 
 

@@ -156,7 +156,11 @@ def set_up(
     is_new = store.latest_step() is None
     start = initial_detector(config, is_new)
     trainer = build_trainer(config, start or build_detector(config), process_layout, steps_per_epoch, total)
-    state = restore_newest(store, trainer.start, config, process_layout, accept_changes=accept_changes) or trainer.start
+    state = trainer.start
+    if not is_new:
+        like = trainer.plain_start(process_layout)
+        found = restore_newest(store, like, config, process_layout, accept_changes=accept_changes)
+        state = state if found is None else trainer.packed(found, process_layout)
     first = int(state.step)
     if len(set(process_layout.exchange(np.array([first], np.int32)).result()[:, 0].tolist())) > 1:
         raise InputError(f"The processes find different checkpoints in {workdir}: give a folder that all share.")

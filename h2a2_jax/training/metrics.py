@@ -33,6 +33,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from h2a2_jax.balancers import recorded
 from h2a2_jax.balancers.ngh import HarmonizationState
+from h2a2_jax.balancers.packing import unpack
 from h2a2_jax.checkpoint.parameter_groups import KINDS, PLACES
 from h2a2_jax.checkpoint.tree import flat_names
 from h2a2_jax.distributed import is_main, say
@@ -411,7 +412,7 @@ class LogMetrics(Callback):
 
     def _harmonization(self, training: Training) -> dict[str, float]:
         """Agreement, norms and factors of the last step."""
-        record = jax.device_get(recorded(training.state.balancer))
+        record = unpack(jax.device_get(recorded(training.state.balancer)))
         if record is None:
             return {}
         threshold = training.config.harmonize.threshold

@@ -25,8 +25,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from h2a2_jax.balancers.dataset_axis import dataset_norms, keep_present, per_dataset, where_present
+from h2a2_jax.balancers.dataset_axis import keep_present, per_dataset, where_present
 from h2a2_jax.balancers.ngh import clip_by_global_norm_sharded, mean_over_datasets
+from h2a2_jax.balancers.packing import pack_like, tensor_norms, unpack
 from h2a2_jax.checkpoint.train_state import Accumulated, Averages, TrainState, state_shardings, state_specs
 from h2a2_jax.checkpoint.tree import flat_names
 from h2a2_jax.config import ExperimentConfig, OptimConfig
@@ -80,7 +81,7 @@ def make_train_step(
 
     Args:
         graph: structure of the model (`create_state`).
-        state: a state of the run's structure.
+        state: a state of the run's structure, plain or packed (`create_state`).
         config: the run's configuration.
         optimizer: applied to the mean gradient, after clipping; must act parameter by parameter (as AdamW does),
             because exclusive parameters are spread over devices.
@@ -100,11 +101,15 @@ def make_train_step(
         batch = jax.tree.map(lambda leaf: leaf[:, 0], batch)  # this device is one replica
         shared = _varying(state.shared, (DATASET, REPLICA))
         exclusive = _varying(state.exclusive, (REPLICA,))
+        plain = unpack(shared)
         present = lax.pmax(batch.present.astype(jnp.int32), REPLICA) > 0
 
         def one_dataset(part: tuple) -> tuple:
             exclusive, stats, batch, targets = part
-            return dataset_gradients(graph, shared, exclusive, stats, batch, targets, frozen, train)
+            *changes, metrics = dataset_gradients(
+                graph, plain, unpack(exclusive), unpack(stats), batch, targets, frozen, train
+            )
+            return *pack_like((state.shared, state.exclusive, state.stats), tuple(changes)), metrics
 
         own, stats = jax.tree.map(lambda leaf: leaf[:, None], (exclusive, state.stats))
         g_shared, g_exclusive, stats, metrics = lax.map(one_dataset, (own, stats, batch, targets))
@@ -170,7 +175,8 @@ def make_train_step(
 
 def tensor_names(state: TrainState) -> list[str]:
     """Names of the columns of `StepMetrics.nonfinite`: parameters by path, "statistics", "loss"."""
-    return [*flat_names(state.shared), *flat_names(state.exclusive), "statistics", "loss"]
+    shared, exclusive = (jax.eval_shape(unpack, tree) for tree in (state.shared, state.exclusive))
+    return [*flat_names(shared), *flat_names(exclusive), "statistics", "loss"]
 
 
 def _nonfinite(shared: Any, exclusive: Any, stats: Any, losses: Float[Array, " local"]) -> Bool[Array, "local tensors"]:
@@ -178,9 +184,9 @@ def _nonfinite(shared: Any, exclusive: Any, stats: Any, losses: Float[Array, " l
 
     Norms tell it, which balancing computes of the shared gradients anyway.
     """
-    columns = [dataset_norms(leaf) for leaf in jax.tree.leaves((shared, exclusive))]
-    columns += [jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(stats)], 1).sum(1), losses]
-    return ~jnp.isfinite(jnp.stack(columns, axis=1))
+    total = sum(leaf.reshape(len(leaf), -1).sum(1) for leaf in jax.tree.leaves(stats))
+    columns = [tensor_norms(shared), tensor_norms(exclusive), jnp.stack([total, losses], axis=1)]
+    return ~jnp.isfinite(jnp.concatenate(columns, axis=1))
 
 
 def _update_statistics(state: TrainState, new: Any, counts: Bool[Array, " local"], model: DetectorConfig) -> TrainState:
@@ -218,7 +224,7 @@ def _apply(
     g_exclusive = jax.tree.map(lambda leaf: keep_present(leaf, present), g_exclusive)
     balanced, balancer_state = balancer.update(g_shared, state.balancer, state.shared, present=present, losses=losses)
     mean = mean_over_datasets(balanced, present, DATASET)
-    kept = (mean, g_exclusive) if keep_gradients else None
+    kept = unpack((mean, g_exclusive)) if keep_gradients else None
     mean, g_exclusive, norm = clip_by_global_norm_sharded(mean, g_exclusive, optim.clip_norm, DATASET)
     shared_updates, shared_optimizer = optimizer.update(mean, state.shared_optimizer, state.shared)
     own_updates, exclusive_optimizer = optimizer.update(g_exclusive, state.exclusive_optimizer, state.exclusive)

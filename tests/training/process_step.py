@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from h2a2_jax.balancers.ngh import norm_gradient_harmonization
+from h2a2_jax.balancers.packing import unpack
 from h2a2_jax.checkpoint.train_state import create_state, place_state
 from h2a2_jax.distributed import MeshLayout, processes, train_mesh
 from h2a2_jax.errors import InputError
@@ -62,7 +63,7 @@ def run_step(devices: Any) -> tuple[Any, Any, MeshLayout]:
     model = double_detector()
     optimizer = optax.sgd(1e-3)
     balancer = norm_gradient_harmonization(len(SPECS), axis_name="dataset")
-    graph, state = create_state(model, optimizer, balancer)
+    graph, state = create_state(model, optimizer, balancer, kind=lambda _: "any")
     step = make_train_step(graph, state, joint_config(SPECS), optimizer, balancer, mesh, keep_gradients=True)
 
     rows = 2 // process_layout.replicas
@@ -80,7 +81,7 @@ def run_step(devices: Any) -> tuple[Any, Any, MeshLayout]:
         return replace(batch, features=batch.features.astype(float), boxes=batch.boxes.astype(float))
 
     batch = process_layout.assemble({key: padded(shard) for key, shard in grid.items()})
-    return *process_layout.fetch(step(place_state(state, mesh), batch)), process_layout
+    return *unpack(process_layout.fetch(step(place_state(state, mesh), batch))), process_layout
 
 
 def tree_by_name(state: Any, metrics: Any, process_layout: MeshLayout) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs.joint import get_config, tiny
+from h2a2_jax.balancers.packing import unpack
 from h2a2_jax.checkpoint.store import CheckpointStore
 from h2a2_jax.checkpoint.train_state import split_model
 from h2a2_jax.config import experiment_config
@@ -73,7 +74,7 @@ def test_what_is_to_be_frozen_must_be_there():
     np.testing.assert_allclose(trainer.schedule(10), 0.1 * options.lr, rtol=1e-6)
     average = trainer.start.averages
     assert_equal(average.shared, trainer.start.shared)
-    assert_equal(split_model(trainer.detector(trainer.start, process_layout))[2], trainer.start.shared)
+    assert_equal(split_model(trainer.detector(trainer.start, process_layout))[2], unpack(trainer.start.shared))
 
 
 class Dying:

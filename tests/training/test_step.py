@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 
 from h2a2_jax.balancers.ngh import norm_gradient_harmonization
+from h2a2_jax.balancers.packing import unpack
 from h2a2_jax.checkpoint.train_state import create_state, merge_model, place_state, split_model
 from h2a2_jax.distributed import stack_batches, train_mesh
 from h2a2_jax.layers import DatasetContext, ForwardContext
@@ -82,7 +83,7 @@ def double_detector():
 def compiled(devices):
     mesh = train_mesh(3, jax.devices()[:devices])
     balancer = norm_gradient_harmonization(3, THRESHOLD, axis_name="dataset")
-    graph, state = create_state(double_detector(), OPTIMIZER, balancer)
+    graph, state = create_state(double_detector(), OPTIMIZER, balancer, kind=lambda _: "any")
     step = make_train_step(graph, state, joint_config(SPECS), OPTIMIZER, balancer, mesh, keep_gradients=True)
     return mesh, state, step
 
@@ -91,7 +92,7 @@ def compiled(devices):
 def after_a_step(devices, present=(True, True, True), unequal=False):
     mesh, state, step = compiled(devices)
     batch = batch_for(mesh, UNEQUAL if unequal else SCANS, present)
-    after = jax.device_get(step(place_state(state, mesh), batch))
+    after = unpack(jax.device_get(step(place_state(state, mesh), batch)))
     assert all(leaf.dtype == float for leaf in jax.tree.leaves(after[1].gradients))
     return after
 
@@ -168,7 +169,7 @@ def test_an_absent_dataset_has_no_part(devices):
     present = (True, False, True)
     state, metrics = after_a_step(devices, present=present)
     one_state, one = after_a_step(1, present=present)
-    before = jax.device_get(compiled(devices)[1])
+    before = unpack(jax.device_get(compiled(devices)[1]))
     for ours, theirs in zip(metrics.gradients, one.gradients, strict=True):
         assert_close(ours, theirs)
     for name, value in named(metrics.gradients[1]).items():
