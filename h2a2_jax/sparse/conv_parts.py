@@ -26,7 +26,7 @@ Gradients = tuple[Array, Array, Array | None]
 """Gradients of x, w and gamma; None for a gamma that is None."""
 Platform = Literal["cpu", "accelerator"]
 """Kind of platform that a program is lowered for."""
-Algorithm = Literal["auto", "segment_sum", "gather", "tiles", "winograd", "im2col", "pairs"]
+Algorithm = Literal["auto", "segment_sum", "gather", "tiles", "winograd", "im2col", "pairs", "implicit"]
 """Algorithms of `convolve`."""
 
 
