@@ -243,46 +243,72 @@ class Launch:
         return max(self.traffic / device.memory, cache, self.flop / rate) + device.launch
 
 
+@dataclass(frozen=True)
+class Maps:
+    """What the text does not tell of the kernels of `conv_implicit`.
+
+    Attributes:
+        pairs: number of pairs of each map of neighbours, by (offsets, rows written, rows read).
+        wide: type of float32 products, "tf32" or "f32".
+    """
+
+    pairs: Mapping[tuple[int, int, int], float] = field(default_factory=dict)
+    wide: str = "tf32"
+
+    def count(self, volume: int, written: int, read: int) -> float:
+        """Number of pairs of a map.
+
+        Raises:
+            ValueError: there is no such map.
+        """
+        if (volume, written, read) not in self.pairs:
+            raise ValueError(
+                f"a kernel reads a map of {volume} offsets from {read} to {written} rows, which is none of the "
+                "plan's; give its number of pairs."
+            )
+        return self.pairs[volume, written, read]
+
+
 _FREE = frozenset(
     ["parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id", "replica-id"]
 )
 
 
-def estimate(module: Module, pairs: Mapping[tuple[int, int, int], float], device: Device = H200) -> Cost:
+def estimate(module: Module, maps: Maps | None = None, device: Device = H200) -> Cost:
     """Estimate a program.
 
     Args:
         module: the program.
-        pairs: number of pairs of each map of neighbours, by (offsets, rows written, rows read), for `implicit_cost`.
+        maps: maps that the kernels of `conv_implicit` read.
         device: rates.
 
     Raises:
-        ValueError: a kernel reads a map that is not among `pairs`.
+        ValueError: a kernel reads a map that is not among `maps`.
     """
     cost = Cost()
-    _visit(module, module.entry, 1, pairs, device, cost)
+    _visit(module, module.entry, 1, maps or Maps(), device, cost)
     cost.slowest.sort(reverse=True)
     del cost.slowest[20:]
     return cost
 
 
-def _visit(module: Module, name: str, times: int, pairs: Mapping, device: Device, cost: Cost) -> None:
+def _visit(module: Module, name: str, times: int, maps: Maps, device: Device, cost: Cost) -> None:
     body = module.computations[name]
     for op in body.values():
         if op.opcode in _FREE:
             continue
         if op.opcode == "while":
-            trips = re.search(r'known_trip_count\D*(\d+)', op.text)
+            trips = re.search(r"known_trip_count\D*(\d+)", op.text)
             inner = re.search(r"body=%?([\w.\-]+)", op.text)
             assert inner is not None
-            _visit(module, inner[1], times * (int(trips[1]) if trips else 1), pairs, device, cost)
+            _visit(module, inner[1], times * (int(trips[1]) if trips else 1), maps, device, cost)
         elif op.opcode in ("call", "conditional"):
             costs = [Cost() for _ in op.called()]
             for each, branch in zip(costs, op.called(), strict=True):
-                _visit(module, branch, times, pairs, device, each)
+                _visit(module, branch, times, maps, device, each)
             _merge(cost, max(costs, key=lambda each: each.seconds))
         else:
-            launch, kind = _launch(module, body, op, pairs)
+            launch, kind = _launch(module, body, op, maps)
             cost.add(kind, times, launch, device, f"{kind} {op.text.strip()[:120]}")
 
 
@@ -294,13 +320,13 @@ def _merge(cost: Cost, more: Cost) -> None:
     cost.slowest += more.slowest
 
 
-def _launch(module: Module, body: dict[str, Instruction], op: Instruction, pairs: Mapping) -> tuple[Launch, str]:
+def _launch(module: Module, body: dict[str, Instruction], op: Instruction, maps: Maps) -> tuple[Launch, str]:
     """Cost and kind of one operation."""
     operands = [body[name] for name in op.operands]
     if op.opcode == "custom-call":
         if "gpu.triton" in op.text and "implicit_" in op.text:
-            return implicit_cost(op, operands, pairs), "implicit"
-        traffic = op.bytes + sum(operand.bytes for operand in operands)
+            return implicit_cost(op, operands, maps), "implicit"
+        traffic = float(op.bytes + sum(operand.bytes for operand in operands))
         if "gemm" in op.text or "matmul" in op.text:
             flop = 2 * math.sqrt(math.prod(max(1, max(s.size for s in o.shapes)) for o in [*operands[:2], op]))
             return Launch(traffic, flop, _type(operands[0].shapes[0].dtype, op.text)), "matmul"
@@ -390,9 +416,7 @@ def _type(dtype: str, text: str) -> str:
 # ---------------------------------------------------------------- implicit matmuls
 
 
-def implicit_cost(
-    op: Instruction, operands: list[Instruction], pairs: Mapping[tuple[int, int, int], float], tile: int = 128
-) -> Launch:
+def implicit_cost(op: Instruction, operands: list[Instruction], maps: "Maps", tile: int = 128) -> Launch:
     """Cost of a kernel of `conv_implicit`, by the shapes of its arguments and the pairs of its map.
 
     Rows. Each pair's row is read from memory once for each block of output channels, with no reuse of the cache between
@@ -404,31 +428,22 @@ def implicit_cost(
     parts are written.
     """
     shapes = [operand.shapes[0] for operand in operands]
-    highest = "f32" if "HIGHEST" in op.text or "ieee" in op.text else ""
     if "implicit_rows" in op.text:
         table, x, stack = shapes[-3:]
         tiles, volume, n = shapes[0].size, *table.dims
         c_in, c_out = stack.dims[1:]
         across = -(-c_out // tile)
-        found = _pairs(pairs, volume, n, x.dims[0])
-        traffic = across * (found * c_in * BYTES[x.dtype] + table.bytes) + op.bytes + stack.bytes
-        cached = tiles * volume * c_in * c_out * BYTES[x.dtype]
+        found = maps.count(volume, n, x.dims[0])
+        traffic: float = across * (found * c_in * BYTES[x.dtype] + table.bytes) + op.bytes + stack.bytes
+        cached: float = tiles * volume * c_in * c_out * BYTES[x.dtype]
         flop = 2.0 * tiles * tile * volume * c_in * c_out
     else:
         table, x, g = shapes[-3:]
         volume, n = table.dims
         c_in, c_out = x.dims[1], g.dims[1]
-        found = _pairs(pairs, volume, n, x.dims[0])
+        found = maps.count(volume, n, x.dims[0])
         rows = found * (c_in * -(-c_out // tile) + c_out * -(-c_in // tile)) * BYTES[x.dtype]
         traffic, cached = rows + table.bytes + op.bytes, 0.0
         flop = 2.0 * volume * n * c_in * c_out
-    return Launch(traffic, flop, highest or _type(x.dtype, ""), cached, gathers=True)
-
-
-def _pairs(pairs: Mapping[tuple[int, int, int], float], volume: int, written: int, read: int) -> float:
-    if (volume, written, read) not in pairs:
-        raise ValueError(
-            f"a kernel reads a map of {volume} offsets from {read} to {written} rows, which is none of the plan's; "
-            "give its number of pairs."
-        )
-    return pairs[volume, written, read]
+    dtype = "bf16" if BYTES[x.dtype] == 2 else maps.wide
+    return Launch(traffic, flop, dtype, cached, gathers=True)

@@ -4,10 +4,10 @@
     dW[k] = sum_o x[neighbors[k, o]]^T g[o]
 
 A program of the first kernel owns a tile of output rows of one scan and some of their channels. Offset after offset it
-reads the rows that exist, multiplies them by the kernel that the scan uses, and sums in registers; it writes each output
-once. The gradient of the features is the same kernel on the inverse table. A program of the second kernel owns the
-gradient of one offset over a part of the rows of one scan; XLA adds the parts. So no columns, no products of pairs and
-no copies of kernels exist in memory, and nothing is added by atomics: results are the same in every run.
+reads the rows that exist, multiplies them by the kernel that the scan uses, and sums in registers. The gradient of the
+features is the same kernel on the inverse table. A program of the second kernel owns the gradient of one offset over a
+part of the rows of one scan; XLA adds the parts. So no columns, no products of pairs and no copies of kernels exist in
+memory, and nothing is added by atomics: results are the same in every run.
 
 Products are taken in the compute type, sums are float32. Float32 products use TF32 unless the precision is
 `jax.lax.Precision.HIGHEST`. Channels are padded with zeros to multiples of 16. On CPUs the kernels run in Pallas's
