@@ -127,7 +127,7 @@ class Case:
             return (optax.apply_updates(params, updates), moments), value
 
         def arguments() -> tuple:
-            params, rest = nnx.split(make(), nnx.Param, ...)[1:]
+            params, rest = nnx.state(make(), nnx.Param, ...)
             return (params, optimizer.init(params)), rest, jax.random.uniform(jax.random.key(0), shape)
 
         return step, arguments

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from h2a2_jax.sparse.conv_parts import ConvOptions, Gradients, gain, inverse_table, kernel_index, kernel_masks
 from h2a2_jax.sparse.kernel_map import KernelMap
+from h2a2_jax.sparse.pool import scan_bounds
 
 TILE_ROWS = 128
 """Rows that a program multiplies at once."""
@@ -72,19 +73,13 @@ def _output_tiles(scan: Int[Array, " n"], num_scans: int, by_scan: bool) -> _Til
     if not by_scan or num_scans == 1:
         start = jnp.arange(-(-n // TILE_ROWS), dtype=jnp.int32) * TILE_ROWS
         return _Tiles(start, jnp.minimum(start + TILE_ROWS, n), jnp.zeros_like(start))
-    bounds = jnp.append(_bounds(scan, num_scans), n)
+    bounds = jnp.append(scan_bounds(scan, num_scans), n)
     counts = -(-jnp.diff(bounds) // TILE_ROWS)
     index = jnp.arange(-(-n // TILE_ROWS) + num_scans, dtype=jnp.int32)
     last = jnp.cumsum(counts)
     owner = jnp.minimum((last[None] <= index[:, None]).sum(1), num_scans)
     start = bounds[owner] + (index - (last - counts)[owner]) * TILE_ROWS
     return _Tiles(start, jnp.minimum(start + TILE_ROWS, bounds[owner + 1]), owner.astype(jnp.int32))
-
-
-def _bounds(scan: Int[Array, " n"], num_scans: int) -> Int[Array, " b+1"]:
-    """First row of each scan, and of the padding: rows are sorted by scan."""
-    scans = jnp.arange(num_scans + 1, dtype=jnp.int32)
-    return (scan[None] < scans[:, None]).sum(1, dtype=jnp.int32)
 
 
 # ---------------------------------------------------------------- rows
@@ -161,7 +156,7 @@ def _kernel_gradients(
     per_scan = max(1, per_scan)
     bounds = jnp.stack([jnp.zeros((), jnp.int32), jnp.asarray(kmap.n_out, jnp.int32)])
     if gamma is not None:
-        bounds = _bounds(jnp.asarray(kmap.out_scan), num_scans)
+        bounds = scan_bounds(jnp.asarray(kmap.out_scan), num_scans)
     length = -(-jnp.diff(bounds) // per_scan)
     start = (bounds[:-1, None] + length[:, None] * jnp.arange(per_scan)).astype(jnp.int32)
     end = jnp.minimum(start + length[:, None], bounds[1:, None])
