@@ -68,7 +68,7 @@ class Case:
         name, points = load_points(scan)
         tables = detector_tables(sparse.voxelize([points] * batch, config.voxel_size).sites)
         capacities = LevelSizes(*(-(-size // 64) * 64 for size in tables.sizes))
-        layout = PlanLayout.of(config, "any" if algorithm in NO_LISTS else "accelerator")
+        layout = PlanLayout.of(config, "gpu" if algorithm in NO_LISTS else "accelerator")
         if not fits_layout(tables, capacities, layout):
             layout = PlanLayout.of(config, "any")
         plan = pad_plan(tables, capacities, layout)

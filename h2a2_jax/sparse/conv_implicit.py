@@ -15,7 +15,7 @@ interpreter, which is for tests: it is slow, and float64 stays float64.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from h2a2_jax.sparse.conv_parts import ConvOptions, Gradients, gain, inverse_table, kernel_index, kernel_masks
+from h2a2_jax.sparse.conv_parts import ConvOptions, Gradients, inverse_table, kernel_index, split_by_kernel
 from h2a2_jax.sparse.kernel_map import KernelMap
 from h2a2_jax.sparse.pool import scan_bounds
+from h2a2_jax.sparse.row_ranges import RowRanges, ranges_of_scans
 
 TILE_ROWS = 128
 """Rows that a program multiplies at once."""
@@ -34,20 +35,6 @@ TILE_CHANNELS = 128
 PART_PROGRAMS = 4 * 132
 """Programs from which on the gradient of the kernels is not split further: four for each core of an H200."""
 _LEAST_CHANNELS = 16
-
-
-class _Tiles(NamedTuple):
-    """Ranges of rows of one scan each.
-
-    Attributes:
-        start: int32 [T], first row.
-        end: int32 [T], row past the last one; at most `start` for an empty range.
-        scan: int32 [T], scan; the number of scans for rows of padding.
-    """
-
-    start: Array
-    end: Array
-    scan: Array
 
 
 def implicit_forward(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions) -> Array:
@@ -67,26 +54,19 @@ def implicit_backward(
     return dx.astype(x.dtype), dw.astype(options.kernel_type), dgamma
 
 
-def _output_tiles(scan: Int[Array, " n"], num_scans: int, by_scan: bool) -> _Tiles:
+def _output_tiles(scan: Int[Array, " n"], num_scans: int, by_scan: bool) -> RowRanges:
     """Tiles that cover all rows, padding included; of one scan each with `by_scan`."""
-    n = len(scan)
-    if not by_scan or num_scans == 1:
-        start = jnp.arange(-(-n // TILE_ROWS), dtype=jnp.int32) * TILE_ROWS
-        return _Tiles(start, jnp.minimum(start + TILE_ROWS, n), jnp.zeros_like(start))
-    bounds = jnp.append(scan_bounds(scan, num_scans), n)
-    counts = -(-jnp.diff(bounds) // TILE_ROWS)
-    index = jnp.arange(-(-n // TILE_ROWS) + num_scans, dtype=jnp.int32)
-    last = jnp.cumsum(counts)
-    owner = jnp.minimum((last[None] <= index[:, None]).sum(1), num_scans)
-    start = bounds[owner] + (index - (last - counts)[owner]) * TILE_ROWS
-    return _Tiles(start, jnp.minimum(start + TILE_ROWS, bounds[owner + 1]), owner.astype(jnp.int32))
+    if by_scan and num_scans > 1:
+        return ranges_of_scans(scan, num_scans, TILE_ROWS)
+    start = jnp.arange(-(-len(scan) // TILE_ROWS), dtype=jnp.int32) * TILE_ROWS
+    return RowRanges(start, jnp.minimum(start + TILE_ROWS, len(scan)), jnp.zeros_like(start))
 
 
 # ---------------------------------------------------------------- rows
 
 
 def _multiply(
-    x: Array, w: Array, gamma: Array | None, kmap: KernelMap, table: Array, tiles: _Tiles, options: ConvOptions
+    x: Array, w: Array, gamma: Array | None, kmap: KernelMap, table: Array, tiles: RowRanges, options: ConvOptions
 ) -> Float[Array, "n c_out"]:
     """sum_k x[table[k]] @ W[k] of the kernel that each scan uses."""
     n, channels = table.shape[1], w.shape[3]
@@ -125,6 +105,7 @@ def _rows_kernel(*refs: Any, volume: int, n: int, block: int, weighs: bool, opti
     parts = np.int32(channels // depth)
 
     def add_slice(turn: Array, total: Array) -> Array:
+        turn = turn.astype(jnp.int32)
         k, part = lax.div(turn, parts), lax.rem(turn, parts)
         source = triton.load(table_ref.at[k, rows], mask=own, other=n_in)
         inputs = part * depth + jnp.arange(depth, dtype=jnp.int32)
@@ -170,11 +151,7 @@ def _kernel_gradients(
         (start.reshape(-1), end.reshape(-1), jnp.asarray(kmap.neighbors), x, g),
     )
     dw = dw.reshape(num_scans, per_scan, volume, c_in, c_out).sum(1)[..., :a, :b]
-    if gamma is None:
-        return dw, None
-    dgamma = (dw * gain(w).astype(dw.dtype)).sum((2, 3)).astype(gamma.dtype)
-    masks = kernel_masks(gamma, w, dw.dtype)
-    return (masks.transpose(2, 0, 1)[..., None, None] * dw).sum(1), dgamma
+    return split_by_kernel(dw, w, gamma)
 
 
 def _kernels_kernel(
@@ -188,22 +165,22 @@ def _kernels_kernel(
     # Programs of neighbouring offsets read the same rows at the same time.
     k, part, block = (pl.program_id(axis) for axis in range(3))
     across = np.int32(g_ref.shape[1] // blocks[1])
-    inputs = lax.div(block, across) * blocks[0] + jnp.arange(blocks[0], dtype=jnp.int32)
-    outputs = lax.rem(block, across) * blocks[1] + jnp.arange(blocks[1], dtype=jnp.int32)
+    inputs = lax.div(block, across) * np.int32(blocks[0]) + jnp.arange(blocks[0], dtype=jnp.int32)
+    outputs = lax.rem(block, across) * np.int32(blocks[1]) + jnp.arange(blocks[1], dtype=jnp.int32)
     start, end = triton.load(start_ref.at[part]), triton.load(end_ref.at[part])
     n_in = x_ref.shape[0]
     step = _depth(TILE_ROWS, x_ref.dtype)
 
     def add_rows(turn: Array, total: Array) -> Array:
-        rows = start + turn * step + jnp.arange(step, dtype=jnp.int32)
+        rows = start + turn.astype(jnp.int32) * step + jnp.arange(step, dtype=jnp.int32)
         source = triton.load(table_ref.at[k, rows], mask=rows < end, other=n_in)
         found = (source < n_in)[:, None]
         a = triton.load(x_ref.at[source[:, None], inputs[None, :]], mask=found, other=0)
         b = triton.load(g_ref.at[rows[:, None], outputs[None, :]], mask=found, other=0)
         return total + _dot(a, b, options, trans_a=True)
 
-    turns = lax.div(jnp.maximum(end - start + step - 1, 0), np.int32(step))
-    total = lax.fori_loop(0, turns, add_rows, jnp.zeros(blocks, options.sum_type))
+    turns = lax.div(jnp.maximum(end - start + np.int32(step - 1), np.int32(0)), np.int32(step))
+    total = lax.fori_loop(np.int32(0), turns, add_rows, jnp.zeros(blocks, options.sum_type))
     triton.store(out_ref.at[part, k, inputs[:, None], outputs[None, :]], total)
 
 

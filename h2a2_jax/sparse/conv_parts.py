@@ -112,6 +112,17 @@ def gain(w: Float[Array, "s *v c_in c_out"]) -> Float[Array, "*v c_in c_out"]:
     return w[0] if len(w) == 1 else w[0] - w[1]
 
 
+def split_by_kernel(
+    dw: Float[Array, "b v c_in c_out"], w: Array, gamma: Array | None
+) -> tuple[Float[Array, "s v c_in c_out"], Float[Array, "b v"] | None]:
+    """Gradients of the kernels and of gamma, of those of the kernel that each scan used; one for all without gamma."""
+    if gamma is None:
+        return dw.sum(0, keepdims=True), None
+    dgamma = (dw * gain(w).astype(dw.dtype)).sum((2, 3)).astype(gamma.dtype)
+    masks = kernel_masks(gamma, w, dw.dtype)
+    return jnp.stack([(masks[..., s, None, None] * dw).sum(0) for s in range(len(w))]), dgamma
+
+
 def per_row(values: Num[Array, "b *c"], scan: Int[Array, " n"]) -> Num[Array, "n *c"]:
     """Values of each scan on the rows of its sites; zero on padding."""
     return values.at[scan].get(mode="fill", fill_value=0)

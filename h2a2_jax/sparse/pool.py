@@ -183,7 +183,7 @@ def sites_per_scan(sites: Sites) -> Int[Array, " b"]:
     return jnp.diff(scan_bounds(jnp.asarray(sites.scan), sites.num_scans))
 
 
-def scan_bounds(scan: Int[Array, " n"], num_scans: int) -> Int[Array, " b+1"]:
+def scan_bounds(scan: Int[Array, " n"], num_scans: int) -> Int[Array, " bounds"]:
     """First row of each scan, and the first row of padding; scans ascend."""
     scans = jnp.arange(num_scans + 1, dtype=scan.dtype)
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from h2a2_jax import sparse
 from tests.sparse.transcription import TABLES, convolve, gradients, padded, pairs_of, random_sites, table_of
 
-ALGORITHMS = ("segment_sum", "gather", "tiles", "im2col", "pairs", "winograd")
+ALGORITHMS = ("segment_sum", "gather", "tiles", "im2col", "pairs", "winograd", "implicit")
 WINOGRAD_ROUNDS = 20
 """Times the tolerance of the others: its transforms add numbers larger than the result."""
 SELECTIONS = ("one kernel", "gamma")
