@@ -24,10 +24,12 @@ Role = Literal["stem", "skip", "down", "residual", "deep residual", "generate", 
 
 EXPECTED_FILL = {"stem": 0.1, "down": 0.25, "residual": 0.4, "deep residual": 0.5, "generate": 1.0, "lateral": 0.85}
 """Share of the sites (of the smaller side) with a given neighbour in real scans; the size of tiles follows from it."""
-SPARSE_ROLES = ("stem", "down", "residual", "generate")
-"""Maps that are less than half full on every scan tried; accelerators multiply the others whole."""
-ACCELERATOR_FILL = 0.45
-"""Share of a sparse map's neighbours for which it has places on accelerators."""
+SPARSE_ROLES = ("stem", "generate")
+"""Maps that are sparse on every scan tried; accelerators multiply the others whole, columns being written and read in
+less time than products from a third of the neighbours on."""
+ACCELERATOR_FILL = {"stem": 0.15, "generate": 0.2}
+"""Share of a sparse map's neighbours for which it has places on accelerators: real scans fill half of them. A map with
+more takes the layout without places."""
 ACCELERATOR_TILE = 512
 """Pairs in a tile on accelerators: rows of a batched matmul, which reads a kernel for each."""
 _PACKED = ("accelerator", "gpu")
@@ -59,7 +61,7 @@ class PlanLayout:
             return False
         if self.machine != "accelerator" or role not in SPARSE_ROLES:
             return True
-        return int(table.pairs_per_offset.sum()) <= ACCELERATOR_FILL * len(table.rows) * capacity
+        return int(table.pairs_per_offset.sum()) <= ACCELERATOR_FILL[role] * len(table.rows) * capacity
 
     def pad_map(self, table: NeighborTable, inputs: Sites, outputs: Sites, role: Role, channels: int = 1) -> KernelMap:
         """A table as a padded map with its lists (numpy arrays).
@@ -84,7 +86,7 @@ class PlanLayout:
             kmap = sparse.pad_map(table, inputs, outputs, tile_size=ACCELERATOR_TILE)
             # A mirrored list holds half of the pairs; every (offset, scan) may leave a tile unfilled.
             offsets = len(table.rows) // 2 if table.kind == "submanifold" else len(table.rows)
-            places = ACCELERATOR_FILL * offsets * outputs.capacity
+            places = ACCELERATOR_FILL[role] * offsets * outputs.capacity
             kmap = sparse.limit_tiles(kmap, int(places / ACCELERATOR_TILE) + 1 + offsets * inputs.num_scans)
         else:
             kmap = sparse.pad_map(table, inputs, outputs)

@@ -50,7 +50,7 @@ CHUNK_BYTES = 256 * 2**20
 """Largest size of the gathered rows that exist at once: columns of "im2col", rows and kernels of "pairs"."""
 _NOWHERE = np.iinfo(np.int32).max
 """Index past the end of every array."""
-_SCAN_ROWS = 4096
+SCAN_ROWS = 4096
 """Most rows in a chunk of one scan."""
 _UNROLL = 27
 """Offsets in one body of the gather-sum: a 3^3 kernel is one pass."""
@@ -74,7 +74,7 @@ def im2col_forward(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, opt
     def multiply(chunk: _Rows) -> Array:
         return options.einsum("cmk,ckb->cmb", _columns(x, chunk), kernels[chunk.scan])
 
-    return _in_order(lax.map(multiply, chunks), chunks, kmap.out_capacity)
+    return _in_order(lax.map(multiply, chunks), chunks, kmap.outputs, gamma)
 
 
 def im2col_backward(
@@ -98,7 +98,7 @@ def im2col_backward(
 
     start = zeros_varying_as((scans, a, volume * b), options.sum_type, (x, w, gamma, g), kmap.n_out)
     total, dx = lax.scan(multiply, start, chunks)
-    dx = _in_order(dx, chunks, kmap.in_capacity).astype(x.dtype)
+    dx = _in_order(dx, chunks, kmap.inputs, gamma).astype(x.dtype)
     dw, dgamma = split_by_kernel(total.reshape(scans, a, volume, b).swapaxes(1, 2), w, gamma)
     return dx, dw.astype(options.kernel_type), dgamma
 
@@ -121,7 +121,7 @@ def _row_chunks(table: Int[Array, "v n"], sites: Sites, rows: Array, gamma: Arra
     """The sites of a table's columns in chunks of bounded size, without padding; of one scan each with gamma."""
     volume, n = table.shape
     size = volume * rows.shape[1] * rows.dtype.itemsize
-    if gamma is None or sites.num_scans == 1:
+    if not _by_scan(sites, gamma):
         count, length = _equal_chunks(n, size)
         start = jnp.arange(count, dtype=jnp.int32) * length
         ranges = RowRanges(start, jnp.minimum(start + length, n), jnp.zeros_like(start))
@@ -140,9 +140,14 @@ def _row_chunks(table: Int[Array, "v n"], sites: Sites, rows: Array, gamma: Arra
     return _Rows(*(part.reshape(count, each, *part.shape[1:]) for part in parts))
 
 
+def _by_scan(sites: Sites, gamma: Array | None) -> bool:
+    """Return True if scans use different kernels."""
+    return gamma is not None and sites.num_scans > 1
+
+
 def _rows_of_one_scan(n: int, num_scans: int) -> int:
     """Rows of a chunk: a kernel is read again for each chunk, and a scan's last chunk is not full."""
-    return min(_SCAN_ROWS, max(64, -(-n // (4 * num_scans * 64)) * 64))
+    return min(SCAN_ROWS, -(-n // (256 * num_scans)) * 64)
 
 
 def _columns(rows: Array, chunk: _Rows) -> Float[Array, "c m k"]:
@@ -151,10 +156,12 @@ def _columns(rows: Array, chunk: _Rows) -> Float[Array, "c m k"]:
     return columns.reshape(*columns.shape[:2], -1)
 
 
-def _in_order(results: Float[Array, "chunks c m b"], chunks: _Rows, n: int) -> Float[Array, "n b"]:
-    """Results of all chunks, in the order of the rows."""
-    results = results.reshape(-1, results.shape[-1])
-    if chunks.rows.shape[1] == 1 and chunks.rows.shape[0] * chunks.rows.shape[2] >= n:
+def _in_order(
+    results: Float[Array, "chunks c m b"], chunks: _Rows, sites: Sites, gamma: Array | None
+) -> Float[Array, "n b"]:
+    """Results of all chunks, in the order of the rows; zero on padding."""
+    n, results = sites.capacity, results.reshape(-1, results.shape[-1])
+    if not _by_scan(sites, gamma):
         return results[:n]
     rows = chunks.rows.reshape(-1)
     place = jnp.arange(len(rows), dtype=jnp.int32)

@@ -27,6 +27,7 @@ from h2a2_jax.sparse.conv_parts import ConvOptions, Gradients, inverse_table, ke
 from h2a2_jax.sparse.kernel_map import KernelMap
 from h2a2_jax.sparse.pool import scan_bounds
 from h2a2_jax.sparse.row_ranges import RowRanges, ranges_of_scans
+from h2a2_jax.sparse.xla_cpu import vary_alike
 
 TILE_ROWS = 128
 """Rows that a program multiplies at once."""
@@ -222,7 +223,11 @@ def _call(kernel: Any, name: str, grid: tuple[int, ...], out: tuple[tuple[int, .
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    shape = jax.ShapeDtypeStruct(*out)
+    arguments = tuple(vary_alike(arguments))
+    kind: Any = jax.typeof(arguments[0])
+    # Under shard_map a kernel must be told over which axes its result varies; versions of JAX name them differently.
+    varies: dict[str, Any] = {"manual_axis_type": kind.mat} if hasattr(kind, "mat") else {"vma": kind.vma}
+    shape = jax.ShapeDtypeStruct(*out, **varies)
 
     def run(interpret: bool, *arguments: Array) -> Array:
         params = triton.CompilerParams(num_warps=8, num_stages=3)
