@@ -16,19 +16,23 @@ import jax
 from h2a2_jax import sparse
 from h2a2_jax.models.architecture import DetectorConfig
 from h2a2_jax.sparse import KernelMap, NeighborTable, Sites, SiteSet
+from h2a2_jax.sparse.packed import fits_packing, pack_neighbors
 from h2a2_jax.typing import Leaf
 
-Machine = Literal["cpu", "native", "accelerator", "any"]
+Machine = Literal["cpu", "native", "accelerator", "gpu", "any"]
 Role = Literal["stem", "skip", "down", "residual", "deep residual", "generate", "lateral"]
 
 EXPECTED_FILL = {"stem": 0.1, "down": 0.25, "residual": 0.4, "deep residual": 0.5, "generate": 1.0, "lateral": 0.85}
 """Share of the sites (of the smaller side) with a given neighbour in real scans; the size of tiles follows from it."""
-SPARSE_ROLES = ("stem", "down", "residual", "generate")
-"""Maps that are less than half full on every scan tried; accelerators multiply the others whole."""
-ACCELERATOR_FILL = 0.45
-"""Share of a sparse map's neighbours for which it has places on accelerators."""
-ACCELERATOR_TILE = 128
-"""Pairs in a tile on accelerators: rows of a batched matmul."""
+SPARSE_ROLES = ("stem", "generate")
+"""Maps that are sparse on every scan tried; accelerators multiply the others whole, columns being written and read in
+less time than products from a third of the neighbours on."""
+ACCELERATOR_FILL = {"stem": 0.15, "generate": 0.2}
+"""Share of a sparse map's neighbours for which it has places on accelerators: real scans fill half of them. A map with
+more takes the layout without places."""
+ACCELERATOR_TILE = 512
+"""Pairs in a tile on accelerators: rows of a batched matmul, which reads a kernel for each."""
+_PACKED = ("accelerator", "gpu")
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class PlanLayout:
     Attributes:
         machine: "cpu": tiles on every map with neighbours, blocks on those of the neck; "native", a CPU with compiled
             kernels: blocks alone; "accelerator": tiles with a static number of places on sparse maps, no lists on the
-            others; "any": no lists.
+            others, neighbours in 16 bits; "gpu": neighbours in 16 bits and no lists, for the algorithm "implicit";
+            "any": plain neighbours and no lists.
         model: architecture; the widths of its stages and neck decide the size of tiles.
     """
 
@@ -52,10 +57,12 @@ class PlanLayout:
         return cls(machine or (cpu if jax.default_backend() == "cpu" else "accelerator"), config)
 
     def fits(self, table: NeighborTable, role: Role, capacity: int) -> bool:
-        """Return True if the layout has places for all pairs of a map of `capacity` padded output rows."""
+        """Return True if the layout has room for a map of `capacity` padded output rows: bits, and places for pairs."""
+        if self.machine in _PACKED and not fits_packing(table):
+            return False
         if self.machine != "accelerator" or role not in SPARSE_ROLES:
             return True
-        return int(table.pairs_per_offset.sum()) <= ACCELERATOR_FILL * len(table.rows) * capacity
+        return int(table.pairs_per_offset.sum()) <= ACCELERATOR_FILL[role] * len(table.rows) * capacity
 
     def pad_map(self, table: NeighborTable, inputs: Sites, outputs: Sites, role: Role, channels: int = 1) -> KernelMap:
         """A table as a padded map with its lists (numpy arrays).
@@ -82,9 +89,11 @@ class PlanLayout:
             kmap = sparse.pad_map(table, inputs, outputs, tile_size=ACCELERATOR_TILE)
             # A mirrored list holds half of the pairs; every (offset, scan) may leave a tile unfilled.
             offsets = len(table.rows) // 2 if table.kind == "submanifold" else len(table.rows)
-            places = ACCELERATOR_FILL * offsets * outputs.capacity
-            return sparse.limit_tiles(kmap, int(places / ACCELERATOR_TILE) + 1 + offsets * inputs.num_scans)
-        return sparse.pad_map(table, inputs, outputs)
+            places = ACCELERATOR_FILL[role] * offsets * outputs.capacity
+            kmap = sparse.limit_tiles(kmap, int(places / ACCELERATOR_TILE) + 1 + offsets * inputs.num_scans)
+        else:
+            kmap = sparse.pad_map(table, inputs, outputs)
+        return pack_neighbors(kmap) if self.machine in _PACKED else kmap
 
 
 NUM_STAGES = 4
@@ -264,12 +273,12 @@ def detector_tables(voxels: SiteSet) -> DetectorTables:
 
 def fits_layout(tables: DetectorTables, capacities: LevelSizes, layout: PlanLayout) -> bool:
     """Return True if the layout has places for the pairs of every map; `replace(layout, machine="any")` always has."""
-    stages = zip(tables.stages, capacities[3:7], strict=True)
-    ups = zip(tables.ups, capacities[7:], strict=True)
     roles: list[tuple[NeighborTable, Role, int]] = [(tables.stem, "stem", capacities.stem)]
-    roles += [(down, "down", capacity) for (down, _, _), capacity in stages]
-    roles += [(tables.stages[0][2], "residual", capacities.stage1)]
-    roles += [(up.generate, "generate", capacity) for up, capacity in ups]
+    for s, ((down, skip, residual), capacity) in enumerate(zip(tables.stages, capacities[3:7], strict=True)):
+        roles += [(down, "down", capacity), (skip, "skip", capacity)]
+        roles += [(residual, "residual" if s == 0 else "deep residual", capacity)]
+    for up, capacity in zip(tables.ups, capacities[7:], strict=True):
+        roles += [(up.generate, "generate", capacity), (up.lateral, "lateral", capacity)]
     return all(layout.fits(*role) for role in roles)
 
 

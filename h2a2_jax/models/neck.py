@@ -61,8 +61,13 @@ class UpStep(nnx.Module):
 
 
 def _rows(features: Float[Array, "n c"], rows: object) -> Float[Array, "m c"]:
-    """Rows by index; zero for an index past the end."""
-    return features.at[jnp.asarray(rows)].get(mode="fill", fill_value=0)
+    """Rows by index, each at most once; zero for an index past the end.
+
+    The indices past the end are made distinct too: an accelerator then adds the gradient without atomics.
+    """
+    index = jnp.asarray(rows)
+    index = jnp.where(index < len(features), index, len(features) + jnp.arange(len(index)))
+    return features.at[index].get(mode="fill", fill_value=0, unique_indices=True)
 
 
 class Neck(nnx.Module):

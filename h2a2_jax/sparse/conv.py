@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from h2a2_jax.sparse.conv_accelerator import im2col_backward, im2col_forward, pair_work, pairs_backward, pairs_forward
 from h2a2_jax.sparse.conv_cpu import gather_backward, gather_forward, tiles_backward, tiles_forward
+from h2a2_jax.sparse.conv_implicit import implicit_backward, implicit_forward
 from h2a2_jax.sparse.conv_native import is_native, native_backward, native_forward
 from h2a2_jax.sparse.conv_parts import Algorithm, ConvOptions, Gradients, Platform, per_row
 from h2a2_jax.sparse.conv_primitive import convolve_by
@@ -308,6 +309,7 @@ _ALGORITHMS = {
     "tiles": (tiles_forward, tiles_backward),
     "im2col": (im2col_forward, im2col_backward),
     "pairs": (pairs_forward, pairs_backward),
+    "implicit": (implicit_forward, implicit_backward),
     "winograd": (winograd_forward, winograd_backward),
     "native": (native_forward, native_backward),
 }

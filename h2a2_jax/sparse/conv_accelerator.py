@@ -9,15 +9,21 @@ neighbours exist:
 
     y = columns @ W,   columns[o] = [x[neighbors[0, o]], ..., x[neighbors[V-1, o]]]   [N_out, V * Cin]
 
+Both gradients come from one set of columns, those of the cotangent by the inverse table: dx = columns @ W^T, and
+dW^T = x^T @ columns. Where scans use different kernels, a chunk holds rows of one scan: each scan's kernel is made
+once, and every row is multiplied once.
+
 "pairs" multiplies the pairs there are, then sums the products of each row. Its work is the whole capacity of the tiles,
 in use or not; `limit_tiles` cuts a capacity down to the need of a bucket:
 
     P[t] = x[in_rows[t]] @ W[kernel of tile t]          one batched matmul over tiles of pairs
     y[o] = sum_k P[position of the pair (k, o)]         V gathers and adds that XLA fuses into one pass
+
+Products P are kept in the compute type and summed in float32: kept wider, they would be most of the traffic.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,15 +39,19 @@ from h2a2_jax.sparse.conv_parts import (
     kernel_index,
     kernel_masks,
     mask_cotangent,
-    per_row,
+    split_by_kernel,
 )
 from h2a2_jax.sparse.kernel_map import KernelMap, PairTiles, directions
+from h2a2_jax.sparse.row_ranges import RowRanges, ranges_of_scans
+from h2a2_jax.sparse.sites import Sites
 from h2a2_jax.sparse.xla_cpu import take_rows, zeros_varying_as
 
 CHUNK_BYTES = 256 * 2**20
 """Largest size of the gathered rows that exist at once: columns of "im2col", rows and kernels of "pairs"."""
 _NOWHERE = np.iinfo(np.int32).max
 """Index past the end of every array."""
+SCAN_ROWS = 4096
+"""Most rows in a chunk of one scan."""
 _UNROLL = 27
 """Offsets in one body of the gather-sum: a 3^3 kernel is one pass."""
 
@@ -58,83 +68,115 @@ def _equal_chunks(total: int, size: int) -> tuple[int, int]:
 
 def im2col_forward(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions) -> Array:
     """Output rows of the algorithm "im2col"; see `conv_parts` for arguments and result."""
-    return _product(x, w, gamma, jnp.asarray(kmap.neighbors), jnp.asarray(kmap.out_scan), options)
+    chunks = _row_chunks(jnp.asarray(kmap.neighbors), kmap.outputs, x, gamma)
+    kernels = _kernels_of_scans(w, gamma)
+
+    def multiply(chunk: _Rows) -> Array:
+        return options.einsum("cmk,ckb->cmb", _columns(x, chunk), kernels[chunk.scan])
+
+    return _in_order(lax.map(multiply, chunks), chunks, kmap.outputs, gamma)
 
 
 def im2col_backward(
     x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions, cotangent: Array
 ) -> Gradients:
     """Gradients of the algorithm "im2col"."""
-    g = mask_cotangent(cotangent, kmap, x.dtype)
-    dx = _product(g, w.swapaxes(2, 3), gamma, inverse_table(kmap), jnp.asarray(kmap.in_scan), options)
-    dw, dgamma = _kernel_gradients(x, g, w, gamma, kmap, options)
-    if gamma is not None and dgamma is not None:
-        dgamma = dgamma.astype(gamma.dtype)
-    return dx.astype(x.dtype), dw.astype(options.kernel_type), dgamma
-
-
-def _product(
-    rows: Array, w: Array, gamma: Array | None, table: Array, scan: Array, options: ConvOptions
-) -> Float[Array, "n b"]:
-    """sum_k rows[table[k]] @ W[k]; `scan` is that of each output row, and chooses its kernels."""
     volume, a, b = w.shape[1:]
-    flat = w.reshape(len(w), volume * a, b)
+    g = cotangent.astype(x.dtype)  # the inverse table names no row of padding
+    chunks = _row_chunks(inverse_table(kmap), kmap.inputs, g, gamma)
+    kernels = _kernels_of_scans(w.swapaxes(2, 3), gamma)
+    scans = len(kernels)
 
-    def multiply(chunk: tuple[Array, Array, Array]) -> Array:
-        table, scan, _ = chunk
-        columns = take_rows(rows, table.T)
-        if gamma is None:
-            return options.dot(columns.reshape(-1, volume * a), flat[0])
-        masks = _masks(gamma, w, scan, rows.dtype)
-        parts = [options.dot((columns * masks[:, s, :, None]).reshape(-1, volume * a), flat[s]) for s in range(len(w))]
-        return sum(parts[1:], parts[0])
+    def multiply(total: Array, chunk: _Rows) -> tuple[Array, Array]:
+        columns = _columns(g, chunk)
+        dx = options.einsum("cmk,cka->cma", columns, kernels[chunk.scan])
+        dw = options.einsum("cma,cmk->cak", take_rows(x, chunk.rows), columns)
+        if scans == 1:
+            return total + dw.sum(0)[None], dx
+        of_scan = jax.nn.one_hot(chunk.scan, scans, axis=0, dtype=dw.dtype)
+        return total + _add_up(of_scan, dw.reshape(len(dw), -1)).reshape(total.shape), dx
 
-    return lax.map(multiply, _row_chunks(table, scan, rows)).reshape(-1, b)[: table.shape[1]]
-
-
-def _kernel_gradients(
-    x: Array, g: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions
-) -> tuple[Array, Array | None]:
-    """Gradients of the kernels and of gamma."""
-    volume, a, b = w.shape[1:]
-    g = jnp.concatenate([g, jnp.zeros((1, b), g.dtype)])  # rows past the end of the last chunk read the zero
-    outer = partial(options.einsum, "nva,nb->vab")
-
-    def add_chunk(total: tuple, chunk: tuple[Array, Array, Array]) -> tuple[tuple, None]:
-        table, scan, at = chunk
-        columns, grads = take_rows(x, table.T), g[at]
-        if gamma is None:
-            return (total[0] + outer(columns, grads)[None], None), None
-        masks = _masks(gamma, w, scan, x.dtype)
-        dw = jnp.stack([outer(columns * masks[:, s, :, None], grads) for s in range(len(w))])
-        # <dW[b, k], W_0[k] - W_1[k]>, taken row by row before it is summed over the rows of a scan.
-        back = options.dot(grads, gain(w).reshape(volume * a, b).T).reshape(-1, volume, a)
-        dots = (back * columns).sum(2, dtype=options.sum_type)
-        of_scan = jax.nn.one_hot(scan, kmap.num_scans, axis=0, dtype=options.sum_type)
-        return (total[0] + dw, total[1] + _add_up(of_scan, dots)), None
-
-    zeros = partial(zeros_varying_as, dtype=options.sum_type, like=(x, w, gamma, g, kmap.n_out))
-    start = zeros(w.shape), None if gamma is None else zeros((kmap.num_scans, volume))
-    chunks = _row_chunks(jnp.asarray(kmap.neighbors), jnp.asarray(kmap.out_scan), x)
-    (dw, dgamma), _ = lax.scan(add_chunk, start, chunks)
-    return dw, dgamma
+    start = zeros_varying_as((scans, a, volume * b), options.sum_type, (x, w, gamma, g), kmap.n_out)
+    total, dx = lax.scan(multiply, start, chunks)
+    dx = _in_order(dx, chunks, kmap.inputs, gamma).astype(x.dtype)
+    dw, dgamma = split_by_kernel(total.reshape(scans, a, volume, b).swapaxes(1, 2), w, gamma)
+    return dx, dw.astype(options.kernel_type), dgamma
 
 
-def _row_chunks(
-    table: Array, scan: Array, rows: Array
-) -> tuple[Int[Array, "c v m"], Int[Array, "c m"], Int[Array, "c m"]]:
-    """Output rows in chunks: their columns of the table, their scans, and their indices (past the end: N_out)."""
+class _Rows(NamedTuple):
+    """Rows to write in chunks of one kernel each.
+
+    Attributes:
+        table: int32 [chunks, c, V, m], rows to read; past the end where there is none.
+        rows: int32 [chunks, c, m], rows to write; past the end of every array for places without one.
+        scan: int32 [chunks, c], index of the kernel that the chunk uses.
+    """
+
+    table: Array
+    rows: Array
+    scan: Array
+
+
+def _row_chunks(table: Int[Array, "v n"], sites: Sites, rows: Array, gamma: Array | None) -> _Rows:
+    """The sites of a table's columns in chunks of bounded size, without padding; of one scan each with gamma."""
     volume, n = table.shape
-    count, length = _equal_chunks(n, volume * rows.shape[1] * rows.dtype.itemsize)
-    more = count * length - n
-    tables = jnp.pad(table, ((0, 0), (0, more)), constant_values=len(rows)).reshape(volume, count, length)
-    scans = jnp.pad(scan, (0, more), constant_values=_NOWHERE).reshape(count, length)
-    return tables.swapaxes(0, 1), scans, jnp.minimum(jnp.arange(count * length), n).reshape(count, length)
+    size = volume * rows.shape[1] * rows.dtype.itemsize
+    if not _by_scan(sites, gamma):
+        count, length = _equal_chunks(n, size)
+        start = jnp.arange(count, dtype=jnp.int32) * length
+        ranges = RowRanges(start, jnp.minimum(start + length, n), jnp.zeros_like(start))
+        each = 1
+    else:
+        length = _rows_of_one_scan(n, sites.num_scans)
+        ranges = ranges_of_scans(jnp.asarray(sites.scan), sites.num_scans, length)
+        count, each = _equal_chunks(len(ranges.start), length * size)
+        ends = (0, count * each - len(ranges.start))
+        ranges = RowRanges(*(jnp.pad(part, ends) for part in ranges))  # empty
+    place = ranges.start[:, None] + jnp.arange(length, dtype=jnp.int32)
+    own = (place < ranges.end[:, None]) & (place < sites.n)
+    sources = jnp.where(own, table[:, jnp.minimum(place, n - 1)], _NOWHERE).swapaxes(0, 1)
+    kernel = jnp.minimum(ranges.scan, sites.num_scans - 1)  # padding has no neighbours
+    parts = sources, jnp.where(own, place, _NOWHERE), kernel
+    return _Rows(*(part.reshape(count, each, *part.shape[1:]) for part in parts))
 
 
-def _masks(gamma: Array, w: Array, scan: Array, dtype: Any) -> Float[Array, "n s v"]:
-    """Weight of each kernel of the stack for each row at each offset; zero on padding."""
-    return per_row(jnp.moveaxis(kernel_masks(gamma, w, dtype), -1, 1), scan)
+def _by_scan(sites: Sites, gamma: Array | None) -> bool:
+    """Return True if scans use different kernels."""
+    return gamma is not None and sites.num_scans > 1
+
+
+def _rows_of_one_scan(n: int, num_scans: int) -> int:
+    """Rows of a chunk: a kernel is read again for each chunk, and a scan's last chunk is not full."""
+    return min(SCAN_ROWS, -(-n // (256 * num_scans)) * 64)
+
+
+def _columns(rows: Array, chunk: _Rows) -> Float[Array, "c m k"]:
+    """Rows at all offsets, side by side."""
+    columns = take_rows(rows, chunk.table.swapaxes(1, 2))
+    return columns.reshape(*columns.shape[:2], -1)
+
+
+def _in_order(
+    results: Float[Array, "chunks c m b"], chunks: _Rows, sites: Sites, gamma: Array | None
+) -> Float[Array, "n b"]:
+    """Results of all chunks, in the order of the rows; zero on padding."""
+    n, results = sites.capacity, results.reshape(-1, results.shape[-1])
+    if not _by_scan(sites, gamma):
+        return results[:n]
+    rows = chunks.rows.reshape(-1)
+    place = jnp.arange(len(rows), dtype=jnp.int32)
+    index = jnp.where(rows < n, rows, n + place)  # distinct, also where dropped
+    position = jnp.full(n, _NOWHERE, jnp.int32).at[index].set(place, mode="drop", unique_indices=True)
+    return take_rows(results, position)
+
+
+def _kernels_of_scans(w: Array, gamma: Array | None) -> Float[Array, "b k c_out"]:
+    """Kernel that each scan uses at all offsets, [B, V * a, b]; one without gamma."""
+    kernels = w[:1]
+    if gamma is not None:
+        masks = kernel_masks(gamma, w, w.dtype)[..., None, None]
+        kernels = masks[:, :, 0] * w[0] + (masks[:, :, 1] * w[1] if len(w) == 2 else 0)
+    return kernels.reshape(len(kernels), -1, w.shape[-1])
 
 
 # ---------------------------------------------------------------- pairs
@@ -158,11 +200,11 @@ def pairs_forward(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, opti
 
     def multiply(chunk: tuple[Array, Array]) -> Array:
         source, index = chunk
-        return options.dot(take_rows(x, source), stack[index])
+        return options.dot(take_rows(x, source), stack[index]).astype(x.dtype)
 
     products = lax.map(multiply, _tile_chunks((source, index), x, w))
-    products = _weigh(products, weights)
-    return _gather_sum(products, _positions(target, offset, kmap.kernel_volume, kmap.out_capacity))
+    positions = _positions(target, offset, kmap.kernel_volume, kmap.out_capacity)
+    return _gather_sum(_weigh(products, weights), positions, options.sum_type)
 
 
 def pairs_backward(
@@ -181,7 +223,8 @@ def pairs_backward(
         source, target, index, offset, scan = chunk
         x_s, g_t = take_rows(x, source), take_rows(g, target)
         dw = options.einsum("ctm,ctn->cmn", x_s, g_t)
-        return add_by_kernel(carry, dw, index, offset, scan), options.dot(g_t, transposed[index])
+        change = options.dot(g_t, transposed[index]).astype(x.dtype)
+        return add_by_kernel(carry, dw, index, offset, scan), change
 
     def add_by_kernel(carry: tuple, dw: Array, index: Array, offset: Array, scan: Array) -> tuple:
         """Sums over tiles, as matmuls with 0 and 1: a handful of products beside those of the tiles, and no atomics."""
@@ -200,8 +243,7 @@ def pairs_backward(
     start = zeros(stack.shape), None if gamma is None else zeros((kmap.num_scans, volume))
     chunks = _tile_chunks((source, target, index, offset, scan), x, w)
     (dstack, dgamma), products = lax.scan(multiply, start, chunks)
-    products = _weigh(products, weights)
-    dx = _gather_sum(products, _positions(source, offset, volume, kmap.in_capacity))
+    dx = _gather_sum(_weigh(products, weights), _positions(source, offset, volume, kmap.in_capacity), options.sum_type)
     if gamma is not None and dgamma is not None:
         dgamma = dgamma.astype(gamma.dtype)
     return dx.astype(x.dtype), dstack.reshape(w.shape).astype(options.kernel_type), dgamma
@@ -260,15 +302,14 @@ def _positions(rows: Int[Array, "c t"], offset: Int[Array, " c"], volume: int, c
     return empty.at[offset[:, None], row].set(place, mode="drop", unique_indices=True)
 
 
-def _gather_sum(products: Float[Array, "*chunks t c"], positions: Int[Array, "v n"]) -> Float[Array, "n c"]:
-    """sum_k products[positions[k]], unrolled: one pass over the output."""
+def _gather_sum(products: Float[Array, "*chunks t c"], positions: Int[Array, "v n"], dtype: Any) -> Float[Array, "n c"]:
+    """sum_k products[positions[k]] in a given type, unrolled: one pass over the output."""
     products = products.reshape(-1, products.shape[-1])
 
     def add_offset(total: Array, at: Array) -> tuple[Array, None]:
-        return total + take_rows(products, at), None
+        return total + take_rows(products, at).astype(dtype), None
 
-    shape = positions.shape[1], products.shape[1]
-    total = zeros_varying_as(shape, products.dtype, (products, positions))
+    total = zeros_varying_as((positions.shape[1], products.shape[1]), dtype, (products, positions))
     return lax.scan(add_offset, total, positions, unroll=min(len(positions), _UNROLL))[0]
 
 

@@ -26,7 +26,7 @@ Gradients = tuple[Array, Array, Array | None]
 """Gradients of x, w and gamma; None for a gamma that is None."""
 Platform = Literal["cpu", "any cpu", "accelerator"]
 """Kind of platform that a program is lowered for: this machine's CPU, a CPU of any machine, an accelerator."""
-Algorithm = Literal["auto", "segment_sum", "gather", "tiles", "winograd", "native", "im2col", "pairs"]
+Algorithm = Literal["auto", "segment_sum", "gather", "tiles", "winograd", "native", "im2col", "pairs", "implicit"]
 """Algorithms of `convolve`."""
 
 
@@ -110,6 +110,17 @@ def kernel_masks(gamma: Float[Array, "*s"], w: Array, dtype: Any) -> Float[Array
 def gain(w: Float[Array, "s *v c_in c_out"]) -> Float[Array, "*v c_in c_out"]:
     """Kernel that gamma multiplies: the difference of two kernels to choose from, or the one that it weighs."""
     return w[0] if len(w) == 1 else w[0] - w[1]
+
+
+def split_by_kernel(
+    dw: Float[Array, "b v c_in c_out"], w: Array, gamma: Array | None
+) -> tuple[Float[Array, "s v c_in c_out"], Float[Array, "b v"] | None]:
+    """Gradients of the kernels and of gamma, of those of the kernel that each scan used; one for all without gamma."""
+    if gamma is None:
+        return dw.sum(0, keepdims=True), None
+    dgamma = (dw * gain(w).astype(dw.dtype)).sum((2, 3)).astype(gamma.dtype)
+    masks = kernel_masks(gamma, w, dw.dtype)
+    return jnp.stack([(masks[..., s, None, None] * dw).sum(0) for s in range(len(w))]), dgamma
 
 
 def per_row(values: Num[Array, "b *c"], scan: Int[Array, " n"]) -> Num[Array, "n *c"]:

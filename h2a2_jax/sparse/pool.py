@@ -215,7 +215,20 @@ def scan_sum(rows: Float[Array, "n c"], sites: Sites) -> Float[Array, "b c"]:
 
 def sites_per_scan(sites: Sites) -> Int[Array, " b"]:
     """Number of sites of each scan."""
-    return jnp.diff(jnp.searchsorted(jnp.asarray(sites.scan), jnp.arange(sites.num_scans + 1)))
+    return jnp.diff(scan_bounds(jnp.asarray(sites.scan), sites.num_scans))
+
+
+def scan_bounds(scan: Int[Array, " n"], num_scans: int) -> Int[Array, " bounds"]:
+    """First row of each scan, and the first row of padding; scans ascend."""
+    scans = jnp.arange(num_scans + 1, dtype=scan.dtype)
+
+    def count(scan: Array) -> Array:  # one pass, where a search is twenty dependent steps
+        return (scan[None] < scans[:, None]).sum(1, dtype=jnp.int32)
+
+    def search(scan: Array) -> Array:
+        return jnp.searchsorted(scan, scans).astype(jnp.int32)
+
+    return lax.platform_dependent(scan, cpu=search, default=count)
 
 
 def first_maxima(

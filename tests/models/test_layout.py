@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -31,12 +32,19 @@ def test_accelerators_get_tiles_on_sparse_maps(tables):
     layout = PlanLayout("accelerator")
     assert fits_layout(tables, capacities, layout)
     plan = pad_plan(tables, capacities, layout)
-    sparse_maps = [plan.stem, *(s.down for s in plan.stages), plan.stages[0].residual, *(u.generate for u in plan.ups)]
+    sparse_maps = [plan.stem, *(u.generate for u in plan.ups)]
     for kmap in maps_of(plan):
         assert (kmap.tiles is not None) == any(kmap is one for one in sparse_maps)
         assert kmap.blocks is None
     for kmap in sparse_maps:
         assert int(kmap.tiles.count) <= len(kmap.tiles.offset)
+
+
+def test_accelerators_get_neighbours_in_16_bits(tables):
+    plans = [pad_plan(tables, tables.sizes, PlanLayout(machine)) for machine in ("gpu", "any")]
+    for packed, plain in zip(*map(maps_of, plans), strict=True):
+        assert packed.tiles is None and packed.neighbors.steps.dtype == np.uint16
+        np.testing.assert_array_equal(jnp.asarray(packed.neighbors), plain.neighbors)
 
 
 def test_a_fuller_scan_takes_the_layout_without_places():
@@ -45,11 +53,11 @@ def test_a_fuller_scan_takes_the_layout_without_places():
     sites = sparse.site_set(np.c_[np.zeros(len(cells), int), cells].astype(np.int32))
     table, layout = sparse.submanifold_neighbors(sites), PlanLayout("accelerator")
     rows = sparse.pad_sites(sites, len(sites))
-    assert not layout.fits(table, "residual", len(sites))
-    assert layout.fits(table, "residual", 3 * len(sites)) and layout.fits(table, "lateral", len(sites))
+    assert not layout.fits(table, "stem", len(sites))
+    assert layout.fits(table, "stem", 7 * len(sites)) and layout.fits(table, "lateral", len(sites))
     with pytest.raises(ValueError, match="tiles are in use"):
-        layout.pad_map(table, rows, rows, "residual")
-    assert replace(layout, machine="any").pad_map(table, rows, rows, "residual").tiles is None
+        layout.pad_map(table, rows, rows, "stem")
+    assert replace(layout, machine="any").pad_map(table, rows, rows, "stem").tiles is None
 
 
 def test_tiles_follow_the_widths(tables):

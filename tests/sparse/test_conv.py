@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from h2a2_jax import sparse
 from tests.sparse.transcription import TABLES, convolve, gradients, padded, pairs_of, random_sites, table_of
 
-ALGORITHMS = ("segment_sum", "gather", "tiles", "im2col", "pairs", "winograd")
+ALGORITHMS = ("segment_sum", "gather", "tiles", "im2col", "pairs", "winograd", "implicit")
 NATIVE = ("native",) if sparse.has_native() else ()
 WINOGRAD_ROUNDS = 20
 """Times the tolerance of the others: its transforms add numbers larger than the result."""
@@ -228,6 +228,8 @@ def test_under_vmap_and_shard_map(algorithm):
 
     mapped = jax.jit(jax.vmap(slope, in_axes=(0, 0, None, 0)))(kmaps, x, kernels, gamma)
     jax.tree.map(close, mapped, expected)
+    if algorithm == "implicit":  # Pallas's interpreter does not know of varying axes; test_conv_implicit compiles it
+        return
 
     def on_device(kmaps, x, kernels, gamma):
         kmap, x, gamma = jax.tree.map(lambda a: a[0], (kmaps, x, gamma))
