@@ -1,6 +1,7 @@
 """The machine and the process: CPU cores, signals, log messages, progress bars, versions of the software that runs."""
 
 import contextlib
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -30,6 +31,16 @@ def core_numbers() -> list[int]:
 def available_cores() -> int:
     """Number of CPU cores that this process may use."""
     return len(core_numbers())
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, where glibc is the allocator; no effect elsewhere.
+
+    XLA's compiler takes hundreds of MB for a large program. glibc keeps what is freed of them for the process, and the
+    temporaries of the program, which are larger than any free piece, come on top.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def end_with_parent() -> None:
