@@ -34,7 +34,7 @@ from benchmarks.convolution import detector_layers
 from benchmarks.scans import load_points
 from h2a2_jax import sparse
 from h2a2_jax.errors import InputError
-from h2a2_jax.host import available_cores
+from h2a2_jax.host import available_cores, release_memory
 from h2a2_jax.inference.folding import fold
 from h2a2_jax.layers import DatasetContext, ForwardContext, SelectionConfig
 from h2a2_jax.models import (
@@ -137,6 +137,7 @@ def compile_job(
             return value
 
     del state
+    release_memory()
     memory = program.memory_analysis()
     temporaries = float("nan") if memory is None else memory.temp_size_in_bytes / 1e6
     return call, {"compile_s": time.perf_counter() - start, "temporaries_mb": temporaries}

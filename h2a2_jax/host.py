@@ -1,6 +1,7 @@
 """The machine and the process: CPU cores, signals, log messages, progress bars, versions of the software that runs."""
 
 import contextlib
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -42,6 +43,16 @@ def cpu_features() -> str:
     except OSError:
         return kind
     return "\n".join([kind, *sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})])
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, where glibc is the allocator; no effect elsewhere.
+
+    XLA's compiler takes hundreds of MB for a large program. glibc keeps what is freed of them for the process, and the
+    temporaries of the program, which are larger than any free piece, come on top.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def end_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from absl import logging as absl_logging
 
-from h2a2_jax.host import available_cores, core_numbers, duration, quiet_command_line
+from h2a2_jax.host import available_cores, core_numbers, duration, quiet_command_line, release_memory
 
 
 @pytest.mark.parametrize(
@@ -20,6 +22,19 @@ from h2a2_jax.host import available_cores, core_numbers, duration, quiet_command
 )
 def test_a_duration_in_hours_minutes_and_seconds(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="another allocator than glibc's")
+def test_freed_memory_goes_back_to_the_system():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    blocks = [np.ones(100_000, np.uint8) for _ in range(1000)]
+    last = blocks.pop()  # holds the end of the heap, so that glibc itself gives nothing back
+    del blocks
+    before = resident()
+    release_memory()
+    assert before - resident() > 50_000_000 and last.all()
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not tie processes to cores")
