@@ -29,6 +29,7 @@ import jaxlib
 from jax.experimental import serialize_executable
 
 import h2a2_jax
+from h2a2_jax.compilation import CACHE_VARIABLE
 from h2a2_jax.host import available_cores, cpu_features
 from h2a2_jax.models import LevelSizes
 from h2a2_jax.sparse import native_form
@@ -272,7 +273,7 @@ def _environment() -> str:
 def _settings() -> str:
     """Settings of JAX in this thread, and environment variables."""
     settings = {name: repr(value) for name, value in jax.config.values.items() if not _is_no_matter(name)}
-    variables = {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}
+    variables = {name: v for name, v in os.environ.items() if name.startswith(_SETTINGS) and name != CACHE_VARIABLE}
     return repr((sorted(settings.items()), sorted(variables.items())))
 
 

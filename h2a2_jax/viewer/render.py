@@ -175,9 +175,10 @@ def draw_lines(
     def brush(chosen: np.ndarray, colors: np.ndarray, width: float, opacity: float) -> None:
         """Paint samples with a brush as wide as the line; where lines meet, the last one paints once."""
         painted = np.full(len(flat), -1, np.int32)
+        middles, across, own = pixels[chosen], side[chosen], line[chosen]
         for off in np.linspace(-(width - 1) / 2, (width - 1) / 2, max(1, int(np.ceil(width * 1.3)))):
-            cells, inside = _pixel_index(camera, pixels[chosen] + off * side[chosen])
-            painted[cells[inside]] = line[chosen][inside]
+            cells, inside = _pixel_index(camera, middles + off * across)
+            painted[cells[inside]] = own[inside]
         found = np.flatnonzero(painted >= 0)
         flat[found] += opacity * (colors[painted[found]].astype(np.float32) - flat[found])
 
