@@ -240,3 +240,11 @@ def tensor_values(like: PyTree, values: Num[Array, "tensors ..."]) -> PyTree[Num
 def count_tensors(tree: PyTree) -> int:
     """Number of tensors in a plain or packed tree."""
     return len(tree.packing.shapes) if isinstance(tree, Packed) else len(jax.tree.leaves(tree))
+
+
+def name_tensors(tree: PyTree) -> list[str]:
+    """Paths of the tensors in a plain or packed tree."""
+    plain = tree
+    if isinstance(tree, Packed):
+        plain = jax.tree.unflatten(tree.packing.structure, range(count_tensors(tree)))
+    return [leaf_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(plain)[0]]

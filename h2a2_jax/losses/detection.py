@@ -216,7 +216,7 @@ def rotated_diou_loss(
     if center_distance == "published":
         distance = (predicted - target)[..., jnp.array([0, 1, 3])]
     square_distance = jnp.sum(distance * distance, axis=-1)
-    return 1 - rotated_iou(predicted, target) + square_distance / jnp.maximum(square_diagonal, SMALLEST)
+    return 1 - rotated_iou(predicted, target, few=True) + square_distance / jnp.maximum(square_diagonal, SMALLEST)
 
 
 def _half_spans(boxes: AnyArray) -> Array:

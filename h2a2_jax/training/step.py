@@ -27,9 +27,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from h2a2_jax.balancers.dataset_axis import keep_present, per_dataset, where_present
 from h2a2_jax.balancers.ngh import clip_by_global_norm_sharded, mean_over_datasets
-from h2a2_jax.balancers.packing import pack_like, tensor_norms, unpack
+from h2a2_jax.balancers.packing import name_tensors, pack_like, tensor_norms, unpack
 from h2a2_jax.checkpoint.train_state import Accumulated, Averages, TrainState, state_shardings, state_specs
-from h2a2_jax.checkpoint.tree import flat_names
 from h2a2_jax.config import ExperimentConfig, OptimConfig
 from h2a2_jax.distributed import DATASET, REPLICA
 from h2a2_jax.loader.batching import Batch
@@ -175,8 +174,7 @@ def make_train_step(
 
 def tensor_names(state: TrainState) -> list[str]:
     """Names of the columns of `StepMetrics.nonfinite`: parameters by path, "statistics", "loss"."""
-    shared, exclusive = (jax.eval_shape(unpack, tree) for tree in (state.shared, state.exclusive))
-    return [*flat_names(shared), *flat_names(exclusive), "statistics", "loss"]
+    return [*name_tensors(state.shared), *name_tensors(state.exclusive), "statistics", "loss"]
 
 
 def _nonfinite(shared: Any, exclusive: Any, stats: Any, losses: Float[Array, " local"]) -> Bool[Array, "local tensors"]:

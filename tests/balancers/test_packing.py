@@ -13,6 +13,7 @@ from h2a2_jax.balancers.packing import (
     Packed,
     PackedValues,
     Packing,
+    name_tensors,
     pack_like,
     scale_tensors,
     tensor_norms,
@@ -73,6 +74,7 @@ def test_a_tree_is_packed_and_unpacked_unchanged(place: Any) -> None:
     # A row for the bias and one for the scale; 300 numbers of the kernel fill three.
     assert [packed.arrays[f"packed.float32.{name}"].shape for name in ("bias", "kernel")] == [(2, 2, 128), (2, 3, 128)]
     assert_equal(unpack(packed), plain)
+    assert name_tensors(packed) == name_tensors(plain) == flat_names(plain)
     state = {"state": plain, "step": np.array(2)}
     assert_equal(unpack(pack_like({"state": packed, "step": np.array(1)}, state)), state)
 

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,10 +41,12 @@ def test_axis_aligned_iou_equals_the_reference(name, function):
     assert relative_error(gradient, data[f"{name}_grad_pred"]) <= 1e-6
 
 
-def test_rotated_iou_equals_the_reference():
+@pytest.mark.parametrize("few", [False, True])
+def test_rotated_iou_equals_the_reference(few):
+    function = jax.jit(partial(boxes.rotated_iou, few=few))
     data = CASES["rotated_loss"]
-    assert relative_error(rotated_iou(data["pred"], data["target"]), data["exact_iou"]) <= 1e-6
-    gradient = -gradients(rotated_iou, data["pred"], data["target"], data["loss_weight"])[0]
+    assert relative_error(function(data["pred"], data["target"]), data["exact_iou"]) <= 1e-6
+    gradient = -gradients(function, data["pred"], data["target"], data["loss_weight"])[0]
     assert relative_error(gradient, data["iou_grad_pred"]) <= 2e-6
 
 

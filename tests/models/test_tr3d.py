@@ -49,14 +49,16 @@ def test_padding_and_other_scans_change_nothing(selection):
     _, forward = detector(selection)
     alone = of_scan(forward(batch_of([room(0)])), 0)
     assert len(alone[0]) > 50 and np.ptp(alone[3]) > 1e-3
+    pair = [room(0), room(1, points=2000)]
+    tight = capacities_of(pair, more=0)  # one program for all pairs of scans
     company = {
-        "a larger bucket": ([room(0)], 0, 700),
-        "beside another": ([room(0), room(1, points=2000)], 0, 32),
-        "second": ([room(1), room(0)], 1, 0),
-        "after an empty one": ([empty_scan(), room(0)], 1, 96),
+        "a larger bucket": ([room(0)], 0, capacities_of([room(0)], more=700)),
+        "beside another": (pair, 0, tight),
+        "second": (pair[::-1], 1, tight),
+        "after an empty one": ([empty_scan(), room(0)], 1, tight),
     }
-    for name, (scans, scan, more) in company.items():
-        there = of_scan(forward(batch_of(scans, capacities_of(scans, more=more))), scan)
+    for name, (scans, scan, capacities) in company.items():
+        there = of_scan(forward(batch_of(scans, capacities)), scan)
         np.testing.assert_array_equal(there[0], alone[0], err_msg=name)
         np.testing.assert_array_equal(there[1], alone[1])
         for ours, theirs in zip(there[2:], alone[2:], strict=True):
