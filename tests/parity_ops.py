@@ -105,7 +105,7 @@ def _convolution(name: str, case: Case) -> Iterator[CaseResult]:
         yield compare(f"{name}.offsets", sparse.kernel_offsets(int(case["kernel_size"])), case["offsets"], 0.0)
     if "pairs_per_offset" in case:
         yield compare(f"{name}.pairs_per_offset", table.pairs_per_offset, case["pairs_per_offset"], 0.0)
-    algorithms = ("segment_sum", "gather", "tiles", "im2col", "pairs", "winograd")
+    algorithms = ("segment_sum", "gather", "tiles", "im2col", "pairs", "implicit", "winograd")
     for algorithm in algorithms if kmap.blocks is not None else algorithms[:-1]:
         tolerance = WINOGRAD_TOLERANCE if algorithm == "winograd" else TOLERANCE
 

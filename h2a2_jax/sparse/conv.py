@@ -3,7 +3,7 @@
     y[o] = sum_k x[neighbors[k, o]] @ W[k]
 
 Every algorithm computes the same function; `segment_sum` is the one to read, the others are the ones to run: `gather`
-and `tiles` (`conv_cpu`), `winograd`, `im2col` and `pairs` (`conv_accelerator`).
+and `tiles` (`conv_cpu`), `winograd`, `im2col` and `pairs` (`conv_accelerator`), `implicit` (`conv_implicit`).
 
 With structure-aware kernel selection each (scan b, offset k) uses one of two kernels [W_shared, W_exclusive]: the first
 where gamma[b, k] is 1, the second where it is 0. A selection, never a mixture: for one scan the selection is made once,
@@ -69,6 +69,9 @@ def convolve(
             - "im2col": one matmul of the full kernel on every row, for accelerators and nearly dense maps.
             - "pairs": tiles in one batched matmul, then a gather-sum, for accelerators. Needs `kernel_map.tiles`, and
               costs their capacity.
+            - "implicit": Triton kernels that read rows where they multiply them and write nothing but results, for
+              NVIDIA GPUs; float32 products are TF32 without a `precision`. Compiled and checked in Pallas's
+              interpreter, never run on a GPU yet, and so no part of "auto". On CPUs it is for tests.
             - "auto": on CPUs "winograd" where the map has blocks, else "tiles" where it has tiles, else "gather". On
               accelerators "pairs" where the tiles' capacity is below half of a full kernel (`limit_tiles`), else
               "im2col"; "gather" with groups. The platform is the one that the program is lowered for.
