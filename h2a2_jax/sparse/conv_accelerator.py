@@ -147,7 +147,7 @@ def _by_scan(sites: Sites, gamma: Array | None) -> bool:
 
 def _rows_of_one_scan(n: int, num_scans: int) -> int:
     """Rows of a chunk: a kernel is read again for each chunk, and a scan's last chunk is not full."""
-    return min(SCAN_ROWS, -(-n // (256 * num_scans)) * 64)
+    return min(SCAN_ROWS, max(1, -(-n // (256 * num_scans))) * 64)
 
 
 def _columns(rows: Array, chunk: _Rows) -> Float[Array, "c m k"]:
