@@ -105,17 +105,11 @@ def _convolution(name: str, case: Case) -> Iterator[CaseResult]:
         yield compare(f"{name}.offsets", sparse.kernel_offsets(int(case["kernel_size"])), case["offsets"], 0.0)
     if "pairs_per_offset" in case:
         yield compare(f"{name}.pairs_per_offset", table.pairs_per_offset, case["pairs_per_offset"], 0.0)
-<<<<<<< HEAD
-    algorithms = ["segment_sum", "gather", "tiles", "im2col", "pairs"]
+    algorithms = ["segment_sum", "gather", "tiles", "im2col", "pairs", "implicit"]
     algorithms += ["native"] if sparse.has_native() else []
     for algorithm in algorithms if kmap.blocks is None else [*algorithms, "winograd"]:
         by_blocks = algorithm == "winograd" or (algorithm == "native" and kmap.blocks is not None)
         tolerance = WINOGRAD_TOLERANCE if by_blocks else TOLERANCE
-=======
-    algorithms = ("segment_sum", "gather", "tiles", "im2col", "pairs", "implicit", "winograd")
-    for algorithm in algorithms if kmap.blocks is not None else algorithms[:-1]:
-        tolerance = WINOGRAD_TOLERANCE if algorithm == "winograd" else TOLERANCE
->>>>>>> gpu
 
         def forward(x: jax.Array, w: jax.Array, b: jax.Array, how: str = algorithm) -> jax.Array:
             return jnp.where(valid, sparse.convolve(x, w[None], kmap, algorithm=how) + b, 0)  # type: ignore[arg-type]

@@ -3,11 +3,7 @@
     y[o] = sum_k x[neighbors[k, o]] @ W[k]
 
 Every algorithm computes the same function; `segment_sum` is the one to read, the others are the ones to run: `gather`
-<<<<<<< HEAD
-and `tiles` (`conv_cpu`), `winograd`, `native` (`conv_native`), `im2col` and `pairs` (`conv_accelerator`).
-=======
-and `tiles` (`conv_cpu`), `winograd`, `im2col` and `pairs` (`conv_accelerator`), `implicit` (`conv_implicit`).
->>>>>>> gpu
+and `tiles` (`conv_cpu`), `winograd`, `native` (`conv_native`), `implicit` (`conv_implicit`), `im2col` and `pairs` (`conv_accelerator`).
 
 With structure-aware kernel selection each (scan b, offset k) uses one of two kernels [W_shared, W_exclusive]: the first
 where gamma[b, k] is 1, the second where it is 0. A selection, never a mixture: for one scan the selection is made once,
@@ -53,56 +49,50 @@ def convolve(
 ) -> Float[Array, "n_out c_out"]:
     """Convolve features on active sites; differentiable in features, kernels and gamma, in every mode and order.
 
-        Under `jax.shard_map` kernels may be replicated: their gradient is summed over the devices.
-        `docs/layers.md` trains a network of such convolutions.
+    Under `jax.shard_map` kernels may be replicated: their gradient is summed over the devices.
+    `docs/layers.md` trains a network of such convolutions.
 
-        Args:
-            features: rows of the input sites; rows of padding are never read.
-            kernels: a stack of one kernel, or of two with `gamma`; slices x fastest (`kernel_offsets`).
-            kernel_map: map from the input to the output sites.
-            gamma: 1 where a scan's offset uses kernels[0], 0 where it uses kernels[1]. None: kernels[0] everywhere. Its
-                gradient is that of the interpolation gamma * W_0 + (1 - gamma) * W_1: <dW[b, k], W_0[k] - W_1[k]>.
-            groups: number of groups of channels that are convolved apart: output channels [i * Cout / groups, ...) read
-                the input channels [i * Cin / groups, ...). With Cin groups the convolution is depthwise.
-            algorithm: way to compute the same result.
+    Args:
+        features: rows of the input sites; rows of padding are never read.
+        kernels: a stack of one kernel, or of two with `gamma`; slices x fastest (`kernel_offsets`).
+        kernel_map: map from the input to the output sites.
+        gamma: 1 where a scan's offset uses kernels[0], 0 where it uses kernels[1]. None: kernels[0] everywhere. Its
+            gradient is that of the interpolation gamma * W_0 + (1 - gamma) * W_1: <dW[b, k], W_0[k] - W_1[k]>.
+        groups: number of groups of channels that are convolved apart: output channels [i * Cout / groups, ...) read
+            the input channels [i * Cin / groups, ...). With Cin groups the convolution is depthwise.
+        algorithm: way to compute the same result.
 
-                - "segment_sum": gather, matmul, segment sum, one offset after the other, with JAX's own derivative. The one
-                  algorithm for maps of kind "neighbors", whose rows may repeat.
-                - "gather": the same without a scatter in either direction.
-                - "tiles": pairs sorted by offset and multiplied in tiles, only as many as there are. Needs
-                  `kernel_map.tiles`.
-                - "winograd": F(4, 3)^3 on blocks, for nearly dense 3^3 submanifold maps. Needs `kernel_map.blocks`; where
-                  the map does not use them, tiles. In float32 it rounds ten times as much as the others.
-                - "native": compiled kernels that read the neighbours as they are, and blocks where the map uses them; on
-                  CPUs, where the extension was built. Programs that are exported, groups and float64 get what "auto" takes
-                  without it.
-                - "im2col": one matmul of the full kernel on every row, for accelerators and nearly dense maps.
-                - "pairs": tiles in one batched matmul, then a gather-sum, for accelerators. Needs `kernel_map.tiles`, and
-                  costs their capacity.
-    <<<<<<< HEAD
-                - "auto": on CPUs "native" where it is there, else "winograd" where the map has blocks, else "tiles" where
-                  it has tiles, else "gather". On accelerators "pairs" where the tiles' capacity is below half of a full
-                  kernel (`limit_tiles`), else "im2col"; "gather" with groups. The platform is the one that the program is
-                  lowered for.
-    =======
-                - "implicit": Triton kernels that read rows where they multiply them and write nothing but results, for
-                  NVIDIA GPUs; float32 products are TF32 without a `precision`. Compiled and checked in Pallas's
-                  interpreter, never run on a GPU yet, and so no part of "auto". On CPUs it is for tests.
-                - "auto": on CPUs "winograd" where the map has blocks, else "tiles" where it has tiles, else "gather". On
-                  accelerators "pairs" where the tiles' capacity is below half of a full kernel (`limit_tiles`), else
-                  "im2col"; "gather" with groups. The platform is the one that the program is lowered for.
-    >>>>>>> gpu
-            dtype: compute type of the products; sums are float32 (float64 stays float64), and so is the gradient of float32
-                kernels. Default: the type of the features. "winograd" always multiplies in the type of the sums, because
-                its transforms magnify the rounding of factors.
-            precision: precision of the products, as in `jax.lax.dot_general`.
+            - "segment_sum": gather, matmul, segment sum, one offset after the other, with JAX's own derivative. The one
+              algorithm for maps of kind "neighbors", whose rows may repeat.
+            - "gather": the same without a scatter in either direction.
+            - "tiles": pairs sorted by offset and multiplied in tiles, only as many as there are. Needs
+              `kernel_map.tiles`.
+            - "winograd": F(4, 3)^3 on blocks, for nearly dense 3^3 submanifold maps. Needs `kernel_map.blocks`; where
+              the map does not use them, tiles. In float32 it rounds ten times as much as the others.
+            - "native": compiled kernels that read the neighbours as they are, and blocks where the map uses them; on
+              CPUs, where the extension was built. Programs that are exported, groups and float64 get what "auto" takes
+              without it.
+            - "im2col": one matmul of the full kernel on every row, for accelerators and nearly dense maps.
+            - "pairs": tiles in one batched matmul, then a gather-sum, for accelerators. Needs `kernel_map.tiles`, and
+              costs their capacity.
+            - "implicit": Triton kernels that read rows where they multiply them and write nothing but results, for
+              NVIDIA GPUs; float32 products are TF32 without a `precision`. Compiled and checked in Pallas's
+              interpreter, never run on a GPU yet, and so no part of "auto". On CPUs it is for tests.
+            - "auto": on CPUs "native" where it is there, else "winograd" where the map has blocks, else "tiles" where
+              it has tiles, else "gather". On accelerators "pairs" where the tiles' capacity is below half of a full
+              kernel (`limit_tiles`), else "im2col"; "gather" with groups. The platform is the one that the program is
+              lowered for.
+        dtype: compute type of the products; sums are float32 (float64 stays float64), and so is the gradient of float32
+            kernels. Default: the type of the features. "winograd" always multiplies in the type of the sums, because
+            its transforms magnify the rounding of factors.
+        precision: precision of the products, as in `jax.lax.dot_general`.
 
-        Returns:
-            Rows of the output sites in the type of the features; padding rows are zero.
+    Returns:
+        Rows of the output sites in the type of the features; padding rows are zero.
 
-        Raises:
-            ValueError: types, shapes, kernel volume or algorithm do not fit the map, or the number of kernels does not fit
-                gamma.
+    Raises:
+        ValueError: types, shapes, kernel volume or algorithm do not fit the map, or the number of kernels does not fit
+            gamma.
     """
     _check(features, kernels, kernel_map, gamma, groups, algorithm)
     features, kernels = jnp.asarray(features), jnp.asarray(kernels)
