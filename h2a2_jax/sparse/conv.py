@@ -3,7 +3,8 @@
     y[o] = sum_k x[neighbors[k, o]] @ W[k]
 
 Every algorithm computes the same function; `segment_sum` is the one to read, the others are the ones to run: `gather`
-and `tiles` (`conv_cpu`), `winograd`, `native` (`conv_native`), `implicit` (`conv_implicit`), `im2col` and `pairs` (`conv_accelerator`).
+and `tiles` (`conv_cpu`), `winograd`, `native` (`conv_native`), `im2col` and `pairs` (`conv_accelerator`), `implicit`
+(`conv_implicit`).
 
 With structure-aware kernel selection each (scan b, offset k) uses one of two kernels [W_shared, W_exclusive]: the first
 where gamma[b, k] is 1, the second where it is 0. A selection, never a mixture: for one scan the selection is made once,

@@ -273,7 +273,7 @@ std::vector<int32_t> kernels_of_scan(const Indices& kernel, int64_t b, bool mirr
 
 constexpr int64_t kPlaces = 216;
 constexpr int64_t kBlocks = 16;        // blocks that are transformed and multiplied together
-constexpr int64_t kOuterBlocks = 96;   // the same for gradients, whose sums are read and written once for all of them
+constexpr int64_t kOuterBlocks = 128;  // the same for gradients, whose sums are read and written once for all of them
 
 void convolve_blocks(ffi::ThreadPool& pool, const Rows& x, const Numbers& w, bool mirrored, const Indices& kernel,
                      bool transposed, const Indices& rows, const Indices& scan, int64_t count, int64_t out, float* y) {
