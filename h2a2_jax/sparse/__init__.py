@@ -61,6 +61,7 @@ from h2a2_jax.sparse.sites import (
 )
 from h2a2_jax.sparse.tensors import broadcast, from_dense, prune, to_dense, union_add, unite_tensors
 from h2a2_jax.sparse.unet_plan import UNetPlan
+from h2a2_jax.sparse.xla_cpu import compiler_options
 
 __all__ = [
     "BucketLadder",
@@ -77,6 +78,7 @@ __all__ = [
     "broadcast",
     "check_values",
     "choose_tile_size",
+    "compiler_options",
     "convolve",
     "cover",
     "cover_sites",
