@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from h2a2_jax.balancers import has_dataset_axis
 from h2a2_jax.balancers.packing import leaf_name
 from h2a2_jax.checkpoint.train_state import TrainState
+from h2a2_jax.models.head import NUM_OUTPUTS
 from h2a2_jax.scans.specs import DatasetSpec
 
 Arrays = dict[str, np.ndarray]
@@ -90,13 +91,13 @@ def describe_array(array: Any) -> str:
 
 
 def stacked(stored: Mapping[str, Arrays], names: Sequence[str]) -> Arrays:
-    """Stack the datasets' arrays on a leading axis; outputs of heads are padded with zeros to those of the widest."""
+    """Stack the datasets' arrays on a leading axis; outputs of heads are padded with zeros to those of a model."""
 
     def padded(path: str) -> list[np.ndarray]:
         arrays = [stored[name][path] for name in names]
         if not _is_of_head(path):
             return arrays
-        widest = max(array.shape[-1] for array in arrays)
+        widest = NUM_OUTPUTS if _is_of_boxes(path) else max(array.shape[-1] for array in arrays)
         return [np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, widest - a.shape[-1])]) for a in arrays]
 
     return {path: np.stack(padded(path)) for path in stored[names[0]]}
@@ -159,7 +160,7 @@ def _by_dataset(arrays: Arrays, specs: Sequence[DatasetSpec]) -> dict[str, Array
     def unpadded(path: str, array: np.ndarray, spec: DatasetSpec) -> np.ndarray:
         if not _is_of_head(path):
             return array
-        return array[..., : spec.num_outputs if path.split(".")[-1].startswith("box_") else spec.num_classes]
+        return array[..., : spec.num_outputs if _is_of_boxes(path) else spec.num_classes]
 
     return {
         spec.name: {path: unpadded(path, array[row], spec) for path, array in arrays.items()}
@@ -168,5 +169,9 @@ def _by_dataset(arrays: Arrays, specs: Sequence[DatasetSpec]) -> dict[str, Array
 
 
 def _is_of_head(path: str) -> bool:
-    """Return True for a parameter of a head, whose last axis the model pads to the widest head."""
+    """Return True for a parameter of a head, whose last axis the model pads: classes to the widest head's number."""
     return path.split(".")[-2:-1] == ["heads"]
+
+
+def _is_of_boxes(path: str) -> bool:
+    return path.split(".")[-1].startswith("box_")
