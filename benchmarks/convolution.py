@@ -26,7 +26,7 @@ from h2a2_jax import sparse
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import available_cores
 from h2a2_jax.models.architecture import DetectorConfig
-from h2a2_jax.models.maps import DetectorPlan, DetectorTables, PlanLayout, detector_tables, pad_plan
+from h2a2_jax.models.maps import DetectorPlan, DetectorTables, Machine, PlanLayout, detector_tables, pad_plan
 from h2a2_jax.sparse import KernelMap, NeighborTable
 from h2a2_jax.sparse.conv import Algorithm
 from h2a2_jax.sparse.kernel_map import fits_blocks
@@ -85,6 +85,10 @@ def map_for(algorithm: str, layer: Layer) -> KernelMap | None:
     kmap, table = layer.kernel_map, layer.table
     scans, channels = table.inputs.num_scans, int(np.sqrt(layer.channels[0] * layer.channels[1]))
     if algorithm in ("tiles", "pairs") and len(table.rows) == 1:
+        return None
+    if algorithm == "implicit" and jax.default_backend() == "cpu":  # there it is interpreted
+        return None
+    if algorithm == "native" and (jax.default_backend() != "cpu" or not sparse.has_native()):
         return None
     if algorithm == "winograd":
         return sparse.pad_map(table, kmap.inputs, kmap.outputs, blocks="always") if fits_blocks(table) else None
@@ -196,7 +200,9 @@ def run(
     name, points = load_points(scan)
     config = DetectorConfig()
     tables = detector_tables(sparse.voxelize([points], config.voxel_size).sites)
-    plan = pad_plan(tables, tables.sizes, PlanLayout.of(config))
+    # On CPUs with the lists of every algorithm, also where the compiled kernels need none.
+    machine: Machine | None = "cpu" if jax.default_backend() == "cpu" else None
+    plan = pad_plan(tables, tables.sizes, PlanLayout.of(config, machine))
     every = list(detector_layers(config, tables, plan))
     unknown = set(layers or ()) - {layer.name for layer in every}
     if unknown:
