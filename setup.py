@@ -9,10 +9,12 @@ import os
 import platform
 import shlex
 import shutil
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = Path("h2a2_jax/sparse/native")
 KERNELS = ("pairs", "winograd", "pool")
@@ -25,7 +27,8 @@ if IS_X86:
 
 def has_compiler() -> bool:
     """Return True where a C++ compiler can be called."""
-    return shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) is not None
+    commands = (os.environ.get("CXX"), sysconfig.get_config_var("CXX"), "c++")
+    return any(shutil.which(shlex.split(command)[0]) for command in commands if command)
 
 
 class BuildForms(build_ext):
@@ -35,7 +38,7 @@ class BuildForms(build_ext):
         """Compile and link; with `optional` a failure is a warning."""
         found = importlib.util.find_spec("jaxlib")
         if found is None or found.origin is None:
-            raise FileNotFoundError("jaxlib, whose headers the kernels need, is not installed")
+            raise CompileError("jaxlib, whose headers the kernels need, is not installed")
         include = str(Path(found.origin).parent / "include")
         # -O3 behind the flags of the interpreter's own build, which may ask for less.
         options = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
