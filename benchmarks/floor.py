@@ -102,7 +102,8 @@ def compile_job(
         return nnx.state(build(key))
 
     model = nnx.eval_shape(build, jax.random.key(0))
-    state = jax.jit(make)(jax.random.key(0))
+    state = jax.block_until_ready(jax.jit(make)(jax.random.key(0)))
+    release_memory()
     features = jnp.asarray(np.random.default_rng(0).random((plan.voxels.capacity, config.in_channels), np.float32))
     context = partial(ForwardContext, one, algorithm=job.algorithm)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import logging
 import multiprocessing
 import os
@@ -49,8 +50,10 @@ def release_memory() -> None:
     """Give freed memory back to the system, where glibc is the allocator; no effect elsewhere.
 
     XLA's compiler takes hundreds of MB for a large program. glibc keeps what is freed of them for the process, and the
-    temporaries of the program, which are larger than any free piece, come on top.
+    temporaries of the program, which are larger than any free piece, come on top. What the tracing of a program leaves
+    behind goes too.
     """
+    gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
