@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pickle
+import secrets
 import threading
 import warnings
 import zlib
@@ -227,7 +228,8 @@ class KeptProgram:
             results.append(tree)
             return values
 
-        flat.__name__ = self._name
+        # A name that no other program has: one that JAX's own cache returns lacks functions once it is stored again.
+        flat.__name__ = f"{self._name}_{secrets.token_hex(8)}"
         compiled = jax.jit(flat, compiler_options=compiler_options()).lower(*leaves).compile()
         self.compiled += 1
         tree = results[-1]
