@@ -147,3 +147,27 @@ def test_arrays_of_another_architecture_are_refused(tmp_path: Path):
     detector = replace(detector, parts=(detector.parts[0], lacking, detector.parts[2]))
     with pytest.raises(InputError, match=r"The checkpoint is of another model: .*stem.* is nothing in the checkpoint"):
         Predictor(detector, SPECS, cache=tmp_path).predict([room("small", 500, 1.2)], "s3dis")
+
+
+def test_a_program_that_jax_has_cached_too_is_stored_whole(tmp_path: Path):
+    """JAX's cache returns programs without the functions that storing them again would need."""
+    assert jax.config.jax_compilation_cache_dir
+
+    def function(x: Any) -> Any:
+        for _ in range(3):
+            x = jnp.sort(jnp.sin(x) @ x, 0)
+        return x
+
+    x = np.random.default_rng(0).random((16, 16), np.float32)
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        for name in ("first", "second"):
+            (tmp_path / name).mkdir()
+            assert ProgramStore(tmp_path / name, "detector").keep(function, "function")(x).shape == x.shape
+            jax.clear_caches()
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+    kept = ProgramStore(tmp_path / "second", "detector").keep(function, "function")
+    np.testing.assert_allclose(kept(x), function(x), rtol=1e-4)
+    assert kept.compiled == 0
