@@ -42,7 +42,7 @@ from flax import nnx
 from benchmarks.timing import report
 from h2a2_jax import sparse
 from h2a2_jax.layers import ConvNorm, DatasetContext, ForwardContext, ResidualBlock, SparseConv, concatenate, relu
-from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig, LevelSizes, PlanLayout, detector_tables, pad_plan
+from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig, PlanLayout, detector_tables, pad_plan
 from h2a2_jax.sparse import KernelMap, SparseTensor
 
 MODELS = ("minkunet34", "tr3d")
@@ -165,7 +165,7 @@ def detector_step() -> tuple[Callable[..., Any], tuple[Any, ...]]:
     optimizer = optax.adamw(1e-3)
     cloud = np.random.default_rng(0).uniform(0, 1, (POINTS, 3)).astype(np.float32)
     tables = detector_tables(sparse.voxelize([cloud], config.voxel_size).sites)
-    plan = pad_plan(tables, LevelSizes(*(-(-size // 64) * 64 for size in tables.sizes)), PlanLayout.of(config))
+    plan = pad_plan(tables, sparse.BucketLadder(tables.sizes).capacities(0), PlanLayout.of(config))
 
     def step(params: Any, rest: Any, state: Any, features: Any, plan: Any) -> Any:
         def loss(params: Any) -> Any:

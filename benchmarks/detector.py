@@ -41,7 +41,6 @@ from h2a2_jax.models import (
     DetectorConfig,
     DetectorPlan,
     HeadConfig,
-    LevelSizes,
     PlanLayout,
     detector_tables,
     fits_layout,
@@ -54,7 +53,6 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "small": {"depth": 10, "stem_channels": 16, "stage_channels": (16, 32, 32, 32), "neck_channels": 32},
 }
 """Architectures by name: TR3D's own, and one for small machines."""
-_BLOCK = 64
 PASSES = ("evaluate", "folded", "forward", "forward+backward", "step")
 
 
@@ -152,7 +150,7 @@ def _maps(
         clock.append(time.perf_counter())
         tables = detector_tables(voxels)
         clock.append(time.perf_counter())
-        capacities = LevelSizes(*(-(-size // _BLOCK) * _BLOCK for size in tables.sizes))
+        capacities = sparse.BucketLadder(tables.sizes).capacities(0)
         if not fits_layout(tables, capacities, layout):
             layout = PlanLayout.of(config, "any")
         plan = pad_plan(tables, capacities, layout)

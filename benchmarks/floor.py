@@ -41,7 +41,6 @@ from h2a2_jax.models import (
     DetectorConfig,
     DetectorPlan,
     HeadConfig,
-    LevelSizes,
     PlanLayout,
     detector_tables,
     pad_plan,
@@ -52,7 +51,6 @@ from h2a2_jax.sparse.xla_cpu import compiler_options
 
 PASSES = ("forward", "step")
 FORMS = ("tr3d", "sfks")
-_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Job:
 def make_plan(points: np.ndarray, config: DetectorConfig) -> DetectorPlan:
     """Maps of a scan, from its points, on the device."""
     tables = detector_tables(sparse.voxelize([points], config.voxel_size).sites)
-    capacities = LevelSizes(*(-(-size // _BLOCK) * _BLOCK for size in tables.sizes))
+    capacities = sparse.BucketLadder(tables.sizes).capacities(0)
     return jax.device_put(pad_plan(tables, capacities, PlanLayout.of(config)))
 
 

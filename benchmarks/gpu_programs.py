@@ -22,7 +22,6 @@ from h2a2_jax.models import (
     DetectorConfig,
     DetectorPlan,
     HeadConfig,
-    LevelSizes,
     PlanLayout,
     detector_tables,
     fits_layout,
@@ -67,7 +66,7 @@ class Case:
         config = DetectorConfig(**WIDTHS[width], selection=SelectionConfig() if model == "sfks" else None)
         name, points = load_points(scan)
         tables = detector_tables(sparse.voxelize([points] * batch, config.voxel_size).sites)
-        capacities = LevelSizes(*(-(-size // 64) * 64 for size in tables.sizes))
+        capacities = sparse.BucketLadder(tables.sizes).capacities(0)
         layout = PlanLayout.of(config, "gpu" if algorithm in NO_LISTS else "accelerator")
         if not fits_layout(tables, capacities, layout):
             layout = PlanLayout.of(config, "any")

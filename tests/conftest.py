@@ -1,8 +1,6 @@
 """What every test needs before anything imports JAX: six CPU devices, quick compilation, checked annotations."""
 
 import atexit
-import ctypes
-import gc
 import os
 import shutil
 import signal
@@ -36,10 +34,10 @@ def _forget_programs() -> Iterator[None]:
     yield
     import jax  # here, for it reads the environment that is set above
 
+    from h2a2_jax.host import release_memory
+
     jax.clear_caches()
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # glibc keeps freed memory otherwise: 2.6 GB instead of .6 after the detector's tests
+    release_memory()  # else the process keeps 2.6 GB instead of .6 after the detector's tests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

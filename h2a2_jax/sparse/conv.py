@@ -69,7 +69,8 @@ def convolve(
             - "tiles": pairs sorted by offset and multiplied in tiles, only as many as there are. Needs
               `kernel_map.tiles`.
             - "winograd": F(4, 3)^3 on blocks, for nearly dense 3^3 submanifold maps. Needs `kernel_map.blocks`; where
-              the map does not use them, tiles. In float32 it rounds ten times as much as the others.
+              the map does not use them, "tiles", or "gather" without these. In float32 it rounds ten times as much as
+              the others.
             - "native": compiled kernels that read the neighbours as they are, and blocks where the map uses them; on
               CPUs, where the extension was built. Programs that are exported, groups and float64 get what "auto" takes
               without it.

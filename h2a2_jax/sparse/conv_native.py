@@ -6,9 +6,10 @@ The kernels read the neighbours of a map as they are, and blocks where it has th
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
-from h2a2_jax.sparse.conv_parts import ConvOptions, Gradients, kernel_choice
+from h2a2_jax.sparse.conv_parts import ConvOptions, Gradients, kernel_index
 from h2a2_jax.sparse.kernel_map import TILE, KernelMap
 from h2a2_jax.sparse.native_call import call_native
 
@@ -22,7 +23,7 @@ def native_forward(x: Array, w: Array, gamma: Array | None, kmap: KernelMap, opt
     """Output rows of the algorithm "native"; see `conv_parts` for arguments and result."""
     del options
     shape = (kmap.out_capacity, w.shape[-1])
-    arguments = [x, w, *_lists(kmap, kmap.out_scan, kernel_places(gamma, w, kmap))]
+    arguments = [x, w, *_lists(kmap, kmap.out_scan, _places(gamma, w, kmap))]
     return call_native(
         "h2a2_convolve", [(shape, jnp.float32)], arguments, transposed=False, mirrored=False, inverse=False
     )[0]
@@ -33,8 +34,8 @@ def native_backward(
 ) -> Gradients:
     """Gradients of the algorithm "native"."""
     g = cotangent.astype(x.dtype)  # no map reads a padding row
-    places = kernel_places(gamma, w, kmap)
-    mirrored = kmap.kind == "submanifold" and kmap.kernel_volume % 2 == 1
+    places = _places(gamma, w, kmap)
+    mirrored = kmap.is_mirror_image
     arguments = [g, w, *_lists(kmap, kmap.in_scan, places)]
     (dx,) = call_native(
         "h2a2_convolve", [(x.shape, jnp.float32)], arguments, transposed=True, mirrored=mirrored, inverse=not mirrored
@@ -49,20 +50,16 @@ def native_backward(
     )
 
 
-def kernel_places(gamma: Array | None, w: Array, kmap: KernelMap) -> Int[Array, "b v"]:
-    """Kernel of each (scan, offset), as an index into the stack flattened over (kernel, offset); one row for all."""
-    offsets = jnp.arange(w.shape[1], dtype=jnp.int32)
-    if gamma is None:
-        return offsets[None]
-    return kernel_choice(gamma) * w.shape[1] + offsets
+def _places(gamma: Array | None, w: Array, kmap: KernelMap) -> Int[Array, "b v"]:
+    """Kernel of each (scan, offset); one row for all scans without gamma, so that the kernels know that they share."""
+    index = kernel_index(gamma, w, kmap)
+    return index[:1] if gamma is None else index
 
 
 def _lists(kmap: KernelMap, scan: Any, places: Array) -> list[Array]:
     """Neighbours, scan of each row, kernels of each scan, and blocks if the map has them."""
-    blocks = kmap.blocks
-    none = jnp.zeros((0, TILE, TILE, TILE, 1), jnp.int32)
-    rows, scans, count = (
-        (none, jnp.zeros(0), jnp.zeros(())) if blocks is None else (blocks.rows, blocks.scan, blocks.count)
-    )
-    lists = [kmap.neighbors, scan, places, rows, scans, jnp.reshape(jnp.asarray(count), (1,))]
-    return [jnp.asarray(a).astype(jnp.int32) for a in lists]
+    if kmap.blocks is None:
+        blocks = [np.zeros((0, TILE, TILE, TILE, 1), np.int32), np.zeros(0, np.int32), np.zeros(1, np.int32)]
+    else:
+        blocks = [kmap.blocks.rows, kmap.blocks.scan, jnp.reshape(kmap.blocks.count, (1,))]
+    return [jnp.asarray(part) for part in (kmap.neighbors, scan, places, *blocks)]

@@ -138,8 +138,8 @@ def inverse_table(kmap: KernelMap) -> Int[Array, "v n_in"]:
     """Output row that each input row reaches through each offset; N_out where there is none."""
     neighbors = jnp.asarray(kmap.neighbors)
     volume, n_out = neighbors.shape
-    if kmap.kind == "submanifold" and volume % 2:
-        return neighbors[::-1]  # such a map is its mirror image
+    if kmap.is_mirror_image:
+        return neighbors[::-1]
     outs = jnp.broadcast_to(jnp.arange(n_out, dtype=jnp.int32), neighbors.shape)
     rows = jnp.where(neighbors < kmap.in_capacity, neighbors, kmap.in_capacity + outs)  # distinct, also where dropped
     empty = jnp.full((volume, kmap.in_capacity), n_out, jnp.int32)

@@ -268,7 +268,7 @@ class KernelMap:
         outputs: padded output sites.
         tiles: the pairs as tiles; None for algorithms that read the neighbours alone.
         kind: "submanifold", "strided", "inverse", "generative", "pool" or "neighbors" (static).
-        blocks: the sites as blocks; None for every algorithm but "winograd".
+        blocks: the sites as blocks, which "winograd" and "native" read; None without them.
         kernel_size: size of the kernel along each axis; None for maps of any other neighbours (static).
     """
 
@@ -324,6 +324,11 @@ class KernelMap:
     def kernel_volume(self) -> int:
         """Number V of offsets of the kernel."""
         return self.neighbors.shape[0]
+
+    @property
+    def is_mirror_image(self) -> bool:
+        """True for a submanifold map of an odd kernel: offset V-1-k leads back from where offset k leads."""
+        return self.kind == "submanifold" and self.kernel_volume % 2 == 1
 
 
 def pad_map(

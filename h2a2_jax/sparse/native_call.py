@@ -42,7 +42,7 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(file))
         for name in _TARGETS:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
-    except (OSError, AttributeError, RuntimeError, ValueError, jax.errors.JaxRuntimeError) as error:
+    except (OSError, AttributeError, RuntimeError, ValueError) as error:
         _log.warning(
             "convolutions run on XLA alone: the compiled kernels in %s cannot be used here (%s); %s anew.",
             file.name,

@@ -412,7 +412,7 @@ def _say_start(config: ExperimentConfig, stream: JointStream, total: int) -> Non
     say(
         f"Training on {datasets}; {total} steps of {several}{size} on "
         f"{mesh.size} {jax.devices()[0].platform} device(s){processes}, {mesh.shape[DATASET]} x {mesh.shape[REPLICA]} "
-        "(dataset x replica). The first step compiles, which takes up to a minute or two."
+        "(dataset x replica). The first step compiles, which takes up to a minute."
     )
 
 

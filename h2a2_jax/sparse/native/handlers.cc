@@ -101,12 +101,6 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   float* data() const { return data_; }
 
-  static void release() {
-    std::lock_guard<std::mutex> lock(mutex());
-    for (auto& buffer : buffers()) std::free(buffer.first);
-    buffers().clear();
-  }
-
  private:
   static std::mutex& mutex() {
     static std::mutex one;
@@ -190,15 +184,18 @@ std::vector<int32_t> inverse_of(ffi::ThreadPool& pool, const int32_t* table, int
 
 // ---------------------------------------------------------------- products
 
+// Floats of a packed kernel.
+int64_t packed_size(int64_t in, int64_t out) {
+  const int64_t panel = forms().pairs->panel;
+  return (out + panel - 1) / panel * panel * in;
+}
+
 // Kernels of the stack that scans use, packed once.
 struct Packed {
   std::vector<int32_t> place;  // [scans * volume], of the packed kernel of a scan and an offset
   std::vector<int32_t> used;
-  int64_t size;
 
-  Packed(const Indices& kernel, int64_t kernels, int64_t in, int64_t out) {
-    const int64_t panel = forms().pairs->panel;
-    size = (out + panel - 1) / panel * panel * in;
+  Packed(const Indices& kernel, int64_t kernels) {
     std::vector<int32_t> first(kernels, -1);
     place.reserve(kernel.element_count());
     for (size_t i = 0; i < kernel.element_count(); i++) {
@@ -222,9 +219,10 @@ void pack_kernels(ffi::ThreadPool& pool, const Numbers& w, const std::vector<int
 void convolve_pairs(ffi::ThreadPool& pool, const Rows& x, const Numbers& w, const int32_t* table, bool mirrored,
                     const Indices& scan, const Indices& kernel, bool transposed, int64_t rows, int64_t out, float* y) {
   const int64_t scans = kernel.dimensions()[0], volume = kernel.dimensions()[1];
-  const Packed packed(kernel, w.dimensions()[0] * volume, x.channels, out);
-  const Scratch kernels(packed.size * static_cast<int64_t>(packed.used.size()));
-  pack_kernels(pool, w, packed.used, transposed, x.channels, out, packed.size, kernels.data());
+  const Packed packed(kernel, w.dimensions()[0] * volume);
+  const int64_t size = packed_size(x.channels, out);
+  const Scratch kernels(size * static_cast<int64_t>(packed.used.size()));
+  pack_kernels(pool, w, packed.used, transposed, x.channels, out, size, kernels.data());
 
   // Work of some hundred rows: outputs stay in a cache; enough pieces that threads end together.
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
@@ -232,7 +230,8 @@ void convolve_pairs(ffi::ThreadPool& pool, const Rows& x, const Numbers& w, cons
   std::vector<Run> work;
   for (const Run& run : runs_of(scan, scans)) {
     const int64_t parts = (run.end - run.begin + most - 1) / most, n = run.end - run.begin;
-    for (int64_t p = 0; p < parts; p++) work.push_back({run.begin + n * p / parts, run.begin + n * (p + 1) / parts, run.scan});
+    for (int64_t p = 0; p < parts; p++)
+      work.push_back({run.begin + n * p / parts, run.begin + n * (p + 1) / parts, run.scan});
   }
   PairProducts job{x, kernels.data(), table, nullptr, mirrored, volume, rows, out, y};
   run_parallel(pool, static_cast<int64_t>(work.size()), [=, list = work.data(), place = packed.place.data()](int64_t i) {
@@ -281,7 +280,7 @@ void convolve_blocks(ffi::ThreadPool& pool, const Rows& x, const Numbers& w, boo
   const bool apart = scans > 1 && w.dimensions()[0] > 1;
   std::memset(y, 0, x.count * out * 4);
   const auto chunks = chunks_by_scan(scan, count, scans, apart);
-  const int64_t panel = forms().pairs->panel, size = (out + panel - 1) / panel * panel * in;
+  const int64_t size = packed_size(in, out);
   for (size_t b = 0; b < chunks.size(); b++) {
     if (chunks[b].empty()) continue;
     const Scratch transformed(kPlaces * size);
@@ -374,10 +373,13 @@ struct Gradients {
 void gradient_of_pairs(ffi::ThreadPool& pool, const Rows& x, const Rows& g, const Indices& table, const Indices& scan,
                        int64_t scans, int64_t stack, const Gradients& to) {
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  const int64_t parts = std::clamp<int64_t>((4 * threads + to.volume - 1) / to.volume, 1, std::max<int64_t>(1, x.channels / 16));
+  const int64_t most = std::max<int64_t>(1, x.channels / 16);
+  const int64_t parts = std::clamp<int64_t>((4 * threads + to.volume - 1) / to.volume, 1, most);
   const auto runs = runs_of(scan, scans);
   std::vector<double> gained(parts * scans * to.volume, 0.0);
-  run_parallel(pool, to.volume * parts, [=, &runs, part_gained = gained.data(), rows = table.dimensions()[1], neighbors = table.typed_data()](int64_t i) {
+  const int64_t rows = table.dimensions()[1];
+  const int32_t* neighbors = table.typed_data();
+  run_parallel(pool, to.volume * parts, [=, &runs, part_gained = gained.data()](int64_t i) {
     const int64_t k = i / parts, part = i % parts;
     const int64_t first = x.channels * part / parts, last = x.channels * (part + 1) / parts;
     for (int64_t s = 0; s < stack; s++)
@@ -510,7 +512,6 @@ H2A2_EXPORT XLA_FFI_Error* h2a2_max_pool(XLA_FFI_CallFrame*);
 H2A2_EXPORT XLA_FFI_Error* h2a2_max_pool_gradient(XLA_FFI_CallFrame*);
 H2A2_EXPORT const char* h2a2_form();
 H2A2_EXPORT int h2a2_choose_form(const char* name);
-H2A2_EXPORT void h2a2_release_memory();
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(h2a2_convolve, h2a2::convolve,
@@ -572,4 +573,3 @@ int h2a2_choose_form(const char* name) {
     }
   return 0;
 }
-void h2a2_release_memory() { h2a2::Scratch::release(); }
