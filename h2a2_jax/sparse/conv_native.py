@@ -58,6 +58,7 @@ def _places(gamma: Array | None, w: Array, kmap: KernelMap) -> Int[Array, "b v"]
 
 def _lists(kmap: KernelMap, scan: Any, places: Array) -> list[Array]:
     """Neighbours, scan of each row, kernels of each scan, and blocks if the map has them."""
+    blocks: list[Any]
     if kmap.blocks is None:
         blocks = [np.zeros((0, TILE, TILE, TILE, 1), np.int32), np.zeros(0, np.int32), np.zeros(1, np.int32)]
     else:
