@@ -3,8 +3,8 @@
 Builds the extension with `-fsanitize=address,undefined` in a temporary folder and calls every kernel with it, in each
 instruction set of this machine: all kinds of maps, channels that fill no vector, scans with kernels of their own,
 scans without sites, blocks, bfloat16, pooling, and the search of neighbours and the cut of tiles on the host. An access
-outside of an array, or an operation that C++ leaves undefined, ends the process with the sanitizer's report. Takes two
-minutes on two cores; needs g++ with libasan.
+outside of an array, or an operation that C++ leaves undefined, ends the process with the sanitizer's report. Takes
+eight minutes on two cores; needs g++ with libasan.
 """
 
 import argparse
