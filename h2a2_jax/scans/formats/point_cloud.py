@@ -59,6 +59,8 @@ class PointCloud:
         full_color: number of full brightness if the type of the colours fixes it (255 for bytes), else None.
         assumed: sentences on assumptions, for the file leaves them open.
         notes: counts by kind of points left out.
+        up: axis that points up (a key of `frame.UPRIGHT`) if the format or the file says so, as glTF does, else None.
+        unit: unit of the points ("m", "cm", "mm") if the format or the file says so, else None.
     """
 
     points: Float[np.ndarray, "n 3"]
@@ -66,6 +68,8 @@ class PointCloud:
     full_color: float | None = None
     assumed: tuple[str, ...] = ()
     notes: Mapping[str, int] = field(default_factory=dict)
+    up: str | None = None
+    unit: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +77,8 @@ class _Raw:
     points: np.ndarray
     colors: np.ndarray | None
     assumed: tuple[str, ...] = ()
+    up: str | None = None
+    unit: str | None = None
 
 
 def read_point_cloud(path: str | Path, most: int | None = None) -> PointCloud:
@@ -165,7 +171,7 @@ def _finite(raw: _Raw) -> PointCloud:
     if not finite.all():
         notes[NOT_FINITE] = int((~finite).sum())
         points, colors = points[finite], None if colors is None else colors[finite]
-    return PointCloud(points, colors, full_color, raw.assumed, notes)
+    return PointCloud(points, colors, full_color, raw.assumed, notes, raw.up, raw.unit)
 
 
 def _real(values: np.ndarray) -> np.ndarray:
