@@ -445,8 +445,10 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--formats", type=_names, help="files to write: of json,csv,ply,html,png")
     group = parser.add_argument_group("how files of points are read")
     axes = ("z", "-z", "y", "-y", "x", "-x", "auto")
-    group.add_argument("--up", choices=axes, help="axis that points up (z)")
-    group.add_argument("--unit", choices=("m", "cm", "mm", "auto"), help="unit of the points (m)")
+    group.add_argument("--up", choices=axes, help="axis that points up (auto: as a file says or shows, else z)")
+    group.add_argument(
+        "--unit", choices=("m", "cm", "mm", "auto"), help="unit of the points (auto: as a file says or shows, else m)"
+    )
     group.add_argument("--colors", choices=("auto", "0-1", "0-255", "none"), help="range of the colours (auto)")
     group.add_argument(
         "--align",

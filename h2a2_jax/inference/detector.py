@@ -23,7 +23,9 @@ from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inference.results import boxes_in_input_frame
 from h2a2_jax.loader.batching import no_scan
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, ColorRange, PointCloud, cloud_of_arrays
-from h2a2_jax.scans.frame import UNITS, UPRIGHT, PlacedCloud, place_cloud, upright_matrix
+from h2a2_jax.scans.frame import UNITS, UPRIGHT, PlacedCloud, place_as_dataset, place_cloud, upright_matrix
+from h2a2_jax.scans.orientation import decide_frame
+from h2a2_jax.scans.specs import DatasetSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,7 @@ class Boxes:
         labels: index of the class among those of the dataset.
         names: name of the class of each box.
         notes: counts of points that were left out or repaired, by kind.
+        remarks: what was decided on the points, and what looks wrong: parts of sentences about the scan.
     """
 
     centers: Float[np.ndarray, "n 3"]
@@ -47,6 +50,7 @@ class Boxes:
     labels: Int[np.ndarray, " n"]
     names: tuple[str, ...]
     notes: Mapping[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -60,7 +64,9 @@ class Boxes:
         rows = np.atleast_1d(np.arange(len(self))[chosen])
         columns = (self.centers, self.sizes, self.yaws, self.scores, self.labels)
         centers, sizes, yaws, scores, labels = (column[rows] for column in columns)
-        return Boxes(centers, sizes, yaws, scores, labels, tuple(self.names[row] for row in rows), self.notes)
+        return Boxes(
+            centers, sizes, yaws, scores, labels, tuple(self.names[row] for row in rows), self.notes, self.remarks
+        )
 
 
 class Detector:
@@ -173,8 +179,8 @@ class Detector:
         dataset: str | None = None,
         *,
         score: float = 0.1,
-        up: str = "z",
-        unit: str = "m",
+        up: str = "auto",
+        unit: str = "auto",
         color_range: ColorRange = "auto",
         batch_size: int = 1,
     ) -> Boxes | list[Boxes]:
@@ -187,14 +193,15 @@ class Detector:
             dataset: dataset whose head predicts: it sets classes, statistics and exclusive kernels, and whether boxes
                 have yaw. May be left out where the model knows one only.
             score: lowest score of a box.
-            up: axis that points up, with its sign: z, -z, y, -y, x or -x.
-            unit: unit of the points, m, cm or mm; boxes are given in it.
+            up: axis that points up, with its sign: z, -z, y, -y, x or -x; "auto": as the points show, else z.
+            unit: unit of the points, m, cm or mm; "auto": as the points show, else m. Boxes are given in it.
             color_range: "0-1", "0-255", "none" (do not use them), or "auto": by their type and largest value.
             batch_size: point clouds in one pass of the network; more than one pays on accelerators.
 
         Returns:
-            The boxes of each point cloud; a list for a list. Points are drawn as the dataset's test protocol says; each
-            call draws the same ones.
+            The boxes of each point cloud; a list for a list. `Boxes.remarks` says what was decided: the up axis, the
+            unit, the scale of colours, and the floor, which the network is shown at the dataset's height. Points are
+            drawn as the dataset's test protocol says; each call draws the same ones.
 
         Raises:
             InputError: an argument is not as above; a point cloud has no finite point; its colours are in another
@@ -217,38 +224,43 @@ class Detector:
         if dataset is None and len(self.datasets) > 1:
             raise InputError(f"dataset is not given: say whose head predicts, one of {', '.join(self.datasets)}.")
         spec = self.predictor.spec(self.datasets[0] if dataset is None else dataset)
-        _check_choice("up", up, UPRIGHT)
-        _check_choice("unit", unit, UNITS)
+        _check_choice("up", up, (*UPRIGHT, "auto"))
+        _check_choice("unit", unit, (*UNITS, "auto"))
         _check_choice("color_range", color_range, COLOR_RANGES)
         _check_share("score", score)
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected is 1 or more.")
-        matrix = upright_matrix(up, unit)
-        placed = [
-            place_cloud(str(i + 1), cloud_of_arrays(cloud, hue), matrix, color_range, colors_hint="say color_range")
-            for i, (cloud, hue) in enumerate(zip(clouds, hues, strict=True))
-        ]
+        placed, remarks = [], []
+        for i, (cloud, hue) in enumerate(zip(clouds, hues, strict=True)):
+            read = cloud_of_arrays(cloud, hue)
+            axis, length, decided = decide_frame(read, up, unit, "{}={!r}")
+            scan = place_cloud(
+                str(i + 1), read, upright_matrix(axis, length), color_range, colors_hint="say color_range"
+            )
+            scan, placing = place_as_dataset(scan, spec)
+            placed.append(scan)
+            remarks.append((*read.assumed, *decided, *placing))
         found: list[Boxes] = []
         for start in range(0, len(placed), batch_size):
-            batch = placed[start : start + batch_size]
+            batch, said = placed[start : start + batch_size], remarks[start : start + batch_size]
             # A last batch that is smaller would be another shape to compile.
             filler = [no_scan()] * (batch_size - len(batch))
             # The name seeds the drawing of points: one name, so that a cloud gives the same boxes anywhere in a list.
             drawn = [prepare(replace(cloud.scan, name="scan"), spec) for cloud in batch]
             detections = self.predictor.predict([*drawn, *filler], spec.name)
-            found += [_boxes(d, cloud, spec.classes, score) for cloud, d in zip(batch, detections, strict=False)]
+            found += [_boxes(d, *each, spec, score) for d, *each in zip(detections, batch, said, strict=False)]
         return found[0] if single else found
 
 
-def _boxes(found: Detections, placed: PlacedCloud, classes: Sequence[str], score: float) -> Boxes:
+def _boxes(found: Detections, placed: PlacedCloud, remarks: tuple[str, ...], spec: DatasetSpec, score: float) -> Boxes:
     """Boxes of at least a score in the frame and unit of the points as they were given."""
     boxes = boxes_in_input_frame(found.boxes, placed.matrix)
-    names = tuple(classes[label] for label in found.labels)
-    every = Boxes(boxes[:, :3], boxes[:, 3:6], boxes[:, 6], found.scores, found.labels, names, placed.scan.notes)
+    names, columns = tuple(spec.classes[label] for label in found.labels), (boxes[:, :3], boxes[:, 3:6], boxes[:, 6])
+    every = Boxes(*columns, found.scores, found.labels, names, placed.scan.notes, remarks)
     return every[found.scores >= score]
 
 
-def _check_choice(name: str, value: str, known: Sequence[str] | Mapping[str, object]) -> None:
+def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise InputError(f"{name} is {value!r}; expected is one of {', '.join(known)}.")
 

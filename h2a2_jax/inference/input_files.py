@@ -1,11 +1,10 @@
 """Files of points to predict: find them, and read each as a scan in the frame that a detector expects.
 
-A detector expects metres and z up. The place of the origin does not matter: the network's input is the colour of
-voxels, and convolutions see only differences of places (a shift by other than multiples of the coarsest voxel changes
-which points share a voxel, no more). So no floor is moved to the height that a dataset has it at; a scan far from the
-origin is shifted near it by whole voxels of every level. The axis that points up and the unit do matter, and heads
-whose boxes are axis-aligned need walls along x and y: `PredictRequest.align`. A file that seems to be in another frame
-gets a remark with the flag to add.
+A detector expects metres, z up, and floors where its dataset has them. The up axis and the unit are what the file or
+the user says, else what the points show (`orientation`); the floor is found and brought to the dataset's height
+(`frame.place_as_dataset`). The place of the origin along x and y does not matter: a scan far from it is shifted near it
+by whole voxels of every level. Heads whose boxes are axis-aligned need walls along x and y: `PredictRequest.align`.
+Every decision is a remark, with the flag that settles it; boxes are given in the frame of the file.
 """
 
 import glob
@@ -15,7 +14,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Literal
 
@@ -23,23 +22,21 @@ import numpy as np
 from jaxtyping import Float
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
+from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, read_point_cloud
 from h2a2_jax.scans.frame import (
     NO_COLORS,
     UNITS,
     UPRIGHT,
     PlacedCloud,
-    estimate_gravity,
-    estimate_walls,
-    guess_unit,
-    guess_up,
+    moved,
+    place_as_dataset,
     place_cloud,
-    spread,
-    surface_normals,
     upright_matrix,
 )
+from h2a2_jax.scans.orientation import decide_frame
 from h2a2_jax.scans.scan import NOT_FINITE, Scan, ScanError
 from h2a2_jax.scans.specs import DatasetSpec
+from h2a2_jax.scans.surfaces import estimate_gravity, estimate_walls, surface_normals
 
 Align = Literal["none", "gravity", "manhattan", "both"]
 ALIGNMENTS: tuple[Align, ...] = ("none", "gravity", "manhattan", "both")
@@ -51,7 +48,6 @@ OWN_COMMENT = "boxes of h2a2_jax"
 """Text in the first bytes of every PLY file, page and picture that a prediction writes."""
 
 _TEXTS = (".txt", ".csv", ".asc", ".pts", ".xyz")
-_MEASURED = 200_000  # points that the spread is measured on
 _ADVISING = 2_000
 """Normals measured where a scan is not to be turned."""
 _TILTED = _TURNED = math.radians(5)
@@ -65,8 +61,8 @@ class PredictRequest:
         inputs: files, folders (searched to the bottom), patterns such as "scans/*.ply".
         output: folder of the results; None: "boxes" in the run's folder.
         dataset: dataset whose head predicts; None: the first one of the model.
-        up: axis of the files that points up: x, y, z or -x, -y, -z; "auto" guesses.
-        unit: unit of the files: m, cm, mm; "auto" guesses.
+        up: axis of the files that points up: x, y, z or -x, -y, -z; "auto": as each says or shows, else z.
+        unit: unit of the files: m, cm, mm; "auto": as each says or shows, else m.
         colors: range of the files' colours.
         align: "gravity" turns a tilted scan upright first, "manhattan" turns its walls along x and y, "both", "none".
         score: lowest score of a box.
@@ -80,8 +76,8 @@ class PredictRequest:
     inputs: tuple[str, ...]
     output: Path | None = None
     dataset: str | None = None
-    up: str = "z"
-    unit: str = "m"
+    up: str = "auto"
+    unit: str = "auto"
     colors: ColorRange = "auto"
     align: Align = "none"
     score: float = 0.3
@@ -314,7 +310,7 @@ def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> Fi
     if file.path.exists() and not file.path.is_file() and not file.path.is_dir():
         raise InputError(f"{printable(file.path)} is no regular file: give a point cloud.")
     cloud = read_point_cloud(file.path, request.most_points)
-    up, unit, remarks = _frame(cloud, request)
+    up, unit, remarks = decide_frame(cloud, request.up, request.unit)
     hint = f"say which with --colors ({', '.join(COLOR_RANGES)})"
     try:
         placed = place_cloud(file.name, cloud, upright_matrix(up, unit), request.colors, colors_hint=hint)
@@ -329,31 +325,9 @@ def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> Fi
     notes = [(kind, count) for kind, count in placed.scan.notes.items() if kind != NO_COLORS]
     remarks += [f"{count:,} {kind}{' are left out' * (kind == NOT_FINITE)}" for kind, count in notes]
     placed, more = align(placed, request, spec)
-    return FileScan(file, placed.scan, placed.matrix, (*remarks, *more), time.perf_counter() - started)
-
-
-def _frame(cloud: PointCloud, request: PredictRequest) -> tuple[str, str, list[str]]:
-    """Up axis and unit, as requested or guessed, and remarks where the points look otherwise."""
-    frame = {"up": "z" if request.up == "auto" else request.up, "unit": "m" if request.unit == "auto" else request.unit}
-    if not len(cloud.points):
-        return frame["up"], frame["unit"], []
-    axes = spread(cloud.points[:: max(1, len(cloud.points) // _MEASURED)])
-    guesses = {"up": guess_up(frame["up"], [axes]), "unit": guess_unit(frame["unit"], [axes])}
-    looks, wrong, remarks = [], [], []
-    for flag, guess in guesses.items():
-        is_guessed = getattr(request, flag) == "auto"
-        words = f"{guess.guess} points up" if flag == "up" else f"the unit is {guess.guess}"
-        if is_guessed and guess.guess is None:
-            remarks.append(f"does not tell its {flag}: {guess.declared} is assumed; say it with --{flag}")
-        elif is_guessed:
-            remarks.append(f"{words}, it seems ({guess.evidence})")
-            frame[flag] = guess.guess or frame[flag]
-        elif guess.differs:
-            looks.append(words if guess.certain else f"{words} (perhaps)")
-            wrong.append(f"--{flag}={guess.guess}")
-    if wrong:
-        remarks.append(f"looks as if {' and '.join(looks)}: add {' '.join(wrong)}")
-    return frame["up"], frame["unit"], remarks
+    placed, placing = place_as_dataset(placed, spec)
+    remarks += [*more, *placing]
+    return FileScan(file, placed.scan, placed.matrix, tuple(remarks), time.perf_counter() - started)
 
 
 def align(placed: PlacedCloud, request: PredictRequest, spec: DatasetSpec) -> tuple[PlacedCloud, list[str]]:
@@ -387,8 +361,4 @@ def align(placed: PlacedCloud, request: PredictRequest, spec: DatasetSpec) -> tu
         remarks.append(f"has its walls at {angle} to x and y, and boxes of {spec.name} are axis-aligned: add {flag}")
     if np.array_equal(rotation, np.eye(3)):
         return placed, remarks
-    motion = np.eye(4)
-    motion[:3, :3] = rotation
-    matrix = motion @ placed.matrix
-    points = (placed.scan.points @ rotation.T).astype(np.float32)
-    return PlacedCloud(replace(placed.scan, points=points, transform=matrix.astype(np.float32)), matrix), remarks
+    return moved(placed, rotation), remarks

@@ -153,9 +153,10 @@ def _opening(found: FoundInputs, request: PredictRequest, predictor: Predictor, 
     kind = "turned about the vertical" if spec.has_yaw else "axis-aligned"
     files = _count(found.files, "file")
     yield f"{files}, boxes by the head of {spec.name}{choice}: {len(spec.classes)} classes, {kind}."
-    up = "whatever axis seems to point up" if request.up == "auto" else f"{request.up} up"
-    unit = "the unit that seems to be theirs" if request.unit == "auto" else request.unit
-    yield f"Files are taken as {up}, in {unit}, boxes of score {request.score:g} and more go to {printable(output)}."
+    shown = " unless they say or show otherwise"
+    up = f"z up{shown * (request.unit != 'auto')}" if request.up == "auto" else f"{request.up} up"
+    unit = f"m{shown}" if request.unit == "auto" else request.unit
+    yield f"Files are taken as {up}, in {unit}; boxes of score {request.score:g} and more go to {printable(output)}."
     if found.passed_over:
         shown = ", ".join(printable(path) for path in found.passed_over[:3])
         yield f"Passed over, as without points: {_count(found.passed_over, 'text file')}, {shown}."

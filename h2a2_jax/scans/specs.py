@@ -61,6 +61,8 @@ class DatasetSpec:
         augmentation: training augmentation.
         train_sampling: point sampling in training.
         test_sampling: point sampling in evaluation.
+        floor: height (m) at which the network is shown the floor of a scan in another frame.
+        faces_y: True if every scan is the view of a camera at the origin that looks along y.
     """
 
     name: str
@@ -72,6 +74,8 @@ class DatasetSpec:
     augmentation: Augmentation
     train_sampling: Sampling
     test_sampling: Sampling
+    floor: float = 0.0
+    faces_y: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -109,6 +113,10 @@ SUNRGBD = DatasetSpec(
     augmentation=Augmentation(flip_x=0.5, flip_y=0.0, rotation=0.5236, scale=(0.85, 1.15), translation_std=0.1),
     train_sampling=CountSampling(100_000),
     test_sampling=CountSampling(100_000),
+    # The camera is the origin, .9 to 1.5 m above the floor. Two of the coarsest voxels (64 of 1 cm) below it, the floor
+    # lies in their grid as that of the other datasets does.
+    floor=-1.28,
+    faces_y=True,
 )
 
 S3DIS = DatasetSpec(

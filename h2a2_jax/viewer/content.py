@@ -11,7 +11,6 @@ from scipy.spatial import cKDTree
 from h2a2_jax.boxes.codec import box_corners
 from h2a2_jax.boxes.matching import IOU_THRESHOLDS, GroundTruth, Pool, best_overlaps, match
 from h2a2_jax.boxes.nms import Detections
-from h2a2_jax.scans.frame import spread
 from h2a2_jax.scans.scan import Scan
 
 # Vivid ones first: datasets of few classes get the most distinct colours.
@@ -71,7 +70,7 @@ def ceiling_cut(points: Float[np.ndarray, "m 3"]) -> float | None:
     if not len(points):
         return None
     low, high = np.percentile(points[:, 2], [0.2, 99.8])
-    if spread(points)[2].high < 0.08 or high - low < 2:
+    if (points[:, 2] > high - 0.05 * (high - low)).mean() < 0.08 or high - low < 2:
         return None
     return float(high - _CEILING)
 
