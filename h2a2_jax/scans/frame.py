@@ -124,9 +124,10 @@ def place_as_dataset(placed: PlacedCloud, spec: DatasetSpec) -> tuple[PlacedClou
         )
         return _noted(placed, NO_FLOOR), remarks
     if abs(floor - spec.floor) > _NEAR_FLOOR:
+        height = floor - placed.matrix[2, 3]  # in the frame of the file
         placed = _noted(moved(placed, np.eye(3), np.array([0.0, 0.0, spec.floor - floor])), FLOOR_MOVED)
         remarks.append(
-            f"has its floor at {floor:.2f} m, which is brought to {spec.floor:g} m, where {spec.name} has floors"
+            f"has its floor at {height:.2f} m, which is brought to {spec.floor:g} m, where {spec.name} has floors"
         )
     return placed, remarks
 

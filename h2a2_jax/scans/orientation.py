@@ -49,6 +49,7 @@ _MEASURED = 200_000  # points
 _NOWHERE = 1e12  # in any unit
 _LARGEST = 100.0  # m; a scan in another unit would fill the memory
 _CONE = 0.95  # tangent of half the widest field of view of a camera
+_RANGE = 8.0  # m, of a depth camera
 
 FEATURES = ("plane", "below", "standing", "low", "round", "flatness", "height", "room")
 WEIGHTS: Mapping[str, float] = {
@@ -219,9 +220,11 @@ def _camera_votes(points: Float[np.ndarray, "m 3"]) -> Float[np.ndarray, " 6"]:
     for i, axis in enumerate("xyz"):
         for sign, name in ((1, axis), (-1, f"-{axis}")):
             depth = points[:, i] * sign
-            if np.percentile(depth, 0.5) < 0.2:
+            if np.percentile(depth, 0.5) < 0.2 or np.median(depth) > _RANGE:
                 continue
             across = np.delete(points, i, axis=1) / np.maximum(depth, 0.1)[:, None]
+            if np.abs(np.median(across, axis=0)).max() > _CONE / 2:
+                continue
             near = depth < np.median(depth)
             wide, far = (np.percentile(np.abs(across[part]), 98, axis=0) for part in (near, ~near))
             # The sides of a view are planes through the camera: near and far points reach as far to the side.

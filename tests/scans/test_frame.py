@@ -1,0 +1,102 @@
+"""Floors are found and brought to the dataset's height; views are turned as the dataset's; what was done is said."""
+
+import math
+
+import numpy as np
+import pytest
+
+from h2a2_jax.scans.formats.point_cloud import PointCloud
+from h2a2_jax.scans.frame import FLOOR_MOVED, NO_FLOOR, place_as_dataset, place_cloud
+from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD
+from h2a2_jax.scans.surfaces import find_floor
+from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
+
+SCANS = {spec.name: SyntheticSource(spec, "val", 2, scale="demo", seed=3)[1] for spec in (SCANNET, SUNRGBD, S3DIS)}
+
+
+def placed(points, spec=SCANNET):
+    cloud = PointCloud(np.asarray(points, np.float64), None)
+    return place_as_dataset(place_cloud("room", cloud, np.eye(4)), spec)
+
+
+@pytest.mark.parametrize("spec", [SCANNET, SUNRGBD, S3DIS], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("scale", ["demo", "full"])
+def test_the_floor_of_a_room_is_found_to_a_centimetre(spec, scale):
+    source = SyntheticSource(spec, "val", 6, scale=scale, seed=11)
+    found = 0
+    for i in range(6):
+        scan, room, capture = source.acquire(i)
+        floor = np.median(capture.boxes[:, 2] - room.boxes[:, 2])
+        heights = find_floor(scan.points), find_floor(scan.points.astype(np.float64) + [5, 7, -3.21])
+        if None not in heights:
+            assert heights == pytest.approx((floor, floor - 3.21), abs=0.01)
+            found += 1
+    assert found >= (4 if spec is SUNRGBD else 6)  # a view may show next to nothing of it
+
+
+def test_reflections_below_a_floor_do_not_hide_it_and_a_cellar_does():
+    points, rng = SCANS["scannet"].points, np.random.default_rng(0)
+    few, many = (rng.uniform([0, 0, -2], [4, 4, 0], (len(points) // part, 3)) for part in (150, 2))
+    assert find_floor(np.concatenate([points, few])) == pytest.approx(0, abs=0.02)
+    assert find_floor(np.concatenate([points, many])) is None
+
+
+def test_no_floor_is_found_where_there_is_none():
+    points = SCANS["s3dis"].points
+    above = points[points[:, 2] > 0.4]
+    tilt = np.array([[1, 0, 0], [0, math.cos(0.3), -math.sin(0.3)], [0, math.sin(0.3), math.cos(0.3)]])
+    rng = np.random.default_rng(0)
+    wall = rng.uniform([0, 0, 0], [4, 0.01, 3], (9000, 3))
+    for none in (above, points @ tilt.T, wall, rng.normal(size=(9000, 3)), points[:9], np.zeros((0, 3))):
+        assert find_floor(none) is None
+
+
+@pytest.mark.parametrize("height", [-1.35, 0.1, 0.48, 110.0])
+def test_a_floor_is_brought_to_the_height_of_the_dataset(height):
+    points = SCANS["scannet"].points + np.array([0, 0, height])
+    found, remarks = placed(points)
+    assert find_floor(found.scan.points) == pytest.approx(0, abs=1e-3)
+    assert found.scan.notes[FLOOR_MOVED] == 1
+    (remark,) = remarks
+    said = float(remark.split("its floor at ")[1].split()[0])
+    assert said == pytest.approx(height, abs=0.01) and "brought to 0 m" in remark
+    back = (found.scan.points - found.matrix[:3, 3]) @ np.linalg.inv(found.matrix[:3, :3]).T
+    np.testing.assert_allclose(back, points, atol=1e-4)
+
+
+@pytest.mark.parametrize("height", [-0.04, 0.0, 0.04])
+def test_a_floor_at_the_height_of_the_dataset_stays(height):
+    points = SCANS["scannet"].points + np.float32([0, 0, height])
+    found, remarks = placed(points)
+    np.testing.assert_array_equal(found.scan.points, points.astype(np.float32))
+    assert remarks == [] and FLOOR_MOVED not in found.scan.notes
+
+
+def test_a_scan_without_floor_is_left_and_said_so():
+    points = np.random.default_rng(0).normal(size=(9000, 3))
+    found, (remark,) = placed(points)
+    np.testing.assert_array_equal(found.scan.points, points.astype(np.float32))
+    assert found.scan.notes[NO_FLOOR] == 1 and "no clear floor" in remark and "0 m" in remark
+
+
+@pytest.mark.parametrize("degrees", [90, 180, -90, 45])
+def test_a_view_is_turned_to_where_the_dataset_looks(degrees):
+    angle = math.radians(degrees)
+    turn = np.array([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]])
+    points = SCANS["sunrgbd"].points
+    found, remarks = placed(points @ turn.T, SUNRGBD)
+    middle = np.median(found.scan.points[:, :2] / np.linalg.norm(found.scan.points[:, :2], axis=1)[:, None], axis=0)
+    assert math.degrees(math.atan2(middle[0], middle[1])) == pytest.approx(0, abs=12)
+    assert "seen from its origin" in remarks[0] and "sunrgbd looks along y" in remarks[0]
+    back = (found.scan.points - found.matrix[:3, 3]) @ np.linalg.inv(found.matrix[:3, :3]).T
+    np.testing.assert_allclose(back, points @ turn.T, atol=1e-4)
+
+
+def test_other_scans_are_not_turned():
+    for points, spec in (
+        (SCANS["sunrgbd"].points, SUNRGBD),  # along y as it is
+        (SCANS["sunrgbd"].points @ np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1]]).T, SCANNET),
+        (SCANS["s3dis"].points - SCANS["s3dis"].points.mean(axis=0), SUNRGBD),  # the origin in the middle
+    ):
+        found, _ = placed(points, spec)
+        np.testing.assert_allclose(found.matrix[:3, :3], np.eye(3), atol=1e-12)
