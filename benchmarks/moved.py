@@ -4,7 +4,7 @@
 
 Each procedural validation scan is changed as a file of a user's might be and given to `Detector` as arrays; the boxes
 come back in the changed frame and are compared in that of the scan, by the protocol of the dataset. "raw" are the
-untouched scans without any of the decisions, "untouched" are those with them. More scans than the run validates on are
+untouched scans without any of the decisions, "raw, z +0.25 m" the same moved; "untouched" are those with them. More scans than the run validates on are
 made of the same kind: means of 16 scans differ by several points from one voxel grid to another.
 """
 
@@ -60,6 +60,7 @@ class Move:
         return Detections(rows, boxes.scores.astype(np.float32), boxes.labels.astype(np.int32))
 
 
+RAW = {"raw": 0.0, "raw, z +0.25 m": 0.25}
 MOVES = {
     "untouched": Move(),
     **{f"z {z:+g} m": Move(shift=(0.0, 0.0, z)) for z in (0.1, 0.25, 0.48, -1.35, 110.0)},
@@ -77,8 +78,12 @@ def evaluate(
     """Mean AP at IoU .25 and .5 of the moved scans, and the number of boxes of score .3 and more."""
     found, truth = [], []
     for scan in scans:
-        if name == "raw":
-            found += detector.predictor.predict([prepare(replace(scan, name="scan"), spec)], spec.name)
+        if name in RAW:
+            rise = np.float32([0, 0, RAW[name]])
+            same = prepare(replace(scan, name="scan", points=scan.points + rise), spec)
+            (boxes,) = detector.predictor.predict([same], spec.name)
+            boxes.boxes[:, :3] -= rise
+            found.append(boxes)
         else:
             move = MOVES[name]
             colors = (scan.colors * 65535).astype(np.uint16) if move.wide_colors else scan.colors
@@ -99,7 +104,7 @@ def main() -> None:
     parser.add_argument(
         "--up", choices=("", "auto"), default="", help="auto: let the up axis be found; else it is given"
     )
-    parser.add_argument("--moves", nargs="*", default=["raw", *MOVES])
+    parser.add_argument("--moves", nargs="*", default=[*RAW, *MOVES])
     options = parser.parse_args()
     detector = h2a2_jax.Detector.restore(options.run)
     print(f"{'dataset':10}{'frame':18}{'mAP@.25':>9}{'mAP@.5':>9}{'boxes':>7}")
