@@ -201,6 +201,11 @@ def beyond_a_turn(yaws: Float[np.ndarray, " g"]) -> str | None:
     return f"{len(far)} boxes have a yaw of more than a full turn, up to {far.max():g}: give radians, not degrees."
 
 
+def is_hidden(name: str) -> bool:
+    """Return True for a name that archives and file managers add to folders, such as "._a.ply" and "__MACOSX"."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def some(names: Sequence[str], most: int = 3) -> str:
     """Return the first names for a sentence."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

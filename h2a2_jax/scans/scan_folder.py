@@ -48,7 +48,16 @@ import numpy as np
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
 from h2a2_jax.scans.frame import UNITS, UPRIGHT, place_cloud, upright_matrix
-from h2a2_jax.scans.scan import ENCLOSED, Scan, ScanError, beyond_a_turn, enclosing_boxes, some, usable_boxes
+from h2a2_jax.scans.scan import (
+    ENCLOSED,
+    Scan,
+    ScanError,
+    beyond_a_turn,
+    enclosing_boxes,
+    is_hidden,
+    some,
+    usable_boxes,
+)
 from h2a2_jax.scans.specs import DatasetSpec, class_label, foreign_boxes
 
 BOXES_FILE = "boxes.json"
@@ -136,9 +145,10 @@ def read_folder(root: str | Path) -> FolderDescription:
 
 
 def point_cloud_files(root: str | Path) -> list[str]:
-    """List the files of points in a folder and below, as boxes.json would name them, sorted."""
+    """List the files of points in a folder and below, as boxes.json would name them, sorted; without hidden ones."""
     files = (path for path in Path(root).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    return sorted(path.relative_to(root).as_posix() for path in files)
+    places = (path.relative_to(root) for path in files)
+    return sorted(place.as_posix() for place in places if not any(map(is_hidden, place.parts)))
 
 
 class ScanFolder:

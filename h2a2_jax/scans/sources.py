@@ -14,7 +14,7 @@ import numpy as np
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.mmdet3d import Mmdet3dFolder, default_info_files
-from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, some
+from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, is_hidden, some
 from h2a2_jax.scans.scan_folder import (
     BOXES_FILE,
     FolderDescription,
@@ -63,7 +63,7 @@ def recognise(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
         return _own_folder(root, spec)
     if is_tfds(root):
         return _tfds_folder(root, spec)
-    if infos := [file.name for file in root.glob("*.pkl")]:
+    if infos := [file.name for file in root.glob("*.pkl") if not is_hidden(file.name)]:
         return _mmdet3d_folder(root, spec, infos)
     if files := point_cloud_files(root):
         return _bare_folder(root, spec, files)
