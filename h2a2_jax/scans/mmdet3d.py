@@ -214,7 +214,10 @@ def _refuse_mixture(entries: Iterable[Any], key: str, version: int) -> None:
 
 def _class_names(metainfo: Mapping[str, Any]) -> dict[int, str]:
     """Read what the numbers of classes mean in a file of version 2: {name: number}, or a list of names in order."""
-    stored = next((metainfo[key] for key in ("categories", "classes", "CLASSES") if metainfo.get(key)), {})
+    keys = [key for key in ("categories", "classes", "CLASSES") if metainfo.get(key) is not None and len(metainfo[key])]
+    stored: Any = metainfo[keys[0]] if keys else {}
+    if isinstance(stored, str):
+        raise ValueError(f"its classes are {stored[:100]!r}, expected is a list")
     if isinstance(stored, Mapping):
         pairs = [(key, value) if isinstance(value, str) else (value, key) for key, value in stored.items()]
     else:

@@ -74,8 +74,12 @@ class S3dis:
             area, room = name[:6], name[7:]
             folder = self._root / area / room / "Annotations"
             files = sorted(path for path in folder.glob("*.txt") if not is_hidden(path.name))
+            if not folder.is_dir():
+                raise UnusableScan(f"has no folder {shown(folder)} with text files, it is missing: unpack it again.")
             if not files:
-                raise UnusableScan(f"has no folder {shown(folder)} with text files: unpack that room again.")
+                raise UnusableScan(
+                    f"has no files <class>_<number>.txt in {shown(folder)}, they are missing: unpack that room again."
+                )
             objects = [_read_object(path, notes) for path in files]
             instances = np.repeat(np.arange(len(files)), [len(rows) for rows in objects])
             rows = np.concatenate(objects)
