@@ -34,7 +34,8 @@ _PROBLEMS = "mend"  # the key in check.json of version 1
 _FEW_POINTS = 5
 _FEW_SCANS = 8  # are read faster than processes start
 _MOST_NAMED = 20  # scans without a point in any box
-_NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?", re.IGNORECASE)
+_NUMBER = re.compile(r"(?<![a-z])[-+]?\d+(?:[.,]\d+)*(?:e[-+]?\d+)?", re.IGNORECASE)
+_SCALES = {"0", "1", "8", "12", "16", "255", "4095", "65535"}  # numbers that make one remark another
 
 USUAL_SIZES: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
     "scannet": {
@@ -286,12 +287,17 @@ def _repeats(spec: DatasetSpec, findings: Sequence[ScanFinding]) -> Iterator[str
         )
 
 
+def _blank(number: re.Match[str]) -> str:
+    return number[0] if number[0] in _SCALES else "#"
+
+
 def _remarks(findings: Sequence[ScanFinding]) -> Iterator[str]:
     """Yield what the files leave open: a sentence for each kind of remark, whatever names and numbers it holds."""
     kinds: dict[str, dict[str, str]] = {}
     for finding in findings:
         for remark in finding.assumed:
-            kind = _NUMBER.sub("#", remark.replace(Path(finding.name).name, "#"))
+            name, words = (_NUMBER.sub(_blank, text) for text in (Path(finding.name).name, remark))
+            kind = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "#", words)
             kinds.setdefault(kind, {}).setdefault(finding.name, remark)
     for remarks in kinds.values():
         (first, remark), *others = remarks.items()

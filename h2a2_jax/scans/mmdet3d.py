@@ -78,13 +78,13 @@ class Mmdet3dFolder:
                 f"There is no folder {self._points}: a prepared {spec.name} folder holds {', '.join(files)} "
                 "and points/<scan>.bin."
             )
-        stored = {file: _read_infos(Path(root) / file) for file in files}
-        entries = [entry for found in stored.values() for entry in found]
+        by_file = {file: _read_infos(Path(root) / file) for file in files}
+        entries = [entry for found in by_file.values() for entry in found]
         self.classes = tuple(sorted({name for entry in entries for name in entry.classes if name is not None}))
         self.warnings = [
             f"{file} names no classes: the numbers of its boxes are taken in the order of {spec.name} "
             f"(0 {spec.classes[0]}, 1 {spec.classes[1]}, ...)."
-            for file, found in stored.items()
+            for file, found in by_file.items()
             if any(entry.is_numbered for entry in found)
         ]
         self._infos = [_scan_info(entry, spec) for entry in entries]

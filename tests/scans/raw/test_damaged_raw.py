@@ -479,6 +479,18 @@ def test_frames_that_only_one_file_knows_are_counted(tmp_path):
     }
 
 
+def test_files_of_archives_and_file_managers_are_passed_over(tmp_path):
+    write_s3dis(tmp_path)
+    plain = S3dis(tmp_path)
+    (tmp_path / "Area_1" / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "Area_1").mkdir(parents=True)
+    for stray in ("._chair_1.txt", ".DS_Store", "Thumbs.db"):
+        (room_folder(tmp_path, ROOM) / stray).write_bytes(b"\0\5\x16\7")
+    found = S3dis(tmp_path)
+    assert found.splits == plain.splits
+    np.testing.assert_array_equal(found.load(ROOM).points, plain.load(ROOM).points)
+
+
 def test_missing_areas_are_counted(tmp_path):
     write_s3dis(tmp_path)
     (tmp_path / "Area_3").rename(tmp_path / "Area_3_unpacking")
