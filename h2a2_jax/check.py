@@ -33,7 +33,7 @@ from h2a2_jax.scans.specs import DatasetSpec, dataset_spec
 _PROBLEMS = "mend"  # the key in check.json of version 1
 _FEW_POINTS = 5
 _FEW_SCANS = 8  # are read faster than processes start
-_MOST_NAMED = 20  # scans without a point in any box
+_MOST_NAMED = 20  # scans without a point in any box, or without a box
 _NUMBER = re.compile(r"(?<![a-z])[-+]?\d+(?:[.,]\d+)*(?:e[-+]?\d+)?", re.IGNORECASE)
 _SCALES = {"0", "1", "8", "12", "16", "255", "4095", "65535"}  # numbers that make one remark another
 
@@ -243,6 +243,10 @@ def _judge_boxes(folder: CheckedFolder, findings: Sequence[ScanFinding], problem
             hints.append(f"{sentence}.")
     if bare := [*dict.fromkeys(f.name for f in findings if f.boxes and not any(box.held for box in f.boxes))]:
         hints.append(f"In {len(bare)} scans no box holds a point ({some(bare, _MOST_NAMED)}).")
+    if without := [*dict.fromkeys(f.name for f in findings if not f.boxes)]:
+        hints.append(
+            f"{len(without)} scans have no box of a class of {folder.spec.name} ({some(without, _MOST_NAMED)})."
+        )
     hints += _repeats(folder.spec, findings)
     turned = [box for box in boxes if box.turned]
     held, clockwise = sum(box.held for box in turned), sum(box.held_clockwise for box in turned)

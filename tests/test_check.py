@@ -288,7 +288,9 @@ def test_scans_whose_boxes_hold_no_point_are_listed(tmp_path):
     away = [entry("chair", CHAIR, center=[2.5, 2.0, 2.2])]
     scans = {f"{i}.npy": ("train", room(i)[::3], entries() if i < 6 else away) for i in range(10)}
     write(tmp_path / "scans", {**scans, "empty.npy": ("val", room(0)[::3], [])})
-    assert "In 4 scans no box holds a point (6, 7, 8, 9)." in checked(tmp_path, "sunrgbd")["hints"]
+    hints = checked(tmp_path, "sunrgbd")["hints"]
+    assert "In 4 scans no box holds a point (6, 7, 8, 9)." in hints
+    assert "1 scans have no box of a class of sunrgbd (empty)." in hints
 
 
 def test_colours_are_shown_as_the_network_gets_them(tmp_path, capsys):

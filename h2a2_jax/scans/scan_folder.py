@@ -34,6 +34,7 @@ for validation too, with a sentence in `ScanFolder.warnings`.
 """
 
 import difflib
+import functools
 import json
 import math
 import re
@@ -70,7 +71,8 @@ _MEANINGS = {
 _CLOSE = 0.7
 _DEGREES = ("yaw_degrees", "yaw_deg")
 _TURNS = re.compile(
-    r"rot|yaw|heading|angle|orient|theta|euler|quat|pitch|roll|azimuth|direction|[rq][_ ]?[wxyz]$|pose$|transform|matri"
+    r"\b(rot|yaw|heading|angle|orient|theta|euler|quat|pitch|roll|azimuth|direction|transform|matri"
+    r"|[rq] ?[wxyz]$|pose$)"
 )
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
@@ -334,12 +336,16 @@ def _yaw(box: dict[str, Any], where: str) -> float:
 def _turns(box: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the keys of a box whose names speak of a turn, also in objects below, and their values, but for zeros."""
     for key, value in box.items():
-        words = " ".join(_WORDS.findall(key)).lower()
-        if re.search(rf"\b({_TURNS.pattern})", words):
+        if _speaks_of_a_turn(key):
             if not _is_nothing(value):
                 yield f"{above}{key}", value
         elif isinstance(value, dict):
             yield from _turns(value, f"{above}{key}.")
+
+
+@functools.lru_cache(maxsize=1024)
+def _speaks_of_a_turn(key: str) -> bool:
+    return bool(_TURNS.search(" ".join(_WORDS.findall(key)).lower()))
 
 
 def _is_nothing(value: Any) -> bool:
