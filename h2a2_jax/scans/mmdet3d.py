@@ -32,7 +32,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.restricted_pickle import load_plain_pickle
@@ -55,6 +55,7 @@ _COLUMNS = 6
 _ROW_BYTES = 4 * _COLUMNS
 _NO_CLASS = "boxes of no class of the dataset"
 _OTHER_NUMBER = "boxes whose class has another number in the dataset, taken by its name"
+_NO_YAW = "boxes of six numbers, yaw 0 taken"
 _NO_ALIGNMENT = "scans without an alignment, taken as aligned"
 
 
@@ -169,10 +170,11 @@ def default_info_files(spec: DatasetSpec, split: Literal["train", "val"]) -> tup
 
 
 class _Entry(NamedTuple):
-    """One scan of an info file: [n, 7] boxes, the number and the name (None: unknown) of the class of each."""
+    """One scan of an info file: boxes, and of the class of each its number (-1: none) and its name (None: unknown)."""
 
     name: str
-    boxes: np.ndarray
+    boxes: Float[np.ndarray, "n 7"]
+    has_yaw: bool
     labels: np.ndarray
     classes: Sequence[str | None]
     alignment: Float32[np.ndarray, "4 4"] | None
@@ -224,7 +226,7 @@ def _class_names(metainfo: Mapping[str, Any]) -> dict[int, str]:
         pairs = [(c["id"], c["name"]) if isinstance(c, Mapping) else (i, c) for i, c in enumerate(stored)]
     if not all(isinstance(name, str) for _, name in pairs):
         raise ValueError(f"its classes are {str(stored)[:100]}")
-    return {int(number): name for number, name in pairs}
+    return {int(number): str(name) for number, name in pairs}
 
 
 def _read_v2(entry: Mapping[str, Any], names: Mapping[int, str]) -> _Entry:
@@ -235,7 +237,7 @@ def _read_v2(entry: Mapping[str, Any], names: Mapping[int, str]) -> _Entry:
     numbers = (i["bbox_label_3d"] if called is None else -1 for i, called in zip(instances, given, strict=True))
     labels = _labels(name, numbers)
     # The file says what its numbers mean: they are numbers of the file, not of the dataset.
-    classes = [names.get(int(n)) if called is None else called for n, called in zip(labels, given, strict=True)]
+    classes = [names.get(int(n)) if called is None else str(called) for n, called in zip(labels, given, strict=True)]
     boxes = [instance["bbox_3d"] for instance in instances]
     return _entry(name, boxes, np.full_like(labels, -1) if names else labels, classes, entry.get("axis_align_matrix"))
 
@@ -296,7 +298,7 @@ def _entry(
         count = f"{len(classes)} names" if len(labels) == len(array) else f"{len(labels)} labels"
         raise ValueError(f"scan {name} has {len(array)} boxes but {count}")
     padded = np.pad(array, ((0, 0), (0, 7 - array.shape[1])))  # yaw 0
-    return _Entry(name, padded, labels, classes, _alignment(name, alignment))
+    return _Entry(name, padded, array.shape[1] == 7, labels, classes, _alignment(name, alignment))
 
 
 def _scan_info(entry: _Entry, spec: DatasetSpec) -> Scan:
@@ -320,6 +322,8 @@ def _scan_info(entry: _Entry, spec: DatasetSpec) -> Scan:
     if not spec.has_yaw:
         notes[ENCLOSED] += int((np.abs(np.sin(boxes[:, 6])) > 1e-6).sum())
         boxes = enclosing_boxes(boxes)
+    elif not entry.has_yaw:
+        notes[_NO_YAW] += len(boxes)
     if entry.alignment is None and spec.name == "scannet":  # whose points are stored before they are aligned
         notes[_NO_ALIGNMENT] = 1
     none = np.zeros((0, 3), np.float32)

@@ -71,8 +71,8 @@ _MEANINGS = {
 _CLOSE = 0.7
 _DEGREES = ("yaw_degrees", "yaw_deg")
 _TURNS = re.compile(
-    r"\b(rot|yaw|heading|angle|orient|theta|euler|quat|pitch|roll|azimuth|direction|transform|matri"
-    r"|[rq] ?[wxyz]$|pose$)"
+    r"\b([xyz]?(rot|angle)|yaw|heading|orient|theta|phi$|psi$|euler|quat|pitch|roll|tilt|azimuth|bearing|direction"
+    r"|facing|deg(rees)?$|rad(ians)?$|transform|matri|[rq] ?[wxyz]$|r ?vec$|pose$)"
 )
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 

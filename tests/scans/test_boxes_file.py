@@ -36,6 +36,8 @@ def yaws(root, *boxes):
         {"theta": 0.5}, {"euler": [0, 0, 0.5]}, {"heading_angle": 0.5}, {"rz": 0.5}, {"ry": 0.5},
         {"quaternion": [0, 0, 0.38, 0.92]}, {"rotation": {"qx": 0, "qy": 0, "qz": 0.38, "qw": 0.92}}, {"qz": 0.38},
         {"yaw_rad": 0.5}, {"Yaw angle": 0.5}, {"pitch": 0.1}, {"roll": 0.1}, {"direction": [1, 0]}, {"rotation": "0.5"},
+        {"zrot": 30},
+        {"turn": {"degrees": 30}},
         {"attributes": {"heading": 0.5}}, {"pose": [[1, 0], [0, 1]]}, {"yaw": 0.2, "heading": 0.5},
     ],
     ids=lambda turn: " ".join(turn),

@@ -132,6 +132,14 @@ def test_what_cannot_be_told_is_refused_by_name(tmp_path, infos, sentence):
         opened(tmp_path, infos)
 
 
+def test_a_yaw_that_the_file_does_not_have_is_said(tmp_path):
+    scan = opened(tmp_path, v1(TWO, name=["chair", "table"]), SUNRGBD)[0]
+    assert scan.boxes[:, 6].tolist() == [0, 0] and scan.notes == {
+        "boxes of six numbers, yaw 0 taken": 2,
+        OTHER_NUMBER: 2,
+    }
+
+
 def test_boxes_without_their_number_are_read(tmp_path):
     infos = v1()
     del infos[0]["annos"]["gt_num"]
