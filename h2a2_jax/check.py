@@ -9,9 +9,10 @@ document of `CheckReport`) and drawn as contact_sheet.png.
 
 import contextlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -22,8 +23,9 @@ from tqdm import tqdm
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import available_cores
 from h2a2_jax.prepare.worker_pool import run_in_processes
-from h2a2_jax.scans.frame import AXES, UNITS, AxisFinding, Guess, guess_unit, guess_up, spread
-from h2a2_jax.scans.scan import ScanError, ScanSource, points_in_box, some
+from h2a2_jax.scans.findings import NEARLY_SAME, BoxFinding, ScanFinding, measure_scan
+from h2a2_jax.scans.frame import AXES, UNITS, Guess, guess_unit, guess_up
+from h2a2_jax.scans.scan import some
 from h2a2_jax.scans.scan_folder import BOXES_FILE, ScanFolder
 from h2a2_jax.scans.sources import CheckedFolder, Split, recognise
 from h2a2_jax.scans.specs import DatasetSpec, dataset_spec
@@ -31,6 +33,9 @@ from h2a2_jax.scans.specs import DatasetSpec, dataset_spec
 _PROBLEMS = "mend"  # the key in check.json of version 1
 _FEW_POINTS = 5
 _FEW_SCANS = 8  # are read faster than processes start
+_MOST_NAMED = 20  # scans without a point in any box, or without a box
+_NUMBER = re.compile(r"(?<![a-z])[-+]?\d+(?:[.,]\d+)*(?:e[-+]?\d+)?", re.IGNORECASE)
+_SCALES = {"0", "1", "8", "12", "16", "255", "4095", "65535"}  # numbers that make one remark another
 
 USUAL_SIZES: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
     "scannet": {
@@ -54,55 +59,6 @@ USUAL_SIZES: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
 
 
 @dataclass(frozen=True)
-class BoxFinding:
-    """Measurements of one box.
-
-    Attributes:
-        size: dx, dy, dz (m).
-        held: points in the box.
-        held_clockwise: points the box would hold if yaw counted clockwise.
-        held_from_bottom: points the box would hold if its centre were that of its bottom.
-        turned: True if yaw makes a difference.
-        outside: True if the box does not even meet the box around all points.
-    """
-
-    label: int
-    size: tuple[float, float, float]
-    held: int
-    held_clockwise: int
-    held_from_bottom: int
-    turned: bool
-    outside: bool
-
-
-@dataclass(frozen=True)
-class ScanFinding:
-    """Measurements of one scan.
-
-    Attributes:
-        error: why the scan cannot be used; then the fields below have their defaults, but for `axes` of a file that
-            can be read.
-        axes: spread along x, y, z of the file, in its unit.
-        colors: smallest and largest number, in the file's scale; None without colours.
-        duplicates: share of points that are exactly where another one is.
-        boxes: usable boxes of a class, in metres, z up.
-        notes: counts by kind of what loading left out or repaired.
-        assumed: sentences on what the file leaves open.
-    """
-
-    split: str
-    name: str
-    error: str | None = None
-    points: int = 0
-    axes: tuple[AxisFinding, ...] = ()
-    colors: tuple[float, float] | None = None
-    duplicates: float = 0.0
-    boxes: tuple[BoxFinding, ...] = ()
-    notes: Mapping[str, int] = field(default_factory=dict)
-    assumed: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class CheckReport:
     """Findings of a folder.
 
@@ -110,7 +66,8 @@ class CheckReport:
         document: content of check.json: "version", "folder", "kind", "dataset", "ready", "mend" (problems) and "hints"
             (both sentences), "up" and "unit" ("declared", "guess" or null, "certain", "evidence"), "splits" (by name:
             "scans", "unreadable", "boxes", "points" and "extent" (m, of all but the outermost .2 % of points) with
-            "min", "median", "max"), "classes" (by name: "boxes", "mean_size", "usual_size"), "notes" (a count by kind,
+            "min", "median", "max", "colors" in the files, "network_colors" with "min", "mean", "max",
+            "without_colors"), "classes" (by name: "boxes", "mean_size", "usual_size"), "notes" (a count by kind,
             over all scans), "scans" (one entry each, as in `ScanFinding`).
     """
 
@@ -163,7 +120,7 @@ def _writing_to(output: Path) -> Iterator[None]:
 
 def _findings(folder: CheckedFolder) -> Iterator[ScanFinding]:
     """Yield a finding for each scan, in no order."""
-    measure = partial(_measure, folder.sources)
+    measure = partial(measure_scan, folder.sources)
     places = [f"{split} {i}" for split, source in folder.sources.items() for i in range(len(source))]
     if len(places) <= _FEW_SCANS:
         yield from map(measure, places)
@@ -172,53 +129,6 @@ def _findings(folder: CheckedFolder) -> Iterator[ScanFinding]:
         split, number = outcome.name.split()
         name = folder.sources[cast(Split, split)].names[int(number)]
         yield ScanFinding(split, name, outcome.failure) if outcome.failure else outcome.value
-
-
-def _measure(sources: Mapping[Split, ScanSource], place: str) -> ScanFinding:
-    """Measure one scan, named by its split and number; this may run in another process."""
-    split, number = place.split()
-    source, index, cloud = sources[cast(Split, split)], int(number), None
-    try:
-        if isinstance(source, ScanFolder):  # whose files have a frame of their own
-            cloud = source.read(index)
-            scan = source.convert(index, cloud)
-        else:
-            scan = source[index]
-    except ScanError as error:
-        # A scan in another unit than declared may reach too far to be used, and its spread still shows its unit.
-        axes = spread(cloud.points) if cloud is not None and len(cloud.points) else ()
-        return ScanFinding(split, source.names[index], str(error), axes=axes)
-    points, colors = (scan.points, scan.colors) if cloud is None else (cloud.points, cloud.colors)
-    bits = np.ascontiguousarray(scan.points, np.float32).view(np.uint32).astype(np.uint64)
-    mixed = bits @ np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
-    return ScanFinding(
-        split,
-        scan.name,
-        points=len(scan.points),
-        axes=spread(points),
-        colors=None if colors is None or not len(colors) else (float(colors.min()), float(colors.max())),
-        duplicates=1 - len(np.unique(mixed)) / len(scan.points),
-        boxes=tuple(
-            _box(scan.points, box, int(label)) for box, label in zip(scan.boxes, scan.labels, strict=True) if label >= 0
-        ),
-        notes=dict(scan.notes),
-        assumed=() if cloud is None else cloud.assumed,
-    )
-
-
-def _box(points: np.ndarray, box: np.ndarray, label: int) -> BoxFinding:
-    # Points in the box are counted among those nearby: boxes are small, scans are not.
-    near = points[(np.abs(points - box[:3]) <= 1.5 * np.linalg.norm(box[3:6])).all(axis=1)]
-    clockwise, raised = box.copy(), box.copy()
-    clockwise[6] *= -1
-    raised[2] += box[5] / 2
-    dx, dy, dz = (float(size) for size in box[3:6])
-    cos, sin = np.abs(np.cos(box[6])), np.abs(np.sin(box[6]))
-    half = np.array([dx * cos + dy * sin, dx * sin + dy * cos, dz]) / 2
-    outside = (box[:3] + half < points.min(axis=0)).any() or (box[:3] - half > points.max(axis=0)).any()
-    held, held_clockwise, held_from_bottom = (int(points_in_box(near, b).sum()) for b in (box, clockwise, raised))
-    turned = bool(cos * sin > 0.1)
-    return BoxFinding(label, (dx, dy, dz), held, held_clockwise, held_from_bottom, turned, bool(outside))
 
 
 def _document(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[str, Any]:
@@ -240,7 +150,7 @@ def _document(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[st
         hints.append(f"{len(twice)} scans are in train and in val ({some(twice)}): scores say nothing new.")
     if crowded := [finding.name for finding in good if finding.duplicates > 0.5]:
         hints.append(f"In {len(crowded)} scans more than half of the points are exact duplicates ({some(crowded)}).")
-    hints += dict.fromkeys(sentence for finding in good[:3] for sentence in finding.assumed)
+    hints += _remarks(good)
     return {
         "version": 1,
         "folder": str(folder.root),
@@ -262,6 +172,8 @@ def _split(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[str, 
     good = [finding for finding in findings if finding.error is None]
     metres = UNITS[folder.unit]
     colors = [finding.colors for finding in good if finding.colors is not None]
+    scaled = [finding.network_colors for finding in good if finding.network_colors is not None]
+    low, mean, high = zip(*scaled, strict=True) if scaled else ((), (), ())
     return {
         "scans": len(findings),
         "unreadable": len(findings) - len(good),
@@ -271,7 +183,8 @@ def _split(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[str, 
             axis: _range([round(finding.axes[i].extent * metres, 3) for finding in good]) for i, axis in enumerate(AXES)
         },
         "colors": [min(low for low, _ in colors), max(high for _, high in colors)] if colors else None,
-        "without_colors": len(good) - len(colors),
+        "network_colors": {"min": min(low), "mean": float(np.mean(mean)), "max": max(high)} if scaled else None,
+        "without_colors": len(good) - len(scaled),
     }
 
 
@@ -319,7 +232,7 @@ def _judge_boxes(folder: CheckedFolder, findings: Sequence[ScanFinding], problem
             problems.append(f"No scan of the split {split} has a box of a class of {folder.spec.name}.")
     if few := [box for box in boxes if box.held < _FEW_POINTS]:
         outside, empty = sum(box.outside for box in few), sum(box.held == 0 and not box.outside for box in few)
-        where = [f.name for f in findings if any(box.held < _FEW_POINTS for box in f.boxes)]
+        where = [*dict.fromkeys(f.name for f in findings if any(box.held < _FEW_POINTS for box in f.boxes))]
         sentence = (
             f"{len(few)} of {len(boxes)} boxes hold fewer than {_FEW_POINTS} points: {outside} lie outside the cloud, "
             f"{empty} inside it hold none ({some(where)})"
@@ -328,6 +241,13 @@ def _judge_boxes(folder: CheckedFolder, findings: Sequence[ScanFinding], problem
             problems.append(f"{sentence}: boxes and points are not in the same frame or unit.")
         else:
             hints.append(f"{sentence}.")
+    if bare := [*dict.fromkeys(f.name for f in findings if f.boxes and not any(box.held for box in f.boxes))]:
+        hints.append(f"In {len(bare)} scans no box holds a point ({some(bare, _MOST_NAMED)}).")
+    if without := [*dict.fromkeys(f.name for f in findings if not f.boxes)]:
+        hints.append(
+            f"{len(without)} scans have no box of a class of {folder.spec.name} ({some(without, _MOST_NAMED)})."
+        )
+    hints += _repeats(folder.spec, findings)
     turned = [box for box in boxes if box.turned]
     held, clockwise = sum(box.held for box in turned), sum(box.held_clockwise for box in turned)
     if len(turned) >= 3 and clockwise > 1.2 * held:
@@ -352,6 +272,43 @@ def _judge_boxes(folder: CheckedFolder, findings: Sequence[ScanFinding], problem
         hints.append(f"Boxes are {ratio:.2g} times as large as is usual for their classes{half}.")
 
 
+def _repeats(spec: DatasetSpec, findings: Sequence[ScanFinding]) -> Iterator[str]:
+    """Yield sentences on boxes that are there more than once; a scan of both splits counts once."""
+    findings = [*{finding.name: finding for finding in findings}.values()]
+    if repeated := [(finding.name, box) for finding in findings for box in finding.repeated]:
+        places = [
+            f"{name}: {box.count} of {' and '.join(spec.classes[label] for label in box.labels)}"
+            for name, box in sorted(repeated, key=lambda entry: -entry[1].count)
+        ]
+        yield (
+            f"{sum(box.count for _, box in repeated)} boxes are the same as others of their scan "
+            f"({some(places, 8)}): none is dropped in training; keep one of each."
+        )
+    if near := {finding.name: finding.nearly_repeated for finding in findings if finding.nearly_repeated}:
+        yield (
+            f"{sum(near.values())} boxes overlap another of their class nearly wholly, by an IoU above {NEARLY_SAME:g} "
+            f"({some(list(near))}): keep one of each."
+        )
+
+
+def _blank(number: re.Match[str]) -> str:
+    return number[0] if number[0] in _SCALES else "#"
+
+
+def _remarks(findings: Sequence[ScanFinding]) -> Iterator[str]:
+    """Yield what the files leave open: a sentence for each kind of remark, whatever names and numbers it holds."""
+    kinds: dict[str, dict[str, str]] = {}
+    for finding in findings:
+        for remark in finding.assumed:
+            name, words = (_NUMBER.sub(_blank, text) for text in (Path(finding.name).name, remark))
+            kind = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "#", words)
+            kinds.setdefault(kind, {}).setdefault(finding.name, remark)
+    for remarks in kinds.values():
+        (first, remark), *others = remarks.items()
+        alike = f"; likewise {len(others)} other scans ({some([name for name, _ in others])})" if others else ""
+        yield f"{first}: {remark.rstrip('.')}{alike}."
+
+
 def _lines(document: Mapping[str, Any]) -> Iterator[str]:
     for split, found in document["splits"].items():
         yield f"{split}: {found['scans']} scans, {found['boxes']} boxes" + (
@@ -362,9 +319,7 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"  points   {_spread(found['points'], ',.0f')}"
         for axis, extent in found["extent"].items():
             yield f"  extent {axis} {_spread(extent, '.2f')} m"
-        colors = found["colors"]
-        without = f", {found['without_colors']} scans without" if found["without_colors"] else ""
-        yield f"  colours  {'none' if colors is None else f'{colors[0]:g} to {colors[1]:g}'}{without}"
+        yield f"  colours  {_colors(found)}"
     for key in ("up", "unit"):
         found = document[key]
         yield f"{key}: {found['declared']}; looks like {found['guess'] or 'nothing certain'} ({found['evidence']})"
@@ -385,6 +340,17 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
 
 def _spread(found: Mapping[str, int | float], form: str) -> str:
     return f"{found['min']:{form}} to {found['max']:{form}}, median {found['median']:{form}}"
+
+
+def _colors(found: Mapping[str, Any]) -> str:
+    """Describe the colours of a split: in its files, and as the network gets them."""
+    colors, scaled, without = found["colors"], found["network_colors"], found["without_colors"]
+    parts = [] if colors is None else [f"{colors[0]:g} to {colors[1]:g} in the files"]
+    if scaled is not None:
+        parts.append(f"{scaled['min']:.2f} to {scaled['max']:.2f}, mean {scaled['mean']:.2f}, for the network")
+    if without:
+        parts.append(f"{without} scans without, grey for the network")
+    return "; ".join(parts)
 
 
 def _size(size: Sequence[int | float] | None) -> str:

@@ -7,10 +7,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from h2a2_jax.check import check
+from h2a2_jax.check import _remarks, check
 from h2a2_jax.errors import InputError
 from h2a2_jax.prepare.builder import Packing
 from h2a2_jax.prepare.scan_cache import ScanCache
+from h2a2_jax.scans.findings import ScanFinding
 from h2a2_jax.scans.scan import points_in_box
 from h2a2_jax.scans.specs import S3DIS
 from tests.prepare.tiny import tiny_scan
@@ -254,3 +255,92 @@ def test_prepared_datasets(tmp_path):
     (shard,) = (tmp_path / "scans").rglob("*-train.array_record-*")
     shard.write_bytes(shard.read_bytes()[:-9])
     assert any("prepare the dataset again" in sentence for sentence in checked(tmp_path)["mend"])
+
+
+def test_repeated_boxes_are_listed(tmp_path, capsys):
+    again, other = entry("table", TABLE), entry("bed", TABLE)
+    near = entry("chair", CHAIR, center=(CHAIR[:3] + 0.002).tolist())
+    scans = {
+        "a.npy": ("train", room(0), [*entries(), *[again] * 199]),
+        "b.npy": ("train", room(1), [*entries(), other]),
+        "c.npy": ("val", room(2), [*entries(), near]),
+    }
+    write(tmp_path / "scans", scans)
+    found = checked(tmp_path, "sunrgbd")
+    assert (
+        "202 boxes are the same as others of their scan (a: 200 of table, b: 2 of bed and table): none is dropped in "
+        "training; keep one of each." in found["hints"]
+    )
+    nearly = "1 boxes overlap another of their class nearly wholly, by an IoU above 0.95 (c): keep one of each."
+    assert nearly in found["hints"] and f"note: {nearly}" in capsys.readouterr().out
+    assert (
+        found["scans"][0]["repeated"] == ({"labels": (1,), "count": 200},) and found["splits"]["train"]["boxes"] == 206
+    )
+
+
+def test_boxes_that_only_touch_or_are_turned_otherwise_repeat_nothing(tmp_path):
+    turned, smaller = entry("chair", CHAIR, yaw=CHAIR[6] + 0.5), entry("bed", BED, size=[1.2, 2.0, 0.7])
+    write(tmp_path / "scans", {"a.npy": ("train", room(0), [*entries(), turned, smaller])})
+    assert not any("overlap" in hint or "the same" in hint for hint in checked(tmp_path, "sunrgbd")["hints"])
+
+
+def test_scans_whose_boxes_hold_no_point_are_listed(tmp_path):
+    away = [entry("chair", CHAIR, center=[2.5, 2.0, 2.2])]
+    scans = {f"{i}.npy": ("train", room(i)[::3], entries() if i < 6 else away) for i in range(10)}
+    write(tmp_path / "scans", {**scans, "empty.npy": ("val", room(0)[::3], [])})
+    hints = checked(tmp_path, "sunrgbd")["hints"]
+    assert "In 4 scans no box holds a point (6, 7, 8, 9)." in hints
+    assert "1 scans have no box of a class of sunrgbd (empty)." in hints
+
+
+def test_colours_are_shown_as_the_network_gets_them(tmp_path, capsys):
+    bright, grey = room(), room()[:, :3]
+    write(tmp_path / "scans", {"a.npy": ("train", bright, entries()), "b.npy": ("val", grey, entries())})
+    found = checked(tmp_path, "sunrgbd")["splits"]
+    expected = {"min": 60 / 255, "mean": 380 / 3 / 255, "max": 200 / 255}
+    assert found["train"]["network_colors"] == pytest.approx(expected) and found["train"]["without_colors"] == 0
+    assert (found["val"]["network_colors"], found["val"]["without_colors"]) == (None, 1)
+    printed = capsys.readouterr().out
+    assert "  colours  60 to 200 in the files; 0.24 to 0.78, mean 0.50, for the network\n" in printed
+    assert "  colours  1 scans without, grey for the network\n" in printed
+    prepared = tmp_path / "prepared"
+    for split in ("train", "val"):
+        mmdet3d(prepared, "000001", f"sunrgbd_infos_{split}.pkl", [(3, CHAIR)])
+    found = check(prepared, output=tmp_path / "out").document["splits"]["train"]
+    assert found["colors"] is None and found["network_colors"] == pytest.approx(expected)
+
+
+def test_remarks_of_all_scans_are_grouped_by_kind():
+    remarks = {str(i): (f"{i}.bin is taken as float32 rows, {i * 1.5} of them",) for i in range(12)}
+    remarks |= {name: (f"{name}.bin is taken as float64 rows",) for name in ("kitchen", "hall_2")}
+    remarks |= {name: (f"colours reach {most} of {most}",) for name, most in (("c", 255), ("d", 65535), ("e", 65535))}
+    remarks["7"] = ("the colours are taken as bytes", *remarks["7"])
+    findings = [ScanFinding("train", f"b/{name}", assumed=assumed) for name, assumed in remarks.items()]
+    assert list(_remarks(findings)) == [
+        "b/0: 0.bin is taken as float32 rows, 0.0 of them; likewise 11 other scans (b/1, b/2, b/3, ...).",
+        "b/7: the colours are taken as bytes.",
+        "b/kitchen: kitchen.bin is taken as float64 rows; likewise 1 other scans (b/hall_2).",
+        "b/c: colours reach 255 of 255.",
+        "b/d: colours reach 65535 of 65535; likewise 1 other scans (b/e).",
+    ]
+
+
+def test_remarks_of_later_scans_are_printed(tmp_path):
+    (tmp_path / "scans").mkdir()
+    described = []
+    for i in range(6):
+        rows = room(i).astype("<f4")
+        np.ascontiguousarray(rows[:, : 3 if i == 5 else 6]).tofile(tmp_path / "scans" / f"{i}.bin")
+        described.append({"file": f"{i}.bin", "boxes": entries()})
+    (tmp_path / "scans" / "boxes.json").write_text(json.dumps({"version": 1, "scans": described}))
+    hints = checked(tmp_path, "sunrgbd")["hints"]
+    assert any(hint.startswith("5: ") for hint in hints)
+    assert any(hint.startswith("0: ") and hint.endswith("; likewise 4 other scans (1, 2, 3, ...).") for hint in hints)
+
+
+def test_numbers_of_an_info_file_without_names_are_said(tmp_path):
+    for name, split in (("000001", "train"), ("000002", "val")):
+        mmdet3d(tmp_path / "scans", name, f"sunrgbd_infos_{split}.pkl", [(3, CHAIR)])
+    (tmp_path / "scans" / "._sunrgbd_infos_train.pkl").touch()
+    said = [hint for hint in checked(tmp_path)["hints"] if "names no classes" in hint]
+    assert [hint.split()[0] for hint in said] == ["sunrgbd_infos_train.pkl", "sunrgbd_infos_val.pkl"]

@@ -18,8 +18,33 @@ DistanceFrom = Literal["sensor", "centre"]
 RECALL_LEVELS = np.linspace(0, 1, 101)
 """Levels of recall at which precision-recall curves are given."""
 
+_ROUNDING = 1e-5  # by which a score may exceed 1
+
 CALIBRATION_BINS = 10
 """Bins of equal width, of scores from 0 to 1."""
+
+
+def check_scores(scores: np.ndarray, where: str = "") -> None:
+    """Check that scores can be ranked and counted in tenths; `where` ends the subject of the sentence.
+
+    Raises:
+        ValueError: a score is not finite, or lies outside 0 to 1.
+    """
+    values = np.asarray(scores)
+    if values.dtype.kind not in "fiu" or values.ndim != 1:
+        raise ValueError(f"The scores{where} are {values.dtype}{list(values.shape)}; expected are numbers [n], 0 to 1.")
+    if not ((values >= 0) & (values <= 1 + _ROUNDING)).all():  # nor is NaN
+        wrong = values[~((values >= 0) & (values <= 1 + _ROUNDING))]
+        raise ValueError(
+            f"{len(wrong)} of {len(values)} scores{where} are NaN, infinite or outside 0 to 1, such as {wrong[0]:g}: "
+            "leave those detections out, or give probabilities."
+        )
+
+
+def _check_lengths(**arrays: np.ndarray) -> None:
+    if len({np.shape(array) for array in arrays.values()}) > 1 or any(np.ndim(array) != 1 for array in arrays.values()):
+        shapes = ", ".join(f"{name} {list(np.shape(array))}" for name, array in arrays.items())
+        raise ValueError(f"{shapes} were given; expected is one number a detection in each.")
 
 
 def precision_recall(
@@ -51,7 +76,11 @@ def precision_at_levels(
     Args:
         precision: Precision after each detection.
         recall: Recall after each detection, not falling.
+
+    Raises:
+        ValueError: The lengths differ.
     """
+    _check_lengths(precision=precision, recall=recall)
     envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
     # A recall of 3 / 10 is to reach the level 0.3, however either is rounded.
     return envelope[np.searchsorted(recall, RECALL_LEVELS - 1e-9)]
@@ -67,9 +96,13 @@ def average_precision(precision: Float[np.ndarray, " n"], recall: Float[np.ndarr
     Returns:
         Area, 0 to 1; 0 without detections.
 
+    Raises:
+        ValueError: The lengths differ.
+
     References:
         The PASCAL Visual Object Classes Challenge, from 2010 on (all points rather than eleven).
     """
+    _check_lengths(precision=precision, recall=recall)
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     return float(np.sum(np.diff(recall, prepend=0.0) * envelope))
 
@@ -103,7 +136,14 @@ def best_f1(
 
     Returns:
         The point; None without ground truth; all 0 and the score NaN where nothing is hit.
+
+    Raises:
+        ValueError: A score is not finite or outside 0 to 1, they rise, or the lengths differ.
     """
+    check_scores(scores)
+    _check_lengths(scores=scores, is_hit=is_hit)
+    if (np.diff(scores) > 0).any():
+        raise ValueError("The scores are not in descending order: sort them, and is_hit with them.")
     if num_ground_truth < 1:
         return None
     if not is_hit.any():
@@ -120,7 +160,13 @@ def best_f1(
 def calibration(
     scores: Float[np.ndarray, " n"], is_hit: Bool[np.ndarray, " n"]
 ) -> tuple[Float[np.ndarray, " bins"], Float[np.ndarray, " bins"], Float[np.ndarray, " bins"]]:
-    """Mean score, share of hits and number of the detections in each bin of scores; NaN where there is none."""
+    """Mean score, share of hits and number of the detections in each bin of scores; NaN where there is none.
+
+    Raises:
+        ValueError: A score is not finite or outside 0 to 1, or the lengths differ.
+    """
+    check_scores(scores)
+    _check_lengths(scores=scores, is_hit=is_hit)
     bins = np.minimum((scores * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
     counts, total, right = (
         np.bincount(bins, weights, CALIBRATION_BINS).astype(np.float64)

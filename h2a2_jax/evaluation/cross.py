@@ -15,8 +15,7 @@ from h2a2_jax.boxes.matching import GroundTruth
 from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.evaluation.documents import per_cent
 from h2a2_jax.scans.scan import enclosing_boxes
-from h2a2_jax.scans.scan_folder import class_label, plain_name
-from h2a2_jax.scans.specs import DatasetSpec
+from h2a2_jax.scans.specs import DatasetSpec, class_label, plain_name
 
 SYNONYMS = (
     ("bookshelf", "bookcase"),

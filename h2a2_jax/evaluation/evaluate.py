@@ -20,6 +20,7 @@ from h2a2_jax.evaluation.scores import Evaluation, evaluate_detections
 from h2a2_jax.inference.augmentation import TestTimeAugmented, views
 from h2a2_jax.inference.predictor import Predicts, build_predictor, predict_scans, skipped_lines
 from h2a2_jax.inference.writers import check_results_folder
+from h2a2_jax.scans.mmdet3d import Mmdet3dFolder
 from h2a2_jax.scans.scan import ScanSource
 from h2a2_jax.scans.scan_folder import ScanFolder
 from h2a2_jax.scans.sources import SourceConfig, build_source, holds_dataset, summed_notes
@@ -75,6 +76,7 @@ class EvalRequest:
 
 
 _PLAIN = EvalRequest()
+_NO_BOXES = "boxes found that are not finite or have no size, left out"
 
 
 def evaluate_checkpoint(workdir: Path, request: EvalRequest = _PLAIN, config: ExperimentConfig | None = None) -> None:
@@ -245,6 +247,10 @@ def predict_source(
     arguments = (predictor, source, spec, result.skipped, result.notes)
     for _, scan, found in predict_scans(*arguments, batch_size=batch_size, progress=progress, head=head, draw=draw):
         known = scan.labels >= 0
+        is_box = np.isfinite(found.boxes).all(axis=1) & (found.boxes[:, 3:6] > 0).all(axis=1)
+        if not is_box.all():
+            found = Detections(found.boxes[is_box], found.scores[is_box], found.labels[is_box])
+            result.notes[scan.name] = {**result.notes.get(scan.name, {}), _NO_BOXES: int((~is_box).sum())}
         result.detections.append(found)
         result.truth.append(GroundTruth(scan.boxes[known], scan.labels[known]))
         result.origins.append(scan_origin(scan.points, distance_from(spec.name)))
@@ -296,7 +302,7 @@ def _compare_heads(
 def say_warnings(sources: Mapping[str, ScanSource]) -> None:
     """Print, by dataset, warnings that hold for all scans of a source; in the process that opened it."""
     for name, source in sources.items():
-        for warning in source.warnings if isinstance(source, ScanFolder) else ():
+        for warning in source.warnings if isinstance(source, ScanFolder | Mmdet3dFolder) else ():
             print(f"{name}: {warning}", flush=True)
 
 

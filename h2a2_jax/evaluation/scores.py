@@ -19,6 +19,7 @@ from h2a2_jax.evaluation.average_precision import (
     average_precision,
     best_f1,
     calibration,
+    check_scores,
     precision_at_levels,
     precision_recall,
 )
@@ -221,21 +222,11 @@ def evaluate_detections(
         The scores.
 
     Raises:
-        ValueError: The numbers of scans differ, or a label has no class name.
+        ValueError: The numbers of scans differ, a box, score or label is no such thing or out of range, or a label has
+            no class name.
     """
-    if len(detections) != len(ground_truth):
-        raise ValueError(
-            f"{len(detections)} scans have detections and {len(ground_truth)} ground truth; give one entry per scan "
-            "to both, empty where there is none."
-        )
     num_classes = len(class_names)
-    for scan, (found, there) in enumerate(zip(detections, ground_truth, strict=True)):
-        for labels in (found.labels, there.labels):
-            if len(labels) and not (0 <= labels.min() and labels.max() < num_classes):
-                raise ValueError(
-                    f"Scan {scan} has labels from {labels.min()} to {labels.max()}; expected 0 to {num_classes - 1}, "
-                    f"for {num_classes} class names."
-                )
+    _check_arguments(detections, ground_truth, num_classes, iou_thresholds, origins, measured_from)
     detected, scores = pool_detections(detections)
     truth = Pool.of(ground_truth)
     overlap, target = best_overlaps(detected, truth, rotated=rotated)
@@ -291,6 +282,73 @@ def evaluate_detections(
         by_size=breakdown(SIZES, volumes),
         by_distance=by_distance,
     )
+
+
+def _check_arguments(
+    detections: Sequence[Detections],
+    ground_truth: Sequence[GroundTruth],
+    num_classes: int,
+    iou_thresholds: Sequence[float],
+    origins: np.ndarray | None,
+    measured_from: str,
+) -> None:
+    if len(detections) != len(ground_truth):
+        raise ValueError(
+            f"{len(detections)} scans have detections and {len(ground_truth)} ground truth; give one entry per scan "
+            "to both, empty where there is none."
+        )
+    for scan, (found, there) in enumerate(zip(detections, ground_truth, strict=True)):
+        if not isinstance(found, Detections) or not isinstance(there, GroundTruth):
+            raise ValueError(
+                f"Scan {scan} has a {type(found).__name__} and a {type(there).__name__}; expected are Detections and "
+                "GroundTruth, one of each for a scan."
+            )
+        _check_boxes(f"Scan {scan} has", "detections", found.boxes, found.labels, num_classes)
+        _check_boxes(f"Scan {scan} has", "ground truth", there.boxes, there.labels, num_classes)
+        if np.shape(found.scores) != (len(found.boxes),):
+            raise ValueError(
+                f"Scan {scan} has {len(found.boxes)} detections with scores {list(np.shape(found.scores))}; expected "
+                "is one each."
+            )
+        check_scores(found.scores, f" of scan {scan}")
+    if not all(0 <= threshold < 1 for threshold in iou_thresholds):
+        raise ValueError(f"iou_thresholds are {tuple(iou_thresholds)}; expected are numbers from 0 on, below 1.")
+    if measured_from not in DISTANCES:
+        raise ValueError(f"measured_from is {measured_from!r}; expected is one of {', '.join(DISTANCES)}.")
+    if origins is not None and (np.shape(origins) != (len(detections), 2) or not np.isfinite(origins).all()):
+        raise ValueError(
+            f"origins have the shape {list(np.shape(origins))} for {len(detections)} scans, or are not finite; "
+            "expected is one x, y for each."
+        )
+
+
+def _check_boxes(scan: str, kind: str, boxes: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
+    """Refuse boxes and labels of one scan that would be scored as something else."""
+    boxes, labels = np.asarray(boxes), np.asarray(labels)
+    if boxes.ndim != 2 or boxes.shape[1] != 7 or boxes.dtype.kind not in "fiu":
+        raise ValueError(
+            f"{scan} {kind} with boxes {boxes.dtype}{list(boxes.shape)}; expected are numbers [n, 7]: centre, sizes "
+            "and yaw, 0 for axis-aligned boxes."
+        )
+    if labels.shape != (len(boxes),) or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"{scan} {kind} of {len(boxes)} boxes with labels {labels.dtype}{list(labels.shape)}; expected is an "
+            "integer each."
+        )
+    if not len(boxes):
+        return
+    finite = np.isfinite(boxes).all(axis=1)
+    for wrong, words in ((~finite, "with NaN or infinite numbers"), ((boxes[:, 3:6] <= 0).any(axis=1), "without size")):
+        if wrong.any():
+            raise ValueError(
+                f"{scan} {kind} with {int(wrong.sum())} of {len(boxes)} boxes {words}, the first in row "
+                f"{int(wrong.argmax())}: leave them out."
+            )
+    if not (0 <= labels.min() and labels.max() < num_classes):
+        raise ValueError(
+            f"{scan} labels from {labels.min()} to {labels.max()}; expected 0 to {num_classes - 1}, for {num_classes} "
+            f"class names, in its {kind}."
+        )
 
 
 def _mean_over_classes(scores: np.ndarray, is_counted: np.ndarray) -> np.ndarray:

@@ -7,9 +7,11 @@
 A `.bin` holds float32 rows x, y, z (m), r, g, b. Version 2 annotations are {metainfo, data_list}; version 1 are a
 list with `annos`. In both a box is its gravity centre, its sizes and (SUN RGB-D) its yaw, counter-clockwise.
 Version 1 files written before mmdetection3d 1.0 carry the opposite yaw and nothing tells them apart: write
-those again.
+those again. Datasets without yaw take the axis-aligned boxes that enclose turned ones.
 
-Of the paths in an info file only the name of the file counts, which lies in `points/`.
+Classes go by their names, where a file has them (`metainfo["categories"]` or `["classes"]`, `annos["name"]`), else by
+their numbers, in the order of the dataset. Of the paths in an info file, with either slash, only the name of the file
+counts, which lies in `points/`.
 
 The command lays out single scans and their annotations as such a folder:
 
@@ -27,35 +29,41 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.restricted_pickle import load_plain_pickle
 from h2a2_jax.scans.scan import (
+    ENCLOSED,
     FAR_POINTS,
     NOT_FINITE,
     Scan,
     UnusableScan,
+    beyond_a_turn,
+    enclosing_boxes,
     scan_errors,
     some,
     usable_boxes,
     within_reach,
 )
-from h2a2_jax.scans.specs import SPECS, DatasetSpec, dataset_spec
+from h2a2_jax.scans.specs import SPECS, DatasetSpec, class_label, dataset_spec, foreign_boxes
 
 _COLUMNS = 6
 _ROW_BYTES = 4 * _COLUMNS
 _NO_CLASS = "boxes of no class of the dataset"
+_OTHER_NUMBER = "boxes whose class has another number in the dataset, taken by its name"
+_NO_YAW = "boxes of six numbers, yaw 0 taken"
 _NO_ALIGNMENT = "scans without an alignment, taken as aligned"
 
 
 class Mmdet3dFolder:
     """Scans of one prepared folder.
 
-    The order is that of the info files. `__getitem__` raises `ScanError` for a scan that cannot be used.
+    The order is that of the info files. `__getitem__` raises `ScanError` for a scan that cannot be used. `classes` are
+    the names that the boxes have in the info files; `warnings` are sentences on the source as a whole.
     """
 
     def __init__(self, root: str | Path, info_file: str | Sequence[str], spec: DatasetSpec):
@@ -71,7 +79,16 @@ class Mmdet3dFolder:
                 f"There is no folder {self._points}: a prepared {spec.name} folder holds {', '.join(files)} "
                 "and points/<scan>.bin."
             )
-        self._infos = [info for file in files for info in _read_infos(Path(root) / file, spec)]
+        by_file = {file: _read_infos(Path(root) / file) for file in files}
+        entries = [entry for found in by_file.values() for entry in found]
+        self.classes = tuple(sorted({name for entry in entries for name in entry.classes if name is not None}))
+        self.warnings = [
+            f"{file} names no classes: the numbers of its boxes are taken in the order of {spec.name} "
+            f"(0 {spec.classes[0]}, 1 {spec.classes[1]}, ...)."
+            for file, found in by_file.items()
+            if any(entry.is_numbered for entry in found)
+        ]
+        self._infos = [_scan_info(entry, spec) for entry in entries]
         if not self._infos:
             raise InputError(f"{', '.join(files)} in {root} name no scan: prepare the folder again.")
         if twice := [name for name, count in Counter(info.name for info in self._infos).items() if count > 1]:
@@ -152,23 +169,44 @@ def default_info_files(spec: DatasetSpec, split: Literal["train", "val"]) -> tup
     return (f"{spec.name}_infos_{split}.pkl",)
 
 
-def _read_infos(path: Path, spec: DatasetSpec) -> list[Scan]:
-    """Read an info file of version 1 or 2: scans without points, in the file's order, with objects of the classes."""
+class _Entry(NamedTuple):
+    """One scan of an info file: boxes, and of the class of each its number (-1: none) and its name (None: unknown)."""
+
+    name: str
+    boxes: Float[np.ndarray, "n 7"]
+    has_yaw: bool
+    labels: np.ndarray
+    classes: Sequence[str | None]
+    alignment: Float32[np.ndarray, "4 4"] | None
+
+    @property
+    def is_numbered(self) -> bool:
+        """True if some box has the number of a class alone."""
+        return any(name is None and label >= 0 for name, label in zip(self.classes, self.labels, strict=True))
+
+
+def _read_infos(path: Path) -> list[_Entry]:
+    """Read an info file of version 1 or 2 in its order."""
     content = load_plain_pickle(path)
     try:
         if isinstance(content, Mapping) and "data_list" in content:
-            categories = content.get("metainfo", {}).get("categories")
             _refuse_mixture(content["data_list"], "pts_path", 2)
-            return [_read_v2(entry, categories, spec) for entry in content["data_list"]]
-        if not isinstance(content, list):
+            names = _class_names(content.get("metainfo") or {})
+            entries = [_read_v2(entry, names) for entry in content["data_list"]]
+        elif isinstance(content, list):
+            _refuse_mixture(content, "lidar_points", 1)
+            entries = [_read_v1(entry) for entry in content]
+        else:
             raise TypeError("neither {metainfo, data_list} nor a list")
-        _refuse_mixture(content, "lidar_points", 1)
-        return [_read_v1(entry, spec) for entry in content]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(
             f"{path} is no mmdetection3d info file of version 1 or 2 ({what}): prepare the folder again."
         ) from error
+    boxes = np.concatenate([np.zeros((0, 7)), *(entry.boxes for entry in entries)])
+    if problem := beyond_a_turn(boxes[usable_boxes(boxes)[0], 6]):
+        raise InputError(f"{path}: {problem}")
+    return entries
 
 
 def _refuse_mixture(entries: Iterable[Any], key: str, version: int) -> None:
@@ -176,69 +214,127 @@ def _refuse_mixture(entries: Iterable[Any], key: str, version: int) -> None:
         raise ValueError(f"it is of version {version}, but {len(other)} entries, the first at {other[0]}, are not")
 
 
-def _read_v2(entry: Mapping[str, Any], categories: Mapping[str, int] | None, spec: DatasetSpec) -> Scan:
+def _class_names(metainfo: Mapping[str, Any]) -> dict[int, str]:
+    """Read what the numbers of classes mean in a file of version 2: {name: number}, or a list of names in order."""
+    keys = [key for key in ("categories", "classes", "CLASSES") if metainfo.get(key) is not None and len(metainfo[key])]
+    stored: Any = metainfo[keys[0]] if keys else {}
+    if isinstance(stored, str):
+        raise ValueError(f"its classes are {stored[:100]!r}, expected is a list")
+    if isinstance(stored, Mapping):
+        pairs = [(key, value) if isinstance(value, str) else (value, key) for key, value in stored.items()]
+    else:
+        pairs = [(c["id"], c["name"]) if isinstance(c, Mapping) else (i, c) for i, c in enumerate(stored)]
+    if not all(isinstance(name, str) for _, name in pairs):
+        raise ValueError(f"its classes are {str(stored)[:100]}")
+    return {int(number): str(name) for number, name in pairs}
+
+
+def _read_v2(entry: Mapping[str, Any], names: Mapping[int, str]) -> _Entry:
     instances = entry.get("instances", [])
-    labels = [instance["bbox_label_3d"] for instance in instances]
-    if categories:
-        # The file says what its label numbers mean; trust the names, not the order.
-        to_label = {int(value): spec.classes.index(key) for key, value in categories.items() if key in spec.classes}
-        labels = [to_label.get(label, -1) for label in labels]
-    boxes = [instance["bbox_3d"] for instance in instances]
+    given = [next((i[key] for key in ("name", "category") if isinstance(i.get(key), str)), None) for i in instances]
     points = entry["lidar_points"]
     name = _safe_name(points["lidar_path"], points.get("num_pts_feats"))
-    return _scan_info(name, boxes, labels, entry.get("axis_align_matrix"), spec)
+    numbers = (i["bbox_label_3d"] if called is None else -1 for i, called in zip(instances, given, strict=True))
+    labels = _labels(name, numbers)
+    # The file says what its numbers mean: they are numbers of the file, not of the dataset.
+    classes = [names.get(int(n)) if called is None else str(called) for n, called in zip(labels, given, strict=True)]
+    boxes = [instance["bbox_3d"] for instance in instances]
+    return _entry(name, boxes, np.full_like(labels, -1) if names else labels, classes, entry.get("axis_align_matrix"))
 
 
-def _read_v1(entry: Mapping[str, Any], spec: DatasetSpec) -> Scan:
+def _read_v1(entry: Mapping[str, Any]) -> _Entry:
     annos = entry.get("annos", {})
-    empty = int(annos.get("gt_num", 0)) == 0  # then the keys of the boxes are absent
-    boxes = [] if empty else annos["gt_boxes_upright_depth"]
-    labels = [] if empty else annos["class"]
     name = _safe_name(entry["pts_path"], entry.get("point_cloud", {}).get("num_features"))
-    return _scan_info(name, boxes, labels, annos.get("axis_align_matrix"), spec)
+    # Without boxes their keys may be absent.
+    empty = int(annos.get("gt_num", 0)) == 0 and not any(str(key).startswith("gt_b") for key in annos)
+    boxes = [] if empty else annos["gt_boxes_upright_depth"]
+    if int(annos.get("gt_num", len(boxes))) != len(boxes):
+        raise ValueError(f"scan {name} says gt_num {annos['gt_num']}, but has {len(boxes)} boxes")
+    given = None if empty else annos.get("name", annos.get("gt_names"))
+    if given is None:
+        labels = _labels(name, [] if empty else annos["class"])
+        return _entry(name, boxes, labels, [None] * len(labels), annos.get("axis_align_matrix"))
+    if not all(isinstance(c, str | bytes) for c in given):
+        raise ValueError(f"scan {name} has names of boxes that are no text")
+    classes = [c.decode() if isinstance(c, bytes) else str(c) for c in given]
+    labels = _labels(name, annos["class"]) if "class" in annos else np.full(len(classes), -1)
+    return _entry(name, boxes, labels, classes, annos.get("axis_align_matrix"))
+
+
+def _labels(name: str, given: Iterable[Any]) -> np.ndarray:
+    """Make an array of the numbers of classes in a scan; -1 for those below 0."""
+    numbers = np.array(list(given), np.float64).reshape(-1)
+    if (numbers != np.rint(numbers)).any():
+        raise ValueError(f"scan {name} has a label that is no whole number")
+    return np.clip(numbers, -1, 1 << 30).astype(np.int64)
 
 
 def _safe_name(stored_path: Any, columns: Any) -> str:
     """Return the name of a scan after checking that its path stays in a folder and its file has six columns."""
-    if not isinstance(stored_path, str) or "\0" in stored_path or not Path(stored_path).stem:
+    if not isinstance(stored_path, str) or "\0" in stored_path or not _stem(stored_path):
         raise ValueError(f"the path of a scan is {stored_path!r}")
     if ".." in PurePosixPath(stored_path.replace("\\", "/")).parts:
         raise ValueError(f"the path {stored_path!r} leaves the folder")
     if columns is not None and columns != _COLUMNS:
-        raise ValueError(f"scan {Path(stored_path).stem} has {columns} numbers per point, {_COLUMNS} expected")
-    return Path(stored_path).stem
+        raise ValueError(f"scan {_stem(stored_path)} has {columns} numbers per point, {_COLUMNS} expected")
+    return _stem(stored_path)
 
 
-def _scan_info(name: str, boxes: Iterable[Any], labels: Iterable[Any], alignment: Any, spec: DatasetSpec) -> Scan:
+def _stem(stored_path: str) -> str:
+    """Return the name of a file without suffix; its path may be one of Windows."""
+    return PurePosixPath(stored_path.replace("\\", "/")).stem
+
+
+def _entry(
+    name: str, boxes: Iterable[Any], labels: np.ndarray, classes: Sequence[str | None], alignment: Any
+) -> _Entry:
+    array = np.array(list(boxes), np.float64)
+    array = array.reshape(len(array), -1) if array.size else np.zeros((0, 7))
+    if array.shape[1] not in (6, 7):
+        raise ValueError(
+            f"boxes of scan {name} have {array.shape[1]} numbers, 6 or 7 expected: centre, sizes and, if turned, yaw"
+        )
+    if not len(array) == len(labels) == len(classes):
+        count = f"{len(classes)} names" if len(labels) == len(array) else f"{len(labels)} labels"
+        raise ValueError(f"scan {name} has {len(array)} boxes but {count}")
+    padded = np.pad(array, ((0, 0), (0, 7 - array.shape[1])))  # yaw 0
+    return _Entry(name, padded, array.shape[1] == 7, labels, classes, _alignment(name, alignment))
+
+
+def _scan_info(entry: _Entry, spec: DatasetSpec) -> Scan:
+    """Make a scan without points, with the boxes of the classes of the dataset."""
+    known_names = {name: class_label(name, spec) for name in set(entry.classes) if name is not None}
+    labels = np.where(entry.labels < spec.num_classes, entry.labels, -1).astype(np.int32)
+    notes: Counter[str] = Counter()
+    for row, name in enumerate(entry.classes):
+        if name is None:
+            notes[_NO_CLASS] += labels[row] < 0
+            continue
+        if known_names[name] < 0:
+            notes[foreign_boxes(name, spec)] += 1
+        elif entry.labels[row] not in (-1, known_names[name]):
+            notes[_OTHER_NUMBER] += 1
+        labels[row] = known_names[name]
     with np.errstate(over="ignore"):
-        box_array = np.array(list(boxes), np.float32)
-    box_array = box_array.reshape(len(box_array), -1) if box_array.size else np.zeros((0, 7), np.float32)
-    if box_array.shape[1] not in (6, 7):
-        raise ValueError(f"boxes of scan {name} have {box_array.shape[1]} numbers, 6 or 7 expected")
-    box_array = np.pad(box_array, ((0, 0), (0, 7 - box_array.shape[1])))  # yaw 0
+        boxes, labels = entry.boxes[labels >= 0].astype(np.float32), labels[labels >= 0]
+    usable, left_out = usable_boxes(boxes)
+    boxes, labels = boxes[usable], labels[usable]
     if not spec.has_yaw:
-        box_array[:, 6] = 0
-    given = np.array(list(labels), np.float64).reshape(-1)
-    label_array = np.nan_to_num(np.clip(given, -1, spec.num_classes), nan=0.5).astype(np.int32)
-    if len(label_array) != len(box_array):
-        raise ValueError(f"scan {name} has {len(box_array)} boxes but {len(label_array)} labels")
-    if (given != np.rint(given)).any():
-        raise ValueError(f"scan {name} has a label that is no whole number")
-    known = (label_array >= 0) & (label_array < spec.num_classes)
-    usable, notes = usable_boxes(box_array)
-    if not known.all():
-        _, notes = usable_boxes(box_array[known])
-        notes[_NO_CLASS] = int((~known).sum())
-    kept = usable & known
-    if alignment is None and spec.name == "scannet":  # whose points are stored before they are aligned
+        notes[ENCLOSED] += int((np.abs(np.sin(boxes[:, 6])) > 1e-6).sum())
+        boxes = enclosing_boxes(boxes)
+    elif not entry.has_yaw:
+        notes[_NO_YAW] += len(boxes)
+    if entry.alignment is None and spec.name == "scannet":  # whose points are stored before they are aligned
         notes[_NO_ALIGNMENT] = 1
     none = np.zeros((0, 3), np.float32)
-    return Scan(name, none, none, box_array[kept], label_array[kept], _alignment(name, alignment), notes)
+    matrix = np.eye(4, dtype=np.float32) if entry.alignment is None else entry.alignment
+    counts = {kind: int(count) for kind, count in notes.items() if count} | left_out
+    return Scan(entry.name, none, none, boxes, labels, matrix, counts)
 
 
-def _alignment(name: str, alignment: Any) -> Float32[np.ndarray, "4 4"]:
+def _alignment(name: str, alignment: Any) -> Float32[np.ndarray, "4 4"] | None:
     if alignment is None:
-        return np.eye(4, dtype=np.float32)
+        return None
     matrix = np.array(alignment, np.float32)
     if matrix.shape not in ((4, 4), (16,)):
         raise ValueError(f"the alignment of scan {name} has the shape {matrix.shape}, (4, 4) expected")
@@ -260,8 +356,8 @@ def lay_out(scans: Sequence[Path], infos: Path, spec: DatasetSpec, output: Path)
     if not isinstance(content, dict) or "data_list" not in content:
         raise InputError(f"{infos} is no version 2 info file: it should hold a dictionary with data_list.")
     try:
-        entries = {Path(entry["lidar_points"]["lidar_path"]).stem: entry for entry in content["data_list"]}
-    except (KeyError, TypeError) as error:
+        entries = {_stem(entry["lidar_points"]["lidar_path"]): entry for entry in content["data_list"]}
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{infos} is no version 2 info file: an entry of data_list lacks lidar_points with lidar_path."
         ) from error

@@ -130,6 +130,10 @@ def validate_scan(scan: Scan, num_classes: int | None = None) -> list[str]:
     return [f"Scan {scan.name}: {problem}." for problem, found in problems.items() if found]
 
 
+ENCLOSED = "boxes with yaw, replaced by the axis-aligned ones that enclose them"
+"""Kind of a note (`Scan.notes`) of boxes whose dataset knows no yaw."""
+
+
 def enclosing_boxes(boxes: Float[np.ndarray, "n 7"]) -> Float[np.ndarray, "n 7"]:
     """Enclose turned boxes by axis-aligned ones of the same centres and heights, yaw 0, in the type of the boxes."""
     cos, sin = np.abs(np.cos(boxes[:, 6])), np.abs(np.sin(boxes[:, 6]))
@@ -184,6 +188,22 @@ def usable_boxes(boxes: Float[np.ndarray, "g 7"]) -> tuple[Bool[np.ndarray, " g"
         f"boxes beyond {MAX_REACH:g} m": finite & positive & ~near,
     }
     return finite & positive & near, {kind: int(which.sum()) for kind, which in kinds.items() if which.any()}
+
+
+_FULL_TURN = 6.3  # rad
+
+
+def beyond_a_turn(yaws: Float[np.ndarray, " g"]) -> str | None:
+    """Return a sentence on yaws (rad) of more than a full turn, as degrees are; None if there are none."""
+    far = np.abs(yaws)[(np.abs(yaws) > _FULL_TURN) & np.isfinite(yaws)]
+    if not len(far):
+        return None
+    return f"{len(far)} boxes have a yaw of more than a full turn, up to {far.max():g}: give radians, not degrees."
+
+
+def is_hidden(name: str) -> bool:
+    """Return True for a name that archives and file managers add to folders, such as "._a.ply" and "__MACOSX"."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def some(names: Sequence[str], most: int = 3) -> str:

@@ -17,7 +17,8 @@ Schema of boxes.json, version 1; what is in brackets may be left out:
             {
               "center": [x, y, z],      of the box, in the frame and unit of the file
               "size": [dx, dy, dz],     full sizes along the axes of the file, before the box is turned
-              ["yaw": 0.0,]             radians, counter-clockwise about the axis that points up, seen from above
+              ["yaw": 0.0,]             radians, counter-clockwise about the axis that points up, seen from above;
+                                        or "yaw_degrees", the same in degrees
               "class": "chair"
             }
           ]]
@@ -26,19 +27,21 @@ Schema of boxes.json, version 1; what is in brackets may be left out:
     }
 
 A box as `h2a2_jax.inference.results` writes it is accepted too: "name" stands for "class", and other keys are ignored
-unless they look like a misspelt one of the above. A box that does not stand upright in its file is refused. Classes are
+unless they look like a misspelt one of the above, or turn the box in a way of their own ("heading", "rotation_y",
+"quaternion"), which is refused by name. A box that does not stand upright in its file is refused. Classes are
 compared without case, blanks, hyphens and underscores. If no scan is in the split "val", the training scans are used
 for validation too, with a sentence in `ScanFolder.warnings`.
 """
 
 import difflib
+import functools
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -46,14 +49,32 @@ import numpy as np
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
 from h2a2_jax.scans.frame import UNITS, UPRIGHT, place_cloud, upright_matrix
-from h2a2_jax.scans.scan import Scan, ScanError, enclosing_boxes, usable_boxes
-from h2a2_jax.scans.specs import DatasetSpec
+from h2a2_jax.scans.scan import (
+    ENCLOSED,
+    Scan,
+    ScanError,
+    beyond_a_turn,
+    enclosing_boxes,
+    is_hidden,
+    some,
+    usable_boxes,
+)
+from h2a2_jax.scans.specs import DatasetSpec, class_label, foreign_boxes
 
 BOXES_FILE = "boxes.json"
 BOXES_VERSION = 1
 _BOX_KEYS = {"center", "size", "yaw", "class", "name"}
+_MEANINGS = {
+    "center": "[x, y, z] of the middle of the box",
+    "size": "full [dx, dy, dz] along the axes of the file, before the box is turned",
+}
 _CLOSE = 0.7
-_OTHER_SPELLINGS = {"showercurtain": "showercurtrain"}
+_DEGREES = ("yaw_degrees", "yaw_deg")
+_TURNS = re.compile(
+    r"\b([xyz]?(rot|angle)|yaw|heading|orient|theta|phi$|psi$|euler|quat|pitch|roll|tilt|azimuth|bearing|direction"
+    r"|facing|deg(rees)?$|rad(ians)?$|transform|matri|[rq] ?[wxyz]$|r ?vec$|pose$)"
+)
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
 @dataclass(frozen=True)
@@ -87,6 +108,16 @@ class FolderDescription:
     colors: ColorRange
     scans: tuple[ScanEntry, ...]
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in alphabetical order."""
+        return tuple(sorted({box.label for scan in self.scans for box in scan.boxes}))
+
+    @property
+    def yaw_problem(self) -> str | None:
+        """Sentence on yaws that are no radians; None if they can be."""
+        return beyond_a_turn(np.array([box.box[6] for scan in self.scans for box in scan.boxes], np.float64))
+
 
 def is_scan_folder(root: str | Path) -> bool:
     """Return True if a folder holds a file of boxes for a user's own scans."""
@@ -95,7 +126,7 @@ def is_scan_folder(root: str | Path) -> bool:
 
 def folder_classes(root: str | Path) -> tuple[str, ...]:
     """Return the names of the classes in the folder's boxes.json, in alphabetical order; see `read_folder`."""
-    return tuple(sorted({box.label for scan in read_folder(root).scans for box in scan.boxes}))
+    return read_folder(root).classes
 
 
 def read_folder(root: str | Path) -> FolderDescription:
@@ -108,19 +139,18 @@ def read_folder(root: str | Path) -> FolderDescription:
     if not path.is_file():
         raise InputError(f"There is no file {path}: a folder of scans needs one that says where the boxes are.")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        return _description(json.loads(path.read_bytes(), object_pairs_hook=_unique), Path(root))
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{path} is no JSON file ({error}): repair or write it again.") from error
-    try:
-        return _description(document, Path(root))
     except _Wrong as error:
         raise InputError(f"{path}: {error}.") from error
 
 
 def point_cloud_files(root: str | Path) -> list[str]:
-    """List the files of points in a folder and below, as boxes.json would name them, sorted."""
+    """List the files of points in a folder and below, as boxes.json would name them, sorted; without hidden ones."""
     files = (path for path in Path(root).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    return sorted(path.relative_to(root).as_posix() for path in files)
+    places = (path.relative_to(root) for path in files)
+    return sorted(place.as_posix() for place in places if not any(map(is_hidden, place.parts)))
 
 
 class ScanFolder:
@@ -190,7 +220,7 @@ def _boxes(
     boxes = np.array([box.box for box in entry.boxes], np.float64).reshape(-1, 7)
     for box, label in zip(entry.boxes, labels, strict=True):
         if label < 0:
-            notes[f"boxes of the class {box.label!r}, which {spec.name} does not have"] += 1
+            notes[foreign_boxes(box.label, spec)] += 1
     with np.errstate(over="ignore", invalid="ignore"):
         boxes[:, :3] = boxes[:, :3] @ matrix[:3, :3].T + matrix[:3, 3]
         boxes[:, 3:6] = boxes[:, 3:6] @ (np.abs(matrix[:3, :3]) > metres / 2).T * metres
@@ -202,25 +232,22 @@ def _boxes(
     if not spec.has_yaw:
         turned = np.abs(np.cos(boxes[:, 6]) * np.sin(boxes[:, 6])) > 1e-6  # one turned by 90 degrees stays itself
         if turned.any():
-            notes["boxes with yaw, replaced by the axis-aligned ones that enclose them"] += int(turned.sum())
+            notes[ENCLOSED] += int(turned.sum())
         boxes = enclosing_boxes(boxes)
     return boxes.astype(np.float32), labels
 
 
-def class_label(name: str, spec: DatasetSpec) -> int:
-    """Return the label of a class by its plain name (`plain_name`); -1 if the spec has no such class."""
-    plain = plain_name(name)
-    plain = _OTHER_SPELLINGS.get(plain, plain)
-    return next((label for label, known in enumerate(spec.classes) if plain_name(known) == plain), -1)
-
-
-def plain_name(name: str) -> str:
-    """Return a class name without case, blanks, hyphens and underscores."""
-    return re.sub(r"[\s_-]", "", name.lower())
-
-
 class _Wrong(Exception):
     """A deviation from the schema."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON, whose keys may be given once each: of two, one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise _Wrong(f"an object ({some(list(found), 6)}) has the key {twice!r} more than once; give it once")
+    return found
 
 
 def _description(document: Any, root: Path) -> FolderDescription:
@@ -245,10 +272,12 @@ def _scan_entry(scan: Any, position: int, root: Path) -> ScanEntry:
     if not isinstance(file, str) or not file or "\0" in file:
         raise _Wrong(f"the file of {where} is {file!r}; expected is a path in the folder")
     try:
+        if "\\" in file and not (root / file).exists():
+            file = PureWindowsPath(file).as_posix()
         inside = (root / file).resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError):
         inside = False
-    if not inside or Path(file).is_absolute() or ".." in Path(file).parts:
+    if not inside or Path(file).is_absolute() or PureWindowsPath(file).is_absolute() or ".." in Path(file).parts:
         raise _Wrong(f"the file {file!r} lies outside the folder; copy it there and give its path in the folder")
     split = _one_of(scan, "split", "train", ("train", "val"))
     boxes = scan.get("boxes", [])
@@ -269,19 +298,60 @@ def _box_entry(box: Any, where: str) -> BoxEntry:
             raise _Wrong(f"{where} has the unknown key {key!r}; did you mean {close[0]!r}?")
     if box.get("upright", True) is not True:
         raise _Wrong(f"{where} does not stand upright in its file; turn the file upright and predict its boxes again")
+    keys = f"; its keys are {some(list(box), 12) or 'none'}"
     numbers: list[float] = []
     for key in ("center", "size"):
         values = box.get(key)
         if not isinstance(values, list) or len(values) != 3 or not all(map(_is_number, values)):
-            raise _Wrong(f"the {key} of {where} is {values!r}; expected are three numbers")
+            expected = f"expected are three numbers, {_MEANINGS[key]}"
+            raise _Wrong(f"the {key} of {where} is {values!r}; {expected}{'' if key in box else keys}")
         numbers += map(_real, values)
-    yaw = box.get("yaw", 0.0)
-    if not _is_number(yaw):
-        raise _Wrong(f"the yaw of {where} is {yaw!r}; expected is a number (radians)")
     label = box.get("class", box.get("name"))
     if not isinstance(label, str):
-        raise _Wrong(f"the class of {where} is {label!r}; expected is a name")
-    return BoxEntry((*numbers, _real(yaw)), label)
+        raise _Wrong(f"the class of {where} is {label!r}; expected is a name{'' if named else keys}")
+    return BoxEntry((*numbers, _yaw(box, where)), label)
+
+
+def _yaw(box: dict[str, Any], where: str) -> float:
+    """Read the yaw (rad) of a box; keys of other programs that turn it, by angles of any kind, are refused."""
+    given = [key for key in ("yaw", *_DEGREES) if key in box]
+    if len(given) > 1:
+        raise _Wrong(f"{where} has {given[0]!r} and {given[1]!r}; give one of them")
+    value = box[given[0]] if given else 0.0
+    if not _is_number(value):
+        raise _Wrong(f"the yaw of {where} is {value!r}; expected is a number (radians)")
+    yaw = _real(value)
+    if given and given[0] in _DEGREES and math.isfinite(yaw):
+        yaw = math.radians(math.remainder(yaw, 360))
+    for key, turn in _turns(box):
+        if key not in given and turn != value:
+            raise _Wrong(
+                f"{where} has the key {key!r}, which seems to turn it, in a unit and a sense that are not known; give "
+                '"yaw" (radians, counter-clockwise about the axis that points up, seen from above) or "yaw_degrees", '
+                f"and leave {key!r} out"
+            )
+    return yaw
+
+
+def _turns(box: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the keys of a box whose names speak of a turn, also in objects below, and their values, but for zeros."""
+    for key, value in box.items():
+        if _speaks_of_a_turn(key):
+            if not _is_nothing(value):
+                yield f"{above}{key}", value
+        elif isinstance(value, dict):
+            yield from _turns(value, f"{above}{key}.")
+
+
+@functools.lru_cache(maxsize=1024)
+def _speaks_of_a_turn(key: str) -> bool:
+    return bool(_TURNS.search(" ".join(_WORDS.findall(key)).lower()))
+
+
+def _is_nothing(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return all(map(_is_nothing, value.values() if isinstance(value, dict) else value))
+    return value is None or value is False or value == "" or (_is_number(value) and value == 0)
 
 
 def _is_number(value: Any) -> bool:

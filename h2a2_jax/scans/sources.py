@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,25 +14,22 @@ import numpy as np
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.mmdet3d import Mmdet3dFolder, default_info_files
-from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, some
+from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, is_hidden, some
 from h2a2_jax.scans.scan_folder import (
     BOXES_FILE,
     FolderDescription,
     ScanEntry,
     ScanFolder,
-    class_label,
-    folder_classes,
     is_scan_folder,
     point_cloud_files,
     read_folder,
 )
-from h2a2_jax.scans.specs import SPECS, DatasetSpec, dataset_spec, own_spec
+from h2a2_jax.scans.specs import SPECS, DatasetSpec, class_label, dataset_spec, own_spec
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 from h2a2_jax.scans.tfds_source import TfdsSource, find_tfds, is_tfds
 
 Split = Literal["train", "val"]
 _SPLITS: tuple[Split, ...] = ("train", "val")
-_FULL_TURN = 6.3
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ def recognise(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
         return _own_folder(root, spec)
     if is_tfds(root):
         return _tfds_folder(root, spec)
-    if infos := [file.name for file in root.glob("*.pkl")]:
+    if infos := [file.name for file in root.glob("*.pkl") if not is_hidden(file.name)]:
         return _mmdet3d_folder(root, spec, infos)
     if files := point_cloud_files(root):
         return _bare_folder(root, spec, files)
@@ -93,14 +89,15 @@ def _open_splits(
 
 def _own_folder(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
     description = read_folder(root)
-    classes = folder_classes(root)
-    boxes = [box for scan in description.scans for box in scan.boxes]
+    classes = description.classes
     problems, hints = [], []
     if spec is None:
         known = {s.name: sum(class_label(name, s) >= 0 for name in classes) for s in SPECS}
         spec = max(SPECS, key=lambda s: known[s.name])
         if known[spec.name] < len(classes):
-            spec = own_spec("its own", classes, has_yaw=any(box.box[6] for box in boxes))
+            spec = own_spec(
+                "its own", classes, has_yaw=any(box.box[6] for scan in description.scans for box in scan.boxes)
+            )
         hints.append(
             f"Of the {len(classes)} classes in {BOXES_FILE}, "
             f"{', '.join(f'{name} has {count}' for name, count in known.items())}; choose whose count with --dataset."
@@ -108,10 +105,8 @@ def _own_folder(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
     named = {scan.file for scan in description.scans}
     if others := [file for file in point_cloud_files(root) if file not in named]:
         hints.append(f"{len(others)} point clouds are not in {BOXES_FILE} and not used ({some(others)}).")
-    if far := [abs(box.box[6]) for box in boxes if _FULL_TURN < abs(box.box[6]) < math.inf]:
-        problems.append(
-            f"{len(far)} boxes have a yaw of more than a full turn, up to {max(far):g}: give radians, not degrees."
-        )
+    if description.yaw_problem:
+        problems.append(description.yaw_problem)
     sources, failures = _open_splits(lambda split: ScanFolder(root, split, spec, description=description))
     for split, source in list(sources.items()):
         warnings = cast(ScanFolder, source).warnings
@@ -141,7 +136,9 @@ def _mmdet3d_folder(root: Path, spec: DatasetSpec | None, infos: Sequence[str]) 
     sources, problems = _open_splits(
         lambda split: Mmdet3dFolder(root, default_info_files(spec, split), spec), "Split {split}: {error}"
     )
-    return CheckedFolder(root, "a folder prepared by mmdetection3d", spec, sources, problems=problems)
+    hints = dict.fromkeys(warning for source in sources.values() for warning in cast(Mmdet3dFolder, source).warnings)
+    kind = "a folder prepared by mmdetection3d"
+    return CheckedFolder(root, kind, spec, sources, problems=problems, hints=[*hints])
 
 
 def _tfds_folder(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
@@ -236,14 +233,11 @@ def build_source(source: SourceConfig, split: Split) -> ScanSource:
         case "tfds":
             return TfdsSource(root, split, spec)
         case "scans":
-            scans, found = ScanFolder(root, split, spec), folder_classes(root)
-            # Boxes of other classes than the dataset's are left out; nothing is learnt if that is all of them.
-            if found and not any(class_label(name, spec) >= 0 for name in found):
-                raise InputError(
-                    f"No box in {root / BOXES_FILE} is of a class of {source.name}: there are {some(found, 6)}; "
-                    f"expected are {some(spec.classes, 6)}."
-                )
-            return scans
+            description = read_folder(root)
+            if description.yaw_problem:
+                raise InputError(f"{root / BOXES_FILE}: {description.yaw_problem}")
+            _check_classes(description.classes, spec, root / BOXES_FILE)
+            return ScanFolder(root, split, spec, description=description)
     infos = (source.train_infos if split == "train" else source.val_infos) or default_info_files(spec, split)
     wanted = [root, root / "points", *(root / info for info in infos)]
     missing = next((path for path in wanted if not path.exists()), None)
@@ -255,7 +249,19 @@ def build_source(source: SourceConfig, split: Split) -> ScanSource:
             f"`python -m {prepares}` prepared, or scans with {BOXES_FILE} (set another one with "
             f"--config.datasets.{source.name}.root=...); --config=configs/joint.py:demo runs without data."
         )
-    return Mmdet3dFolder(root, infos, spec)
+    scans = Mmdet3dFolder(root, infos, spec)
+    if split == "train":
+        _check_classes(scans.classes, spec, root)
+    return scans
+
+
+def _check_classes(found: Sequence[str], spec: DatasetSpec, place: Path) -> None:
+    """Refuse classes of which the dataset has none: their boxes would be left out, and nothing be learnt."""
+    if found and not any(class_label(name, spec) >= 0 for name in found):
+        raise InputError(
+            f"No box in {place} is of a class of {spec.name}: there are {some(found, 6)}; "
+            f"expected are {some(spec.classes, 6)}."
+        )
 
 
 def holds_dataset(root: Path) -> bool:

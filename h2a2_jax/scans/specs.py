@@ -4,6 +4,7 @@ The numbers are TR3D's (arXiv 2302.02858) per-dataset training recipes. Class or
 indices in prepared mmdet3d folders, including their spelling ("showercurtrain").
 """
 
+import re
 from dataclasses import dataclass
 
 from h2a2_jax.errors import InputError
@@ -135,6 +136,9 @@ SPECS = (SCANNET, SUNRGBD, S3DIS)
 """The three built-in datasets, in the order used throughout."""
 
 
+_OTHER_SPELLINGS = {"showercurtain": "showercurtrain"}
+
+
 def dataset_spec(name: str) -> DatasetSpec:
     """Return the built-in spec called "scannet", "sunrgbd" or "s3dis".
 
@@ -147,6 +151,23 @@ def dataset_spec(name: str) -> DatasetSpec:
     raise InputError(
         f"Unknown dataset {name!r}: use one of {', '.join(known)}, or name the classes of a dataset of your own."
     )
+
+
+def class_label(name: str, spec: DatasetSpec) -> int:
+    """Return the label of a class by its plain name (`plain_name`); -1 if the spec has no such class."""
+    plain = plain_name(name)
+    plain = _OTHER_SPELLINGS.get(plain, plain)
+    return next((label for label, known in enumerate(spec.classes) if plain_name(known) == plain), -1)
+
+
+def plain_name(name: str) -> str:
+    """Return a class name without case, blanks, hyphens and underscores."""
+    return re.sub(r"[\s_-]", "", name.lower())
+
+
+def foreign_boxes(name: str, spec: DatasetSpec) -> str:
+    """Return the kind of a note (`Scan.notes`) for boxes of a class that the spec does not have."""
+    return f"boxes of the class {name!r}, which {spec.name} does not have"
 
 
 def own_spec(

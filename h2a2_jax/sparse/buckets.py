@@ -58,6 +58,11 @@ class BucketLadder(Generic[SizesT]):
     def __post_init__(self) -> None:
         if not self.ratio > 1:
             raise InputError(f"a ladder of ratio {self.ratio} does not rise; choose one above 1, such as 1.25.")
+        if isinstance(self.base, str) or not isinstance(self.base, Sequence):
+            raise ValueError(f"base is {self.base!r}; expected one capacity for each level.")
+        for level, size in enumerate(self.base):
+            check_count(f"base of level {level}", size, least=0)
+        check_count("max_bucket", self.max_bucket, least=0)
 
     def capacities(self, bucket: int) -> SizesT:
         """Capacities of a bucket; at least 64 rows per level."""

@@ -30,6 +30,7 @@ from h2a2_jax.sparse.conv_parts import Algorithm, ConvOptions, Gradients, Platfo
 from h2a2_jax.sparse.conv_primitive import convolve_by
 from h2a2_jax.sparse.kernel_map import KernelMap
 from h2a2_jax.sparse.native_call import has_native
+from h2a2_jax.sparse.sites import check_count
 from h2a2_jax.sparse.winograd import winograd_backward, winograd_forward
 from h2a2_jax.sparse.xla_cpu import after, round_rows, take_rows, zeros_varying_as
 
@@ -98,7 +99,7 @@ def convolve(
     """
     _check(features, kernels, kernel_map, gamma, groups, algorithm)
     features, kernels = jnp.asarray(features), jnp.asarray(kernels)
-    compute = jnp.dtype(dtype) if dtype is not None else features.dtype
+    compute = _compute_type(dtype, features)
     if kernel_map.kind == "neighbors":
         algorithm = "segment_sum"
     options = ConvOptions(jnp.promote_types(compute, jnp.float32), precision, kernels.dtype, algorithm, groups)
@@ -107,6 +108,19 @@ def convolve(
         gamma = jnp.asarray(gamma)
     out = convolve_by(_forward, _backward, x, w, gamma, kernel_map, options)
     return round_rows(out, features.dtype, kernel_map.n_out)
+
+
+def _compute_type(dtype: Any, features: Array) -> Any:
+    """Type of the products: that of the features, or a given one."""
+    if dtype is None:
+        return features.dtype
+    try:
+        compute = jnp.dtype(dtype)
+    except TypeError:
+        compute = None
+    if compute is None or not jnp.issubdtype(compute, jnp.floating):
+        raise ValueError(f"dtype is {dtype!r}; expected a type of floats, as jnp.bfloat16, or None.")
+    return compute
 
 
 def check_features(user: str, features: Any, kernel_map: Any) -> None:
@@ -139,7 +153,7 @@ def _check(
         raise ValueError(f"kernels are a {type(kernels).__name__} {has}; expected an array [S, V, Cin, Cout].")
     if not jnp.issubdtype(kernels.dtype, jnp.floating):
         raise ValueError(f"kernels are {kernels.dtype}; expected floats.")
-    channels = features.shape[1]
+    channels, groups = features.shape[1], check_count("groups", groups, least=0)
     if groups < 1 or channels % groups or kernels.shape[3] % groups:
         raise ValueError(
             f"{groups} groups do not divide {channels} input and {kernels.shape[3]} output channels; choose a divisor."
@@ -156,6 +170,8 @@ def _check(
             "Cout] without gamma, [2, V, Cin, Cout] with gamma."
         )
     wanted = (kernel_map.num_scans, kernel_map.kernel_volume)
+    if gamma is not None and not isinstance(gamma, jax.Array | np.ndarray):
+        raise ValueError(f"gamma is a {type(gamma).__name__}; expected an array of floats {wanted}: scans x offsets.")
     if gamma is not None and (gamma.shape != wanted or not jnp.issubdtype(gamma.dtype, jnp.floating)):
         raise ValueError(f"gamma is {gamma.dtype}{list(gamma.shape)}, expected floats {wanted}: scans x offsets.")
     if algorithm not in get_args(Algorithm):
@@ -176,9 +192,17 @@ def _check(
         )
 
 
-def _choose(kernel_map: KernelMap, options: ConvOptions, platform: Platform, *, is_weighed: bool = False) -> Algorithm:
-    """The algorithm that "auto" stands for: by the platform, the lists of the map, and gamma's being any weights."""
+def _choose(
+    kernel_map: KernelMap,
+    options: ConvOptions,
+    platform: Platform,
+    *,
+    is_weighed: bool = False,
+    compute: Any = jnp.float32,
+) -> Algorithm:
+    """The algorithm that "auto" stands for: by platform, type, lists of the map, and gamma's being any weights."""
     can_be_native = platform == "cpu" and is_native(options) and not is_weighed and not _has_explicit_axes()
+    can_be_native &= compute in (jnp.float32, jnp.bfloat16)
     if options.algorithm == "native" and not can_be_native:
         platform = "any cpu" if platform == "cpu" else platform
     elif options.algorithm != "auto":
@@ -201,7 +225,8 @@ def _choose(kernel_map: KernelMap, options: ConvOptions, platform: Platform, *, 
 def _forward(
     x: Array, w: Array, gamma: Array | None, kmap: KernelMap, options: ConvOptions, platform: Platform
 ) -> Array:
-    algorithm = _choose(kmap, options, platform, is_weighed=gamma is not None and len(w) == 1)
+    is_weighed = gamma is not None and len(w) == 1
+    algorithm = _choose(kmap, options, platform, is_weighed=is_weighed, compute=x.dtype)
     if gamma is not None and _is_one_choice(algorithm, gamma, w):
         w, gamma = _select(w, gamma), None
     if algorithm not in _BY_OFFSET:
@@ -223,7 +248,8 @@ def _backward(
     cotangent: Array,
     platform: Platform,
 ) -> Gradients:
-    algorithm = _choose(kmap, options, platform, is_weighed=gamma is not None and len(w) == 1)
+    is_weighed = gamma is not None and len(w) == 1
+    algorithm = _choose(kmap, options, platform, is_weighed=is_weighed, compute=x.dtype)
     if gamma is not None and _is_one_choice(algorithm, gamma, w):
         dx, (dw,), _ = _backward(x, _select(w, gamma), None, kmap, options, cotangent, platform)
         use_shared = gamma[0].astype(dw.dtype)[:, None, None]

@@ -36,6 +36,7 @@ from h2a2_jax.sparse.sites import (
     check_values,
     check_voxel_size,
     coarser_identity,
+    device_array,
     finer_strides,
     generated_identity,
     key_fields,
@@ -203,7 +204,7 @@ def voxelize_points(
         InputError: the points have other columns, or `voxel_size` is not above 0 or not one number per axis.
         ValueError: scans are not integers, or a number is out of range.
     """
-    points = jnp.asarray(points)
+    points = device_array("points", points)
     scan = _check_scan(scan, points)
     voxels, inside = point_voxels(points, voxel_size)
     given = _given(scan, n, num_scans)
@@ -420,20 +421,27 @@ def _rows_of(sites: Sites, queries: Words, valid: Array) -> Array:
     return jnp.where(equal(_at(keys, rows), queries) & valid, rows, sites.capacity)
 
 
-def check_padded(user: str, fine: Any, coarse: Any = None, *, coarser: bool = True) -> None:
+def check_padded(user: str, fine: Any, *others: Any, coarser: bool = True) -> None:
     """Check that sites are padded, of one batch, and that coarse strides are multiples of fine ones.
 
     Raises:
         ValueError: they are not.
     """
-    for sites in (fine,) if coarse is None else (fine, coarse):
+    for sites in (fine, *others):
         if not isinstance(sites, Sites):
             raise ValueError(
                 f"{user} was given a {type(sites).__name__}; expected padded Sites: pad a set with sparse.pad_sites, "
                 "or make sites with sparse.voxelize_points or sparse.sites_from_coords."
             )
-    if coarse is None:
+        coords = sites.coords
+        if np.ndim(coords) != 2 or not np.issubdtype(coords.dtype, np.integer):
+            raise ValueError(
+                f"{user} was given Sites with coordinates {coords.dtype}{list(coords.shape)}; expected int32 [N, 4] "
+                "([N, 5] in 4-D), as sparse.pad_sites makes them."
+            )
+    if not others:
         return
+    (coarse,) = others
     if (fine.axes, fine.num_scans) != (coarse.axes, coarse.num_scans) and (coarser or fine.axes != coarse.axes):
         raise ValueError(
             f"{user} was given sites with {fine.axes} and {coarse.axes} axes, of {fine.num_scans} and "
@@ -458,7 +466,7 @@ def _integers(user: str, coords: AnyArray) -> Array:
 
 
 def _check_scan(scan: AnyArray, points: Array) -> Array:
-    scan = jnp.asarray(scan)
+    scan = device_array("scans", scan)
     if scan.shape != points.shape[:1] or not jnp.issubdtype(scan.dtype, jnp.integer):
         raise ValueError(
             f"voxelize_points was given scans of shape {list(scan.shape)} and type {scan.dtype} for points "
@@ -469,6 +477,8 @@ def _check_scan(scan: AnyArray, points: Array) -> Array:
 
 def _given(scan: Array, n: Array | np.ndarray | int, num_scans: int) -> Array:
     """True for the rows that are not padding."""
+    if isinstance(n, int | float | np.generic):
+        check_count("n", n, least=0, most=len(scan))
     return (jnp.arange(scan.shape[0]) < n) & (scan >= 0) & (scan < num_scans)
 
 

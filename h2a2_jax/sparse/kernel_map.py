@@ -427,6 +427,7 @@ def limit_tiles(kernel_map: KernelMap, capacity: int) -> KernelMap:
     tiles = kernel_map.tiles
     if tiles is None:
         raise ValueError("the map has no tiles: build it with pad_map(..., tile_size=...).")
+    capacity = check_count("capacity", capacity, least=0)
     if int(tiles.count) > capacity:
         raise ValueError(f"{int(tiles.count)} tiles are in use, a capacity of {capacity} does not hold them.")
 
@@ -462,11 +463,18 @@ def union_rows(part: SiteSet, whole: SiteSet, part_capacity: int, whole_capacity
         int32 [whole_capacity], part_capacity where the part has no such site.
 
     Raises:
-        ValueError: an argument is no set of the host.
+        ValueError: an argument is no set of the host, the whole lacks sites of the part, or a capacity does not hold
+            them.
     """
     for sites in (part, whole):
         check_set("union_rows", sites)
+    part_capacity = check_count("part_capacity", part_capacity, least=len(part))
+    whole_capacity = check_count("whole_capacity", whole_capacity, least=len(whole))
     rows = np.full(whole_capacity, part_capacity, np.int32)
     found = find_neighbors(part, whole, np.zeros((1, whole.axes), np.int64))[0]
+    if (held := int((found >= 0).sum())) < len(part):
+        raise ValueError(
+            f"union_rows was given a part of {len(part)} sites, of which the whole holds {held}; expected is a union."
+        )
     rows[: len(whole)] = np.where(found >= 0, found, part_capacity)
     return rows

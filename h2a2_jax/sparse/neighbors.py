@@ -164,16 +164,17 @@ def inverse_neighbors(table: NeighborTable) -> NeighborTable:
     return NeighborTable(rows, table.outputs, table.inputs, "inverse", -table.offsets, table.kernel_size)
 
 
-def check_sets(user: str, fine: Any, coarse: Any = None) -> None:
+def check_sets(user: str, fine: Any, *others: Any) -> None:
     """Check that sets are sets, of one batch, and that the stride of the coarse one is a multiple of the fine one's.
 
     Raises:
         ValueError: they are not.
     """
-    for sites in (fine,) if coarse is None else (fine, coarse):
+    for sites in (fine, *others):
         check_set(user, sites)
-    if coarse is None:
+    if not others:
         return
+    (coarse,) = others
     if (fine.axes, fine.num_scans) != (coarse.axes, coarse.num_scans):
         raise ValueError(
             f"{user} was given sites with {fine.axes} and {coarse.axes} axes, of {fine.num_scans} and "

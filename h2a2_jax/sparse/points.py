@@ -19,7 +19,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.sparse.in_jit import check_padded, find_rows, point_voxels
 from h2a2_jax.sparse.linear import call_linear
 from h2a2_jax.sparse.pool import first_maxima
-from h2a2_jax.sparse.sites import Sites, SparseTensor, check_count, check_voxel_size
+from h2a2_jax.sparse.sites import Sites, SparseTensor, check_count, check_voxel_size, device_array
 from h2a2_jax.sparse.tensors import check_tensor, take_rows
 from h2a2_jax.sparse.xla_cpu import zeros_varying_as
 from h2a2_jax.typing import AnyArray
@@ -210,8 +210,10 @@ def _spread_corners(capacity: int, g: Array, rows: Array, weights: Array) -> Arr
 def _check_points(user: str, points: AnyArray, scan: AnyArray, sites: Sites) -> tuple[Array, Array]:
     """Points as floats and scans as int32, checked."""
     check_padded(user, sites)
-    points, scan = jnp.asarray(points), jnp.asarray(scan)
+    points, scan = device_array("points", points), device_array("scans", scan)
     columns = (2, 3) if sites.axes == 3 else (4,)
+    if points.dtype == jnp.bool_:
+        raise InputError(f"{user} was given points of type bool; expected positions in metres.")
     if points.ndim != 2 or points.shape[1] not in columns:
         raise InputError(
             f"{user} was given points {list(points.shape)}; expected [m, {' or '.join(map(str, columns))}], positions "
@@ -226,7 +228,8 @@ def _check_points(user: str, points: AnyArray, scan: AnyArray, sites: Sites) -> 
 
 def _check_features(user: str, features: AnyArray, site_of_point: AnyArray, capacity: int) -> tuple[Array, Array]:
     """Features and rows of sites, checked; the capacity for a point of no site."""
-    features, rows = jnp.asarray(features), _rows(user, site_of_point, check_count("capacity", capacity))
+    features = device_array("features", features)
+    rows = _rows(user, site_of_point, check_count("capacity", capacity))
     if features.ndim != 2 or rows.shape != features.shape[:1] or not jnp.issubdtype(features.dtype, jnp.floating):
         raise ValueError(
             f"{user} was given features {features.dtype}{list(features.shape)} and sites {list(rows.shape)}; expected "
@@ -237,7 +240,9 @@ def _check_features(user: str, features: AnyArray, site_of_point: AnyArray, capa
 
 def _rows(user: str, site_of_point: AnyArray, capacity: int) -> Array:
     """Rows of sites as they are, the capacity for those below 0, which JAX would count from the end."""
-    rows = jnp.asarray(site_of_point)
+    rows = device_array("sites of points", site_of_point)
     if not jnp.issubdtype(rows.dtype, jnp.integer):
         raise ValueError(f"{user} was given sites of type {rows.dtype}; expected rows, integers.")
+    if rows.ndim != 1:
+        raise ValueError(f"{user} was given sites of shape {list(rows.shape)}; expected [m], one a point.")
     return jnp.where(rows < 0, capacity, rows)

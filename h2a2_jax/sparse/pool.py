@@ -12,7 +12,7 @@ from h2a2_jax.sparse.conv_parts import no_gradient
 from h2a2_jax.sparse.kernel_map import KernelMap
 from h2a2_jax.sparse.linear import call_linear
 from h2a2_jax.sparse.native_call import call_either, call_native, has_native
-from h2a2_jax.sparse.sites import Sites, SparseTensor
+from h2a2_jax.sparse.sites import Sites, SparseTensor, device_array
 from h2a2_jax.sparse.tensors import check_tensor
 from h2a2_jax.sparse.xla_cpu import zeros_varying_as
 from h2a2_jax.typing import AnyArray
@@ -190,9 +190,10 @@ def global_pool(x: SparseTensor, reduce: Literal["mean", "max", "sum"] = "mean")
         [B, C] in the type of the features; zero for a scan without sites. Sums are float32 at least.
 
     Raises:
-        ValueError: `reduce` is none of "mean", "max" and "sum".
+        ValueError: `x` is no sparse tensor of floats, or `reduce` is none of "mean", "max" and "sum".
     """
     check_tensor("global_pool", x)
+    _check_floats("global_pool", x.features)
     if reduce == "max":
         return _global_max(x)
     if reduce not in ("mean", "sum"):
@@ -277,12 +278,20 @@ def check_map(user: str, kernel_map: Any) -> None:
 def _check(user: str, features: AnyArray, kmap: KernelMap) -> Array:
     """Features as an array of JAX, checked."""
     check_map(user, kmap)
-    x = jnp.asarray(features)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{user} was given features of type {x.dtype}; expected floats, as of astype(jnp.float32).")
+    if isinstance(features, SparseTensor):
+        raise ValueError(f"{user} was given a SparseTensor for features; expected an array [N, C]: give x.features.")
+    x = device_array("features", features)
+    _check_floats(user, x)
+    if x.ndim != 2:
+        raise ValueError(f"{user} was given features {list(x.shape)}; expected rows of the input sites, [n, C].")
     if x.shape[0] != kmap.in_capacity:
         raise ValueError(f"features have {x.shape[0]} rows, the kernel map expects {kmap.in_capacity}.")
     return x
+
+
+def _check_floats(user: str, x: AnyArray) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{user} was given features of type {x.dtype}; expected floats, as of astype(jnp.float32).")
 
 
 def _scan_offsets(add_offset: Callable, start: Any, kmap: KernelMap, unroll: int = 1) -> tuple:

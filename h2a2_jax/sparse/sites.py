@@ -139,6 +139,33 @@ def check_count(name: str, value: Any, *, least: int = 1, most: int | None = Non
     return int(value)
 
 
+def host_array(what: str, values: Any) -> np.ndarray:
+    """An array of the host, of values that are one.
+
+    Raises:
+        InputError: rows have different lengths, or some values are masked.
+    """
+    if np.ma.is_masked(values):
+        raise InputError(f"{what} are partly masked; give the rows that count alone, as a plain array.")
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise InputError(f"{what} are no array: rows have different lengths; give as many numbers in each.") from error
+
+
+def device_array(what: str, values: Any) -> Array:
+    """An array of JAX, of values that are numbers.
+
+    Raises:
+        ValueError: they are not.
+    """
+    try:
+        return jnp.asarray(values)
+    except (TypeError, ValueError) as error:
+        given = getattr(values, "dtype", type(values).__name__)
+        raise ValueError(f"{what} are of type {given}; expected is an array of numbers.") from error
+
+
 def check_voxel_size(voxel_size: float | Sequence[float], columns: int) -> np.ndarray:
     """Edges of a voxel, float32 [] or [columns].
 
@@ -180,10 +207,14 @@ def voxel_coordinates(points: Float[np.ndarray, "m d"], voxel_size: float | Sequ
         int32 coordinates [m, d].
 
     Raises:
-        InputError: a coordinate is not finite or lies outside the +-31,743 voxels that a site key can hold, or
-            `voxel_size` is not above 0 or not one number per axis.
+        InputError: the points have other columns or are no numbers, a coordinate is not finite or lies outside the
+            +-31,743 voxels that a site key can hold, or `voxel_size` is not above 0 or not one number per axis.
+        ValueError: the points are tracers of jit.
     """
-    points = np.asarray(points)
+    if isinstance(points, jax.core.Tracer):
+        raise ValueError("voxel_coordinates was given points inside jit; use sparse.voxelize_points there.")
+    points = host_array("points", points)
+    _check_cloud(points, (2, 3, 4))
     size = check_voxel_size(voxel_size, points.shape[1])
     finite = np.isfinite(points).all(1)
     if not finite.all():
@@ -199,6 +230,15 @@ def voxel_coordinates(points: Float[np.ndarray, "m d"], voxel_size: float | Sequ
             f"{limit * float(size.min()):.1f} m: centre the scan, check its unit (metres), or use larger voxels."
         )
     return scaled.astype(np.int32)
+
+
+def _check_cloud(cloud: np.ndarray, columns: tuple[int, ...]) -> None:
+    if cloud.ndim != 2 or cloud.shape[1] not in columns or cloud.dtype.kind not in "fiu":
+        raise InputError(
+            f"a cloud has the shape {list(cloud.shape)} and the type {cloud.dtype}; expected are numbers "
+            f"[m, {' or '.join(map(str, columns))}], positions alone: cut colours and intensities off"
+            + (", or ask for axes=4." if cloud.ndim == 2 and cloud.shape[1] == 4 else ".")
+        )
 
 
 # ---------------------------------------------------------------- keys
@@ -217,9 +257,12 @@ def pack_keys(coords: Int[np.ndarray, "n d"], limit: int | None = None) -> Int[n
     c = coords.astype(np.int64)
     fields = key_fields(c.shape[1] - 1)
     if len(c):
-        _check_reach(int(np.abs(c[:, 1:]).max()), fields.reach.derived if limit is None else limit)
-        if c[:, 0].min() < 0 or c[:, 0].max() >= MAX_SCANS:
-            raise InputError(f"scan indices must lie in 0..{MAX_SCANS - 1}, given up to {int(c[:, 0].max())}.")
+        # Not by the absolute values: that of the least int64 is negative.
+        reach = max(int(c[:, 1:].max()), -int(c[:, 1:].min()))
+        _check_reach(reach, fields.reach.derived if limit is None else limit)
+        low, high = int(c[:, 0].min()), int(c[:, 0].max())
+        if low < 0 or high >= MAX_SCANS:
+            raise InputError(f"scan indices must lie in 0..{MAX_SCANS - 1}, given {low} to {high}.")
     keys = c[:, 0]
     for axis in range(fields.axes):
         keys = (keys << fields.bits) + (c[:, 1 + axis] + fields.bias)
@@ -283,9 +326,11 @@ def kernel_offsets(kernel_size: PerAxis, dilation: PerAxis = 1, axes: int | None
         int64 offsets [V, 3], [V, 4] with four axes, in strides of the sites.
 
     Raises:
-        ValueError: a size or a dilation is not one positive integer per axis.
+        ValueError: a size or a dilation is not one positive integer per axis, or the axes are neither 3 nor 4.
     """
-    axes = axes or axes_of(kernel_size)
+    axes = axes_of(kernel_size) if axes is None else axes
+    if axes not in _KEYS:
+        raise ValueError(f"axes is {axes!r}; expected 3, also in 2-D, or 4.")
     sizes = per_axis(kernel_size, axes, name="kernel_size")
     ranges = [np.arange(k, dtype=np.int64) - (k // 2 if k % 2 else 0) for k in sizes]
     grids = np.meshgrid(*reversed(ranges), indexing="ij")
@@ -424,10 +469,11 @@ class SiteSet:
         Raises:
             InputError: the coordinates are no integers, or not one row per site.
         """
-        rows = with_axes(np.asarray(coords), self.axes)
+        rows = with_axes(host_array("coordinates", coords), self.axes)
         if not np.issubdtype(rows.dtype, np.integer):
             raise InputError(f"lookup was given coordinates of type {rows.dtype}; expected integers, in finest voxels.")
-        inside = (np.abs(rows[:, 1:]) <= key_fields(self.axes).reach.derived).all(1)
+        reach = key_fields(self.axes).reach.derived
+        inside = ((rows[:, 1:] <= reach) & (rows[:, 1:] >= -reach)).all(1)
         inside &= (rows[:, 0] >= 0) & (rows[:, 0] < MAX_SCANS)
         return np.where(inside, find_keys(self.keys, pack_keys(np.where(inside[:, None], rows, 0))), -1).astype(
             np.int32
@@ -480,7 +526,7 @@ def site_set(coords: AnyArray, *, stride: PerAxis = 1, num_scans: int | None = N
     """
     if isinstance(coords, jax.core.Tracer):
         raise ValueError("site_set was given an array inside jit; use sparse.sites_from_coords there.")
-    rows = with_axes(np.asarray(coords))
+    rows = with_axes(host_array("coordinates", coords))
     axes = rows.shape[1] - 1
     if not np.issubdtype(rows.dtype, np.integer):
         whole = np.isfinite(rows) & (rows == np.floor(rows)) if np.issubdtype(rows.dtype, np.floating) else False
@@ -550,15 +596,9 @@ def voxelize(
         raise InputError(f"one {given} was given; expected is a list with an array [m, 3] a scan.")
     if any(isinstance(cloud, jax.core.Tracer) for cloud in clouds):
         raise ValueError("voxelize was given points inside jit; use sparse.voxelize_points there.")
-    clouds = [np.asarray(cloud) for cloud in clouds]
-    allowed = (2, 3) if axes == 3 else (4,)
+    clouds = [host_array("points", cloud) for cloud in clouds]
     for cloud in clouds:
-        if cloud.ndim != 2 or cloud.shape[1] not in allowed or cloud.dtype.kind not in "fiu":
-            raise InputError(
-                f"a cloud has the shape {list(cloud.shape)} and the type {cloud.dtype}; expected are numbers "
-                f"[m, {' or '.join(map(str, allowed))}], positions alone: cut colours and intensities off"
-                + (", or ask for axes=4." if cloud.ndim == 2 and cloud.shape[1] == 4 else ".")
-            )
+        _check_cloud(cloud, (2, 3) if axes == 3 else (4,))
     if len(clouds) > MAX_SCANS:
         raise InputError(f"a batch of {len(clouds)} scans was given, a key holds {MAX_SCANS}; use smaller ones.")
     columns = {cloud.shape[1] for cloud in clouds} or {axes}
@@ -887,10 +927,14 @@ def pad_rows(rows: AnyArray, capacity: int) -> np.ndarray:
     """Rows [n, ...] padded with zeros to [capacity, ...] (numpy), in their type.
 
     Raises:
-        InputError: more rows than `capacity`.
+        InputError: more rows than `capacity`, or no rows.
         ValueError: the capacity is no integer from 0 on.
     """
-    rows, capacity = np.asarray(rows), check_count("capacity", capacity, least=0)
+    rows, capacity = host_array("rows", rows), check_count("capacity", capacity, least=0)
+    if rows.ndim < 1 or rows.dtype.kind in "OSU":
+        raise InputError(
+            f"rows have the shape {list(rows.shape)} and the type {rows.dtype}; expected numbers [n, ...]."
+        )
     if len(rows) > capacity:
         raise InputError(f"{len(rows)} rows do not fit a capacity of {capacity}; take a larger bucket.")
     out = np.zeros((capacity, *rows.shape[1:]), rows.dtype)

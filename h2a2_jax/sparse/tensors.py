@@ -15,7 +15,7 @@ from jax.experimental import checkify
 from jaxtyping import Array, Bool, Int, Num
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.sparse.in_jit import report_overflow, rows_of_part, share_capacity, unite_sites
+from h2a2_jax.sparse.in_jit import check_padded, report_overflow, rows_of_part, share_capacity, unite_sites
 from h2a2_jax.sparse.sites import (
     MAX_SCANS,
     PerAxis,
@@ -23,6 +23,7 @@ from h2a2_jax.sparse.sites import (
     SparseTensor,
     check_count,
     check_values,
+    device_array,
     key_fields,
     number_identity,
     per_axis,
@@ -53,7 +54,7 @@ def prune(
     """
     check_tensor("prune", x)
     sites = x.sites
-    keep = jnp.asarray(keep)
+    keep = device_array("values of keep", keep)
     if keep.shape != (sites.capacity,) or keep.dtype != jnp.bool_:
         raise ValueError(
             f"prune was given keep {keep.dtype}{list(keep.shape)}; expected bool[{sites.capacity}], as of scores > 0."
@@ -79,6 +80,8 @@ def unite_tensors(*tensors: SparseTensor, capacity: int | None = None) -> tuple[
     Raises:
         ValueError: an argument is no sparse tensor, or the strides differ.
     """
+    if not tensors:
+        raise ValueError("unite_tensors was given no tensor; expected at least one.")
     for x in tensors:
         check_tensor("unite_tensors", x)
     capacity = sum(x.sites.capacity for x in tensors) if capacity is None else capacity
@@ -126,11 +129,13 @@ def broadcast(values: Num[AnyArray, "b c"], sites: Sites) -> Num[Array, "n c"]:
         [N, C] in the type of the values.
 
     Raises:
-        ValueError: not one row of values for each scan.
+        ValueError: not one row of values for each scan, or the sites are not padded.
     """
-    if jnp.ndim(values) != 2 or len(values) != sites.num_scans:
+    check_padded("broadcast", sites)
+    values = device_array("values", values)
+    if values.ndim != 2 or len(values) != sites.num_scans:
         raise ValueError(
-            f"broadcast was given values {list(jnp.shape(values))}; expected [{sites.num_scans}, C], one row a scan."
+            f"broadcast was given values {list(values.shape)}; expected [{sites.num_scans}, C], one row a scan."
         )
     return take_rows(values, jnp.asarray(sites.scan))
 
@@ -213,7 +218,7 @@ def from_dense(
             f"dense has the shape {list(np.shape(dense))}; expected [B, X, Y, Z, C], or [B, X, Y, C] in 2-D, or [B, X, "
             "Y, Z, T, C] in 4-D."
         )
-    dense, flat = jnp.asarray(dense), np.ndim(dense) == 4
+    dense, flat = device_array("the values of a dense array", dense), np.ndim(dense) == 4
     size = (*dense.shape[1:3], 1) if flat else dense.shape[1:-1]
     num_scans, axes = check_count("the number of scans", dense.shape[0], least=0, most=MAX_SCANS), len(size)
     strides = per_axis(stride, axes, name="stride")
@@ -268,6 +273,10 @@ def check_tensor(user: str, x: Any) -> None:
     if not isinstance(x, SparseTensor) or not isinstance(x.sites, Sites):
         given = f"features on a {type(x.sites).__name__}" if isinstance(x, SparseTensor) else f"a {type(x).__name__}"
         raise ValueError(f"{user} was given {given}; expected sparse.SparseTensor(features, sites) of padded sites.")
+    dtype = getattr(x.features, "dtype", None)
+    if dtype is None or getattr(dtype, "kind", "") in "OSU":
+        given = f"a {type(x.features).__name__}" if dtype is None else f"of type {dtype}"
+        raise ValueError(f"{user} was given features that are {given}; expected an array of numbers [N, C].")
     if jnp.ndim(x.features) != 2 or len(x.features) != x.sites.capacity:
         raise ValueError(
             f"{user} was given features {list(jnp.shape(x.features))} on sites with {x.sites.capacity} rows, padding "

@@ -22,9 +22,10 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation import evaluate_detections
 from h2a2_jax.evaluation.cross import cross_table
 from h2a2_jax.evaluation.documents import evaluation_json
-from h2a2_jax.evaluation.evaluate import EvalRequest, _check_classes, chosen_sources, evaluate
+from h2a2_jax.evaluation.evaluate import EvalRequest, _check_classes, chosen_sources, evaluate, predict_source
 from h2a2_jax.evaluation.evaluation_page import draw_curves, write_evaluation_page
 from h2a2_jax.scans.specs import dataset_spec
+from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 
 
 def small() -> ExperimentConfig:
@@ -244,3 +245,20 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_work(tmp_path
     (tmp_path / "taken").write_text("")
     with pytest.raises(InputError, match="taken cannot be written to"):
         evaluate(small(), Knowing({}), tmp_path / "taken")
+
+
+def test_boxes_found_that_are_none_are_left_out_and_counted():
+    spec = dataset_spec("s3dis")
+    source = SyntheticSource(spec, "val", 1, scale="demo")
+    truth = source[0].boxes[:1]
+
+    class Diverging:
+        def predict(self, scans, dataset):
+            boxes = np.repeat(truth, 4, axis=0)
+            boxes[1, 0], boxes[2, 3], boxes[3, 5] = np.nan, np.inf, 0
+            return [Detections(boxes, np.full(4, 0.5, np.float32), np.repeat(source[0].labels[:1], 4)) for _ in scans]
+
+    result = predict_source(Diverging(), source, spec, progress=False)
+    np.testing.assert_array_equal(result.detections[0].boxes, truth)
+    assert result.notes[source.names[0]]["boxes found that are not finite or have no size, left out"] == 3
+    assert result.evaluate(spec, (0.5,)).best_f1_of_all[0].precision == 1

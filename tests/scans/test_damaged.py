@@ -14,7 +14,7 @@ import pytest
 from h2a2_jax.errors import InputError
 from h2a2_jax.loader.batching import collate
 from h2a2_jax.scans.mmdet3d import Mmdet3dFolder
-from h2a2_jax.scans.scan import load_or_skip, validate_scan
+from h2a2_jax.scans.scan import ENCLOSED, load_or_skip, validate_scan
 from h2a2_jax.scans.scan_folder import ScanFolder
 from h2a2_jax.scans.specs import SCANNET, SUNRGBD
 
@@ -427,7 +427,7 @@ def test_files_of_points_of_prepared_folders(tmp_path, kind):
         (v2(instances=[BOX, ([1e39] * 7, 1)]), ROWS, SUNRGBD, {"boxes with NaN or infinite values": 1}),
         (v2(instances=[BOX, ([1e9] * 7, 1)]), ROWS, SUNRGBD, {"boxes beyond 250 m": 1}),
         (v2(instances=[BOX, (BOX[0], 10**20), (BOX[0], -7)]), ROWS, SUNRGBD, {"boxes of no class of the dataset": 2}),
-        (v2(), ROWS, SCANNET, {"scans without an alignment, taken as aligned": 1}),
+        (v2(), ROWS, SCANNET, {ENCLOSED: 1, "scans without an alignment, taken as aligned": 1}),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) and len(value) == 1 else "",
 )

@@ -304,3 +304,20 @@ def test_arguments_that_do_not_fit_the_map_raise():
         sparse.convolve(x, w, kmap, algorithm="tiles")
     with pytest.raises(ValueError, match="needs a map with blocks"):
         sparse.convolve(x, w, replace(kmap, blocks=None), algorithm="winograd")
+
+
+def test_float16_which_the_compiled_kernels_do_not_know_is_convolved_by_another_algorithm():
+    table = table_of("submanifold 3")
+    x, kernels, weight, _ = draw(table, "one kernel")
+    kmap = padded(table)
+    half, cotangent = (pad(a, n, 0).astype(np.float16) for a, n in ((x, kmap.in_capacity), (weight, kmap.out_capacity)))
+
+    def both(features, cotangent):
+        single = jnp.asarray(kernels, jnp.float32)
+        y, pull = jax.vjp(lambda features: sparse.convolve(features, single, kmap), features)
+        return y, *pull(cotangent)
+
+    found, expected = both(jnp.asarray(half), cotangent), both(jnp.asarray(half, jnp.float32), cotangent.astype("f4"))
+    for ours, single in zip(found, expected, strict=True):
+        assert ours.dtype == jnp.float16
+        np.testing.assert_allclose(np.asarray(ours, np.float32), single, atol=4e-3 * float(np.abs(single).max()))

@@ -72,7 +72,37 @@ def make_cases():
         "negative capacity inside jit": (lambda: rows_in_jit(fine.coords, -8), "capacity is -8; expected an integer"),
         "find floats": (lambda: sparse.find_rows(fine_rows, points), "find_rows was given coordinates of type float32"),
         "find six columns": (lambda: sparse.find_rows(fine_rows, np.zeros((2, 6), int)), lengths),
+        "the least integer": (lambda: sites([[0, -(1 << 63), 0, 0]]), "coordinates reach 9223372036854775808, a key"),
+        "scans below 0": (lambda: sites([[-1, 0, 0, 0]]), "scan indices must lie in 0..16383, given -1 to -1."),
+        "rows of two lengths": (lambda: sparse.site_set([[0, 1, 2, 3], [0, 1]]), "coordinates are no array: rows"),
+        "masked coordinates": (
+            lambda: sparse.site_set(np.ma.masked_equal(np.array([[0, 1, 2, 3]]), 3)), "coordinates are partly masked"
+        ),
+        "sites of floats": (
+            lambda: sparse.submanifold_map(sparse.Sites(np.zeros((8, 4), "f4"), 3, 1, 1)),
+            "given Sites with coordinates float32[8, 4]; expected int32 [N, 4]",
+        ),
+        "n beyond the rows": (lambda: rows_in_jit(fine.coords, n=4), "n is 4; expected an integer from 0 to 3."),
+        "n between two": (lambda: rows_in_jit(fine.coords, n=1.5), "n is 1.5; expected an integer from 0 to 3."),
         # points
+        "clouds of two lengths": (lambda: voxels([[1, 2, 3], [1, 2]]), "points are no array: rows have"),
+        "masked points": (lambda: voxels(np.ma.masked_greater(points, 0.5)), "points are partly masked; give"),
+        "colours for coordinates": (lambda: sparse.voxel_coordinates(np.zeros((2, 6)), 0.1), "positions alone: cut"),
+        "words for coordinates": (lambda: sparse.voxel_coordinates(points.astype(str), 0.1), "the type <U"),
+        "one point for coordinates": (lambda: sparse.voxel_coordinates(points[0], 0.1), "a cloud has the shape [3]"),
+        "bits for coordinates": (lambda: sparse.voxel_coordinates(points > 0, 0.1), "[9, 3] and the type bool"),
+        "coordinates inside jit": (
+            lambda: jitted(lambda p: sparse.voxel_coordinates(p, 0.1), points), "use sparse.voxelize_points there."
+        ),
+        "words inside jit": (
+            lambda: sparse.voxelize_points(points.astype(str), scan, 9, 0.1, 16, 1), "points are of type <U"
+        ),
+        "no points inside jit": (
+            lambda: sparse.voxelize_points(None, scan, 9, 0.1, 16, 1), "points are of type NoneType; expected"
+        ),
+        "more points than there are": (
+            lambda: sparse.voxelize_points(points, scan, 20, 0.1, 16, 1), "n is 20; expected an integer from 0 to 9."
+        ),
         "colours": (lambda: voxels(np.zeros((2, 6))), "positions alone: cut colours and intensities off."),
         "intensities": (lambda: voxels(np.zeros((2, 4))), "or ask for axes=4."),
         "one cloud": (lambda: sparse.voxelize(points, 0.1), "one array [9, 3] was given; expected is a list"),
@@ -119,7 +149,13 @@ def make_cases():
         "dilation of -1": (lambda: sparse.submanifold_neighbors(fine, 3, -1), f"dilation is -1; {integers}"),
         "padding of -1": (lambda: sparse.strided_neighbors(fine, coarse, 2, padding=-1), "padding is -1; expected one"),
         "wide padding": (lambda: sparse.strided_neighbors(fine, coarse, 2, padding=2000), "with padding 2000 on sites"),
+        "seven axes": (lambda: sparse.kernel_offsets(3, 1, 7), "axes is 7; expected 3, also in 2-D, or 4."),
         # arguments of tables
+        "strided without outputs": (lambda: sparse.strided_neighbors(fine, None, 2), host),
+        "generative without inputs": (lambda: sparse.generative_neighbors(None, fine, 2), host),
+        "strided map without outputs": (lambda: sparse.strided_map(fine_rows, None, 2), in_jit),
+        "rows of no part": (lambda: sparse.union_rows(other, fine, 8, 8), "of 3 sites, of which the whole holds 2"),
+        "rows of a small whole": (lambda: sparse.union_rows(fine, fine, 8, 2), "whole_capacity is 2; expected an"),
         "swapped strided": (lambda: sparse.strided_neighbors(coarse, fine, 2), swapped),
         "swapped pool": (lambda: sparse.pool_neighbors(coarse, fine, 2), swapped),
         "swapped generative": (lambda: sparse.generative_neighbors(fine, coarse, 2), swapped),
@@ -178,7 +214,15 @@ def make_cases():
         "tiles of 0 inside jit": (lambda: sparse.submanifold_map(fine_rows, tile_size=0), "tile_size is 0; expected"),
         "unknown blocks": (lambda: sparse.pad_map(table, fine_rows, fine_rows, blocks="all"), "blocks is 'all'; exp"),
         "table for limit_tiles": (lambda: sparse.limit_tiles(table, 4), "given a NeighborTable; expected a Ker"),
+        "half a tile": (
+            lambda: sparse.limit_tiles(sparse.pad_map(table, fine_rows, fine_rows, tile_size=4), 2.5), "capacity is 2.5"
+        ),
         # capacities
+        "ladder of a word": (lambda: sparse.BucketLadder("64"), "base is '64'; expected one capacity for"),
+        "ladder below 0": (lambda: sparse.BucketLadder((64, -8)), "base of level 1 is -8; expected"),
+        "ladder between two": (lambda: sparse.BucketLadder((8.5,)), "base of level 0 is 8.5; expected"),
+        "no rows": (lambda: sparse.pad_rows(None, 3), "rows have the shape [] and the type obj"),
+        "rows of words": (lambda: sparse.pad_rows(["a"], 3), "rows have the shape [1] and the type <U1"),
         "padded sites again": (lambda: sparse.pad_tables({"a": fine_rows}, (8,)), "['a'] is a Sites, which is padded"),
         "padded map again": (lambda: sparse.pad_tables([kmap], (8,)), "[0] is a KernelMap, which is padded already"),
         "sizes of padded sites": (lambda: sparse.level_sizes(fine_rows), "the top is a Sites, which is padded already"),
@@ -194,6 +238,9 @@ def make_cases():
         "whole floats": (lambda: sites([[0, 2.0, -1.0, 0]]).coords.tolist(), [[0, 2, -1, 0]]),
         "a list of rows": (lambda: sparse.site_set([[0, 1, 2, 3]]).coords.tolist(), [[0, 1, 2, 3]]),
         "bytes": (lambda: sites(np.array([[0, 200, 0, 0]], np.uint8)).coords.tolist(), [[0, 200, 0, 0]]),
+        "the least look-up": (lambda: fine.lookup([[0, -(1 << 63), 0, 0]]).tolist(), [-1]),
+        "unsorted rows": (lambda: sites([[1, 0, 0, 0], [0, 5, 0, 0]]).coords.tolist(), [[0, 5, 0, 0], [1, 0, 0, 0]]),
+        "a mask of nothing": (lambda: len(voxels(np.ma.array(points)).sites), 9),
         "far look-ups": (lambda: fine.lookup([[0, 1 << 20, 0, 0], [-1, 0, 0, 0], [1, 1, 1, 1]]).tolist(), [-1, -1, 2]),
         "points in 2-D": (lambda: voxels(np.array([[0.25, -0.25]])).sites.coords.tolist(), [[0, 2, -3, 0]]),
         "lists of lists": (lambda: voxels([[0.25, -0.25, 1.05]]).sites.coords.tolist(), [[0, 2, -3, 10]]),

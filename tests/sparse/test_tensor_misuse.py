@@ -108,6 +108,66 @@ CASES = {
         "voxel_max(scan[:, None], scan, 4)",
         "voxel_max was given features int32[4, 1] and sites [4]; expected floats [m, C] and [m].",
     ),
+    "list for features": (
+        "global_pool(SparseTensor([[0.0] * 2] * 8, sites))",
+        "global_pool was given features that are a list; expected an array of numbers [N, C].",
+    ),
+    "words for features": (
+        "global_pool(x.with_features(rows.astype(str)))",
+        "global_pool was given features that are of type <U32; expected an array of numbers [N, C].",
+    ),
+    "integers in a global pool": (
+        "global_pool(x.with_features(rows.astype('int32')))",
+        "global_pool was given features of type int32; expected floats, as of astype(jnp.float32).",
+    ),
+    "tensor for features": (
+        "max_pool(x, kernel_map)",
+        "max_pool was given a SparseTensor for features; expected an array [N, C]: give x.features.",
+    ),
+    "one channel in a pool": (
+        "average_pool(rows[:, 0], kernel_map)",
+        "average_pool was given features [8]; expected rows of the input sites, [n, C].",
+    ),
+    "words in a pool": (
+        "max_pool(rows.astype(str), kernel_map)",
+        "features are of type <U32; expected is an array of numbers.",
+    ),
+    "values on a set": (
+        "broadcast(rows[:1], site_set)",
+        "broadcast was given a SiteSet; expected padded Sites: pad a set with sparse.pad_sites, or make sites with "
+        "sparse.voxelize_points or sparse.sites_from_coords.",
+    ),
+    "no values": ("broadcast(None, sites)", "values are of type NoneType; expected is an array of numbers."),
+    "no keep": ("prune(x, None)", "values of keep are of type NoneType; expected is an array of numbers."),
+    "no tensors": ("unite_tensors()", "unite_tensors was given no tensor; expected at least one."),
+    "dense words": (
+        "from_dense(image.astype(str))",
+        "the values of a dense array are of type <U32; expected is an array of numbers.",
+    ),
+    "bits for points": (
+        "interpolate(x, np.ones((4, 3), bool), scan, 0.1)",
+        "interpolate was given points of type bool; expected positions in metres.",
+    ),
+    "sites in a column": (
+        "to_points(x, scan[:, None])",
+        "to_points was given sites of shape [4, 1]; expected [m], one a point.",
+    ),
+    "products of integers": (
+        "convolve(rows, np.ones((1, 27, 2, 3), 'f4'), kernel_map, dtype='int8')",
+        "dtype is 'int8'; expected a type of floats, as jnp.bfloat16, or None.",
+    ),
+    "products of no type": (
+        "convolve(rows, np.ones((1, 27, 2, 3), 'f4'), kernel_map, dtype='float33')",
+        "dtype is 'float33'; expected a type of floats, as jnp.bfloat16, or None.",
+    ),
+    "a list for gamma": (
+        "convolve(rows, np.ones((2, 27, 2, 3), 'f4'), kernel_map, gamma=[[1.0] * 27])",
+        "gamma is a list; expected an array of floats (1, 27): scans x offsets.",
+    ),
+    "groups of floats": (
+        "convolve(rows, np.ones((1, 27, 1, 2), 'f4'), kernel_map, groups=2.0)",
+        "groups is 2.0; expected an integer from 0 on.",
+    ),
     "points for their sites": (
         "to_points(x, np.zeros(4))",
         "to_points was given sites of type float32; expected rows, integers.",

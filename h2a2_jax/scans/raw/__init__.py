@@ -30,11 +30,16 @@ def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise UnusableScan(f"lacks the file {shown(path)}: download the scan again.") from None
+        raise missing_file(path) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise UnusableScan(
             f"cannot be read from {shown(path)} ({error}): check the file and its permissions."
         ) from None
+
+
+def missing_file(path: Path) -> UnusableScan:
+    """Return the error of a scan of which a file is missing."""
+    return UnusableScan(f"lacks the file {shown(path)}, which is missing: download the scan again, or leave it out.")
 
 
 def check_folder(root: Path, layout: str) -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans import raw
 from h2a2_jax.scans.raw import shown
-from h2a2_jax.scans.scan import Scan, ScanError, UnusableScan, scan_errors
+from h2a2_jax.scans.scan import Scan, ScanError, UnusableScan, is_hidden, scan_errors
 from h2a2_jax.scans.specs import S3DIS
 
 REPAIRED = "lines repaired"
@@ -73,9 +73,13 @@ class S3dis:
             notes: Counter[str] = Counter()
             area, room = name[:6], name[7:]
             folder = self._root / area / room / "Annotations"
-            files = sorted(path for path in folder.glob("*.txt") if not path.name.startswith("."))
+            files = sorted(path for path in folder.glob("*.txt") if not is_hidden(path.name))
+            if not folder.is_dir():
+                raise UnusableScan(f"has no folder {shown(folder)} with text files, it is missing: unpack it again.")
             if not files:
-                raise UnusableScan(f"has no folder {shown(folder)} with text files: unpack that room again.")
+                raise UnusableScan(
+                    f"has no files <class>_<number>.txt in {shown(folder)}, they are missing: unpack that room again."
+                )
             objects = [_read_object(path, notes) for path in files]
             instances = np.repeat(np.arange(len(files)), [len(rows) for rows in objects])
             rows = np.concatenate(objects)
@@ -113,7 +117,7 @@ def _rooms(area: Path) -> list[str]:
     """List the names of the folders in an area, sorted."""
     if not area.is_dir():
         return []
-    rooms = sorted(path for path in area.iterdir() if path.is_dir() and not path.name.startswith("."))
+    rooms = sorted(path for path in area.iterdir() if path.is_dir() and not is_hidden(path.name))
     for room in rooms:
         try:
             room.name.encode()

@@ -194,7 +194,7 @@ def _read_vertices(path: Path) -> tuple[Float[np.ndarray, "m 3"], UInt8[np.ndarr
         # The faces are not used, but a file cut off in them is an unfinished download.
         columns = read_ply_columns(path, complete=True)
     except FileNotFoundError:
-        raise UnusableScan(f"lacks the file {shown(path)}: download the scan again.") from None
+        raise raw.missing_file(path) from None
     except InputError as error:
         raise UnusableScan(f"has an unreadable PLY file: {shown(str(error))}") from None
     except OSError as error:

@@ -355,7 +355,7 @@ def _read_image(path: Path, modes: tuple[str, ...], expected: str) -> np.ndarray
                 return np.asarray(image)
             mode = image.mode
     except FileNotFoundError:
-        raise UnusableScan(f"lacks the image {shown(path)}: unpack SUNRGBD.zip so that it lies there.") from None
+        raise UnusableScan(f"lacks the image {shown(path)}, which is missing: unpack SUNRGBD.zip again.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UnusableScan(f"has an unreadable image {shown(path)} ({error}): unpack SUNRGBD.zip again.") from None
     raise UnusableScan(f"has an image of mode {mode} at {shown(path)}, but {expected}: unpack SUNRGBD.zip again.")

@@ -190,6 +190,8 @@ SCAN_ERRORS = [
     pytest.param(ScanNet, replace(TEXT, b" 1.000000", b" 7.000000"), "no rotation and translation", id="no rotation"),
     pytest.param(ScanNet, replace(TEXT, b" 5.500000", b" nan"), "no rotation and translation", id="NaN in alignment"),
     pytest.param(ScanNet, remove(TEXT), "lacks the file", id="no text file"),
+    pytest.param(ScanNet, remove(OBJECTS), "aggregation.json, which is missing: download", id="no aggregation"),
+    pytest.param(ScanNet, remove(SEGMENTS), "segs.json, which is missing: download the scan", id="no segments"),
     pytest.param(ScanNet, as_folder(TEXT), "cannot be read from", id="a folder for a file"),
     pytest.param(ScanNet, remove_folder(f"scans/{SCENE}"), "download it, or take it off the list", id="no such scan"),
     # SUN RGB-D
@@ -209,7 +211,10 @@ SCAN_ERRORS = [
     pytest.param(SunRgbd, save_image(COLOR, np.zeros((9, 12), np.uint8)), "mode L at .*mode RGB", id="grey colours"),
     pytest.param(SunRgbd, cut(COLOR, 0.9), "unreadable image", id="truncated JPEG"),
     pytest.param(SunRgbd, cut(DEPTH), "unreadable image", id="truncated PNG"),
-    pytest.param(SunRgbd, remove(COLOR), "lacks the image .*unpack SUNRGBD.zip", id="no colour image"),
+    pytest.param(
+        SunRgbd, remove(COLOR), "lacks the image .*which is missing: unpack SUNRGBD.zip", id="no colour image"
+    ),
+    pytest.param(SunRgbd, remove(DEPTH), "lacks the image .*depth.png, which is missing", id="no depth image"),
     pytest.param(
         SunRgbd,
         set_meta("depthpath", f"{SUN_PREFIX}SUNRGBD/../../../etc/passwd"),
@@ -223,6 +228,12 @@ SCAN_ERRORS = [
     # S3DIS
     pytest.param(
         S3dis, remove_folder("Area_1/office_2/Annotations"), "no folder .*Annotations with text", id="no Annotations"
+    ),
+    pytest.param(
+        S3dis,
+        lambda root: [path.unlink() for path in room_folder(root, ROOM).iterdir()],
+        r"no files <class>_<number>.txt in .*Annotations, they are missing",
+        id="empty Annotations",
     ),
     pytest.param(S3dis, room_file("wall_1.txt", b"\x7fELF\x02\x01" * 500), "no line of six numbers", id="binary junk"),
     pytest.param(S3dis, room_file("wall_1.txt", b"1 2 3\n4 5 6\n"), "no line of six numbers", id="no colours in text"),
@@ -466,6 +477,18 @@ def test_frames_that_only_one_file_knows_are_counted(tmp_path):
         "frames of the split lists without metadata": 1,
         "frames of the metadata in no split": 1,
     }
+
+
+def test_files_of_archives_and_file_managers_are_passed_over(tmp_path):
+    write_s3dis(tmp_path)
+    plain = S3dis(tmp_path)
+    (tmp_path / "Area_1" / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "Area_1").mkdir(parents=True)
+    for stray in ("._chair_1.txt", ".DS_Store", "Thumbs.db"):
+        (room_folder(tmp_path, ROOM) / stray).write_bytes(b"\0\5\x16\7")
+    found = S3dis(tmp_path)
+    assert found.splits == plain.splits
+    np.testing.assert_array_equal(found.load(ROOM).points, plain.load(ROOM).points)
 
 
 def test_missing_areas_are_counted(tmp_path):

@@ -101,6 +101,7 @@ GOOD = b"1.000 2.000 3.000 10 20 30\n"
         (b"1.5 2.5 3.5 185 187 190 7", None, "lines that could not be read"),
         (b"1.5 2.5 3.5 185 187 1-90", None, "lines that could not be read"),
         (b"1.5 2.5.1 3.5 185 187 190", None, "lines that could not be read"),
+        (b"1.5 2.5 3.5 185\x10187 190", [1.5, 2.5, 3.5, 185, 187, 190], "lines repaired"),
         (b"\x00\x00\x00\x00", None, "lines that could not be read"),
         (b"nan 2.5 3.5 185 187 190", None, "points with NaN or infinite values"),
         (b"1.5 -inf 3.5 185 187 190", None, "points with NaN or infinite values"),
