@@ -4,8 +4,9 @@
 
 Each procedural validation scan is changed as a file of a user's might be and given to `Detector` as arrays; the boxes
 come back in the changed frame and are compared in that of the scan, by the protocol of the dataset. "raw" are the
-untouched scans without any of the decisions, "raw, z +0.25 m" the same moved; "untouched" are those with them. More scans than the run validates on are
-made of the same kind: means of 16 scans differ by several points from one voxel grid to another.
+untouched scans without any of the decisions, "raw, z +0.25 m" the same moved; "untouched" are those with them. More
+scans than the run validates on are made of the same kind: means of 16 scans differ by several points from one voxel
+grid to another.
 """
 
 import argparse

@@ -24,7 +24,8 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.host import available_cores
 from h2a2_jax.prepare.worker_pool import run_in_processes
 from h2a2_jax.scans.findings import NEARLY_SAME, BoxFinding, ScanFinding, measure_scan
-from h2a2_jax.scans.frame import AXES, UNITS, Guess, guess_unit, guess_up
+from h2a2_jax.scans.frame import UNITS
+from h2a2_jax.scans.orientation import Guess, guess_unit, guess_up
 from h2a2_jax.scans.scan import some
 from h2a2_jax.scans.scan_folder import BOXES_FILE, ScanFolder
 from h2a2_jax.scans.sources import CheckedFolder, Split, recognise
@@ -138,8 +139,8 @@ def _document(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[st
     good = [finding for finding in findings if finding.error is None]
     bad = [finding for finding in findings if finding.error is not None]
     notes = sum((Counter(finding.notes) for finding in good), Counter[str]())
-    measured = [finding.axes for finding in findings if finding.axes]
-    up, unit = guess_up(folder.up, measured), guess_unit(folder.unit, measured)
+    up = guess_up(folder.up, [finding.up for finding in findings if finding.up is not None])
+    unit = guess_unit(folder.unit, [finding.extent for finding in findings if finding.extent is not None])
     problems, hints = [*folder.problems], [*folder.hints]
     _judge_frame(folder, up, unit, problems, hints)
     if bad:  # which may be because of the unit
@@ -170,7 +171,7 @@ def _document(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[st
 
 def _split(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[str, Any]:
     good = [finding for finding in findings if finding.error is None]
-    metres = UNITS[folder.unit]
+    extents = [finding.extent for finding in good if finding.extent is not None]
     colors = [finding.colors for finding in good if finding.colors is not None]
     scaled = [finding.network_colors for finding in good if finding.network_colors is not None]
     low, mean, high = zip(*scaled, strict=True) if scaled else ((), (), ())
@@ -180,7 +181,8 @@ def _split(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[str, 
         "boxes": sum(len(finding.boxes) for finding in good),
         "points": _range([finding.points for finding in good]),
         "extent": {
-            axis: _range([round(finding.axes[i].extent * metres, 3) for finding in good]) for i, axis in enumerate(AXES)
+            axis: _range([round(extent[i] * UNITS[folder.unit], 3) for extent in extents])
+            for i, axis in enumerate("xyz")
         },
         "colors": [min(low for low, _ in colors), max(high for _, high in colors)] if colors else None,
         "network_colors": {"min": min(low), "mean": float(np.mean(mean)), "max": max(high)} if scaled else None,

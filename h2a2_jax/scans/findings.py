@@ -7,7 +7,8 @@ from typing import cast
 import numpy as np
 from jaxtyping import Float, Int
 
-from h2a2_jax.scans.frame import GREY, AxisFinding, spread
+from h2a2_jax.scans.frame import GREY, UNITS
+from h2a2_jax.scans.orientation import UpVotes, extents, guess_unit, up_votes
 from h2a2_jax.scans.scan import ScanError, ScanSource, points_in_box
 from h2a2_jax.scans.scan_folder import ScanFolder
 from h2a2_jax.scans.sources import Split
@@ -15,6 +16,7 @@ from h2a2_jax.scans.sources import Split
 NEARLY_SAME = 0.95
 """IoU above which a box nearly repeats another."""
 _SAME_YAW = 0.05  # rad
+_MEASURED = 200_000  # points
 _MOST_COMPARED = 1000  # boxes of a class in a scan
 
 
@@ -58,9 +60,10 @@ class ScanFinding:
     """Measurements of one scan.
 
     Attributes:
-        error: why the scan cannot be used; then the fields below have their defaults, but for `axes` of a file that
-            can be read.
-        axes: spread along x, y, z of the file, in its unit.
+        error: why the scan cannot be used; then the fields below have their defaults, but for `extent` and `up` of a
+            file that can be read.
+        extent: of all but the outermost .2 % of points along x, y, z of the file, in its unit; None of no points.
+        up: votes on the axis of the file that points up.
         colors: smallest and largest number in the file; None without colours, or of prepared files, which are scaled.
         network_colors: smallest, mean and largest number after scaling to 0-1; None for a scan that is grey throughout.
         duplicates: share of points that are exactly where another one is.
@@ -75,7 +78,8 @@ class ScanFinding:
     name: str
     error: str | None = None
     points: int = 0
-    axes: tuple[AxisFinding, ...] = ()
+    extent: tuple[float, float, float] | None = None
+    up: UpVotes | None = None
     colors: tuple[float, float] | None = None
     network_colors: tuple[float, float, float] | None = None
     duplicates: float = 0.0
@@ -90,26 +94,29 @@ def measure_scan(sources: Mapping[Split, ScanSource], place: str) -> ScanFinding
     """Measure one scan, named by its split and number; this may run in another process."""
     split, number = place.split()
     source, index, cloud = sources[cast(Split, split)], int(number), None
+    remarks: list[str] = []
     try:
         if isinstance(source, ScanFolder):  # whose files have a frame of their own
             cloud = source.read(index)
-            scan = source.convert(index, cloud)
+            scan = source.convert(index, cloud, remarks)
         else:
             scan = source[index]
     except ScanError as error:
-        # A scan in another unit than declared may reach too far to be used, and its spread still shows its unit.
-        axes = spread(cloud.points) if cloud is not None and len(cloud.points) else ()
-        return ScanFinding(split, source.names[index], str(error), axes=axes)
+        # A scan in another unit than declared may reach too far to be used, and its extent still shows its unit.
+        extent, up = (None, None) if cloud is None else _frame(cloud.points)
+        return ScanFinding(split, source.names[index], str(error), extent=extent, up=up)
     points, colors = (scan.points, None) if cloud is None else (cloud.points, cloud.colors)
     bits = np.ascontiguousarray(scan.points, np.float32).view(np.uint32).astype(np.uint64)
     mixed = bits @ np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
     labelled = scan.labels >= 0
+    extent, up = _frame(points)
     repeated, nearly_repeated = _repeats(scan.boxes[labelled], scan.labels[labelled])
     return ScanFinding(
         split,
         scan.name,
         points=len(scan.points),
-        axes=spread(points),
+        extent=extent,
+        up=up,
         colors=None if colors is None or not len(colors) else (float(colors.min()), float(colors.max())),
         network_colors=None if (scan.colors == GREY).all() else _low_mean_high(scan.colors),
         duplicates=1 - len(np.unique(mixed)) / len(scan.points),
@@ -120,8 +127,17 @@ def measure_scan(sources: Mapping[Split, ScanSource], place: str) -> ScanFinding
         repeated=repeated,
         nearly_repeated=nearly_repeated,
         notes=dict(scan.notes),
-        assumed=() if cloud is None else cloud.assumed,
+        assumed=(*(() if cloud is None else cloud.assumed), *remarks),
     )
+
+
+def _frame(points: np.ndarray) -> tuple[tuple[float, float, float] | None, UpVotes | None]:
+    """Extent of points in the unit of their file, and their votes on the axis that points up."""
+    if not len(points):
+        return None, None
+    some = points[:: max(1, len(points) // _MEASURED)].astype(np.float64)
+    extent = extents(some)
+    return extent, up_votes(some * UNITS[guess_unit("m", [extent]).guess or "m"])
 
 
 def _low_mean_high(colors: np.ndarray) -> tuple[float, float, float]:

@@ -28,6 +28,7 @@ UPRIGHT: Mapping[str, Sequence[Sequence[int]]] = {
 
 GREY = 0.5  # colour of points without colour: between black and white
 NO_COLORS = "scans without colours, made grey"
+MOVED = "scans brought to the floor, or the view, of the dataset"
 _FAR = 100.0
 _STEP = 96.0  # m; whole metres are exact in float32, and this is a multiple of 64 voxels of 1, 1.5 or 2 cm
 
@@ -95,11 +96,10 @@ def place_cloud(
     return PlacedCloud(Scan(name, points.astype(np.float32), unit, boxes, labels, transform, dict(notes)), matrix)
 
 
-FLOOR_MOVED = "scans whose floor was brought to the dataset's height"
-NO_FLOOR = "scans without a clear floor, whose heights are left as they are"
 _NEAR_FLOOR = 0.05  # m, half of what augmentation shifts a scan by
 _LEARNT_TURN = math.radians(30)  # of a view, by augmentation
-_VIEW = math.radians(60)  # from the middle of a view to its sides
+_VIEW = math.radians(15), math.radians(60)  # from the middle of a camera's view to its sides
+_NEAREST, _NEAR = 0.4, 4.0  # m, of what a camera sees
 
 
 def place_as_dataset(placed: PlacedCloud, spec: DatasetSpec) -> tuple[PlacedCloud, list[str]]:
@@ -108,24 +108,23 @@ def place_as_dataset(placed: PlacedCloud, spec: DatasetSpec) -> tuple[PlacedClou
     The floor goes to the dataset's height, for networks see more than differences of heights: the floors of a dataset
     all lie at the same place in the grids of the coarse voxels. One within 5 cm is left where it is. Where the scans of
     the dataset are views along y (`DatasetSpec.faces_y`), a view from the origin in another direction is turned there.
-    What was done is counted in the notes of the scan.
     """
     remarks = []
     if spec.faces_y and (turn := _turn_to_y(placed.scan.points)) is not None:
         cos, sin = math.cos(turn), math.sin(turn)
         placed = moved(placed, np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]]))
         remarks.append(
-            f"is seen from its origin and turned by {math.degrees(turn):.0f} degrees, for {spec.name} looks along y"
+            f"is a view from its origin, turned by {math.degrees(turn):.0f} degrees: views of {spec.name} are along y"
         )
     floor = find_floor(placed.scan.points)
     if floor is None:
         remarks.append(
             f"shows no clear floor: its heights are left as they are; {spec.name} has floors at {spec.floor:g} m"
         )
-        return _noted(placed, NO_FLOOR), remarks
+        return placed, remarks
     if abs(floor - spec.floor) > _NEAR_FLOOR:
         height = floor - placed.matrix[2, 3]  # in the frame of the file
-        placed = _noted(moved(placed, np.eye(3), np.array([0.0, 0.0, spec.floor - floor])), FLOOR_MOVED)
+        placed = moved(placed, np.eye(3), np.array([0.0, 0.0, spec.floor - floor]))
         remarks.append(
             f"has its floor at {height:.2f} m, which is brought to {spec.floor:g} m, where {spec.name} has floors"
         )
@@ -147,17 +146,19 @@ def moved(
     return PlacedCloud(scan, matrix)
 
 
-def _noted(placed: PlacedCloud, kind: str) -> PlacedCloud:
-    return replace(placed, scan=replace(placed.scan, notes={**placed.scan.notes, kind: 1}))
-
-
 def _turn_to_y(points: Float[np.ndarray, "m 3"]) -> float | None:
-    """Angle about z (rad) that turns a view from the origin to y; None for no such view, or one not far from y."""
+    """Quarter turns about z (rad) that bring a camera's view from the origin to y; None for no view, or one along y."""
     flat = points[:: max(1, len(points) // 20_000), :2].astype(np.float64)
-    directions = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
+    distances = np.linalg.norm(flat, axis=1)
+    nearest, near = np.percentile(distances, [2, 20])
+    # A room whose corner is the origin is no view: it has points next to it.
+    if nearest < _NEAREST or near > _NEAR:
+        return None
+    directions = flat / np.maximum(distances, 1e-6)[:, None]
     middle = math.atan2(*directions.mean(axis=0)[::-1])
     off = np.arctan2(directions[:, 1], directions[:, 0]) - middle
-    off = np.abs((off + math.pi) % (2 * math.pi) - math.pi)
-    turn = (math.pi / 2 - middle + math.pi) % (2 * math.pi) - math.pi
-    is_view = np.percentile(off, 98) < _VIEW
-    return turn if is_view and abs(turn) > _LEARNT_TURN else None
+    if not _VIEW[0] < np.percentile(np.abs((off + math.pi) % (2 * math.pi) - math.pi), 98) < _VIEW[1]:
+        return None
+    quarters = round((math.pi / 2 - middle) / (math.pi / 2)) % 4
+    rest = abs((math.pi / 2 - middle - quarters * math.pi / 2 + math.pi) % (2 * math.pi) - math.pi)
+    return quarters * math.pi / 2 if quarters and rest < _LEARNT_TURN else None

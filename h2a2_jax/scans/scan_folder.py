@@ -48,7 +48,7 @@ import numpy as np
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
-from h2a2_jax.scans.frame import UNITS, UPRIGHT, place_cloud, upright_matrix
+from h2a2_jax.scans.frame import MOVED, UNITS, UPRIGHT, place_as_dataset, place_cloud, upright_matrix
 from h2a2_jax.scans.scan import (
     ENCLOSED,
     Scan,
@@ -191,7 +191,7 @@ class ScanFolder:
         return len(self._entries)
 
     def __getitem__(self, index: int) -> Scan:
-        """Load one scan in metres, z up, colours in 0-1 (grey .5 without colours), near the origin (`place_cloud`)."""
+        """Load one scan in metres, z up, as the dataset's scans lie (`place_as_dataset`), colours in 0-1 or grey."""
         return self.convert(index, self.read(index))
 
     def read(self, index: int) -> PointCloud:
@@ -202,15 +202,24 @@ class ScanFolder:
         except InputError as error:
             raise ScanError(entry.name, f"Scan {entry.name}: {error}") from error
 
-    def convert(self, index: int, cloud: PointCloud) -> Scan:
-        """Make one scan of its points as `read` returns them; raises `ScanError` like `place_cloud`."""
+    def convert(self, index: int, cloud: PointCloud, remarks: list[str] | None = None) -> Scan:
+        """Make one scan of its points as `read` returns them; raises `ScanError` like `place_cloud`.
+
+        `remarks` are added to by parts of sentences on its place.
+        """
         entry, described = self._entries[index], self._description
         hint = f'say "colors" in {BOXES_FILE} ({", ".join(COLOR_RANGES)})'
         matrix = upright_matrix(described.up, described.unit)
         placed = place_cloud(entry.name, cloud, matrix, described.colors, colors_hint=hint)
         notes = Counter(placed.scan.notes)
         boxes, labels = _boxes(entry, placed.matrix, UNITS[described.unit], self.spec, notes)
-        return replace(placed.scan, boxes=boxes, labels=labels, notes=dict(notes))
+        scan = replace(placed.scan, boxes=boxes, labels=labels)
+        as_dataset, said = place_as_dataset(replace(placed, scan=scan), self.spec)
+        if as_dataset.scan is not scan:
+            notes[MOVED] += 1
+        if remarks is not None:
+            remarks += said
+        return replace(as_dataset.scan, notes=dict(notes))
 
 
 def _boxes(

@@ -130,6 +130,7 @@ S3DIS = DatasetSpec(
     augmentation=Augmentation(flip_x=0.5, flip_y=0.5, rotation=0.0, scale=(0.95, 1.05), translation_std=0.1),
     train_sampling=CountSampling(100_000),
     test_sampling=CountSampling(100_000),
+    floor=0.01,  # the lowest point lies at 0
 )
 
 SPECS = (SCANNET, SUNRGBD, S3DIS)

@@ -29,6 +29,7 @@ _SLAB = 0.03  # m, half the thickness of a plane
 _FLOOR_SHARE = 0.03  # of the points, beyond what upright surfaces have in a slab
 _BELOW = 0.02  # of the points may lie below a floor: reflections, strays
 _STRAY = 0.3  # m
+_FEW = 200  # cells
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,10 +96,10 @@ def slab_shares(heights: Float[np.ndarray, " m"]) -> tuple[Float[np.ndarray, " k
 def find_floor(points: Float[np.ndarray, "m 3"]) -> float | None:
     """Return the height of the floor of a scan (m, z up): its lowest large plane with next to nothing below it.
 
-    None where no plane is clear: the floor is not seen, or tilted.
+    None where no plane is clear, for the floor is not seen, or is tilted, or of fewer than 200 cells of 4 cm.
     """
     points = cell_points(without_strays(points[:: max(1, len(points) // 200_000)]), most=40_000)
-    if len(points) < _NEIGHBOURS:
+    if len(points) < _FEW:
         return None
     heights = points[:, 2]
     places, shares = slab_shares(heights)

@@ -11,7 +11,7 @@ import h2a2_jax
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.detector import Boxes, Detector
 from h2a2_jax.inference.predictor import Predictor, prepare
-from h2a2_jax.scans.frame import NO_COLORS, NO_FLOOR, UPRIGHT
+from h2a2_jax.scans.frame import NO_COLORS, UPRIGHT
 from tests.inference.tiny import SPECS, random_detector, room
 
 SMALL, OTHER = room("small", 500, 1.2), room("other", 400, 1.0)
@@ -98,7 +98,7 @@ def test_lists_of_clouds_give_lists_of_boxes_in_passes_of_one_shape(detector: De
     for single, paired in zip(one_by_one, in_twos, strict=True):
         assert_same(single, paired)
     assert_same(one_by_one[0], found)
-    assert one_by_one[1].notes == {NO_COLORS: 1, NO_FLOOR: 1} and one_by_one[0].notes == {}
+    assert one_by_one[1].notes == {NO_COLORS: 1} and one_by_one[0].notes == {}
     assert detector([], dataset="s3dis") == []
 
 

@@ -1,5 +1,6 @@
 """Damaged scans, boxes and folders: each ends in a sentence that names it or in a counted note; the rest goes on."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ from h2a2_jax.scans.scan import ENCLOSED, load_or_skip, validate_scan
 from h2a2_jax.scans.scan_folder import ScanFolder
 from h2a2_jax.scans.specs import SCANNET, SUNRGBD
 
+TURNED = dataclasses.replace(SUNRGBD, floor=0.0, faces_y=False)  # its classes and yaw, rooms as they lie
 ROWS = np.random.default_rng(0).uniform(0, 1, (60, 6)).astype("<f4")
 CHAIR = {"center": [0.5, 0.5, 0.5], "size": [0.4, 0.4, 0.8], "class": "chair"}
 
@@ -184,7 +186,7 @@ def test_a_file_of_points(tmp_path, kind):
         path.write_bytes(content(tmp_path / "made") if callable(content) else content)
     np.save(tmp_path / "good.npy", ROWS)
     own_folder(tmp_path, [{"file": path.name, "boxes": [CHAIR]}, {"file": "good.npy", "boxes": [CHAIR]}])
-    source = ScanFolder(tmp_path, "train", SUNRGBD)
+    source = ScanFolder(tmp_path, "train", TURNED)
     skipped: dict[str, str] = {}
     list(load_or_skip(source, skipped))
     assert list(skipped) == ["bad"] and "bad" in skipped["bad"]
@@ -200,13 +202,13 @@ def test_pickled_objects_in_numpy_files_are_never_loaded(tmp_path, suffix):
         npz(tmp_path / "bad.npz", points=(tmp_path / "bad.npy").read_bytes())
     own_folder(tmp_path, [{"file": f"bad{suffix}"}])
     skipped: dict[str, str] = {}
-    list(load_or_skip(ScanFolder(tmp_path, "train", SUNRGBD), skipped))
+    list(load_or_skip(ScanFolder(tmp_path, "train", TURNED), skipped))
     assert "Python objects, which are never loaded" in skipped["bad"] and not (tmp_path / "made").exists()
 
 
 def test_a_scan_that_is_missing_is_the_only_one(tmp_path):
     np.save(tmp_path / "good.npy", ROWS)
-    source = ScanFolder(own_folder(tmp_path, [{"file": "gone.ply"}, {"file": "good.npy"}]), "train", SUNRGBD)
+    source = ScanFolder(own_folder(tmp_path, [{"file": "gone.ply"}, {"file": "good.npy"}]), "train", TURNED)
     skipped: dict[str, str] = {}
     list(load_or_skip(source, skipped))
     assert re.search(r"Scan gone: There is no file .*gone\.ply", skipped["gone"])
@@ -240,7 +242,7 @@ NAN[3:5, 0], NAN[9, 5] = np.nan, np.inf
 )
 def test_left_out_points_and_boxes_of_a_scan_are_counted(tmp_path, rows, boxes, note, left):
     np.save(tmp_path / "a.npy", rows)
-    source = ScanFolder(own_folder(tmp_path, [{"file": "a.npy", "boxes": boxes}], colors="none"), "train", SUNRGBD)
+    source = ScanFolder(own_folder(tmp_path, [{"file": "a.npy", "boxes": boxes}], colors="none"), "train", TURNED)
     scan = source[0]
     assert dict(scan.notes) == {**note, "scans without colours, made grey": 1} and len(scan.points) == left[0]
     assert len(scan.boxes) == len(scan.labels) == left[1]
@@ -303,7 +305,7 @@ def test_a_file_of_boxes(tmp_path, kind):
     content = content if isinstance(content, str | bytes) else json.dumps(content)
     (root / "boxes.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=sentence) as caught:
-        ScanFolder(root, "train", SUNRGBD)
+        ScanFolder(root, "train", TURNED)
     assert "boxes.json" in str(caught.value)
 
 

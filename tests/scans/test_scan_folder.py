@@ -1,5 +1,6 @@
 """A user's own scans: frames, units, colours, boxes and splits come out as boxes.json says."""
 
+import dataclasses
 import itertools
 import json
 import pickle
@@ -15,6 +16,7 @@ from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, points_in_box, vali
 from h2a2_jax.scans.scan_folder import ScanFolder, folder_classes, is_scan_folder, point_cloud_files
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD
 
+TURNED = dataclasses.replace(SUNRGBD, floor=0.0, faces_y=False)  # its classes and yaw, rooms as they lie
 CHAIR = {"center": [1, 2, 0.5], "size": [0.6, 0.4, 1], "yaw": 0.3, "class": "chair"}
 
 
@@ -36,7 +38,7 @@ def room(rng, count=4000):
 
 def test_a_folder_in_metres_with_z_up(tmp_path):
     rows = room(np.random.default_rng(0))
-    source = ScanFolder(write(tmp_path, points=rows), "train", SUNRGBD)
+    source = ScanFolder(write(tmp_path, points=rows), "train", TURNED)
     scan = source[0]
     assert isinstance(source, ScanSource) and source.names == ["a"] and len(source) == 1
     np.testing.assert_allclose(scan.points, rows[:, :3], atol=1e-6)
@@ -69,7 +71,7 @@ def test_a_box_holds_the_same_points_after_conversion(tmp_path, up, unit):
         "class": "bed",
     }
     source = ScanFolder(
-        write(tmp_path, [{"file": "a.npy", "boxes": [box]}], in_file, up=up, unit=unit), "train", SUNRGBD
+        write(tmp_path, [{"file": "a.npy", "boxes": [box]}], in_file, up=up, unit=unit), "train", TURNED
     )
     scan = source[0]
     np.testing.assert_allclose(scan.boxes[0], upright, atol=1e-5)
@@ -83,7 +85,7 @@ def test_map_coordinates_keep_their_digits(tmp_path):
     offset = np.array([500_000.25, 4_649_000.5, 312.125, 0, 0, 0])
     rows = room(np.random.default_rng(2))
     chair = {**CHAIR, "center": (np.array(CHAIR["center"]) + offset[:3]).tolist()}
-    scan = ScanFolder(write(tmp_path, [{"file": "a.npy", "boxes": [chair]}], rows + offset), "train", SUNRGBD)[0]
+    scan = ScanFolder(write(tmp_path, [{"file": "a.npy", "boxes": [chair]}], rows + offset), "train", TURNED)[0]
     assert np.abs(scan.points).max() < 53 and (scan.transform[:3, 3] % 96 == 0).all()
     np.testing.assert_allclose(scan.points - scan.transform[:3, 3].astype(float), rows[:, :3] + offset[:3], atol=1e-5)
     np.testing.assert_allclose(scan.boxes[0, :3] - scan.points[0], CHAIR["center"] - rows[0, :3], atol=1e-5)
@@ -108,7 +110,7 @@ def test_unusable_parts_are_counted_by_name(tmp_path):
         {**CHAIR, "center": [float("nan"), 0, 0]},
         {**CHAIR, "center": [1e6, 0, 0]},
     ]
-    scan = ScanFolder(write(tmp_path, [{"file": "a.npy", "boxes": boxes}]), "train", SUNRGBD)[0]
+    scan = ScanFolder(write(tmp_path, [{"file": "a.npy", "boxes": boxes}]), "train", TURNED)[0]
     assert scan.labels.tolist() == [3, SUNRGBD.classes.index("night_stand")]
     assert scan.notes == {
         "boxes of the class 'lamp', which sunrgbd does not have": 2,
@@ -146,7 +148,7 @@ def test_splits(tmp_path):
 
 
 def test_a_source_travels_to_other_processes(tmp_path):
-    source = ScanFolder(write(tmp_path), "train", SUNRGBD)
+    source = ScanFolder(write(tmp_path), "train", TURNED)
     copy = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(copy[0].points, source[0].points)
     assert copy.names == source.names
@@ -156,20 +158,20 @@ def test_a_source_travels_to_other_processes(tmp_path):
 def test_predictions_for_a_folder_are_annotations_of_it(tmp_path, up, unit):
     rows = room(np.random.default_rng(3), 50)
     rows[:, :3] += 7e3 if unit == "mm" else 0
-    scan = ScanFolder(write(tmp_path, points=rows, up=up, unit=unit), "train", SUNRGBD)[0]
+    scan = ScanFolder(write(tmp_path, points=rows, up=up, unit=unit), "train", TURNED)[0]
     boxes = np.array([[1, 2, 0.5, 0.6, 0.4, 1, 0.3], [2, 1, 0.25, 1, 2, 1, -3]], np.float32)
     found = Detections(boxes, np.array([0.9, 0.5], np.float32), np.array([3, 0], np.int32))
-    predicted = scan_entry(scan.name, scan.transform, found, SUNRGBD)
+    predicted = scan_entry(scan.name, scan.transform, found, TURNED)
     assert (predicted.get("up", "z"), predicted.get("unit", "m")) == (up, unit)
     write(tmp_path, [{"file": "a.npy", "boxes": predicted["boxes"]}], rows, up=up, unit=unit)
-    np.testing.assert_allclose(ScanFolder(tmp_path, "train", SUNRGBD)[0].boxes, boxes, atol=1e-5)
+    np.testing.assert_allclose(ScanFolder(tmp_path, "train", TURNED)[0].boxes, boxes, atol=1e-5)
 
 
 def test_boxes_as_predictions_write_them_are_annotations(tmp_path):
     boxes = np.array([[1, 2, 0.5, 0.6, 0.4, 1, 0.3], [2, 1, 0.5, 1, 2, 1, -3]], np.float32)
     scan = Scan("a", np.zeros((1, 3), np.float32), np.zeros((1, 3), np.float32), boxes, np.array([3, 0], np.int32))
     found = Detections(boxes, np.array([0.9, 0.5], np.float32), scan.labels)
-    predicted = scan_entry(scan.name, scan.transform, found, SUNRGBD)["boxes"]
-    read = ScanFolder(write(tmp_path, [{"file": "a.npy", "boxes": predicted}]), "train", SUNRGBD)[0]
+    predicted = scan_entry(scan.name, scan.transform, found, TURNED)["boxes"]
+    read = ScanFolder(write(tmp_path, [{"file": "a.npy", "boxes": predicted}]), "train", TURNED)[0]
     np.testing.assert_allclose(read.boxes, boxes, atol=1e-5)
     assert read.labels.tolist() == [3, 0]
