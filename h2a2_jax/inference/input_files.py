@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Float
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.scans.formats.columns import parse_columns
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
 from h2a2_jax.scans.frame import (
     NO_COLORS,
@@ -75,6 +76,8 @@ class PredictRequest:
         show: True to open a window for each scan.
         step: step of the checkpoint; None: the last.
         most_points: points that are read of a larger file.
+        columns: meaning of the columns of text tables, .npy, .npz and .bin, as in "x,y,z,_,r,g,b"; None: by names or
+            values.
     """
 
     inputs: tuple[str, ...]
@@ -89,9 +92,11 @@ class PredictRequest:
     show: bool = False
     step: int | None = None
     most_points: int = MOST_POINTS
+    columns: str | None = None
 
     def __post_init__(self) -> None:
         """Raise InputError if a field has none of its known values."""
+        parse_columns(self.columns)
         for flag, value, known in (
             ("up", self.up, (*UPRIGHT, "auto")),
             ("unit", self.unit, (*UNITS, "auto")),
@@ -313,7 +318,7 @@ def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> Fi
     started = time.perf_counter()
     if file.path.exists() and not file.path.is_file() and not file.path.is_dir():
         raise InputError(f"{printable(file.path)} is no regular file: give a point cloud.")
-    cloud = read_point_cloud(file.path, request.most_points)
+    cloud = read_point_cloud(file.path, request.most_points, request.columns, request.colors)
     up, unit, remarks = _frame(cloud, request)
     hint = f"say which with --colors ({', '.join(COLOR_RANGES)})"
     try:

@@ -222,7 +222,7 @@ NAN[3:5, 0], NAN[9, 5] = np.nan, np.inf
 @pytest.mark.parametrize(
     ("rows", "boxes", "note", "left"),
     [
-        (NAN, [CHAIR], {"points with NaN or infinite values": 3}, (57, 1)),
+        (NAN, [CHAIR], {"points with NaN or infinite values": 2}, (58, 1)),
         (STRAY, [CHAIR], {"points beyond 250 m": 1}, (299, 1)),
         (ROWS, [CHAIR, {**CHAIR, "size": [1, 0, 1]}], {"boxes with a size that is not positive": 1}, (60, 1)),
         (ROWS, [{**CHAIR, "size": [1, -1, 1]}], {"boxes with a size that is not positive": 1}, (60, 0)),

@@ -1,0 +1,187 @@
+"""Columns without names: which are coordinates and which colours, by their values.
+
+The first three columns are x, y, z, or those after a row number. Three neighbours behind them are colours if they are
+whole numbers from 0 to 255 (or to 65535, with channels alike), or fractions from 0 to 1 (or to 255); they are normals
+if their rows have the length one. Whatever is not plain is put into words, in the names of --columns, or refused.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.scans.formats.columns import Layout, RawCloud, by_layout, check_width, from_columns
+
+WIDTHS = tuple(range(3, 17))
+"""Numbers of columns that are looked into."""
+
+_SAMPLE = 20_000  # rows
+_FEW_ROWS = 10  # which may rise by chance
+_UNIT = 0.02  # by which the length of a normal may differ from 1
+_ALIKE = 20.0  # largest quotient of the brightest numbers of two channels of more than 255
+_FEW_VALUES = 64  # labels have no more
+_RELATED = 0.4  # correlation of channels
+
+
+def from_rows(
+    path: Path, rows: np.ndarray, columns: Layout | None = None, what: str = "its array", *, explain: bool = False
+) -> RawCloud:
+    """Take points and colours from an array: structured, or [n, w], or [w, n] with many points.
+
+    Args:
+        path: file, for the sentences.
+        rows: the array.
+        columns: meaning of the columns, which settles it.
+        what: name of the array in an error message.
+        explain: True to remark on the decision even if it is the plain one.
+
+    Raises:
+        InputError: the array has another shape or type, or its columns do not tell what they are.
+    """
+    if rows.dtype.names:
+        return from_columns(path, _flat_fields(rows.reshape(-1)))
+    if rows.dtype.kind not in "fiu":
+        raise InputError(f"{path}: {what} has the type {rows.dtype}; expected are real numbers.")
+    if rows.ndim != 2 or rows.shape[1] < 3:
+        raise InputError(f"{path}: {what} has the shape {rows.shape}; expected are rows x, y, z or x, y, z, r, g, b.")
+    if columns:
+        check_width(path, columns, rows.shape[1])
+        return by_layout(rows, columns)
+    layout, reason = guess_layout(path, rows, is_pts=path.suffix.lower() == ".pts")
+    remarks = () if reason is None and not explain else (_sentence(layout, reason),)
+    return by_layout(rows, layout, remarks)
+
+
+def _flat_fields(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Fields of a structured array; a field of several numbers gives one with a number behind its name for each."""
+    fields = {}
+    for name in rows.dtype.names or ():
+        if rows[name].ndim == 1:
+            fields[name] = rows[name]
+        elif rows[name].ndim == 2:
+            fields |= {f"{name}:{i}": rows[name][:, i] for i in range(rows[name].shape[1])}
+    return {name: values for name, values in fields.items() if values.dtype.kind in "fiu"}
+
+
+def _sentence(layout: Layout, reason: str | None) -> str:
+    unused = f"; the others of {len(layout)} are not used" if "_" in layout else ""
+    because = "" if reason is None else f" ({reason})"
+    return f"has {len(layout)} columns without names, taken as {', '.join(layout)}{because}{unused}"
+
+
+def guess_layout(path: Path, rows: np.ndarray, *, is_pts: bool = False) -> tuple[Layout, str | None]:
+    """Decide what the columns of [n, w] rows are, with the reason; None where it is the plain x, y, z or x, y, z, r, g, b.
+
+    `is_pts` says that intensity goes before the colours if the values leave it open, as in files of Leica's format.
+
+    Raises:
+        InputError: the values leave it open.
+    """
+    width = rows.shape[1]
+    if width == 3 or not len(rows):
+        return ("x", "y", "z", *"_" * (width - 3)), None
+    some = rows[:: max(1, len(rows) // _SAMPLE)].astype(np.float64)
+    some = some[np.isfinite(some).all(axis=1)]
+    start = 1 if _is_row_number(some) and width - 1 not in (3 - 1, 5) else 0
+    if width - start == 4 or width - start == 5 or not len(some):
+        return _layout(width, start, None), _numbered(start, "too few for colours")
+    if width == start + 3:
+        return _layout(width, start, None), _numbered(start, None)
+    if width > WIDTHS[-1]:
+        raise _undecided(path, width, "which are too many")
+    normals = next((p for p in range(start + 3, width - 2) if _is_normal(some[:, p : p + 3])), None)
+    # The last three of six are hardly anything else: in an unusual range they are refused as colours.
+    most = 65535.0 if width == 6 else 280.0
+    places = [p for p in range(start + 3, width - 2) if _is_color(some[:, p : p + 3], most)]
+    if normals is not None:
+        places = [p for p in places if abs(p - normals) >= 3]
+    if not places:
+        if normals is None and width - start == 6:
+            raise _undecided(path, width, "whose last three are neither colours nor normals")
+        because = "no three of them look like colours" if normals is None else "the unit vectors are normals"
+        return _layout(width, start, None), _numbered(start, because)
+    place = places[0] if len(places) == 1 else _choose(some, places, is_pts)
+    if place is None:
+        raise _undecided(path, width, f"of which {' or '.join(_shown(p) for p in places)} may be the colours")
+    plain = width == 6
+    return _layout(width, start, place), None if plain else _numbered(start, "colours by their values")
+
+
+def _layout(width: int, start: int, colors: int | None) -> Layout:
+    layout = ["_"] * width
+    layout[start : start + 3] = "xyz"
+    if colors is not None:
+        layout[colors : colors + 3] = "rgb"
+    return tuple(layout)
+
+
+def _numbered(start: int, reason: str | None) -> str | None:
+    return ", ".join(part for part in ("the first counts the rows" * start, reason or "") if part) or None
+
+
+def _shown(place: int) -> str:
+    return f"{place + 1} to {place + 3}"
+
+
+def _undecided(path: Path, width: int, why: str) -> InputError:
+    example = ",".join(("x", "y", "z", *"_" * (width - 6), "r", "g", "b")[: max(width, 6)])
+    return InputError(
+        f"{path} has {width} columns without names, {why}: say what they are with --columns, as in {example} (_ for "
+        "one that is not used)."
+    )
+
+
+def _is_row_number(some: np.ndarray) -> bool:
+    first = some[:, 0]
+    rises = len(first) >= _FEW_ROWS and bool(first[0] >= 0) and bool((np.diff(first) > 0).all())
+    return rises and bool((first == np.rint(first)).all())
+
+
+def _is_normal(triple: np.ndarray) -> bool:
+    """Return True for rows of length one, which colours could have by chance only if all are 0 or 1."""
+    lengths = np.linalg.norm(triple, axis=1)
+    some = lengths > 0
+    is_unit = some.mean() > 0.5 and (np.abs(lengths[some] - 1) < _UNIT).mean() > 0.9
+    return bool(is_unit and ((triple < 0).any() or (triple != np.rint(triple)).any()))
+
+
+def _is_color(triple: np.ndarray, most: float) -> bool:
+    """Return True for columns of the same kind in a range of colours, fractions in one up to `most`."""
+    if triple.min() < 0:
+        return False
+    whole = (triple == np.rint(triple)).all(axis=0)
+    tops = np.percentile(triple, 99, axis=0, method="higher")
+    high = triple.max()
+    if whole.all() and high <= 255:
+        return True
+    if high <= 1.1 and not whole.all():  # one channel may be 0 or 1 everywhere
+        return all(
+            not is_whole or (column == column[0]).all() for is_whole, column in zip(whole, triple.T, strict=True)
+        )
+    same = whole.all() or not whole.any()
+    return bool(
+        same and high <= (65535 if whole.all() else most) and tops.min() > 0 and tops.max() < _ALIKE * tops.min()
+    )
+
+
+def _choose(some: np.ndarray, places: list[int], is_pts: bool) -> int | None:
+    """Choose between two triples that overlap in two columns: a label or alpha behind colours, or intensity before."""
+    first, *others = places
+    if others != [first + 1]:
+        return None
+    if is_pts:
+        return first + 1
+    before, after = some[:, first], some[:, first + 3]
+    inner = some[:, first + 1 : first + 3]
+    if len(some) < _FEW_ROWS or (before == before[0]).all() != (after == after[0]).all():
+        return None if len(some) < _FEW_ROWS else first if (after == after[0]).all() else first + 1
+    counts = [len(np.unique(column)) for column in (before, *inner.T, after)]
+    if counts[3] <= _FEW_VALUES and 2 * counts[3] < min(counts[:3]):
+        return first
+    if counts[0] <= _FEW_VALUES and 2 * counts[0] < min(counts[1:]):
+        return first + 1
+    with np.errstate(invalid="ignore", divide="ignore"):
+        related = [abs(np.corrcoef(outer, near)[0, 1]) for outer, near in ((before, inner[:, 0]), (after, inner[:, 1]))]
+    if related[1] > _RELATED:  # as colours are; intensity may be their brightness
+        return first + 1
+    return first if related[0] > _RELATED else None
