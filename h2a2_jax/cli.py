@@ -447,7 +447,7 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
     axes = ("z", "-z", "y", "-y", "x", "-x", "auto")
     group.add_argument("--up", choices=axes, help="axis that points up (z)")
     group.add_argument("--unit", choices=("m", "cm", "mm", "auto"), help="unit of the points (m)")
-    ranges = ("auto", "0-1", "0-255", "0-1023", "0-4095", "0-65535", "none")
+    ranges = ("auto", "0-1", "0-255", "none", "0-1023", "0-4095", "0-65535")
     group.add_argument("--colors", choices=ranges, help="range of the colours (auto: by type and values)")
     group.add_argument("--columns", metavar="x,y,z,_,r,g,b", help="columns of tables, _ for one that is not used")
     group.add_argument(

@@ -9,7 +9,7 @@ Schema of boxes.json, version 1; what is in brackets may be left out:
       ["up": "z",]                      axis of the files that points up: x, y, z or -x, -y, -z
       ["unit": "m",]                    of the files and the boxes: m, cm, mm
       ["colors": "auto",]               of the files: 0-1, 0-255, 0-4095, ..., none (do not use them), auto (by values)
-      ["columns": "x,y,z,_,r,g,b",]     of text tables, .npy, .npz and .bin; _ is not used; without it, by names or values
+      ["columns": "x,y,z,_,r,g,b",]     of text tables, .npy, .npz, .bin, _ not used; without it, by names or values
       "scans": [
         {
           "file": "kitchen.ply",        in this folder or one below; the scan is called "kitchen"
@@ -45,8 +45,8 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
 from h2a2_jax.scans.formats.columns import parse_columns
+from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
 from h2a2_jax.scans.frame import UNITS, UPRIGHT, place_cloud, upright_matrix
 from h2a2_jax.scans.scan import Scan, ScanError, enclosing_boxes, usable_boxes
 from h2a2_jax.scans.specs import DatasetSpec

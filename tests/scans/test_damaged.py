@@ -403,7 +403,7 @@ POINT_FILES = {
     "float64": (DOUBLE, "Scan a has (colours|.*points beyond)"),
     "huge coordinates": (ROWS * np.float32([1e5, 1, 1, 1, 1, 1]), "Scan a has .* beyond 250 m .*check its unit"),
     "beyond float32": (ROWS * np.float32([3e38, 1, 1, 1, 1, 1]), "Scan a has .* beyond 250 m"),
-    "colours of another range": (ROWS * np.float32([1, 1, 1, 255, 255, 255]), "Scan a has colours .* rescale them"),
+    "colours of another range": (ROWS * np.float32([1, 1, 1, 400, 400, 400]), "Scan a has colours .* rescale them"),
 }
 
 
@@ -427,7 +427,7 @@ def test_files_of_points_of_prepared_folders(tmp_path, kind):
         (v2(instances=[BOX, ([1e39] * 7, 1)]), ROWS, SUNRGBD, {"boxes with NaN or infinite values": 1}),
         (v2(instances=[BOX, ([1e9] * 7, 1)]), ROWS, SUNRGBD, {"boxes beyond 250 m": 1}),
         (v2(instances=[BOX, (BOX[0], 10**20), (BOX[0], -7)]), ROWS, SUNRGBD, {"boxes of no class of the dataset": 2}),
-        (v2(), ROWS, SCANNET, {"scans without an alignment, taken as aligned": 1}),
+        (v2(), ROWS * np.float32([1, 1, 1, 255, 255, 255]), SCANNET, {"scans without an alignment, taken as aligned": 1}),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) and len(value) == 1 else "",
 )

@@ -6,7 +6,7 @@
 | whole numbers up to 255 in an unsigned type of 16 bits or more | 255 | yes |
 | up to 1023, 4095, 65535; multiples of 256 or 257 | that; 65535 | yes, but for 16 bits in uint16 |
 | more in uint32, uint64 | the type's largest | none |
-| fractions of which at most a tenth exceed 1.1, or whole numbers of which 1 % exceed 255 | 1, 255 | others are clipped |
+| fractions, at most a tenth beyond 1.1; whole numbers, at most 1 % beyond 255 | 1; 255 | others are clipped |
 | 0 and 1 alone, of any type | 1 | yes |
 
 Open, and so refused unless the caller gives the range: fractions up to 8 or from 281 to 4095, whole numbers from 281 to
@@ -21,8 +21,8 @@ from jaxtyping import Float, Float32
 
 from h2a2_jax.errors import InputError
 
-ColorRange = Literal["auto", "0-1", "0-255", "0-1023", "0-4095", "0-65535", "none"]
-COLOR_RANGES: tuple[ColorRange, ...] = ("auto", "0-1", "0-255", "0-1023", "0-4095", "0-65535", "none")
+ColorRange = Literal["auto", "0-1", "0-255", "none", "0-1023", "0-4095", "0-65535"]
+COLOR_RANGES: tuple[ColorRange, ...] = ("auto", "0-1", "0-255", "none", "0-1023", "0-4095", "0-65535")
 
 GREY = 0.5
 """Brightness of points without a colour: between black and white."""
@@ -133,6 +133,19 @@ def color_scale(values: Float[np.ndarray, "n 3"], dtype: np.dtype | None = None)
     elif high <= _DARK * full:
         remarks.append(f"is nearly black: its colours reach to {high:.3g} of {full:g}")
     return ColorScale(full, tuple(remarks))
+
+
+def scale_in_dataset(values: Float[np.ndarray, "n 3"], usual: float) -> float | None:
+    """Decide on the scale of finite colours of one scan, where others of its dataset have 0 to `usual`.
+
+    It is another one only if the colours are fractions up to 1 in place of 0-255, or beyond the usual; None if they
+    leave it open. Whole numbers up to 1 in place of 0-255 are a dark scan.
+    """
+    low, high = float(values.min(initial=0)), float(values.max(initial=0))
+    if low < 0 or high > usual:
+        return color_scale(values).full
+    is_unit = high <= 1 < usual and bool((np.abs(values - np.rint(values)) > _ROUNDING).any())
+    return 1.0 if is_unit else usual
 
 
 def _scale_of_fractions(some: np.ndarray, high: float) -> float | None:

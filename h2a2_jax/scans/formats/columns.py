@@ -93,7 +93,7 @@ def parse_columns(columns: str | Sequence[str] | None) -> Layout | None:
     names = [name.strip().lower() for name in (columns.split(",") if isinstance(columns, str) else columns)]
     if unknown := [name for name in names if name not in _FLAG_NAMES]:
         raise InputError(
-            f"--columns has the name {unknown[0]!r}; expected are x, y, z, r, g, b, and _ for a column that is not used."
+            f"--columns has the name {unknown[0]!r}; expected are x, y, z, r, g, b, and _ for one that is not used."
         )
     layout = tuple(_FLAG_NAMES[name] for name in names)
     counts = [layout.count(name) for name in "xyzrgb"]

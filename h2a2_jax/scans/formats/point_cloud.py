@@ -180,7 +180,7 @@ def _finite(raw: _Raw, color_range: ColorRange) -> PointCloud:
 
 
 def _coarse(points: Float[np.ndarray, "n 3"], dtype: np.dtype) -> str | None:
-    """Remark on coordinates that are, or once were, in float32 and so far from the origin that they lie on coarse steps."""
+    """Remark on coordinates that are, or once were, in float32 so far from the origin that its steps are coarse."""
     some = points[:: max(1, len(points) // _SAMPLE)]
     if dtype.kind != "f" or len(some) < 2:
         return None
@@ -193,9 +193,10 @@ def _coarse(points: Float[np.ndarray, "n 3"], dtype: np.dtype) -> str | None:
             return None
         if dtype.itemsize > 4 and not (some.astype(np.float32) == some).all():
             return None
+    tense = "are" if dtype.itemsize <= 4 else "once were"
     return (
-        f"has coordinates that {'are' if dtype.itemsize <= 4 else 'once were'} in {name}, which has steps of {step:.2g} at "
-        f"{place:.3g}: export it in double, or shifted to the origin"
+        f"has coordinates that {tense} in {name}, which has steps of {step:.2g} at {place:.3g}: export it in double, "
+        "or shifted to the origin"
     )
 
 

@@ -148,8 +148,8 @@ def read_bin(path: Path, thinning: Thinning, columns: Layout | None) -> RawCloud
             shown = "6, 4 or 3" if columns is None else str(len(columns))
             raise InputError(
                 f"{path} has {size} bytes, which are no whole rows of {shown} {dtype} numbers"
-                f"{', nor of 5, 7 or 8' * (columns is None)}: it is cut off or of another type; write x, y, z, r, g, b in "
-                "float32, or say --columns."
+                f"{', nor of 5, 7 or 8' * (columns is None)}: it is cut off or of another type; write x, y, z, r, g, b "
+                "in float32, or say --columns."
             )
         some = np.frombuffer(head, dtype, len(head) // dtype.itemsize)
         width = len(columns) if columns else _row_width(some, size // dtype.itemsize)

@@ -198,15 +198,15 @@ def _find_names(path: Path, form: _Form) -> tuple[list[str] | None, tuple[str, .
                 return names, ()
         if any(all(roles(names).axes) for names in ways):
             raise InputError(
-                f"{path} names the columns {', '.join(ways[0])}, but its rows have {form.width}: say what they are with "
-                "--columns, as in x,y,z,_,r,g,b (_ for one that is not used)."
+                f"{path} names the columns {', '.join(ways[0])}, but its rows have {form.width}: say what they are "
+                "with --columns, as in x,y,z,_,r,g,b (_ for one that is not used)."
             )
         found = next((names for names in ways if len(names) == form.width), None)
         if found and line[0] not in _MARKS and not any(map(_is_number, found)):
             if any(axis for axis in roles(found).axes) or roles(found).colors:
                 raise InputError(
-                    f"{path} has no x, y, z among the names of its columns ({', '.join(found)}): say what they are with "
-                    "--columns, as in x,y,z,_,r,g,b (_ for one that is not used)."
+                    f"{path} has no x, y, z among the names of its columns ({', '.join(found)}): say what they are "
+                    "with --columns, as in x,y,z,_,r,g,b (_ for one that is not used)."
                 )
             return None, (f"has names of columns that are not understood ({', '.join(found)}): the values decide",)
     return None, ()
@@ -233,8 +233,8 @@ def _refuse(path: Path, error: Exception) -> NoReturn:
     found = _RAGGED.search(str(error))
     if found:
         raise InputError(
-            f"{path} has a line that is not numbers like the others: {found[2]} instead of {found[1]} at row {found[3]} "
-            "of the table; repair or remove it."
+            f"{path} has a line that is not numbers like the others: {found[2]} instead of {found[1]} at row {found[3]}"
+            " of the table; repair or remove it."
         ) from error
     raise InputError(f"{path} has a line that is not numbers ({error}).") from error
 

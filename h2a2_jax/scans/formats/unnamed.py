@@ -70,7 +70,7 @@ def _sentence(layout: Layout, reason: str | None) -> str:
 
 
 def guess_layout(path: Path, rows: np.ndarray, *, is_pts: bool = False) -> tuple[Layout, str | None]:
-    """Decide what the columns of [n, w] rows are, with the reason; None where it is the plain x, y, z or x, y, z, r, g, b.
+    """Decide what the columns of [n, w] rows are, with the reason, or None for plain x, y, z or x, y, z, r, g, b.
 
     `is_pts` says that intensity goes before the colours if the values leave it open, as in files of Leica's format.
 
