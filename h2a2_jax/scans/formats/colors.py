@@ -119,7 +119,8 @@ def color_scale(values: Float[np.ndarray, "n 3"], dtype: np.dtype | None = None)
     if full is None:
         return ColorScale(None)
     remarks = []
-    if is_whole and full == 1:
+    is_uniform = len(values) > 1 and bool((values[0] == values).all())
+    if is_whole and full == 1 and not is_uniform:
         remarks.append("has no colours but 0 and 1, taken as 0 to 1; bytes need --colors=0-255")
     elif full not in (1, 255) and not (dtype.kind == "u" and full == np.iinfo(dtype).max and high > 4095):
         remarks.append(f"has colours up to {high:g}, taken as 0 to {full:g} (--colors says otherwise)")
@@ -128,7 +129,7 @@ def color_scale(values: Float[np.ndarray, "n 3"], dtype: np.dtype | None = None)
     beyond = ((values < -_ROUNDING * full) | (values > full * (1 + _ROUNDING))).sum()
     if beyond:
         remarks.append(f"has {beyond:,} colour values outside 0 to {full:g} (from {low:g} to {high:g}), clipped")
-    if len(values) > 1 and (values[0] == values).all():
+    if is_uniform:
         remarks.append(f"has the one colour {', '.join(f'{value:g}' for value in values[0])} at all points")
     elif high <= _DARK * full:
         remarks.append(f"is nearly black: its colours reach to {high:.3g} of {full:g}")

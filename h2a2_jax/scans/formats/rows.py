@@ -7,6 +7,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,16 @@ _HEAD = 1 << 20  # bytes that the type and the width are found by
 def read_npy(path: Path, thinning: Thinning, columns: Layout | None) -> RawCloud:
     """Read one array of points; `columns` gives the meaning of its columns."""
     with path.open("rb") as file:
-        return from_rows(path, _array(path, file, path.stat().st_size, thinning), columns)
+        rows, turned = _array(path, file, path.stat().st_size, thinning)
+    raw = from_rows(path, rows, columns)
+    return replace(raw, assumed=turned + raw.assumed)
 
 
-def _array(path: Path, file: Any, size: int, thinning: Thinning) -> np.ndarray:
-    """Read one array in numpy's format, or some of its rows, if the file can hold as many bytes as its header says."""
+def _array(path: Path, file: Any, size: int, thinning: Thinning) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Read one array in numpy's format, or some of its rows, if the file can hold as many bytes as its header says.
+
+    An array [w, n] of many points is transposed, with a remark.
+    """
     start = file.read(8)
     if start not in (b"\x93NUMPY\1\0", b"\x93NUMPY\2\0"):
         raise InputError(f"{path} is no numpy array: save it again with numpy.save.")
@@ -57,23 +63,22 @@ def _array(path: Path, file: Any, size: int, thinning: Thinning) -> np.ndarray:
         raise InputError(
             f"{path} is cut off: its header says {shape} of {dtype}, but it has {size} bytes; copy it again."
         )
-    if is_transposed(shape):  # the same bytes as those of rows in the other order
-        shape, fortran = shape[::-1], not fortran
+    remarks: tuple[str, ...] = ()
+    if len(shape) == 2 and shape[0] in WIDTHS and shape[1] > WIDTHS[-1]:
+        remarks = (f"has an array of the shape {list(shape)}, taken as {shape[1]:,} points of {shape[0]} numbers",)
+        shape, fortran = shape[::-1], not fortran  # the same bytes
     try:
         if len(shape) == 2 and shape[0] and fortran:  # a column after the other
-            return np.stack([thinning.read(file, dtype, shape[0]) for _ in range(shape[1])], axis=1)
-        if len(shape) == 2 and shape[0] and shape[1]:
-            return thinning.read(file, dtype, shape[0], shape[1]).reshape(-1, shape[1])
-        if len(shape) == 1:
-            return thinning.read(file, dtype, shape[0])
-        return Thinning().read(file, dtype, count).reshape(shape, order="F" if fortran else "C")
+            rows = np.stack([thinning.read(file, dtype, shape[0]) for _ in range(shape[1])], axis=1)
+        elif len(shape) == 2 and shape[0] and shape[1]:
+            rows = thinning.read(file, dtype, shape[0], shape[1]).reshape(-1, shape[1])
+        elif len(shape) == 1:
+            rows = thinning.read(file, dtype, shape[0])
+        else:
+            rows = Thinning().read(file, dtype, count).reshape(shape, order="F" if fortran else "C")
     except EOFError as error:
         raise InputError(f"{path} is cut off: of {count * dtype.itemsize} bytes {error}; copy it again.") from error
-
-
-def is_transposed(shape: tuple[int, ...]) -> bool:
-    """Return True for the shape [w, n] of a few numbers of many points."""
-    return len(shape) == 2 and shape[0] in WIDTHS and shape[1] > WIDTHS[-1]
+    return rows, remarks
 
 
 def read_npz(path: Path, thinning: Thinning, columns: Layout | None) -> RawCloud:
@@ -92,7 +97,7 @@ def _from_archive(path: Path, archive: zipfile.ZipFile, thinning: Thinning, colu
     points, colors = _named(members, _POINT_ARRAYS), _named(members, _COLOR_ARRAYS)
     if not points and {"x", "y", "z"} <= {plain(name) for name in members}:
         named = [name for name in members if plain(name) in ("x", "y", "z", "r", "g", "b", "red", "green", "blue")]
-        parts = {name: _member(path, archive, members[name], thinning) for name in named}
+        parts = {name: _member(path, archive, members[name], thinning)[0] for name in named}
         if len({values.shape for values in parts.values()}) > 1 or next(iter(parts.values())).ndim != 1:
             shapes = ", ".join(f"{name} {values.shape}" for name, values in parts.items())
             raise InputError(f"{path} has arrays of different shapes ({shapes}); expected are as many numbers of each.")
@@ -103,12 +108,13 @@ def _from_archive(path: Path, archive: zipfile.ZipFile, thinning: Thinning, colu
                 f"{path} has the arrays {', '.join(members) or 'none'}; expected is one called "
                 f"{' or '.join(_POINT_ARRAYS[:3])}."
             )
-        rows = _member(path, archive, members[points[0]], thinning)
+        rows, turned = _member(path, archive, members[points[0]], thinning)
         raw = from_rows(path, rows, columns, f"its array {points[0]}")
+        raw = replace(raw, assumed=turned + raw.assumed)
         used = points[:1]
     hues = raw.colors
     if points and colors:
-        hues, used = _member(path, archive, members[colors[0]], thinning), [*used, colors[0]]
+        (hues, _), used = _member(path, archive, members[colors[0]], thinning), [*used, colors[0]]
         if hues.ndim == 2 and hues.shape[1] == 4 and len(hues) == len(raw.points):
             hues = hues[:, :3]
         if hues.shape != raw.points.shape or hues.dtype.kind not in "fiu":
@@ -118,7 +124,7 @@ def _from_archive(path: Path, archive: zipfile.ZipFile, thinning: Thinning, colu
             )
     unused = [name for name in members if name not in used]
     remark = f"has its points in {', '.join(used)}, and arrays that are not used: {', '.join(unused)}"
-    return RawCloud(raw.points, hues, (*raw.assumed, remark) if unused else raw.assumed)
+    return replace(raw, colors=hues, assumed=(*raw.assumed, remark) if unused else raw.assumed)
 
 
 def _named(members: Mapping[str, object], known: tuple[str, ...]) -> list[str]:
@@ -127,7 +133,9 @@ def _named(members: Mapping[str, object], known: tuple[str, ...]) -> list[str]:
     return sorted((name for name in members if keys[name] in known), key=lambda name: known.index(keys[name]))
 
 
-def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, thinning: Thinning) -> np.ndarray:
+def _member(
+    path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, thinning: Thinning
+) -> tuple[np.ndarray, tuple[str, ...]]:
     if info.file_size > _MOST_ZIP_GROWTH * info.compress_size + 4096:
         raise InputError(f"{path} is damaged: {info.filename} claims {info.file_size} bytes; write it again.")
     try:
@@ -152,11 +160,13 @@ def read_bin(path: Path, thinning: Thinning, columns: Layout | None) -> RawCloud
                 "in float32, or say --columns."
             )
         some = np.frombuffer(head, dtype, len(head) // dtype.itemsize)
+        if len(some) and _usual(some) < 0.5:
+            raise InputError(f"{path} holds neither float32 nor float64 numbers, as coordinates are: write it again.")
         width = len(columns) if columns else _row_width(some, size // dtype.itemsize)
         file.seek(0)
         values = thinning.read(file, dtype, size // (dtype.itemsize * width), width)
     raw = from_rows(path, values.reshape(-1, width), columns, explain=True)
-    return RawCloud(raw.points, raw.colors, (" and ".join([f"is read as {dtype}", *raw.assumed]),))
+    return replace(raw, assumed=(" and ".join([f"is read as {dtype}", *raw.assumed]),))
 
 
 def _is_double(content: bytes) -> bool:

@@ -9,7 +9,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,6 @@ _MARKS = "#%;!/"  # of comments
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*(,\d+)?(e[+-]?\d+)?", re.IGNORECASE)
 _LABEL = re.compile(r"^\s*(columns|fields|format|header)\s*[:=]?\s*", re.IGNORECASE)
 _COMMENT = re.compile("#|//")
-_RAGGED = re.compile(r"number of columns changed from (\d+) to (\d+) at row (\d+)")
 _MISSING = {"", "na", "n/a", "null", "none", "nodata"}
 
 
@@ -221,22 +220,14 @@ def _load(
     except (ValueError, IndexError):
         try:
             rows = _parse(path, form, thinning, used, True)
+        except InputError as error:
+            raise InputError(f"{path} has {error}") from error
         except (ValueError, IndexError) as error:
-            _refuse(path, error)
+            raise InputError(f"{path} has a line that is not numbers ({error}).") from error
     total = len(rows) + thinning.left_out
     if form.count is None or form.count == total:
         return rows, ()
     return rows, (f"says {form.count:,} points and has {total:,}",)
-
-
-def _refuse(path: Path, error: Exception) -> NoReturn:
-    found = _RAGGED.search(str(error))
-    if found:
-        raise InputError(
-            f"{path} has a line that is not numbers like the others: {found[2]} instead of {found[1]} at row {found[3]}"
-            " of the table; repair or remove it."
-        ) from error
-    raise InputError(f"{path} has a line that is not numbers ({error}).") from error
 
 
 def _parse(path: Path, form: _Form, thinning: Thinning, used: tuple[int, ...] | None, patient: bool) -> np.ndarray:
@@ -274,9 +265,11 @@ def _filled(text: Iterator[str], form: _Form) -> Iterator[str]:
 
 
 def _patched(line: str, form: _Form) -> str:
-    """Cut off a comment, and write nan for words that stand for no number."""
-    line = _COMMENT.split(line, maxsplit=1)[0]
-    if form.delimiter is None:
-        return line
-    words = line.split(form.delimiter)
-    return form.delimiter.join("nan" if word.strip(' "').lower() in _MISSING else word for word in words)
+    """Cut off a comment, check the number of words, and write nan for those that stand for no number."""
+    words = _COMMENT.split(line, maxsplit=1)[0].split(form.delimiter)
+    if len(words) != form.width:
+        raise InputError(
+            f"a line that is not numbers like the others, {len(words)} in place of {form.width}: {line[:60]!r}; repair "
+            "or remove it."
+        )
+    return (form.delimiter or " ").join("nan" if word.strip(' "').lower() in _MISSING else word for word in words)

@@ -165,23 +165,27 @@ def _is_color(triple: np.ndarray, most: float) -> bool:
 
 
 def _choose(some: np.ndarray, places: list[int], is_pts: bool) -> int | None:
-    """Choose between two triples that overlap in two columns: a label or alpha behind colours, or intensity before."""
-    first, *others = places
-    if others != [first + 1]:
-        return None
-    if is_pts:
-        return first + 1
-    before, after = some[:, first], some[:, first + 3]
-    inner = some[:, first + 1 : first + 3]
-    if len(some) < _FEW_ROWS or (before == before[0]).all() != (after == after[0]).all():
-        return None if len(some) < _FEW_ROWS else first if (after == after[0]).all() else first + 1
-    counts = [len(np.unique(column)) for column in (before, *inner.T, after)]
-    if counts[3] <= _FEW_VALUES and 2 * counts[3] < min(counts[:3]):
-        return first
-    if counts[0] <= _FEW_VALUES and 2 * counts[0] < min(counts[1:]):
-        return first + 1
+    """Choose between triples that overlap, as where intensity or a label stands beside bytes of colours; None if open.
+
+    Labels and alpha have few values, and channels of colours are related. Brightness before the colours is related to
+    them too.
+    """
+    is_pair = len(places) == 2 and places[1] == places[0] + 1
+    if is_pts and is_pair:
+        return places[1]
+    counts = {column: len(np.unique(some[:, column])) for column in range(places[0], places[-1] + 3)}
+    most = max(counts.values())
+    few = {column for column, count in counts.items() if count <= _FEW_VALUES and 2 * count < most}
+    places = [p for p in places if not few & {p, p + 1, p + 2}] or places
+    if len(places) > 1 and len(some) >= _FEW_ROWS:
+        places = [p for p in places if _kinship(some[:, p : p + 3]) > _RELATED]
+        is_pair = len(places) == 2 and places[1] == places[0] + 1
+        places = places[1:] if is_pair else places
+    return places[0] if len(places) == 1 else None
+
+
+def _kinship(triple: np.ndarray) -> float:
+    """Smaller correlation of neighbouring channels; 0 if one is constant."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        related = [abs(np.corrcoef(outer, near)[0, 1]) for outer, near in ((before, inner[:, 0]), (after, inner[:, 1]))]
-    if related[1] > _RELATED:  # as colours are; intensity may be their brightness
-        return first + 1
-    return first if related[0] > _RELATED else None
+        related = np.abs(np.corrcoef(triple.T))
+    return float(np.nan_to_num(min(related[0, 1], related[1, 2])))
