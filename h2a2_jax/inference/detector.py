@@ -225,7 +225,9 @@ class Detector:
             raise InputError(f"batch_size is {batch_size}; expected is 1 or more.")
         matrix = upright_matrix(up, unit)
         placed = [
-            place_cloud(str(i + 1), cloud_of_arrays(cloud, hue), matrix, color_range, colors_hint="say color_range")
+            place_cloud(
+                str(i + 1), cloud_of_arrays(cloud, hue, color_range), matrix, color_range, colors_hint="say color_range"
+            )
             for i, (cloud, hue) in enumerate(zip(clouds, hues, strict=True))
         ]
         found: list[Boxes] = []

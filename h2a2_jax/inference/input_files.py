@@ -25,6 +25,7 @@ from jaxtyping import Float
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats.columns import parse_columns
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
+from h2a2_jax.scans.formats.text import is_table
 from h2a2_jax.scans.frame import (
     NO_COLORS,
     UNITS,
@@ -253,20 +254,7 @@ def _has_numbers(path: Path) -> bool:
     """Return True if a text has a line of three numbers near its beginning, or cannot be read."""
     if not path.is_file():
         return True
-    try:
-        with path.open("rb") as file:
-            lines = [file.readline(4096) for _ in range(64)]
-    except OSError:
-        return True
-    if not any(lines) or b"\0" in b"".join(lines):
-        return True  # empty or damaged: an error when it is read
-    for line in lines:
-        try:
-            if len([float(word) for word in line.replace(b",", b" ").replace(b";", b" ").split()]) >= 3:
-                return True
-        except ValueError:
-            pass
-    return False
+    return path.stat().st_size == 0 or is_table(path)  # an empty one is an error when it is read
 
 
 def _unique_names(places: Sequence[PurePath]) -> list[str]:

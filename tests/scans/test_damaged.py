@@ -395,6 +395,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, where):
     assert not (tmp_path / "made").exists()
 
 
+BYTES = ROWS * np.float32([1, 1, 1, 255, 255, 255])
 DOUBLE = np.concatenate([ROWS[:, :3] * 4, ROWS[:, 3:]], axis=1).astype("<f8")
 POINT_FILES = {
     "cut off": (ROWS.tobytes()[:-7], "Scan a is cut off: .*a.bin has 1433 bytes"),
@@ -427,7 +428,12 @@ def test_files_of_points_of_prepared_folders(tmp_path, kind):
         (v2(instances=[BOX, ([1e39] * 7, 1)]), ROWS, SUNRGBD, {"boxes with NaN or infinite values": 1}),
         (v2(instances=[BOX, ([1e9] * 7, 1)]), ROWS, SUNRGBD, {"boxes beyond 250 m": 1}),
         (v2(instances=[BOX, (BOX[0], 10**20), (BOX[0], -7)]), ROWS, SUNRGBD, {"boxes of no class of the dataset": 2}),
-        (v2(), ROWS * np.float32([1, 1, 1, 255, 255, 255]), SCANNET, {"scans without an alignment, taken as aligned": 1}),
+        (
+            v2(),
+            ROWS * np.float32([1, 1, 1, 255, 255, 255]),
+            SCANNET,
+            {"scans without an alignment, taken as aligned": 1},
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) and len(value) == 1 else "",
 )

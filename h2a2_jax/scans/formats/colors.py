@@ -32,7 +32,7 @@ _OVERSHOOT = 1.1  # by which interpolated colours do
 _BRIGHTEST_OPEN = 8.0  # fractions up to it are 0-1 in high dynamic range, or 0-255 in the dark
 _FEW = 0.01  # share of entries that may be wrong
 _DARK = 0.1  # largest number of a dark scan, relative to the scale
-_SAMPLE = 100_000  # rows
+_SAMPLE = 30_000  # rows
 
 
 class Colors(NamedTuple):
@@ -77,8 +77,9 @@ def settle_colors(colors: np.ndarray, color_range: ColorRange = "auto") -> Color
         return Colors(None, None, (), {})
     dtype, values = colors.dtype, real(colors)
     missing = ~np.isfinite(values).all(axis=1)
-    if dtype.kind != "u" and (nowhere := (values == -1).all(axis=1)).any() and not (values[~nowhere] < 0).any():
-        missing |= nowhere
+    if np.fmin.reduce(values, axis=None, initial=0) == -1:
+        nowhere = (values == -1).all(axis=1)
+        missing |= nowhere & (not (values[~nowhere] < 0).any())
     is_complete = not missing.any()
     known = values if is_complete else values[~missing]
     if len(values) and not len(known):
@@ -108,8 +109,8 @@ def color_scale(values: Float[np.ndarray, "n 3"], dtype: np.dtype | None = None)
     """Decide on the scale of finite colours, which the file holds in the type `dtype` (None: in that of `values`)."""
     dtype = values.dtype if dtype is None else dtype
     low, high = float(values.min(initial=0)), float(values.max(initial=0))
-    some = values[:: max(1, len(values) // _SAMPLE)]
-    some = some[some != 0]
+    rows = values[:: max(1, len(values) // _SAMPLE)]
+    some = rows[rows != 0]
     if not len(some):
         return ColorScale(255.0 if dtype.kind == "u" else 1.0)
     if low < -_ROUNDING * max(high, 1.0) and (some < 0).mean() > _FEW:
@@ -119,15 +120,15 @@ def color_scale(values: Float[np.ndarray, "n 3"], dtype: np.dtype | None = None)
     if full is None:
         return ColorScale(None)
     remarks = []
-    is_uniform = len(values) > 1 and bool((values[0] == values).all())
+    is_uniform = len(values) > 1 and bool((rows == rows[0]).all() and (values == rows[0]).all())
     if is_whole and full == 1 and not is_uniform:
         remarks.append("has no colours but 0 and 1, taken as 0 to 1; bytes need --colors=0-255")
     elif full not in (1, 255) and not (dtype.kind == "u" and full == np.iinfo(dtype).max and high > 4095):
         remarks.append(f"has colours up to {high:g}, taken as 0 to {full:g} (--colors says otherwise)")
     elif full == 255 and dtype.kind == "u" and dtype.itemsize > 1:
         remarks.append(f"has colours of type {dtype} up to {high:g}, taken as 0 to 255 (--colors says otherwise)")
-    beyond = ((values < -_ROUNDING * full) | (values > full * (1 + _ROUNDING))).sum()
-    if beyond:
+    if low < -_ROUNDING * full or high > full * (1 + _ROUNDING):
+        beyond = ((values < -_ROUNDING * full) | (values > full * (1 + _ROUNDING))).sum()
         remarks.append(f"has {beyond:,} colour values outside 0 to {full:g} (from {low:g} to {high:g}), clipped")
     if is_uniform:
         remarks.append(f"has the one colour {', '.join(f'{value:g}' for value in values[0])} at all points")

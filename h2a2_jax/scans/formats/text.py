@@ -36,10 +36,10 @@ class _Form(NamedTuple):
         decimal_comma: True if numbers have decimal commas.
         trailing: True if lines end with a delimiter.
         quoted: True if some words are quoted.
+        marks: letters that begin a comment.
         before: lines before the numbers, comments too.
-        skip: how many of them are no comments.
         width: number of columns.
-        count: number of points by such a line, or None.
+        points: number of points by a line before them, or None.
         numbered: True if the first column may be row numbers or names.
     """
 
@@ -48,10 +48,10 @@ class _Form(NamedTuple):
     decimal_comma: bool
     trailing: bool
     quoted: bool
+    marks: str
     before: tuple[str, ...]
-    skip: int
     width: int
-    count: int | None
+    points: int | None
     numbered: bool
 
 
@@ -63,8 +63,7 @@ def read_text(path: Path, thinning: Thinning, columns: Layout | None) -> RawClou
     remarks = ("has decimal commas",) * form.decimal_comma
     if columns:
         check_width(path, columns, form.width)
-        used = tuple(i for i, name in enumerate(columns) if name != "_")
-        rows, more = _load(path, form, thinning, used)
+        rows, more = _load(path, form, thinning, tuple(i for i, name in enumerate(columns) if name != "_"))
         chosen = columns if rows.shape[1] == len(columns) else tuple(name for name in columns if name != "_")
         return by_layout(rows, chosen, remarks + more)
     names, unknown = _find_names(path, form)
@@ -82,55 +81,83 @@ def read_text(path: Path, thinning: Thinning, columns: Layout | None) -> RawClou
     return RawCloud(raw.points, raw.colors, remarks + more + raw.assumed)
 
 
+def is_table(path: Path) -> bool:
+    """Return True for a file with a line of numbers near its beginning, or one that is no text."""
+    try:
+        encoding, head = _read_head(path)
+        return encoding is None or _find_start(head) is not None
+    except OSError:
+        return True
+
+
+def _read_head(path: Path) -> tuple[str | None, list[str]]:
+    """Return the encoding, None for bytes that are no text, and the first lines that are not empty."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+    encoding = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb": "utf-8-sig"}.get(start[:2], "latin1")
+    if encoding != "utf-16" and b"\0" in start:
+        return None, []
+    with path.open(encoding=encoding, errors="replace") as text:
+        lines = (text.readline(4096).strip() for _ in range(2 * _HEAD))
+        return encoding, [line for line in lines if line][:_HEAD]
+
+
+def _find_start(head: list[str]) -> int | None:
+    """Return the place of the first line of numbers; behind names, words may stand among the numbers."""
+    has_names = False
+    for place, line in enumerate(head):
+        delimiter, decimal = _separator(line)
+        words = _words(_COMMENT.split(line)[0], delimiter, decimal)
+        are_places = _are_places(words, head[place + 1 : place + 2])
+        numbers = 0 if are_places or line[0] in _marks(delimiter) else sum(map(_is_number, words))
+        if numbers >= 3 and (has_names or all(not word or _is_number(word) for word in words)):
+            return place
+        has_names = has_names or all(roles(_split_names(line)[-1]).axes)
+    return None
+
+
 def _find_form(path: Path) -> _Form | None:
     """Find the form by the first lines; None for a file without any.
 
     Raises:
         InputError: the file is no text, or has no line of numbers among them.
     """
-    with path.open("rb") as file:
-        start = file.read(4096)
-    encoding = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb": "utf-8-sig"}.get(start[:2], "latin1")
-    if encoding != "utf-16" and b"\0" in start:
+    encoding, head = _read_head(path)
+    if encoding is None:
         raise InputError(f"{path} is no text: expected is one point a line, x y z or x y z r g b.")
-    with path.open(encoding=encoding, errors="replace") as text:
-        read = (text.readline(4096).strip() for _ in range(2 * _HEAD))
-        head = [line for line in read if line][:_HEAD]
     if not head:
         return None
-    has_names = False
-    for number, line in enumerate(head):
-        delimiter, decimal = _separator(line)
-        words = _words(_COMMENT.split(line)[0], delimiter, decimal)
-        numbers = 0 if _are_places(words, head[number + 1 : number + 2]) else sum(map(_is_number, words))
-        has_names = has_names or all(roles(_split_names(line)[-1]).axes)
-        # Behind names, columns of words may stand among the numbers.
-        if line[0] not in _MARKS and numbers >= 3 and (has_names or all(not w or _is_number(w) for w in words)):
-            break
-    else:
+    start = _find_start(head)
+    if start is None:
         raise InputError(f"{path} has no line of numbers x y z in its first {len(head)} lines.")
-    sample = [line for line in head[number:] if line[0] not in _MARKS]
+    before = head[:start]
+    delimiter, decimal = _separator(head[start])
+    marks = _marks(delimiter)
+    sample = [line for line in head[start:] if line[0] not in marks]
     if delimiter in (";", "|"):
         decimal = any("," in line for line in sample)
-    before = head[:number]
+    words = _words(_COMMENT.split(head[start])[0], delimiter, decimal)
+    # A word behind the last delimiter is missing everywhere, and so is its name.
+    named = [names for line in before for names in _split_names(line) if len(names) == len(words) and names[-1]]
+    trailing = delimiter is not None and all(line.endswith(delimiter) for line in sample) and not named
     counts = [int(line) for line in before if line.isdecimal()]
-    # A word behind the last delimiter is missing everywhere, and names are not there for it either.
-    trailing = delimiter is not None and all(line.endswith(delimiter) for line in sample)
-    trailing = trailing and not any(
-        len(names) == len(words) and names[-1] for line in before for names in _split_names(line)
-    )
     return _Form(
         encoding,
         delimiter,
         decimal,
         trailing,
-        any('"' in line for line in sample),
-        tuple(before),
-        sum(line[0] not in _MARKS for line in before),
-        len(words) - trailing,
-        counts[-1] if counts else None,
-        _are_row_names([_words(line, delimiter, decimal)[0] for line in sample]),
+        quoted=any('"' in line for line in sample),
+        marks=marks,
+        before=tuple(before),
+        width=len(words) - trailing,
+        points=counts[-1] if counts else None,
+        numbered=_are_row_names([_words(line, delimiter, decimal)[0] for line in sample]),
     )
+
+
+def _marks(delimiter: str | None) -> str:
+    """Return the letters that begin a comment; a line may begin with a delimiter for want of a number."""
+    return _MARKS.replace(delimiter or " ", "")
 
 
 def _separator(line: str) -> tuple[str | None, bool]:
@@ -201,7 +228,7 @@ def _find_names(path: Path, form: _Form) -> tuple[list[str] | None, tuple[str, .
                 "with --columns, as in x,y,z,_,r,g,b (_ for one that is not used)."
             )
         found = next((names for names in ways if len(names) == form.width), None)
-        if found and line[0] not in _MARKS and not any(map(_is_number, found)):
+        if found and line[0] not in form.marks and not any(map(_is_number, found)):
             if any(axis for axis in roles(found).axes) or roles(found).colors:
                 raise InputError(
                     f"{path} has no x, y, z among the names of its columns ({', '.join(found)}): say what they are "
@@ -225,23 +252,17 @@ def _load(
         except (ValueError, IndexError) as error:
             raise InputError(f"{path} has a line that is not numbers ({error}).") from error
     total = len(rows) + thinning.left_out
-    if form.count is None or form.count == total:
+    if form.points is None or form.points == total:
         return rows, ()
-    return rows, (f"says {form.count:,} points and has {total:,}",)
+    return rows, (f"says {form.points:,} points and has {total:,}",)
 
 
 def _parse(path: Path, form: _Form, thinning: Thinning, used: tuple[int, ...] | None, patient: bool) -> np.ndarray:
-    def lines(text: Iterator[str]) -> Iterator[str]:
-        filled = _filled(text, form)
-        for _ in range(form.skip):
-            next(filled)
-        return filled
-
     with path.open(encoding=form.encoding, errors="replace") as text:
-        rows = lines(text)
+        rows = _filled(text, form)
         if thinning.kept(size := path.stat().st_size // _SHORTEST_LINE) < size:
             with path.open(encoding=form.encoding, errors="replace") as whole:
-                count = sum(1 for _ in lines(whole))
+                count = sum(1 for _ in _filled(whole, form))
             rows = thinning.lines(rows, count)
         if patient:
             rows = (_patched(line, form) for line in rows)
@@ -252,15 +273,16 @@ def _parse(path: Path, form: _Form, thinning: Thinning, used: tuple[int, ...] | 
 
 
 def _filled(text: Iterator[str], form: _Form) -> Iterator[str]:
-    """Lines that are neither empty nor comments, as numpy parses them."""
-    filled = (line for line in map(str.strip, text) if line and line[0] not in _MARKS)
+    """Lines of numbers as numpy parses them, without empty ones and comments."""
+    filled = (line for line in map(str.strip, text) if line and line[0] not in form.marks)
+    for _ in range(sum(line[0] not in form.marks for line in form.before)):
+        next(filled)
     if form.trailing:
         filled = (line.removesuffix(form.delimiter or " ") for line in filled)
     if form.decimal_comma:
         filled = (line.replace(",", ".") for line in filled)
-    if form.count is not None:  # files put together have a count before each part
-        first = form.skip
-        filled = (line for i, line in enumerate(filled) if i < first or not line.isdecimal())
+    if form.points is not None:  # files put together have a count before each part
+        filled = (line for line in filled if not line.isdecimal())
     return filled
 
 

@@ -103,8 +103,11 @@ def guess_layout(path: Path, rows: np.ndarray, *, is_pts: bool = False) -> tuple
     place = places[0] if len(places) == 1 else _choose(some, places, is_pts)
     if place is None:
         raise _undecided(path, width, f"of which {' or '.join(_shown(p) for p in places)} may be the colours")
-    plain = width == 6
-    return _layout(width, start, place), None if plain else _numbered(start, "colours by their values")
+    if width == 6:
+        return _layout(width, start, place), None if _is_plain(
+            path, some
+        ) else "their values are unlike those of colours"
+    return _layout(width, start, place), _numbered(start, "colours by their values")
 
 
 def _layout(width: int, start: int, colors: int | None) -> Layout:
@@ -162,6 +165,19 @@ def _is_color(triple: np.ndarray, most: float) -> bool:
     return bool(
         same and high <= (65535 if whole.all() else most) and tops.min() > 0 and tops.max() < _ALIKE * tops.min()
     )
+
+
+def _is_plain(path: Path, some: np.ndarray) -> bool:
+    """Return True if the last of six columns are not only possible but likely colours.
+
+    Raises:
+        InputError: the first three are rather the colours.
+    """
+    whole = (some == np.rint(some)).all(axis=0)
+    if whole[:3].all() and not whole[3:].any() and some[:, :3].min() >= 0 and 1 < some[:, :3].max() <= 255:
+        raise _undecided(path, 6, "the first three of which look like colours")
+    counts = [len(np.unique(column)) for column in some[:, 3:].T]
+    return min(counts) > _FEW_VALUES or 2 * min(counts) >= max(counts)
 
 
 def _choose(some: np.ndarray, places: list[int], is_pts: bool) -> int | None:
