@@ -82,48 +82,45 @@ def guess_layout(path: Path, rows: np.ndarray, *, is_pts: bool = False) -> tuple
         return ("x", "y", "z", *"_" * (width - 3)), None
     some = rows[:: max(1, len(rows) // _SAMPLE)].astype(np.float64)
     some = some[np.isfinite(some).all(axis=1)]
-    start = 1 if _is_row_number(some) and width - 1 not in (3 - 1, 5) else 0
-    if width - start == 4 or width - start == 5 or not len(some):
-        return _layout(width, start, None), _numbered(start, "too few for colours")
-    if width == start + 3:
-        return _layout(width, start, None), _numbered(start, None)
+    start = int(_is_row_number(some) and width not in (3, 6))
     if width > WIDTHS[-1]:
         raise _undecided(path, width, "which are too many")
-    normals = next((p for p in range(start + 3, width - 2) if _is_normal(some[:, p : p + 3])), None)
-    # The last three of six are hardly anything else: in an unusual range they are refused as colours.
-    most = 65535.0 if width == 6 else 280.0
-    places = [p for p in range(start + 3, width - 2) if _is_color(some[:, p : p + 3], most)]
-    if normals is not None:
-        places = [p for p in places if abs(p - normals) >= 3]
-    if not places:
-        if normals is None and width - start == 6:
-            raise _undecided(path, width, "whose last three are neither colours nor normals")
-        because = "no three of them look like colours" if normals is None else "the unit vectors are normals"
-        return _layout(width, start, None), _numbered(start, because)
-    place = places[0] if len(places) == 1 else _choose(some, places, is_pts)
-    if place is None:
-        raise _undecided(path, width, f"of which {' or '.join(_shown(p) for p in places)} may be the colours")
-    if width == 6:
-        return _layout(width, start, place), None if _is_plain(
-            path, some
-        ) else "their values are unlike those of colours"
-    return _layout(width, start, place), _numbered(start, "colours by their values")
-
-
-def _layout(width: int, start: int, colors: int | None) -> Layout:
+    colors, reason = _find_colors(path, some, start, is_pts)
     layout = ["_"] * width
     layout[start : start + 3] = "xyz"
     if colors is not None:
         layout[colors : colors + 3] = "rgb"
-    return tuple(layout)
+    reasons = [*["the first counts the rows"] * start, *([reason] if reason else [])]
+    return tuple(layout), ", ".join(reasons) or None
 
 
-def _numbered(start: int, reason: str | None) -> str | None:
-    return ", ".join(part for part in ("the first counts the rows" * start, reason or "") if part) or None
-
-
-def _shown(place: int) -> str:
-    return f"{place + 1} to {place + 3}"
+def _find_colors(path: Path, some: np.ndarray, start: int, is_pts: bool) -> tuple[int | None, str | None]:
+    """Return the first of three columns of colours behind x, y, z from `start` on, None without, and the reason."""
+    width = some.shape[1]
+    if width - start < 6 or not len(some):
+        is_packed = bool((some[:, start + 3 :] > 65535).any())
+        few = "too few for colours, unless one is packed: then name it rgb" if is_packed else "too few for colours"
+        return None, None if width == start + 3 else few
+    triples = {place: some[:, place : place + 3] for place in range(start + 3, width - 2)}
+    normals = next((place for place, triple in triples.items() if _is_normal(triple)), None)
+    # The last three of six are hardly anything else: in an unusual range they are refused as colours.
+    most = 65535.0 if width == 6 else 280.0
+    places = [place for place, triple in triples.items() if _is_color(triple, most)]
+    if normals is not None:
+        places = [place for place in places if abs(place - normals) >= 3]
+    if not places and normals is not None:
+        return None, "the unit vectors are normals"
+    if not places and width - start == 6:
+        raise _undecided(path, width, "whose last three are neither colours nor normals")
+    if not places:
+        return None, "no three of them look like colours"
+    place = places[0] if len(places) == 1 else _choose(some, places, is_pts)
+    if place is None:
+        shown = " or ".join(f"{place + 1} to {place + 3}" for place in places)
+        raise _undecided(path, width, f"of which {shown} may be the colours")
+    if width > 6:
+        return place, "colours by their values"
+    return place, None if _is_plain(path, some) else "with values unlike those of colours"
 
 
 def _undecided(path: Path, width: int, why: str) -> InputError:
@@ -135,9 +132,13 @@ def _undecided(path: Path, width: int, why: str) -> InputError:
 
 
 def _is_row_number(some: np.ndarray) -> bool:
+    """Return True if the first column rises by whole numbers; of few rows, from 0 or 1 by 1 beside fractions."""
     first = some[:, 0]
-    rises = len(first) >= _FEW_ROWS and bool(first[0] >= 0) and bool((np.diff(first) > 0).all())
-    return rises and bool((first == np.rint(first)).all())
+    steps = np.diff(first)
+    if len(first) < 3 or first[0] < 0 or (first != np.rint(first)).any() or (steps <= 0).any():
+        return False
+    by_one = bool(first[0] <= 1 and (steps == 1).all() and (some[:, 1:4] != np.rint(some[:, 1:4])).any())
+    return by_one or len(first) >= _FEW_ROWS
 
 
 def _is_normal(triple: np.ndarray) -> bool:
