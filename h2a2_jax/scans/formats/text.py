@@ -21,6 +21,7 @@ from h2a2_jax.scans.formats.unnamed import from_rows
 _HEAD = 200  # lines that are not empty
 _SHORTEST_LINE = 6  # bytes of "1 2 3"
 _MARKS = "#%;!/"  # of comments
+_BLANKS = " \r\n"  # not tabs, between which numbers may be missing
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*(,\d+)?(e[+-]?\d+)?", re.IGNORECASE)
 _LABEL = re.compile(r"^\s*(columns|fields|format|header)\s*[:=]?\s*", re.IGNORECASE)
 _COMMENT = re.compile("#|//")
@@ -98,8 +99,8 @@ def _read_head(path: Path) -> tuple[str | None, list[str]]:
     if encoding != "utf-16" and b"\0" in start:
         return None, []
     with path.open(encoding=encoding, errors="replace") as text:
-        lines = (text.readline(4096).strip() for _ in range(2 * _HEAD))
-        return encoding, [line for line in lines if line][:_HEAD]
+        lines = (text.readline(4096).strip(_BLANKS) for _ in range(2 * _HEAD))
+        return encoding, [line for line in lines if line.strip()][:_HEAD]
 
 
 def _find_start(head: list[str]) -> int | None:
@@ -134,7 +135,9 @@ def _find_form(path: Path) -> _Form | None:
     delimiter, decimal = _separator(head[start])
     marks = _marks(delimiter)
     sample = [line for line in head[start:] if line[0] not in marks]
-    if delimiter in (";", "|"):
+    if delimiter == "\t" and len({line.count("\t") for line in sample}) > 1:
+        delimiter = None
+    if delimiter in (";", "|", "\t"):
         decimal = any("," in line for line in sample)
     words = _words(_COMMENT.split(head[start])[0], delimiter, decimal)
     # A word behind the last delimiter is missing everywhere, and so is its name.
@@ -165,6 +168,9 @@ def _separator(line: str) -> tuple[str | None, bool]:
     for mark in ";|":
         if mark in line:
             return mark, "," in line
+    cells = [cell.strip() for cell in line.split("\t")]
+    if len(cells) >= 3 and not any(" " in cell for cell in cells):
+        return "\t", "," in line
     if "," not in line:
         return None, False
     words = line.split()
@@ -274,7 +280,8 @@ def _parse(path: Path, form: _Form, thinning: Thinning, used: tuple[int, ...] | 
 
 def _filled(text: Iterator[str], form: _Form) -> Iterator[str]:
     """Lines of numbers as numpy parses them, without empty ones and comments."""
-    filled = (line for line in map(str.strip, text) if line and line[0] not in form.marks)
+    stripped = (line.strip(_BLANKS) for line in text) if form.delimiter == "\t" else map(str.strip, text)
+    filled = (line for line in stripped if line and line[0] not in form.marks)
     for _ in range(sum(line[0] not in form.marks for line in form.before)):
         next(filled)
     if form.trailing:
