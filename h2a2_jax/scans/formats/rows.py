@@ -25,7 +25,7 @@ _POINT_ARRAYS = (
 _COLOR_ARRAYS = ("colors", "colours", "rgb", "color", "colour", "rgbs", "vertexcolors", "pointcolors")
 _MOST_ZIP_GROWTH = 1040  # deflate packs at most 258 bytes into two bits
 _LONGEST_HEADER = 10_000  # numpy's own limit
-_BIN_WIDTHS = (6, 4, 3, 5, 7, 8)  # the usual ones first
+_BIN_WIDTHS = (6, 4, 3, 5, 7, 8, 9, 10)  # the usual ones first
 _HEAD = 1 << 20  # bytes that the type and the width are found by
 
 
@@ -156,16 +156,18 @@ def read_bin(path: Path, thinning: Thinning, columns: Layout | None) -> RawCloud
             shown = "6, 4 or 3" if columns is None else str(len(columns))
             raise InputError(
                 f"{path} has {size} bytes, which are no whole rows of {shown} {dtype} numbers"
-                f"{', nor of 5, 7 or 8' * (columns is None)}: it is cut off or of another type; write x, y, z, r, g, b "
-                "in float32, or say --columns."
+                f"{', nor of 5 or 7 to 10' * (columns is None)}: it is cut off or of another type; write x, y, z, r, "
+                "g, b in float32, or say --columns."
             )
         some = np.frombuffer(head, dtype, len(head) // dtype.itemsize)
         if len(some) and _usual(some) < 0.5:
             raise InputError(f"{path} holds neither float32 nor float64 numbers, as coordinates are: write it again.")
-        width = len(columns) if columns else _row_width(some, size // dtype.itemsize)
+        with np.errstate(invalid="ignore"):
+            width = len(columns) if columns else _row_width(some, size // dtype.itemsize)
         file.seek(0)
         values = thinning.read(file, dtype, size // (dtype.itemsize * width), width)
-    raw = from_rows(path, values.reshape(-1, width), columns, explain=True)
+    with np.errstate(invalid="ignore"):  # bytes of another type may be signalling NaN
+        raw = from_rows(path, values.reshape(-1, width), columns, explain=True)
     return replace(raw, assumed=(" and ".join([f"is read as {dtype}", *raw.assumed]),))
 
 
@@ -176,7 +178,7 @@ def _is_double(content: bytes) -> bool:
     doubles, singles = np.frombuffer(content, "<f8"), np.frombuffer(content, "<f4")
     is_double = _usual(doubles) > 0.99
     # The lower halves of whole numbers in float64 are 0.
-    return bool(is_double and (_usual(singles) < 0.9 or (not singles[::2].any() and singles[1::2].any())))
+    return bool(is_double and (_usual(singles) < 0.98 or (not singles[::2].any() and singles[1::2].any())))
 
 
 def _usual(values: np.ndarray) -> float:

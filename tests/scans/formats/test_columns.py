@@ -124,8 +124,6 @@ UNNAMED = {
 def test_values_decide_without_names_and_it_is_said(tmp_path, kind, form):
     parts, layout = UNNAMED[kind]
     rows, path = np.concatenate(parts, axis=1), tmp_path / f"a.{form.split()[-1]}"
-    if rows.shape[1] > 8 and form.endswith("bin"):
-        pytest.skip("files of so many floats a row have no usual width")
     if form == "txt":
         path.write_text(table(*parts))
     elif form.endswith("npy"):
