@@ -9,8 +9,8 @@
 | fractions, at most a tenth beyond 1.1; whole numbers, at most 1 % beyond 255 | 1; 255 | others are clipped |
 | 0 and 1 alone, of any type | 1 | yes |
 
-Open, and so refused unless the caller gives the range: fractions up to 8 or from 281 to 4095, whole numbers from 281 to
-510, negative ones.
+Open, and so refused unless the caller gives the range: fractions up to 8 or beyond 280, whole numbers from 281 to 510,
+negative ones.
 """
 
 from collections.abc import Mapping
@@ -154,9 +154,7 @@ def _scale_of_fractions(some: np.ndarray, high: float) -> float | None:
     bulk = float(np.percentile(some, 90, method="higher"))
     if high <= 1 + _ROUNDING or bulk <= _OVERSHOOT:
         return 1.0
-    if _BRIGHTEST_OPEN < high <= 255 * _OVERSHOOT:
-        return 255.0
-    return 65535.0 if 4095 < high <= 65535 * (1 + _ROUNDING) else None
+    return 255.0 if _BRIGHTEST_OPEN < high <= 255 * _OVERSHOOT else None
 
 
 def _scale_of_whole(some: np.ndarray, high: float, dtype: np.dtype) -> float | None:
