@@ -49,7 +49,7 @@ def _read_header(path: Path, file: BinaryIO) -> _Header:
         if words:
             entries[words[0].upper()] = words[1:]
     try:
-        fields = entries["FIELDS" if "FIELDS" in entries else "COLUMNS"]  # up to version .5
+        fields = entries["COLUMNS" if "COLUMNS" in entries else "FIELDS"]  # the name up to version .5
         sizes = [int(size) for size in entries["SIZE"]]
         types = [kind.upper() for kind in entries["TYPE"]]
         counts = [int(count) for count in entries.get("COUNT", ["1"] * len(fields))]
