@@ -218,10 +218,10 @@ def _find_names(path: Path, form: _Form) -> tuple[list[str] | None, tuple[str, .
     """Find the names of the columns among the lines before the numbers, or None with a remark on names not understood.
 
     Raises:
-        InputError: there are names, but x, y or z is not among them, or they are as many as there are not columns.
+        InputError: names in a line of their own lack x, y or z, or are not as many as the columns.
     """
     for line in reversed(form.before):
-        ways = _split_names(line)
+        ways, is_comment = _split_names(line), line[0] in form.marks
         for names in ways:
             names = names[:-1] if form.trailing and not names[-1] else names
             if len(names) == form.width - 1 and form.numbered and all(roles(names).axes):
@@ -229,13 +229,15 @@ def _find_names(path: Path, form: _Form) -> tuple[list[str] | None, tuple[str, .
             if len(names) == form.width and all(roles(names).axes):
                 return names, ()
         if any(all(roles(names).axes) for names in ways):
+            if is_comment:
+                return None, (f"has a comment {line[:40]!r} that does not name its {form.width} columns",)
             raise InputError(
                 f"{path} names the columns {', '.join(ways[0])}, but its rows have {form.width}: say what they are "
                 "with --columns, as in x,y,z,_,r,g,b (_ for one that is not used)."
             )
         found = next((names for names in ways if len(names) == form.width), None)
-        if found and line[0] not in form.marks and not any(map(_is_number, found)):
-            if any(axis for axis in roles(found).axes) or roles(found).colors:
+        if found and not is_comment and not any(map(_is_number, found)):
+            if any(roles(found).axes) or roles(found).colors:
                 raise InputError(
                     f"{path} has no x, y, z among the names of its columns ({', '.join(found)}): say what they are "
                     "with --columns, as in x,y,z,_,r,g,b (_ for one that is not used)."

@@ -210,6 +210,11 @@ def test_names_that_are_not_understood_are_said(tmp_path):
     assert "names of columns that are not understood (E, N, H, Rot, Gruen, Blau)" in remark
 
 
+def test_comments_that_only_speak_of_columns_are_said(tmp_path):
+    (tmp_path / "a.txt").write_text("# x, y and z in metres\n" + table(XYZ, RGB))
+    assert check(tmp_path / "a.txt") == ("has a comment '# x, y and z in metres' that does not name its 6 columns",)
+
+
 @pytest.mark.parametrize("suffix", ["txt", "npy", "bin", "npz"])
 def test_columns_settle_it(tmp_path, suffix):
     path, rows = tmp_path / f"a.{suffix}", np.concatenate([RGB, XYZ, RGB[:, :1]], axis=1)
