@@ -25,6 +25,7 @@ _BLANKS = " \r\n"  # not tabs, between which numbers may be missing
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*(,\d+)?(e[+-]?\d+)?", re.IGNORECASE)
 _LABEL = re.compile(r"^\s*(columns|fields|format|header)\s*[:=]?\s*", re.IGNORECASE)
 _COMMENT = re.compile("#|//")
+_PROSE = {"and", "are", "as", "by", "for", "in", "is", "of", "the", "to", "with"}  # no line of names has them
 _MISSING = {"", "na", "n/a", "null", "none", "nodata"}
 
 
@@ -224,6 +225,8 @@ def _find_names(path: Path, form: _Form) -> tuple[list[str] | None, tuple[str, .
         ways, is_comment = _split_names(line), line[0] in form.marks
         for names in ways:
             names = names[:-1] if form.trailing and not names[-1] else names
+            if _PROSE & {name.lower() for name in names}:
+                continue
             if len(names) == form.width - 1 and form.numbered and all(roles(names).axes):
                 return ["", *names], ()  # the row numbers of a data frame have no name
             if len(names) == form.width and all(roles(names).axes):
