@@ -124,9 +124,9 @@ def color_scale(values: Float[np.ndarray, "n 3"], dtype: np.dtype | None = None)
     if is_whole and full == 1 and not is_uniform:
         remarks.append("has no colours but 0 and 1, taken as 0 to 1; bytes need --colors=0-255")
     elif full not in (1, 255) and not (dtype.kind == "u" and full == np.iinfo(dtype).max and high > 4095):
-        remarks.append(f"has colours up to {high:g}, taken as 0 to {full:g} (--colors says otherwise)")
+        remarks.append(f"has colours up to {high:g}, taken as 0 to {full:g} (if they are not, say --colors)")
     elif full == 255 and dtype.kind == "u" and dtype.itemsize > 1:
-        remarks.append(f"has colours of type {dtype} up to {high:g}, taken as 0 to 255 (--colors says otherwise)")
+        remarks.append(f"has colours of type {dtype} up to {high:g}, taken as 0 to 255 (if they are not, say --colors)")
     if low < -_ROUNDING * full or high > full * (1 + _ROUNDING):
         beyond = ((values < -_ROUNDING * full) | (values > full * (1 + _ROUNDING))).sum()
         remarks.append(f"has {beyond:,} colour values outside 0 to {full:g} (from {low:g} to {high:g}), clipped")

@@ -221,6 +221,7 @@ def _find_names(path: Path, form: _Form) -> tuple[list[str] | None, tuple[str, .
     Raises:
         InputError: names in a line of their own lack x, y or z, or are not as many as the columns.
     """
+    remarks: tuple[str, ...] = ()
     for line in reversed(form.before):
         ways, is_comment = _split_names(line), line[0] in form.marks
         for names in ways:
@@ -233,7 +234,8 @@ def _find_names(path: Path, form: _Form) -> tuple[list[str] | None, tuple[str, .
                 return names, ()
         if any(all(roles(names).axes) for names in ways):
             if is_comment:
-                return None, (f"has a comment {line[:40]!r} that does not name its {form.width} columns",)
+                remarks = (f"has a comment {line[:40]!r} that does not name its {form.width} columns",)
+                continue
             raise InputError(
                 f"{path} names the columns {', '.join(ways[0])}, but its rows have {form.width}: say what they are "
                 "with --columns, as in x,y,z,_,r,g,b (_ for one that is not used)."
@@ -245,8 +247,8 @@ def _find_names(path: Path, form: _Form) -> tuple[list[str] | None, tuple[str, .
                     f"{path} has no x, y, z among the names of its columns ({', '.join(found)}): say what they are "
                     "with --columns, as in x,y,z,_,r,g,b (_ for one that is not used)."
                 )
-            return None, (f"has names of columns that are not understood ({', '.join(found)}): the values decide",)
-    return None, ()
+            remarks = (f"has names of columns that are not understood ({', '.join(found)}): the values decide",)
+    return None, remarks
 
 
 def _load(

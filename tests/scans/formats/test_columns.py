@@ -52,6 +52,7 @@ NAMED = {
     "ParaView": ('"RGB:0","RGB:1","RGB:2","Points:0","Points:1","Points:2"\n' + table(RGB, XYZ, mark=","), True),
     "units": ("x [m]\ty [m]\tz [m]\tgps time\tred\tgreen\tblue\n" + table(XYZ, ROW, RGB, mark="\t"), True),
     "units and blanks": ("X(m) Y(m) Z(m) Red (8bit) Green (8bit) Blue (8bit)\n" + table(XYZ, RGB), True),
+    "a line of units": ("z,x,y\nm,m,m\n" + table(XYZ[:, [2, 0, 1]], mark=","), False),
     "map": ("Northing|Easting|Elevation\n" + table(XYZ[:, [1, 0, 2]], mark="|"), False),
     "prefixes": ("pos_x,pos_y,pos_z,diffuse_red,diffuse_green,diffuse_blue\n" + table(XYZ, RGB, mark=","), True),
     "normals first": ("nx,ny,nz,x,y,z,r,g,b\n" + table(NORMAL, XYZ, RGB, mark=","), True),
