@@ -20,7 +20,7 @@ _FEW_ROWS = 10  # which may rise by chance
 _UNIT = 0.02  # by which the length of a normal may differ from 1
 _ALIKE = 20.0  # largest quotient of the brightest numbers of two channels of more than 255
 _FEW_VALUES = 64  # labels have no more
-_RELATED = 0.4  # correlation of channels
+_CLOSER = 0.25  # difference of correlations that is no chance
 
 
 def from_rows(
@@ -184,21 +184,32 @@ def _is_plain(path: Path, some: np.ndarray) -> bool:
 def _choose(some: np.ndarray, places: list[int], is_pts: bool) -> int | None:
     """Choose between triples that overlap, as where intensity or a label stands beside bytes of colours; None if open.
 
-    Labels and alpha have few values, and channels of colours are related. Brightness before the colours is related to
-    them too.
+    Labels and alpha have few values, brightness is a mean of the colours, and channels are related to one another more
+    than to anything else.
     """
-    is_pair = len(places) == 2 and places[1] == places[0] + 1
-    if is_pts and is_pair:
+    if is_pts and places == [places[0], places[0] + 1]:
         return places[1]
     counts = {column: len(np.unique(some[:, column])) for column in range(places[0], places[-1] + 3)}
     most = max(counts.values())
     few = {column for column, count in counts.items() if count <= _FEW_VALUES and 2 * count < most}
     places = [p for p in places if not few & {p, p + 1, p + 2}] or places
-    if len(places) > 1 and len(some) >= _FEW_ROWS:
-        places = [p for p in places if _kinship(some[:, p : p + 3]) > _RELATED]
-        is_pair = len(places) == 2 and places[1] == places[0] + 1
-        places = places[1:] if is_pair else places
-    return places[0] if len(places) == 1 else None
+    if len(places) == 1 or len(some) < _FEW_ROWS:
+        return places[0] if len(places) == 1 else None
+    is_pair = places == [places[0], places[0] + 1]
+    if is_pair and _is_brightness(some[:, places[0]], some[:, places[1] : places[1] + 3]):
+        return places[1]
+    if is_pair and _is_brightness(some[:, places[1] + 2], some[:, places[0] : places[0] + 3]):
+        return places[0]
+    kinships = {p: _kinship(some[:, p : p + 3]) for p in places}
+    best, second = sorted(places, key=lambda p: -kinships[p])[:2]
+    return best if kinships[best] - kinships[second] > _CLOSER else None
+
+
+def _is_brightness(column: np.ndarray, triple: np.ndarray) -> bool:
+    """Return True for a weighted mean of three columns."""
+    weights = np.linalg.lstsq(triple, column, rcond=None)[0]
+    is_mean = weights.min() > -0.1 and 0.8 < weights.sum() < 1.2
+    return bool(is_mean and np.std(column - triple @ weights) < 0.1 * np.std(column))
 
 
 def _kinship(triple: np.ndarray) -> float:
