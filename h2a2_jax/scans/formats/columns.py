@@ -13,6 +13,9 @@ from h2a2_jax.errors import InputError
 Layout = tuple[str, ...]
 """Meaning of each column: x, y, z, r, g, b, or _ for one that is not used."""
 
+COLUMNS_NOT_USED = "says itself what its columns are, so that --columns is not used"
+"""Remark on a file with names of its own."""
+
 _FLAG_NAMES = {
     **{name: name for name in "xyzrgb_"},
     **{"red": "r", "green": "g", "blue": "b"},

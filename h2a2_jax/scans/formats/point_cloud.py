@@ -25,7 +25,7 @@ from jaxtyping import Float, Float32
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats import Thinning
 from h2a2_jax.scans.formats.colors import COLOR_RANGES, ColorRange, real, scaled_colors, settle_colors
-from h2a2_jax.scans.formats.columns import Layout, parse_columns
+from h2a2_jax.scans.formats.columns import COLUMNS_NOT_USED, Layout, parse_columns
 from h2a2_jax.scans.formats.columns import RawCloud as _Raw
 from h2a2_jax.scans.formats.columns import from_columns as _from_columns
 from h2a2_jax.scans.formats.las import read_las
@@ -117,7 +117,7 @@ def read_point_cloud(
             f"{path} is damaged ({type(error).__name__}: {what}): copy it again or write it again."
         ) from error
     if layout and suffix not in _TABLES:
-        raw = replace(raw, assumed=(*raw.assumed, "says itself what its columns are, so that --columns is not used"))
+        raw = replace(raw, assumed=(*raw.assumed, COLUMNS_NOT_USED))
     cloud = _finite(raw, color_range)
     return replace(cloud, notes={**cloud.notes, THINNED: thinning.left_out}) if thinning.left_out else cloud
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats import Thinning
-from h2a2_jax.scans.formats.columns import Layout, RawCloud, from_columns, plain
+from h2a2_jax.scans.formats.columns import COLUMNS_NOT_USED, Layout, RawCloud, from_columns, plain
 from h2a2_jax.scans.formats.unnamed import WIDTHS, from_rows
 
 _POINT_ARRAYS = (
@@ -102,6 +102,7 @@ def _from_archive(path: Path, archive: zipfile.ZipFile, thinning: Thinning, colu
             shapes = ", ".join(f"{name} {values.shape}" for name, values in parts.items())
             raise InputError(f"{path} has arrays of different shapes ({shapes}); expected are as many numbers of each.")
         raw, used = from_columns(path, parts), named
+        raw = replace(raw, assumed=(*raw.assumed, COLUMNS_NOT_USED)) if columns else raw
     else:
         if not points:
             raise InputError(

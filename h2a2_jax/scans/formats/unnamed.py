@@ -5,12 +5,20 @@ whole numbers from 0 to 255 (or to 65535, with channels alike), or fractions fro
 if their rows have the length one. Whatever is not plain is put into words, in the names of --columns, or refused.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats.columns import Layout, RawCloud, by_layout, check_width, from_columns
+from h2a2_jax.scans.formats.columns import (
+    COLUMNS_NOT_USED,
+    Layout,
+    RawCloud,
+    by_layout,
+    check_width,
+    from_columns,
+)
 
 WIDTHS = tuple(range(3, 17))
 """Numbers of columns that are looked into."""
@@ -26,7 +34,7 @@ _CLOSER = 0.25  # difference of correlations that is no chance
 def from_rows(
     path: Path, rows: np.ndarray, columns: Layout | None = None, what: str = "its array", *, explain: bool = False
 ) -> RawCloud:
-    """Take points and colours from an array: structured, or [n, w], or [w, n] with many points.
+    """Take points and colours from an array, structured or [n, w].
 
     Args:
         path: file, for the sentences.
@@ -39,7 +47,8 @@ def from_rows(
         InputError: the array has another shape or type, or its columns do not tell what they are.
     """
     if rows.dtype.names:
-        return from_columns(path, _flat_fields(rows.reshape(-1)))
+        raw = from_columns(path, _flat_fields(rows.reshape(-1)))
+        return replace(raw, assumed=(*raw.assumed, COLUMNS_NOT_USED)) if columns else raw
     if rows.dtype.kind not in "fiu":
         raise InputError(f"{path}: {what} has the type {rows.dtype}; expected are real numbers.")
     if rows.ndim != 2 or rows.shape[1] < 3:
