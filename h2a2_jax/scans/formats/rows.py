@@ -26,6 +26,7 @@ _COLOR_ARRAYS = ("colors", "colours", "rgb", "color", "colour", "rgbs", "vertexc
 _MOST_ZIP_GROWTH = 1040  # deflate packs at most 258 bytes into two bits
 _LONGEST_HEADER = 10_000  # numpy's own limit
 _BIN_WIDTHS = (6, 4, 3, 5, 7, 8, 9, 10)  # the usual ones first
+_PARTS, _PART = 24, 840  # of a file, and numbers of each, that tell points in a row from columns
 _HEAD = 1 << 20  # bytes that the type and the width are found by
 
 
@@ -165,6 +166,12 @@ def read_bin(path: Path, thinning: Thinning, columns: Layout | None) -> RawCloud
             raise InputError(f"{path} holds neither float32 nor float64 numbers, as coordinates are: write it again.")
         with np.errstate(invalid="ignore"):
             width = len(columns) if columns else _row_width(some, size // dtype.itemsize)
+            is_planar = columns is None and _is_planar(file, dtype, size // dtype.itemsize)
+        if is_planar:
+            raise InputError(
+                f"{path} looks as if all x came before all y, z and what follows: write a point after the other, or "
+                "the array to .npy."
+            )
         file.seek(0)
         values = thinning.read(file, dtype, size // (dtype.itemsize * width), width)
     with np.errstate(invalid="ignore"):  # bytes of another type may be signalling NaN
@@ -180,6 +187,31 @@ def _is_double(content: bytes) -> bool:
     is_double = _usual(doubles) > 0.99
     # The lower halves of whole numbers in float64 are 0.
     return bool(is_double and (_usual(singles) < 0.98 or (not singles[::2].any() and singles[1::2].any())))
+
+
+def _is_planar(file: Any, dtype: np.dtype, count: int) -> bool:
+    """Return True if numbers are alike in a part of the file and not in others: a column after the other.
+
+    Taking every w-th number of a part makes it no more alike then, whatever w.
+    """
+    length = min(_PART, count // _PARTS)
+    if length < 10 * _BIN_WIDTHS[-1]:
+        return False
+    parts = []
+    for i in range(_PARTS):
+        file.seek((count * i // _PARTS) * dtype.itemsize)
+        parts.append(np.frombuffer(file.read(length * dtype.itemsize), dtype).astype(np.float64))
+    some = np.stack(parts)
+    if not np.isfinite(some).all() or np.abs(some).max() > 1e9:
+        return False
+    whole = np.log(some.std(axis=1) + 1e-6)
+    gains = []
+    for width in _BIN_WIDTHS:
+        rows = some[:, : length // width * width].reshape(_PARTS, -1, width)
+        gains.append(float(np.median(whole - np.log(rows.std(axis=1, ddof=1) + 1e-6).mean(axis=1))))
+    centres = some.mean(axis=1)
+    differ = np.ptp(whole) > 0.3 or np.ptp(centres) > 0.5 * some.std(axis=1).mean()
+    return max(gains) < 0.03 + 2 * _BIN_WIDTHS[-1] / length and bool(differ)
 
 
 def _usual(values: np.ndarray) -> float:

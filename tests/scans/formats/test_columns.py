@@ -275,6 +275,16 @@ def test_fields_of_several_numbers(tmp_path):
     assert check(tmp_path / "a.npy") == ()
 
 
+@pytest.mark.parametrize("width", [3, 6])
+def test_raw_columns_one_after_the_other(tmp_path, width):
+    rows = np.concatenate([XYZ, RGB], axis=1)[:, :width].repeat(20, axis=0)
+    rows.T.astype("<f4").tofile(tmp_path / "a.bin")
+    with pytest.raises(InputError, match="looks as if all x came before all y"):
+        read_point_cloud(tmp_path / "a.bin")
+    rows.astype("<f4").tofile(tmp_path / "a.bin")
+    np.testing.assert_allclose(read_point_cloud(tmp_path / "a.bin").points, rows[:, :3], atol=1e-6)
+
+
 def test_bytes_that_are_no_floats(tmp_path):
     (XYZ * 1000).astype("<i4").tofile(tmp_path / "a.bin")
     with pytest.raises(InputError, match="neither float32 nor float64"):
