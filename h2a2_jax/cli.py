@@ -29,7 +29,7 @@ from h2a2_jax.host import quiet_command_line
 _EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
 _CONFIG_HELP = "file of the config, as configs/joint.py:demo; --config.KEY=VALUE sets a value of it"
 _PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
-_FILE_FLAGS = ("up", "unit", "colors", "align", "score", "show")
+_FILE_FLAGS = ("up", "unit", "colors", "columns", "align", "score", "show")
 """Flags of `predict` that say how files of points are read."""
 
 
@@ -449,7 +449,9 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--unit", choices=("m", "cm", "mm", "auto"), help="unit of the points (auto: as a file says or shows, else m)"
     )
-    group.add_argument("--colors", choices=("auto", "0-1", "0-255", "none"), help="range of the colours (auto)")
+    ranges = ("auto", "0-1", "0-255", "none", "0-1023", "0-4095", "0-65535")
+    group.add_argument("--colors", choices=ranges, help="range of the colours (auto: by type and values)")
+    group.add_argument("--columns", metavar="x,y,z,_,r,g,b", help="columns of tables, _ for one that is not used")
     group.add_argument(
         "--align",
         choices=("none", "gravity", "manhattan", "both"),

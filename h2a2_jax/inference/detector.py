@@ -232,7 +232,7 @@ class Detector:
             raise InputError(f"batch_size is {batch_size}; expected is 1 or more.")
         placed, remarks = [], []
         for i, (cloud, hue) in enumerate(zip(clouds, hues, strict=True)):
-            read = cloud_of_arrays(cloud, hue)
+            read = cloud_of_arrays(cloud, hue, color_range)
             axis, length, decided = decide_frame(read, up, unit, "{}={!r}")
             scan = place_cloud(
                 str(i + 1), read, upright_matrix(axis, length), color_range, colors_hint="say color_range"

@@ -22,7 +22,9 @@ import numpy as np
 from jaxtyping import Float
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.scans.formats.columns import parse_columns
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, read_point_cloud
+from h2a2_jax.scans.formats.text import is_table
 from h2a2_jax.scans.frame import (
     NO_COLORS,
     UNITS,
@@ -71,6 +73,8 @@ class PredictRequest:
         show: True to open a window for each scan.
         step: step of the checkpoint; None: the last.
         most_points: points that are read of a larger file.
+        columns: meaning of the columns of text tables, .npy, .npz and .bin, as in "x,y,z,_,r,g,b"; None: by names or
+            values.
     """
 
     inputs: tuple[str, ...]
@@ -85,9 +89,11 @@ class PredictRequest:
     show: bool = False
     step: int | None = None
     most_points: int = MOST_POINTS
+    columns: str | None = None
 
     def __post_init__(self) -> None:
         """Raise InputError if a field has none of its known values."""
+        parse_columns(self.columns)
         for flag, value, known in (
             ("up", self.up, (*UPRIGHT, "auto")),
             ("unit", self.unit, (*UNITS, "auto")),
@@ -244,20 +250,7 @@ def _has_numbers(path: Path) -> bool:
     """Return True if a text has a line of three numbers near its beginning, or cannot be read."""
     if not path.is_file():
         return True
-    try:
-        with path.open("rb") as file:
-            lines = [file.readline(4096) for _ in range(64)]
-    except OSError:
-        return True
-    if not any(lines) or b"\0" in b"".join(lines):
-        return True  # empty or damaged: an error when it is read
-    for line in lines:
-        try:
-            if len([float(word) for word in line.replace(b",", b" ").replace(b";", b" ").split()]) >= 3:
-                return True
-        except ValueError:
-            pass
-    return False
+    return path.stat().st_size == 0 or is_table(path)  # an empty one is an error when it is read
 
 
 def _unique_names(places: Sequence[PurePath]) -> list[str]:
@@ -309,7 +302,7 @@ def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> Fi
     started = time.perf_counter()
     if file.path.exists() and not file.path.is_file() and not file.path.is_dir():
         raise InputError(f"{printable(file.path)} is no regular file: give a point cloud.")
-    cloud = read_point_cloud(file.path, request.most_points)
+    cloud = read_point_cloud(file.path, request.most_points, request.columns, request.colors)
     up, unit, remarks = decide_frame(cloud, request.up, request.unit)
     hint = f"say which with --colors ({', '.join(COLOR_RANGES)})"
     try:

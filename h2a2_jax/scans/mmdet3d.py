@@ -36,6 +36,8 @@ from jaxtyping import Float, Float32
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.restricted_pickle import load_plain_pickle
+from h2a2_jax.scans.formats.colors import GREY, scale_in_dataset
+from h2a2_jax.scans.frame import NO_COLORS
 from h2a2_jax.scans.scan import (
     ENCLOSED,
     FAR_POINTS,
@@ -121,13 +123,7 @@ class Mmdet3dFolder:
                 rows = rows[finite]
             if len(rows) == 0:
                 raise UnusableScan(f"has no usable point: {self._path(info.name)} is empty.")
-            colors = rows[:, 3:] / np.float32(self.spec.color_scale)
-            if colors.min() < 0 or colors.max() > 1:
-                raise UnusableScan(
-                    f"has colours from {rows[:, 3:].min():g} to {rows[:, 3:].max():g}, but "
-                    f"{self.spec.name} files hold 0 to {self.spec.color_scale:g}: rescale them"
-                    f"{self._other_type(info.name)}."
-                )
+            colors = self._unit_colors(info.name, rows[:, 3:], notes)
             with np.errstate(over="ignore"):  # beyond float32 is beyond reach too
                 points = rows[:, :3] @ info.transform[:3, :3].T + info.transform[:3, 3]
             near = within_reach(info.name, np.nan_to_num(points, nan=np.inf))
@@ -135,6 +131,24 @@ class Mmdet3dFolder:
                 notes[FAR_POINTS] = int((~near).sum())
                 points, colors = points[near], colors[near]
             return replace(info, points=points, colors=colors, notes=notes)
+
+    def _unit_colors(self, name: str, values: Float32[np.ndarray, "m 3"], notes: dict[str, int]) -> np.ndarray:
+        """Scale colours to 0-1 by the dataset's scale, or by their own with a note."""
+        usual = self.spec.color_scale
+        full = scale_in_dataset(values, usual)
+        if full is None:
+            raise UnusableScan(
+                f"has colours from {values.min():g} to {values.max():g}, but {self.spec.name} files hold 0 to "
+                f"{usual:g}: rescale them{self._other_type(name)}."
+            )
+        if not values.any():
+            notes[NO_COLORS] = 1
+            return np.full_like(values, GREY)
+        if full != usual:
+            notes[f"scans with colours of 0 to {full:g}, where {self.spec.name} has 0 to {usual:g}"] = 1
+        if clipped := int(((values < 0) | (values > full)).sum()):
+            notes["colour values outside their range, clipped"] = clipped
+        return np.clip(values / np.float32(full), 0, 1)
 
     def _path(self, name: str) -> Path:
         return self._points / f"{name}.bin"

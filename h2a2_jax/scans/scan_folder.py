@@ -8,7 +8,8 @@ Schema of boxes.json, version 1; what is in brackets may be left out:
       "version": 1,
       ["up": "z",]                      axis of the files that points up: x, y, z or -x, -y, -z
       ["unit": "m",]                    of the files and the boxes: m, cm, mm
-      ["colors": "auto",]               of the files: 0-1, 0-255, none (do not use them), auto (by type and range)
+      ["colors": "auto",]               of the files: 0-1, 0-255, 0-4095, ..., none (do not use them), auto (by values)
+      ["columns": "x,y,z,_,r,g,b",]     of text tables, .npy, .npz, .bin, _ not used; without it, by names or values
       "scans": [
         {
           "file": "kitchen.ply",        in this folder or one below; the scan is called "kitchen"
@@ -47,6 +48,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.scans.formats.columns import parse_columns
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
 from h2a2_jax.scans.frame import MOVED, UNITS, UPRIGHT, place_as_dataset, place_cloud, upright_matrix
 from h2a2_jax.scans.scan import (
@@ -107,6 +109,7 @@ class FolderDescription:
     unit: str
     colors: ColorRange
     scans: tuple[ScanEntry, ...]
+    columns: str | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -198,7 +201,9 @@ class ScanFolder:
         """Read the points of one scan in the frame of its file; raise `ScanError` if it is missing or damaged."""
         entry = self._entries[index]
         try:
-            return read_point_cloud(self._root / entry.file)
+            described = self._description
+            path = self._root / entry.file
+            return read_point_cloud(path, columns=described.columns, color_range=described.colors)
         except InputError as error:
             raise ScanError(entry.name, f"Scan {entry.name}: {error}") from error
 
@@ -260,18 +265,23 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _description(document: Any, root: Path) -> FolderDescription:
-    _check_keys(document, "the document", ("version", "up", "unit", "colors", "scans"), ("version", "scans"))
+    _check_keys(document, "the document", ("version", "up", "unit", "colors", "columns", "scans"), ("version", "scans"))
     if document["version"] != BOXES_VERSION:
         raise _Wrong(f"its version is {document['version']!r}, this program reads version {BOXES_VERSION}")
     up = _one_of(document, "up", "z", UPRIGHT)
     unit = _one_of(document, "unit", "m", UNITS)
     colors = cast(ColorRange, _one_of(document, "colors", "auto", COLOR_RANGES))
+    columns = document.get("columns")
+    try:
+        parse_columns(columns)
+    except InputError as error:
+        raise _Wrong(f'its "columns" are wrong: {error}') from error
     if not isinstance(document["scans"], list) or not document["scans"]:
         raise _Wrong("its scans are no list of at least one")
     scans = tuple(_scan_entry(scan, i, root) for i, scan in enumerate(document["scans"]))
     if twice := [name for name, count in Counter(scan.name for scan in scans).items() if count > 1]:
         raise _Wrong(f"scan {', '.join(twice[:3])} is there more than once; names of files without suffix must differ")
-    return FolderDescription(up, unit, colors, scans)
+    return FolderDescription(up, unit, colors, scans, columns)
 
 
 def _scan_entry(scan: Any, position: int, root: Path) -> ScanEntry:

@@ -153,6 +153,7 @@ def test_a_folder_without_permission_is_named(tmp_path):
         ("up", "w", "--up is 'w'; expected is one of z, -z, y, -y, x, -x, auto"),
         ("unit", "ft", "--unit is 'ft'; expected is one of m, cm, mm, auto"),
         ("colors", "cmyk", "--colors is 'cmyk'; expected is one of auto, 0-1, 0-255, none"),
+        ("columns", "x,y,_", "--columns is x,y,_; expected are x, y, z once each"),
         ("align", "walls", "--align is 'walls'; expected is one of none, gravity, manhattan, both"),
         ("formats", ("json", "obj"), "--formats is 'obj'; expected is one of json, csv, ply, html, png"),
         ("score", 30.0, "--score is 30; expected is a number from 0 to 1"),

@@ -237,7 +237,7 @@ def bad_files(root: Path) -> list[str]:
     (root / "gone.pcd").symlink_to("nowhere")
     (root / "round").symlink_to(root)
     os.mkfifo(root / "pipe.npy")
-    np.save(root / "colours.npy", np.concatenate([POINTS, POINTS * 1e4], axis=1))
+    np.save(root / "colours.npy", np.concatenate([POINTS, POINTS * 3], axis=1))
     np.save(root / "far.npy", np.concatenate([POINTS, POINTS + 3e4]))
     with open(os.path.join(os.fsencode(root), b"caf\xe9.ply"), "wb") as file:
         file.write(b"no ply")

@@ -224,7 +224,7 @@ NAN[3:5, 0], NAN[9, 5] = np.nan, np.inf
 @pytest.mark.parametrize(
     ("rows", "boxes", "note", "left"),
     [
-        (NAN, [CHAIR], {"points with NaN or infinite values": 3}, (57, 1)),
+        (NAN, [CHAIR], {"points with NaN or infinite values": 2}, (58, 1)),
         (STRAY, [CHAIR], {"points beyond 250 m": 1}, (299, 1)),
         (ROWS, [CHAIR, {**CHAIR, "size": [1, 0, 1]}], {"boxes with a size that is not positive": 1}, (60, 1)),
         (ROWS, [{**CHAIR, "size": [1, -1, 1]}], {"boxes with a size that is not positive": 1}, (60, 0)),
@@ -397,6 +397,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, where):
     assert not (tmp_path / "made").exists()
 
 
+BYTES = ROWS * np.float32([1, 1, 1, 255, 255, 255])
 DOUBLE = np.concatenate([ROWS[:, :3] * 4, ROWS[:, 3:]], axis=1).astype("<f8")
 POINT_FILES = {
     "cut off": (ROWS.tobytes()[:-7], "Scan a is cut off: .*a.bin has 1433 bytes"),
@@ -405,7 +406,7 @@ POINT_FILES = {
     "float64": (DOUBLE, "Scan a has (colours|.*points beyond)"),
     "huge coordinates": (ROWS * np.float32([1e5, 1, 1, 1, 1, 1]), "Scan a has .* beyond 250 m .*check its unit"),
     "beyond float32": (ROWS * np.float32([3e38, 1, 1, 1, 1, 1]), "Scan a has .* beyond 250 m"),
-    "colours of another range": (ROWS * np.float32([1, 1, 1, 255, 255, 255]), "Scan a has colours .* rescale them"),
+    "colours of another range": (ROWS * np.float32([1, 1, 1, 400, 400, 400]), "Scan a has colours .* rescale them"),
 }
 
 
@@ -429,7 +430,12 @@ def test_files_of_points_of_prepared_folders(tmp_path, kind):
         (v2(instances=[BOX, ([1e39] * 7, 1)]), ROWS, SUNRGBD, {"boxes with NaN or infinite values": 1}),
         (v2(instances=[BOX, ([1e9] * 7, 1)]), ROWS, SUNRGBD, {"boxes beyond 250 m": 1}),
         (v2(instances=[BOX, (BOX[0], 10**20), (BOX[0], -7)]), ROWS, SUNRGBD, {"boxes of no class of the dataset": 2}),
-        (v2(), ROWS, SCANNET, {ENCLOSED: 1, "scans without an alignment, taken as aligned": 1}),
+        (
+            v2(),
+            ROWS * np.float32([1, 1, 1, 255, 255, 255]),
+            SCANNET,
+            {ENCLOSED: 1, "scans without an alignment, taken as aligned": 1},
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) and len(value) == 1 else "",
 )

@@ -48,6 +48,15 @@ def test_a_folder_in_metres_with_z_up(tmp_path):
     np.testing.assert_array_equal(scan.transform, np.eye(4))
 
 
+def test_columns_of_the_files(tmp_path):
+    rows = room(np.random.default_rng(0))
+    source = ScanFolder(write(tmp_path, points=rows[:, [3, 4, 5, 0, 1, 2]], columns="r,g,b,x,y,z"), "train", SUNRGBD)
+    np.testing.assert_allclose(source[0].points, rows[:, :3], atol=1e-6)
+    np.testing.assert_allclose(source[0].colors, rows[:, 3:], atol=1e-6)
+    with pytest.raises(InputError, match=r'its "columns" are wrong: --columns has the name'):
+        ScanFolder(write(tmp_path, points=rows, columns="x,y,z,rgb"), "train", SUNRGBD)
+
+
 @pytest.mark.parametrize(("up", "unit"), list(itertools.product(UPRIGHT, ["m", "cm", "mm"])))
 def test_a_box_holds_the_same_points_after_conversion(tmp_path, up, unit):
     rng = np.random.default_rng(1)

@@ -17,7 +17,7 @@ _RECORD_HEADER = 54  # bytes of a variable length record before its data
 def read_las(path: Path, thinning: Thinning | None = None) -> tuple[np.ndarray, np.ndarray | None]:
     """Read [n, 3] coordinates, float64, and colours if the file has some, of the points that `thinning` chooses.
 
-    The [n, 3] colours are uint16 as the format has them, or uint8 where no number exceeds 255.
+    The [n, 3] colours are uint16 as the format has them; many programs write bytes into them (`colors`).
     """
     import laspy  # three quarters of a second, which only these files should take
 
@@ -62,9 +62,7 @@ def read_las(path: Path, thinning: Thinning | None = None) -> tuple[np.ndarray, 
     points = rows[:, :3] * header.scales + header.offsets
     if len(names) == 3:
         return points, None
-    colors = rows[:, 3:]
-    # Many programs write bytes into the 16 bits.
-    return points, colors.astype(np.uint8 if colors.max(initial=0) <= 255 else np.uint16)
+    return points, rows[:, 3:].astype(np.uint16)
 
 
 def _check_chunks(path: Path, file: BinaryIO, header: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats import Thinning
+from h2a2_jax.scans.formats.columns import PACKED, unpacked
 from h2a2_jax.scans.formats.ply import to_type
 
 _MOST_LZF_GROWTH = 88  # three bytes stand for at most 264
@@ -23,22 +24,18 @@ class _Header(NamedTuple):
 
 
 def read_pcd_columns(path: Path, thinning: Thinning | None = None) -> Mapping[str, np.ndarray]:
-    """Read the fields of one number per point by name; packed colours (rgb, rgba) become red, green, blue in uint8.
+    """Read the fields of one number per point by name.
 
-    `thinning` chooses the points; compressed data are unpacked as a whole.
+    Packed colours (rgb, rgba) become red, green, blue: uint8, or float32 with NaN where there is none. `thinning`
+    chooses the points; compressed data are unpacked as a whole.
     """
     with path.open("rb") as file:
         header = _read_header(path, file)
         reader = {"ascii": _text_columns, "binary": _binary_columns, "binary_compressed": _compressed_columns}
         columns = reader[header.data](path, file, header, thinning or Thinning())
-    for packed in ("rgb", "rgba"):
-        if packed in columns:
-            value = columns.pop(packed)
-            if value.dtype.itemsize != 4:
-                raise InputError(f"{path} packs {packed} into {value.dtype.itemsize} bytes; expected are 4.")
-            bits = np.ascontiguousarray(value).view("<u4")
-            for name, shift in (("red", 16), ("green", 8), ("blue", 0)):
-                columns[name] = (bits >> shift).astype(np.uint8)
+    for packed in [name for name in columns if name.lower() in PACKED]:
+        values = unpacked(path, columns.pop(packed))
+        columns |= {name: values[:, i] for i, name in enumerate(("red", "green", "blue"))}
     return columns
 
 
@@ -52,7 +49,7 @@ def _read_header(path: Path, file: BinaryIO) -> _Header:
         if words:
             entries[words[0].upper()] = words[1:]
     try:
-        fields = entries["FIELDS"]
+        fields = entries["COLUMNS" if "COLUMNS" in entries else "FIELDS"]  # the name up to version .5
         sizes = [int(size) for size in entries["SIZE"]]
         types = [kind.upper() for kind in entries["TYPE"]]
         counts = [int(count) for count in entries.get("COUNT", ["1"] * len(fields))]
@@ -139,7 +136,9 @@ def _text_columns(path: Path, file: BinaryIO, header: _Header, thinning: Thinnin
     columns, column = {}, 0
     for name, field in fields.items():
         if not field.shape:
-            columns[name] = to_type(path, name, rows[:, column], field)
+            # Coordinates keep the digits of the text, and packed colours may be integers whatever their type.
+            is_kept = field.kind == "f" and (name.lower() in "xyz" or name.lower() in PACKED)
+            columns[name] = rows[:, column] if is_kept else to_type(path, name, rows[:, column], field)
         column += math.prod(field.shape)
     return columns
 

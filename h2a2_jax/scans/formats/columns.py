@@ -1,0 +1,216 @@
+"""Columns of points by their names, those of a file or those that the user gives with --columns."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from h2a2_jax.errors import InputError
+
+Layout = tuple[str, ...]
+"""Meaning of each column: x, y, z, r, g, b, or _ for one that is not used."""
+
+COLUMNS_NOT_USED = "says itself what its columns are, so that --columns is not used"
+"""Remark on a file with names of its own."""
+
+_FLAG_NAMES = {
+    **{name: name for name in "xyzrgb_"},
+    **{"red": "r", "green": "g", "blue": "b"},
+    **dict.fromkeys(("nx", "ny", "nz", "i", "a", "intensity", "alpha", "label", "index"), "_"),
+}
+_PLACES = "coord|coords|coordinate|coordinates|pos|position|positions|point|points|vertex|vertices|loc|location"
+_FRAMES = "local|global|world|utm|map|cartesian|xyz"
+_AXES = {
+    axis: re.compile(
+        rf"(?:{_PLACES}|{_FRAMES})?(?:{axis}(?:{_PLACES}|{_FRAMES}|axis|m|cm|mm)?|{i})|{others}(?:m|cm|mm)?"
+    )
+    for i, (axis, others) in enumerate(
+        [
+            ("x", "(?:east|easting|eastings)"),
+            ("y", "(?:north|northing|northings)"),
+            ("z", "(?:height|elevation|elev|altitude|alt)"),
+        ]
+    )
+}
+_BARE_NUMBER = re.compile(r"\d+")
+_CHANNELS = re.compile(
+    r"(|diffuse|color|colour|colors|colours|col|rgb|rgba|vertexcolor|vertexcolors|pointcolor|diffusecolor)"
+    r"(r|g|b|rf|gf|bf|red|green|blue|0|1|2)(|color|colour|channel|8bit|16bit)"
+)
+_CHANNEL = {
+    **{"r": 0, "g": 1, "b": 2, "rf": 0, "gf": 1, "bf": 2},
+    **{"red": 0, "green": 1, "blue": 2, "0": 0, "1": 1, "2": 2},
+}
+PACKED = ("rgb", "rgba")
+"""Names of a column of packed colours."""
+
+
+@dataclass(frozen=True, eq=False)
+class RawCloud:
+    """Points as a file has them, of any real type, finite or not.
+
+    Attributes:
+        points: [n, 3] x, y, z.
+        colors: [n, 3] red, green, blue, or None.
+        assumed: parts of sentences on assumptions.
+        up: axis that points up if the format says so.
+        unit: unit if the format says so.
+    """
+
+    points: np.ndarray
+    colors: np.ndarray | None
+    assumed: tuple[str, ...] = ()
+    up: str | None = None
+    unit: str | None = None
+
+
+class Roles(NamedTuple):
+    """Places of named columns: by axis, in order of preference, and triples of colours by the family of their names."""
+
+    axes: tuple[list[int], list[int], list[int]]
+    colors: dict[str, list[int]]
+    packed: int | None
+
+    @property
+    def used(self) -> list[int]:
+        """Places of the columns that may be read, rising."""
+        places = {place for axis in self.axes for place in axis} | {
+            p for family in self.colors.values() for p in family
+        }
+        return sorted(places | ({self.packed} if self.packed is not None else set()))
+
+
+def parse_columns(columns: str | Sequence[str] | None) -> Layout | None:
+    """Check names of columns as --columns gives them, as in "x,y,z,_,r,g,b"; None stays None.
+
+    Raises:
+        InputError: a name is unknown, x, y, z are not all there once, or some of r, g, b are missing.
+    """
+    if columns is None:
+        return None
+    if not isinstance(columns, list | tuple | str) or not all(isinstance(name, str) for name in columns):
+        raise InputError(f"The columns are {columns!r}; expected are names with commas between, as in x,y,z,_,r,g,b.")
+    names = [name.strip().lower() for name in (columns.split(",") if isinstance(columns, str) else columns)]
+    if unknown := [name for name in names if name not in _FLAG_NAMES]:
+        raise InputError(
+            f"--columns has the name {unknown[0]!r}; expected are x, y, z, r, g, b, and _ for one that is not used."
+        )
+    layout = tuple(_FLAG_NAMES[name] for name in names)
+    counts = [layout.count(name) for name in "xyzrgb"]
+    if counts[:3] != [1, 1, 1] or counts[3:] not in ([0, 0, 0], [1, 1, 1]):
+        raise InputError(
+            f"--columns is {','.join(names)}; expected are x, y, z once each, and r, g, b once each or not at all."
+        )
+    return layout
+
+
+def by_layout(rows: np.ndarray, layout: Layout, assumed: tuple[str, ...] = ()) -> RawCloud:
+    """Take points and colours from the columns of [n, w] rows."""
+
+    def take(names: str) -> np.ndarray:
+        places = [layout.index(name) for name in names]
+        first = places[0]
+        return rows[:, first : first + 3] if places == [first, first + 1, first + 2] else rows[:, places]
+
+    return RawCloud(take("xyz"), take("rgb") if "r" in layout else None, assumed)
+
+
+def check_width(path: Path, layout: Layout, width: int) -> None:
+    """Raise InputError if --columns names another number of columns than a file has."""
+    if len(layout) != width:
+        raise InputError(
+            f"{path} has {width} columns, but --columns names {len(layout)} ({','.join(layout)}): name each, _ for one "
+            "that is not used."
+        )
+
+
+def plain(name: str) -> str:
+    """Reduce a name to its letters and digits: without quotes, marks of comments, units in brackets, case."""
+    return re.sub(r"[^a-z0-9]", "", re.sub(r"[\[(][^\])]*[\])]", "", name.lower()))
+
+
+def roles(names: Sequence[str]) -> Roles:
+    """Find points and colours among names of columns, in any order and spelling."""
+    keys = [plain(name) for name in names]
+    axes: tuple[list[int], list[int], list[int]] = ([], [], [])
+    families: dict[str, dict[int, int]] = {}
+    for place, key in enumerate(keys):
+        if _BARE_NUMBER.fullmatch(key):
+            continue
+        for axis, pattern in zip(axes, _AXES.values(), strict=True):
+            if pattern.fullmatch(key):
+                axis.append(place)
+        if found := _CHANNELS.fullmatch(key):
+            style = "0" if found[2].isdigit() else "f" if found[2] in ("rf", "gf", "bf") else str(len(found[2]) > 1)
+            families.setdefault(found[1] + style + found[3], {}).setdefault(_CHANNEL[found[2]], place)
+    for axis, letter in zip(axes, _AXES, strict=True):
+        axis.sort(key=lambda place: keys[place] != letter)  # stable: x itself goes first
+    complete = {family: [of[i] for i in range(3)] for family, of in families.items() if len(of) == 3}
+    # red, green, blue before r, g, b before diffuse_red and the like.
+    ordered = sorted(complete, key=lambda family: ("True", "False").index(family) if family in ("True", "False") else 2)
+    packed = next((place for place, key in enumerate(keys) if key in PACKED), None)
+    return Roles(axes, {family: complete[family] for family in ordered}, packed)
+
+
+def from_columns(path: Path, columns: Mapping[str, np.ndarray]) -> RawCloud:
+    """Make points and colours of named columns of one length.
+
+    Of several sets of names the first in the order of `roles` is taken, of colours the first that is not all 0, and a
+    remark says so.
+
+    Raises:
+        InputError: x, y or z is missing.
+    """
+    names, values = list(columns), list(columns.values())
+    found = roles(names)
+    if missing := [axis for axis, places in zip("xyz", found.axes, strict=True) if not places]:
+        shown = ", ".join(name or "(no name)" for name in names) or "none"
+        raise InputError(
+            f"{path} has no {', '.join(missing)} among its fields ({shown}): name them so, or say --columns of a table."
+        )
+    remarks = []
+    chosen = [places[0] for places in found.axes]
+    if any(len(places) > 1 for places in found.axes):
+        others = [names[place] for places in found.axes for place in places[1:]]
+        remarks.append(f"has its points in {', '.join(names[place] for place in chosen)}, not in {', '.join(others)}")
+    colors = None
+    if found.colors:
+        sets = list(found.colors.values())
+        best = next((places for places in sets if any(values[place].any() for place in places)), sets[0])
+        if len(sets) > 1:
+            others = [", ".join(names[place] for place in places) for places in sets if places is not best]
+            shown = ", ".join(names[place] for place in best)
+            remarks.append(f"has its colours in {shown}, not in {' or '.join(others)}")
+        colors = np.stack([values[place] for place in best], axis=1)
+    elif found.packed is not None:
+        colors = unpacked(path, values[found.packed])
+    return RawCloud(np.stack([values[place] for place in chosen], axis=1), colors, tuple(remarks))
+
+
+_NO_COLOR = 0x7FC00000  # the usual NaN in float32
+
+
+def unpacked(path: Path, packed: np.ndarray) -> np.ndarray:
+    """Unpack 0xRRGGBB to [n, 3]: uint8, or float32 if some are NaN.
+
+    Numbers of 4 bytes or more are the packed integers, or floats whose 32 bits are these, as PCL has them. Floats that
+    are whole numbers of at least 1 are the integers themselves, which programs write into fields of floats.
+    """
+    if packed.dtype.itemsize < 4:
+        raise InputError(f"{path} packs colours into {packed.dtype.itemsize} bytes; expected are 4: write it again.")
+    missing = np.zeros(len(packed), bool)
+    if packed.dtype.kind == "f":
+        single = np.ascontiguousarray(packed, np.float32)
+        missing = ~np.isfinite(packed) if packed.dtype.itemsize > 4 else single.view(np.uint32) == _NO_COLOR
+        known = packed[~missing & (packed != 0) & np.isfinite(packed)]
+        if len(known) and (known == np.rint(known)).all() and (np.abs(known) >= 1).all() and np.abs(known).max() < 1e10:
+            bits = np.where(np.isfinite(packed), packed, 0).astype(np.int64)
+        else:
+            bits = single.view(np.uint32)
+    else:
+        bits = packed
+    colors = np.stack([(bits >> shift & 255).astype(np.uint8) for shift in (16, 8, 0)], axis=1)
+    return np.where(missing[:, None], np.float32(np.nan), colors.astype(np.float32)) if missing.any() else colors
