@@ -82,7 +82,7 @@ LZF = struct.pack("<II", 11, 720) + b"\x01ab\xe0\x05\x01" + b"\x00" * 5
 FILES = {
     "ply: empty": (".ply", b"", "no PLY file"),
     "ply: another format": (".ply", b"<html></html>", "no PLY file: its first line is not 'ply'"),
-    "ply: header cut off": (".ply", ply(b"")[:60], "no end_header"),
+    "ply: header cut off": (".ply", ply(b"")[:60], "cut off in its PLY header"),
     "ply: a format of its own": (
         ".ply",
         ply(XYZ.tobytes(), form="binary_mixed"),
@@ -122,12 +122,12 @@ FILES = {
     "ply: lists before the vertices, cut off": (
         ".ply",
         ply(b"\3\0\0", "element face 1", "property list uchar int i", "element vertex 0", "property float x"),
-        "has lists before the end of its vertices and cannot be read",
+        "a list of its face elements does not end in the file",
     ),
     "ply: a property twice": (
         ".ply",
         ply(b"abcdefgh", "element vertex 1", "property float x", "property float x"),
-        "names two properties with same name",
+        r"names vertex\.x twice",
     ),
     "pcd: no header": (".pcd", b"\0" * 500, "no PCD file or is cut off"),
     "pcd: points cut off": (".pcd", pcd(XYZ.tobytes()[:-1]), "says 60 points, which take 720 bytes, but 719"),
