@@ -32,8 +32,9 @@ from jaxtyping import Float, Float32
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats import Thinning
 from h2a2_jax.scans.formats.las import read_las
+from h2a2_jax.scans.formats.mesh import read_mesh
 from h2a2_jax.scans.formats.pcd import read_pcd_columns
-from h2a2_jax.scans.formats.ply import read_ply_columns
+from h2a2_jax.scans.formats.ply_mesh import read_ply_points
 from h2a2_jax.scans.scan import NOT_FINITE
 
 ColorRange = Literal["auto", "0-1", "0-255", "none"]
@@ -201,6 +202,12 @@ def _from_rows(path: Path, rows: np.ndarray, what: str = "its array") -> _Raw:
     return _Raw(rows[:, :3], colors, () if width in (3, 6) else (f"columns after {used} of {width} are not used",))
 
 
+def _read_ply(path: Path, thinning: Thinning) -> _Raw:
+    columns, said, up = read_ply_points(path, thinning)
+    raw = _from_columns(path, columns)
+    return replace(raw, assumed=(*raw.assumed, *said), up=up)
+
+
 def _read_npy(path: Path, thinning: Thinning) -> _Raw:
     with path.open("rb") as file:
         return _from_rows(path, _array(path, file, path.stat().st_size, thinning))
@@ -349,12 +356,13 @@ def _read_text(path: Path, thinning: Thinning) -> _Raw:
 
 
 _READERS: dict[str, Callable[[Path, Thinning], _Raw]] = {
-    ".ply": lambda path, thinning: _from_columns(path, read_ply_columns(path, thinning)),
+    ".ply": _read_ply,
     ".pcd": lambda path, thinning: _from_columns(path, read_pcd_columns(path, thinning)),
     ".npz": _read_npz,
     ".npy": _read_npy,
     ".bin": _read_bin,
     **dict.fromkeys((".txt", ".xyz", ".pts", ".csv", ".asc"), _read_text),
+    **dict.fromkeys((".obj", ".glb", ".gltf", ".stl", ".off"), lambda path, thinning: _Raw(*read_mesh(path, thinning))),
     **dict.fromkeys((".las", ".laz"), lambda path, thinning: _Raw(*read_las(path, thinning))),
 }
 SUFFIXES = tuple(_READERS)

@@ -1,0 +1,75 @@
+"""Points of PLY files: their vertices, or, where these are far apart, points on their faces."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.scans.formats import Thinning
+from h2a2_jax.scans.formats.mesh import read_mesh
+from h2a2_jax.scans.formats.ply import read_ply_columns
+from h2a2_jax.scans.formats.ply_header import read_ply_header
+from h2a2_jax.scans.formats.ply_lists import read_ply_faces
+from h2a2_jax.scans.formats.surface import is_coarse, sample_surface
+
+_MOST_VERTICES = 2_000_000  # of a mesh whose faces are looked at; more are close to one another
+
+
+def read_ply_points(path: Path, thinning: Thinning) -> tuple[Mapping[str, np.ndarray], tuple[str, ...], str | None]:
+    """Read the columns of points of a PLY file: its vertices, or points on its faces if these are large.
+
+    Returns:
+        columns, sentences on what was done, and the axis that points up, if the file says it.
+    """
+    with path.open("rb") as file:
+        header = read_ply_header(path, file)
+    faces = sum(each.count for each in header.elements if each.name == "face" and each.corners is not None)
+    vertices = 0 if header.vertex is None else header.elements[header.vertex].count
+    if not faces or not vertices:
+        return read_ply_columns(path, thinning), (), header.up
+    unused = f"has {faces:,} faces, which are not used: its {vertices:,} vertices are the points"
+    if vertices > _MOST_VERTICES:
+        return read_ply_columns(path, thinning), (unused,), header.up
+    columns = read_ply_columns(path)
+    try:
+        triangles, of_faces = read_ply_faces(path)
+    except InputError as error:
+        triangles, of_faces, unused = np.zeros((0, 3), int), {}, f"{unused} ({error})".replace(f"{path} ", "it ")
+    names = {name.lower(): name for name in columns}
+    xyz = [names[axis] for axis in "xyz" if axis in names]
+    is_colored = any(name.endswith("red") or name == "r" for name in names)
+    if len(xyz) == 3 and _is_surface(triangles, vertices):
+        points = np.stack([columns[axis] for axis in xyz], axis=1).astype(np.float64)
+        triangles, kept = _sound(points, triangles)
+        if header.texture and not is_colored and len(triangles):
+            cloud = read_mesh(path, thinning)
+            colors = {} if cloud.colors is None else dict(zip(("red", "green", "blue"), cloud.colors.T, strict=True))
+            return {**dict(zip("xyz", cloud.points.T, strict=True)), **colors}, cloud.assumed, header.up
+        if is_coarse(points[triangles]):
+            samples = sample_surface(points[triangles], thinning.most)
+            found = {name: samples.blend(triangles, values) for name, values in columns.items()}
+            found |= dict(zip(xyz, samples.blend(triangles, points).T, strict=True))
+            if not is_colored:
+                found |= {name: of_faces[name][kept][samples.faces] for name in of_faces if name not in found}
+            return found, (samples.said,), header.up
+    chosen = thinning.rows(vertices)
+    return {name: v if chosen is None else v[chosen] for name, v in columns.items()}, (unused,), header.up
+
+
+def _is_surface(triangles: Int[np.ndarray, "f 3"], vertices: int) -> bool:
+    """Return True if the triangles have vertices that there are, and most of them."""
+    if not len(triangles) or triangles.min() < 0 or triangles.max() >= vertices:
+        return False
+    used = np.zeros(vertices, bool)
+    used[triangles] = True
+    return bool(2 * used.sum() >= vertices)
+
+
+def _sound(
+    points: Float[np.ndarray, "v 3"], triangles: Int[np.ndarray, "f 3"]
+) -> tuple[Int[np.ndarray, "g 3"], Int[np.ndarray, " g"]]:
+    """Leave out triangles with a coordinate that is not finite; return the others, and which these are."""
+    kept = np.flatnonzero(np.isfinite(points).all(axis=1)[triangles].all(axis=1))
+    return triangles[kept], kept
