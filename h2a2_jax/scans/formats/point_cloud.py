@@ -2,13 +2,17 @@
 
 | suffix | what is read |
 |---|---|
-| .ply | the element vertex: x, y, z and red, green, blue (or r, g, b); ascii, binary, big-endian; lists are skipped |
+| .ply | the element vertex: x, y, z and red, green, blue (or r, g, b); ascii, binary, big-endian; lists are skipped.
+Where faces are large, points on them |
 | .pcd | x, y, z and rgb, rgba (packed) or r, g, b; ascii, binary, binary_compressed |
 | .npy | rows x, y, z, r, g, b, or x, y, z, anything else; or a structured array with these names |
 | .npz | `points` (or `xyz`, `coords`) of 3 columns with `colors` (or `rgb`), or of 6 |
 | .bin | float32 rows of 6, 4 or 3 numbers; `PointCloud.assumed` says which |
 | .txt, .xyz, .pts, .csv, .asc | a point a line; blanks, commas or semicolons between; leading lines of names pass |
 | .las, .laz | versions to 1.4, point formats 0 to 10 |
+| .e57 | all scans in the file's frame, in metres, z up (the extra `e57`) |
+| .ptx | all scans in the file's frame |
+| .obj, .glb, .gltf, .stl, .off | points on the faces, or the points of a file without faces; glTF is in metres, y up |
 
 The counts of a header are compared with the size of the file before anything is allocated. A large file can be thinned
 out while it is read, so that memory does not grow with the file.
@@ -31,10 +35,12 @@ from jaxtyping import Float, Float32
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats import Thinning
+from h2a2_jax.scans.formats.e57 import read_e57
 from h2a2_jax.scans.formats.las import read_las
 from h2a2_jax.scans.formats.mesh import read_mesh
 from h2a2_jax.scans.formats.pcd import read_pcd_columns
 from h2a2_jax.scans.formats.ply_mesh import read_ply_points
+from h2a2_jax.scans.formats.ptx import read_ptx
 from h2a2_jax.scans.scan import NOT_FINITE
 
 ColorRange = Literal["auto", "0-1", "0-255", "none"]
@@ -363,6 +369,8 @@ _READERS: dict[str, Callable[[Path, Thinning], _Raw]] = {
     ".bin": _read_bin,
     **dict.fromkeys((".txt", ".xyz", ".pts", ".csv", ".asc"), _read_text),
     **dict.fromkeys((".obj", ".glb", ".gltf", ".stl", ".off"), lambda path, thinning: _Raw(*read_mesh(path, thinning))),
+    ".e57": lambda path, thinning: _Raw(*read_e57(path, thinning)),
+    ".ptx": lambda path, thinning: _Raw(*read_ptx(path, thinning)),
     **dict.fromkeys((".las", ".laz"), lambda path, thinning: _Raw(*read_las(path, thinning))),
 }
 SUFFIXES = tuple(_READERS)
