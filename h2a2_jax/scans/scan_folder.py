@@ -44,6 +44,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.scans.formats.folders import is_hidden, parts_of_meshes
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
 from h2a2_jax.scans.frame import UNITS, UPRIGHT, place_cloud, upright_matrix
 from h2a2_jax.scans.scan import Scan, ScanError, enclosing_boxes, usable_boxes
@@ -119,8 +120,9 @@ def read_folder(root: str | Path) -> FolderDescription:
 
 def point_cloud_files(root: str | Path) -> list[str]:
     """List the files of points in a folder and below, as boxes.json would name them, sorted."""
-    files = (path for path in Path(root).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    return sorted(path.relative_to(root).as_posix() for path in files)
+    files = {path for path in Path(root).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()}
+    places = (path.relative_to(root) for path in files - parts_of_meshes(files))
+    return sorted(place.as_posix() for place in places if not any(map(is_hidden, place.parts)))
 
 
 class ScanFolder:

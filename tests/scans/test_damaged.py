@@ -166,6 +166,11 @@ FILES = {
     "txt: words": (".txt", b"once upon a time\n" * 3, "no line of numbers"),
     "txt: a line cut off": (".xyz", b"1 2 3\n4 5 6\n7 8\n", "a line that is not numbers"),
     "a suffix that is not known": (".xyzw", b"1 2 3", r"the suffix '\.xyzw'; point clouds are read from \.ply"),
+    "a suffix of a drawing": (
+        ".fbx",
+        b"1 2 3",
+        r"the suffix '\.fbx': export it as \.glb, \.obj or \.ply; point clouds",
+    ),
     "a folder": (".ply", None, "cannot be read: Is a directory"),
     "points without a number": (".npy", npy(np.full((60, 6), np.nan)), "no usable point"),
     "no points": (".npy", npy(ROWS[:0]), "no usable point"),

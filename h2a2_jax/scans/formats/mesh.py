@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, UInt8
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats import Thinning
+from h2a2_jax.scans.formats.folders import without_options
 from h2a2_jax.scans.formats.surface import face_areas, sample_surface
 
 _MOST_FACES = 20_000_000  # of all copies of the parts of a scene
@@ -78,7 +79,7 @@ class _Folder:
     def get(self, name: str) -> bytes:
         """Read a file; raises FileNotFoundError with its name."""
         name = name.strip()
-        for spelt in (name, unquote(name).replace("\\", "/")):
+        for spelt in (name, without_options(unquote(name).replace("\\", "/"))):
             try:
                 path = (self._folder / spelt).resolve()
                 if path.is_relative_to(self._folder) and path.is_file():

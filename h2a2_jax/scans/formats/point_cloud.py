@@ -36,6 +36,7 @@ from jaxtyping import Float, Float32
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats import Thinning
 from h2a2_jax.scans.formats.e57 import read_e57
+from h2a2_jax.scans.formats.folders import ADVICE
 from h2a2_jax.scans.formats.las import read_las
 from h2a2_jax.scans.formats.mesh import read_mesh
 from h2a2_jax.scans.formats.pcd import read_pcd_columns
@@ -102,7 +103,9 @@ def read_point_cloud(path: str | Path, most: int | None = None) -> PointCloud:
     path, thinning = Path(path), Thinning(most)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise InputError(f"{path} has the suffix {path.suffix!r}; point clouds are read from {', '.join(SUFFIXES)}.")
+        advice = f": {ADVICE[path.suffix.lower()]}" if path.suffix.lower() in ADVICE else ""
+        known = ", ".join(SUFFIXES)
+        raise InputError(f"{path} has the suffix {path.suffix!r}{advice}; point clouds are read from {known}.")
     try:
         raw = reader(path, thinning)
     except FileNotFoundError:

@@ -139,16 +139,17 @@ f 1/1 3/3 4/4
 """
 
 
-@pytest.mark.parametrize("picture", ["a.png", "pictures/a b.png", r"pictures\a b.png"])
+@pytest.mark.parametrize("picture", ["a.png", "pictures/a b.png", r"pictures\a b.png", "-s 1 1 1 -clamp on a.png"])
 def test_the_material_and_texture_of_an_obj_file(tmp_path, picture):
     (tmp_path / "a.obj").write_text(OBJ)
     (tmp_path / "a.mtl").write_text(f"newmtl floor\nKd 0.1 0.1 0.1\nmap_Kd {picture}\n")
     (tmp_path / "pictures").mkdir()
-    PICTURE.save(tmp_path / picture.replace("\\", "/"))
+    place = tmp_path / picture.replace("\\", "/").removeprefix("-s 1 1 1 -clamp on ")
+    PICTURE.save(place)
     cloud = read_point_cloud(tmp_path / "a.obj")
     np.testing.assert_array_equal(cloud.colors, of_the_picture(cloud.points))
     assert len(cloud.assumed) == 1
-    (tmp_path / picture.replace("\\", "/")).unlink()
+    place.unlink()
     cloud = read_point_cloud(tmp_path / "a.obj")
     assert cloud.assumed[1] == f"names {picture}, which is not in its folder: its colours are missing"
     np.testing.assert_array_equal(np.unique(cloud.colors), [26])
