@@ -15,6 +15,7 @@ from h2a2_jax.scans.formats.ply_lists import read_ply_faces
 from h2a2_jax.scans.formats.surface import is_coarse, sample_surface
 
 _MOST_VERTICES = 2_000_000  # of a mesh whose faces are looked at; more are close to one another
+_USED = 0.9  # share of the vertices of a mesh that are corners of faces
 
 
 def read_ply_points(path: Path, thinning: Thinning) -> tuple[Mapping[str, np.ndarray], tuple[str, ...], str | None]:
@@ -34,42 +35,46 @@ def read_ply_points(path: Path, thinning: Thinning) -> tuple[Mapping[str, np.nda
         return read_ply_columns(path, thinning), (unused,), header.up
     columns = read_ply_columns(path)
     try:
-        triangles, of_faces = read_ply_faces(path)
+        found = _on_faces(path, columns, header.texture is not None, thinning)
     except InputError as error:
-        triangles, of_faces, unused = np.zeros((0, 3), int), {}, f"{unused} ({error})".replace(f"{path} ", "it ")
-    names = {name.lower(): name for name in columns}
-    xyz = [names[axis] for axis in "xyz" if axis in names]
-    is_colored = any(name.endswith("red") or name == "r" for name in names)
-    if len(xyz) == 3 and _is_surface(triangles, vertices):
-        points = np.stack([columns[axis] for axis in xyz], axis=1).astype(np.float64)
-        triangles, kept = _sound(points, triangles)
-        if header.texture and not is_colored and len(triangles):
-            cloud = read_mesh(path, thinning)
-            colors = {} if cloud.colors is None else dict(zip(("red", "green", "blue"), cloud.colors.T, strict=True))
-            return {**dict(zip("xyz", cloud.points.T, strict=True)), **colors}, cloud.assumed, header.up
-        if is_coarse(points[triangles]):
-            samples = sample_surface(points[triangles], thinning.most)
-            found = {name: samples.blend(triangles, values) for name, values in columns.items()}
-            found |= dict(zip(xyz, samples.blend(triangles, points).T, strict=True))
-            if not is_colored:
-                found |= {name: of_faces[name][kept][samples.faces] for name in of_faces if name not in found}
-            return found, (samples.said,), header.up
+        found, unused = None, f"{unused} ({error})".replace(f"{path} ", "it ")
+    if found is not None:
+        return *found, header.up
     chosen = thinning.rows(vertices)
     return {name: v if chosen is None else v[chosen] for name, v in columns.items()}, (unused,), header.up
 
 
+def _on_faces(
+    path: Path, columns: Mapping[str, np.ndarray], has_texture: bool, thinning: Thinning
+) -> tuple[Mapping[str, np.ndarray], tuple[str, ...]] | None:
+    """Columns of points on the faces, and sentences; None if the vertices serve as well."""
+    names = {name.lower(): name for name in columns}
+    xyz = [names[axis] for axis in "xyz" if axis in names]
+    triangles, of_faces = read_ply_faces(path)
+    if len(xyz) < 3 or not _is_surface(triangles, len(columns[xyz[0]])):
+        return None
+    points = np.stack([columns[axis] for axis in xyz], axis=1).astype(np.float64)
+    sound = np.flatnonzero(np.isfinite(points).all(axis=1)[triangles].all(axis=1))
+    triangles = triangles[sound]
+    is_colored = any(name.endswith("red") or name == "r" for name in names)
+    if has_texture and not is_colored and len(triangles):
+        cloud = read_mesh(path, thinning)
+        colors = {} if cloud.colors is None else dict(zip(("red", "green", "blue"), cloud.colors.T, strict=True))
+        return {**dict(zip("xyz", cloud.points.T, strict=True)), **colors}, cloud.assumed
+    if not is_coarse(points[triangles]):
+        return None
+    samples = sample_surface(points[triangles], thinning.most)
+    found = {name: samples.blend(triangles, values) for name, values in columns.items()}
+    found |= dict(zip(xyz, samples.blend(triangles, points).T, strict=True))
+    if not is_colored:
+        found |= {name: values[sound][samples.faces] for name, values in of_faces.items() if name not in found}
+    return found, (samples.said,)
+
+
 def _is_surface(triangles: Int[np.ndarray, "f 3"], vertices: int) -> bool:
-    """Return True if the triangles have vertices that there are, and most of them."""
+    """Return True if the triangles have vertices that there are, and nearly all of them."""
     if not len(triangles) or triangles.min() < 0 or triangles.max() >= vertices:
         return False
     used = np.zeros(vertices, bool)
     used[triangles] = True
-    return bool(2 * used.sum() >= vertices)
-
-
-def _sound(
-    points: Float[np.ndarray, "v 3"], triangles: Int[np.ndarray, "f 3"]
-) -> tuple[Int[np.ndarray, "g 3"], Int[np.ndarray, " g"]]:
-    """Leave out triangles with a coordinate that is not finite; return the others, and which these are."""
-    kept = np.flatnonzero(np.isfinite(points).all(axis=1)[triangles].all(axis=1))
-    return triangles[kept], kept
+    return bool(used.mean() >= _USED)
