@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats import Thinning
