@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from scipy.spatial.transform import Rotation
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats import Thinning
@@ -111,6 +110,8 @@ def _color_limits(node: Any, prototype: Any) -> tuple[float, float]:
 
 
 def _pose(node: Any) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, " 3"]]:
+    from scipy.spatial.transform import Rotation
+
     rotation, shift = np.eye(3), np.zeros(3)
     if node.isDefined("pose"):
         pose = node["pose"]

@@ -114,6 +114,8 @@ class _Part:
         self.vertices = np.asarray(geometry.vertices, np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
         self.triangles: Int[np.ndarray, "f 3"] = np.asarray(getattr(geometry, "faces", np.zeros((0, 3))), np.int64)
         self.geometry, self._said = geometry, said
+        if len(self.triangles) and not 0 <= self.triangles.min() <= self.triangles.max() < len(self.vertices):
+            raise ValueError("a face names a vertex that there is not")
 
     def colors(
         self, faces: Int[np.ndarray, " n"], weights: Float[np.ndarray, "n 3"]
@@ -166,14 +168,16 @@ def _base_color(material: Any, image: np.ndarray | None) -> np.ndarray | None:
 
 
 def _on_surface(parts: list[_Part], thinning: Thinning, unit: str | None) -> MeshPoints:
-    corners = np.concatenate([part.vertices[part.triangles] for part in parts])
-    sound = np.flatnonzero(np.isfinite(corners).all(axis=(1, 2)))
-    if not face_areas(corners[sound]).sum():
+    vertices = np.concatenate([part.vertices for part in parts])
+    first_vertices = np.cumsum([0, *(len(part.vertices) for part in parts)])
+    triangles = np.concatenate([part.triangles + first for part, first in zip(parts, first_vertices, strict=False)])
+    sound = np.flatnonzero(np.isfinite(vertices).all(axis=1)[triangles].all(axis=1))
+    if not face_areas(vertices, triangles[sound]).sum():
         return _vertices(parts, thinning)
-    samples = sample_surface(corners[sound], thinning.most, unit)
+    samples = sample_surface(vertices, triangles[sound], thinning.most, unit)
     faces, said = sound[samples.faces], [samples.said]
-    if len(sound) < len(corners):
-        said.append(f"has {len(corners) - len(sound):,} faces with NaN or infinite corners, which are left out")
+    if len(sound) < len(triangles):
+        said.append(f"has {len(triangles) - len(sound):,} faces with NaN or infinite corners, which are left out")
     starts = np.cumsum([0, *(len(part.triangles) for part in parts)])
     bounds = np.searchsorted(faces, starts)
     found = [
@@ -183,7 +187,7 @@ def _on_surface(parts: list[_Part], thinning: Thinning, unit: str | None) -> Mes
     without = sum(each is None for each in found)
     if 0 < without < len(found):
         said.append(f"has {without} of {len(found)} parts without colours, taken as grey")
-    points = np.einsum("nk,nkc->nc", samples.weights, corners[faces])
+    points = samples.blend(triangles[sound], vertices)
     if without == len(found):
         return MeshPoints(points, None, tuple(said))
     filled = [

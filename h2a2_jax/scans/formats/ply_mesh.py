@@ -61,9 +61,9 @@ def _on_faces(
         cloud = read_mesh(path, thinning)
         colors = {} if cloud.colors is None else dict(zip(("red", "green", "blue"), cloud.colors.T, strict=True))
         return {**dict(zip("xyz", cloud.points.T, strict=True)), **colors}, cloud.assumed
-    if not is_coarse(points[triangles]):
+    if not is_coarse(points, triangles):
         return None
-    samples = sample_surface(points[triangles], thinning.most)
+    samples = sample_surface(points, triangles, thinning.most)
     found = {name: samples.blend(triangles, values) for name, values in columns.items()}
     found |= dict(zip(xyz, samples.blend(triangles, points).T, strict=True))
     if not is_colored:

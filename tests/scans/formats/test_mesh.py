@@ -48,8 +48,8 @@ def test_the_surface_is_covered_evenly(tmp_path, suffix):
 
 
 def test_large_and_small_faces_have_points_by_their_area():
-    corners = np.array([[[0, 0, 0], [3, 0, 0], [0, 2, 0]], [[0, 0, 1], [1, 0, 1], [0, 2, 1]]], np.float64)
-    samples = sample_surface(corners, 4000)
+    vertices = np.array([[0, 0, 0], [3, 0, 0], [0, 2, 0], [0, 0, 1], [1, 0, 1], [0, 2, 1], [np.nan] * 3], np.float64)
+    samples = sample_surface(vertices, np.arange(6).reshape(2, 3), 4000)
     assert np.bincount(samples.faces).tolist() == [3000, 1000]
     np.testing.assert_allclose(samples.weights.sum(axis=1), 1)
     assert (samples.weights >= 0).all()
