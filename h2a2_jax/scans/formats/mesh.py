@@ -50,7 +50,7 @@ def read_mesh(path: Path, thinning: Thinning) -> MeshPoints:
         said += more
     if kind == "stl":
         _check_stl(path, content)
-    folder = _Folder(path.parent, said)
+    folder: Any = _Folder(path.parent, said)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -200,10 +200,10 @@ def _on_surface(parts: list[_Part], thinning: Thinning, unit: str | None) -> Mes
 def _vertices(parts: list[_Part], thinning: Thinning) -> MeshPoints:
     """Points of a file without faces."""
     points = np.concatenate([np.zeros((0, 3)), *(part.vertices for part in parts)])
-    colors = [getattr(part.geometry, "colors", None) for part in parts]
+    colors = [np.asarray(getattr(part.geometry, "colors", ())) for part in parts]
     chosen = thinning.rows(len(points))
     rows = slice(None) if chosen is None else chosen
-    if not len(points) or any(each is None or len(each) == 0 for each in colors):
+    if not len(points) or any(len(each) != len(part.vertices) for each, part in zip(colors, parts, strict=True)):
         return MeshPoints(points[rows], None, ())
     return MeshPoints(points[rows], np.concatenate(colors)[rows, :3].astype(np.uint8), ())
 

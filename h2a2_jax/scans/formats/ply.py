@@ -37,12 +37,12 @@ def read_ply_columns(
             return _read_text(path, file, vertex, thinning)
         if vertex.has_lists:
             return _read_with_lists(path, file, vertex, thinning)
-        table = thinning.read(file, vertex.dtype, vertex.count if vertex.dtype.itemsize else 0)
+        table = thinning.read(file, vertex.dtype, vertex.rows if vertex.dtype.itemsize else 0)
         return {name: table[name] for name in vertex.dtype.names or ()}
 
 
 def _read_text(path: Path, file: BinaryIO, vertex: Element, thinning: Thinning) -> Mapping[str, np.ndarray]:
-    names, count = vertex.dtype.names or (), vertex.count
+    names, count = vertex.dtype.names or (), vertex.rows
     if not count or not names:
         return {name: np.zeros(0) for name in names}
     lines: Iterator[bytes] = thinning.lines(filled(file), count)
@@ -63,7 +63,7 @@ def _read_text(path: Path, file: BinaryIO, vertex: Element, thinning: Thinning) 
 
 def _read_with_lists(path: Path, file: BinaryIO, vertex: Element, thinning: Thinning) -> Mapping[str, np.ndarray]:
     rows = BinaryRows(path, file, vertex)
-    table = thinning.collect(lambda size: rows.read(size)[0], vertex.count)
+    table = thinning.collect(lambda size: rows.read(size)[0], vertex.rows)
     return {name: table[name] for name in vertex.dtype.names or ()}
 
 

@@ -2,20 +2,22 @@
 
 import re
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
 from h2a2_jax.errors import InputError
 
 _LONGEST_HEADER = 1 << 20
-_ORDERS = {"ascii": "<", "binary_little_endian": "<", "binary_big_endian": ">"}
+Order = Literal["<", ">"]
+_ORDERS: dict[str, Order] = {"ascii": "<", "binary_little_endian": "<", "binary_big_endian": ">"}
 _KINDS = {
     **{"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"},
     **{f"{sign}int{8 * size}": f"{kind}{size}" for sign, kind in (("", "i"), ("u", "u")) for size in (1, 2, 4, 8)},
     **{"float": "f4", "double": "f8", "float32": "f4", "float64": "f8"},
 }
 _INDICES = ("vertex_indices", "vertex_index")
+_OTHER_NAMES = ("vertices", "point", "points")
 _UPRIGHT = re.compile(r"vertical axis\s*:\s*(-?[xyz])$", re.IGNORECASE)
 
 
@@ -31,7 +33,7 @@ class Element(NamedTuple):
     """A table of a PLY file."""
 
     name: str
-    count: int
+    rows: int
     properties: tuple[Property, ...]
 
     @property
@@ -60,12 +62,10 @@ class Header(NamedTuple):
 
     @property
     def vertex(self) -> int | None:
-        """Place of the vertices: the element of that name, or else the only one with x, y, z."""
+        """Place of the vertices: the element of that name, or else the only one of a name that stands for it."""
         names = [element.name.lower() for element in self.elements]
-        with_xyz = [
-            i for i, each in enumerate(self.elements) if {"x", "y", "z"} <= {p.name.lower() for p in each.properties}
-        ]
-        return names.index("vertex") if "vertex" in names else with_xyz[0] if len(with_xyz) == 1 else None
+        others = [place for place, name in enumerate(names) if name in _OTHER_NAMES]
+        return names.index("vertex") if "vertex" in names else others[0] if len(others) == 1 else None
 
     @property
     def up(self) -> str | None:
@@ -102,8 +102,8 @@ def read_ply_header(path: Path, file: BinaryIO) -> Header:
                 break
             case ["comment" | "obj_info", *rest]:
                 comments.append(" ".join(rest))
-            case ["format", ("ascii" | "binary_little_endian" | "binary_big_endian") as form, "1.0"]:
-                pass
+            case ["format", found, "1.0"] if found in _ORDERS:
+                form = found
             case ["element", name, count] if re.fullmatch(r"[+-]?\d{1,18}", count):
                 elements.append((name, int(count), []))
             case ["property", "list", length, kind, _, *_] if elements and _is_list(length, kind):
@@ -121,15 +121,15 @@ def read_ply_header(path: Path, file: BinaryIO) -> Header:
         names = [item.name for item in properties]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise InputError(f"{path} has a PLY header that names {element}.{twice} twice: export it again.")
-    order = _ORDERS[form]
-    return Header(form == "ascii", tuple(_element(*each, order) for each in elements), tuple(comments))
+    parsed = tuple(_element(*each, _ORDERS[form]) for each in elements)
+    return Header(form == "ascii", parsed, tuple(comments))
 
 
 def _is_list(length: str, kind: str) -> bool:
     return length in _KINDS and kind in _KINDS and _KINDS[length][0] in "iu"
 
 
-def _element(name: str, count: int, properties: list[Property], order: str) -> Element:
+def _element(name: str, count: int, properties: list[Property], order: Order) -> Element:
     return Element(
         name,
         count,
@@ -142,17 +142,17 @@ def _element(name: str, count: int, properties: list[Property], order: str) -> E
 
 def check_size(path: Path, element: Element, left: int, is_text: bool, entries: int) -> int:
     """Refuse more rows than the `left` bytes hold; return the least bytes of the element, its lists of `entries`."""
-    if element.count < 0:
-        raise InputError(f"{path} says it has {element.count} {element.name} elements; write it again.")
+    if element.rows < 0:
+        raise InputError(f"{path} says it has {element.rows} {element.name} elements; write it again.")
     width = 0
     for item in element.properties:
         kinds = [item.kind] if item.length is None else [item.length, *[item.kind] * entries]
         # Of text, every number takes a digit and a separator, but for the last one of the file.
         width += 2 * len(kinds) if is_text else sum(kind.itemsize for kind in kinds)
-    least = width * element.count - is_text
+    least = width * element.rows - is_text
     if least > left:
         raise InputError(
-            f"{path} is cut off: its header says {element.count} {element.name} elements of {width} bytes"
+            f"{path} is cut off: its header says {element.rows} {element.name} elements of {width} bytes"
             f"{' at least' if is_text or element.has_lists else ''}, but {max(left, 0)} bytes follow; copy it again."
         )
     return max(least, 0)

@@ -43,8 +43,8 @@ def _triangles(
     rows: "TextRows | BinaryRows", face: Element, corners: int
 ) -> tuple[Int[np.ndarray, "f 3"], Mapping[str, np.ndarray]]:
     triangles, columns, faces, done = [np.zeros((0, 3), np.int64)], [np.zeros(0, face.dtype)], [np.zeros(0, int)], 0
-    while done < face.count:
-        size = min(_BLOCK, face.count - done)
+    while done < face.rows:
+        size = min(_BLOCK, face.rows - done)
         table, lists = rows.read(size, corners)
         for numbers, polygons in lists:
             for k in range(1, polygons.shape[1] - 1):
@@ -59,14 +59,14 @@ def _triangles(
 def skip(path: Path, file: BinaryIO, element: Element, is_text: bool) -> None:
     """Move on behind an element that begins at the file's position."""
     if is_text:
-        next(itertools.islice(filled(file), element.count, element.count), None)  # skips as many lines
+        next(itertools.islice(filled(file), element.rows, element.rows), None)  # skips as many lines
     elif element.has_lists:
         rows = BinaryRows(path, file, element)
-        for first in range(0, element.count, _BLOCK):
-            rows.places(min(_BLOCK, element.count - first))
+        for first in range(0, element.rows, _BLOCK):
+            rows.places(min(_BLOCK, element.rows - first))
         file.seek(rows.place)
     else:
-        file.seek(element.count * element.dtype.itemsize, io.SEEK_CUR)
+        file.seek(element.rows * element.dtype.itemsize, io.SEEK_CUR)
 
 
 def filled(file: BinaryIO) -> Iterator[bytes]:

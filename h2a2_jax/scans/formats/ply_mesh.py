@@ -26,8 +26,8 @@ def read_ply_points(path: Path, thinning: Thinning) -> tuple[Mapping[str, np.nda
     """
     with path.open("rb") as file:
         header = read_ply_header(path, file)
-    faces = sum(each.count for each in header.elements if each.name == "face" and each.corners is not None)
-    vertices = 0 if header.vertex is None else header.elements[header.vertex].count
+    faces = sum(each.rows for each in header.elements if each.name == "face" and each.corners is not None)
+    vertices = 0 if header.vertex is None else header.elements[header.vertex].rows
     if not faces or not vertices:
         return read_ply_columns(path, thinning), (), header.up
     unused = f"has {faces:,} faces, which are not used: its {vertices:,} vertices are the points"
@@ -54,7 +54,8 @@ def _on_faces(
     if len(xyz) < 3 or not _is_surface(triangles, len(columns[xyz[0]])):
         return None
     points = np.stack([columns[axis] for axis in xyz], axis=1).astype(np.float64)
-    sound = np.flatnonzero(np.isfinite(points).all(axis=1)[triangles].all(axis=1))
+    is_finite = np.asarray(np.isfinite(points).all(axis=1))
+    sound = np.flatnonzero(is_finite[triangles].all(axis=1))
     triangles = triangles[sound]
     is_colored = any(name.endswith("red") or name == "r" for name in names)
     if has_texture and not is_colored and len(triangles):
