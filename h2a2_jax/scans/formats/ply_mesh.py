@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats import Thinning
-from h2a2_jax.scans.formats.mesh import read_mesh
+from h2a2_jax.scans.formats.mesh import MeshPoints, read_mesh
 from h2a2_jax.scans.formats.ply import read_ply_columns
 from h2a2_jax.scans.formats.ply_header import read_ply_header
 from h2a2_jax.scans.formats.ply_lists import read_ply_faces
@@ -35,41 +35,46 @@ def read_ply_points(path: Path, thinning: Thinning) -> tuple[Mapping[str, np.nda
         return read_ply_columns(path, thinning), (unused,), header.up
     columns = read_ply_columns(path)
     try:
-        found = _on_faces(path, columns, header.texture is not None, thinning)
+        found, said = _on_faces(path, columns, header.texture, thinning)
     except InputError as error:
-        found, unused = None, f"{unused} ({error})".replace(f"{path} ", "it ")
+        found, said = None, (f"has faces that cannot be read: {error}".replace(f"{path} ", "it ").removesuffix("."),)
     if found is not None:
-        return *found, header.up
+        return found, said, header.up
     chosen = thinning.rows(vertices)
-    return {name: v if chosen is None else v[chosen] for name, v in columns.items()}, (unused,), header.up
+    return {name: v if chosen is None else v[chosen] for name, v in columns.items()}, (unused, *said), header.up
 
 
 def _on_faces(
-    path: Path, columns: Mapping[str, np.ndarray], has_texture: bool, thinning: Thinning
-) -> tuple[Mapping[str, np.ndarray], tuple[str, ...]] | None:
-    """Columns of points on the faces, and sentences; None if the vertices serve as well."""
+    path: Path, columns: Mapping[str, np.ndarray], texture: str | None, thinning: Thinning
+) -> tuple[Mapping[str, np.ndarray] | None, tuple[str, ...]]:
+    """Columns of points on the faces, None if the vertices serve as well, and sentences."""
     names = {name.lower(): name for name in columns}
     xyz = [names[axis] for axis in "xyz" if axis in names]
     triangles, of_faces = read_ply_faces(path)
     if len(xyz) < 3 or not _is_surface(triangles, len(columns[xyz[0]])):
-        return None
+        return None, ()
     points = np.stack([columns[axis] for axis in xyz], axis=1).astype(np.float64)
     is_finite = np.asarray(np.isfinite(points).all(axis=1))
     sound = np.flatnonzero(is_finite[triangles].all(axis=1))
-    triangles = triangles[sound]
+    triangles, said = triangles[sound], ()
     is_colored = any(name.endswith("red") or name == "r" for name in names)
-    if has_texture and not is_colored and len(triangles):
-        cloud = read_mesh(path, thinning)
-        colors = {} if cloud.colors is None else dict(zip(("red", "green", "blue"), cloud.colors.T, strict=True))
-        return {**dict(zip("xyz", cloud.points.T, strict=True)), **colors}, cloud.assumed
+    if texture and not is_colored:
+        try:
+            cloud = read_mesh(path, thinning)
+        except Exception as error:  # trimesh raises anything, and the vertices are readable without it
+            cloud = MeshPoints(points, None, (f"has a texture {texture} that cannot be read ({error})",))
+        if cloud.colors is not None:
+            named = zip(("x", "y", "z", "red", "green", "blue"), (*cloud.points.T, *cloud.colors.T), strict=True)
+            return dict(named), cloud.assumed
+        said = cloud.assumed[-1:]
     if not is_coarse(points, triangles):
-        return None
+        return None, said
     samples = sample_surface(points, triangles, thinning.most)
     found = {name: samples.blend(triangles, values) for name, values in columns.items()}
     found |= dict(zip(xyz, samples.blend(triangles, points).T, strict=True))
     if not is_colored:
         found |= {name: values[sound][samples.faces] for name, values in of_faces.items() if name not in found}
-    return found, (samples.said,)
+    return found, (samples.said, *said)
 
 
 def _is_surface(triangles: Int[np.ndarray, "f 3"], vertices: int) -> bool:

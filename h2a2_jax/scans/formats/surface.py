@@ -55,8 +55,9 @@ def sample_surface(
     b, c = (np.arange(1, count + 1)[:, None] * (0.7548776662466927, 0.5698402909980532) % 1).T
     outside = b + c > 1
     b, c = np.where(outside, 1 - b, b), np.where(outside, 1 - c, c)
+    area = total * metres**2
     said = (
-        f"is a mesh of {len(areas):,} faces and {total * metres**2:,.3g} m²"
+        f"is a mesh of {len(areas):,} faces and {f'{area:,.0f}' if area >= 100 else f'{area:.3g}'} m²"
         f"{'' if unit else f' (its unit taken as {guess})'}, whose surface is sampled at a spacing of about "
         f"{100 * metres * math.sqrt(total / count):.2g} cm: {count:,} points"
     )
