@@ -197,19 +197,41 @@ class TextRows:
 
     def read(self, size: int, which: int) -> tuple[np.ndarray, Lists]:
         """Read the next rows: their numbers as a table, and their lists of one property."""
-        numbers, lists = [], defaultdict[int, tuple[list[int], list[list[bytes]]]](lambda: ([], []))
-        name = self._element.name
+        lines = list(itertools.islice(self._lines, size))
+        if len(lines) < size:
+            raise InputError(f"{self._path} is cut off in its {self._element.name} elements; copy it again.")
         try:
-            for row, line in enumerate(itertools.islice(self._lines, size)):
-                plain, found = without_lists(line.split(), self._element)
-                numbers.append(tuple(map(float, plain)))
-                rows, entries = lists[len(found[which])]
-                rows.append(row)
-                entries.append(found[which])
-            if len(numbers) < size:
-                raise InputError(f"{self._path} is cut off in its {name} elements; copy it again.")
-            kind = [item.kind for item in self._element.properties if item.length is not None][which]
-            found_lists = [(np.array(rows), np.array(entries).astype(kind)) for rows, entries in lists.values()]
-            return np.array(numbers, self._element.dtype), found_lists
+            return self._alike(lines, which) or self._one_by_one(lines, which)
         except (ValueError, IndexError, OverflowError) as error:
-            raise InputError(f"{self._path} has a {name} that is not understood ({error}).") from error
+            raise InputError(f"{self._path} has a {self._element.name} that is not understood ({error}).") from error
+
+    def _alike(self, lines: list[bytes], which: int) -> tuple[np.ndarray, Lists] | None:
+        """Read lines whose lists are as long as those of the first; None if they are not."""
+        try:
+            rows = np.loadtxt(lines, np.float64, comments=None, ndmin=2, encoding="latin1")
+        except ValueError:  # of lines that differ in length
+            return None
+        table, lists, at = np.empty(len(rows), self._element.dtype), [], 0
+        for item in self._element.properties:
+            if item.length is None:
+                table[item.name] = rows[:, at]
+                at += 1
+            else:
+                length = int(rows[0, at])
+                if length < 0 or (rows[:, at] != length).any():
+                    return None
+                lists.append(rows[:, at + 1 : at + 1 + length].astype(item.kind))
+                at += 1 + length
+        return (table, [(np.arange(len(rows)), lists[which])]) if at <= rows.shape[1] else None
+
+    def _one_by_one(self, lines: list[bytes], which: int) -> tuple[np.ndarray, Lists]:
+        numbers, lists = [], defaultdict[int, tuple[list[int], list[list[bytes]]]](lambda: ([], []))
+        for row, line in enumerate(lines):
+            plain, found = without_lists(line.split(), self._element)
+            numbers.append(tuple(map(float, plain)))
+            rows, entries = lists[len(found[which])]
+            rows.append(row)
+            entries.append(found[which])
+        kind = [item.kind for item in self._element.properties if item.length is not None][which]
+        arrays = [(np.array(rows), np.array(entries).astype(kind)) for rows, entries in lists.values()]
+        return np.array(numbers, self._element.dtype), arrays

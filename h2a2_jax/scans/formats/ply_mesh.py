@@ -56,7 +56,8 @@ def _on_faces(
     points = np.stack([columns[axis] for axis in xyz], axis=1).astype(np.float64)
     is_finite = np.asarray(np.isfinite(points).all(axis=1))
     sound = np.flatnonzero(is_finite[triangles].all(axis=1))
-    triangles, said = triangles[sound], ()
+    triangles = triangles[sound]
+    said: tuple[str, ...] = ()
     is_colored = any(name.endswith("red") or name == "r" for name in names)
     if texture and not is_colored:
         try:

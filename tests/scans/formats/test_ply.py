@@ -103,11 +103,12 @@ def test_lists_before_and_between_the_numbers_of_a_vertex(tmp_path, form):
     check(tmp_path / "a.ply")
 
 
-def test_rows_are_found_the_same_way_at_once_and_one_by_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_are_found_the_same_way_at_once_and_one_by_one(tmp_path, monkeypatch, form):
     lengths = [3] * 200 + [4] * 3 + [3] * 5 + [0, 1, 2] * 30 + [4] * 100 + [3]
     faces = [[*entries("I", "B", range(n)), ("B", n)] for n in lengths]
     content = ply(
-        "binary_little_endian",
+        form,
         ("face", ["property list uchar uint vertex_index", "property uchar red"], faces),
         ("vertex", XYZ + RGB, vertices()),
     )
@@ -118,7 +119,7 @@ def test_rows_are_found_the_same_way_at_once_and_one_by_one(tmp_path, monkeypatc
     assert sorted(columns["red"].tolist()) == sorted(n for n in lengths for _ in range(n - 2))
     monkeypatch.setattr(ply_lists, "_ALIKE", 10**9)
     np.testing.assert_array_equal(read_ply_faces(tmp_path / "a.ply")[0], triangles)
-    monkeypatch.setattr(ply_lists, "_BLOCK", 7)
+    monkeypatch.setattr(ply_lists, "_BLOCK", 50)  # some blocks of triangles alone
     assert sorted(read_ply_faces(tmp_path / "a.ply")[0].tolist()) == sorted(expected)
     check(tmp_path / "a.ply")
 
