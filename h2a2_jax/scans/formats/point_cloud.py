@@ -2,8 +2,8 @@
 
 | suffix | what is read |
 |---|---|
-| .ply | the element vertex: x, y, z and red, green, blue (or r, g, b); ascii, binary, big-endian; lists are skipped.
-Where faces are large, points on them |
+| .ply | the element vertex: x, y, z and red, green, blue (or r, g, b); ascii, binary, big-endian; lists are skipped |
+| .ply with large faces | points on the faces: where vertices are far apart |
 | .pcd | x, y, z and rgb, rgba (packed) or r, g, b; ascii, binary, binary_compressed |
 | .npy | rows x, y, z, r, g, b, or x, y, z, anything else; or a structured array with these names |
 | .npz | `points` (or `xyz`, `coords`) of 3 columns with `colors` (or `rgb`), or of 6 |
@@ -95,7 +95,8 @@ def read_point_cloud(path: str | Path, most: int | None = None) -> PointCloud:
     Args:
         path: a file with one of the suffixes in `SUFFIXES`.
         most: largest number of points; a larger file is thinned to one point at random out of each of `most` equal
-            parts, and the others are counted (`THINNED`). It bounds the memory, but not for compressed PCD.
+            parts, and the others are counted (`THINNED`). It bounds the memory, but not for compressed PCD. The surface
+            of a mesh has at most that many points, or `surface.MOST`.
 
     Raises:
         InputError: the file is missing or damaged, or its suffix is unknown. A file without points raises nothing.
