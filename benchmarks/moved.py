@@ -80,11 +80,11 @@ def evaluate(
     found, truth = [], []
     for scan in scans:
         if name in RAW:
-            rise = np.float32([0, 0, RAW[name]])
+            rise = np.array([0, 0, RAW[name]], np.float32)
             same = prepare(replace(scan, name="scan", points=scan.points + rise), spec)
-            (boxes,) = detector.predictor.predict([same], spec.name)
-            boxes.boxes[:, :3] -= rise
-            found.append(boxes)
+            (raw,) = detector.predictor.predict([same], spec.name)
+            raw.boxes[:, :3] -= rise
+            found.append(raw)
         else:
             move = MOVES[name]
             colors = (scan.colors * 65535).astype(np.uint16) if move.wide_colors else scan.colors

@@ -20,9 +20,10 @@ from h2a2_jax.scans import orientation
 from h2a2_jax.scans.formats.point_cloud import read_point_cloud
 from h2a2_jax.scans.frame import UPRIGHT
 from h2a2_jax.scans.specs import SPECS
+from h2a2_jax.scans.synthetic.rooms import Scale
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 
-SCALES = ("demo", "full")
+SCALES: tuple[Scale, ...] = ("demo", "full")
 _MOST = 120_000
 _RIDGE = 2.0
 

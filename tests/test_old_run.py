@@ -70,8 +70,10 @@ def test_files_of_points_are_predicted_into_its_folder(
 ) -> None:
     scan = SyntheticSource(dataset_spec("scannet"), "val", 1, scale="demo")[0]
     np.savetxt(tmp_path / "room.txt", np.hstack([scan.points, np.rint(255 * scan.colors)]), fmt="%.4f")
+    (tmp_path / "view.jpg").touch()
     assert main(["predict", str(tmp_path), f"--workdir={old_run}", "--dataset=scannet", "--score=0.01"]) == 0
-    assert "procedural scans only" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "procedural scans only" in said and "Not read, as no point clouds: 1 file .jpg (view.jpg)." in said
     written = {path.name for path in (old_run / "boxes").iterdir()}
     assert {"room.html", "room.json", "room_points.ply", "room_boxes.ply", "boxes.csv", "predictions.json"} <= written
     assert len((old_run / "boxes" / "boxes.csv").read_text().splitlines()) > 100

@@ -248,7 +248,7 @@ class Detector:
             # The name seeds the drawing of points: one name, so that a cloud gives the same boxes anywhere in a list.
             drawn = [prepare(replace(cloud.scan, name="scan"), spec) for cloud in batch]
             detections = self.predictor.predict([*drawn, *filler], spec.name)
-            found += [_boxes(d, *each, spec, score) for d, *each in zip(detections, batch, said, strict=False)]
+            found += [_boxes(*each, spec, score) for each in zip(detections, batch, said, strict=False)]
         return found[0] if single else found
 
 

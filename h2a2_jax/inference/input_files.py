@@ -23,6 +23,7 @@ from jaxtyping import Float
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats.columns import parse_columns
+from h2a2_jax.scans.formats.folders import describe_unread, parts_of_meshes
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, read_point_cloud
 from h2a2_jax.scans.formats.text import is_table
 from h2a2_jax.scans.frame import (
@@ -36,7 +37,7 @@ from h2a2_jax.scans.frame import (
     upright_matrix,
 )
 from h2a2_jax.scans.orientation import decide_frame
-from h2a2_jax.scans.scan import NOT_FINITE, Scan, ScanError
+from h2a2_jax.scans.scan import NOT_FINITE, Scan, ScanError, is_hidden
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.scans.surfaces import estimate_gravity, estimate_walls, surface_normals
 
@@ -129,12 +130,14 @@ class FoundInputs:
         problems: by path, why a folder could not be searched.
         passed_over: text files without a line of numbers, such as a README.
         results: PLY files of an earlier prediction, which are passed over unless they are named one by one.
+        unread: files of other kinds, but for parts of meshes, such as textures, and names that begin with a dot.
     """
 
     files: tuple[InputFile, ...]
     problems: dict[str, str]
     passed_over: tuple[Path, ...] = ()
     results: tuple[Path, ...] = ()
+    unread: tuple[Path, ...] = ()
 
 
 def printable(text: object) -> str:
@@ -147,7 +150,7 @@ def find_inputs(inputs: Sequence[str], output: Path | None = None) -> FoundInput
     """Find the files of points of some inputs.
 
     Folders are searched to the bottom, through links but each once; names that begin with a dot are passed over, and
-    so is `output`, the folder of the results.
+    so are __MACOSX and `output`, the folder of the results.
 
     Raises:
         InputError: an input is neither file nor folder, or matches nothing; or there is no file of points.
@@ -156,32 +159,41 @@ def find_inputs(inputs: Sequence[str], output: Path | None = None) -> FoundInput
         raise InputError("No input is given: give files, folders or patterns with --input=FILE|FOLDER|GLOB.")
     aside = None if output is None else os.path.realpath(output)
     found: dict[str, tuple[Path, PurePath]] = {}
-    problems, passed_over, results = dict[str, str](), list[Path](), list[Path]()
+    problems, passed_over, results, unread = dict[str, str](), list[Path](), list[Path](), dict[str, Path]()
     for text in inputs:
-        named_alone = os.path.lexists(text)
+        named_alone = os.path.lexists(text) and not Path(text).is_dir()
+        candidates, searched = list[tuple[Path, PurePath]](), set[Path]()
         for path, name in _expand(text, len(inputs)):
             if not path.is_dir():
-                candidates = iter([(path, name)])
+                candidates.append((path, name))
             elif aside is not None and os.path.realpath(path) == aside:
                 folder = printable(path)
                 raise InputError(f"{folder} is the folder of the input and of the output: choose another --output.")
             else:
-                candidates = _files_below(path, name, aside, problems)
-            for file, place in candidates:
-                if path.is_dir() and file.suffix.lower() in _TEXTS and not _has_numbers(file):
-                    passed_over.append(file)
-                elif not (named_alone and file is path) and _is_result_ply(file):
-                    results.append(file)
-                else:
-                    found.setdefault(os.path.abspath(file), (file, place))
+                below = list(_files_below(path, name, aside, problems))
+                candidates += below
+                searched |= {file for file, _ in below}
+        parts = set() if named_alone else parts_of_meshes([file for file, _ in candidates])
+        for file, place in candidates:
+            if file in parts:
+                continue
+            if not named_alone and file.suffix.lower() not in SUFFIXES:
+                unread.setdefault(os.path.abspath(file), file)
+            elif file in searched and file.suffix.lower() in _TEXTS and not _has_numbers(file):
+                passed_over.append(file)
+            elif not named_alone and _is_result_ply(file):
+                results.append(file)
+            else:
+                found.setdefault(os.path.abspath(file), (file, place))
     if not found and not problems:
-        searched = printable(", ".join(inputs))
+        named = printable(", ".join(inputs))
         if results:
-            raise InputError(f"{searched} holds results of predictions only: give other point clouds.")
-        raise InputError(f"There is no point cloud in {searched}: files with {', '.join(SUFFIXES)} are read.")
+            raise InputError(f"{named} holds results of predictions only: give other point clouds.")
+        others = "".join(f" {printable(line)}" for line in describe_unread(unread.values()))
+        raise InputError(f"There is no point cloud in {named}: files with {', '.join(SUFFIXES)} are read.{others}")
     names = _unique_names([place for _, place in found.values()])
     files = tuple(InputFile(path, name) for (path, _), name in zip(found.values(), names, strict=True))
-    return FoundInputs(files, problems, tuple(passed_over), tuple(results))
+    return FoundInputs(files, problems, tuple(passed_over), tuple(results), tuple(unread.values()))
 
 
 def _expand(text: str, number: int) -> Iterator[tuple[Path, PurePath]]:
@@ -203,20 +215,19 @@ def _expand(text: str, number: int) -> Iterator[tuple[Path, PurePath]]:
         matches = sorted(fixed.glob(str(path.relative_to(fixed))))
     except (ValueError, NotImplementedError, OSError) as error:
         raise InputError(f"{printable(text)} is no pattern ({printable(error)}): check --input.") from error
-    matches = [each for each in matches if not any(part.startswith(".") for part in each.relative_to(fixed).parts)]
+    matches = [each for each in matches if not any(map(is_hidden, each.relative_to(fixed).parts))]
     # A folder that a pattern matches is not searched where the pattern names files in it as well.
     matches = [match for match in matches if not match.is_dir()] or matches
     if not matches:
         raise InputError(f"Nothing matches {printable(text)}: check the pattern given with --input.")
     for match in matches:
-        if match.is_dir() or match.suffix.lower() in SUFFIXES:
-            yield match, PurePath(os.path.relpath(match, fixed))
+        yield match, PurePath(os.path.relpath(match, fixed))
 
 
 def _files_below(
     folder: Path, name: PurePath, aside: str | None, problems: dict[str, str]
 ) -> Iterator[tuple[Path, PurePath]]:
-    """Files in a folder and below that end as files of points do, each with the beginning of its results' names."""
+    """Files in a folder and below, each with the beginning of its results' names."""
     seen: set[tuple[int, int]] = set()
 
     def note_problem(error: OSError) -> None:
@@ -229,10 +240,9 @@ def _files_below(
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(each for each in folders if not each.startswith("."))
-        for path in (Path(place, file) for file in sorted(files) if not file.startswith(".")):
-            if path.suffix.lower() in SUFFIXES:
-                yield path, name / os.path.relpath(path, folder)
+        folders[:] = sorted(each for each in folders if not is_hidden(each))
+        for path in (Path(place, file) for file in sorted(files) if not is_hidden(file)):
+            yield path, name / os.path.relpath(path, folder)
 
 
 def _is_result_ply(path: Path) -> bool:

@@ -37,6 +37,7 @@ from h2a2_jax.inference.input_files import (
 from h2a2_jax.inference.predictor import PlannedPass, Predictor, build_predictor, predict_scans, prepare, skipped_lines
 from h2a2_jax.inference.results import document_of, scan_entry
 from h2a2_jax.inference.writers import ALL_BOXES, TABLE, check_output, write_document, write_scan, write_table
+from h2a2_jax.scans.formats.folders import describe_unread
 from h2a2_jax.scans.sources import build_source, some
 from h2a2_jax.scans.specs import DatasetSpec
 
@@ -163,6 +164,7 @@ def _opening(found: FoundInputs, request: PredictRequest, predictor: Predictor, 
     if found.results:
         shown = ", ".join(printable(path) for path in found.results[:3]) + ", ..." * (len(found.results) > 3)
         yield f"Passed over, as results of a prediction: {_count(found.results, 'file')}, {shown}."
+    yield from map(printable, describe_unread(found.unread))
     yield from found.problems.values()
 
 

@@ -7,7 +7,8 @@ from typing import cast
 import numpy as np
 from jaxtyping import Float, Int
 
-from h2a2_jax.scans.frame import GREY, UNITS
+from h2a2_jax.scans.formats.colors import GREY
+from h2a2_jax.scans.frame import UNITS
 from h2a2_jax.scans.orientation import UpVotes, extents, guess_unit, up_votes
 from h2a2_jax.scans.scan import ScanError, ScanSource, points_in_box
 from h2a2_jax.scans.scan_folder import ScanFolder

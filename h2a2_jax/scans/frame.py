@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.scans.formats.colors import GREY
 from h2a2_jax.scans.formats.point_cloud import ColorRange, PointCloud, unit_colors
 from h2a2_jax.scans.scan import FAR_POINTS, Scan, ScanError, within_reach
 from h2a2_jax.scans.specs import DatasetSpec
@@ -26,7 +27,6 @@ UPRIGHT: Mapping[str, Sequence[Sequence[int]]] = {
 }
 """Rotation that turns the axis which points up in a file to z."""
 
-GREY = 0.5  # colour of points without colour: between black and white
 NO_COLORS = "scans without colours, made grey"
 MOVED = "scans brought to the floor, or the view, of the dataset"
 _FAR = 100.0

@@ -49,6 +49,7 @@ import numpy as np
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats.columns import parse_columns
+from h2a2_jax.scans.formats.folders import parts_of_meshes
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
 from h2a2_jax.scans.frame import MOVED, UNITS, UPRIGHT, place_as_dataset, place_cloud, upright_matrix
 from h2a2_jax.scans.scan import (
@@ -151,8 +152,8 @@ def read_folder(root: str | Path) -> FolderDescription:
 
 def point_cloud_files(root: str | Path) -> list[str]:
     """List the files of points in a folder and below, as boxes.json would name them, sorted; without hidden ones."""
-    files = (path for path in Path(root).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    places = (path.relative_to(root) for path in files)
+    files = {path for path in Path(root).rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()}
+    places = (path.relative_to(root) for path in files - parts_of_meshes(files))
     return sorted(place.as_posix() for place in places if not any(map(is_hidden, place.parts)))
 
 

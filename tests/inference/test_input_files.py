@@ -6,6 +6,8 @@ import pytest
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.input_files import OWN_COMMENT, PredictRequest, find_inputs, printable
+from h2a2_jax.scans.formats.folders import describe_unread
+from h2a2_jax.scans.scan_folder import point_cloud_files
 
 
 def touch(root, *names, content="1 2 3\n"):
@@ -25,6 +27,58 @@ def test_folders_are_searched_to_the_bottom(tmp_path):
     assert [file.name for file in found.files] == ["b", "a/c", "a/f", "a/d/e"]
     assert [file.path.name for file in found.files] == ["b.ply", "c.pcd", "f.laz", "e.BIN"]
     assert not found.problems and not found.passed_over
+    assert [path.name for path in found.unread] == ["notes.md", "i.png"]
+
+
+def test_every_file_that_is_not_read_is_named_with_a_reason(tmp_path):
+    touch(
+        tmp_path,
+        "a.PLY",
+        "b/c.XYZ",
+        "pictures/1.jpg",
+        "pictures/2.JPG",
+        "LICENSE",
+        "old.ply.gz",
+        "new.zip",
+        "house.fbx",
+    )
+    touch(tmp_path, "scan.rcp", ".DS_Store", "._a.ply", "__MACOSX/._b.ply", "__MACOSX/c.ply", ".git/x", "drive.bag")
+    found = find_inputs([str(tmp_path)])
+    assert [file.name for file in found.files] == ["a", "b/c"]
+    assert list(describe_unread(found.unread)) == [
+        "Not read, as no point clouds: 1 file without suffix (LICENSE), 2 files .jpg (1.jpg, 2.JPG).",
+        "Not read, as no point clouds (compressed: unpack them): 1 file .gz (old.ply.gz), 1 file .zip (new.zip).",
+        "Not read, as no point clouds (export it as .e57, .las or .ply): 1 file .rcp (scan.rcp).",
+        "Not read, as no point clouds (export it as .glb, .obj or .ply): 1 file .fbx (house.fbx).",
+        "Not read, as no point clouds (export its points as .pcd or .ply): 1 file .bag (drive.bag).",
+    ]
+    # Patterns name them too, and many names are cut short.
+    touch(tmp_path, *(f"pictures/{i}.jpg" for i in range(10, 30)))
+    unread = find_inputs([f"{tmp_path}/*.PLY", f"{tmp_path}/pictures/*"]).unread
+    (line,) = describe_unread(unread)
+    assert line.startswith("Not read, as no point clouds: 22 files .jpg (1.jpg, 10.jpg, ") and line.endswith(", ...).")
+    with pytest.raises(InputError, match=r"There is no point cloud in .* Not read, as no point clouds: 22 files \.jpg"):
+        find_inputs([str(tmp_path / "pictures")])
+
+
+def test_parts_of_meshes_are_neither_scans_nor_unread(tmp_path):
+    touch(tmp_path, "room.obj", content="mtllib room.mtl\nv 0 0 0\n")
+    touch(tmp_path, "room.mtl", content="newmtl a\nmap_Kd -s 1 1 1 pictures/wall paper.png\n")
+    touch(
+        tmp_path,
+        "hall.gltf",
+        content='{"buffers": [{"uri": "hall%20data.bin"}], "images": [{"uri": "pictures\\/floor.jpg"}]}',
+    )
+    touch(tmp_path, "desk.ply", content="ply\nformat ascii 1.0\ncomment TextureFile desk.png\nend_header\n")
+    touch(
+        tmp_path, "hall data.bin", "pictures/wall paper.png", "pictures/floor.jpg", "desk.png", "kitti.bin", "view.jpg"
+    )
+    found = find_inputs([str(tmp_path)])
+    assert [file.name for file in found.files] == ["desk", "hall", "kitti", "room"]
+    assert [path.name for path in found.unread] == ["view.jpg"]
+    assert names(tmp_path / "*.bin") == ["hall data", "kitti"]  # asked for by a pattern that no mesh matches
+    assert names(tmp_path / "hall data.bin") == ["hall data"]
+    assert point_cloud_files(tmp_path) == ["desk.ply", "hall.gltf", "kitti.bin", "room.obj"]
 
 
 def test_files_and_patterns(tmp_path):

@@ -84,7 +84,7 @@ LZF = struct.pack("<II", 11, 720) + b"\x01ab\xe0\x05\x01" + b"\x00" * 5
 FILES = {
     "ply: empty": (".ply", b"", "no PLY file"),
     "ply: another format": (".ply", b"<html></html>", "no PLY file: its first line is not 'ply'"),
-    "ply: header cut off": (".ply", ply(b"")[:60], "no end_header"),
+    "ply: header cut off": (".ply", ply(b"")[:60], "cut off in its PLY header"),
     "ply: a format of its own": (
         ".ply",
         ply(XYZ.tobytes(), form="binary_mixed"),
@@ -124,12 +124,12 @@ FILES = {
     "ply: lists before the vertices, cut off": (
         ".ply",
         ply(b"\3\0\0", "element face 1", "property list uchar int i", "element vertex 0", "property float x"),
-        "has lists before the end of its vertices and cannot be read",
+        "a list of its face elements does not end in the file",
     ),
     "ply: a property twice": (
         ".ply",
         ply(b"abcdefgh", "element vertex 1", "property float x", "property float x"),
-        "names two properties with same name",
+        r"names vertex\.x twice",
     ),
     "pcd: no header": (".pcd", b"\0" * 500, "no PCD file or is cut off"),
     "pcd: points cut off": (".pcd", pcd(XYZ.tobytes()[:-1]), "says 60 points, which take 720 bytes, but 719"),
@@ -167,7 +167,12 @@ FILES = {
     "txt: bytes": (".txt", ROWS.tobytes(), "is no text"),
     "txt: words": (".txt", b"once upon a time\n" * 3, "no line of numbers"),
     "txt: a line cut off": (".xyz", b"1 2 3\n4 5 6\n7 8\n", "a line that is not numbers"),
-    "a suffix that is not known": (".e57", b"ASTM-E57", r"the suffix '\.e57'; point clouds are read from \.ply"),
+    "a suffix that is not known": (".xyzw", b"1 2 3", r"the suffix '\.xyzw'; point clouds are read from \.ply"),
+    "a suffix of a drawing": (
+        ".fbx",
+        b"1 2 3",
+        r"the suffix '\.fbx': export it as \.glb, \.obj or \.ply; point clouds",
+    ),
     "a folder": (".ply", None, "cannot be read: Is a directory"),
     "points without a number": (".npy", npy(np.full((60, 6), np.nan)), "no usable point"),
     "no points": (".npy", npy(ROWS[:0]), "no usable point"),

@@ -11,7 +11,7 @@ from h2a2_jax.scans.scan import ENCLOSED
 from h2a2_jax.scans.sources import SourceConfig, build_source
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD
 
-ROWS = np.array([[1, 2, 3, 0, 0.25, 1], [4, 5, 6, 1, 0, 0]], "<f4")
+ROWS = np.array([[1, 2, 3, 0, 64, 255], [4, 5, 6, 255, 0, 0]], "<f4")
 BOX = [2.1, 1.6, 0.37, 1.2, 0.4, 0.74]
 ALIGNED = np.eye(4)
 OTHER_NUMBER = "boxes whose class has another number in the dataset, taken by its name"

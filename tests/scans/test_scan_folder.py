@@ -147,6 +147,9 @@ def test_splits(tmp_path):
     train, val = (ScanFolder(tmp_path, split, SCANNET) for split in ("train", "val"))
     assert (train.names, val.names) == (["below/b", "c"], ["a"]) and not train.warnings + val.warnings
     assert is_scan_folder(tmp_path) and not is_scan_folder(tmp_path / "below")
+    (tmp_path / "__MACOSX").mkdir()
+    for name in ("__MACOSX/a.npy", "._a.npy"):
+        (tmp_path / name).write_bytes(b"")
     assert point_cloud_files(tmp_path) == ["a.npy", "below/b.npy", "c.npy"]
     write(tmp_path, scans[1:])
     val = ScanFolder(tmp_path, "val", SCANNET)

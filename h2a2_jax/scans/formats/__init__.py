@@ -19,15 +19,15 @@ class Thinning:
     """
 
     def __init__(self, most: int | None = None):
-        self._most, self.left_out = most, 0
+        self.most, self.left_out = most, 0
 
     def rows(self, count: int) -> Int[np.ndarray, " k"] | None:
         """Return the numbers of the rows to read, rising; None for all of them."""
         self.left_out = count - self.kept(count)
-        if self._most is None or not self.left_out:
+        if self.most is None or not self.left_out:
             return None
-        edges = np.arange(self._most + 1, dtype=np.int64) * count // self._most
-        within = np.random.default_rng(_SEED).random(self._most)
+        edges = np.arange(self.most + 1, dtype=np.int64) * count // self.most
+        within = np.random.default_rng(_SEED).random(self.most)
         return edges[:-1] + (within * np.diff(edges)).astype(np.int64)
 
     def collect(self, read: Callable[[int], np.ndarray], count: int) -> np.ndarray:
@@ -71,4 +71,4 @@ class Thinning:
 
     def kept(self, count: int) -> int:
         """Return the number of rows read of a table."""
-        return count if self._most is None else min(count, self._most)
+        return count if self.most is None else min(count, self.most)

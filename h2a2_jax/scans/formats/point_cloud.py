@@ -3,12 +3,16 @@
 | suffix | what is read |
 |---|---|
 | .ply | the element vertex: x, y, z and colours by name (`columns`); ascii, binary, big-endian; lists are skipped |
+| .ply with large faces | points on the faces: where vertices are far apart |
 | .pcd | x, y, z and rgb, rgba (packed) or red, green, blue; ascii, binary, binary_compressed |
 | .npy | rows of numbers (`unnamed`), also transposed; or a structured array with names |
 | .npz | `points` (or `xyz`, `coords`, ...), maybe with `colors` (or `rgb`, ...); or `x`, `y`, `z` |
 | .bin | rows of float32 or float64 numbers (`unnamed`); `PointCloud.assumed` says which |
 | .txt, .xyz, .pts, .csv, .asc | a point a line (`text`): columns by their names, or by their values |
 | .las, .laz | versions to 1.4, point formats 0 to 10 |
+| .e57 | all scans in the file's frame, in metres, z up (the extra `e57`) |
+| .ptx | all scans in the file's frame |
+| .obj, .glb, .gltf, .stl, .off | points on the faces, or the points of a file without faces; glTF is in metres, y up |
 
 The counts of a header are compared with the size of the file before anything is allocated. A large file can be thinned
 out while it is read, so that memory does not grow with the file.
@@ -28,9 +32,13 @@ from h2a2_jax.scans.formats.colors import COLOR_RANGES, ColorRange, real, scaled
 from h2a2_jax.scans.formats.columns import COLUMNS_NOT_USED, Layout, parse_columns
 from h2a2_jax.scans.formats.columns import RawCloud as _Raw
 from h2a2_jax.scans.formats.columns import from_columns as _from_columns
+from h2a2_jax.scans.formats.e57 import read_e57
+from h2a2_jax.scans.formats.folders import ADVICE
 from h2a2_jax.scans.formats.las import read_las
+from h2a2_jax.scans.formats.mesh import read_mesh
 from h2a2_jax.scans.formats.pcd import read_pcd_columns
-from h2a2_jax.scans.formats.ply import read_ply_columns
+from h2a2_jax.scans.formats.ply_mesh import read_ply_points
+from h2a2_jax.scans.formats.ptx import read_ptx
 from h2a2_jax.scans.formats.rows import read_bin, read_npy, read_npz
 from h2a2_jax.scans.formats.text import read_text
 from h2a2_jax.scans.scan import NOT_FINITE
@@ -88,7 +96,8 @@ def read_point_cloud(
     Args:
         path: a file with one of the suffixes in `SUFFIXES`.
         most: largest number of points; a larger file is thinned to one point at random out of each of `most` equal
-            parts, and the others are counted (`THINNED`). It bounds the memory, but not for compressed PCD.
+            parts, and the others are counted (`THINNED`). It bounds the memory, but not for compressed PCD. The
+            surface of a mesh has at most that many points, or `surface.MOST`.
         columns: meaning of the columns of a text table, .npy, .npz or .bin, in order, as in "x,y,z,_,r,g,b": _ for one
             that is not used. Without it names or values decide, with a remark. Other formats name their columns.
         color_range: range of the colours; "auto" decides by their type and values, with a remark if it is not plain.
@@ -100,7 +109,9 @@ def read_point_cloud(
     path, thinning, layout = Path(path), Thinning(most), parse_columns(columns)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise InputError(f"{path} has the suffix {path.suffix!r}; point clouds are read from {', '.join(SUFFIXES)}.")
+        advice = f": {ADVICE[suffix]}" if suffix in ADVICE else ""
+        known = ", ".join(SUFFIXES)
+        raise InputError(f"{path} has the suffix {path.suffix!r}{advice}; point clouds are read from {known}.")
     try:
         raw = _TABLES[suffix](path, thinning, layout) if suffix in _TABLES else _READERS[suffix](path, thinning)
     except FileNotFoundError:
@@ -200,9 +211,18 @@ def _coarse(points: Float[np.ndarray, "n 3"], dtype: np.dtype) -> str | None:
     )
 
 
+def _read_ply(path: Path, thinning: Thinning) -> _Raw:
+    columns, said, up = read_ply_points(path, thinning)
+    raw = _from_columns(path, columns)
+    return replace(raw, assumed=(*raw.assumed, *said), up=up)
+
+
 _READERS: dict[str, Callable[[Path, Thinning], _Raw]] = {
-    ".ply": lambda path, thinning: _from_columns(path, read_ply_columns(path, thinning)),
+    ".ply": _read_ply,
     ".pcd": lambda path, thinning: _from_columns(path, read_pcd_columns(path, thinning)),
+    **dict.fromkeys((".obj", ".glb", ".gltf", ".stl", ".off"), lambda path, thinning: _Raw(*read_mesh(path, thinning))),
+    ".e57": lambda path, thinning: _Raw(*read_e57(path, thinning)),
+    ".ptx": lambda path, thinning: _Raw(*read_ptx(path, thinning)),
     **dict.fromkeys((".las", ".laz"), lambda path, thinning: _Raw(*read_las(path, thinning), up="z")),
 }
 _TABLES: dict[str, Callable[[Path, Thinning, Layout | None], _Raw]] = {

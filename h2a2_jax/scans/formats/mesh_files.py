@@ -1,0 +1,151 @@
+"""What files of meshes say that trimesh does not read or takes for granted, and the files that they name."""
+
+import io
+import json
+import re
+import struct
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.scans.formats.folders import without_options
+
+_PACKED = {"KHR_draco_mesh_compression", "EXT_meshopt_compression", "KHR_meshopt_compression", "KHR_mesh_quantization"}
+_UNREAD = {
+    "KHR_texture_basisu": "has textures in KTX2, which are not read: its colours are missing",
+    "KHR_texture_transform": "has textures that are moved or scaled, which is not done: its colours may be wrong",
+}
+_ROUNDING = 1e-3  # by which colours may exceed 1
+_NUMBER = rb"[ \t]+([\d.eE+-]+)"
+_COLORED = re.compile(rb"^v" + 6 * _NUMBER + rb"[ \t]*\r?$", re.MULTILINE)
+
+Colored = tuple[Float[np.ndarray, "v 3"], UInt8[np.ndarray, "v 3"]]
+"""Places and colours of vertices."""
+
+
+class MeshFolder:
+    """Files that a mesh names, for trimesh: those in its folder and below; what is missing is said."""
+
+    def __init__(self, folder: Path, said: list[str]):
+        self._folder, self._said = folder.resolve(), said
+
+    def get(self, name: str) -> bytes:
+        """Read a file; raises FileNotFoundError with its name."""
+        name = name.strip()
+        for spelt in (name, without_options(unquote(name).replace("\\", "/"))):
+            try:
+                path = (self._folder / spelt).resolve()
+                if path.is_relative_to(self._folder) and path.is_file():
+                    content = path.read_bytes()
+                    break
+            except (OSError, ValueError):  # a name that no file can have
+                pass
+        else:
+            self._said.append(f"names {name[:200]}, which is not in its folder: it is left out")
+            raise FileNotFoundError(name[:200])
+        if path.suffix.lower() not in (".mtl", ".bin") and not _is_picture(content):
+            self._said.append(f"names {name[:200]}, which is no picture that can be read: it is left out")
+        return content
+
+    __getitem__ = get
+
+
+def _is_picture(content: bytes) -> bool:
+    from PIL import Image
+
+    try:
+        Image.open(io.BytesIO(content)).close()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+    return True
+
+
+def check_gltf(path: Path, content: bytes) -> list[str]:
+    """Refuse what trimesh would read as zeros: compressed and sparse geometry, and counts without bytes.
+
+    Returns:
+        sentences on what is not read.
+    """
+    text = content
+    if content[:4] == b"glTF":
+        length = struct.unpack_from("<I", content, 12)[0]
+        text = content[20 : 20 + length]
+    tree = json.loads(text)
+    extensions = {*tree.get("extensionsRequired", ()), *tree.get("extensionsUsed", ())}
+    if packed := sorted(_PACKED & extensions):
+        raise InputError(f"{path} is compressed ({', '.join(packed)}): export it without compression.")
+    for accessor in tree.get("accessors", ()):
+        if "sparse" in accessor:
+            raise InputError(f"{path} has sparse arrays, which are not read: export it without them.")
+        if "bufferView" not in accessor and accessor["count"] > len(content):
+            raise InputError(f"{path} is damaged: it claims {accessor['count']} numbers; export it again.")
+    said = [text for name, text in _UNREAD.items() if name in extensions]
+    modes = [part.get("mode", 4) for mesh in tree.get("meshes", ()) for part in mesh.get("primitives", ())]
+    if others := sum(mode in (1, 2, 3, 6) for mode in modes):
+        said.append(f"has {others} of {len(modes)} parts of lines or fans, which are left out")
+    return said
+
+
+def check_stl(path: Path, content: bytes) -> None:
+    """Refuse an STL file that is cut off: trimesh would take a binary one for a text without faces."""
+    text = content[:1000].lstrip().lower()
+    if text.startswith(b"solid") and (b"facet" in text or b"endsolid" in text):
+        if b"endsolid" not in content[-1000:].lower():
+            raise InputError(f"{path} is cut off: its text does not end with 'endsolid'; copy it again.")
+        return
+    faces = struct.unpack_from("<I", content, 80)[0] if len(content) >= 84 else 0
+    if len(content) != 84 + 50 * faces:
+        raise InputError(
+            f"{path} is no STL file or is cut off: its header says {faces} faces, which take {84 + 50 * faces} bytes, "
+            f"but it has {len(content)}; copy it again."
+        )
+
+
+def text_colors(kind: str, content: bytes) -> tuple[Colored, list[str]] | None:
+    """Read the places and colours of the vertices of an OBJ or OFF file, and sentences on what was assumed.
+
+    Trimesh leaves out those of OFF files and of OBJ files with a material, and cuts numbers at 1. None without colours.
+    """
+    if kind == "obj":
+        rows = np.array(_COLORED.findall(content), np.float64).reshape(-1, 6)
+        if not len(rows) or len(rows) < len(re.findall(rb"^v[ \t]", content, re.MULTILINE)):
+            return None
+    else:
+        lines = [line for line in (each.split(b"#")[0].split() for each in content.splitlines()) if line]
+        if not lines or lines[0][0] not in (b"COFF", b"CNOFF"):
+            return None
+        start = 1 if len(lines[0]) > 1 else 2  # the counts may be on the first line
+        vertices = lines[start : start + int(lines[start - 1][-3])]
+        first = 6 if lines[0][0] == b"CNOFF" else 3
+        rows = np.array([line[:3] + line[first : first + 3] for line in vertices], np.float64).reshape(-1, 6)
+    colors = rows[:, 3:]
+    is_bytes = colors.max(initial=0) > 1 + _ROUNDING
+    said = ["has colours beyond 1, which are taken as 0-255"] * bool(is_bytes and kind == "obj")
+    full = 255 * np.clip(colors / (255 if is_bytes else 1), 0, 1)
+    return (rows[:, :3], np.rint(full).astype(np.uint8)), said
+
+
+def count_from_first(content: bytes) -> bytes:
+    """Number the corners of an OBJ file's faces from its first vertex: they may count back from the face itself."""
+    if not re.search(rb"^f\s.*-\d", content, re.MULTILINE):
+        return content
+    counts, lines = {b"v": 0, b"vt": 0, b"vn": 0}, []
+    for line in content.splitlines():
+        word = line.split(None, 1)[0] if line.strip() else b""
+        if word in counts:
+            counts[word] += 1
+        elif word == b"f":
+            line = b"f " + b" ".join(_absolute(corner, list(counts.values())) for corner in line.split()[1:])
+        lines.append(line)
+    return b"\n".join(lines)
+
+
+def _absolute(corner: bytes, counts: list[int]) -> bytes:
+    numbers = [
+        number if int(number or 0) >= 0 else b"%d" % (count + 1 + int(number))
+        for number, count in zip(corner.split(b"/"), counts, strict=False)
+    ]
+    return b"/".join(numbers)
