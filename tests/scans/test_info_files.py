@@ -24,7 +24,7 @@ def foreign(name, dataset="scannet"):
 def opened(root, infos, spec=SCANNET, name="a"):
     (root / "points").mkdir(exist_ok=True)
     (root / "infos.pkl").write_bytes(pickle.dumps(infos))
-    ROWS.tofile(root / "points" / f"{name}.bin")
+    (ROWS * np.repeat(np.float32([1, spec.color_scale / 255]), 3)).tofile(root / "points" / f"{name}.bin")
     return Mmdet3dFolder(root, "infos.pkl", spec)
 
 
