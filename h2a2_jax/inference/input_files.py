@@ -50,7 +50,7 @@ MOST_POINTS = 500_000
 OWN_COMMENT = "boxes of h2a2_jax"
 """Text in the first bytes of every PLY file, page and picture that a prediction writes."""
 
-_TEXTS = (".txt", ".csv", ".asc", ".pts", ".xyz")
+_TEXTS = (".txt", ".csv", ".asc", ".pts", ".xyz", ".xyzrgb", ".xyzn")
 _ADVISING = 2_000
 """Normals measured where a scan is not to be turned."""
 _TILTED = _TURNED = math.radians(5)

@@ -37,13 +37,15 @@ _AXES = {
 }
 _BARE_NUMBER = re.compile(r"\d+")
 _CHANNELS = re.compile(
-    r"(|diffuse|color|colour|colors|colours|col|rgb|rgba|vertexcolor|vertexcolors|pointcolor|diffusecolor)"
+    r"(|diffuse|scalar|color|colour|colors|colours|col|rgb|rgba|vertexcolor|vertexcolors|pointcolor|diffusecolor)"
     r"(r|g|b|rf|gf|bf|red|green|blue|0|1|2)(|color|colour|channel|8bit|16bit)"
 )
 _CHANNEL = {
     **{"r": 0, "g": 1, "b": 2, "rf": 0, "gf": 1, "bf": 2},
     **{"red": 0, "green": 1, "blue": 2, "0": 0, "1": 1, "2": 2},
 }
+_HARMONIC = 0.28209479  # the first spherical harmonic
+_SAMPLE, _LEAST_VALUES, _RELATED = 20_000, 32, 0.5
 PACKED = ("rgb", "rgba")
 """Names of a column of packed colours."""
 
@@ -187,7 +189,29 @@ def from_columns(path: Path, columns: Mapping[str, np.ndarray]) -> RawCloud:
         colors = np.stack([values[place] for place in best], axis=1)
     elif found.packed is not None:
         colors = unpacked(path, values[found.packed])
+    elif {"f_dc_0", "f_dc_1", "f_dc_2"} <= columns.keys():
+        colors = np.clip(0.5 + _HARMONIC * np.stack([columns[f"f_dc_{i}"] for i in range(3)], axis=1), 0, 1)
+        remarks.append("has Gaussian splats, whose centres and mean colours are taken")
+    elif (place := _colors_by_values(values, found.used)) is not None:
+        colors = np.stack(values[place : place + 3], axis=1)
+        remarks.append(f"has its colours in {', '.join(names[place : place + 3])}, by their values")
     return RawCloud(np.stack([values[place] for place in chosen], axis=1), colors, tuple(remarks))
+
+
+def _colors_by_values(values: Sequence[np.ndarray], used: Sequence[int]) -> int | None:
+    """First of three neighbouring columns of bytes, none of them in use, that are related as channels of colours are.
+
+    Other bytes, such as labels and numbers of returns, have few values.
+    """
+    for place in range(len(values) - 2):
+        if {place, place + 1, place + 2}.isdisjoint(used):
+            some = np.stack([each[:: max(1, len(each) // _SAMPLE)] for each in values[place : place + 3]], axis=1)
+            is_bytes = len(some) and some.min() >= 0 and some.max() <= 255 and (some == np.rint(some)).all()
+            if is_bytes and min(len(np.unique(column)) for column in some.T) >= _LEAST_VALUES:
+                related = np.corrcoef(some.T.astype(np.float64))
+                if min(related[0, 1], related[1, 2]) > _RELATED:
+                    return place
+    return None
 
 
 _NO_COLOR = 0x7FC00000  # the usual NaN in float32

@@ -70,7 +70,8 @@ def _read_with_lists(path: Path, file: BinaryIO, vertex: Element, thinning: Thin
 def to_type(path: Path, name: str, values: np.ndarray, kind: str | np.dtype) -> np.ndarray:
     """Convert float64 numbers read from text to the numpy type that the header gives them, if it can hold them.
 
-    Coordinates of a floating type stay as they are: the digits of a text may be more than the type holds.
+    Coordinates of a floating type stay as they are: the digits of a text may be more than the type holds. So do
+    fractions in a field of integers, such as colours of 0-1 in one of bytes.
     """
     dtype = np.dtype(kind)
     if dtype.kind == "f":
@@ -81,4 +82,4 @@ def to_type(path: Path, name: str, values: np.ndarray, kind: str | np.dtype) -> 
     bounds = np.iinfo(dtype)
     if not ((values >= bounds.min) & (values <= bounds.max)).all():
         raise InputError(f"{path} has numbers that its field {name} of type {dtype} cannot hold; write it again.")
-    return values.astype(dtype)
+    return values.astype(dtype) if (values == np.rint(values)).all() else values

@@ -8,7 +8,7 @@
 | .npy | rows of numbers (`unnamed`), also transposed; or a structured array with names |
 | .npz | `points` (or `xyz`, `coords`, ...), maybe with `colors` (or `rgb`, ...); or `x`, `y`, `z` |
 | .bin | rows of float32 or float64 numbers (`unnamed`); `PointCloud.assumed` says which |
-| .txt, .xyz, .pts, .csv, .asc | a point a line (`text`): columns by their names, or by their values |
+| .txt, .xyz, .xyzrgb, .xyzn, .pts, .csv, .asc | a point a line (`text`): columns by their names, or by their values |
 | .las, .laz | versions to 1.4, point formats 0 to 10 |
 | .e57 | all scans in the file's frame, in metres, z up (the extra `e57`) |
 | .ptx | all scans in the file's frame |
@@ -59,6 +59,8 @@ _COARSE = 0.02  # m; step of float32 that a detector would notice
 _LARGEST = 200.0  # extent that is one in metres, whatever the unit
 _STEPS = 500  # in the extent of a scan, less than which are coarse in any unit
 _SAMPLE = 20_000
+_FEW = 1000  # points, of less than which nothing tells whether they are rounded
+_SHARED = 10  # points of a scan to each of its coordinates on an axis, if these are rounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +195,11 @@ def _finite(raw: _Raw, color_range: ColorRange) -> PointCloud:
 def _coarse(points: Float[np.ndarray, "n 3"], dtype: np.dtype) -> str | None:
     """Remark on coordinates that are, or once were, in float32 so far from the origin that its steps are coarse."""
     some = points[:: max(1, len(points) // _SAMPLE)]
-    if dtype.kind != "f" or len(some) < 2:
+    if len(some) < 2:
+        return None
+    if (step := _grid_step(some)) > 1.1 * _COARSE and np.ptp(some, axis=0).max() < _LARGEST:
+        return f"has coordinates in steps of {step:.2g}, which are coarse: export it with more digits, or a finer scale"
+    if dtype.kind != "f":
         return None
     place = float(np.abs(np.median(some, axis=0)).max())
     extent = float(np.subtract(*np.percentile(some, [99, 1], axis=0)).max())
@@ -209,6 +215,16 @@ def _coarse(points: Float[np.ndarray, "n 3"], dtype: np.dtype) -> str | None:
         f"has coordinates that {tense} in {name}, which has steps of {step:.2g} at {place:.3g}: export it in double, "
         "or shifted to the origin"
     )
+
+
+def _grid_step(some: Float[np.ndarray, "n 3"]) -> float:
+    """Largest step of an axis on which many points share few coordinates, as rounded numbers do; else 0."""
+    steps = [0.0]
+    for column in some.T:
+        places = np.unique(column)
+        if len(some) >= _FEW and len(places) > 2 and len(some) > _SHARED * len(places):
+            steps.append(float(np.diff(places).min()))
+    return max(steps)
 
 
 def _read_ply(path: Path, thinning: Thinning) -> _Raw:
@@ -229,7 +245,7 @@ _TABLES: dict[str, Callable[[Path, Thinning, Layout | None], _Raw]] = {
     ".npz": read_npz,
     ".npy": read_npy,
     ".bin": read_bin,
-    **dict.fromkeys((".txt", ".xyz", ".pts", ".csv", ".asc"), read_text),
+    **dict.fromkeys((".txt", ".xyz", ".xyzrgb", ".xyzn", ".pts", ".csv", ".asc"), read_text),
 }
 SUFFIXES = (*_READERS, *_TABLES)
 """Suffixes of the files that `read_point_cloud` reads."""

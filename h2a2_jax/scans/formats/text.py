@@ -24,7 +24,7 @@ _MARKS = "#%;!/"  # of comments
 _BLANKS = " \r\n"  # not tabs, between which numbers may be missing
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*(,\d+)?(e[+-]?\d+)?", re.IGNORECASE)
 _LABEL = re.compile(r"^\s*(columns|fields|format|header)\s*[:=]?\s*", re.IGNORECASE)
-_COMMENT = re.compile("#|//")
+_COMMENT = re.compile("#(?![0-9a-fA-F]{6}\\b)|//")  # not the colour #ff8040
 _PROSE = {"and", "are", "as", "by", "for", "in", "is", "of", "the", "to", "with"}  # no line of names has them
 _MISSING = {"", "na", "n/a", "null", "none", "nodata"}
 
@@ -78,7 +78,7 @@ def read_text(path: Path, thinning: Thinning, columns: Layout | None) -> RawClou
         places = range(len(names)) if rows.shape[1] == len(names) else used or ()
         table: dict[str, np.ndarray] = {}
         for i, place in enumerate(places):
-            table.setdefault(names[place], rows[:, i])
+            table.setdefault(names[place] or f"column {place + 1}", rows[:, i])
         raw = from_columns(path, table)
     return RawCloud(raw.points, raw.colors, remarks + more + raw.assumed)
 

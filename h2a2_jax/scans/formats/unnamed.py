@@ -28,6 +28,7 @@ _FEW_ROWS = 10  # which may rise by chance
 _UNIT = 0.02  # by which the length of a normal may differ from 1
 _ALIKE = 20.0  # largest quotient of the brightest numbers of two channels of more than 255
 _FEW_VALUES = 64  # labels have no more
+_EARLIEST = 1e5  # s; times are larger, counted from any usual day or week
 _CLOSER = 0.25  # difference of correlations that is no chance
 
 
@@ -73,9 +74,8 @@ def _flat_fields(rows: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _sentence(layout: Layout, reason: str | None) -> str:
-    unused = f"; the others of {len(layout)} are not used" if "_" in layout else ""
     because = "" if reason is None else f" ({reason})"
-    return f"has {len(layout)} columns without names, taken as {', '.join(layout)}{because}{unused}"
+    return f"has {len(layout)} columns without names, taken as {','.join(layout)}{because}; --columns settles it"
 
 
 def guess_layout(path: Path, rows: np.ndarray, *, is_pts: bool = False) -> tuple[Layout, str | None]:
@@ -91,7 +91,7 @@ def guess_layout(path: Path, rows: np.ndarray, *, is_pts: bool = False) -> tuple
         return ("x", "y", "z", *"_" * (width - 3)), None
     some = rows[:: max(1, len(rows) // _SAMPLE)].astype(np.float64)
     some = some[np.isfinite(some).all(axis=1)]
-    start = int(_is_row_number(some) and width not in (3, 6))
+    start, first = (0, None) if width == 6 else _find_start(some)
     if width > WIDTHS[-1]:
         raise _undecided(path, width, "which are too many")
     colors, reason = _find_colors(path, some, start, is_pts)
@@ -99,8 +99,29 @@ def guess_layout(path: Path, rows: np.ndarray, *, is_pts: bool = False) -> tuple
     layout[start : start + 3] = "xyz"
     if colors is not None:
         layout[colors : colors + 3] = "rgb"
-    reasons = [*["the first counts the rows"] * start, *([reason] if reason else [])]
-    return tuple(layout), ", ".join(reasons) or None
+    return tuple(layout), ", ".join(filter(None, (first, reason))) or None
+
+
+def _find_start(some: np.ndarray) -> tuple[int, str | None]:
+    """Return the place of x behind columns that are no coordinates, and what these are.
+
+    They are row numbers; or whole numbers, such as labels, or rows and columns of a scanner, before three columns of
+    fractions; or times, which rise and are far larger than what follows.
+    """
+    if _is_row_number(some):
+        return 1, "the first counts the rows"
+    if len(some) < _FEW_ROWS:
+        return 0, None
+    has_fractions = (some != np.rint(some)).mean(axis=0) > 0.5
+    varies = np.array([len(np.unique(column)) > 2 for column in some[:, :2].T])
+    for start in range(1, min(2, some.shape[1] - 3) + 1):
+        is_whole = not (some[:, :start] != np.rint(some[:, :start])).any()
+        if is_whole and varies[:start].all() and has_fractions[start : start + 3].all():
+            return start, f"the first{' two' * (start > 1)} of whole numbers"
+    places = np.abs(np.median(some[:, :4], axis=0))
+    if len(places) > 3 and (np.diff(some[:, 0]) >= 0).all() and places[0] > _EARLIEST > 10 * places[1:].max():
+        return 1, "the first rises as times do"
+    return 0, None
 
 
 def _find_colors(path: Path, some: np.ndarray, start: int, is_pts: bool) -> tuple[int | None, str | None]:
