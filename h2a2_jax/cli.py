@@ -447,7 +447,9 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
     axes = ("z", "-z", "y", "-y", "x", "-x", "auto")
     group.add_argument("--up", choices=axes, help="axis that points up (auto: as a file says or shows, else z)")
     group.add_argument(
-        "--unit", choices=("m", "cm", "mm", "auto"), help="unit of the points (auto: as a file says or shows, else m)"
+        "--unit",
+        choices=("m", "cm", "mm", "ft", "in", "auto"),
+        help="unit of the points (auto: as a file says, else by size)",
     )
     ranges = ("auto", "0-1", "0-255", "none", "0-1023", "0-4095", "0-65535")
     group.add_argument("--colors", choices=ranges, help="range of the colours (auto: by type and values)")

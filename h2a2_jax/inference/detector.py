@@ -194,7 +194,7 @@ class Detector:
                 have yaw. May be left out where the model knows one only.
             score: lowest score of a box.
             up: axis that points up, with its sign: z, -z, y, -y, x or -x; "auto": as the points show, else z.
-            unit: unit of the points, m, cm or mm; "auto": as the points show, else m. Boxes are given in it.
+            unit: unit of the points, m, cm, mm, ft or in; "auto": as the points show, else m. Boxes are given in it.
             color_range: "0-1", "0-255", "none" (do not use them), or "auto": by their type and largest value.
             batch_size: point clouds in one pass of the network; more than one pays on accelerators.
 

@@ -65,7 +65,7 @@ class PredictRequest:
         output: folder of the results; None: "boxes" in the run's folder.
         dataset: dataset whose head predicts; None: the first one of the model.
         up: axis of the files that points up: x, y, z or -x, -y, -z; "auto": as each says or shows, else z.
-        unit: unit of the files: m, cm, mm; "auto": as each says or shows, else m.
+        unit: unit of the files: m, cm, mm, ft, in; "auto": as each says or shows, else m.
         colors: range of the files' colours.
         align: "gravity" turns a tilted scan upright first, "manhattan" turns its walls along x and y, "both", "none".
         score: lowest score of a box.

@@ -15,7 +15,7 @@ from h2a2_jax.scans.scan import FAR_POINTS, Scan, ScanError, within_reach
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.scans.surfaces import find_floor
 
-UNITS: Mapping[str, float] = {"m": 1.0, "cm": 0.01, "mm": 0.001}
+UNITS: Mapping[str, float] = {"m": 1.0, "cm": 0.01, "mm": 0.001, "ft": 0.3048, "in": 0.0254}
 """Metres in a unit."""
 UPRIGHT: Mapping[str, Sequence[Sequence[int]]] = {
     "z": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),

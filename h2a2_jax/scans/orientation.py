@@ -290,6 +290,9 @@ def _listed(signs: Sequence[str]) -> str:
 
 _ROOM = np.log([2.0, 4.0, 5.5])  # m, the extents of a room by size
 _SPREAD = 0.6
+_GUESSED = ("m", "cm", "mm")
+_IMPERIAL = {"m": "ft", "cm": "in"}  # what a file that seems to be in the former may be in
+_HIGHEST = 6.5  # m, which the smallest extent of a scan of a room does not exceed
 _UNIT_CLEAR, _UNIT_ODD = 3.0, 14.0  # half the squared deviations of extents from those of rooms
 
 
@@ -300,12 +303,16 @@ def extents(points: Float[np.ndarray, "m 3"]) -> tuple[float, float, float]:
     return x, y, z
 
 
+def _off_a_room(sizes: Float[np.ndarray, "3"], unit: str) -> float:
+    return float(np.square((np.log(sizes * UNITS[unit]) - _ROOM) / _SPREAD).sum() / 2)
+
+
 def guess_unit(declared: str, scans: Sequence[tuple[float, float, float]]) -> Guess:
     """Guess the unit in which the extents of scans, in any order of axes, are those of rooms or of parts of rooms."""
     if not scans:
         return Guess(declared, None, False, "no scan could be read")
     sizes = np.sort(np.median(np.maximum(scans, 1e-9), axis=0))
-    off = {unit: float(np.square((np.log(sizes * m) - _ROOM) / _SPREAD).sum() / 2) for unit, m in UNITS.items()}
+    off = {unit: _off_a_room(sizes, unit) for unit in _GUESSED}
     best, second = sorted(off, key=off.__getitem__)[:2]
     is_clear = off[second] - off[best] > _UNIT_CLEAR and off[best] < _UNIT_ODD
     shown = " x ".join(f"{size:,.0f}" if size >= 100 else f"{size:.3g}" for size in sizes)
@@ -352,6 +359,13 @@ def decide_frame(cloud: PointCloud, up: str, unit: str, flag: str = "--{}={}") -
 
     guessed = guess_unit(frame["unit"], [extents(points)])
     taken_unit = decide("unit", guessed)
+    sizes, imperial = np.sort(np.maximum(extents(points), 1e-9)), _IMPERIAL.get(taken_unit)
+    if imperial and unit == "auto" and cloud.unit is None and (taken_unit != "m" or sizes[0] > _HIGHEST):
+        if _off_a_room(sizes, taken_unit) - _off_a_room(sizes, imperial) > _UNIT_CLEAR:
+            shown = " x ".join(f"{size:.3g}" for size in sizes)
+            remarks.append(
+                f"measures {shown}, as a room in {imperial} does: if it is one, add {flag.format('unit', imperial)}"
+            )
     # A wrong unit must not hide which axis points up.
     votes = up_votes(points * UNITS[guessed.guess or taken_unit])
     return decide("up", guess_up(frame["up"], [votes])), taken_unit, remarks

@@ -7,7 +7,7 @@ Schema of boxes.json, version 1; what is in brackets may be left out:
     {
       "version": 1,
       ["up": "z",]                      axis of the files that points up: x, y, z or -x, -y, -z
-      ["unit": "m",]                    of the files and the boxes: m, cm, mm
+      ["unit": "m",]                    of the files and the boxes: m, cm, mm, ft, in
       ["colors": "auto",]               of the files: 0-1, 0-255, 0-4095, ..., none (do not use them), auto (by values)
       ["columns": "x,y,z,_,r,g,b",]     of text tables, .npy, .npz, .bin, _ not used; without it, by names or values
       "scans": [

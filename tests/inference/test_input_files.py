@@ -205,7 +205,7 @@ def test_a_folder_without_permission_is_named(tmp_path):
     ("field", "value", "sentence"),
     [
         ("up", "w", "--up is 'w'; expected is one of z, -z, y, -y, x, -x, auto"),
-        ("unit", "ft", "--unit is 'ft'; expected is one of m, cm, mm, auto"),
+        ("unit", "yd", "--unit is 'yd'; expected is one of m, cm, mm, ft, in, auto"),
         ("colors", "cmyk", "--colors is 'cmyk'; expected is one of auto, 0-1, 0-255, none"),
         ("columns", "x,y,_", "--columns is x,y,_; expected are x, y, z once each"),
         ("align", "walls", "--align is 'walls'; expected is one of none, gravity, manhattan, both"),

@@ -266,7 +266,10 @@ DOCUMENTS = {
     "no version": ({"scans": [A]}, "has no 'version'"),
     "no scans": ({"version": 1, "scans": []}, "no list of at least one"),
     "a misspelt key": ({"version": 1, "units": "mm", "scans": [A]}, "unknown key 'units'; did you mean 'unit'"),
-    "another unit": ({"version": 1, "unit": "inch", "scans": [A]}, "\"unit\" is 'inch'; expected is one of m, cm, mm"),
+    "another unit": (
+        {"version": 1, "unit": "inch", "scans": [A]},
+        "\"unit\" is 'inch'; expected is one of m, cm, mm, ft, in",
+    ),
     "another axis": ({"version": 1, "up": "w", "scans": [A]}, "\"up\" is 'w'"),
     "another range": ({"version": 1, "colors": 255, "scans": [A]}, '"colors" is 255'),
     "another split": ({"version": 1, "scans": [{**A, "split": "test"}]}, "\"split\" is 'test'; expected .* train, val"),

@@ -1,7 +1,10 @@
 """Points of meshes by trimesh: .obj, .glb, .gltf, .stl, .off, and PLY files with a texture."""
 
+import contextlib
 import io
+import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +19,7 @@ from h2a2_jax.scans.formats.mesh_files import (
     MeshFolder,
     check_gltf,
     check_stl,
+    color_faces,
     count_from_first,
     text_colors,
 )
@@ -52,7 +56,7 @@ def read_mesh(path: Path, thinning: Thinning) -> MeshPoints:
         content = count_from_first(content)
     folder: Any = MeshFolder(path.parent, said)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("error", "string or file could not be read")  # NumPy on text that is no number
             scene = trimesh.load_scene(io.BytesIO(content), file_type=kind, resolver=folder, process=False)
@@ -61,6 +65,8 @@ def read_mesh(path: Path, thinning: Thinning) -> MeshPoints:
     colored = text_colors(kind, content) if kind in ("obj", "off") else None
     said += colored[1] if colored else []
     places = map(scene.graph.get, scene.graph.nodes_geometry)
+    if kind == "off":
+        said += color_faces(scene, content)
     parts = [_Part(scene.geometry[name], matrix, colored and colored[0], said) for matrix, name in places]
     meshes = [part for part in parts if len(part.triangles)]
     if sum(len(part.triangles) for part in meshes) > _MOST_FACES:
@@ -72,6 +78,17 @@ def read_mesh(path: Path, thinning: Thinning) -> MeshPoints:
     return MeshPoints(*cloud[:2], (*cloud.assumed, *dict.fromkeys(said)), up, unit)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep trimesh from logging what is said here in a sentence, such as a missing picture."""
+    log = logging.getLogger("trimesh.util")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 class _Part:
     """A part of a scene, in the scene's frame."""
 
@@ -79,6 +96,8 @@ class _Part:
         self.vertices = np.asarray(geometry.vertices, np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
         self.triangles: Int[np.ndarray, "f 3"] = np.asarray(getattr(geometry, "faces", np.zeros((0, 3))), np.int64)
         self.geometry, self._said = geometry, said
+        if len(self.triangles) and np.any(getattr(geometry, "face_attributes", {}).get("stl", False)):
+            said.append("has numbers with its faces that may be colours, which are not read")
         if len(self.triangles) and not 0 <= self.triangles.min() <= self.triangles.max() < len(self.vertices):
             raise ValueError("a face names a vertex that there is not")
         self.vertex_colors = np.asarray(getattr(geometry, "colors", ()))
@@ -107,6 +126,9 @@ class _Part:
         if visual.kind != "texture":
             return None
         base = _base_color(visual.material, image)
+        if image is not None and base is not None and base.min() == base.max() < 1:
+            self._said.append(f"darkens its texture by a factor of {base[0]:.2g}, which is left out")
+            base = None
         found = None if base is None else np.broadcast_to(base, (len(faces), 3))
         if "color" in visual.vertex_attributes:
             values = np.asarray(visual.vertex_attributes["color"])[:, :3]

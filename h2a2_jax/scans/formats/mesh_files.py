@@ -5,6 +5,7 @@ import json
 import re
 import struct
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -114,18 +115,38 @@ def text_colors(kind: str, content: bytes) -> tuple[Colored, list[str]] | None:
         if not len(rows) or len(rows) < len(re.findall(rb"^v[ \t]", content, re.MULTILINE)):
             return None
     else:
-        lines = [line for line in (each.split(b"#")[0].split() for each in content.splitlines()) if line]
-        if not lines or lines[0][0] not in (b"COFF", b"CNOFF"):
+        name, vertices, _ = _off_lines(content)
+        first = 6 if b"N" in name else 3
+        if not vertices or len(vertices[0]) < first + 3:
             return None
-        start = 1 if len(lines[0]) > 1 else 2  # the counts may be on the first line
-        vertices = lines[start : start + int(lines[start - 1][-3])]
-        first = 6 if lines[0][0] == b"CNOFF" else 3
         rows = np.array([line[:3] + line[first : first + 3] for line in vertices], np.float64).reshape(-1, 6)
     colors = rows[:, 3:]
     is_bytes = colors.max(initial=0) > 1 + _ROUNDING
     said = ["has colours beyond 1, which are taken as 0-255"] * bool(is_bytes and kind == "obj")
     full = 255 * np.clip(colors / (255 if is_bytes else 1), 0, 1)
     return (rows[:, :3], np.rint(full).astype(np.uint8)), said
+
+
+def _off_lines(content: bytes) -> tuple[bytes, list[list[bytes]], list[list[bytes]]]:
+    """Split an OFF file into the name of its kind and the words of its vertices and of its faces."""
+    lines = [line for line in (each.split(b"#")[0].split() for each in content.splitlines()) if line]
+    start = 1 if len(lines[0]) > 1 else 2  # the counts may be on the first line
+    vertices, faces = (int(word) for word in lines[start - 1][-3:-1])
+    lines = [*lines[:1], *lines[start:]]
+    return lines[0][0], lines[1 : 1 + vertices], lines[1 + vertices : 1 + vertices + faces]
+
+
+def color_faces(scene: Any, content: bytes) -> list[str]:
+    """Give the triangles of an OFF file the colours that stand behind their corners; say where that cannot be done."""
+    faces = _off_lines(content)[2]
+    if not any(len(face) >= int(face[0]) + 4 for face in faces):
+        return []
+    mesh = next(iter(scene.geometry.values()), None)
+    if len(getattr(mesh, "faces", ())) != len(faces) or any(len(face) not in (7, 8) for face in faces):
+        return ["has colours at some faces, or at faces of more than three corners, which are not read"]
+    colors = np.array([face[4:7] for face in faces], np.float64)
+    mesh.visual.face_colors = np.clip(np.rint(colors * (1 if colors.max() > 1 else 255)), 0, 255).astype(np.uint8)
+    return []
 
 
 def count_from_first(content: bytes) -> bytes:

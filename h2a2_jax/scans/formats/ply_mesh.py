@@ -58,7 +58,9 @@ def _on_faces(
     sound = np.flatnonzero(is_finite[triangles].all(axis=1))
     triangles = triangles[sound]
     said: tuple[str, ...] = ()
-    is_colored = any(name.endswith("red") or name == "r" for name in names)
+    is_colored, are_faces = (
+        any(name.lower().endswith("red") or name == "r" for name in each) for each in (names, of_faces)
+    )
     if texture and not is_colored:
         try:
             cloud = read_mesh(path, thinning)
@@ -68,7 +70,7 @@ def _on_faces(
             named = zip(("x", "y", "z", "red", "green", "blue"), (*cloud.points.T, *cloud.colors.T), strict=True)
             return dict(named), cloud.assumed
         said = cloud.assumed[-1:]
-    if not is_coarse(points, triangles):
+    if not is_coarse(points, triangles) and (is_colored or not are_faces):
         return None, said
     samples = sample_surface(points, triangles, thinning.most)
     found = {name: samples.blend(triangles, values) for name, values in columns.items()}

@@ -96,7 +96,9 @@ def _read_head(path: Path) -> tuple[str | None, list[str]]:
     """Return the encoding, None for bytes that are no text, and the first lines that are not empty."""
     with path.open("rb") as file:
         start = file.read(4096)
-    encoding = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb": "utf-8-sig"}.get(start[:2], "latin1")
+    encoding = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb": "utf-8-sig"}.get(start[:2], "utf-8")
+    if encoding == "utf-8" and "\ufffd" in start.rpartition(b"\n")[0].decode(errors="replace"):
+        encoding = "latin1"
     if encoding != "utf-16" and b"\0" in start:
         return None, []
     with path.open(encoding=encoding, errors="replace") as text:

@@ -57,6 +57,8 @@ def from_rows(
     if columns:
         check_width(path, columns, rows.shape[1])
         return by_layout(rows, columns)
+    if rows.dtype == np.uint8:
+        raise InputError(f"{path}: {what} holds bytes, as colours are; expected are coordinates x, y, z.")
     layout, reason = guess_layout(path, rows, is_pts=path.suffix.lower() == ".pts")
     remarks = () if reason is None and not explain else (_sentence(layout, reason),)
     return by_layout(rows, layout, remarks)
