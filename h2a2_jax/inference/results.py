@@ -173,7 +173,7 @@ def boxes_in_input_frame(
 ) -> Float[np.ndarray, "n 7"]:
     """Transform boxes from the frame of a scan back to that of its file.
 
-    The transform leads from the file's frame to the scan's: a rotation about z and a shift, for a file in any of `UNITS`
+    It leads from the file's frame to the scan's: a rotation about z and a shift, for a file in one of `UNITS`
     whose x, y or z points up or down.
 
     Returns:

@@ -198,7 +198,7 @@ def _coarse(points: Float[np.ndarray, "n 3"], dtype: np.dtype) -> str | None:
     if len(some) < 2:
         return None
     if (step := _grid_step(some)) > 1.1 * _COARSE and np.ptp(some, axis=0).max() < _LARGEST:
-        return f"has coordinates in steps of {step:.2g}, which are coarse: export it with more digits, or a finer scale"
+        return f"has coordinates in steps of {step:.2g}: if they were rounded, export it with more digits"
     if dtype.kind != "f":
         return None
     place = float(np.abs(np.median(some, axis=0)).max())

@@ -76,8 +76,9 @@ def _flat_fields(rows: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _sentence(layout: Layout, reason: str | None) -> str:
-    because = "" if reason is None else f" ({reason})"
-    return f"has {len(layout)} columns without names, taken as {','.join(layout)}{because}; --columns settles it"
+    reasons = [*filter(None, [reason]), *["_ not used"] * ("_" in layout)]
+    because = f" ({', '.join(reasons)})" if reasons else ""
+    return f"has {len(layout)} columns without names, taken as {', '.join(layout)}{because}; --columns settles it"
 
 
 def guess_layout(path: Path, rows: np.ndarray, *, is_pts: bool = False) -> tuple[Layout, str | None]:

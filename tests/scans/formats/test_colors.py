@@ -171,7 +171,9 @@ def test_names_of_colours_in_ply(tmp_path):
     write_ply(path, **columns("X Y Z", XYZ.astype("f8")), **columns("R G B", small))
     check(read_point_cloud(path), UNIT)
     write_ply(path, **points, **columns("scalar_red scalar_green scalar_blue", small))
-    check(read_point_cloud(path), None)
+    check(read_point_cloud(path), UNIT)
+    write_ply(path, **points, **columns("f_dc_0 f_dc_1 f_dc_2", ((UNIT - 0.5) / 0.28209479).astype("f4")))
+    check(read_point_cloud(path), UNIT, "splats")
 
 
 @pytest.mark.parametrize("suffix", ["las", "laz"])

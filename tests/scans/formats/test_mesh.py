@@ -293,7 +293,7 @@ def test_the_vertices_of_a_dense_mesh_are_its_points(tmp_path, metres):
     mesh.apply_scale(1 / metres)
     cloud = read_point_cloud(export(mesh, tmp_path / "a.ply"))
     np.testing.assert_array_equal(cloud.points, mesh.vertices.astype(np.float32))
-    assert cloud.assumed == (f"has {len(mesh.faces):,} faces, which are not used: its 2,601 vertices are the points",)
+    assert cloud.assumed[0] == f"has {len(mesh.faces):,} faces, which are not used: its 2,601 vertices are the points"
     assert len(read_point_cloud(tmp_path / "a.ply", 100).points) == 100
     mesh = grid(0.25)
     mesh.apply_scale(1 / metres)

@@ -174,7 +174,7 @@ def test_numpy_files(tmp_path):
         np.testing.assert_array_equal(cloud.colors, COLORS)
         assert cloud.full_color == (255 if name == "two.npz" else None)
     assert read_point_cloud(tmp_path / "three.npy").colors is None
-    assert "of 9 are not used" in read_point_cloud(tmp_path / "nine.npy").assumed[0]
+    assert "_ not used" in read_point_cloud(tmp_path / "nine.npy").assumed[0]
     fields = np.zeros(3, [("X", "f8"), ("Y", "f8"), ("Z", "f8"), ("intensity", "f4")])
     fields["X"], fields["Y"], fields["Z"] = POINTS.T
     np.save(tmp_path / "named.npy", fields)
