@@ -45,6 +45,7 @@ FAINT_SCORE = 0.05
 """Boxes down to this score, or to that of the request if it is lower, are on the page behind its slider."""
 REPEATED = 3
 """Remarks of one kind that are printed one by one; a last line counts them all."""
+_SHOWN = 20  # names of files that are passed over
 _NUMBER = re.compile(r"-?\d[\d.,]*")
 
 Item = TypeVar("Item")
@@ -159,7 +160,8 @@ def _opening(found: FoundInputs, request: PredictRequest, predictor: Predictor, 
     unit = f"m{shown}" if request.unit == "auto" else request.unit
     yield f"Files are taken as {up}, in {unit}; boxes of score {request.score:g} and more go to {printable(output)}."
     if found.passed_over:
-        shown = ", ".join(printable(path) for path in found.passed_over[:3])
+        shown = ", ".join(printable(path) for path in found.passed_over[:_SHOWN])
+        shown += ", ..." * (len(found.passed_over) > _SHOWN)
         yield f"Passed over, as without points: {_count(found.passed_over, 'text file')}, {shown}."
     if found.results:
         shown = ", ".join(printable(path) for path in found.results[:3]) + ", ..." * (len(found.results) > 3)

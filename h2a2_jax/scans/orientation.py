@@ -361,10 +361,11 @@ def decide_frame(cloud: PointCloud, up: str, unit: str, flag: str = "--{}={}") -
     taken_unit = decide("unit", guessed)
     sizes, imperial = np.sort(np.maximum(extents(points), 1e-9)), _IMPERIAL.get(taken_unit)
     if imperial and unit == "auto" and cloud.unit is None and (taken_unit != "m" or sizes[0] > _HIGHEST):
-        if _off_a_room(sizes, taken_unit) - _off_a_room(sizes, imperial) > _UNIT_CLEAR:
-            shown = " x ".join(f"{size:.3g}" for size in sizes)
+        off = _off_a_room(sizes, imperial)
+        if off < _UNIT_CLEAR < _off_a_room(sizes, taken_unit) - off:
+            shown, word = " x ".join(f"{size:.3g}" for size in sizes), {"ft": "feet", "in": "inches"}[imperial]
             remarks.append(
-                f"measures {shown}, as a room in {imperial} does: if it is one, add {flag.format('unit', imperial)}"
+                f"measures {shown}, as a room in {word} does: if it is one, add {flag.format('unit', imperial)}"
             )
     # A wrong unit must not hide which axis points up.
     votes = up_votes(points * UNITS[guessed.guess or taken_unit])

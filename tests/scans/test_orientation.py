@@ -146,6 +146,14 @@ def test_what_the_points_show_is_taken_and_said():
     assert "-y points up, it seems" in said and "--up=-y says so" in said and "--unit=mm says so" in said
 
 
+def test_feet_and_inches_are_remarked_on():
+    for scale, unit, taken, word in ((0.3048, "ft", "m", "feet"), (0.0254, "in", "cm", "inches")):
+        _, found, said = decided(ROOM / scale)
+        assert found == taken and f"as a room in {word} does: if it is one, add --unit={unit}" in said
+        assert decided(ROOM / scale, unit=unit)[1] == unit
+    assert "feet" not in decided(ROOM * [5, 5, 1])[2] and "inches" not in decided(100 * ROOM)[2]
+
+
 def test_what_the_file_says_is_taken_and_contradicted():
     *frame, remarks = decide_frame(PointCloud(turned(ROOM, "z", "y"), None, up="y", unit="m"), "auto", "auto")
     assert frame == ["y", "m"] and remarks == ["y points up, as its format says"]

@@ -193,16 +193,20 @@ def _finite(raw: _Raw, color_range: ColorRange) -> PointCloud:
 
 
 def _coarse(points: Float[np.ndarray, "n 3"], dtype: np.dtype) -> str | None:
-    """Remark on coordinates that are, or once were, in float32 so far from the origin that its steps are coarse."""
+    """Remark on coordinates of few digits, of their type or as they were written."""
     some = points[:: max(1, len(points) // _SAMPLE)]
     if len(some) < 2:
         return None
-    if (step := _grid_step(some)) > 1.1 * _COARSE and np.ptp(some, axis=0).max() < _LARGEST:
-        return f"has coordinates in steps of {step:.2g}: if they were rounded, export it with more digits"
-    if dtype.kind != "f":
-        return None
-    place = float(np.abs(np.median(some, axis=0)).max())
     extent = float(np.subtract(*np.percentile(some, [99, 1], axis=0)).max())
+    remark = _coarse_type(some, dtype, extent) if dtype.kind == "f" else None
+    if remark is None and (step := _grid_step(some)) > 1.1 * _COARSE and extent < _LARGEST:
+        return f"has coordinates in steps of {step:.2g}: if they were rounded, export it with more digits"
+    return remark
+
+
+def _coarse_type(some: Float[np.ndarray, "n 3"], dtype: np.dtype, extent: float) -> str | None:
+    """Remark on coordinates that are, or once were, in float32 so far from the origin that its steps are coarse."""
+    place = float(np.abs(np.median(some, axis=0)).max())
     name = "float16" if dtype.itemsize == 2 else "float32"
     with np.errstate(over="ignore"):
         step = float(np.spacing(np.abs(np.dtype(name).type(place))))

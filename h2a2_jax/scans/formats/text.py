@@ -26,6 +26,7 @@ _DECIMAL_COMMA = re.compile(r"[+-]?\d*(,\d+)?(e[+-]?\d+)?", re.IGNORECASE)
 _LABEL = re.compile(r"^\s*(columns|fields|format|header)\s*[:=]?\s*", re.IGNORECASE)
 _COMMENT = re.compile("#(?![0-9a-fA-F]{6}\\b)|//")  # not the colour #ff8040
 _PROSE = {"and", "are", "as", "by", "for", "in", "is", "of", "the", "to", "with"}  # no line of names has them
+_QUOTED_DECIMAL = re.compile(r'"([+-]?\d*),(\d+(?:e[+-]?\d+)?)"', re.IGNORECASE)
 _MISSING = {"", "na", "n/a", "null", "none", "nodata"}
 
 
@@ -36,6 +37,7 @@ class _Form(NamedTuple):
         encoding: of the text.
         delimiter: between numbers; None for blanks.
         decimal_comma: True if numbers have decimal commas.
+        quoted_comma: True if they have them within quotes, between which commas delimit.
         trailing: True if lines end with a delimiter.
         quoted: True if some words are quoted.
         marks: letters that begin a comment.
@@ -48,6 +50,7 @@ class _Form(NamedTuple):
     encoding: str
     delimiter: str | None
     decimal_comma: bool
+    quoted_comma: bool
     trailing: bool
     quoted: bool
     marks: str
@@ -62,7 +65,7 @@ def read_text(path: Path, thinning: Thinning, columns: Layout | None) -> RawClou
     form = _find_form(path)
     if form is None:
         return RawCloud(np.zeros((0, 3)), None)
-    remarks = ("has decimal commas",) * form.decimal_comma
+    remarks = ("has decimal commas",) * (form.decimal_comma or form.quoted_comma)
     if columns:
         check_width(path, columns, form.width)
         rows, more = _load(path, form, thinning, tuple(i for i, name in enumerate(columns) if name != "_"))
@@ -134,7 +137,10 @@ def _find_form(path: Path) -> _Form | None:
     start = _find_start(head)
     if start is None:
         raise InputError(f"{path} has no line of numbers x y z in its first {len(head)} lines.")
-    before = head[:start]
+    before, quoted_comma = head[:start], not any("." in line for line in head[start:])
+    quoted_comma = quoted_comma and any(map(_QUOTED_DECIMAL.search, head[start:]))
+    if quoted_comma:
+        head = [_QUOTED_DECIMAL.sub(r"\1.\2", line) for line in head]
     delimiter, decimal = _separator(head[start])
     marks = _marks(delimiter)
     sample = [line for line in head[start:] if line[0] not in marks]
@@ -151,6 +157,7 @@ def _find_form(path: Path) -> _Form | None:
         encoding,
         delimiter,
         decimal,
+        quoted_comma,
         trailing,
         quoted=any('"' in line for line in sample),
         marks=marks,
@@ -293,6 +300,8 @@ def _filled(text: Iterator[str], form: _Form) -> Iterator[str]:
     filled = (line for line in stripped if line and line[0] not in form.marks)
     for _ in range(sum(line[0] not in form.marks for line in form.before)):
         next(filled)
+    if form.quoted_comma:
+        filled = (_QUOTED_DECIMAL.sub(r"\1.\2", line) for line in filled)
     if form.trailing:
         filled = (line.removesuffix(form.delimiter or " ") for line in filled)
     if form.decimal_comma:

@@ -2,6 +2,7 @@
 
 import io
 
+import laspy
 import numpy as np
 import pytest
 
@@ -117,6 +118,10 @@ UNNAMED = {
     "x y z r g b normals": ((XYZ, RGB, NORMAL), "x, y, z, r, g, b, _, _, _"),
     "x y z normals r g b": ((XYZ, NORMAL, RGB), "x, y, z, _, _, _, r, g, b"),
     "x y z r g b i normals": ((XYZ, RGB, INTENSITY, NORMAL), "x, y, z, r, g, b, _, _, _, _"),
+    "label, x y z r g b": ((LABEL, XYZ, RGB), "_, x, y, z, r, g, b"),
+    "numbers in disorder, x y z": ((ROW[::-1], XYZ), "_, x, y, z"),
+    "row and column of a scanner, x y z r g b": ((ROW // 20, ROW % 20, XYZ, RGB), "_, _, x, y, z, r, g, b"),
+    "seconds of a week, x y z i": ((4e5 + ROW / 8, XYZ, INTENSITY), "_, x, y, z, _"),
 }
 
 
@@ -135,6 +140,7 @@ def test_values_decide_without_names_and_it_is_said(tmp_path, kind, form):
     assert ("[" in remarks) == ("transposed" in form) and ("read as float" in remarks) == form.endswith("bin")
     if layout:
         assert f"has {rows.shape[1]} columns without names, taken as {layout}" in remarks
+        assert ("_ not used" in remarks) == ("_" in layout) and "--columns settles it" in remarks
     elif not form.endswith("bin"):
         assert "without names" not in remarks
 
@@ -299,6 +305,56 @@ def test_float32_far_from_the_origin_is_said(tmp_path):
     assert "are in float32, which has steps of 0.5 at 5.41e+06" in read_point_cloud(tmp_path / "single.npy").assumed[0]
     assert "once were in float32" in read_point_cloud(tmp_path / "once.npy").assumed[0]
     assert read_point_cloud(tmp_path / "double.npy").assumed == read_point_cloud(tmp_path / "near.npy").assumed == ()
+
+
+def test_rounded_coordinates_are_said(tmp_path):
+    rng, path = np.random.default_rng(1), tmp_path / "a.txt"
+    points = rng.uniform(0, [6, 5, 2.5], (3000, 3))
+    for far, form, step in (((0, 0, 0), "%.1f", "0.1"), ((4.5e5, 5.4e6, 0), "%g", "1"), ((0, 0, 0), "%.2f", None)):
+        np.savetxt(path, points + far, form)
+        remarks = read_point_cloud(path).assumed
+        expected = (f"has coordinates in steps of {step}: if they were rounded, export it with more digits",)
+        assert remarks == (expected if step else ())
+    header = laspy.LasHeader(point_format=0)
+    header.scales = np.ones(3)
+    las = laspy.LasData(header)
+    las.x, las.y, las.z = points.T
+    las.write(tmp_path / "a.las")
+    assert "steps of 1:" in read_point_cloud(tmp_path / "a.las").assumed[0]
+    np.savetxt(path, np.rint(1000 * points), "%d")  # millimetres
+    assert read_point_cloud(path).assumed == ()
+
+
+def test_colours_under_names_that_are_not_known_are_taken_by_their_values(tmp_path):
+    (tmp_path / "a.csv").write_text("X;Y;Z;Rot;Grün;Blau\n" + table(XYZ, RGB, mark=";"), encoding="utf-8")
+    assert check(tmp_path / "a.csv") == ("has its colours in Rot, Grün, Blau, by their values",)
+    (tmp_path / "a.csv").write_text("X,Y,Z,,,\n" + table(XYZ, RGB, mark=","))
+    assert check(tmp_path / "a.csv") == ("has its colours in column 4, column 5, column 6, by their values",)
+    others = np.concatenate([INTENSITY, LABEL, LABEL % 3, INTENSITY[::-1]], axis=1)
+    (tmp_path / "a.csv").write_text("X,Y,Z,Intensity,Class,Returns,Quality\n" + table(XYZ, others, mark=","))
+    assert check(tmp_path / "a.csv", None) == ()
+
+
+def test_commas_between_numbers_with_decimal_commas_in_quotes(tmp_path):
+    frame = pytest.importorskip("pandas").DataFrame(np.concatenate([XYZ, RGB], axis=1), columns=list("xyzrgb"))
+    frame.to_csv(tmp_path / "a.csv", decimal=",")
+    assert check(tmp_path / "a.csv") == ("has decimal commas",)
+    (tmp_path / "a.csv").write_text('x,y,z\n"1,500",0.25,1\n0.5,1.5,1\n')  # rather thousands
+    with pytest.raises(InputError, match="names the columns x, y, z, but its rows have 4"):
+        read_point_cloud(tmp_path / "a.csv")
+
+
+def test_bytes_are_no_coordinates(tmp_path):
+    np.save(tmp_path / "color.npy", RGB.astype("u1"))
+    with pytest.raises(InputError, match="its array holds bytes, as colours are"):
+        read_point_cloud(tmp_path / "color.npy")
+
+
+def test_suffixes_of_open3d(tmp_path):
+    (tmp_path / "a.xyzrgb").write_text(table(XYZ, RGB / 255))
+    np.testing.assert_allclose(unit_colors(read_point_cloud(tmp_path / "a.xyzrgb")), RGB / 255, atol=1e-5)
+    (tmp_path / "a.xyzn").write_text(table(XYZ, NORMAL))
+    assert read_point_cloud(tmp_path / "a.xyzn").colors is None
 
 
 def test_text_of_a_pcd_keeps_its_digits(tmp_path):

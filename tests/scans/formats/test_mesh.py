@@ -96,6 +96,10 @@ def test_colours_of_faces(tmp_path):
     mesh.visual.face_colors = np.concatenate([SIDES[sides], np.full((12, 1), 255, np.uint8)], axis=1)
     cloud = read_point_cloud(export(mesh, tmp_path / "a.ply"))
     np.testing.assert_array_equal(cloud.colors, SIDES[side(cloud.points)])
+    fine = mesh.subdivide_to_size(0.05)  # whose vertices would do, if they had the colours
+    fine.visual.face_colors = SIDES[side(fine.triangles_center)]
+    cloud = read_point_cloud(export(fine, tmp_path / "b.ply"))
+    np.testing.assert_array_equal(cloud.colors, SIDES[side(cloud.points)])
 
 
 def textured(image, factor=None):
@@ -120,6 +124,9 @@ def of_the_picture(points):
 def test_a_texture_gives_each_point_its_colour(tmp_path):
     cloud = read_point_cloud(export(textured(PICTURE), tmp_path / "a.glb"))
     np.testing.assert_array_equal(cloud.colors, of_the_picture(cloud.points))
+    grey = read_point_cloud(export(textured(PICTURE, [0.4, 0.4, 0.4, 1.0]), tmp_path / "c.glb"))
+    np.testing.assert_array_equal(grey.colors, cloud.colors)
+    assert grey.assumed[-1] == "darkens its texture by a factor of 0.4, which is left out"
     half = read_point_cloud(export(textured(PICTURE, [1.0, 0.5, 0.5, 1.0]), tmp_path / "b.glb"))
     np.testing.assert_allclose(half.colors, cloud.colors * [1, 0.5, 0.5], atol=1.01)
 
@@ -252,7 +259,30 @@ def test_corners_that_count_back_from_a_face(tmp_path):
     assert np.isin(cloud.points[:, 2], [0, 1]).all()
 
 
-@pytest.mark.parametrize("counts", ["COFF 4 2 0\n", "COFF\n# made by hand\n4 2 0\n", "CNOFF\n4 2 0\n"])
+@pytest.mark.parametrize("full", [1, 255])
+def test_colours_of_the_faces_of_an_off_file(tmp_path, full):
+    colors = [[round(channel / 255 * full, 4) for channel in (51, 102, 204)], [full, 0, 0]]
+    square = "OFF\n5 2 0\n0 0 0\n1 0 0\n1 1 0\n0 1 0\n0 1 2\n"
+    text = square + "3 0 1 2 {} {} {}\n3 0 2 4 {} {} {} {}\n".format(*colors[0], *colors[1], full)
+    (tmp_path / "a.off").write_text(text)
+    cloud = read_point_cloud(tmp_path / "a.off")
+    is_first = cloud.points[:, 2] == 0
+    np.testing.assert_array_equal(cloud.colors[is_first], np.tile([51, 102, 204], (is_first.sum(), 1)))
+    np.testing.assert_array_equal(cloud.colors[~is_first], np.tile([255, 0, 0], ((~is_first).sum(), 1)))
+    (tmp_path / "a.off").write_text(square.replace("5 2", "5 1") + "4 0 1 2 3 255 0 0\n")
+    cloud = read_point_cloud(tmp_path / "a.off")
+    assert cloud.colors is None and "has colours at some faces, or at faces of more than three" in cloud.assumed[-1]
+
+
+def test_numbers_with_the_faces_of_an_stl_file_are_said(tmp_path):
+    content = bytearray(trimesh.exchange.stl.export_stl(ROOM))
+    content[84 + 48 : 84 + 50] = b"\x1f\x80"
+    (tmp_path / "a.stl").write_bytes(content)
+    cloud = read_point_cloud(tmp_path / "a.stl")
+    assert cloud.colors is None and "may be colours, which are not read" in cloud.assumed[-1]
+
+
+@pytest.mark.parametrize("counts", ["OFF 4 2 0\n", "COFF 4 2 0\n", "COFF\n# made by hand\n4 2 0\n", "CNOFF\n4 2 0\n"])
 def test_colours_of_an_off_file(tmp_path, counts):
     rows = ["0 0 0 255 0 0 255", "1 0 0 255 0 0 255", "1 1 0 255 0 0 255", "0 1 0 255 0 0 255"]
     if counts.startswith("CN"):  # as Open3D writes it: normals before colours

@@ -203,9 +203,16 @@ def test_coordinates_of_a_text_keep_their_digits(tmp_path, kind, axes):
             [[1, 2, 3], [4, 5, 6]],
             [[255, 0, 9], [1, 2, 3]],
         ),
+        (  # fractions in fields of bytes
+            "ply\nformat ascii 1.0\nelement vertex 2\nproperty float x\nproperty float y\nproperty float z\n"
+            "property uchar red\nproperty uchar green\nproperty uchar blue\nend_header\n"
+            "1 2 3 1 0.5 0\n4 5 6 0.25 1 0.5\n",
+            [[1, 2, 3], [4, 5, 6]],
+            [[1, 0.5, 0], [0.25, 1, 0.5]],
+        ),
         ("ply\nformat ascii 1.0\nelement vertex 1\n" + "\n".join(XYZ) + "\nend_header\n1 2 3", [[1, 2, 3]], None),
     ],
-    ids=["CloudCompare", "MeshLab", "untidy", "other names", "no line break at the end"],
+    ids=["CloudCompare", "MeshLab", "untidy", "other names", "fractions", "no line break at the end"],
 )
 def test_layouts_of_other_programs(tmp_path, content, points, colors):
     (tmp_path / "a.ply").write_bytes(content.encode())
