@@ -208,7 +208,7 @@ def _colors_by_values(values: Sequence[np.ndarray], used: Sequence[int]) -> int 
             some = np.stack([each[:: max(1, len(each) // _SAMPLE)] for each in values[place : place + 3]], axis=1)
             is_bytes = len(some) and some.min() >= 0 and some.max() <= 255 and (some == np.rint(some)).all()
             if is_bytes and min(len(np.unique(column)) for column in some.T) >= _LEAST_VALUES:
-                related = np.corrcoef(some.T.astype(np.float64))
+                related = np.asarray(np.corrcoef(some.T.astype(np.float64)))
                 if min(related[0, 1], related[1, 2]) > _RELATED:
                     return place
     return None

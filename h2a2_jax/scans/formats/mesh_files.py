@@ -141,11 +141,11 @@ def color_faces(scene: Any, content: bytes) -> list[str]:
     faces = _off_lines(content)[2]
     if not any(len(face) >= int(face[0]) + 4 for face in faces):
         return []
-    mesh = next(iter(scene.geometry.values()), None)
-    if len(getattr(mesh, "faces", ())) != len(faces) or any(len(face) not in (7, 8) for face in faces):
+    meshes = list(scene.geometry.values())
+    if [len(mesh.faces) for mesh in meshes] != [len(faces)] or any(len(face) not in (7, 8) for face in faces):
         return ["has colours at some faces, or at faces of more than three corners, which are not read"]
     colors = np.array([face[4:7] for face in faces], np.float64)
-    mesh.visual.face_colors = np.clip(np.rint(colors * (1 if colors.max() > 1 else 255)), 0, 255).astype(np.uint8)
+    meshes[0].visual.face_colors = np.clip(np.rint(colors * (1 if colors.max() > 1 else 255)), 0, 255).astype(np.uint8)
     return []
 
 
