@@ -31,7 +31,7 @@ _AXES = {
         [
             ("x", "(?:east|easting|eastings)"),
             ("y", "(?:north|northing|northings)"),
-            ("z", "(?:height|elevation|elev|altitude|alt)"),
+            ("z", "(?:height|elevation|elev|altitude|alt|up)"),
         ]
     )
 }
@@ -160,8 +160,8 @@ def roles(names: Sequence[str]) -> Roles:
 def from_columns(path: Path, columns: Mapping[str, np.ndarray]) -> RawCloud:
     """Make points and colours of named columns of one length.
 
-    Of several sets of names the first in the order of `roles` is taken, of colours the first that is not all 0, and a
-    remark says so.
+    Of several sets of names the first in the order of `roles` is taken, of colours the first that is not all 0, nor one
+    colour everywhere, and a remark says so.
 
     Raises:
         InputError: x, y or z is missing.
@@ -181,7 +181,8 @@ def from_columns(path: Path, columns: Mapping[str, np.ndarray]) -> RawCloud:
     colors = None
     if found.colors:
         sets = list(found.colors.values())
-        best = next((places for places in sets if any(values[place].any() for place in places)), sets[0])
+        some = [places for places in sets if any(values[place].any() for place in places)] or sets
+        best = next((s for s in some if len(sets) > 1 and any(np.ptp(values[place]) > 0 for place in s)), some[0])
         if len(sets) > 1:
             others = [", ".join(names[place] for place in places) for places in sets if places is not best]
             shown = ", ".join(names[place] for place in best)

@@ -27,7 +27,7 @@ _LABEL = re.compile(r"^\s*(columns|fields|format|header)\s*[:=]?\s*", re.IGNOREC
 _COMMENT = re.compile("#(?![0-9a-fA-F]{6}\\b)|//")  # not the colour #ff8040
 _PROSE = {"and", "are", "as", "by", "for", "in", "is", "of", "the", "to", "with"}  # no line of names has them
 _QUOTED_DECIMAL = re.compile(r'"([+-]?\d*),(\d+(?:e[+-]?\d+)?)"', re.IGNORECASE)
-_MISSING = {"", "na", "n/a", "null", "none", "nodata"}
+_MISSING = {"", "-", "na", "n/a", "null", "none", "nodata"}
 
 
 class _Form(NamedTuple):

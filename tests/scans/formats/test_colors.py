@@ -168,6 +168,8 @@ def test_names_of_colours_in_ply(tmp_path):
     check(read_point_cloud(path), UNIT, "in diffuse_red, diffuse_green, diffuse_blue, not in red, green, blue")
     write_ply(path, **points, **columns("red green blue", small), **{name: 1 + v // 2 for name, v in diffuse.items()})
     check(read_point_cloud(path), UNIT, "in red, green, blue, not in diffuse_red")
+    write_ply(path, **points, **columns("red green blue", 0 * small + 255), **diffuse)
+    check(read_point_cloud(path), UNIT, "in diffuse_red, diffuse_green, diffuse_blue, not in red, green, blue")
     write_ply(path, **columns("X Y Z", XYZ.astype("f8")), **columns("R G B", small))
     check(read_point_cloud(path), UNIT)
     write_ply(path, **points, **columns("scalar_red scalar_green scalar_blue", small))
