@@ -44,6 +44,7 @@ _VOXEL = 0.06  # m
 _THING = 15  # points 4 cm apart
 _FURNITURE = 1.1  # m above the floor
 _ROOM_HEIGHT = 2.6  # m
+_STOREY = 3.8  # m, which few storeys exceed
 _PLACES = 3_000
 _MEASURED = 200_000  # points
 _NOWHERE = 1e12  # in any unit
@@ -83,10 +84,13 @@ class UpVotes:
     Attributes:
         votes: by sign, log-odds of each axis of `AXES`.
         one_surface: True if one plane holds most of the scan.
+        high: True if each extent is more than the height of a storey: floors above one another hide which way is up
+            from the signs other than the floor and the camera.
     """
 
     votes: Mapping[str, tuple[float, ...]]
     one_surface: bool
+    high: bool = False
 
 
 def up_votes(points: Float[np.ndarray, "m 3"]) -> UpVotes:
@@ -101,7 +105,7 @@ def up_votes(points: Float[np.ndarray, "m 3"]) -> UpVotes:
             votes[_PARTS[name]] += WEIGHTS[name] * rows[:, i]
         votes["camera"] = _camera_votes(points)
     relative = {sign: tuple((vote - vote.mean()).round(2).tolist()) for sign, vote in votes.items()}
-    return UpVotes(relative, largest > _ONE_SURFACE)
+    return UpVotes(relative, largest > _ONE_SURFACE, rows is not None and min(extents(points)) > _STOREY)
 
 
 def features(points: Float[np.ndarray, "m 3"]) -> tuple[Float[np.ndarray, "6 f"] | None, float]:
@@ -279,7 +283,8 @@ def guess_up(declared: str, scans: Sequence[UpVotes]) -> Guess:
     )
     if all(scan.one_surface for scan in scans) and "camera" not in agreeing:
         return Guess(declared, None, False, "one plane holds most of the points, a floor or a wall")
-    if margin < _CLEAR or len(agreeing) < _AGREEING or not upright:
+    is_enough = not any(scan.high for scan in scans) or {"floor", "camera"} & {*agreeing, *upright}
+    if margin < _CLEAR or len(agreeing) < _AGREEING or not upright or not is_enough:
         return Guess(declared, None, False, f"its signs do not agree: for {AXES[best]} {evidence}")
     return Guess(declared, AXES[best], margin > _CERTAIN and len(agreeing) > _AGREEING, evidence)
 
@@ -315,7 +320,7 @@ def guess_unit(declared: str, scans: Sequence[tuple[float, float, float]]) -> Gu
     off = {unit: _off_a_room(sizes, unit) for unit in _GUESSED}
     best, second = sorted(off, key=off.__getitem__)[:2]
     is_clear = off[second] - off[best] > _UNIT_CLEAR and off[best] < _UNIT_ODD
-    shown = " x ".join(f"{size:,.0f}" if size >= 100 else f"{size:.3g}" for size in sizes)
+    shown = " x ".join(f"{size:,.0f}" if size >= 100 else f"{size * (size > 1e-6):.3g}" for size in sizes)
     return Guess(declared, best if is_clear else None, is_clear, f"extents {shown}; rooms measure 2 to 8 m")
 
 

@@ -146,6 +146,33 @@ def test_what_the_points_show_is_taken_and_said():
     assert "-y points up, it seems" in said and "--up=-y says so" in said and "--unit=mm says so" in said
 
 
+def test_floors_above_one_another_are_not_laid_on_their_side():
+    rng = np.random.default_rng(0)
+
+    def plate(low, high, count):
+        return rng.uniform(low, high, (count, 3))
+
+    def box(low, high, count):
+        ends = [
+            np.where(np.arange(3) == axis, side, each)
+            for axis in range(3)
+            for side in (low, high)
+            for each in (low, high)
+        ]
+        return np.concatenate([plate(a, b, count) for a, b in zip(ends[::2], ends[1::2], strict=True)])
+
+    walls = [((0, 0, 0), (5, 0, 2.6)), ((0, 4, 0), (5, 4, 2.6)), ((0, 0, 0), (0, 4, 2.6)), ((5, 0, 0), (5, 4, 2.6))]
+    things = [((1, 1, 0.68), (2.4, 1.8, 0.74)), ((3.8, 2.5, 0), (4.6, 3.9, 0.45)), ((0.1, 3.2, 0), (0.7, 3.9, 1.8))]
+    parts = [
+        plate((0, 0, 0), (5, 4, 0), 2800),
+        *(plate(*ends, 880) for ends in walls),
+        *(box(*ends, 180) for ends in things),
+    ]
+    storey, ceiling = np.concatenate(parts), plate((0, 0, 5.5), (5, 4, 5.5), 4000)
+    up, _, said = decided(np.concatenate([storey, storey + np.array([0, 0, 2.9]), ceiling]))
+    assert up == "z" and "does not show which axis points up" in said
+
+
 def test_feet_and_inches_are_remarked_on():
     for scale, unit, taken, word in ((0.3048, "ft", "m", "feet"), (0.0254, "in", "cm", "inches")):
         _, found, said = decided(ROOM / scale)
