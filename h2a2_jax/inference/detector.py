@@ -239,7 +239,8 @@ class Detector:
             )
             scan, placing = place_as_dataset(scan, spec)
             placed.append(scan)
-            remarks.append((*read.assumed, *decided, *placing))
+            on_colors = (remark.replace("--colors", "color_range") for remark in read.assumed)
+            remarks.append((*on_colors, *decided, *placing))
         found: list[Boxes] = []
         for start in range(0, len(placed), batch_size):
             batch, said = placed[start : start + batch_size], remarks[start : start + batch_size]

@@ -317,7 +317,7 @@ def guess_unit(declared: str, scans: Sequence[tuple[float, float, float]]) -> Gu
     if not scans:
         return Guess(declared, None, False, "no scan could be read")
     sizes = np.sort(np.median(np.maximum(scans, 1e-9), axis=0))
-    off = {unit: _off_a_room(sizes, unit) for unit in _GUESSED}
+    off = {unit: _off_a_room(sizes, unit) for unit in UNITS.keys() & {*_GUESSED, declared}}
     best, second = sorted(off, key=off.__getitem__)[:2]
     is_clear = off[second] - off[best] > _UNIT_CLEAR and off[best] < _UNIT_ODD
     shown = " x ".join(f"{size:,.0f}" if size >= 100 else f"{size * (size > 1e-6):.3g}" for size in sizes)

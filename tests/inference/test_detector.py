@@ -104,7 +104,11 @@ def test_lists_of_clouds_give_lists_of_boxes_in_passes_of_one_shape(detector: De
 
 def test_colours_may_be_bytes(detector: Detector):
     as_bytes = np.round(SMALL.colors * 255).astype(np.uint8)
-    assert_same(detector(SMALL.points, as_bytes, "s3dis"), detector(SMALL.points, as_bytes / np.float32(255), "s3dis"))
+    boxes = detector(SMALL.points, as_bytes, "s3dis")
+    assert_same(boxes, detector(SMALL.points, as_bytes / np.float32(255), "s3dis"))
+    in_16_bits = detector(SMALL.points, as_bytes.astype(np.uint16), "s3dis")
+    assert_same(boxes, in_16_bits)
+    assert any("if they are not, say color_range" in remark for remark in in_16_bits.remarks)
 
 
 def test_points_that_are_not_finite_are_left_out(detector: Detector, found: Boxes):

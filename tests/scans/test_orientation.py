@@ -177,7 +177,7 @@ def test_feet_and_inches_are_remarked_on():
     for scale, unit, taken, word in ((0.3048, "ft", "m", "feet"), (0.0254, "in", "cm", "inches")):
         _, found, said = decided(ROOM / scale)
         assert found == taken and f"as a room in {word} does: if it is one, add --unit={unit}" in said
-        assert decided(ROOM / scale, unit=unit)[1] == unit
+        assert decided(ROOM / scale, unit=unit) == ("z", unit, "")
     assert "feet" not in decided(ROOM * [5, 5, 1])[2] and "inches" not in decided(100 * ROOM)[2]
 
 
