@@ -22,6 +22,7 @@ from h2a2_jax.scans.formats.mesh_files import (
     color_faces,
     count_from_first,
     text_colors,
+    without_comments,
 )
 from h2a2_jax.scans.formats.surface import face_areas, sample_surface
 
@@ -53,7 +54,7 @@ def read_mesh(path: Path, thinning: Thinning) -> MeshPoints:
     elif kind == "stl":
         check_stl(path, content)
     elif kind == "obj":
-        content = count_from_first(content)
+        content = count_from_first(without_comments(content))
     folder: Any = MeshFolder(path.parent, said)
     try:
         with warnings.catch_warnings(), _quiet():

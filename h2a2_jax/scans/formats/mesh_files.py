@@ -21,6 +21,7 @@ _UNREAD = {
 }
 _ROUNDING = 1e-3  # by which colours may exceed 1
 _NUMBER = rb"[ \t]+([\d.eE+-]+)"
+_COMMENT = re.compile(rb"^([vf][^\r\n#]*)#[^\r\n]*", re.MULTILINE)
 _COLORED = re.compile(rb"^v" + 6 * _NUMBER + rb"[ \t]*\r?$", re.MULTILINE)
 
 Colored = tuple[Float[np.ndarray, "v 3"], UInt8[np.ndarray, "v 3"]]
@@ -121,6 +122,8 @@ def text_colors(kind: str, content: bytes) -> tuple[Colored, list[str]] | None:
             return None
         rows = np.array([line[:3] + line[first : first + 3] for line in vertices], np.float64).reshape(-1, 6)
     colors = rows[:, 3:]
+    if (colors < 0).any():  # rather normals
+        return None
     is_bytes = colors.max(initial=0) > 1 + _ROUNDING
     said = ["has colours beyond 1, which are taken as 0-255"] * bool(is_bytes and kind == "obj")
     full = 255 * np.clip(colors / (255 if is_bytes else 1), 0, 1)
@@ -147,6 +150,11 @@ def color_faces(scene: Any, content: bytes) -> list[str]:
     colors = np.array([face[4:7] for face in faces], np.float64)
     meshes[0].visual.face_colors = np.clip(np.rint(colors * (1 if colors.max() > 1 else 255)), 0, 255).astype(np.uint8)
     return []
+
+
+def without_comments(content: bytes) -> bytes:
+    """Leave out what stands behind the numbers of an OBJ file's lines, which trimesh takes for damage."""
+    return _COMMENT.sub(rb"\1", content) if b"#" in content else content
 
 
 def count_from_first(content: bytes) -> bytes:

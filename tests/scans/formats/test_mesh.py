@@ -247,6 +247,12 @@ def test_colours_of_vertices_beside_a_material_as_meshlab_writes_them(tmp_path, 
     np.testing.assert_allclose(read_point_cloud(tmp_path / "a.obj").colors, expected, atol=1.01)
 
 
+def test_comments_behind_the_numbers_of_an_obj_file(tmp_path):
+    (tmp_path / "a.obj").write_text("v 0 0 0 1 0 0 # red\nv 1 0 0 1 0 0\nv 1 1 0 1 0 0\nf 1 2 3 # all\n")
+    cloud = read_point_cloud(tmp_path / "a.obj")
+    assert len(cloud.points) == 50_000 and (cloud.colors == [255, 0, 0]).all()
+
+
 def test_corners_that_count_back_from_a_face(tmp_path):
     """Two squares at z = 0 and 1, each behind its own vertices, as SketchUp's and Kenney's files have them."""
     lines = []
