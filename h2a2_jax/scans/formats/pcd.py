@@ -1,6 +1,7 @@
 """Points of PCD files (Point Cloud Library, version .7 and before): ascii, binary, binary_compressed."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -21,10 +22,11 @@ class _Header(NamedTuple):
     dtype: np.dtype  # of one point; a field of several numbers is a subarray, which nobody reads
     points: int
     data: str
+    remarks: tuple[str, ...]
 
 
-def read_pcd_columns(path: Path, thinning: Thinning | None = None) -> Mapping[str, np.ndarray]:
-    """Read the fields of one number per point by name.
+def read_pcd_columns(path: Path, thinning: Thinning | None = None) -> tuple[Mapping[str, np.ndarray], tuple[str, ...]]:
+    """Read the fields of one number per point by name, and parts of sentences on what is not used.
 
     Packed colours (rgb, rgba) become red, green, blue: uint8, or float32 with NaN where there is none. `thinning`
     chooses the points; compressed data are unpacked as a whole.
@@ -36,7 +38,7 @@ def read_pcd_columns(path: Path, thinning: Thinning | None = None) -> Mapping[st
     for packed in [name for name in columns if name.lower() in PACKED]:
         values = unpacked(path, columns.pop(packed))
         columns |= {name: values[:, i] for i, name in enumerate(("red", "green", "blue"))}
-    return columns
+    return columns, header.remarks
 
 
 def _read_header(path: Path, file: BinaryIO) -> _Header:
@@ -74,7 +76,10 @@ def _read_header(path: Path, file: BinaryIO) -> _Header:
             raise ValueError(f"DATA {data}")
     except (KeyError, ValueError, IndexError) as error:
         raise InputError(f"{path} has a PCD header that cannot be understood ({error}); write it again.") from error
-    return _Header(dtype, points, data.lower())
+    turn = " ".join(entries.get("VIEWPOINT", ())[3:])
+    is_turned = turn and not re.fullmatch(r"-?1(\.0*)?( -?0(\.0*)?){3}", turn)
+    said = (f"has a VIEWPOINT that is turned (by the quaternion {turn}), which is not used",) if is_turned else ()
+    return _Header(dtype, points, data.lower(), said)
 
 
 def _cut_off(path: Path, header: _Header, expected: str, left: int) -> InputError:

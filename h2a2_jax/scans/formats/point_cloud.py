@@ -237,9 +237,15 @@ def _read_ply(path: Path, thinning: Thinning) -> _Raw:
     return replace(raw, assumed=(*raw.assumed, *said), up=up)
 
 
+def _read_pcd(path: Path, thinning: Thinning) -> _Raw:
+    columns, said = read_pcd_columns(path, thinning)
+    raw = _from_columns(path, columns)
+    return replace(raw, assumed=(*raw.assumed, *said))
+
+
 _READERS: dict[str, Callable[[Path, Thinning], _Raw]] = {
     ".ply": _read_ply,
-    ".pcd": lambda path, thinning: _from_columns(path, read_pcd_columns(path, thinning)),
+    ".pcd": _read_pcd,
     **dict.fromkeys((".obj", ".glb", ".gltf", ".stl", ".off"), lambda path, thinning: _Raw(*read_mesh(path, thinning))),
     ".e57": lambda path, thinning: _Raw(*read_e57(path, thinning)),
     ".ptx": lambda path, thinning: _Raw(*read_ptx(path, thinning)),
