@@ -1,7 +1,7 @@
 """Columns of points by their names, those of a file or those that the user gives with --columns."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +45,7 @@ _CHANNEL = {
     **{"red": 0, "green": 1, "blue": 2, "0": 0, "1": 1, "2": 2},
 }
 _HARMONIC = 0.28209479  # the first spherical harmonic
+_LIKE_COLORS = re.compile("colou?r|rgb|^red$|^green$|^blue$|^hex$")
 _SAMPLE, _LEAST_VALUES, _RELATED = 20_000, 32, 0.5
 PACKED = ("rgb", "rgba")
 """Names of a column of packed colours."""
@@ -196,7 +197,15 @@ def from_columns(path: Path, columns: Mapping[str, np.ndarray]) -> RawCloud:
     elif (place := _colors_by_values(values, found.used)) is not None:
         colors = np.stack(values[place : place + 3], axis=1)
         remarks.append(f"has its colours in {', '.join(names[place : place + 3])}, by their values")
+    if colors is None:
+        remarks += unread_colors(names)
     return RawCloud(np.stack([values[place] for place in chosen], axis=1), colors, tuple(remarks))
+
+
+def unread_colors(names: Iterable[str]) -> tuple[str, ...]:
+    """Remark on names, of columns that are not used, which say that they are of colours."""
+    like = [name for name in names if _LIKE_COLORS.search(plain(name))]
+    return (f"has no colours that can be read, though it has {', '.join(like)}",) if like else ()
 
 
 def _colors_by_values(values: Sequence[np.ndarray], used: Sequence[int]) -> int | None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats import Thinning
-from h2a2_jax.scans.formats.columns import Layout, RawCloud, by_layout, check_width, from_columns, roles
+from h2a2_jax.scans.formats.columns import Layout, RawCloud, by_layout, check_width, from_columns, roles, unread_colors
 from h2a2_jax.scans.formats.unnamed import from_rows
 
 _HEAD = 200  # lines that are not empty
@@ -83,6 +83,7 @@ def read_text(path: Path, thinning: Thinning, columns: Layout | None) -> RawClou
         for i, place in enumerate(places):
             table.setdefault(names[place] or f"column {place + 1}", rows[:, i])
         raw = from_columns(path, table)
+        more += unread_colors(name for name in names if name not in table) if raw.colors is None else ()
     return RawCloud(raw.points, raw.colors, remarks + more + raw.assumed)
 
 

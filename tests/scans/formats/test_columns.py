@@ -335,6 +335,19 @@ def test_colours_under_names_that_are_not_known_are_taken_by_their_values(tmp_pa
     assert check(tmp_path / "a.csv", None) == ()
 
 
+def test_colours_that_cannot_be_read_are_said(tmp_path):
+    lines = [f"{line} #{r:02x}{g:02x}{b:02x}" for line, (r, g, b) in zip(table(XYZ).splitlines(), RGB, strict=True)]
+    (tmp_path / "a.txt").write_text("x y z color\n" + "\n".join(lines))
+    assert check(tmp_path / "a.txt", None) == ("has no colours that can be read, though it has color",)
+    (tmp_path / "a.txt").write_text("x,y,z,red\n" + table(XYZ, INTENSITY, mark=","))
+    assert check(tmp_path / "a.txt", None) == ("has no colours that can be read, though it has red",)
+    las = laspy.LasData(laspy.LasHeader(point_format=0))
+    las.add_extra_dim(laspy.ExtraBytesParams("Red", "uint8"))
+    las.x, las.y, las.z = XYZ.T
+    las.write(tmp_path / "a.las")
+    assert "though it has Red" in read_point_cloud(tmp_path / "a.las").assumed[0]
+
+
 def test_commas_between_numbers_with_decimal_commas_in_quotes(tmp_path):
     frame = pytest.importorskip("pandas").DataFrame(np.concatenate([XYZ, RGB], axis=1), columns=list("xyzrgb"))
     frame.to_csv(tmp_path / "a.csv", decimal=",")
