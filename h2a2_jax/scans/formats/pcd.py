@@ -10,7 +10,7 @@ import numpy as np
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats import Thinning
-from h2a2_jax.scans.formats.columns import PACKED, unpacked
+from h2a2_jax.scans.formats.columns import PACKED, unpacked, unread_colors
 from h2a2_jax.scans.formats.ply import to_type
 
 _MOST_LZF_GROWTH = 88  # three bytes stand for at most 264
@@ -77,8 +77,10 @@ def _read_header(path: Path, file: BinaryIO) -> _Header:
     except (KeyError, ValueError, IndexError) as error:
         raise InputError(f"{path} has a PCD header that cannot be understood ({error}); write it again.") from error
     turn = " ".join(entries.get("VIEWPOINT", ())[3:])
-    is_turned = turn and not re.fullmatch(r"-?1(\.0*)?( -?0(\.0*)?){3}", turn)
+    # Half turns tell a camera's axes from those of a screen; drivers of depth cameras write them.
+    is_turned = turn and not re.fullmatch(r"(-?[01](\.0*)? ?){4}", turn)
     said = (f"has a VIEWPOINT that is turned (by the quaternion {turn}), which is not used",) if is_turned else ()
+    said += unread_colors(name for name, shape in zip(names, shapes, strict=True) if shape)
     return _Header(dtype, points, data.lower(), said)
 
 

@@ -376,7 +376,7 @@ def test_text_of_a_pcd_keeps_its_digits(tmp_path):
     cloud = read_point_cloud(tmp_path / "a.pcd")
     np.testing.assert_allclose(cloud.points, FAR, rtol=0, atol=1e-6)
     assert cloud.assumed == ()
-    for turn, words in (("1 0 0 0", ()), ("1.0 -0 0 0.000", ()), ("0.7071 0 0 0.7071", ("0.7071 0 0 0.7071",))):
+    for turn, words in (("1 0 0 0", ()), ("0 1.0 -0 0.000", ()), ("0.7071 0 0 0.7071", ("0.7071 0 0 0.7071",))):
         (tmp_path / "a.pcd").write_text(head.replace("POINTS", f"VIEWPOINT 1 2 3 {turn}\nPOINTS") + table(XYZ))
         remarks = check(tmp_path / "a.pcd", None)
         assert len(remarks) == len(words) and all(word in remarks[0] for word in words)
