@@ -129,7 +129,8 @@ def color_scale(values: Float[np.ndarray, "n 3"], dtype: np.dtype | None = None)
         remarks.append(f"has colours of type {dtype} up to {high:g}, taken as 0 to 255 (if they are not, say --colors)")
     if low < -_ROUNDING * full or high > full * (1 + _ROUNDING):
         beyond = ((values < -_ROUNDING * full) | (values > full * (1 + _ROUNDING))).sum()
-        remarks.append(f"has {beyond:,} colour values outside 0 to {full:g} (from {low:g} to {high:g}), clipped")
+        noun = "colour values" if beyond > 1 else "colour value"
+        remarks.append(f"has {beyond:,} {noun} outside 0 to {full:g} (from {low:g} to {high:g}), clipped")
     if is_uniform:
         remarks.append(f"has the one colour {', '.join(f'{value:g}' for value in values[0])} at all points")
     elif high <= _DARK * full:
