@@ -1,6 +1,6 @@
 """Columns without names: which are coordinates and which colours, by their values.
 
-The first three columns are x, y, z, or those after a row number. Three neighbours behind them are colours if they are
+The first three columns are x, y, z, or those after a row number, a label, a time or a scanner's row and column. Three neighbours behind them are colours if they are
 whole numbers from 0 to 255 (or to 65535, with channels alike), or fractions from 0 to 1 (or to 255); they are normals
 if their rows have the length one. Whatever is not plain is put into words, in the names of --columns, or refused.
 """
