@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.scans.formats import RawCloud
 
 Layout = tuple[str, ...]
 """Meaning of each column: x, y, z, r, g, b, or _ for one that is not used."""
@@ -46,25 +46,6 @@ _CHANNEL = {
 }
 PACKED = ("rgb", "rgba")
 """Names of a column of packed colours."""
-
-
-@dataclass(frozen=True, eq=False)
-class RawCloud:
-    """Points as a file has them, of any real type, finite or not.
-
-    Attributes:
-        points: [n, 3] x, y, z.
-        colors: [n, 3] red, green, blue, or None.
-        assumed: parts of sentences on assumptions.
-        up: axis that points up if the format says so.
-        unit: unit if the format says so.
-    """
-
-    points: np.ndarray
-    colors: np.ndarray | None
-    assumed: tuple[str, ...] = ()
-    up: str | None = None
-    unit: str | None = None
 
 
 class Roles(NamedTuple):
@@ -188,6 +169,23 @@ def from_columns(path: Path, columns: Mapping[str, np.ndarray]) -> RawCloud:
     elif found.packed is not None:
         colors = unpacked(path, values[found.packed])
     return RawCloud(np.stack([values[place] for place in chosen], axis=1), colors, tuple(remarks))
+
+
+def to_type(path: Path, name: str, values: np.ndarray, kind: str | np.dtype) -> np.ndarray:
+    """Convert float64 numbers read from text to the numpy type that the header gives them, if it can hold them.
+
+    Coordinates of a floating type stay as they are: the digits of a text may be more than the type holds.
+    """
+    dtype = np.dtype(kind)
+    if dtype.kind == "f":
+        if name.lower() in ("x", "y", "z"):
+            return values
+        with np.errstate(over="ignore"):  # to infinity, which is left out later
+            return values.astype(dtype)
+    bounds = np.iinfo(dtype)
+    if not ((values >= bounds.min) & (values <= bounds.max)).all():
+        raise InputError(f"{path} has numbers that its field {name} of type {dtype} cannot hold; write it again.")
+    return values.astype(dtype)
 
 
 _NO_COLOR = 0x7FC00000  # the usual NaN in float32

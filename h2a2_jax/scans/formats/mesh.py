@@ -3,13 +3,13 @@
 import io
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats import Thinning
+from h2a2_jax.scans.formats import RawCloud, Thinning
 from h2a2_jax.scans.formats.colors import GREY
 from h2a2_jax.scans.formats.mesh_files import (
     Colored,
@@ -24,17 +24,7 @@ from h2a2_jax.scans.formats.surface import face_areas, sample_surface
 _MOST_FACES = 20_000_000  # of all copies of the parts of a scene
 
 
-class MeshPoints(NamedTuple):
-    """Points of a mesh in the file's frame: as `point_cloud.PointCloud` has them."""
-
-    points: Float[np.ndarray, "n 3"]
-    colors: UInt8[np.ndarray, "n 3"] | None
-    assumed: tuple[str, ...]
-    up: str | None = None
-    unit: str | None = None
-
-
-def read_mesh(path: Path, thinning: Thinning) -> MeshPoints:
+def read_mesh(path: Path, thinning: Thinning) -> RawCloud:
     """Read points on the surface of a mesh, or the points of a file without faces, with their colours.
 
     Colours are those of textures, vertices, faces or materials, in this order. A glTF file is in metres with y up, and
@@ -69,7 +59,7 @@ def read_mesh(path: Path, thinning: Thinning) -> MeshPoints:
         said.append(f"has {loose:,} points beside its faces, which are left out")
     up, unit = ("y", "m") if kind in ("glb", "gltf") else (None, None)
     cloud = _on_surface(meshes, thinning, unit) if meshes else _vertices(parts, thinning)
-    return MeshPoints(*cloud[:2], (*cloud.assumed, *dict.fromkeys(said)), up, unit)
+    return RawCloud(cloud.points, cloud.colors, (*cloud.assumed, *dict.fromkeys(said)), up, unit)
 
 
 class _Part:
@@ -140,7 +130,7 @@ def _base_color(material: Any, image: np.ndarray | None) -> np.ndarray | None:
     return None if given is None else np.clip(np.broadcast_to(np.asarray(given, np.float64), 3), 0, 1)
 
 
-def _on_surface(parts: list[_Part], thinning: Thinning, unit: str | None) -> MeshPoints:
+def _on_surface(parts: list[_Part], thinning: Thinning, unit: str | None) -> RawCloud:
     vertices = np.concatenate([part.vertices for part in parts])
     first_vertices = np.cumsum([0, *(len(part.vertices) for part in parts)])
     triangles = np.concatenate([part.triangles + first for part, first in zip(parts, first_vertices, strict=False)])
@@ -162,20 +152,20 @@ def _on_surface(parts: list[_Part], thinning: Thinning, unit: str | None) -> Mes
         said.append(f"has {without} of {len(found)} parts without colours, taken as grey")
     points = samples.blend(triangles[sound], vertices)
     if without == len(found):
-        return MeshPoints(points, None, tuple(said))
+        return RawCloud(points, None, tuple(said))
     filled = [
         np.full((last - first, 3), GREY) if each is None else each
         for each, first, last in zip(found, bounds, bounds[1:], strict=False)
     ]
-    return MeshPoints(points, np.rint(255 * np.clip(np.concatenate(filled), 0, 1)).astype(np.uint8), tuple(said))
+    return RawCloud(points, np.rint(255 * np.clip(np.concatenate(filled), 0, 1)).astype(np.uint8), tuple(said))
 
 
-def _vertices(parts: list[_Part], thinning: Thinning) -> MeshPoints:
+def _vertices(parts: list[_Part], thinning: Thinning) -> RawCloud:
     """Points of a file without faces."""
     points = np.concatenate([np.zeros((0, 3)), *(part.vertices for part in parts)])
     colors = [part.vertex_colors for part in parts]
     chosen = thinning.rows(len(points))
     rows = slice(None) if chosen is None else chosen
     if not len(points) or any(len(each) != len(part.vertices) for each, part in zip(colors, parts, strict=True)):
-        return MeshPoints(points[rows], None, ())
-    return MeshPoints(points[rows], np.concatenate(colors)[rows, :3].astype(np.uint8), ())
+        return RawCloud(points[rows], None, ())
+    return RawCloud(points[rows], np.concatenate(colors)[rows, :3].astype(np.uint8), ())

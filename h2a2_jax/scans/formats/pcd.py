@@ -1,16 +1,14 @@
 """Points of PCD files (Point Cloud Library, version .7 and before): ascii, binary, binary_compressed."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats import Thinning
-from h2a2_jax.scans.formats.columns import PACKED, unpacked
-from h2a2_jax.scans.formats.ply import to_type
+from h2a2_jax.scans.formats import RawCloud, Thinning
+from h2a2_jax.scans.formats.columns import PACKED, from_columns, to_type
 
 _MOST_LZF_GROWTH = 88  # three bytes stand for at most 264
 _LONGEST_HEADER = 1 << 16
@@ -23,20 +21,16 @@ class _Header(NamedTuple):
     data: str
 
 
-def read_pcd_columns(path: Path, thinning: Thinning | None = None) -> Mapping[str, np.ndarray]:
-    """Read the fields of one number per point by name.
+def read_pcd(path: Path, thinning: Thinning) -> RawCloud:
+    """Read the points that `thinning` chooses; compressed data are unpacked as a whole.
 
-    Packed colours (rgb, rgba) become red, green, blue: uint8, or float32 with NaN where there is none. `thinning`
-    chooses the points; compressed data are unpacked as a whole.
+    Fields of several numbers are left out; packed colours (rgb, rgba) become three (`columns.unpacked`).
     """
     with path.open("rb") as file:
         header = _read_header(path, file)
         reader = {"ascii": _text_columns, "binary": _binary_columns, "binary_compressed": _compressed_columns}
-        columns = reader[header.data](path, file, header, thinning or Thinning())
-    for packed in [name for name in columns if name.lower() in PACKED]:
-        values = unpacked(path, columns.pop(packed))
-        columns |= {name: values[:, i] for i, name in enumerate(("red", "green", "blue"))}
-    return columns
+        columns = reader[header.data](path, file, header, thinning)
+    return from_columns(path, columns)
 
 
 def _read_header(path: Path, file: BinaryIO) -> _Header:

@@ -18,6 +18,7 @@ from plyfile import PlyData, PlyHeaderParseError, PlyListProperty, PlyParseError
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats import Thinning
+from h2a2_jax.scans.formats.columns import to_type
 
 _LONGEST_HEADER = 1 << 20
 _FORMATS = {"=": "ascii", "<": "binary_little_endian", ">": "binary_big_endian"}
@@ -25,7 +26,7 @@ _VERTICES = ("vertex", "vertices", "point", "points")
 _LONG = {"int64": "i8", "uint64": "u8"}  # types that trimesh writes and plyfile does not know
 
 
-class Table(NamedTuple):
+class Element(NamedTuple):
     """An element: its name, number of rows, byte order ("=" for text), properties, and the names of its lists.
 
     `dtype` is the type of a row without the lists.
@@ -42,7 +43,7 @@ class Table(NamedTuple):
 class Header(NamedTuple):
     """Header of a PLY file: its tables in their order, its comments with single blanks, and its size in bytes."""
 
-    tables: list[Table]
+    tables: list[Element]
     comments: list[str]
     size: int
 
@@ -118,7 +119,7 @@ def read_ply_header(path: Path) -> Header:
         lists = [item.name for item in element.properties if isinstance(item, PlyListProperty)]
         numbers = [(p.name, order + _LONG.get(kinds[p.name], p.val_dtype)) for p in element.properties]
         dtype = np.dtype([each for each in numbers if each[0] not in lists])
-        tables.append(Table(name, rows, order, element.properties, lists, dtype))
+        tables.append(Element(name, rows, order, element.properties, lists, dtype))
     return Header(tables, comments, size)
 
 
@@ -143,7 +144,7 @@ def read_table(
         return _read_rows(path, file, header.tables[place], thinning)
 
 
-def _check_size(path: Path, table: Table, left: int, entries: int) -> int:
+def _check_size(path: Path, table: Element, left: int, entries: int) -> int:
     """Refuse more rows than the `left` bytes hold; return the least bytes of the table, its lists of `entries`."""
     if table.rows < 0:
         raise InputError(f"{path} says it has {table.rows} {table.name} elements; write it again.")
@@ -159,7 +160,7 @@ def _check_size(path: Path, table: Table, left: int, entries: int) -> int:
     return max(least, 0)
 
 
-def _row(table: Table, lengths: Mapping[str, int]) -> np.dtype:
+def _row(table: Element, lengths: Mapping[str, int]) -> np.dtype:
     """Return the type of a row with lists of these lengths; all numbers of a text are float64."""
     fields: list[tuple] = []
     for item in table.properties:
@@ -171,7 +172,7 @@ def _row(table: Table, lengths: Mapping[str, int]) -> np.dtype:
     return np.dtype([(field[0], "f8", *field[2:]) for field in fields] if table.order == "=" else fields)
 
 
-def _read_rows(path: Path, file: BinaryIO, table: Table, thinning: Thinning) -> dict[str, np.ndarray]:
+def _read_rows(path: Path, file: BinaryIO, table: Element, thinning: Thinning) -> dict[str, np.ndarray]:
     """Read a table that begins at the file's position; leave the file behind it if it is binary."""
     names, start, is_text = [item.name for item in table.properties], file.tell(), table.order == "="
     if not table.rows or not names:
@@ -210,7 +211,7 @@ def _read_rows(path: Path, file: BinaryIO, table: Table, thinning: Thinning) -> 
     return columns
 
 
-def _alike(table: Table, lengths: Mapping[str, int], rows: Any, size: int) -> np.ndarray:
+def _alike(table: Element, lengths: Mapping[str, int], rows: Any, size: int) -> np.ndarray:
     """Read the next rows, all with lists of these lengths; ValueError if they have others."""
     row = _row(table, lengths)
     if table.order == "=":
@@ -223,7 +224,7 @@ def _alike(table: Table, lengths: Mapping[str, int], rows: Any, size: int) -> np
     return found
 
 
-def _one_by_one(path: Path, table: Table, rows: Any, size: int) -> np.ndarray:
+def _one_by_one(path: Path, table: Element, rows: Any, size: int) -> np.ndarray:
     """Read the next rows by plyfile, from a file or from lines of text: lists are arrays in fields of objects."""
     is_text = table.order == "="
     kinds = [str(p) if p.name in table.lists or not is_text else f"property double {p.name}" for p in table.properties]
@@ -256,20 +257,3 @@ class _Joined(NamedTuple):
         if size < 0:  # of a list
             raise ValueError(f"{size} bytes")
         return self.header.read(size) or self.file.read(size)
-
-
-def to_type(path: Path, name: str, values: np.ndarray, kind: str | np.dtype) -> np.ndarray:
-    """Convert float64 numbers read from text to the numpy type that the header gives them, if it can hold them.
-
-    Coordinates of a floating type stay as they are: the digits of a text may be more than the type holds.
-    """
-    dtype = np.dtype(kind)
-    if dtype.kind == "f":
-        if name.lower() in ("x", "y", "z"):
-            return values
-        with np.errstate(over="ignore"):  # to infinity, which is left out later
-            return values.astype(dtype)
-    bounds = np.iinfo(dtype)
-    if not ((values >= bounds.min) & (values <= bounds.max)).all():
-        raise InputError(f"{path} has numbers that its field {name} of type {dtype} cannot hold; write it again.")
-    return values.astype(dtype)

@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats import Thinning
-from h2a2_jax.scans.formats.mesh import MeshPoints, read_mesh
+from h2a2_jax.scans.formats import RawCloud, Thinning
+from h2a2_jax.scans.formats.columns import from_columns, roles
+from h2a2_jax.scans.formats.mesh import read_mesh
 from h2a2_jax.scans.formats.ply import Header, find_vertices, read_ply_columns, read_ply_header, read_table
 from h2a2_jax.scans.formats.surface import is_coarse, sample_surface
 
@@ -18,65 +20,64 @@ _UPRIGHT = re.compile(r"vertical axis\s*:\s*(-?[xyz])$", re.IGNORECASE)  # as Ne
 _USED = 0.9  # share of the vertices of a mesh that are corners of faces
 
 
-def read_ply_points(path: Path, thinning: Thinning) -> tuple[Mapping[str, np.ndarray], tuple[str, ...], str | None]:
-    """Read the columns of points of a PLY file: its vertices, or points on its faces if these are large.
-
-    Returns:
-        columns, sentences on what was done, and the axis that points up, if the file says it.
-    """
+def read_ply(path: Path, thinning: Thinning) -> RawCloud:
+    """Read the points of a PLY file: its vertices, or points on its faces if these are large."""
     header = read_ply_header(path)
     up = next((found[1].lower() for found in map(_UPRIGHT.search, header.comments) if found), None)
     place, faces = find_vertices(header), _find_faces(header)
     vertices = 0 if place is None else header.tables[place].rows
     if not vertices or faces is None:
-        return read_ply_columns(path, thinning), (), up
-    unused = f"has {header.tables[faces[0]].rows:,} faces, which are not used: its {vertices:,} vertices are the points"
+        return replace(from_columns(path, read_ply_columns(path, thinning)), up=up)
+    said = [f"has {header.tables[faces[0]].rows:,} faces, which are not used: its {vertices:,} vertices are the points"]
     if vertices > _MOST_VERTICES:
-        return read_ply_columns(path, thinning), (unused,), up
-    columns = read_ply_columns(path)
-    try:
-        found, said = _on_faces(path, columns, header, thinning)
-    except InputError as error:
-        found, said = None, (f"has faces that cannot be read: {error}".replace(f"{path} ", "it ").removesuffix("."),)
-    if found is not None:
-        return found, said, up
-    chosen = thinning.rows(vertices)
-    return {name: v if chosen is None else v[chosen] for name, v in columns.items()}, (unused, *said), up
+        columns = read_ply_columns(path, thinning)
+    else:
+        columns = read_ply_columns(path)
+        try:
+            surface, more = _on_faces(path, columns, header, thinning)
+        except InputError as error:
+            surface, more = (
+                None,
+                [f"has faces that cannot be read: {error}".replace(f"{path} ", "it ").removesuffix(".")],
+            )
+        if surface is not None:
+            return replace(surface, up=up)
+        said += more
+        chosen = thinning.rows(vertices)
+        columns = {name: values if chosen is None else values[chosen] for name, values in columns.items()}
+    return replace(from_columns(path, columns).remarked(after=said), up=up)
 
 
 def _on_faces(
     path: Path, columns: Mapping[str, np.ndarray], header: Header, thinning: Thinning
-) -> tuple[Mapping[str, np.ndarray] | None, tuple[str, ...]]:
-    """Columns of points on the faces, None if the vertices serve as well, and sentences."""
-    names = {name.lower(): name for name in columns}
-    xyz = [names[axis] for axis in "xyz" if axis in names]
+) -> tuple[RawCloud | None, list[str]]:
+    """Return points on the faces, or None if the vertices serve as well, with remarks."""
+    names, found = list(columns), roles(list(columns))
     triangles, of_faces = read_ply_faces(path, header)
-    if len(xyz) < 3 or not _is_surface(triangles, len(columns[xyz[0]])):
-        return None, ()
+    if not all(found.axes) or not _is_surface(triangles, len(columns[names[0]])):
+        return None, []
+    xyz = [names[places[0]] for places in found.axes]
     points = np.stack([columns[axis] for axis in xyz], axis=1).astype(np.float64)
     is_finite = np.asarray(np.isfinite(points).all(axis=1))
     sound = np.flatnonzero(is_finite[triangles].all(axis=1))
-    triangles = triangles[sound]
-    said: tuple[str, ...] = ()
-    is_colored = any(name.endswith("red") or name == "r" for name in names)
+    triangles, said = triangles[sound], list[str]()
     texture = next((each for each in header.comments if each.startswith("TextureFile ")), None)  # as MeshLab writes it
-    if texture and not is_colored:
+    if texture and not found.colors:
         try:
             cloud = read_mesh(path, thinning)
         except Exception as error:  # trimesh raises anything, and the vertices are readable without it
-            cloud = MeshPoints(points, None, (f"has a texture {texture[12:]} that cannot be read ({error})",))
+            cloud = RawCloud(points, assumed=(f"has a texture {texture[12:]} that cannot be read ({error})",))
         if cloud.colors is not None:
-            named = zip(("x", "y", "z", "red", "green", "blue"), (*cloud.points.T, *cloud.colors.T), strict=True)
-            return dict(named), cloud.assumed
-        said = cloud.assumed[-1:]
+            return cloud, []
+        said = [cloud.assumed[-1]]
     if not is_coarse(points, triangles):
         return None, said
     samples = sample_surface(points, triangles, thinning.most)
-    found = {name: samples.blend(triangles, values) for name, values in columns.items()}
-    found |= dict(zip(xyz, samples.blend(triangles, points).T, strict=True))
-    if not is_colored:
-        found |= {name: values[sound][samples.faces] for name, values in of_faces.items() if name not in found}
-    return found, (samples.said, *said)
+    table = {name: samples.blend(triangles, values) for name, values in columns.items()}
+    table |= dict(zip(xyz, samples.blend(triangles, points).T, strict=True))
+    if not found.colors:
+        table |= {name: values[sound][samples.faces] for name, values in of_faces.items() if name not in table}
+    return from_columns(path, table).remarked(after=[samples.said, *said]), []
 
 
 def _is_surface(triangles: Int[np.ndarray, "f 3"], vertices: int) -> bool:

@@ -6,26 +6,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats import Thinning
+from h2a2_jax.scans.formats import RawCloud, Thinning
 
 _LONGEST_LINE = 4096
 _SHORTEST_LINE = 8  # bytes of "0 0 0 0"
 
 
-def read_ptx(
-    path: Path, thinning: Thinning
-) -> tuple[Float[np.ndarray, "n 3"], UInt8[np.ndarray, "n 3"] | None, tuple[str, ...]]:
+def read_ptx(path: Path, thinning: Thinning) -> RawCloud:
     """Read the points of all scans, turned and moved by their matrices, and colours if all scans have some.
 
     A scan has ten lines of header: columns, rows, the scanner's place and three axes, and four lines of a matrix for
     rows x, y, z, 1; then a line x, y, z, intensity[, red, green, blue] for each direction, zeros where the laser did
     not come back. Those are left out and counted.
-
-    Returns:
-        points, colours, and a sentence on the directions without a point.
     """
     points, colors, read, left_out = [np.zeros((0, 3))], list[np.ndarray](), 0, 0
     with path.open("rb") as file:
@@ -45,7 +40,7 @@ def read_ptx(
     kept = slice(None) if chosen is None else chosen
     rgb = np.concatenate([np.zeros((0, 3)), *colors])
     said = (f"has {read - len(xyz):,} directions without a point of {read:,} read",) * (read > len(xyz))
-    return xyz[kept], rgb[kept].astype(np.uint8) if len(rgb) == len(xyz) > 0 else None, said
+    return RawCloud(xyz[kept], rgb[kept].astype(np.uint8) if len(rgb) == len(xyz) > 0 else None, said)
 
 
 def _header(path: Path, line: bytes, file: BinaryIO) -> tuple[int, Float[np.ndarray, "4 4"]]:

@@ -5,7 +5,6 @@ import math
 import struct
 import warnings
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats import Thinning
-from h2a2_jax.scans.formats.columns import COLUMNS_NOT_USED, Layout, RawCloud, from_columns, plain
+from h2a2_jax.scans.formats import RawCloud, Thinning
+from h2a2_jax.scans.formats.columns import COLUMNS_NOT_USED, Layout, from_columns, plain
 from h2a2_jax.scans.formats.unnamed import WIDTHS, from_rows
 
 _POINT_ARRAYS = (
@@ -34,8 +33,7 @@ def read_npy(path: Path, thinning: Thinning, columns: Layout | None) -> RawCloud
     """Read one array of points; `columns` gives the meaning of its columns."""
     with path.open("rb") as file:
         rows, turned = _array(path, file, path.stat().st_size, thinning)
-    raw = from_rows(path, rows, columns)
-    return replace(raw, assumed=turned + raw.assumed)
+    return from_rows(path, rows, columns).remarked(*turned)
 
 
 def _array(path: Path, file: Any, size: int, thinning: Thinning) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -103,7 +101,7 @@ def _from_archive(path: Path, archive: zipfile.ZipFile, thinning: Thinning, colu
             shapes = ", ".join(f"{name} {values.shape}" for name, values in parts.items())
             raise InputError(f"{path} has arrays of different shapes ({shapes}); expected are as many numbers of each.")
         raw, used = from_columns(path, parts), named
-        raw = replace(raw, assumed=(*raw.assumed, COLUMNS_NOT_USED)) if columns else raw
+        raw = raw.remarked(after=[COLUMNS_NOT_USED] * bool(columns))
     else:
         if not points:
             raise InputError(
@@ -111,8 +109,7 @@ def _from_archive(path: Path, archive: zipfile.ZipFile, thinning: Thinning, colu
                 f"{' or '.join(_POINT_ARRAYS[:3])}."
             )
         rows, turned = _member(path, archive, members[points[0]], thinning)
-        raw = from_rows(path, rows, columns, f"its array {points[0]}")
-        raw = replace(raw, assumed=turned + raw.assumed)
+        raw = from_rows(path, rows, columns, f"its array {points[0]}").remarked(*turned)
         used = points[:1]
     hues = raw.colors
     if points and colors:
@@ -126,7 +123,7 @@ def _from_archive(path: Path, archive: zipfile.ZipFile, thinning: Thinning, colu
             )
     unused = [name for name in members if name not in used]
     remark = f"has its points in {', '.join(used)}, and arrays that are not used: {', '.join(unused)}"
-    return replace(raw, colors=hues, assumed=(*raw.assumed, remark) if unused else raw.assumed)
+    return replace(raw, colors=hues).remarked(after=[remark] * bool(unused))
 
 
 def _named(members: Mapping[str, object], known: tuple[str, ...]) -> list[str]:
@@ -140,11 +137,8 @@ def _member(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     if info.file_size > _MOST_ZIP_GROWTH * info.compress_size + 4096:
         raise InputError(f"{path} is damaged: {info.filename} claims {info.file_size} bytes; write it again.")
-    try:
-        with archive.open(info) as file:
-            return _array(path, file, info.file_size, thinning)
-    except zlib.error as error:
-        raise InputError(f"{path} is damaged ({error}): copy it again.") from error
+    with archive.open(info) as file:
+        return _array(path, file, info.file_size, thinning)
 
 
 def read_bin(path: Path, thinning: Thinning, columns: Layout | None) -> RawCloud:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats import Thinning
-from h2a2_jax.scans.formats.columns import Layout, RawCloud, by_layout, check_width, from_columns, roles
+from h2a2_jax.scans.formats import RawCloud, Thinning
+from h2a2_jax.scans.formats.columns import Layout, by_layout, check_width, from_columns, roles
 from h2a2_jax.scans.formats.unnamed import from_rows
 
 _HEAD = 200  # lines that are not empty
@@ -80,7 +80,7 @@ def read_text(path: Path, thinning: Thinning, columns: Layout | None) -> RawClou
         for i, place in enumerate(places):
             table.setdefault(names[place], rows[:, i])
         raw = from_columns(path, table)
-    return RawCloud(raw.points, raw.colors, remarks + more + raw.assumed)
+    return raw.remarked(*remarks, *more)
 
 
 def is_table(path: Path) -> bool:
