@@ -54,6 +54,11 @@ class Thinning:
         within = np.random.default_rng(_SEED).random(self.most)
         return edges[:-1] + (within * np.diff(edges)).astype(np.int64)
 
+    def take(self, values: np.ndarray) -> np.ndarray:
+        """Return the wanted rows of a table."""
+        rows = self.rows(len(values))
+        return values if rows is None else values[rows]
+
     def choose(self, blocks: Iterable[np.ndarray], count: int) -> np.ndarray:
         """Keep the wanted rows of a table of `count` rows that comes block by block, at least one."""
         wanted, first, parts = self.rows(count), 0, list[np.ndarray]()

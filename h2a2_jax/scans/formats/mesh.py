@@ -143,29 +143,24 @@ def _on_surface(parts: list[_Part], thinning: Thinning, unit: str | None) -> Raw
         said.append(f"has {len(triangles) - len(sound):,} faces with NaN or infinite corners, which are left out")
     starts = np.cumsum([0, *(len(part.triangles) for part in parts)])
     bounds = np.searchsorted(faces, starts)
-    found = [
-        part.colors(faces[first:last] - start, samples.weights[first:last])
-        for part, start, first, last in zip(parts, starts, bounds, bounds[1:], strict=False)
-    ]
-    without = sum(each is None for each in found)
-    if 0 < without < len(found):
-        said.append(f"has {without} of {len(found)} parts without colours, taken as grey")
-    points = samples.blend(triangles[sound], vertices)
-    if without == len(found):
+    points, colors, without = samples.blend(triangles[sound], vertices), np.full((len(faces), 3), GREY), 0
+    for part, start, first, last in zip(parts, starts, bounds, bounds[1:], strict=False):
+        own = part.colors(faces[first:last] - start, samples.weights[first:last])
+        if own is None:
+            without += 1
+        else:
+            colors[first:last] = own
+    if without == len(parts):
         return RawCloud(points, None, tuple(said))
-    filled = [
-        np.full((last - first, 3), GREY) if each is None else each
-        for each, first, last in zip(found, bounds, bounds[1:], strict=False)
-    ]
-    return RawCloud(points, np.rint(255 * np.clip(np.concatenate(filled), 0, 1)).astype(np.uint8), tuple(said))
+    if without:
+        said.append(f"has {without} of {len(parts)} parts without colours, taken as grey")
+    return RawCloud(points, np.rint(255 * np.clip(colors, 0, 1)).astype(np.uint8), tuple(said))
 
 
 def _vertices(parts: list[_Part], thinning: Thinning) -> RawCloud:
-    """Points of a file without faces."""
+    """Points of a file without faces, with colours if all parts have some."""
     points = np.concatenate([np.zeros((0, 3)), *(part.vertices for part in parts)])
     colors = [part.vertex_colors for part in parts]
-    chosen = thinning.rows(len(points))
-    rows = slice(None) if chosen is None else chosen
     if not len(points) or any(len(each) != len(part.vertices) for each, part in zip(colors, parts, strict=True)):
-        return RawCloud(points[rows], None, ())
-    return RawCloud(points[rows], np.concatenate(colors)[rows, :3].astype(np.uint8), ())
+        return RawCloud(thinning.take(points))
+    return RawCloud(thinning.take(points), thinning.take(np.concatenate(colors))[:, :3].astype(np.uint8))

@@ -103,12 +103,11 @@ def _compressed_columns(path: Path, file: BinaryIO, header: _Header, thinning: T
         content = memoryview(decompress_lzf(file.read(int(sizes[0])), wanted))
     except (ValueError, IndexError) as error:
         raise InputError(f"{path} is damaged: its compressed data are not LZF ({error}); write it again.") from error
-    columns, first, rows = {}, 0, thinning.rows(header.points)
+    columns, first = {}, 0
     for name in header.dtype.names or ():
         dtype = header.dtype[name]
         if not dtype.shape:
-            column = np.frombuffer(content, dtype, header.points, first)
-            columns[name] = column if rows is None else column[rows]
+            columns[name] = thinning.take(np.frombuffer(content, dtype, header.points, first))
         first += header.points * dtype.itemsize
     return columns
 

@@ -28,7 +28,8 @@ def read_ply(path: Path, thinning: Thinning) -> RawCloud:
     vertices = 0 if place is None else header.tables[place].rows
     if not vertices or faces is None:
         return replace(from_columns(path, read_ply_columns(path, thinning)), up=up)
-    said = [f"has {header.tables[faces[0]].rows:,} faces, which are not used: its {vertices:,} vertices are the points"]
+    count = header.tables[faces[0]].rows
+    said = [f"has {count:,} faces, which are not used: its {vertices:,} vertices are the points"]
     if vertices > _MOST_VERTICES:
         columns = read_ply_columns(path, thinning)
     else:
@@ -36,15 +37,12 @@ def read_ply(path: Path, thinning: Thinning) -> RawCloud:
         try:
             surface, more = _on_faces(path, columns, header, thinning)
         except InputError as error:
-            surface, more = (
-                None,
-                [f"has faces that cannot be read: {error}".replace(f"{path} ", "it ").removesuffix(".")],
-            )
+            reason = str(error).replace(f"{path} ", "it ").removesuffix(".")
+            surface, more = None, [f"has faces that cannot be read: {reason}"]
         if surface is not None:
             return replace(surface, up=up)
         said += more
-        chosen = thinning.rows(vertices)
-        columns = {name: values if chosen is None else values[chosen] for name, values in columns.items()}
+        columns = {name: thinning.take(values) for name, values in columns.items()}
     return replace(from_columns(path, columns).remarked(after=said), up=up)
 
 

@@ -34,13 +34,12 @@ def read_ptx(path: Path, thinning: Thinning) -> RawCloud:
             points.append(hits[:, :3] @ matrix[:3, :3] + matrix[3, :3])
             colors += [hits[:, 4:7]] if hits.shape[1] == 7 else []
             read, left_out = read + len(rows), left_out + some.left_out
-    xyz = np.concatenate(points)
-    chosen = thinning.rows(len(xyz))
-    thinning.left_out += left_out
-    kept = slice(None) if chosen is None else chosen
-    rgb = np.concatenate([np.zeros((0, 3)), *colors])
+    xyz, rgb = np.concatenate(points), np.concatenate([np.zeros((0, 3)), *colors]).astype(np.uint8)
+    is_colored = len(rgb) == len(xyz) > 0
     said = (f"has {read - len(xyz):,} directions without a point of {read:,} read",) * (read > len(xyz))
-    return RawCloud(xyz[kept], rgb[kept].astype(np.uint8) if len(rgb) == len(xyz) > 0 else None, said)
+    cloud = RawCloud(thinning.take(xyz), thinning.take(rgb) if is_colored else None, said)
+    thinning.left_out += left_out
+    return cloud
 
 
 def _header(path: Path, line: bytes, file: BinaryIO) -> tuple[int, Float[np.ndarray, "4 4"]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats import RawCloud, Thinning
-from h2a2_jax.scans.formats.columns import COLUMNS_NOT_USED, Layout, from_columns, plain
+from h2a2_jax.scans.formats.columns import COLUMNS_NOT_USED, Layout, from_columns, plain, roles
 from h2a2_jax.scans.formats.unnamed import WIDTHS, from_rows
 
 _POINT_ARRAYS = (
@@ -94,8 +94,9 @@ def read_npz(path: Path, thinning: Thinning, columns: Layout | None) -> RawCloud
 def _from_archive(path: Path, archive: zipfile.ZipFile, thinning: Thinning, columns: Layout | None) -> RawCloud:
     members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
     points, colors = _named(members, _POINT_ARRAYS), _named(members, _COLOR_ARRAYS)
-    if not points and {"x", "y", "z"} <= {plain(name) for name in members}:
-        named = [name for name in members if plain(name) in ("x", "y", "z", "r", "g", "b", "red", "green", "blue")]
+    names, found = list(members), roles(list(members))
+    if not points and all(found.axes):
+        named = [names[place] for place in found.used]
         parts = {name: _member(path, archive, members[name], thinning)[0] for name in named}
         if len({values.shape for values in parts.values()}) > 1 or next(iter(parts.values())).ndim != 1:
             shapes = ", ".join(f"{name} {values.shape}" for name, values in parts.items())

@@ -50,8 +50,8 @@ def from_rows(
         check_width(path, columns, rows.shape[1])
         return by_layout(rows, columns)
     layout, reason = guess_layout(path, rows, is_pts=path.suffix.lower() == ".pts")
-    remarks = () if reason is None and not explain else (_sentence(layout, reason),)
-    return by_layout(rows, layout, remarks)
+    is_obvious = reason is None and not explain
+    return by_layout(rows, layout).remarked(*[_sentence(layout, reason)] * (not is_obvious))
 
 
 def _flat_fields(rows: np.ndarray) -> dict[str, np.ndarray]:
