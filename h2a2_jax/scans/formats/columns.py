@@ -175,11 +175,11 @@ def from_columns(path: Path, columns: Mapping[str, np.ndarray]) -> RawCloud:
 def to_type(path: Path, name: str, values: np.ndarray, kind: str | np.dtype) -> np.ndarray:
     """Convert float64 numbers read from text to the numpy type that the header gives them, if it can hold them.
 
-    Coordinates of a floating type stay as they are: the digits of a text may be more than the type holds.
+    Coordinates and packed colours of a floating type stay as they are: their digits may be more than it holds.
     """
     dtype = np.dtype(kind)
     if dtype.kind == "f":
-        if name.lower() in ("x", "y", "z"):
+        if name.lower() in ("x", "y", "z", *PACKED):
             return values
         with np.errstate(over="ignore"):  # to infinity, which is left out later
             return values.astype(dtype)

@@ -8,7 +8,7 @@ import numpy as np
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats import RawCloud, Thinning
-from h2a2_jax.scans.formats.columns import PACKED, from_columns, to_type
+from h2a2_jax.scans.formats.columns import from_columns, to_type
 
 _MOST_LZF_GROWTH = 88  # three bytes stand for at most 264
 _LONGEST_HEADER = 1 << 16
@@ -119,21 +119,15 @@ def _text_columns(path: Path, file: BinaryIO, header: _Header, thinning: Thinnin
     if 2 * width * header.points > left + 1:
         raise _cut_off(path, header, f"{width} numbers each", left)
     if not header.points:
-        return {name: np.zeros(0, field.base) for name, field in fields.items()}
+        return {name: np.zeros(0, field) for name, field in fields.items() if not field.shape}
+    row = np.dtype([(name, "f8", field.shape) for name, field in fields.items()])
     try:
-        rows = np.loadtxt(thinning.lines(file, header.points), np.float64, comments=None, ndmin=2, encoding="latin1")
+        rows = np.loadtxt(thinning.lines(file, header.points), row, comments=None, ndmin=1, encoding="latin1")
     except (ValueError, IndexError) as error:
         raise InputError(f"{path} has a point that is not {width} numbers ({error}).") from error
-    if rows.shape != (thinning.kept(header.points), width):
-        raise _cut_off(path, header, f"{width} numbers each (read were {rows.shape[0]} rows)", left)
-    columns, column = {}, 0
-    for name, field in fields.items():
-        if not field.shape:
-            # Coordinates keep the digits of the text, and packed colours may be integers whatever their type.
-            is_kept = field.kind == "f" and (name.lower() in "xyz" or name.lower() in PACKED)
-            columns[name] = rows[:, column] if is_kept else to_type(path, name, rows[:, column], field)
-        column += math.prod(field.shape)
-    return columns
+    if len(rows) != thinning.kept(header.points):
+        raise _cut_off(path, header, f"{width} numbers each (read were {len(rows)} rows)", left)
+    return {name: to_type(path, name, rows[name], field) for name, field in fields.items() if not field.shape}
 
 
 def decompress_lzf(content: bytes, size: int) -> bytearray:
