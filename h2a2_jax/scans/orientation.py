@@ -45,7 +45,7 @@ _THING = 15  # points 4 cm apart
 _FURNITURE = 1.1  # m above the floor
 _ROOM_HEIGHT = 2.6  # m
 _PLACES = 3_000
-_MEASURED = 200_000  # points
+_MEASURED = 100_000  # points
 _NOWHERE = 1e12  # in any unit
 _LARGEST = 100.0  # m; a scan in another unit would fill the memory
 _CONE = 0.95  # tangent of half the widest field of view of a camera
@@ -274,18 +274,16 @@ def guess_up(declared: str, scans: Sequence[UpVotes]) -> Guess:
     margin = float(total[best] - np.delete(total, best).max())
     agreeing = [sign for sign in SIGNS if of_axis[sign] > _AGREES]
     upright = [sign for sign in SIGNS if of_end[sign] > _AGREES]
-    evidence = (
-        f"{_listed(agreeing)} {'for' if agreeing else 'speaks for'} the axis, {_listed(upright)} for its direction"
-    )
+    evidence = f"by {_listed(agreeing)}; its direction by {_listed(upright)}"
     if all(scan.one_surface for scan in scans) and "camera" not in agreeing:
         return Guess(declared, None, False, "one plane holds most of the points, a floor or a wall")
     if margin < _CLEAR or len(agreeing) < _AGREEING or not upright:
-        return Guess(declared, None, False, f"its signs do not agree: for {AXES[best]} {evidence}")
+        return Guess(declared, None, False, f"signs are weak or at odds: perhaps {AXES[best]}, {evidence}")
     return Guess(declared, AXES[best], margin > _CERTAIN and len(agreeing) > _AGREEING, evidence)
 
 
 def _listed(signs: Sequence[str]) -> str:
-    return " and ".join(signs) or "nothing"
+    return " and ".join(filter(None, (", ".join(signs[:-1]), *signs[-1:]))) or "nothing"
 
 
 _ROOM = np.log([2.0, 4.0, 5.5])  # m, the extents of a room by size

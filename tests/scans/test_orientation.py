@@ -27,7 +27,7 @@ def test_up_is_found_in_every_orientation(spec, scale, axis):
     scan = SyntheticSource(spec, "val", 3, scale=scale, seed=3)[2 if scale == "full" else 1]
     guess = named(turned(scan.points, "z", axis))
     assert guess.guess == axis and guess.differs == (axis != "z")
-    assert "for the axis" in guess.evidence
+    assert "its direction by" in guess.evidence
 
 
 def test_a_scan_that_stands_gets_no_advice():
