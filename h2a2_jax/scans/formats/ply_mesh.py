@@ -12,7 +12,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats import RawCloud, Thinning
 from h2a2_jax.scans.formats.columns import from_columns, roles
 from h2a2_jax.scans.formats.mesh import read_mesh
-from h2a2_jax.scans.formats.ply import Header, find_vertices, read_ply_columns, read_ply_header, read_table
+from h2a2_jax.scans.formats.ply import Header, find_vertices, read_element, read_ply_columns, read_ply_header
 from h2a2_jax.scans.formats.surface import is_coarse, sample_surface
 
 _MOST_VERTICES = 2_000_000  # of a mesh whose faces are looked at; more are close to one another
@@ -25,10 +25,10 @@ def read_ply(path: Path, thinning: Thinning) -> RawCloud:
     header = read_ply_header(path)
     up = next((found[1].lower() for found in map(_UPRIGHT.search, header.comments) if found), None)
     place, faces = find_vertices(header), _find_faces(header)
-    vertices = 0 if place is None else header.tables[place].rows
+    vertices = 0 if place is None else header.elements[place].rows
     if not vertices or faces is None:
         return replace(from_columns(path, read_ply_columns(path, thinning)), up=up)
-    count = header.tables[faces[0]].rows
+    count = header.elements[faces[0]].rows
     said = [f"has {count:,} faces, which are not used: its {vertices:,} vertices are the points"]
     if vertices > _MOST_VERTICES:
         columns = read_ply_columns(path, thinning)
@@ -89,9 +89,9 @@ def _is_surface(triangles: Int[np.ndarray, "f 3"], vertices: int) -> bool:
 
 def _find_faces(header: Header) -> tuple[int, str] | None:
     """Return the place of the faces and the name of the list of their corners; None without faces."""
-    for place, table in enumerate(header.tables):
-        for name in table.lists:
-            if table.name == "face" and table.rows and name.lower() in ("vertex_indices", "vertex_index"):
+    for place, element in enumerate(header.elements):
+        for name in element.lists:
+            if element.name == "face" and element.rows and name.lower() in ("vertex_indices", "vertex_index"):
                 return place, name
     return None
 
@@ -104,8 +104,8 @@ def read_ply_faces(path: Path, header: Header) -> tuple[Int[np.ndarray, "f 3"], 
     found = _find_faces(header)
     if found is None:
         return np.zeros((0, 3), np.int64), {}
-    columns = read_table(path, header, found[0], Thinning())
-    polygons, numbers = columns[found[1]], header.tables[found[0]].dtype.names or ()
+    columns = read_element(path, header, found[0], Thinning())
+    polygons, numbers = columns[found[1]], header.elements[found[0]].dtype.names or ()
     lengths = np.full(len(polygons), polygons.shape[1]) if polygons.ndim == 2 else np.array([len(p) for p in polygons])
     triangles, faces = [np.zeros((0, 3), np.int64)], [np.zeros(0, np.int64)]
     for length in np.unique(lengths):
