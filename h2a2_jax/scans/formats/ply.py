@@ -185,11 +185,9 @@ def _row(element: Element, lengths: Mapping[str, int]) -> np.dtype:
 def _read_rows(path: Path, file: BinaryIO, element: Element, thinning: Thinning) -> dict[str, np.ndarray]:
     """Read an element that begins at the file's position; leave the file behind it if it is binary."""
     names, start, is_text = [item.name for item in element.properties], file.tell(), element.order == "="
-    if not element.rows or not names:
-        return {name: np.zeros(0) for name in names}
-    if not is_text and not element.lists:
-        rows = thinning.read(file, element.dtype, element.rows)
-        return {name: rows[name] for name in names}
+    if not element.rows or not names or not (is_text or element.lists):
+        rows = thinning.read(file, element.dtype, element.rows if names else 0)
+        return {name: rows[name] for name in element.dtype.names or ()}
 
     def read(some: Callable[[Any, int], np.ndarray]) -> np.ndarray:
         file.seek(start)
