@@ -134,16 +134,13 @@ def _on_surface(parts: list[_Part], thinning: Thinning, unit: str | None) -> Raw
     vertices = np.concatenate([part.vertices for part in parts])
     first_vertices = np.cumsum([0, *(len(part.vertices) for part in parts)])
     triangles = np.concatenate([part.triangles + first for part, first in zip(parts, first_vertices, strict=False)])
-    sound = np.flatnonzero(np.isfinite(vertices).all(axis=1)[triangles].all(axis=1))
-    if not face_areas(vertices, triangles[sound]).sum():
+    if not face_areas(vertices, triangles).sum():
         return _vertices(parts, thinning)
-    samples = sample_surface(vertices, triangles[sound], thinning.most, unit)
-    faces, said = sound[samples.faces], [samples.said]
-    if len(sound) < len(triangles):
-        said.append(f"has {len(triangles) - len(sound):,} faces with NaN or infinite corners, which are left out")
+    samples = sample_surface(vertices, triangles, thinning.most, unit)
+    faces, said = samples.faces, list(samples.remarks)
     starts = np.cumsum([0, *(len(part.triangles) for part in parts)])
     bounds = np.searchsorted(faces, starts)
-    points, colors, without = samples.blend(triangles[sound], vertices), np.full((len(faces), 3), GREY), 0
+    points, colors, without = samples.blend(triangles, vertices), np.full((len(faces), 3), GREY), 0
     for part, start, first, last in zip(parts, starts, bounds, bounds[1:], strict=False):
         own = part.colors(faces[first:last] - start, samples.weights[first:last])
         if own is None:

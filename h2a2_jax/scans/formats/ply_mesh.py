@@ -38,7 +38,7 @@ def read_ply(path: Path, thinning: Thinning) -> RawCloud:
             surface, more = _on_faces(path, columns, header, thinning)
         except InputError as error:
             reason = str(error).replace(f"{path} ", "it ").removesuffix(".")
-            surface, more = None, [f"has faces that cannot be read: {reason}"]
+            surface, more = None, (f"has faces that cannot be read: {reason}",)
         if surface is not None:
             return replace(surface, up=up)
         said += more
@@ -48,17 +48,15 @@ def read_ply(path: Path, thinning: Thinning) -> RawCloud:
 
 def _on_faces(
     path: Path, columns: Mapping[str, np.ndarray], header: Header, thinning: Thinning
-) -> tuple[RawCloud | None, list[str]]:
+) -> tuple[RawCloud | None, tuple[str, ...]]:
     """Return points on the faces, or None if the vertices serve as well, with remarks."""
     names, found = list(columns), roles(list(columns))
     triangles, of_faces = read_ply_faces(path, header)
     if not all(found.axes) or not _is_surface(triangles, len(columns[names[0]])):
-        return None, []
+        return None, ()
     xyz = [names[places[0]] for places in found.axes]
     points = np.stack([columns[axis] for axis in xyz], axis=1).astype(np.float64)
-    is_finite = np.asarray(np.isfinite(points).all(axis=1))
-    sound = np.flatnonzero(is_finite[triangles].all(axis=1))
-    triangles, said = triangles[sound], list[str]()
+    said: tuple[str, ...] = ()
     texture = next((each for each in header.comments if each.startswith("TextureFile ")), None)  # as MeshLab writes it
     if texture and not found.colors:
         try:
@@ -66,16 +64,16 @@ def _on_faces(
         except Exception as error:  # trimesh raises anything, and the vertices are readable without it
             cloud = RawCloud(points, assumed=(f"has a texture {texture[12:]} that cannot be read ({error})",))
         if cloud.colors is not None:
-            return cloud, []
-        said = [cloud.assumed[-1]]
+            return cloud, ()
+        said = cloud.assumed[-1:]
     if not is_coarse(points, triangles):
         return None, said
     samples = sample_surface(points, triangles, thinning.most)
     table = {name: samples.blend(triangles, values) for name, values in columns.items()}
     table |= dict(zip(xyz, samples.blend(triangles, points).T, strict=True))
     if not found.colors:
-        table |= {name: values[sound][samples.faces] for name, values in of_faces.items() if name not in table}
-    return from_columns(path, table).remarked(after=[samples.said, *said]), []
+        table |= {name: values[samples.faces] for name, values in of_faces.items() if name not in table}
+    return from_columns(path, table).remarked(after=[*samples.remarks, *said]), ()
 
 
 def _is_surface(triangles: Int[np.ndarray, "f 3"], vertices: int) -> bool:
