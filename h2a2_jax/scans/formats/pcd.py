@@ -73,9 +73,9 @@ def _read_header(path: Path, file: BinaryIO) -> _Header:
     turn = " ".join(entries.get("VIEWPOINT", ())[3:])
     # Half turns tell a camera's axes from those of a screen; drivers of depth cameras write them.
     is_turned = turn and not re.fullmatch(r"(-?[01](\.0*)? ?){4}", turn)
-    said = (f"has a VIEWPOINT that is turned (by the quaternion {turn}), which is not used",) if is_turned else ()
+    said = [f"has a VIEWPOINT that is turned (by the quaternion {turn}), which is not used"] if is_turned else []
     said += unread_colors(name for name, shape in zip(names, shapes, strict=True) if shape)
-    return _Header(dtype, points, data.lower(), said)
+    return _Header(dtype, points, data.lower(), tuple(said))
 
 
 def _cut_off(path: Path, header: _Header, expected: str, left: int) -> InputError:
