@@ -429,7 +429,7 @@ def _eval_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict_flags(parser: argparse.ArgumentParser) -> None:
-    formats = ".ply .pcd .las .laz .npy .npz .bin .txt .xyz .pts .csv .asc"
+    formats = ".ply .pcd .las .laz .npy .npz .bin .txt .xyz .pts .csv .asc .e57 .ptx .obj .glb .gltf .stl .off"
     parser.add_argument(
         "inputs",
         nargs="*",

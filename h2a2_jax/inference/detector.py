@@ -9,6 +9,7 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
@@ -23,7 +24,15 @@ from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inference.results import boxes_in_input_frame
 from h2a2_jax.loader.batching import no_scan
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, ColorRange, PointCloud, cloud_of_arrays
-from h2a2_jax.scans.frame import UNITS, UPRIGHT, PlacedCloud, place_as_dataset, place_cloud, upright_matrix
+from h2a2_jax.scans.frame import (
+    UNITS,
+    UPRIGHT,
+    PlacedCloud,
+    place_as_dataset,
+    place_cloud,
+    respelt,
+    upright_matrix,
+)
 from h2a2_jax.scans.orientation import decide_frame
 from h2a2_jax.scans.specs import DatasetSpec
 
@@ -215,11 +224,19 @@ class Detector:
                     f"The points are a {type(cloud).__name__}; expected is an array of shape [n, 3]: of a file, "
                     "cloud = h2a2_jax.read_point_cloud(FILE) has cloud.points and cloud.colors."
                 )
-        hues = cast(Sequence[Any], [colors] if single else [None] * len(clouds) if colors is None else colors)
-        if isinstance(hues, np.ndarray) or len(hues) != len(clouds):
+        clouds = [_plain_array("points", cloud) for cloud in clouds]
+        if {cloud.ndim for cloud in clouds} & ({3} if single else {1}):
+            shapes = "one array of three dimensions" if single else "a list of rows"
             raise InputError(
-                f"{len(clouds)} point clouds and {len(hues)} arrays of colours are given; expected is a list of one "
-                "for each, or None."
+                f"The points are {shapes}; expected is an array [n, 3] for a point cloud, as np.array(rows), and a "
+                "list of such arrays for several."
+            )
+        hues = cast(Sequence[Any], [colors] if single else [None] * len(clouds) if colors is None else colors)
+        if not isinstance(hues, list | tuple) or len(hues) != len(clouds):
+            given = f"a list of {len(hues)}" if isinstance(hues, list | tuple) else f"one {type(hues).__name__}"
+            raise InputError(
+                f"The points are a list of {len(clouds)}, the colours {given}; expected is a list with an array, or "
+                "None, for each of the point clouds."
             )
         if dataset is None and len(self.datasets) > 1:
             raise InputError(f"dataset is not given: say whose head predicts, one of {', '.join(self.datasets)}.")
@@ -228,18 +245,19 @@ class Detector:
         _check_choice("unit", unit, (*UNITS, "auto"))
         _check_choice("color_range", color_range, COLOR_RANGES)
         _check_share("score", score)
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; expected is 1 or more.")
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise InputError(f"batch_size is {batch_size!r}; expected is an integer from 1 on.")
         placed, remarks = [], []
         for i, (cloud, hue) in enumerate(zip(clouds, hues, strict=True)):
-            read = cloud_of_arrays(cloud, hue, color_range)
+            read = cloud_of_arrays(cloud, None if hue is None else _plain_array("colors", hue), color_range)
+            assumed = (respelt(remark, "color_range", "={!r}") for remark in read.assumed)
             axis, length, decided = decide_frame(read, up, unit, "{}={!r}")
             scan = place_cloud(
                 str(i + 1), read, upright_matrix(axis, length), color_range, colors_hint="say color_range"
             )
             scan, placing = place_as_dataset(scan, spec)
             placed.append(scan)
-            remarks.append((*read.assumed, *decided, *placing))
+            remarks.append((*assumed, *decided, *placing))
         found: list[Boxes] = []
         for start in range(0, len(placed), batch_size):
             batch, said = placed[start : start + batch_size], remarks[start : start + batch_size]
@@ -260,11 +278,21 @@ def _boxes(found: Detections, placed: PlacedCloud, remarks: tuple[str, ...], spe
     return every[found.scores >= score]
 
 
+def _plain_array(what: str, values: Any) -> np.ndarray:
+    """Convert what arrays of other libraries, or lists, hold; raise InputError for what numpy cannot read."""
+    if np.ma.is_masked(values):
+        raise InputError(f"The {what} are partly masked; give the rows that count alone, as a plain array.")
+    try:
+        return np.asarray(values)
+    except Exception as error:  # libraries raise anything, as of arrays on a device
+        raise InputError(f"The {what} are a {type(values).__name__} that is no array for numpy: {error}") from error
+
+
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise InputError(f"{name} is {value!r}; expected is one of {', '.join(known)}.")
 
 
-def _check_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise InputError(f"{name} is {value}; expected is a number from 0 to 1.")
+def _check_share(name: str, value: Any) -> None:
+    if not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise InputError(f"{name} is {value!r}; expected is a number from 0 to 1.")

@@ -44,7 +44,7 @@ from h2a2_jax.scans.specs import DatasetSpec
 FAINT_SCORE = 0.05
 """Boxes down to this score, or to that of the request if it is lower, are on the page behind its slider."""
 REPEATED = 3
-"""Remarks of one kind that are printed one by one; a last line counts them all."""
+"""Remarks of one kind that are printed one by one; a last line counts the others."""
 _NUMBER = re.compile(r"-?\d[\d.,]*")
 
 Item = TypeVar("Item")
@@ -172,7 +172,8 @@ def _closing(outcome: "Outcome", found: FoundInputs, output: Path) -> Iterator[s
     """Lines on remarks that were not printed one by one, boxes, time and failures."""
     for remark, names in outcome.remarks.values():
         if len(names) > REPEATED:
-            yield f"{len(names)} scans ({some(names)}), as the first one: {printable(remark)}."
+            same = f"as {names[0]}{', numbers aside' * bool(_NUMBER.search(remark))}"
+            yield f"{len(names) - REPEATED} more scans ({some(names[REPEATED:], 8)}), {same}: {printable(remark)}."
     boxes = "1 box" if outcome.boxes == 1 else f"{outcome.boxes} boxes"
     done = f"{boxes} in {len(outcome.entries)} of {_count(found.files, 'scan')}: {printable(output)}"
     yield f"Stopped. Until then: {done}; the same command begins anew." if outcome.interrupted else done
@@ -317,15 +318,19 @@ def _predict_file(
         loaded = read.file
         for stage, spent in read.seconds.items():
             outcome.seconds[stage] += spent
-        for remark in loaded.remarks:
+        remarks = list(loaded.remarks)
+        for remark in remarks:
             _remark(loaded, remark, outcome, say)
         (every,) = predictor.run(read.planned, spec.name, outcome.seconds)
         boxes = every.of_score(request.score)
         if not len(boxes):
             best = f"the best has {every.scores.max():.2f}: --score lowers the bound" if len(every) else "nor near it"
-            _remark(loaded, f"no box has a score of {request.score:g} or more, {best}", outcome, say)
+            remarks.append(f"no box has a score of {request.score:g} or more, {best}")
+            _remark(loaded, remarks[-1], outcome, say)
         started, scan, matrix = time.perf_counter(), loaded.scan, loaded.matrix
         entry = scan_entry(scan.name, matrix, boxes, spec, printable(loaded.file.path))
+        if remarks:
+            entry["remarks"] = [printable(remark) for remark in remarks]
         write_scan(output, request.formats, entry, scan, matrix, boxes, spec, shown=request.score, every=every)
         outcome.seconds["write"] += time.perf_counter() - started
         outcome.entries.append(entry)

@@ -1,6 +1,7 @@
 """The place of a scan in the frame that a detector expects: metres, z up, near the origin, floors at a known height."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,18 @@ def upright_matrix(up: str, unit: str) -> Float[np.ndarray, "4 4"]:
     matrix = np.eye(4)
     matrix[:3, :3] = np.array(UPRIGHT[up]) * UNITS[unit]
     return matrix
+
+
+def respelt(text: str, name: str, value: str, columns: str = "columns") -> str:
+    """Respell the flags of a remark, "--colors=0-255" and "--columns", for callers that have no command line.
+
+    `name` and `columns` stand for the flags, and `value` is the form of a value behind the name, as in "={!r}".
+    """
+
+    def respell(flag: re.Match[str]) -> str:
+        return (name if flag[1] == "colors" else columns) + (value.format(flag[2]) if flag[2] else "")
+
+    return re.sub(r"--(colors|columns)(?:=([\w-]+))?", respell, text)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,14 +132,15 @@ def place_as_dataset(placed: PlacedCloud, spec: DatasetSpec) -> tuple[PlacedClou
     floor = find_floor(placed.scan.points)
     if floor is None:
         remarks.append(
-            f"shows no clear floor: its heights are left as they are; {spec.name} has floors at {spec.floor:g} m"
+            f"shows no clear floor: its heights are kept, which is right if its floor is at {spec.floor:g} m, as in "
+            f"{spec.name}"
         )
         return placed, remarks
     if abs(floor - spec.floor) > _NEAR_FLOOR:
         height = floor - placed.matrix[2, 3]  # in the frame of the file
         placed = moved(placed, np.eye(3), np.array([0.0, 0.0, spec.floor - floor]))
         remarks.append(
-            f"has its floor at {height:.2f} m, which is brought to {spec.floor:g} m, where {spec.name} has floors"
+            f"has its floor at {height:.2f} m, brought to {spec.floor:g} m, where the floors of {spec.name} are"
         )
     return placed, remarks
 

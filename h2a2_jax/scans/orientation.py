@@ -272,20 +272,27 @@ def guess_up(declared: str, scans: Sequence[UpVotes]) -> Guess:
     of_axis = {sign: float(max(vote[best], vote[opposite]) - vote[across].max()) for sign, vote in votes.items()}
     of_end = {sign: float(vote[best] - vote[opposite]) for sign, vote in votes.items()}
     margin = float(total[best] - np.delete(total, best).max())
+    margin_of_axis = float(total[best] - total[across].max())
     agreeing = [sign for sign in SIGNS if of_axis[sign] > _AGREES]
     upright = [sign for sign in SIGNS if of_end[sign] > _AGREES]
-    evidence = (
-        f"{_listed(agreeing)} {'for' if agreeing else 'speaks for'} the axis, {_listed(upright)} for its direction"
-    )
+    evidence = _listed([sign for sign in SIGNS if sign in agreeing or sign in upright])
     if all(scan.one_surface for scan in scans) and "camera" not in agreeing:
         return Guess(declared, None, False, "one plane holds most of the points, a floor or a wall")
     if margin < _CLEAR or len(agreeing) < _AGREEING or not upright:
-        return Guess(declared, None, False, f"its signs do not agree: for {AXES[best]} {evidence}")
+        is_along = margin_of_axis >= _CLEAR and len(agreeing) >= _AGREEING
+        reason = (
+            f"by its {_listed(agreeing)} it stands along {AXES[best][-1]}, but either end may be up"
+            if is_along
+            else f"its {evidence} say too little"
+            if evidence
+            else "nothing in it tells"
+        )
+        return Guess(declared, None, False, reason)
     return Guess(declared, AXES[best], margin > _CERTAIN and len(agreeing) > _AGREEING, evidence)
 
 
 def _listed(signs: Sequence[str]) -> str:
-    return " and ".join(signs) or "nothing"
+    return " and ".join(filter(None, (", ".join(signs[:-1]), *signs[-1:])))
 
 
 _ROOM = np.log([2.0, 4.0, 5.5])  # m, the extents of a room by size
@@ -333,14 +340,15 @@ def decide_frame(cloud: PointCloud, up: str, unit: str, flag: str = "--{}={}") -
 
     def decide(key: str, guess: Guess) -> str:
         asked, words = frame[key], {"up": "{} points up", "unit": "the unit is {}"}[key].format
+        decided = {"up": "{} is taken to point up, by its {}", "unit": "is taken to be in {} ({})"}[key].format
         flags = flag.format(key, guess.guess or said[key] or usual[key])
         if asked == "auto" and said[key] is None:
             if guess.guess is None:
                 remarks.append(
-                    f"does not show {what[key]} ({guess.evidence}): {usual[key]} is assumed; {flags} says it"
+                    f"does not show {what[key]} ({guess.evidence}): {usual[key]} is assumed; {flags} confirms it"
                 )
             elif guess.guess != usual[key]:
-                remarks.append(f"{words(guess.guess)}, it seems ({guess.evidence}); {flags} says so")
+                remarks.append(f"{decided(guess.guess, guess.evidence)}; {flags} confirms it")
             return guess.guess or usual[key]
         taken = asked if asked != "auto" else str(said[key])
         if asked == "auto" and taken != usual[key]:

@@ -51,7 +51,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats.columns import parse_columns
 from h2a2_jax.scans.formats.folders import parts_of_meshes
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
-from h2a2_jax.scans.frame import MOVED, UNITS, UPRIGHT, place_as_dataset, place_cloud, upright_matrix
+from h2a2_jax.scans.frame import MOVED, UNITS, UPRIGHT, place_as_dataset, place_cloud, respelt, upright_matrix
 from h2a2_jax.scans.scan import (
     ENCLOSED,
     Scan,
@@ -147,7 +147,7 @@ def read_folder(root: str | Path) -> FolderDescription:
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{path} is no JSON file ({error}): repair or write it again.") from error
     except _Wrong as error:
-        raise InputError(f"{path}: {error}.") from error
+        raise InputError(f"{path}: {error}{'.' * (str(error)[-1] not in '.?')}") from error
 
 
 def point_cloud_files(root: str | Path) -> list[str]:
@@ -204,9 +204,10 @@ class ScanFolder:
         try:
             described = self._description
             path = self._root / entry.file
-            return read_point_cloud(path, columns=described.columns, color_range=described.colors)
+            cloud = read_point_cloud(path, columns=described.columns, color_range=described.colors)
         except InputError as error:
-            raise ScanError(entry.name, f"Scan {entry.name}: {error}") from error
+            raise ScanError(entry.name, _in_boxes_file(f"Scan {entry.name}: {error}")) from error
+        return replace(cloud, assumed=tuple(map(_in_boxes_file, cloud.assumed)))
 
     def convert(self, index: int, cloud: PointCloud, remarks: list[str] | None = None) -> Scan:
         """Make one scan of its points as `read` returns them; raises `ScanError` like `place_cloud`.
@@ -226,6 +227,11 @@ class ScanFolder:
         if remarks is not None:
             remarks += said
         return replace(as_dataset.scan, notes=dict(notes))
+
+
+def _in_boxes_file(text: str) -> str:
+    """Respell the flags of a sentence as keys of boxes.json."""
+    return respelt(text, f'"colors" of {BOXES_FILE}', ' "{}"', f'"columns" of {BOXES_FILE}')
 
 
 def _boxes(
@@ -294,6 +300,7 @@ def _scan_entry(scan: Any, position: int, root: Path) -> ScanEntry:
     try:
         if "\\" in file and not (root / file).exists():
             file = PureWindowsPath(file).as_posix()
+        file = Path(file).as_posix()  # ./a.ply and a.ply are one scan
         inside = (root / file).resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError, ValueError):
         inside = False

@@ -65,6 +65,9 @@ def recognise(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
         return _tfds_folder(root, spec)
     if infos := [file.name for file in root.glob("*.pkl") if not is_hidden(file.name)]:
         return _mmdet3d_folder(root, spec, infos)
+    inner = (path for path in root.glob("*/*") if path.name == BOXES_FILE or path.match("*_infos_*.pkl"))
+    if below := sorted(path.parent for path in inner if not is_hidden(path.parent.name)):
+        raise InputError(f"{root} itself holds no scans, but {below[0]} does: give that folder with --data.")
     if files := point_cloud_files(root):
         return _bare_folder(root, spec, files)
     raise InputError(
@@ -132,6 +135,12 @@ def _mmdet3d_folder(root: Path, spec: DatasetSpec | None, infos: Sequence[str]) 
         raise InputError(
             f"{root} holds {some(infos)}, which do not tell the dataset: choose one with --dataset="
             f"{'|'.join(s.name for s in SPECS)}; expected are names such as {default_info_files(SPECS[0], 'train')[0]}."
+        )
+    others = [s.name for s in SPECS if any(info.startswith(f"{s.name}_infos") for info in infos)]
+    if others and spec.name not in others:
+        raise InputError(
+            f"{root} holds info files of {', '.join(others)} ({some(infos)}), none of {spec.name}: say "
+            f"--dataset={others[0]}, or rename them to {', '.join(default_info_files(spec, 'train'))}."
         )
     sources, problems = _open_splits(
         lambda split: Mmdet3dFolder(root, default_info_files(spec, split), spec), "Split {split}: {error}"

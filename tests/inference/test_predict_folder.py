@@ -15,7 +15,7 @@ import pytest
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.input_files import FoundInputs, PredictRequest, find_inputs
-from h2a2_jax.inference.predict_folder import Outcome, predict_files, read_ahead
+from h2a2_jax.inference.predict_folder import Outcome, _closing, predict_files, read_ahead
 from h2a2_jax.inference.predictor import _SMALLEST, Predictor
 from h2a2_jax.inference.results import read_predicted_scans
 from h2a2_jax.inference.writers import check_output
@@ -291,7 +291,24 @@ def test_a_correction_is_offered(predictor, tmp_path):
     assert "add --unit=mm" in sentence
     np.save(root / "a.npy", POINTS @ UP_Y.T)
     assert not predict(predictor, root, said=said).failed
-    assert any("does not show which axis points up" in sentence and "--up=z says it" in sentence for sentence in said)
+    assert any(
+        "does not show which axis points up" in sentence and "--up=z confirms it" in sentence for sentence in said
+    )
+
+
+def test_a_remark_of_many_scans_is_printed_three_times_and_kept_for_each(predictor, tmp_path):
+    root, said = tmp_path / "scans", []
+    root.mkdir()
+    for i in range(6):
+        np.save(root / f"{i}.npy", POINTS + np.array([0, 0, 0.2 + 0.1 * i]))
+    outcome = predict(predictor, root, said=said)
+    said += _closing(outcome, find_inputs([str(root)]), tmp_path)
+    lines = [line for line in said if "has its floor at" in line]
+    assert len(lines) == 4 and lines[0].startswith("0: has its floor at 0.2") and lines[2].startswith("2: ")
+    assert lines[3].startswith("3 more scans (3, 4, 5), as 0, numbers aside: has its floor at 0.2")
+    kept = [remark for entry in outcome.entries for remark in entry["remarks"] if "has its floor at" in remark]
+    assert len(kept) == 6 and kept[5].startswith("has its floor at 0.7")
+    assert len(read_predicted_scans({"version": 1, "scans": outcome.entries})) == 6
 
 
 class Stopped(Predictor):
