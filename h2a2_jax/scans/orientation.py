@@ -319,6 +319,10 @@ def guess_unit(declared: str, scans: Sequence[tuple[float, float, float]]) -> Gu
     return Guess(declared, best if is_clear else None, is_clear, f"extents {shown}; rooms measure 2 to 8 m")
 
 
+OPEN: Mapping[str, str] = {"up": "does not show which axis points up", "unit": "does not show its unit"}
+"""Beginnings of the remarks on what is left open and assumed."""
+
+
 def decide_frame(cloud: PointCloud, up: str, unit: str, flag: str = "--{}={}") -> tuple[str, str, list[str]]:
     """Decide which axis of a file points up and its unit, with remarks on what was decided and on what looks wrong.
 
@@ -330,7 +334,7 @@ def decide_frame(cloud: PointCloud, up: str, unit: str, flag: str = "--{}={}") -
     """
     frame = {"up": up, "unit": unit}
     said = {"up": cloud.up, "unit": cloud.unit}
-    usual, what = {"up": "z", "unit": "m"}, {"up": "which axis points up", "unit": "its unit"}
+    usual = {"up": "z", "unit": "m"}
     points = cloud.points[:: max(1, len(cloud.points) // _MEASURED)].astype(np.float64)
     points = points[(np.abs(points) < _NOWHERE).all(axis=1)]
     if not len(points):
@@ -344,9 +348,7 @@ def decide_frame(cloud: PointCloud, up: str, unit: str, flag: str = "--{}={}") -
         flags = flag.format(key, guess.guess or said[key] or usual[key])
         if asked == "auto" and said[key] is None:
             if guess.guess is None:
-                remarks.append(
-                    f"does not show {what[key]} ({guess.evidence}): {usual[key]} is assumed; {flags} confirms it"
-                )
+                remarks.append(f"{OPEN[key]} ({guess.evidence}): {usual[key]} is assumed; {flags} confirms it")
             elif guess.guess != usual[key]:
                 remarks.append(f"{decided(guess.guess, guess.evidence)}; {flags} confirms it")
             return guess.guess or usual[key]

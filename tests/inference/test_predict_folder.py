@@ -305,10 +305,20 @@ def test_a_remark_of_many_scans_is_printed_three_times_and_kept_for_each(predict
     said += _closing(outcome, find_inputs([str(root)]), tmp_path)
     lines = [line for line in said if "has its floor at" in line]
     assert len(lines) == 4 and lines[0].startswith("0: has its floor at 0.2") and lines[2].startswith("2: ")
-    assert lines[3].startswith("3 more scans (3, 4, 5), as 0, numbers aside: has its floor at 0.2")
+    assert lines[3].startswith("3 more scans (3, 4, 5), much as 0: has its floor at 0.2")
     kept = [remark for entry in outcome.entries for remark in entry["remarks"] if "has its floor at" in remark]
     assert len(kept) == 6 and kept[5].startswith("has its floor at 0.7")
     assert len(read_predicted_scans({"version": 1, "scans": outcome.entries})) == 6
+
+
+def test_scans_that_leave_open_what_most_show_are_named():
+    shown = [{"name": str(i), "up": "y", "boxes": []} for i in range(3)]
+    unshown = {"name": "wall", "boxes": [], "remarks": ["does not show which axis points up (a wall): z is assumed"]}
+    (line, *_) = _closing(Outcome([*shown, unshown]), FoundInputs((), {}), Path("out"))
+    assert line.startswith("1 scan (wall) taken with up z for want of signs; 3 others show y")
+    assert line.endswith("if all files are alike, add --up=y.")
+    upright = [{"name": "a", "boxes": []}, unshown]
+    assert not any("for want of signs" in line for line in _closing(Outcome(upright), FoundInputs((), {}), Path("out")))
 
 
 class Stopped(Predictor):
