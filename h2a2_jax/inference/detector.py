@@ -27,7 +27,9 @@ from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, ColorRange, PointCl
 from h2a2_jax.scans.frame import (
     UNITS,
     UPRIGHT,
+    Floor,
     PlacedCloud,
+    checked_floor,
     place_as_dataset,
     place_cloud,
     respelt,
@@ -164,6 +166,7 @@ class Detector:
         up: str = ...,
         unit: str = ...,
         color_range: ColorRange = ...,
+        floor: Floor = ...,
         batch_size: int = ...,
     ) -> Boxes: ...
 
@@ -178,6 +181,7 @@ class Detector:
         up: str = ...,
         unit: str = ...,
         color_range: ColorRange = ...,
+        floor: Floor = ...,
         batch_size: int = ...,
     ) -> list[Boxes]: ...
 
@@ -191,6 +195,7 @@ class Detector:
         up: str = "auto",
         unit: str = "auto",
         color_range: ColorRange = "auto",
+        floor: Floor = "auto",
         batch_size: int = 1,
     ) -> Boxes | list[Boxes]:
         """Boxes of one point cloud, or of several.
@@ -205,6 +210,8 @@ class Detector:
             up: axis that points up, with its sign: z, -z, y, -y, x or -x; "auto": as the points show, else z.
             unit: unit of the points, m, cm or mm; "auto": as the points show, else m. Boxes are given in it.
             color_range: "0-1", "0-255", "none" (do not use them), or "auto": by their type and largest value.
+            floor: height of the floor (m, along the axis that points up); "auto": as found, "keep": heights are left
+                alone.
             batch_size: point clouds in one pass of the network; more than one pays on accelerators.
 
         Returns:
@@ -243,6 +250,7 @@ class Detector:
         spec = self.predictor.spec(self.datasets[0] if dataset is None else dataset)
         _check_choice("up", up, (*UPRIGHT, "auto"))
         _check_choice("unit", unit, (*UNITS, "auto"))
+        height = checked_floor(floor, "floor")
         _check_choice("color_range", color_range, COLOR_RANGES)
         _check_share("score", score)
         if not isinstance(batch_size, Integral) or batch_size < 1:
@@ -255,7 +263,7 @@ class Detector:
             scan = place_cloud(
                 str(i + 1), read, upright_matrix(axis, length), color_range, colors_hint="say color_range"
             )
-            scan, placing = place_as_dataset(scan, spec)
+            scan, placing = place_as_dataset(scan, spec, height, "floor={}")
             placed.append(scan)
             remarks.append((*assumed, *decided, *placing))
         found: list[Boxes] = []

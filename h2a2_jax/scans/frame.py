@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, cast
 
 import numpy as np
 from jaxtyping import Float
@@ -115,12 +116,32 @@ _VIEW = math.radians(15), math.radians(60)  # from the middle of a camera's view
 _NEAREST, _NEAR = 0.4, 4.0  # m, of what a camera sees
 
 
-def place_as_dataset(placed: PlacedCloud, spec: DatasetSpec) -> tuple[PlacedCloud, list[str]]:
+Floor = float | Literal["auto", "keep"]
+"""Height of a floor in a file (m, along the axis that points up); "auto": as found, "keep": heights are left alone."""
+
+
+def checked_floor(floor: Floor | str, name: str) -> Floor:
+    """Return a floor as it is, or of its text; raise InputError, with the name of the argument, for what is none."""
+    if floor in ("auto", "keep"):
+        return cast(Floor, floor)
+    try:
+        height = float(floor)
+    except (TypeError, ValueError):
+        height = math.nan
+    if not math.isfinite(height):
+        raise InputError(f"{name} is {floor!r}; expected is auto, keep or the height of the floor in metres.")
+    return height
+
+
+def place_as_dataset(
+    placed: PlacedCloud, spec: DatasetSpec, floor: Floor = "auto", flag: str | None = None
+) -> tuple[PlacedCloud, list[str]]:
     """Bring a scan (m, z up) into the frame that a dataset has its scans in, with remarks on what was done.
 
     The floor goes to the dataset's height, for networks see more than differences of heights: the floors of a dataset
     all lie at the same place in the grids of the coarse voxels. One within 5 cm is left where it is. Where the scans of
     the dataset are views along y (`DatasetSpec.faces_y`), a view from the origin in another direction is turned there.
+    `flag` is the form in which the remarks name the argument `floor` and its value, if the user has one.
     """
     remarks = []
     if spec.faces_y and (turn := _turn_to_y(placed.scan.points)) is not None:
@@ -129,19 +150,24 @@ def place_as_dataset(placed: PlacedCloud, spec: DatasetSpec) -> tuple[PlacedClou
         remarks.append(
             f"is a view from its origin, turned by {math.degrees(turn):.0f} degrees: views of {spec.name} are along y"
         )
-    floor = find_floor(placed.scan.points)
-    if floor is None:
+    if floor == "keep":
+        return placed, remarks
+    origin = float(placed.matrix[2, 3])  # of the file
+    found = find_floor(placed.scan.points) if floor == "auto" else floor + origin
+    if found is None:
         remarks.append(
             f"shows no clear floor: its heights are kept, which is right if its floor is at {spec.floor:g} m, as in "
-            f"{spec.name}"
+            f"{spec.name}{'; else say ' + flag.format('HEIGHT') if flag else ''}"
         )
         return placed, remarks
-    if abs(floor - spec.floor) > _NEAR_FLOOR:
-        height = floor - placed.matrix[2, 3]  # in the frame of the file
-        placed = moved(placed, np.eye(3), np.array([0.0, 0.0, spec.floor - floor]))
-        remarks.append(
-            f"has its floor at {height:.2f} m, brought to {spec.floor:g} m, where the floors of {spec.name} are"
-        )
+    if abs(found - spec.floor) > _NEAR_FLOOR:
+        placed = moved(placed, np.eye(3), np.array([0.0, 0.0, spec.floor - found]))
+        if floor == "auto":
+            height = f"{found - origin:.2f}"
+            remarks.append(
+                f"has its floor at {height} m, brought to {spec.floor:g} m, where the floors of {spec.name} are"
+                + (f"; {flag.format(height)} confirms it" if flag else "")
+            )
     return placed, remarks
 
 
