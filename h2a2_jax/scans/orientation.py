@@ -283,7 +283,7 @@ def guess_up(declared: str, scans: Sequence[UpVotes]) -> Guess:
         reason = (
             f"by its {_listed(agreeing)} it stands along {AXES[best][-1]}, but either end may be up"
             if is_along
-            else f"its {evidence} say too little"
+            else f"its signs are weak: {evidence}"
             if evidence
             else "nothing in it tells"
         )

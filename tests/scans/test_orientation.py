@@ -174,7 +174,7 @@ def test_an_open_axis_has_a_plain_reason():
     weak = nothing | {"walls": (0.4, 0.4, 0.0, 0.0, 0.0, 0.0)}
     for votes, one_surface, reason in (
         (upright, False, "by its floor and walls it stands along z, but either end may be up"),
-        (weak, False, "its walls say too little"),
+        (weak, False, "its signs are weak: walls"),
         (nothing, False, "nothing in it tells"),
         (upright, True, "one plane holds most of the points, a floor or a wall"),
     ):
