@@ -338,7 +338,8 @@ def _remarks(findings: Sequence[ScanFinding]) -> Iterator[str]:
             kinds.setdefault(kind, {}).setdefault(finding.name, remark)
     for remarks in kinds.values():
         (first, remark), *others = remarks.items()
-        alike = f"; likewise {len(others)} other scans ({some([name for name, _ in others])})" if others else ""
+        scans = "scan" if len(others) == 1 else "scans"
+        alike = f"; likewise {len(others)} other {scans} ({some([name for name, _ in others])})" if others else ""
         yield f"{first}: {remark.rstrip('.')}{alike}."
 
 

@@ -215,6 +215,8 @@ def test_the_folder_that_was_meant_is_named(tmp_path):
         mmdet3d(tmp_path / "scans" / "inner", "000001", f"sunrgbd_infos_{split}.pkl", [(3, CHAIR)])
     with pytest.raises(InputError, match=r"scans itself holds no scans, but .*inner does: give that folder"):
         checked(tmp_path)
+    np.save(tmp_path / "scans" / "a.npy", room())
+    assert checked(tmp_path)["kind"] == "point clouds without boxes.json"
     with pytest.raises(InputError, match=r"holds info files of sunrgbd .*, none of scannet: say --dataset=sunrgbd"):
         check(tmp_path / "scans" / "inner", "scannet", output=tmp_path / "out")
 
@@ -369,9 +371,9 @@ def test_remarks_of_all_scans_are_grouped_by_kind():
     assert list(_remarks(findings)) == [
         "b/0: 0.bin is taken as float32 rows, 0.0 of them; likewise 11 other scans (b/1, b/2, b/3, ...).",
         "b/7: the colours are taken as bytes.",
-        "b/kitchen: kitchen.bin is taken as float64 rows; likewise 1 other scans (b/hall_2).",
+        "b/kitchen: kitchen.bin is taken as float64 rows; likewise 1 other scan (b/hall_2).",
         "b/c: colours reach 255 of 255.",
-        "b/d: colours reach 65535 of 65535; likewise 1 other scans (b/e).",
+        "b/d: colours reach 65535 of 65535; likewise 1 other scan (b/e).",
     ]
 
 

@@ -20,6 +20,7 @@ from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.checkpoint.store import read_detector
 from h2a2_jax.compilation import default_cache, private_folder
 from h2a2_jax.errors import InputError
+from h2a2_jax.inference.input_files import PredictRequest, align
 from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inference.results import boxes_in_input_frame
 from h2a2_jax.loader.batching import no_scan
@@ -216,8 +217,9 @@ class Detector:
 
         Returns:
             The boxes of each point cloud; a list for a list. `Boxes.remarks` says what was decided: the up axis, the
-            unit, the scale of colours, and the floor, which the network is shown at the dataset's height. Points are
-            drawn as the dataset's test protocol says; each call draws the same ones.
+            unit, the scale of colours, and the floor, which the network is shown at the dataset's height; and where
+            the scan looks tilted, or its walls turned for boxes that are axis-aligned. Points are drawn as the
+            dataset's test protocol says; each call draws the same ones.
 
         Raises:
             InputError: an argument is not as above; a point cloud has no finite point; its colours are in another
@@ -263,9 +265,11 @@ class Detector:
             scan = place_cloud(
                 str(i + 1), read, upright_matrix(axis, length), color_range, colors_hint="say color_range"
             )
+            _, advice = align(scan, PredictRequest(()), spec)
             scan, placing = place_as_dataset(scan, spec, height, "floor={}")
             placed.append(scan)
-            remarks.append((*assumed, *decided, *placing))
+            turning = (remark.replace("add --align", "turn it first, as h2a2 predict --align") for remark in advice)
+            remarks.append((*assumed, *decided, *turning, *placing))
         found: list[Boxes] = []
         for start in range(0, len(placed), batch_size):
             batch, said = placed[start : start + batch_size], remarks[start : start + batch_size]
@@ -291,7 +295,10 @@ def _plain_array(what: str, values: Any) -> np.ndarray:
     if np.ma.is_masked(values):
         raise InputError(f"The {what} are partly masked; give the rows that count alone, as a plain array.")
     try:
-        return np.asarray(values)
+        array = np.asarray(values)
+        if array.ndim == 0 and array.dtype == object:
+            raise TypeError("it has no rows")
+        return array
     except Exception as error:  # libraries raise anything, as of arrays on a device
         raise InputError(f"The {what} are a {type(values).__name__} that is no array for numpy: {error}") from error
 

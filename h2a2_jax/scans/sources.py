@@ -65,10 +65,12 @@ def recognise(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
         return _tfds_folder(root, spec)
     if infos := [file.name for file in root.glob("*.pkl") if not is_hidden(file.name)]:
         return _mmdet3d_folder(root, spec, infos)
+    files = point_cloud_files(root)
     inner = (path for path in root.glob("*/*") if path.name == BOXES_FILE or path.match("*_infos_*.pkl"))
-    if below := sorted(path.parent for path in inner if not is_hidden(path.parent.name)):
+    below = sorted(path.parent for path in inner if not is_hidden(path.parent.name))
+    if below and all("/" in file for file in files):
         raise InputError(f"{root} itself holds no scans, but {below[0]} does: give that folder with --data.")
-    if files := point_cloud_files(root):
+    if files:
         return _bare_folder(root, spec, files)
     raise InputError(
         f"{root} holds no scans: expected are {BOXES_FILE} with point clouds, or *_infos_*.pkl with points/ as "

@@ -138,6 +138,15 @@ def test_remarks_name_the_arguments_of_the_call(detector: Detector):
     assert respelt(flags, "color_range", "={!r}") == "bytes need color_range='0-255', or say columns"
 
 
+def test_turned_walls_are_remarked_on(detector: Detector):
+    rng = np.random.default_rng(0)
+    floor, wall, other = (rng.uniform(0, high, (3000, 3)) for high in ([3, 3, 0.01], [0.01, 3, 2], [3, 0.01, 2]))
+    turn = np.array([[np.cos(0.4), np.sin(0.4), 0], [-np.sin(0.4), np.cos(0.4), 0], [0, 0, 1]])
+    remarks = detector(np.concatenate([floor, wall, other]) @ turn, None, "s3dis").remarks
+    (remark,) = [remark for remark in remarks if "its walls at" in remark]
+    assert remark.endswith("boxes of s3dis are axis-aligned: turn it first, as h2a2 predict --align=manhattan")
+
+
 def test_wrong_arguments_of_a_call_are_errors(detector: Detector):
     points, colors = SMALL.points, SMALL.colors
     for arguments, options, sentence in (
@@ -162,6 +171,8 @@ def test_wrong_arguments_of_a_call_are_errors(detector: Detector):
         ((points[None],), {"dataset": "s3dis"}, "points are one array of three dimensions"),
         (([points, points], np.stack([colors] * 2)), {"dataset": "s3dis"}, "a list of 2, the colours one ndarray"),
         ((np.ma.masked_less(points, 0.1),), {"dataset": "s3dis"}, "points are partly masked; give the rows that count"),
+        (({"x": points},), {"dataset": "s3dis"}, "The points are a dict that is no array for numpy: it has no rows"),
+        ((points, colors, "s3dis"), {"floor": "low"}, "floor is 'low'; expected is auto, keep or the height"),
         ((OnADevice(),), {"dataset": "s3dis"}, "OnADevice that is no array for numpy: use .cpu.. first"),
         ((points, colors, "s3dis"), {"score": 2.0}, "score is 2.0; expected is a number from 0 to 1"),
     ):
