@@ -266,7 +266,7 @@ class Detector:
                 str(i + 1), read, upright_matrix(axis, length), color_range, colors_hint="say color_range"
             )
             _, advice = align(scan, PredictRequest(()), spec)
-            scan, placing = place_as_dataset(scan, spec, height, "floor={}")
+            scan, placing = place_as_dataset(scan, spec, height, "floor={!r}")
             placed.append(scan)
             turning = (remark.replace("add --align", "turn it first, as h2a2 predict --align") for remark in advice)
             remarks.append((*assumed, *decided, *turning, *placing))

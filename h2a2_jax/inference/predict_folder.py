@@ -343,7 +343,7 @@ def _predict_file(
         (every,) = predictor.run(read.planned, spec.name, outcome.seconds)
         boxes = every.of_score(request.score)
         if not len(boxes):
-            best = f"the best has {every.scores.max():.2f}: --score lowers the bound" if len(every) else "nor near it"
+            best = f"the best has {every.scores.max():.3f}: --score lowers the bound" if len(every) else "nor near it"
             remarks.append(f"no box has a score of {request.score:g} or more, {best}")
             _remark(loaded, remarks[-1], outcome, say)
         started, scan, matrix = time.perf_counter(), loaded.scan, loaded.matrix

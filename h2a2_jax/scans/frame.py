@@ -157,16 +157,15 @@ def place_as_dataset(
     if found is None:
         remarks.append(
             f"shows no clear floor: its heights are kept, which is right if its floor is at {spec.floor:g} m, as in "
-            f"{spec.name}{'; else say ' + flag.format('HEIGHT') if flag else ''}"
+            f"{spec.name}{'; else say ' + flag.split('=')[0] + '=HEIGHT' if flag else ''}"
         )
         return placed, remarks
     if abs(found - spec.floor) > _NEAR_FLOOR:
         placed = moved(placed, np.eye(3), np.array([0.0, 0.0, spec.floor - found]))
         if floor == "auto":
-            height = f"{found - origin:.2f}"
             remarks.append(
-                f"has its floor at {height} m, brought to {spec.floor:g} m, where the floors of {spec.name} are"
-                + (f"; {flag.format(height)} confirms it" if flag else "")
+                f"has its floor at {found - origin:.2f} m, brought to {spec.floor:g} m, where the floors of {spec.name} "
+                f"are{f'; {flag} leaves it'.format('keep') if flag else ''}"
             )
     return placed, remarks
 

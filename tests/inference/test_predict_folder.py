@@ -219,7 +219,7 @@ def test_boxes_of_lower_scores_are_on_the_page_alone(predictor, tmp_path):
         page = (output / "a.html").read_text()
         told = re.search(r'"scores": ?\[([^]]*)\]', page)
         assert told is not None and len(told[1].split(",")) == len(scores)
-    none = f"a: no box has a score of 0.99 or more, the best has {scores[-1]:.2f}: --score lowers the bound."
+    none = f"a: no box has a score of 0.99 or more, the best has {scores[-1]:.3f}: --score lowers the bound."
     assert none in said
 
 
