@@ -163,10 +163,9 @@ def place_as_dataset(
     if abs(found - spec.floor) > _NEAR_FLOOR:
         placed = moved(placed, np.eye(3), np.array([0.0, 0.0, spec.floor - found]))
         if floor == "auto":
-            remarks.append(
-                f"has its floor at {found - origin:.2f} m, brought to {spec.floor:g} m, where the floors of {spec.name} "
-                f"are{f'; {flag} leaves it'.format('keep') if flag else ''}"
-            )
+            left = f"; {flag.format('keep')} leaves it" if flag else ""
+            height = f"{found - origin:.2f} m, brought to {spec.floor:g} m"
+            remarks.append(f"has its floor at {height}, where the floors of {spec.name} are{left}")
     return placed, remarks
 
 
