@@ -1,7 +1,8 @@
-"""Files of points: a reader for each format, and the choice of rows of a large table, read block by block."""
+"""Files of points: a reader for each format; points as a file has them; the choice of rows of a large table."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,29 @@ from jaxtyping import Int
 
 _BLOCK = 1 << 20  # rows
 _SEED = 0
+
+
+@dataclass(frozen=True, eq=False)
+class RawCloud:
+    """Points as a file has them, of any real type, finite or not.
+
+    Attributes:
+        points: [n, 3] x, y, z.
+        colors: [n, 3] red, green, blue, or None.
+        assumed: parts of sentences on assumptions.
+        up: axis that points up if the format or the file says so.
+        unit: unit if the format or the file says so.
+    """
+
+    points: np.ndarray
+    colors: np.ndarray | None = None
+    assumed: tuple[str, ...] = ()
+    up: str | None = None
+    unit: str | None = None
+
+    def remarked(self, *before: str, after: Iterable[str] = ()) -> "RawCloud":
+        """Return the points with further remarks, before and after the others."""
+        return replace(self, assumed=(*before, *self.assumed, *after))
 
 
 class Thinning:
@@ -30,17 +54,26 @@ class Thinning:
         within = np.random.default_rng(_SEED).random(self.most)
         return edges[:-1] + (within * np.diff(edges)).astype(np.int64)
 
+    def take(self, values: np.ndarray) -> np.ndarray:
+        """Return the wanted rows of a table."""
+        rows = self.rows(len(values))
+        return values if rows is None else values[rows]
+
+    def choose(self, blocks: Iterable[np.ndarray], count: int) -> np.ndarray:
+        """Keep the wanted rows of a table of `count` rows that comes block by block, at least one."""
+        wanted, first, parts = self.rows(count), 0, list[np.ndarray]()
+        for block in blocks:
+            end = first + len(block)
+            if wanted is not None:
+                block = block[wanted[slice(*np.searchsorted(wanted, (first, end)))] - first]
+            parts.append(block)
+            first = end
+        return np.concatenate(parts)
+
     def collect(self, read: Callable[[int], np.ndarray], count: int) -> np.ndarray:
         """Read a table of `count` rows block by block, keep the wanted ones; `read` returns that many next rows."""
-        wanted, parts = self.rows(count), []
-        for first in range(0, count, _BLOCK):
-            size = min(_BLOCK, count - first)
-            block = read(size)
-            if wanted is not None:
-                start, end = np.searchsorted(wanted, (first, first + size))
-                block = block[wanted[start:end] - first]
-            parts.append(block)
-        return np.concatenate(parts) if parts else read(0)
+        sizes = [min(_BLOCK, count - first) for first in range(0, count, _BLOCK)]
+        return self.choose(map(read, sizes or [0]), count)
 
     def read(self, file: Any, dtype: np.dtype, count: int, columns: int = 1) -> np.ndarray:
         """Read rows of a binary file, which need not be seekable, from its position on; leave it behind the table.

@@ -14,7 +14,7 @@ negative ones.
 """
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -22,7 +22,7 @@ from jaxtyping import Float, Float32
 from h2a2_jax.errors import InputError
 
 ColorRange = Literal["auto", "0-1", "0-255", "none", "0-1023", "0-4095", "0-65535"]
-COLOR_RANGES: tuple[ColorRange, ...] = ("auto", "0-1", "0-255", "none", "0-1023", "0-4095", "0-65535")
+COLOR_RANGES: tuple[ColorRange, ...] = get_args(ColorRange)
 
 GREY = 0.5
 """Brightness of points without a colour: between black and white."""

@@ -2,16 +2,19 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.scans.formats import RawCloud
 
 Layout = tuple[str, ...]
 """Meaning of each column: x, y, z, r, g, b, or _ for one that is not used."""
+
+SAY_COLUMNS = "say what they are with --columns, as in x,y,z,_,r,g,b (_ for one that is not used)"
+"""Advice on a file whose names or values leave its columns open."""
 
 COLUMNS_NOT_USED = "says itself what its columns are, so that --columns is not used"
 """Remark on a file with names of its own."""
@@ -35,52 +38,30 @@ _AXES = {
         ]
     )
 }
-_BARE_NUMBER = re.compile(r"\d+")
 _CHANNELS = re.compile(
     r"(|diffuse|color|colour|colors|colours|col|rgb|rgba|vertexcolor|vertexcolors|pointcolor|diffusecolor)"
     r"(r|g|b|rf|gf|bf|red|green|blue|0|1|2)(|color|colour|channel|8bit|16bit)"
 )
-_CHANNEL = {
-    **{"r": 0, "g": 1, "b": 2, "rf": 0, "gf": 1, "bf": 2},
-    **{"red": 0, "green": 1, "blue": 2, "0": 0, "1": 1, "2": 2},
-}
+_USUAL = [
+    ("", "word", ""),
+    ("", "letter", ""),
+]  # red, green, blue before r, g, b before diffuse_red and the like
 PACKED = ("rgb", "rgba")
 """Names of a column of packed colours."""
 
 
-@dataclass(frozen=True, eq=False)
-class RawCloud:
-    """Points as a file has them, of any real type, finite or not.
-
-    Attributes:
-        points: [n, 3] x, y, z.
-        colors: [n, 3] red, green, blue, or None.
-        assumed: parts of sentences on assumptions.
-        up: axis that points up if the format says so.
-        unit: unit if the format says so.
-    """
-
-    points: np.ndarray
-    colors: np.ndarray | None
-    assumed: tuple[str, ...] = ()
-    up: str | None = None
-    unit: str | None = None
-
-
 class Roles(NamedTuple):
-    """Places of named columns: by axis, in order of preference, and triples of colours by the family of their names."""
+    """Places of named columns: by axis, and triples of colours, both in order of preference, and packed colours."""
 
     axes: tuple[list[int], list[int], list[int]]
-    colors: dict[str, list[int]]
+    colors: list[list[int]]
     packed: int | None
 
     @property
     def used(self) -> list[int]:
         """Places of the columns that may be read, rising."""
-        places = {place for axis in self.axes for place in axis} | {
-            p for family in self.colors.values() for p in family
-        }
-        return sorted(places | ({self.packed} if self.packed is not None else set()))
+        places = {place for places in (*self.axes, *self.colors) for place in places}
+        return sorted(places if self.packed is None else places | {self.packed})
 
 
 def parse_columns(columns: str | Sequence[str] | None) -> Layout | None:
@@ -107,7 +88,7 @@ def parse_columns(columns: str | Sequence[str] | None) -> Layout | None:
     return layout
 
 
-def by_layout(rows: np.ndarray, layout: Layout, assumed: tuple[str, ...] = ()) -> RawCloud:
+def by_layout(rows: np.ndarray, layout: Layout) -> RawCloud:
     """Take points and colours from the columns of [n, w] rows."""
 
     def take(names: str) -> np.ndarray:
@@ -115,7 +96,7 @@ def by_layout(rows: np.ndarray, layout: Layout, assumed: tuple[str, ...] = ()) -
         first = places[0]
         return rows[:, first : first + 3] if places == [first, first + 1, first + 2] else rows[:, places]
 
-    return RawCloud(take("xyz"), take("rgb") if "r" in layout else None, assumed)
+    return RawCloud(take("xyz"), take("rgb") if "r" in layout else None)
 
 
 def check_width(path: Path, layout: Layout, width: int) -> None:
@@ -136,23 +117,25 @@ def roles(names: Sequence[str]) -> Roles:
     """Find points and colours among names of columns, in any order and spelling."""
     keys = [plain(name) for name in names]
     axes: tuple[list[int], list[int], list[int]] = ([], [], [])
-    families: dict[str, dict[int, int]] = {}
+    families: dict[tuple[str, str, str], dict[int, int]] = {}
     for place, key in enumerate(keys):
-        if _BARE_NUMBER.fullmatch(key):
+        if key.isdigit():
             continue
         for axis, pattern in zip(axes, _AXES.values(), strict=True):
             if pattern.fullmatch(key):
                 axis.append(place)
         if found := _CHANNELS.fullmatch(key):
-            style = "0" if found[2].isdigit() else "f" if found[2] in ("rf", "gf", "bf") else str(len(found[2]) > 1)
-            families.setdefault(found[1] + style + found[3], {}).setdefault(_CHANNEL[found[2]], place)
+            before, name, after = found.groups()
+            kind = (
+                "number" if name.isdigit() else "float" if name[1:] == "f" else "letter" if len(name) == 1 else "word"
+            )
+            families.setdefault((before, kind, after), {}).setdefault("rgb012".index(name[0]) % 3, place)
     for axis, letter in zip(axes, _AXES, strict=True):
         axis.sort(key=lambda place: keys[place] != letter)  # stable: x itself goes first
-    complete = {family: [of[i] for i in range(3)] for family, of in families.items() if len(of) == 3}
-    # red, green, blue before r, g, b before diffuse_red and the like.
-    ordered = sorted(complete, key=lambda family: ("True", "False").index(family) if family in ("True", "False") else 2)
+    complete = [family for family, places in families.items() if len(places) == 3]
+    complete.sort(key=lambda family: [family != first for first in _USUAL])
     packed = next((place for place, key in enumerate(keys) if key in PACKED), None)
-    return Roles(axes, {family: complete[family] for family in ordered}, packed)
+    return Roles(axes, [[families[family][i] for i in range(3)] for family in complete], packed)
 
 
 def from_columns(path: Path, columns: Mapping[str, np.ndarray]) -> RawCloud:
@@ -178,16 +161,32 @@ def from_columns(path: Path, columns: Mapping[str, np.ndarray]) -> RawCloud:
         remarks.append(f"has its points in {', '.join(names[place] for place in chosen)}, not in {', '.join(others)}")
     colors = None
     if found.colors:
-        sets = list(found.colors.values())
-        best = next((places for places in sets if any(values[place].any() for place in places)), sets[0])
-        if len(sets) > 1:
-            others = [", ".join(names[place] for place in places) for places in sets if places is not best]
+        best = next((triple for triple in found.colors if any(values[i].any() for i in triple)), found.colors[0])
+        if len(found.colors) > 1:
+            others = [", ".join(names[place] for place in triple) for triple in found.colors if triple is not best]
             shown = ", ".join(names[place] for place in best)
             remarks.append(f"has its colours in {shown}, not in {' or '.join(others)}")
         colors = np.stack([values[place] for place in best], axis=1)
     elif found.packed is not None:
         colors = unpacked(path, values[found.packed])
     return RawCloud(np.stack([values[place] for place in chosen], axis=1), colors, tuple(remarks))
+
+
+def to_type(path: Path, name: str, values: np.ndarray, kind: str | np.dtype) -> np.ndarray:
+    """Convert float64 numbers read from text to the numpy type that the header gives them, if it can hold them.
+
+    Coordinates and packed colours of a floating type stay as they are: their digits may be more than it holds.
+    """
+    dtype = np.dtype(kind)
+    if dtype.kind == "f":
+        if name.lower() in ("x", "y", "z", *PACKED):
+            return values
+        with np.errstate(over="ignore"):  # to infinity, which is left out later
+            return values.astype(dtype)
+    bounds = np.iinfo(dtype)
+    if not ((values >= bounds.min) & (values <= bounds.max)).all():
+        raise InputError(f"{path} has numbers that its field {name} of type {dtype} cannot hold; write it again.")
+    return values.astype(dtype)
 
 
 _NO_COLOR = 0x7FC00000  # the usual NaN in float32

@@ -1,7 +1,8 @@
 """Points of E57 files (ASTM E2807): all scans of a file in its own frame, in metres, z up."""
 
+import itertools
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats import Thinning
+from h2a2_jax.scans.formats import RawCloud, Thinning
 
 _BLOCK = 1 << 20  # points
 _INVALID = -np.inf  # in place of x
@@ -18,15 +19,10 @@ _SPHERICAL = ("sphericalRange", "sphericalAzimuth", "sphericalElevation")
 _COLORS = ("colorRed", "colorGreen", "colorBlue")
 
 
-def read_e57(
-    path: Path, thinning: Thinning
-) -> tuple[Float[np.ndarray, "n 3"], UInt8[np.ndarray, "n 3"] | None, tuple[str, ...], str, str]:
-    """Read the points of all scans, turned and moved by the scans' poses, and colours if there are any.
+def read_e57(path: Path, thinning: Thinning) -> RawCloud:
+    """Read the points of all scans, turned and moved by the scans' poses, and colours, as bytes, if there are any.
 
     Points that the scanner calls invalid are left out and counted. The limits of colours are those of the file.
-
-    Returns:
-        points, colours, sentences on both, and the up axis and the unit of the format.
     """
     with path.open("rb") as file:
         header, size = file.read(48), path.stat().st_size
@@ -44,19 +40,22 @@ def read_e57(
         scans = [_Scan(path, libe57, image, nodes[i]) for i in range(len(nodes))]
         limits = next((scan.limits for scan in scans if scan.limits), None)
         blocks = (block for scan in scans for block in scan.blocks(limits))
-        rows = thinning.collect(_reader(path, blocks), sum(scan.count for scan in scans))
+        count = sum(scan.count for scan in scans)
+        rows = thinning.choose(itertools.chain([np.zeros((0, 6))], blocks), count)
     finally:
         image.close()
+    if len(rows) < thinning.kept(count):
+        raise InputError(f"{path} is cut off: points are missing that its header counts; copy it again.")
     said = []
     if invalid := sum(scan.invalid for scan in scans):
         said.append(f"has {invalid:,} points that the scanner calls invalid, which are left out")
         rows = rows[rows[:, 0] != _INVALID]
     if limits is None:
-        return rows[:, :3], None, tuple(said), "z", "m"
+        return RawCloud(rows[:, :3], None, tuple(said), "z", "m")
     if without := sum(scan.limits is None for scan in scans):
         said.append(f"has {without} of {len(scans)} scans without colours, whose points are taken as grey")
     colors, more = _bytes(rows[:, 3:], *limits)
-    return rows[:, :3], colors, (*said, *more), "z", "m"
+    return RawCloud(rows[:, :3], colors, (*said, *more), "z", "m")
 
 
 class _Scan:
@@ -81,11 +80,13 @@ class _Scan:
         arrays, buffers = {name: np.empty(size) for name in names}, self._libe57.VectorSourceDestBuffer()
         for name, array in arrays.items():
             buffers.append(self._libe57.SourceDestBuffer(self._image, name, array, size, True, True))
+        from pye57.utils import convert_spherical_to_cartesian
+
         reader = self._points.reader(buffers)
         while read := reader.read():
             points = np.stack([arrays[name][:read] for name in self._axes], axis=1)
             if self._axes == _SPHERICAL:
-                points = _cartesian(*points.T)
+                points = convert_spherical_to_cartesian(points)
             points = points @ self._rotation.T + self._shift
             if self._state:
                 is_invalid = arrays[self._state[0]][:read] != 0
@@ -122,13 +123,6 @@ def _pose(node: Any) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, " 3"]]
     return rotation, shift
 
 
-def _cartesian(
-    distance: Float[np.ndarray, " n"], azimuth: Float[np.ndarray, " n"], elevation: Float[np.ndarray, " n"]
-) -> Float[np.ndarray, "n 3"]:
-    flat = distance * np.cos(elevation)
-    return np.stack([flat * np.cos(azimuth), flat * np.sin(azimuth), distance * np.sin(elevation)], axis=1)
-
-
 def _bytes(colors: Float[np.ndarray, "n 3"], low: float, high: float) -> tuple[UInt8[np.ndarray, "n 3"], list[str]]:
     """Colours in 0-255, and what was assumed where the numbers do not fit to their limits."""
     highest, said = float(colors.max(initial=0)), []
@@ -138,22 +132,3 @@ def _bytes(colors: Float[np.ndarray, "n 3"], low: float, high: float) -> tuple[U
         said.append(f"has colours up to {highest:g} under limits of {low:g} to {high:g}: taken as 0-{fitting:g}")
         low, high = 0.0, fitting
     return np.rint(255 * np.clip((colors - low) / (high - low), 0, 1)).astype(np.uint8), said
-
-
-def _reader(path: Path, blocks: Iterator[np.ndarray]) -> Callable[[int], np.ndarray]:
-    """Return a function that reads as many next rows of the blocks as it is asked for."""
-    left = np.zeros((0, 6))
-
-    def read(size: int) -> np.ndarray:
-        nonlocal left
-        parts = [left]
-        while sum(map(len, parts)) < size:
-            block = next(blocks, None)
-            if block is None:
-                raise InputError(f"{path} is cut off: points are missing that its header counts; copy it again.")
-            parts.append(block)
-        rows = np.concatenate(parts)
-        left = rows[size:]
-        return rows[:size]
-
-    return read

@@ -8,16 +8,16 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats import Thinning
+from h2a2_jax.scans.formats import RawCloud, Thinning
 
 _HEADER = 227  # bytes up to version 1.2; later ones have more
 _RECORD_HEADER = 54  # bytes of a variable length record before its data
 
 
-def read_las(path: Path, thinning: Thinning | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read [n, 3] coordinates, float64, and colours if the file has some, of the points that `thinning` chooses.
+def read_las(path: Path, thinning: Thinning) -> RawCloud:
+    """Read coordinates, float64, and colours if the file has some, of the points that `thinning` chooses.
 
-    The [n, 3] colours are uint16 as the format has them; many programs write bytes into them (`colors`).
+    The colours are uint16 as the format has them; many programs write bytes into them (`colors`).
     """
     import laspy  # three quarters of a second, which only these files should take
 
@@ -56,13 +56,11 @@ def read_las(path: Path, thinning: Thinning | None = None) -> tuple[np.ndarray, 
             return np.stack([rows[name] for name in names], axis=1, dtype=np.int32, casting="safe")
 
         try:
-            rows = (thinning or Thinning()).collect(read, count)
+            rows = thinning.collect(read, count)
         except Exception as error:  # of lazrs, which has no base class of its errors
             raise InputError(f"{path} is cut off or damaged ({error}): copy it again.") from error
     points = rows[:, :3] * header.scales + header.offsets
-    if len(names) == 3:
-        return points, None
-    return points, rows[:, 3:].astype(np.uint16)
+    return RawCloud(points, rows[:, 3:].astype(np.uint16) if len(names) > 3 else None, up="z")
 
 
 def _check_chunks(path: Path, file: BinaryIO, header: Any) -> None:

@@ -3,13 +3,13 @@
 import io
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats import Thinning
+from h2a2_jax.scans.formats import RawCloud, Thinning
 from h2a2_jax.scans.formats.colors import GREY
 from h2a2_jax.scans.formats.mesh_files import (
     Colored,
@@ -24,17 +24,7 @@ from h2a2_jax.scans.formats.surface import face_areas, sample_surface
 _MOST_FACES = 20_000_000  # of all copies of the parts of a scene
 
 
-class MeshPoints(NamedTuple):
-    """Points of a mesh in the file's frame: as `point_cloud.PointCloud` has them."""
-
-    points: Float[np.ndarray, "n 3"]
-    colors: UInt8[np.ndarray, "n 3"] | None
-    assumed: tuple[str, ...]
-    up: str | None = None
-    unit: str | None = None
-
-
-def read_mesh(path: Path, thinning: Thinning) -> MeshPoints:
+def read_mesh(path: Path, thinning: Thinning) -> RawCloud:
     """Read points on the surface of a mesh, or the points of a file without faces, with their colours.
 
     Colours are those of textures, vertices, faces or materials, in this order. A glTF file is in metres with y up, and
@@ -69,7 +59,7 @@ def read_mesh(path: Path, thinning: Thinning) -> MeshPoints:
         said.append(f"has {loose:,} points beside its faces, which are left out")
     up, unit = ("y", "m") if kind in ("glb", "gltf") else (None, None)
     cloud = _on_surface(meshes, thinning, unit) if meshes else _vertices(parts, thinning)
-    return MeshPoints(*cloud[:2], (*cloud.assumed, *dict.fromkeys(said)), up, unit)
+    return RawCloud(cloud.points, cloud.colors, (*cloud.assumed, *dict.fromkeys(said)), up, unit)
 
 
 class _Part:
@@ -140,42 +130,34 @@ def _base_color(material: Any, image: np.ndarray | None) -> np.ndarray | None:
     return None if given is None else np.clip(np.broadcast_to(np.asarray(given, np.float64), 3), 0, 1)
 
 
-def _on_surface(parts: list[_Part], thinning: Thinning, unit: str | None) -> MeshPoints:
+def _on_surface(parts: list[_Part], thinning: Thinning, unit: str | None) -> RawCloud:
     vertices = np.concatenate([part.vertices for part in parts])
     first_vertices = np.cumsum([0, *(len(part.vertices) for part in parts)])
     triangles = np.concatenate([part.triangles + first for part, first in zip(parts, first_vertices, strict=False)])
-    sound = np.flatnonzero(np.isfinite(vertices).all(axis=1)[triangles].all(axis=1))
-    if not face_areas(vertices, triangles[sound]).sum():
+    if not face_areas(vertices, triangles).sum():
         return _vertices(parts, thinning)
-    samples = sample_surface(vertices, triangles[sound], thinning.most, unit)
-    faces, said = sound[samples.faces], [samples.said]
-    if len(sound) < len(triangles):
-        said.append(f"has {len(triangles) - len(sound):,} faces with NaN or infinite corners, which are left out")
+    samples = sample_surface(vertices, triangles, thinning.most, unit)
+    faces, said = samples.faces, list(samples.remarks)
     starts = np.cumsum([0, *(len(part.triangles) for part in parts)])
     bounds = np.searchsorted(faces, starts)
-    found = [
-        part.colors(faces[first:last] - start, samples.weights[first:last])
-        for part, start, first, last in zip(parts, starts, bounds, bounds[1:], strict=False)
-    ]
-    without = sum(each is None for each in found)
-    if 0 < without < len(found):
-        said.append(f"has {without} of {len(found)} parts without colours, taken as grey")
-    points = samples.blend(triangles[sound], vertices)
-    if without == len(found):
-        return MeshPoints(points, None, tuple(said))
-    filled = [
-        np.full((last - first, 3), GREY) if each is None else each
-        for each, first, last in zip(found, bounds, bounds[1:], strict=False)
-    ]
-    return MeshPoints(points, np.rint(255 * np.clip(np.concatenate(filled), 0, 1)).astype(np.uint8), tuple(said))
+    points, colors, without = samples.blend(triangles, vertices), np.full((len(faces), 3), GREY), 0
+    for part, start, first, last in zip(parts, starts, bounds, bounds[1:], strict=False):
+        own = part.colors(faces[first:last] - start, samples.weights[first:last])
+        if own is None:
+            without += 1
+        else:
+            colors[first:last] = own
+    if without == len(parts):
+        return RawCloud(points, None, tuple(said))
+    if without:
+        said.append(f"has {without} of {len(parts)} parts without colours, taken as grey")
+    return RawCloud(points, np.rint(255 * np.clip(colors, 0, 1)).astype(np.uint8), tuple(said))
 
 
-def _vertices(parts: list[_Part], thinning: Thinning) -> MeshPoints:
-    """Points of a file without faces."""
+def _vertices(parts: list[_Part], thinning: Thinning) -> RawCloud:
+    """Points of a file without faces, with colours if all parts have some."""
     points = np.concatenate([np.zeros((0, 3)), *(part.vertices for part in parts)])
     colors = [part.vertex_colors for part in parts]
-    chosen = thinning.rows(len(points))
-    rows = slice(None) if chosen is None else chosen
     if not len(points) or any(len(each) != len(part.vertices) for each, part in zip(colors, parts, strict=True)):
-        return MeshPoints(points[rows], None, ())
-    return MeshPoints(points[rows], np.concatenate(colors)[rows, :3].astype(np.uint8), ())
+        return RawCloud(thinning.take(points))
+    return RawCloud(thinning.take(points), thinning.take(np.concatenate(colors))[:, :3].astype(np.uint8))

@@ -1,4 +1,4 @@
-"""What files of meshes say that trimesh does not read or takes for granted, and the files that they name."""
+"""Parts of mesh files that trimesh does not read, checks that it leaves out, and the files that a mesh names."""
 
 import io
 import json
@@ -27,7 +27,7 @@ Colored = tuple[Float[np.ndarray, "v 3"], UInt8[np.ndarray, "v 3"]]
 
 
 class MeshFolder:
-    """Files that a mesh names, for trimesh: those in its folder and below; what is missing is said."""
+    """Files that a mesh names, for trimesh: those in its folder and below, with a remark on each that is missing."""
 
     def __init__(self, folder: Path, said: list[str]):
         self._folder, self._said = folder.resolve(), said

@@ -1,16 +1,14 @@
 """Points of PCD files (Point Cloud Library, version .7 and before): ascii, binary, binary_compressed."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats import Thinning
-from h2a2_jax.scans.formats.columns import PACKED, unpacked
-from h2a2_jax.scans.formats.ply import to_type
+from h2a2_jax.scans.formats import RawCloud, Thinning
+from h2a2_jax.scans.formats.columns import from_columns, to_type
 
 _MOST_LZF_GROWTH = 88  # three bytes stand for at most 264
 _LONGEST_HEADER = 1 << 16
@@ -23,20 +21,16 @@ class _Header(NamedTuple):
     data: str
 
 
-def read_pcd_columns(path: Path, thinning: Thinning | None = None) -> Mapping[str, np.ndarray]:
-    """Read the fields of one number per point by name.
+def read_pcd(path: Path, thinning: Thinning) -> RawCloud:
+    """Read the points that `thinning` chooses; compressed data are unpacked as a whole.
 
-    Packed colours (rgb, rgba) become red, green, blue: uint8, or float32 with NaN where there is none. `thinning`
-    chooses the points; compressed data are unpacked as a whole.
+    Fields of several numbers are left out; packed colours (rgb, rgba) become three (`columns.unpacked`).
     """
     with path.open("rb") as file:
         header = _read_header(path, file)
         reader = {"ascii": _text_columns, "binary": _binary_columns, "binary_compressed": _compressed_columns}
-        columns = reader[header.data](path, file, header, thinning or Thinning())
-    for packed in [name for name in columns if name.lower() in PACKED]:
-        values = unpacked(path, columns.pop(packed))
-        columns |= {name: values[:, i] for i, name in enumerate(("red", "green", "blue"))}
-    return columns
+        columns = reader[header.data](path, file, header, thinning)
+    return from_columns(path, columns)
 
 
 def _read_header(path: Path, file: BinaryIO) -> _Header:
@@ -109,12 +103,11 @@ def _compressed_columns(path: Path, file: BinaryIO, header: _Header, thinning: T
         content = memoryview(decompress_lzf(file.read(int(sizes[0])), wanted))
     except (ValueError, IndexError) as error:
         raise InputError(f"{path} is damaged: its compressed data are not LZF ({error}); write it again.") from error
-    columns, first, rows = {}, 0, thinning.rows(header.points)
+    columns, first = {}, 0
     for name in header.dtype.names or ():
         dtype = header.dtype[name]
         if not dtype.shape:
-            column = np.frombuffer(content, dtype, header.points, first)
-            columns[name] = column if rows is None else column[rows]
+            columns[name] = thinning.take(np.frombuffer(content, dtype, header.points, first))
         first += header.points * dtype.itemsize
     return columns
 
@@ -126,21 +119,15 @@ def _text_columns(path: Path, file: BinaryIO, header: _Header, thinning: Thinnin
     if 2 * width * header.points > left + 1:
         raise _cut_off(path, header, f"{width} numbers each", left)
     if not header.points:
-        return {name: np.zeros(0, field.base) for name, field in fields.items()}
+        return {name: np.zeros(0, field) for name, field in fields.items() if not field.shape}
+    row = np.dtype([(name, "f8", field.shape) for name, field in fields.items()])
     try:
-        rows = np.loadtxt(thinning.lines(file, header.points), np.float64, comments=None, ndmin=2, encoding="latin1")
+        rows = np.loadtxt(thinning.lines(file, header.points), row, comments=None, ndmin=1, encoding="latin1")
     except (ValueError, IndexError) as error:
         raise InputError(f"{path} has a point that is not {width} numbers ({error}).") from error
-    if rows.shape != (thinning.kept(header.points), width):
-        raise _cut_off(path, header, f"{width} numbers each (read were {rows.shape[0]} rows)", left)
-    columns, column = {}, 0
-    for name, field in fields.items():
-        if not field.shape:
-            # Coordinates keep the digits of the text, and packed colours may be integers whatever their type.
-            is_kept = field.kind == "f" and (name.lower() in "xyz" or name.lower() in PACKED)
-            columns[name] = rows[:, column] if is_kept else to_type(path, name, rows[:, column], field)
-        column += math.prod(field.shape)
-    return columns
+    if len(rows) != thinning.kept(header.points):
+        raise _cut_off(path, header, f"{width} numbers each (read were {len(rows)} rows)", left)
+    return {name: to_type(path, name, rows[name], field) for name, field in fields.items() if not field.shape}
 
 
 def decompress_lzf(content: bytes, size: int) -> bytearray:

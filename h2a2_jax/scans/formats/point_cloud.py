@@ -27,17 +27,15 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats import Thinning
+from h2a2_jax.scans.formats import RawCloud, Thinning
 from h2a2_jax.scans.formats.colors import COLOR_RANGES, ColorRange, real, scaled_colors, settle_colors
 from h2a2_jax.scans.formats.columns import COLUMNS_NOT_USED, Layout, parse_columns
-from h2a2_jax.scans.formats.columns import RawCloud as _Raw
-from h2a2_jax.scans.formats.columns import from_columns as _from_columns
 from h2a2_jax.scans.formats.e57 import read_e57
 from h2a2_jax.scans.formats.folders import ADVICE
 from h2a2_jax.scans.formats.las import read_las
 from h2a2_jax.scans.formats.mesh import read_mesh
-from h2a2_jax.scans.formats.pcd import read_pcd_columns
-from h2a2_jax.scans.formats.ply_mesh import read_ply_points
+from h2a2_jax.scans.formats.pcd import read_pcd
+from h2a2_jax.scans.formats.ply_mesh import read_ply
 from h2a2_jax.scans.formats.ptx import read_ptx
 from h2a2_jax.scans.formats.rows import read_bin, read_npy, read_npz
 from h2a2_jax.scans.formats.text import read_text
@@ -128,7 +126,7 @@ def read_point_cloud(
             f"{path} is damaged ({type(error).__name__}: {what}): copy it again or write it again."
         ) from error
     if layout and suffix not in _TABLES:
-        raw = replace(raw, assumed=(*raw.assumed, COLUMNS_NOT_USED))
+        raw = raw.remarked(after=[COLUMNS_NOT_USED])
     cloud = _finite(raw, color_range)
     return replace(cloud, notes={**cloud.notes, THINNED: thinning.left_out}) if thinning.left_out else cloud
 
@@ -157,7 +155,7 @@ def cloud_of_arrays(
                 f"The {what} are {np.asarray(values).dtype} of shape {np.shape(values)}; expected are numbers of shape "
                 f"{shape if what == 'colors' else '[n, 3]'}, x, y, z or red, green, blue in a row{apart}."
             )
-    return _finite(_Raw(points, None if colors is None else np.asarray(colors)), color_range)
+    return _finite(RawCloud(points, None if colors is None else np.asarray(colors)), color_range)
 
 
 def unit_colors(cloud: PointCloud, color_range: ColorRange = "auto") -> Float32[np.ndarray, "n 3"] | None:
@@ -173,7 +171,7 @@ def unit_colors(cloud: PointCloud, color_range: ColorRange = "auto") -> Float32[
     return scaled_colors(cloud.colors, cloud.full_color, color_range)
 
 
-def _finite(raw: _Raw, color_range: ColorRange) -> PointCloud:
+def _finite(raw: RawCloud, color_range: ColorRange) -> PointCloud:
     """Leave out the points that are not finite, and settle the colours of the others."""
     points, hues = real(raw.points), raw.colors
     assumed, notes = raw.assumed, Counter[str]()
@@ -211,21 +209,15 @@ def _coarse(points: Float[np.ndarray, "n 3"], dtype: np.dtype) -> str | None:
     )
 
 
-def _read_ply(path: Path, thinning: Thinning) -> _Raw:
-    columns, said, up = read_ply_points(path, thinning)
-    raw = _from_columns(path, columns)
-    return replace(raw, assumed=(*raw.assumed, *said), up=up)
-
-
-_READERS: dict[str, Callable[[Path, Thinning], _Raw]] = {
-    ".ply": _read_ply,
-    ".pcd": lambda path, thinning: _from_columns(path, read_pcd_columns(path, thinning)),
-    **dict.fromkeys((".obj", ".glb", ".gltf", ".stl", ".off"), lambda path, thinning: _Raw(*read_mesh(path, thinning))),
-    ".e57": lambda path, thinning: _Raw(*read_e57(path, thinning)),
-    ".ptx": lambda path, thinning: _Raw(*read_ptx(path, thinning)),
-    **dict.fromkeys((".las", ".laz"), lambda path, thinning: _Raw(*read_las(path, thinning), up="z")),
+_READERS: dict[str, Callable[[Path, Thinning], RawCloud]] = {
+    ".ply": read_ply,
+    ".pcd": read_pcd,
+    **dict.fromkeys((".obj", ".glb", ".gltf", ".stl", ".off"), read_mesh),
+    ".e57": read_e57,
+    ".ptx": read_ptx,
+    **dict.fromkeys((".las", ".laz"), read_las),
 }
-_TABLES: dict[str, Callable[[Path, Thinning, Layout | None], _Raw]] = {
+_TABLES: dict[str, Callable[[Path, Thinning, Layout | None], RawCloud]] = {
     ".npz": read_npz,
     ".npy": read_npy,
     ".bin": read_bin,

@@ -6,26 +6,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats import Thinning
+from h2a2_jax.scans.formats import RawCloud, Thinning
 
 _LONGEST_LINE = 4096
 _SHORTEST_LINE = 8  # bytes of "0 0 0 0"
 
 
-def read_ptx(
-    path: Path, thinning: Thinning
-) -> tuple[Float[np.ndarray, "n 3"], UInt8[np.ndarray, "n 3"] | None, tuple[str, ...]]:
+def read_ptx(path: Path, thinning: Thinning) -> RawCloud:
     """Read the points of all scans, turned and moved by their matrices, and colours if all scans have some.
 
     A scan has ten lines of header: columns, rows, the scanner's place and three axes, and four lines of a matrix for
     rows x, y, z, 1; then a line x, y, z, intensity[, red, green, blue] for each direction, zeros where the laser did
     not come back. Those are left out and counted.
-
-    Returns:
-        points, colours, and a sentence on the directions without a point.
     """
     points, colors, read, left_out = [np.zeros((0, 3))], list[np.ndarray](), 0, 0
     with path.open("rb") as file:
@@ -39,13 +34,12 @@ def read_ptx(
             points.append(hits[:, :3] @ matrix[:3, :3] + matrix[3, :3])
             colors += [hits[:, 4:7]] if hits.shape[1] == 7 else []
             read, left_out = read + len(rows), left_out + some.left_out
-    xyz = np.concatenate(points)
-    chosen = thinning.rows(len(xyz))
-    thinning.left_out += left_out
-    kept = slice(None) if chosen is None else chosen
-    rgb = np.concatenate([np.zeros((0, 3)), *colors])
+    xyz, rgb = np.concatenate(points), np.concatenate([np.zeros((0, 3)), *colors]).astype(np.uint8)
+    is_colored = len(rgb) == len(xyz) > 0
     said = (f"has {read - len(xyz):,} directions without a point of {read:,} read",) * (read > len(xyz))
-    return xyz[kept], rgb[kept].astype(np.uint8) if len(rgb) == len(xyz) > 0 else None, said
+    cloud = RawCloud(thinning.take(xyz), thinning.take(rgb) if is_colored else None, said)
+    thinning.left_out += left_out
+    return cloud
 
 
 def _header(path: Path, line: bytes, file: BinaryIO) -> tuple[int, Float[np.ndarray, "4 4"]]:

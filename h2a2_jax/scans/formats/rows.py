@@ -5,8 +5,7 @@ import math
 import struct
 import warnings
 import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats import Thinning
-from h2a2_jax.scans.formats.columns import COLUMNS_NOT_USED, Layout, RawCloud, from_columns, plain
+from h2a2_jax.scans.formats import RawCloud, Thinning
+from h2a2_jax.scans.formats.columns import COLUMNS_NOT_USED, Layout, from_columns, plain, roles
 from h2a2_jax.scans.formats.unnamed import WIDTHS, from_rows
 
 _POINT_ARRAYS = (
-    *("points", "xyz", "coords", "coordinates", "arr_0", "point", "positions", "position", "pos", "vertices", "verts"),
+    *("points", "xyz", "coords", "coordinates", "arr0", "point", "positions", "position", "pos", "vertices", "verts"),
     *("pointcloud", "pointclouds", "cloud", "pcd", "pcl", "pc", "coord", "data"),
 )
 _COLOR_ARRAYS = ("colors", "colours", "rgb", "color", "colour", "rgbs", "vertexcolors", "pointcolors")
@@ -34,8 +33,7 @@ def read_npy(path: Path, thinning: Thinning, columns: Layout | None) -> RawCloud
     """Read one array of points; `columns` gives the meaning of its columns."""
     with path.open("rb") as file:
         rows, turned = _array(path, file, path.stat().st_size, thinning)
-    raw = from_rows(path, rows, columns)
-    return replace(raw, assumed=turned + raw.assumed)
+    return from_rows(path, rows, columns).remarked(*turned)
 
 
 def _array(path: Path, file: Any, size: int, thinning: Thinning) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -95,44 +93,42 @@ def read_npz(path: Path, thinning: Thinning, columns: Layout | None) -> RawCloud
 
 def _from_archive(path: Path, archive: zipfile.ZipFile, thinning: Thinning, columns: Layout | None) -> RawCloud:
     members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-    points, colors = _named(members, _POINT_ARRAYS), _named(members, _COLOR_ARRAYS)
-    if not points and {"x", "y", "z"} <= {plain(name) for name in members}:
-        named = [name for name in members if plain(name) in ("x", "y", "z", "r", "g", "b", "red", "green", "blue")]
-        parts = {name: _member(path, archive, members[name], thinning)[0] for name in named}
+    names, found = list(members), roles(list(members))
+    points, colors = _named(names, _POINT_ARRAYS), _named(names, _COLOR_ARRAYS)
+    if points:
+        rows, turned = _member(path, archive, members[points], thinning)
+        raw, used = from_rows(path, rows, columns, f"its array {points}").remarked(*turned), [points]
+    elif all(found.axes):
+        used = [names[place] for place in found.used]
+        parts = {name: _member(path, archive, members[name], thinning)[0] for name in used}
         if len({values.shape for values in parts.values()}) > 1 or next(iter(parts.values())).ndim != 1:
             shapes = ", ".join(f"{name} {values.shape}" for name, values in parts.items())
             raise InputError(f"{path} has arrays of different shapes ({shapes}); expected are as many numbers of each.")
-        raw, used = from_columns(path, parts), named
-        raw = replace(raw, assumed=(*raw.assumed, COLUMNS_NOT_USED)) if columns else raw
+        raw = from_columns(path, parts).remarked(after=[COLUMNS_NOT_USED] * bool(columns))
     else:
-        if not points:
-            raise InputError(
-                f"{path} has the arrays {', '.join(members) or 'none'}; expected is one called "
-                f"{' or '.join(_POINT_ARRAYS[:3])}."
-            )
-        rows, turned = _member(path, archive, members[points[0]], thinning)
-        raw = from_rows(path, rows, columns, f"its array {points[0]}")
-        raw = replace(raw, assumed=turned + raw.assumed)
-        used = points[:1]
+        raise InputError(
+            f"{path} has the arrays {', '.join(names) or 'none'}; expected is one called "
+            f"{' or '.join(_POINT_ARRAYS[:3])}."
+        )
     hues = raw.colors
     if points and colors:
-        (hues, _), used = _member(path, archive, members[colors[0]], thinning), [*used, colors[0]]
+        (hues, _), used = _member(path, archive, members[colors], thinning), [*used, colors]
         if hues.ndim == 2 and hues.shape[1] == 4 and len(hues) == len(raw.points):
             hues = hues[:, :3]
         if hues.shape != raw.points.shape or hues.dtype.kind not in "fiu":
             raise InputError(
-                f"{path}: its array {colors[0]} is {hues.dtype} of shape {hues.shape}, its points are "
+                f"{path}: its array {colors} is {hues.dtype} of shape {hues.shape}, its points are "
                 f"{raw.points.shape}; expected are as many colours of three numbers."
             )
-    unused = [name for name in members if name not in used]
+    unused = [name for name in names if name not in used]
     remark = f"has its points in {', '.join(used)}, and arrays that are not used: {', '.join(unused)}"
-    return replace(raw, colors=hues, assumed=(*raw.assumed, remark) if unused else raw.assumed)
+    return replace(raw, colors=hues).remarked(after=[remark] * bool(unused))
 
 
-def _named(members: Mapping[str, object], known: tuple[str, ...]) -> list[str]:
-    """Names of arrays that are known, the surest first."""
-    keys = {name: name.lower() if name.lower() in known else plain(name) for name in members}
-    return sorted((name for name in members if keys[name] in known), key=lambda name: known.index(keys[name]))
+def _named(names: Sequence[str], known: tuple[str, ...]) -> str | None:
+    """Return the first of the known names that an array has, however it is spelt."""
+    spelt = {plain(name): name for name in reversed(names)}
+    return next((spelt[name] for name in known if name in spelt), None)
 
 
 def _member(
@@ -140,11 +136,8 @@ def _member(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     if info.file_size > _MOST_ZIP_GROWTH * info.compress_size + 4096:
         raise InputError(f"{path} is damaged: {info.filename} claims {info.file_size} bytes; write it again.")
-    try:
-        with archive.open(info) as file:
-            return _array(path, file, info.file_size, thinning)
-    except zlib.error as error:
-        raise InputError(f"{path} is damaged ({error}): copy it again.") from error
+    with archive.open(info) as file:
+        return _array(path, file, info.file_size, thinning)
 
 
 def read_bin(path: Path, thinning: Thinning, columns: Layout | None) -> RawCloud:
@@ -175,7 +168,7 @@ def read_bin(path: Path, thinning: Thinning, columns: Layout | None) -> RawCloud
         file.seek(0)
         values = thinning.read(file, dtype, size // (dtype.itemsize * width), width)
     with np.errstate(invalid="ignore"):  # bytes of another type may be signalling NaN
-        raw = from_rows(path, values.reshape(-1, width), columns, explain=True)
+        raw = from_rows(path, values, columns, explain=True)
     return replace(raw, assumed=(" and ".join([f"is read as {dtype}", *raw.assumed]),))
 
 

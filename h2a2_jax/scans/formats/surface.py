@@ -20,11 +20,11 @@ _FEWEST_FACES = 4  # of a tetrahedron; fewer are no room
 
 
 class Samples(NamedTuple):
-    """Points on a surface: the face of each, and its weights of the face's corners; a sentence that says so."""
+    """Points on a surface: the face of each, and its weights of the face's corners; remarks."""
 
     faces: Int[np.ndarray, " n"]
     weights: Float[np.ndarray, "n 3"]
-    said: str
+    remarks: tuple[str, ...]
 
     def blend(self, triangles: Int[np.ndarray, "f 3"], values: np.ndarray) -> np.ndarray:
         """Interpolate values of vertices, [v] or [v, c]; whole numbers are rounded to their type."""
@@ -37,10 +37,11 @@ def sample_surface(
 ) -> Samples:
     """Spread points over triangles, `SPACING` apart where `FEWEST` and `most` (or `MOST`) allow it.
 
-    The number of points of a face follows its area. The same triangles always give the same points.
+    The number of points of a face follows its area. The same triangles always give the same points. Faces with corners
+    that are not finite have none, with a remark.
 
     Args:
-        vertices: those of the triangles are finite.
+        vertices: finite or not.
         triangles: numbers of vertices; their area in all is positive.
         most: largest number of points.
         unit: of the vertices; None: the one in which they are as large as a room.
@@ -51,26 +52,33 @@ def sample_surface(
     count = int(np.clip(total * metres**2 / SPACING**2, min(FEWEST, most), most))
     # One point in each of equal parts of the area; within large faces, a sequence that leaves no gaps (R2).
     places = (np.arange(count) + np.random.default_rng(0).random(count)) * (total / count)
-    faces = np.minimum(np.searchsorted(np.cumsum(areas), places, side="right"), len(areas) - 1)
+    faces = np.minimum(np.searchsorted(np.cumsum(areas), places, side="right"), np.flatnonzero(areas)[-1])
     b, c = (np.arange(1, count + 1)[:, None] * (0.7548776662466927, 0.5698402909980532) % 1).T
     outside = b + c > 1
     b, c = np.where(outside, 1 - b, b), np.where(outside, 1 - c, c)
-    area = total * metres**2
-    said = (
-        f"is a mesh of {len(areas):,} faces and {f'{area:,.0f}' if area >= 100 else f'{area:.3g}'} m²"
+    area, unsound = total * metres**2, int((~np.isfinite(vertices).all(axis=1))[triangles].any(axis=1).sum())
+    remarks = [
+        f"is a mesh of {len(areas) - unsound:,} faces and {f'{area:,.0f}' if area >= 100 else f'{area:.3g}'} m²"
         f"{'' if unit else f' (its unit taken as {guess})'}, whose surface is sampled at a spacing of about "
         f"{100 * metres * math.sqrt(total / count):.2g} cm: {count:,} points"
-    )
-    return Samples(faces, np.stack([1 - b - c, b, c], axis=1), said)
+    ]
+    if unsound:
+        remarks.append(f"has {unsound:,} faces with NaN or infinite corners, which are left out")
+    return Samples(faces, np.stack([1 - b - c, b, c], axis=1), tuple(remarks))
 
 
 def face_areas(vertices: Float[np.ndarray, "v 3"], triangles: Int[np.ndarray, "f 3"]) -> Float[np.ndarray, " f"]:
-    """Return the areas of triangles, computed block by block: all corners at once take much memory."""
+    """Return the areas of triangles, 0 where a corner is not finite.
+
+    They are computed block by block: all corners at once take much memory.
+    """
     areas = np.empty(len(triangles))
-    for first in range(0, len(triangles), _BLOCK):
-        a, b, c = vertices[triangles[first : first + _BLOCK].T].transpose(0, 2, 1)
-        (x, y, z), (u, v, w) = b - a, c - a
-        areas[first : first + _BLOCK] = np.sqrt((y * w - z * v) ** 2 + (z * u - x * w) ** 2 + (x * v - y * u) ** 2) / 2
+    with np.errstate(invalid="ignore", over="ignore"):
+        for first in range(0, len(triangles), _BLOCK):
+            a, b, c = vertices[triangles[first : first + _BLOCK].T].transpose(0, 2, 1)
+            (x, y, z), (u, v, w) = b - a, c - a
+            twice = np.sqrt((y * w - z * v) ** 2 + (z * u - x * w) ** 2 + (x * v - y * u) ** 2)
+            areas[first : first + _BLOCK] = np.where(np.isfinite(twice), twice / 2, 0)
     return areas
 
 
@@ -83,7 +91,8 @@ def guess_room_unit(vertices: Float[np.ndarray, "v 3"]) -> str:
 
 def is_coarse(vertices: Float[np.ndarray, "v 3"], triangles: Int[np.ndarray, "f 3"]) -> bool:
     """Return True if much of a surface lies between vertices that are further apart than points of a scan."""
-    if len(triangles) < _FEWEST_FACES:
+    areas = face_areas(vertices, triangles)
+    if np.count_nonzero(areas) < _FEWEST_FACES:
         return False
-    areas = face_areas(vertices, triangles) * _METRES[guess_room_unit(vertices)] ** 2
+    areas *= _METRES[guess_room_unit(vertices)] ** 2
     return bool(areas[areas > _COARSE_FACE].sum() > _COARSE_SHARE * areas.sum() > 0)

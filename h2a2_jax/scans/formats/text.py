@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats import Thinning
-from h2a2_jax.scans.formats.columns import Layout, RawCloud, by_layout, check_width, from_columns, roles
+from h2a2_jax.scans.formats import RawCloud, Thinning
+from h2a2_jax.scans.formats.columns import SAY_COLUMNS, Layout, check_width, from_columns, roles
 from h2a2_jax.scans.formats.unnamed import from_rows
 
 _HEAD = 200  # lines that are not empty
@@ -37,7 +37,6 @@ class _Form(NamedTuple):
         delimiter: between numbers; None for blanks.
         decimal_comma: True if numbers have decimal commas.
         trailing: True if lines end with a delimiter.
-        quoted: True if some words are quoted.
         marks: letters that begin a comment.
         before: lines before the numbers, comments too.
         width: number of columns.
@@ -49,7 +48,6 @@ class _Form(NamedTuple):
     delimiter: str | None
     decimal_comma: bool
     trailing: bool
-    quoted: bool
     marks: str
     before: tuple[str, ...]
     width: int
@@ -62,25 +60,19 @@ def read_text(path: Path, thinning: Thinning, columns: Layout | None) -> RawClou
     form = _find_form(path)
     if form is None:
         return RawCloud(np.zeros((0, 3)), None)
-    remarks = ("has decimal commas",) * form.decimal_comma
     if columns:
         check_width(path, columns, form.width)
-        rows, more = _load(path, form, thinning, tuple(i for i, name in enumerate(columns) if name != "_"))
-        chosen = columns if rows.shape[1] == len(columns) else tuple(name for name in columns if name != "_")
-        return by_layout(rows, chosen, remarks + more)
-    names, unknown = _find_names(path, form)
-    used = tuple(roles(names).used) if names else None
+    names, unknown = (list(columns), ()) if columns else _find_names(path, form)
+    used = roles(names).used if names else None
     rows, more = _load(path, form, thinning, used)
     if names is None:
         raw = from_rows(path, rows, None, "the table")
-        remarks += unknown
     else:
-        places = range(len(names)) if rows.shape[1] == len(names) else used or ()
         table: dict[str, np.ndarray] = {}
-        for i, place in enumerate(places):
+        for i, place in enumerate(range(len(names)) if rows.shape[1] == len(names) else used or ()):
             table.setdefault(names[place], rows[:, i])
         raw = from_columns(path, table)
-    return RawCloud(raw.points, raw.colors, remarks + more + raw.assumed)
+    return raw.remarked(*["has decimal commas"] * form.decimal_comma, *unknown, *more)
 
 
 def is_table(path: Path) -> bool:
@@ -150,7 +142,6 @@ def _find_form(path: Path) -> _Form | None:
         delimiter,
         decimal,
         trailing,
-        quoted=any('"' in line for line in sample),
         marks=marks,
         before=tuple(before),
         width=len(words) - trailing,
@@ -237,23 +228,19 @@ def _find_names(path: Path, form: _Form) -> tuple[list[str] | None, tuple[str, .
                 remarks = (f"has a comment {line[:40]!r} that does not name its {form.width} columns",)
                 continue
             raise InputError(
-                f"{path} names the columns {', '.join(ways[0])}, but its rows have {form.width}: say what they are "
-                "with --columns, as in x,y,z,_,r,g,b (_ for one that is not used)."
+                f"{path} names the columns {', '.join(ways[0])}, but its rows have {form.width}: {SAY_COLUMNS}."
             )
         found = next((names for names in ways if len(names) == form.width), None)
         if found and not is_comment and not any(map(_is_number, found)):
             if any(roles(found).axes) or roles(found).colors:
                 raise InputError(
-                    f"{path} has no x, y, z among the names of its columns ({', '.join(found)}): say what they are "
-                    "with --columns, as in x,y,z,_,r,g,b (_ for one that is not used)."
+                    f"{path} has no x, y, z among the names of its columns ({', '.join(found)}): {SAY_COLUMNS}."
                 )
             remarks = (f"has names of columns that are not understood ({', '.join(found)}): the values decide",)
     return None, remarks
 
 
-def _load(
-    path: Path, form: _Form, thinning: Thinning, used: tuple[int, ...] | None
-) -> tuple[np.ndarray, tuple[str, ...]]:
+def _load(path: Path, form: _Form, thinning: Thinning, used: list[int] | None) -> tuple[np.ndarray, tuple[str, ...]]:
     """Read the table, [n, w]; only the columns `used` of one with words or gaps in it. Remark on another count."""
     try:
         rows = _parse(path, form, thinning, None, False)
@@ -270,7 +257,7 @@ def _load(
     return rows, (f"says {form.points:,} points and has {total:,}",)
 
 
-def _parse(path: Path, form: _Form, thinning: Thinning, used: tuple[int, ...] | None, patient: bool) -> np.ndarray:
+def _parse(path: Path, form: _Form, thinning: Thinning, used: list[int] | None, patient: bool) -> np.ndarray:
     with path.open(encoding=form.encoding, errors="replace") as text:
         rows = _filled(text, form)
         if thinning.kept(size := path.stat().st_size // _SHORTEST_LINE) < size:
@@ -279,9 +266,8 @@ def _parse(path: Path, form: _Form, thinning: Thinning, used: tuple[int, ...] | 
             rows = thinning.lines(rows, count)
         if patient:
             rows = (_patched(line, form) for line in rows)
-        quote = '"' if form.quoted else None
         return np.loadtxt(
-            rows, np.float64, comments=None, delimiter=form.delimiter, ndmin=2, usecols=used, quotechar=quote
+            rows, np.float64, comments=None, delimiter=form.delimiter, ndmin=2, usecols=used, quotechar='"'
         )
 
 

@@ -5,20 +5,13 @@ whole numbers from 0 to 255 (or to 65535, with channels alike), or fractions fro
 if their rows have the length one. Whatever is not plain is put into words, in the names of --columns, or refused.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats.columns import (
-    COLUMNS_NOT_USED,
-    Layout,
-    RawCloud,
-    by_layout,
-    check_width,
-    from_columns,
-)
+from h2a2_jax.scans.formats import RawCloud
+from h2a2_jax.scans.formats.columns import COLUMNS_NOT_USED, Layout, by_layout, check_width, from_columns
 
 WIDTHS = tuple(range(3, 17))
 """Numbers of columns that are looked into."""
@@ -48,7 +41,7 @@ def from_rows(
     """
     if rows.dtype.names:
         raw = from_columns(path, _flat_fields(rows.reshape(-1)))
-        return replace(raw, assumed=(*raw.assumed, COLUMNS_NOT_USED)) if columns else raw
+        return raw.remarked(after=[COLUMNS_NOT_USED] * bool(columns))
     if rows.dtype.kind not in "fiu":
         raise InputError(f"{path}: {what} has the type {rows.dtype}; expected are real numbers.")
     if rows.ndim != 2 or rows.shape[1] < 3:
@@ -57,8 +50,8 @@ def from_rows(
         check_width(path, columns, rows.shape[1])
         return by_layout(rows, columns)
     layout, reason = guess_layout(path, rows, is_pts=path.suffix.lower() == ".pts")
-    remarks = () if reason is None and not explain else (_sentence(layout, reason),)
-    return by_layout(rows, layout, remarks)
+    is_obvious = reason is None and not explain
+    return by_layout(rows, layout).remarked(*[_sentence(layout, reason)] * (not is_obvious))
 
 
 def _flat_fields(rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -300,6 +300,17 @@ def test_the_vertices_of_a_dense_mesh_are_its_points(tmp_path, metres):
     assert len(read_point_cloud(export(mesh, tmp_path / "b.ply")).points) == 50_000
 
 
+@pytest.mark.parametrize("suffix", ["ply", "glb"])
+def test_faces_with_corners_that_are_nowhere_are_counted(tmp_path, suffix):
+    mesh = grid(0.25)
+    mesh.vertices[40] = [np.nan, 0, np.inf]  # an inner one, which six faces share
+    cloud = read_point_cloud(export(mesh, tmp_path / f"a.{suffix}"))
+    assert f"is a mesh of {len(mesh.faces) - 6:,} faces" in cloud.assumed[0] and len(cloud.points) == 50_000
+    assert "has 6 faces with NaN or infinite corners, which are left out" in cloud.assumed
+    mesh.vertices[:] = np.nan
+    assert len(read_point_cloud(export(mesh, tmp_path / f"b.{suffix}")).points) == 0
+
+
 def test_dense_furniture_between_bare_walls_is_a_surface(tmp_path):
     chair, wall = grid(0.01, 1.0), grid(3.0, 3.0, z=2.0)
     cloud = read_point_cloud(export(trimesh.util.concatenate([chair, wall]), tmp_path / "a.ply"))

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.formats import ply_lists
-from h2a2_jax.scans.formats.ply import read_ply_columns
-from h2a2_jax.scans.formats.ply_lists import read_ply_faces
+from h2a2_jax.scans.formats.ply import read_ply_columns, read_ply_header
+from h2a2_jax.scans.formats.ply_mesh import read_ply_faces
 from h2a2_jax.scans.formats.point_cloud import THINNED, read_point_cloud
 
 N = 600
@@ -104,7 +103,22 @@ def test_lists_before_and_between_the_numbers_of_a_vertex(tmp_path, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_rows_are_found_the_same_way_at_once_and_one_by_one(tmp_path, monkeypatch, form):
+@pytest.mark.parametrize(
+    "lengths", [[], [2] * 4, [1, 0, 3, 2]], ids=["no lists", "lists alike", "lists of many lengths"]
+)
+def test_integers_of_eight_bytes(tmp_path, form, lengths):
+    """As trimesh writes labels."""
+    rows = [[*vertices()[i][:3], ("q", 2**40 + i)] for i in range(4)]
+    rows = [[*row, *entries("i", "B", range(n))] for row, n in zip(rows, lengths, strict=True)] if lengths else rows
+    properties = [*XYZ, "property int64 label", *["property list uchar int views"] * bool(lengths)]
+    (tmp_path / "a.ply").write_bytes(ply(form, ("vertex", properties, rows)))
+    columns = read_ply_columns(tmp_path / "a.ply")
+    np.testing.assert_array_equal(columns["label"], 2**40 + np.arange(4))
+    np.testing.assert_array_equal(columns["z"], POINTS[:4, 2].astype(columns["z"].dtype))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_polygons_are_cut_into_triangles(tmp_path, form):
     lengths = [3] * 200 + [4] * 3 + [3] * 5 + [0, 1, 2] * 30 + [4] * 100 + [3]
     faces = [[*entries("I", "B", range(n)), ("B", n)] for n in lengths]
     content = ply(
@@ -113,14 +127,10 @@ def test_rows_are_found_the_same_way_at_once_and_one_by_one(tmp_path, monkeypatc
         ("vertex", XYZ + RGB, vertices()),
     )
     (tmp_path / "a.ply").write_bytes(content)
-    triangles, columns = read_ply_faces(tmp_path / "a.ply")
+    triangles, columns = read_ply_faces(tmp_path / "a.ply", read_ply_header(tmp_path / "a.ply"))
     expected = [[0, k, k + 1] for n in lengths for k in range(1, n - 1)]
     assert sorted(triangles.tolist()) == sorted(expected)
     assert sorted(columns["red"].tolist()) == sorted(n for n in lengths for _ in range(n - 2))
-    monkeypatch.setattr(ply_lists, "_ALIKE", 10**9)
-    np.testing.assert_array_equal(read_ply_faces(tmp_path / "a.ply")[0], triangles)
-    monkeypatch.setattr(ply_lists, "_BLOCK", 50)  # some blocks of triangles alone
-    assert sorted(read_ply_faces(tmp_path / "a.ply")[0].tolist()) == sorted(expected)
     check(tmp_path / "a.ply")
 
 
