@@ -271,13 +271,18 @@ def _read_v1(entry: Mapping[str, Any]) -> _Entry:
     if int(annos.get("gt_num", len(boxes))) != len(boxes):
         raise ValueError(f"scan {name} says gt_num {annos['gt_num']}, but has {len(boxes)} boxes")
     given = None if empty else annos.get("name", annos.get("gt_names"))
+    numbered = "class" in annos and not any(isinstance(c, str | bytes) for c in annos["class"])
+    if given is None and not numbered:
+        given = annos.get("class")
+    if np.any(annos.get("rotation_y", 0)) and any(len(box) == 6 for box in boxes):
+        raise ValueError(f"boxes of scan {name} have six numbers, and yaws apart as rotation_y: give seven")
     if given is None:
         labels = _labels(name, [] if empty else annos["class"])
         return _entry(name, boxes, labels, [None] * len(labels), alignment)
     if not all(isinstance(c, str | bytes) for c in given):
         raise ValueError(f"scan {name} has names of boxes that are no text")
     classes = [c.decode() if isinstance(c, bytes) else str(c) for c in given]
-    labels = _labels(name, annos["class"]) if "class" in annos else np.full(len(classes), -1)
+    labels = _labels(name, annos["class"]) if numbered else np.full(len(classes), -1)
     return _entry(name, boxes, labels, classes, alignment)
 
 
@@ -308,7 +313,12 @@ def _stem(stored_path: str) -> str:
 def _entry(
     name: str, boxes: Iterable[Any], labels: np.ndarray, classes: Sequence[str | None], alignment: Any
 ) -> _Entry:
-    array = np.array(list(boxes), np.float64)
+    rows = [np.asarray(box, np.float64).reshape(-1) for box in boxes]
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError(
+            f"boxes of scan {name} have {' and '.join(map(str, sorted({len(row) for row in rows})))} numbers"
+        )
+    array = np.array(rows)
     array = array.reshape(len(array), -1) if array.size else np.zeros((0, 7))
     if array.shape[1] not in (6, 7):
         raise ValueError(

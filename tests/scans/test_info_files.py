@@ -120,6 +120,20 @@ def test_an_alignment_beside_the_boxes_is_read_and_absent_boxes_are_none(tmp_pat
     assert len(opened(tmp_path, [{**entry, "annos": None}])[0].boxes) == 0
 
 
+def test_names_in_place_of_numbers_are_names(tmp_path):
+    source = opened(tmp_path, v1(TWO, **{"class": np.array(["Desk", "monitor"])}))
+    assert source[0].labels.tolist() == [SCANNET.classes.index("desk")] and source[0].notes == {foreign("monitor"): 1}
+    assert not source.warnings
+
+
+def test_unlike_boxes_and_yaws_apart_are_refused(tmp_path):
+    with pytest.raises(InputError, match="boxes of scan a have 6 and 7 numbers"):
+        opened(tmp_path, v2((BOX, [*BOX, 0.3])))
+    with pytest.raises(InputError, match="boxes of scan a have six numbers, and yaws apart as rotation_y: give seven"):
+        opened(tmp_path, v1(rotation_y=np.array([0.3])), SUNRGBD)
+    assert len(opened(tmp_path, v1(rotation_y=np.zeros(1)), SUNRGBD)[0].boxes) == 1
+
+
 def test_nothing_but_foreign_classes_is_refused_in_training(tmp_path):
     infos = v1(TWO, name=np.array(["monitor", "keyboard"]))
     opened(tmp_path, infos)
