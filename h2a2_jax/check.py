@@ -24,9 +24,9 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.host import available_cores
 from h2a2_jax.prepare.worker_pool import run_in_processes
 from h2a2_jax.scans.findings import NEARLY_SAME, BoxFinding, ScanFinding, measure_scan
-from h2a2_jax.scans.frame import UNITS
+from h2a2_jax.scans.frame import MOVED, NO_COLORS, UNITS
 from h2a2_jax.scans.orientation import Guess, guess_unit, guess_up
-from h2a2_jax.scans.scan import some
+from h2a2_jax.scans.scan import UNUSABLE, some
 from h2a2_jax.scans.scan_folder import BOXES_FILE, ScanFolder
 from h2a2_jax.scans.sources import CheckedFolder, Split, recognise
 from h2a2_jax.scans.specs import DatasetSpec, dataset_spec
@@ -143,6 +143,7 @@ def _document(folder: CheckedFolder, findings: Sequence[ScanFinding]) -> dict[st
     unit = guess_unit(folder.unit, [finding.extent for finding in findings if finding.extent is not None])
     problems, hints = [*folder.problems], [*folder.hints]
     _judge_frame(folder, up, unit, problems, hints)
+    hints += _other_frames(folder, findings, up, unit)
     if bad:  # which may be because of the unit
         problems.append(f"{len(bad)} of {len(findings)} scans cannot be used; the first: {bad[0].error}")
     _judge_boxes(folder, good, problems, hints)
@@ -223,10 +224,36 @@ def _judge_frame(folder: CheckedFolder, up: Guess, unit: Guess, problems: list[s
             hints.append(f"{sentence}; if it is, {remedy}.")
 
 
+def _other_frames(folder: CheckedFolder, findings: Sequence[ScanFinding], up: Guess, unit: Guess) -> Iterator[str]:
+    """Yield sentences on scans that clearly have another up axis, or unit, than their folder."""
+    axes, units = dict[str, list[str]](), dict[str, list[str]]()
+    for name, finding in {finding.name: finding for finding in findings}.items():
+        if finding.up is not None and (axis := guess_up(folder.up, [finding.up])).guess:
+            axes.setdefault(axis.guess, []).append(name)
+        if finding.extent is not None and (scale := guess_unit(folder.unit, [finding.extent])).guess:
+            units.setdefault(scale.guess, []).append(name)
+    for overall, found, words in ((up, axes, "{} points up"), (unit, units, "they are in {}")):
+        usual = overall.guess or overall.declared
+        for value, names in found.items():
+            if value != usual:
+                yield (
+                    f"{len(names)} of {len(findings)} scans look as if {words.format(value)}, and not {usual} "
+                    f"({some(names, _MOST_NAMED)}): one folder has one frame and one unit."
+                )
+
+
 def _judge_boxes(folder: CheckedFolder, findings: Sequence[ScanFinding], problems: list[str], hints: list[str]) -> None:
     boxes = [box for finding in findings for box in finding.boxes]
+    lost = sum((Counter(finding.notes) for finding in findings), Counter[str]())
+    lost = Counter({kind: lost[kind] for kind in UNUSABLE if lost[kind]})
+    if 2 * lost.total() > len(boxes) + lost.total():
+        counts = ", ".join(f"{count} {kind}" for kind, count in lost.items())
+        problems.append(
+            f"{lost.total()} of {len(boxes) + lost.total()} boxes cannot be used ({counts}): give centres and full "
+            "sizes in the unit of the scans."
+        )
     if not boxes:
-        if findings and f"no {BOXES_FILE}" not in " ".join(folder.problems):
+        if findings and not lost and f"no {BOXES_FILE}" not in " ".join(folder.problems):
             problems.append(f"No scan has a box of a class of {folder.spec.name}: there is nothing to learn.")
         return
     for split, source in folder.sources.items():
@@ -252,9 +279,13 @@ def _judge_boxes(folder: CheckedFolder, findings: Sequence[ScanFinding], problem
     hints += _repeats(folder.spec, findings)
     turned = [box for box in boxes if box.turned]
     held, clockwise = sum(box.held for box in turned), sum(box.held_clockwise for box in turned)
-    if len(turned) >= 3 and clockwise > 1.2 * held:
+    crossed = sum(box.held_crossed for box in turned)
+    if len(turned) >= 3 and max(clockwise, crossed) > 1.2 * held:
+        times = f"Turned boxes hold {max(clockwise, crossed) / max(held, 1):.1f} times as many points"
         problems.append(
-            f"Turned boxes hold {clockwise / max(held, 1):.1f} times as many points if yaw counts clockwise: negate it."
+            f"{times} if yaw counts clockwise: negate it."
+            if clockwise > crossed
+            else f"{times} if dx and dy change places: a yaw of 0 lays dx along x."
         )
     held, raised = sum(box.held for box in boxes), sum(box.held_from_bottom for box in boxes)
     if len(boxes) >= 3 and raised > 1.3 * held:
@@ -307,7 +338,8 @@ def _remarks(findings: Sequence[ScanFinding]) -> Iterator[str]:
             kinds.setdefault(kind, {}).setdefault(finding.name, remark)
     for remarks in kinds.values():
         (first, remark), *others = remarks.items()
-        alike = f"; likewise {len(others)} other scans ({some([name for name, _ in others])})" if others else ""
+        scans = "scan" if len(others) == 1 else "scans"
+        alike = f"; likewise {len(others)} other {scans} ({some([name for name, _ in others])})" if others else ""
         yield f"{first}: {remark.rstrip('.')}{alike}."
 
 
@@ -324,7 +356,8 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"  colours  {_colors(found)}"
     for key in ("up", "unit"):
         found = document[key]
-        yield f"{key}: {found['declared']}; looks like {found['guess'] or 'nothing certain'} ({found['evidence']})"
+        seen = "not clear from the points" if found["guess"] is None else f"looks like {found['guess']}"
+        yield f"{key}: {found['declared']}; {seen} ({found['evidence']})"
     yield f"{'class':16}{'boxes':>7}  {'mean size (m)':18}  usual size"
     for name, found in document["classes"].items():
         if found["boxes"]:
@@ -332,7 +365,8 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
     if missing := [name for name, found in document["classes"].items() if not found["boxes"]]:
         yield f"no boxes of {', '.join(missing)}"
     for kind, count in document["notes"].items():
-        yield f"left out or repaired: {count} {kind}"
+        if kind not in (MOVED, NO_COLORS):  # which are said elsewhere
+            yield f"left out or repaired: {count} {kind}"
     for hint in document["hints"]:
         yield f"note: {hint}"
     yield "ready" if document["ready"] else "to fix:"

@@ -29,7 +29,7 @@ from h2a2_jax.host import quiet_command_line
 _EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
 _CONFIG_HELP = "file of the config, as configs/joint.py:demo; --config.KEY=VALUE sets a value of it"
 _PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
-_FILE_FLAGS = ("up", "unit", "colors", "columns", "align", "score", "show")
+_FILE_FLAGS = ("up", "unit", "floor", "colors", "columns", "align", "score", "show")
 """Flags of `predict` that say how files of points are read."""
 
 
@@ -429,7 +429,7 @@ def _eval_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict_flags(parser: argparse.ArgumentParser) -> None:
-    formats = ".ply .pcd .las .laz .npy .npz .bin .txt .xyz .pts .csv .asc"
+    formats = ".ply .pcd .las .laz .npy .npz .bin .txt .xyz .pts .csv .asc .e57 .ptx .obj .glb .gltf .stl .off"
     parser.add_argument(
         "inputs",
         nargs="*",
@@ -450,6 +450,11 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
         "--unit",
         choices=("m", "cm", "mm", "ft", "in", "auto"),
         help="unit of the points (auto: as a file says, else by size)",
+    )
+    group.add_argument(
+        "--floor",
+        metavar="HEIGHT",
+        help="height of the floor in metres (auto: as found; keep: heights stay as they are)",
     )
     ranges = ("auto", "0-1", "0-255", "none", "0-1023", "0-4095", "0-65535")
     group.add_argument("--colors", choices=ranges, help="range of the colours (auto: by type and values)")
@@ -581,11 +586,14 @@ def _predict(given: Invocation) -> int | None:
     from h2a2_jax.distributed import processes
     from h2a2_jax.inference.input_files import PredictRequest
     from h2a2_jax.inference.predict_folder import predict_inputs, predict_validation_scans
+    from h2a2_jax.scans.frame import checked_floor
 
     values = given.flags
     inputs = tuple([*values.inputs, *(values.input or ())])
     _check_predict_flags(values, inputs)
     chosen = {name: getattr(values, name) for name in _FILE_FLAGS if getattr(values, name) is not None}
+    if "floor" in chosen:
+        chosen["floor"] = checked_floor(chosen["floor"], "--floor")
     if values.formats is not None or not inputs:  # scans of a config have only the formats that are asked for
         chosen["formats"] = tuple(values.formats or ())
     output = None if values.output is None else Path(values.output)

@@ -68,7 +68,8 @@ def load_plain_pickle(path: Path) -> Any:
     except (MemoryError, RecursionError, OverflowError) as error:
         raise InputError(f"{path} asks for more memory than there is: write or download it again.") from error
     except Exception as error:  # a damaged pickle raises anything; none of its code has run
-        raise InputError(f"{path} is not a readable pickle ({error}): write or download it again.") from error
+        what = "it ends too early" if isinstance(error, EOFError) else f"{type(error).__name__}: {str(error)[:200]}"
+        raise InputError(f"{path} is not a readable pickle ({what}): write or download it again.") from error
 
 
 def load_inert_pickle(

@@ -144,6 +144,9 @@ def test_conventions_of_boxes_are_questioned(tmp_path):
     write(tmp_path / "scans", {"a.npy": ("train", room(), elsewhere)})
     sentences = " ".join(checked(tmp_path, "sunrgbd")["mend"])
     assert "3 of 3 boxes hold fewer than 5 points: 3 lie outside the cloud" in sentences
+    crossed = [entry(name, box, size=box[[4, 3, 5]].tolist()) for name, box in BOXES.items()]
+    write(tmp_path / "scans", {"a.npy": ("train", room(), crossed)})
+    assert any("if dx and dy change places" in sentence for sentence in checked(tmp_path, "sunrgbd")["mend"])
     halved = [entry(name, box, size=(box[3:6] / 2).tolist()) for name, box in BOXES.items()]
     write(tmp_path / "scans", {"a.npy": ("train", room(), halved)})
     assert any("half sizes" in sentence for sentence in checked(tmp_path, "sunrgbd")["hints"])
@@ -164,11 +167,58 @@ def test_left_out_points_and_oddities_are_reported(tmp_path, capsys):
         "scans brought to the floor, or the view, of the dataset": 1,
     }
     hints = " ".join(found["hints"])
-    assert "its floor at" in hints and "sunrgbd has floors" in hints
+    assert "its floor at" in hints and "where the floors of sunrgbd are" in hints
     assert "stray.npy" in hints and "exact duplicates" in hints and "learnt by heart" in hints
     assert "1 boxes of the class 'lamp'" in capsys.readouterr().out
     # Without a dataset named, the folder's own classes count.
     assert list(checked(tmp_path)["classes"]) == ["bed", "chair", "lamp", "table"]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [({"center": [3e3, 1e3, 400]}, "3 boxes beyond 250 m"), ({"size": [-1, 1, 1]}, "3 boxes with a size that is not")],
+)
+def test_boxes_that_cannot_be_used_are_a_problem(tmp_path, change, kind):
+    write(tmp_path / "scans", {"a.npy": ("train", room(), entries(**change)), "b.npy": ("val", room(1), [])})
+    (problem, *_) = checked(tmp_path, "sunrgbd")["mend"]
+    assert problem.startswith(f"3 of 3 boxes cannot be used ({kind}")
+    assert not any("nothing to learn" in sentence for sentence in checked(tmp_path, "sunrgbd")["mend"])
+
+
+def test_single_scans_of_another_frame_or_unit_are_named(tmp_path):
+    scans = {f"{i}.npy": ("train", room(i), entries()) for i in range(4)}
+    lying, wide = room(5), room(6)
+    lying[:, :3] = lying[:, [0, 2, 1]] * [1, 1, -1]
+    wide[:, :3] *= 100
+    write(tmp_path / "scans", scans | {"lying.npy": ("train", lying, []), "wide.npy": ("val", wide, entries())})
+    hints = checked(tmp_path, "sunrgbd")["hints"]
+    assert any(hint.startswith("1 of 6 scans look as if y points up, and not z (lying)") for hint in hints)
+    assert any(hint.startswith("1 of 6 scans look as if they are in cm, and not m (wide)") for hint in hints)
+
+
+def test_nothing_is_printed_twice_and_keys_of_the_file_are_named(tmp_path, capsys):
+    rows = room()
+    rows[:, 2] += 0.5
+    write(tmp_path / "scans", {"a.npy": ("train", rows, entries()), "b.npy": ("val", room(1)[:, :3], entries())})
+    np.savez(tmp_path / "scans" / "c.npz", points=rows[:, :3], colors=rows[:, 3:].astype(np.uint16))
+    document = json.loads((tmp_path / "scans" / "boxes.json").read_text())
+    document["scans"].append({"file": "./c.npz", "boxes": []})
+    (tmp_path / "scans" / "boxes.json").write_text(json.dumps(document))
+    hints = " ".join(checked(tmp_path, "sunrgbd")["hints"])
+    printed = capsys.readouterr().out
+    assert "brought to -1.28 m" in printed and "brought to the floor" not in printed and "made grey" not in printed
+    assert 'say "colors" of boxes.json)' in hints and "not in boxes.json" not in hints
+
+
+def test_the_folder_that_was_meant_is_named(tmp_path):
+    for split in ("train", "val"):
+        mmdet3d(tmp_path / "scans" / "inner", "000001", f"sunrgbd_infos_{split}.pkl", [(3, CHAIR)])
+    with pytest.raises(InputError, match=r"scans itself holds no scans, but .*inner does: give that folder"):
+        checked(tmp_path)
+    np.save(tmp_path / "scans" / "a.npy", room())
+    assert checked(tmp_path)["kind"] == "point clouds without boxes.json"
+    with pytest.raises(InputError, match=r"holds info files of sunrgbd .*, none of scannet: say --dataset=sunrgbd"):
+        check(tmp_path / "scans" / "inner", "scannet", output=tmp_path / "out")
 
 
 def test_many_scans_in_processes_and_a_damaged_one(tmp_path):
@@ -321,9 +371,9 @@ def test_remarks_of_all_scans_are_grouped_by_kind():
     assert list(_remarks(findings)) == [
         "b/0: 0.bin is taken as float32 rows, 0.0 of them; likewise 11 other scans (b/1, b/2, b/3, ...).",
         "b/7: the colours are taken as bytes.",
-        "b/kitchen: kitchen.bin is taken as float64 rows; likewise 1 other scans (b/hall_2).",
+        "b/kitchen: kitchen.bin is taken as float64 rows; likewise 1 other scan (b/hall_2).",
         "b/c: colours reach 255 of 255.",
-        "b/d: colours reach 65535 of 65535; likewise 1 other scans (b/e).",
+        "b/d: colours reach 65535 of 65535; likewise 1 other scan (b/e).",
     ]
 
 
@@ -344,5 +394,5 @@ def test_numbers_of_an_info_file_without_names_are_said(tmp_path):
     for name, split in (("000001", "train"), ("000002", "val")):
         mmdet3d(tmp_path / "scans", name, f"sunrgbd_infos_{split}.pkl", [(3, CHAIR)])
     (tmp_path / "scans" / "._sunrgbd_infos_train.pkl").touch()
-    said = [hint for hint in checked(tmp_path)["hints"] if "names no classes" in hint]
-    assert [hint.split()[0] for hint in said] == ["sunrgbd_infos_train.pkl", "sunrgbd_infos_val.pkl"]
+    (said,) = [hint for hint in checked(tmp_path)["hints"] if "do not name the classes" in hint]
+    assert said.endswith("numbers are taken in the order of sunrgbd (0 bed, 1 table, ...).")

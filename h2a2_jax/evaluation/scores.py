@@ -24,6 +24,7 @@ from h2a2_jax.evaluation.average_precision import (
     precision_recall,
 )
 
+_TWO_TURNS = 4 * np.pi  # rad; yaws are within one, and whole turns do no harm
 EVALUATION_VERSION = 1
 """Version of the schema of `Evaluation.to_dict`."""
 
@@ -225,6 +226,8 @@ def evaluate_detections(
         ValueError: The numbers of scans differ, a box, score or label is no such thing or out of range, or a label has
             no class name.
     """
+    if isinstance(class_names, str) or not hasattr(class_names, "__len__"):
+        raise ValueError(f"class_names is {class_names!r}; expected is a sequence of names, one a class.")
     num_classes = len(class_names)
     _check_arguments(detections, ground_truth, num_classes, iou_thresholds, origins, measured_from)
     detected, scores = pool_detections(detections)
@@ -292,6 +295,9 @@ def _check_arguments(
     origins: np.ndarray | None,
     measured_from: str,
 ) -> None:
+    for scans in (detections, ground_truth):
+        if isinstance(scans, Detections | GroundTruth) or not hasattr(scans, "__len__"):
+            raise ValueError(f"A {type(scans).__name__} was given; expected is a list with one entry per scan.")
     if len(detections) != len(ground_truth):
         raise ValueError(
             f"{len(detections)} scans have detections and {len(ground_truth)} ground truth; give one entry per scan "
@@ -338,11 +344,15 @@ def _check_boxes(scan: str, kind: str, boxes: np.ndarray, labels: np.ndarray, nu
     if not len(boxes):
         return
     finite = np.isfinite(boxes).all(axis=1)
-    for wrong, words in ((~finite, "with NaN or infinite numbers"), ((boxes[:, 3:6] <= 0).any(axis=1), "without size")):
+    for wrong, words, remedy in (
+        (~finite, "with NaN or infinite numbers", "leave them out"),
+        ((boxes[:, 3:6] <= 0).any(axis=1), "without size", "leave them out"),
+        (np.abs(boxes[:, 6]) > _TWO_TURNS, "with a yaw of more than two turns", "give radians, not degrees"),
+    ):
         if wrong.any():
             raise ValueError(
                 f"{scan} {kind} with {int(wrong.sum())} of {len(boxes)} boxes {words}, the first in row "
-                f"{int(wrong.argmax())}: leave them out."
+                f"{int(wrong.argmax())}: {remedy}."
             )
     if not (0 <= labels.min() and labels.max() < num_classes):
         raise ValueError(

@@ -9,6 +9,7 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
@@ -19,11 +20,22 @@ from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.checkpoint.store import read_detector
 from h2a2_jax.compilation import default_cache, private_folder
 from h2a2_jax.errors import InputError
+from h2a2_jax.inference.input_files import PredictRequest, align
 from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inference.results import boxes_in_input_frame
 from h2a2_jax.loader.batching import no_scan
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, ColorRange, PointCloud, cloud_of_arrays
-from h2a2_jax.scans.frame import UNITS, UPRIGHT, PlacedCloud, place_as_dataset, place_cloud, upright_matrix
+from h2a2_jax.scans.frame import (
+    UNITS,
+    UPRIGHT,
+    Floor,
+    PlacedCloud,
+    checked_floor,
+    place_as_dataset,
+    place_cloud,
+    respelt,
+    upright_matrix,
+)
 from h2a2_jax.scans.orientation import decide_frame
 from h2a2_jax.scans.specs import DatasetSpec
 
@@ -155,6 +167,7 @@ class Detector:
         up: str = ...,
         unit: str = ...,
         color_range: ColorRange = ...,
+        floor: Floor = ...,
         batch_size: int = ...,
     ) -> Boxes: ...
 
@@ -169,6 +182,7 @@ class Detector:
         up: str = ...,
         unit: str = ...,
         color_range: ColorRange = ...,
+        floor: Floor = ...,
         batch_size: int = ...,
     ) -> list[Boxes]: ...
 
@@ -182,6 +196,7 @@ class Detector:
         up: str = "auto",
         unit: str = "auto",
         color_range: ColorRange = "auto",
+        floor: Floor = "auto",
         batch_size: int = 1,
     ) -> Boxes | list[Boxes]:
         """Boxes of one point cloud, or of several.
@@ -196,12 +211,15 @@ class Detector:
             up: axis that points up, with its sign: z, -z, y, -y, x or -x; "auto": as the points show, else z.
             unit: unit of the points, m, cm, mm, ft or in; "auto": as the points show, else m. Boxes are given in it.
             color_range: "0-1", "0-255", "none" (do not use them), or "auto": by their type and largest value.
+            floor: height of the floor (m, along the axis that points up); "auto": as found, "keep": heights are left
+                alone.
             batch_size: point clouds in one pass of the network; more than one pays on accelerators.
 
         Returns:
             The boxes of each point cloud; a list for a list. `Boxes.remarks` says what was decided: the up axis, the
-            unit, the scale of colours, and the floor, which the network is shown at the dataset's height. Points are
-            drawn as the dataset's test protocol says; each call draws the same ones.
+            unit, the scale of colours, and the floor, which the network is shown at the dataset's height; and where
+            the scan looks tilted, or its walls turned for boxes that are axis-aligned. Points are drawn as the
+            dataset's test protocol says; each call draws the same ones.
 
         Raises:
             InputError: an argument is not as above; a point cloud has no finite point; its colours are in another
@@ -215,32 +233,43 @@ class Detector:
                     f"The points are a {type(cloud).__name__}; expected is an array of shape [n, 3]: of a file, "
                     "cloud = h2a2_jax.read_point_cloud(FILE) has cloud.points and cloud.colors."
                 )
-        hues = cast(Sequence[Any], [colors] if single else [None] * len(clouds) if colors is None else colors)
-        if isinstance(hues, np.ndarray) or len(hues) != len(clouds):
+        clouds = [_plain_array("points", cloud) for cloud in clouds]
+        if {cloud.ndim for cloud in clouds} & ({3} if single else {1}):
+            shapes = "one array of three dimensions" if single else "a list of rows"
             raise InputError(
-                f"{len(clouds)} point clouds and {len(hues)} arrays of colours are given; expected is a list of one "
-                "for each, or None."
+                f"The points are {shapes}; expected is an array [n, 3] for a point cloud, as np.array(rows), and a "
+                "list of such arrays for several."
+            )
+        hues = cast(Sequence[Any], [colors] if single else [None] * len(clouds) if colors is None else colors)
+        if not isinstance(hues, list | tuple) or len(hues) != len(clouds):
+            given = f"a list of {len(hues)}" if isinstance(hues, list | tuple) else f"one {type(hues).__name__}"
+            raise InputError(
+                f"The points are a list of {len(clouds)}, the colours {given}; expected is a list with an array, or "
+                "None, for each of the point clouds."
             )
         if dataset is None and len(self.datasets) > 1:
             raise InputError(f"dataset is not given: say whose head predicts, one of {', '.join(self.datasets)}.")
         spec = self.predictor.spec(self.datasets[0] if dataset is None else dataset)
         _check_choice("up", up, (*UPRIGHT, "auto"))
         _check_choice("unit", unit, (*UNITS, "auto"))
+        height = checked_floor(floor, "floor")
         _check_choice("color_range", color_range, COLOR_RANGES)
         _check_share("score", score)
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; expected is 1 or more.")
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise InputError(f"batch_size is {batch_size!r}; expected is an integer from 1 on.")
         placed, remarks = [], []
         for i, (cloud, hue) in enumerate(zip(clouds, hues, strict=True)):
-            read = cloud_of_arrays(cloud, hue, color_range)
+            read = cloud_of_arrays(cloud, None if hue is None else _plain_array("colors", hue), color_range)
+            assumed = (respelt(remark, "color_range", "={!r}") for remark in read.assumed)
             axis, length, decided = decide_frame(read, up, unit, "{}={!r}")
             scan = place_cloud(
                 str(i + 1), read, upright_matrix(axis, length), color_range, colors_hint="say color_range"
             )
-            scan, placing = place_as_dataset(scan, spec)
+            _, advice = align(scan, PredictRequest(()), spec)
+            scan, placing = place_as_dataset(scan, spec, height, "floor={!r}")
             placed.append(scan)
-            on_colors = (remark.replace("--colors", "color_range") for remark in read.assumed)
-            remarks.append((*on_colors, *decided, *placing))
+            turning = (remark.replace("add --align", "turn it first, as h2a2 predict --align") for remark in advice)
+            remarks.append((*assumed, *decided, *turning, *placing))
         found: list[Boxes] = []
         for start in range(0, len(placed), batch_size):
             batch, said = placed[start : start + batch_size], remarks[start : start + batch_size]
@@ -261,11 +290,24 @@ def _boxes(found: Detections, placed: PlacedCloud, remarks: tuple[str, ...], spe
     return every[found.scores >= score]
 
 
+def _plain_array(what: str, values: Any) -> np.ndarray:
+    """Convert what arrays of other libraries, or lists, hold; raise InputError for what numpy cannot read."""
+    if np.ma.is_masked(values):
+        raise InputError(f"The {what} are partly masked; give the rows that count alone, as a plain array.")
+    try:
+        array = np.asarray(values)
+        if array.ndim == 0 and array.dtype == object:
+            raise TypeError("it has no rows")
+        return array
+    except Exception as error:  # libraries raise anything, as of arrays on a device
+        raise InputError(f"The {what} are a {type(values).__name__} that is no array for numpy: {error}") from error
+
+
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise InputError(f"{name} is {value!r}; expected is one of {', '.join(known)}.")
 
 
-def _check_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise InputError(f"{name} is {value}; expected is a number from 0 to 1.")
+def _check_share(name: str, value: Any) -> None:
+    if not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise InputError(f"{name} is {value!r}; expected is a number from 0 to 1.")

@@ -30,7 +30,9 @@ from h2a2_jax.scans.frame import (
     NO_COLORS,
     UNITS,
     UPRIGHT,
+    Floor,
     PlacedCloud,
+    checked_floor,
     moved,
     place_as_dataset,
     place_cloud,
@@ -76,6 +78,8 @@ class PredictRequest:
         most_points: points that are read of a larger file.
         columns: meaning of the columns of text tables, .npy, .npz and .bin, as in "x,y,z,_,r,g,b"; None: by names or
             values.
+        floor: height of the floor in the files (m, along the axis that points up); "auto": as found, "keep": heights
+            are left alone.
     """
 
     inputs: tuple[str, ...]
@@ -91,10 +95,12 @@ class PredictRequest:
     step: int | None = None
     most_points: int = MOST_POINTS
     columns: str | None = None
+    floor: Floor = "auto"
 
     def __post_init__(self) -> None:
         """Raise InputError if a field has none of its known values."""
         parse_columns(self.columns)
+        checked_floor(self.floor, "--floor")
         for flag, value, known in (
             ("up", self.up, (*UPRIGHT, "auto")),
             ("unit", self.unit, (*UNITS, "auto")),
@@ -328,7 +334,7 @@ def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> Fi
     notes = [(kind, count) for kind, count in placed.scan.notes.items() if kind != NO_COLORS]
     remarks += [f"{count:,} {kind}{' are left out' * (kind == NOT_FINITE)}" for kind, count in notes]
     placed, more = align(placed, request, spec)
-    placed, placing = place_as_dataset(placed, spec)
+    placed, placing = place_as_dataset(placed, spec, request.floor, "--floor={}")
     remarks += [*more, *placing]
     return FileScan(file, placed.scan, placed.matrix, tuple(remarks), time.perf_counter() - started)
 

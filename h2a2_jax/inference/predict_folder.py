@@ -6,7 +6,7 @@ An error in one file stops no other, and the results of a file are on disk as so
 import re
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
@@ -38,15 +38,17 @@ from h2a2_jax.inference.predictor import PlannedPass, Predictor, build_predictor
 from h2a2_jax.inference.results import document_of, scan_entry
 from h2a2_jax.inference.writers import ALL_BOXES, TABLE, check_output, write_document, write_scan, write_table
 from h2a2_jax.scans.formats.folders import describe_unread
+from h2a2_jax.scans.orientation import OPEN
 from h2a2_jax.scans.sources import build_source, some
 from h2a2_jax.scans.specs import DatasetSpec
 
 FAINT_SCORE = 0.05
 """Boxes down to this score, or to that of the request if it is lower, are on the page behind its slider."""
 REPEATED = 3
-"""Remarks of one kind that are printed one by one; a last line counts them all."""
+"""Remarks of one kind that are printed one by one; a last line counts the others."""
+_DETAIL = re.compile(r", by its [^;]*|\([^)]*\)|-?\d[\d.,]*")
+"""Reasons and numbers, which make no other kind of remark."""
 _SHOWN = 20  # names of files that are passed over
-_NUMBER = re.compile(r"-?\d[\d.,]*")
 
 Item = TypeVar("Item")
 
@@ -174,7 +176,10 @@ def _closing(outcome: "Outcome", found: FoundInputs, output: Path) -> Iterator[s
     """Lines on remarks that were not printed one by one, boxes, time and failures."""
     for remark, names in outcome.remarks.values():
         if len(names) > REPEATED:
-            yield f"{len(names)} scans ({some(names)}), as the first one: {printable(remark)}."
+            more = "1 more scan" if len(names) == REPEATED + 1 else f"{len(names) - REPEATED} more scans"
+            alike = f"{'much ' * bool(_DETAIL.search(remark))}as {names[0]}"
+            yield f"{more} ({some(names[REPEATED:], 8)}), {alike}: {printable(remark)}."
+    yield from _left_open(outcome.entries)
     boxes = "1 box" if outcome.boxes == 1 else f"{outcome.boxes} boxes"
     done = f"{boxes} in {len(outcome.entries)} of {_count(found.files, 'scan')}: {printable(output)}"
     yield f"Stopped. Until then: {done}; the same command begins anew." if outcome.interrupted else done
@@ -184,6 +189,21 @@ def _closing(outcome: "Outcome", found: FoundInputs, output: Path) -> Iterator[s
     if outcome.failed:
         yield f"{len(outcome.failed)} failed:"
         yield from (f"  {_after_name(name, sentence)}" for name, sentence in outcome.failed.items())
+
+
+def _left_open(entries: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Lines on scans that leave their up axis or unit open, where most of the others have another than was assumed."""
+    for key, usual, words in (("up", "z", OPEN["up"]), ("unit", "m", OPEN["unit"])):
+        undecided = [entry for entry in entries if any(said.startswith(words) for said in entry.get("remarks", ()))]
+        others = Counter(entry.get(key, usual) for entry in entries if entry not in undecided)
+        value, count = others.most_common(1)[0] if others else (usual, 0)
+        if undecided and value != usual:
+            names = some([entry["name"] for entry in undecided], 8)
+            scans = _count(undecided, "scan")
+            yield (
+                f"{scans} ({names}) taken with {key} {usual} for want of signs; {count} others show {value}: if all "
+                f"files are alike, add --{key}={value}."
+            )
 
 
 def _count(things: Sequence[object], noun: str) -> str:
@@ -202,7 +222,7 @@ class Outcome:
     Attributes:
         entries: `results.scan_entry` of each scan that was predicted.
         failed: by file, the sentence that says why it could not be predicted.
-        remarks: by kind, the first remark and the names of all scans that have one that differs in numbers only.
+        remarks: by kind, the first remark and the names of all scans that have one that differs in details only.
         seconds: time by stage: "load" and "maps" (in a thread of their own), "network", "boxes", "write".
         interrupted: True if the user stopped the prediction.
     """
@@ -319,15 +339,19 @@ def _predict_file(
         loaded = read.file
         for stage, spent in read.seconds.items():
             outcome.seconds[stage] += spent
-        for remark in loaded.remarks:
+        remarks = list(loaded.remarks)
+        for remark in remarks:
             _remark(loaded, remark, outcome, say)
         (every,) = predictor.run(read.planned, spec.name, outcome.seconds)
         boxes = every.of_score(request.score)
         if not len(boxes):
-            best = f"the best has {every.scores.max():.2f}: --score lowers the bound" if len(every) else "nor near it"
-            _remark(loaded, f"no box has a score of {request.score:g} or more, {best}", outcome, say)
+            best = f"the best has {every.scores.max():.3f}: --score lowers the bound" if len(every) else "nor near it"
+            remarks.append(f"no box has a score of {request.score:g} or more, {best}")
+            _remark(loaded, remarks[-1], outcome, say)
         started, scan, matrix = time.perf_counter(), loaded.scan, loaded.matrix
         entry = scan_entry(scan.name, matrix, boxes, spec, printable(loaded.file.path))
+        if remarks:
+            entry["remarks"] = [printable(remark) for remark in remarks]
         write_scan(output, request.formats, entry, scan, matrix, boxes, spec, shown=request.score, every=every)
         outcome.seconds["write"] += time.perf_counter() - started
         outcome.entries.append(entry)
@@ -352,7 +376,7 @@ def _predict_file(
 
 def _remark(loaded: FileScan, remark: str, outcome: Outcome, say: Callable[[str], None]) -> None:
     """Note a remark; print it unless there were enough of its kind."""
-    kind = _NUMBER.sub("#", remark.replace(loaded.file.path.name, "it"))
+    kind = _DETAIL.sub("#", remark.replace(loaded.file.path.name, "it"))
     _, names = outcome.remarks.setdefault(kind, (remark, []))
     names.append(loaded.scan.name)
     if len(names) <= REPEATED:

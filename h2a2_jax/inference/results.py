@@ -12,6 +12,7 @@ Schema, version 1:
           "name": "scene0000_00",
           ["file": "scans/scene0000_00.ply",] path of the input file
           ["up": "y", "unit": "mm",]          if the file's y points up and its unit is mm; without them z and m
+          ["remarks": ["has its floor ..."],] what was decided or looks odd, parts of sentences
           ["alignment": [[...], ...],]        3 x 3, if the file's ground is tilted, see below
           "boxes": [
             {

@@ -29,6 +29,7 @@ class BoxFinding:
         size: dx, dy, dz (m).
         held: points in the box.
         held_clockwise: points the box would hold if yaw counted clockwise.
+        held_crossed: points the box would hold if dx and dy changed places.
         held_from_bottom: points the box would hold if its centre were that of its bottom.
         turned: True if yaw makes a difference.
         outside: True if the box does not even meet the box around all points.
@@ -38,6 +39,7 @@ class BoxFinding:
     size: tuple[float, float, float]
     held: int
     held_clockwise: int
+    held_crossed: int
     held_from_bottom: int
     turned: bool
     outside: bool
@@ -148,16 +150,18 @@ def _low_mean_high(colors: np.ndarray) -> tuple[float, float, float]:
 def _box(points: np.ndarray, box: np.ndarray, label: int) -> BoxFinding:
     # Points in the box are counted among those nearby: boxes are small, scans are not.
     near = points[(np.abs(points - box[:3]) <= 1.5 * np.linalg.norm(box[3:6])).all(axis=1)]
-    clockwise, raised = box.copy(), box.copy()
+    clockwise, crossed, raised = box.copy(), box[[0, 1, 2, 4, 3, 5, 6]], box.copy()
     clockwise[6] *= -1
     raised[2] += box[5] / 2
     dx, dy, dz = (float(size) for size in box[3:6])
     cos, sin = np.abs(np.cos(box[6])), np.abs(np.sin(box[6]))
     half = np.array([dx * cos + dy * sin, dx * sin + dy * cos, dz]) / 2
     outside = (box[:3] + half < points.min(axis=0)).any() or (box[:3] - half > points.max(axis=0)).any()
-    held, held_clockwise, held_from_bottom = (int(points_in_box(near, b).sum()) for b in (box, clockwise, raised))
+    held, *others = (int(points_in_box(near, b).sum()) for b in (box, clockwise, crossed, raised))
+    held_clockwise, held_crossed, held_from_bottom = others
     turned = bool(cos * sin > 0.1)
-    return BoxFinding(label, (dx, dy, dz), held, held_clockwise, held_from_bottom, turned, bool(outside))
+    size = dx, dy, dz
+    return BoxFinding(label, size, held, held_clockwise, held_crossed, held_from_bottom, turned, bool(outside))
 
 
 def _repeats(boxes: Float[np.ndarray, "g 7"], labels: Int[np.ndarray, " g"]) -> tuple[tuple[RepeatedBox, ...], int]:

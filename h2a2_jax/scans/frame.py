@@ -1,9 +1,11 @@
 """The place of a scan in the frame that a detector expects: metres, z up, near the origin, floors at a known height."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, cast
 
 import numpy as np
 from jaxtyping import Float
@@ -38,6 +40,18 @@ def upright_matrix(up: str, unit: str) -> Float[np.ndarray, "4 4"]:
     matrix = np.eye(4)
     matrix[:3, :3] = np.array(UPRIGHT[up]) * UNITS[unit]
     return matrix
+
+
+def respelt(text: str, name: str, value: str, columns: str = "columns") -> str:
+    """Respell the flags of a remark, "--colors=0-255" and "--columns", for callers that have no command line.
+
+    `name` and `columns` stand for the flags, and `value` is the form of a value behind the name, as in "={!r}".
+    """
+
+    def respell(flag: re.Match[str]) -> str:
+        return (name if flag[1] == "colors" else columns) + (value.format(flag[2]) if flag[2] else "")
+
+    return re.sub(r"--(colors|columns)(?:=([\w-]+))?", respell, text)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,12 +116,32 @@ _VIEW = math.radians(15), math.radians(60)  # from the middle of a camera's view
 _NEAREST, _NEAR = 0.4, 4.0  # m, of what a camera sees
 
 
-def place_as_dataset(placed: PlacedCloud, spec: DatasetSpec) -> tuple[PlacedCloud, list[str]]:
+Floor = float | Literal["auto", "keep"]
+"""Height of a floor in a file (m, along the axis that points up); "auto": as found, "keep": heights are left alone."""
+
+
+def checked_floor(floor: Floor | str, name: str) -> Floor:
+    """Return a floor as it is, or of its text; raise InputError, with the name of the argument, for what is none."""
+    if floor in ("auto", "keep"):
+        return cast(Floor, floor)
+    try:
+        height = float(floor)
+    except (TypeError, ValueError):
+        height = math.nan
+    if not math.isfinite(height):
+        raise InputError(f"{name} is {floor!r}; expected is auto, keep or the height of the floor in metres.")
+    return height
+
+
+def place_as_dataset(
+    placed: PlacedCloud, spec: DatasetSpec, floor: Floor = "auto", flag: str | None = None
+) -> tuple[PlacedCloud, list[str]]:
     """Bring a scan (m, z up) into the frame that a dataset has its scans in, with remarks on what was done.
 
     The floor goes to the dataset's height, for networks see more than differences of heights: the floors of a dataset
     all lie at the same place in the grids of the coarse voxels. One within 5 cm is left where it is. Where the scans of
     the dataset are views along y (`DatasetSpec.faces_y`), a view from the origin in another direction is turned there.
+    `flag` is the form in which the remarks name the argument `floor` and its value, if the user has one.
     """
     remarks = []
     if spec.faces_y and (turn := _turn_to_y(placed.scan.points)) is not None:
@@ -116,18 +150,22 @@ def place_as_dataset(placed: PlacedCloud, spec: DatasetSpec) -> tuple[PlacedClou
         remarks.append(
             f"is a view from its origin, turned by {math.degrees(turn):.0f} degrees: views of {spec.name} are along y"
         )
-    floor = find_floor(placed.scan.points)
-    if floor is None:
+    if floor == "keep":
+        return placed, remarks
+    origin = float(placed.matrix[2, 3])  # of the file
+    found = find_floor(placed.scan.points) if floor == "auto" else floor + origin
+    if found is None:
         remarks.append(
-            f"shows no clear floor: its heights are left as they are; {spec.name} has floors at {spec.floor:g} m"
+            f"shows no clear floor: its heights are kept, which is right if its floor is at {spec.floor:g} m, as in "
+            f"{spec.name}{'; else say ' + flag.split('=')[0] + '=HEIGHT' if flag else ''}"
         )
         return placed, remarks
-    if abs(floor - spec.floor) > _NEAR_FLOOR:
-        height = floor - placed.matrix[2, 3]  # in the frame of the file
-        placed = moved(placed, np.eye(3), np.array([0.0, 0.0, spec.floor - floor]))
-        remarks.append(
-            f"has its floor at {height:.2f} m, which is brought to {spec.floor:g} m, where {spec.name} has floors"
-        )
+    if abs(found - spec.floor) > _NEAR_FLOOR:
+        placed = moved(placed, np.eye(3), np.array([0.0, 0.0, spec.floor - found]))
+        if floor == "auto":
+            left = f"; {flag.format('keep')} leaves it" if flag else ""
+            height = f"{found - origin:.2f} m, brought to {spec.floor:g} m"
+            remarks.append(f"has its floor at {height}, where the floors of {spec.name} are{left}")
     return placed, remarks
 
 

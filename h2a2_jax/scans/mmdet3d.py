@@ -81,15 +81,14 @@ class Mmdet3dFolder:
                 f"There is no folder {self._points}: a prepared {spec.name} folder holds {', '.join(files)} "
                 "and points/<scan>.bin."
             )
-        by_file = {file: _read_infos(Path(root) / file) for file in files}
-        entries = [entry for found in by_file.values() for entry in found]
+        entries = [entry for file in files for entry in _read_infos(Path(root) / file)]
         self.classes = tuple(sorted({name for entry in entries for name in entry.classes if name is not None}))
-        self.warnings = [
-            f"{file} names no classes: the numbers of its boxes are taken in the order of {spec.name} "
-            f"(0 {spec.classes[0]}, 1 {spec.classes[1]}, ...)."
-            for file, found in by_file.items()
-            if any(entry.is_numbered for entry in found)
-        ]
+        self.warnings = []
+        if any(entry.is_numbered for entry in entries):
+            self.warnings.append(
+                f"The info files do not name the classes of all boxes: numbers are taken in the order of {spec.name} "
+                f"(0 {spec.classes[0]}, 1 {spec.classes[1]}, ...)."
+            )
         self._infos = [_scan_info(entry, spec) for entry in entries]
         if not self._infos:
             raise InputError(f"{', '.join(files)} in {root} name no scan: prepare the folder again.")
@@ -231,7 +230,13 @@ def _refuse_mixture(entries: Iterable[Any], key: str, version: int) -> None:
 def _class_names(metainfo: Mapping[str, Any]) -> dict[int, str]:
     """Read what the numbers of classes mean in a file of version 2: {name: number}, or a list of names in order."""
     keys = [key for key in ("categories", "classes", "CLASSES") if metainfo.get(key) is not None and len(metainfo[key])]
-    stored: Any = metainfo[keys[0]] if keys else {}
+    tables = [_class_table(metainfo[key]) for key in keys]
+    if other := [key for key, table in zip(keys, tables, strict=True) if table != tables[0]]:
+        raise ValueError(f"its {keys[0]} and its {other[0]} number the classes differently")
+    return tables[0] if tables else {}
+
+
+def _class_table(stored: Any) -> dict[int, str]:
     if isinstance(stored, str):
         raise ValueError(f"its classes are {stored[:100]!r}, expected is a list")
     if isinstance(stored, Mapping):
@@ -244,7 +249,7 @@ def _class_names(metainfo: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _read_v2(entry: Mapping[str, Any], names: Mapping[int, str]) -> _Entry:
-    instances = entry.get("instances", [])
+    instances = entry.get("instances") or []
     given = [next((i[key] for key in ("name", "category") if isinstance(i.get(key), str)), None) for i in instances]
     points = entry["lidar_points"]
     name = _safe_name(points["lidar_path"], points.get("num_pts_feats"))
@@ -257,22 +262,28 @@ def _read_v2(entry: Mapping[str, Any], names: Mapping[int, str]) -> _Entry:
 
 
 def _read_v1(entry: Mapping[str, Any]) -> _Entry:
-    annos = entry.get("annos", {})
+    annos = entry.get("annos") or {}
     name = _safe_name(entry["pts_path"], entry.get("point_cloud", {}).get("num_features"))
+    alignment = annos.get("axis_align_matrix", entry.get("axis_align_matrix"))
     # Without boxes their keys may be absent.
     empty = int(annos.get("gt_num", 0)) == 0 and not any(str(key).startswith("gt_b") for key in annos)
     boxes = [] if empty else annos["gt_boxes_upright_depth"]
     if int(annos.get("gt_num", len(boxes))) != len(boxes):
         raise ValueError(f"scan {name} says gt_num {annos['gt_num']}, but has {len(boxes)} boxes")
     given = None if empty else annos.get("name", annos.get("gt_names"))
+    numbered = "class" in annos and not any(isinstance(c, str | bytes) for c in annos["class"])
+    if given is None and not numbered:
+        given = annos.get("class")
+    if np.any(annos.get("rotation_y", 0)) and any(len(box) == 6 for box in boxes):
+        raise ValueError(f"boxes of scan {name} have six numbers, and yaws apart as rotation_y: give seven")
     if given is None:
         labels = _labels(name, [] if empty else annos["class"])
-        return _entry(name, boxes, labels, [None] * len(labels), annos.get("axis_align_matrix"))
+        return _entry(name, boxes, labels, [None] * len(labels), alignment)
     if not all(isinstance(c, str | bytes) for c in given):
         raise ValueError(f"scan {name} has names of boxes that are no text")
     classes = [c.decode() if isinstance(c, bytes) else str(c) for c in given]
-    labels = _labels(name, annos["class"]) if "class" in annos else np.full(len(classes), -1)
-    return _entry(name, boxes, labels, classes, annos.get("axis_align_matrix"))
+    labels = _labels(name, annos["class"]) if numbered else np.full(len(classes), -1)
+    return _entry(name, boxes, labels, classes, alignment)
 
 
 def _labels(name: str, given: Iterable[Any]) -> np.ndarray:
@@ -302,7 +313,12 @@ def _stem(stored_path: str) -> str:
 def _entry(
     name: str, boxes: Iterable[Any], labels: np.ndarray, classes: Sequence[str | None], alignment: Any
 ) -> _Entry:
-    array = np.array(list(boxes), np.float64)
+    rows = [np.asarray(box, np.float64).reshape(-1) for box in boxes]
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError(
+            f"boxes of scan {name} have {' and '.join(map(str, sorted({len(row) for row in rows})))} numbers"
+        )
+    array = np.array(rows)
     array = array.reshape(len(array), -1) if array.size else np.zeros((0, 7))
     if array.shape[1] not in (6, 7):
         raise ValueError(

@@ -276,19 +276,28 @@ def guess_up(declared: str, scans: Sequence[UpVotes]) -> Guess:
     of_axis = {sign: float(max(vote[best], vote[opposite]) - vote[across].max()) for sign, vote in votes.items()}
     of_end = {sign: float(vote[best] - vote[opposite]) for sign, vote in votes.items()}
     margin = float(total[best] - np.delete(total, best).max())
+    margin_of_axis = float(total[best] - total[across].max())
     agreeing = [sign for sign in SIGNS if of_axis[sign] > _AGREES]
     upright = [sign for sign in SIGNS if of_end[sign] > _AGREES]
-    evidence = f"by {_listed(agreeing)}; its direction by {_listed(upright)}"
+    evidence = _listed([sign for sign in SIGNS if sign in agreeing or sign in upright])
     if all(scan.one_surface for scan in scans) and "camera" not in agreeing:
         return Guess(declared, None, False, "one plane holds most of the points, a floor or a wall")
     is_enough = not any(scan.high for scan in scans) or {"floor", "camera"} & {*agreeing, *upright}
     if margin < _CLEAR or len(agreeing) < _AGREEING or not upright or not is_enough:
-        return Guess(declared, None, False, f"signs are weak or at odds: perhaps {AXES[best]}, {evidence}")
+        is_along = margin_of_axis >= _CLEAR and len(agreeing) >= _AGREEING
+        reason = (
+            f"by its {_listed(agreeing)} it stands along {AXES[best][-1]}, but either end may be up"
+            if is_along
+            else f"its signs are weak: {evidence}"
+            if evidence
+            else "nothing in it tells"
+        )
+        return Guess(declared, None, False, reason)
     return Guess(declared, AXES[best], margin > _CERTAIN and len(agreeing) > _AGREEING, evidence)
 
 
 def _listed(signs: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(signs[:-1]), *signs[-1:]))) or "nothing"
+    return " and ".join(filter(None, (", ".join(signs[:-1]), *signs[-1:])))
 
 
 _ROOM = np.log([2.0, 4.0, 5.5])  # m, the extents of a room by size
@@ -322,6 +331,10 @@ def guess_unit(declared: str, scans: Sequence[tuple[float, float, float]]) -> Gu
     return Guess(declared, best if is_clear else None, is_clear, f"extents {shown}; rooms measure 2 to 8 m")
 
 
+OPEN: Mapping[str, str] = {"up": "does not show which axis points up", "unit": "does not show its unit"}
+"""Beginnings of the remarks on what is left open and assumed."""
+
+
 def decide_frame(cloud: PointCloud, up: str, unit: str, flag: str = "--{}={}") -> tuple[str, str, list[str]]:
     """Decide which axis of a file points up and its unit, with remarks on what was decided and on what looks wrong.
 
@@ -333,7 +346,7 @@ def decide_frame(cloud: PointCloud, up: str, unit: str, flag: str = "--{}={}") -
     """
     frame = {"up": up, "unit": unit}
     said = {"up": cloud.up, "unit": cloud.unit}
-    usual, what = {"up": "z", "unit": "m"}, {"up": "which axis points up", "unit": "its unit"}
+    usual = {"up": "z", "unit": "m"}
     points = cloud.points[:: max(1, len(cloud.points) // _MEASURED)].astype(np.float64)
     points = points[(np.abs(points) < _NOWHERE).all(axis=1)]
     if not len(points):
@@ -343,14 +356,13 @@ def decide_frame(cloud: PointCloud, up: str, unit: str, flag: str = "--{}={}") -
 
     def decide(key: str, guess: Guess) -> str:
         asked, words = frame[key], {"up": "{} points up", "unit": "the unit is {}"}[key].format
+        decided = {"up": "{} is taken to point up, by its {}", "unit": "is taken to be in {} ({})"}[key].format
         flags = flag.format(key, guess.guess or said[key] or usual[key])
         if asked == "auto" and said[key] is None:
             if guess.guess is None:
-                remarks.append(
-                    f"does not show {what[key]} ({guess.evidence}): {usual[key]} is assumed; {flags} says it"
-                )
+                remarks.append(f"{OPEN[key]} ({guess.evidence}): {usual[key]} is assumed; {flags} confirms it")
             elif guess.guess != usual[key]:
-                remarks.append(f"{words(guess.guess)}, it seems ({guess.evidence}); {flags} says so")
+                remarks.append(f"{decided(guess.guess, guess.evidence)}; {flags} confirms it")
             return guess.guess or usual[key]
         taken = asked if asked != "auto" else str(said[key])
         if asked == "auto" and taken != usual[key]:

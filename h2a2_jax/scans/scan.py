@@ -176,18 +176,22 @@ def within_reach(name: str, points: Float[np.ndarray, "m 3"]) -> Bool[np.ndarray
     return near
 
 
+UNUSABLE = (
+    "boxes with NaN or infinite values",
+    "boxes with a size that is not positive",
+    f"boxes beyond {MAX_REACH:g} m",
+)
+"""Kinds of notes of boxes that are left out."""
+
+
 def usable_boxes(boxes: Float[np.ndarray, "g 7"]) -> tuple[Bool[np.ndarray, " g"], dict[str, int]]:
     """Mark the boxes that can be learnt from, and count the others by kind; NaN and infinity may occur."""
     finite = np.isfinite(boxes).all(axis=1)
     with np.errstate(invalid="ignore"):
         positive = (boxes[:, 3:6] > 0).all(axis=1)
         near = (np.abs(boxes[:, :6]) <= MAX_REACH).all(axis=1)
-    kinds = {
-        "boxes with NaN or infinite values": ~finite,
-        "boxes with a size that is not positive": finite & ~positive,
-        f"boxes beyond {MAX_REACH:g} m": finite & positive & ~near,
-    }
-    return finite & positive & near, {kind: int(which.sum()) for kind, which in kinds.items() if which.any()}
+    kinds = zip(UNUSABLE, (~finite, finite & ~positive, finite & positive & ~near), strict=True)
+    return finite & positive & near, {kind: int(which.sum()) for kind, which in kinds if which.any()}
 
 
 _FULL_TURN = 6.3  # rad

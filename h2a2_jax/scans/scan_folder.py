@@ -51,7 +51,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats.columns import parse_columns
 from h2a2_jax.scans.formats.folders import parts_of_meshes
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
-from h2a2_jax.scans.frame import MOVED, UNITS, UPRIGHT, place_as_dataset, place_cloud, upright_matrix
+from h2a2_jax.scans.frame import MOVED, UNITS, UPRIGHT, place_as_dataset, place_cloud, respelt, upright_matrix
 from h2a2_jax.scans.scan import (
     ENCLOSED,
     Scan,
@@ -147,7 +147,7 @@ def read_folder(root: str | Path) -> FolderDescription:
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{path} is no JSON file ({error}): repair or write it again.") from error
     except _Wrong as error:
-        raise InputError(f"{path}: {error}.") from error
+        raise InputError(f"{path}: {error}{'.' * (str(error)[-1] not in '.?')}") from error
 
 
 def point_cloud_files(root: str | Path) -> list[str]:
@@ -204,9 +204,10 @@ class ScanFolder:
         try:
             described = self._description
             path = self._root / entry.file
-            return read_point_cloud(path, columns=described.columns, color_range=described.colors)
+            cloud = read_point_cloud(path, columns=described.columns, color_range=described.colors)
         except InputError as error:
-            raise ScanError(entry.name, f"Scan {entry.name}: {error}") from error
+            raise ScanError(entry.name, _in_boxes_file(f"Scan {entry.name}: {error}")) from error
+        return replace(cloud, assumed=tuple(map(_in_boxes_file, cloud.assumed)))
 
     def convert(self, index: int, cloud: PointCloud, remarks: list[str] | None = None) -> Scan:
         """Make one scan of its points as `read` returns them; raises `ScanError` like `place_cloud`.
@@ -228,6 +229,11 @@ class ScanFolder:
         return replace(as_dataset.scan, notes=dict(notes))
 
 
+def _in_boxes_file(text: str) -> str:
+    """Respell the flags of a sentence as keys of boxes.json."""
+    return respelt(text, f'"colors" of {BOXES_FILE}', ' "{}"', f'"columns" of {BOXES_FILE}')
+
+
 def _boxes(
     entry: ScanEntry, matrix: np.ndarray, metres: float, spec: DatasetSpec, notes: Counter[str]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -245,7 +251,7 @@ def _boxes(
         notes.update(left_out)
         boxes, labels = boxes[usable], labels[usable]
     if not spec.has_yaw:
-        turned = np.abs(np.cos(boxes[:, 6]) * np.sin(boxes[:, 6])) > 1e-6  # one turned by 90 degrees stays itself
+        turned = np.abs(np.cos(boxes[:, 6]) * np.sin(boxes[:, 6])) > 1e-4  # one turned by 90 degrees stays itself
         if turned.any():
             notes[ENCLOSED] += int(turned.sum())
         boxes = enclosing_boxes(boxes)
@@ -294,6 +300,7 @@ def _scan_entry(scan: Any, position: int, root: Path) -> ScanEntry:
     try:
         if "\\" in file and not (root / file).exists():
             file = PureWindowsPath(file).as_posix()
+        file = Path(file).as_posix()  # ./a.ply and a.ply are one scan
         inside = (root / file).resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError, ValueError):
         inside = False
@@ -309,7 +316,7 @@ def _scan_entry(scan: Any, position: int, root: Path) -> ScanEntry:
 
 def _box_entry(box: Any, where: str) -> BoxEntry:
     if not isinstance(box, dict):
-        raise _Wrong(f'{where} is {box!r}; expected is {{"center": ..., "size": ..., "class": ...}}')
+        raise _Wrong(f'{where} is {_cut(box)}; expected is {{"center": ..., "size": ..., "class": ...}}')
     # Programs add keys of their own, such as a score; one spelt almost like one of these is a mistake.
     named = {"class", "name"} if box.keys() & {"class", "name"} else set()
     missing = sorted(_BOX_KEYS - box.keys() - named)
@@ -324,11 +331,11 @@ def _box_entry(box: Any, where: str) -> BoxEntry:
         values = box.get(key)
         if not isinstance(values, list) or len(values) != 3 or not all(map(_is_number, values)):
             expected = f"expected are three numbers, {_MEANINGS[key]}"
-            raise _Wrong(f"the {key} of {where} is {values!r}; {expected}{'' if key in box else keys}")
+            raise _Wrong(f"the {key} of {where} is {_cut(values)}; {expected}{'' if key in box else keys}")
         numbers += map(_real, values)
     label = box.get("class", box.get("name"))
     if not isinstance(label, str):
-        raise _Wrong(f"the class of {where} is {label!r}; expected is a name{'' if named else keys}")
+        raise _Wrong(f"the class of {where} is {_cut(label)}; expected is a name{'' if named else keys}")
     return BoxEntry((*numbers, _yaw(box, where)), label)
 
 
@@ -339,7 +346,7 @@ def _yaw(box: dict[str, Any], where: str) -> float:
         raise _Wrong(f"{where} has {given[0]!r} and {given[1]!r}; give one of them")
     value = box[given[0]] if given else 0.0
     if not _is_number(value):
-        raise _Wrong(f"the yaw of {where} is {value!r}; expected is a number (radians)")
+        raise _Wrong(f"the yaw of {where} is {_cut(value)}; expected is a number (radians)")
     yaw = _real(value)
     if given and given[0] in _DEGREES and math.isfinite(yaw):
         yaw = math.radians(math.remainder(yaw, 360))
@@ -351,6 +358,12 @@ def _yaw(box: dict[str, Any], where: str) -> float:
                 f"and leave {key!r} out"
             )
     return yaw
+
+
+def _cut(value: Any) -> str:
+    """Show a value of the file in a sentence, by its beginning if it is long."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}..."
 
 
 def _turns(box: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -389,7 +402,7 @@ def _real(value: int | float | None) -> float:
 def _one_of(document: dict[str, Any], key: str, default: str, known: Collection[str]) -> str:
     value = document.get(key, default)
     if not isinstance(value, str) or value not in known:
-        raise _Wrong(f'"{key}" is {value!r}; expected is one of {", ".join(known)}')
+        raise _Wrong(f'"{key}" is {_cut(value)}; expected is one of {", ".join(known)}')
     return value
 
 

@@ -65,7 +65,12 @@ def recognise(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
         return _tfds_folder(root, spec)
     if infos := [file.name for file in root.glob("*.pkl") if not is_hidden(file.name)]:
         return _mmdet3d_folder(root, spec, infos)
-    if files := point_cloud_files(root):
+    files = point_cloud_files(root)
+    inner = (path for path in root.glob("*/*") if path.name == BOXES_FILE or path.match("*_infos_*.pkl"))
+    below = sorted(path.parent for path in inner if not is_hidden(path.parent.name))
+    if below and all("/" in file for file in files):
+        raise InputError(f"{root} itself holds no scans, but {below[0]} does: give that folder with --data.")
+    if files:
         return _bare_folder(root, spec, files)
     raise InputError(
         f"{root} holds no scans: expected are {BOXES_FILE} with point clouds, or *_infos_*.pkl with points/ as "
@@ -132,6 +137,12 @@ def _mmdet3d_folder(root: Path, spec: DatasetSpec | None, infos: Sequence[str]) 
         raise InputError(
             f"{root} holds {some(infos)}, which do not tell the dataset: choose one with --dataset="
             f"{'|'.join(s.name for s in SPECS)}; expected are names such as {default_info_files(SPECS[0], 'train')[0]}."
+        )
+    others = [s.name for s in SPECS if any(info.startswith(f"{s.name}_infos") for info in infos)]
+    if others and spec.name not in others:
+        raise InputError(
+            f"{root} holds info files of {', '.join(others)} ({some(infos)}), none of {spec.name}: say "
+            f"--dataset={others[0]}, or rename them to {', '.join(default_info_files(spec, 'train'))}."
         )
     sources, problems = _open_splits(
         lambda split: Mmdet3dFolder(root, default_info_files(spec, split), spec), "Split {split}: {error}"

@@ -177,7 +177,7 @@ def check_voxel_size(voxel_size: float | Sequence[float], columns: int) -> np.nd
     size = np.asarray(voxel_size)
     if size.dtype.kind not in "fiu" or size.shape not in ((), (columns,)) or not ((size > 0) & np.isfinite(size)).all():
         raise InputError(
-            f"voxel_size is {voxel_size}; expected metres above 0: one number, or one for each of the {columns} "
+            f"voxel_size is {voxel_size!r}; expected metres above 0: one number, or one for each of the {columns} "
             "columns of the points."
         )
     return size.astype(np.float32)

@@ -86,6 +86,22 @@ def make_cases():
             lambda: evaluate_detections([(BOXES, 1)], [BOXES], ["a"], rotated=False),
             "a tuple and a ndarray; expected",
         ),
+        "one scan": (
+            lambda: evaluate_detections(score, [], ["a"], rotated=False),
+            "A function was given; expected is a",
+        ),
+        "one scan's boxes": (
+            lambda: evaluate_detections(Detections(BOXES, hits, zeros), [], ["a"], rotated=False),
+            "A Detections was given; expected is a list with one entry per scan",
+        ),
+        "classes in a word": (
+            lambda: evaluate_detections([], [], "chair", rotated=False),
+            "class_names is 'chair'; expected is a sequence of names",
+        ),
+        "yaws in degrees": (
+            lambda: score(changed(1, 6, 45.0)),
+            "1 of 2 boxes with a yaw of more than two turns, the first in row 1: give radians, not degrees",
+        ),
         "thresholds in per cent": (
             lambda: score(iou_thresholds=(25, 50)),
             "iou_thresholds are (25, 50); expected are num",

@@ -1,5 +1,6 @@
 """`h2a2_jax.Detector`: what goes in as arrays comes out as boxes in the frame and unit of the arrays."""
 
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import h2a2_jax
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.detector import Boxes, Detector
 from h2a2_jax.inference.predictor import Predictor, prepare
-from h2a2_jax.scans.frame import NO_COLORS, UPRIGHT
+from h2a2_jax.scans.frame import NO_COLORS, UPRIGHT, respelt
 from tests.inference.tiny import SPECS, random_detector, room
 
 SMALL, OTHER = room("small", 500, 1.2), room("other", 400, 1.0)
@@ -127,6 +128,29 @@ def test_threads_get_their_own_boxes(detector: Detector, found: Boxes):
             assert_same(boxes, found if scan is SMALL else other)
 
 
+class OnADevice:
+    """An array that numpy cannot read, as of another library on a device."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("use .cpu() first")
+
+
+def test_remarks_name_the_arguments_of_the_call(detector: Detector):
+    wide = np.round(SMALL.colors * 255).astype(np.uint16)
+    assert any(remark.endswith("say color_range)") for remark in detector(SMALL.points, wide, "s3dis").remarks)
+    flags = "bytes need --colors=0-255, or say --columns"
+    assert respelt(flags, "color_range", "={!r}") == "bytes need color_range='0-255', or say columns"
+
+
+def test_turned_walls_are_remarked_on(detector: Detector):
+    rng = np.random.default_rng(0)
+    floor, wall, other = (rng.uniform(0, high, (3000, 3)) for high in ([3, 3, 0.01], [0.01, 3, 2], [3, 0.01, 2]))
+    turn = np.array([[np.cos(0.4), np.sin(0.4), 0], [-np.sin(0.4), np.cos(0.4), 0], [0, 0, 1]])
+    remarks = detector(np.concatenate([floor, wall, other]) @ turn, None, "s3dis").remarks
+    (remark,) = [remark for remark in remarks if "its walls at" in remark]
+    assert remark.endswith("boxes of s3dis are axis-aligned: turn it first, as h2a2 predict --align=manhattan")
+
+
 def test_wrong_arguments_of_a_call_are_errors(detector: Detector):
     points, colors = SMALL.points, SMALL.colors
     for arguments, options, sentence in (
@@ -135,16 +159,30 @@ def test_wrong_arguments_of_a_call_are_errors(detector: Detector):
         ((points[:, :2], colors), {"dataset": "s3dis"}, r"points are float32 of shape \(500, 2\)"),
         ((points, colors[1:]), {"dataset": "s3dis"}, r"colors are float32 of shape \(499, 3\)"),
         ((points.astype(str), colors), {"dataset": "s3dis"}, "points are <U"),
-        (([points, points], [colors]), {"dataset": "s3dis"}, "2 point clouds and 1 arrays of colours"),
+        (
+            ([points, points], [colors]),
+            {"dataset": "s3dis"},
+            "points are a list of 2, the colours a list of 1; expected",
+        ),
         ((points, colors * 3), {"dataset": "s3dis", "color_range": "0-1"}, "reach from 0 to .*, or say color_range"),
         ((points[:0],), {"dataset": "s3dis"}, "no usable point"),
         ((points, colors, "s3dis"), {"up": "w"}, "up is 'w'; expected is one of z, -z"),
         ((points, colors, "s3dis"), {"unit": "inch"}, "unit is 'inch'"),
         ((points, colors, "s3dis"), {"batch_size": 0}, "batch_size is 0"),
+        ((points, colors, "s3dis"), {"batch_size": 1.5}, "batch_size is 1.5; expected is an integer"),
+        ((points, colors, "s3dis"), {"score": "0.3"}, "score is '0.3'; expected is a number"),
+        ((points.tolist(),), {"dataset": "s3dis"}, "points are a list of rows; .* as np.array"),
+        ((points[None],), {"dataset": "s3dis"}, "points are one array of three dimensions"),
+        (([points, points], np.stack([colors] * 2)), {"dataset": "s3dis"}, "a list of 2, the colours one ndarray"),
+        ((np.ma.masked_less(points, 0.1),), {"dataset": "s3dis"}, "points are partly masked; give the rows that count"),
+        (({"x": points},), {"dataset": "s3dis"}, "The points are a dict that is no array for numpy: it has no rows"),
+        ((points, colors, "s3dis"), {"floor": "low"}, "floor is 'low'; expected is auto, keep or the height"),
+        ((OnADevice(),), {"dataset": "s3dis"}, "OnADevice that is no array for numpy: use .cpu.. first"),
         ((points, colors, "s3dis"), {"score": 2.0}, "score is 2.0; expected is a number from 0 to 1"),
     ):
         with pytest.raises(InputError, match=sentence):
-            detector(*arguments, **options)
+            # In the tests wrong types already end at the annotations.
+            inspect.unwrap(Detector.__call__)(detector, *arguments, **options)
 
 
 def test_boxes_are_chosen_by_index_slice_and_mask(found: Boxes):

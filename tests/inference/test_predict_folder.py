@@ -15,7 +15,7 @@ import pytest
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.input_files import FoundInputs, PredictRequest, find_inputs
-from h2a2_jax.inference.predict_folder import Outcome, predict_files, read_ahead
+from h2a2_jax.inference.predict_folder import Outcome, _closing, predict_files, read_ahead
 from h2a2_jax.inference.predictor import _SMALLEST, Predictor
 from h2a2_jax.inference.results import read_predicted_scans
 from h2a2_jax.inference.writers import check_output
@@ -219,7 +219,7 @@ def test_boxes_of_lower_scores_are_on_the_page_alone(predictor, tmp_path):
         page = (output / "a.html").read_text()
         told = re.search(r'"scores": ?\[([^]]*)\]', page)
         assert told is not None and len(told[1].split(",")) == len(scores)
-    none = f"a: no box has a score of 0.99 or more, the best has {scores[-1]:.2f}: --score lowers the bound."
+    none = f"a: no box has a score of 0.99 or more, the best has {scores[-1]:.3f}: --score lowers the bound."
     assert none in said
 
 
@@ -291,7 +291,34 @@ def test_a_correction_is_offered(predictor, tmp_path):
     assert "add --unit=mm" in sentence
     np.save(root / "a.npy", POINTS @ UP_Y.T)
     assert not predict(predictor, root, said=said).failed
-    assert any("does not show which axis points up" in sentence and "--up=z says it" in sentence for sentence in said)
+    assert any(
+        "does not show which axis points up" in sentence and "--up=z confirms it" in sentence for sentence in said
+    )
+
+
+def test_a_remark_of_many_scans_is_printed_three_times_and_kept_for_each(predictor, tmp_path):
+    root, said = tmp_path / "scans", []
+    root.mkdir()
+    for i in range(6):
+        np.save(root / f"{i}.npy", POINTS + np.array([0, 0, 0.2 + 0.1 * i]))
+    outcome = predict(predictor, root, said=said)
+    said += _closing(outcome, find_inputs([str(root)]), tmp_path)
+    lines = [line for line in said if "has its floor at" in line]
+    assert len(lines) == 4 and lines[0].startswith("0: has its floor at 0.2") and lines[2].startswith("2: ")
+    assert lines[3].startswith("3 more scans (3, 4, 5), much as 0: has its floor at 0.2")
+    kept = [remark for entry in outcome.entries for remark in entry["remarks"] if "has its floor at" in remark]
+    assert len(kept) == 6 and kept[5].startswith("has its floor at 0.7")
+    assert len(read_predicted_scans({"version": 1, "scans": outcome.entries})) == 6
+
+
+def test_scans_that_leave_open_what_most_show_are_named():
+    shown = [{"name": str(i), "up": "y", "boxes": []} for i in range(3)]
+    unshown = {"name": "wall", "boxes": [], "remarks": ["does not show which axis points up (a wall): z is assumed"]}
+    (line, *_) = _closing(Outcome([*shown, unshown]), FoundInputs((), {}), Path("out"))
+    assert line.startswith("1 scan (wall) taken with up z for want of signs; 3 others show y")
+    assert line.endswith("if all files are alike, add --up=y.")
+    upright = [{"name": "a", "boxes": []}, unshown]
+    assert not any("for want of signs" in line for line in _closing(Outcome(upright), FoundInputs((), {}), Path("out")))
 
 
 class Stopped(Predictor):

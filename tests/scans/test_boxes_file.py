@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.scans.scan import ENCLOSED
 from h2a2_jax.scans.scan_folder import ScanFolder, point_cloud_files, read_folder
 from h2a2_jax.scans.sources import SourceConfig, build_source
-from h2a2_jax.scans.specs import SUNRGBD
+from h2a2_jax.scans.specs import SCANNET, SUNRGBD
 
 TABLE = {"center": [2.1, 1.6, 0.37], "size": [1.2, 0.8, 0.74], "class": "table"}
 
@@ -108,6 +109,24 @@ def test_degrees_are_refused_in_training(tmp_path):
 def test_missing_keys_are_named_with_those_that_are_there(tmp_path, box, sentence):
     with pytest.raises(InputError, match=sentence):
         yaws(tmp_path, box)
+
+
+def test_long_values_are_cut_in_the_sentence(tmp_path):
+    with pytest.raises(InputError, match=r"the center of box 1 of a.npy is \[0, 0, .*\.\.\.; expected") as caught:
+        yaws(tmp_path, {**TABLE, "center": [0] * 10_000})
+    assert len(str(caught.value)) < 500
+
+
+def test_a_path_that_begins_with_a_dot_is_the_same_file(tmp_path):
+    assert read_folder(write(tmp_path, document(file="./a.npy"))).scans[0].file == "a.npy"
+    with pytest.raises(InputError, match=r"unknown key 'centre'; did you mean 'center'\?$"):
+        yaws(tmp_path, {"centre": [1, 1, 1], "size": [1, 1, 1], "class": "table"})
+
+
+def test_a_quarter_of_a_turn_to_few_digits_turns_nothing(tmp_path):
+    folder = write(tmp_path, document({**TABLE, "class": "chair", "yaw": 1.5708}))
+    scan = ScanFolder(folder, "train", SCANNET)[0]
+    assert scan.boxes[0, 3:] == pytest.approx([0.8, 1.2, 0.74, 0], abs=1e-4) and ENCLOSED not in scan.notes
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])

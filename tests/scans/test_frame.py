@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats.point_cloud import PointCloud
-from h2a2_jax.scans.frame import place_as_dataset, place_cloud
+from h2a2_jax.scans.frame import checked_floor, place_as_dataset, place_cloud
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD
 from h2a2_jax.scans.surfaces import find_floor
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
@@ -61,6 +62,30 @@ def test_a_floor_is_brought_to_the_height_of_the_dataset(height):
     assert said == pytest.approx(height, abs=0.01) and "brought to 0 m" in remark
     back = (found.scan.points - found.matrix[:3, 3]) @ np.linalg.inv(found.matrix[:3, :3]).T
     np.testing.assert_allclose(back, points, atol=1e-4)
+
+
+def test_the_flag_of_a_floor_settles_it():
+    points = SCANS["scannet"].points + np.array([0, 0, 0.48])
+    room = place_cloud("room", PointCloud(points, None), np.eye(4))
+    found, (remark,) = place_as_dataset(room, SCANNET, "auto", "--floor={}")
+    assert remark.endswith("; --floor=keep leaves it")
+    height = float(remark.split("its floor at ")[1].split()[0])
+    again, nothing = place_as_dataset(room, SCANNET, height, "--floor={}")
+    assert nothing == [] and again.matrix[2, 3] == pytest.approx(found.matrix[2, 3], abs=0.01)
+    kept, nothing = place_as_dataset(room, SCANNET, "keep", "--floor={}")
+    assert nothing == [] and kept is room
+    # Heights are those of the file, also where the scan was shifted near the origin.
+    high = place_cloud("room", PointCloud(points + np.array([0, 0, 500.0]), None), np.eye(4))
+    assert find_floor(place_as_dataset(high, SCANNET, 500.46)[0].scan.points) == pytest.approx(0, abs=0.03)
+    bare = place_cloud("room", PointCloud(np.random.default_rng(0).normal(size=(9000, 3)), None), np.eye(4))
+    assert place_as_dataset(bare, SCANNET, "auto", "--floor={}")[1][0].endswith("; else say --floor=HEIGHT")
+
+
+def test_what_is_no_floor_is_refused():
+    assert [checked_floor(given, "floor") for given in ("-1.5", "keep", 2.0)] == [-1.5, "keep", 2.0]
+    for wrong in ("low", "nan", "1,5"):
+        with pytest.raises(InputError, match=f"--floor is '{wrong}'; expected is auto, keep or the height"):
+            checked_floor(wrong, "--floor")
 
 
 @pytest.mark.parametrize("height", [-0.04, 0.0, 0.04])

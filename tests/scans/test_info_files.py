@@ -95,10 +95,43 @@ def test_numbers_without_names_are_taken_in_the_order_of_the_dataset_and_it_is_s
         source = opened(tmp_path, infos)
         assert source[0].labels.tolist() == [4] and source.classes == ()
         assert source.warnings == [
-            "infos.pkl names no classes: the numbers of its boxes are taken in the order of scannet (0 cabinet, 1 bed, "
-            "...)."
+            "The info files do not name the classes of all boxes: numbers are taken in the order of scannet (0 "
+            "cabinet, 1 bed, ...)."
         ]
     assert opened(tmp_path, v2((), categories={"bed": 0})).warnings == []
+
+
+def test_two_tables_of_classes_must_agree(tmp_path):
+    table = {name: i for i, name in enumerate(SCANNET.classes)}
+    assert opened(tmp_path, v2(categories=table, classes=SCANNET.classes))[0].labels.tolist() == [4]
+    with pytest.raises(InputError, match="its categories and its classes number the classes differently"):
+        opened(tmp_path, v2(categories=table, classes=SCANNET.classes[::-1]))
+
+
+def test_an_alignment_beside_the_boxes_is_read_and_absent_boxes_are_none(tmp_path):
+    (entry,) = v1()
+    entry["axis_align_matrix"] = np.array([[0, -1, 0, 5], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    del entry["annos"]["axis_align_matrix"]
+    scan = opened(tmp_path, [entry])[0]
+    assert scan.points[0].tolist() == [3, 1, 3] and not scan.notes
+    empty = v2(())
+    empty["data_list"][0]["instances"] = None
+    assert len(opened(tmp_path, empty)[0].boxes) == 0
+    assert len(opened(tmp_path, [{**entry, "annos": None}])[0].boxes) == 0
+
+
+def test_names_in_place_of_numbers_are_names(tmp_path):
+    source = opened(tmp_path, v1(TWO, **{"class": np.array(["Desk", "monitor"])}))
+    assert source[0].labels.tolist() == [SCANNET.classes.index("desk")] and source[0].notes == {foreign("monitor"): 1}
+    assert not source.warnings
+
+
+def test_unlike_boxes_and_yaws_apart_are_refused(tmp_path):
+    with pytest.raises(InputError, match="boxes of scan a have 6 and 7 numbers"):
+        opened(tmp_path, v2((BOX, [*BOX, 0.3])))
+    with pytest.raises(InputError, match="boxes of scan a have six numbers, and yaws apart as rotation_y: give seven"):
+        opened(tmp_path, v1(rotation_y=np.array([0.3])), SUNRGBD)
+    assert len(opened(tmp_path, v1(rotation_y=np.zeros(1)), SUNRGBD)[0].boxes) == 1
 
 
 def test_nothing_but_foreign_classes_is_refused_in_training(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from h2a2_jax.scans.formats.point_cloud import PointCloud, read_point_cloud
 from h2a2_jax.scans.frame import UPRIGHT
-from h2a2_jax.scans.orientation import AXES, decide_frame, extents, guess_unit, guess_up, up_votes
+from h2a2_jax.scans.orientation import AXES, SIGNS, UpVotes, decide_frame, extents, guess_unit, guess_up, up_votes
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 
@@ -27,7 +27,7 @@ def test_up_is_found_in_every_orientation(spec, scale, axis):
     scan = SyntheticSource(spec, "val", 3, scale=scale, seed=3)[2 if scale == "full" else 1]
     guess = named(turned(scan.points, "z", axis))
     assert guess.guess == axis and guess.differs == (axis != "z")
-    assert "its direction by" in guess.evidence
+    assert set(guess.evidence.replace(" and ", ", ").split(", ")) <= set(SIGNS)
 
 
 def test_a_scan_that_stands_gets_no_advice():
@@ -143,7 +143,8 @@ def test_the_usual_frame_needs_no_word():
 def test_what_the_points_show_is_taken_and_said():
     up, unit, said = decided(1000 * turned(ROOM, "z", "-y"))
     assert (up, unit) == ("-y", "mm")
-    assert "-y points up, it seems" in said and "--up=-y says so" in said and "--unit=mm says so" in said
+    assert "-y is taken to point up, by its floor, " in said and said.endswith("; --up=-y confirms it")
+    assert said.startswith("is taken to be in mm (extents 2,") and "; --unit=mm confirms it | " in said
 
 
 def test_floors_above_one_another_are_not_laid_on_their_side():
@@ -200,6 +201,20 @@ def test_what_nothing_shows_is_assumed_and_said():
     assert (up, unit) == ("z", "m") and "signs are weak or at odds" in said and "z is assumed" in said
     assert decided(np.zeros((0, 3))) == ("z", "m", "")
     assert decided(np.full((9, 3), 1e300), up="y", unit="cm") == ("y", "cm", "")
+
+
+def test_an_open_axis_has_a_plain_reason():
+    nothing = dict.fromkeys(SIGNS, (0.0,) * 6)
+    upright = nothing | {"floor": (3.0, 2.9, -1.0, -1.0, -1.0, -1.0), "walls": (2.0, 2.0, -1.0, -1.0, -1.0, -1.0)}
+    weak = nothing | {"walls": (0.4, 0.4, 0.0, 0.0, 0.0, 0.0)}
+    for votes, one_surface, reason in (
+        (upright, False, "by its floor and walls it stands along z, but either end may be up"),
+        (weak, False, "its signs are weak: walls"),
+        (nothing, False, "nothing in it tells"),
+        (upright, True, "one plane holds most of the points, a floor or a wall"),
+    ):
+        guess = guess_up("z", [UpVotes(votes, one_surface)])
+        assert guess.guess is None and guess.evidence == reason
 
 
 def test_extents_leave_out_strays():

@@ -114,6 +114,7 @@ def make_cases():
         "points inside jit": (lambda: jitted(voxels, points), "use sparse.voxelize_points there"),
         "two edges for three axes": (lambda: voxels(points, (0.1, 0.1)), "one for each of the 3 columns of the points"),
         "negative voxels": (lambda: voxels(points, -0.1), "voxel_size is -0.1; expected metres above 0"),
+        "voxels of text": (lambda: voxels(points, "0.1"), "voxel_size is '0.1'; expected metres above 0"),
         "no voxels": (lambda: voxels(points, None), "voxel_size is None; expected metres above 0"),
         "colours inside jit": (lambda: points_in_jit(np.zeros((9, 6))), "points have the shape [9, 6]"),
         "bits inside jit": (lambda: points_in_jit(points > 0), "points have the shape [9, 3] and the type bool"),
