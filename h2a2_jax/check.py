@@ -23,9 +23,10 @@ from tqdm import tqdm
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import available_cores
 from h2a2_jax.prepare.worker_pool import run_in_processes
+from h2a2_jax.scans.file_frame import guess_unit
 from h2a2_jax.scans.findings import NEARLY_SAME, BoxFinding, ScanFinding, measure_scan
 from h2a2_jax.scans.frame import MOVED, NO_COLORS, UNITS
-from h2a2_jax.scans.orientation import Guess, guess_unit, guess_up
+from h2a2_jax.scans.orientation import Guess, guess_up
 from h2a2_jax.scans.scan import UNUSABLE, some
 from h2a2_jax.scans.scan_folder import BOXES_FILE, ScanFolder
 from h2a2_jax.scans.sources import CheckedFolder, Split, recognise

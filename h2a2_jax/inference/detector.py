@@ -24,6 +24,7 @@ from h2a2_jax.inference.input_files import PredictRequest, align
 from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inference.results import boxes_in_input_frame
 from h2a2_jax.loader.batching import no_scan
+from h2a2_jax.scans.file_frame import decide_frame
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, ColorRange, PointCloud, cloud_of_arrays
 from h2a2_jax.scans.frame import (
     UNITS,
@@ -36,7 +37,6 @@ from h2a2_jax.scans.frame import (
     respelt,
     upright_matrix,
 )
-from h2a2_jax.scans.orientation import decide_frame
 from h2a2_jax.scans.specs import DatasetSpec
 
 

@@ -1,7 +1,7 @@
 """Files of points to predict: find them, and read each as a scan in the frame that a detector expects.
 
 A detector expects metres, z up, and floors where its dataset has them. The up axis and the unit are what the file or
-the user says, else what the points show (`orientation`); the floor is found and brought to the dataset's height
+the user says, else what the points show (`file_frame`); the floor is found and brought to the dataset's height
 (`frame.place_as_dataset`). The place of the origin along x and y does not matter: a scan far from it is shifted near it
 by whole voxels of every level. Heads whose boxes are axis-aligned need walls along x and y: `PredictRequest.align`.
 Every decision is a remark, with the flag that settles it; boxes are given in the frame of the file.
@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.scans.file_frame import decide_frame
 from h2a2_jax.scans.formats.columns import parse_columns
 from h2a2_jax.scans.formats.folders import describe_unread, parts_of_meshes
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, read_point_cloud
@@ -38,7 +39,6 @@ from h2a2_jax.scans.frame import (
     place_cloud,
     upright_matrix,
 )
-from h2a2_jax.scans.orientation import decide_frame
 from h2a2_jax.scans.scan import NOT_FINITE, Scan, ScanError, is_hidden
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.scans.surfaces import estimate_gravity, estimate_walls, surface_normals

@@ -37,8 +37,8 @@ from h2a2_jax.inference.input_files import (
 from h2a2_jax.inference.predictor import PlannedPass, Predictor, build_predictor, predict_scans, prepare, skipped_lines
 from h2a2_jax.inference.results import document_of, scan_entry
 from h2a2_jax.inference.writers import ALL_BOXES, TABLE, check_output, write_document, write_scan, write_table
+from h2a2_jax.scans.file_frame import OPEN
 from h2a2_jax.scans.formats.folders import describe_unread
-from h2a2_jax.scans.orientation import OPEN
 from h2a2_jax.scans.sources import build_source, some
 from h2a2_jax.scans.specs import DatasetSpec
 

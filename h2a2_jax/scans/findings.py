@@ -7,12 +7,14 @@ from typing import cast
 import numpy as np
 from jaxtyping import Float, Int
 
+from h2a2_jax.scans.file_frame import guess_unit
 from h2a2_jax.scans.formats.colors import GREY
 from h2a2_jax.scans.frame import UNITS
-from h2a2_jax.scans.orientation import UpVotes, extents, guess_unit, up_votes
+from h2a2_jax.scans.orientation import UpVotes, up_votes
 from h2a2_jax.scans.scan import ScanError, ScanSource, points_in_box
 from h2a2_jax.scans.scan_folder import ScanFolder
 from h2a2_jax.scans.sources import Split
+from h2a2_jax.scans.surfaces import extents
 
 NEARLY_SAME = 0.95
 """IoU above which a box nearly repeats another."""

@@ -1,4 +1,4 @@
-"""The axis of a file that points up, and its unit, decided by what the points show.
+"""The axis of a file that points up, by what its points show.
 
 No single sign tells a floor from a wall. Each sign gives each of the six axes that may point up a vote, a difference of
 log-odds; an axis is named only where the votes together are clear and several signs agree:
@@ -22,12 +22,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from h2a2_jax.scans.formats.point_cloud import PointCloud
-from h2a2_jax.scans.frame import UNITS, UPRIGHT
+from h2a2_jax.scans.frame import UPRIGHT
 from h2a2_jax.scans.surfaces import (
     cell_points,
     estimate_gravity,
     estimate_walls,
+    extents,
     slab_shares,
     surface_normals,
     without_strays,
@@ -46,8 +46,6 @@ _FURNITURE = 1.1  # m above the floor
 _ROOM_HEIGHT = 2.6  # m
 _STOREY = 3.8  # m, which few storeys exceed
 _PLACES = 3_000
-_MEASURED = 100_000  # points
-_NOWHERE = 1e12  # in any unit
 _LARGEST = 100.0  # m; a scan in another unit would fill the memory
 _CONE = 0.95  # tangent of half the widest field of view of a camera
 _RANGE = 8.0  # m, of a depth camera
@@ -282,106 +280,15 @@ def guess_up(declared: str, scans: Sequence[UpVotes]) -> Guess:
     evidence = _listed([sign for sign in SIGNS if sign in agreeing or sign in upright])
     if all(scan.one_surface for scan in scans) and "camera" not in agreeing:
         return Guess(declared, None, False, "one plane holds most of the points, a floor or a wall")
-    is_enough = not any(scan.high for scan in scans) or {"floor", "camera"} & {*agreeing, *upright}
-    if margin < _CLEAR or len(agreeing) < _AGREEING or not upright or not is_enough:
-        is_along = margin_of_axis >= _CLEAR and len(agreeing) >= _AGREEING
-        reason = (
-            f"by its {_listed(agreeing)} it stands along {AXES[best][-1]}, but either end may be up"
-            if is_along
-            else f"its signs are weak: {evidence}"
-            if evidence
-            else "nothing in it tells"
-        )
+    if margin < _CLEAR or len(agreeing) < _AGREEING or not upright:
+        reason = f"its signs are weak: {evidence}" if evidence else "nothing in it tells"
+        if margin_of_axis >= _CLEAR and len(agreeing) >= _AGREEING:
+            reason = f"by its {_listed(agreeing)} it stands along {AXES[best][-1]}, but either end may be up"
         return Guess(declared, None, False, reason)
+    if any(scan.high for scan in scans) and not {"floor", "camera"} & {*agreeing, *upright}:
+        return Guess(declared, None, False, "it is as large as several storeys, and no floor tells")
     return Guess(declared, AXES[best], margin > _CERTAIN and len(agreeing) > _AGREEING, evidence)
 
 
 def _listed(signs: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(signs[:-1]), *signs[-1:])))
-
-
-_ROOM = np.log([2.0, 4.0, 5.5])  # m, the extents of a room by size
-_SPREAD = 0.6
-_GUESSED = ("m", "cm", "mm")
-_IMPERIAL = {"m": "ft", "cm": "in"}  # what a file that seems to be in the former may be in
-_HIGHEST = 6.5  # m, which the smallest extent of a scan of a room does not exceed
-_UNIT_CLEAR, _UNIT_ODD = 3.0, 14.0  # half the squared deviations of extents from those of rooms
-
-
-def extents(points: Float[np.ndarray, "m 3"]) -> tuple[float, float, float]:
-    """Extents of at least one point along x, y and z, between the .2 and the 99.8 percentiles."""
-    low, high = np.percentile(points, [0.2, 99.8], axis=0)
-    x, y, z = (high - low).tolist()
-    return x, y, z
-
-
-def _off_a_room(sizes: Float[np.ndarray, "3"], unit: str) -> float:
-    return float(np.square((np.log(sizes * UNITS[unit]) - _ROOM) / _SPREAD).sum() / 2)
-
-
-def guess_unit(declared: str, scans: Sequence[tuple[float, float, float]]) -> Guess:
-    """Guess the unit in which the extents of scans, in any order of axes, are those of rooms or of parts of rooms."""
-    if not scans:
-        return Guess(declared, None, False, "no scan could be read")
-    sizes = np.sort(np.median(np.maximum(scans, 1e-9), axis=0))
-    off = {unit: _off_a_room(sizes, unit) for unit in UNITS.keys() & {*_GUESSED, declared}}
-    best, second = sorted(off, key=off.__getitem__)[:2]
-    is_clear = off[second] - off[best] > _UNIT_CLEAR and off[best] < _UNIT_ODD
-    shown = " x ".join(f"{size:,.0f}" if size >= 100 else f"{size * (size > 1e-6):.3g}" for size in sizes)
-    return Guess(declared, best if is_clear else None, is_clear, f"extents {shown}; rooms measure 2 to 8 m")
-
-
-OPEN: Mapping[str, str] = {"up": "does not show which axis points up", "unit": "does not show its unit"}
-"""Beginnings of the remarks on what is left open and assumed."""
-
-
-def decide_frame(cloud: PointCloud, up: str, unit: str, flag: str = "--{}={}") -> tuple[str, str, list[str]]:
-    """Decide which axis of a file points up and its unit, with remarks on what was decided and on what looks wrong.
-
-    Args:
-        cloud: points of the file.
-        up: the axis as the user says, or "auto": as the file says, else as the points show, else z.
-        unit: the unit as the user says, or "auto": as the file says, else as the points show, else metres.
-        flag: form in which the remarks name an argument and its value.
-    """
-    frame = {"up": up, "unit": unit}
-    said = {"up": cloud.up, "unit": cloud.unit}
-    usual = {"up": "z", "unit": "m"}
-    points = cloud.points[:: max(1, len(cloud.points) // _MEASURED)].astype(np.float64)
-    points = points[(np.abs(points) < _NOWHERE).all(axis=1)]
-    if not len(points):
-        taken = {key: (said[key] or usual[key]) if value == "auto" else value for key, value in frame.items()}
-        return taken["up"], taken["unit"], []
-    remarks: list[str] = []
-
-    def decide(key: str, guess: Guess) -> str:
-        asked, words = frame[key], {"up": "{} points up", "unit": "the unit is {}"}[key].format
-        decided = {"up": "{} is taken to point up, by its {}", "unit": "is taken to be in {} ({})"}[key].format
-        flags = flag.format(key, guess.guess or said[key] or usual[key])
-        if asked == "auto" and said[key] is None:
-            if guess.guess is None:
-                remarks.append(f"{OPEN[key]} ({guess.evidence}): {usual[key]} is assumed; {flags} confirms it")
-            elif guess.guess != usual[key]:
-                remarks.append(f"{decided(guess.guess, guess.evidence)}; {flags} confirms it")
-            return guess.guess or usual[key]
-        taken = asked if asked != "auto" else str(said[key])
-        if asked == "auto" and taken != usual[key]:
-            remarks.append(f"{words(taken)}, as its format says")
-        if guess.guess not in (None, taken):
-            perhaps = "" if guess.certain else "perhaps "
-            remarks.append(f"looks as if {perhaps}{words(guess.guess)} ({guess.evidence}): add {flags}")
-        return taken
-
-    guessed = guess_unit(frame["unit"], [extents(points)])
-    taken_unit = decide("unit", guessed)
-    sizes, imperial = np.sort(np.maximum(extents(points), 1e-9)), _IMPERIAL.get(taken_unit)
-    if imperial and unit == "auto" and cloud.unit is None and (taken_unit != "m" or sizes[0] > _HIGHEST):
-        off = _off_a_room(sizes, imperial)
-        if off < _UNIT_CLEAR < _off_a_room(sizes, taken_unit) - off:
-            shown, word = " x ".join(f"{size:.3g}" for size in sizes), {"ft": "feet", "in": "inches"}[imperial]
-            remarks.append(
-                f"measures {shown}, as a room in {word} does: if it is one, add {flag.format('unit', imperial)}"
-            )
-    # A wrong unit must not hide which axis points up.
-    votes = up_votes(points * UNITS[guessed.guess or taken_unit])
-    return decide("up", guess_up(frame["up"], [votes])), taken_unit, remarks

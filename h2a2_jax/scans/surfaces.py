@@ -85,6 +85,13 @@ def without_strays(points: Float[np.ndarray, "m 3"]) -> Float[np.ndarray, "n 3"]
     return points[((points > low - _STRAY) & (points < high + _STRAY)).all(axis=1)]
 
 
+def extents(points: Float[np.ndarray, "m 3"]) -> tuple[float, float, float]:
+    """Extents of at least one point along x, y and z, between the .2 and the 99.8 percentiles."""
+    low, high = np.percentile(points, [0.2, 99.8], axis=0)
+    x, y, z = (high - low).tolist()
+    return x, y, z
+
+
 def slab_shares(heights: Float[np.ndarray, " m"]) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
     """Places every 3 cm along an axis, and the share of the points within 3 cm of each; of at least one point."""
     low, high = np.percentile(heights, [0.5, 99.5])

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
+from h2a2_jax.scans.file_frame import decide_frame, guess_unit
 from h2a2_jax.scans.formats.point_cloud import PointCloud, read_point_cloud
 from h2a2_jax.scans.frame import UPRIGHT
-from h2a2_jax.scans.orientation import AXES, SIGNS, UpVotes, decide_frame, extents, guess_unit, guess_up, up_votes
+from h2a2_jax.scans.orientation import AXES, SIGNS, UpVotes, guess_up, up_votes
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD
+from h2a2_jax.scans.surfaces import extents
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 
 
@@ -171,7 +173,7 @@ def test_floors_above_one_another_are_not_laid_on_their_side():
     ]
     storey, ceiling = np.concatenate(parts), plate((0, 0, 5.5), (5, 4, 5.5), 4000)
     up, _, said = decided(np.concatenate([storey, storey + np.array([0, 0, 2.9]), ceiling]))
-    assert up == "z" and "signs are weak or at odds" in said
+    assert up == "z" and "does not show which axis points up" in said
 
 
 def test_feet_and_inches_are_remarked_on():
@@ -198,7 +200,7 @@ def test_what_the_user_says_is_taken_and_contradicted():
 def test_what_nothing_shows_is_assumed_and_said():
     rng = np.random.default_rng(0)
     up, unit, said = decided(rng.uniform(0, [3, 3, 3], (3000, 3)))
-    assert (up, unit) == ("z", "m") and "signs are weak or at odds" in said and "z is assumed" in said
+    assert (up, unit) == ("z", "m") and "nothing in it tells" in said and "z is assumed" in said
     assert decided(np.zeros((0, 3))) == ("z", "m", "")
     assert decided(np.full((9, 3), 1e300), up="y", unit="cm") == ("y", "cm", "")
 
