@@ -20,7 +20,7 @@ from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.checkpoint.store import read_detector
 from h2a2_jax.compilation import default_cache, private_folder
 from h2a2_jax.errors import InputError
-from h2a2_jax.inference.input_files import PredictRequest, align
+from h2a2_jax.inference.input_files import align
 from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.inference.results import boxes_in_input_frame
 from h2a2_jax.loader.batching import no_scan
@@ -265,10 +265,9 @@ class Detector:
             scan = place_cloud(
                 str(i + 1), read, upright_matrix(axis, length), color_range, colors_hint="say color_range"
             )
-            _, advice = align(scan, PredictRequest(()), spec)
+            _, turning = align(scan, "none", spec, "turn it first, as h2a2 predict --align={}")
             scan, placing = place_as_dataset(scan, spec, height, "floor={!r}")
             placed.append(scan)
-            turning = (remark.replace("add --align", "turn it first, as h2a2 predict --align") for remark in advice)
             remarks.append((*assumed, *decided, *turning, *placing))
         found: list[Boxes] = []
         for start in range(0, len(placed), batch_size):

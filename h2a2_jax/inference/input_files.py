@@ -333,20 +333,25 @@ def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> Fi
     remarks += cloud.assumed
     notes = [(kind, count) for kind, count in placed.scan.notes.items() if kind != NO_COLORS]
     remarks += [f"{count:,} {kind}{' are left out' * (kind == NOT_FINITE)}" for kind, count in notes]
-    placed, more = align(placed, request, spec)
+    placed, more = align(placed, request.align, spec)
     placed, placing = place_as_dataset(placed, spec, request.floor, "--floor={}")
     remarks += [*more, *placing]
     return FileScan(file, placed.scan, placed.matrix, tuple(remarks), time.perf_counter() - started)
 
 
-def align(placed: PlacedCloud, request: PredictRequest, spec: DatasetSpec) -> tuple[PlacedCloud, list[str]]:
-    """Turn a scan in metres, z up, as `PredictRequest.align` says, with remarks on what was done and would help."""
+def align(
+    placed: PlacedCloud, how: Align, spec: DatasetSpec, advice: str = "add --align={}"
+) -> tuple[PlacedCloud, list[str]]:
+    """Turn a scan in metres, z up, as `PredictRequest.align` says, with remarks on what was done and would help.
+
+    `advice` is the form in which a remark names what would help.
+    """
     # A remark needs the angles to a degree only, and is made of every file.
-    normals = surface_normals(placed.scan.points, *[_ADVISING] * (request.align == "none"))
+    normals = surface_normals(placed.scan.points, *[_ADVISING] * (how == "none"))
     gravity = estimate_gravity(normals)
     rotation, remarks = np.eye(3), []
     tilt = f"{math.degrees(gravity.tilt):.1f} degrees"
-    levels = request.align in ("gravity", "both")
+    levels = how in ("gravity", "both")
     is_tilted = not levels and gravity.sure and gravity.tilt > _TILTED
     if levels and gravity.sure:
         rotation = gravity.rotation
@@ -355,19 +360,19 @@ def align(placed: PlacedCloud, request: PredictRequest, spec: DatasetSpec) -> tu
         remarks.append("does not show which way is up (too few floors and walls) and is left as it is")
     elif is_tilted:
         # Walls are measured better on a level scan: advising both at once saves a round.
-        is_turned = request.align == "manhattan" or not spec.has_yaw
-        remarks.append(f"looks tilted by {tilt}: add --align={'both' if is_turned else 'gravity'}")
+        is_turned = how == "manhattan" or not spec.has_yaw
+        remarks.append(f"looks tilted by {tilt}: {advice.format('both' if is_turned else 'gravity')}")
     walls = estimate_walls(normals @ rotation.T)
     angle = f"{math.degrees(walls.angle):.1f} degrees"
-    turns = request.align in ("manhattan", "both")
+    turns = how in ("manhattan", "both")
     if turns and walls.sure:
         rotation = walls.rotation @ rotation
         remarks.append(f"has its walls at {angle} to x and y and is turned along them")
     elif turns:
         remarks.append("shows no direction of its walls and is not turned along them")
     elif walls.sure and not spec.has_yaw and abs(walls.angle) > _TURNED and not is_tilted:
-        flag = f"--align={'both' if levels else 'manhattan'}"
-        remarks.append(f"has its walls at {angle} to x and y, and boxes of {spec.name} are axis-aligned: add {flag}")
+        remedy = advice.format("both" if levels else "manhattan")
+        remarks.append(f"has its walls at {angle} to x and y, and boxes of {spec.name} are axis-aligned: {remedy}")
     if np.array_equal(rotation, np.eye(3)):
         return placed, remarks
     return moved(placed, rotation), remarks

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from h2a2_jax.scans.formats.point_cloud import PointCloud
 from h2a2_jax.scans.frame import UNITS
-from h2a2_jax.scans.orientation import Guess, guess_up, up_votes
+from h2a2_jax.scans.orientation import Guess, UpVotes, guess_up, up_votes
 from h2a2_jax.scans.surfaces import extents
 
 _MEASURED = 100_000  # points
@@ -37,6 +37,23 @@ def guess_unit(declared: str, scans: Sequence[tuple[float, float, float]]) -> Gu
     return Guess(declared, best if is_clear else None, is_clear, f"extents {shown}; rooms measure 2 to 8 m")
 
 
+def frame_signs(
+    points: Float[np.ndarray, "m 3"], unit: str = "m"
+) -> tuple[tuple[float, float, float], Guess, UpVotes] | None:
+    """Extents of the points of a file in its unit, a guess of the unit, declared as `unit`, and votes on the up axis.
+
+    None of no points that could be anywhere.
+    """
+    points = points[:: max(1, len(points) // _MEASURED)].astype(np.float64)
+    points = points[(np.abs(points) < _NOWHERE).all(axis=1)]
+    if not len(points):
+        return None
+    sizes = extents(points)
+    guess = guess_unit(unit, [sizes])
+    # A wrong unit must not hide which axis points up.
+    return sizes, guess, up_votes(points * UNITS[guess.guess or unit])
+
+
 OPEN: Mapping[str, str] = {"up": "does not show which axis points up", "unit": "does not show its unit"}
 """Beginnings of the remarks on what is left open and assumed."""
 _USUAL = {"up": "z", "unit": "m"}
@@ -53,17 +70,13 @@ def decide_frame(cloud: PointCloud, up: str, unit: str, flag: str = "--{}={}") -
         unit: the unit as the user says, or "auto": as the file says, else as the points show, else metres.
         flag: form in which the remarks name an argument and its value.
     """
-    points = cloud.points[:: max(1, len(cloud.points) // _MEASURED)].astype(np.float64)
-    points = points[(np.abs(points) < _NOWHERE).all(axis=1)]
-    if not len(points):
+    signs = frame_signs(cloud.points, (cloud.unit or "m") if unit == "auto" else unit)
+    if signs is None:
         usual = cloud.up or "z", cloud.unit or "m"
         return usual[0] if up == "auto" else up, usual[1] if unit == "auto" else unit, []
-    sizes = extents(points)
-    of_unit = guess_unit("m" if unit == "auto" else unit, [sizes])
+    sizes, of_unit, votes = signs
     length = _Decision("unit", unit, cloud.unit, of_unit, flag)
     imperial = [] if unit != "auto" or cloud.unit else _imperial(sizes, length.value, flag)
-    # A wrong unit must not hide which axis points up.
-    votes = up_votes(points * UNITS[of_unit.guess or length.value])
     axis = _Decision("up", up, cloud.up, guess_up("z" if up == "auto" else up, [votes]), flag)
     return axis.value, length.value, [*length.remarks, *imperial, *axis.remarks]
 

@@ -7,19 +7,16 @@ from typing import cast
 import numpy as np
 from jaxtyping import Float, Int
 
-from h2a2_jax.scans.file_frame import guess_unit
+from h2a2_jax.scans.file_frame import frame_signs
 from h2a2_jax.scans.formats.colors import GREY
-from h2a2_jax.scans.frame import UNITS
-from h2a2_jax.scans.orientation import UpVotes, up_votes
+from h2a2_jax.scans.orientation import UpVotes
 from h2a2_jax.scans.scan import ScanError, ScanSource, points_in_box
 from h2a2_jax.scans.scan_folder import ScanFolder
 from h2a2_jax.scans.sources import Split
-from h2a2_jax.scans.surfaces import extents
 
 NEARLY_SAME = 0.95
 """IoU above which a box nearly repeats another."""
 _SAME_YAW = 0.05  # rad
-_MEASURED = 200_000  # points
 _MOST_COMPARED = 1000  # boxes of a class in a scan
 
 
@@ -108,13 +105,13 @@ def measure_scan(sources: Mapping[Split, ScanSource], place: str) -> ScanFinding
             scan = source[index]
     except ScanError as error:
         # A scan in another unit than declared may reach too far to be used, and its extent still shows its unit.
-        extent, up = (None, None) if cloud is None else _frame(cloud.points)
+        extent, _, up = (None if cloud is None else frame_signs(cloud.points)) or (None, None, None)
         return ScanFinding(split, source.names[index], str(error), extent=extent, up=up)
     points, colors = (scan.points, None) if cloud is None else (cloud.points, cloud.colors)
     bits = np.ascontiguousarray(scan.points, np.float32).view(np.uint32).astype(np.uint64)
     mixed = bits @ np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
     labelled = scan.labels >= 0
-    extent, up = _frame(points)
+    extent, _, up = frame_signs(points) or (None, None, None)
     repeated, nearly_repeated = _repeats(scan.boxes[labelled], scan.labels[labelled])
     return ScanFinding(
         split,
@@ -134,15 +131,6 @@ def measure_scan(sources: Mapping[Split, ScanSource], place: str) -> ScanFinding
         notes=dict(scan.notes),
         assumed=(*(() if cloud is None else cloud.assumed), *remarks),
     )
-
-
-def _frame(points: np.ndarray) -> tuple[tuple[float, float, float] | None, UpVotes | None]:
-    """Extent of points in the unit of their file, and their votes on the axis that points up."""
-    if not len(points):
-        return None, None
-    some = points[:: max(1, len(points) // _MEASURED)].astype(np.float64)
-    extent = extents(some)
-    return extent, up_votes(some * UNITS[guess_unit("m", [extent]).guess or "m"])
 
 
 def _low_mean_high(colors: np.ndarray) -> tuple[float, float, float]:

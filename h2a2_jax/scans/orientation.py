@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from h2a2_jax.scans.frame import UPRIGHT
 from h2a2_jax.scans.surfaces import (
@@ -120,8 +120,7 @@ def features(points: Float[np.ndarray, "m 3"]) -> tuple[Float[np.ndarray, "6 f"]
     for axis in "zyx":
         upright, planes, turned = _stand_up(points, normals, axis)
         largest = max(largest, *(share for _, share in planes.values()))
-        for end, name in enumerate((axis, f"-{axis}")):
-            rows[name] = _features(upright, planes, turned, end)
+        rows[axis], rows[f"-{axis}"] = _features(upright, planes, turned)
     return np.array([rows[axis] for axis in AXES]), largest
 
 
@@ -143,44 +142,53 @@ def _stand_up(
     if walls.sure:
         rotation = walls.rotation @ rotation
     upright = points @ rotation.T
-    planes = {(i, end): outer_plane(upright[:, i], end) for i in range(3) for end in (0, 1)}
+    planes = {(i, end): plane for i in range(3) for end, plane in enumerate(_outer_planes(upright[:, i]))}
     return upright, planes, normals @ rotation.T
 
 
-def outer_plane(heights: Float[np.ndarray, " m"], end: int) -> tuple[float, float]:
-    """Find the outermost large plane across an axis at its low (0) or high (1) end: its place, and its share."""
+def _outer_planes(heights: Float[np.ndarray, " m"]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Find the outermost large planes across an axis at its low and high end: the place and the share of each."""
     places, shares = slab_shares(heights)
     low, high = np.percentile(heights, [0.5, 99.5])
-    outer = places < low + _OUTER * (high - low) if end == 0 else places > high - _OUTER * (high - low)
-    large = np.flatnonzero(outer & (shares >= shares[outer].max() / 2))
-    first = large[0] if end == 0 else large[-1]
-    near = np.arange(max(first - 2, 0), min(first + 3, len(shares)))
-    best = near[np.argmax(shares[near])]
-    return float(places[best]), float(shares[best])
+    margin = _OUTER * (high - low)
+
+    def plane(outer: np.ndarray, outermost: int) -> tuple[float, float]:
+        first = np.flatnonzero(outer & (shares >= shares[outer].max() / 2))[outermost]
+        near = np.arange(max(first - 2, 0), min(first + 3, len(shares)))
+        best = near[np.argmax(shares[near])]
+        return float(places[best]), float(shares[best])
+
+    return plane(places < low + margin, 0), plane(places > high - margin, -1)
 
 
-def _features(upright: np.ndarray, planes: Planes, normals: np.ndarray, end: int) -> list[float]:
-    """Features of one axis, the floor being at its low (0) or high (1) end."""
-    place, share = planes[2, end]
-    sign = 1 - 2 * end
-    heights = (upright[:, 2] - place) * sign
+def _features(upright: np.ndarray, planes: Planes, normals: np.ndarray) -> tuple[list[float], list[float]]:
+    """Features of an axis with the floor at its low end, and of its opposite with the floor at the high end."""
     things = upright[_off_planes(upright, planes)]
-    above = (things[:, 2] - place) * sign
-    above = above[above > 0]
+    owners = _connected(things)
     tilts = np.abs(normals)
     is_upright = tilts[:, 2] < 0.14
     count = max(len(normals), 1)
     extents = np.diff(np.percentile(upright, [0.5, 99.5], axis=0), axis=0)[0] + 0.05
-    return [
-        share,
-        float(np.log((heights < -0.1).mean() + 0.002)),
-        _standing(things, place),
-        float((above < _FURNITURE).mean()) if len(above) else 0.5,
+    of_axis = [
         float(np.log((is_upright & (tilts[:, :2].min(axis=1) > 0.26)).sum() / count + 0.003)),
         float((is_upright | (tilts[:, 2] > 0.99)).sum() / count),
         float(np.log(extents[2] / np.sqrt(extents[0] * extents[1]))),
         float(abs(np.log(extents[2] / _ROOM_HEIGHT))),
     ]
+
+    def of_end(end: int) -> list[float]:
+        place, share = planes[2, end]
+        sign = 1 - 2 * end
+        above = (things[:, 2] - place) * sign
+        above = above[above > 0]
+        return [
+            share,
+            float(np.log(((upright[:, 2] - place) * sign < -0.1).mean() + 0.002)),
+            _standing(things, owners, place),
+            float((above < _FURNITURE).mean()) if len(above) else 0.5,
+        ]
+
+    return of_end(0) + of_axis, of_end(1) + of_axis
 
 
 def _off_planes(upright: np.ndarray, planes: Planes) -> np.ndarray:
@@ -192,17 +200,23 @@ def _off_planes(upright: np.ndarray, planes: Planes) -> np.ndarray:
     return inside
 
 
-def _standing(things: Float[np.ndarray, "k 3"], place: float) -> float:
-    """Share of connected things that touch a plane across z: the mean of that by points and that by number."""
+def _connected(things: Float[np.ndarray, "k 3"]) -> Int[np.ndarray, " k"]:
+    """Number of the connected thing, from 1 on, that each point belongs to; 0 of too few points."""
     from scipy import ndimage
 
     if len(things) < 2 * _THING:
-        return 0.0
+        return np.zeros(len(things), np.int32)
     cells = np.floor((things - things.min(axis=0)) / _VOXEL).astype(np.int64)
     filled = np.zeros(cells.max(axis=0) + 1, bool)
     filled[tuple(cells.T)] = True
-    labels, number = ndimage.label(filled, np.ones((3, 3, 3)))
-    owner = labels[tuple(cells.T)]
+    return ndimage.label(filled, np.ones((3, 3, 3)))[0][tuple(cells.T)]
+
+
+def _standing(things: Float[np.ndarray, "k 3"], owner: Int[np.ndarray, " k"], place: float) -> float:
+    """Share of connected things that touch a plane across z: the mean of that by points and that by number."""
+    number = int(owner.max(initial=0))
+    if not number:
+        return 0.0
     sizes = np.bincount(owner, minlength=number + 1)
     gaps = np.full(number + 1, np.inf)
     np.minimum.at(gaps, owner, np.abs(things[:, 2] - place))

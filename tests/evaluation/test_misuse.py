@@ -15,6 +15,7 @@ import pytest
 from h2a2_jax.boxes import Detections
 from h2a2_jax.boxes.matching import GroundTruth
 from h2a2_jax.evaluation import average_precision, best_f1, calibration, evaluate_detections, precision_at_levels
+from tests.outcomes import print_outcomes
 
 ROOT = Path(__file__).parents[2]
 BOXES = np.array([[0, 0, 0, 1, 1, 1, 0], [3, 0, 0, 1, 1, 1, 0]], np.float32)
@@ -130,18 +131,9 @@ def make_cases():
     return refused, right
 
 
-def outcome(call):
-    """Result of a call, or kind and message of its error."""
-    try:
-        return call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-
-
 def main():
     """Print what becomes of every case."""
-    cases = [{name: outcome(call) for name, (call, _) in kind.items()} for kind in make_cases()]
-    print(json.dumps(cases, default=str))
+    print_outcomes(make_cases())
 
 
 REFUSED, RIGHT = make_cases()

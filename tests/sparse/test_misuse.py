@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from h2a2_jax import sparse
+from tests.outcomes import print_outcomes
 
 ROOT = Path(__file__).parents[2]
 
@@ -269,19 +270,9 @@ def make_cases():
     return refused, right
 
 
-def outcome(call):
-    """Result of a call, or kind and message of its error."""
-    try:
-        return call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-
-
 def main():
     """Print what becomes of every case."""
-    print(
-        json.dumps([{name: outcome(call) for name, (call, _) in cases.items()} for cases in make_cases()], default=str)
-    )
+    print_outcomes(make_cases())
 
 
 REFUSED, RIGHT = make_cases()
