@@ -26,8 +26,8 @@ from h2a2_jax.scans.sources import SourceConfig
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.typing import Schedule
 
-CONFIG_VERSION = 1
-"""Version of the JSON form."""
+CONFIG_VERSION = 2
+"""Version of the JSON form. Version 1 knew no prior of kernel selection but the learned one."""
 
 RENAMED_KEYS: Mapping[str, str] = {
     "optim.batches": "optim.accumulate_steps",
@@ -226,7 +226,7 @@ def experiment_config(values: ConfigDict | Mapping[str, Any]) -> ExperimentConfi
 
 
 def to_json(config: ExperimentConfig) -> str:
-    """The config as JSON: its fields, the datasets as a list in order, and "version" (1)."""
+    """The config as JSON: its fields, the datasets as a list in order, and "version" (2)."""
     return json.dumps({"version": CONFIG_VERSION, **dataclasses.asdict(config)}, indent=2)
 
 
@@ -241,10 +241,12 @@ def from_json(text: str) -> ExperimentConfig:
     except json.JSONDecodeError as error:
         raise InputError(f"The config is no JSON ({error}): expected is the text that a run stored.") from error
     version = values.pop("version", None) if isinstance(values, dict) else None
-    if version != CONFIG_VERSION:
+    if version == 1:
+        _add_old_readings(values)
+    elif version != CONFIG_VERSION:
         raise InputError(
-            f"The config has version {version}, this program reads version {CONFIG_VERSION}: use the program that "
-            "stored it, or write the config anew."
+            f"The config has version {version}, this program reads versions 1 and {CONFIG_VERSION}: use the program "
+            "that stored it, or write the config anew."
         )
     return experiment_config(values)
 
@@ -274,6 +276,14 @@ def changes(stored: ExperimentConfig, given: ExperimentConfig) -> list[str]:
         for key in keys
         if not any(key == free or key.startswith(f"{free}.") for free in _FREE)
     ]
+
+
+def _add_old_readings(values: dict[str, Any]) -> None:
+    """Give a config of version 1 the readings that it was trained with, where today's defaults are others, in place."""
+    model = values.get("model")
+    if isinstance(model, Mapping) and isinstance(selection := model.get("selection"), Mapping):
+        old = {"prior": "learned", "consistency": "half_cosine"}
+        values["model"] = {**model, "selection": {**old, **selection}}
 
 
 def _rename_keys(values: dict[str, Any]) -> None:
@@ -348,6 +358,10 @@ def _check_model(model: DetectorConfig) -> None:
         path = "model.selection"
         _require_fraction(path, model.selection, "tau")
         _require_positive(path, model.selection, "temperature")
+        _require_positive(path, model.selection, "agreement_threshold", "agreement_sharpness")
+        _require_fraction(path, model.selection, "exploration")
+        decay = model.selection.agreement_decay
+        _require(0 < decay < 1, f"{path}.agreement_decay", decay, "a number above 0 and below 1, such as 0.98")
         _require_at_least(1, path, model.selection, "projection_dim", "embedding_dim", "hidden")
         parts = model.selection.convolutions
         ok = len(set(parts)) == len(parts) > 0

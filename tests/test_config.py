@@ -51,9 +51,9 @@ def test_round_trips_keep_everything_and_the_order(config: ExperimentConfig):
 
 def test_json_has_a_version_and_refuses_another():
     values = json.loads(to_json(JOINT))
-    assert values["version"] == 1 and [entry["name"] for entry in values["datasets"]] == ["sunrgbd", "scannet"]
-    with pytest.raises(InputError, match="version 2"):
-        from_json(json.dumps({**values, "version": 2}))
+    assert values["version"] == 2 and [entry["name"] for entry in values["datasets"]] == ["sunrgbd", "scannet"]
+    with pytest.raises(InputError, match="version 3"):
+        from_json(json.dumps({**values, "version": 3}))
     with pytest.raises(InputError, match="no JSON"):
         from_json("{")
 
@@ -80,7 +80,7 @@ def test_keys_left_out_take_their_defaults():
         ("model.stage_channels", [1, 2], "model.stage_channels has 2 entries ([1, 2]); expected a list of 4 int."),
         ("eval.iou_thresholds", [0.5, "a"], "eval.iou_thresholds.1 is 'a' (str); expected float."),
         ("harmonize.method", "nhg", "harmonize.method is 'nhg'; expected one of 'ngh', 'mean', 'pcgrad', 'gradnorm'."),
-        ("model.selection.consistency", "x", "expected one of 'half_cosine', 'relu_cosine'."),
+        ("model.selection.consistency", "x", "expected one of 'centered_cosine', 'half_cosine', 'relu_cosine'."),
         ("optim", 3, "optim is 3 (int); expected a group with the keys lr,"),
         ("datasets.scannet", 3, "datasets.scannet is 3 (int); expected a group with the keys of a dataset."),
         ("train.batch_size", 0, "train.batch_size is 0; expected 1 or more."),
@@ -179,6 +179,16 @@ def test_single_is_tr3d_on_one_dataset():
     for variant in (None, "kitti"):
         with pytest.raises(InputError, match="from scannet, sunrgbd, s3dis"):
             module.get_config(variant)
+
+
+def test_a_config_of_version_1_keeps_the_readings_of_its_time():
+    values = json.loads(to_json(JOINT))
+    assert values["model"]["selection"]["prior"] == "agreement"
+    for key in ("prior", "consistency", "agreement_decay"):
+        del values["model"]["selection"][key]
+    selection = from_json(json.dumps({**values, "version": 1})).model.selection
+    assert selection == SelectionConfig(tau=0.3, prior="learned", consistency="half_cosine")
+    assert from_json(json.dumps(values)).model.selection == JOINT.model.selection
 
 
 def test_keys_of_version_0_1_0_have_their_present_names():

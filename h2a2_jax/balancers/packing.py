@@ -11,7 +11,7 @@ counted in the order of the plain tree.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -248,3 +248,23 @@ def name_tensors(tree: PyTree) -> list[str]:
     if isinstance(tree, Packed):
         plain = jax.tree.unflatten(tree.packing.structure, range(count_tensors(tree)))
     return [leaf_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(plain)[0]]
+
+
+def with_tensors(tree: PyTree, tensors: Mapping[str, Array]) -> PyTree:
+    """Replace tensors of a plain or packed tree, by their paths; packed arrays that hold none of them stay as they are.
+
+    Raises:
+        KeyError: the tree has no tensor of a name.
+    """
+    names = name_tensors(tree)
+    if unknown := tensors.keys() - set(names):
+        raise KeyError(f"no tensor {sorted(unknown)[0]!r}; there are {', '.join(names[:5])}, ...")
+    leaves, structure = jax.tree.flatten(unpack(tree))
+    replaced = [tensors.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+    whole = jax.tree.unflatten(structure, replaced)
+    if not isinstance(tree, Packed):
+        return whole
+    packed = tree.packing.pack(whole)
+    assert isinstance(packed, Packed)
+    touched = {key for key, name in zip(tree.packing.keys, names, strict=True) if name in tensors}
+    return Packed({k: packed.arrays[k] if k in touched else tree.arrays[k] for k in tree.packing.members}, tree.packing)

@@ -87,6 +87,9 @@ class CheckpointStore(CheckpointFiles):
         # Scalars of the optimiser state, such as its count, have no dataset axis.
         exclusive_optimizer = stacked(optimizer["datasets"], names) | optimizer["scalars"]
         counters = {name: getattr(like, name) for name in COUNTERS}
+        agreement = like.agreement
+        if agreement is not None:
+            agreement = self._fill(step, "agreement of gradients", agreement, stacked(optimizer["agreement"], names))
         averages = like.averages
         if averages is not None:
             # A run that did not average so far begins its averages with its parameters.
@@ -102,6 +105,7 @@ class CheckpointStore(CheckpointFiles):
             balancer=self._fill(step, "gradient harmonisation (harmonize.method)", like.balancer, balancer),
             averages=averages,
             accumulated=like.accumulated,
+            agreement=agreement,
             **filled(counters, {name: optimizer.get(name, 0) for name in COUNTERS}),
         )
 

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from h2a2_jax.balancers.packing import Kind, Packing
 from h2a2_jax.distributed import DATASET
-from h2a2_jax.models import TR3D, HeadConfig
+from h2a2_jax.layers.agreement_tracking import Groups
+from h2a2_jax.models import HeadConfig
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.typing import Leaf
 
@@ -34,6 +35,7 @@ class TrainState:
     skipped_in_row: Leaf  # int32 [], skipped steps since the last step that was not skipped
     averages: Leaf = None  # `Averages`; None if the run keeps none
     accumulated: Leaf = None  # `Accumulated`; None if a step is one batch
+    agreement: Leaf = None  # `Agreement` by shape of kernel, with a dataset axis; None if no layer measures it
 
 
 @jax.tree_util.register_dataclass
@@ -68,18 +70,18 @@ def is_exclusive(path: Any, variable: Any) -> bool:
     return isinstance(variable, nnx.Variable) and variable.get_metadata().get("dataset_axis") == 0
 
 
-def split_model(model: TR3D) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
+def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
     """Split into (structure, exclusive parameters, shared parameters, statistics); `merge_model` is the inverse."""
     return nnx.split(model, nnx.All(nnx.Param, is_exclusive), nnx.Param, nnx.BatchStat)  # type: ignore[return-value]
 
 
-def merge_model(graph: nnx.GraphDef, exclusive: nnx.State, shared: nnx.State, stats: nnx.State) -> TR3D:
+def merge_model(graph: nnx.GraphDef, exclusive: nnx.State, shared: nnx.State, stats: nnx.State) -> Any:
     """Build a model that shares no variables with others from the parts of `split_model`."""
     return nnx.merge(graph, exclusive, shared, stats, copy=True)
 
 
 def create_state(
-    model: TR3D,
+    model: nnx.Module,
     optimizer: optax.GradientTransformation,
     balancer: optax.GradientTransformationExtraArgs,
     *,
@@ -102,11 +104,12 @@ def create_state(
     shared: Any
     stats: Any
     graph, exclusive, shared, stats = split_model(model)
+    groups = Groups.of(model)
     if kind is not None:
         # On the host: each shape would be a program of its own.
         exclusive, shared, stats = jax.device_get((exclusive, shared, stats))
         exclusive, shared = Packing.of(exclusive, kind, 1).pack(exclusive), Packing.of(shared, kind).pack(shared)
-        stats = Packing.of(stats, lambda _: "statistics", 1).pack(stats)
+        stats = Packing.of(stats, _kind_of_statistics, 1).pack(stats)
     accumulated = None
     if accumulating:
         datasets = len(jax.tree.leaves(stats)[0])
@@ -129,7 +132,13 @@ def create_state(
         skipped_in_row=jnp.zeros((), jnp.int32),
         averages=Averages(shared, exclusive, stats) if averaged else None,
         accumulated=accumulated,
+        agreement=None if groups is None else groups.empty(),
     )
+
+
+def _kind_of_statistics(name: str) -> str:
+    """Kind of a statistic to pack: those that a step measures itself, and those that the layers move."""
+    return "disagreement" if name.endswith("disagreement") else "statistics"
 
 
 def state_specs(state: TrainState) -> TrainState:
@@ -149,6 +158,7 @@ def state_specs(state: TrainState) -> TrainState:
         exclusive_optimizer=along_datasets(state.exclusive_optimizer),
         averages=averages and replace(along_datasets(averages), shared=everywhere(averages.shared)),
         accumulated=along_datasets(state.accumulated),
+        agreement=along_datasets(state.agreement),
     )
 
 

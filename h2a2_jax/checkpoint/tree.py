@@ -3,7 +3,8 @@
     params        {"shared": {path: array}, "datasets": {name: {path: array}}}
     batch_stats   {name: {path: array}}
     optimizer     {"step": array, "skipped": array, "skipped_in_row": array,
-                   "shared": {...}, "datasets": {name: {...}}, "scalars": {...}, "balancer": {...}}
+                   "shared": {...}, "datasets": {name: {...}}, "scalars": {...}, "balancer": {...},
+                   "agreement": {name: {path: array}}}, the last only where kernel selection measures it
     averages      {"params": {...}, "batch_stats": {...}}, as the first two; only of runs that average their parameters
 
 A path is the array's place in the model, as in "backbone.stem.conv.kernel"; in the optimiser, the path of its state
@@ -62,6 +63,8 @@ def stored_state(state: TrainState, specs: Sequence[DatasetSpec]) -> dict[str, A
             "balancer": _host_arrays(state.balancer),
         },
     }
+    if state.agreement is not None:
+        items["optimizer"]["agreement"] = _by_dataset(_host_arrays(state.agreement), specs)
     if (averages := state.averages) is not None:
         items["averages"] = {
             "params": stored_params(averages.shared, averages.exclusive, specs),

@@ -73,7 +73,8 @@ class FoldedConv(nnx.Module):
         bias: [Cout].
         phi: [Cin], with theta the modulation of the input; None where there is none.
         theta: [Cin].
-        alpha: [V]; kernels are selected by it, the projection A [Cin, p] and the prototypes P [V, p].
+        alpha: [V]; kernels are selected by it, the projection A [Cin, p], the prototypes P [V, p] and
+            the centre [V] of the cosines.
         modulation: the modulation of the input where it depends on the scan, else None.
         gate: the gate of the output where it depends on the scan, else None.
     """
@@ -112,7 +113,8 @@ class FoldedConv(nnx.Module):
         self.selection: SelectionConfig | None = getattr(conv, "selection", None) if structure is not None else None
         self.kernels, self.bias = nnx.Param(kernels * factor), nnx.Param(shift)
         self.phi, self.theta = _param(phi), _param(theta)
-        self.alpha, self.projection, self.prototypes = map(_param, structure or (None, None, None))
+        self.alpha, self.projection, self.prototypes = map(_param, structure[:3] if structure else (None,) * 3)
+        self.center = _param(structure.center if structure else None)
         self.modulation: LinearModulation | None = getattr(conv, "modulation", None) if varies else None
         self.gate: ChannelGate | None = part.gate if varies else None
         self.gate_first = part.gate_first
@@ -141,7 +143,7 @@ class FoldedConv(nnx.Module):
                 modulated.features,
                 self.kernels[...],
                 kernel_map,
-                gamma=self._gamma(x, modulated, context),
+                gamma=self._gamma(x, modulated, kernel_map, context),
                 algorithm=context.algorithm,
                 dtype=context.dtype,
                 precision=context.precision,
@@ -152,12 +154,15 @@ class FoldedConv(nnx.Module):
         out = SparseTensor(jnp.where(sites.valid[:, None], y + self.bias[...].astype(y.dtype), 0), sites)
         return out if self.gate is None or self.gate_first else self.gate(out, context.embedding)
 
-    def _gamma(self, x: SparseTensor, modulated: SparseTensor, context: ForwardContext) -> Array | None:
+    def _gamma(
+        self, x: SparseTensor, modulated: SparseTensor, kernel_map: KernelMap, context: ForwardContext
+    ) -> Array | None:
         if self.selection is None or self.alpha is None or self.projection is None or self.prototypes is None:
             return None
-        structure = Structure(self.alpha[...], self.projection[...], self.prototypes[...])
+        center = None if self.center is None else self.center[...]
+        structure = Structure(self.alpha[...], self.projection[...], self.prototypes[...], center)
         seen = modulated if self.selection.structural_features == "modulated" else x
-        return select_kernels(seen, structure, self.selection, context, self.name)
+        return select_kernels(seen, kernel_map, structure, self.selection, context, self.name)[0]
 
 
 def _param(value: Array | None) -> nnx.Param | None:

@@ -89,7 +89,7 @@ def draw(init: Initializer, rngs: nnx.Rngs, shape: tuple[int, ...], dtype: Any, 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["dataset", "embedding"],
+    data_fields=["dataset", "embedding", "step"],
     meta_fields=["training", "axis_name", "algorithm", "dtype", "precision", "rematerialize", "tap"],
 )
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ class ForwardContext:
         dataset: dataset whose parameters and statistics are used; None in a network of one dataset, or for the mean of
             all.
         embedding: float [d], embedding of the dataset, for layers with kernel selection; [B, d] for one per scan.
+        step: int32 [], number of the training step, with which kernel selection explores both kernels of an offset;
+            None for the choices of prediction.
         training: if True, batch norms use the statistics of the batch instead of the running ones, and update these; if
             False, they use the running ones; None leaves it to each layer's `use_running_average`.
         axis_name: mesh axis over which one dataset's scans are spread (its replicas); batch statistics are summed over
@@ -122,6 +124,7 @@ class ForwardContext:
 
     dataset: DatasetContext | None = None
     embedding: Leaf = None
+    step: Leaf = None
     training: bool | None = None
     axis_name: AxisName = None
     algorithm: Algorithm = "auto"

@@ -1,11 +1,12 @@
 """Structure-aware kernel selection (SF-KS, H²A²): per kernel offset the shared kernel or that of the dataset.
 
-    alpha   = sigmoid(O)                                     offset validity prior
-    beta_j  = (1 + mean_n cos(A x_n, P_j)) / 2               structural consistency posterior of a scan
+    alpha   = sigmoid(O + agreement of the datasets)         offset validity prior, long-term statistics
+    beta_j  = (1 + mean_n cos(A x_n, P_j) - centre_j) / 2    structural consistency posterior of a scan
     gamma_j = 1[alpha_j * beta_j >= tau]                     straight-through gradient
     W_j     = gamma_j W_shared_j + (1 - gamma_j) W_exclusive_j
 
-The functions are the method; the module holds the parameters and calls them.
+The functions are the method; the module holds the parameters and calls them. `h2a2_jax.layers.agreement` has the
+agreement, which a training step measures.
 """
 
 import math
@@ -18,18 +19,29 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from h2a2_jax.layers.agreement import explored_threshold
 from h2a2_jax.layers.checks import check_context, check_input
-from h2a2_jax.layers.context import AxisName, DatasetContext, ForwardContext, Initializer, draw, parameter
+from h2a2_jax.layers.context import (
+    AxisName,
+    DatasetContext,
+    ForwardContext,
+    Initializer,
+    draw,
+    is_training,
+    parameter,
+)
 from h2a2_jax.layers.modulation import LinearModulation, Start
 from h2a2_jax.layers.sparse_conv import kaiming_fan_out, output_sites, size_per_axis
 from h2a2_jax.sparse.conv import convolve
 from h2a2_jax.sparse.kernel_map import KernelMap
-from h2a2_jax.sparse.pool import global_pool, scan_sum
-from h2a2_jax.sparse.sites import PerAxis, SparseTensor
+from h2a2_jax.sparse.pool import global_pool, scan_sum, sites_per_scan
+from h2a2_jax.sparse.sites import PerAxis, Sites, SparseTensor
 from h2a2_jax.sparse.xla_cpu import recompute_if_narrow
 
 Part = Literal["residual", "stem", "neck"]
 Scope = Literal["scan", "batch"]
+Consistency = Literal["centered_cosine", "half_cosine", "relu_cosine"]
+_CENTER_RATE = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,10 +56,26 @@ class SelectionConfig:
         structural_features: features that A projects: the "modulated" ones, or the convolution's "input" before
             modulation.
         structure_parameters: O, A and P are "shared" by the datasets (global statistics), or "exclusive" to each.
-        tau: threshold of alpha * beta. At 0.25 with O = 0 near half the offsets start on each side, so both kernels
-            train.
+        prior: alpha is sigmoid(O + the log of how well the datasets' gradients agree at the offset), "agreement", so
+            that offsets are shared until the datasets are seen to want different kernels; or it is "learned",
+            sigmoid(O) with O moved by the gradient of the choice alone. That gradient is the loss's along
+            W_shared - W_exclusive, which vanishes where both are trained: the choices stay those of the first step.
+        agreement_threshold: disagreement F at which the agreement adds nothing to O. At 2, a kernel from one dataset's
+            scans errs as much as one from all of them.
+        agreement_sharpness: weight of log(threshold / F); alpha is 0.94 at F = 1, and 0.06 at F = 4.
+        agreement_decay: decay of the moving averages of the gradients, in steps.
+        exploration: least share of the training steps in which an offset takes the shared kernel, whatever its alpha;
+            in these, agreement is measured.
+        tau: threshold of alpha * beta; at 0.25 with beta near one half, offsets are shared from alpha = 1/2 on.
         prior_init: initial value of O.
-        consistency: "half_cosine" (1 + cos) / 2, or "relu_cosine" max(cos, 0).
+        consistency: "half_cosine" (1 + cos) / 2; "relu_cosine" max(cos, 0); or "centered_cosine",
+            (1 + cos - centre) / 2 with the dataset's running mean of the cosine as centre. Averaged over a scan, the
+            cosines with random prototypes differ by offset far more than by scan; without a centre, that decides.
+        pooling: sites over which the cosine of an offset is averaged: all "sites" of the scan; or the output sites,
+            with the features found at that offset of each and zero where nothing is, so that missing support lowers
+            beta ("pairs").
+        prototypes: P is "learned", or follows from the "kernels": A times the mean over outputs of the shared slice,
+            the input to which the offset responds; no gradient reaches the kernels through P.
         straight_through: gradient of the binarisation: "sigmoid", that of sigmoid((alpha * beta - tau) / temperature),
             or "identity".
         temperature: temperature of the sigmoid of `straight_through`.
@@ -71,9 +99,16 @@ class SelectionConfig:
     scope: Scope = "scan"
     structural_features: Literal["modulated", "input"] = "modulated"
     structure_parameters: Literal["shared", "exclusive"] = "shared"
+    prior: Literal["agreement", "learned"] = "agreement"
+    agreement_threshold: float = 2.0
+    agreement_sharpness: float = 4.0
+    agreement_decay: float = 0.98
+    exploration: float = 0.125
     tau: float = 0.25
     prior_init: float = 0.0
-    consistency: Literal["half_cosine", "relu_cosine"] = "half_cosine"
+    consistency: Consistency = "centered_cosine"
+    pooling: Literal["sites", "pairs"] = "sites"
+    prototypes: Literal["learned", "kernels"] = "learned"
     straight_through: Literal["sigmoid", "identity"] = "sigmoid"
     temperature: float = 0.1
     projection_dim: int = 32
@@ -90,15 +125,15 @@ def unit_rows(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
     return x * lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-12)
 
 
-def structural_consistency(
+def structural_cosine(
     x: SparseTensor,
     projection: Float[Array, "c p"],
     prototypes: Float[Array, "v p"],
-    kind: Literal["half_cosine", "relu_cosine"] = "half_cosine",
+    kernel_map: KernelMap | None = None,
     scope: Scope = "scan",
     axis_name: AxisName = None,
 ) -> Float[Array, "b v"]:
-    """beta, the agreement of each offset's prototype with a scan's structural features, in [0, 1].
+    """Mean over a scan's sites of cos(A x, P_j), for each offset j.
 
     The mean over sites commutes with the dot product: the unit vectors A x / |A x| are pooled once per scan, then
     compared with each unit prototype. In float32 at least, products included: accelerators multiply in fewer bits by
@@ -108,7 +143,8 @@ def structural_consistency(
         x: features [N, Cin] on sites.
         projection: A.
         prototypes: P.
-        kind: similarity, as `SelectionConfig.consistency`.
+        kernel_map: map of the convolution, for the mean over the output sites of the cosine at the neighbour of each
+            offset, zero where there is none; None for the mean over all sites of x.
         scope: "scan", or "batch" for the mean over the sites of all scans, on all devices along `axis_name`, which is
             then the same for each scan.
         axis_name: mesh axis of the devices that share a "batch".
@@ -117,19 +153,58 @@ def structural_consistency(
         A row for each scan, a column for each offset; float32 at least.
     """
     exact = lax.Precision.HIGHEST
+    directions = unit_rows(prototypes).T
 
-    def pool(x: SparseTensor, projection: Array) -> Array:
+    def pool(x: SparseTensor, projection: Array, directions: Array) -> Array:
         # Values on padding must not reach the gradient of the projection.
         features = jnp.where(x.sites.valid[:, None], x.features, 0)
         features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-        units = x.with_features(unit_rows(jnp.matmul(features, projection, precision=exact)))
-        return global_pool(units) if scope == "scan" else _batch_mean(units, axis_name)
+        units = unit_rows(jnp.matmul(features, projection, precision=exact))
+        if kernel_map is None:
+            return jnp.matmul(_mean(x.with_features(units), scope, axis_name), directions, precision=exact)
+        cosines = jnp.matmul(units, directions, precision=exact)
+        found = _at_neighbors(cosines, kernel_map)
+        return _mean(SparseTensor(found, output_sites(x, kernel_map)), scope, axis_name)
 
-    _check_option("kind", kind, ("half_cosine", "relu_cosine"))
     _check_option("scope", scope, ("scan", "batch"))
-    pooled = recompute_if_narrow(pool, x, projection)
-    cosine = jnp.matmul(pooled, unit_rows(prototypes).T, precision=exact)
-    return (1 + cosine) / 2 if kind == "half_cosine" else jax.nn.relu(cosine)
+    return recompute_if_narrow(pool, x, projection, directions)
+
+
+def structural_consistency(
+    x: SparseTensor,
+    projection: Float[Array, "c p"],
+    prototypes: Float[Array, "v p"],
+    kind: Consistency = "half_cosine",
+    scope: Scope = "scan",
+    axis_name: AxisName = None,
+    *,
+    kernel_map: KernelMap | None = None,
+    center: Float[Array, " v"] | None = None,
+) -> Float[Array, "b v"]:
+    """beta, the agreement of each offset's prototype with a scan's structural features, in [0, 1].
+
+    Arguments and result are those of `structural_cosine`; `kind` is the `consistency` of `SelectionConfig`, and
+    `center` the mean cosine of each offset, for the centered one.
+    """
+    return consistency_of(structural_cosine(x, projection, prototypes, kernel_map, scope, axis_name), kind, center)
+
+
+def consistency_of(
+    cosine: Float[Array, "b v"], kind: Consistency, center: Float[Array, " v"] | None = None
+) -> Float[Array, "b v"]:
+    """Posterior beta of the cosines of scans and offsets, by `SelectionConfig.consistency`; no centre is zero."""
+    _check_option("kind", kind, ("centered_cosine", "half_cosine", "relu_cosine"))
+    if kind == "relu_cosine":
+        return jax.nn.relu(cosine)
+    if kind == "centered_cosine" and center is not None:
+        return jnp.clip((1 + cosine - center) / 2, 0, 1)
+    return (1 + cosine) / 2
+
+
+def _at_neighbors(values: Float[Array, "n_in v"], kernel_map: KernelMap) -> Float[Array, "n_out v"]:
+    """Column j of the neighbour of each output at offset j; zero where it has none."""
+    rows = jnp.asarray(kernel_map.neighbors)
+    return values.at[rows.T, jnp.arange(rows.shape[0])].get(mode="fill", fill_value=0)
 
 
 def _check_option(name: str, value: str, options: tuple[str, ...]) -> None:
@@ -137,7 +212,10 @@ def _check_option(name: str, value: str, options: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(options)}.")
 
 
-def _batch_mean(x: SparseTensor, axis_name: AxisName) -> Float[Array, "b c"]:
+def _mean(x: SparseTensor, scope: Scope, axis_name: AxisName) -> Float[Array, "b c"]:
+    """Mean over the sites of each scan, or of the whole batch."""
+    if scope == "scan":
+        return global_pool(x)
     total, count = scan_sum(x.features, x.sites).sum(0), x.sites.valid.sum()
     if axis_name is not None:
         total, count = lax.psum((total, count), axis_name)
@@ -146,7 +224,7 @@ def _batch_mean(x: SparseTensor, axis_name: AxisName) -> Float[Array, "b c"]:
 
 def binarize(
     score: Float[Array, "*s"],
-    tau: float,
+    tau: float | Float[Array, "*t"],
     straight_through: Literal["sigmoid", "identity"] = "sigmoid",
     temperature: float = 0.1,
 ) -> Float[Array, "*s"]:
@@ -154,7 +232,7 @@ def binarize(
 
     Args:
         score: alpha * beta, of any shape.
-        tau: threshold.
+        tau: threshold, or one for each score.
         straight_through: gradient: "sigmoid", that of sigmoid((score - tau) / temperature), or "identity".
         temperature: temperature of the sigmoid.
 
@@ -177,28 +255,41 @@ class Structure(NamedTuple):
         alpha: validity prior of each offset, in (0, 1).
         projection: A, of features to structural features.
         prototypes: P, one structural feature per offset.
+        center: mean cosine of each offset, for the centered consistency, else None.
     """
 
     alpha: Float[Array, " v"]
     projection: Float[Array, "c p"]
     prototypes: Float[Array, "v p"]
+    center: Float[Array, " v"] | None = None
 
 
 def select_kernels(
-    x: SparseTensor, structure: Structure, selection: SelectionConfig, context: ForwardContext, name: str
-) -> Float[Array, "b v"]:
-    """Compute gamma of each scan and offset; 1 everywhere if the context's dataset takes shared kernels only.
+    x: SparseTensor,
+    kernel_map: KernelMap,
+    structure: Structure,
+    selection: SelectionConfig,
+    context: ForwardContext,
+    name: str,
+) -> tuple[Float[Array, "b v"], Float[Array, "b v"]]:
+    """Compute gamma of each scan and offset, and the cosines behind it.
 
-    alpha, beta and gamma go to the context's tap as `<name>.alpha` and so on.
+    gamma is 1 everywhere if the context's dataset takes shared kernels only. With `context.step` and the prior
+    "agreement" the choices explore (`agreement.explored_threshold`). alpha, beta and gamma go to the context's tap as
+    `<name>.alpha` and so on.
     """
-    alpha, projection, prototypes = structure
-    beta = structural_consistency(x, projection, prototypes, selection.consistency, selection.scope, context.axis_name)
-    gamma = binarize(alpha * beta, selection.tau, selection.straight_through, selection.temperature)
+    pairs = kernel_map if selection.pooling == "pairs" else None
+    cosine = structural_cosine(x, structure.projection, structure.prototypes, pairs, selection.scope, context.axis_name)
+    beta = consistency_of(cosine, selection.consistency, structure.center)
+    tau: float | Array = selection.tau
+    if selection.prior == "agreement" and context.step is not None:
+        tau = explored_threshold(selection.tau, context.step, beta.shape[1], name, selection.exploration)
+    gamma = binarize(structure.alpha * beta, tau, selection.straight_through, selection.temperature)
     if context.dataset is not None and context.dataset.kernels == "shared":
         gamma = jnp.ones_like(gamma)
-    for part, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
+    for part, value in (("alpha", structure.alpha), ("beta", beta), ("gamma", gamma)):
         context.record(f"{name}.{part}", value)
-    return gamma
+    return gamma, cosine
 
 
 class SelectiveConv(nnx.Module):
@@ -209,7 +300,9 @@ class SelectiveConv(nnx.Module):
         exclusive: [D, V, Cin, Cout], the kernel of each dataset.
         prior: O, [V]; [D, V] with exclusive structure parameters.
         projection: A, [Cin, p]; [D, Cin, p] with exclusive structure parameters.
-        prototypes: P, [V, p]; [D, V, p] with exclusive structure parameters.
+        prototypes: P, [V, p]; [D, V, p] with exclusive structure parameters; None where P follows from the kernels.
+        disagreement: F of each offset, [D, V] with equal rows, 1 at the start; None without the prior "agreement".
+        center: running mean of each dataset's cosines, [D, V]; None unless the consistency is centered.
         modulation: TLM.
     """
 
@@ -261,7 +354,12 @@ class SelectiveConv(nnx.Module):
         self.prior = parameter(jnp.full((*each, volume), s.prior_init, jnp.float32), by_dataset)
         projection = jax.random.normal(rngs.params(), (*each, in_channels, s.projection_dim))
         self.projection = parameter(projection / in_channels**0.5, by_dataset)
-        self.prototypes = parameter(jax.random.normal(rngs.params(), (*each, volume, s.projection_dim)), by_dataset)
+        prototypes = jax.random.normal(rngs.params(), (*each, volume, s.projection_dim))
+        self.prototypes = parameter(prototypes, by_dataset) if s.prototypes == "learned" else None
+        by_offset = (num_datasets, volume)
+        self.disagreement = nnx.BatchStat(jnp.ones(by_offset), dataset_axis=0) if s.prior == "agreement" else None
+        is_centered = s.consistency == "centered_cosine"
+        self.center = nnx.BatchStat(jnp.zeros(by_offset), dataset_axis=0) if is_centered else None
         self.modulation = LinearModulation(
             in_channels, embedding_dim=s.embedding_dim, hidden=s.hidden, start=s.embedding_start, rngs=rngs
         )
@@ -289,7 +387,9 @@ class SelectiveConv(nnx.Module):
         structure = self.structure(dataset)
         modulated = self.modulation(x, context.embedding)
         seen = modulated if self.selection.structural_features == "modulated" else x
-        gamma = select_kernels(seen, structure, self.selection, context, self.name)
+        gamma, cosine = select_kernels(seen, kernel_map, structure, self.selection, context, self.name)
+        if self.center is not None and is_training(self, context):
+            self._move_center(cosine, output_sites(seen, kernel_map), context)
         stack = self.kernels(dataset)
         y = convolve(
             modulated.features,
@@ -309,9 +409,32 @@ class SelectiveConv(nnx.Module):
         return jnp.stack([self.shared[...], dataset.pick(self.exclusive[...])])
 
     def structure(self, dataset: DatasetContext) -> Structure:
-        """alpha, A and P of a dataset."""
-        parts = (self.prior[...], self.projection[...], self.prototypes[...])
-        if self.selection.structure_parameters == "exclusive":
-            parts = (dataset.pick(parts[0]), dataset.pick(parts[1]), dataset.pick(parts[2]))
-        prior, projection, prototypes = parts
-        return Structure(jax.nn.sigmoid(prior), projection, prototypes)
+        """alpha, A, P and centre of a dataset."""
+        s = self.selection
+
+        def pick(value: nnx.Param) -> Array:
+            return dataset.pick(value[...]) if s.structure_parameters == "exclusive" else value[...]
+
+        logit, projection = pick(self.prior), pick(self.projection)
+        if self.disagreement is not None:
+            f = jnp.clip(dataset.pick(self.disagreement[...]), 1e-6, 1e6)
+            logit = logit + s.agreement_sharpness * jnp.log(s.agreement_threshold / f)
+        if self.prototypes is not None:
+            prototypes = pick(self.prototypes)
+        else:
+            shared = lax.stop_gradient(self.shared[...])
+            responses = shared.mean(-1).astype(projection.dtype)
+            prototypes = jnp.matmul(responses, projection, precision=lax.Precision.HIGHEST)
+        center = None if self.center is None else dataset.pick(self.center[...])
+        return Structure(jax.nn.sigmoid(logit), projection, prototypes, center)
+
+    def _move_center(self, cosine: Float[Array, "b v"], sites: Sites, context: ForwardContext) -> None:
+        """Move the running mean of the cosines towards that of the batch, over all of the dataset's devices."""
+        assert self.center is not None
+        real = (sites_per_scan(sites) > 0)[:, None]
+        total, count = jnp.where(real, lax.stop_gradient(cosine), 0).sum(0), real.sum()
+        if context.axis_name is not None:
+            total, count = lax.psum((total, count), context.axis_name)
+        own = context.dataset_of(len(self.center[...])).weights[:, None]
+        rate = jnp.where(count > 0, _CENTER_RATE, 0.0) * own
+        self.center[...] += rate * (total / jnp.maximum(count, 1) - self.center[...])

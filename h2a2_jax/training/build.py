@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -171,6 +171,8 @@ def _kind(name: str, frozen: Collection[str]) -> str | None:
     """Kind of a parameter to pack: names for which `is_weight` holds or not; frozen parameters keep their names."""
     if name in frozen:
         return None
+    if name.endswith("exclusive"):
+        return "exclusive"
     return "kernel" if re.search(_WEIGHTS, name) else "bias"
 
 
@@ -206,7 +208,12 @@ class Trainer:
 
 
 def build_trainer(
-    config: ExperimentConfig, detector: TR3D, process_layout: MeshLayout, steps_per_epoch: int, total: int
+    config: ExperimentConfig,
+    detector: TR3D,
+    process_layout: MeshLayout,
+    steps_per_epoch: int,
+    total: int,
+    scans: Sequence[int] | None = None,
 ) -> Trainer:
     """Build optimiser, balancer, state and step of a config.
 
@@ -216,6 +223,7 @@ def build_trainer(
         process_layout: mesh of the run.
         steps_per_epoch: optimiser steps of an epoch.
         total: optimiser steps of the run.
+        scans: training scans of each dataset (`make_train_step`).
 
     Raises:
         InputError: `optim.freeze` names a parameter that the detector does not have.
@@ -232,7 +240,7 @@ def build_trainer(
         detector, optimizer, balancer, averaged=optim.ema_decay > 0, accumulating=optim.accumulate_steps > 1,
         kind=partial(_kind, frozen=frozen),
     )  # fmt: skip
-    take_step = make_train_step(graph, state, config, optimizer, balancer, mesh, frozen)
+    take_step = make_train_step(graph, state, config, optimizer, balancer, mesh, frozen, scans=scans)
     return Trainer(graph, place_state(state, mesh), schedule, take_step)
 
 

@@ -1,6 +1,6 @@
 """Loss and gradient of one dataset on the scans of one device; the training step balances and applies them."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,8 @@ from h2a2_jax.config import TrainConfig
 from h2a2_jax.distributed import REPLICA
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.loader.batching import Batch
-from h2a2_jax.losses import detection_loss
+from h2a2_jax.losses import DetectionLoss, detection_loss
+from h2a2_jax.models import TR3D
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.sparse import Sites
 
@@ -79,15 +80,44 @@ class DatasetMetrics(NamedTuple):
     selection: dict[str, SelectionMetrics]
 
 
+class Terms(NamedTuple):
+    """Loss of a model on the scans of a device, as `detection_loss` has it.
+
+    Attributes:
+        losses: the local parts of the loss; the number of positives is that of all replicas.
+        sites: sites of the scans, which tell those that are empty.
+    """
+
+    losses: DetectionLoss
+    sites: Sites
+
+
+Objective = Callable[[Any, Any, Targets, ForwardContext], Terms]
+"""Loss of (model, batch, targets, context)."""
+
+
+def detector_loss(model: TR3D, batch: Batch, targets: Targets, context: ForwardContext) -> Terms:
+    """Loss of a detector on scans with boxes."""
+    out = model(batch.features, batch.plan, context)
+    losses = detection_loss(
+        out.locations, out.scan, out.level, out.boxes, out.logits, batch.boxes, batch.labels,
+        targets.label_to_level, targets.class_mask, targets.has_yaw,
+        axis_name=context.axis_name,
+    )  # fmt: skip
+    return Terms(losses, batch.plan.voxels)
+
+
 def dataset_gradients(
     graph: nnx.GraphDef,
     shared: nnx.State,
     exclusive: nnx.State,
     stats: nnx.State,
-    batch: Batch,
+    batch: Any,
     targets: Targets,
     frozen: Collection[str],
     config: TrainConfig,
+    step: Int[Array, ""] | None = None,
+    objective: Objective = detector_loss,
 ) -> tuple[nnx.State, nnx.State, nnx.State, DatasetMetrics]:
     """Gradients of one dataset's loss on this device's scans, (shared, exclusive), its new statistics, its metrics.
 
@@ -103,6 +133,8 @@ def dataset_gradients(
         targets: targets of the dataset, without the dataset axis.
         frozen: paths of the parameters without a gradient.
         config: compute type and rematerialisation.
+        step: number of the step, with which kernel selection explores; None for the choices of prediction.
+        objective: the loss.
     """
 
     def loss(shared: nnx.State, exclusive: nnx.State) -> tuple[Array, tuple]:
@@ -116,19 +148,15 @@ def dataset_gradients(
 
         context = ForwardContext(
             DatasetContext(jnp.ones(1)),
+            step=step,
             training=True,
             axis_name=REPLICA,
             dtype=None if config.precision == "float32" else jnp.dtype(config.precision),
             rematerialize=config.rematerialize,
             tap=tap,
         )
-        out = model(batch.features, batch.plan, context)
-        losses = detection_loss(
-            out.locations, out.scan, out.level, out.boxes, out.logits, batch.boxes, batch.labels,
-            targets.label_to_level, targets.class_mask, targets.has_yaw,
-            axis_name=REPLICA,
-        )  # fmt: skip
-        return losses.total, (losses, _selection_metrics(seen, batch.plan.voxels), nnx.state(model, nnx.BatchStat))
+        losses, sites = objective(model, batch, targets, context)
+        return losses.total, (losses, _selection_metrics(seen, sites), nnx.state(model, nnx.BatchStat))
 
     value_and_grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     (_, (losses, selection, new_stats)), grads = value_and_grad(shared, exclusive)

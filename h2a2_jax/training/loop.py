@@ -155,7 +155,8 @@ def set_up(
     store = opened.enter_context(CheckpointStore(workdir / "checkpoints", config.train.keep_checkpoints, best))
     is_new = store.latest_step() is None
     start = initial_detector(config, is_new)
-    trainer = build_trainer(config, start or build_detector(config), process_layout, steps_per_epoch, total)
+    detector = start or build_detector(config)
+    trainer = build_trainer(config, detector, process_layout, steps_per_epoch, total, stream.num_scans)
     state = trainer.start
     if not is_new:
         like = trainer.plain_start(process_layout)

@@ -7,12 +7,16 @@ A device works on whole datasets. Where it holds several it runs them one after 
 a leading axis. Exclusive parameters are taken as the dataset's slice, so that their gradients never grow a second
 dataset axis; their gradients are not divided by the number of datasets.
 
+Between the gradients and their balance, kernel selection measures how well the datasets agree
+(`h2a2_jax.layers.agreement_tracking`).
+
 A step in which anything is not finite (a loss, a gradient, new running statistics) is skipped: nothing but the counters
 of the state changes. A step may consist of several batches: their gradients are averaged, dataset by dataset, before
 they are balanced.
 """
 
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -31,10 +35,11 @@ from h2a2_jax.balancers.packing import name_tensors, pack_like, tensor_norms, un
 from h2a2_jax.checkpoint.train_state import Accumulated, Averages, TrainState, state_shardings, state_specs
 from h2a2_jax.config import ExperimentConfig, OptimConfig
 from h2a2_jax.distributed import DATASET, REPLICA
+from h2a2_jax.layers.agreement_tracking import Groups, follow_shared, measure
 from h2a2_jax.loader.batching import Batch
 from h2a2_jax.models import DetectorConfig
 from h2a2_jax.sparse.xla_cpu import compiler_options
-from h2a2_jax.training.gradients import SelectionMetrics, Targets, dataset_gradients
+from h2a2_jax.training.gradients import Objective, SelectionMetrics, Targets, dataset_gradients, detector_loss
 
 
 class StepMetrics(NamedTuple):
@@ -65,6 +70,24 @@ class StepMetrics(NamedTuple):
     gradients: Any = None
 
 
+class Sizes(NamedTuple):
+    """Numbers of scans of each dataset.
+
+    Attributes:
+        batch: float32 [D], in a batch.
+        scans: float32 [D], in the training split; infinity where no scan is seen twice.
+    """
+
+    batch: Float[Array, " d"]
+    scans: Float[Array, " d"]
+
+    @classmethod
+    def of(cls, config: ExperimentConfig, scans: Sequence[int] | None) -> "Sizes":
+        """Sizes of a run's datasets, with `scans` of `make_train_step`."""
+        batch = [source.batch_size or config.train.batch_size for source in config.datasets]
+        return cls(jnp.array(batch, jnp.float32), jnp.array(scans or [math.inf] * len(batch), jnp.float32))
+
+
 def make_train_step(
     graph: nnx.GraphDef,
     state: TrainState,
@@ -75,6 +98,8 @@ def make_train_step(
     frozen: Collection[str] = (),
     *,
     keep_gradients: bool = False,
+    scans: Sequence[int] | None = None,
+    objective: Objective = detector_loss,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Compile the step of a run.
 
@@ -88,6 +113,9 @@ def make_train_step(
         mesh: mesh of devices (`train_mesh`).
         frozen: paths of the parameters that have no gradient (`frozen_paths`); the optimiser must hold them too.
         keep_gradients: True adds the gradients to the metrics.
+        scans: number of training scans of each dataset, by which kernel selection knows what their gradients let
+            differ by chance; None where no scan is seen twice.
+        objective: the loss of a dataset.
 
     Returns:
         A function (state, batch) -> (state, metrics); `batch` has leading axes [D, replicas]. The state that is passed
@@ -95,8 +123,12 @@ def make_train_step(
     """
     optim, train = config.optim, config.train
     targets = Targets.of(config.specs)
+    sizes = Sizes.of(config, scans)
+    groups = None
+    if state.agreement is not None:
+        groups = Groups.of(nnx.merge(graph, *jax.eval_shape(unpack, (state.exclusive, state.shared, state.stats))))
 
-    def step(state: TrainState, batch: Batch, targets: Targets) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: Batch, targets: Targets, sizes: Sizes) -> tuple[TrainState, StepMetrics]:
         batch = jax.tree.map(lambda leaf: leaf[:, 0], batch)  # this device is one replica
         shared = _varying(state.shared, (DATASET, REPLICA))
         exclusive = _varying(state.exclusive, (REPLICA,))
@@ -106,7 +138,7 @@ def make_train_step(
         def one_dataset(part: tuple) -> tuple:
             exclusive, stats, batch, targets = part
             *changes, metrics = dataset_gradients(
-                graph, plain, unpack(exclusive), unpack(stats), batch, targets, frozen, train
+                graph, plain, unpack(exclusive), unpack(stats), batch, targets, frozen, train, state.step, objective
             )
             return *pack_like((state.shared, state.exclusive, state.stats), tuple(changes)), metrics
 
@@ -120,14 +152,21 @@ def make_train_step(
         good = lax.psum(nonfinite.any().astype(jnp.int32), DATASET) == 0
         # From here on the state stays as it is: the run that is about to end keeps the state that led to this.
         stopped = state.skipped_in_row >= train.max_skipped_steps
-        state = _update_statistics(state, stats, present & good & ~stopped, config.model)
+        counts = present & good & ~stopped
+        state = _update_statistics(state, stats, counts, config.model)
+        if groups is not None:
+            gamma = {name: layer.gamma for name, layer in metrics.selection.items()}
+            averages, stats = measure(
+                groups, state.agreement, state.stats, g_shared, gamma, counts, sizes.batch, sizes.scans, DATASET
+            )
+            state = replace(state, agreement=averages, stats=stats)
         accumulated = Accumulated(g_shared, g_exclusive, losses, present.astype(jnp.int32), jnp.ones((), jnp.int32))
         if state.accumulated is not None:
             accumulated = _accumulate(state.accumulated, accumulated, good & ~stopped)
             good = lax.psum(accumulated.count.sum(), DATASET) > 0
         complete = accumulated.batches == optim.accumulate_steps
         applies = complete & good & ~stopped
-        updated, norm, gradients = _apply(state, accumulated, optimizer, balancer, optim, keep_gradients)
+        updated, norm, gradients = _apply(state, accumulated, optimizer, balancer, optim, groups, keep_gradients)
         # Not by lax.cond: its branches are compiled apart, which takes twice the time, and nothing in them fuses.
         state = jax.tree.map(lambda new, old: jnp.where(applies, new, old), updated, state)
         skips = complete & ~applies & ~stopped
@@ -162,8 +201,8 @@ def make_train_step(
             gradients=(P(), by_dataset) if keep_gradients else None,
         )
         return jax.shard_map(
-            step, mesh=mesh, in_specs=(layout, P(DATASET, REPLICA), P(DATASET)), out_specs=(layout, out)
-        )(state, batch, targets)
+            step, mesh=mesh, in_specs=(layout, P(DATASET, REPLICA), P(DATASET), P(DATASET)), out_specs=(layout, out)
+        )(state, batch, targets, sizes)
 
     # With its outputs placed as its inputs, the second step finds the first one's program. Where there are several
     # processes, each gets all metrics.
@@ -182,7 +221,7 @@ def _nonfinite(shared: Any, exclusive: Any, stats: Any, losses: Float[Array, " l
 
     Norms tell it, which balancing computes of the shared gradients anyway.
     """
-    total = sum(leaf.reshape(len(leaf), -1).sum(1) for leaf in jax.tree.leaves(stats))
+    total = sum((leaf.reshape(len(leaf), -1).sum(1) for leaf in jax.tree.leaves(stats)), jnp.zeros_like(losses))
     columns = [tensor_norms(shared), tensor_norms(exclusive), jnp.stack([total, losses], axis=1)]
     return ~jnp.isfinite(jnp.concatenate(columns, axis=1))
 
@@ -210,6 +249,7 @@ def _apply(
     optimizer: optax.GradientTransformation,
     balancer: optax.GradientTransformationExtraArgs,
     optim: OptimConfig,
+    groups: Groups | None,
     keep_gradients: bool,
 ) -> tuple[TrainState, Float[Array, ""], Any]:
     """The state after an update, the gradient's norm before clipping, and the gradients if asked for."""
@@ -234,6 +274,8 @@ def _apply(
         exclusive_optimizer=exclusive_optimizer,
         balancer=balancer_state,
     )
+    if groups is not None:
+        state = replace(state, exclusive=follow_shared(groups, state.shared, state.exclusive, state.stats))
     if state.averages is not None:
         state = replace(state, averages=_move_averages(state, optim.ema_decay))
     return state, norm.astype(jnp.float32), kept

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from h2a2_jax.config import ExperimentConfig, to_json
 from h2a2_jax.files import whole_file
 from h2a2_jax.host import duration
+from h2a2_jax.layers import DatasetContext, SelectiveConv
 from h2a2_jax.models import TR3D
 from h2a2_jax.models.tr3d import selective_layers
 from h2a2_jax.training.gradients import SelectionMetrics
@@ -258,7 +259,7 @@ def selection_report(
                 lowest_score=np.asarray(seen.lowest_score),
                 highest_score=np.asarray(seen.highest_score),
                 prior_moved=float(jnp.abs(layer.prior[...] - before[name].prior[...]).mean()),
-                prototypes_moved=_mean_angle(layer.prototypes[...], before[name].prototypes[...]),
+                prototypes_moved=_mean_angle(_prototypes(layer), _prototypes(before[name])),
                 tau=layer.selection.tau,
             )
         )
@@ -266,6 +267,11 @@ def selection_report(
         return reports, np.zeros(0)
     old, new = np.asarray(start.embedding[...]), np.asarray(end.embedding[...])
     return reports, np.linalg.norm(new - old, axis=1) / np.linalg.norm(old, axis=1)
+
+
+def _prototypes(layer: SelectiveConv) -> AnyArray:
+    """Prototypes of a layer's first dataset."""
+    return layer.structure(DatasetContext.one(0, len(layer.exclusive[...]))).prototypes
 
 
 def _mean_angle(first: AnyArray, second: AnyArray) -> float:

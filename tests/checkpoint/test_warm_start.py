@@ -109,7 +109,7 @@ def test_the_same_detector_loads_every_array_by_name(joint: tuple[Path, dict]):
     count = sum(map(len, held.values()))
     source = f"the checkpoint of step 7 in {run / 'checkpoints'}"
     assert report.text().startswith(f"Warm start from {source}: {count} of {count} arrays loaded: ")
-    assert report.text().endswith(" stem 3, neck 18, of sunrgbd 51, of scannet 51.")
+    assert report.text().endswith(" stem 3, neck 18, of sunrgbd 67, of scannet 67.")
     assert "\n" not in report.text()
 
 
@@ -153,7 +153,9 @@ def test_tr3d_becomes_the_start_of_h2a2(tr3d: tuple[Path, dict]):
     assert {("", stem + "prior"), ("scannet", stem + "exclusive"), ("s3dis", "embedding")} <= missing
     assert ("", stem + "shared") not in missing
     lines = report.text().splitlines()
-    assert "  backbone.stages.{0,1,2,3}.0.{first,second}.conv.exclusive of scannet, s3dis" in lines
+    assert (
+        "  backbone.stages.{0,1,2,3}.0.{first,second}.conv.{exclusive,center,disagreement} of scannet, s3dis" in lines
+    )
     assert "  backbone.stages.{0,1,2,3}.0.{first,second}.conv.{prior,projection,prototypes}" in lines
     assert len(lines) < 12
 

@@ -96,7 +96,7 @@ def test_only_what_depends_on_scans_is_left():
     for gone in ("exclusive", "embedding", "norm", "gate", "mlp"):
         assert not any(gone in name.split(".") for name in names), gone
     assert {name.rsplit(".", 1)[-1] for name in names if "heads" not in name} == {
-        "kernels", "bias", "phi", "theta", "alpha", "projection", "prototypes",
+        "kernels", "bias", "phi", "theta", "alpha", "projection", "prototypes", "center",
     }  # fmt: skip
 
 

@@ -18,10 +18,19 @@ C_IN, C_OUT, DATASETS, DATASET = 3, 2, 3, 1
 SMALL = {"projection_dim": 4, "embedding_dim": 3, "hidden": 5}
 READINGS = {
     "default": SelectionConfig(**SMALL),
+    "learned": SelectionConfig(prior="learned", consistency="half_cosine", **SMALL),
     "others": SelectionConfig(
-        tau=0.05, consistency="relu_cosine", straight_through="identity", exclusive_init="independent", **SMALL
+        tau=0.05,
+        prior="learned",
+        consistency="relu_cosine",
+        straight_through="identity",
+        exclusive_init="independent",
+        **SMALL,
     ),
     "batch of inputs": SelectionConfig(scope="batch", structural_features="input", tau=0.26, **SMALL),
+    "pairs": SelectionConfig(pooling="pairs", tau=0.24, **SMALL),
+    "batch of pairs": SelectionConfig(pooling="pairs", scope="batch", tau=0.23, **SMALL),
+    "kernels": SelectionConfig(prototypes="kernels", agreement_threshold=1.5, agreement_sharpness=2.0, **SMALL),
 }
 NEAR_TIE = 1e-5
 """Scores nearer to the threshold than this would leave the choice of a kernel to rounding."""
@@ -52,18 +61,37 @@ class Transcription:
     def scores(self, p):
         """alpha * beta, [B, V]."""
         x = self.modulated(p) if self.selection.structural_features == "modulated" else p["x"]
-        alpha = sigmoid(p["prior"])
+        logit = p["prior"]
+        if self.selection.prior == "agreement":
+            s = self.selection
+            logit = logit + s.agreement_sharpness * np.log(s.agreement_threshold / p["disagreement"])
+        alpha = sigmoid(logit)
         scores = np.zeros((self.num_scans, len(alpha)))
         for b in range(self.num_scans):
-            rows = x[self.scan_in == b] if self.selection.scope == "scan" else x
-            projected = [unit(row @ p["projection"]) for row in rows]
             for j in range(len(alpha)):
-                prototype = unit(p["prototypes"][j])
-                cosines = [direction @ prototype for direction in projected]
-                cosine = sum(cosines) / max(len(cosines), 1)
-                half = self.selection.consistency == "half_cosine"
-                scores[b, j] = alpha[j] * ((1 + cosine) / 2 if half else max(cosine, 0))
+                cosine = self.cosine(p, x, b, j)
+                match self.selection.consistency:
+                    case "half_cosine":
+                        beta = (1 + cosine) / 2
+                    case "centered_cosine":
+                        beta = min(max((1 + cosine - p["center"][j]) / 2, 0), 1)
+                    case _:
+                        beta = max(cosine, 0)
+                scores[b, j] = alpha[j] * beta
         return scores
+
+    def cosine(self, p, x, b, j):
+        """Mean cosine of a scan's sites with the prototype of an offset."""
+        s = self.selection
+        prototype = unit(p["shared"][j].mean(-1) @ p["projection"] if s.prototypes == "kernels" else p["prototypes"][j])
+        batch = s.scope == "batch"
+        if s.pooling == "pairs":
+            rows = [i for i, o in self.pairs[j] if batch or self.scan_out[o] == b]
+            count = len(self.scan_out) if batch else (self.scan_out == b).sum()
+        else:
+            rows = [i for i in range(len(x)) if batch or self.scan_in[i] == b]
+            count = len(rows)
+        return sum(unit(x[i] @ p["projection"]) @ prototype for i in rows) / max(count, 1)
 
     def soft(self, scores):
         s = self.selection
@@ -102,9 +130,11 @@ def parameters(selection, table, seed=0):
         "embedding": rng.normal(size=s.embedding_dim),
         "shared": rng.normal(size=(volume, C_IN, C_OUT)),
         "exclusive": rng.normal(size=(DATASETS, volume, C_IN, C_OUT)),
-        "prior": rng.normal(size=volume) * 0.3,
+        "prior": rng.normal(size=volume) * (0.3 if s.prior == "learned" else 0.1),
         "projection": rng.normal(size=(C_IN, s.projection_dim)),
         "prototypes": rng.normal(size=(volume, s.projection_dim)),
+        "disagreement": np.exp(rng.normal(size=volume) * 0.03) * s.agreement_threshold,
+        "center": rng.uniform(-0.2, 0.2, size=volume),
         "hidden_kernel": rng.normal(size=(s.embedding_dim, s.hidden)),
         "hidden_bias": rng.normal(size=s.hidden),
         "out_kernel": rng.normal(size=(s.hidden, 2 * C_IN)) * 0.3,
@@ -121,9 +151,17 @@ def variables(layer):
     mlp = layer.modulation.mlp
     return {
         "shared": layer.shared, "exclusive": layer.exclusive, "prior": layer.prior, "projection": layer.projection,
-        "prototypes": layer.prototypes, "hidden_kernel": mlp.hidden.kernel, "hidden_bias": mlp.hidden.bias,
+        "hidden_kernel": mlp.hidden.kernel, "hidden_bias": mlp.hidden.bias,
         "out_kernel": mlp.out.kernel, "out_bias": mlp.out.bias,
+        **({} if layer.prototypes is None else {"prototypes": layer.prototypes}),
     }  # fmt: skip
+
+
+def set_statistics(layer, p):
+    """The running statistics of a layer, the same for all datasets."""
+    for name in ("disagreement", "center"):
+        if (statistic := getattr(layer, name)) is not None:
+            statistic.set_value(jnp.tile(p[name], (DATASETS, 1)))
 
 
 def forward(graph, kmap, algorithm, p, kernels="selected"):
@@ -131,6 +169,7 @@ def forward(graph, kmap, algorithm, p, kernels="selected"):
     layer = nnx.merge(graph, p["state"], copy=True)
     for name, variable in variables(layer).items():
         variable.set_value(p[name])
+    set_statistics(layer, p)
     rows = jnp.full((kmap.in_capacity, C_IN), jnp.nan, p["x"].dtype).at[: len(p["x"])].set(p["x"])
     taps = {}
     dataset = DatasetContext(jax.nn.one_hot(DATASET, DATASETS, dtype=p["x"].dtype), kernels)
@@ -197,7 +236,10 @@ def test_outputs_and_all_gradients_equal_the_transcription(kind, reading):
     assert (gamma[0] != gamma[2]).any() == (selection.scope == "scan") and 0.1 < gamma.mean() < 0.9
     expected = method.outputs(p, gamma)
     value, rng = method.objective(weight, p), np.random.default_rng(1)
-    slopes = {name: central_differences(value, p, name, rng) for name in p if name not in ("shared", "exclusive")}
+    still = {"shared", "exclusive", "disagreement", "center"} | (
+        {"prototypes"} if selection.prototypes == "kernels" else set()
+    )
+    slopes = {name: central_differences(value, p, name, rng) for name in p if name not in still}
     kernels = linear_gradients(method, p, gamma, weight)
 
     for algorithm in ("segment_sum", "gather", "tiles"):
@@ -295,14 +337,15 @@ def test_gradients_are_finite_on_zero_and_empty_input(counts, value):
         assert np.isfinite(slope).all(), name
 
 
-def test_near_half_the_offsets_start_on_each_side():
+@pytest.mark.parametrize(("prior", "least", "most"), [("agreement", 1.0, 1.0), ("learned", 0.2, 0.8)])
+def test_offsets_start_shared_until_datasets_disagree_and_near_half_without_that_prior(prior, least, most):
     table = table_of("submanifold 3", counts=(150, 150))
     kmap, taps = padded(table), {}
-    layer = SelectiveConv(16, 8, num_datasets=2, rngs=nnx.Rngs(1))
+    layer = SelectiveConv(16, 8, num_datasets=2, selection=SelectionConfig(prior=prior), rngs=nnx.Rngs(1))
     x = np.abs(np.random.default_rng(0).normal(size=(len(table.inputs), 16))).astype(np.float32)
     context = ForwardContext(DatasetContext.one(0, 2), jnp.ones(64), tap=taps.__setitem__)
     layer(sparse.SparseTensor(jnp.asarray(sparse.pad_rows(x, kmap.in_capacity)), kmap.inputs), kmap, context)
-    assert 0.2 < taps["selective_conv.gamma"].mean() < 0.8
+    assert least <= taps["selective_conv.gamma"].mean() <= most
 
 
 def test_parameters_start_as_stated():

@@ -14,7 +14,15 @@ from h2a2_jax.scans.specs import SPECS
 
 VOXEL = 0.05
 """Coarse, so that few points cover all levels."""
-SELECTION = SelectionConfig(projection_dim=4, embedding_dim=5, hidden=6, exclusive_init="independent")
+SELECTION = SelectionConfig(
+    prior="learned",
+    consistency="half_cosine",
+    projection_dim=4,
+    embedding_dim=5,
+    hidden=6,
+    exclusive_init="independent",
+)
+"""A reading by which both kernels are used from the start."""
 
 
 def room(seed, points=700, boxes=3, classes=5, size=4.0):
