@@ -12,8 +12,12 @@ numbers are the paper's; none of them was measured here. The demo says nothing a
 Any value can be set from the command line: `--config.optim.lr=3e-4`, `--config.datasets.scannet.root=/data/scannet`,
 `--config.train.batch_size=8`. The paper's ablation: `--config.harmonize.method=mean` turns gradient harmonisation (NGH)
 off, `:no_sfks` (after a comma behind another variant: `:demo,no_sfks`) kernel selection (SF-KS).
+
+`:demo,gap0` makes the three procedural datasets one distribution under three names, `:demo,gap2` sets them further
+apart than they are (`:demo` is gap 1); any number from 0 to 2 goes, with `:tiny` too (`SourceConfig.gap`).
 """
 
+import re
 from dataclasses import replace
 
 from ml_collections import ConfigDict
@@ -26,19 +30,30 @@ from h2a2_jax.scans.sources import ROOTS
 
 NAMES = ("scannet", "sunrgbd", "s3dis")
 VARIANTS = ("paper", "synthetic", "demo", "tiny", "two", "no_sfks")
+_GAP = re.compile(r"gap\d+(\.\d+)?")
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
     """The config of a variant; see above. None, the paper's setting, is also called "paper"."""
     chosen = [part for part in (variant or "").split(",") if part]
-    unknown = [part for part in chosen if part not in VARIANTS]
+    gaps = [float(part.removeprefix("gap")) for part in chosen if _GAP.fullmatch(part)]
+    unknown = [part for part in chosen if part not in VARIANTS and not _GAP.fullmatch(part)]
     if unknown:
-        raise InputError(f"configs/joint.py has no variant {unknown[0]!r}; its variants are {', '.join(VARIANTS)}.")
+        raise InputError(
+            f"configs/joint.py has no variant {unknown[0]!r}; its variants are {', '.join(VARIANTS)}, gap<number>."
+        )
     base = next((make for name, make in BASES.items() if name in chosen), paper)
     config = base()
     result = config_dict(config)
     if "no_sfks" in chosen:
         result.model.selection = None
+    if gaps and not all(source.is_procedural for source in config.datasets):
+        raise InputError(
+            f"configs/joint.py:{variant} sets the gap of datasets that are not procedural: use gap with demo or tiny."
+        )
+    for gap in gaps:
+        for source in config.datasets:
+            result.datasets[source.name].gap = gap
     return result
 
 

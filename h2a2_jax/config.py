@@ -24,6 +24,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.models.architecture import DetectorConfig
 from h2a2_jax.scans.sources import SourceConfig
 from h2a2_jax.scans.specs import DatasetSpec
+from h2a2_jax.scans.synthetic.gap import LARGEST_GAP
 from h2a2_jax.typing import Schedule
 
 CONFIG_VERSION = 2
@@ -342,6 +343,7 @@ def _check_datasets(datasets: tuple[SourceConfig, ...]) -> None:
         _require(ok, f"{path}.root", source.root, "the folder of the scans")
         _require_at_least(1, path, source, "train_size", "val_size")
         _require_at_least(0, path, source, "seed")
+        _require(0 <= source.gap <= LARGEST_GAP, f"{path}.gap", source.gap, f"a number from 0 to {LARGEST_GAP:g}")
         _require(source.repeats is None or source.repeats >= 1, f"{path}.repeats", source.repeats, "1 or more, or None")
         size = source.batch_size
         _require(size is None or size >= 1, f"{path}.batch_size", size, "1 or more, or None for train.batch_size")

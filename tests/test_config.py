@@ -171,6 +171,24 @@ def test_joint_variants():
         module.get_config("demmo")
 
 
+def test_joint_variants_with_a_gap():
+    module = load("joint")
+    demo = experiment_config(module.get_config("demo"))
+    assert {source.gap for source in demo.datasets} == {1.0} and experiment_config(
+        module.get_config("demo,gap1")
+    ) == demo
+    near = experiment_config(module.get_config("tiny,no_sfks,gap0.5"))
+    assert {source.gap for source in near.datasets} == {0.5} and near.model.selection is None
+    assert not any(spec.has_yaw for spec in experiment_config(module.get_config("demo,gap0")).specs)
+    for variant in ("gap0", "two,gap2", "synthetic,gap2"):
+        with pytest.raises(InputError, match="datasets that are not procedural: use gap with demo or tiny"):
+            module.get_config(variant)
+    with pytest.raises(InputError, match=r"datasets.scannet.gap is 2.5; expected a number from 0 to 2"):
+        experiment_config(module.get_config("demo,gap2.5"))
+    with pytest.raises(InputError, match="no variant 'gapless'"):
+        module.get_config("demo,gapless")
+
+
 def test_single_is_tr3d_on_one_dataset():
     module = load("single")
     config = experiment_config(module.get_config("s3dis"))

@@ -25,6 +25,7 @@ from h2a2_jax.scans.scan_folder import (
     read_folder,
 )
 from h2a2_jax.scans.specs import SPECS, DatasetSpec, class_label, dataset_spec, own_spec
+from h2a2_jax.scans.synthetic.gap import protocol_at
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 from h2a2_jax.scans.tfds_source import TfdsSource, find_tfds, is_tfds
 
@@ -183,6 +184,8 @@ class SourceConfig:
         val_size: number of validation scans (synthetic).
         scale: rooms like the real ones, "full", or small ones with few classes, "demo" (synthetic).
         seed: another seed gives other scans (synthetic).
+        gap: 0: the three datasets are one distribution under three names; 1: stand-ins of the real datasets; up to 2:
+            further apart (synthetic; `h2a2_jax.scans.synthetic.gap`). Give all datasets of a run the same.
         repeats: passes of an epoch through the training scans; None: as the dataset's recipe says.
         augment: True to mirror, turn, scale and move training scans by the dataset's recipe.
         sample: True to sample points of training scans by the dataset's recipe; False uses all.
@@ -202,6 +205,7 @@ class SourceConfig:
     val_size: int = 100
     scale: Literal["demo", "full"] = "full"
     seed: int = 0
+    gap: float = 1.0
     repeats: int | None = None
     augment: bool = True
     sample: bool = True
@@ -218,14 +222,15 @@ class SourceConfig:
 
     @property
     def spec(self) -> DatasetSpec:
-        """Classes and protocol of the dataset.
+        """Classes and protocol of the dataset; of a procedural one at its `gap`.
 
         Raises:
             InputError: neither a built-in name nor classes, or both; see `own_spec`.
         """
         if self.classes:
             return own_spec(self.name, self.classes, has_yaw=self.has_yaw, large_classes=self.large_classes)
-        return dataset_spec(self.name)
+        spec = dataset_spec(self.name)
+        return protocol_at(spec, self.gap) if self.is_procedural else spec
 
 
 def build_source(source: SourceConfig, split: Split) -> ScanSource:
@@ -240,7 +245,7 @@ def build_source(source: SourceConfig, split: Split) -> ScanSource:
     match kind:
         case "synthetic":
             size = source.train_size if split == "train" else source.val_size
-            return SyntheticSource(spec, split, size, seed=source.seed, scale=source.scale)
+            return SyntheticSource(spec, split, size, seed=source.seed, scale=source.scale, gap=source.gap)
         case "tfds":
             return TfdsSource(root, split, spec)
         case "scans":

@@ -14,7 +14,8 @@ from jaxtyping import Float32, Int32
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.scan import Scan
 from h2a2_jax.scans.specs import DatasetSpec
-from h2a2_jax.scans.synthetic.rooms import Room, Scale, furnish_room, programme
+from h2a2_jax.scans.synthetic.gap import LARGEST_GAP, draw_style, exaggerate_capture, exaggerate_scan, protocol_at
+from h2a2_jax.scans.synthetic.rooms import Room, Scale, furnish_room
 from h2a2_jax.scans.synthetic.sensors import Capture, depth_frame, full_room, fused_mesh
 
 _SENSORS: dict[str, Callable[[Room, Scale, np.random.Generator], Capture]] = {
@@ -34,16 +35,25 @@ class SyntheticSource:
 
     An annotated object that shows fewer than 30 points, or less than 15 % of itself, has no box. Every scan has at
     least 5,000 points, and 8-16 (scannet), 2-6 (sunrgbd) or 6-14 (s3dis) boxes; 1-8 at scale "demo". Boxes enclose the
-    visible points (axis-aligned datasets) or the whole object (datasets with yaw).
+    visible points (axis-aligned datasets) or the whole object (datasets with yaw). This is so at the default gap;
+    `spec` is the dataset's protocol at the gap.
     """
 
     def __init__(
-        self, spec: DatasetSpec, split: Literal["train", "val"], size: int, *, seed: int = 0, scale: Scale = "full"
+        self,
+        spec: DatasetSpec,
+        split: Literal["train", "val"],
+        size: int,
+        *,
+        seed: int = 0,
+        scale: Scale = "full",
+        gap: float = 1.0,
     ):
         """Name the scans; each is generated when it is read.
 
         The splits share no scan, and another seed gives other scans. Scale "demo" means small rooms with few, easily
-        distinguished classes, "full" rooms like the real ones.
+        distinguished classes, "full" rooms like the real ones. At gap 0 the three datasets are one distribution, at 1
+        stand-ins of the real ones, up to 2 further apart (`h2a2_jax.scans.synthetic.gap`).
         """
         if spec.name not in _SENSORS:
             raise InputError(f"There is no synthetic {spec.name}: use one of {', '.join(_SENSORS)}.")
@@ -55,7 +65,9 @@ class SyntheticSource:
             raise InputError(f"A synthetic source of {size} scans was asked for: give at least 1.")
         if seed < 0:
             raise InputError(f"The seed {seed} was asked for: give 0 or more.")
-        self.spec, self._split, self._seed = spec, split, seed
+        if not 0 <= gap <= LARGEST_GAP:
+            raise InputError(f"The gap {gap} was asked for: give a number from 0 to {LARGEST_GAP:g}.")
+        self.spec, self._split, self._seed, self._gap = protocol_at(spec, gap), split, seed, gap
         self._scale: Scale = scale
         self.names = [f"synthetic_{spec.name}/{split}/{index:06d}" for index in range(size)]
 
@@ -67,21 +79,26 @@ class SyntheticSource:
         return self.acquire(index)[0]
 
     def acquire(self, index: int) -> tuple[Scan, Room, Capture]:
-        """Generate one scan, with the room that it shows and the sensor's capture of that room."""
+        """Generate one scan, with the room that it shows and the sensor's capture of that room.
+
+        Boxes are scaled and axes permuted (gaps above 1) in the scan alone.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"scan {index} of {len(self)}")
         rng = np.random.default_rng(
             [self._seed, zlib.crc32(self.spec.name.encode()), _SPLITS.index(self._split), index, self._scale == "demo"]
         )
-        plan = programme(self.spec, self._scale)
+        name, gap = self.spec.name, self._gap
+        style, plan = draw_style(self.spec, self._scale, gap, rng)
         for _ in range(_ATTEMPTS):
             room = furnish_room(plan, self.spec, rng)
             if self._scale == "full" and np.count_nonzero(room.labels >= 0) < plan.boxes[0]:
                 continue  # no sensor can show enough boxes
-            capture = _SENSORS[self.spec.name](room, self._scale, rng)
+            capture = exaggerate_capture(_SENSORS[style](room, self._scale, rng), name, gap, rng)
             boxes, labels = _annotation(room, capture, self.spec.has_yaw)
             if plan.boxes[0] <= len(labels) <= plan.boxes[1] and len(capture.points) >= _FEWEST_POINTS_OF_SCAN:
-                return Scan(self.names[index], capture.points, capture.colors, boxes, labels), room, capture
+                scan = Scan(self.names[index], capture.points, capture.colors, boxes, labels)
+                return exaggerate_scan(scan, name, gap, rng), room, capture
         raise RuntimeError(f"{_ATTEMPTS} rooms in a row show too little: the catalogue is broken.")
 
 
