@@ -505,8 +505,9 @@ def _tau_flags(parser: argparse.ArgumentParser) -> None:
 
 def _ablation_flags(parser: argparse.ArgumentParser) -> None:
     _sweep_flags(parser)
-    rows = "naive, sfks, ngh, sfks_ngh, tr3d, tr3d_<dataset>"
-    parser.add_argument("--rows", type=_names, default=[], help=f"of {rows}; by default the first five")
+    rows = "naive, sfks, ngh, sfks_ngh, tr3d, frozen, modulation, exclusive, naive_shared_stats, random_labels"
+    several = "tr3d_<dataset>, single (tr3d)"
+    parser.add_argument("--rows", type=_names, default=[], help=f"of {rows}, {several}; by default the first five")
 
 
 def _transfer_flags(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
@@ -41,6 +41,9 @@ from h2a2_jax.sweeps.sweep_runner import run_sweep
 from h2a2_jax.training.build import count_parameters
 
 ABLATION_ROWS = ("naive", "sfks", "ngh", "sfks_ngh", "tr3d")
+"""Rows of the ablation unless others are asked for."""
+CONTROL_ROWS = ("frozen", "modulation", "exclusive", "naive_shared_stats", "random_labels")
+"""Rows on request, each of which takes one part away that a gain may come from."""
 
 DEFAULT_TAUS = (0.15, 0.2, 0.25, 0.3, 0.35)
 """Values around the default 0.25. Alpha starts at 0.5 and beta near 0.5, so all offsets are exclusive far above these
@@ -104,7 +107,7 @@ def tau_rows(base: ExperimentConfig, taus: Sequence[float], seeds: Sequence[int]
         InputError: the base has no kernel selection, or a value is given twice or makes no sense.
     """
     selection = base.model.selection
-    if selection is None:
+    if selection is None or selection.kernels != "selected":
         raise InputError("The tau sweep needs kernel selection, and model.selection is off: give a config that has it.")
     check_once("taus", taus)
     rows = []
@@ -115,36 +118,61 @@ def tau_rows(base: ExperimentConfig, taus: Sequence[float], seeds: Sequence[int]
 
 
 def ablation_rows(base: ExperimentConfig, seeds: Sequence[int], names: Sequence[str] = ()) -> list[Row]:
-    """Naive joint training, SF-KS, NGH, both, and TR3D alone on each dataset.
+    """Naive joint training, SF-KS, NGH, both, TR3D alone on each dataset, and controls.
+
+    - "frozen": SF-KS with O, P and A as they were drawn, beside what `optim.freeze` of the base names.
+    - "modulation": modulation and gate alone, with the shared kernel at every offset.
+    - "exclusive": modulation and gate, with the dataset's own kernel at every offset.
+    - "naive_shared_stats": naive, with running statistics of batch norm that the datasets share.
+    - "random_labels": SF-KS and NGH, each scan with the boxes of another one (`train.permute_boxes`).
 
     The single-dataset runs take as many steps as the joint ones, so that each sees as many of its scans. Their
     learning rate falls after the number of epochs that is nearest to the same number of steps.
 
-    Names, in the order of the table, are of `ABLATION_ROWS`, or "tr3d_<dataset>" for TR3D on one dataset; without them
-    the table has all of `ABLATION_ROWS`.
+    Names, in the order of the table, are of `ABLATION_ROWS` and `CONTROL_ROWS`, "tr3d_<dataset>" for TR3D on one
+    dataset, or "single", another name of "tr3d"; without them the table has all of `ABLATION_ROWS`.
 
     Raises:
-        InputError: the base has no kernel selection or only one dataset, a seed is given twice or makes no sense, or
+        InputError: the base selects no kernels or has only one dataset, a seed is given twice or makes no sense, or
             there is no such row.
     """
-    if base.model.selection is None:
-        raise InputError("The ablation switches kernel selection off itself: give a config that has model.selection.")
+    selection = base.model.selection
+    if selection is None or selection.kernels != "selected":
+        raise InputError(
+            "The ablation switches kernel selection off itself: give a config that has model.selection, with kernels "
+            "that are 'selected'."
+        )
     if len(base.datasets) < 2:
         raise InputError(
             f"The ablation is of joint training, and the config has only {base.dataset_names[0]}: give 2+."
         )
     naive = naive_joint(base)
     both = selected_and_harmonized(base)
+    sfks = replace(both, harmonize=naive.harmonize)
+
+    def with_kernels(kernels: Literal["shared", "exclusive"]) -> ExperimentConfig:
+        return replace(sfks, model=replace(sfks.model, selection=replace(selection, kernels=kernels)))
+
+    freeze = tuple(dict.fromkeys((*base.optim.freeze, "selection")))
     joint = {
         "naive": ("naive joint", naive),
-        "sfks": ("SF-KS", replace(both, harmonize=naive.harmonize)),
+        "sfks": ("SF-KS", sfks),
         "ngh": ("NGH", replace(naive, harmonize=both.harmonize)),
         "sfks_ngh": ("SF-KS + NGH", both),
+        "frozen": ("SF-KS, frozen choice", replace(sfks, optim=replace(sfks.optim, freeze=freeze))),
+        "modulation": ("modulation", with_kernels("shared")),
+        "exclusive": ("exclusive kernels", with_kernels("exclusive")),
+        "naive_shared_stats": (
+            "naive, shared statistics",
+            replace(naive, model=replace(naive.model, running_statistics="shared")),
+        ),
+        "random_labels": ("random labels", replace(both, train=replace(both.train, permute_boxes=True))),
     }
     rows = {name: Row(label, seeded(name, config, seeds)) for name, (label, config) in joint.items()}
     alone = {f"tr3d_{name}": seeded(f"tr3d_{name}", restricted(naive, [name]), seeds) for name in base.dataset_names}
     rows["tr3d"] = Row("TR3D alone", tuple(run for runs in alone.values() for run in runs))
     rows |= {name: Row(f"TR3D alone on {name.removeprefix('tr3d_')}", runs) for name, runs in alone.items()}
+    names = ["tr3d" if name == "single" else name for name in names]
     if unknown := [name for name in names if name not in rows]:
         raise InputError(f"The ablation has no row {unknown[0]!r}; its rows are {', '.join(rows)}.")
     check_once("rows", names or ABLATION_ROWS)

@@ -169,7 +169,7 @@ def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
     ways = [replace(config.eval, conditioning="own", kernels="selected")]
     if several:
         ways.append(replace(ways[0], conditioning="mean"))
-    if several and config.model.selection is not None:
+    if several and config.model.selection is not None and config.model.selection.kernels != "exclusive":
         ways.append(replace(ways[1], kernels="shared"))
     common_with = {head.name: common_classes(head, source.spec) for head in config.specs}
     if strangers := [name for name, common in common_with.items() if not common.pairs]:
