@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
+from h2a2_jax.sweeps.intervals import row_differences, samples_of, stored_matches
 from h2a2_jax.sweeps.sweep_plan import (
     Row,
     SweepRun,
@@ -60,15 +61,17 @@ def run_tau_sweep(
 ) -> int:
     """Train and evaluate the config with every tau and seed; write table.md, results.json and tau.png.
 
-    Finished runs in the workdir are not repeated. Without taus the sweep takes `default_taus`. Jobs, budget and exit
-    status are those of `run_sweep`.
+    Finished runs in the workdir are not repeated. Without taus the sweep takes `default_taus`. Differences are from
+    the config's own tau, or the first. Jobs, budget and exit status are those of `run_sweep`.
 
     Raises:
         InputError: the config does not fit the sweep, data are missing, or the workdir holds other runs of the same
             names.
     """
     rows = tau_rows(config, taus or default_taus(config), seeds)
-    result = partial(comparison_result, "tau_sweep", "Sweep of the threshold tau", config, rows)
+    assert config.model.selection is not None
+    own = [row.label for row in rows if row.tau == config.model.selection.tau] or [rows[0].label]
+    result = partial(comparison_result, "tau_sweep", "Sweep of the threshold tau", config, rows, own)
     return run_sweep(
         config, workdir, partial(locate, rows, workdir), lambda found: [result(found)], jobs, budget_minutes
     )
@@ -81,14 +84,20 @@ def run_ablation(
     jobs: int | None,
     budget_minutes: float | None = None,
     names: Sequence[str] = (),
+    against: Sequence[str] = (),
 ) -> int:
     """Train and evaluate naive joint training, SF-KS, NGH, both, and TR3D alone, with every seed.
 
     Written are table.md, results.json and ablation.png. Arguments and errors are those of `run_tau_sweep`; `names` are
-    rows of `ablation_rows`.
+    rows of `ablation_rows`, and `against` those that the differences of all others are from: without them naive, or
+    the first row of a table without it.
     """
     rows = ablation_rows(config, seeds, names)
-    result = partial(comparison_result, "ablation", "Ablation", config, rows)
+    labels = dict(zip(_row_names(names), (row.label for row in rows), strict=True))
+    if unknown := [name for name in against if name not in labels and name != "single"]:
+        raise InputError(f"--against is {unknown[0]!r}; expected rows of the table: {', '.join(labels)}.")
+    references = [labels[name] for name in _row_names(against or ["naive"]) if name in labels] or [rows[0].label]
+    result = partial(comparison_result, "ablation", "Ablation", config, rows, references)
     return run_sweep(
         config, workdir, partial(locate, rows, workdir), lambda found: [result(found)], jobs, budget_minutes
     )
@@ -172,25 +181,37 @@ def ablation_rows(base: ExperimentConfig, seeds: Sequence[int], names: Sequence[
     alone = {f"tr3d_{name}": seeded(f"tr3d_{name}", restricted(naive, [name]), seeds) for name in base.dataset_names}
     rows["tr3d"] = Row("TR3D alone", tuple(run for runs in alone.values() for run in runs))
     rows |= {name: Row(f"TR3D alone on {name.removeprefix('tr3d_')}", runs) for name, runs in alone.items()}
-    names = ["tr3d" if name == "single" else name for name in names]
+    names = _row_names(names)
     if unknown := [name for name in names if name not in rows]:
         raise InputError(f"The ablation has no row {unknown[0]!r}; its rows are {', '.join(rows)}.")
-    check_once("rows", names or ABLATION_ROWS)
-    return [rows[name] for name in names or ABLATION_ROWS]
+    check_once("rows", names)
+    return [rows[name] for name in names]
+
+
+def _row_names(names: Sequence[str]) -> list[str]:
+    """Names of rows, those of `ABLATION_ROWS` if there are none."""
+    return ["tr3d" if name == "single" else name for name in names or ABLATION_ROWS]
 
 
 def comparison_result(
-    kind: str, title: str, base: ExperimentConfig, rows: Sequence[Row], folders: Mapping[SweepRun, Path]
+    kind: str,
+    title: str,
+    base: ExperimentConfig,
+    rows: Sequence[Row],
+    against: Sequence[str],
+    folders: Mapping[SweepRun, Path],
 ) -> dict[str, Any]:
     """Result of a tau sweep or an ablation: average precision, exclusive offsets, parameters and speed of each setting.
 
-    A seed of a row counts when all of its runs are finished.
+    A seed of a row counts when all of its runs are finished. Differences are from the rows whose labels are `against`.
     """
-    entries = []
+    entries, samples = [], {}
     for row in rows:
         seeds = dict.fromkeys(run.seed for run in row.runs)
         runs = {seed: {run: folders[run] for run in row.runs if run.seed == seed} for seed in seeds}
         scores = [score for seed in seeds for score in _comparison_scores(runs[seed], base)]
+        matches = {seed: stored_matches(runs[seed].values()) for seed in seeds}
+        samples[row.label] = samples_of(scores, metric_names(base), matches)
         parameters = sum(count_parameters(run.config) for run in runs[row.runs[0].seed])
         entries.append(result_row(row.label, scores, tau=row.tau, parameters=parameters))
     columns = [Column("setting", ("name",), "text")]
@@ -202,10 +223,12 @@ def comparison_result(
     note = (
         f"mAP and exclusive in per cent, after {training_length(base)} of {base.train.batch_size} scans a dataset; "
         "mean ± sample standard deviation over seeds; exclusive: share of the kernel offsets that use the dataset's "
-        "own kernel, of the last line of metrics; parameters: of all detectors of a row; scans/s: in training, median "
+        "own kernel, of the last line of metrics; parameters: of all detectors of a row, also those without effect; "
+        "scans/s: in training, median "
         "over the run's logged steps, beside whatever ran at the same time."
     )
-    return sweep_result(kind, title, note, base, entries, columns)
+    differences = row_differences(samples, against, base.dataset_names, metric_names(base))
+    return sweep_result(kind, title, note, base, entries, columns, differences)
 
 
 def _comparison_scores(runs: Mapping[SweepRun, Path], base: ExperimentConfig) -> list[Score]:
