@@ -1,12 +1,13 @@
 """Differences between rows of a table with 95 % intervals, by a bootstrap over seeds and validation scans.
 
-A draw takes seeds with replacement, the same for both rows, and validation scans with replacement, the same for all
-rows and seeds. Its difference is that of the mean mAP of the seeds drawn on the scans drawn; the interval holds the
-middle 95 % of the draws.
+A draw takes validation scans with replacement, the same for all rows and seeds, and seeds with replacement, the same
+for both rows. Its difference is that of the rows' mean mAP on the scans drawn, plus what the seeds drawn differ from
+the mean of all seeds, on all scans. (Seeds on the scans drawn would count three times what is particular to a seed and
+a scan.) The interval holds the middle 95 % of the draws.
 
-A few seeds drawn with replacement scatter less than seeds do. So the part of a draw that comes from its seeds is
-multiplied by t / z * sqrt(n / (n - 1)), with the 97.5 % quantiles t of Student's distribution for n seeds and z of the
-normal one: 1.6 for five seeds, 2.7 for three, 9.2 for two.
+A few seeds drawn with replacement scatter less than seeds do. So the part of the seeds is multiplied by
+t / z * sqrt(n / (n - 1)), with the 97.5 % quantiles t of Student's distribution for n seeds and z of the normal one:
+1.6 for five seeds, 2.7 for three, 9.2 for two.
 """
 
 import math
@@ -115,15 +116,14 @@ def paired_difference(
             found[MEAN] = np.mean([*found.values()], axis=0)
         return found
 
-    whole = gains("scores")
-    drawn = gains("drawn") if by_scans else whole
+    whole, drawn = gains("scores"), gains("drawn") if by_scans else {}
     over = [part for part, is_drawn in (("seeds", len(seeds) > 1), ("scans", by_scans)) if is_drawn]
     return {
         "seeds": seeds,
         "over": " and ".join(over),
         "values": {
             name: {
-                metric: _interval(whole[name][0, :, t].mean(), drawn[name][:, :, t] if over else None)
+                metric: _interval(whole[name][0, :, t], drawn[name][:, :, t] if by_scans else None)
                 for t, metric in enumerate(metrics)
             }
             for name in whole
@@ -156,23 +156,17 @@ def _gives(matches: Matches, scores: np.ndarray | None) -> bool:
     return np.allclose(found, scores, rtol=0, atol=1e-6, equal_nan=True)
 
 
-def _interval(difference: float, drawn: Float[np.ndarray, "draws seeds"] | None) -> dict[str, Any]:
-    """The interval of a difference, from that of every draw of scans and every seed."""
+def _interval(whole: Float[np.ndarray, " seeds"], drawn: Float[np.ndarray, "draws seeds"] | None) -> dict[str, Any]:
+    """The interval of the mean of differences, by seed, on all scans and on each drawing of them."""
+    count, difference = len(whole), float(whole.mean())
     if math.isnan(difference):
         return dict.fromkeys(("difference", "low", "high", "told_apart"))
-    if drawn is None:
-        return {"difference": float(difference), "low": None, "high": None, "told_apart": None}
-    count = drawn.shape[1]
-    centre = drawn.mean(1)
+    if count == 1 and drawn is None:
+        return {"difference": difference, "low": None, "high": None, "told_apart": None}
+    values = np.full(DRAWS, difference) if drawn is None else drawn.mean(1)
     if count > 1:
         seeds = np.random.default_rng(count).multinomial(count, np.full(count, 1 / count), DRAWS)
-        of_seeds = (seeds * drawn).mean(1) - centre
         widening = stdtrit(count - 1, _TAILS[1]) / ndtri(_TAILS[1]) * math.sqrt(count / (count - 1))
-        centre = centre + widening * of_seeds
-    low, high = np.nanquantile(centre, _TAILS)
-    return {
-        "difference": float(difference),
-        "low": float(low),
-        "high": float(high),
-        "told_apart": bool(low > 0 or high < 0),
-    }
+        values = values + widening * (seeds @ whole / count - difference)
+    low, high = np.clip(np.nanquantile(values, _TAILS), -100, 100).tolist()
+    return {"difference": difference, "low": low, "high": high, "told_apart": low > 0 or high < 0}
