@@ -505,8 +505,12 @@ def _tau_flags(parser: argparse.ArgumentParser) -> None:
 
 def _ablation_flags(parser: argparse.ArgumentParser) -> None:
     _sweep_flags(parser)
-    rows = "naive, sfks, ngh, sfks_ngh, tr3d, tr3d_<dataset>"
-    parser.add_argument("--rows", type=_names, default=[], help=f"of {rows}; by default the first five")
+    rows = "naive, sfks, ngh, sfks_ngh, tr3d, frozen, modulation, exclusive, naive_shared_stats, random_labels"
+    several = "tr3d_<dataset>, single (tr3d)"
+    parser.add_argument("--rows", type=_names, default=[], help=f"of {rows}, {several}; by default the first five")
+    parser.add_argument(
+        "--against", type=_names, default=[], help="rows that the differences of the others are from; naive by default"
+    )
 
 
 def _transfer_flags(parser: argparse.ArgumentParser) -> None:
@@ -689,7 +693,7 @@ def _ablation(given: Invocation) -> int | None:
 
     values = given.flags
     return run_ablation(
-        given.experiment(), given.workdir, values.seeds, values.jobs, values.budget_minutes, values.rows
+        given.experiment(), given.workdir, values.seeds, values.jobs, values.budget_minutes, values.rows, values.against
     )
 
 

@@ -21,6 +21,7 @@ from ml_collections.config_dict import placeholder
 
 from h2a2_jax.balancers import HarmonizeConfig
 from h2a2_jax.errors import InputError
+from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.models.architecture import DetectorConfig
 from h2a2_jax.scans.sources import SourceConfig
 from h2a2_jax.scans.specs import DatasetSpec
@@ -177,7 +178,7 @@ class ExperimentConfig:
         _check_datasets(self.datasets)
         _check_model(self.model)
         _check_training(self)
-        _check_evaluation(self.eval, self.dataset_names)
+        _check_evaluation(self.eval, self.dataset_names, self.model.selection)
 
     @property
     def dataset_names(self) -> tuple[str, ...]:
@@ -395,7 +396,7 @@ def _check_training(config: ExperimentConfig) -> None:
     _require(train.workers is None or train.workers >= 0, "train.workers", train.workers, "0 or more, or None")
 
 
-def _check_evaluation(config: EvalConfig, names: tuple[str, ...]) -> None:
+def _check_evaluation(config: EvalConfig, names: tuple[str, ...], selection: SelectionConfig | None) -> None:
     thresholds = config.iou_thresholds
     ok = len(thresholds) > 0 and all(0 <= t < 1 for t in thresholds)
     _require(ok, "eval.iou_thresholds", thresholds, "at least one number, each from 0 to below 1")
@@ -403,6 +404,9 @@ def _check_evaluation(config: EvalConfig, names: tuple[str, ...]) -> None:
     _require_at_least(1, "eval", config, "batch_size")
     choices = ("own", "mean", *names)
     _require(config.conditioning in choices, "eval.conditioning", config.conditioning, f"one of {', '.join(choices)}")
+    trained = selection is None or selection.kernels != "exclusive"
+    expected = "'selected' where model.selection.kernels is 'exclusive', which trains no shared ones"
+    _require(trained or config.kernels == "selected", "eval.kernels", config.kernels, expected)
 
 
 def _as_config_dict(config: Any) -> ConfigDict:

@@ -12,7 +12,15 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from h2a2_jax.config import ExperimentConfig, SourceConfig, config_dict, experiment_config, from_json, to_json
+from h2a2_jax.config import (
+    EvalConfig,
+    ExperimentConfig,
+    SourceConfig,
+    config_dict,
+    experiment_config,
+    from_json,
+    to_json,
+)
 from h2a2_jax.errors import InputError
 from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.models import DetectorConfig
@@ -71,7 +79,7 @@ def test_keys_left_out_take_their_defaults():
         ("optim.lrr", 1.0, "unknown config key 'optim.lrr'; did you mean 'lr'? (keys there: lr, weight_decay,"),
         ("traim", {}, "unknown config key 'traim'; did you mean 'train'? (keys there: datasets, model,"),
         ("datasets.scannet.rot", "a", "unknown config key 'datasets.scannet.rot'; did you mean 'root'?"),
-        ("model.selection.xyz", 1, "unknown config key 'model.selection.xyz'; (keys there: convolutions,"),
+        ("model.selection.xyz", 1, "unknown config key 'model.selection.xyz'; (keys there: kernels, convolutions,"),
         ("train.batch_size", 2.5, "train.batch_size is 2.5 (float); expected int."),
         ("train.batch_size", True, "train.batch_size is True (bool); expected int."),
         ("optim.lr", "fast", "optim.lr is 'fast' (str); expected float."),
@@ -104,6 +112,14 @@ def test_what_does_not_fit_is_refused_with_a_sentence(path: str, value: Any, sen
     with pytest.raises(InputError) as error:
         experiment_config(changed(path, value))
     assert sentence in str(error.value)
+
+
+def test_shared_kernels_are_not_evaluated_where_none_are_trained():
+    model = DetectorConfig(selection=SelectionConfig(kernels="exclusive"))
+    with pytest.raises(
+        InputError, match=r"eval.kernels is 'shared'; expected 'selected' where model.selection.kernels"
+    ):
+        ExperimentConfig(SOURCES, model, eval=EvalConfig(kernels="shared"))
 
 
 def test_selection_may_be_absent():

@@ -107,6 +107,36 @@ def average_precision(precision: Float[np.ndarray, " n"], recall: Float[np.ndarr
     return float(np.sum(np.diff(recall, prepend=0.0) * envelope))
 
 
+def average_precision_of_draws(
+    is_hit: Bool[np.ndarray, " n"],
+    scans: Int[np.ndarray, " n"],
+    ground_truth: Int[np.ndarray, " s"],
+    counts: Int[np.ndarray, "draws s"],
+) -> Float[np.ndarray, " draws"]:
+    """`average_precision` of one class on drawings of the scans, in which a scan may be missing or repeated.
+
+    Args:
+        is_hit: Hits among all detections of the class, by descending score.
+        scans: Scan of each detection.
+        ground_truth: Boxes of the class in each scan.
+        counts: Times that a drawing has each scan.
+
+    Returns:
+        Areas, 0 to 1; NaN for a drawing without ground truth.
+    """
+    hits = np.flatnonzero(is_hit)
+    # Only at hits recall rises. Of the points between them, and of those between copies of a scan, none is above the
+    # curve through the hits, the copies of each taken together.
+    before = np.zeros((len(ground_truth), len(hits) + 1))
+    np.add.at(before, (scans, np.searchsorted(hits, np.arange(len(scans)))), 1)
+    weights, boxes = counts.astype(np.float64), (counts @ ground_truth).astype(np.float64)
+    kept = weights @ before[:, :-1].cumsum(1)
+    found = weights[:, scans[hits]]
+    precision = found.cumsum(1) / np.maximum(kept, 1)
+    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    return np.where(boxes > 0, (found * envelope).sum(1) / np.maximum(boxes, 1), np.nan)
+
+
 @dataclasses.dataclass(frozen=True)
 class OperatingPoint:
     """Precision and recall of a detector whose detections below a score are dropped.

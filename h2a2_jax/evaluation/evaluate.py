@@ -16,6 +16,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation.average_precision import distance_from, scan_origin
 from h2a2_jax.evaluation.cross import CommonClasses, common_classes, cross_table
 from h2a2_jax.evaluation.documents import JSON_FILE, write_evaluation
+from h2a2_jax.evaluation.matches import MATCHES_FILE, Matches, write_matches
 from h2a2_jax.evaluation.scores import Evaluation, evaluate_detections
 from h2a2_jax.inference.augmentation import TestTimeAugmented, views
 from h2a2_jax.inference.predictor import Predicts, build_predictor, predict_scans, skipped_lines
@@ -118,6 +119,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate on the scans of every dataset or of those requested; print tables, write evaluation.json and .csv.
 
+    Hits and misses by scan go to matches.npz (`h2a2_jax.evaluation.matches`).
+
     Args:
         config: configuration whose data and `eval` are used.
         predictor: predictor of the datasets of the config; in a run of several processes, the same in all.
@@ -161,6 +164,8 @@ def evaluate(
     evaluated = {specs[d].name: by_name[specs[d].name] for d in sorted(chosen)}
     results = {name: one["values"] for name, one in evaluated.items()}
     if is_main():  # before anything is printed: a closed pipe at the other end must not cost the results
+        matches = {name: Matches.from_dict(one["matches"]) for name, one in evaluated.items()}
+        write_matches(folder / MATCHES_FILE, matches)
         write_evaluation(folder, results)
     for name, values in results.items():
         say_skipped({f"{name}/{scan}": reason for scan, reason in values["skipped"].items()})
@@ -205,12 +210,13 @@ def chosen_sources(config: ExperimentConfig, request: EvalRequest) -> dict[int, 
 
 @dataclass
 class PredictedSource:
-    """Boxes found and annotated in the scans of a source that can be used, in the order of the scans.
+    """Boxes found and annotated in the scans of a source that can be used, in the order of the scans, by `names`.
 
     Distances in a scan are measured from its origin x, y. By name of the scan, `skipped` has the reason for each that
     was left out, and `notes` counts of points and boxes that loading left out or repaired.
     """
 
+    names: list[str] = field(default_factory=list)
     detections: list[Detections] = field(default_factory=list)
     truth: list[GroundTruth] = field(default_factory=list)
     origins: list[np.ndarray] = field(default_factory=list)
@@ -221,7 +227,7 @@ class PredictedSource:
         self, spec: DatasetSpec, iou_thresholds: Sequence[float], common: CommonClasses | None = None
     ) -> Evaluation:
         """Scores, by the protocol of the dataset of the scans; of another head over the classes in common with it."""
-        return evaluate_detections(
+        evaluation = evaluate_detections(
             [common.detections(found) for found in self.detections] if common else self.detections,
             [common.truth(there) for there in self.truth] if common else self.truth,
             common.names if common else spec.classes,
@@ -230,6 +236,7 @@ class PredictedSource:
             origins=np.array(self.origins, np.float64).reshape(-1, 2),
             measured_from=distance_from(spec.name),
         )
+        return replace(evaluation, matches=replace(evaluation.matches, names=tuple(self.names)))
 
 
 def predict_source(
@@ -251,6 +258,7 @@ def predict_source(
         if not is_box.all():
             found = Detections(found.boxes[is_box], found.scores[is_box], found.labels[is_box])
             result.notes[scan.name] = {**result.notes.get(scan.name, {}), _NO_BOXES: int((~is_box).sum())}
+        result.names.append(scan.name)
         result.detections.append(found)
         result.truth.append(GroundTruth(scan.boxes[known], scan.labels[known]))
         result.origins.append(scan_origin(scan.points, distance_from(spec.name)))
@@ -265,7 +273,7 @@ def _evaluate_dataset(
     request: EvalRequest,
     draw: int,
 ) -> dict[str, Any]:
-    """Figures of one dataset as evaluation.json has them, their table as text, and notes on the scans."""
+    """Figures of one dataset as evaluation.json has them, their table as text, notes on the scans, and matches."""
     thresholds, size = config.eval.iou_thresholds, config.eval.batch_size
     own = predict_source(predictor, source, spec, size, draw=draw)
     evaluation = own.evaluate(spec, thresholds)
@@ -277,7 +285,8 @@ def _evaluate_dataset(
         for head in (head for head in config.specs if head.name != spec.name):
             other = predict_source(predictor, source, spec, size, head=head.name, draw=draw)
             values["cross"][head.name] = _compare_heads(own, other, head, spec, thresholds)
-    return {"values": values, "text": f"{evaluation.table()}\n{evaluation.summary()}", "notes": own.notes}
+    text = f"{evaluation.table()}\n{evaluation.summary()}"
+    return {"values": values, "text": text, "notes": own.notes, "matches": evaluation.matches.to_dict()}
 
 
 def _compare_heads(

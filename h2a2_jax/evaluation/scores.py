@@ -23,6 +23,7 @@ from h2a2_jax.evaluation.average_precision import (
     precision_at_levels,
     precision_recall,
 )
+from h2a2_jax.evaluation.matches import Matches
 
 _TWO_TURNS = 4 * np.pi  # rad; yaws are within one, and whole turns do no harm
 EVALUATION_VERSION = 1
@@ -75,6 +76,7 @@ class Evaluation:
             score.
         by_size: AP by volume.
         by_distance: AP by horizontal distance; None where the origin of distances is not known.
+        matches: Hits and misses by scan; scans go by their number.
     """
 
     class_names: tuple[str, ...]
@@ -90,6 +92,7 @@ class Evaluation:
     calibration: Float[np.ndarray, "t 3 bins"]
     by_size: Breakdown
     by_distance: Breakdown | None
+    matches: Matches
 
     @property
     def mean_average_precision(self) -> Float[np.ndarray, " t"]:
@@ -235,6 +238,8 @@ def evaluate_detections(
     overlap, target = best_overlaps(detected, truth, rotated=rotated)
     found_at = [match(overlap, target, threshold) for threshold in iou_thresholds]
     counts = np.bincount(truth.labels, minlength=num_classes)
+    boxes_of_scans = np.zeros((len(detections), num_classes), np.int64)
+    np.add.at(boxes_of_scans, (truth.scans, truth.labels), 1)
     rows_of = [np.flatnonzero(detected.labels == label) for label in range(num_classes)]
 
     shape = (len(iou_thresholds), num_classes)
@@ -284,6 +289,15 @@ def evaluate_detections(
         calibration=np.array([calibration(scores, is_hit) for is_hit, _ in found_at]),
         by_size=breakdown(SIZES, volumes),
         by_distance=by_distance,
+        matches=Matches(
+            names=tuple(map(str, range(len(detections)))),
+            iou_thresholds=tuple(iou_thresholds),
+            scores=scores,
+            labels=detected.labels,
+            scans=detected.scans,
+            is_hit=np.array([is_hit for is_hit, _ in found_at]).reshape(len(found_at), -1),
+            ground_truth=boxes_of_scans,
+        ),
     )
 
 

@@ -49,6 +49,9 @@ class SelectionConfig:
     """Options of kernel selection; each field is a point that the paper leaves open.
 
     Attributes:
+        kernels: kernels that the layers use: "selected" ones, an offset at a time; or, to tell what selection adds to
+            modulation and gate, the "shared" ones or the dataset's "exclusive" ones at every offset. Then O, A and P
+            and the other kernels are there, so that all three start from the same values, but have no effect.
         convolutions: convolutions of a detector that select their kernels: the 3^3 ones of the "residual" stages ("in
             the backbone"), of the "stem", and those of the "neck" on the sites of a level (not the generative ones).
         scope: sites that share one choice: those of a "scan", so that a prediction does not depend on the other scans
@@ -95,6 +98,7 @@ class SelectionConfig:
             behind the stem; the residual starts at zero. Modulation and gate then depend on the scan.
     """
 
+    kernels: Literal["selected", "shared", "exclusive"] = "selected"
     convolutions: tuple[Part, ...] = ("residual",)
     scope: Scope = "scan"
     structural_features: Literal["modulated", "input"] = "modulated"
@@ -357,8 +361,9 @@ class SelectiveConv(nnx.Module):
         prototypes = jax.random.normal(rngs.params(), (*each, volume, s.projection_dim))
         self.prototypes = parameter(prototypes, by_dataset) if s.prototypes == "learned" else None
         by_offset = (num_datasets, volume)
-        self.disagreement = nnx.BatchStat(jnp.ones(by_offset), dataset_axis=0) if s.prior == "agreement" else None
-        is_centered = s.consistency == "centered_cosine"
+        measures = s.kernels == "selected" and s.prior == "agreement"
+        self.disagreement = nnx.BatchStat(jnp.ones(by_offset), dataset_axis=0) if measures else None
+        is_centered = s.kernels == "selected" and s.consistency == "centered_cosine"
         self.center = nnx.BatchStat(jnp.zeros(by_offset), dataset_axis=0) if is_centered else None
         self.modulation = LinearModulation(
             in_channels, embedding_dim=s.embedding_dim, hidden=s.hidden, start=s.embedding_start, rngs=rngs
@@ -384,12 +389,14 @@ class SelectiveConv(nnx.Module):
             raise ValueError("kernel selection needs context.embedding, the embedding [d] of the dataset.")
         check_input(self.name, x, kernel_map, self.shared.shape, self.kernel_size)
         dataset = context.dataset_of(self.exclusive.shape[0])
-        structure = self.structure(dataset)
         modulated = self.modulation(x, context.embedding)
-        seen = modulated if self.selection.structural_features == "modulated" else x
-        gamma, cosine = select_kernels(seen, kernel_map, structure, self.selection, context, self.name)
-        if self.center is not None and is_training(self, context):
-            self._move_center(cosine, output_sites(seen, kernel_map), context)
+        gamma = None
+        if self.selection.kernels == "selected":
+            seen = modulated if self.selection.structural_features == "modulated" else x
+            structure = self.structure(dataset)
+            gamma, cosine = select_kernels(seen, kernel_map, structure, self.selection, context, self.name)
+            if self.center is not None and is_training(self, context):
+                self._move_center(cosine, output_sites(seen, kernel_map), context)
         stack = self.kernels(dataset)
         y = convolve(
             modulated.features,
@@ -403,10 +410,11 @@ class SelectiveConv(nnx.Module):
         return SparseTensor(y, output_sites(x, kernel_map))
 
     def kernels(self, dataset: DatasetContext) -> Float[Array, "s v c_in c_out"]:
-        """Stack to select from: the shared kernel and that of the dataset, or the shared one alone."""
-        if dataset.kernels == "shared":
+        """Stack to select from: the shared kernel and that of the dataset, or one of them alone."""
+        if "shared" in (dataset.kernels, self.selection.kernels):
             return self.shared[...][None]
-        return jnp.stack([self.shared[...], dataset.pick(self.exclusive[...])])
+        exclusive = dataset.pick(self.exclusive[...])
+        return exclusive[None] if self.selection.kernels == "exclusive" else jnp.stack([self.shared[...], exclusive])
 
     def structure(self, dataset: DatasetContext) -> Structure:
         """alpha, A, P and centre of a dataset."""

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from h2a2_jax.checkpoint.store import CheckpointStore
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.figures import Picture, Section, Table, number, page
+from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.report.figures_selection import draw_agreement, draw_history, draw_kernels, draw_stability
 from h2a2_jax.report.figures_training import draw_by_group, draw_losses, draw_psi, series_of
 from h2a2_jax.report.observation import LayerSelection, load_batches, observe_selection
@@ -94,12 +95,11 @@ def _summary(
     )
     last = lines[-1] if lines else {}
     harmonized = last.get("psi/harmonized_share")
-    selection = config.model.selection
     facts = [
         ["training steps", f"{step}"],
         ["data", ", ".join(f"{source.name} ({source.kind})" for source in config.datasets)],
         ["network", f"depth {config.model.depth}, voxels of {100 * config.model.voxel_size:g} cm"],
-        ["kernel selection (SF-KS)", "off" if selection is None else f"on, tau = {selection.tau:g}"],
+        ["kernel selection (SF-KS)", _selection_text(config.model.selection)],
         ["gradients", config.harmonize.method],
         ["share of harmonised tensors, last line", number(harmonized)],
         ["mean Psi, last line", number(last.get("psi/mean"))],
@@ -111,11 +111,20 @@ def _summary(
     return Section("summary", "Summary", text, [per_dataset, Table("The run.", ["", ""], facts)])
 
 
+def _selection_text(selection: SelectionConfig | None) -> str:
+    if selection is None:
+        return "off"
+    return (
+        f"on, tau = {selection.tau:g}" if selection.kernels == "selected" else f"off, all kernels {selection.kernels}"
+    )
+
+
 def _selection_sections(
     config: ExperimentConfig, selections: dict[str, LayerSelection], counts: Sequence[int], log: Log, folder: Path
 ) -> list[Section]:
     if not selections:
-        text = ["This detector has no kernel selection (model.selection is None), so there is nothing to show here."]
+        why = "model.selection is None, or its kernels are all shared or all exclusive"
+        text = [f"This detector has no kernel selection ({why}), so there is nothing to show here."]
         return [Section("kernels", "Kernel selection", text)]
     names, (steps, history) = config.dataset_names, log
     shares = {layer: selection.shared_share for layer, selection in selections.items()}

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
+from h2a2_jax.sweeps.intervals import row_differences, samples_of, stored_matches
 from h2a2_jax.sweeps.sweep_plan import (
     Row,
     SweepRun,
@@ -41,6 +42,9 @@ from h2a2_jax.sweeps.sweep_runner import run_sweep
 from h2a2_jax.training.build import count_parameters
 
 ABLATION_ROWS = ("naive", "sfks", "ngh", "sfks_ngh", "tr3d")
+"""Rows of the ablation unless others are asked for."""
+CONTROL_ROWS = ("frozen", "modulation", "exclusive", "naive_shared_stats", "random_labels")
+"""Rows on request, each of which takes one part away that a gain may come from."""
 
 DEFAULT_TAUS = (0.15, 0.2, 0.25, 0.3, 0.35)
 """Values around the default 0.25. Alpha starts at 0.5 and beta near 0.5, so all offsets are exclusive far above these
@@ -57,15 +61,17 @@ def run_tau_sweep(
 ) -> int:
     """Train and evaluate the config with every tau and seed; write table.md, results.json and tau.png.
 
-    Finished runs in the workdir are not repeated. Without taus the sweep takes `default_taus`. Jobs, budget and exit
-    status are those of `run_sweep`.
+    Finished runs in the workdir are not repeated. Without taus the sweep takes `default_taus`. Differences are from
+    the config's own tau, or the first. Jobs, budget and exit status are those of `run_sweep`.
 
     Raises:
         InputError: the config does not fit the sweep, data are missing, or the workdir holds other runs of the same
             names.
     """
     rows = tau_rows(config, taus or default_taus(config), seeds)
-    result = partial(comparison_result, "tau_sweep", "Sweep of the threshold tau", config, rows)
+    assert config.model.selection is not None
+    own = [row.label for row in rows if row.tau == config.model.selection.tau] or [rows[0].label]
+    result = partial(comparison_result, "tau_sweep", "Sweep of the threshold tau", config, rows, own)
     return run_sweep(
         config, workdir, partial(locate, rows, workdir), lambda found: [result(found)], jobs, budget_minutes
     )
@@ -78,14 +84,20 @@ def run_ablation(
     jobs: int | None,
     budget_minutes: float | None = None,
     names: Sequence[str] = (),
+    against: Sequence[str] = (),
 ) -> int:
     """Train and evaluate naive joint training, SF-KS, NGH, both, and TR3D alone, with every seed.
 
     Written are table.md, results.json and ablation.png. Arguments and errors are those of `run_tau_sweep`; `names` are
-    rows of `ablation_rows`.
+    rows of `ablation_rows`, and `against` those that the differences of all others are from: without them naive, or
+    the first row of a table without it.
     """
     rows = ablation_rows(config, seeds, names)
-    result = partial(comparison_result, "ablation", "Ablation", config, rows)
+    labels = dict(zip(_row_names(names), (row.label for row in rows), strict=True))
+    if unknown := [name for name in against if name not in labels and name != "single"]:
+        raise InputError(f"--against is {unknown[0]!r}; expected rows of the table: {', '.join(labels)}.")
+    references = [labels[name] for name in _row_names(against or ["naive"]) if name in labels] or [rows[0].label]
+    result = partial(comparison_result, "ablation", "Ablation", config, rows, references)
     return run_sweep(
         config, workdir, partial(locate, rows, workdir), lambda found: [result(found)], jobs, budget_minutes
     )
@@ -104,7 +116,7 @@ def tau_rows(base: ExperimentConfig, taus: Sequence[float], seeds: Sequence[int]
         InputError: the base has no kernel selection, or a value is given twice or makes no sense.
     """
     selection = base.model.selection
-    if selection is None:
+    if selection is None or selection.kernels != "selected":
         raise InputError("The tau sweep needs kernel selection, and model.selection is off: give a config that has it.")
     check_once("taus", taus)
     rows = []
@@ -115,54 +127,99 @@ def tau_rows(base: ExperimentConfig, taus: Sequence[float], seeds: Sequence[int]
 
 
 def ablation_rows(base: ExperimentConfig, seeds: Sequence[int], names: Sequence[str] = ()) -> list[Row]:
-    """Naive joint training, SF-KS, NGH, both, and TR3D alone on each dataset.
+    """Naive joint training, SF-KS, NGH, both, TR3D alone on each dataset, and controls.
+
+    - "frozen": SF-KS with choices as O, P and A were drawn, by the prior "learned" without learning; beside what
+      `optim.freeze` of the base names.
+    - "modulation": modulation and gate alone, with the shared kernel at every offset.
+    - "exclusive": modulation and gate, with the dataset's own kernel at every offset.
+    - "naive_shared_stats": naive, with running statistics of batch norm that the datasets share.
+    - "random_labels": SF-KS and NGH, each scan with the boxes of another one (`train.permute_boxes`).
 
     The single-dataset runs take as many steps as the joint ones, so that each sees as many of its scans. Their
     learning rate falls after the number of epochs that is nearest to the same number of steps.
 
-    Names, in the order of the table, are of `ABLATION_ROWS`, or "tr3d_<dataset>" for TR3D on one dataset; without them
-    the table has all of `ABLATION_ROWS`.
+    Names, in the order of the table, are of `ABLATION_ROWS` and `CONTROL_ROWS`, "tr3d_<dataset>" for TR3D on one
+    dataset, or "single", another name of "tr3d"; without them the table has all of `ABLATION_ROWS`.
 
     Raises:
-        InputError: the base has no kernel selection or only one dataset, a seed is given twice or makes no sense, or
+        InputError: the base selects no kernels or has only one dataset, a seed is given twice or makes no sense, or
             there is no such row.
     """
-    if base.model.selection is None:
-        raise InputError("The ablation switches kernel selection off itself: give a config that has model.selection.")
+    selection = base.model.selection
+    if selection is None or selection.kernels != "selected":
+        raise InputError(
+            "The ablation switches kernel selection off itself: give a config that has model.selection, with kernels "
+            "that are 'selected'."
+        )
     if len(base.datasets) < 2:
         raise InputError(
             f"The ablation is of joint training, and the config has only {base.dataset_names[0]}: give 2+."
         )
     naive = naive_joint(base)
     both = selected_and_harmonized(base)
+    sfks = replace(both, harmonize=naive.harmonize)
+
+    def with_kernels(kernels: Literal["shared", "exclusive"]) -> ExperimentConfig:
+        return replace(sfks, model=replace(sfks.model, selection=replace(selection, kernels=kernels)))
+
+    drawn = selection
+    if selection.prior == "agreement":  # which would go on choosing
+        drawn = replace(selection, prior="learned", consistency="half_cosine")
+    frozen = replace(
+        sfks,
+        model=replace(sfks.model, selection=drawn),
+        optim=replace(sfks.optim, freeze=tuple(dict.fromkeys((*base.optim.freeze, "selection")))),
+    )
     joint = {
         "naive": ("naive joint", naive),
-        "sfks": ("SF-KS", replace(both, harmonize=naive.harmonize)),
+        "sfks": ("SF-KS", sfks),
         "ngh": ("NGH", replace(naive, harmonize=both.harmonize)),
         "sfks_ngh": ("SF-KS + NGH", both),
+        "frozen": ("SF-KS, frozen choice", frozen),
+        "modulation": ("modulation", with_kernels("shared")),
+        "exclusive": ("exclusive kernels", with_kernels("exclusive")),
+        "naive_shared_stats": (
+            "naive, shared statistics",
+            replace(naive, model=replace(naive.model, running_statistics="shared")),
+        ),
+        "random_labels": ("random labels", replace(both, train=replace(both.train, permute_boxes=True))),
     }
     rows = {name: Row(label, seeded(name, config, seeds)) for name, (label, config) in joint.items()}
     alone = {f"tr3d_{name}": seeded(f"tr3d_{name}", restricted(naive, [name]), seeds) for name in base.dataset_names}
     rows["tr3d"] = Row("TR3D alone", tuple(run for runs in alone.values() for run in runs))
     rows |= {name: Row(f"TR3D alone on {name.removeprefix('tr3d_')}", runs) for name, runs in alone.items()}
+    names = _row_names(names)
     if unknown := [name for name in names if name not in rows]:
         raise InputError(f"The ablation has no row {unknown[0]!r}; its rows are {', '.join(rows)}.")
-    check_once("rows", names or ABLATION_ROWS)
-    return [rows[name] for name in names or ABLATION_ROWS]
+    check_once("rows", names)
+    return [rows[name] for name in names]
+
+
+def _row_names(names: Sequence[str]) -> list[str]:
+    """Names of rows, those of `ABLATION_ROWS` if there are none."""
+    return ["tr3d" if name == "single" else name for name in names or ABLATION_ROWS]
 
 
 def comparison_result(
-    kind: str, title: str, base: ExperimentConfig, rows: Sequence[Row], folders: Mapping[SweepRun, Path]
+    kind: str,
+    title: str,
+    base: ExperimentConfig,
+    rows: Sequence[Row],
+    against: Sequence[str],
+    folders: Mapping[SweepRun, Path],
 ) -> dict[str, Any]:
     """Result of a tau sweep or an ablation: average precision, exclusive offsets, parameters and speed of each setting.
 
-    A seed of a row counts when all of its runs are finished.
+    A seed of a row counts when all of its runs are finished. Differences are from the rows whose labels are `against`.
     """
-    entries = []
+    entries, samples = [], {}
     for row in rows:
         seeds = dict.fromkeys(run.seed for run in row.runs)
         runs = {seed: {run: folders[run] for run in row.runs if run.seed == seed} for seed in seeds}
         scores = [score for seed in seeds for score in _comparison_scores(runs[seed], base)]
+        matches = {seed: stored_matches(runs[seed].values()) for seed in seeds}
+        samples[row.label] = samples_of(scores, metric_names(base), matches)
         parameters = sum(count_parameters(run.config) for run in runs[row.runs[0].seed])
         entries.append(result_row(row.label, scores, tau=row.tau, parameters=parameters))
     columns = [Column("setting", ("name",), "text")]
@@ -174,10 +231,12 @@ def comparison_result(
     note = (
         f"mAP and exclusive in per cent, after {training_length(base)} of {base.train.batch_size} scans a dataset; "
         "mean ± sample standard deviation over seeds; exclusive: share of the kernel offsets that use the dataset's "
-        "own kernel, of the last line of metrics; parameters: of all detectors of a row; scans/s: in training, median "
+        "own kernel, of the last line of metrics; parameters: of all detectors of a row, also those without effect; "
+        "scans/s: in training, median "
         "over the run's logged steps, beside whatever ran at the same time."
     )
-    return sweep_result(kind, title, note, base, entries, columns)
+    differences = row_differences(samples, against, base.dataset_names, metric_names(base))
+    return sweep_result(kind, title, note, base, entries, columns, differences)
 
 
 def _comparison_scores(runs: Mapping[SweepRun, Path], base: ExperimentConfig) -> list[Score]:

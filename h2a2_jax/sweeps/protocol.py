@@ -12,6 +12,7 @@ from typing import Any
 
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
+from h2a2_jax.sweeps.intervals import Sample, mean_sample, paired_difference, samples_of, stored_matches
 from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate, sampled_datasets, seeded
 from h2a2_jax.sweeps.sweep_results import (
     MEAN,
@@ -78,34 +79,48 @@ def protocol_result(
     """Result of the trainings that have all of their evaluations: one row for each dataset and threshold."""
     repeated = sampled_datasets(base)
     scores: list[Score] = []
+    samples: dict[int, Sample] = {}
+    metrics = metric_names(base)
     for run in (run for row in rows for run in row.runs):
         found = [read_evaluation(folders[run], number) for number in range(evaluations if repeated else 1)]
         whole = [evaluation for evaluation in found if evaluation is not None]
         if len(whole) < len(found):
             continue
+        matches = [stored_matches([folders[run]], number) for number in range(len(whole))]
+        of_evaluations: list[Sample] = []
         for number in range(evaluations):
             # The evaluations after the first are of the repeated datasets alone.
-            parts = {name: whole[number if name in repeated else 0][name] for name in base.dataset_names}
-            scores += evaluation_scores(parts, base, run.seed, folders[run].name, number)
+            numbers = {name: number if name in repeated else 0 for name in base.dataset_names}
+            parts = {name: whole[n][name] for name, n in numbers.items()}
+            own = evaluation_scores(parts, base, run.seed, folders[run].name, number)
+            there = {name: matches[n][name] for name, n in numbers.items() if name in matches[n]}
+            of_evaluations += samples_of(own, metrics, {run.seed: there}).values()
+            scores += own
+        samples[run.seed] = mean_sample(of_evaluations)
+    measured = paired_difference(samples, None, base.dataset_names, metrics)
     lines = [
         result_row(
             f"{name} {metric.removeprefix('mAP')}",
             [replace(s, metrics={metric: s.metrics[metric]}) for s in scores if s.dataset == name],
+            interval=measured["values"].get(name, {}).get(metric),
         )
         for name in [*base.dataset_names, MEAN]
-        for metric in metric_names(base)
+        for metric in metrics
     ]
     only = ("summary", "*", "*")  # a row has one dataset and one metric
     columns = [
         Column("mAP", ("name",), "text"),
         *(Column(title, (*only, key), "decimals") for title, key in _STATISTICS.items()),
+        Column("95 %", ("interval",), "interval"),
         Column("n", (*only, "n"), "count"),
     ]
     trainings = len({score.seed for score in scores})
     note = (
         f"mAP in per cent after {training_length(base)}; trainings: {trainings}, evaluations of each: {evaluations}; "
-        "sample standard deviations of all values, of the trainings' means, and within a training."
+        "sample standard deviations of all values, of the trainings' means, and within a training"
     )
+    drawn = measured["over"].replace("seeds", "trainings")
+    note += f"; 95 %: interval of the mean over {drawn}." if drawn else "."
     fixed = [name for name in base.dataset_names if name not in repeated]
     if fixed and evaluations > 1:
         note += f" The test protocol of {', '.join(fixed)} uses all points: its evaluations are one and the same."

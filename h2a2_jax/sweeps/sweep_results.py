@@ -1,7 +1,7 @@
 """Results of sweeps: scores of the finished runs, their spread over seeds, results.json, table.md and a picture.
 
 Every kind of sweep has one table. Its rows hold scores by seed, evaluation and dataset; its columns are paths into a
-row. results.json, version 2, is {"version": 2, "results": [...]} with one object for each table of the folder:
+row. results.json, version 3, is {"version": 3, "results": [...]} with one object for each table of the folder:
 
 - "kind": "tau_sweep", "ablation", "protocol", "transfer_to_<dataset>" or "tuning_to_<dataset>".
 - "title" and "note" of the table; "datasets" (names), "procedural" (those with procedural scans), "iou_thresholds".
@@ -10,6 +10,8 @@ row. results.json, version 2, is {"version": 2, "results": [...]} with one objec
   "mAP@<IoU>" and "exclusive_share" are in per cent. Dataset "mean" stands for the mean over the datasets, dataset
   "all" for the training as a whole (metric "scans_per_second").
 - "columns": objects with the fields of `Column`.
+- "differences": objects with "row", "against" and the fields of `intervals.paired_difference`. Version 2 did not have
+  them.
 """
 
 import itertools
@@ -25,13 +27,19 @@ from h2a2_jax.figures import COLORS, canvas, save
 from h2a2_jax.files import read_json, whole_file
 from h2a2_jax.training.metrics import FILE_NAME, read_metrics
 
-VERSION = 2
+VERSION = 3
 """Version of results.json."""
+_READABLE = (2, 3)
 MEAN = "mean"
 """Dataset of scores that are means over the datasets."""
 ALL = "all"
 """Dataset of scores of the training as a whole."""
 EXCLUSIVE, SPEED = "exclusive_share", "scans_per_second"
+_DIFFERENCES_NOTE = (
+    "Differences of mAP in points, with 95 % intervals over what is named: the seeds that both rows have, and the "
+    "validation scans. Not told apart: the interval holds zero. Runs without matches.npz, which --mode=eval writes, "
+    "count over seeds alone, and with one seed have no interval."
+)
 _PICTURES = ("tau_sweep", "ablation")
 _MARKERS = ("o", "s", "^", "D", "v")
 
@@ -93,7 +101,8 @@ class Column:
 
     Attributes:
         path: Keys that lead from a row of results.json to the value; "*" stands for the only key there.
-        form: "text", "count", "length" (of a list), "millions", "decimals" or "spread" (mean ± standard deviation).
+        form: "text", "count", "length" (of a list), "millions", "decimals", "interval" or "spread" (mean ± standard
+            deviation).
     """
 
     title: str
@@ -173,9 +182,15 @@ def result_row(name: str, scores: Sequence[Score], **facts: Any) -> dict[str, An
 
 
 def sweep_result(
-    kind: str, title: str, note: str, base: ExperimentConfig, rows: Sequence[dict[str, Any]], columns: Sequence[Column]
+    kind: str,
+    title: str,
+    note: str,
+    base: ExperimentConfig,
+    rows: Sequence[dict[str, Any]],
+    columns: Sequence[Column],
+    differences: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """One table as results.json holds it, with rows from `result_row`.
+    """One table as results.json holds it, with rows from `result_row`, and differences from `row_differences`.
 
     Of one kind a folder keeps the last table. Where scans are procedural, the note below the table gets a sentence on
     them.
@@ -195,6 +210,7 @@ def sweep_result(
         "iou_thresholds": base.eval.iou_thresholds,
         "rows": rows,
         "columns": [asdict(column) for column in columns],
+        "differences": differences,
     }
     return json.loads(json.dumps(result))  # lists for tuples, as in a result that was read from the file
 
@@ -206,7 +222,7 @@ def write_results(results: Sequence[Mapping[str, Any]], workdir: Path) -> str:
     """
     path = workdir / "results.json"
     document = read_json(path) or {}
-    stored = {old["kind"]: old for old in document["results"]} if document.get("version") == VERSION else {}
+    stored = {old["kind"]: old for old in document["results"]} if document.get("version") in _READABLE else {}
     stored |= {result["kind"]: result for result in results}
     with whole_file(path) as part:
         part.write_text(json.dumps({"version": VERSION, "results": [*stored.values()]}, indent=2) + "\n")
@@ -219,14 +235,42 @@ def write_results(results: Sequence[Mapping[str, Any]], workdir: Path) -> str:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The Markdown table of a result and the note below it."""
+    """The Markdown table of a result and the note below it; below these the table of differences, if it has some."""
     columns = result["columns"]
     lines = [[column["title"] for column in columns]]
     lines += [[_cell(row, column) for column in columns] for row in result["rows"]]
+    text = f"{_table(lines)}\n\n{result['note']}\n"
+    if differences := result.get("differences"):
+        text += f"\n{_table(_difference_lines(differences))}\n\n{_DIFFERENCES_NOTE}\n"
+    return text
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    """Markdown of lines of cells, the first of them the titles."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     rule = " | ".join("-" * width for width in widths)
-    return "\n".join(f"| {line} |" for line in [text[0], rule, *text[1:]]) + f"\n\n{result['note']}\n"
+    return "\n".join(f"| {line} |" for line in [text[0], rule, *text[1:]])
+
+
+def _difference_lines(differences: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    keys = dict.fromkeys((name, m) for one in differences for name, of in one["values"].items() for m in of)
+    titles = ["row", "against", *(f"{name} {metric}" for name, metric in keys), "over", "seeds"]
+    lines = []
+    for one in differences:
+        cells = [difference_text(one["values"].get(name, {}).get(metric)) for name, metric in keys]
+        lines.append([one["row"], one["against"], *cells, one["over"] or "-", str(len(one["seeds"]))])
+    return [titles, *lines]
+
+
+def difference_text(value: Mapping[str, Any] | None) -> str:
+    """A difference and its interval, as in "+1.2 [-0.3, 2.9] not told apart"; a dash where it is not defined."""
+    if value is None or value["difference"] is None:
+        return "-"
+    text = f"{value['difference']:+.1f}"
+    if value["low"] is None:
+        return text
+    return f"{text} [{value['low']:.1f}, {value['high']:.1f}]" + ("" if value["told_apart"] else " not told apart")
 
 
 def _cell(row: Mapping[str, Any], column: Mapping[str, Any]) -> str:
@@ -241,6 +285,9 @@ def _cell(row: Mapping[str, Any], column: Mapping[str, Any]) -> str:
     if form == "spread":
         mean, std = (value or {}).get("mean"), (value or {}).get("std")
         return "-" if mean is None else f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}")
+    if form == "interval":
+        low, high = (value or {}).get("low"), (value or {}).get("high")
+        return "-" if low is None else f"[{low:.2f}, {high:.2f}]"
     if form == "decimals":
         return "-" if value is None else f"{value:.2f}"
     if form == "millions":

@@ -174,10 +174,8 @@ def run_all(
     if budget_minutes is not None and not budget_minutes > 0:
         raise InputError(f"--budget_minutes is {budget_minutes:g}; expected a number above 0.")
     end = math.inf if budget_minutes is None else time.monotonic() + 60 * budget_minutes
-    # Seed by seed: a setting's second seed finds the programs of its first one, and a table of one seed comes early.
     wanted = {run: evaluations if sampled_datasets(run.config) else 1 for run in folders}
-    waiting = [run for run, folder in folders.items() if not finished(folder, wanted[run])]
-    waiting.sort(key=lambda run: run.seed)
+    waiting = runs_to_do(folders, wanted)
     free = shares(jobs) if waiting else []
     total, at_once = len(folders), len(free)
     print(f"{total - len(waiting)} of {total} runs are finished; {len(waiting)} to do, {at_once} at once.", flush=True)
@@ -218,6 +216,16 @@ def run_all(
         runs = "1 run is" if len(left) == 1 else f"{len(left)} runs are"
         print(f"The budget of {budget_minutes:g} minutes is used; {runs} left, the same command goes on.", flush=True)
     return failures
+
+
+def runs_to_do(folders: Mapping[SweepRun, Path], evaluations: Mapping[SweepRun, int]) -> list[SweepRun]:
+    """Runs that lack evaluations, in the order in which they begin: all of the first seed before any of the second.
+
+    So a sweep that is stopped has whole seeds of every row, which is what paired differences are made of, and a
+    setting's second seed finds the compiled programs of its first one.
+    """
+    left = [run for run, folder in folders.items() if not finished(folder, evaluations[run])]
+    return sorted(left, key=lambda run: run.seed)
 
 
 def _may_begin(run: SweepRun, folders: Mapping[SweepRun, Path]) -> bool:

@@ -19,9 +19,11 @@ from h2a2_jax.distributed import say
 from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation.cross import common_classes
 from h2a2_jax.evaluation.evaluate import predict_source, say_skipped
+from h2a2_jax.evaluation.matches import read_matches, write_matches
 from h2a2_jax.files import whole_file
 from h2a2_jax.inference.predictor import build_predictor
 from h2a2_jax.scans.sources import SourceConfig, build_source
+from h2a2_jax.sweeps.intervals import Sample, row_differences, samples_of, stored_matches
 from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate, naive_joint, restricted, seeded, selected_and_harmonized
 from h2a2_jax.sweeps.sweep_results import (
     SEEDS,
@@ -156,7 +158,7 @@ def tuning_rows(
 
 
 def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
-    """Write zero_shot_<dataset>.json into the folder of a run that was trained without a dataset.
+    """Write zero_shot_<dataset>.json and .npz, the matches, into the folder of a run trained without a dataset.
 
     The validation scans of the source are predicted, with compiled programs from the cache. Scans that could not be
     used and heads without a class in common with the dataset are printed.
@@ -169,12 +171,12 @@ def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
     ways = [replace(config.eval, conditioning="own", kernels="selected")]
     if several:
         ways.append(replace(ways[0], conditioning="mean"))
-    if several and config.model.selection is not None:
+    if several and config.model.selection is not None and config.model.selection.kernels != "exclusive":
         ways.append(replace(ways[1], kernels="shared"))
     common_with = {head.name: common_classes(head, source.spec) for head in config.specs}
     if strangers := [name for name, common in common_with.items() if not common.pairs]:
         say(f"{', '.join(strangers)} and {source.name} have no class in common.")
-    scans, entries = build_source(source, "val"), []
+    scans, entries, matches = build_source(source, "val"), [], {}
     skipped: dict[str, str] = {}
     with compilation_cache(cache):
         for way in ways:
@@ -183,11 +185,14 @@ def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
                 common = common_with[head.name]
                 found = predict_source(predictor, scans, source.spec, way.batch_size, head=head.name)
                 skipped |= found.skipped
-                levels = found.evaluate(common.data, way.iou_thresholds, common).to_dict()["thresholds"]
-                facts = dict(zip(_WAY, (head.name, way.conditioning, way.kernels), strict=True))
+                evaluation = found.evaluate(common.data, way.iou_thresholds, common)
+                levels, ways_of = evaluation.to_dict()["thresholds"], (head.name, way.conditioning, way.kernels)
+                matches["/".join(ways_of)] = evaluation.matches
+                facts = dict(zip(_WAY, ways_of, strict=True))
                 entries.append(facts | {"classes": list(common.names), "mAP": [level["mAP"] for level in levels]})
     say_skipped(skipped)
     document = {"version": ZERO_SHOT_VERSION, "source": _identity(source), "skipped": skipped, "entries": entries}
+    write_matches(_matches_file(folder, source), matches)
     with whole_file(folder / f"zero_shot_{source.name}.json") as part:
         part.write_text(json.dumps(document, indent=2) + "\n")
 
@@ -218,6 +223,7 @@ def transfer_results(
     """Results of the runs that are finished: at once on the scans of the dataset held out, and after training on it."""
     source = next(source for source in base.datasets if source.name == held_out)
     metrics, zero_shot = metric_names(base), []
+    by_head: dict[str, dict[str, dict[int, Sample]]] = {}
     for row in pretrained:
         entries: dict[tuple[str, ...], list[tuple[SweepRun, dict[str, Any]]]] = {}
         for run in row.runs:
@@ -230,11 +236,17 @@ def transfer_results(
             ]
             facts = dict(zip(_WAY, way, strict=True))
             zero_shot.append(result_row(row.label, scores, **facts, classes=found[0][1]["classes"]))
-    after_tuning = []
+            matches = {run.seed: read_matches(_matches_file(folders[run], source)) for run, _ in found}
+            of_way = {seed: {held_out: own["/".join(way)]} for seed, own in matches.items() if "/".join(way) in own}
+            by_head.setdefault(way[0], {})[", ".join((row.label, *way))] = samples_of(scores, metrics, of_way)
+    after_tuning, samples = [], {}
     for row in tuned:
         done = [(run, evaluation) for run in row.runs if (evaluation := read_evaluation(folders[run])) is not None]
         scores = [s for run, evaluation in done for s in evaluation_scores(evaluation, base, run.seed)]
-        after_tuning.append(result_row(row.label, [score for score in scores if score.dataset == held_out]))
+        scores = [score for score in scores if score.dataset == held_out]
+        after_tuning.append(result_row(row.label, scores))
+        matches = {run.seed: stored_matches([folders[run]]) for run, _ in done}
+        samples[row.label] = samples_of(scores, metrics, matches)
     without, on_it = (rows[0].runs[0].config.train.steps for rows in (pretrained, tuned))
     note = "mAP in per cent on the validation scans of {}, over {}; mean ± sample standard deviation over seeds. "
     at_once = (
@@ -247,10 +259,18 @@ def transfer_results(
     columns = [Column(f"without {held_out}", ("name",), "text"), *ways, *scores_at_once, SEEDS]
     scores_after = [Column(metric, ("summary", held_out, metric)) for metric in metrics]
     columns_after = [Column(f"on {held_out}", ("name",), "text"), *scores_after, SEEDS]
+    # Only ways with the same head have the same classes: each is compared with TR3D on the head's dataset.
+    kinds = (f"transfer_to_{held_out}", f"Transfer to {held_out}"), (f"tuning_to_{held_out}", f"Training on {held_out}")
+    compared = [row_differences(ways, [*ways][:1], [held_out], metrics) for ways in by_head.values()]
+    from_scratch = row_differences(samples, [*samples][:1], [held_out], metrics)
     return [
-        sweep_result(f"transfer_to_{held_out}", f"Transfer to {held_out}", at_once, base, zero_shot, columns),
-        sweep_result(f"tuning_to_{held_out}", f"Training on {held_out}", tuning, base, after_tuning, columns_after),
+        sweep_result(*kinds[0], at_once, base, zero_shot, columns, [one for each in compared for one in each]),
+        sweep_result(*kinds[1], tuning, base, after_tuning, columns_after, from_scratch),
     ]
+
+
+def _matches_file(folder: Path, source: SourceConfig) -> Path:
+    return folder / f"zero_shot_{source.name}.npz"
 
 
 def _identity(source: SourceConfig) -> dict[str, Any]:

@@ -314,7 +314,7 @@ def _finish(training: Training, log: LogMetrics, evaluation: Evaluate) -> tuple[
     if (skipped := int(training.state.skipped)) > 0:
         say(f"{skipped} of {training.step} steps were skipped, for something in them was not finite.")
     end = training.trainer.detector(training.state, layout)
-    if config.model.selection is not None and log.selection and training.start is not None:
+    if any(log.selection) and training.start is not None:
         reports, moved = selection_report(training.start, end, log.mean_selection())
         say("\n" + selection_table(reports, moved, config.dataset_names))
     return evaluation.evaluate_end(training, end), skipped_scans

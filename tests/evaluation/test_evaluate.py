@@ -24,6 +24,8 @@ from h2a2_jax.evaluation.cross import cross_table
 from h2a2_jax.evaluation.documents import evaluation_json
 from h2a2_jax.evaluation.evaluate import EvalRequest, _check_classes, chosen_sources, evaluate, predict_source
 from h2a2_jax.evaluation.evaluation_page import draw_curves, write_evaluation_page
+from h2a2_jax.evaluation.matches import read_matches
+from h2a2_jax.scans.sources import build_source
 from h2a2_jax.scans.specs import dataset_spec
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 
@@ -89,6 +91,8 @@ def test_any_devices_and_batches_give_the_same_evaluation(plain: Written, tmp_pa
     config = replace(config, eval=replace(config.eval, batch_size=batch))
     other = evaluated(tmp_path, config, process_layout=process_layout)
     assert (other.folder / "evaluation.json").read_text() == (plain.folder / "evaluation.json").read_text()
+    theirs, ours = (read_matches(folder / "matches.npz") for folder in (other.folder, plain.folder))
+    assert {name: own.to_dict() for name, own in theirs.items()} == {name: own.to_dict() for name, own in ours.items()}
 
 
 def test_evaluation_json_has_the_scores_of_every_dataset(plain: Written):
@@ -100,6 +104,17 @@ def test_evaluation_json_has_the_scores_of_every_dataset(plain: Written):
         assert [level["mAP"] for level in values["thresholds"]] == pytest.approx([1, 1])
         assert values["num_detections"]["chair"] == values["num_ground_truth"]["chair"] + 2
     assert evaluation_json(results) == text
+
+
+def test_matches_give_the_scores_of_every_dataset(plain: Written):
+    matches = read_matches(plain.folder / "matches.npz")
+    assert list(matches) == ["scannet", "sunrgbd", "s3dis"]
+    for (name, own), source in zip(matches.items(), small().datasets, strict=True):
+        assert own.names == tuple(build_source(source, "val").names)
+        values = plain.results[name]
+        found = own.mean_average_precision(np.ones((1, 2), np.int64))[0]
+        np.testing.assert_allclose(found, [level["mAP"] for level in values["thresholds"]], rtol=1e-12)
+        assert own.ground_truth.sum() == sum(values["num_ground_truth"].values())
 
 
 def test_every_annotated_box_is_in_one_bin_of_size_and_one_of_distance(plain: Written):

@@ -24,6 +24,7 @@ CASES = {
         ),
         {"norm_affine": "exclusive", "running_statistics": "shared"},
     ),
+    "all exclusive": (replace(SELECTION, kernels="exclusive", embedding_start="random"), {}),
     "embeddings of scans": (replace(SELECTION, scan_embedding=True, convolutions=("stem", "residual")), {}),
     "embeddings of scans, gate first": (replace(SELECTION, scan_embedding=True, gate="before_norm"), {}),
 }  # fmt: skip
@@ -84,7 +85,8 @@ def test_a_folded_detector_predicts_the_same(case, conditioning, batch):
         assert np.ptp(expected[:, 0]) > 1e-4  # ReLUs leave something alive
         error = np.abs(getattr(ours, name) - expected).max() / np.abs(expected).max()
         assert error < 1e-5, (name, error)
-    assert any(name.endswith(".gamma") for name in taps) == (case != "TR3D" and conditioning != "shared kernels")
+    selects = case not in ("TR3D", "all exclusive") and conditioning != "shared kernels"
+    assert any(name.endswith(".gamma") for name in taps) == selects
     assert folded.heads_config == (model.heads_config[head],)
 
 

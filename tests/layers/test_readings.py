@@ -67,6 +67,20 @@ def test_a_gate_before_the_norm_has_no_effect_in_training(place):
         assert moved > 0.1 and slope > 0.1
 
 
+@pytest.mark.parametrize("kernels", ["shared", "exclusive"])
+def test_without_selection_all_offsets_take_one_kernel_behind_modulation(kernels):
+    kmap, x = scene()
+    layer, selecting = conv(kernels=kernels), conv()
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, nnx.state(layer), nnx.state(selecting)))
+    stack = layer.shared[...] if kernels == "shared" else layer.exclusive[1]
+    modulated = layer.modulation(x, jnp.arange(1.0, 4.0))
+    assert not np.allclose(modulated.features, x.features)
+    y, taps = run(layer, kmap, x, dataset=1)
+    np.testing.assert_array_equal(y, sparse.convolve(modulated.features, stack[None], kmap))
+    assert taps == {}
+    assert not np.allclose(y, run(selecting, kmap, x, dataset=1)[0])
+
+
 def test_a_scope_of_the_batch_makes_one_choice_for_all_its_scans():
     kmap, x = scene()
     _, by_scan = run(conv(), kmap, x)

@@ -9,7 +9,8 @@ import pytest
 from configs.joint import demo
 from h2a2_jax.config import to_json
 from h2a2_jax.errors import InputError
-from h2a2_jax.sweeps.ablation import ablation_rows, default_taus, tau_rows
+from h2a2_jax.layers import SelectionConfig
+from h2a2_jax.sweeps.ablation import CONTROL_ROWS, ablation_rows, default_taus, tau_rows
 from h2a2_jax.sweeps.protocol import protocol_rows
 from h2a2_jax.sweeps.sweep_plan import SweepRun, locate, restricted
 from h2a2_jax.sweeps.sweep_runner import run_all, shares
@@ -72,6 +73,27 @@ def test_the_ablation_switches_selection_and_harmonisation():
     assert chosen[1].runs[0].config == alone["tr3d_s3dis"]
 
 
+def test_controls_take_one_part_away():
+    base = replace(demo(), optim=replace(demo().optim, freeze=("stem",)))
+    names = ("naive", "sfks", "sfks_ngh", *CONTROL_ROWS, "single")
+    rows = dict(zip(names, ablation_rows(base, (0,), names), strict=True))
+    configs = {name: row.runs[0].config for name, row in rows.items()}
+    sfks = configs["sfks"]
+    drawn = replace(base.model, selection=SelectionConfig(prior="learned", consistency="half_cosine"))
+    assert configs["frozen"] == replace(sfks, model=drawn, optim=replace(base.optim, freeze=("stem", "selection")))
+    for name, kernels in (("modulation", "shared"), ("exclusive", "exclusive")):
+        selection = replace(SelectionConfig(), kernels=kernels)
+        assert configs[name] == replace(sfks, model=replace(base.model, selection=selection))
+    model = replace(base.model, selection=None, running_statistics="shared")
+    assert configs["naive_shared_stats"] == replace(configs["naive"], model=model)
+    assert configs["random_labels"] == replace(base, train=replace(base.train, permute_boxes=True))
+    assert rows["single"].label == "TR3D alone" and len(rows["single"].runs) == 3
+    assert len({run.folder for row in rows.values() for run in row.runs}) == 8 + 3
+    # What is frozen already is named once.
+    again = ablation_rows(configs["frozen"], (0,), ("frozen", "sfks"))
+    assert again[0].runs[0].config == again[1].runs[0].config == configs["frozen"]
+
+
 def test_alone_a_dataset_takes_the_steps_of_joint_training_and_lowers_its_rate_after_as_many():
     # 100 and 30 scans, 4 in a batch: epochs of 25 joint steps, and of 8 alone on the smaller dataset.
     scannet, sunrgbd, _ = demo().datasets
@@ -114,6 +136,16 @@ def test_a_shorter_training_lowers_its_rate_at_the_same_parts(decays: tuple, ste
         (lambda: ablation_rows(demo(), (-1,)), "train.seed is -1"),
         (lambda: ablation_rows(replace(demo(), datasets=demo().datasets[:1]), (0,)), "only scannet"),
         (lambda: ablation_rows(demo(), (0,), ("both",)), "no row 'both'; its rows are naive, sfks, ngh, sfks_ngh,"),
+        (
+            lambda: ablation_rows(demo(), (0,), ("tr3d", "single")),
+            "The rows are tr3d, tr3d; expected at least one, each once",
+        ),
+        (
+            lambda: ablation_rows(
+                replace(demo(), model=replace(demo().model, selection=SelectionConfig(kernels="shared"))), (0,)
+            ),
+            "with kernels that are 'selected'",
+        ),
         (
             lambda: ablation_rows(demo(), (0,), ("ngh", "ngh")),
             "The rows are ngh, ngh; expected at least one, each once",

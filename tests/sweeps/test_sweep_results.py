@@ -18,12 +18,13 @@ from tests.sweeps.finished import LEVELS, write_run
 
 
 def result_of(kind: str, base: ExperimentConfig, rows: list[Row], workdir: Path) -> dict[str, Any]:
-    return comparison_result(kind, kind, base, rows, locate(rows, workdir))
+    return comparison_result(kind, kind, base, rows, [rows[0].label], locate(rows, workdir))
 
 
 def cells_of(text: str) -> list[list[str]]:
-    """Cells of the lines of a Markdown table, without the rule below the titles."""
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    """Cells of the lines of the first Markdown table of a text, without the rule below the titles."""
+    table = text.partition("\n\n")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     return [lines[0], *lines[2:]]
 
 
@@ -108,7 +109,7 @@ def test_the_results_keep_other_sweeps_and_real_data_need_no_warning(tmp_path: P
     write_results([swept], tmp_path)
     write_results([result_of("ablation", demo(), ablation, tmp_path)], tmp_path)
     document = json.loads((tmp_path / "results.json").read_text())
-    assert document["version"] == 2 and document["results"][0] == swept
+    assert document["version"] == 3 and document["results"][0] == swept
     assert [(found["kind"], len(found["rows"])) for found in document["results"]] == [("tau_sweep", 2), ("ablation", 5)]
     assert [row["tau"] for row in swept["rows"]] == [0.2, 0.3]
     assert swept["rows"][1]["summary"]["sunrgbd"]["exclusive_share"]["mean"] == pytest.approx(60)
@@ -146,9 +147,9 @@ def test_the_protocol_has_the_best_the_mean_and_the_spread(tmp_path: Path):
     assert by_name["mean @0.25"]["summary"]["mean"]["mAP@0.25"]["best"] == pytest.approx(35)
 
     lines = cells_of(markdown(result))
-    assert lines[0] == ["mAP", "best", "mean", "± all", "± trainings", "± evaluations", "worst", "n"]
-    assert lines[3] == ["sunrgbd @0.25", "50.00", "30.00", "14.14", "7.07", "15.81", "20.00", "4"]
-    assert [line[0] for line in lines if line[1:] == ["-"] * 6 + ["0"]] == ["scannet @0.5", "mean @0.5"]
+    assert lines[0] == ["mAP", "best", "mean", "± all", "± trainings", "± evaluations", "worst", "95 %", "n"]
+    assert lines[3] == ["sunrgbd @0.25", "50.00", "30.00", "14.14", "7.07", "15.81", "20.00", "[-15.84, 75.84]", "4"]
+    assert [line[0] for line in lines if line[1:] == ["-"] * 7 + ["0"]] == ["scannet @0.5", "mean @0.5"]
     for part in ("of scannet uses all points", "after 200 steps; trainings: 2, evaluations of each: 2;"):
         assert part in result["note"]
     write_results([result], tmp_path)
@@ -159,7 +160,7 @@ def test_the_protocol_has_the_best_the_mean_and_the_spread(tmp_path: Path):
 def test_a_protocol_without_a_finished_training_has_an_empty_table(tmp_path: Path):
     rows = protocol_rows(demo(), 1, 2)
     result = protocol_result(demo(), rows, 2, locate(rows, tmp_path))
-    assert {tuple(line[1:]) for line in cells_of(markdown(result))[1:]} == {(*["-"] * 6, "0")}
+    assert {tuple(line[1:]) for line in cells_of(markdown(result))[1:]} == {(*["-"] * 7, "0")}
 
 
 def test_a_sweep_whose_runs_are_finished_writes_its_table_and_picture(

@@ -13,10 +13,10 @@ import pytest
 
 from configs.joint import demo, two
 from h2a2_jax.sweeps import sweep_runner
-from h2a2_jax.sweeps.ablation import tau_rows
+from h2a2_jax.sweeps.ablation import ablation_rows, tau_rows
 from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate
 from h2a2_jax.sweeps.sweep_results import finished, last_metrics
-from h2a2_jax.sweeps.sweep_runner import Share, run_all, shares
+from h2a2_jax.sweeps.sweep_runner import Share, run_all, runs_to_do, shares
 from tests.sweeps.finished import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +47,20 @@ def test_what_is_finished_is_not_done_again_and_a_cut_evaluation_is_not_finished
     path = next(iter(folders.values())) / "evaluation.json"
     path.write_text(path.read_text()[:-3])
     assert not finished(path.parent)
+
+
+def test_all_rows_have_their_first_seed_before_any_has_its_second(tmp_path: Path):
+    folders = locate(ablation_rows(demo(), (0, 1), ("naive", "frozen", "single")), tmp_path)
+    once = dict.fromkeys(folders, 1)
+    rows = ("naive", "frozen", "tr3d_scannet", "tr3d_sunrgbd", "tr3d_s3dis")
+    assert [(run.seed, run.name) for run in runs_to_do(folders, once)] == [(s, name) for s in (0, 1) for name in rows]
+    # What was done before in another order makes no difference.
+    for run, folder in folders.items():
+        if run.folder in ("naive_seed1", "frozen_seed0", "tr3d_s3dis_seed0"):
+            write_run(folder, run.config, {"scannet": (0.1, 0.2)})
+    left = [run.folder for run in runs_to_do(folders, once)]
+    assert left[:3] == ["naive_seed0", "tr3d_scannet_seed0", "tr3d_sunrgbd_seed0"]
+    assert left[3:] == ["frozen_seed1", "tr3d_scannet_seed1", "tr3d_sunrgbd_seed1", "tr3d_s3dis_seed1"]
 
 
 def test_a_run_waits_for_the_one_that_it_starts_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,62 @@
+"""Scores of drawings of scans, from the hits and misses by scan."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from h2a2_jax.evaluation.matches import Matches, read_matches, write_matches
+from tests.evaluation.test_scores import CASES, evaluate, scans_of
+
+
+def evaluated(case: str, order: list[int] | None = None):
+    detections, ground_truth = scans_of(CASES[case])
+    order = [*range(len(detections))] if order is None else order
+    return evaluate(
+        [detections[scan] for scan in order],
+        [ground_truth[scan] for scan in order],
+        num_classes=int(CASES[case]["num_classes"]),
+        rotated="sunrgbd" in case,
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_drawing_scores_as_an_evaluation_of_its_scans(case: str):
+    whole = evaluated(case)
+    scans = len(whole.matches.names)
+    once = whole.matches.mean_average_precision(np.ones((1, scans), np.int64))
+    np.testing.assert_allclose(once[0], whole.mean_average_precision, rtol=1e-12)
+    rng = np.random.default_rng(0)
+    drawn = [sorted(rng.integers(scans, size=scans).tolist()) for _ in range(3)]
+    counts = np.stack([np.bincount(order, minlength=scans) for order in drawn])
+    assert counts.max() > 1 and counts.min() == 0
+    expected = [evaluated(case, order).mean_average_precision for order in drawn]
+    np.testing.assert_allclose(whole.matches.mean_average_precision(counts), expected, rtol=1e-12)
+
+
+def test_a_drawing_without_ground_truth_has_no_score():
+    matches = Matches(
+        names=("a", "b"),
+        iou_thresholds=(0.25,),
+        scores=np.array([0.9, 0.8, 0.7], np.float32),
+        labels=np.zeros(3, np.int32),
+        scans=np.array([1, 0, 0], np.int32),
+        is_hit=np.array([[False, True, False]]),
+        ground_truth=np.array([[2], [0]]),
+    )
+    # The two boxes of a: one is hit behind a false positive of b, which is there once, not at all, and alone.
+    found = matches.mean_average_precision(np.array([[1, 1], [2, 0], [0, 2]]))
+    np.testing.assert_allclose(found[:, 0], [0.25, 0.5, np.nan])
+
+
+def test_matches_are_read_as_they_were_written(tmp_path: Path):
+    case = next(iter(CASES))
+    matches = {"scannet": evaluated(case).matches, "own data": evaluated(case, [0]).matches}
+    write_matches(tmp_path / "matches.npz", matches)
+    found = read_matches(tmp_path / "matches.npz")
+    assert list(found) == ["scannet", "own data"]
+    for name, own in matches.items():
+        assert Matches.from_dict(own.to_dict()).to_dict() == found[name].to_dict() == own.to_dict()
+    assert read_matches(tmp_path / "none.npz") == {}
+    (tmp_path / "matches.npz").write_bytes((tmp_path / "matches.npz").read_bytes()[:-100])
+    assert read_matches(tmp_path / "matches.npz") == {}
