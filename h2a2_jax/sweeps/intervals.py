@@ -168,5 +168,6 @@ def _interval(whole: Float[np.ndarray, " seeds"], drawn: Float[np.ndarray, "draw
         seeds = np.random.default_rng(count).multinomial(count, np.full(count, 1 / count), DRAWS)
         widening = stdtrit(count - 1, _TAILS[1]) / ndtri(_TAILS[1]) * math.sqrt(count / (count - 1))
         values = values + widening * (seeds @ whole / count - difference)
-    low, high = np.clip(np.nanquantile(values, _TAILS), -100, 100).tolist()
+    # Rounded, for equal scores differ by rounding; and few seeds would allow for more than all points.
+    low, high = np.clip(np.nanquantile(values, _TAILS).round(9), -100, 100).tolist()
     return {"difference": difference, "low": low, "high": high, "told_apart": low > 0 or high < 0}

@@ -307,7 +307,8 @@ def draw_result(result: Mapping[str, Any], workdir: Path) -> Path:
     datasets = [*result["datasets"], MEAN]
     metrics = [*(f"mAP@{threshold:g}" for threshold in result["iou_thresholds"]), *([EXCLUSIVE] if is_tau else [])]
     seeds = list(dict.fromkeys(seed for row in rows for seed in row["seeds"]))
-    size = (2.6 * len(datasets) + 0.6, 2.3 * len(metrics) + 1.2)
+    width = 2.6 + 0.14 * max(0, len(rows) - 5)  # names of more rows need more room
+    size = (width * len(datasets) + 0.6, 2.3 * len(metrics) + 1.2)
     figure, axes = canvas(len(metrics), len(datasets), *size, sharex=True, sharey="row")
     for r, metric in enumerate(metrics):
         for ax, dataset in zip(axes[r], datasets, strict=True):

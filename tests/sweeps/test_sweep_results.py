@@ -9,7 +9,8 @@ import pytest
 
 from configs.joint import demo, two
 from h2a2_jax.config import ExperimentConfig
-from h2a2_jax.sweeps.ablation import ablation_rows, comparison_result, run_tau_sweep, tau_rows
+from h2a2_jax.errors import InputError
+from h2a2_jax.sweeps.ablation import ablation_rows, comparison_result, run_ablation, run_tau_sweep, tau_rows
 from h2a2_jax.sweeps.protocol import protocol_result, protocol_rows
 from h2a2_jax.sweeps.sweep_plan import Row, locate
 from h2a2_jax.sweeps.sweep_results import finished, markdown, spread, write_results
@@ -119,6 +120,35 @@ def test_the_results_keep_other_sweeps_and_real_data_need_no_warning(tmp_path: P
     assert text.count("## ") == 2 and "| tau = 0.3" in text and "scannet exclusive" in text
     assert "benchmarks" not in markdown(swept)
     assert (tmp_path / "tau.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_ablation_has_differences_from_the_rows_that_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    base, names = replace(demo(), datasets=demo().datasets[:2]), ("naive", "modulation", "single")
+    gains = {"naive": 0.0, "modulation": 0.1, "tr3d_scannet": 0.2, "tr3d_sunrgbd": 0.0}
+    for run, folder in locate(ablation_rows(base, (0, 1, 2), names), tmp_path).items():
+        score = 0.3 + 0.1 * run.seed + gains[run.name]
+        write_run(folder, run.config, dict.fromkeys(run.config.dataset_names, (score, 0.1)))
+    assert run_ablation(base, tmp_path, (0, 1, 2), 1, names=names) == 0
+    table = capsys.readouterr().out.split("\n\n")[3]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert lines[0][:3] == ["row", "against", "scannet mAP@0.25"] and lines[0][-2:] == ["over", "seeds"]
+    assert lines[2][:2] == ["modulation", "naive joint"] and lines[3][:2] == ["TR3D alone", "naive joint"]
+    null = "+0.0 [0.0, 0.0] not told apart"
+    # The same gain with every seed, whatever the seed gives.
+    assert lines[3][2:] == ["+20.0 [20.0, 20.0]", null, null, null,
+                            "+10.0 [10.0, 10.0]", null, "seeds", "3"]  # fmt: skip
+    assert run_ablation(base, tmp_path, (0, 1, 2), 1, names=names, against=("single", "naive")) == 0
+    (stored,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [(one["row"], one["against"]) for one in stored["differences"]] == [
+        ("naive joint", "TR3D alone"),
+        ("modulation", "TR3D alone"),
+        ("modulation", "naive joint"),
+        ("TR3D alone", "naive joint"),
+    ]
+    with pytest.raises(InputError, match=r"--against is 'sfks'; expected rows of the table: naive, modulation, tr3d\."):
+        run_ablation(base, tmp_path, (0,), 1, names=names, against=("sfks",))
 
 
 def test_the_protocol_has_the_best_the_mean_and_the_spread(tmp_path: Path):

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from configs.joint import demo
@@ -14,6 +15,7 @@ from h2a2_jax.boxes import Detections
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation.cross import CommonClasses, common_classes
+from h2a2_jax.evaluation.matches import read_matches
 from h2a2_jax.scans.sources import build_source
 from h2a2_jax.scans.specs import S3DIS, DatasetSpec, dataset_spec
 from h2a2_jax.sweeps import transfer
@@ -157,6 +159,10 @@ def test_as_it_is_a_detector_is_asked_in_every_way_that_it_has(
         is_choosy = entry["head"] == "scannet" and (entry["conditioning"], entry["kernels"]) == choosy
         expected = (1 if is_choosy else len(common) - 1) / len(common)
         assert entry["mAP"] == pytest.approx([expected] * 2)
+    matches = read_matches(tmp_path / "zero_shot_s3dis.npz")
+    assert list(matches) == ["/".join((e["head"], e["conditioning"], e["kernels"])) for e in found]
+    for entry, own in zip(found, matches.values(), strict=True):
+        assert own.mean_average_precision(np.ones((1, 4), np.int64))[0] == pytest.approx(entry["mAP"])
     # What is of other scans, or of another version, does not count.
     assert read_zero_shot(tmp_path, replace(source, val_size=3)) is None
     assert read_zero_shot(tmp_path, demo().datasets[0]) is None
@@ -253,6 +259,15 @@ def test_the_tables_have_means_over_the_finished_seeds(finished_transfer: Finish
     by_start = {line[0]: line[1:] for line in lines[10:]}
     assert by_start["from scratch"] == ["30.0 ± 0.0", "10.0 ± 0.0", "2"]
     assert by_start["from H2A2"] == ["50.0", "25.0", "1"]
+    differences = [[(one["row"], one["against"]) for one in result["differences"]] for result in results]
+    assert differences[0] == [
+        (f"{label}, {head}, own, selected", f"TR3D on {head}, {head}, own, selected")
+        for head in ("scannet", "sunrgbd")
+        for label in ("naive joint", "H2A2")
+    ]
+    assert differences[1][-1] == ("from H2A2", "from scratch")
+    tuned = results[1]["differences"][-1]
+    assert tuned["seeds"] == [0] and tuned["values"]["s3dis"]["mAP@0.25"]["difference"] == pytest.approx(20)
     assert "without it for 200 steps of 4 scans a dataset" in results[0]["note"]
     assert "on it for 100 steps" in results[1]["note"]
     assert all("say nothing about the benchmarks" in result["note"] for result in results)
