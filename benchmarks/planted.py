@@ -33,19 +33,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float
 from scipy import stats
 
 from h2a2_jax.balancers import HarmonizeConfig, build_balancer
 from h2a2_jax.checkpoint.parameter_groups import frozen_paths
 from h2a2_jax.checkpoint.train_state import create_state, merge_model, place_state, split_model
-from h2a2_jax.config import EvalConfig, ExperimentConfig, OptimConfig, SourceConfig, TrainConfig
+from h2a2_jax.config import EvalConfig, ExperimentConfig, OptimConfig, ParameterGroup, SourceConfig, TrainConfig
 from h2a2_jax.distributed import DATASET, train_mesh
 from h2a2_jax.layers import DatasetContext, ForwardContext, SelectionConfig, SelectiveConv
 from h2a2_jax.losses import DetectionLoss
 from h2a2_jax.models import DetectorConfig
 from h2a2_jax.sparse import KernelMap, SparseTensor, kernel_offsets, pad_map, pad_sites, site_set, submanifold_neighbors
-from h2a2_jax.training.build import build_optimizer, learning_rate
+from h2a2_jax.training.build import build_optimizer, grouped_paths, learning_rate
 from h2a2_jax.training.gradients import Targets, Terms
 from h2a2_jax.training.step import make_train_step
 
@@ -205,14 +206,17 @@ def joint_batch(parts: Sequence[Batch]) -> Batch:
 
 def squared_error(model: Layer, batch: Batch, targets: Targets, context: ForwardContext) -> Terms:
     """Loss of the layer."""
-    error = ((model(batch, context) - batch.targets) ** 2).mean()
-    count = jnp.ones((), jnp.int32)
-    return Terms(DetectionLoss(error, jnp.zeros(()), count), batch.kernel_map.inputs)
+    squares = (model(batch, context) - batch.targets) ** 2
+    count = lax.psum(jnp.asarray(squares.size), context.axis_name)
+    error = squares.sum() / count
+    return Terms(DetectionLoss(error, jnp.zeros_like(error), count), batch.kernel_map.inputs)
 
 
 def experiment(row: Row, scans: int, batch: int, seed: int, settings: Settings) -> ExperimentConfig:
     """Config of the training, of which the scans are not used."""
     groups: dict[str, Any] = {"freeze": ("selection",)} if row.frozen else {}
+    if row.factor != 1:
+        groups["groups"] = (ParameterGroup(("selection",), row.factor),)
     return ExperimentConfig(
         tuple(SourceConfig(name, kind="synthetic", train_size=scans) for name in DATASETS),
         DetectorConfig(selection=row.selection),
@@ -250,7 +254,8 @@ class Trainer:
         graph, exclusive, shared_parameters, _ = split_model(model)
         frozen = frozen_paths(shared_parameters, exclusive, config.optim.freeze)
         schedule = learning_rate(config.optim, steps_per_epoch=1, total_steps=self.settings.steps)
-        optimizer = build_optimizer(config.optim, schedule, frozen)
+        grouped = grouped_paths(shared_parameters, exclusive, config.optim)
+        optimizer = build_optimizer(config.optim, schedule, frozen, grouped)
         balancer = build_balancer(config.harmonize, len(DATASETS), DATASET, seed)
         mesh = train_mesh(len(DATASETS), jax.devices()[:1])
         graph, state = create_state(model, optimizer, balancer)

@@ -41,6 +41,22 @@ RENAMED_KEYS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters with a learning rate of their own.
+
+    Attributes:
+        parameters: groups, such as "selection", beginnings of paths, or patterns such as "*.prior", as for
+            `OptimConfig.freeze`.
+        lr: learning rate as a multiple of `OptimConfig.lr`, at every step.
+        warmup_steps: steps over which it rises from zero; None: as `OptimConfig.warmup_steps`.
+    """
+
+    parameters: tuple[str, ...]
+    lr: float = 1.0
+    warmup_steps: int | None = None
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW and its learning rate.
 
@@ -62,6 +78,7 @@ class OptimConfig:
             prediction use the averages. 0: no averages.
         freeze: parameters without updates: groups, such as "backbone", "stem", "layer1", "norms", or beginnings of
             paths (`h2a2_jax.checkpoint.parameter_groups`).
+        groups: groups of parameters with learning rates of their own; the first group that names a parameter counts.
     """
 
     lr: float = 1e-3
@@ -76,6 +93,7 @@ class OptimConfig:
     accumulate_steps: int = 1
     ema_decay: float = 0.0
     freeze: tuple[str, ...] = ()
+    groups: tuple[ParameterGroup, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -386,6 +404,12 @@ def _check_training(config: ExperimentConfig) -> None:
     _require_fraction("optim", optim, "final_lr")
     decay = optim.ema_decay
     _require(0 <= decay < 1, "optim.ema_decay", decay, "a number from 0 to below 1, such as 0.999")
+    for i, group in enumerate(optim.groups):
+        path = f"optim.groups.{i}"
+        _require(len(group.parameters) > 0, f"{path}.parameters", group.parameters, "at least one, such as 'selection'")
+        _require_positive(path, group, "lr")
+        steps = group.warmup_steps
+        _require(steps is None or steps >= 0, f"{path}.warmup_steps", steps, "0 or more, or None")
     rising = all(a < b for a, b in itertools.pairwise((0, *optim.decay_epochs)))
     _require(rising, "optim.decay_epochs", optim.decay_epochs, "rising epochs from 1")
     _require_at_least(1, "train", train, "batch_size", "epochs", "log_every", "checkpoint_every", "keep_checkpoints")
@@ -416,6 +440,8 @@ def _as_config_dict(config: Any) -> ConfigDict:
         value, kind = getattr(config, f.name), _without_none(hints[f.name])
         if dataclasses.is_dataclass(value):
             value = _as_config_dict(value)
+        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            value = tuple(dataclasses.asdict(part) for part in value)
         elif value is None and isinstance(kind, type) and not dataclasses.is_dataclass(kind):
             value = placeholder(kind)
         result[f.name] = value

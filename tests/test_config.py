@@ -15,6 +15,7 @@ from ml_collections.config_flags import config_flags
 from h2a2_jax.config import (
     EvalConfig,
     ExperimentConfig,
+    ParameterGroup,
     SourceConfig,
     config_dict,
     experiment_config,
@@ -151,6 +152,7 @@ def test_flags_override_values():
             "--config.optim.lr=1",
             "--config.optim.decay_epochs=(2,)",
             "--config.model.selection.tau=0.5",
+            "--config.optim.groups=({'parameters': ('selection', '*.prior'), 'lr': 30},)",
             "--config.train.permute_boxes",
         )
     )
@@ -159,6 +161,7 @@ def test_flags_override_values():
     assert (sunrgbd.repeats, sunrgbd.train_infos) == (4, ("a.pkl",))
     assert (config.optim.lr, config.optim.decay_epochs) == (1.0, (2,))
     assert config.model.selection == SelectionConfig(tau=0.5) and config.train.permute_boxes
+    assert config.optim.groups == (ParameterGroup(("selection", "*.prior"), 30.0),)
 
 
 def test_a_dataset_can_be_taken_out():

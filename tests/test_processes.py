@@ -70,7 +70,7 @@ def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> N
     assert errors[worst] <= TOLERANCE, (worst, errors[worst])
 
 
-PARTS = ("gradients", "exclusive", "stats", "losses", "norms", "psi", "scales", "selection")
+PARTS = ("gradients", "exclusive", "stats", "losses", "norms", "psi", "scales", "selection", "agreement")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,13 @@
-"""Groups of parameters by name: for metrics by group, and for freezing.
+"""Groups of parameters by name: for metrics by group, for freezing, and for learning rates of their own.
 
-    optim.freeze = ("stem", "layer1", "backbone.stages.1.0", "norms")   ->   paths of parameters   ->   masks of trees
-                                                            (`frozen_paths`)            (`frozen_mask`)
+    optim.freeze = ("stem", "layer1", "backbone.stages.1.0", "*.prior")  ->   paths of parameters   ->   masks of trees
+                                                             (`frozen_paths`)            (`frozen_mask`)
 
 Running statistics are no parameters: they follow the data, also behind frozen kernels.
 """
 
 import difflib
+import fnmatch
 import math
 import re
 from collections import Counter
@@ -60,21 +61,39 @@ def place_of(path: str) -> str:
 def frozen_paths(shared: Any, exclusive: Any, entries: Sequence[str]) -> frozenset[str]:
     """Find the paths of the parameters that the entries of `optim.freeze` name: some, but not all.
 
-    An entry is one of `GROUPS`, "shared", "exclusive", or a path or its beginning up to a dot, such as
-    "backbone.stages.0". The leaves of the trees may be shapes.
+    Entries are those of `named_paths`.
     """
-    by_axis = dict(zip(_AXES, (flat_names(shared), flat_names(exclusive)), strict=True))
-    every = [*by_axis["shared"], *by_axis["exclusive"]]
-    matching = {entry: by_axis.get(entry) or _matching(entry, every) for entry in entries}
-    if unknown := [entry for entry, names in matching.items() if not names]:
-        raise InputError(_unknown_entry(unknown[0], every))
-    found = frozenset().union(*matching.values())
-    if found and len(found) == len(every):
+    found = named_paths(shared, exclusive, entries, "optim.freeze")
+    if found and len(found) == len(flat_names(shared)) + len(flat_names(exclusive)):
         raise InputError(
             f"optim.freeze is {', '.join(entries)}, which is every parameter, so that nothing would be trained: leave "
             "a part of the model out of it."
         )
     return found
+
+
+def named_paths(shared: Any, exclusive: Any, entries: Sequence[str], key: str) -> frozenset[str]:
+    """Find the paths of the parameters that entries name.
+
+    An entry is one of `GROUPS`, "shared", "exclusive", a path or its beginning up to a dot, such as
+    "backbone.stages.0", or a pattern in which a star stands for any characters, such as "*.prior". The leaves of the
+    trees may be shapes.
+
+    Args:
+        shared: parameters without a dataset axis.
+        exclusive: parameters with one.
+        entries: what is named.
+        key: key of the config, for the error message.
+
+    Raises:
+        InputError: an entry names no parameter.
+    """
+    by_axis = dict(zip(_AXES, (flat_names(shared), flat_names(exclusive)), strict=True))
+    every = [*by_axis["shared"], *by_axis["exclusive"]]
+    matching = {entry: by_axis.get(entry) or _matching(entry, every) for entry in entries}
+    if unknown := [entry for entry, names in matching.items() if not names]:
+        raise InputError(_unknown_entry(unknown[0], every, key))
+    return frozenset().union(*matching.values())
 
 
 def frozen_mask(tree: Any, frozen: Collection[str]) -> Any:
@@ -109,19 +128,21 @@ def frozen_text(shared: Any, exclusive: Any, frozen: Collection[str]) -> str:
 def _matching(entry: str, names: Sequence[str]) -> list[str]:
     if entry in GROUPS:
         return [name for name in names if re.search(GROUPS[entry], name)]
+    if "*" in entry:
+        return [name for name in names if fnmatch.fnmatchcase(name, entry)]
     return [name for name in names if f"{name}.".startswith(f"{entry}.")]
 
 
-def _unknown_entry(entry: str, names: Sequence[str]) -> str:
+def _unknown_entry(entry: str, names: Sequence[str], key: str) -> str:
     """Error message for an entry that names none of the parameters."""
     groups = [*(group for group in GROUPS if _matching(group, names)), *_AXES]
     if entry in GROUPS or entry in _AXES:
-        return f"optim.freeze has {entry!r}, but this model (see model.selection) has no such parameters: leave it out."
+        return f"{key} has {entry!r}, but this model (see model.selection) has no such parameters: leave it out."
     parts = [name.split(".") for name in names]
     beginnings = {".".join(part[:length]) for part in parts for length in range(1, len(part) + 1)}
     near = difflib.get_close_matches(entry, [*groups, *sorted(beginnings.difference(groups))])
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "choose one of them."
     return (
-        f"optim.freeze has {entry!r}, which names no parameter; expected are groups ({', '.join(groups)}) or "
+        f"{key} has {entry!r}, which names no parameter; expected are groups ({', '.join(groups)}), patterns with * or "
         f"beginnings of paths such as 'backbone.stages.0': {hint}"
     )

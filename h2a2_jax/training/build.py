@@ -2,10 +2,11 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jaxtyping import PRNGKeyArray
 from h2a2_jax.balancers import build_balancer
 from h2a2_jax.balancers.packing import pack_like, unpack
 from h2a2_jax.checkpoint.integrity import DamagedCheckpointError
-from h2a2_jax.checkpoint.parameter_groups import frozen_mask, frozen_paths, frozen_text
+from h2a2_jax.checkpoint.parameter_groups import frozen_mask, frozen_paths, frozen_text, named_paths
 from h2a2_jax.checkpoint.store import CheckpointStore, checkpoint_place
 from h2a2_jax.checkpoint.train_state import (
     TrainState,
@@ -125,13 +126,21 @@ def learning_rate(optim: OptimConfig, *, steps_per_epoch: int, total_steps: int)
         after = optax.constant_schedule(optim.lr)
 
     def rate(count: Any) -> Any:
-        return after(count) * jnp.minimum(1.0, (count + 1) / warmup) if warmup else after(count)
+        return after(count) * _warm(warmup, count) if warmup else after(count)
 
     return rate
 
 
+def _warm(steps: int, count: Any) -> Any:
+    """Factor of the learning rate in a warm-up of some steps."""
+    return jnp.minimum(1.0, (count + 1) / steps) if steps else 1.0
+
+
 def build_optimizer(
-    optim: OptimConfig, schedule: optax.Schedule, frozen: Collection[str] = ()
+    optim: OptimConfig,
+    schedule: optax.Schedule,
+    frozen: Collection[str] = (),
+    grouped: Mapping[str, int] = MappingProxyType({}),
 ) -> optax.GradientTransformation:
     """Build AdamW (Loshchilov and Hutter 2019), for a tree of shared and for one of exclusive parameters alike.
 
@@ -139,24 +148,39 @@ def build_optimizer(
     state has the same arrays under the same paths whatever the choice, so that a run resumes with another one.
 
     Args:
-        optim: weight decay.
+        optim: weight decay, and groups with learning rates of their own.
         schedule: learning rate of each step.
         frozen: paths of parameters (`frozen_paths`) whose update is zero and whose moments stay.
+        grouped: number of the group in `optim.groups` by path (`grouped_paths`).
 
     Returns:
         A transformation that acts parameter by parameter.
     """
     mask = None if optim.decay_norms_and_biases else is_weight
     optimizer = optax.adamw(schedule, weight_decay=optim.weight_decay, mask=mask)
-    if not frozen:
+    if not frozen and not grouped:
         return optimizer
+
+    def factor(name: str, count: Any) -> Any:
+        group = optim.groups[number] if (number := _group_of(name, grouped)) is not None else None
+        if group is None:
+            return 1.0
+        if group.warmup_steps is None:
+            return group.lr
+        return group.lr * _warm(group.warmup_steps, count) / _warm(optim.warmup_steps, count)
+
+    def scale(tree: Any, count: Any) -> Any:
+        scaled = [leaf * factor(n, count) for n, leaf in zip(flat_names(tree), jax.tree.leaves(tree), strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(tree), scaled)
 
     def clear(tree: Any) -> Any:
         return jax.tree.map(lambda leaf, held: jnp.zeros_like(leaf) if held else leaf, tree, frozen_mask(tree, frozen))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        count = state[0].count  # of Adam's part
         updates, state = optimizer.update(clear(updates), state, params)
-        return clear(updates), state  # for weight decay came in between
+        updates = clear(updates)  # again, for weight decay came in between
+        return scale(updates, count) if grouped else updates, state
 
     return optax.GradientTransformation(optimizer.init, update)
 
@@ -167,13 +191,34 @@ def is_weight(tree: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), weights)
 
 
-def _kind(name: str, frozen: Collection[str]) -> str | None:
-    """Kind of a parameter to pack: names for which `is_weight` holds or not; frozen parameters keep their names."""
+def grouped_paths(shared: Any, exclusive: Any, optim: OptimConfig) -> dict[str, int]:
+    """Return the number of the group in `optim.groups` of each parameter that one of them names, by path.
+
+    Raises:
+        InputError: a group names something that the detector does not have.
+    """
+    found: dict[str, int] = {}
+    for number, group in enumerate(optim.groups):
+        for path in named_paths(shared, exclusive, group.parameters, f"optim.groups.{number}.parameters"):
+            found.setdefault(path, number)
+    return found
+
+
+def _group_of(name: str, grouped: Mapping[str, int]) -> int | None:
+    """Number of the group of a parameter, or of an array of packed ones (`_kind`)."""
+    packed = re.match(r"packed\..*\.group(\d+)\.", name)
+    return int(packed[1]) if packed else grouped.get(name)
+
+
+def _kind(name: str, frozen: Collection[str], grouped: Mapping[str, int]) -> str | None:
+    """Kind of a parameter to pack: names for which `is_weight` holds or not, by group; frozen ones keep their names."""
     if name in frozen:
         return None
     if name.endswith("exclusive"):
-        return "exclusive"
-    return "kernel" if re.search(_WEIGHTS, name) else "bias"
+        kind = "exclusive"
+    else:
+        kind = "kernel" if re.search(_WEIGHTS, name) else "bias"
+    return f"group{grouped[name]}.{kind}" if name in grouped else kind
 
 
 @dataclass(frozen=True)
@@ -234,25 +279,27 @@ def build_trainer(
     frozen = frozen_paths(shared, exclusive, optim.freeze)
     if frozen:
         say(frozen_text(shared, exclusive, frozen))
-    optimizer = build_optimizer(optim, schedule, frozen)
+    grouped = grouped_paths(shared, exclusive, optim)
+    optimizer = build_optimizer(optim, schedule, frozen, grouped)
     balancer = build_balancer(config.harmonize, len(config.datasets), DATASET, config.train.seed)
     graph, state = create_state(
         detector, optimizer, balancer, averaged=optim.ema_decay > 0, accumulating=optim.accumulate_steps > 1,
-        kind=partial(_kind, frozen=frozen),
+        kind=partial(_kind, frozen=frozen, grouped=grouped),
     )  # fmt: skip
     take_step = make_train_step(graph, state, config, optimizer, balancer, mesh, frozen, scans=scans)
     return Trainer(graph, place_state(state, mesh), schedule, take_step)
 
 
 def check_frozen(config: ExperimentConfig) -> None:
-    """Check `optim.freeze` before anything is drawn or compiled.
+    """Check `optim.freeze` and `optim.groups` before anything is drawn or compiled.
 
     Raises:
-        InputError: see `frozen_paths`.
+        InputError: see `frozen_paths` and `grouped_paths`.
     """
-    if config.optim.freeze:
+    if config.optim.freeze or config.optim.groups:
         _, exclusive, shared, _ = split_model(nnx.eval_shape(lambda: draw_detector(config, jax.random.key(0))))
         frozen_paths(shared, exclusive, config.optim.freeze)
+        grouped_paths(shared, exclusive, config.optim)
 
 
 def steps_of_run(config: ExperimentConfig, batches_per_epoch: int) -> tuple[int, int]:

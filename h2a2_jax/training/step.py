@@ -36,7 +36,6 @@ from h2a2_jax.checkpoint.train_state import Accumulated, Averages, TrainState, s
 from h2a2_jax.config import ExperimentConfig, OptimConfig
 from h2a2_jax.distributed import DATASET, REPLICA
 from h2a2_jax.layers.agreement_tracking import Groups, follow_shared, measure
-from h2a2_jax.loader.batching import Batch
 from h2a2_jax.models import DetectorConfig
 from h2a2_jax.sparse.xla_cpu import compiler_options
 from h2a2_jax.training.gradients import Objective, SelectionMetrics, Targets, dataset_gradients, detector_loss
@@ -100,7 +99,7 @@ def make_train_step(
     keep_gradients: bool = False,
     scans: Sequence[int] | None = None,
     objective: Objective = detector_loss,
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
     """Compile the step of a run.
 
     Args:
@@ -118,7 +117,8 @@ def make_train_step(
         objective: the loss of a dataset.
 
     Returns:
-        A function (state, batch) -> (state, metrics); `batch` has leading axes [D, replicas]. The state that is passed
+        A function (state, batch) -> (state, metrics); `batch`, a `Batch` or what the objective takes, has leading axes
+        [D, replicas]. The state that is passed
         is consumed. A step of several batches is one call per batch.
     """
     optim, train = config.optim, config.train
@@ -128,7 +128,7 @@ def make_train_step(
     if state.agreement is not None:
         groups = Groups.of(nnx.merge(graph, *jax.eval_shape(unpack, (state.exclusive, state.shared, state.stats))))
 
-    def step(state: TrainState, batch: Batch, targets: Targets, sizes: Sizes) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: Any, targets: Targets, sizes: Sizes) -> tuple[TrainState, StepMetrics]:
         batch = jax.tree.map(lambda leaf: leaf[:, 0], batch)  # this device is one replica
         shared = _varying(state.shared, (DATASET, REPLICA))
         exclusive = _varying(state.exclusive, (REPLICA,))
@@ -190,7 +190,7 @@ def make_train_step(
 
     layout = state_specs(state)
 
-    def sharded(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def sharded(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
         by_dataset = P(DATASET)
         out = StepMetrics(
             *(by_dataset,) * 5,  # type: ignore[arg-type]

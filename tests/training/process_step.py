@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -17,6 +18,7 @@ from h2a2_jax.checkpoint.train_state import create_state, place_state
 from h2a2_jax.distributed import MeshLayout, processes, train_mesh
 from h2a2_jax.errors import InputError
 from h2a2_jax.layers import DatasetContext, ForwardContext
+from h2a2_jax.layers.agreement import explored_threshold
 from h2a2_jax.loader.batching import BucketLadder, collate, no_scan, pad_batch
 from h2a2_jax.models import TR3D, LevelSizes, PlanLayout
 from h2a2_jax.scans.specs import SPECS
@@ -26,7 +28,7 @@ from tests.models.scenes import SELECTION, VOXEL, room, tiny_detector
 from tests.training.configs import joint_config
 
 SEED = 2
-STEM_ONLY = replace(SELECTION, convolutions=("stem",))
+STEM_ONLY = replace(SELECTION, convolutions=("stem",), prior="agreement", consistency="centered_cosine")
 """Selects kernels in one layer, so that what every process compiles is small."""
 SCANS = [[room(10 * d + i, points=1500, boxes=8 - 2 * i, size=8.0 + d) for i in range(2 if d else 1)] for d in range(3)]
 """By dataset; one scan of the first, two of the others."""
@@ -50,8 +52,10 @@ def smallest_margin() -> float:
         seen: dict[str, Any] = {}
         context = ForwardContext(dataset, training=True, tap=seen.__setitem__, embedding=model.embedding[d])
         model.backbone.stem(x, batch.plan, context)
-        scores = [seen[name.replace("beta", "alpha")] * seen[name] for name in seen if name.endswith(".beta")]
-        margins += [float(abs(score - STEM_ONLY.tau).min()) for score in scores]
+        names = [name.removesuffix(".beta") for name in seen if name.endswith(".beta")]
+        for name in names:
+            tau = explored_threshold(STEM_ONLY.tau, jnp.int32(0), 27, name, STEM_ONLY.exploration)
+            margins.append(float(abs(seen[f"{name}.alpha"] * seen[f"{name}.beta"] - tau).min()))
     assert len(margins) == len(SCANS)
     return min(margins)
 
@@ -95,6 +99,7 @@ def tree_by_name(state: Any, metrics: Any, process_layout: MeshLayout) -> dict[s
         "psi": state.balancer.psi,
         "scales": state.balancer.scales,
         "selection": metrics.selection,
+        "agreement": state.agreement,
     }
     return {
         f"{part}.{jax.tree_util.keystr(path)}": np.asarray(leaf)

@@ -1,6 +1,7 @@
 """The optimiser: learning rates by hand, what decays, frozen parameters bit for bit, and one layout of the state."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from h2a2_jax.balancers.packing import Packing, unpack
 from h2a2_jax.checkpoint.store import CheckpointStore
 from h2a2_jax.checkpoint.tree import flat_names
-from h2a2_jax.config import OptimConfig
+from h2a2_jax.config import OptimConfig, ParameterGroup
 from h2a2_jax.distributed import DATASET, REPLICA, train_mesh
+from h2a2_jax.errors import InputError
 from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.models import DetectorConfig
-from h2a2_jax.training.build import build_optimizer, is_weight, learning_rate
+from h2a2_jax.training.build import _kind, build_optimizer, grouped_paths, is_weight, learning_rate
 from tests.checkpoint.test_store import NAMES, PLAIN, TINY, assert_equal, experiment, make_state, state_shapes
 
 FULL = DetectorConfig(
@@ -164,3 +167,51 @@ def test_a_checkpoint_is_restored_under_other_choices(tmp_path: Path):
         for name, value in arrays(restored.exclusive_optimizer).items():
             padded = "heads" in name  # what is padded in a head is not stored
             assert padded or np.array_equal(value, arrays(ours.exclusive_optimizer)[name])
+
+
+GROUPED = dataclasses.replace(
+    WEIGHTS_ALONE,
+    warmup_steps=4,
+    groups=(
+        ParameterGroup(("selection",), 30.0, warmup_steps=10),
+        ParameterGroup(("*.norm.bias", "selection"), 0.5),
+        ParameterGroup(("exclusive_kernels",), 2.0, warmup_steps=0),
+    ),
+)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_groups_have_learning_rates_and_warm_up_of_their_own(packed: bool):
+    start, gradients = make_state(1), make_state(2)
+    grouped = grouped_paths(start.shared, start.exclusive, GROUPED)
+    schedule = learning_rate(GROUPED, steps_per_epoch=1, total_steps=100)
+    optimizers = build_optimizer(GROUPED, schedule, FROZEN, grouped), build_optimizer(GROUPED, schedule, FROZEN)
+    kind = partial(_kind, frozen=FROZEN, grouped=grouped)
+
+    def moves(optimizer: optax.GradientTransformation, name: str, axes: int) -> list[dict[str, jax.Array]]:
+        params, slopes = getattr(start, name), getattr(gradients, name)
+        if packed:
+            params, slopes = (Packing.of(params, kind, axes).pack(tree) for tree in (params, slopes))
+        state, found = optimizer.init(params), []
+        for _ in range(3):
+            updates, state = optimizer.update(slopes, state, params)
+            found.append(arrays(unpack(updates)))
+        return found
+
+    factors = {0: (30 * 4 / 10, 30 * 4 / 10, 30 * 4 / 10), 1: (0.5, 0.5, 0.5), 2: (8.0, 4.0, 8 / 3)}
+    assert {grouped.get(name) for name in arrays(start.shared)} == {None, 0, 1}
+    assert {grouped.get(name) for name in arrays(start.exclusive)} == {None, 2}
+    for name, axes in (("shared", 0), ("exclusive", 1)):
+        ours, plain = (moves(optimizer, name, axes) for optimizer in optimizers)
+        for number, (now, before) in enumerate(zip(ours, plain, strict=True)):
+            for path, value in now.items():
+                group = grouped.get(path)
+                factor = 1.0 if group is None else factors[group][number]
+                np.testing.assert_allclose(value, before[path] * factor, rtol=1e-5, atol=1e-12, err_msg=path)
+
+
+def test_a_group_of_nothing_is_refused_by_its_key():
+    start = make_state(1, model=PLAIN)
+    optim = OptimConfig(groups=(ParameterGroup(("norms",)), ParameterGroup(("*.priors",))))
+    with pytest.raises(InputError, match=r"optim\.groups\.1\.parameters has '\*\.priors', which names no parameter"):
+        grouped_paths(start.shared, start.exclusive, optim)
