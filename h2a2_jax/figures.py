@@ -122,6 +122,14 @@ def step_axis(ax: Any) -> None:
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
+def legend_below(ax: Any, columns: int, of: Any = None) -> None:
+    """Put a legend below the x axis' label, where it covers no curve; `of` is the axes with the curves, if another."""
+    ax.legend(
+        *(of or ax).get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=columns,
+        fontsize=8, frameon=False, handlelength=1.2, columnspacing=1,
+    )  # fmt: skip
+
+
 def log_ticks(axis: Any, low: float, high: float) -> None:
     """Label a logarithmic axis from low to high at 1, 2 and 5, or at decades alone where these would overlap."""
     few = high / low > 200
