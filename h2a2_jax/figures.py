@@ -122,11 +122,11 @@ def step_axis(ax: Any) -> None:
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def legend_below(ax: Any, columns: int, of: Any = None) -> None:
-    """Put a legend below the x axis' label, where it covers no curve; `of` is the axes with the curves, if another."""
-    ax.legend(
-        *(of or ax).get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=columns,
-        fontsize=8, frameon=False, handlelength=1.2, columnspacing=1,
+def legend_below(figure: Figure, ax: Any, side: str = "center", columns: int = 6, title: str | None = None) -> None:
+    """Put the legend of some axes at the bottom of a figure, "left", "center" or "right", where it covers no curve."""
+    figure.legend(
+        *ax.get_legend_handles_labels(), loc=f"outside lower {side}", ncols=columns, title=title, fontsize=8,
+        title_fontsize=8, frameon=False, handlelength=1.2, columnspacing=1,
     )  # fmt: skip
 
 

@@ -107,8 +107,8 @@ def draw_history(
                 axes[0, 1].set_title("beta, by dataset", fontsize=9)
         for ax in axes[-1]:
             step_axis(ax)
-        for ax in axes[-1, :2]:
-            legend_below(ax, 2)
+        legend_below(figure, axes[0, 0], "left", 4, "alpha")
+        legend_below(figure, axes[0, 1], "center", 4, "beta")
         figure.colorbar(image, ax=axes, location="right", shrink=0.6).set_label("share of scans with gamma = 1")
         pictures.append(
             save(
@@ -166,10 +166,12 @@ def draw_stability(
 ) -> Picture:
     """Flips of majorities over training, and disagreement of the scans of a dataset."""
     panels = 1 + (len(steps) > 0) + (len(steps) > 1)
-    figure, axes = canvas(1, panels, 5.2 * panels, 4.2)
+    figure, axes = canvas(1, panels, 5.2 * panels, 4.4 + 0.03 * len(history))
     _draw_disagreement(axes[0, -1], selections, datasets)
+    legend_below(figure, axes[0, -1], "right")
     if len(steps) > 1:
         _draw_flips(axes[0, 0], steps, history)
+        legend_below(figure, axes[0, 0], "left", 6)
     if len(steps) > 0:
         ax = axes[0, -2]
         for d, name in enumerate(datasets):
@@ -178,7 +180,6 @@ def draw_stability(
         ax.set(ylabel="1 \u2212 |2 gamma \u2212 1|", ylim=(-0.02, 1.02))
         ax.set_title("disagreement in training, mean of layers")
         step_axis(ax)
-        legend_below(ax, 3)
     return save(
         figure, folder, "stability", "How often selections flip, and how far scans disagree",
         "Flips: the share of (dataset, offset) whose majority changes from one line of selection.jsonl to the next, a "
@@ -199,7 +200,6 @@ def _draw_flips(ax: Any, steps: Int[np.ndarray, " t"], history: Mapping[str, Sel
     ax.set(title="flips from line to line", ylabel="share of (dataset, offset) that change sides")
     ax.set_ylim(-0.02, max(0.2, 1.05 * ax.get_ylim()[1]))
     step_axis(ax)
-    legend_below(ax, 4)
 
 
 def _draw_disagreement(ax: Any, selections: Mapping[str, LayerSelection], datasets: Sequence[str]) -> None:
@@ -210,7 +210,6 @@ def _draw_disagreement(ax: Any, selections: Mapping[str, LayerSelection], datase
         ax.bar(places, values, width * 0.92, color=COLORS[d], label=name)
     ax.set_xticks(np.arange(len(layers)), layers, rotation=40, ha="right", fontsize=7)
     ax.set(title="disagreement on validation scans", ylabel="1 \u2212 |2 gamma \u2212 1|", ylim=(0, 1.02))
-    ax.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.08), frameon=False)
 
 
 def _band(ax: Any, x: np.ndarray, values: Float[np.ndarray, "t n"], color: str, label: str) -> None:

@@ -61,6 +61,7 @@ def draw_psi(series: Series, threshold: float | None, folder: Path) -> Picture |
     titled = {"all tensors": (whole, ["all tensors"]), "by place": (places, [*places]), "by kind": (kinds, [*kinds])}
     parts = [(title, values, names) for title, (values, names) in titled.items() if values]
     figure, axes = canvas(2, len(parts), 5 * len(parts), 7, sharex=True)
+    sides = ("left", "center", "right")
     for column, (title, values, names) in enumerate(parts):
         upper, lower = axes[:, column]
         _lines(upper, values)
@@ -70,7 +71,7 @@ def draw_psi(series: Series, threshold: float | None, folder: Path) -> Picture |
         _lines(lower, {name: shares[name] for name in names if name in shares})
         lower.set(ylabel="share of tensors below the threshold", ylim=(-0.02, 1.05))
         step_axis(lower)
-        legend_below(lower, 4, upper)
+        legend_below(figure, upper, sides[column], 4)
     return save(
         figure, folder, "psi", "Agreement of the datasets' gradient norms",
         "Psi of a parameter tensor is the mean over pairs of datasets of 2 a b / (a\u00b2 + b\u00b2), a and b the "

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 
-from h2a2_jax.figures import COLORS, Picture, Section, Table, canvas, log_ticks, number, save
+from h2a2_jax.figures import COLORS, Picture, Section, Table, canvas, legend_below, log_ticks, number, save
 from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.report.observation import LayerSelection
 from h2a2_jax.report.offsets import (
@@ -115,7 +116,7 @@ def support_and_prior(selection: LayerSelection) -> tuple[Float[np.ndarray, " v"
 def draw_gradients(selections: Mapping[str, LayerSelection], config: SelectionConfig, folder: Path) -> Picture:
     """Share of scans that take the exclusive kernel against F, a diagram a layer."""
 
-    def finish(ax: Any, x: np.ndarray) -> None:
+    def finish(ax: Any) -> None:
         curve = np.geomspace(*ax.get_xlim(), 100)
         logit = config.prior_init + config.agreement_sharpness * np.log(config.agreement_threshold / curve)
         ax.plot(curve, 1 / (1 + np.exp(logit)), color="0.5", linewidth=1, label="1 \u2212 alpha at the initial O")
@@ -124,9 +125,8 @@ def draw_gradients(selections: Mapping[str, LayerSelection], config: SelectionCo
     threshold = config.agreement_threshold
     values = _pooled(selections, gradients_and_choice)[0].clip(1e-3)
     limits = min(values.min(), threshold / 2) / 1.2, max(values.max(), threshold * 2) * 1.2
-    figure = _scatter(selections, gradients_and_choice, finish, limits, "log")
-    figure.supxlabel("disagreement F of the datasets' gradients", fontsize=10)
-    figure.supylabel("share of validation scans that take the exclusive kernel", fontsize=10)
+    labels = "disagreement F of gradients", "share of validation scans with the exclusive kernel"
+    figure = _scatter(selections, gradients_and_choice, finish, limits, "log", *labels)
     return save(
         figure, folder, "gradients", "Exclusive kernels against the disagreement of gradients",
         "One point an offset of the kernel, its class by colour. F says how far the datasets' gradients for the shared "
@@ -140,12 +140,11 @@ def draw_gradients(selections: Mapping[str, LayerSelection], config: SelectionCo
 def draw_support(selections: Mapping[str, LayerSelection], folder: Path) -> Picture:
     """Draw alpha against support, a diagram a layer."""
 
-    def finish(ax: Any, x: np.ndarray) -> None:
+    def finish(ax: Any) -> None:
         ax.axhline(0.5, color="0.2", linestyle="--", linewidth=1, label="alpha = 1/2")
 
-    figure = _scatter(selections, support_and_prior, finish, (0.0, 1.05), "linear")
-    figure.supxlabel("support: share of output sites with a neighbour at the offset", fontsize=10)
-    figure.supylabel("validity prior alpha", fontsize=10)
+    labels = "support of the offset", "validity prior alpha"
+    figure = _scatter(selections, support_and_prior, finish, (0.0, 1.05), "linear", *labels)
     return save(
         figure, folder, "support", "Validity prior against support, by class of offset",
         "One point an offset of the kernel, its class by colour. Support is the share of a layer's output sites that "
@@ -165,10 +164,12 @@ def _pooled(
 def _scatter(
     selections: Mapping[str, LayerSelection],
     points: Points,
-    finish: Callable[[Any, np.ndarray], None],
+    finish: Callable[[Any], None],
     limits: tuple[float, float],
     scale: str,
-) -> Any:
+    x_label: str,
+    y_label: str,
+) -> Figure:
     """A diagram a layer with one legend below; `finish` adds lines, the same in each."""
     columns = min(_COLUMNS, len(selections))
     rows = -(-len(selections) // columns)
@@ -180,7 +181,7 @@ def _scatter(
         for c, name in enumerate(OFFSET_CLASSES):
             own = classes == c
             ax.plot(x[own], y[own], "o", color=COLORS[c], markersize=4, alpha=0.8, label=name, clip_on=False)
-        finish(ax, x)
+        finish(ax)
         rho = rank_correlation(x, y)
         ax.set_title(layer + ("" if np.isnan(rho) else f", rho = {rho:.2f}"), fontsize=9)
         ax.tick_params(labelsize=8)
@@ -190,7 +191,7 @@ def _scatter(
         ax.set_visible(False)
     for ax in axes.flat[max(0, len(selections) - columns) : len(selections)]:
         ax.tick_params(labelbottom=True)
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8, frameon=False
-    )
+        ax.set_xlabel(x_label, fontsize=9)
+    figure.supylabel(y_label, fontsize=10)
+    legend_below(figure, axes[0, 0])
     return figure
