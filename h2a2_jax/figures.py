@@ -122,12 +122,13 @@ def step_axis(ax: Any) -> None:
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def legend_below(figure: Figure, ax: Any, side: str = "center", columns: int = 6, title: str | None = None) -> None:
+def legend_below(figure: Figure, ax: Any, side: str = "center", columns: int = 6, title: str = "") -> None:
     """Put the legend of some axes at the bottom of a figure, "left", "center" or "right", where it covers no curve."""
+    handles, labels = ax.get_legend_handles_labels()
+    place: dict[str, Any] = {"loc": f"outside lower {side}", "ncols": columns, "title": title}
     figure.legend(
-        *ax.get_legend_handles_labels(), loc=f"outside lower {side}", ncols=columns, title=title, fontsize=8,
-        title_fontsize=8, frameon=False, handlelength=1.2, columnspacing=1,
-    )  # fmt: skip
+        handles, labels, **place, fontsize=8, title_fontsize=8, frameon=False, handlelength=1.2, columnspacing=1
+    )
 
 
 def log_ticks(axis: Any, low: float, high: float) -> None:

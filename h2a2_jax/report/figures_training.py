@@ -103,7 +103,8 @@ def draw_by_group(
         for color, name in zip(itertools.cycle(COLORS), datasets, strict=False):
             if name in own:
                 ax.plot(*own[name].T, color=color, label=name, linewidth=1.2)
-        ax.set_title(group, fontsize=10)
+        shown = any((rows[:, 1] > 0).any() for rows in own.values())
+        ax.set_title(group if shown else f"{group}: 0 throughout", fontsize=10)
         ax.grid(alpha=0.25)
     for ax in axes.flat[max(0, len(groups) - columns) : len(groups)]:
         step_axis(ax)

@@ -48,8 +48,8 @@ def learnt_section(
         kept = _kept_table(selections, history, int(steps[0]))
         contents.append(kept)
         text.append(
-            f"Of the choices on validation scans a share of {kept.rows[-1][-1]} is that of the first steps of "
-            "training: at 1, training has changed none."
+            f"Of the choices on validation scans a share of {kept.rows[-1][-2]} is that of the first steps of "
+            f"training; choices placed at random, as many exclusive, would share {kept.rows[-1][-1]}."
         )
     if all(selection.gradients is not None for selection in selections.values()):
         contents += [_gradients_table(selections, config), draw_gradients(selections, config, folder)]
@@ -66,16 +66,26 @@ def learnt_section(
 
 def _kept_table(selections: Mapping[str, LayerSelection], history: Mapping[str, SelectionHistory], step: int) -> Table:
     """Choices of the first line, the last line and the validation scans, and shares that are kept."""
-    gammas = [(history[n].gamma[0], history[n].gamma[-1], s.shared_share) for n, s in selections.items()]
+    gammas = {n: np.stack([history[n].gamma[0], history[n].gamma[-1], s.shared_share]) for n, s in selections.items()}
+    gammas["all"] = np.concatenate(list(gammas.values()), 1)
     rows = []
-    for name, (first, last, now) in zip([*selections, "all"], [*gammas, np.stack(gammas, 1)], strict=True):
-        exclusive = [float(1 - majority(gamma[np.isfinite(gamma)]).mean()) for gamma in (first, last, now)]
-        rows.append([name, *(number(v, 2) for v in (*exclusive, kept_share(first, last), kept_share(first, now)))])
+    for name, (first, last, now) in gammas.items():
+        p, end, q = (float(1 - majority(gamma[np.isfinite(gamma)]).mean()) for gamma in (first, last, now))
+        kept = kept_share(first, last), kept_share(first, now), p * q + (1 - p) * (1 - q)
+        rows.append([name, *(number(value, 2) for value in (p, end, q, *kept))])
     return Table(
         f"Majority choice of each (dataset, offset): the share of exclusive ones in the first line of {SELECTION_FILE} "
         f"(steps up to {step}), in its last line and on validation scans; the share of choices in the last line, and "
-        "on validation scans, that are those of the first line.",
-        ["layer", "exclusive, first", "exclusive, last", "exclusive, validation", "kept, last", "kept, validation"],
+        "on validation scans, that are those of the first line; the latter if as many were exclusive at random.",
+        [
+            "layer",
+            "exclusive, first",
+            "exclusive, last",
+            "exclusive, validation",
+            "kept, last",
+            "kept, validation",
+            "at random",
+        ],
         rows,
     )
 
@@ -115,16 +125,18 @@ def support_and_prior(selection: LayerSelection) -> tuple[Float[np.ndarray, " v"
 
 def draw_gradients(selections: Mapping[str, LayerSelection], config: SelectionConfig, folder: Path) -> Picture:
     """Share of scans that take the exclusive kernel against F, a diagram a layer."""
-
-    def finish(ax: Any) -> None:
-        curve = np.geomspace(*ax.get_xlim(), 100)
-        logit = config.prior_init + config.agreement_sharpness * np.log(config.agreement_threshold / curve)
-        ax.plot(curve, 1 / (1 + np.exp(logit)), color="0.5", linewidth=1, label="1 \u2212 alpha at the initial O")
-        ax.axvline(config.agreement_threshold, color="0.2", linestyle="--", linewidth=1, label="threshold of F")
-
     threshold = config.agreement_threshold
     values = _pooled(selections, gradients_and_choice)[0].clip(1e-3)
-    limits = min(values.min(), threshold / 2) / 1.2, max(values.max(), threshold * 2) * 1.2
+    limits = float(min(values.min(), threshold / 2)) / 1.2, float(max(values.max(), threshold * 2)) * 1.2
+
+    def finish(ax: Any) -> None:
+        curve = np.geomspace(*limits)
+        logit = config.prior_init + config.agreement_sharpness * np.log(threshold / curve)
+        ax.plot(
+            curve, 1 / (1 + np.exp(logit)), color="0.5", linewidth=1, zorder=1, label="1 \u2212 alpha at the initial O"
+        )
+        ax.axvline(threshold, color="0.2", linestyle="--", linewidth=1, zorder=1, label="threshold of F")
+
     labels = "disagreement F of gradients", "share of validation scans with the exclusive kernel"
     figure = _scatter(selections, gradients_and_choice, finish, limits, "log", *labels)
     return save(
@@ -141,7 +153,7 @@ def draw_support(selections: Mapping[str, LayerSelection], folder: Path) -> Pict
     """Draw alpha against support, a diagram a layer."""
 
     def finish(ax: Any) -> None:
-        ax.axhline(0.5, color="0.2", linestyle="--", linewidth=1, label="alpha = 1/2")
+        ax.axhline(0.5, color="0.2", linestyle="--", linewidth=1, zorder=1, label="alpha = 1/2")
 
     labels = "support of the offset", "validity prior alpha"
     figure = _scatter(selections, support_and_prior, finish, (0.0, 1.05), "linear", *labels)

@@ -120,12 +120,17 @@ def observe_selection(model: TR3D, batches: Sequence[Sequence[ScanBatch]]) -> di
         seen.append([jax.device_get(forward(state, *shape.pad(batch), weights)) for batch in runs])
     layers = [name.removesuffix(".gamma") for name in order if name.endswith(".gamma")]
     measured = {name: layer.disagreement for name, layer in selective_layers(model).items()}
+
+    def by_scan(layer: str, part: str) -> list[np.ndarray]:
+        return [np.concatenate([s[f"{layer}.{part}"] for s in scans]) for scans in seen]
+
     return {
         layer: LayerSelection(
-            np.stack([scans[0][f"{layer}.alpha"] for scans in seen]),
-            *([np.concatenate([s[f"{layer}.{part}"] for s in scans]) for scans in seen] for part in ("beta", "gamma")),
-            np.stack([np.mean([support(batch.tables, layer) for batch in own], 0) for own in batches]),
-            None if (f := measured[layer]) is None else np.asarray(f[...][0], np.float64),
+            alpha=np.stack([scans[0][f"{layer}.alpha"] for scans in seen]),
+            beta=by_scan(layer, "beta"),
+            gamma=by_scan(layer, "gamma"),
+            support=np.stack([np.mean([support(batch.tables, layer) for batch in own], 0) for own in batches]),
+            gradients=None if (f := measured[layer]) is None else np.asarray(f[...][0], np.float64),
         )
         for layer in layers
     }
