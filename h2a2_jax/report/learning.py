@@ -55,11 +55,13 @@ def learnt_section(
         contents += [_gradients_table(selections, config), draw_gradients(selections, config, folder)]
     else:
         text.append('The prior is "learned": F, the disagreement of the datasets\' gradients, was not measured.')
-    rho = rank_correlation(*_pooled(selections, support_and_prior))
+    support, alpha = _pooled(selections, support_and_prior)
+    rho = rank_correlation(support, alpha)
     falls = "falls" if rho > 0.2 else "rises" if rho < -0.2 else "hardly changes"
     text.append(
         "alpha is the same at all offsets." if np.isnan(rho) else
-        f"Over the offsets of all layers alpha {falls} where support lacks: Spearman's correlation is {rho:.2f}."
+        f"alpha is from {alpha.min():.3f} to {alpha.max():.3f}. Over the offsets of all layers it {falls} where "
+        f"support lacks: Spearman's correlation is {rho:.2f}."
     )  # fmt: skip
     return Section("learnt", "What is learnt", text, [*contents, draw_support(selections, folder)])
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from h2a2_jax.config import ExperimentConfig, to_json
@@ -258,8 +260,7 @@ def selection_report(
     before = selective_layers(start)
     reports = []
     for name, layer in selective_layers(end).items():
-        seen, count = metrics[name], len(layer.exclusive[...])
-        alpha = np.array([layer.structure(DatasetContext.one(d, count)).alpha for d in range(count)])
+        seen = metrics[name]
         f = None if layer.disagreement is None else np.asarray(layer.disagreement[...], np.float64)
         reports.append(
             LayerReport(
@@ -267,8 +268,8 @@ def selection_report(
                 exclusive_share=np.asarray(1 - seen.gamma.mean(-1)),
                 lowest_score=np.asarray(seen.lowest_score),
                 highest_score=np.asarray(seen.highest_score),
-                offsets=alpha.shape[1],
-                exclusive_offsets=int((alpha < 0.5).any(0).sum()),
+                offsets=seen.alpha.shape[1],
+                exclusive_offsets=int((np.asarray(seen.alpha) < 0.5).any(0).sum()),
                 disagreement=None if f is None else (float(np.median(f)), float(f.max())),
                 prior_moved=float(jnp.abs(layer.prior[...] - before[name].prior[...]).mean()),
                 prototypes_moved=_mean_angle(_prototypes(layer), _prototypes(before[name])),
@@ -283,6 +284,8 @@ def selection_report(
 
 def _prototypes(layer: SelectiveConv) -> AnyArray:
     """Prototypes of a layer's first dataset."""
+    graph, state = nnx.split(layer)
+    layer = nnx.merge(graph, jax.tree.map(jnp.asarray, state))  # the trained detector holds numpy arrays
     return layer.structure(DatasetContext.one(0, len(layer.exclusive[...]))).prototypes
 
 

@@ -70,7 +70,7 @@ def test_the_section_has_what_the_choices_follow_and_what_is_kept_of_the_start(t
     exclusive = f"{1 - shared.mean():.2f}"
     assert kept.rows[-1] == ["all", "0.00", exclusive, exclusive, *[f"{shared.mean():.2f}"] * 3]
     assert follows.rows[0][1:5] == [f"{np.median(f):.2f}", "6.00", f"{(f > 2).sum()} of 27", "1.00"]
-    assert "alpha falls where support lacks: Spearman's correlation is 1.00" in section.text[-1]
+    assert "it falls where support lacks: Spearman's correlation is 1.00" in section.text[-1]
     pictures = [item.path for item in section.contents if isinstance(item, Picture)]
     assert [path.name for path in pictures] == ["gradients.png", "support.png"]
     assert all(path.stat().st_size > 5000 for path in pictures)

@@ -25,7 +25,7 @@ def detector():
 def report(detector):
     """Its report after steps with scores from 0.1 to 0.2 of one dataset and from 0.3 to 0.4 of the other."""
     ones = jnp.ones((2, 27))
-    seen = SelectionMetrics(ones, ones, ones / 4, jnp.array([0.1, 0.3]), jnp.array([0.2, 0.4]))
+    seen = SelectionMetrics(ones.at[:, :3].set(0.4), ones, ones / 4, jnp.array([0.1, 0.3]), jnp.array([0.2, 0.4]))
     return selection_report(detector, detector, dict.fromkeys(selective_layers(detector), seen))
 
 
