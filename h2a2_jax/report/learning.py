@@ -49,7 +49,7 @@ def learnt_section(
         contents.append(kept)
         text.append(
             f"Of the choices on validation scans a share of {kept.rows[-1][-2]} is that of the first steps of "
-            f"training; choices placed at random, as many exclusive, would share {kept.rows[-1][-1]}."
+            f"training; with as many exclusive ones placed at random it would be {kept.rows[-1][-1]}."
         )
     if all(selection.gradients is not None for selection in selections.values()):
         contents += [_gradients_table(selections, config), draw_gradients(selections, config, folder)]
@@ -70,7 +70,7 @@ def _kept_table(selections: Mapping[str, LayerSelection], history: Mapping[str, 
     """Choices of the first line, the last line and the validation scans, and shares that are kept."""
     gammas = {n: np.stack([history[n].gamma[0], history[n].gamma[-1], s.shared_share]) for n, s in selections.items()}
     gammas["all"] = np.concatenate(list(gammas.values()), 1)
-    rows = []
+    rows, times = [], ("first", "last", "validation")
     for name, (first, last, now) in gammas.items():
         p, end, q = (float(1 - majority(gamma[np.isfinite(gamma)]).mean()) for gamma in (first, last, now))
         kept = kept_share(first, last), kept_share(first, now), p * q + (1 - p) * (1 - q)
@@ -79,15 +79,7 @@ def _kept_table(selections: Mapping[str, LayerSelection], history: Mapping[str, 
         f"Majority choice of each (dataset, offset): the share of exclusive ones in the first line of {SELECTION_FILE} "
         f"(steps up to {step}), in its last line and on validation scans; the share of choices in the last line, and "
         "on validation scans, that are those of the first line; the latter if as many were exclusive at random.",
-        [
-            "layer",
-            "exclusive, first",
-            "exclusive, last",
-            "exclusive, validation",
-            "kept, last",
-            "kept, validation",
-            "at random",
-        ],
+        ["layer", *(f"exclusive, {n}" for n in times), *(f"kept, {n}" for n in times[1:]), "at random"],
         rows,
     )
 
@@ -145,7 +137,7 @@ def draw_gradients(selections: Mapping[str, LayerSelection], config: SelectionCo
         figure, folder, "gradients", "Exclusive kernels against the disagreement of gradients",
         "One point an offset of the kernel, its class by colour. F says how far the datasets' gradients for the shared "
         "kernel differ, in units of what their scans let differ by chance: 1 where all want the same kernel (and where "
-        "F is not measured yet), and from the threshold on, kernels of their own are better. alpha follows from F, so "
+        "F is not measured yet; 0 if each batch holds all scans), and from the threshold on, kernels of their own are better. alpha follows from F, so "
         "that the points lie near a step at the threshold by construction; O and beta move them off it. What was "
         "learnt is the place of the points along F. rho is Spearman's correlation.",
     )  # fmt: skip
@@ -194,7 +186,9 @@ def _scatter(
         ax.set(xscale=scale, xlim=limits, ylim=(-0.05, 1.05))
         for c, name in enumerate(OFFSET_CLASSES):
             own = classes == c
-            ax.plot(x[own], y[own], "o", color=COLORS[c], markersize=4, alpha=0.8, label=name, clip_on=False)
+            ax.plot(
+                x[own].clip(*limits), y[own], "o", color=COLORS[c], markersize=4, alpha=0.8, label=name, clip_on=False
+            )
         finish(ax)
         rho = rank_correlation(x, y)
         ax.set_title(layer + ("" if np.isnan(rho) else f", rho = {rho:.2f}"), fontsize=9)

@@ -234,12 +234,18 @@ class LayerReport:
 
         By the scores, because training explores: its choices are not those of prediction.
         """
+        exclusive, shared = self.highest_score < self.tau, self.lowest_score >= self.tau
+
+        def names(chosen: np.ndarray) -> str:
+            return "all" if chosen.all() else ", ".join(np.array(datasets)[chosen])
+
         parts = []
-        for name, low, high in zip(datasets, self.lowest_score, self.highest_score, strict=True):
-            if high < self.tau:
-                parts.append(f"{name} exclusive everywhere: alpha*beta at most {high:.3f} < tau {self.tau}")
-            elif low >= self.tau:
-                parts.append(f"{name} shared everywhere: alpha*beta at least {low:.3f} >= tau {self.tau}")
+        if exclusive.any():
+            most = self.highest_score[exclusive].max()
+            parts.append(f"{names(exclusive)} exclusive everywhere: alpha*beta at most {most:.3f} < tau {self.tau}")
+        if shared.any():
+            least = self.lowest_score[shared].min()
+            parts.append(f"{names(shared)} shared everywhere: alpha*beta at least {least:.3f} >= tau {self.tau}")
         return "; ".join(parts)
 
 

@@ -60,7 +60,7 @@ def selection(shared: np.ndarray, gradients: np.ndarray | None) -> LayerSelectio
 
 
 def test_the_section_has_what_the_choices_follow_and_what_is_kept_of_the_start(tmp_path: Path):
-    f = np.linspace(0.2, 6, 27)
+    f = np.linspace(0, 6, 27)
     shared = (f < 2).astype(float)
     ones = np.ones((2, 2, 27))
     history = {"layer1_0.conv1": SelectionHistory(ones, ones, np.stack([ones[0], np.stack([shared, shared])]))}

@@ -1,5 +1,7 @@
 """The table of kernel selection that a run prints at its end."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,3 +44,9 @@ def test_one_kernel_everywhere_follows_from_the_scores_not_from_the_choices_of_t
         "scannet exclusive everywhere: alpha*beta at most 0.200 < tau 0.25; "
         "s3dis shared everywhere: alpha*beta at least 0.300 >= tau 0.25"
     )
+
+
+def test_datasets_that_are_alike_are_named_at_once(detector):
+    first = replace(report(detector)[0][0], lowest_score=np.array([0.31, 0.3]))
+    assert first.explanation(NAMES).endswith("; all shared everywhere: alpha*beta at least 0.300 >= tau 0.25")
+    assert replace(first, highest_score=np.ones(2), lowest_score=np.full(2, np.nan)).explanation(NAMES) == ""
