@@ -136,10 +136,10 @@ def draw_gradients(selections: Mapping[str, LayerSelection], config: SelectionCo
     return save(
         figure, folder, "gradients", "Exclusive kernels against the disagreement of gradients",
         "One point an offset of the kernel, its class by colour. F says how far the datasets' gradients for the shared "
-        "kernel differ, in units of what their scans let differ by chance: 1 where all want the same kernel (and where "
-        "F is not measured yet; 0 if each batch holds all scans), and from the threshold on, kernels of their own are better. alpha follows from F, so "
-        "that the points lie near a step at the threshold by construction; O and beta move them off it. What was "
-        "learnt is the place of the points along F. rho is Spearman's correlation.",
+        "kernel differ, in units of what their scans let differ by chance: 1 where all want the same kernel, and where "
+        "F is not measured yet; 0 if each batch holds all scans. From the threshold on, kernels of their own are "
+        "better. alpha follows from F, so that the points lie near a step at the threshold by construction; O and beta "
+        "move them off it. What was learnt is the place of the points along F. rho is Spearman's correlation.",
     )  # fmt: skip
 
 
