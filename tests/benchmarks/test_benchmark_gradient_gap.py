@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import f_oneway
 
-from benchmarks.gradient_gap import compare, f_statistics, for_first_head, groupings, table_of
+from benchmarks.gradient_gap import compare, f_statistics, for_first_head, groupings, rises_of, table_of
 from h2a2_jax.loader.batching import Batch
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD
 
@@ -64,3 +64,4 @@ def test_table():
     assert len(lines) == 7
     assert lines[1].split() == ["own", "0", "stem", "1.000", "0.905-1.095", "inside", "2", "of", "2", "0.000"]
     assert lines[6].split()[-6:] == ["0.905-1.095", "above", "0", "of", "2", "0.200"]
+    assert rises_of(cells) == "own heads, gap 0 to 2: F rises by 2.000 (2.000 to 2.000, bootstrap over 2 seeds)"
