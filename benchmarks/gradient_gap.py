@@ -18,7 +18,8 @@ knows, so that only the data differ: at gap 0 the null holds exactly.
 
 The table has F, the 95 % interval of the null, both as means over seeds, the runs that lie inside their own interval,
 and the share of offsets above the null's 97.5 % quantile, 0.025 where there is nothing. Below it are the rises from gap
-to gap, paired over seeds. A run takes about a minute on two cores. Cells that FILE has already are not computed again.
+to gap, paired over seeds, with intervals by bootstrap. A run takes about a minute on two cores. Cells that FILE has
+already are not computed again.
 """
 
 import argparse
@@ -53,6 +54,8 @@ from h2a2_jax.training.build import Trainer, build_detector, build_stream, build
 from h2a2_jax.training.gradients import Targets, dataset_gradients
 
 OFFSETS = 27
+MEANS = {"backbone": "mean over the backbone", "": "mean over all layers"}
+"""Lines of the table by the beginning of the names of their layers."""
 PERMUTATIONS = 199
 TRAIN_SCANS = 48
 """Training scans of a dataset."""
@@ -192,12 +195,12 @@ def config_of(gap: float, seed: int, steps: int) -> ExperimentConfig:
 
 
 def table_of(cells: Sequence[dict[str, Any]]) -> str:
-    """Format F by heads, gap and layer, means over seeds; the last line of a gap is the mean over layers."""
+    """Format F by heads, gap and layer, means over seeds; the last lines of a gap are means over layers."""
     lines = [f"{'heads':<7}{'gap':<5}{'layer':<35}{'F':>6}   {'null, 95 %':<14}{'':8}runs inside  offsets above"]
     for heads, gap in sorted({(cell["heads"], cell["gap"]) for cell in cells}):
         here = [cell for cell in cells if (cell["heads"], cell["gap"]) == (heads, gap)]
         layers = {cell["layer"]: [c for c in here if c["layer"] == cell["layer"]] for cell in here}
-        rows = {**layers, "mean over layers": _mean_over_layers(here)}
+        rows = {**layers, **{line: _mean_over_layers(here, start) for start, line in MEANS.items()}}
         for layer, chosen in rows.items():
             f = np.mean([cell["f"] for cell in chosen])
             low, high = _interval(np.mean([cell["permuted"] for cell in chosen], axis=0))
@@ -214,32 +217,34 @@ def table_of(cells: Sequence[dict[str, Any]]) -> str:
 def rises_of(cells: Sequence[dict[str, Any]]) -> str:
     """Format the rise of F, mean over layers, from each gap to the next, over the seeds that both have."""
     lines = []
-    gaps = sorted({cell["gap"] for cell in cells})
-    for heads, (low, high) in itertools.product(("first", "own"), itertools.pairwise(gaps)):
-        f = {gap: _by_seed([c for c in cells if (c["heads"], c["gap"]) == (heads, gap)]) for gap in (low, high)}
-        rise = np.array([f[high][seed] - f[low][seed] for seed in f[low] if seed in f[high]])
-        if not len(rise):
-            continue
-        means = np.random.default_rng(0).choice(rise, (10_000, len(rise))).mean(1)
-        first, last = np.quantile(means, (0.025, 0.975))
-        lines.append(
-            f"{heads} heads, gap {low:g} to {high:g}: F rises by {rise.mean():.3f} "
-            f"({first:.3f} to {last:.3f}, bootstrap over {len(rise)} seeds)"
-        )
+    gaps = itertools.pairwise(sorted({cell["gap"] for cell in cells}))
+    for heads, (low, high), start in itertools.product(("first", "own"), gaps, MEANS):
+        parts = [[c for c in cells if (c["heads"], c["gap"]) == (heads, gap)] for gap in (low, high)]
+        before, after = ({mean["seed"]: mean["f"] for mean in _mean_over_layers(part, start)} for part in parts)
+        rise = np.array([after[seed] - before[seed] for seed in before if seed in after])
+        if len(rise):
+            means = np.random.default_rng(0).choice(rise, (10_000, len(rise))).mean(1)
+            lines.append(
+                f"{heads} heads, gap {low:g} to {high:g}, {MEANS[start]}: F rises by {rise.mean():.3f} "
+                f"({np.quantile(means, 0.025):.3f} to {np.quantile(means, 0.975):.3f}, {len(rise)} seeds)"
+            )
     return "\n".join(lines)
 
 
-def _by_seed(cells: Sequence[dict[str, Any]]) -> dict[int, float]:
-    """Mean F over layers of each seed."""
-    seeds = dict.fromkeys(cell["seed"] for cell in cells)
-    return {seed: float(np.mean([cell["f"] for cell in cells if cell["seed"] == seed])) for seed in seeds}
+def _mean_over_layers(cells: Sequence[dict[str, Any]], start: str) -> list[dict[str, Any]]:
+    """One cell for each seed, of the layers whose names begin with `start`.
 
-
-def _mean_over_layers(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One cell for each seed: all layers of a run are permuted alike, so their permuted values can be averaged."""
-    seeds = {cell["seed"]: [c for c in cells if c["seed"] == cell["seed"]] for cell in cells}
+    All layers of a run are permuted alike, so that their permuted values can be averaged.
+    """
+    seeds: dict[int, list[dict[str, Any]]] = {}
+    for cell in cells:
+        if cell["layer"].startswith(start):
+            seeds.setdefault(cell["seed"], []).append(cell)
     keys = ("f", "permuted", "offsets_above")
-    return [{key: np.mean([cell[key] for cell in own], axis=0) for key in keys} for own in seeds.values()]
+    return [
+        {"seed": seed, **{key: np.mean([cell[key] for cell in own], axis=0) for key in keys}}
+        for seed, own in seeds.items()
+    ]
 
 
 def _interval(permuted: Any) -> tuple[float, float]:
