@@ -74,7 +74,8 @@ class Sizes(NamedTuple):
 
     Attributes:
         batch: float32 [D], in a batch.
-        scans: float32 [D], in the training split; infinity where no scan is seen twice.
+        scans: float32 [D], different ones in training, as kernel selection counts them; infinity where no scan is seen
+            twice.
     """
 
     batch: Float[Array, " d"]
@@ -84,7 +85,12 @@ class Sizes(NamedTuple):
     def of(cls, config: ExperimentConfig, scans: Sequence[int] | None) -> "Sizes":
         """Sizes of a run's datasets, with `scans` of `make_train_step`."""
         batch = [source.batch_size or config.train.batch_size for source in config.datasets]
-        return cls(jnp.array(batch, jnp.float32), jnp.array(scans or [math.inf] * len(batch), jnp.float32))
+        views = 1.0 if config.model.selection is None else config.model.selection.agreement_views
+        known = scans or [math.inf] * len(batch)
+        count = [
+            number * (views if source.augment else 1.0) for number, source in zip(known, config.datasets, strict=True)
+        ]
+        return cls(jnp.array(batch, jnp.float32), jnp.array(count, jnp.float32))
 
 
 def make_train_step(
