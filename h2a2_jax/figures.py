@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
@@ -112,6 +113,30 @@ def save(figure: Figure, folder: Path, name: str, title: str, caption: str) -> P
     path = folder / f"{name}.png"
     figure.savefig(path, dpi=110)
     return Picture(path, title, caption)
+
+
+def step_axis(ax: Any) -> None:
+    """Label the x axis as training steps, with few round ticks: 10k for ten thousand."""
+    ax.set_xlabel("training step")
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def legend_below(figure: Figure, ax: Any, side: str = "center", columns: int = 6, title: str = "") -> None:
+    """Put the legend of some axes at the bottom of a figure, "left", "center" or "right", where it covers no curve."""
+    handles, labels = ax.get_legend_handles_labels()
+    place: dict[str, Any] = {"loc": f"outside lower {side}", "ncols": columns, "title": title}
+    figure.legend(
+        handles, labels, **place, fontsize=8, title_fontsize=8, frameon=False, handlelength=1.2, columnspacing=1
+    )
+
+
+def log_ticks(axis: Any, low: float, high: float) -> None:
+    """Label a logarithmic axis from low to high at 1, 2 and 5, or at decades alone where these would overlap."""
+    few = high / low > 200
+    axis.set_major_locator(LogLocator(10, subs=(1.0,) if few else (1.0, 2.0, 5.0), numticks=12))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def as_text(name: str) -> str:

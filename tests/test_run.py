@@ -74,8 +74,10 @@ def test_trained_on_three_devices_evaluated_on_one(whole: WholeRun) -> None:
     assert "layer1_0.conv1" in whole.printed and "Embeddings E moved by" in whole.printed
     lines = read_metrics(workdir)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    for key in ("loss/scannet", "loss/s3dis", "learning_rate", "psi/mean", "exclusive_share/sunrgbd", "mAP@0.25/s3dis"):
+    shares = ("exclusive_share/sunrgbd", "exclusive_offsets")
+    for key in ("loss/scannet", "loss/s3dis", "learning_rate", "psi/mean", *shares, "mAP@0.25/s3dis"):
         assert np.isfinite(lines[-1][key])
+    assert lines[-1]["exclusive_offsets"] == 0  # alpha is as at the start: nothing is measured in four steps
     assert {"dropped_points", "scans_per_second"} <= lines[-1].keys()
 
     before = (workdir / "evaluation.json").read_text()

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.patches import Rectangle
 
-from h2a2_jax.figures import COLORS, SHARED_MAP, Picture, canvas, groups_of, save
+from h2a2_jax.figures import COLORS, SHARED_MAP, Picture, canvas, groups_of, legend_below, save, step_axis
 from h2a2_jax.report.observation import LayerSelection
 from h2a2_jax.report.offsets import (
     OFFSET_CLASSES,
@@ -84,6 +84,8 @@ def draw_history(
             ax = axes[row, 0]
             for c, name in enumerate(OFFSET_CLASSES):
                 _band(ax, steps, log.alpha[:, :, classes == c].reshape(len(steps), -1), COLORS[c], name)
+            ax.axhline(0.5, color="0.3", linestyle="--", linewidth=0.8)
+            ax.set(ylim=(0, 1.02))
             ax.set_ylabel(f"{layer}\nalpha", fontsize=9)
             ax = axes[row, 1]
             for d, name in enumerate(datasets):
@@ -103,19 +105,21 @@ def draw_history(
             if row == 0:
                 axes[0, 0].set_title("alpha, by class of offset", fontsize=9)
                 axes[0, 1].set_title("beta, by dataset", fontsize=9)
-                axes[0, 0].legend(fontsize=7)
-                axes[0, 1].legend(fontsize=7)
         for ax in axes[-1]:
-            ax.set_xlabel("training step")
+            step_axis(ax)
+        legend_below(figure, axes[0, 0], "left", 4, "alpha")
+        legend_below(figure, axes[0, 1], "center", 4, "beta")
         figure.colorbar(image, ax=axes, location="right", shrink=0.6).set_label("share of scans with gamma = 1")
         pictures.append(
             save(
                 figure, folder, f"history_{group}", f"alpha, beta and gamma over training, {group}",
-                "Left: the validity prior alpha = sigmoid(O), mean (line) and range (band) over the offsets of a "
-                "class (and the datasets). Middle: the structural consistency beta of a dataset's scans, mean and "
-                "range over the 27 offsets. Right: the share of training scans whose gamma is 1, one row an offset, "
-                "grouped by class; purple is the shared kernel. From selection.jsonl: means over the steps between two "
-                "of its lines; beta and gamma are those of augmented training scans.",
+                "Left: the validity prior alpha, mean (line) and range (band) over the offsets of a class (and the "
+                "datasets); below one half exclusive kernels are preferred. Middle: the structural consistency beta of "
+                "a dataset's scans, mean and range over the 27 offsets. Right: the share of training scans whose gamma "
+                "is 1, one row an offset, grouped by class; purple is the shared kernel. With the prior \"agreement\" "
+                "training takes the shared kernel in a share of the steps that rises with alpha, so that few offsets "
+                "are all purple or all orange. From selection.jsonl: means over the steps between two of its lines; "
+                "beta and gamma are those of augmented training scans.",
             )
         )  # fmt: skip
     return pictures
@@ -162,41 +166,40 @@ def draw_stability(
 ) -> Picture:
     """Flips of majorities over training, and disagreement of the scans of a dataset."""
     panels = 1 + (len(steps) > 0) + (len(steps) > 1)
-    figure, axes = canvas(1, panels, 5.2 * panels, 4.2)
+    figure, axes = canvas(1, panels, 5.2 * panels, 4.4 + 0.03 * len(history))
     _draw_disagreement(axes[0, -1], selections, datasets)
+    legend_below(figure, axes[0, -1], "right")
     if len(steps) > 1:
         _draw_flips(axes[0, 0], steps, history)
+        legend_below(figure, axes[0, 0], "left", 6)
     if len(steps) > 0:
         ax = axes[0, -2]
         for d, name in enumerate(datasets):
             over_layers = np.mean([disagreement(log.gamma[:, d]) for log in history.values()], 0)
             ax.plot(steps, over_layers, color=COLORS[d], label=name, marker="." if len(steps) == 1 else None)
-        ax.set(xlabel="training step", ylabel="1 \u2212 |2 gamma \u2212 1|", ylim=(0, 1.02))
+        ax.set(ylabel="1 \u2212 |2 gamma \u2212 1|", ylim=(-0.02, 1.02))
         ax.set_title("disagreement in training, mean of layers")
-        ax.legend(fontsize=8)
+        step_axis(ax)
     return save(
         figure, folder, "stability", "How often selections flip, and how far scans disagree",
         "Flips: the share of (dataset, offset) whose majority changes from one line of selection.jsonl to the next, a "
         "line for each layer, a colour for each stage, darker for later layers. Disagreement: how far the scans of one "
         "dataset differ, the mean over offsets of 1 \u2212 |2 gamma \u2212 1| with gamma the share of scans that take "
         "the shared kernel: 0 where all take the same kind, 1 where half take each. In training gamma is the mean over "
-        "the steps of a line, so that it also holds changes from step to step (with one scan a line it is 0); on "
+        "the steps of a line, so that it also holds changes from step to step, as those of exploration; on "
         "validation scans the model stands still.",
     )  # fmt: skip
 
 
 def _draw_flips(ax: Any, steps: Int[np.ndarray, " t"], history: Mapping[str, SelectionHistory]) -> None:
-    for color, (group, layers) in zip(COLORS, groups_of(list(history)).items(), strict=False):
+    for color, layers in zip(COLORS, groups_of(list(history)).values(), strict=False):
         for i, layer in enumerate(layers):
             depth = 0.35 + 0.65 * (i + 1) / len(layers)
-            label = group if i == len(layers) - 1 else None
             flips = flip_shares(history[layer].gamma)
-            ax.plot(steps[1:], flips, color=color, alpha=depth, linewidth=1.2, label=label)
-    ax.set(
-        title="flips from line to line", xlabel="training step", ylabel="share of (dataset, offset) that change sides"
-    )
-    ax.set_ylim(bottom=0)
-    ax.legend(fontsize=8)
+            ax.plot(steps[1:], flips, color=color, alpha=depth, linewidth=1.2, label=layer)
+    ax.set(title="flips from line to line", ylabel="share of (dataset, offset) that change sides")
+    ax.set_ylim(-0.02, max(0.2, 1.05 * ax.get_ylim()[1]))
+    step_axis(ax)
 
 
 def _draw_disagreement(ax: Any, selections: Mapping[str, LayerSelection], datasets: Sequence[str]) -> None:
@@ -207,7 +210,6 @@ def _draw_disagreement(ax: Any, selections: Mapping[str, LayerSelection], datase
         ax.bar(places, values, width * 0.92, color=COLORS[d], label=name)
     ax.set_xticks(np.arange(len(layers)), layers, rotation=40, ha="right", fontsize=7)
     ax.set(title="disagreement on validation scans", ylabel="1 \u2212 |2 gamma \u2212 1|", ylim=(0, 1.02))
-    ax.legend(fontsize=8)
 
 
 def _band(ax: Any, x: np.ndarray, values: Float[np.ndarray, "t n"], color: str, label: str) -> None:

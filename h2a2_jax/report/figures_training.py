@@ -11,11 +11,10 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from h2a2_jax.checkpoint.parameter_groups import KINDS
 from h2a2_jax.errors import InputError
-from h2a2_jax.figures import COLORS, Picture, as_text, canvas, save
+from h2a2_jax.figures import COLORS, Picture, as_text, canvas, legend_below, log_ticks, save, step_axis
 from h2a2_jax.files import whole_file
 from h2a2_jax.training.metrics import FILE_NAME, read_metrics
 from h2a2_jax.training.summary import CURVES
@@ -62,16 +61,17 @@ def draw_psi(series: Series, threshold: float | None, folder: Path) -> Picture |
     titled = {"all tensors": (whole, ["all tensors"]), "by place": (places, [*places]), "by kind": (kinds, [*kinds])}
     parts = [(title, values, names) for title, (values, names) in titled.items() if values]
     figure, axes = canvas(2, len(parts), 5 * len(parts), 7, sharex=True)
+    sides = ("left", "center", "right")
     for column, (title, values, names) in enumerate(parts):
         upper, lower = axes[:, column]
         _lines(upper, values)
         if threshold is not None:
             upper.axhline(threshold, color="0.3", linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
-        upper.set(title=title, ylabel="Psi, mean over tensors (1: equal norms)", ylim=(0, 1.05))
+        upper.set(title=title, ylabel="Psi, mean over tensors", ylim=(0, 1.05))
         _lines(lower, {name: shares[name] for name in names if name in shares})
-        lower.set_ylabel("share of tensors with Psi below the threshold")
-        lower.set(xlabel="training step", ylim=(-0.02, 1.05))
-        upper.legend(fontsize=8, loc="lower left")
+        lower.set(ylabel="share of tensors below the threshold", ylim=(-0.02, 1.05))
+        step_axis(lower)
+        legend_below(figure, upper, sides[column], 4)
     return save(
         figure, folder, "psi", "Agreement of the datasets' gradient norms",
         "Psi of a parameter tensor is the mean over pairs of datasets of 2 a b / (a\u00b2 + b\u00b2), a and b the "
@@ -96,19 +96,24 @@ def draw_by_group(
         return None
     columns = min(_COLUMNS, len(groups))
     rows = -(-len(groups) // columns)
-    figure, axes = canvas(rows, columns, 3.6 * columns, 0.6 + 2.7 * rows, sharex=True)
+    figure, axes = canvas(rows, columns, 3.6 * columns, 0.9 + 2.7 * rows, sharex=True, sharey=True)
     for ax in axes.flat[len(groups) :]:
         ax.set_visible(False)
     for ax, (group, own) in zip(axes.flat, groups.items(), strict=False):
         for color, name in zip(itertools.cycle(COLORS), datasets, strict=False):
             if name in own:
                 ax.plot(*own[name].T, color=color, label=name, linewidth=1.2)
-        if any((values[:, 1] > 0).any() for values in own.values()):
-            ax.set_yscale("log")
-        ax.set_title(group, fontsize=10)
-        ax.set_ylabel(label, fontsize=8)
-        ax.set_xlabel("training step")
-    axes[0, 0].legend(fontsize=8)
+        shown = any((rows[:, 1] > 0).any() for rows in own.values())
+        ax.set_title(group if shown else f"{group}: 0 throughout", fontsize=10)
+        ax.grid(alpha=0.25)
+    for ax in axes.flat[max(0, len(groups) - columns) : len(groups)]:
+        step_axis(ax)
+        ax.tick_params(labelbottom=True)
+    values = np.concatenate([rows[:, 1] for own in groups.values() for rows in own.values()])
+    if (values > 0).any():
+        _logarithmic(axes[0, 0], values[values > 0])
+    figure.supylabel(label, fontsize=10)
+    _dataset_legend(figure, datasets)
     return save(figure, folder, metric, title, caption)
 
 
@@ -173,11 +178,16 @@ def _curves(lines: Sequence[Mapping[str, float | int | None]]) -> Figure:
         ax.set_visible(False)
     for ax, panel in zip(axes.flat, panels, strict=False):
         _draw(ax, panel, datasets, last)
+    _dataset_legend(figure, datasets)
+    return figure
+
+
+def _dataset_legend(figure: Figure, datasets: Sequence[str]) -> None:
+    """One legend below all panels."""
     handles = [Line2D([], [], color=_color(d), linewidth=2) for d in range(len(datasets))]
-    if handles:  # one for all panels
+    if handles:
         names = [as_text(name) for name in datasets]
         figure.legend(handles, names, loc="outside lower center", ncols=min(6, len(names)), frameon=False)
-    return figure
 
 
 def _panels(series: Mapping[str, Rows], datasets: Sequence[str]) -> list[_Panel]:
@@ -199,7 +209,9 @@ def _panels(series: Mapping[str, Rows], datasets: Sequence[str]) -> list[_Panel]
         _Panel("learning rate", {}, rows({"": "learning_rate"}), "log"),
         _Panel("gradient norm before clipping", {}, rows({"": "gradient_norm"}), "log"),
         _Panel("Psi, agreement of gradient norms", {}, rows({"mean": "psi/mean", "lowest": "psi/min"}), "share"),
-        _Panel("share of exclusive kernels", of("exclusive_share"), {}, "share"),
+        _Panel(
+            "share of exclusive kernels", of("exclusive_share"), rows({"alpha < 1/2": "exclusive_offsets"}), "share"
+        ),
         _Panel("scans per second", {}, rows({"": "scans_per_second"})),
         _Panel("counts", {}, rows({name: name for name in counts})),
     ]
@@ -219,14 +231,12 @@ def _draw(ax: Any, panel: _Panel, datasets: Sequence[str], last: float) -> None:
         shown.append(_line(ax, rows, shade, name.replace("_", " ") or None, panel.scale))
     ax.set_title(as_text(panel.title), fontsize=10, loc="left")
     ax.set_xlim(0, last * 1.02)
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    step_axis(ax)
     ax.tick_params(labelsize=8)
     ax.grid(alpha=0.25)
-    ax.set_xlabel("training step")
     values = np.concatenate(shown)
     if panel.scale == "log" and len(values):
-        _decades(ax, values)
+        _logarithmic(ax, values)
     elif panel.scale == "share":
         ax.set_ylim(-0.03, 1.03)
     else:
@@ -245,10 +255,10 @@ def _line(ax: Any, rows: Rows, color: str, label: str | None, scale: str) -> np.
     return rows[:, 1]
 
 
-def _decades(ax: Any, values: np.ndarray) -> None:
-    """A logarithmic axis over whole decades; only decades have labels, because those between would overlap."""
-    low, high = math.floor(math.log10(values.min())), math.ceil(math.log10(values.max()))
+def _logarithmic(ax: Any, values: np.ndarray) -> None:
+    """A logarithmic axis of positive values, over a factor of 6 at least, so that two ticks or more have labels."""
+    low, high = float(values.min()), float(values.max())
+    margin = max(1.2, math.sqrt(6 * low / high))
     ax.set_yscale("log")
-    ax.set_ylim(10.0**low / 1.2, 10.0 ** max(high, low + 1) * 1.2)
-    ax.yaxis.set_major_locator(LogLocator(10, numticks=8))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_ylim(low / margin, high * margin)
+    log_ticks(ax.yaxis, low / margin, high * margin)

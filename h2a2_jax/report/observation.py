@@ -19,6 +19,8 @@ from h2a2_jax.inference.predictor import prepare
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.loader.batching import ScanBatch, collate
 from h2a2_jax.models import TR3D, DetectorConfig, DetectorPlan, LevelSizes, PlanLayout, fits_layout, pad_plan
+from h2a2_jax.models.maps import DetectorTables
+from h2a2_jax.models.tr3d import selective_layers
 from h2a2_jax.scans.scan import ScanSource, load_or_skip
 from h2a2_jax.scans.specs import DatasetSpec
 
@@ -84,11 +86,15 @@ class LayerSelection:
         alpha: Offset validity prior [D, V], by dataset.
         beta: Structural consistency, for each dataset [S, V] by scan.
         gamma: Selection, for each dataset [S, V] by scan; 1 for the shared kernel.
+        support: Share of the output sites that have a neighbour at the offset [D, V], mean over scans.
+        gradients: F [V], disagreement of the datasets' gradients at the offset; None without the prior "agreement".
     """
 
     alpha: Float[np.ndarray, "d v"]
     beta: list[np.ndarray]
     gamma: list[np.ndarray]
+    support: Float[np.ndarray, "d v"]
+    gradients: Float[np.ndarray, " v"] | None
 
     @property
     def shared_share(self) -> Float[np.ndarray, "d v"]:
@@ -97,7 +103,7 @@ class LayerSelection:
 
 
 def observe_selection(model: TR3D, batches: Sequence[Sequence[ScanBatch]]) -> dict[str, LayerSelection]:
-    """alpha, beta and gamma of each layer with 3^3 kernel selection, as the detector predicts.
+    """alpha, beta, gamma, support and F of each layer with 3^3 kernel selection, as the detector predicts.
 
     Batches have one scan each and are grouped by dataset, in the order of the dataset axis. The layers are in the order
     of the forward pass; a detector without kernel selection has none.
@@ -113,13 +119,38 @@ def observe_selection(model: TR3D, batches: Sequence[Sequence[ScanBatch]]) -> di
         runs = with_progress(own, f"{names[d]}: kernel selection", len(own))
         seen.append([jax.device_get(forward(state, *shape.pad(batch), weights)) for batch in runs])
     layers = [name.removesuffix(".gamma") for name in order if name.endswith(".gamma")]
+    measured = {name: layer.disagreement for name, layer in selective_layers(model).items()}
+
+    def by_scan(layer: str, part: str) -> list[np.ndarray]:
+        return [np.concatenate([s[f"{layer}.{part}"] for s in scans]) for scans in seen]
+
     return {
         layer: LayerSelection(
-            np.stack([scans[0][f"{layer}.alpha"] for scans in seen]),
-            *([np.concatenate([s[f"{layer}.{part}"] for s in scans]) for scans in seen] for part in ("beta", "gamma")),
+            alpha=np.stack([scans[0][f"{layer}.alpha"] for scans in seen]),
+            beta=by_scan(layer, "beta"),
+            gamma=by_scan(layer, "gamma"),
+            support=np.stack([np.mean([support(batch.tables, layer) for batch in own], 0) for own in batches]),
+            gradients=None if (f := measured[layer]) is None else np.asarray(f[...][0], np.float64),
         )
         for layer in layers
     }
+
+
+def support(tables: DetectorTables, layer: str) -> Float[np.ndarray, " v"]:
+    """Share of a layer's output sites that have a neighbour at each offset.
+
+    Args:
+        tables: tables of one scan.
+        layer: name of a layer of the stem, a residual stage ("layer1_0.conv1") or the neck ("neck0.lateral").
+    """
+    part, _, conv = layer.partition(".")
+    if part.startswith("layer"):
+        stage, block = part.removeprefix("layer").split("_")
+        down, _, residual = tables.stages[int(stage) - 1]
+        table = down if (block, conv) == ("0", "conv1") else residual
+    else:  # steps of the neck are counted from the finest, their tables are stored coarsest first
+        table = tables.ups[-1 - int(part.removeprefix("neck"))].lateral if part.startswith("neck") else tables.stem
+    return np.asarray(table.pairs_per_offset / len(table.outputs))
 
 
 def _selection_pass(

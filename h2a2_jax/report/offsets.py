@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.stats import rankdata
 
 from h2a2_jax.sparse.sites import kernel_offsets
 
@@ -50,6 +51,27 @@ def flip_shares(gamma: Float[np.ndarray, "t d 27"]) -> Float[np.ndarray, " t_min
     known = finite[1:] & finite[:-1]
     changed = (chosen[1:] != chosen[:-1]) & known
     return changed.sum((1, 2)) / np.maximum(known.sum((1, 2)), 1)
+
+
+def kept_share(first: Float[np.ndarray, "*s"], last: Float[np.ndarray, "*s"]) -> float:
+    """Share of (dataset, offset) whose majority is the same in both, among those known in both; NaN without one."""
+    known = np.isfinite(first) & np.isfinite(last)
+    return float((majority(first) == majority(last))[known].mean()) if known.any() else float("nan")
+
+
+def area_under_curve(score: Float[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> float:
+    """Probability that a positive has a higher score than a negative, ties counted half; NaN without one of them."""
+    if positive.all() or not positive.any():
+        return float("nan")
+    above, below = score[positive, None], score[None, ~positive]
+    return float(((above > below) + 0.5 * (above == below)).mean())
+
+
+def rank_correlation(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float:
+    """Spearman's correlation, ties with their mean rank; NaN where x or y is constant."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
 
 
 def disagreement(gamma: Float[np.ndarray, "*s v"]) -> Float[np.ndarray, "*s"]:

@@ -14,6 +14,7 @@ from h2a2_jax.figures import Picture, Section, Table, number, page
 from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.report.figures_selection import draw_agreement, draw_history, draw_kernels, draw_stability
 from h2a2_jax.report.figures_training import draw_by_group, draw_losses, draw_psi, series_of
+from h2a2_jax.report.learning import learnt_section
 from h2a2_jax.report.observation import LayerSelection, load_batches, observe_selection
 from h2a2_jax.report.offsets import OFFSET_CLASSES, agreement, chance_agreement
 from h2a2_jax.scans.sources import build_source
@@ -26,8 +27,9 @@ Log = tuple[Int[np.ndarray, " t"], Mapping[str, metrics.SelectionHistory]]
 def write_report(config: ExperimentConfig, workdir: Path, scans: int = 16) -> Path:
     """Write <workdir>/report/index.html, one page with everything in it, and its pictures as PNGs beside it.
 
-    The page holds a summary; the offsets that each layer shares or keeps exclusive on validation scans; alpha, beta and
-    gamma over training; agreement of selections across datasets and their flips; losses, gradient norms and Psi. Where
+    The page holds a summary; what selection has learnt; the offsets that each layer shares or keeps exclusive on
+    validation scans; alpha, beta and gamma over training; agreement of selections across datasets and their flips;
+    losses, gradient norms and Psi. Where
     a run has no kernel selection or no log, a sentence takes the place of the pictures. The detector runs on at most
     `scans` validation scans of each dataset.
 
@@ -145,7 +147,9 @@ def _selection_sections(
     across: list[Picture | Table] = [draw_agreement(selections, history, folder), agreeing] if several else []
     alone = [] if several else ["Agreement takes two datasets; this run has one."]
     stability = draw_stability(steps, history, selections, names, folder)
+    assert config.model.selection is not None
     return [
+        learnt_section(config.model.selection, selections, steps, history, folder),
         Section("kernels", "Shared and exclusive offsets", (), kernels),
         Section("history", "Selection over training", missing, pictures),
         Section("agreement", "Agreement across datasets", alone, across),

@@ -9,6 +9,7 @@ A line of metrics.jsonl, version 1, holds means over the batches since the line 
     "psi/<group>", "harmonized_share/<group>"           the same by group of parameters (`PLACES`, `KINDS`)
     "gradient_norm/<group>/<dataset>", "scale/<group>/<dataset>"      norms, and the factors of the balancer
     "exclusive_share/<dataset>"                         share of (scan, offset) pairs that take the exclusive kernel
+    "exclusive_offsets"                                 share of (layer, offset) whose alpha is below one half
     "dropped_points", "skipped_scans", "skipped_steps"  points cropped; scans and steps left out so far
     "scans_per_second", "compilations"                  speed since the line before; programs compiled so far
     "mAP@<IoU>/<dataset>"                               of an evaluated step
@@ -398,6 +399,9 @@ class LogMetrics(Callback):
         shares = [1 - layer.gamma.mean(-1) for selection in selections for layer in selection.values()]
         for d, name in enumerate(names if shares else ()):
             values[f"exclusive_share/{name}"] = float(mean_known(np.array([share[d] for share in shares])))
+        if shares:
+            alphas = np.array([layer.alpha for selection in selections for layer in selection.values()])
+            values["exclusive_offsets"] = float((alphas < 0.5).mean())
         values["dropped_points"] = self._dropped
         values["skipped_scans"] = len(training.stream.log.skipped)
         values["skipped_steps"] = skipped

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from h2a2_jax.config import ExperimentConfig, to_json
@@ -205,31 +207,38 @@ class LayerReport:
 
     Attributes:
         name: name of the layer.
-        exclusive_share: share of (scan, offset) pairs that took the exclusive kernel, by dataset.
+        exclusive_share: share of (scan, offset) pairs that took the exclusive kernel in training, by dataset.
         lowest_score: smallest alpha * beta, by dataset.
         highest_score: largest alpha * beta, by dataset.
-        prior_moved: mean absolute change of the validity prior O.
+        offsets: number of offsets.
+        exclusive_offsets: number of offsets whose alpha is below one half, for any dataset.
+        disagreement: median and largest F of the offsets; None with the prior "learned".
+        prior_moved: mean absolute change of O.
         prototypes_moved: mean angle (degrees) between a prototype and itself at the start.
-        tau: threshold of alpha * beta.
+        tau: threshold of alpha * beta in prediction.
     """
 
     name: str
     exclusive_share: np.ndarray
     lowest_score: np.ndarray
     highest_score: np.ndarray
+    offsets: int
+    exclusive_offsets: int
+    disagreement: tuple[float, float] | None
     prior_moved: float
     prototypes_moved: float
     tau: float
 
     def explanation(self, datasets: Sequence[str]) -> str:
-        """Explain datasets for which the layer takes one kernel everywhere; empty without such a dataset."""
+        """Explain datasets for which the layer predicts with one kernel everywhere; empty without such a dataset.
+
+        By the scores, because training explores: its choices are not those of prediction.
+        """
         parts = []
-        for name, share, low, high in zip(
-            datasets, self.exclusive_share, self.lowest_score, self.highest_score, strict=True
-        ):
-            if share >= 1:
+        for name, low, high in zip(datasets, self.lowest_score, self.highest_score, strict=True):
+            if high < self.tau:
                 parts.append(f"{name} exclusive everywhere: alpha*beta at most {high:.3f} < tau {self.tau}")
-            elif share <= 0:
+            elif low >= self.tau:
                 parts.append(f"{name} shared everywhere: alpha*beta at least {low:.3f} >= tau {self.tau}")
         return "; ".join(parts)
 
@@ -252,12 +261,16 @@ def selection_report(
     reports = []
     for name, layer in selective_layers(end).items():
         seen = metrics[name]
+        f = None if layer.disagreement is None else np.asarray(layer.disagreement[...], np.float64)
         reports.append(
             LayerReport(
                 name,
                 exclusive_share=np.asarray(1 - seen.gamma.mean(-1)),
                 lowest_score=np.asarray(seen.lowest_score),
                 highest_score=np.asarray(seen.highest_score),
+                offsets=seen.alpha.shape[1],
+                exclusive_offsets=int((np.asarray(seen.alpha) < 0.5).any(0).sum()),
+                disagreement=None if f is None else (float(np.median(f)), float(f.max())),
                 prior_moved=float(jnp.abs(layer.prior[...] - before[name].prior[...]).mean()),
                 prototypes_moved=_mean_angle(_prototypes(layer), _prototypes(before[name])),
                 tau=layer.selection.tau,
@@ -271,6 +284,8 @@ def selection_report(
 
 def _prototypes(layer: SelectiveConv) -> AnyArray:
     """Prototypes of a layer's first dataset."""
+    graph, state = nnx.split(layer)
+    layer = nnx.merge(graph, jax.tree.map(jnp.asarray, state))  # the trained detector holds numpy arrays
     return layer.structure(DatasetContext.one(0, len(layer.exclusive[...]))).prototypes
 
 
@@ -284,14 +299,20 @@ def selection_table(reports: Sequence[LayerReport], embedding_moved: np.ndarray,
     """Format the reports as a table."""
     width = max(len(report.name) for report in reports)
     lines = [
-        "Kernel selection: share of exclusive offsets by dataset; how far the validity priors O (mean change) and the "
-        "prototypes P (mean angle) moved",
-        f"{'layer':{width}s} " + " ".join(f"{name:>9s}" for name in datasets) + "       O        P",
+        "Kernel selection: share of exclusive kernels in training by dataset; offsets that prefer them (alpha < 1/2); "
+        "median and largest F, the disagreement of the datasets' gradients; how far O (mean change) and the prototypes "
+        "P (mean angle) moved",
+        f"{'layer':{width}s} "
+        + " ".join(f"{name:>9s}" for name in datasets)
+        + "   prefer      F  largest       O        P",
     ]
+    dash = "\N{EN DASH}"
     for report in reports:
         shares = " ".join(f"{share:9.2f}" for share in report.exclusive_share)
         why = report.explanation(datasets)
+        prefer = f"{report.exclusive_offsets:3d} of {report.offsets:<2d}"
+        f = "{:6.2f} {:8.2f}".format(*report.disagreement) if report.disagreement else f"{dash:>6s} {dash:>8s}"
         moved = f"{report.prior_moved:8.4f} {report.prototypes_moved:7.2f}\N{DEGREE SIGN}"
-        lines.append(f"{report.name:{width}s} {shares} {moved}" + (f"   {why}" if why else ""))
+        lines.append(f"{report.name:{width}s} {shares} {prefer} {f} {moved}" + (f"   {why}" if why else ""))
     moves = ", ".join(f"{name} {100 * moved:.1f} %" for name, moved in zip(datasets, embedding_moved, strict=True))
     return "\n".join([*lines, f"Embeddings E moved by: {moves} of their length"])

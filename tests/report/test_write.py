@@ -51,10 +51,11 @@ def test_a_report_is_one_page_with_all_its_pictures(tmp_path: Path) -> None:
     stages = [f"layer{s}" for s in range(1, 5)]
     assert pictures == {
         *(f"kernels_{s}" for s in stages), *(f"history_{s}" for s in stages), "agreement", "stability", "losses", "psi",
+        "gradients", "support",
         "gradient_norm", "scale",
     }  # fmt: skip
     assert all(path.stat().st_size > 5000 for path in target.parent.glob("*.png"))
-    for anchor in ("summary", "kernels", "history", "agreement", "stability", "balance"):
+    for anchor in ("summary", "learnt", "kernels", "history", "agreement", "stability", "balance"):
         assert f'<section id="{anchor}">' in text
     assert "0.125" in text and "0.250" in text
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', text)
