@@ -86,7 +86,7 @@ class Sizes(NamedTuple):
         """Sizes of a run's datasets, with `scans` of `make_train_step`."""
         batch = [source.batch_size or config.train.batch_size for source in config.datasets]
         views = 1.0 if config.model.selection is None else config.model.selection.agreement_views
-        known = scans or [math.inf] * len(batch)
+        known: Sequence[float] = scans or [math.inf] * len(batch)
         count = [
             number * (views if source.augment else 1.0) for number, source in zip(known, config.datasets, strict=True)
         ]
