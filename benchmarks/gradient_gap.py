@@ -1,6 +1,6 @@
 """F of the gradients of shared kernels between procedural datasets, by the gap between them.
 
-    python -m benchmarks.gradient_gap [--gaps=0,1,2] [--seeds=0-9] [--steps=100] [--json=FILE]
+    python -m benchmarks.gradient_gap [--gaps=0,1,2] [--seeds=0-9] [--steps=60] [--json=FILE]
 
 Each run trains the demo with every kernel shared and the mean of the datasets' gradients. Then it takes each dataset's
 gradient on batches of new scans, and compares them, for each 3^3 kernel and for each of its offsets:
@@ -17,8 +17,9 @@ above the null at gap 0 after a short training. "first": all through the first d
 knows, so that only the data differ: at gap 0 the null holds exactly.
 
 The table has F, the 95 % interval of the null, both as means over seeds, the runs that lie inside their own interval,
-and the share of offsets above the null's 97.5 % quantile, 0.025 where there is nothing. A run takes about a minute on
-one core. Cells that FILE has already are not computed again.
+and the share of offsets above the null's 97.5 % quantile, 0.025 where there is nothing. Below it are the rises from gap
+to gap, paired over seeds, with intervals by bootstrap. A run takes about a minute on two cores. Cells that FILE has
+already are not computed again.
 """
 
 import argparse
@@ -48,10 +49,13 @@ from h2a2_jax.distributed import DATASET, REPLICA, MeshLayout, train_mesh
 from h2a2_jax.loader.batching import Batch
 from h2a2_jax.scans.scan import enclosing_boxes
 from h2a2_jax.scans.specs import DatasetSpec, class_label
+from h2a2_jax.sparse.xla_cpu import compiler_options
 from h2a2_jax.training.build import Trainer, build_detector, build_stream, build_trainer
 from h2a2_jax.training.gradients import Targets, dataset_gradients
 
 OFFSETS = 27
+MEANS = {"backbone": "mean over the backbone", "": "mean over all layers"}
+"""Lines of the table by the beginning of the names of their layers."""
 PERMUTATIONS = 199
 TRAIN_SCANS = 48
 """Training scans of a dataset."""
@@ -117,7 +121,8 @@ def gradient_function(config: ExperimentConfig, trainer: Trainer, mesh: Mesh) ->
 
     own = P(DATASET)
     specs = (P(), own, own, P(DATASET, REPLICA), own)
-    return jax.jit(jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False))
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=own, check_vma=False)
+    return jax.jit(sharded, compiler_options=compiler_options())
 
 
 def for_first_head(batch: Batch, specs: Sequence[DatasetSpec]) -> Batch:
@@ -143,7 +148,8 @@ def train(config: ExperimentConfig, ladder: Any) -> tuple[Trainer, TrainState, M
     trainer = build_trainer(config, build_detector(config), layout, stream.steps_per_epoch, config.train.steps)
     state = trainer.start
     for item in stream.steps(0, config.train.steps):
-        state, _ = trainer.take_step(state, item.batch)
+        # Waited for, so that the batches of steps to come do not pile up in memory.
+        state, _ = jax.block_until_ready(trainer.take_step(state, item.batch))
     return trainer, unpack(layout.fetch(state)), layout, stream.ladder
 
 
@@ -189,12 +195,12 @@ def config_of(gap: float, seed: int, steps: int) -> ExperimentConfig:
 
 
 def table_of(cells: Sequence[dict[str, Any]]) -> str:
-    """Format F by heads, gap and layer, means over seeds; the last line of a gap is the mean over layers."""
+    """Format F by heads, gap and layer, means over seeds; the last lines of a gap are means over layers."""
     lines = [f"{'heads':<7}{'gap':<5}{'layer':<35}{'F':>6}   {'null, 95 %':<14}{'':8}runs inside  offsets above"]
     for heads, gap in sorted({(cell["heads"], cell["gap"]) for cell in cells}):
         here = [cell for cell in cells if (cell["heads"], cell["gap"]) == (heads, gap)]
         layers = {cell["layer"]: [c for c in here if c["layer"] == cell["layer"]] for cell in here}
-        rows = {**layers, "mean over layers": _mean_over_layers(here)}
+        rows = {**layers, **{line: _mean_over_layers(here, start) for start, line in MEANS.items()}}
         for layer, chosen in rows.items():
             f = np.mean([cell["f"] for cell in chosen])
             low, high = _interval(np.mean([cell["permuted"] for cell in chosen], axis=0))
@@ -208,11 +214,37 @@ def table_of(cells: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _mean_over_layers(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One cell for each seed: all layers of a run are permuted alike, so their permuted values can be averaged."""
-    seeds = {cell["seed"]: [c for c in cells if c["seed"] == cell["seed"]] for cell in cells}
+def rises_of(cells: Sequence[dict[str, Any]]) -> str:
+    """Format the rise of F, mean over layers, from each gap to the next, over the seeds that both have."""
+    lines = []
+    gaps = itertools.pairwise(sorted({cell["gap"] for cell in cells}))
+    for heads, (low, high), start in itertools.product(("first", "own"), gaps, MEANS):
+        parts = [[c for c in cells if (c["heads"], c["gap"]) == (heads, gap)] for gap in (low, high)]
+        before, after = ({mean["seed"]: mean["f"] for mean in _mean_over_layers(part, start)} for part in parts)
+        rise = np.array([after[seed] - before[seed] for seed in before if seed in after])
+        if len(rise):
+            means = np.random.default_rng(0).choice(rise, (10_000, len(rise))).mean(1)
+            lines.append(
+                f"{heads} heads, gap {low:g} to {high:g}, {MEANS[start]}: F rises by {rise.mean():.3f} "
+                f"({np.quantile(means, 0.025):.3f} to {np.quantile(means, 0.975):.3f}, {len(rise)} seeds)"
+            )
+    return "\n".join(lines)
+
+
+def _mean_over_layers(cells: Sequence[dict[str, Any]], start: str) -> list[dict[str, Any]]:
+    """One cell for each seed, of the layers whose names begin with `start`.
+
+    All layers of a run are permuted alike, so that their permuted values can be averaged.
+    """
+    seeds: dict[int, list[dict[str, Any]]] = {}
+    for cell in cells:
+        if cell["layer"].startswith(start):
+            seeds.setdefault(cell["seed"], []).append(cell)
     keys = ("f", "permuted", "offsets_above")
-    return [{key: np.mean([cell[key] for cell in own], axis=0) for key in keys} for own in seeds.values()]
+    return [
+        {"seed": seed, **{key: np.mean([cell[key] for cell in own], axis=0) for key in keys}}
+        for seed, own in seeds.items()
+    ]
 
 
 def _interval(permuted: Any) -> tuple[float, float]:
@@ -236,8 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     numbers = partial(str.split, sep=",")
     parser.add_argument("--gaps", type=numbers, default="0,1,2", help="default 0,1,2")
     parser.add_argument("--seeds", type=_seeds, default="0-9", help="default 0-9")
-    parser.add_argument("--steps", type=int, default=100, help="steps of a run (default 100)")
-    parser.add_argument("--batches", type=int, default=16, help="batches of a dataset to compare (default 16)")
+    parser.add_argument("--steps", type=int, default=60, help="steps of a run (default 60)")
+    parser.add_argument("--batches", type=int, default=8, help="batches of a dataset to compare (default 8)")
     parser.add_argument("--json", type=Path, help="file of the cells; those in it are kept")
     options = parser.parse_args(arguments)
     cells = json.loads(options.json.read_text())["cells"] if options.json and options.json.exists() else []
@@ -252,6 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.json:
                 options.json.write_text(json.dumps({"cells": cells}))
     print(table_of(cells))
+    print(rises_of(cells))
     return 0
 
 

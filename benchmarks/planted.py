@@ -218,7 +218,7 @@ def experiment(row: Row, scans: int, batch: int, seed: int, settings: Settings) 
     if row.factor != 1:
         groups["groups"] = (ParameterGroup(("selection",), row.factor),)
     return ExperimentConfig(
-        tuple(SourceConfig(name, kind="synthetic", train_size=scans) for name in DATASETS),
+        tuple(SourceConfig(name, kind="synthetic", train_size=scans, augment=False) for name in DATASETS),
         DetectorConfig(selection=row.selection),
         HarmonizeConfig(method=settings.method),  # type: ignore[arg-type]
         OptimConfig(lr=settings.lr, schedule="cosine", **groups),

@@ -381,6 +381,8 @@ def _check_model(model: DetectorConfig) -> None:
         _require_positive(path, model.selection, "temperature")
         _require_positive(path, model.selection, "agreement_threshold", "agreement_sharpness")
         _require_fraction(path, model.selection, "exploration")
+        views = model.selection.agreement_views
+        _require(1 <= views < math.inf, f"{path}.agreement_views", views, "a finite number from 1")
         decay = model.selection.agreement_decay
         _require(0 < decay < 1, f"{path}.agreement_decay", decay, "a number above 0 and below 1, such as 0.98")
         _require_at_least(1, path, model.selection, "projection_dim", "embedding_dim", "hidden")

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from h2a2_jax.balancers.packing import Kind, Packing
 from h2a2_jax.distributed import DATASET
-from h2a2_jax.layers.agreement_tracking import Groups
+from h2a2_jax.layers.agreement_tracking import AgreementLayers
 from h2a2_jax.models import HeadConfig
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.typing import Leaf
@@ -104,7 +104,7 @@ def create_state(
     shared: Any
     stats: Any
     graph, exclusive, shared, stats = split_model(model)
-    groups = Groups.of(model)
+    measuring = AgreementLayers.of(model)
     if kind is not None:
         # On the host: each shape would be a program of its own.
         exclusive, shared, stats = jax.device_get((exclusive, shared, stats))
@@ -132,7 +132,7 @@ def create_state(
         skipped_in_row=jnp.zeros((), jnp.int32),
         averages=Averages(shared, exclusive, stats) if averaged else None,
         accumulated=accumulated,
-        agreement=None if groups is None else groups.empty(),
+        agreement=None if measuring is None else measuring.empty(),
     )
 
 

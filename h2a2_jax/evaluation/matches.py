@@ -72,8 +72,10 @@ class Matches:
             scores=np.asarray(values["scores"], np.float32),
             labels=np.asarray(values["labels"], np.int32),
             scans=np.asarray(values["scans"], np.int32),
-            is_hit=np.asarray(values["is_hit"], bool).reshape(len(values["iou_thresholds"]), -1),
-            ground_truth=np.asarray(values["ground_truth"], np.int32).reshape(len(values["names"]), -1),
+            is_hit=np.asarray(values["is_hit"], bool).reshape(len(values["iou_thresholds"]), len(values["scores"])),
+            ground_truth=np.asarray(values["ground_truth"], np.int32).reshape(
+                len(values["names"]), -1 if len(values["names"]) else 0
+            ),
         )
 
 

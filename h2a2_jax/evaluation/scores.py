@@ -295,7 +295,7 @@ def evaluate_detections(
             scores=scores,
             labels=detected.labels,
             scans=detected.scans,
-            is_hit=np.array([is_hit for is_hit, _ in found_at]).reshape(len(found_at), -1),
+            is_hit=np.array([is_hit for is_hit, _ in found_at]).reshape(len(found_at), len(scores)),
             ground_truth=boxes_of_scans,
         ),
     )

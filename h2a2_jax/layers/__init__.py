@@ -1,6 +1,7 @@
 """Flax NNX layers for sparse tensors; `docs/layers.md` builds and trains networks of them."""
 
 from h2a2_jax.layers import weights
+from h2a2_jax.layers.agreement_tracking import AgreementLayers
 from h2a2_jax.layers.attention import NeighborAttention
 from h2a2_jax.layers.channel_gate import ChannelGate
 from h2a2_jax.layers.context import DatasetContext, ForwardContext
@@ -25,6 +26,7 @@ from h2a2_jax.sparse.pool import global_pool
 from h2a2_jax.sparse.tensors import from_dense, prune, to_dense, union_add
 
 __all__ = [
+    "AgreementLayers",
     "BatchNorm",
     "ChannelGate",
     "ConvNorm",

@@ -33,8 +33,11 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Groups:
-    """Convolutions that measure agreement, by the shape of their kernels, as in "27x16x32"; all of one selection.
+class AgreementLayers:
+    """The convolutions of a model that measure agreement, by the shape of their kernels, as in "27x16x32".
+
+    All are of one configuration. The train step of `h2a2_jax.training` calls `measure` after the gradients and
+    `follow_shared` after the update; `docs/api/layers.md` has them in a loop of its own.
 
     Attributes:
         layers: convolutions of each shape.
@@ -49,8 +52,8 @@ class Groups:
     num_datasets: int
 
     @classmethod
-    def of(cls, model: nnx.Module) -> "Groups | None":
-        """The groups of a model, whose arrays may be shapes; None if nothing in it measures agreement."""
+    def of(cls, model: nnx.Module) -> "AgreementLayers | None":
+        """Those of a model, whose arrays may be shapes; None if nothing in it measures agreement."""
         layers: dict[str, list[Layer]] = {}
         kernels: dict[str, tuple[int, ...]] = {}
         found = [(path, part) for path, part in nnx.iter_modules(model) if isinstance(part, SelectiveConv)]
@@ -72,65 +75,62 @@ class Groups:
             for key, layers in self.layers.items()
         }
 
+    def measure(
+        self,
+        agreement: Mapping[str, Agreement],
+        stats: Any,
+        gradients: Any,
+        gamma: Mapping[str, Float[Array, "local v"]],
+        counts: Bool[Array, " local"],
+        batch: Float[Array, " local"],
+        scans: Float[Array, " local"],
+        axis_name: str | None = None,
+    ) -> tuple[dict[str, Agreement], Any]:
+        """Averages and statistics after a batch.
 
-def measure(
-    groups: Groups,
-    agreement: Mapping[str, Agreement],
-    stats: Any,
-    gradients: Any,
-    gamma: Mapping[str, Float[Array, "local v"]],
-    counts: Bool[Array, " local"],
-    batch: Float[Array, " local"],
-    scans: Float[Array, " local"],
-    axis_name: str | None,
-) -> tuple[dict[str, Agreement], Any]:
-    """Averages and statistics after a batch.
+        Args:
+            agreement: averages so far, with a leading axis of the datasets of this device.
+            stats: running statistics of the model, plain or packed; F of each layer is in them.
+            gradients: gradients of the shared parameters of each dataset, plain or packed.
+            gamma: share of scans that took the shared kernel, by the names of layers.
+            counts: datasets that took part in the batch, if it is good; else none.
+            batch: scans of each dataset in a batch.
+            scans: training scans of each dataset; infinity where none is seen twice.
+            axis_name: mesh axis of the datasets; None where all are on this device.
+        """
+        decay = self.selection.agreement_decay
+        found = tensors_of(gradients)
+        averages, measured = {}, {}
+        for key, layers in self.layers.items():
+            kernels = jnp.stack([found[_of(layer, "shared")] for layer in layers], axis=1)
+            took_shared = jnp.stack([gamma[layer.name] >= 1 for layer in layers], axis=1)
+            averages[key] = observe(agreement[key], kernels, took_shared & counts[:, None, None], decay)
+            f, known = disagreement(averages[key], batch, scans, decay, axis_name)
+            for i, layer in enumerate(layers):
+                measured[_of(layer, "disagreement")] = jnp.where(known[i], f[i], 1.0)
+        local = len(counts)
+        rows = {name: jnp.broadcast_to(f, (local, *f.shape)) for name, f in measured.items()}
+        return averages, with_tensors(stats, rows)
 
-    Args:
-        groups: convolutions that measure agreement.
-        agreement: averages so far, with a leading axis of the datasets of this device.
-        stats: running statistics of the model, plain or packed; F of each layer is in them.
-        gradients: gradients of the shared parameters of each dataset, plain or packed.
-        gamma: share of scans that took the shared kernel, by the names of layers.
-        counts: datasets that took part in the batch, if it is good; else none.
-        batch: scans of each dataset in a batch.
-        scans: training scans of each dataset; infinity where none is seen twice.
-        axis_name: mesh axis of the datasets; None where all are on this device.
-    """
-    decay = groups.selection.agreement_decay
-    found = tensors_of(gradients)
-    averages, measured = {}, {}
-    for key, layers in groups.layers.items():
-        kernels = jnp.stack([found[_of(layer, "shared")] for layer in layers], axis=1)
-        took_shared = jnp.stack([gamma[layer.name] >= 1 for layer in layers], axis=1)
-        averages[key] = observe(agreement[key], kernels, took_shared & counts[:, None, None], decay)
-        f, known = disagreement(averages[key], batch, scans, decay, axis_name)
-        for i, layer in enumerate(layers):
-            measured[_of(layer, "disagreement")] = jnp.where(known[i], f[i], 1.0)
-    local = len(counts)
-    rows = {name: jnp.broadcast_to(f, (local, *f.shape)) for name, f in measured.items()}
-    return averages, with_tensors(stats, rows)
+    def follow_shared(self, shared: Any, exclusive: Any, stats: Any) -> Any:
+        """Exclusive parameters in which each offset that prefers the shared kernel has a copy of it.
 
+        An offset prefers the shared kernel where alpha is one half or more. Its datasets will part from there.
 
-def follow_shared(groups: Groups, shared: Any, exclusive: Any, stats: Any) -> Any:
-    """Exclusive parameters in which each offset that prefers the shared kernel has a copy of it.
-
-    An offset prefers the shared kernel where alpha is one half or more. When its datasets part, they part from there.
-
-    Args:
-        groups: convolutions that measure agreement.
-        shared: shared parameters, plain or packed.
-        exclusive: exclusive parameters of the datasets of this device, plain or packed.
-        stats: running statistics.
-    """
-    ours, theirs, measured = tensors_of(shared), tensors_of(exclusive), tensors_of(stats)
-    s, tied = groups.selection, {}
-    for layer in (layer for layers in groups.layers.values() for layer in layers):
-        prior = (theirs if s.structure_parameters == "exclusive" else ours)[_of(layer, "prior")]
-        logit = prior + s.agreement_sharpness * jnp.log(s.agreement_threshold / measured[_of(layer, "disagreement")])
-        kernel, own = ours[_of(layer, "shared")], theirs[_of(layer, "exclusive")]
-        tied[_of(layer, "exclusive")] = jnp.where((logit >= 0)[..., None, None], kernel.astype(own.dtype), own)
-    return with_tensors(exclusive, tied)
+        Args:
+            shared: shared parameters, plain or packed.
+            exclusive: exclusive parameters of the datasets of this device, plain or packed.
+            stats: running statistics.
+        """
+        ours, theirs, measured = tensors_of(shared), tensors_of(exclusive), tensors_of(stats)
+        s, tied = self.selection, {}
+        for layer in (layer for layers in self.layers.values() for layer in layers):
+            prior = (theirs if s.structure_parameters == "exclusive" else ours)[_of(layer, "prior")]
+            f = measured[_of(layer, "disagreement")]
+            logit = prior + s.agreement_sharpness * jnp.log(s.agreement_threshold / f)
+            kernel, own = ours[_of(layer, "shared")], theirs[_of(layer, "exclusive")]
+            tied[_of(layer, "exclusive")] = jnp.where((logit >= 0)[..., None, None], kernel.astype(own.dtype), own)
+        return with_tensors(exclusive, tied)
 
 
 def tensors_of(tree: Any) -> dict[str, Array]:

@@ -67,6 +67,9 @@ class SelectionConfig:
             scans errs as much as one from all of them.
         agreement_sharpness: weight of log(threshold / F); alpha is 0.94 at F = 1, and 0.06 at F = 4.
         agreement_decay: decay of the moving averages of the gradients, in steps.
+        agreement_views: different scans for which an augmented one counts, in telling by how much the gradients of a
+            dataset may differ by chance: its augmentation is drawn anew in each epoch. Scans that are not augmented
+            count once.
         exploration: least share of the training steps in which an offset takes the shared kernel, whatever its alpha;
             in these, agreement is measured.
         tau: threshold of alpha * beta; at 0.25 with beta near one half, offsets are shared from alpha = 1/2 on.
@@ -107,6 +110,7 @@ class SelectionConfig:
     agreement_threshold: float = 2.0
     agreement_sharpness: float = 4.0
     agreement_decay: float = 0.98
+    agreement_views: float = 4.0
     exploration: float = 0.125
     tau: float = 0.25
     prior_init: float = 0.0
@@ -410,31 +414,41 @@ class SelectiveConv(nnx.Module):
         return SparseTensor(y, output_sites(x, kernel_map))
 
     def kernels(self, dataset: DatasetContext) -> Float[Array, "s v c_in c_out"]:
-        """Stack to select from: the shared kernel and that of the dataset, or one of them alone."""
+        """Stack to select from: the shared kernel and that of the dataset, or one of them alone.
+
+        Where alpha prefers the shared kernel by the prior "agreement", that is the dataset's kernel too: the datasets
+        have not parted.
+        """
         if "shared" in (dataset.kernels, self.selection.kernels):
             return self.shared[...][None]
         exclusive = dataset.pick(self.exclusive[...])
+        if self.disagreement is not None:
+            follows = self._prior_logit(dataset) >= 0
+            exclusive = jnp.where(follows[:, None, None], self.shared[...], exclusive)
         return exclusive[None] if self.selection.kernels == "exclusive" else jnp.stack([self.shared[...], exclusive])
 
     def structure(self, dataset: DatasetContext) -> Structure:
         """alpha, A, P and centre of a dataset."""
-        s = self.selection
-
-        def pick(value: nnx.Param) -> Array:
-            return dataset.pick(value[...]) if s.structure_parameters == "exclusive" else value[...]
-
-        logit, projection = pick(self.prior), pick(self.projection)
-        if self.disagreement is not None:
-            f = jnp.clip(dataset.pick(self.disagreement[...]), 1e-6, 1e6)
-            logit = logit + s.agreement_sharpness * jnp.log(s.agreement_threshold / f)
+        projection = self._of_structure(self.projection, dataset)
         if self.prototypes is not None:
-            prototypes = pick(self.prototypes)
+            prototypes = self._of_structure(self.prototypes, dataset)
         else:
             shared = lax.stop_gradient(self.shared[...])
             responses = shared.mean(-1).astype(projection.dtype)
             prototypes = jnp.matmul(responses, projection, precision=lax.Precision.HIGHEST)
         center = None if self.center is None else dataset.pick(self.center[...])
-        return Structure(jax.nn.sigmoid(logit), projection, prototypes, center)
+        return Structure(jax.nn.sigmoid(self._prior_logit(dataset)), projection, prototypes, center)
+
+    def _of_structure(self, value: nnx.Param, dataset: DatasetContext) -> Array:
+        return dataset.pick(value[...]) if self.selection.structure_parameters == "exclusive" else value[...]
+
+    def _prior_logit(self, dataset: DatasetContext) -> Float[Array, " v"]:
+        """Logit of alpha."""
+        logit, s = self._of_structure(self.prior, dataset), self.selection
+        if self.disagreement is None:
+            return logit
+        f = jnp.clip(dataset.pick(self.disagreement[...]), 1e-6, 1e6)
+        return logit + s.agreement_sharpness * jnp.log(s.agreement_threshold / f)
 
     def _move_center(self, cosine: Float[Array, "b v"], sites: Sites, context: ForwardContext) -> None:
         """Move the running mean of the cosines towards that of the batch, over all of the dataset's devices."""

@@ -47,8 +47,8 @@ CONTROL_ROWS = ("frozen", "modulation", "exclusive", "naive_shared_stats", "rand
 """Rows on request, each of which takes one part away that a gain may come from."""
 
 DEFAULT_TAUS = (0.15, 0.2, 0.25, 0.3, 0.35)
-"""Values around the default 0.25. Alpha starts at 0.5 and beta near 0.5, so all offsets are exclusive far above these
-thresholds and none far below."""
+"""Values around the default 0.25. Beta is near 0.5, so offsets are exclusive where the prior alpha is below twice tau;
+with the prior "learned" alpha stays near 0.5, and all of them are far above these thresholds and none far below."""
 
 
 def run_tau_sweep(

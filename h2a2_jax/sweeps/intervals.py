@@ -150,7 +150,7 @@ def drawn_scans(dataset: str, count: int) -> Int[np.ndarray, "draws s"]:
 
 
 def _gives(matches: Matches, scores: np.ndarray | None) -> bool:
-    if scores is None or len(matches.iou_thresholds) != len(scores):
+    if scores is None or len(matches.iou_thresholds) != len(scores) or not matches.names:
         return False
     found = 100 * matches.mean_average_precision(np.ones((1, len(matches.names)), np.int64))[0]
     return np.allclose(found, scores, rtol=0, atol=1e-6, equal_nan=True)

@@ -186,9 +186,9 @@ def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
                 found = predict_source(predictor, scans, source.spec, way.batch_size, head=head.name)
                 skipped |= found.skipped
                 evaluation = found.evaluate(common.data, way.iou_thresholds, common)
-                levels, ways_of = evaluation.to_dict()["thresholds"], (head.name, way.conditioning, way.kernels)
-                matches["/".join(ways_of)] = evaluation.matches
-                facts = dict(zip(_WAY, ways_of, strict=True))
+                levels, key = evaluation.to_dict()["thresholds"], (head.name, way.conditioning, way.kernels)
+                matches["/".join(key)] = evaluation.matches
+                facts = dict(zip(_WAY, key, strict=True))
                 entries.append(facts | {"classes": list(common.names), "mAP": [level["mAP"] for level in levels]})
     say_skipped(skipped)
     document = {"version": ZERO_SHOT_VERSION, "source": _identity(source), "skipped": skipped, "entries": entries}
@@ -222,31 +222,9 @@ def transfer_results(
 ) -> list[dict[str, Any]]:
     """Results of the runs that are finished: at once on the scans of the dataset held out, and after training on it."""
     source = next(source for source in base.datasets if source.name == held_out)
-    metrics, zero_shot = metric_names(base), []
-    by_head: dict[str, dict[str, dict[int, Sample]]] = {}
-    for row in pretrained:
-        entries: dict[tuple[str, ...], list[tuple[SweepRun, dict[str, Any]]]] = {}
-        for run in row.runs:
-            for entry in read_zero_shot(folders[run], source) or ():
-                entries.setdefault(tuple(entry[key] for key in _WAY), []).append((run, entry))
-        for way, found in entries.items():
-            scores = [
-                Score(run.seed, held_out, dict(zip(metrics, map(per_cent, entry["mAP"]), strict=True)))
-                for run, entry in found
-            ]
-            facts = dict(zip(_WAY, way, strict=True))
-            zero_shot.append(result_row(row.label, scores, **facts, classes=found[0][1]["classes"]))
-            matches = {run.seed: read_matches(_matches_file(folders[run], source)) for run, _ in found}
-            of_way = {seed: {held_out: own["/".join(way)]} for seed, own in matches.items() if "/".join(way) in own}
-            by_head.setdefault(way[0], {})[", ".join((row.label, *way))] = samples_of(scores, metrics, of_way)
-    after_tuning, samples = [], {}
-    for row in tuned:
-        done = [(run, evaluation) for run in row.runs if (evaluation := read_evaluation(folders[run])) is not None]
-        scores = [s for run, evaluation in done for s in evaluation_scores(evaluation, base, run.seed)]
-        scores = [score for score in scores if score.dataset == held_out]
-        after_tuning.append(result_row(row.label, scores))
-        matches = {run.seed: stored_matches([folders[run]]) for run, _ in done}
-        samples[row.label] = samples_of(scores, metrics, matches)
+    metrics = metric_names(base)
+    zero_shot, gains_at_once = _zero_shot_rows(pretrained, folders, source, metrics)
+    after_tuning, gains_after = _tuned_rows(tuned, folders, base, held_out)
     without, on_it = (rows[0].runs[0].config.train.steps for rows in (pretrained, tuned))
     note = "mAP in per cent on the validation scans of {}, over {}; mean ± sample standard deviation over seeds. "
     at_once = (
@@ -259,14 +237,54 @@ def transfer_results(
     columns = [Column(f"without {held_out}", ("name",), "text"), *ways, *scores_at_once, SEEDS]
     scores_after = [Column(metric, ("summary", held_out, metric)) for metric in metrics]
     columns_after = [Column(f"on {held_out}", ("name",), "text"), *scores_after, SEEDS]
-    # Only ways with the same head have the same classes: each is compared with TR3D on the head's dataset.
     kinds = (f"transfer_to_{held_out}", f"Transfer to {held_out}"), (f"tuning_to_{held_out}", f"Training on {held_out}")
-    compared = [row_differences(ways, [*ways][:1], [held_out], metrics) for ways in by_head.values()]
-    from_scratch = row_differences(samples, [*samples][:1], [held_out], metrics)
     return [
-        sweep_result(*kinds[0], at_once, base, zero_shot, columns, [one for each in compared for one in each]),
-        sweep_result(*kinds[1], tuning, base, after_tuning, columns_after, from_scratch),
+        sweep_result(*kinds[0], at_once, base, zero_shot, columns, gains_at_once),
+        sweep_result(*kinds[1], tuning, base, after_tuning, columns_after, gains_after),
     ]
+
+
+def _zero_shot_rows(
+    pretrained: Sequence[Row], folders: Mapping[SweepRun, Path], source: SourceConfig, metrics: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of what detectors predict at once, and differences from the first way with the same head.
+
+    Ways with another head have other classes, so that their scores are not compared.
+    """
+    rows, by_head = list[dict[str, Any]](), dict[str, dict[str, dict[int, Sample]]]()
+    for row in pretrained:
+        entries: dict[tuple[str, ...], list[tuple[SweepRun, dict[str, Any]]]] = {}
+        for run in row.runs:
+            for entry in read_zero_shot(folders[run], source) or ():
+                entries.setdefault(tuple(entry[key] for key in _WAY), []).append((run, entry))
+        matches = {run.seed: read_matches(_matches_file(folders[run], source)) for run in row.runs}
+        for way, found in entries.items():
+            scores = [
+                Score(run.seed, source.name, dict(zip(metrics, map(per_cent, entry["mAP"]), strict=True)))
+                for run, entry in found
+            ]
+            facts = dict(zip(_WAY, way, strict=True))
+            rows.append(result_row(row.label, scores, **facts, classes=found[0][1]["classes"]))
+            of_way = {seed: {source.name: own[key]} for seed, own in matches.items() if (key := "/".join(way)) in own}
+            samples = by_head.setdefault(facts["head"], {})
+            samples[", ".join((row.label, *way))] = samples_of(scores, metrics, of_way)
+    compared = [row_differences(samples, [*samples][:1], [source.name], metrics) for samples in by_head.values()]
+    return rows, [one for each in compared for one in each]
+
+
+def _tuned_rows(
+    tuned: Sequence[Row], folders: Mapping[SweepRun, Path], base: ExperimentConfig, held_out: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of what is trained on the dataset, and differences from the first."""
+    rows, samples, metrics = list[dict[str, Any]](), dict[str, dict[int, Sample]](), metric_names(base)
+    for row in tuned:
+        done = [(run, evaluation) for run in row.runs if (evaluation := read_evaluation(folders[run])) is not None]
+        scores = [s for run, evaluation in done for s in evaluation_scores(evaluation, base, run.seed)]
+        scores = [score for score in scores if score.dataset == held_out]
+        matches = {run.seed: stored_matches([folders[run]]) for run, _ in done}
+        rows.append(result_row(row.label, scores))
+        samples[row.label] = samples_of(scores, metrics, matches)
+    return rows, row_differences(samples, [*samples][:1], [held_out], metrics)
 
 
 def _matches_file(folder: Path, source: SourceConfig) -> Path:

@@ -35,7 +35,7 @@ from h2a2_jax.balancers.packing import name_tensors, pack_like, tensor_norms, un
 from h2a2_jax.checkpoint.train_state import Accumulated, Averages, TrainState, state_shardings, state_specs
 from h2a2_jax.config import ExperimentConfig, OptimConfig
 from h2a2_jax.distributed import DATASET, REPLICA
-from h2a2_jax.layers.agreement_tracking import Groups, follow_shared, measure
+from h2a2_jax.layers.agreement_tracking import AgreementLayers
 from h2a2_jax.models import DetectorConfig
 from h2a2_jax.sparse.xla_cpu import compiler_options
 from h2a2_jax.training.gradients import Objective, SelectionMetrics, Targets, dataset_gradients, detector_loss
@@ -74,7 +74,8 @@ class Sizes(NamedTuple):
 
     Attributes:
         batch: float32 [D], in a batch.
-        scans: float32 [D], in the training split; infinity where no scan is seen twice.
+        scans: float32 [D], different ones in training, as kernel selection counts them; infinity where no scan is seen
+            twice.
     """
 
     batch: Float[Array, " d"]
@@ -84,7 +85,12 @@ class Sizes(NamedTuple):
     def of(cls, config: ExperimentConfig, scans: Sequence[int] | None) -> "Sizes":
         """Sizes of a run's datasets, with `scans` of `make_train_step`."""
         batch = [source.batch_size or config.train.batch_size for source in config.datasets]
-        return cls(jnp.array(batch, jnp.float32), jnp.array(scans or [math.inf] * len(batch), jnp.float32))
+        views = 1.0 if config.model.selection is None else config.model.selection.agreement_views
+        known: Sequence[float] = scans or [math.inf] * len(batch)
+        count = [
+            number * (views if source.augment else 1.0) for number, source in zip(known, config.datasets, strict=True)
+        ]
+        return cls(jnp.array(batch, jnp.float32), jnp.array(count, jnp.float32))
 
 
 def make_train_step(
@@ -124,9 +130,11 @@ def make_train_step(
     optim, train = config.optim, config.train
     targets = Targets.of(config.specs)
     sizes = Sizes.of(config, scans)
-    groups = None
+    measuring = None
     if state.agreement is not None:
-        groups = Groups.of(nnx.merge(graph, *jax.eval_shape(unpack, (state.exclusive, state.shared, state.stats))))
+        measuring = AgreementLayers.of(
+            nnx.merge(graph, *jax.eval_shape(unpack, (state.exclusive, state.shared, state.stats)))
+        )
 
     def step(state: TrainState, batch: Any, targets: Targets, sizes: Sizes) -> tuple[TrainState, StepMetrics]:
         batch = jax.tree.map(lambda leaf: leaf[:, 0], batch)  # this device is one replica
@@ -154,10 +162,10 @@ def make_train_step(
         stopped = state.skipped_in_row >= train.max_skipped_steps
         counts = present & good & ~stopped
         state = _update_statistics(state, stats, counts, config.model)
-        if groups is not None:
+        if measuring is not None:
             gamma = {name: layer.gamma for name, layer in metrics.selection.items()}
-            averages, stats = measure(
-                groups, state.agreement, state.stats, g_shared, gamma, counts, sizes.batch, sizes.scans, DATASET
+            averages, stats = measuring.measure(
+                state.agreement, state.stats, g_shared, gamma, counts, sizes.batch, sizes.scans, DATASET
             )
             state = replace(state, agreement=averages, stats=stats)
         accumulated = Accumulated(g_shared, g_exclusive, losses, present.astype(jnp.int32), jnp.ones((), jnp.int32))
@@ -166,7 +174,7 @@ def make_train_step(
             good = lax.psum(accumulated.count.sum(), DATASET) > 0
         complete = accumulated.batches == optim.accumulate_steps
         applies = complete & good & ~stopped
-        updated, norm, gradients = _apply(state, accumulated, optimizer, balancer, optim, groups, keep_gradients)
+        updated, norm, gradients = _apply(state, accumulated, optimizer, balancer, optim, measuring, keep_gradients)
         # Not by lax.cond: its branches are compiled apart, which takes twice the time, and nothing in them fuses.
         state = jax.tree.map(lambda new, old: jnp.where(applies, new, old), updated, state)
         skips = complete & ~applies & ~stopped
@@ -249,7 +257,7 @@ def _apply(
     optimizer: optax.GradientTransformation,
     balancer: optax.GradientTransformationExtraArgs,
     optim: OptimConfig,
-    groups: Groups | None,
+    measuring: AgreementLayers | None,
     keep_gradients: bool,
 ) -> tuple[TrainState, Float[Array, ""], Any]:
     """The state after an update, the gradient's norm before clipping, and the gradients if asked for."""
@@ -274,8 +282,8 @@ def _apply(
         exclusive_optimizer=exclusive_optimizer,
         balancer=balancer_state,
     )
-    if groups is not None:
-        state = replace(state, exclusive=follow_shared(groups, state.shared, state.exclusive, state.stats))
+    if measuring is not None:
+        state = replace(state, exclusive=measuring.follow_shared(state.shared, state.exclusive, state.stats))
     if state.averages is not None:
         state = replace(state, averages=_move_averages(state, optim.ema_decay))
     return state, norm.astype(jnp.float32), kept

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import f_oneway
 
-from benchmarks.gradient_gap import compare, f_statistics, for_first_head, groupings, table_of
+from benchmarks.gradient_gap import compare, f_statistics, for_first_head, groupings, rises_of, table_of
 from h2a2_jax.loader.batching import Batch
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD
 
@@ -58,9 +58,13 @@ def test_table():
     cells = [
         {"heads": "own", "gap": gap, "seed": seed, "layer": layer, "f": 1.0 + gap, "permuted": [0.9, 1.0, 1.1],
          "offsets": [1.0], "offsets_above": 0.1 * gap}
-        for gap in (0.0, 2.0) for seed in (0, 1) for layer in ("stem", "neck")
+        for gap in (0.0, 2.0) for seed in (0, 1) for layer in ("backbone.stem", "neck")
     ]  # fmt: skip
     lines = table_of(cells).splitlines()
-    assert len(lines) == 7
-    assert lines[1].split() == ["own", "0", "stem", "1.000", "0.905-1.095", "inside", "2", "of", "2", "0.000"]
-    assert lines[6].split()[-6:] == ["0.905-1.095", "above", "0", "of", "2", "0.200"]
+    assert len(lines) == 9
+    assert lines[1].split() == ["own", "0", "backbone.stem", "1.000", "0.905-1.095", "inside", "2", "of", "2", "0.000"]
+    assert lines[8].split()[-6:] == ["0.905-1.095", "above", "0", "of", "2", "0.200"]
+    assert rises_of(cells).splitlines() == [
+        f"own heads, gap 0 to 2, mean over {part}: F rises by 2.000 (2.000 to 2.000, 2 seeds)"
+        for part in ("the backbone", "all layers")
+    ]

@@ -1,5 +1,6 @@
 """Scores of drawings of scans, from the hits and misses by scan."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,10 @@ def test_a_drawing_without_ground_truth_has_no_score():
     # The two boxes of a: one is hit behind a false positive of b, which is there once, not at all, and alone.
     found = matches.mean_average_precision(np.array([[1, 1], [2, 0], [0, 2]]))
     np.testing.assert_allclose(found[:, 0], [0.25, 0.5, np.nan])
+    # Boxes that nothing detects score 0.
+    nothing = replace(matches, scores=matches.scores[:0], labels=matches.labels[:0], scans=matches.scans[:0],
+                      is_hit=matches.is_hit[:, :0])  # fmt: skip
+    assert nothing.mean_average_precision(np.array([[1, 1]])) == [[0]]
 
 
 def test_matches_are_read_as_they_were_written(tmp_path: Path):
@@ -57,6 +62,10 @@ def test_matches_are_read_as_they_were_written(tmp_path: Path):
     assert list(found) == ["scannet", "own data"]
     for name, own in matches.items():
         assert Matches.from_dict(own.to_dict()).to_dict() == found[name].to_dict() == own.to_dict()
+    empty = evaluated(case, []).matches
+    again = Matches.from_dict(empty.to_dict())
+    assert again.to_dict() == empty.to_dict()
+    assert np.isnan(again.mean_average_precision(np.ones((1, 0), np.int64))).all()
     assert read_matches(tmp_path / "none.npz") == {}
     (tmp_path / "matches.npz").write_bytes((tmp_path / "matches.npz").read_bytes()[:-100])
     assert read_matches(tmp_path / "matches.npz") == {}

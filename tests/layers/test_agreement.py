@@ -8,7 +8,7 @@ from flax import nnx
 
 from h2a2_jax.layers import SelectionConfig, SelectiveConv
 from h2a2_jax.layers.agreement import FEWEST, Agreement, disagreement, explored_threshold, observe
-from h2a2_jax.layers.agreement_tracking import Groups, follow_shared, measure
+from h2a2_jax.layers.agreement_tracking import AgreementLayers
 from h2a2_jax.layers.context import DatasetContext
 
 D, L, V, C_IN, C_OUT = 3, 2, 5, 3, 2
@@ -136,23 +136,23 @@ def split(model):
 
 
 def test_groups_hold_layers_of_one_shape_and_models_without_datasets_or_prior_have_none():
-    groups = Groups.of(Two(3))
+    groups = AgreementLayers.of(Two(3))
     assert groups is not None and {len(layers) for layers in groups.layers.values()} == {1, 2}
     assert {layer.name for layer in groups.layers["27x3x2"]} == {"first", "second"}
     assert groups.empty()["27x3x2"].mean.shape == (3, 2, 27, 3, 2)
-    assert Groups.of(Two(1)) is None and Groups.of(Two(3, prior="learned")) is None
+    assert AgreementLayers.of(Two(1)) is None and AgreementLayers.of(Two(3, prior="learned")) is None
 
 
 def test_a_batch_moves_the_averages_of_offsets_that_all_scans_shared_and_f_reaches_every_dataset():
     model = Two(3)
-    groups = Groups.of(model)
+    groups = AgreementLayers.of(model)
     _, _, shared, stats = split(model)
     rng = np.random.default_rng(0)
     gradients = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=(3, *leaf.shape))), shared)
     state = jax.tree.map(lambda leaf: leaf + (0.7 if leaf.ndim == 3 else 0.0), groups.empty())
     gamma = {name: jnp.ones((3, 27)).at[1, 4].set(0.5) for name in ("first", "second", "third")}
     counts = jnp.array([True, True, False])
-    after, stats = measure(groups, state, stats, gradients, gamma, counts, jnp.full(3, 2.0), jnp.full(3, 9.0), None)
+    after, stats = groups.measure(state, stats, gradients, gamma, counts, jnp.full(3, 2.0), jnp.full(3, 9.0))
     moved = np.asarray((after["27x3x2"].mean != state["27x3x2"].mean).any((-2, -1)))
     assert moved[0].all() and not moved[2].any() and not moved[1, :, 4].any() and moved[1, :, :4].all()
     f = stats["a"]["disagreement"][...]
@@ -170,7 +170,7 @@ def test_exclusive_kernels_follow_the_shared_one_where_alpha_prefers_it(structur
     prior = jnp.zeros(27).at[12].set(1.0)
     model.a.prior.set_value(prior if structure == "shared" else jnp.stack([prior, 0 * prior]))
     _, exclusive, shared, stats = split(model)
-    after = follow_shared(Groups.of(model), shared, exclusive, stats)["a"]["exclusive"][...]
+    after = AgreementLayers.of(model).follow_shared(shared, exclusive, stats)["a"]["exclusive"][...]
     own, common = model.a.exclusive[...], model.a.shared[...]
     alphas = [model.a.structure(DatasetContext.one(d, 2)).alpha for d in range(2)]
     for d in range(2):

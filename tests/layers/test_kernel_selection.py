@@ -66,6 +66,7 @@ class Transcription:
             s = self.selection
             logit = logit + s.agreement_sharpness * np.log(s.agreement_threshold / p["disagreement"])
         alpha = sigmoid(logit)
+        self.parted = logit < 0 if self.selection.prior == "agreement" else np.ones(len(logit), bool)
         scores = np.zeros((self.num_scans, len(alpha)))
         for b in range(self.num_scans):
             for j in range(len(alpha)):
@@ -101,7 +102,8 @@ class Transcription:
         x, y = self.modulated(p), np.zeros((len(self.scan_out), C_OUT))
         for j, found in enumerate(self.pairs):
             for b in range(self.num_scans):
-                kernel = gamma[b, j] * p["shared"][j] + (1 - gamma[b, j]) * p["exclusive"][DATASET, j]
+                own = p["exclusive"][DATASET, j] if self.parted[j] else p["shared"][j]
+                kernel = gamma[b, j] * p["shared"][j] + (1 - gamma[b, j]) * own
                 here = np.array([pair for pair in found if self.scan_out[pair[1]] == b], int).reshape(-1, 2)
                 y[here[:, 1]] += x[here[:, 0]] @ kernel
         return y
@@ -216,7 +218,7 @@ def linear_gradients(method, p, gamma, weight):
     shared, exclusive = np.zeros_like(p["shared"]), np.zeros_like(p["exclusive"])
     for j, found in enumerate(method.pairs):
         for i, o in found:
-            outer, share = np.outer(x[i], weight[o]), gamma[method.scan_out[o], j]
+            outer, share = np.outer(x[i], weight[o]), gamma[method.scan_out[o], j] if method.parted[j] else 1
             shared[j] += share * outer
             exclusive[DATASET, j] += (1 - share) * outer
     return {"shared": shared, "exclusive": exclusive}
@@ -282,9 +284,8 @@ def test_shared_kernels_everywhere_are_the_plain_convolution_of_modulated_featur
 
 
 def test_an_unseen_dataset_takes_the_mean_of_the_exclusive_kernels():
-    selection = SelectionConfig(
-        tau=2.0, exclusive_init="independent", **SMALL
-    )  # alpha * beta <= 1: all offsets are exclusive
+    # alpha * beta <= 1: all offsets are exclusive
+    selection = SelectionConfig(tau=2.0, prior="learned", exclusive_init="independent", **SMALL)
     table = table_of("submanifold 3")
     kmap, layer = padded(table), build(selection, 27)
     x = jnp.asarray(sparse.pad_rows(parameters(selection, table)["x"].astype(np.float32), kmap.in_capacity))

@@ -1,5 +1,6 @@
 """Agreement over many training steps: the same on any devices, resumed to the bit, and with a way back."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,13 @@ from h2a2_jax.balancers import build_balancer
 from h2a2_jax.balancers.packing import pack_like, unpack
 from h2a2_jax.checkpoint.store import CheckpointStore
 from h2a2_jax.checkpoint.train_state import create_state, place_state
+from h2a2_jax.config import ExperimentConfig, SourceConfig, TrainConfig
 from h2a2_jax.distributed import DATASET, train_mesh
+from h2a2_jax.layers import SelectionConfig
 from h2a2_jax.layers.agreement import FEWEST
+from h2a2_jax.models import DetectorConfig
 from h2a2_jax.training.build import build_optimizer, learning_rate
-from h2a2_jax.training.step import make_train_step
+from h2a2_jax.training.step import Sizes, make_train_step
 
 SETTINGS = Settings(channels=3, sites=60, noise=0.1, steps=130)
 SCANS, SEED = 6, 3
@@ -164,3 +168,13 @@ def test_a_way_back_offsets_whose_datasets_come_to_agree_are_shared_again():
     left = alpha[129] < 0.5
     assert left.sum() > 5
     assert (alpha[-1][left] > 0.5).mean() > 0.7
+
+
+def test_an_augmented_scan_counts_for_several():
+    sources = [SourceConfig("scannet", kind="synthetic", batch_size=2), SourceConfig("s3dis", kind="synthetic")]
+    plain = replace(sources[1], augment=False)
+    model = DetectorConfig(selection=SelectionConfig(agreement_views=3.0))
+    config = ExperimentConfig((sources[0], plain), model=model, train=TrainConfig(batch_size=8))
+    sizes = Sizes.of(config, (10, 20))
+    assert sizes.batch.tolist() == [2, 8] and sizes.scans.tolist() == [30, 20]
+    assert Sizes.of(config, None).scans.tolist() == [np.inf, np.inf]
