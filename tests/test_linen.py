@@ -22,7 +22,14 @@ DOWN = padded(sparse.strided_neighbors(FINE, COARSE, 3))
 SKIP = sparse.pad_map(sparse.strided_neighbors(FINE, COARSE, 1), DOWN.inputs, DOWN.outputs)
 INNER = sparse.pad_map(sparse.submanifold_neighbors(COARSE, 3), DOWN.outputs, DOWN.outputs)
 BACK = sparse.pad_map(sparse.inverse_neighbors(sparse.strided_neighbors(FINE, COARSE, 3)), DOWN.outputs, DOWN.inputs)
-SMALL = SelectionConfig(projection_dim=4, embedding_dim=3, hidden=5, exclusive_init="independent")
+SMALL = SelectionConfig(
+    prior="learned",
+    consistency="half_cosine",
+    projection_dim=4,
+    embedding_dim=3,
+    hidden=5,
+    exclusive_init="independent",
+)
 EMBEDDING = jnp.array([0.3, -1.0, 2.0])
 
 
@@ -112,8 +119,8 @@ def test_a_layer_has_the_arguments_of_its_namesake(case):
 
 def test_everything_without_parameters_is_here_too():
     assert set(layers.__all__) - set(linen.__all__) == {
-        "EmbeddingMLP", "binarize", "instance_norm", "layer_norm", "structural_consistency", "tabulate",
-        "weights",
+        "AgreementLayers", "EmbeddingMLP", "binarize", "instance_norm", "layer_norm", "structural_consistency",
+        "tabulate", "weights",
     }  # fmt: skip
 
 

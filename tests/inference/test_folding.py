@@ -24,6 +24,10 @@ CASES = {
         ),
         {"norm_affine": "exclusive", "running_statistics": "shared"},
     ),
+    "agreement": (
+        replace(SELECTION, prior="agreement", consistency="centered_cosine", pooling="pairs", prototypes="kernels"),
+        {},
+    ),
     "all exclusive": (replace(SELECTION, kernels="exclusive", embedding_start="random"), {}),
     "embeddings of scans": (replace(SELECTION, scan_embedding=True, convolutions=("stem", "residual")), {}),
     "embeddings of scans, gate first": (replace(SELECTION, scan_embedding=True, gate="before_norm"), {}),
@@ -98,7 +102,7 @@ def test_only_what_depends_on_scans_is_left():
     for gone in ("exclusive", "embedding", "norm", "gate", "mlp"):
         assert not any(gone in name.split(".") for name in names), gone
     assert {name.rsplit(".", 1)[-1] for name in names if "heads" not in name} == {
-        "kernels", "bias", "phi", "theta", "alpha", "projection", "prototypes", "center",
+        "kernels", "bias", "phi", "theta", "alpha", "projection", "prototypes",
     }  # fmt: skip
 
 

@@ -18,7 +18,14 @@ TINY = DetectorConfig(
     stem_channels=4,
     stage_channels=(4, 4, 4, 4),
     neck_channels=4,
-    selection=SelectionConfig(projection_dim=2, embedding_dim=4, hidden=4, exclusive_init="independent"),
+    selection=SelectionConfig(
+        prior="learned",
+        consistency="half_cosine",
+        projection_dim=2,
+        embedding_dim=4,
+        hidden=4,
+        exclusive_init="independent",
+    ),
 )
 
 

@@ -16,7 +16,13 @@ from tests.sparse.transcription import padded, table_of
 
 CHANNELS, DATASETS = 6, 2
 PLAIN = SelectionConfig(
-    projection_dim=4, embedding_dim=3, hidden=5, embedding_start="random", exclusive_init="independent"
+    prior="learned",
+    consistency="half_cosine",
+    projection_dim=4,
+    embedding_dim=3,
+    hidden=5,
+    embedding_start="random",
+    exclusive_init="independent",
 )
 """Random last layers, so that modulation and gate say something."""
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from h2a2_jax.layers import BatchNorm, EmbeddingMLP, SelectionConfig
+from h2a2_jax.layers import BatchNorm, EmbeddingMLP, SelectionConfig, SelectiveConv
 from h2a2_jax.loader.batching import collate, pad_batch
 from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
 from h2a2_jax.scans.scan import Scan
@@ -89,11 +89,18 @@ def batch_of(scans, capacities=None, max_boxes=4):
 
 
 def alive(model, seed=0):
-    """Running statistics in the range of the small features, so that ReLUs leave something in evaluation."""
+    """Running statistics in the range of the small features, so that ReLUs leave something in evaluation.
+
+    Where the prior is measured, datasets disagree at half of the offsets.
+    """
     rng = np.random.default_rng(seed)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, BatchNorm):
             module.mean.set_value(jax.numpy.asarray(rng.normal(0, 0.01, module.mean.shape), np.float32))
             module.var.set_value(jax.numpy.asarray(rng.uniform(0.2, 0.6, module.var.shape), np.float32))
+        if isinstance(module, SelectiveConv) and module.disagreement is not None:
+            f, center = 2 * np.exp(rng.normal(0, 0.5, 27)), rng.normal(0, 0.1, module.disagreement.shape)
+            module.disagreement.set_value(jax.numpy.asarray(np.tile(f, (len(center), 1)), np.float32))
+            module.center.set_value(jax.numpy.asarray(center, np.float32))
     model.heads.box_kernel.set_value(0.01 * model.heads.box_kernel[...])  # large features would make boxes infinite
     return model
