@@ -20,11 +20,16 @@ The table has F, the 95 % interval of the null, both as means over seeds, the ru
 and the share of offsets above the null's 97.5 % quantile, 0.025 where there is nothing. Below it are the rises from gap
 to gap, paired over seeds, with intervals by bootstrap. A run takes about a minute on two cores. Cells that FILE has
 already are not computed again.
+
+`--against=RUN,RUN` asks whether the choices of runs with kernel selection go with this F: the rank correlation, over
+the offsets of the layers that select, of F (mean over seeds) with the share of exclusive kernels in the last line of a
+run's selection.jsonl, and its mean within layers. The gap is that of the run.
 """
 
 import argparse
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -38,13 +43,14 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
+from scipy import stats
 
 from benchmarks.timing import report
 from configs.joint import get_config
 from h2a2_jax.balancers.packing import unpack
 from h2a2_jax.checkpoint.train_state import TrainState
 from h2a2_jax.checkpoint.tree import flat_names
-from h2a2_jax.config import ExperimentConfig, HarmonizeConfig, experiment_config
+from h2a2_jax.config import ExperimentConfig, HarmonizeConfig, experiment_config, from_json
 from h2a2_jax.distributed import DATASET, REPLICA, MeshLayout, train_mesh
 from h2a2_jax.loader.batching import Batch
 from h2a2_jax.scans.scan import enclosing_boxes
@@ -52,6 +58,7 @@ from h2a2_jax.scans.specs import DatasetSpec, class_label
 from h2a2_jax.sparse.xla_cpu import compiler_options
 from h2a2_jax.training.build import Trainer, build_detector, build_stream, build_trainer
 from h2a2_jax.training.gradients import Targets, dataset_gradients
+from h2a2_jax.training.metrics import SELECTION_FILE, read_selection_log
 
 OFFSETS = 27
 MEANS = {"backbone": "mean over the backbone", "": "mean over all layers"}
@@ -231,6 +238,30 @@ def rises_of(cells: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def correlation(run: Path, cells: Sequence[dict[str, Any]]) -> str:
+    """Format the rank correlation of F with the exclusive share of a run's offsets."""
+    config = from_json((run / "config.json").read_text())
+    gap = config.datasets[0].gap
+    _, history = read_selection_log(run / SELECTION_FILE, config.dataset_names)
+    lines = []
+    for heads in ("first", "own"):
+        pairs = []
+        for name, layer in history.items():
+            stage, block, conv = map(int, re.findall(r"\d+", name))
+            path = f"backbone.stages.{stage - 1}.{block}.{('first', 'second')[conv - 1]}.conv"
+            found = [c["offsets"] for c in cells if (c["heads"], c["gap"], c["layer"]) == (heads, gap, path)]
+            pairs.append((np.mean(found, axis=0), 1 - layer.gamma[-1].mean(0)))
+        f, share = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+        within = np.nanmean([stats.spearmanr(*pair).statistic if np.ptp(pair[1]) else np.nan for pair in pairs])
+        whole = stats.spearmanr(f, share)
+        lines.append(
+            f"{run.name}, gap {gap:g}, {heads} heads: rank correlation {whole.statistic:.2f} (p {whole.pvalue:.1g}), "
+            f"within layers {within:.2f}; F of exclusive offsets {np.mean(f[share > 0.5]):.2f}, of shared ones "
+            f"{np.mean(f[share <= 0.5]):.2f}, {np.sum(share > 0.5)} of {len(f)} exclusive"
+        )
+    return "\n".join(lines)
+
+
 def _mean_over_layers(cells: Sequence[dict[str, Any]], start: str) -> list[dict[str, Any]]:
     """One cell for each seed, of the layers whose names begin with `start`.
 
@@ -271,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=60, help="steps of a run (default 60)")
     parser.add_argument("--batches", type=int, default=8, help="batches of a dataset to compare (default 8)")
     parser.add_argument("--json", type=Path, help="file of the cells; those in it are kept")
+    parser.add_argument("--against", type=numbers, default=[], help="folders of runs with kernel selection")
     options = parser.parse_args(arguments)
     cells = json.loads(options.json.read_text())["cells"] if options.json and options.json.exists() else []
     for gap in map(float, options.gaps):
@@ -285,6 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.json.write_text(json.dumps({"cells": cells}))
     print(table_of(cells))
     print(rises_of(cells))
+    for folder in options.against:
+        print(correlation(Path(folder), cells))
     return 0
 
 

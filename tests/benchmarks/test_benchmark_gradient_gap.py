@@ -1,12 +1,19 @@
 """F between datasets: right where the difference is known, inside its null where there is none."""
 
+from pathlib import Path
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import f_oneway
 
-from benchmarks.gradient_gap import compare, f_statistics, for_first_head, groupings, rises_of, table_of
+from benchmarks.gradient_gap import compare, correlation, f_statistics, for_first_head, groupings, rises_of, table_of
+from configs.joint import get_config
+from h2a2_jax.config import experiment_config, to_json
 from h2a2_jax.loader.batching import Batch
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD
+from h2a2_jax.training.gradients import SelectionMetrics
+from h2a2_jax.training.metrics import SelectionLog
 
 
 def test_f_of_numbers_is_that_of_analysis_of_variance():
@@ -68,3 +75,22 @@ def test_table():
         f"own heads, gap 0 to 2, mean over {part}: F rises by 2.000 (2.000 to 2.000, 2 seeds)"
         for part in ("the backbone", "all layers")
     ]
+
+
+def test_choices_that_follow_f_are_told_from_those_that_do_not(tmp_path: Path) -> None:
+    config = experiment_config(get_config("demo,gap2"))
+    (tmp_path / "config.json").write_text(to_json(config))
+    f = np.linspace(0.5, 3.0, 27)
+    paths = {"layer1_0.conv1": "backbone.stages.0.0.first.conv", "layer4_0.conv2": "backbone.stages.3.0.second.conv"}
+    cells = [
+        {"gap": 2.0, "seed": 0, "heads": heads, "layer": path, "offsets": f.tolist()}
+        for heads in ("first", "own")
+        for path in paths.values()
+    ]
+    log = SelectionLog(tmp_path, config.dataset_names, 1, 1)
+    gamma = jnp.broadcast_to(jnp.asarray(1.0 - (f > 2)), (3, 27))
+    seen = SelectionMetrics(gamma, gamma, gamma, jnp.zeros(3), jnp.ones(3))
+    log.add(1, [{name: seen for name in paths}])
+    first, own = correlation(tmp_path, cells).splitlines()
+    assert "first heads: rank correlation 0.8" in first and "own heads" in own
+    assert "22 of 54 exclusive" in first and "within layers 0.8" in first
