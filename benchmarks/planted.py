@@ -22,6 +22,7 @@ step. Differences between rows are paired over seeds, with 95 % intervals of Stu
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ from h2a2_jax.checkpoint.parameter_groups import frozen_paths
 from h2a2_jax.checkpoint.train_state import create_state, merge_model, place_state, split_model
 from h2a2_jax.config import EvalConfig, ExperimentConfig, OptimConfig, ParameterGroup, SourceConfig, TrainConfig
 from h2a2_jax.distributed import DATASET, train_mesh
+from h2a2_jax.figures import COLORS, canvas
 from h2a2_jax.layers import DatasetContext, ForwardContext, SelectionConfig, SelectiveConv
 from h2a2_jax.losses import DetectionLoss
 from h2a2_jax.models import DetectorConfig
@@ -337,6 +339,34 @@ def table(cells: Sequence[dict[str, Any]], rows: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def draw(cells: Sequence[dict[str, Any]], rows: Sequence[str], path: Path) -> None:
+    """Draw test MSE (above) and AUC by gap, a column for each number of scans; a dot a seed, a line their mean."""
+    counts = list(dict.fromkeys(c["scans"] for c in cells))
+    figure, axes = canvas(2, len(counts), 3.2 * len(counts), 5.2, sharex=True, sharey="row")
+    for column, scans in enumerate(counts):
+        for name, color in zip(rows, itertools.cycle(COLORS)):
+            style = {"color": "black", "linewidth": 2.5} if name == "default" else {"color": color}
+            here = [c for c in cells if (c["scans"], c["row"]) == (scans, name)]
+            gaps = sorted({c["gap"] for c in here})
+            for ax, key in zip(axes[:, column], ("mse", "auc"), strict=True):
+                if key == "auc" and ROWS[name].fixed is not None:
+                    continue
+                by_gap = [[c[key] for c in here if c["gap"] == gap] for gap in gaps]
+                places = range(len(gaps))
+                ax.plot(places, [np.mean(values) for values in by_gap], label=name, **style)
+                for place, values in zip(places, by_gap, strict=True):
+                    ax.plot([place] * len(values), values, ".", color=style["color"], alpha=0.35)
+                ax.set_xticks(places, [f"{gap:g}" for gap in gaps])
+                ax.grid(axis="y", alpha=0.3)
+        axes[0, column].set_title(f"{scans} scans a dataset", fontsize="medium")
+        axes[0, column].set_yscale("log")
+        axes[1, column].set_xlabel("gap between the datasets' kernels")
+    axes[0, 0].set_ylabel("test MSE")
+    axes[1, 0].set_ylabel("AUC of the choices")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(rows))
+    figure.savefig(path, dpi=110)
+
+
 def numbers(text: str) -> list[int]:
     """Whole numbers of a list like "0,3-5"."""
     found: list[int] = []
@@ -378,12 +408,15 @@ def main() -> None:
     for name, value in asdict(Settings()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--json", type=Path, help="file for the cells")
+    parser.add_argument("--png", type=Path, help="file for a picture")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.rows if name not in ROWS]:
         sys.exit(f"There is no row {unknown[0]!r}; the rows are {', '.join(ROWS)}.")
     settings = Settings(**{name: getattr(arguments, name) for name in asdict(Settings())})
     cells = run(arguments.seeds, arguments.scans, arguments.gap, arguments.rows, settings)
     print(table(cells, arguments.rows))
+    if arguments.png:
+        draw(cells, arguments.rows, arguments.png)
     if arguments.json:
         arguments.json.write_text(json.dumps({"settings": asdict(settings), "cells": cells}, indent=1) + "\n")
 

@@ -77,8 +77,9 @@ def test_the_table_says_what_is_not_told_apart() -> None:
 def test_cells_go_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "cells.json"
     flags = "--seeds=4 --scans=2 --gap=0.2 --rows=exclusive --channels=2 --sites=20 --steps=2"
-    monkeypatch.setattr(sys, "argv", ["planted", *flags.split(), f"--json={file}"])
+    monkeypatch.setattr(sys, "argv", ["planted", *flags.split(), f"--json={file}", f"--png={tmp_path / 'x.png'}"])
     planted.main()
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     (only,) = json.loads(file.read_text())["cells"]
     assert (only["scans"], only["gap"], only["row"], only["seed"]) == (2, 0.2, "exclusive", 4)
     assert only["mse"] > 0 and only["auc"] == 0.5
