@@ -40,7 +40,7 @@ from h2a2_jax.scans.mmdet3d import Mmdet3dFolder
 from h2a2_jax.scans.scan import ScanSource
 from h2a2_jax.scans.sources import CachedSource, PermutedBoxes, build_source
 from h2a2_jax.scans.tfds_source import TfdsSource
-from h2a2_jax.training.step import StepMetrics, make_train_step
+from h2a2_jax.training.step import Sizes, StepMetrics, make_train_step
 
 CACHED_SCANS = 2000
 """Sources of up to this many scans are kept in memory if a thread loads them and loading takes long."""
@@ -286,8 +286,22 @@ def build_trainer(
         detector, optimizer, balancer, averaged=optim.ema_decay > 0, accumulating=optim.accumulate_steps > 1,
         kind=partial(_kind, frozen=frozen, grouped=grouped),
     )  # fmt: skip
+    if state.agreement is not None:
+        _say_unmeasured(config, scans)
     take_step = make_train_step(graph, state, config, optimizer, balancer, mesh, frozen, scans=scans)
     return Trainer(graph, place_state(state, mesh), schedule, take_step)
+
+
+def _say_unmeasured(config: ExperimentConfig, scans: Sequence[int] | None) -> None:
+    """Say where no batch differs from another, so that kernel selection cannot tell datasets from their scatter."""
+    sizes = Sizes.of(config, scans)
+    full = sizes.batch >= sizes.scans
+    names = [name for name, is_full in zip(config.dataset_names, full.tolist(), strict=True) if is_full]
+    if names:
+        say(
+            f"Every batch holds all training scans of {', '.join(names)}, so that their gradients show no scatter to "
+            "compare datasets by, and every offset stays shared: a smaller train.batch_size lets selection measure."
+        )
 
 
 def check_frozen(config: ExperimentConfig) -> None:

@@ -17,10 +17,10 @@ from h2a2_jax.distributed import MeshLayout, train_mesh
 from h2a2_jax.errors import InputError
 from h2a2_jax.loader.workers import WorkerDiedError
 from h2a2_jax.scans.specs import SPECS
-from h2a2_jax.training.build import build_trainer, initial_detector, steps_of_run
+from h2a2_jax.training.build import _say_unmeasured, build_trainer, initial_detector, steps_of_run
 from h2a2_jax.training.callbacks import SaveCheckpoint
 from h2a2_jax.training.loop import read_batches
-from tests.checkpoint.test_store import NAMES, PLAIN, assert_equal, experiment, make_state
+from tests.checkpoint.test_store import NAMES, PLAIN, TINY, assert_equal, experiment, make_state
 from tests.training.configs import batch_number, joint_config, part_of_run
 
 
@@ -125,3 +125,15 @@ def test_workers_that_die_are_started_again(capsys: pytest.CaptureFixture[str]):
 def test_workers_that_die_too_often_end_the_run_with_what_is_done_saved():
     assert fed(Dying(4, 4, 7, 8)) == (list(range(8)), [8])
     assert fed(Dying(5), batches=2) == (list(range(5)), [2])
+
+
+def test_a_dataset_whose_batches_hold_all_its_scans_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    config = experiment(model=TINY)
+    plain = replace(config, datasets=tuple(replace(source, augment=False) for source in config.datasets))
+    size, count = config.train.batch_size, len(config.datasets)
+    _say_unmeasured(plain, (size, *[size + 1] * (count - 1)))
+    said = capsys.readouterr().out
+    assert said.startswith(f"Every batch holds all training scans of {config.dataset_names[0]}, so that")
+    _say_unmeasured(config, (size,) * count)  # augmented anew, a scan is another one
+    _say_unmeasured(plain, None)
+    assert capsys.readouterr().out == ""
