@@ -5,7 +5,7 @@ the layers' statistics. Where offsets are shared, their exclusive kernels follow
 part.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +112,7 @@ class AgreementLayers:
         rows = {name: jnp.broadcast_to(f, (local, *f.shape)) for name, f in measured.items()}
         return averages, with_tensors(stats, rows)
 
-    def follow_shared(self, shared: Any, exclusive: Any, stats: Any) -> Any:
+    def follow_shared(self, shared: Any, exclusive: Any, stats: Any, frozen: Collection[str] = ()) -> Any:
         """Exclusive parameters in which each offset that prefers the shared kernel has a copy of it.
 
         An offset prefers the shared kernel where alpha is one half or more. Its datasets will part from there.
@@ -121,10 +121,13 @@ class AgreementLayers:
             shared: shared parameters, plain or packed.
             exclusive: exclusive parameters of the datasets of this device, plain or packed.
             stats: running statistics.
+            frozen: paths of parameters that stay as they are.
         """
         ours, theirs, measured = tensors_of(shared), tensors_of(exclusive), tensors_of(stats)
         s, tied = self.selection, {}
         for layer in (layer for layers in self.layers.values() for layer in layers):
+            if _of(layer, "exclusive") in frozen:
+                continue
             prior = (theirs if s.structure_parameters == "exclusive" else ours)[_of(layer, "prior")]
             f = measured[_of(layer, "disagreement")]
             logit = prior + s.agreement_sharpness * jnp.log(s.agreement_threshold / f)

@@ -132,9 +132,8 @@ def make_train_step(
     sizes = Sizes.of(config, scans)
     measuring = None
     if state.agreement is not None:
-        measuring = AgreementLayers.of(
-            nnx.merge(graph, *jax.eval_shape(unpack, (state.exclusive, state.shared, state.stats)))
-        )
+        shapes = jax.eval_shape(unpack, (state.exclusive, state.shared, state.stats))
+        measuring = AgreementLayers.of(nnx.merge(graph, *shapes))
 
     def step(state: TrainState, batch: Any, targets: Targets, sizes: Sizes) -> tuple[TrainState, StepMetrics]:
         batch = jax.tree.map(lambda leaf: leaf[:, 0], batch)  # this device is one replica
@@ -174,7 +173,9 @@ def make_train_step(
             good = lax.psum(accumulated.count.sum(), DATASET) > 0
         complete = accumulated.batches == optim.accumulate_steps
         applies = complete & good & ~stopped
-        updated, norm, gradients = _apply(state, accumulated, optimizer, balancer, optim, measuring, keep_gradients)
+        updated, norm, gradients = _apply(
+            state, accumulated, optimizer, balancer, optim, measuring, frozen, keep_gradients
+        )
         # Not by lax.cond: its branches are compiled apart, which takes twice the time, and nothing in them fuses.
         state = jax.tree.map(lambda new, old: jnp.where(applies, new, old), updated, state)
         skips = complete & ~applies & ~stopped
@@ -258,6 +259,7 @@ def _apply(
     balancer: optax.GradientTransformationExtraArgs,
     optim: OptimConfig,
     measuring: AgreementLayers | None,
+    frozen: Collection[str],
     keep_gradients: bool,
 ) -> tuple[TrainState, Float[Array, ""], Any]:
     """The state after an update, the gradient's norm before clipping, and the gradients if asked for."""
@@ -283,7 +285,8 @@ def _apply(
         balancer=balancer_state,
     )
     if measuring is not None:
-        state = replace(state, exclusive=measuring.follow_shared(state.shared, state.exclusive, state.stats))
+        exclusive = measuring.follow_shared(state.shared, state.exclusive, state.stats, frozen)
+        state = replace(state, exclusive=exclusive)
     if state.averages is not None:
         state = replace(state, averages=_move_averages(state, optim.ema_decay))
     return state, norm.astype(jnp.float32), kept

@@ -177,3 +177,5 @@ def test_exclusive_kernels_follow_the_shared_one_where_alpha_prefers_it(structur
         follows = np.asarray(alphas[d]) >= 0.5
         assert follows.sum() == (10 if structure == "shared" or d == 0 else 9)
         np.testing.assert_array_equal(after[d], np.where(follows[:, None, None], common, own[d]))
+    held = AgreementLayers.of(model).follow_shared(shared, exclusive, stats, {"a.exclusive"})
+    np.testing.assert_array_equal(held["a"]["exclusive"][...], own)
