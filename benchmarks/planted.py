@@ -47,6 +47,7 @@ from h2a2_jax.figures import COLORS, canvas
 from h2a2_jax.layers import DatasetContext, ForwardContext, SelectionConfig, SelectiveConv
 from h2a2_jax.losses import DetectionLoss
 from h2a2_jax.models import DetectorConfig
+from h2a2_jax.report.offsets import area_under_curve
 from h2a2_jax.sparse import KernelMap, SparseTensor, kernel_offsets, pad_map, pad_sites, site_set, submanifold_neighbors
 from h2a2_jax.training.build import build_optimizer, grouped_paths, learning_rate
 from h2a2_jax.training.gradients import Targets, Terms
@@ -288,12 +289,6 @@ class Trainer:
         return ((merge_model(graph, *arrays)(batch, context) - batch.targets) ** 2).mean()
 
 
-def area_under_curve(score: Float[np.ndarray, " v"], positive: np.ndarray) -> float:
-    """Chance that a positive scores above a negative; ties count half."""
-    above, below = score[positive, None], score[None, ~positive]
-    return float(((above > below) + 0.5 * (above == below)).mean())
-
-
 def cell(trainer: Trainer, name: str, gap: float, seed: int) -> dict[str, Any]:
     """Train and describe one run."""
     planted = plant(seed, trainer.scans, gap, trainer.settings)
@@ -412,6 +407,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.rows if name not in ROWS]:
         sys.exit(f"There is no row {unknown[0]!r}; the rows are {', '.join(ROWS)}.")
+    if not 0 < arguments.shared < OFFSETS:
+        sys.exit(
+            f"--shared is {arguments.shared}; expected 1 to {OFFSETS - 1}, so that there is something to tell apart."
+        )
     settings = Settings(**{name: getattr(arguments, name) for name in asdict(Settings())})
     cells = run(arguments.seeds, arguments.scans, arguments.gap, arguments.rows, settings)
     print(table(cells, arguments.rows))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import planted
-from benchmarks.planted import ROWS, Settings, Trainer, area_under_curve, cell, interval, numbers, plant, table
+from benchmarks.planted import ROWS, Settings, Trainer, cell, interval, numbers, plant, table
 
 SMALL = Settings(channels=3, sites=60, steps=200)
 
@@ -54,7 +54,6 @@ def test_a_scan_is_the_convolution_of_its_features() -> None:
 
 
 def test_numbers_by_hand() -> None:
-    assert area_under_curve(np.array([0.9, 0.5, 0.5, 0.1]), np.array([True, True, False, False])) == 0.875
     mean, low, high = interval([1.0, 2.0, 3.0])
     assert mean == 2 and high == pytest.approx(2 + 4.302653 / 3**0.5, rel=1e-6) and low == pytest.approx(4 - high)
     assert interval([1.0])[1:] == (-np.inf, np.inf)
