@@ -45,6 +45,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 from scipy import stats
 
+from benchmarks.planted import numbers as whole_numbers
 from benchmarks.timing import report
 from configs.joint import get_config
 from h2a2_jax.balancers.packing import unpack
@@ -283,12 +284,6 @@ def _interval(permuted: Any) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _seeds(text: str) -> list[int]:
-    """Parse seeds such as 0-9 or 1,4,7."""
-    ranges = [part.split("-") for part in text.split(",")]
-    return list(itertools.chain(*(range(int(part[0]), int(part[-1]) + 1) for part in ranges)))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -298,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     numbers = partial(str.split, sep=",")
     parser.add_argument("--gaps", type=numbers, default="0,1,2", help="default 0,1,2")
-    parser.add_argument("--seeds", type=_seeds, default="0-9", help="default 0-9")
+    parser.add_argument("--seeds", type=whole_numbers, default="0-9", help="default 0-9")
     parser.add_argument("--steps", type=int, default=60, help="steps of a run (default 60)")
     parser.add_argument("--batches", type=int, default=8, help="batches of a dataset to compare (default 8)")
     parser.add_argument("--json", type=Path, help="file of the cells; those in it are kept")

@@ -136,35 +136,17 @@ def _steps(model: TR3D, config: DetectorConfig, scale: Any, batch: int, repeats:
         optimizer = optax.adamw(1e-4)
         graph, state = create_state(model, optimizer, balancer)
         step = make_train_step(graph, state, experiment, optimizer, balancer, mesh)
-        functions[name] = _thread_state(step, place_state(state, mesh), batches)
+        functions[name] = timing.thread_state(step, place_state(state, mesh), [batches])
         if name == "mean":
-            functions["mean again"] = _thread_state(step, place_state(state, mesh), batches)
+            functions["mean again"] = timing.thread_state(step, place_state(state, mesh), [batches])
         start = time.perf_counter()
         jax.block_until_ready(functions[name]())
         timing.report(f"step with {name}: first one after {time.perf_counter() - start:.0f} s")
-    rounds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(repeats):
-        names = list(functions)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            jax.block_until_ready(functions[name]())
-            rounds[name].append(time.perf_counter() - start)
-    return rounds
+    return timing.rounds(functions, repeats)
 
 
 def _sources(scale: Any, batch: int) -> list[SyntheticSource]:
     return [SyntheticSource(spec, "train", batch, scale=scale) for spec in SPECS]
-
-
-def _thread_state(step: Callable[..., tuple], state: Any, batch: Any) -> Callable[[], object]:
-    """A call of a step that passes its state to the next call."""
-    held = [state]
-
-    def function() -> object:
-        held[0], metrics = step(held[0], batch)
-        return held[0], metrics
-
-    return function
 
 
 def table_of(result: dict[str, Any]) -> str:

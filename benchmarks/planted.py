@@ -45,6 +45,7 @@ from h2a2_jax.config import EvalConfig, ExperimentConfig, OptimConfig, Parameter
 from h2a2_jax.distributed import DATASET, train_mesh
 from h2a2_jax.figures import COLORS, canvas
 from h2a2_jax.layers import DatasetContext, ForwardContext, SelectionConfig, SelectiveConv
+from h2a2_jax.layers.kernel_selection import READING_0_1_0
 from h2a2_jax.losses import DetectionLoss
 from h2a2_jax.models import DetectorConfig
 from h2a2_jax.report.offsets import area_under_curve
@@ -56,7 +57,7 @@ from h2a2_jax.training.step import make_train_step
 DATASETS = ("scannet", "sunrgbd", "s3dis")
 OFFSETS, BOX, TEST_SCANS = 27, 12, 8
 BASIC = SelectionConfig(projection_dim=8, embedding_dim=8, hidden=8)
-OLD = replace(BASIC, prior="learned", consistency="half_cosine")
+OLD = replace(BASIC, **READING_0_1_0)
 FIXED = replace(OLD, tau=0.01)
 """With O at +-20 every choice is O's."""
 
@@ -254,7 +255,7 @@ class Trainer:
             chosen = {"shared": np.ones(OFFSETS, bool), "exclusive": np.zeros(OFFSETS, bool)}
             shared = chosen.get(self.row.fixed, planted.is_shared)
             model.conv.prior[...] = jnp.where(jnp.asarray(shared), 20.0, -20.0)
-        graph, exclusive, shared_parameters, _ = split_model(model)
+        _, exclusive, shared_parameters, _ = split_model(model)
         frozen = frozen_paths(shared_parameters, exclusive, config.optim.freeze)
         schedule = learning_rate(config.optim, steps_per_epoch=1, total_steps=self.settings.steps)
         grouped = grouped_paths(shared_parameters, exclusive, config.optim)

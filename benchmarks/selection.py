@@ -9,33 +9,30 @@ ratios.
 """
 
 import argparse
-import itertools
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
-import numpy as np
 
+from benchmarks.timing import rounds, thread_state
 from configs.joint import get_config
 from h2a2_jax.config import ExperimentConfig, experiment_config
 from h2a2_jax.distributed import MeshLayout, train_mesh
 from h2a2_jax.inference.folding import fold
 from h2a2_jax.layers import DatasetContext, ForwardContext
+from h2a2_jax.layers.kernel_selection import READING_0_1_0
 from h2a2_jax.sparse.xla_cpu import compiler_options
 from h2a2_jax.training.build import build_detector, build_stream, build_trainer
-
-OLD = {"prior": "learned", "consistency": "half_cosine"}
 
 
 def rivals(config: ExperimentConfig) -> dict[str, ExperimentConfig]:
     """The config's selection and that of the prior "learned"."""
     selection = config.model.selection
     assert selection is not None
-    old = replace(selection, **OLD)  # type: ignore[arg-type]
+    old = replace(selection, **READING_0_1_0)
     return {"learned": replace(config, model=replace(config.model, selection=old)), "agreement": config}
 
 
@@ -50,22 +47,14 @@ def prepare(config: ExperimentConfig, count: int) -> tuple[dict[str, Callable[[]
         detector = build_detector(rival)
         trainer = build_trainer(rival, detector, layout, 100, 10_000, stream.num_scans)
         for label in (name, *(["again"] if name == "learned" else [])):
-            steps[label] = _training(trainer.take_step, jax.tree.map(lambda leaf: leaf.copy(), trainer.start), batches)
+            steps[label] = thread_state(
+                trainer.take_step, jax.tree.map(lambda leaf: leaf.copy(), trainer.start), batches
+            )
         passes[name] = _prediction(detector, batches[0])
     passes["again"] = passes["learned"]
     for call in (*steps.values(), *passes.values()):
         jax.block_until_ready(call())
     return steps, passes
-
-
-def _training(take_step: Callable[..., tuple], state: Any, batches: Sequence[Any]) -> Callable[[], Any]:
-    held, turns = [state], itertools.cycle(batches)
-
-    def call() -> Any:
-        held[0], metrics = take_step(held[0], next(turns))
-        return held[0].step, metrics
-
-    return call
 
 
 def _prediction(detector: Any, batch: Any) -> Callable[[], Any]:
@@ -80,18 +69,6 @@ def _prediction(detector: Any, batch: Any) -> Callable[[], Any]:
 
     compiled = every.lower(folded, parts).compile(compiler_options())
     return lambda: compiled(folded, parts)
-
-
-def alternate(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round's call, by name; the order turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for turn in range(rounds):
-        for name in np.roll(names, turn % len(names)).tolist():
-            started = time.perf_counter()
-            jax.block_until_ready(calls[name]())
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
 
 
 def line_of(what: str, seconds: dict[str, list[float]]) -> str:
@@ -117,8 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)
     steps, passes = prepare(experiment_config(get_config(options.config)), options.batches)
-    print(line_of("train step", alternate(steps, options.rounds)))
-    print(line_of("prediction, a batch of each dataset", alternate(passes, options.rounds)))
+    print(line_of("train step", rounds(steps, options.rounds)))
+    print(line_of("prediction, a batch of each dataset", rounds(passes, options.rounds)))
     return 0
 
 

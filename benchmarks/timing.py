@@ -1,9 +1,11 @@
 """Timing of the benchmarks: rivals take turns in one run; medians; the rate of the machine's matmul beside them."""
 
+import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,30 @@ def alternate(functions: Mapping[str, Callable[[], object]], repeats: int, *, ca
             jax.block_until_ready(result)
             seconds[name].append((time.perf_counter() - start) / calls)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def rounds(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of one call of each function in every round, by name, to be compared round by round; the order turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for turn in range(repeats):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            jax.block_until_ready(functions[name]())
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def thread_state(step: Callable[..., tuple], state: Any, batches: Sequence[Any]) -> Callable[[], object]:
+    """A call of a train step on the batches in turn, which passes its state to the next call."""
+    held, turns = [state], itertools.cycle(batches)
+
+    def call() -> object:
+        held[0], metrics = step(held[0], next(turns))
+        return held[0], metrics
+
+    return call
 
 
 def matmul_rate(repeats: int, *, calls: int = 1) -> float:

@@ -21,7 +21,7 @@ from ml_collections.config_dict import placeholder
 
 from h2a2_jax.balancers import HarmonizeConfig
 from h2a2_jax.errors import InputError
-from h2a2_jax.layers.kernel_selection import SelectionConfig
+from h2a2_jax.layers.kernel_selection import READING_0_1_0, SelectionConfig
 from h2a2_jax.models.architecture import DetectorConfig
 from h2a2_jax.scans.sources import SourceConfig
 from h2a2_jax.scans.specs import DatasetSpec
@@ -302,8 +302,7 @@ def _add_old_readings(values: dict[str, Any]) -> None:
     """Give a config of version 1 the readings that it was trained with, where today's defaults are others, in place."""
     model = values.get("model")
     if isinstance(model, Mapping) and isinstance(selection := model.get("selection"), Mapping):
-        old = {"prior": "learned", "consistency": "half_cosine"}
-        values["model"] = {**model, "selection": {**old, **selection}}
+        values["model"] = {**model, "selection": {**READING_0_1_0, **selection}}
 
 
 def _rename_keys(values: dict[str, Any]) -> None:

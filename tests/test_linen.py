@@ -13,6 +13,7 @@ from flax import errors, nnx
 
 from h2a2_jax import layers, linen, sparse
 from h2a2_jax.layers import DatasetContext, ForwardContext, SelectionConfig
+from h2a2_jax.layers.kernel_selection import READING_0_1_0
 from tests.sparse.transcription import padded, random_sites
 
 FINE = random_sites((30, 0, 25), stride=2)
@@ -23,8 +24,7 @@ SKIP = sparse.pad_map(sparse.strided_neighbors(FINE, COARSE, 1), DOWN.inputs, DO
 INNER = sparse.pad_map(sparse.submanifold_neighbors(COARSE, 3), DOWN.outputs, DOWN.outputs)
 BACK = sparse.pad_map(sparse.inverse_neighbors(sparse.strided_neighbors(FINE, COARSE, 3)), DOWN.outputs, DOWN.inputs)
 SMALL = SelectionConfig(
-    prior="learned",
-    consistency="half_cosine",
+    **READING_0_1_0,
     projection_dim=4,
     embedding_dim=3,
     hidden=5,

@@ -120,6 +120,20 @@ def disagreement(
     return jnp.where(several, f, 1.0), several
 
 
+def prior_logit(
+    prior: Float[Array, "..."], f: Float[Array, "..."], threshold: float, sharpness: float
+) -> Float[Array, "..."]:
+    """Logit of alpha: O + sharpness * log(threshold / F).
+
+    Args:
+        prior: O, [V] or with axes in front.
+        f: disagreement F, of a shape that broadcasts with O; taken as at least 1e-6 and at most 1e6.
+        threshold: F that adds nothing to O.
+        sharpness: weight of the logarithm.
+    """
+    return prior + sharpness * jnp.log(threshold / jnp.clip(f, 1e-6, 1e6))
+
+
 def explored_threshold(tau: float, step: Int[Array, ""], offsets: int, name: str, least: float) -> Float[Array, " v"]:
     """Threshold of alpha * beta in a training step, so that a score s passes in a share s / (2 tau) of the steps.
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from h2a2_jax.balancers.packing import name_tensors, unpack, with_tensors
-from h2a2_jax.layers.agreement import Agreement, disagreement, observe
+from h2a2_jax.layers.agreement import Agreement, disagreement, observe, prior_logit
 from h2a2_jax.layers.kernel_selection import SelectionConfig, SelectiveConv
 
 
@@ -53,7 +53,7 @@ class AgreementLayers:
 
     @classmethod
     def of(cls, model: nnx.Module) -> "AgreementLayers | None":
-        """Those of a model, whose arrays may be shapes; None if nothing in it measures agreement."""
+        """Find those of a model, whose arrays may be shapes; None if nothing in it measures agreement."""
         layers: dict[str, list[Layer]] = {}
         kernels: dict[str, tuple[int, ...]] = {}
         found = [(path, part) for path, part in nnx.iter_modules(model) if isinstance(part, SelectiveConv)]
@@ -105,9 +105,9 @@ class AgreementLayers:
             kernels = jnp.stack([found[_of(layer, "shared")] for layer in layers], axis=1)
             took_shared = jnp.stack([gamma[layer.name] >= 1 for layer in layers], axis=1)
             averages[key] = observe(agreement[key], kernels, took_shared & counts[:, None, None], decay)
-            f, known = disagreement(averages[key], batch, scans, decay, axis_name)
+            f, _ = disagreement(averages[key], batch, scans, decay, axis_name)
             for i, layer in enumerate(layers):
-                measured[_of(layer, "disagreement")] = jnp.where(known[i], f[i], 1.0)
+                measured[_of(layer, "disagreement")] = f[i]
         local = len(counts)
         rows = {name: jnp.broadcast_to(f, (local, *f.shape)) for name, f in measured.items()}
         return averages, with_tensors(stats, rows)
@@ -130,7 +130,7 @@ class AgreementLayers:
                 continue
             prior = (theirs if s.structure_parameters == "exclusive" else ours)[_of(layer, "prior")]
             f = measured[_of(layer, "disagreement")]
-            logit = prior + s.agreement_sharpness * jnp.log(s.agreement_threshold / f)
+            logit = prior_logit(prior, f, s.agreement_threshold, s.agreement_sharpness)
             kernel, own = ours[_of(layer, "shared")], theirs[_of(layer, "exclusive")]
             tied[_of(layer, "exclusive")] = jnp.where((logit >= 0)[..., None, None], kernel.astype(own.dtype), own)
         return with_tensors(exclusive, tied)

@@ -10,6 +10,7 @@ agreement, which a training step measures.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +20,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from h2a2_jax.layers.agreement import explored_threshold
+from h2a2_jax.layers.agreement import explored_threshold, prior_logit
 from h2a2_jax.layers.checks import check_context, check_input
 from h2a2_jax.layers.context import (
     AxisName,
@@ -126,6 +127,10 @@ class SelectionConfig:
     embedding_start: Start = "zero"
     gate: Literal["after_norm", "before_norm"] = "after_norm"
     scan_embedding: bool = False
+
+
+READING_0_1_0: Mapping[str, Any] = {"prior": "learned", "consistency": "half_cosine"}
+"""Fields of `SelectionConfig` with the values of version 0.1.0, where the defaults are others now."""
 
 
 def unit_rows(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
@@ -447,8 +452,7 @@ class SelectiveConv(nnx.Module):
         logit, s = self._of_structure(self.prior, dataset), self.selection
         if self.disagreement is None:
             return logit
-        f = jnp.clip(dataset.pick(self.disagreement[...]), 1e-6, 1e6)
-        return logit + s.agreement_sharpness * jnp.log(s.agreement_threshold / f)
+        return prior_logit(logit, dataset.pick(self.disagreement[...]), s.agreement_threshold, s.agreement_sharpness)
 
     def _move_center(self, cosine: Float[Array, "b v"], sites: Sites, context: ForwardContext) -> None:
         """Move the running mean of the cosines towards that of the batch, over all of the dataset's devices."""

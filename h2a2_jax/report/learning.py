@@ -1,4 +1,4 @@
-"""What a selection has learnt: choices that left the start, and what choices and alpha go with."""
+"""Section of the report on learning: choices that left the start, and what choices and alpha go with."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

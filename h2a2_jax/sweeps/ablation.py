@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
+from h2a2_jax.layers.kernel_selection import READING_0_1_0
 from h2a2_jax.sweeps.intervals import row_differences, samples_of, stored_matches
 from h2a2_jax.sweeps.sweep_plan import (
     Row,
@@ -165,7 +166,7 @@ def ablation_rows(base: ExperimentConfig, seeds: Sequence[int], names: Sequence[
 
     drawn = selection
     if selection.prior == "agreement":  # which would go on choosing
-        drawn = replace(selection, prior="learned", consistency="half_cosine")
+        drawn = replace(selection, **READING_0_1_0)
     frozen = replace(
         sfks,
         model=replace(sfks.model, selection=drawn),

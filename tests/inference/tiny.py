@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from h2a2_jax.layers.kernel_selection import SelectionConfig
+from h2a2_jax.layers.kernel_selection import READING_0_1_0, SelectionConfig
 from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
 from h2a2_jax.scans.scan import Scan
 from h2a2_jax.scans.specs import S3DIS, SUNRGBD
@@ -19,8 +19,7 @@ TINY = DetectorConfig(
     stage_channels=(4, 4, 4, 4),
     neck_channels=4,
     selection=SelectionConfig(
-        prior="learned",
-        consistency="half_cosine",
+        **READING_0_1_0,
         projection_dim=2,
         embedding_dim=4,
         hidden=4,

@@ -10,14 +10,13 @@ from flax import nnx
 
 from h2a2_jax import sparse
 from h2a2_jax.layers import BatchNorm, ConvNorm, DatasetContext, ForwardContext, SelectionConfig, SparseConv
-from h2a2_jax.layers.kernel_selection import SelectiveConv, structural_consistency
+from h2a2_jax.layers.kernel_selection import READING_0_1_0, SelectiveConv, structural_consistency
 from h2a2_jax.layers.modulation import modulate
 from tests.sparse.transcription import padded, table_of
 
 CHANNELS, DATASETS = 6, 2
 PLAIN = SelectionConfig(
-    prior="learned",
-    consistency="half_cosine",
+    **READING_0_1_0,
     projection_dim=4,
     embedding_dim=3,
     hidden=5,

@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 from h2a2_jax.layers import BatchNorm, EmbeddingMLP, SelectionConfig, SelectiveConv
+from h2a2_jax.layers.kernel_selection import READING_0_1_0
 from h2a2_jax.loader.batching import collate, pad_batch
 from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
 from h2a2_jax.scans.scan import Scan
@@ -15,8 +16,7 @@ from h2a2_jax.scans.specs import SPECS
 VOXEL = 0.05
 """Coarse, so that few points cover all levels."""
 SELECTION = SelectionConfig(
-    prior="learned",
-    consistency="half_cosine",
+    **READING_0_1_0,
     projection_dim=4,
     embedding_dim=5,
     hidden=6,
