@@ -24,13 +24,15 @@ from h2a2_jax.errors import INTERRUPTED, InputError, Stopped
 
 if TYPE_CHECKING:
     from h2a2_jax.config import ExperimentConfig
+    from h2a2_jax.inference.input_files import PredictRequest
 from h2a2_jax.host import quiet_command_line
 
 _EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
 _CONFIG_HELP = "file of the config, as configs/joint.py:demo; --config.KEY=VALUE sets a value of it"
 _PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
-_FILE_FLAGS = ("up", "unit", "floor", "colors", "columns", "align", "score", "show")
-"""Flags of `predict` that say how files of points are read."""
+_FILE_FLAGS = ("up", "unit", "floor", "colors", "columns", "align", "score", "show", "classes", "agnostic_nms", "names",
+               "tile", "overwrite")  # fmt: skip
+"""Flags of `predict` that are for files of points."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Command:
         add_flags: adds the command's flags to its parser.
         run: does the work; returns the exit status.
         config: True if --config is needed, None if it may be given, False if the command takes none.
+        needs_workdir: False if the command works without --workdir; one with a config needs it.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Command:
     add_flags: Callable[[argparse.ArgumentParser], None]
     run: Callable[["Invocation"], int | None]
     config: bool | None = None
+    needs_workdir: bool = True
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,7 @@ def parse(
         raise InputError(
             f"{program.split()[0]} needs --config and --workdir, as in {example}; --help lists commands and flags."
         )
-    if command.config is None and not values.workdir:
+    if command.config is None and command.needs_workdir and not values.workdir:
         raise InputError(f"{spell(command)} needs --workdir, the folder of a run with its checkpoints.")
     return invocation
 
@@ -371,6 +375,14 @@ def _names(text: str) -> list[str]:
     return text.split(",") if text else []
 
 
+def _renamings(text: str) -> dict[str, str]:
+    """Parse CLASS=NAME with commas between."""
+    pairs = [part.partition("=") for part in _names(text)]
+    if not all(old and new for old, _, new in pairs):
+        raise argparse.ArgumentTypeError(f"is {text!r}; expected names as in garbagebin=trash can,sofa=couch")
+    return {old: new for old, _, new in pairs}
+
+
 def _number(kind: type, least: int, most: int | None = None) -> Callable[[str], Any]:
     """Parser of a number within bounds."""
 
@@ -437,12 +449,25 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
         help=f"point clouds ({formats}), folders or patterns; none: the validation scans of the run's config",
     )
     parser.add_argument("--input", type=_names, metavar="INPUT,...", help="the inputs as a list with commas between")
-    _add_workdir(parser)
+    parser.add_argument("--sample", action="store_true", help="predict the sample scan that comes with the program")
+    parser.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="a name that h2a2 weights lists, a folder, a .pth file, or a model of the Hugging Face hub; rooms by default",
+    )
+    parser.add_argument("--workdir", metavar="FOLDER", help="folder of a run, whose checkpoint is taken for weights")
     _add_step(parser)
-    parser.add_argument("--dataset", help="dataset whose head predicts; the first of the run by default")
-    parser.add_argument("--output", metavar="FOLDER", help="folder of the results; by default in the workdir")
-    parser.add_argument("--score", type=_number(float, 0, 1), help="lowest score of a box")
-    parser.add_argument("--formats", type=_names, help="files to write: of json,csv,ply,html,png")
+    parser.add_argument("--dataset", help="dataset whose head predicts (auto: as a scan shows: a single view or a room)")
+    parser.add_argument("--output", metavar="FOLDER", help="folder of the results (boxes, in the workdir if one is given)")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds results")
+    parser.add_argument("--formats", type=_names, help="files to write: of json,csv,ply,html,png,glb,dxf,rrd")
+    group = parser.add_argument_group("which boxes")
+    group.add_argument("--score", type=_number(float, 0, 1), help="lowest score of a box (0.3)")
+    group.add_argument("--classes", type=_names, metavar="CLASS,...", help="classes of the boxes; all by default")
+    group.add_argument(
+        "--agnostic_nms", action="store_true", help="of boxes of several classes that overlap, keep the best"
+    )
+    group.add_argument("--names", type=_renamings, metavar="CLASS=NAME,...", help="names of your own for classes")
     group = parser.add_argument_group("how files of points are read")
     axes = ("z", "-z", "y", "-y", "x", "-x", "auto")
     group.add_argument("--up", choices=axes, help="axis that points up (auto: as a file says or shows, else z)")
@@ -463,6 +488,11 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
         "--align",
         choices=("none", "gravity", "manhattan", "both"),
         help="turn the scan until its floor is level (gravity), its walls lie along x and y (manhattan)",
+    )
+    group.add_argument(
+        "--tile",
+        metavar="METRES",
+        help="sides of the tiles of large scans (auto: 10 m above 500,000 points; off: one pass)",
     )
     group.add_argument("--show", action="store_true", help="open a window with every scan (needs open3d)")
     _add_processes(parser)
@@ -587,38 +617,76 @@ def _eval(given: Invocation) -> int | None:
 
 
 def _predict(given: Invocation) -> int | None:
-    from h2a2_jax.distributed import processes
     from h2a2_jax.inference.input_files import PredictRequest
-    from h2a2_jax.inference.predict_folder import predict_inputs, predict_validation_scans
+    from h2a2_jax.inference.sample import sample_scan
+    from h2a2_jax.inference.tiles import checked_tiling
     from h2a2_jax.scans.frame import checked_floor
 
     values = given.flags
-    inputs = tuple([*values.inputs, *(values.input or ())])
-    _check_predict_flags(values, inputs)
-    chosen = {name: getattr(values, name) for name in _FILE_FLAGS if getattr(values, name) is not None}
+    inputs = tuple([*values.inputs, *(values.input or ()), *([str(sample_scan())] if values.sample else [])])
+    _check_predict_flags(given, inputs)
+    chosen = {name: getattr(values, name) for name in _FILE_FLAGS if getattr(values, name) not in (None, False)}
     if "floor" in chosen:
         chosen["floor"] = checked_floor(chosen["floor"], "--floor")
+    if "tile" in chosen:
+        chosen["tile"] = checked_tiling(chosen["tile"], "--tile")
+    if "classes" in chosen:
+        chosen["classes"] = tuple(chosen["classes"])
+    if values.dataset is not None:
+        chosen["dataset"] = values.dataset
     if values.formats is not None or not inputs:  # scans of a config have only the formats that are asked for
         chosen["formats"] = tuple(values.formats or ())
     output = None if values.output is None else Path(values.output)
-    request = PredictRequest(inputs, output=output, dataset=values.dataset, step=_chosen_step(given), **chosen)
-    if inputs:
-        return predict_inputs(given.workdir, request, given.experiment()).status
-    with processes(values.coordinator, values.num_processes, values.process_id):
-        predict_validation_scans(given.workdir, request, given.experiment())
-    return None
+    step = _chosen_step(given) if values.workdir else None
+    return _predict_request(given, PredictRequest(inputs, output=output, step=step, **chosen))
 
 
-def _check_predict_flags(values: argparse.Namespace, inputs: Sequence[str]) -> None:
+def _predict_request(given: Invocation, request: "PredictRequest") -> int | None:
+    from h2a2_jax.checkpoint.store import StoredDetector, checkpoint_place, read_detector
+    from h2a2_jax.distributed import processes
+    from h2a2_jax.inference.predict_folder import predict_inputs, print_line
+    from h2a2_jax.inference.validation_scans import predict_validation_scans
+    from h2a2_jax.pretrained import load_pretrained
+
+    values, config = given.flags, given.experiment()
+    if not request.inputs:
+        with processes(values.coordinator, values.num_processes, values.process_id):
+            predict_validation_scans(given.workdir, request, config)
+        return None
+
+    def open_detector() -> StoredDetector:
+        if values.workdir:
+            return read_detector(given.workdir, request.step, config)
+        return load_pretrained(values.weights or "rooms", say=print_line)
+
+    folder = checkpoint_place(given.workdir).run / "boxes" if values.workdir else Path("boxes")
+    settings = None if config is None else config.eval
+    return predict_inputs(open_detector, request, request.output or folder, settings).status
+
+
+def _check_predict_flags(given: Invocation, inputs: Sequence[str]) -> None:
     """Refuse flags that do not go together."""
+    values = given.flags
     if values.input is not None and not inputs:
         raise InputError(
             "--input is empty; expected are files, folders or patterns (leave it out for a run's own scans)."
         )
-    given = [f"--{name}" for name in _FILE_FLAGS if getattr(values, name) not in (None, False)]
-    if given and not inputs:
+    if values.workdir and values.weights:
         raise InputError(
-            f"{', '.join(given)} is for files of points: name them with --input; the scans of a config have their own."
+            "--workdir and --weights are given, two detectors: leave one out; --weights takes the folder of a run too."
+        )
+    if not inputs and not values.workdir:
+        raise InputError(
+            f"{given.spell(given.command)} needs files of points, as in room.ply, or --sample; with --workdir alone it "
+            "takes the validation scans of that run."
+        )
+    if (given.config is not None or values.step is not None) and not values.workdir:
+        flag = "--config" if given.config is not None else "--step"
+        raise InputError(f"{flag} goes with a checkpoint: name the folder of its run with --workdir.")
+    files = [f"--{name}" for name in _FILE_FLAGS if getattr(values, name) not in (None, False)]
+    if files and not inputs:
+        raise InputError(
+            f"{', '.join(files)} is for files of points: name them with --input; the scans of a config have their own."
         )
     processes = [f"--{name}" for name in _PROCESS_FLAGS if getattr(values, name) is not None]
     if processes and inputs:
@@ -720,7 +788,7 @@ def _protocol(given: Invocation) -> int | None:
 COMMANDS: tuple[Command, ...] = (
     Command("train", "train", "train a detector, or resume its run, then evaluate it", _train_flags, _train, True),
     Command("eval", "eval", "evaluate a checkpoint: average precision, curves, a page", _eval_flags, _eval),
-    Command("predict", "predict", "find boxes in files of points", _predict_flags, _predict),
+    Command("predict", "predict", "find boxes in files of points", _predict_flags, _predict, needs_workdir=False),
     Command("report", "report", "draw what kernel selection and gradient harmonisation did", _report_flags, _report),
     Command("check", "check", "look over a folder of scans before training on it", _check_flags, _check, False),
     Command("sweep tau", "tau_sweep", "train with several thresholds of selection", _tau_flags, _tau_sweep, True),

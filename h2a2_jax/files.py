@@ -34,18 +34,19 @@ def read_json(file: Path) -> Any:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path, what: str) -> Iterator[None]:
+def alone_in(folder: Path, what: str, *, flag: str = "--workdir", name: str = "lock") -> Iterator[None]:
     """Keep a second program out of a folder; the system releases the lock however this program ends.
 
-    The file `lock` in the folder names the process that holds the lock or held it last. Without locks in the system or
-    the file system nothing is checked. `what` names the program's work in the error message, as in "training run".
+    The file `name` in the folder names the process that holds the lock or held it last. Without locks in the system or
+    the file system nothing is checked. `what` names the program's work in the error message, as in "training run", and
+    `flag` chooses the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("a+")
+        file = (folder / name).open("a+")
     except OSError as error:
         raise InputError(
-            f"{folder} cannot be written to ({error.strerror or error}): make it writable, or give another --workdir."
+            f"{folder} cannot be written to ({error.strerror or error}): make it writable, or give another {flag}."
         ) from error
     with file:
         try:
@@ -55,7 +56,7 @@ def alone_in(folder: Path, what: str) -> Iterator[None]:
         except BlockingIOError as error:
             holder = Path(file.name).read_text().strip() or "another process"
             raise InputError(
-                f"Another {what} is at work in {folder} ({holder}): wait for it, or give another --workdir."
+                f"Another {what} is at work in {folder} ({holder}): wait for it, or give another {flag}."
             ) from error
         except (ImportError, OSError):
             pass

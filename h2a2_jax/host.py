@@ -35,6 +35,18 @@ def available_cores() -> int:
     return len(core_numbers())
 
 
+def available_memory() -> int:
+    """Bytes of memory that the process may still take without swapping, as far as the system tells; else 8 GB."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, ValueError, StopIteration):
+        return 8 << 30
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return free
+
+
 @cache
 def cpu_features() -> str:
     """The processor's kind and instructions, which a program compiled for it needs, as far as the system tells them."""

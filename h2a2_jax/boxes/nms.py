@@ -78,9 +78,13 @@ def overlap_matrix(boxes: Float[AnyArray, "n 7"], *, rotated: bool) -> Float[np.
     limit = radius[:, None] + radius
     first, second = np.nonzero(np.triu((offset * offset).sum(axis=-1) <= limit * limit))
     matrix = np.zeros((len(boxes), len(boxes)), boxes.dtype)
-    overlaps = np.asarray(_ROTATED_BEV_IOU(_pad(boxes[first]), _pad(boxes[second])))[: len(first)]
-    matrix[first, second] = matrix[second, first] = overlaps
+    matrix[first, second] = matrix[second, first] = overlaps_of_pairs(boxes[first], boxes[second])
     return matrix
+
+
+def overlaps_of_pairs(boxes: Float[np.ndarray, "n 7"], others: Float[np.ndarray, "n 7"]) -> Float[np.ndarray, " n"]:
+    """Bird's-eye-view IoU of boxes with others, pair by pair, on the host; compiles once per power of two."""
+    return np.asarray(_ROTATED_BEV_IOU(_pad(boxes), _pad(others)))[: len(boxes)]
 
 
 def _pad(boxes: np.ndarray) -> np.ndarray:

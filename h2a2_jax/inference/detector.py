@@ -1,84 +1,37 @@
-"""A trained detector for arrays of points: restore it, call it, get boxes.
+"""A trained detector: restore it or name its weights, give it point clouds, get boxes.
 
-    detector = Detector.restore("runs/joint")
-    boxes = detector(points, colors, dataset="scannet")
+    detector = Detector.from_pretrained("tr3d-scannet")
+    boxes = detector("room.ply")
+    boxes.save("room.html")
 
-`h2a2_jax.read_point_cloud` reads files; `run.py --mode=predict` reads folders of files.
+`h2a2 predict` does it for folders of files.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
 from h2a2_jax.boxes.nms import Detections
-from h2a2_jax.checkpoint.store import read_detector
+from h2a2_jax.checkpoint.store import StoredDetector, read_detector
 from h2a2_jax.compilation import default_cache, private_folder
 from h2a2_jax.errors import InputError
-from h2a2_jax.inference.input_files import align
-from h2a2_jax.inference.predictor import Predictor, prepare
-from h2a2_jax.inference.results import boxes_in_input_frame
+from h2a2_jax.inference.found_boxes import Boxes
+from h2a2_jax.inference.placement import AUTO, Align, Frame, PlacedScan, place
+from h2a2_jax.inference.predictor import Predictor
+from h2a2_jax.inference.scan_prediction import BoxChoice, drawn_points, plan_scan, predict_scan
+from h2a2_jax.inference.tiles import Tiling, checked_tiling, tiles_for
 from h2a2_jax.loader.batching import no_scan
-from h2a2_jax.scans.file_frame import decide_frame
-from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, ColorRange, PointCloud, cloud_of_arrays
-from h2a2_jax.scans.frame import (
-    UNITS,
-    UPRIGHT,
-    Floor,
-    PlacedCloud,
-    checked_floor,
-    place_as_dataset,
-    place_cloud,
-    respelt,
-    upright_matrix,
-)
-from h2a2_jax.scans.specs import DatasetSpec
+from h2a2_jax.pretrained import load_pretrained, write_pretrained
+from h2a2_jax.scans.formats.point_cloud import ColorRange, PointCloud, cloud_of_arrays, read_point_cloud
+from h2a2_jax.scans.frame import Floor, respelt
+from h2a2_jax.scans.specs import renamed_specs
 
-
-@dataclass(frozen=True, eq=False)
-class Boxes:
-    """Boxes found in one point cloud, in the frame and unit of its points, class by class by descending score.
-
-    Attributes:
-        centers: x, y, z of the middle.
-        sizes: full sizes along the axes of the points, before the box is turned.
-        yaws: radians, counter-clockwise about the axis that points up, seen from above; 0 for axis-aligned datasets.
-        scores: confidence, 0 to 1.
-        labels: index of the class among those of the dataset.
-        names: name of the class of each box.
-        notes: counts of points that were left out or repaired, by kind.
-        remarks: what was decided on the points, and what looks wrong: parts of sentences about the scan.
-    """
-
-    centers: Float[np.ndarray, "n 3"]
-    sizes: Float[np.ndarray, "n 3"]
-    yaws: Float[np.ndarray, " n"]
-    scores: Float[np.ndarray, " n"]
-    labels: Int[np.ndarray, " n"]
-    names: tuple[str, ...]
-    notes: Mapping[str, int] = field(default_factory=dict)
-    remarks: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def __iter__(self) -> Iterator["Boxes"]:
-        """Each box as a `Boxes` of length 1."""
-        return (self[i] for i in range(len(self)))
-
-    def __getitem__(self, chosen: Bool[np.ndarray, " n"] | Int[np.ndarray, " m"] | slice | int) -> "Boxes":
-        """Boxes chosen by a mask, as in `boxes[boxes.scores > 0.5]`, an array of rows, a slice or an index."""
-        rows = np.atleast_1d(np.arange(len(self))[chosen])
-        columns = (self.centers, self.sizes, self.yaws, self.scores, self.labels)
-        centers, sizes, yaws, scores, labels = (column[rows] for column in columns)
-        return Boxes(
-            centers, sizes, yaws, scores, labels, tuple(self.names[row] for row in rows), self.notes, self.remarks
-        )
+Points = np.ndarray | str | Path | PointCloud
+"""A point cloud: [n, 3] numbers x, y, z, the path of a file, or `read_point_cloud` of one."""
 
 
 class Detector:
@@ -89,11 +42,39 @@ class Detector:
 
     Attributes:
         predictor: the predictor of `Scan`s that does the work.
+        stored: the weights, as `save_pretrained` writes them; None for a detector of a predictor alone.
     """
 
-    def __init__(self, predictor: Predictor):
-        """Wrap a predictor; `restore` makes a detector from a checkpoint."""
-        self.predictor = predictor
+    def __init__(self, predictor: Predictor, stored: StoredDetector | None = None):
+        """Wrap a predictor; `from_pretrained` and `restore` make detectors of weights."""
+        self.predictor, self.stored = predictor, stored
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        weights: str | Path = "rooms",
+        *,
+        score_threshold: float = 0.01,
+        iou_threshold: float = 0.5,
+        conditioning: str = "own",
+        kernels: Literal["selected", "shared"] = "selected",
+        names: Mapping[str, str] | None = None,
+        cache: str | Path | bool = True,
+    ) -> "Detector":
+        """Make a detector of weights by name; they are downloaded once.
+
+        Args:
+            weights: "tr3d-scannet", "tr3d-sunrgbd", "tr3d-s3dis" (published, mmdetection3d), "rooms" (shipped, of
+                procedural rooms), a folder that `save_pretrained` wrote, the folder of a run, a .pth file of TR3D, or
+                "organisation/name" of the Hugging Face hub. `h2a2 weights` lists what there is.
+            score_threshold, iou_threshold, conditioning, kernels, names, cache: as of `restore`.
+
+        Raises:
+            InputError: there are no such weights, or they cannot be downloaded or read; the sentence says where to put
+                a file by hand. Or as of `restore`.
+        """
+        stored = load_pretrained(weights, say=lambda sentence: warnings.warn(sentence, stacklevel=3))
+        return cls._of(stored, score_threshold, iou_threshold, conditioning, kernels, names, cache)
 
     @classmethod
     def restore(
@@ -105,6 +86,7 @@ class Detector:
         iou_threshold: float = 0.5,
         conditioning: str = "own",
         kernels: Literal["selected", "shared"] = "selected",
+        names: Mapping[str, str] | None = None,
         cache: str | Path | bool = True,
     ) -> "Detector":
         """Restore the detector of a checkpoint.
@@ -117,6 +99,7 @@ class Detector:
             conditioning: dataset whose embedding, statistics and exclusive kernels are used: "own" is that of the call,
                 the name of another one, or "mean" of all, for data that no dataset stands for.
             kernels: "selected" by each scan's structure, or "shared" everywhere.
+            names: names of classes in the results, by those of the datasets, as in {"garbagebin": "trash can"}.
             cache: folder that keeps compiled programs for later processes; True: that of the user
                 (`h2a2_jax.compilation.default_folder`), or none, with a warning, if it cannot be trusted; False: none.
                 JAX's own settings stay as they are.
@@ -125,23 +108,50 @@ class Detector:
             InputError: there is no such checkpoint, or it cannot be read, or has no such dataset to condition on; or
                 an argument is not as above; or others can write to the folder of the cache.
         """
+        stored = read_detector(checkpoint, step)
+        return cls._of(stored, score_threshold, iou_threshold, conditioning, kernels, names, cache)
+
+    @classmethod
+    def _of(
+        cls,
+        stored: StoredDetector,
+        score_threshold: float,
+        iou_threshold: float,
+        conditioning: str,
+        kernels: Literal["selected", "shared"],
+        names: Mapping[str, str] | None,
+        cache: str | Path | bool,
+    ) -> "Detector":
         _check_choice("kernels", kernels, ("selected", "shared"))
         _check_share("score_threshold", score_threshold)
         _check_share("iou_threshold", iou_threshold)
         folder = None if isinstance(cache, bool) else private_folder(Path(cache))
         if cache is True:
-            folder = default_cache(lambda sentence: warnings.warn(sentence, stacklevel=2))
-        stored = read_detector(checkpoint, step)
+            folder = default_cache(lambda sentence: warnings.warn(sentence, stacklevel=3))
         predictor = Predictor(
             stored,
-            stored.specs,
+            renamed_specs(stored.specs, names or {}),
             score_threshold=score_threshold,
             iou_threshold=iou_threshold,
             conditioning=conditioning,
             kernels=kernels,
             cache=folder,
         )
-        return cls(predictor)
+        return cls(predictor, stored)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the weights as a folder that `from_pretrained` reads on any machine, and return its path.
+
+        It holds `model.safetensors`, `config.json` and a model card, `README.md`, and can be uploaded to the Hugging
+        Face hub as it is.
+
+        Raises:
+            InputError: the folder holds other things, or cannot be written; or the detector has no weights of its own.
+        """
+        if self.stored is None:
+            raise InputError("This detector was made of a predictor alone: restore one, or name its weights, to save it.")
+        write_pretrained(self.stored, Path(folder))
+        return Path(folder)
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -157,136 +167,172 @@ class Detector:
         return self.predictor.spec(dataset).classes
 
     @overload
-    def __call__(
-        self,
-        points: np.ndarray,
-        colors: np.ndarray | None = None,
-        dataset: str | None = None,
-        *,
-        score: float = ...,
-        up: str = ...,
-        unit: str = ...,
-        color_range: ColorRange = ...,
-        floor: Floor = ...,
-        batch_size: int = ...,
-    ) -> Boxes: ...
+    def __call__(self, points: Points, colors: np.ndarray | None = ..., dataset: str = ..., **options: Any) -> Boxes: ...
 
     @overload
     def __call__(
         self,
-        points: Sequence[np.ndarray],
-        colors: Sequence[np.ndarray | None] | None = None,
-        dataset: str | None = None,
-        *,
-        score: float = ...,
-        up: str = ...,
-        unit: str = ...,
-        color_range: ColorRange = ...,
-        floor: Floor = ...,
-        batch_size: int = ...,
+        points: Sequence[Points],
+        colors: Sequence[np.ndarray | None] | None = ...,
+        dataset: str = ...,
+        **options: Any,
     ) -> list[Boxes]: ...
 
     def __call__(
         self,
-        points: np.ndarray | Sequence[np.ndarray],
+        points: Points | Sequence[Points],
         colors: np.ndarray | Sequence[np.ndarray | None] | None = None,
-        dataset: str | None = None,
+        dataset: str = AUTO,
         *,
         score: float = 0.1,
+        classes: Sequence[str] = (),
+        agnostic_nms: bool = False,
         up: str = "auto",
         unit: str = "auto",
         color_range: ColorRange = "auto",
         floor: Floor = "auto",
+        align: Align = "none",
+        tile: Tiling = "auto",
         batch_size: int = 1,
+        progress: bool = True,
     ) -> Boxes | list[Boxes]:
         """Boxes of one point cloud, or of several.
 
         Args:
-            points: [n, 3] numbers x, y, z; or a list of such arrays. float64 keeps map coordinates exact.
-            colors: [n, 3] red, green, blue, 0-255 or 0-1; or a list of such arrays. Without them points are taken as
-                grey, which the model has not seen in training.
+            points: [n, 3] numbers x, y, z, where float64 keeps map coordinates exact; or the path of a file, a
+                `PointCloud`, a point cloud of Open3D; or a list of such.
+            colors: [n, 3] red, green, blue, 0-255 or 0-1; or a list of such arrays. Files have their own. Without them
+                points are taken as grey, which the model has not seen in training.
             dataset: dataset whose head predicts: it sets classes, statistics and exclusive kernels, and whether boxes
-                have yaw. May be left out where the model knows one only.
+                have yaw. "auto" takes that of single views (sunrgbd) for a view of a camera at the origin, that of
+                rooms (scannet) for others.
             score: lowest score of a box.
+            classes: classes of the boxes; empty: all.
+            agnostic_nms: True leaves one box, the best, where boxes of several classes overlap.
             up: axis that points up, with its sign: z, -z, y, -y, x or -x; "auto": as the points show, else z.
             unit: unit of the points, m, cm, mm, ft or in; "auto": as the points show, else m. Boxes are given in it.
             color_range: "0-1", "0-255", "none" (do not use them), or "auto": by their type and largest value.
             floor: height of the floor (m, along the axis that points up); "auto": as found, "keep": heights are left
                 alone.
+            align: "gravity" turns tilted points upright first, "manhattan" turns walls along x and y, which
+                axis-aligned heads expect, "both", "none".
+            tile: "auto" predicts more than 500,000 points in overlapping tiles at full resolution; a number is the
+                length of their sides (m), for any scan; "off": one pass, of 500,000 points at most.
             batch_size: point clouds in one pass of the network; more than one pays on accelerators.
+            progress: True shows a bar on a terminal for scans in several tiles.
 
         Returns:
-            The boxes of each point cloud; a list for a list. `Boxes.remarks` says what was decided: the up axis, the
-            unit, the scale of colours, and the floor, which the network is shown at the dataset's height; and where
-            the scan looks tilted, or its walls turned for boxes that are axis-aligned. Points are drawn as the
-            dataset's test protocol says; each call draws the same ones.
+            The boxes of each point cloud, best first; a list for a list. `Boxes.remarks` says what was decided: the
+            head, the up axis, the unit, the scale of colours, and the floor, which the network is shown at the
+            dataset's height; and where the scan looks tilted, or its walls turned for boxes that are axis-aligned.
+            Points are drawn as the dataset's test protocol says; each call draws the same ones.
 
         Raises:
-            InputError: an argument is not as above; a point cloud has no finite point; its colours are in another
-                range.
+            InputError: an argument is not as above; a file cannot be read; a point cloud has no finite point; its
+                colours are in another range.
         """
         single = not isinstance(points, list | tuple)
-        clouds = cast(Sequence[Any], [points] if single else points)
-        for cloud in clouds:
-            if isinstance(cloud, str | Path | PointCloud):
-                raise InputError(
-                    f"The points are a {type(cloud).__name__}; expected is an array of shape [n, 3]: of a file, "
-                    "cloud = h2a2_jax.read_point_cloud(FILE) has cloud.points and cloud.colors."
-                )
-        clouds = [_plain_array("points", cloud) for cloud in clouds]
-        if {cloud.ndim for cloud in clouds} & ({3} if single else {1}):
-            shapes = "one array of three dimensions" if single else "a list of rows"
-            raise InputError(
-                f"The points are {shapes}; expected is an array [n, 3] for a point cloud, as np.array(rows), and a "
-                "list of such arrays for several."
-            )
-        hues = cast(Sequence[Any], [colors] if single else [None] * len(clouds) if colors is None else colors)
-        if not isinstance(hues, list | tuple) or len(hues) != len(clouds):
-            given = f"a list of {len(hues)}" if isinstance(hues, list | tuple) else f"one {type(hues).__name__}"
-            raise InputError(
-                f"The points are a list of {len(clouds)}, the colours {given}; expected is a list with an array, or "
-                "None, for each of the point clouds."
-            )
-        if dataset is None and len(self.datasets) > 1:
-            raise InputError(f"dataset is not given: say whose head predicts, one of {', '.join(self.datasets)}.")
-        spec = self.predictor.spec(self.datasets[0] if dataset is None else dataset)
-        _check_choice("up", up, (*UPRIGHT, "auto"))
-        _check_choice("unit", unit, (*UNITS, "auto"))
-        height = checked_floor(floor, "floor")
-        _check_choice("color_range", color_range, COLOR_RANGES)
+        named = _named_clouds(points, colors, single)
+        frame = Frame(up, unit, color_range, floor, align, dataset, spell=lambda name, value: f"{name}={value!r}")
+        frame.check(self.datasets, colors="color_range")
+        choice = BoxChoice(tuple([classes] if isinstance(classes, str) else classes), agnostic_nms)
+        choice.check(self.predictor.specs)
+        tile = checked_tiling(tile, "tile")
         _check_share("score", score)
         if not isinstance(batch_size, Integral) or batch_size < 1:
             raise InputError(f"batch_size is {batch_size!r}; expected is an integer from 1 on.")
-        placed, remarks = [], []
-        for i, (cloud, hue) in enumerate(zip(clouds, hues, strict=True)):
-            read = cloud_of_arrays(cloud, None if hue is None else _plain_array("colors", hue), color_range)
-            assumed = (respelt(remark, "color_range", "={!r}") for remark in read.assumed)
-            axis, length, decided = decide_frame(read, up, unit, "{}={!r}")
-            scan = place_cloud(
-                str(i + 1), read, upright_matrix(axis, length), color_range, colors_hint="say color_range"
+        read = [_read(cloud, hue, color_range) for _, cloud, hue in named]
+        placed = [
+            place(name, cloud, frame, self.predictor.specs, colors_hint="say color_range")
+            for (name, *_), cloud in zip(named, read, strict=True)
+        ]
+        found = self._predict(placed, tile, floor, int(batch_size), progress)
+        result = []
+        for (_, given, _), cloud, scan, boxes in zip(named, read, placed, found, strict=True):
+            assumed = (respelt(remark, "color_range", "={!r}") for remark in cloud.assumed)
+            result.append(
+                Boxes.of(
+                    choice.of(boxes, scan.spec).of_score(score),
+                    scan.placed.scan,
+                    scan.placed.matrix,
+                    scan.spec,
+                    file=given if isinstance(given, str | Path) else None,
+                    remarks=(*assumed, *scan.remarks),
+                    rows=scan.placed.rows,
+                )
             )
-            _, turning = align(scan, "none", spec, "turn it first, as h2a2 predict --align={}")
-            scan, placing = place_as_dataset(scan, spec, height, "floor={!r}")
-            placed.append(scan)
-            remarks.append((*assumed, *decided, *turning, *placing))
-        found: list[Boxes] = []
-        for start in range(0, len(placed), batch_size):
-            batch, said = placed[start : start + batch_size], remarks[start : start + batch_size]
-            # A last batch that is smaller would be another shape to compile.
-            filler = [no_scan()] * (batch_size - len(batch))
-            # The name seeds the drawing of points: one name, so that a cloud gives the same boxes anywhere in a list.
-            drawn = [prepare(replace(cloud.scan, name="scan"), spec) for cloud in batch]
-            detections = self.predictor.predict([*drawn, *filler], spec.name)
-            found += [_boxes(*each, spec, score) for each in zip(detections, batch, said, strict=False)]
-        return found[0] if single else found
+        return result[0] if single else result
+
+    def _predict(
+        self, placed: Sequence[PlacedScan], tile: Tiling, floor: Floor, batch_size: int, progress: bool
+    ) -> list[Detections]:
+        """Boxes of scans: those of one head in passes of `batch_size`, large ones tile by tile."""
+        if batch_size == 1:
+            return [
+                predict_scan(
+                    self.predictor, scan, plan_scan(self.predictor, scan, tile), tile, floor, progress=progress
+                )
+                for scan in placed
+            ]
+        found: dict[int, Detections] = {}
+        in_passes: dict[str, list[int]] = {}
+        for i, scan in enumerate(placed):
+            if tiles_for(len(scan.placed.scan.points), tile) is None:
+                in_passes.setdefault(scan.spec.name, []).append(i)
+            else:
+                found[i] = predict_scan(self.predictor, scan, None, tile, floor, progress=progress)
+        for dataset, rows in in_passes.items():
+            for start in range(0, len(rows), batch_size):
+                batch = rows[start : start + batch_size]
+                drawn = [drawn_points(placed[i]) for i in batch]
+                # A last batch that is smaller would be another shape to compile.
+                filler = [no_scan()] * (batch_size - len(batch))
+                found |= zip(batch, self.predictor.predict([*drawn, *filler], dataset), strict=False)
+        return [found[i] for i in range(len(placed))]
 
 
-def _boxes(found: Detections, placed: PlacedCloud, remarks: tuple[str, ...], spec: DatasetSpec, score: float) -> Boxes:
-    """Boxes of at least a score in the frame and unit of the points as they were given."""
-    boxes = boxes_in_input_frame(found.boxes, placed.matrix)
-    names, columns = tuple(spec.classes[label] for label in found.labels), (boxes[:, :3], boxes[:, 3:6], boxes[:, 6])
-    every = Boxes(*columns, found.scores, found.labels, names, placed.scan.notes, remarks)
-    return every[found.scores >= score]
+def _named_clouds(points: Any, colors: Any, single: bool) -> list[tuple[str, Any, Any]]:
+    """Point clouds as they were given, each with a name and its colours."""
+    clouds: Sequence[Any] = [points] if single else points
+    hues: Any = [colors] if single else [None] * len(clouds) if colors is None else colors
+    if not isinstance(hues, list | tuple) or len(hues) != len(clouds):
+        given = f"a list of {len(hues)}" if isinstance(hues, list | tuple) else f"one {type(hues).__name__}"
+        raise InputError(
+            f"The points are a list of {len(clouds)}, the colours {given}; expected is a list with an array, or "
+            "None, for each of the point clouds."
+        )
+    if not single and clouds and all(_is_row(cloud) for cloud in clouds):
+        raise InputError(
+            "The points are a list of rows; expected is an array [n, 3] for a point cloud, as np.array(rows), and a "
+            "list of such arrays for several."
+        )
+    names = (Path(cloud).stem if isinstance(cloud, str | Path) else str(i) for i, cloud in enumerate(clouds, 1))
+    return list(zip(names, clouds, hues, strict=True))
+
+
+def _is_row(cloud: Any) -> bool:
+    is_other = isinstance(cloud, str | Path | PointCloud) or hasattr(cloud, "points")
+    return not is_other and _plain_array("points", cloud).ndim == 1
+
+
+def _read(cloud: Any, hue: Any, color_range: ColorRange) -> PointCloud:
+    """Read a point cloud that was given in any of the forms of `Points`, or as one of Open3D."""
+    if isinstance(cloud, str | Path):
+        if hue is not None:
+            raise InputError(f"{cloud} is a file, which has its own colours: leave colors out.")
+        return read_point_cloud(cloud, color_range=color_range)
+    if isinstance(cloud, PointCloud):
+        return cloud if hue is None else cloud_of_arrays(cloud.points, _plain_array("colors", hue), color_range)
+    if hasattr(cloud, "points"):  # of Open3D
+        own = _plain_array("colors", cloud.colors) if hue is None and len(getattr(cloud, "colors", ())) else hue
+        cloud, hue = cloud.points, own
+    array = _plain_array("points", cloud)
+    if array.ndim == 3:
+        raise InputError(
+            "The points are one array of three dimensions; expected is an array [n, 3] for a point cloud, as "
+            "np.array(rows), and a list of such arrays for several."
+        )
+    return cloud_of_arrays(array, None if hue is None else _plain_array("colors", hue), color_range)
 
 
 def _plain_array(what: str, values: Any) -> np.ndarray:

@@ -1,61 +1,40 @@
-"""Files of points to predict: find them, and read each as a scan in the frame that a detector expects.
-
-A detector expects metres, z up, and floors where its dataset has them. The up axis and the unit are what the file or
-the user says, else what the points show (`file_frame`); the floor is found and brought to the dataset's height
-(`frame.place_as_dataset`). The place of the origin along x and y does not matter: a scan far from it is shifted near it
-by whole voxels of every level. Heads whose boxes are axis-aligned need walls along x and y: `PredictRequest.align`.
-Every decision is a remark, with the flag that settles it; boxes are given in the frame of the file.
-"""
+"""Files of points to predict: find them, and read each as a scan in the frame that a detector expects (`placement`)."""
 
 import glob
+import hashlib
 import itertools
-import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Literal
-
-import numpy as np
-from jaxtyping import Float
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.file_frame import decide_frame
+from h2a2_jax.host import available_memory
+from h2a2_jax.inference.placement import AUTO, Align, Frame, PlacedScan, place
+from h2a2_jax.inference.tiles import TILED_ABOVE, Tiling, checked_tiling
 from h2a2_jax.scans.formats.columns import parse_columns
 from h2a2_jax.scans.formats.folders import describe_unread, parts_of_meshes
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, read_point_cloud
 from h2a2_jax.scans.formats.text import is_table
-from h2a2_jax.scans.frame import (
-    NO_COLORS,
-    UNITS,
-    UPRIGHT,
-    Floor,
-    PlacedCloud,
-    checked_floor,
-    moved,
-    place_as_dataset,
-    place_cloud,
-    upright_matrix,
-)
-from h2a2_jax.scans.scan import NOT_FINITE, Scan, ScanError, is_hidden
+from h2a2_jax.scans.frame import NO_COLORS, Floor
+from h2a2_jax.scans.scan import NOT_FINITE, is_hidden
 from h2a2_jax.scans.specs import DatasetSpec
-from h2a2_jax.scans.surfaces import estimate_gravity, estimate_walls, surface_normals
 
-Align = Literal["none", "gravity", "manhattan", "both"]
-ALIGNMENTS: tuple[Align, ...] = ("none", "gravity", "manhattan", "both")
 FORMATS = ("json", "csv", "ply", "html", "png")
-MOST_POINTS = 500_000
-"""Points read of a larger file: as many as large scans of rooms have, and memory stays below 2 GB at full width."""
+BYTES_A_POINT = 200
+"""Memory that a point takes while it is read, placed and written; files of more points than fit are thinned."""
 
 OWN_COMMENT = "boxes of h2a2_jax"
 """Text in the first bytes of every PLY file, page and picture that a prediction writes."""
 
 _TEXTS = (".txt", ".csv", ".asc", ".pts", ".xyz", ".xyzrgb", ".xyzn")
-_ADVISING = 2_000
-"""Normals measured where a scan is not to be turned."""
-_TILTED = _TURNED = math.radians(5)
+_LONGEST = 180
+"""Bytes of a part of a name: file systems take 255, and endings and the names of unfinished files are longer."""
+
+_RESERVED = ("predictions", "index", "boxes", "thumbnails")
+"""Names, without ending, of the files and folders beside the results of scans."""
 
 
 @dataclass(frozen=True)
@@ -65,26 +44,25 @@ class PredictRequest:
     Attributes:
         inputs: files, folders (searched to the bottom), patterns such as "scans/*.ply".
         output: folder of the results; None: "boxes" in the run's folder.
-        dataset: dataset whose head predicts; None: the first one of the model.
-        up: axis of the files that points up: x, y, z or -x, -y, -z; "auto": as each says or shows, else z.
-        unit: unit of the files: m, cm, mm, ft, in; "auto": as each says or shows, else m.
-        colors: range of the files' colours.
-        align: "gravity" turns a tilted scan upright first, "manhattan" turns its walls along x and y, "both", "none".
+        dataset, up, unit, colors, align, floor: as of `placement.Frame`.
         score: lowest score of a box.
         formats: some of `FORMATS`: boxes by scan ("json"), all boxes as a table ("csv"), points with labels and box
-            frames ("ply"), a page ("html") and a picture ("png") of each scan.
+            frames ("ply"), a page ("html") and a picture ("png") of each scan; "glb", "dxf" and "rrd" for other
+            programs.
         show: True to open a window for each scan.
         step: step of the checkpoint; None: the last.
-        most_points: points that are read of a larger file.
         columns: meaning of the columns of text tables, .npy, .npz and .bin, as in "x,y,z,_,r,g,b"; None: by names or
             values.
-        floor: height of the floor in the files (m, along the axis that points up); "auto": as found, "keep": heights
-            are left alone.
+        classes: classes of the boxes; empty: all.
+        agnostic_nms: True leaves one box where boxes of several classes overlap, the best one.
+        names: names of classes in the results, by those of the detector.
+        tile: how large scans are cut.
+        overwrite: True removes the results of an earlier prediction from the output first.
     """
 
     inputs: tuple[str, ...]
     output: Path | None = None
-    dataset: str | None = None
+    dataset: str = AUTO
     up: str = "auto"
     unit: str = "auto"
     colors: ColorRange = "auto"
@@ -93,30 +71,31 @@ class PredictRequest:
     formats: tuple[str, ...] = ("json", "csv", "ply", "html")
     show: bool = False
     step: int | None = None
-    most_points: int = MOST_POINTS
     columns: str | None = None
     floor: Floor = "auto"
+    classes: tuple[str, ...] = ()
+    agnostic_nms: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
+    tile: Tiling = "auto"
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         """Raise InputError if a field has none of its known values."""
         parse_columns(self.columns)
-        checked_floor(self.floor, "--floor")
-        for flag, value, known in (
-            ("up", self.up, (*UPRIGHT, "auto")),
-            ("unit", self.unit, (*UNITS, "auto")),
-            ("colors", self.colors, COLOR_RANGES),
-            ("align", self.align, ALIGNMENTS),
-            *(("formats", name, FORMATS) for name in self.formats),
-        ):
-            if value not in known:
-                raise InputError(f"--{flag} is {value!r}; expected is one of {', '.join(known)}.")
+        self.frame.check()
+        if unknown := [name for name in self.formats if name not in FORMATS]:
+            raise InputError(f"--formats is {unknown[0]!r}; expected is one of {', '.join(FORMATS)}.")
+        checked_tiling(self.tile, "--tile")
         if self.inputs and not self.formats and not self.show:
             names = ", ".join(FORMATS)
             raise InputError(f"--formats is empty, nothing would be written; expected are some of {names}.")
         if not 0 <= self.score <= 1:
             raise InputError(f"--score is {self.score:g}; expected is a number from 0 to 1.")
-        if self.most_points < 1:
-            raise InputError(f"At most {self.most_points} points of a file are asked for; expected is at least 1.")
+
+    @property
+    def frame(self) -> Frame:
+        """The frame of the files."""
+        return Frame(self.up, self.unit, self.colors, self.floor, self.align, self.dataset)
 
 
 @dataclass(frozen=True)
@@ -273,21 +252,33 @@ def _unique_names(places: Sequence[PurePath]) -> list[str]:
     """A name for each path: without its suffix if that makes it unique, whatever the case of letters."""
     plain = [_plain_name(place.with_suffix("")) for place in places]
     counts = Counter(name.casefold() for name in plain)
-    taken, names = {"predictions"}, []  # predictions.json holds the boxes of all scans
+    taken, names = set(_RESERVED), list[str]()
     for place, short in zip(places, plain, strict=True):
         is_unique = counts[short.casefold()] == 1 and short.casefold() not in taken
-        base = short if is_unique else _plain_name(place)
-        name, number = base, 2
-        while name.casefold() in taken:
-            name, number = f"{base}-{number}", number + 1
-        taken.add(name.casefold())
-        names.append(name)
+        names.append(free_name(short if is_unique else _plain_name(place), taken))
+        taken.add(names[-1].casefold())
     return names
+
+
+def free_name(base: str, taken: Collection[str]) -> str:
+    """Return a name, with a number behind it if it is among those taken, which are casefolded."""
+    name, number = base, 2
+    while name.casefold() in taken:
+        name, number = f"{base}-{number}", number + 1
+    return name
 
 
 def _plain_name(place: PurePath) -> str:
     parts = printable(place.as_posix()).replace("?", "_").split("/")
-    return "/".join(part for part in parts if part not in ("", ".", "..")) or "scan"
+    return "/".join(_bounded(part) for part in parts if part not in ("", ".", "..")) or "scan"
+
+
+def _bounded(part: str) -> str:
+    """Cut a part of a name that is too long for a file system, and tell it from others that begin alike."""
+    whole = part.encode()
+    if len(whole) <= _LONGEST:
+        return part
+    return f"{whole[: _LONGEST - 9].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,21 +287,19 @@ class FileScan:
 
     Attributes:
         file: path of the file and name of its scan.
-        scan: the scan in metres, z up, aligned if the request says so.
-        matrix: transform from the file's frame and unit to that of the scan; `scan.transform` in float64.
+        placed: the scan in the frame of the dataset whose head predicts.
         remarks: parts of sentences on assumptions and on likely mistakes, with the flag that corrects them.
-        seconds: time that reading and aligning took.
+        seconds: time that reading and placing took.
     """
 
     file: InputFile
-    scan: Scan
-    matrix: Float[np.ndarray, "4 4"]
+    placed: PlacedScan
     remarks: tuple[str, ...]
     seconds: float
 
 
-def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> FileScan:
-    """Read one file, bring it to metres with z up, and align it for the head of a dataset.
+def load_file(file: InputFile, request: PredictRequest, specs: Sequence[DatasetSpec]) -> FileScan:
+    """Read one file and bring it into the frame of the dataset whose head predicts.
 
     Raises:
         InputError: the file cannot be read or used; one sentence, with the flags that may help.
@@ -318,61 +307,18 @@ def load_file(file: InputFile, request: PredictRequest, spec: DatasetSpec) -> Fi
     started = time.perf_counter()
     if file.path.exists() and not file.path.is_file() and not file.path.is_dir():
         raise InputError(f"{printable(file.path)} is no regular file: give a point cloud.")
-    cloud = read_point_cloud(file.path, request.most_points, request.columns, request.colors)
-    up, unit, remarks = decide_frame(cloud, request.up, request.unit)
-    hint = f"say which with --colors ({', '.join(COLOR_RANGES)})"
-    try:
-        placed = place_cloud(file.name, cloud, upright_matrix(up, unit), request.colors, colors_hint=hint)
-    except ScanError as error:
-        hints = [f"It {remark}." for remark in remarks if "add --" in remark]
-        raise InputError(" ".join([str(error), *hints])) from error
-    if NO_COLORS in placed.scan.notes:
+    most = max(available_memory() // BYTES_A_POINT, TILED_ABOVE)
+    cloud = read_point_cloud(file.path, most, request.columns, request.colors)
+    placed = place(
+        file.name, cloud, request.frame, specs, f"say which with --colors ({', '.join(COLOR_RANGES)})"
+    )
+    notes, remarks = placed.placed.scan.notes, list[str]()
+    if NO_COLORS in notes:
         remarks.append("has no colours and is taken as grey, unlike what the model was trained on")
     elif request.colors == "0-255" and cloud.colors is not None and cloud.colors.max(initial=0) <= 1:
         remarks.append("looks as if colours reach to 1, not 255: add --colors=0-1")
     remarks += cloud.assumed
-    notes = [(kind, count) for kind, count in placed.scan.notes.items() if kind != NO_COLORS]
-    remarks += [f"{count:,} {kind}{' are left out' * (kind == NOT_FINITE)}" for kind, count in notes]
-    placed, more = align(placed, request.align, spec)
-    placed, placing = place_as_dataset(placed, spec, request.floor, "--floor={}")
-    remarks += [*more, *placing]
-    return FileScan(file, placed.scan, placed.matrix, tuple(remarks), time.perf_counter() - started)
-
-
-def align(
-    placed: PlacedCloud, how: Align, spec: DatasetSpec, advice: str = "add --align={}"
-) -> tuple[PlacedCloud, list[str]]:
-    """Turn a scan in metres, z up, as `PredictRequest.align` says, with remarks on what was done and would help.
-
-    `advice` is the form in which a remark names what would help.
-    """
-    # A remark needs the angles to a degree only, and is made of every file.
-    normals = surface_normals(placed.scan.points, *[_ADVISING] * (how == "none"))
-    gravity = estimate_gravity(normals)
-    rotation, remarks = np.eye(3), []
-    tilt = f"{math.degrees(gravity.tilt):.1f} degrees"
-    levels = how in ("gravity", "both")
-    is_tilted = not levels and gravity.sure and gravity.tilt > _TILTED
-    if levels and gravity.sure:
-        rotation = gravity.rotation
-        remarks.append(f"was tilted by {tilt} and is turned upright")
-    elif levels:
-        remarks.append("does not show which way is up (too few floors and walls) and is left as it is")
-    elif is_tilted:
-        # Walls are measured better on a level scan: advising both at once saves a round.
-        is_turned = how == "manhattan" or not spec.has_yaw
-        remarks.append(f"looks tilted by {tilt}: {advice.format('both' if is_turned else 'gravity')}")
-    walls = estimate_walls(normals @ rotation.T)
-    angle = f"{math.degrees(walls.angle):.1f} degrees"
-    turns = how in ("manhattan", "both")
-    if turns and walls.sure:
-        rotation = walls.rotation @ rotation
-        remarks.append(f"has its walls at {angle} to x and y and is turned along them")
-    elif turns:
-        remarks.append("shows no direction of its walls and is not turned along them")
-    elif walls.sure and not spec.has_yaw and abs(walls.angle) > _TURNED and not is_tilted:
-        remedy = advice.format("both" if levels else "manhattan")
-        remarks.append(f"has its walls at {angle} to x and y, and boxes of {spec.name} are axis-aligned: {remedy}")
-    if np.array_equal(rotation, np.eye(3)):
-        return placed, remarks
-    return moved(placed, rotation), remarks
+    remarks += [
+        f"{count:,} {kind}{' are left out' * (kind == NOT_FINITE)}" for kind, count in notes.items() if kind != NO_COLORS
+    ]
+    return FileScan(file, placed, (*remarks, *placed.remarks), time.perf_counter() - started)

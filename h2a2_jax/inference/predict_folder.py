@@ -1,30 +1,32 @@
-"""Predict files of points, or the validation scans of a run, and write the boxes.
+"""Predict files of points, and write the boxes: a job that can be stopped and goes on (`job`).
 
-An error in one file stops no other, and the results of a file are on disk as soon as it is predicted.
+An error in one file stops no other. While the network runs on a scan, the next one is read and the results of the one
+before are written.
 """
 
+import contextlib
+import json
 import re
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from threading import Thread
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from h2a2_jax.boxes.matching import GroundTruth
-from h2a2_jax.checkpoint.store import checkpoint_place, read_detector, restore_checkpoint
+from h2a2_jax.boxes.nms import Detections
+from h2a2_jax.checkpoint.store import StoredDetector
 from h2a2_jax.compilation import default_cache
-from h2a2_jax.config import ExperimentConfig
-from h2a2_jax.distributed import MeshLayout, train_mesh
+from h2a2_jax.config import EvalConfig
 from h2a2_jax.errors import INTERRUPTED, InputError
+from h2a2_jax.files import whole_file
 from h2a2_jax.host import progress_interval
+from h2a2_jax.inference.background import WorkBehind, read_ahead
 from h2a2_jax.inference.input_files import (
     FileScan,
     FoundInputs,
@@ -34,13 +36,18 @@ from h2a2_jax.inference.input_files import (
     load_file,
     printable,
 )
-from h2a2_jax.inference.predictor import PlannedPass, Predictor, build_predictor, predict_scans, prepare, skipped_lines
-from h2a2_jax.inference.results import document_of, scan_entry
-from h2a2_jax.inference.writers import ALL_BOXES, TABLE, check_output, write_document, write_scan, write_table
+from h2a2_jax.inference.job import FileIdentity, Job, open_job
+from h2a2_jax.inference.placement import AUTO
+from h2a2_jax.inference.predictor import PlannedPass, Predictor, build_predictor
+from h2a2_jax.inference.results import scan_entry
+from h2a2_jax.inference.scan_prediction import BoxChoice, plan_scan, predict_scan
+from h2a2_jax.inference.writers import check_output, write_scan
+from h2a2_jax.pretrained import weights_digest
 from h2a2_jax.scans.file_frame import OPEN
 from h2a2_jax.scans.formats.folders import describe_unread
-from h2a2_jax.scans.sources import build_source, some
+from h2a2_jax.scans.scan import some
 from h2a2_jax.scans.specs import DatasetSpec
+from h2a2_jax.viewer.index_page import write_index, write_thumbnail
 
 FAINT_SCORE = 0.05
 """Boxes down to this score, or to that of the request if it is lower, are on the page behind its slider."""
@@ -49,8 +56,8 @@ REPEATED = 3
 _DETAIL = re.compile(r", by its [^;]*|\([^)]*\)|-?\d[\d.,]*")
 """Reasons and numbers, which make no other kind of remark."""
 _SHOWN = 20  # names of files that are passed over
-
-Item = TypeVar("Item")
+_NO_MATTER = ("inputs", "output", "show", "step", "overwrite")
+"""Fields of a request that no result depends on; the step is in the weights."""
 
 
 def print_line(text: str) -> None:
@@ -60,103 +67,47 @@ def print_line(text: str) -> None:
 
 
 def predict_inputs(
-    workdir: Path,
+    open_detector: Callable[[], StoredDetector],
     request: PredictRequest,
-    config: ExperimentConfig | None = None,
+    output: Path,
+    settings: EvalConfig | None = None,
     say: Callable[[str], None] = print_line,
 ) -> "Outcome":
-    """Restore a checkpoint and write the boxes of files of points.
+    """Write the boxes of files of points to the folder `output`.
 
-    Compiled programs are kept for the next time (`h2a2_jax.compilation.default_folder`). The checkpoint must agree with
-    `config`, whose `eval` is used; None is the config that the checkpoint holds.
+    Compiled programs are kept for the next time (`h2a2_jax.compilation.default_folder`). The detector is opened when
+    the inputs are found and the folder can be written to. `settings` are those of the predictor; None: those that the
+    detector was trained with.
 
     Returns:
         Results and failures by file; also after Ctrl-C, with the files done until then.
 
     Raises:
-        InputError: nothing can be predicted at all: no input is found, the results cannot be written, there is no
-            checkpoint, or the model was not trained on the dataset.
+        InputError: nothing can be predicted at all: no input is found, the results cannot be written, or the folder
+            holds those of another request; there is no detector, or it has no such dataset or class.
     """
-    run = checkpoint_place(workdir).run
-    output = run / "boxes" if request.output is None else request.output
     found = find_inputs(request.inputs, output)
     check_output(output, (file.name for file in found.files), request.formats)
-    detector = read_detector(workdir, request.step, config)
-    config = detector.config if config is None else config
-    lowest = min(request.score, FAINT_SCORE)
-    settings = replace(config.eval, score_threshold=lowest)
-    predictor = build_predictor(detector, config.specs, settings, default_cache(say))
+    detector = open_detector()
+    settings = replace(settings or detector.config.eval, score_threshold=min(request.score, FAINT_SCORE))
+    specs = renamed_specs(detector.specs, request.names)
+    predictor = build_predictor(detector, specs, settings, default_cache(say))
     for line in _opening(found, request, predictor, output):
         say(line)
     if all(source.is_procedural for source in detector.config.datasets):
         say("The model has seen procedural scans only: on others its boxes show how things work, no more.")
-    outcome = predict_files(predictor, found, request, output, say)
-    for line in _closing(outcome, found, output):
-        say(line)
-    return outcome
-
-
-def predict_validation_scans(
-    workdir: Path,
-    request: PredictRequest | None = None,
-    config: ExperimentConfig | None = None,
-    say: Callable[[str], None] = print_line,
-) -> None:
-    """Restore a checkpoint and write the boxes of the validation scans, <workdir>/predictions/<dataset>.json.
-
-    The request has no inputs; its formats "ply", "html" and "png" are written scan by scan to <output>/<dataset>/, with
-    the annotated boxes beside those found. The checkpoint must agree with `config`, whose data are used; None is the
-    config that the checkpoint holds.
-
-    Raises:
-        InputError: there is no checkpoint, it is of another architecture than the config, a table is asked for, or the
-            results cannot be written.
-    """
-    request = request or PredictRequest((), formats=())
-    if "csv" in request.formats:
-        raise InputError("--formats=csv is for files of points (--input); scans of a config have json, ply, html, png.")
-    model, stored = restore_checkpoint(workdir, request.step, config)
-    config = stored if config is None else config
-    predictor = build_predictor(model, config.specs, config.eval)
-    output = checkpoint_place(workdir).run / "predictions" if request.output is None else request.output
-    check_output(output, (), ())
-    if request.dataset is not None:
-        predictor.spec(request.dataset)  # an error for a dataset that the model does not know
-    formats = tuple(name for name in request.formats if name != "json")  # all scans share one JSON file
-    for d in MeshLayout(train_mesh(len(config.specs)), len(config.specs)).evaluated:
-        spec = config.specs[d]
-        if request.dataset not in (None, spec.name):
-            continue
-        folder, skipped, entries = output / spec.name, dict[str, str](), []
-        for scan, _, found in predict_scans(predictor, build_source(config.datasets[d], "val"), spec, skipped):
-            entry = scan_entry(scan.name, scan.transform, found, spec)
-            entries.append(entry)
-            if not formats:
-                continue
-            known = scan.labels >= 0
-            truth, matrix = GroundTruth(scan.boxes[known], scan.labels[known]), scan.transform.astype(np.float64)
-            try:
-                write_scan(folder, formats, entry, scan, matrix, found, spec, truth)
-            except OSError as error:
-                problem = f"{error.filename or folder} cannot be written ({error.strerror})"
-                raise InputError(f"{problem}: choose another --output.") from error
-        for line in skipped_lines(skipped):
-            say(line)
-        path = output / f"{spec.name}.json"
-        write_document(path, document_of(entries, spec))
-        say(f"{path}: {sum(len(entry['boxes']) for entry in entries)} boxes in {len(entries)} scans")
+    return predict_files(predictor, found, request, output, say, weights=weights_digest(detector))
 
 
 def _opening(found: FoundInputs, request: PredictRequest, predictor: Predictor, output: Path) -> Iterator[str]:
     """Lines on the files found, the head that predicts and the frame that the files are taken to be in."""
-    names = [spec.name for spec in predictor.specs]
-    spec = predictor.specs[0] if request.dataset is None else predictor.spec(request.dataset)
-    choice = ""
-    if request.dataset is None and len(names) > 1:
-        choice = f" (the first of {', '.join(names)}; choose with --dataset)"
-    kind = "turned about the vertical" if spec.has_yaw else "axis-aligned"
     files = _count(found.files, "file")
-    yield f"{files}, boxes by the head of {spec.name}{choice}: {len(spec.classes)} classes, {kind}."
+    if request.dataset == AUTO and len(predictor.specs) > 1:
+        heads = "; ".join(f"{spec.name}, {_kind_of(spec)}" for spec in predictor.specs)
+        yield f"{files}, boxes by the head that a scan shows to be right ({heads}): --dataset chooses one for all."
+    else:
+        spec = predictor.specs[0] if request.dataset == AUTO else predictor.spec(request.dataset)
+        yield f"{files}, boxes by the head of {spec.name}: {_kind_of(spec)}."
     shown = " unless they say or show otherwise"
     up = f"z up{shown * (request.unit != 'auto')}" if request.up == "auto" else f"{request.up} up"
     unit = f"m{shown}" if request.unit == "auto" else request.unit
@@ -172,7 +123,12 @@ def _opening(found: FoundInputs, request: PredictRequest, predictor: Predictor, 
     yield from found.problems.values()
 
 
-def _closing(outcome: "Outcome", found: FoundInputs, output: Path) -> Iterator[str]:
+def _kind_of(spec: DatasetSpec) -> str:
+    kind = "boxes turned about the vertical" if spec.has_yaw else "axis-aligned boxes"
+    return f"{len(spec.classes)} classes, {kind}{', of single views' * spec.faces_y}"
+
+
+def _closing(outcome: "Outcome", output: Path) -> Iterator[str]:
     """Lines on remarks that were not printed one by one, boxes, time and failures."""
     for remark, names in outcome.remarks.values():
         if len(names) > REPEATED:
@@ -181,11 +137,16 @@ def _closing(outcome: "Outcome", found: FoundInputs, output: Path) -> Iterator[s
             yield f"{more} ({some(names[REPEATED:], 8)}), {alike}: {printable(remark)}."
     yield from _left_open(outcome.entries)
     boxes = "1 box" if outcome.boxes == 1 else f"{outcome.boxes} boxes"
-    done = f"{boxes} in {len(outcome.entries)} of {_count(found.files, 'scan')}: {printable(output)}"
-    yield f"Stopped. Until then: {done}; the same command begins anew." if outcome.interrupted else done
+    scans = "1 scan" if outcome.asked == 1 else f"{outcome.asked} scans"
+    done = f"{boxes} in {len(outcome.entries)} of {scans}: {printable(output)}"
+    yield f"Stopped. Until then: {done}; the same command goes on." if outcome.interrupted else done
     if outcome.entries:
         spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in outcome.seconds.items())
-        yield f"Seconds by stage, the next scan being read meanwhile: {spent}."
+        network = outcome.seconds["network"] / len(outcome.entries)
+        yield (
+            f"{outcome.elapsed:.1f} s, {len(outcome.entries) / outcome.elapsed:.2f} scans a second; the network alone "
+            f"takes {network:.2f} s a scan. Seconds by stage, reading and writing beside the network: {spent}."
+        )
     if outcome.failed:
         yield f"{len(outcome.failed)} failed:"
         yield from (f"  {_after_name(name, sentence)}" for name, sentence in outcome.failed.items())
@@ -220,17 +181,21 @@ class Outcome:
     """Results and failures of a prediction of files.
 
     Attributes:
+        asked: number of files that were to be predicted, without those that were done before.
         entries: `results.scan_entry` of each scan that was predicted.
         failed: by file, the sentence that says why it could not be predicted.
         remarks: by kind, the first remark and the names of all scans that have one that differs in details only.
-        seconds: time by stage: "load" and "maps" (in a thread of their own), "network", "boxes", "write".
+        seconds: time by stage: "load" and "maps" (in a thread of their own), "network", "boxes", "write" (in a thread).
+        elapsed: seconds from the first scan to the last result.
         interrupted: True if the user stopped the prediction.
     """
 
+    asked: int = 0
     entries: list[dict[str, Any]] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     remarks: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    elapsed: float = 0.0
     interrupted: bool = False
 
     @property
@@ -245,139 +210,200 @@ class Outcome:
 
 
 def predict_files(
-    predictor: Predictor, found: FoundInputs, request: PredictRequest, output: Path, say: Callable[[str], None] = print
+    predictor: Predictor,
+    found: FoundInputs,
+    request: PredictRequest,
+    output: Path,
+    say: Callable[[str], None] = print,
+    *,
+    weights: str = "",
 ) -> Outcome:
-    """Predict files and write the results to a folder, the next file being read meanwhile.
+    """Predict files and write the results to a folder; files that were done before are skipped.
 
     The lowest score of the predictor is that of the request, or `FAINT_SCORE` if this is lower. `say` is called with
-    remarks as they come up, `REPEATED` times for each kind, and with failures.
+    remarks as they come up, `REPEATED` times for each kind, with failures, and with a summary. `weights` identifies the
+    detector: results of other weights or flags are not mixed in one folder.
 
     Returns:
         Results and failures; also after Ctrl-C, with the files done until then.
 
     Raises:
-        InputError: the model was not trained on the dataset.
+        InputError: the detector has no such dataset or class, or the folder holds results of another kind.
     """
-    spec = predictor.specs[0] if request.dataset is None else predictor.spec(request.dataset)
-    outcome = Outcome(failed=dict(found.problems))
-    loads = [partial(_load, predictor, file, request, spec) for file in found.files]
-    with tqdm(total=len(found.files), unit="scan", mininterval=progress_interval(), disable=None) as bar:
-        try:
-            for file, pending in zip(found.files, read_ahead(loads), strict=True):
-                failure = _predict_file(predictor, pending, request, spec, output, outcome, say)
-                if failure is not None:
-                    outcome.failed[printable(file.path)] = failure
-                    say(f"failed: {_after_name(printable(file.path), failure)}")
-                bar.update()
-        except KeyboardInterrupt:
-            outcome.interrupted = True
-    try:
-        if "json" in request.formats:
-            write_document(output / ALL_BOXES, document_of(outcome.entries, spec))
-        if "csv" in request.formats:
-            write_table(output / TABLE, outcome.entries, spec)
-    except OSError as error:
-        outcome.failed[printable(output)] = f"{error.filename or output}: {error.strerror or error}."
-    return outcome
-
-
-def read_ahead(functions: Iterable[Callable[[], Item]]) -> Iterator[Future[Item]]:
-    """The results of functions in order; each begins while the result before is worked on, no earlier.
-
-    They run in daemon threads, which unlike those of an executor do not keep the program from ending.
-    """
-
-    def start(function: Callable[[], Item]) -> Future[Item]:
-        future: Future[Item] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:  # else nobody would ever see the end of the future
-                future.set_exception(error)
-
-        Thread(target=run, daemon=True).start()
-        return future
-
-    futures = map(start, functions)
-    following = next(futures, None)
-    while following is not None:
-        current = following
-        wait([current])
-        following = next(futures, None)
-        yield current
+    request.frame.check([spec.name for spec in predictor.specs])
+    choice = BoxChoice(request.classes, request.agnostic_nms)
+    choice.check(predictor.specs)
+    flags = {f"--{key}": value for key, value in asdict(request).items() if key not in _NO_MATTER}
+    what = json.loads(json.dumps({"weights": weights, **flags}))
+    with open_job(output, what, has_table="csv" in request.formats, overwrite=request.overwrite) as job:
+        named = job.named(found.files)
+        check_output(output, (file.name for file in named), request.formats)
+        job.start()
+        files = [file for file in named if not job.is_done(file)]
+        if done := len(named) - len(files):
+            say(f"{done} of {_count(named, 'scan')} {'is' if done == 1 else 'are'} done already and skipped.")
+        run = _Run(predictor, request, choice, output, job, say, Outcome(len(files), failed=dict(found.problems)))
+        run.predict(files)
+    for line in _closing(run.outcome, output):
+        say(line)
+    return run.outcome
 
 
 @dataclass(frozen=True)
 class _LoadedFile:
-    """A file that was read, the maps of its pass, and the seconds that each took."""
+    """A file that was read, the maps of its pass if it takes one, and the seconds that each took."""
 
+    identity: FileIdentity
     file: FileScan
-    planned: PlannedPass
+    planned: PlannedPass | None
     seconds: dict[str, float]
 
 
-def _load(predictor: Predictor, file: InputFile, request: PredictRequest, spec: DatasetSpec) -> _LoadedFile:
-    """Read a file and make its maps, while the network runs on the file before."""
-    loaded = load_file(file, request, spec)
-    seconds = {"load": loaded.seconds}
-    return _LoadedFile(loaded, predictor.plan([prepare(loaded.scan, spec)], seconds), seconds)
+class _Run:
+    """Prediction of files, with what its threads share."""
 
+    def __init__(
+        self,
+        predictor: Predictor,
+        request: PredictRequest,
+        choice: BoxChoice,
+        output: Path,
+        job: Job,
+        say: Callable[[str], None],
+        outcome: Outcome,
+    ):
+        self.predictor, self.request, self.choice, self.output = predictor, request, choice, output
+        self.job, self.say, self.outcome = job, say, outcome
+        self._writes_pages = "html" in request.formats
 
-def _predict_file(
-    predictor: Predictor,
-    pending: Future[_LoadedFile],
-    request: PredictRequest,
-    spec: DatasetSpec,
-    output: Path,
-    outcome: Outcome,
-    say: Callable[[str], None],
-) -> str | None:
-    """Predict one file and write its results; returns the reason where that failed."""
-    try:
-        read = pending.result()
-        loaded = read.file
-        for stage, spent in read.seconds.items():
-            outcome.seconds[stage] += spent
-        remarks = list(loaded.remarks)
-        for remark in remarks:
-            _remark(loaded, remark, outcome, say)
-        (every,) = predictor.run(read.planned, spec.name, outcome.seconds)
-        boxes = every.of_score(request.score)
-        if not len(boxes):
-            best = f"the best has {every.scores.max():.3f}: --score lowers the bound" if len(every) else "nor near it"
-            remarks.append(f"no box has a score of {request.score:g} or more, {best}")
-            _remark(loaded, remarks[-1], outcome, say)
-        started, scan, matrix = time.perf_counter(), loaded.scan, loaded.matrix
-        entry = scan_entry(scan.name, matrix, boxes, spec, printable(loaded.file.path))
-        if remarks:
-            entry["remarks"] = [printable(remark) for remark in remarks]
-        write_scan(output, request.formats, entry, scan, matrix, boxes, spec, shown=request.score, every=every)
-        outcome.seconds["write"] += time.perf_counter() - started
-        outcome.entries.append(entry)
-        if request.show:
-            from h2a2_jax.viewer.window import show
-
+    def predict(self, files: Sequence[InputFile]) -> None:
+        """Predict files; Ctrl-C ends it when what the network is done with is written."""
+        started = time.perf_counter()
+        loads = [partial(self._load, file) for file in files]
+        with (
+            tqdm(total=len(files), unit="scan", mininterval=progress_interval(), disable=None) as bar,
+            WorkBehind() as behind,
+        ):
             try:
-                show(scan, boxes, spec.classes, title=scan.name, score=request.score)
-            except InputError as error:  # no window is no failure: the boxes are written
-                _remark(loaded, f"is not shown: {error}".removesuffix("."), outcome, say)
-    except InputError as error:
-        return printable(error)
-    except OSError as error:
-        return printable(f"{error.filename or output}: {error.strerror or error}.")
-    except MemoryError as error:
-        return printable(f"There is not enough memory for it ({error}): thin it out or split it.")
-    except Exception as error:  # whatever goes wrong with one file, the others are predicted
-        what = " ".join(str(error).split())[:300]
-        return printable(f"Something unexpected went wrong ({type(error).__name__}: {what}).")
-    return None
+                for file, pending in zip(files, read_ahead(loads), strict=True):
+                    self._predict_file(file, pending, behind)
+                    bar.update()
+            except KeyboardInterrupt:
+                self.outcome.interrupted = True
+        try:
+            self._write_overview()
+        except OSError as error:
+            self.outcome.failed[printable(self.output)] = f"{error.filename or self.output}: {error.strerror or error}."
+        self.outcome.elapsed = time.perf_counter() - started
 
+    def _load(self, file: InputFile) -> _LoadedFile:
+        """Read a file and make its maps, while the network runs on the file before."""
+        identity = FileIdentity.of(file.path)
+        loaded = load_file(file, self.request, self.predictor.specs)
+        seconds = {"load": loaded.seconds}
+        planned = plan_scan(self.predictor, loaded.placed, self.request.tile, seconds)
+        return _LoadedFile(identity, loaded, planned, seconds)
 
-def _remark(loaded: FileScan, remark: str, outcome: Outcome, say: Callable[[str], None]) -> None:
-    """Note a remark; print it unless there were enough of its kind."""
-    kind = _DETAIL.sub("#", remark.replace(loaded.file.path.name, "it"))
-    _, names = outcome.remarks.setdefault(kind, (remark, []))
-    names.append(loaded.scan.name)
-    if len(names) <= REPEATED:
-        say(f"{loaded.scan.name}: {printable(remark)}.")
+    def _predict_file(self, file: InputFile, pending: Future[_LoadedFile], behind: WorkBehind) -> None:
+        """Predict one file, and have its results written."""
+        with self._failures_of(file):
+            read, request, seconds = pending.result(), self.request, self.outcome.seconds
+            loaded, spec = read.file, read.file.placed.spec
+            for stage, spent in read.seconds.items():
+                seconds[stage] += spent
+            remarks = list(loaded.remarks)
+            for remark in remarks:
+                self._remark(loaded, remark)
+            found = predict_scan(
+                self.predictor, loaded.placed, read.planned, request.tile, request.floor, seconds=seconds
+            )
+            every = self.choice.of(found, spec)
+            if not len(boxes := every.of_score(request.score)):
+                best = f"the best has {every.scores[0]:.3f}: --score lowers the bound" if len(every) else "nor near it"
+                remarks.append(f"no box has a score of {request.score:g} or more, {best}")
+                self._remark(loaded, remarks[-1])
+            behind.put(partial(self._write, read, every, boxes, remarks))
+            if request.show:
+                self._show(loaded, boxes)
+
+    def _write(self, read: _LoadedFile, every: Detections, boxes: Detections, remarks: Sequence[str]) -> None:
+        """Write the results of a scan, then note it in the job."""
+        file, placed, spec = read.file.file, read.file.placed.placed, read.file.placed.spec
+        started = time.perf_counter()
+        with self._failures_of(file):
+            entry = scan_entry(file.name, placed.matrix, boxes, spec, printable(file.path))
+            if remarks:
+                entry["remarks"] = [printable(remark) for remark in remarks]
+            write_scan(
+                self.output,
+                self.request.formats,
+                entry,
+                placed.scan,
+                placed.matrix,
+                boxes,
+                spec,
+                shown=self.request.score,
+                every=every,
+                rows=placed.rows,
+            )
+            if self._writes_pages:
+                thumbnail = self.output / "thumbnails" / f"{file.name}.jpg"
+                with whole_file(thumbnail) as part:
+                    write_thumbnail(part, placed.scan, boxes, spec.classes)
+            self.job.add(file, read.identity, entry)
+            self.outcome.entries.append(entry)
+            self.job.refresh(self._write_overview)
+        self.outcome.seconds["write"] += time.perf_counter() - started
+
+    def _write_overview(self) -> None:
+        """Write what shows all scans."""
+        if "json" in self.request.formats:
+            self.job.write_document(self._datasets())
+        if self._writes_pages:
+            entries = [
+                {**entry, "page": f"{name}.html", "thumbnail": f"thumbnails/{name}.jpg"}
+                for name, entry in self.job.entries.items()
+            ]
+            facts = [("heads", self._datasets()), ("lowest score", f"{self.request.score:g}")]
+            write_index(self.output / "index.html", entries, self.job.failed, title="Boxes", facts=facts)
+
+    def _datasets(self) -> str:
+        return ", ".join(dict.fromkeys(entry["dataset"] for entry in self.job.entries.values()))
+
+    @contextlib.contextmanager
+    def _failures_of(self, file: InputFile) -> Iterator[None]:
+        """Note what goes wrong with a file; the others are predicted."""
+        try:
+            yield
+            return
+        except InputError as error:
+            sentence = printable(error)
+        except OSError as error:
+            sentence = printable(f"{error.filename or self.output}: {error.strerror or error}.")
+        except MemoryError as error:
+            sentence = printable(f"There is not enough memory for it ({error}): thin it out or split it.")
+        except Exception as error:  # whatever goes wrong with one file, the others are predicted
+            what = " ".join(str(error).split())[:300]
+            sentence = printable(f"Something unexpected went wrong ({type(error).__name__}: {what}).")
+        name = printable(file.path)
+        self.outcome.failed[name] = sentence
+        self.say(f"failed: {_after_name(name, sentence)}")
+        with contextlib.suppress(OSError):  # a full disk has its own failure; the job tries the file again
+            self.job.fail(file, FileIdentity.of(file.path), sentence)
+
+    def _show(self, loaded: FileScan, boxes: Detections) -> None:
+        from h2a2_jax.viewer.window import show
+
+        placed = loaded.placed
+        try:
+            show(placed.placed.scan, boxes, placed.spec.classes, title=loaded.file.name, score=self.request.score)
+        except InputError as error:  # no window is no failure: the boxes are written
+            self._remark(loaded, f"is not shown: {error}".removesuffix("."))
+
+    def _remark(self, loaded: FileScan, remark: str) -> None:
+        """Note a remark; print it unless there were enough of its kind."""
+        kind = _DETAIL.sub("#", remark.replace(loaded.file.path.name, "it"))
+        _, names = self.outcome.remarks.setdefault(kind, (remark, []))
+        names.append(loaded.file.name)
+        if len(names) <= REPEATED:
+            self.say(f"{loaded.file.name}: {printable(remark)}.")

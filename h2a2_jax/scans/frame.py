@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats.colors import GREY
@@ -61,10 +61,12 @@ class PlacedCloud:
     Attributes:
         scan: points in metres, z up, without boxes.
         matrix: `scan.transform` in float64, for map coordinates have more digits than float32.
+        rows: number of each point among those of the file, from 0; None: all of them are there.
     """
 
     scan: Scan
     matrix: Float[np.ndarray, "4 4"]
+    rows: Int[np.ndarray, " m"] | None = None
 
 
 def place_cloud(
@@ -101,19 +103,23 @@ def place_cloud(
         shift = -_STEP * np.round(middle / _STEP) * (np.abs(middle) > _FAR)
         matrix[:3, 3] += shift
         points = points + shift
-    near = within_reach(name, points)
+    near, rows = within_reach(name, points), cloud.rows
     if not near.all():
         notes[FAR_POINTS] += int((~near).sum())
         points, unit = points[near], unit[near]
+        rows = np.flatnonzero(near) if rows is None else rows[near]
     boxes, labels = np.zeros((0, 7), np.float32), np.zeros(0, np.int32)
     transform = matrix.astype(np.float32)
-    return PlacedCloud(Scan(name, points.astype(np.float32), unit, boxes, labels, transform, dict(notes)), matrix)
+    return PlacedCloud(Scan(name, points.astype(np.float32), unit, boxes, labels, transform, dict(notes)), matrix, rows)
 
 
 _NEAR_FLOOR = 0.05  # m, half of what augmentation shifts a scan by
 _LEARNT_TURN = math.radians(30)  # of a view, by augmentation
 _VIEW = math.radians(15), math.radians(60)  # from the middle of a camera's view to its sides
 _NEAREST, _NEAR = 0.4, 4.0  # m, of what a camera sees
+_VIEWED = 100_000  # points
+_LINE = math.radians(1)  # width of a line of sight
+_DEEP, _MOST_DEEP = 0.5, 0.2  # m, and share of the points in lines of sight that show things so far apart
 
 
 Floor = float | Literal["auto", "keep"]
@@ -181,21 +187,42 @@ def moved(
     boxes[:, 6] += math.atan2(rotation[1, 0], rotation[0, 0])
     transform = matrix.astype(np.float32)
     scan = replace(placed.scan, points=points.astype(np.float32), boxes=boxes.astype(np.float32), transform=transform)
-    return PlacedCloud(scan, matrix)
+    return PlacedCloud(scan, matrix, placed.rows)
+
+
+def camera_direction(points: Float[np.ndarray, "m 3"]) -> float | None:
+    """Return the direction (rad, from x to y) of a scan (m, z up) that is the view of a camera at the origin, else None.
+
+    A view has nothing next to the camera, reaches less than 60 degrees to its sides, and shows one surface along most
+    lines of sight, where a scan from several places shows the walls behind the furniture.
+    """
+    some = points[:: max(1, len(points) // _VIEWED)].astype(np.float64)
+    across, distances = np.linalg.norm(some[:, :2], axis=1), np.linalg.norm(some, axis=1)
+    nearest, near = np.percentile(across, [2, 20])
+    # A room whose corner is the origin is no view: it has points next to it.
+    if nearest < _NEAREST or near > _NEAR:
+        return None
+    directions = some[:, :2] / np.maximum(across, 1e-6)[:, None]
+    middle = math.atan2(*directions.mean(axis=0)[::-1])
+    azimuth = np.arctan2(directions[:, 1], directions[:, 0])
+    off = np.abs((azimuth - middle + math.pi) % (2 * math.pi) - math.pi)
+    if not _VIEW[0] < np.percentile(off, 98) < _VIEW[1]:
+        return None
+    elevation = np.arcsin(some[:, 2] / np.maximum(distances, 1e-6))
+    lines = np.floor(np.stack([azimuth, elevation]) / _LINE).astype(np.int64)
+    _, line, counts = np.unique(lines[0] * 1000 + lines[1], return_inverse=True, return_counts=True)
+    nearest_of, farthest_of = np.full(len(counts), np.inf), np.zeros(len(counts))
+    np.minimum.at(nearest_of, line, distances)
+    np.maximum.at(farthest_of, line, distances)
+    is_seen = counts[line] > 2
+    is_deep = (farthest_of - nearest_of > _DEEP)[line]
+    return middle if is_seen.any() and is_deep[is_seen].mean() < _MOST_DEEP else None
 
 
 def _turn_to_y(points: Float[np.ndarray, "m 3"]) -> float | None:
     """Quarter turns about z (rad) that bring a camera's view from the origin to y; None for no view, or one along y."""
-    flat = points[:: max(1, len(points) // 20_000), :2].astype(np.float64)
-    distances = np.linalg.norm(flat, axis=1)
-    nearest, near = np.percentile(distances, [2, 20])
-    # A room whose corner is the origin is no view: it has points next to it.
-    if nearest < _NEAREST or near > _NEAR:
-        return None
-    directions = flat / np.maximum(distances, 1e-6)[:, None]
-    middle = math.atan2(*directions.mean(axis=0)[::-1])
-    off = np.arctan2(directions[:, 1], directions[:, 0]) - middle
-    if not _VIEW[0] < np.percentile(np.abs((off + math.pi) % (2 * math.pi) - math.pi), 98) < _VIEW[1]:
+    middle = camera_direction(points)
+    if middle is None:
         return None
     quarters = round((math.pi / 2 - middle) / (math.pi / 2)) % 4
     rest = abs((math.pi / 2 - middle - quarters * math.pi / 2 + math.pi) % (2 * math.pi) - math.pi)

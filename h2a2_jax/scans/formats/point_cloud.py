@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats import RawCloud, Thinning
@@ -74,6 +74,7 @@ class PointCloud:
         notes: counts by kind of points left out, and of points without a colour, which are grey.
         up: axis that points up (a key of `frame.UPRIGHT`) if the format or the file says so, as glTF does, else None.
         unit: unit of the points ("m", "cm", "mm") if the format or the file says so, else None.
+        rows: number of each point among those of the file, from 0, rising; None: all of them are there.
     """
 
     points: Float[np.ndarray, "n 3"]
@@ -83,6 +84,7 @@ class PointCloud:
     notes: Mapping[str, int] = field(default_factory=dict)
     up: str | None = None
     unit: str | None = None
+    rows: Int[np.ndarray, " n"] | None = None
 
 
 def read_point_cloud(
@@ -129,8 +131,12 @@ def read_point_cloud(
         ) from error
     if layout and suffix not in _TABLES:
         raw = raw.remarked(after=[COLUMNS_NOT_USED])
-    cloud = _finite(raw, color_range)
-    return replace(cloud, notes={**cloud.notes, THINNED: thinning.left_out}) if thinning.left_out else cloud
+    cloud, left_out = _finite(raw, color_range), thinning.left_out
+    if not left_out:
+        return cloud
+    read = thinning.rows(len(raw.points) + left_out)
+    rows = read if read is None or cloud.rows is None else read[cloud.rows]
+    return replace(cloud, rows=rows, notes={**cloud.notes, THINNED: left_out})
 
 
 def cloud_of_arrays(
@@ -177,17 +183,18 @@ def _finite(raw: RawCloud, color_range: ColorRange) -> PointCloud:
     """Leave out the points that are not finite, and settle the colours of the others."""
     points, hues = real(raw.points), raw.colors
     assumed, notes = raw.assumed, Counter[str]()
-    finite = np.isfinite(points).all(axis=1)
+    finite, rows = np.isfinite(points).all(axis=1), None
     if not finite.all():
         notes[NOT_FINITE] = int((~finite).sum())
-        points, hues = points[finite], None if hues is None else hues[finite]
+        points, hues, rows = points[finite], None if hues is None else hues[finite], np.flatnonzero(finite)
     if remark := _coarse(points, raw.points.dtype):
         assumed = (*assumed, remark)
     if hues is None:
-        return PointCloud(points, None, None, assumed, dict(notes), raw.up, raw.unit)
+        return PointCloud(points, None, None, assumed, dict(notes), raw.up, raw.unit, rows)
     colors = settle_colors(hues, color_range)
     notes.update(colors.notes)
-    return PointCloud(points, colors.values, colors.full, (*assumed, *colors.remarks), dict(notes), raw.up, raw.unit)
+    remarks = (*assumed, *colors.remarks)
+    return PointCloud(points, colors.values, colors.full, remarks, dict(notes), raw.up, raw.unit, rows)
 
 
 def _coarse(points: Float[np.ndarray, "n 3"], dtype: np.dtype) -> str | None:
