@@ -7,22 +7,21 @@
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
 from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.checkpoint.store import read_detector
 from h2a2_jax.compilation import default_cache, private_folder
 from h2a2_jax.errors import InputError
+from h2a2_jax.inference.found_boxes import Boxes
 from h2a2_jax.inference.input_files import align
 from h2a2_jax.inference.predictor import Predictor, prepare
-from h2a2_jax.inference.results import boxes_in_input_frame
 from h2a2_jax.loader.batching import no_scan
 from h2a2_jax.scans.file_frame import decide_frame
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, ColorRange, PointCloud, cloud_of_arrays
@@ -38,47 +37,6 @@ from h2a2_jax.scans.frame import (
     upright_matrix,
 )
 from h2a2_jax.scans.specs import DatasetSpec
-
-
-@dataclass(frozen=True, eq=False)
-class Boxes:
-    """Boxes found in one point cloud, in the frame and unit of its points, class by class by descending score.
-
-    Attributes:
-        centers: x, y, z of the middle.
-        sizes: full sizes along the axes of the points, before the box is turned.
-        yaws: radians, counter-clockwise about the axis that points up, seen from above; 0 for axis-aligned datasets.
-        scores: confidence, 0 to 1.
-        labels: index of the class among those of the dataset.
-        names: name of the class of each box.
-        notes: counts of points that were left out or repaired, by kind.
-        remarks: what was decided on the points, and what looks wrong: parts of sentences about the scan.
-    """
-
-    centers: Float[np.ndarray, "n 3"]
-    sizes: Float[np.ndarray, "n 3"]
-    yaws: Float[np.ndarray, " n"]
-    scores: Float[np.ndarray, " n"]
-    labels: Int[np.ndarray, " n"]
-    names: tuple[str, ...]
-    notes: Mapping[str, int] = field(default_factory=dict)
-    remarks: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def __iter__(self) -> Iterator["Boxes"]:
-        """Each box as a `Boxes` of length 1."""
-        return (self[i] for i in range(len(self)))
-
-    def __getitem__(self, chosen: Bool[np.ndarray, " n"] | Int[np.ndarray, " m"] | slice | int) -> "Boxes":
-        """Boxes chosen by a mask, as in `boxes[boxes.scores > 0.5]`, an array of rows, a slice or an index."""
-        rows = np.atleast_1d(np.arange(len(self))[chosen])
-        columns = (self.centers, self.sizes, self.yaws, self.scores, self.labels)
-        centers, sizes, yaws, scores, labels = (column[rows] for column in columns)
-        return Boxes(
-            centers, sizes, yaws, scores, labels, tuple(self.names[row] for row in rows), self.notes, self.remarks
-        )
 
 
 class Detector:
@@ -283,10 +241,7 @@ class Detector:
 
 def _boxes(found: Detections, placed: PlacedCloud, remarks: tuple[str, ...], spec: DatasetSpec, score: float) -> Boxes:
     """Boxes of at least a score in the frame and unit of the points as they were given."""
-    boxes = boxes_in_input_frame(found.boxes, placed.matrix)
-    names, columns = tuple(spec.classes[label] for label in found.labels), (boxes[:, :3], boxes[:, 3:6], boxes[:, 6])
-    every = Boxes(*columns, found.scores, found.labels, names, placed.scan.notes, remarks)
-    return every[found.scores >= score]
+    return Boxes.of(found.of_score(score), placed.scan, placed.matrix, spec, remarks=remarks)
 
 
 def _plain_array(what: str, values: Any) -> np.ndarray:

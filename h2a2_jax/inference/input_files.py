@@ -45,7 +45,7 @@ from h2a2_jax.scans.surfaces import estimate_gravity, estimate_walls, surface_no
 
 Align = Literal["none", "gravity", "manhattan", "both"]
 ALIGNMENTS: tuple[Align, ...] = ("none", "gravity", "manhattan", "both")
-FORMATS = ("json", "csv", "ply", "html", "png")
+FORMATS = ("json", "csv", "ply", "html", "png", "glb", "dxf", "rrd")
 MOST_POINTS = 500_000
 """Points read of a larger file: as many as large scans of rooms have, and memory stays below 2 GB at full width."""
 
