@@ -9,13 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from h2a2_jax.inference.detector import Boxes, Detector
+    from h2a2_jax.inference.detector import Detector
+    from h2a2_jax.inference.found_boxes import Boxes
     from h2a2_jax.scans.formats.point_cloud import PointCloud, read_point_cloud
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Boxes": "h2a2_jax.inference.detector",
+    "Boxes": "h2a2_jax.inference.found_boxes",
     "Detector": "h2a2_jax.inference.detector",
     "PointCloud": "h2a2_jax.scans.formats.point_cloud",
     "read_point_cloud": "h2a2_jax.scans.formats.point_cloud",

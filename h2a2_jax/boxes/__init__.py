@@ -6,7 +6,13 @@ Axis-aligned boxes carry yaw 0. Nothing here knows of networks or datasets.
 
 from h2a2_jax.boxes.codec import decode_boxes, decode_boxes_padded
 from h2a2_jax.boxes.iou import axis_aligned_bev_iou, axis_aligned_diou, axis_aligned_iou, pairwise_axis_aligned_bev_iou
-from h2a2_jax.boxes.nms import Detections, detections_from_predictions, multiclass_nms, overlap_matrix
+from h2a2_jax.boxes.nms import (
+    Detections,
+    detections_from_predictions,
+    multiclass_nms,
+    overlap_matrix,
+    suppress_across_classes,
+)
 from h2a2_jax.boxes.rotated_iou import (
     bev_intersection_area,
     pairwise_rotated_bev_iou,
@@ -31,4 +37,5 @@ __all__ = [
     "pairwise_rotated_iou",
     "rotated_bev_iou",
     "rotated_iou",
+    "suppress_across_classes",
 ]

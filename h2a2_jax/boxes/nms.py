@@ -35,6 +35,7 @@ MAX_CANDIDATES = 1000
 
 _WORD = 32  # classes whose bits share a word of the table
 _SMALLEST_BUCKET = 64
+_TOGETHER = 1024  # boxes whose overlaps are computed at once, on the host
 _AXIS_ALIGNED_BEV_IOU = jax.jit(pairwise_axis_aligned_bev_iou)
 _ROTATED_BEV_IOU = jax.jit(rotated_bev_iou)
 
@@ -82,9 +83,63 @@ def overlap_matrix(boxes: Float[AnyArray, "n 7"], *, rotated: bool) -> Float[np.
     return matrix
 
 
+<<<<<<< HEAD
 def overlaps_of_pairs(boxes: Float[np.ndarray, "n 7"], others: Float[np.ndarray, "n 7"]) -> Float[np.ndarray, " n"]:
     """Bird's-eye-view IoU of boxes with others, pair by pair, on the host; compiles once per power of two."""
     return np.asarray(_ROTATED_BEV_IOU(_pad(boxes), _pad(others)))[: len(boxes)]
+=======
+def suppress_across_classes(found: Detections, iou_threshold: float = 0.5, *, rotated: bool) -> Int[np.ndarray, " k"]:
+    """Suppress boxes of whatever class that overlap a better one, on the host ("agnostic" suppression).
+
+    Of boxes that stand in one place under several classes the best stays. Greedy by descending score, of equal scores
+    by row, as `multiclass_nms` within a class; heights are ignored.
+
+    Args:
+        found: Detections of a scan, in any order.
+        iou_threshold: A box is dropped if its bird's-eye-view IoU with a better one that is kept is greater than this.
+        rotated: True if yaw counts.
+
+    Returns:
+        Rows that are kept, ascending.
+    """
+    from scipy.sparse import coo_array  # here, for training loads this module and needs none of it
+    from scipy.sparse.csgraph import connected_components
+    from scipy.spatial import cKDTree
+
+    if not len(found):
+        return np.zeros(0, np.int64)
+    # Boxes of a building overlap within their room only: groups that cannot meet are compared by themselves.
+    boxes = found.boxes.astype(np.float64)
+    reach = np.linalg.norm(boxes[:, 3:5], axis=1) / 2
+    pairs = cKDTree(boxes[:, :2]).query_pairs(2 * reach.max() + 1e-6, output_type="ndarray")
+    distances = np.linalg.norm(boxes[pairs[:, 0], :2] - boxes[pairs[:, 1], :2], axis=1)
+    first, second = pairs[distances <= reach[pairs].sum(axis=1) + 1e-6].T
+    graph = coo_array((np.ones(len(first), bool), (first, second)), shape=(len(found), len(found)))
+    _, group = connected_components(graph, directed=False)
+    by_group = np.argsort(group, kind="stable")
+    ends = np.flatnonzero(np.diff(group[by_group], append=-1)) + 1
+    kept, start = np.zeros(len(found), bool), 0
+    for end, following in zip(ends, [*ends[1:], np.inf], strict=True):
+        if following - start > _TOGETHER:
+            rows = by_group[start:end]
+            kept[rows] = _suppress_on_host(found.boxes[rows], found.scores[rows], iou_threshold, rotated)
+            start = end
+    return np.flatnonzero(kept)
+
+
+def _suppress_on_host(boxes: np.ndarray, scores: np.ndarray, iou_threshold: float, rotated: bool) -> np.ndarray:
+    """Mask of the boxes that the greedy pass keeps."""
+    # Centred, for float32 has too few digits at the places of a map.
+    near = boxes.astype(np.float64)
+    near[:, :2] -= near[:, :2].mean(axis=0).round()
+    overlapping = overlap_matrix(near.astype(np.float32), rotated=rotated) > iou_threshold
+    kept, is_open = np.zeros(len(boxes), bool), np.ones(len(boxes), bool)
+    for row in np.argsort(-scores, kind="stable"):
+        if is_open[row]:
+            kept[row] = True
+            is_open &= ~overlapping[row]
+    return kept
+>>>>>>> results
 
 
 def _pad(boxes: np.ndarray) -> np.ndarray:

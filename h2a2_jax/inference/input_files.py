@@ -22,7 +22,7 @@ from h2a2_jax.scans.frame import NO_COLORS, Floor
 from h2a2_jax.scans.scan import NOT_FINITE, is_hidden
 from h2a2_jax.scans.specs import DatasetSpec
 
-FORMATS = ("json", "csv", "ply", "html", "png")
+FORMATS = ("json", "csv", "ply", "html", "png", "glb", "dxf", "rrd")
 BYTES_A_POINT = 200
 """Memory that a point takes while it is read, placed and written; files of more points than fit are thinned."""
 

@@ -6,7 +6,7 @@ Schema, version 1:
       "version": 1,
       "frame": "input file, z up",           x, y, z are those of the points as the input file stores them
       "units": {"length": "m", "angle": "rad"},
-      "dataset": "scannet",                   labels are indices of its classes
+      "dataset": "scannet",                   labels are indices of its classes; null for boxes of no dataset
       "scans": [
         {
           "name": "scene0000_00",
@@ -44,7 +44,7 @@ and its yaw is about the upright z. A corner is then center + R.T @ Rz(yaw) @ (+
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,15 @@ class PredictedScan:
     file: str | None = None
 
     @property
+    def quaternions(self) -> Float[np.ndarray, "n 4"]:
+        """The rotations as unit quaternions w, x, y, z, w >= 0."""
+        from scipy.spatial.transform import Rotation  # takes .2 s
+
+        if not len(self.detections):
+            return np.zeros((0, 4))
+        return Rotation.from_matrix(self.rotations).as_quat(canonical=True, scalar_first=True)
+
+    @property
     def rotations(self) -> Float[np.ndarray, "n 3 3"]:
         """The rotation of each box: a corner is center + rotation @ (+-dx/2, +-dy/2, +-dz/2)."""
         yaw = self.detections.boxes[:, 6].astype(np.float64)
@@ -103,13 +112,16 @@ class PredictedScan:
         return np.einsum("nij,nkj->nki", self.rotations, box_corners(still)) + boxes[:, None, :3]
 
 
-def document_of(entries: Iterable[dict[str, Any]], spec: DatasetSpec) -> dict[str, Any]:
-    """The document of entries (`scan_entry`) of scans, ready for `json.dump`."""
+def document_of(entries: Iterable[dict[str, Any]], spec: DatasetSpec | str | None) -> dict[str, Any]:
+    """The document of entries (`scan_entry`) of scans, ready for `json.dump`.
+
+    `spec` is the dataset whose head found the boxes, its name, or None for boxes of no dataset.
+    """
     return {
         "version": PREDICTIONS_VERSION,
         "frame": "input file, z up",
         "units": {"length": "m", "angle": "rad"},
-        "dataset": spec.name,
+        "dataset": spec.name if isinstance(spec, DatasetSpec) else spec,
         "scans": list(entries),
     }
 
@@ -125,6 +137,13 @@ def scan_entry(
     Raises:
         ValueError: the transform scales or mirrors, as that of an augmented scan may.
     """
+    return entry_of(in_file(name, transform, found, file), spec.classes)
+
+
+def in_file(
+    name: str, transform: Float[np.ndarray, "4 4"], found: Detections, file: str | None = None
+) -> PredictedScan:
+    """Lead boxes back to the frame and unit of the file of their scan; arguments and errors as of `scan_entry`."""
     try:
         up, unit = _file_frame(transform)
         boxes, alignment = boxes_in_input_frame(found.boxes, transform), None
@@ -133,8 +152,14 @@ def scan_entry(
         boxes = found.boxes.astype(np.float64)
         boxes[:, :3] = (boxes[:, :3] - transform[:3, 3]) @ alignment / UNITS[unit]
         boxes[:, 3:6] /= UNITS[unit]
+    return PredictedScan(name, Detections(boxes, found.scores, found.labels), up, unit, alignment, file)
+
+
+def entry_of(scan: PredictedScan, classes: Sequence[str]) -> dict[str, Any]:
+    """The entry of a scan in a document, with the names of its boxes' classes by label."""
+    found, (up, unit), alignment, file = scan.detections, (scan.up, scan.unit), scan.alignment, scan.file
     return {
-        "name": name,
+        "name": scan.name,
         **({} if file is None else {"file": file}),
         **({} if (up, unit) == ("z", "m") else {"up": up, "unit": unit}),
         **({} if alignment is None else {"alignment": alignment.round(9).tolist()}),
@@ -146,9 +171,9 @@ def scan_entry(
                 **({} if alignment is None else {"upright": False}),
                 "score": round(float(score), 6),
                 "label": int(label),
-                "name": spec.classes[label],
+                "name": classes[label],
             }
-            for box, score, label in zip(boxes, found.scores, found.labels, strict=True)
+            for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True)
         ],
     }
 
@@ -185,20 +210,45 @@ def boxes_in_input_frame(
         ValueError: the transform scales, mirrors or tilts, as that of an augmented scan may.
     """
     up, unit = _file_frame(transform)
-    matrix, upright = transform.astype(np.float64), np.array(UPRIGHT[up], np.float64)
-    turned = matrix[:3, :3] @ upright.T / UNITS[unit]
+    upright = np.array(UPRIGHT[up], np.float64)
+    rotation, angle = _turn(transform, up, unit)
+    moved = boxes.astype(np.float64)
+    moved[:, :3] = (moved[:, :3] - transform[:3, 3].astype(np.float64)) @ rotation @ upright / UNITS[unit]
+    moved[:, 3:6] = moved[:, 3:6] @ np.abs(upright) / UNITS[unit]
+    moved[:, 6] = _wrapped(moved[:, 6] - angle)
+    return moved
+
+
+def boxes_in_scan_frame(scan: PredictedScan, transform: Float[np.ndarray, "4 4"]) -> Float[np.ndarray, "n 7"]:
+    """Transform the boxes of a file to the frame of its scan, the inverse of `in_file`; float64, in metres, z up."""
+    moved, metres = scan.detections.boxes.astype(np.float64), UNITS[scan.unit]
+    moved[:, :6] *= metres
+    if scan.alignment is not None:
+        moved[:, :3] = moved[:, :3] @ scan.alignment.T
+    else:
+        upright = np.array(UPRIGHT[scan.up], np.float64)
+        rotation, angle = _turn(transform, scan.up, scan.unit)
+        moved[:, :3] = moved[:, :3] @ upright.T @ rotation.T
+        moved[:, 3:6] = moved[:, 3:6] @ np.abs(upright).T
+        moved[:, 6] = _wrapped(moved[:, 6] + angle)
+    moved[:, :3] += transform[:3, 3].astype(np.float64)
+    return moved
+
+
+def _turn(transform: np.ndarray, up: str, unit: str) -> tuple[Float[np.ndarray, "3 3"], float]:
+    """The rotation of a transform behind that which turns `up` to z, and its angle about z."""
+    turned = transform[:3, :3].astype(np.float64) @ np.array(UPRIGHT[up], np.float64).T / UNITS[unit]
     angle = math.atan2(turned[1, 0], turned[0, 0])
     cos, sin = math.cos(angle), math.sin(angle)
-    rotation = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
-    if np.abs(turned - rotation).max() > _TOLERANCE:
+    if np.abs(turned - np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])).max() > _TOLERANCE:
         raise _no_inverse(transform)
-    moved = boxes.astype(np.float64)
     # A tilt too small for a box's yaw is kilometres in the frame of a map: centres take the whole rotation.
     left, _, right = np.linalg.svd(turned)
-    moved[:, :3] = (moved[:, :3] - matrix[:3, 3]) @ (left @ right) @ upright / UNITS[unit]
-    moved[:, 3:6] = moved[:, 3:6] @ np.abs(upright) / UNITS[unit]
-    moved[:, 6] = (moved[:, 6] - angle + math.pi) % (2 * math.pi) - math.pi
-    return moved
+    return left @ right, angle
+
+
+def _wrapped(angles: np.ndarray) -> np.ndarray:
+    return (angles + math.pi) % (2 * math.pi) - math.pi
 
 
 def _file_frame(transform: np.ndarray) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from h2a2_jax.scans.scan_folder import (
     point_cloud_files,
     read_folder,
 )
-from h2a2_jax.scans.specs import SPECS, DatasetSpec, class_label, dataset_spec, own_spec
+from h2a2_jax.scans.specs import SPECS, DatasetSpec, class_label, dataset_spec, own_spec, plain_name
 from h2a2_jax.scans.synthetic.gap import protocol_at
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 from h2a2_jax.scans.tfds_source import TfdsSource, find_tfds, is_tfds
@@ -101,8 +101,12 @@ def _own_folder(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
         known = {s.name: sum(class_label(name, s) >= 0 for name in classes) for s in SPECS}
         spec = max(SPECS, key=lambda s: known[s.name])
         if known[spec.name] < len(classes):
+            # Spellings of one class, as "Chair" and "chair", are one.
+            spelt = {plain_name(name): name for name in reversed(classes)}
             spec = own_spec(
-                "its own", classes, has_yaw=any(box.box[6] for scan in description.scans for box in scan.boxes)
+                "its own",
+                tuple(sorted(spelt.values())),
+                has_yaw=any(box.box[6] for scan in description.scans for box in scan.boxes),
             )
         hints.append(
             f"Of the {len(classes)} classes in {BOXES_FILE}, "

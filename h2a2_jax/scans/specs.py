@@ -4,8 +4,11 @@ The numbers are TR3D's (arXiv 2302.02858) per-dataset training recipes. Class or
 indices in prepared mmdet3d folders, including their spelling ("showercurtrain").
 """
 
+import difflib
 import re
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from h2a2_jax.errors import InputError
 
@@ -137,6 +140,9 @@ SPECS = (SCANNET, SUNRGBD, S3DIS)
 """The three built-in datasets, in the order used throughout."""
 
 
+MAX_NAME_BYTES = 100
+"""Longest name of a dataset, in UTF-8: file systems take 255 for a file, whose name has more parts."""
+
 _OTHER_SPELLINGS = {"showercurtain": "showercurtrain"}
 
 
@@ -156,9 +162,114 @@ def dataset_spec(name: str) -> DatasetSpec:
 
 def class_label(name: str, spec: DatasetSpec) -> int:
     """Return the label of a class by its plain name (`plain_name`); -1 if the spec has no such class."""
+    return _label_of(name, spec.classes)
+
+
+def _label_of(name: str, classes: Sequence[str]) -> int:
     plain = plain_name(name)
     plain = _OTHER_SPELLINGS.get(plain, plain)
-    return next((label for label, known in enumerate(spec.classes) if plain_name(known) == plain), -1)
+    return next((label for label, known in enumerate(classes) if plain_name(known) == plain), -1)
+
+
+def chosen_labels(names: Sequence[str], spec: DatasetSpec) -> tuple[int, ...]:
+    """Return the labels of chosen classes, ascending, each once; plain spelling variants count (`class_label`).
+
+    Raises:
+        InputError: the spec has no such class, or none is chosen.
+    """
+    return labels_among(names, spec.classes, spec.name)
+
+
+def labels_among(names: Sequence[str], classes: Sequence[str], owner: str) -> tuple[int, ...]:
+    """Return the labels of chosen classes as `chosen_labels`; `owner` has the classes in the sentences of errors."""
+    labels = {name: _label_of(name, classes) for name in names}
+    if not labels:
+        raise InputError(f"No class is chosen; {owner} has {', '.join(classes)}.")
+    for name, label in labels.items():
+        if label < 0:
+            raise _no_class(name, classes, owner)
+    return tuple(sorted(set(labels.values())))
+
+
+def renamed(spec: DatasetSpec, names: Mapping[str, str]) -> DatasetSpec:
+    """Give classes names of one's own, for results; labels and the name of the dataset stay.
+
+    Args:
+        spec: dataset whose head predicts.
+        names: new names by present ones, as in {"garbagebin": "trash can"}; plain spelling variants count.
+
+    Raises:
+        InputError: the spec has no such class, a class is renamed twice, or the names are none (`check_class_names`).
+    """
+    classes = list(spec.classes)
+    given: dict[int, str] = {}
+    for name, new in names.items():
+        label = class_label(name, spec)
+        if label < 0:
+            raise _no_class(name, spec.classes, spec.name)
+        if label in given:
+            raise InputError(f"{spec.classes[label]} of {spec.name} is renamed to {given[label]!r} and to {new!r}.")
+        given[label] = classes[label] = new
+    check_class_names(tuple(classes), spec.name)
+    return replace(spec, classes=tuple(classes))
+
+
+def _no_class(name: str, classes: Sequence[str], dataset: str) -> InputError:
+    """Return the error for a class that a dataset does not have, with the nearest that it has."""
+    by_plain = {plain_name(known): known for known in classes}
+    near = difflib.get_close_matches(plain_name(name), by_plain, 1)
+    hint = f" (did you mean {by_plain[near[0]]}?)" if near else ""
+    return InputError(f"{dataset} has no class {name!r}{hint}; it has {', '.join(classes)}.")
+
+
+def check_class_names(classes: Sequence[str], dataset: str) -> None:
+    """Check that names of classes can be told apart and written in one line.
+
+    Raises:
+        InputError: a name is empty, has line breaks or other control characters, or differs from another only in
+            case, blanks, hyphens or underscores.
+    """
+    known: dict[str, str] = {}
+    for name in classes:
+        if not plain_name(name):
+            raise InputError(f"dataset {dataset} has a class called {name!r}; expected is a name with a letter.")
+        if _is_broken(name):
+            raise InputError(f"dataset {dataset} has a class called {name!r}; expected is a name without line breaks.")
+        if plain_name(name) in known:
+            raise InputError(
+                f"dataset {dataset} has the classes {known[plain_name(name)]!r} and {name!r}, which differ only in "
+                "case, blanks, hyphens or underscores, if at all: give one of them another name."
+            )
+        known[plain_name(name)] = name
+
+
+def check_dataset_name(name: str) -> None:
+    """Check that the name of a dataset can be that of a file and be written in one line.
+
+    Raises:
+        InputError: the name is empty, longer than 100 bytes, begins with a dot or a blank or ends with one, or has
+            slashes, line breaks or other control characters.
+    """
+    problem = ""
+    if not plain_name(name):
+        problem = "is empty" if not name else "has no letter and no digit"
+    elif _is_broken(name):
+        problem = "has a line break or another control character"
+    elif any(separator in name for separator in "/\\:"):
+        problem = "has a slash or a colon"
+    elif name.startswith(".") or name != name.strip() or name.endswith("."):
+        problem = "begins or ends with a dot or a blank"
+    elif len(name.encode()) > MAX_NAME_BYTES:
+        problem = f"has {len(name.encode())} bytes, more than {MAX_NAME_BYTES}"
+    if problem:
+        raise InputError(
+            f"The name of the dataset {name[:MAX_NAME_BYTES]!r} {problem}; files are called by it: give another one."
+        )
+
+
+def _is_broken(name: str) -> bool:
+    """Return True for a name with line breaks, other control characters, or parts that no text file can hold."""
+    return any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name)
 
 
 def plain_name(name: str) -> str:
@@ -184,12 +295,15 @@ def own_spec(
             dataset has there.
 
     Raises:
-        InputError: the name is built in; no class, one twice; a large class is none of the classes.
+        InputError: the name is built in; no class, one twice; a large class is none of the classes; or a name is none
+            (`check_dataset_name`, `check_class_names`).
     """
+    check_dataset_name(name)
     if name in (spec.name for spec in SPECS):
         raise InputError(f"{name} is a built-in dataset, whose classes are fixed: call one of your own otherwise.")
     if not classes or len(set(classes)) < len(classes):
         raise InputError(f"dataset {name} has the classes {classes!r}; expected at least one, each once.")
+    check_class_names(classes, name)
     if large_classes is None:
         known = {c for spec in SPECS for c, level in zip(spec.classes, spec.label_to_level, strict=True) if level == 1}
         large_classes = tuple(c for c in classes if c in known)
