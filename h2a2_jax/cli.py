@@ -457,8 +457,12 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workdir", metavar="FOLDER", help="folder of a run, whose checkpoint is taken for weights")
     _add_step(parser)
-    parser.add_argument("--dataset", help="dataset whose head predicts (auto: as a scan shows: a single view or a room)")
-    parser.add_argument("--output", metavar="FOLDER", help="folder of the results (boxes, in the workdir if one is given)")
+    parser.add_argument(
+        "--dataset", help="dataset whose head predicts (auto: as a scan shows: a single view or a room)"
+    )
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="folder of the results (boxes, in the workdir if one is given)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds results")
     parser.add_argument("--formats", type=_names, help="files to write: of json,csv,ply,html,png,glb,dxf,rrd")
     group = parser.add_argument_group("which boxes")

@@ -83,11 +83,11 @@ def overlap_matrix(boxes: Float[AnyArray, "n 7"], *, rotated: bool) -> Float[np.
     return matrix
 
 
-<<<<<<< HEAD
 def overlaps_of_pairs(boxes: Float[np.ndarray, "n 7"], others: Float[np.ndarray, "n 7"]) -> Float[np.ndarray, " n"]:
     """Bird's-eye-view IoU of boxes with others, pair by pair, on the host; compiles once per power of two."""
     return np.asarray(_ROTATED_BEV_IOU(_pad(boxes), _pad(others)))[: len(boxes)]
-=======
+
+
 def suppress_across_classes(found: Detections, iou_threshold: float = 0.5, *, rotated: bool) -> Int[np.ndarray, " k"]:
     """Suppress boxes of whatever class that overlap a better one, on the host ("agnostic" suppression).
 
@@ -139,7 +139,6 @@ def _suppress_on_host(boxes: np.ndarray, scores: np.ndarray, iou_threshold: floa
             kept[row] = True
             is_open &= ~overlapping[row]
     return kept
->>>>>>> results
 
 
 def _pad(boxes: np.ndarray) -> np.ndarray:

@@ -22,13 +22,12 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.inference.found_boxes import Boxes
 from h2a2_jax.inference.placement import AUTO, Align, Frame, PlacedScan, place
 from h2a2_jax.inference.predictor import Predictor
-from h2a2_jax.inference.scan_prediction import BoxChoice, drawn_points, plan_scan, predict_scan
+from h2a2_jax.inference.scan_prediction import BoxChoice, drawn_points, plan_scan, predict_scan, renamed_specs
 from h2a2_jax.inference.tiles import Tiling, checked_tiling, tiles_for
 from h2a2_jax.loader.batching import no_scan
 from h2a2_jax.pretrained import load_pretrained, write_pretrained
 from h2a2_jax.scans.formats.point_cloud import ColorRange, PointCloud, cloud_of_arrays, read_point_cloud
 from h2a2_jax.scans.frame import Floor, respelt
-from h2a2_jax.scans.specs import renamed_specs
 
 Points = np.ndarray | str | Path | PointCloud
 """A point cloud: [n, 3] numbers x, y, z, the path of a file, or `read_point_cloud` of one."""
@@ -149,7 +148,9 @@ class Detector:
             InputError: the folder holds other things, or cannot be written; or the detector has no weights of its own.
         """
         if self.stored is None:
-            raise InputError("This detector was made of a predictor alone: restore one, or name its weights, to save it.")
+            raise InputError(
+                "This detector was made of a predictor alone: restore one, or name its weights, to save it."
+            )
         write_pretrained(self.stored, Path(folder))
         return Path(folder)
 
@@ -167,7 +168,9 @@ class Detector:
         return self.predictor.spec(dataset).classes
 
     @overload
-    def __call__(self, points: Points, colors: np.ndarray | None = ..., dataset: str = ..., **options: Any) -> Boxes: ...
+    def __call__(
+        self, points: Points, colors: np.ndarray | None = ..., dataset: str = ..., **options: Any
+    ) -> Boxes: ...
 
     @overload
     def __call__(

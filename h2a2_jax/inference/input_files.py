@@ -309,9 +309,7 @@ def load_file(file: InputFile, request: PredictRequest, specs: Sequence[DatasetS
         raise InputError(f"{printable(file.path)} is no regular file: give a point cloud.")
     most = max(available_memory() // BYTES_A_POINT, TILED_ABOVE)
     cloud = read_point_cloud(file.path, most, request.columns, request.colors)
-    placed = place(
-        file.name, cloud, request.frame, specs, f"say which with --colors ({', '.join(COLOR_RANGES)})"
-    )
+    placed = place(file.name, cloud, request.frame, specs, f"say which with --colors ({', '.join(COLOR_RANGES)})")
     notes, remarks = placed.placed.scan.notes, list[str]()
     if NO_COLORS in notes:
         remarks.append("has no colours and is taken as grey, unlike what the model was trained on")
@@ -319,6 +317,8 @@ def load_file(file: InputFile, request: PredictRequest, specs: Sequence[DatasetS
         remarks.append("looks as if colours reach to 1, not 255: add --colors=0-1")
     remarks += cloud.assumed
     remarks += [
-        f"{count:,} {kind}{' are left out' * (kind == NOT_FINITE)}" for kind, count in notes.items() if kind != NO_COLORS
+        f"{count:,} {kind}{' are left out' * (kind == NOT_FINITE)}"
+        for kind, count in notes.items()
+        if kind != NO_COLORS
     ]
     return FileScan(file, placed, (*remarks, *placed.remarks), time.perf_counter() - started)

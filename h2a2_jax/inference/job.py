@@ -20,9 +20,10 @@ from typing import Any
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.files import alone_in, whole_file
+from h2a2_jax.inference.box_table import csv_header, csv_text
 from h2a2_jax.inference.input_files import InputFile, free_name, printable
 from h2a2_jax.inference.results import document_of
-from h2a2_jax.inference.writers import ALL_BOXES, TABLE, csv_header, csv_text, write_document
+from h2a2_jax.inference.writers import ALL_BOXES, TABLE, write_document
 
 JOURNAL = "predictions.jsonl"
 LOCK = ".lock"

@@ -130,9 +130,7 @@ def place(
     return PlacedScan(placed, spec, (*remarks, *chosen, *turning, *placing))
 
 
-def choose_head(
-    placed: PlacedCloud, frame: Frame, specs: Sequence[DatasetSpec]
-) -> tuple[DatasetSpec, list[str]]:
+def choose_head(placed: PlacedCloud, frame: Frame, specs: Sequence[DatasetSpec]) -> tuple[DatasetSpec, list[str]]:
     """Choose the dataset whose head predicts a scan (m, z up), with a remark where there was a choice."""
     named = [spec for spec in specs if spec.name == frame.dataset]
     if named or len(specs) == 1:

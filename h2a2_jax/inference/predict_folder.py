@@ -40,7 +40,7 @@ from h2a2_jax.inference.job import FileIdentity, Job, open_job
 from h2a2_jax.inference.placement import AUTO
 from h2a2_jax.inference.predictor import PlannedPass, Predictor, build_predictor
 from h2a2_jax.inference.results import scan_entry
-from h2a2_jax.inference.scan_prediction import BoxChoice, plan_scan, predict_scan
+from h2a2_jax.inference.scan_prediction import BoxChoice, plan_scan, predict_scan, renamed_specs
 from h2a2_jax.inference.writers import check_output, write_scan
 from h2a2_jax.pretrained import weights_digest
 from h2a2_jax.scans.file_frame import OPEN

@@ -1,7 +1,6 @@
 """Prediction of one scan of any size: in one pass of the network, or tile by tile."""
 
-import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -9,7 +8,6 @@ import numpy as np
 from tqdm import tqdm
 
 from h2a2_jax.boxes.nms import Detections, suppress_across_classes
-from h2a2_jax.errors import InputError
 from h2a2_jax.host import progress_interval
 from h2a2_jax.inference.background import read_ahead
 from h2a2_jax.inference.placement import PlacedScan
@@ -28,7 +26,7 @@ from h2a2_jax.inference.tiles import (
 )
 from h2a2_jax.scans.frame import Floor
 from h2a2_jax.scans.scan import Scan
-from h2a2_jax.scans.specs import DatasetSpec, class_label
+from h2a2_jax.scans.specs import DatasetSpec, class_label, labels_among, renamed
 
 Seconds = dict[str, float] | None
 """Time by stage, added to as in `Predictor.predict`."""
@@ -117,12 +115,7 @@ class BoxChoice:
 
     def check(self, specs: Sequence[DatasetSpec]) -> None:
         """Raise InputError if no head has one of the classes."""
-        for name in self.classes:
-            if all(class_label(name, spec) < 0 for spec in specs):
-                known = list(dict.fromkeys(known for spec in specs for known in spec.classes))
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise InputError(f"There is no class {name!r}; the detector's are {', '.join(known)}.{hint}")
+        _check_classes(self.classes, specs)
 
     def of(self, found: Detections, spec: DatasetSpec) -> Detections:
         """Choose among the boxes that the head of a dataset found; they come back best first."""
@@ -135,3 +128,22 @@ class BoxChoice:
             return found
         kept = suppress_across_classes(found, self.iou_threshold, rotated=spec.has_yaw)
         return Detections(found.boxes[kept], found.scores[kept], found.labels[kept])
+
+
+def renamed_specs(specs: Sequence[DatasetSpec], names: Mapping[str, str]) -> tuple[DatasetSpec, ...]:
+    """Give classes names of one's own in every head that has them (`specs.renamed`).
+
+    Raises:
+        InputError: no head has one of the classes, or the new names are none.
+    """
+    _check_classes(names, specs)
+    return tuple(
+        renamed(spec, {old: new for old, new in names.items() if class_label(old, spec) >= 0}) for spec in specs
+    )
+
+
+def _check_classes(names: Collection[str], specs: Sequence[DatasetSpec]) -> None:
+    """Raise InputError for a name that no head has as a class."""
+    every = tuple(dict.fromkeys(known for spec in specs for known in spec.classes))
+    if names:
+        labels_among(tuple(names), every, "the detector")
