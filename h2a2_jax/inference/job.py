@@ -12,6 +12,7 @@ on, so that it ends as that of a job that nobody stopped.
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Job:
     Attributes:
         folder: where the results are.
         entries: `results.scan_entry` of each scan that is done, by name, in the order of the journal.
-        failed: sentences on the files that failed, by path.
+        failed: sentences on the files that failed, by path. Scans may be noted from several threads.
         is_new: True for a folder without a job.
     """
 
@@ -67,6 +68,7 @@ class Job:
         self.failed: dict[str, str] = {}
         self._files: dict[str, FileIdentity] = {}  # by name of the scan
         self._next_refresh = 0.0
+        self._lock = threading.Lock()
         self.is_new = True
 
     def named(self, files: Sequence[InputFile]) -> list[InputFile]:
@@ -88,24 +90,27 @@ class Job:
 
     def add(self, file: InputFile, identity: FileIdentity, entry: dict[str, Any]) -> None:
         """Note a scan whose results are written; `identity` is that of the file before it was read."""
-        again = file.name in self.entries
-        self._note(file, identity, {"entry": entry})
-        if again:  # the file has changed: its old rows go
-            self._write_journal()
-            self._write_table()
-        else:
-            self._append(JOURNAL, self._line(file.name))
-            if self._has_table:
-                self._append(TABLE, csv_text(entry))
+        with self._lock:
+            again = file.name in self.entries
+            self._note(file, identity, {"entry": entry})
+            if again:  # the file has changed: its old rows go
+                self._write_journal()
+                self._write_table()
+            else:
+                self._append(JOURNAL, self._line(file.name))
+                if self._has_table:
+                    self._append(TABLE, csv_text(entry))
 
     def fail(self, file: InputFile, identity: FileIdentity, sentence: str) -> None:
         """Note a file that could not be predicted; the job tries it again when it goes on."""
-        if file.name in self.entries:  # predicted before it was changed
-            del self.entries[file.name]
-            self._write_journal()
-            self._write_table()
-        self._note(file, identity, {"failure": sentence})
-        self._append(JOURNAL, self._line(file.name))
+        with self._lock:
+            before = self.entries.pop(file.name, None)
+            self._note(file, identity, {"failure": sentence})
+            if before is None:
+                self._append(JOURNAL, self._line(file.name))
+            else:  # predicted before the file was changed
+                self._write_journal()
+                self._write_table()
 
     def refresh(self, write: Callable[[], None], *, now: bool = False) -> None:
         """Write predictions.json and what else shows all scans, if it is time to."""
@@ -121,6 +126,8 @@ class Job:
         write_document(self.folder / ALL_BOXES, document_of(self.entries.values(), dataset))
 
     def _note(self, file: InputFile, identity: FileIdentity, result: Mapping[str, Any]) -> None:
+        for known in (self._files, self.entries):  # what comes again comes last, in the journal as in the table
+            known.pop(file.name, None)
         self._files[file.name] = identity
         self.failed.pop(identity.path, None)
         if "entry" in result:
