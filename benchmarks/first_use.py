@@ -84,10 +84,11 @@ def make_inputs(folder: Path, run: Path, scans: int) -> dict[str, Any]:
     from h2a2_jax.checkpoint.train_state import create_state
     from h2a2_jax.config import ExperimentConfig
     from h2a2_jax.distributed import DATASET
+    from h2a2_jax.initialization import build_detector
     from h2a2_jax.layers.kernel_selection import SelectionConfig
     from h2a2_jax.models import DetectorConfig
+    from h2a2_jax.optimizer import build_optimizer, learning_rate
     from h2a2_jax.scans.specs import SPECS
-    from h2a2_jax.training.build import build_detector, build_optimizer, learning_rate
 
     sources = tuple(SourceConfig(spec.name, root=f"data/{spec.name}") for spec in SPECS)
     config = ExperimentConfig(sources, DetectorConfig(selection=SelectionConfig()))

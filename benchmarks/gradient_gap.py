@@ -53,11 +53,12 @@ from h2a2_jax.checkpoint.train_state import TrainState
 from h2a2_jax.checkpoint.tree import flat_names
 from h2a2_jax.config import ExperimentConfig, HarmonizeConfig, experiment_config, from_json
 from h2a2_jax.distributed import DATASET, REPLICA, MeshLayout, train_mesh
+from h2a2_jax.initialization import build_detector
 from h2a2_jax.loader.batching import Batch
 from h2a2_jax.scans.scan import enclosing_boxes
 from h2a2_jax.scans.specs import DatasetSpec, class_label
 from h2a2_jax.sparse.xla_cpu import compiler_options
-from h2a2_jax.training.build import Trainer, build_detector, build_stream, build_trainer
+from h2a2_jax.training.build import Trainer, build_stream, build_trainer
 from h2a2_jax.training.gradients import Targets, dataset_gradients
 from h2a2_jax.training.metrics import SELECTION_FILE, read_selection_log
 

@@ -30,11 +30,11 @@ from h2a2_jax.checkpoint.train_state import create_state, place_state
 from h2a2_jax.config import ExperimentConfig, HarmonizeConfig, SourceConfig
 from h2a2_jax.distributed import DATASET, stack_batches, train_mesh
 from h2a2_jax.host import available_cores
+from h2a2_jax.initialization import build_detector
 from h2a2_jax.loader.batching import collate, pad_batch
 from h2a2_jax.models import TR3D, DetectorConfig, LevelSizes, PlanLayout
 from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
-from h2a2_jax.training.build import build_detector
 from h2a2_jax.training.metrics import group_summary
 from h2a2_jax.training.step import make_train_step
 

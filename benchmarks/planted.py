@@ -48,9 +48,9 @@ from h2a2_jax.layers import DatasetContext, ForwardContext, SelectionConfig, Sel
 from h2a2_jax.layers.kernel_selection import READING_0_1_0
 from h2a2_jax.losses import DetectionLoss
 from h2a2_jax.models import DetectorConfig
+from h2a2_jax.optimizer import build_optimizer, grouped_paths, learning_rate
 from h2a2_jax.report.offsets import area_under_curve
 from h2a2_jax.sparse import KernelMap, SparseTensor, kernel_offsets, pad_map, pad_sites, site_set, submanifold_neighbors
-from h2a2_jax.training.build import build_optimizer, grouped_paths, learning_rate
 from h2a2_jax.training.gradients import Targets, Terms
 from h2a2_jax.training.step import make_train_step
 

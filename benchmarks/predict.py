@@ -37,12 +37,12 @@ from h2a2_jax.evaluation.evaluate import predict_source
 from h2a2_jax.inference.input_files import FileScan, InputFile, PredictRequest, find_inputs, load_file
 from h2a2_jax.inference.predictor import Predictor, build_predictor, prepare
 from h2a2_jax.inference.results import boxes_in_input_frame
+from h2a2_jax.initialization import count_parameters
 from h2a2_jax.scans.formats.colors import GREY
 from h2a2_jax.scans.formats.point_cloud import read_point_cloud
 from h2a2_jax.scans.scan import Scan, load_or_skip
 from h2a2_jax.scans.sources import build_source
 from h2a2_jax.scans.specs import DatasetSpec
-from h2a2_jax.training.build import count_parameters
 
 STAGES = ("load", "maps", "network", "boxes")
 _LOWEST, _SURE, _HIT = 0.05, 0.3, 0.5

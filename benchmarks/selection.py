@@ -22,10 +22,11 @@ from configs.joint import get_config
 from h2a2_jax.config import ExperimentConfig, experiment_config
 from h2a2_jax.distributed import MeshLayout, train_mesh
 from h2a2_jax.inference.folding import fold
+from h2a2_jax.initialization import build_detector
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.layers.kernel_selection import READING_0_1_0
 from h2a2_jax.sparse.xla_cpu import compiler_options
-from h2a2_jax.training.build import build_detector, build_stream, build_trainer
+from h2a2_jax.training.build import build_stream, build_trainer
 
 
 def rivals(config: ExperimentConfig) -> dict[str, ExperimentConfig]:

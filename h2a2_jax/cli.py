@@ -751,6 +751,18 @@ def _convert(given: Invocation) -> int | None:
     return convert_command(given.flags)
 
 
+def _weights_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="show the classes, scores and licence of these weights")
+    parser.add_argument("--download", action="store_true", help="fetch the named weights, to load without a network")
+
+
+def _weights(given: Invocation) -> int | None:
+    from h2a2_jax.pretrained.listing import weights_command
+
+    weights_command(given.flags.name, given.flags.download)
+    return None
+
+
 def _tau_sweep(given: Invocation) -> int | None:
     from h2a2_jax.sweeps.ablation import run_tau_sweep
 
@@ -800,5 +812,6 @@ COMMANDS: tuple[Command, ...] = (
     Command("sweep transfer", "transfer", "hold a dataset out, then fine-tune to it", _transfer_flags, _transfer, True),
     Command("sweep protocol", "protocol", "train and evaluate several times", _protocol_flags, _protocol, True),
     Command("replay", "replay", "run a batch again that was not finite", _replay_flags, _replay),
+    Command("weights", "", "list weights by name, show or download them", _weights_flags, _weights, False),
     Command("convert", "", "weights of TR3D in mmdetection3d to a run, and back", _convert_flags, _convert, False),
 )

@@ -16,14 +16,12 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.user_cache import CACHE_VARIABLE, OFF, user_cache
 
-CACHE_VARIABLE = "H2A2_CACHE"
-"""Environment variable with the folder of compiled programs; "off" keeps none."""
 _ENTRY, _LAST_USE = "-cache", "-atime"
 """Endings of the names of JAX's entries, and of the files with the time of their last use."""
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _CHUNK = 1 << 20
-_NAME = "h2a2_jax"
 
 
 @contextlib.contextmanager
@@ -63,18 +61,15 @@ def default_folder() -> Path | None:
     """Folder for compiled programs of this user, which may be missing; None if none are to be kept.
 
     That of the environment variable H2A2_CACHE ("off": none); else "h2a2_jax" in JAX's compilation cache, if the user
-    has set one on this machine (JAX_COMPILATION_CACHE_DIR), or in XDG_CACHE_HOME, by default ~/.cache.
+    has set one on this machine (JAX_COMPILATION_CACHE_DIR), or the folder of the user's caches (`user_cache`).
     """
     named = os.environ.get(CACHE_VARIABLE, "")
-    if named == "off" or not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+    if named == OFF or not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
         return None
-    if named:
-        return Path(named)
     of_jax = jax.config.jax_compilation_cache_dir or ""  # type: ignore[attr-defined]
-    if of_jax and "://" not in of_jax:
-        return Path(of_jax) / _NAME
-    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (xdg if xdg.is_absolute() else Path(os.path.expanduser("~")) / ".cache") / _NAME
+    if not named and of_jax and "://" not in of_jax:
+        return Path(of_jax) / "h2a2_jax"
+    return user_cache()
 
 
 def private_folder(folder: Path) -> Path:

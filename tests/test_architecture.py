@@ -8,17 +8,20 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "h2a2_jax"
 FLOORS: tuple[set[str], ...] = (
-    {"typing", "errors"},
+    {"typing", "errors", "user_cache"},
     {"host", "files", "restricted_pickle", "compilation", "distributed", "figures", "sparse", "boxes", "balancers"},
     {"layers", "losses"},
     {"linen", "models", "scans"},
     {"config", "prepare", "viewer"},
     {"check", "loader"},
     {"checkpoint"},
+    {"initialization", "optimizer"},
+    {"convert"},
+    {"pretrained"},
     {"inference"},
     {"evaluation"},
     {"training"},
-    {"convert", "report"},
+    {"report"},
     {"sweeps"},
     {"cli"},
     {"__main__"},

@@ -10,7 +10,6 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from h2a2_jax.compilation import (
-    CACHE_VARIABLE,
     compilation_cache,
     default_cache,
     default_folder,
@@ -20,6 +19,7 @@ from h2a2_jax.compilation import (
 )
 from h2a2_jax.errors import InputError
 from h2a2_jax.training.callbacks import CompilationCounter
+from h2a2_jax.user_cache import CACHE_VARIABLE, user_cache
 
 OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -117,17 +117,19 @@ def test_the_default_folder_is_that_of_the_user(tmp_path, no_cache, monkeypatch)
     for name in (CACHE_VARIABLE, "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert default_folder() == tmp_path / "home" / ".cache" / "h2a2_jax"
+    assert default_folder() == user_cache() == tmp_path / "home" / ".cache" / "h2a2_jax"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert default_folder() == tmp_path / "xdg" / "h2a2_jax"
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "of_jax"))
     assert default_folder() == tmp_path / "of_jax" / "h2a2_jax"
+    assert user_cache() == tmp_path / "xdg" / "h2a2_jax"
     jax.config.update("jax_compilation_cache_dir", "gs://bucket/cache")
     assert default_folder() == tmp_path / "xdg" / "h2a2_jax"
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "own"))
-    assert default_folder() == tmp_path / "own"
+    assert default_folder() == user_cache() == tmp_path / "own"
     monkeypatch.setenv(CACHE_VARIABLE, "off")
     assert default_folder() is None and default_cache(pytest.fail) is None
+    assert user_cache() == tmp_path / "xdg" / "h2a2_jax"
 
 
 def test_programs_are_kept_in_a_private_folder_alone(tmp_path, monkeypatch):

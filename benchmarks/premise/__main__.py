@@ -21,9 +21,9 @@ from h2a2_jax.checkpoint.store import CheckpointStore
 from h2a2_jax.config import ExperimentConfig, from_json
 from h2a2_jax.errors import InputError
 from h2a2_jax.figures import Section, page
+from h2a2_jax.initialization import build_detector
 from h2a2_jax.report.observation import PaddedShape, load_batches
 from h2a2_jax.scans.sources import build_source
-from h2a2_jax.training.build import build_detector
 
 OTHER_START = 1000
 """First seed of the controls that start with other kernels."""

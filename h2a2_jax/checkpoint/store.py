@@ -7,7 +7,7 @@ items). `h2a2_jax.checkpoint.tree` describes the arrays in them.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,16 @@ from flax import nnx
 
 from h2a2_jax.checkpoint.integrity import AVERAGES, ITEMS, CheckpointFiles
 from h2a2_jax.checkpoint.train_state import Averages, TrainState, head_configs, merge_model, split_model
-from h2a2_jax.checkpoint.tree import COUNTERS, Arrays, differences, filled, reordered_balancer, stacked, stored_state
+from h2a2_jax.checkpoint.tree import (
+    COUNTERS,
+    Arrays,
+    differences,
+    filled,
+    host_arrays,
+    reordered_balancer,
+    stacked,
+    stored_state,
+)
 from h2a2_jax.config import ExperimentConfig, from_json, leaves_of, to_json
 from h2a2_jax.errors import InputError
 from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
@@ -141,7 +150,9 @@ class CheckpointStore(CheckpointFiles):
             self._check_model(step, config.model, expected.model)
             names = list(expected.dataset_names)
         items = self._read_detector(step, header, averaged)
-        return StoredDetector(config, tuple(_specs(config, names)), _detector_arrays(items, names), self.place(step))
+        origin = {"run": str(self.directory.parent), "step": step}
+        specs, parts = tuple(_specs(config, names)), _detector_arrays(items, names)
+        return StoredDetector(config, specs, parts, self.place(step), origin)
 
     def restore_arrays(self, step: int | None = None) -> "StoredModel":
         """Read the stored arrays of a checkpoint's detector (None: the last one), for one of any architecture."""
@@ -214,12 +225,22 @@ class StoredDetector:
         specs: the datasets in the order of the dataset axis.
         parts: (exclusive, shared, statistics) by path, in the order of `split_model`; those of the datasets stacked.
         place: the checkpoint, as the beginning of an error message.
+        origin: facts for a model card, of JSON values: "run" and "step" of a checkpoint, or those that a pretrained
+            folder holds (`h2a2_jax.pretrained.card.CardFacts`).
     """
 
     config: ExperimentConfig
     specs: tuple[DatasetSpec, ...]
     parts: tuple[Arrays, Arrays, Arrays]
     place: str
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: TR3D, config: ExperimentConfig, place: str) -> "StoredDetector":
+        """Take the arrays of a built detector, which has the config's datasets in their order, to the host."""
+        _, *parts = split_model(model)
+        exclusive, shared, stats = map(host_arrays, parts)
+        return cls(config, tuple(config.specs), (exclusive, shared, stats), place)
 
     @property
     def heads(self) -> tuple[HeadConfig, ...]:

@@ -41,30 +41,30 @@ def flat_names(tree: Any) -> list[str]:
 
 def stored_params(shared: Any, exclusive: Any, specs: Sequence[DatasetSpec]) -> dict[str, Any]:
     """The item "params"; the datasets in the order of the dataset axis of the exclusive parameters."""
-    return {"shared": _host_arrays(shared), "datasets": _by_dataset(_host_arrays(exclusive), specs)}
+    return {"shared": host_arrays(shared), "datasets": _by_dataset(host_arrays(exclusive), specs)}
 
 
 def stored_statistics(stats: Any, specs: Sequence[DatasetSpec]) -> dict[str, Arrays]:
     """The item "batch_stats"."""
-    return _by_dataset(_host_arrays(stats), specs)
+    return _by_dataset(host_arrays(stats), specs)
 
 
 def stored_state(state: TrainState, specs: Sequence[DatasetSpec]) -> dict[str, Any]:
     """All items of a training state, by name."""
-    exclusive = _host_arrays(state.exclusive_optimizer)
+    exclusive = host_arrays(state.exclusive_optimizer)
     items: dict[str, Any] = {
         "params": stored_params(state.shared, state.exclusive, specs),
         "batch_stats": stored_statistics(state.stats, specs),
         "optimizer": {
             **{name: _host_array(getattr(state, name)) for name in COUNTERS},
-            "shared": _host_arrays(state.shared_optimizer),
+            "shared": host_arrays(state.shared_optimizer),
             "datasets": _by_dataset({path: array for path, array in exclusive.items() if array.ndim}, specs),
             "scalars": {path: array for path, array in exclusive.items() if not array.ndim},
-            "balancer": _host_arrays(state.balancer),
+            "balancer": host_arrays(state.balancer),
         },
     }
     if state.agreement is not None:
-        items["optimizer"]["agreement"] = _by_dataset(_host_arrays(state.agreement), specs)
+        items["optimizer"]["agreement"] = _by_dataset(host_arrays(state.agreement), specs)
     if (averages := state.averages) is not None:
         items["averages"] = {
             "params": stored_params(averages.shared, averages.exclusive, specs),
@@ -115,7 +115,7 @@ def reordered_balancer(stored: Arrays, like: Any, saved: Sequence[str], names: S
         return stored
     marked = has_dataset_axis(like)
     if marked is None:
-        return _host_arrays(like)
+        return host_arrays(like)
     rows = [list(saved).index(name) for name in names]
     moved = {path for path, has_axis in zip(flat_names(like), jax.tree.leaves(marked), strict=True) if has_axis}
     return {path: array[rows] if path in moved else array for path, array in stored.items()}
@@ -146,7 +146,8 @@ def filled(like: Any, stored: Arrays) -> Any:
     return jax.tree.unflatten(structure, map(place, [stored[name] for name in flat_names(like)], leaves))
 
 
-def _host_arrays(tree: Any) -> Arrays:
+def host_arrays(tree: Any) -> Arrays:
+    """Copy the leaves of a tree to the host, by path."""
     return dict(zip(flat_names(tree), map(_host_array, jax.tree.leaves(tree)), strict=True))
 
 

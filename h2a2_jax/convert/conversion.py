@@ -30,11 +30,12 @@ from h2a2_jax.convert.tr3d_weights import config_of_weights, export_tr3d, load_t
 from h2a2_jax.distributed import DATASET
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import quiet_command_line
+from h2a2_jax.initialization import draw_detector
 from h2a2_jax.models import TR3D
 from h2a2_jax.models.head import NUM_OUTPUTS
+from h2a2_jax.optimizer import build_optimizer, learning_rate
 from h2a2_jax.scans.sources import ROOTS, SourceConfig
 from h2a2_jax.scans.specs import SPECS
-from h2a2_jax.training.build import build_optimizer, draw_detector, learning_rate
 
 _FCAF3D_ONLY = "bbox_head.conv_center.kernel"
 _SHOWN = 3

@@ -30,11 +30,12 @@ import jaxlib
 from jax.experimental import serialize_executable
 
 import h2a2_jax
-from h2a2_jax.compilation import CACHE_VARIABLE
 from h2a2_jax.host import available_cores, cpu_features
 from h2a2_jax.models import LevelSizes
+from h2a2_jax.pretrained.catalog import MIRROR_VARIABLE
 from h2a2_jax.sparse import native_form
 from h2a2_jax.sparse.xla_cpu import compiler_options
+from h2a2_jax.user_cache import CACHE_VARIABLE
 
 _VERSION = 2
 _ENDING = ".program"
@@ -45,6 +46,8 @@ _MOST_RECENT = 4
 """Programs that the next process loads ahead: folding, network, boxes, and one for a second bucket."""
 _SETTINGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "H2A2_")
 """Beginnings of the environment variables that a program depends on."""
+_NO_VARIABLES = (CACHE_VARIABLE, MIRROR_VARIABLE)
+"""Environment variables of this package that no program depends on."""
 _NO_MATTER = ("cache", "log", "traceback", "profil", "coordinat", "distributed")
 """Parts of the names of JAX's settings that no program depends on."""
 
@@ -275,7 +278,7 @@ def _environment() -> str:
 def _settings() -> str:
     """Settings of JAX in this thread, and environment variables."""
     settings = {name: repr(value) for name, value in jax.config.values.items() if not _is_no_matter(name)}
-    variables = {name: v for name, v in os.environ.items() if name.startswith(_SETTINGS) and name != CACHE_VARIABLE}
+    variables = {name: v for name, v in os.environ.items() if name.startswith(_SETTINGS) and name not in _NO_VARIABLES}
     return repr((sorted(settings.items()), sorted(variables.items())))
 
 

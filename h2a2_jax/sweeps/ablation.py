@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
+from h2a2_jax.initialization import count_parameters
 from h2a2_jax.layers.kernel_selection import READING_0_1_0
 from h2a2_jax.sweeps.intervals import row_differences, samples_of, stored_matches
 from h2a2_jax.sweeps.sweep_plan import (
@@ -40,7 +41,6 @@ from h2a2_jax.sweeps.sweep_results import (
     training_length,
 )
 from h2a2_jax.sweeps.sweep_runner import run_sweep
-from h2a2_jax.training.build import count_parameters
 
 ABLATION_ROWS = ("naive", "sfks", "ngh", "sfks_ngh", "tr3d")
 """Rows of the ablation unless others are asked for."""

@@ -1,41 +1,37 @@
-"""Parts of a run from its config: detector, scans, learning rate, optimiser, compiled step, state to begin with."""
+"""Parts of a run from its config: training stream, trainer with its compiled step, detector and state to begin with."""
 
 import math
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import PRNGKeyArray
 
 from h2a2_jax.balancers import build_balancer
 from h2a2_jax.balancers.packing import pack_like, unpack
 from h2a2_jax.checkpoint.integrity import DamagedCheckpointError
-from h2a2_jax.checkpoint.parameter_groups import frozen_mask, frozen_paths, frozen_text, named_paths
+from h2a2_jax.checkpoint.parameter_groups import frozen_paths, frozen_text
 from h2a2_jax.checkpoint.store import CheckpointStore, checkpoint_place
 from h2a2_jax.checkpoint.train_state import (
     TrainState,
     create_state,
-    head_configs,
     merge_model,
     place_state,
     split_model,
 )
-from h2a2_jax.checkpoint.tree import flat_names
 from h2a2_jax.checkpoint.warm_start import warm_start
-from h2a2_jax.config import ExperimentConfig, OptimConfig, changes
+from h2a2_jax.config import ExperimentConfig, changes
 from h2a2_jax.distributed import DATASET, MeshLayout, is_main, say
 from h2a2_jax.errors import InputError
+from h2a2_jax.initialization import build_detector, draw_detector
 from h2a2_jax.loader.batching import Batch
 from h2a2_jax.loader.stream import JointStream, count_workers
-from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
+from h2a2_jax.models import TR3D
+from h2a2_jax.optimizer import build_optimizer, grouped_paths, learning_rate, packing_kind
 from h2a2_jax.scans.mmdet3d import Mmdet3dFolder
 from h2a2_jax.scans.scan import ScanSource
 from h2a2_jax.scans.sources import CachedSource, PermutedBoxes, build_source
@@ -47,36 +43,6 @@ CACHED_SCANS = 2000
 
 _SHOWN = 5
 """Changes of the config that an error message lists."""
-
-_WEIGHTS = r"(^|\.)(kernel|box_kernel|class_kernel|shared|exclusive|projection)$"
-"""Paths of parameters that multiply features. Others are scales and biases of norms, biases, validity priors, and
-tables of vectors: embeddings and prototypes; prototypes count by direction alone."""
-
-
-def build_detector(config: ExperimentConfig) -> TR3D:
-    """Build the detector of a config with the parameters that its seed draws."""
-    build = partial(draw_detector, config)
-    key = jax.random.key(config.train.seed)
-    # Drawn in one program, for hundreds of small ones would be compiled otherwise; the same for all seeds. With few
-    # optimisations it compiles in two thirds of the time and draws the same.
-    draw = jax.jit(lambda key: nnx.state(build(key)), compiler_options={"xla_backend_optimization_level": 1})
-    return nnx.merge(nnx.graphdef(nnx.eval_shape(build, key)), draw(key))
-
-
-def draw_detector(config: ExperimentConfig, key: PRNGKeyArray) -> TR3D:
-    """Build the detector of a config with the parameters that a key draws; for use in jit or `nnx.eval_shape`."""
-    return TR3D(config.model, head_configs(config.specs), rngs=nnx.Rngs(key))
-
-
-def count_parameters(config: ExperimentConfig) -> int:
-    """Count the trained numbers of the detector of a config, over all datasets, without drawing them."""
-    return _count_parameters(config.model, tuple(head_configs(config.specs)))
-
-
-@cache
-def _count_parameters(model: DetectorConfig, heads: tuple[HeadConfig, ...]) -> int:
-    shapes = nnx.eval_shape(lambda: TR3D(model, heads, rngs=nnx.Rngs(0)))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
 
 
 def build_stream(config: ExperimentConfig, process_layout: MeshLayout) -> JointStream:
@@ -98,127 +64,6 @@ def build_stream(config: ExperimentConfig, process_layout: MeshLayout) -> JointS
         lambda: {d: open_source(d) for d in process_layout.datasets}, "open its scans"
     )
     return JointStream(config, [sources.get(d) for d in range(len(config.datasets))], process_layout)
-
-
-def learning_rate(optim: OptimConfig, *, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
-    """Return the learning rate as a function of the step, counted from 0.
-
-    During warm-up a factor rises linearly to 1, in every schedule. "step" multiplies by `decay_factor` after each of
-    `decay_epochs`; "cosine" is half a cosine from the end of warm-up down to `final_lr` times `lr` at the last step
-    (Loshchilov and Hutter 2017, without restarts); "constant" stays.
-
-    Args:
-        optim: schedule and its numbers.
-        steps_per_epoch: optimiser steps of an epoch, the unit of `decay_epochs`.
-        total_steps: optimiser steps of the run.
-    """
-    warmup = optim.warmup_steps
-    if optim.schedule == "step":
-        decays = {epoch * steps_per_epoch: optim.decay_factor for epoch in optim.decay_epochs}
-        after = optax.piecewise_constant_schedule(optim.lr, decays)
-    elif optim.schedule == "cosine":
-        falling = optax.cosine_decay_schedule(optim.lr, max(total_steps - warmup, 1), optim.final_lr)
-
-        def after(count: Any) -> Any:
-            return falling(jnp.maximum(count - warmup, 0))
-
-    else:
-        after = optax.constant_schedule(optim.lr)
-
-    def rate(count: Any) -> Any:
-        return after(count) * _warm(warmup, count) if warmup else after(count)
-
-    return rate
-
-
-def _warm(steps: int, count: Any) -> Any:
-    """Factor of the learning rate in a warm-up of some steps."""
-    return jnp.minimum(1.0, (count + 1) / steps) if steps else 1.0
-
-
-def build_optimizer(
-    optim: OptimConfig,
-    schedule: optax.Schedule,
-    frozen: Collection[str] = (),
-    grouped: Mapping[str, int] = MappingProxyType({}),
-) -> optax.GradientTransformation:
-    """Build AdamW (Loshchilov and Hutter 2019), for a tree of shared and for one of exclusive parameters alike.
-
-    Paths of parameters decide about weight decay and freezing, never axes: exclusive parameters have one more. The
-    state has the same arrays under the same paths whatever the choice, so that a run resumes with another one.
-
-    Args:
-        optim: weight decay, and groups with learning rates of their own.
-        schedule: learning rate of each step.
-        frozen: paths of parameters (`frozen_paths`) whose update is zero and whose moments stay.
-        grouped: number of the group in `optim.groups` by path (`grouped_paths`).
-
-    Returns:
-        A transformation that acts parameter by parameter.
-    """
-    mask = None if optim.decay_norms_and_biases else is_weight
-    optimizer = optax.adamw(schedule, weight_decay=optim.weight_decay, mask=mask)
-    if not frozen and not grouped:
-        return optimizer
-
-    def factor(name: str, count: Any) -> Any:
-        group = optim.groups[number] if (number := _group_of(name, grouped)) is not None else None
-        if group is None:
-            return 1.0
-        if group.warmup_steps is None:
-            return group.lr
-        return group.lr * _warm(group.warmup_steps, count) / _warm(optim.warmup_steps, count)
-
-    def scale(tree: Any, count: Any) -> Any:
-        scaled = [leaf * factor(n, count) for n, leaf in zip(flat_names(tree), jax.tree.leaves(tree), strict=True)]
-        return jax.tree.unflatten(jax.tree.structure(tree), scaled)
-
-    def clear(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf, held: jnp.zeros_like(leaf) if held else leaf, tree, frozen_mask(tree, frozen))
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        count = state[0].count  # of Adam's part
-        updates, state = optimizer.update(clear(updates), state, params)
-        updates = clear(updates)  # again, for weight decay came in between
-        return scale(updates, count) if grouped else updates, state
-
-    return optax.GradientTransformation(optimizer.init, update)
-
-
-def is_weight(tree: Any) -> Any:
-    """Return the tree with True in place of kernels and other weight matrices, False of other parameters."""
-    weights = [re.search(_WEIGHTS, name) is not None for name in flat_names(tree)]
-    return jax.tree.unflatten(jax.tree.structure(tree), weights)
-
-
-def grouped_paths(shared: Any, exclusive: Any, optim: OptimConfig) -> dict[str, int]:
-    """Return the number of the group in `optim.groups` of each parameter that one of them names, by path.
-
-    Raises:
-        InputError: a group names something that the detector does not have.
-    """
-    found: dict[str, int] = {}
-    for number, group in enumerate(optim.groups):
-        for path in named_paths(shared, exclusive, group.parameters, f"optim.groups.{number}.parameters"):
-            found.setdefault(path, number)
-    return found
-
-
-def _group_of(name: str, grouped: Mapping[str, int]) -> int | None:
-    """Number of the group of a parameter, or of an array of packed ones (`_kind`)."""
-    packed = re.match(r"packed\..*\.group(\d+)\.", name)
-    return int(packed[1]) if packed else grouped.get(name)
-
-
-def _kind(name: str, frozen: Collection[str], grouped: Mapping[str, int]) -> str | None:
-    """Kind of a parameter to pack: names for which `is_weight` holds or not, by group; frozen ones keep their names."""
-    if name in frozen:
-        return None
-    if name.endswith("exclusive"):
-        kind = "exclusive"
-    else:
-        kind = "kernel" if re.search(_WEIGHTS, name) else "bias"
-    return f"group{grouped[name]}.{kind}" if name in grouped else kind
 
 
 @dataclass(frozen=True)
@@ -284,7 +129,7 @@ def build_trainer(
     balancer = build_balancer(config.harmonize, len(config.datasets), DATASET, config.train.seed)
     graph, state = create_state(
         detector, optimizer, balancer, averaged=optim.ema_decay > 0, accumulating=optim.accumulate_steps > 1,
-        kind=partial(_kind, frozen=frozen, grouped=grouped),
+        kind=partial(packing_kind, frozen=frozen, grouped=grouped),
     )  # fmt: skip
     if state.agreement is not None:
         _say_unmeasured(config, scans)

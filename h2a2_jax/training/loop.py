@@ -31,11 +31,11 @@ from h2a2_jax.evaluation.evaluate import evaluate, merged, say_notes, say_skippe
 from h2a2_jax.files import alone_in, drop_lines_after, whole_file
 from h2a2_jax.host import revision, versions
 from h2a2_jax.inference.predictor import Predictor, build_predictor
+from h2a2_jax.initialization import build_detector
 from h2a2_jax.loader.stream import JointStep, JointStream
 from h2a2_jax.loader.workers import WorkerDiedError
 from h2a2_jax.models import TR3D
 from h2a2_jax.training.build import (
-    build_detector,
     build_stream,
     build_trainer,
     check_frozen,

@@ -10,7 +10,7 @@ from h2a2_jax.balancers.ngh import plain_mean
 from h2a2_jax.checkpoint.store import CheckpointStore
 from h2a2_jax.checkpoint.train_state import create_state
 from h2a2_jax.config import ExperimentConfig, to_json
-from h2a2_jax.training.build import build_detector
+from h2a2_jax.initialization import build_detector
 
 
 def small(names: tuple[str, ...], selection: bool) -> ExperimentConfig:

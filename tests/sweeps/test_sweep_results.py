@@ -10,11 +10,11 @@ import pytest
 from configs.joint import demo, two
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
+from h2a2_jax.initialization import count_parameters
 from h2a2_jax.sweeps.ablation import ablation_rows, comparison_result, run_ablation, run_tau_sweep, tau_rows
 from h2a2_jax.sweeps.protocol import protocol_result, protocol_rows
 from h2a2_jax.sweeps.sweep_plan import Row, locate
 from h2a2_jax.sweeps.sweep_results import finished, markdown, spread, write_results
-from h2a2_jax.training.build import count_parameters
 from tests.sweeps.finished import LEVELS, write_run
 
 

@@ -32,7 +32,7 @@ from h2a2_jax.distributed import DATASET, train_mesh
 from h2a2_jax.layers import SelectionConfig
 from h2a2_jax.layers.agreement import FEWEST
 from h2a2_jax.models import DetectorConfig
-from h2a2_jax.training.build import build_optimizer, learning_rate
+from h2a2_jax.optimizer import build_optimizer, learning_rate
 from h2a2_jax.training.step import Sizes, make_train_step
 
 SETTINGS = Settings(channels=3, sites=60, noise=0.1, steps=130)

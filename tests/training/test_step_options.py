@@ -18,8 +18,8 @@ from h2a2_jax.config import OptimConfig, TrainConfig
 from h2a2_jax.distributed import stack_batches, train_mesh
 from h2a2_jax.loader.batching import Batch, BucketLadder, collate, pad_batch
 from h2a2_jax.models import LevelSizes, PlanLayout
+from h2a2_jax.optimizer import build_optimizer
 from h2a2_jax.scans.specs import SPECS
-from h2a2_jax.training.build import build_optimizer
 from h2a2_jax.training.step import make_train_step, tensor_names
 from tests.models.scenes import SELECTION, VOXEL, room, tiny_detector
 from tests.training.configs import joint_config

@@ -20,7 +20,7 @@ from h2a2_jax.distributed import DATASET, REPLICA, train_mesh
 from h2a2_jax.errors import InputError
 from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.models import DetectorConfig
-from h2a2_jax.training.build import _kind, build_optimizer, grouped_paths, is_weight, learning_rate
+from h2a2_jax.optimizer import build_optimizer, grouped_paths, is_weight, learning_rate, packing_kind
 from tests.checkpoint.test_store import NAMES, PLAIN, TINY, assert_equal, experiment, make_state, state_shapes
 
 FULL = DetectorConfig(
@@ -186,7 +186,7 @@ def test_groups_have_learning_rates_and_warm_up_of_their_own(packed: bool):
     grouped = grouped_paths(start.shared, start.exclusive, GROUPED)
     schedule = learning_rate(GROUPED, steps_per_epoch=1, total_steps=100)
     optimizers = build_optimizer(GROUPED, schedule, FROZEN, grouped), build_optimizer(GROUPED, schedule, FROZEN)
-    kind = partial(_kind, frozen=FROZEN, grouped=grouped)
+    kind = partial(packing_kind, frozen=FROZEN, grouped=grouped)
 
     def moves(optimizer: optax.GradientTransformation, name: str, axes: int) -> list[dict[str, jax.Array]]:
         params, slopes = getattr(start, name), getattr(gradients, name)

@@ -1,0 +1,268 @@
+"""Pretrained folders: a detector in three files that any machine reads, and that the Hugging Face hub shows.
+
+model.safetensors   the arrays by part and path, as in "shared/backbone.stem.conv.kernel"; parts are exclusive,
+                    shared, statistics, those of the datasets stacked in the order of "datasets"
+config.json         {"format": "h2a2_jax.pretrained", "version": 1, "datasets": [names],
+                     "classes": {dataset: [names]}, "sha256": of model.safetensors,
+                     "facts": of the card (`CardFacts`), "versions": {package: version},
+                     "config": of the experiment (`h2a2_jax.config.to_json`)}
+README.md           the model card (`model_card`)
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from h2a2_jax.checkpoint.store import StoredDetector
+from h2a2_jax.checkpoint.tree import Arrays, describe_array
+from h2a2_jax.config import from_json, to_json
+from h2a2_jax.errors import InputError
+from h2a2_jax.files import read_json
+from h2a2_jax.host import versions
+from h2a2_jax.pretrained.card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, CardFacts, facts_of_run, model_card
+
+FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)
+"""Files of a pretrained folder."""
+
+_FORMAT, _VERSION = "h2a2_jax.pretrained", 1
+_PARTS = ("exclusive", "shared", "statistics")
+_DTYPES: Mapping[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
+    "I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16,
+    "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+def write_pretrained(detector: StoredDetector, folder: str | Path, facts: CardFacts | None = None) -> None:
+    """Write a detector as a pretrained folder, whole or not at all.
+
+    An earlier pretrained folder of the same name is replaced.
+
+    Args:
+        detector: the detector.
+        folder: the folder; missing, empty, or an earlier pretrained folder without other files.
+        facts: facts for the model card; None: those of the detector's origin (`card_facts`).
+
+    Raises:
+        InputError: the folder holds something else, or cannot be written.
+    """
+    folder = Path(folder)
+    _check_replaceable(folder)
+    tensors = {
+        f"{part}/{path}": np.ascontiguousarray(array).reshape(array.shape)
+        for part, arrays in zip(_PARTS, detector.parts, strict=True)
+        for path, array in arrays.items()
+    }
+    weights = safetensors.numpy.save(tensors, {"format": _FORMAT})
+    facts = card_facts(detector) if facts is None else facts
+    document = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "datasets": [spec.name for spec in detector.specs],
+        "classes": {spec.name: spec.classes for spec in detector.specs},
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        "facts": facts.to_json(),
+        "versions": versions(),
+        "config": json.loads(to_json(detector.config)),
+    }
+    card = model_card(facts, detector.specs, folder.absolute().name, versions())
+    try:
+        with _whole_folder(folder) as part:
+            (part / WEIGHTS_FILE).write_bytes(weights)
+            (part / CONFIG_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            (part / CARD_FILE).write_text(card, encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written ({error.strerror or error}): free space there, or give another folder."
+        ) from error
+
+
+def read_pretrained(folder: str | Path) -> StoredDetector:
+    """Read the detector of a pretrained folder; nothing in it is run.
+
+    `StoredDetector.build` refuses arrays of another architecture than the config's.
+
+    Raises:
+        InputError: a file is missing, damaged, of another program or of another version.
+    """
+    folder = Path(folder)
+    stored = _read_config(folder)
+    weights = _read_bytes(folder / WEIGHTS_FILE)
+    if hashlib.sha256(weights).hexdigest() != stored.get("sha256"):
+        raise InputError(
+            f"{folder / WEIGHTS_FILE} is not the file that {CONFIG_FILE} beside it was written with (its sha256 "
+            "differs): remove the folder, and write, copy or download it again."
+        )
+    try:
+        config = from_json(json.dumps(stored.get("config")))
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG_FILE} cannot be used: {error}") from error
+    names, by_name = stored.get("datasets"), {spec.name: spec for spec in config.specs}
+    if not isinstance(names, list) or sorted(map(repr, names)) != sorted(map(repr, by_name)):
+        raise InputError(
+            f"{folder / CONFIG_FILE} lists the datasets {names!r}; expected are those of its config, "
+            f"{', '.join(config.dataset_names)}: write or download the folder again."
+        )
+    specs = tuple(by_name[name] for name in names)
+    exclusive, shared, statistics = _read_parts(folder / WEIGHTS_FILE, weights)
+    facts = CardFacts.from_json(stored.get("facts")).to_json()
+    return StoredDetector(config, specs, (exclusive, shared, statistics), f"The detector in {folder}", facts)
+
+
+def is_pretrained(folder: Path) -> bool:
+    """Return True if a folder has the files of a pretrained folder, whoever wrote them."""
+    return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
+
+
+def card_facts(detector: StoredDetector) -> CardFacts:
+    """Facts for the model card of a detector: those of its pretrained folder, or of its run."""
+    run, step = detector.origin.get("run"), detector.origin.get("step")
+    if isinstance(run, str) and isinstance(step, int):
+        return facts_of_run(Path(run), step)
+    return CardFacts.from_json(detector.origin)
+
+
+def weights_digest(detector: StoredDetector) -> str:
+    """SHA-256, in hexadecimal digits, of the architecture, the classes and the arrays: the identity of weights.
+
+    It does not depend on where the detector was read from, nor on how it was trained.
+    """
+    specs = [[spec.name, spec.classes, spec.has_yaw] for spec in detector.specs]
+    digest = hashlib.sha256(json.dumps([asdict(detector.config.model), specs], sort_keys=True).encode())
+    for part, arrays in zip(_PARTS, detector.parts, strict=True):
+        for path, array in sorted(arrays.items()):
+            digest.update(f"{part}/{path} {describe_array(array)}\n".encode())
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise InputError(
+            f"There is no file {file}: a pretrained folder holds {WEIGHTS_FILE} and {CONFIG_FILE}; copy or download it "
+            "whole."
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"{file} cannot be read ({error.strerror or error}): check the file and its rights."
+        ) from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json of this format and version."""
+    file = folder / CONFIG_FILE
+    try:
+        stored = json.loads(_read_bytes(file))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is damaged, it is no JSON ({_line(error)}): write or download it again.") from error
+    if not isinstance(stored, dict) or stored.get("format") != _FORMAT:
+        raise InputError(
+            f"{file} is of another program: expected is a folder that h2a2_jax wrote (Detector.save_pretrained)."
+        )
+    if stored.get("version") != _VERSION:
+        raise InputError(
+            f"{file} has version {stored.get('version')!r}, this program reads version {_VERSION}: install the "
+            "h2a2_jax that wrote it, or write the folder again."
+        )
+    return stored
+
+
+def _read_parts(file: Path, weights: bytes) -> tuple[Arrays, Arrays, Arrays]:
+    parts: dict[str, Arrays] = {part: {} for part in _PARTS}
+    try:
+        for name, tensor in safetensors.deserialize(weights):
+            part, _, path = name.partition("/")
+            parts[part][path] = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{file} holds no arrays of a detector ({_line(error)}): write it again.") from error
+    return parts["exclusive"], parts["shared"], parts["statistics"]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse a place that holds anything but an earlier pretrained folder."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; expected is a folder for the weights: give another name.")
+    try:
+        held = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror or error}): give another folder.") from error
+    stored = read_json(folder / CONFIG_FILE)
+    is_ours = isinstance(stored, dict) and stored.get("format") == _FORMAT
+    others = [name for name in held if name not in FILES] if is_ours else held
+    if others:
+        more = ", ..." if len(others) > 3 else ""
+        raise InputError(
+            f"{folder} holds {', '.join(others[:3])}{more}, and a pretrained folder is written as a whole: give a new "
+            "folder, or an earlier pretrained one without other files."
+        )
+
+
+@contextlib.contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside `folder`, which takes its place if the block ends well and is removed otherwise."""
+    place = folder.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _remove_remains(place)
+    own = f".{place.name}.{os.getpid()}.{secrets.token_hex(4)}"
+    part, earlier = place.with_name(f"{own}.part"), place.with_name(f"{own}.earlier.part")
+    part.mkdir()
+    try:
+        yield part
+        if place.exists():
+            place.rename(earlier)
+        part.rename(place)
+    except BaseException:
+        if earlier.exists() and not place.exists():
+            earlier.rename(place)
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _remove_remains(place: Path) -> None:
+    """Remove what a killed process left beside a folder while it wrote there."""
+    for left in place.parent.glob(f".{place.name}.*.part"):
+        process = left.name.removeprefix(f".{place.name}.").split(".")[0]
+        if process.isdecimal() and not _is_running(int(process)):
+            if left.name.endswith(".earlier.part") and not place.exists():
+                left.rename(place)
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":
+        return True  # there the question would be a signal
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
