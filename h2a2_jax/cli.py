@@ -650,7 +650,7 @@ def _predict_request(given: Invocation, request: "PredictRequest") -> int | None
     from h2a2_jax.distributed import processes
     from h2a2_jax.inference.predict_folder import predict_inputs, print_line
     from h2a2_jax.inference.validation_scans import predict_validation_scans
-    from h2a2_jax.pretrained import load_pretrained
+    from h2a2_jax.pretrained.load import load_pretrained
 
     values, config = given.flags, given.experiment()
     if not request.inputs:

@@ -8,10 +8,10 @@
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import numpy as np
 
@@ -20,17 +20,32 @@ from h2a2_jax.checkpoint.store import StoredDetector, read_detector
 from h2a2_jax.compilation import default_cache, private_folder
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.found_boxes import Boxes
-from h2a2_jax.inference.placement import AUTO, Align, Frame, PlacedScan, place
+from h2a2_jax.inference.placement import AUTO, Align, Frame, PlacedScan, place_scan
 from h2a2_jax.inference.predictor import Predictor
 from h2a2_jax.inference.scan_prediction import BoxChoice, drawn_points, plan_scan, predict_scan, renamed_specs
 from h2a2_jax.inference.tiles import Tiling, checked_tiling, tiles_for
 from h2a2_jax.loader.batching import no_scan
-from h2a2_jax.pretrained import load_pretrained, write_pretrained
+from h2a2_jax.pretrained.folder import write_pretrained
+from h2a2_jax.pretrained.load import load_pretrained
 from h2a2_jax.scans.formats.point_cloud import ColorRange, PointCloud, cloud_of_arrays, read_point_cloud
 from h2a2_jax.scans.frame import Floor, respelt
 
-Points = np.ndarray | str | Path | PointCloud
-"""A point cloud: [n, 3] numbers x, y, z, the path of a file, or `read_point_cloud` of one."""
+
+@runtime_checkable
+class HasPoints(Protocol):
+    """A point cloud with attributes: `read_point_cloud` of a file, or one of Open3D."""
+
+    @property
+    def points(self) -> Any:
+        """x, y, z of each point, [n, 3] numbers."""
+
+    @property
+    def colors(self) -> Any:
+        """Red, green, blue of each point, [n, 3] numbers; None or empty without colours."""
+
+
+Points = np.ndarray | str | Path | HasPoints
+"""A point cloud: [n, 3] numbers x, y, z, the path of a file, or an object that has points and colours."""
 
 
 class Detector:
@@ -72,8 +87,9 @@ class Detector:
             InputError: there are no such weights, or they cannot be downloaded or read; the sentence says where to put
                 a file by hand. Or as of `restore`.
         """
-        stored = load_pretrained(weights, say=lambda sentence: warnings.warn(sentence, stacklevel=3))
-        return cls._of(stored, score_threshold, iou_threshold, conditioning, kernels, names, cache)
+        return cls._of(
+            lambda: load_pretrained(weights, _warn), score_threshold, iou_threshold, conditioning, kernels, names, cache
+        )
 
     @classmethod
     def restore(
@@ -107,13 +123,14 @@ class Detector:
             InputError: there is no such checkpoint, or it cannot be read, or has no such dataset to condition on; or
                 an argument is not as above; or others can write to the folder of the cache.
         """
-        stored = read_detector(checkpoint, step)
-        return cls._of(stored, score_threshold, iou_threshold, conditioning, kernels, names, cache)
+        return cls._of(
+            lambda: read_detector(checkpoint, step), score_threshold, iou_threshold, conditioning, kernels, names, cache
+        )
 
     @classmethod
     def _of(
         cls,
-        stored: StoredDetector,
+        load: Callable[[], StoredDetector],
         score_threshold: float,
         iou_threshold: float,
         conditioning: str,
@@ -126,7 +143,8 @@ class Detector:
         _check_share("iou_threshold", iou_threshold)
         folder = None if isinstance(cache, bool) else private_folder(Path(cache))
         if cache is True:
-            folder = default_cache(lambda sentence: warnings.warn(sentence, stacklevel=3))
+            folder = default_cache(_warn)
+        stored = load()
         predictor = Predictor(
             stored,
             renamed_specs(stored.specs, names or {}),
@@ -236,8 +254,8 @@ class Detector:
         """
         single = not isinstance(points, list | tuple)
         named = _named_clouds(points, colors, single)
-        frame = Frame(up, unit, color_range, floor, align, dataset, spell=lambda name, value: f"{name}={value!r}")
-        frame.check(self.datasets, colors="color_range")
+        given = {"up": up, "unit": unit, "colors": color_range, "floor": floor, "align": align, "dataset": dataset}
+        frame = Frame.of(lambda name, value: f"{name}={value!r}", self.datasets, "color_range", **given)
         choice = BoxChoice(tuple([classes] if isinstance(classes, str) else classes), agnostic_nms)
         choice.check(self.predictor.specs)
         tile = checked_tiling(tile, "tile")
@@ -246,12 +264,12 @@ class Detector:
             raise InputError(f"batch_size is {batch_size!r}; expected is an integer from 1 on.")
         read = [_read(cloud, hue, color_range) for _, cloud, hue in named]
         placed = [
-            place(name, cloud, frame, self.predictor.specs, colors_hint="say color_range")
+            place_scan(name, cloud, frame, self.predictor.specs, colors_hint="say color_range")
             for (name, *_), cloud in zip(named, read, strict=True)
         ]
         found = self._predict(placed, tile, floor, int(batch_size), progress)
         result = []
-        for (_, given, _), cloud, scan, boxes in zip(named, read, placed, found, strict=True):
+        for (_, source, _), cloud, scan, boxes in zip(named, read, placed, found, strict=True):
             assumed = (respelt(remark, "color_range", "={!r}") for remark in cloud.assumed)
             result.append(
                 Boxes.of(
@@ -259,7 +277,7 @@ class Detector:
                     scan.placed.scan,
                     scan.placed.matrix,
                     scan.spec,
-                    file=given if isinstance(given, str | Path) else None,
+                    file=source if isinstance(source, str | Path) else None,
                     remarks=(*assumed, *scan.remarks),
                     rows=scan.placed.rows,
                 )
@@ -294,6 +312,10 @@ class Detector:
         return [found[i] for i in range(len(placed))]
 
 
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=4)
+
+
 def _named_clouds(points: Any, colors: Any, single: bool) -> list[tuple[str, Any, Any]]:
     """Point clouds as they were given, each with a name and its colours."""
     clouds: Sequence[Any] = [points] if single else points
@@ -314,21 +336,20 @@ def _named_clouds(points: Any, colors: Any, single: bool) -> list[tuple[str, Any
 
 
 def _is_row(cloud: Any) -> bool:
-    is_other = isinstance(cloud, str | Path | PointCloud) or hasattr(cloud, "points")
-    return not is_other and _plain_array("points", cloud).ndim == 1
+    return not isinstance(cloud, str | Path | HasPoints) and _plain_array("points", cloud).ndim == 1
 
 
 def _read(cloud: Any, hue: Any, color_range: ColorRange) -> PointCloud:
-    """Read a point cloud that was given in any of the forms of `Points`, or as one of Open3D."""
+    """Read a point cloud that was given in any of the forms of `Points`."""
     if isinstance(cloud, str | Path):
         if hue is not None:
             raise InputError(f"{cloud} is a file, which has its own colours: leave colors out.")
         return read_point_cloud(cloud, color_range=color_range)
-    if isinstance(cloud, PointCloud):
-        return cloud if hue is None else cloud_of_arrays(cloud.points, _plain_array("colors", hue), color_range)
-    if hasattr(cloud, "points"):  # of Open3D
-        own = _plain_array("colors", cloud.colors) if hue is None and len(getattr(cloud, "colors", ())) else hue
-        cloud, hue = cloud.points, own
+    if isinstance(cloud, PointCloud) and hue is None:
+        return cloud
+    if isinstance(cloud, HasPoints):
+        own = cloud.colors
+        cloud, hue = cloud.points, own if hue is None and own is not None and len(own) else hue
     array = _plain_array("points", cloud)
     if array.ndim == 3:
         raise InputError(

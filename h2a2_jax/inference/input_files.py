@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import available_memory
-from h2a2_jax.inference.placement import AUTO, Align, Frame, PlacedScan, place
+from h2a2_jax.inference.placement import AUTO, Align, Frame, PlacedScan, place_scan, spell_flag
 from h2a2_jax.inference.tiles import TILED_ABOVE, Tiling, checked_tiling
 from h2a2_jax.scans.formats.columns import parse_columns
 from h2a2_jax.scans.formats.folders import describe_unread, parts_of_meshes
@@ -82,7 +82,7 @@ class PredictRequest:
     def __post_init__(self) -> None:
         """Raise InputError if a field has none of its known values."""
         parse_columns(self.columns)
-        self.frame.check()
+        self.frame_among(None)
         if unknown := [name for name in self.formats if name not in FORMATS]:
             raise InputError(f"--formats is {unknown[0]!r}; expected is one of {', '.join(FORMATS)}.")
         checked_tiling(self.tile, "--tile")
@@ -92,10 +92,10 @@ class PredictRequest:
         if not 0 <= self.score <= 1:
             raise InputError(f"--score is {self.score:g}; expected is a number from 0 to 1.")
 
-    @property
-    def frame(self) -> Frame:
-        """The frame of the files."""
-        return Frame(self.up, self.unit, self.colors, self.floor, self.align, self.dataset)
+    def frame_among(self, datasets: Sequence[str] | None) -> Frame:
+        """Return the frame of the files; raise InputError for another dataset than those of a detector, if given."""
+        values = {name: getattr(self, name) for name in ("up", "unit", "colors", "floor", "align", "dataset")}
+        return Frame.of(spell_flag, datasets, **values)
 
 
 @dataclass(frozen=True)
@@ -309,7 +309,9 @@ def load_file(file: InputFile, request: PredictRequest, specs: Sequence[DatasetS
         raise InputError(f"{printable(file.path)} is no regular file: give a point cloud.")
     most = max(available_memory() // BYTES_A_POINT, TILED_ABOVE)
     cloud = read_point_cloud(file.path, most, request.columns, request.colors)
-    placed = place(file.name, cloud, request.frame, specs, f"say which with --colors ({', '.join(COLOR_RANGES)})")
+    placed = place_scan(
+        file.name, cloud, request.frame_among(None), specs, f"say which with --colors ({', '.join(COLOR_RANGES)})"
+    )
     notes, remarks = placed.placed.scan.notes, list[str]()
     if NO_COLORS in notes:
         remarks.append("has no colours and is taken as grey, unlike what the model was trained on")

@@ -10,8 +10,8 @@ remark, with the flag or the argument that settles it; boxes are given in the fr
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 
@@ -44,6 +44,11 @@ _ADVISING = 2_000
 _TILTED = _TURNED = math.radians(5)
 
 
+def spell_flag(name: str, value: str) -> str:
+    """Spell a flag of the command line and its value."""
+    return f"--{name}={value}"
+
+
 @dataclass(frozen=True)
 class Frame:
     """The frame of the points as the user says, and whose head predicts.
@@ -65,28 +70,40 @@ class Frame:
     floor: Floor = "auto"
     align: Align = "none"
     dataset: str = AUTO
-    spell: Callable[[str, str], str] = lambda name, value: f"--{name}={value}"
+    spell: Callable[[str, str], str] = spell_flag
 
-    def check(self, datasets: Sequence[str] | None = None, colors: str = "colors") -> None:
-        """Raise InputError if a value is none of those known.
+    @classmethod
+    def of(
+        cls, spell: Callable[[str, str], str], datasets: Sequence[str] | None, colors: str = "colors", **values: Any
+    ) -> "Frame":
+        """Make a frame of values that may be wrong.
 
-        `datasets` are the names of those of the detector, None before it is known; `colors` is the name of that
-        argument.
+        Args:
+            spell: as of the class.
+            datasets: names of those of the detector; None before it is known.
+            colors: name of the argument `colors` in the error.
+            **values: the other attributes.
+
+        Raises:
+            InputError: a value is none of those known.
         """
-        known = (
-            ("up", self.up, (*UPRIGHT, AUTO)),
-            ("unit", self.unit, (*UNITS, AUTO)),
-            (colors, self.colors, COLOR_RANGES),
-            ("align", self.align, ALIGNMENTS),
-            *(() if datasets is None else (("dataset", self.dataset, (*datasets, AUTO)),)),
-        )
-        for name, value, values in known:
-            if value not in values:
-                raise InputError(f"{self._name(name)} is {value!r}; expected is one of {', '.join(values)}.")
-        checked_floor(self.floor, self._name("floor"))
+        frame = {f.name: values.get(f.name, f.default) for f in fields(cls)}
 
-    def _name(self, argument: str) -> str:
-        return self.spell(argument, "").partition("=")[0]
+        def name_of(argument: str) -> str:
+            return spell(argument, "").partition("=")[0]
+
+        known = {
+            "up": (*UPRIGHT, AUTO),
+            "unit": (*UNITS, AUTO),
+            "colors": COLOR_RANGES,
+            "align": ALIGNMENTS,
+            **({} if datasets is None else {"dataset": (*datasets, AUTO)}),
+        }
+        for argument, expected in known.items():
+            if frame[argument] not in expected:
+                name = name_of(colors if argument == "colors" else argument)
+                raise InputError(f"{name} is {frame[argument]!r}; expected is one of {', '.join(expected)}.")
+        return cls(**frame | {"spell": spell, "floor": checked_floor(frame["floor"], name_of("floor"))})
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +121,7 @@ class PlacedScan:
     remarks: tuple[str, ...]
 
 
-def place(
+def place_scan(
     name: str, cloud: PointCloud, frame: Frame, specs: Sequence[DatasetSpec], colors_hint: str = ""
 ) -> PlacedScan:
     """Bring a point cloud into the frame of the dataset whose head predicts.

@@ -42,7 +42,7 @@ from h2a2_jax.inference.predictor import PlannedPass, Predictor, build_predictor
 from h2a2_jax.inference.results import scan_entry
 from h2a2_jax.inference.scan_prediction import BoxChoice, plan_scan, predict_scan, renamed_specs
 from h2a2_jax.inference.writers import check_output, write_scan
-from h2a2_jax.pretrained import weights_digest
+from h2a2_jax.pretrained.folder import weights_digest
 from h2a2_jax.scans.file_frame import OPEN
 from h2a2_jax.scans.formats.folders import describe_unread
 from h2a2_jax.scans.scan import some
@@ -230,7 +230,7 @@ def predict_files(
     Raises:
         InputError: the detector has no such dataset or class, or the folder holds results of another kind.
     """
-    request.frame.check([spec.name for spec in predictor.specs])
+    request.frame_among([spec.name for spec in predictor.specs])
     choice = BoxChoice(request.classes, request.agnostic_nms)
     choice.check(predictor.specs)
     flags = {f"--{key}": value for key, value in asdict(request).items() if key not in _NO_MATTER}

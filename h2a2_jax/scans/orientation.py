@@ -242,7 +242,9 @@ def _camera_votes(points: Float[np.ndarray, "m 3"]) -> Float[np.ndarray, " 6"]:
             if np.abs(np.median(across, axis=0)).max() > _CONE / 2:
                 continue
             near = depth < np.median(depth)
-            wide, far = (np.percentile(np.abs(across[part]), 98, axis=0) for part in (near, ~near))
+            # Of a wall that faces the camera and is half of the points, nothing is nearer than the median.
+            parts = (part if part.any() else ~part for part in (near, ~near))
+            wide, far = (np.percentile(np.abs(across[part]), 98, axis=0) for part in parts)
             # The sides of a view are planes through the camera: near and far points reach as far to the side.
             if (
                 (np.maximum(wide, far) < _CONE).all()
