@@ -30,7 +30,20 @@ from h2a2_jax.viewer.content import (
 )
 from h2a2_jax.viewer.image import draw
 
-_SCRIPTS = ("camera.js", "scene.js", "model.js", "panel.js", "input.js", "viewer.js")
+_SCRIPTS = (
+    "camera.js",
+    "scene.js",
+    "model.js",
+    "shapes.js",
+    "picking.js",
+    "panel.js",
+    "table.js",
+    "labels.js",
+    "hover.js",
+    "measure.js",
+    "input.js",
+    "viewer.js",
+)
 _STEPS = 65535
 _DECIMALS = 4
 
