@@ -1,7 +1,6 @@
 """A sheet of pictures of scans with their boxes, for a look at whether they fit."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,12 @@ from PIL import Image
 from h2a2_jax.boxes.matching import GroundTruth
 from h2a2_jax.scans.scan import ScanSource, load_or_skip
 from h2a2_jax.scans.specs import DatasetSpec
-from h2a2_jax.viewer.content import Content, make_content
+from h2a2_jax.viewer.content import Content, make_content, opened
 from h2a2_jax.viewer.image import View, draw_views
 
 _MOST_SCANS = 12
 _MOST_POINTS = 400_000
 _PIXELS = {1: 720, 2: 560, 3: 440}  # width of a view by the number of columns
-_WALL, _SKIRTING = 0.3, 0.8  # m: depth of the walls that are left out, and height from which they are
 
 
 def draw_contact_sheet(
@@ -38,7 +36,7 @@ def draw_contact_sheet(
         source = sources[splits[name][0]]
         for scan in load_or_skip(source, {}, [list(source.names).index(name)]):
             whole = make_content(scan, None, spec.classes, GroundTruth(scan.boxes, scan.labels), _MOST_POINTS)
-            views: dict[View, Content] = {"top": whole, "oblique": _open(whole)}
+            views: dict[View, Content] = {"top": whole, "oblique": opened(whole)}
             extents = " x ".join(f"{length:.1f}" for length in np.ptp(scan.points, axis=0))
             remark = f"{len(scan.points):,} points, {len(scan.boxes)} boxes, {extents} m"
             tiles.append(draw_views(views, f"{name} ({', '.join(splits[name])})", remark, _PIXELS[columns]))
@@ -49,11 +47,3 @@ def draw_contact_sheet(
     for i, tile in enumerate(tiles):
         sheet.paste(tile, (i % columns * width, i // columns * height))
     sheet.save(path, "PNG")
-
-
-def _open(shown: Content) -> Content:
-    """Leave out the walls between the room and the eye of the oblique view, which looks from low x and y."""
-    points = shown.scan.points
-    low = np.percentile(points, 1, axis=0)
-    seen = (points[:, 2] < low[2] + _SKIRTING) | (points[:, :2] > low[:2] + _WALL).all(axis=1)
-    return replace(shown, scan=replace(shown.scan, points=points[seen], colors=shown.scan.colors[seen]))

@@ -3,6 +3,7 @@
 import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -11,6 +12,7 @@ from scipy.spatial import cKDTree
 from h2a2_jax.boxes.codec import box_corners
 from h2a2_jax.boxes.matching import IOU_THRESHOLDS, GroundTruth, Pool, best_overlaps, match
 from h2a2_jax.boxes.nms import Detections
+from h2a2_jax.errors import InputError
 from h2a2_jax.scans.scan import Scan
 
 # Vivid ones first: datasets of few classes get the most distinct colours.
@@ -19,9 +21,45 @@ _CLASS_COLORS = (
     "#a8323e #0f8a7a #ff8fa3 #5b7fa6 #c9643b #6b8e23 #d19ae6 #7fc8f8 #d4b106 #8c6d5a"
 ).split()
 _CEILING = 0.25  # m below the highest points
+_WALL, _SKIRTING = 0.3, 0.8  # m: depth of the walls that are left out, and height from which they are
 _SPACING_PROBES = 1000
 _SMALLEST_ROOM = 1.0  # m
 _BULK = (0.2, 99.8)  # percentiles of the points to frame: a few strays seen through a window do not count
+
+
+@runtime_checkable
+class Viewable(Protocol):
+    """A scan with boxes in one object, as a detector returns them."""
+
+    @property
+    def scan(self) -> Scan:
+        """Points and colours."""
+
+    @property
+    def detections(self) -> Detections:
+        """Boxes in the scan's frame."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by label."""
+
+
+def parts_of(
+    scan: Scan | Viewable, detections: Detections | None, class_names: Sequence[str]
+) -> tuple[Scan, Detections | None, tuple[str, ...]]:
+    """Split what a function of the viewer was given into scan, detections and class names.
+
+    Raises:
+        InputError: detections or class names beside an object that has its own.
+    """
+    if isinstance(scan, Scan):
+        return scan, detections, tuple(class_names)
+    if detections is not None or len(class_names):
+        raise InputError(
+            f"A {type(scan).__name__} has boxes and class names of its own, and others were given beside it: give it "
+            "alone, or its scan with the other boxes."
+        )
+    return scan.scan, scan.detections, tuple(scan.class_names)
 
 
 def class_color(label: int) -> tuple[float, float, float]:
@@ -151,6 +189,25 @@ def above_score(shown: Content, score: float) -> Content:
     return replace(shown, detections=_rows(shown.detections, shown.detections.scores >= score))
 
 
+def thinned(shown: Content, max_points: int) -> Content:
+    """Keep at most `max_points` points, evenly along their order; the content says nothing of it."""
+    scan = shown.scan
+    if len(scan.points) <= max_points:
+        return shown
+    rows = _evenly(len(scan.points), max_points)
+    return replace(shown, scan=replace(scan, points=scan.points[rows], colors=scan.colors[rows]))
+
+
+def opened(shown: Content) -> Content:
+    """Leave out the walls between the room and the eye of the oblique view, which looks from low x and y."""
+    points = shown.scan.points
+    if not len(points):
+        return shown
+    low = np.percentile(points, 1, axis=0)
+    seen = (points[:, 2] < low[2] + _SKIRTING) | (points[:, :2] > low[:2] + _WALL).all(axis=1)
+    return replace(shown, scan=replace(shown.scan, points=points[seen], colors=shown.scan.colors[seen]))
+
+
 def _rows(found: Detections, rows: np.ndarray) -> Detections:
     return Detections(found.boxes[rows], found.scores[rows], found.labels[rows])
 
@@ -176,7 +233,7 @@ def point_spacing(points: Float[np.ndarray, "m 3"]) -> float:
     if len(points) < 2:
         return 0.05
     probes = points[_evenly(len(points), min(len(points), _SPACING_PROBES))]
-    distances, _ = cKDTree(points).query(probes, k=min(5, len(points)))
+    distances, _ = cKDTree(points, compact_nodes=False, balanced_tree=False).query(probes, k=min(5, len(points)))
     # The mean over four neighbours: the nearest alone is close by chance, or a duplicate.
     return float(max(np.percentile(distances[:, 1:].mean(axis=1), 80), 1e-4))
 

@@ -18,11 +18,14 @@ from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.scans.scan import Scan
 from h2a2_jax.viewer.content import (
     Content,
+    Viewable,
     above_score,
     below_ceiling,
     class_color,
     display_colors,
     make_content,
+    opened,
+    parts_of,
     point_spacing,
     view_limits,
 )
@@ -30,7 +33,8 @@ from h2a2_jax.viewer.render import Camera, Canvas, Lines, camera_for, draw_lines
 
 View = Literal["oblique", "top"]
 
-_OVERSAMPLING = 2
+_FINENESS = 2  # pixels a side that are drawn for one of the picture
+_THUMBNAIL_POINTS = 30_000
 _DIAMETER = 1.4  # of a point, in units of the distance between points
 _BACKGROUND = (0.867, 0.89, 0.918)
 _PAPER = (255, 255, 255)
@@ -46,9 +50,9 @@ _LEGEND = 190
 
 def write_image(
     path: str | Path,
-    scan: Scan,
-    detections: Detections | None,
-    class_names: Sequence[str],
+    scan: Scan | Viewable,
+    detections: Detections | None = None,
+    class_names: Sequence[str] = (),
     *,
     truth: GroundTruth | None = None,
     title: str | None = None,
@@ -65,7 +69,8 @@ def write_image(
 
     Args:
         path: path of the PNG file, of any suffix.
-        scan: points and colours; points without colours are coloured by height. The scan's boxes are not shown.
+        scan: points and colours; points without colours are coloured by height. The scan's boxes are not shown. Or, in
+            place of this and the next two, one object that has all three (`Viewable`).
         detections: boxes in the scan's frame; None for none.
         class_names: names of the classes by label.
         truth: annotated boxes.
@@ -77,12 +82,72 @@ def write_image(
         max_points: a scan of more points is thinned evenly.
 
     Raises:
+        InputError: as of `parts_of`.
         ValueError: as of `make_content`.
     """
-    shown = make_content(scan, detections, class_names, truth, max_points)
     software = PngInfo()
     software.add_text("Software", "boxes of h2a2_jax")
-    draw(shown, title=title, view=view, beside=beside, score=score, size=size).save(path, "PNG", pnginfo=software)
+    picture = draw_image(
+        scan,
+        detections,
+        class_names,
+        truth=truth,
+        title=title,
+        view=view,
+        beside=beside,
+        score=score,
+        size=size,
+        max_points=max_points,
+    )
+    picture.save(path, "PNG", pnginfo=software)
+
+
+def draw_image(
+    scan: Scan | Viewable,
+    detections: Detections | None = None,
+    class_names: Sequence[str] = (),
+    *,
+    truth: GroundTruth | None = None,
+    title: str | None = None,
+    view: View = "oblique",
+    beside: bool = False,
+    score: float | int = 0.3,
+    size: tuple[int, int] = (1400, 900),
+    max_points: int = 400_000,
+) -> Image.Image:
+    """Return the picture of `write_image`, whose arguments these are, as an image of Pillow."""
+    shown = make_content(*parts_of(scan, detections, class_names), truth, max_points)
+    return draw(shown, title=title, view=view, beside=beside, score=score, size=size)
+
+
+def write_thumbnail(
+    path: str | Path,
+    scan: Scan | Viewable,
+    detections: Detections | None = None,
+    class_names: Sequence[str] = (),
+    *,
+    score: float | int = 0.3,
+    size: tuple[int, int] = (320, 220),
+) -> None:
+    """Write a small JPEG of a scan with its boxes, obliquely from above, without ceiling, near walls and words.
+
+    Args:
+        path: path of the file, of any suffix.
+        scan: points and colours, or one object that has boxes and class names too, as for `write_image`.
+        detections: boxes in the scan's frame; None for none.
+        class_names: names of the classes by label.
+        score: detections below this score are not shown.
+        size: width and height in pixels.
+
+    Raises:
+        InputError: as of `parts_of`.
+        ValueError: as of `make_content`.
+    """
+    content = make_content(*parts_of(scan, detections, class_names), None, _THUMBNAIL_POINTS)
+    shown = opened(above_score(content, score))
+    camera = camera_for(*view_limits(shown), "oblique", *size)
+    picture = _draw_pane(_draw_room(shown, camera), camera, shown, True, False, labels=False)
+    picture.save(path, "JPEG", quality=82)
 
 
 def draw(
@@ -93,8 +158,9 @@ def draw(
     beside: bool = False,
     score: float | int = 0.3,
     size: tuple[int, int] = (1400, 900),
+    fineness: int = _FINENESS,
 ) -> Image.Image:
-    """Draw the picture of `write_image`."""
+    """Draw the picture of `write_image`; `fineness` pixels a side are drawn for one of the picture."""
     shown = above_score(shown, score)
     page = Image.new("RGB", size, _PAPER)
     remark = f"{shown.num_points:,} points, {len(shown.detections)} detections with score {score:g} or more"
@@ -105,9 +171,9 @@ def draw(
     width = (size[0] - _LEGEND - _MARGIN * (len(panes) + 1)) // len(panes)
     height = size[1] - _HEADER - _MARGIN
     camera = camera_for(*view_limits(shown), view, max(width, 16), max(height, 16))
-    points = _draw_room(shown, camera)
+    points = _draw_room(shown, camera, fineness)
     for i, (with_found, with_truth) in enumerate(panes):
-        picture = _draw_pane(points, camera, shown, with_found, with_truth)
+        picture = _draw_pane(points, camera, shown, with_found, with_truth, fineness=fineness)
         if len(panes) > 1:
             ImageDraw.Draw(picture).text((10, 8), ("Detections", "Ground truth")[i], _INK, _font(14))
         page.paste(picture, (_MARGIN + i * (width + _MARGIN), _HEADER))
@@ -127,32 +193,41 @@ def draw_views(views: Mapping[View, Content], title: str, remark: str, pixels: i
     return page
 
 
-def _draw_room(shown: Content, camera: Camera) -> Canvas:
-    """Draw points and the grid of the floor, `_OVERSAMPLING` pixels a side for one of the picture."""
-    fine = _finer(camera)
+def _draw_room(shown: Content, camera: Camera, fineness: int = _FINENESS) -> Canvas:
+    """Draw points and the grid of the floor, `fineness` pixels a side for one of the picture."""
+    fine = _finer(camera, fineness)
     points = shown.scan.points
     kept = below_ceiling(points)
     diameter = _DIAMETER * point_spacing(points)
     canvas = draw_points(fine, points[kept], display_colors(shown.scan)[kept], diameter, _BACKGROUND)
-    canvas = shade(canvas, _OVERSAMPLING, camera.distance if camera.parallel else None)
+    canvas = shade(canvas, fineness, camera.distance if camera.parallel else None)
     low, high = view_limits(shown)
     grid = _grid(low, high)
-    draw_lines(canvas, fine, Lines(grid, np.tile(_GRID, (len(grid), 1)), 0.8 * _OVERSAMPLING), visible=0.35, hidden=0.0)
+    draw_lines(canvas, fine, Lines(grid, np.tile(_GRID, (len(grid), 1)), 0.8 * fineness), visible=0.35, hidden=0.0)
     return canvas
 
 
 def _draw_pane(
-    room: Canvas, camera: Camera, shown: Content, with_found: bool, with_truth: bool, dashed: bool = True
+    room: Canvas,
+    camera: Camera,
+    shown: Content,
+    with_found: bool,
+    with_truth: bool,
+    dashed: bool = True,
+    labels: bool = True,
+    fineness: int = _FINENESS,
 ) -> Image.Image:
-    canvas, fine = Canvas(room.colors.copy(), room.depth), _finer(camera)
+    canvas, fine = Canvas(room.colors.copy(), room.depth), _finer(camera, fineness)
     found, truth, names = shown.detections, shown.truth, shown.class_names
     if with_truth and truth is not None:
-        _draw_boxes(canvas, fine, truth.boxes, truth.labels, 1.6, dashed=dashed)
+        _draw_boxes(canvas, fine, truth.boxes, truth.labels, 1.6 * fineness, dashed=dashed)
     if with_found:
-        _draw_boxes(canvas, fine, found.boxes, found.labels, 2.0, dashed=False)
+        _draw_boxes(canvas, fine, found.boxes, found.labels, 2.0 * fineness, dashed=False)
     height, width = camera.height, camera.width
-    small = canvas.colors.reshape(height, _OVERSAMPLING, width, _OVERSAMPLING, 3).mean(axis=(1, 3))
+    small = canvas.colors.reshape(height, fineness, width, fineness, 3).mean(axis=(1, 3))
     picture = Image.fromarray((np.clip(small, 0, 1) * 255 + 0.5).astype(np.uint8))
+    if not labels:
+        return picture
     if with_found:
         words = [f"{names[k]} {score:.2f}" for k, score in zip(found.labels, found.scores, strict=True)]
         _write_labels(picture, camera, found.boxes, found.labels, words)
@@ -163,8 +238,8 @@ def _draw_pane(
     return picture
 
 
-def _finer(camera: Camera) -> Camera:
-    return replace(camera, width=_OVERSAMPLING * camera.width, height=_OVERSAMPLING * camera.height)
+def _finer(camera: Camera, fineness: int) -> Camera:
+    return replace(camera, width=fineness * camera.width, height=fineness * camera.height)
 
 
 def _draw_boxes(
@@ -179,7 +254,7 @@ def _draw_boxes(
     heading[~turned] = heading[~turned][:, :, :1]
     ends = np.concatenate([edges, heading], axis=1).reshape(-1, 2, 3)
     colors = np.array([class_color(int(label)) for label in labels[order]]).reshape(-1, 3)
-    lines = Lines(ends, np.repeat(colors, edges.shape[1] + 1, axis=0), width * _OVERSAMPLING, dashed)
+    lines = Lines(ends, np.repeat(colors, edges.shape[1] + 1, axis=0), width, dashed)
     draw_lines(canvas, camera, lines, visible=1.0, hidden=0.35, halo=_HALO)
 
 

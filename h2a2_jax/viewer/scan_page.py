@@ -2,11 +2,8 @@
 
 import base64
 import io
-import json
-import re
 from collections.abc import Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.scans.scan import Scan
 from h2a2_jax.viewer.content import (
     Content,
+    Viewable,
     ceiling_cut,
     class_color,
     find_hits,
@@ -25,26 +23,43 @@ from h2a2_jax.viewer.content import (
     height_colors,
     height_limits,
     make_content,
+    parts_of,
     point_spacing,
+    thinned,
     view_limits,
 )
 from h2a2_jax.viewer.image import draw
+from h2a2_jax.viewer.page_parts import asset, filled, script_json
 
-_SCRIPTS = ("camera.js", "scene.js", "model.js", "panel.js", "input.js", "viewer.js")
+_SCRIPTS = (
+    "camera.js",
+    "scene.js",
+    "model.js",
+    "shapes.js",
+    "picking.js",
+    "panel.js",
+    "table.js",
+    "labels.js",
+    "hover.js",
+    "measure.js",
+    "input.js",
+    "viewer.js",
+)
 _STEPS = 65535
 _DECIMALS = 4
+_STILL_POINTS = 60_000
 
 
 def write_viewer(
     path: str | Path,
-    scan: Scan,
-    detections: Detections | None,
-    class_names: Sequence[str],
+    scan: Scan | Viewable,
+    detections: Detections | None = None,
+    class_names: Sequence[str] = (),
     *,
     truth: GroundTruth | None = None,
     title: str | None = None,
     score: float | int = 0.3,
-    max_points: int = 400_000,
+    max_points: int = 500_000,
     still: bool = True,
     note: str = "",
 ) -> None:
@@ -55,7 +70,8 @@ def write_viewer(
 
     Args:
         path: path of the HTML file.
-        scan: points and colours; points without colours are coloured by height. The scan's boxes are not shown.
+        scan: points and colours; points without colours are coloured by height. The scan's boxes are not shown. Or, in
+            place of this and the next two, one object that has all three (`Viewable`).
         detections: boxes in the scan's frame, of any score; None for none.
         class_names: names of the classes by label.
         truth: annotated boxes, shown over or beside the detections, which are marked as hits or not.
@@ -66,27 +82,52 @@ def write_viewer(
         note: sentence for the page, such as one about the frame of the numbers.
 
     Raises:
+        InputError: as of `parts_of`.
         ValueError: as of `make_content`.
     """
-    shown = make_content(scan, detections, class_names, truth, max_points)
-    document = _payload(shown, scan.name if title is None else title, score)
+    page = viewer_html(
+        scan,
+        detections,
+        class_names,
+        truth=truth,
+        title=title,
+        score=score,
+        max_points=max_points,
+        still=still,
+        note=note,
+    )
+    Path(path).write_text(page, encoding="utf-8", newline="\n")
+
+
+def viewer_html(
+    scan: Scan | Viewable,
+    detections: Detections | None = None,
+    class_names: Sequence[str] = (),
+    *,
+    truth: GroundTruth | None = None,
+    title: str | None = None,
+    score: float | int = 0.3,
+    max_points: int = 500_000,
+    still: bool = True,
+    note: str = "",
+) -> str:
+    """Return the page of `write_viewer`, whose arguments these are, as text that UTF-8 can encode."""
+    shown = make_content(*parts_of(scan, detections, class_names), truth, max_points)
+    document = _payload(shown, shown.scan.name if title is None else title, score)
     low, step, places = quantise(shown.scan.points)
     document["notes"] += [note] if note else []
     document["points"] |= {"origin": low.tolist(), "step": step.tolist()}
     colors = np.round(shown.scan.colors * 255).astype(np.uint8) if document["points"]["colored"] else b""
     parts = {
         "title": escape(document["title"]),
-        "style": _asset("viewer.css"),
+        "style": asset("palette.css") + asset("viewer.css"),
         "still": _still(shown, score) if still else "",
-        "scene": json.dumps(document, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c"),
+        "scene": script_json(document),
         "places": base64.b64encode(places.astype("<u2").tobytes()).decode(),
         "colors": base64.b64encode(bytes(colors)).decode(),
-        "script": "\n".join(_asset(name) for name in _SCRIPTS),
+        "script": "\n".join(asset(name) for name in _SCRIPTS),
     }
-    # In one pass: a value may itself contain a placeholder.
-    page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("viewer.html"))
-    # File names that are not UTF-8 reach Python as lone surrogates, which UTF-8 cannot encode.
-    Path(path).write_bytes(page.encode("utf-8", errors="replace"))
+    return filled("viewer.html", parts)
 
 
 def quantise(points: Float[np.ndarray, "m 3"]) -> tuple[np.ndarray, np.ndarray, UInt16[np.ndarray, "m 3"]]:
@@ -132,10 +173,6 @@ def _payload(shown: Content, title: str, score: float) -> dict[str, Any]:
 
 def _still(shown: Content, score: float) -> str:
     encoded = io.BytesIO()
-    draw(shown, score=score, size=(1000, 640)).save(encoded, "JPEG", quality=80)
+    draw(thinned(shown, _STILL_POINTS), score=score, size=(1000, 640), fineness=1).save(encoded, "JPEG", quality=80)
     data = base64.b64encode(encoded.getvalue()).decode()
     return f'<img id="still" alt="The scan with its boxes, obliquely from above" src="data:image/jpeg;base64,{data}">'
-
-
-def _asset(name: str) -> str:
-    return (resources.files("h2a2_jax.viewer") / "assets" / name).read_text(encoding="utf-8")

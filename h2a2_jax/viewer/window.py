@@ -14,11 +14,13 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.scans.scan import Scan
 from h2a2_jax.viewer.content import (
     Content,
+    Viewable,
     above_score,
     below_ceiling,
     class_color,
     display_colors,
     make_content,
+    parts_of,
     view_limits,
 )
 
@@ -33,9 +35,9 @@ _UNLIT, _LINES = "defaultUnlit", "unlitLine"
 
 
 def show(
-    scan: Scan,
-    detections: Detections | None,
-    class_names: Sequence[str],
+    scan: Scan | Viewable,
+    detections: Detections | None = None,
+    class_names: Sequence[str] = (),
     *,
     truth: GroundTruth | None = None,
     title: str | None = None,
@@ -47,16 +49,17 @@ def show(
     on and off. The arguments are those of `write_image`.
 
     Raises:
-        InputError: Open3D, a library it needs, a graphics driver or a display is missing.
+        InputError: Open3D, a library it needs, a graphics driver or a display is missing; or as of `parts_of`.
         ValueError: as of `make_content`.
     """
     _require_display()
     open3d = _open3d()
-    shown = above_score(make_content(scan, detections, class_names, truth, _MOST_POINTS), score)
+    content = make_content(*parts_of(scan, detections, class_names), truth, _MOST_POINTS)
+    shown = above_score(content, score)
     try:
         open3d.visualization.draw(
             geometries(open3d, shown),
-            title=scan.name if title is None else title,
+            title=shown.scan.name if title is None else title,
             show_skybox=False,
             bg_color=_BACKGROUND,
             point_size=int(_POINT_SIZE),

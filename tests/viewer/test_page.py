@@ -152,4 +152,4 @@ def test_a_browser_shows_it(tmp_path):
     assert "1 of 1 true box found, 1 of 2 detections hit none." in dom
     assert "2 of 2" not in dom and 'class="plain"' not in dom
     labels = re.search(r'<div id="labels".*?</div>', dom, re.S)[0]
-    assert "&lt;/script&gt;&lt;b&gt;bold<b>0.90</b>" in labels and "visibility: visible" in labels
+    assert "<bdi>&lt;/script&gt;&lt;b&gt;bold</bdi><b>0.90</b>" in labels and "visibility: visible" in labels

@@ -153,7 +153,7 @@ function intoBox(box, [x, y, z]) {
   return [x * c + y * s, y * c - x * s, z];
 }
 
-// Distance along a ray to where it enters a box; Infinity where it misses.
+// Distances along a ray to where it enters a box and where it leaves it; null where it misses.
 function rayMeetsBox({ origin, direction }, box) {
   const start = intoBox(box, subtract(origin, box.slice(0, 3)));
   const along = intoBox(box, direction);
@@ -164,5 +164,5 @@ function rayMeetsBox({ origin, direction }, box) {
     enters = Math.max(enters, Math.min(first, second));
     leaves = Math.min(leaves, Math.max(first, second));
   }
-  return enters <= leaves && leaves > 0 ? Math.max(enters, 0) : Infinity;
+  return enters <= leaves && leaves > 0 ? [Math.max(enters, 0), leaves] : null;
 }

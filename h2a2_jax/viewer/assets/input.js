@@ -1,4 +1,6 @@
-// How mouse, fingers and keys move the camera and choose boxes.
+// How mouse, fingers and keys move the camera, choose boxes and measure.
+
+const STILL = { mouse: 4, pen: 6, touch: 10 }; // pixels that a click may move
 
 function bindPointers(viewer) {
   const { canvas, camera } = viewer;
@@ -16,12 +18,16 @@ function bindPointers(viewer) {
   });
   canvas.addEventListener("pointermove", (event) => {
     const finger = fingers.get(event.pointerId);
-    if (!finger) return;
+    if (!finger) {
+      if (event.pointerType !== "touch" && !fingers.size) viewer.hovered([event.offsetX, event.offsetY]);
+      return;
+    }
     const before = fingers.size === 2 ? spread() : null;
     const [dx, dy] = [event.offsetX - finger.x, event.offsetY - finger.y];
     Object.assign(finger, { x: event.offsetX, y: event.offsetY });
     travelled += Math.abs(dx) + Math.abs(dy);
-    if (travelled < 4) return;
+    if (travelled < STILL[event.pointerType]) return;
+    viewer.hovered(null);
     if (before) {
       const after = spread();
       camera.pan(after.x - before.x, after.y - before.y);
@@ -34,12 +40,15 @@ function bindPointers(viewer) {
     const finger = fingers.get(event.pointerId);
     fingers.delete(event.pointerId);
     if (!fingers.size) canvas.classList.remove("dragged");
-    if (event.type === "pointerup" && finger?.button === 0 && travelled < 4) viewer.clicked(event.offsetX, event.offsetY);
+    const isClick = event.type === "pointerup" && finger?.button === 0 && travelled < STILL[event.pointerType];
+    if (isClick) viewer.clicked(event.offsetX, event.offsetY, event.pointerType === "touch");
   };
   canvas.addEventListener("pointerup", release);
   canvas.addEventListener("pointercancel", release);
+  canvas.addEventListener("pointerleave", () => viewer.hovered(null));
   canvas.addEventListener("contextmenu", (event) => event.preventDefault());
   canvas.addEventListener("dblclick", (event) => {
+    if (viewer.measure.active) return;
     const [box] = viewer.boxesAt(event.offsetX, event.offsetY);
     if (box) viewer.choose(box), viewer.goTo(box);
   });
@@ -61,9 +70,20 @@ function bindKeys(viewer) {
     "-": () => camera.zoom(1 / 0.85),
     f: () => state.chosen && viewer.goTo(state.chosen),
   };
-  const choices = { n: () => viewer.step(1), p: () => viewer.step(-1), Escape: () => viewer.choose(null) };
-  canvas.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const choices = {
+    n: () => viewer.step(1),
+    p: () => viewer.step(-1),
+    m: () => viewer.measure.toggle(),
+    Escape: () => (viewer.measure.active ? viewer.measure.toggle(false) : viewer.choose(null)),
+  };
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || byId("table").open) return;
+    const { target } = event;
+    if (target !== canvas && target !== document.body) {
+      // Sliders, lists and buttons keep their own keys.
+      if (choices[event.key] && !(target.matches("select, textarea") && event.key !== "Escape")) choices[event.key]();
+      return;
+    }
     const arrow = arrows[event.key];
     const view = Object.keys(VIEWS)[Number(event.key) - 1];
     if (arrow && event.shiftKey) camera.pan(-40 * arrow[0], -40 * arrow[1]);

@@ -38,6 +38,13 @@ class Model {
     return this.boxes.filter((box) => this.isShown(box));
   }
 
+  // Detections that only the score hides.
+  get belowScore() {
+    const { state } = this;
+    if (!state.prediction) return [];
+    return this.boxes.filter((box) => !box.isTruth && box.score < state.score && !state.hidden.has(box.label));
+  }
+
   // Metres between the lines on the floor.
   get gridSpacing() {
     const reach = Math.max(this.high[0] - this.low[0], this.high[1] - this.low[1]);

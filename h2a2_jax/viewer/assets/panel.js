@@ -2,6 +2,7 @@
 
 const byId = (id) => document.getElementById(id);
 const cssColor = (color) => `rgb(${color.map((v) => Math.round(255 * v)).join(" ")})`;
+const metres = (value) => `${value.toFixed(2)} m`;
 const plural = (count, one, more = `${one}s`) => `${count.toLocaleString("en")} ${count === 1 ? one : more}`;
 
 // Text is always set as text: names come from files.
@@ -11,6 +12,9 @@ function element(tag, { color, ...properties } = {}, ...children) {
   made.append(...children);
   return made;
 }
+
+// A class name, whose direction of writing does not reach the text beside it.
+const nameOf = ({ name }) => element("bdi", { textContent: name });
 
 class Panel {
   // `change` is called with a part of the state, `choose` with a box or null, `look` with the name of a view.
@@ -27,7 +31,8 @@ class Panel {
     const occurring = new Set(model.boxes.map((box) => box.label));
     byId("classes").append(...this.classRows.filter((row, label) => occurring.has(label)).map((row) => row.item));
     const absent = model.data.classes.filter((entry, label) => !occurring.has(label)).map(({ name }) => name);
-    byId("absent").textContent = absent.length ? `No box of ${absent.join(", ")}.` : "";
+    const names = absent.flatMap((name, i) => [i ? ", " : "No box of ", nameOf({ name })]);
+    byId("absent").replaceChildren(...names, absent.length ? "." : "");
     this.bind();
   }
 
@@ -35,7 +40,7 @@ class Panel {
     const input = element("input", { type: "checkbox" });
     const output = element("output");
     input.addEventListener("change", () => this.hide([label], !input.checked));
-    const words = [input, element("i", { color }), element("span", { textContent: name }), output];
+    const words = [input, element("i", { color }), element("span", {}, nameOf({ name })), output];
     const item = element("li", {}, element("label", { className: "check" }, ...words));
     return { item, input, output };
   }
@@ -61,9 +66,19 @@ class Panel {
     select("point-color", (value) => ({ byHeight: value === "height" }));
     select("theme", (theme) => ({ theme }));
     const labels = [...this.classRows.keys()];
+    byId("copy").addEventListener("click", () => copyTable(this.model));
+    byId("table-close").addEventListener("click", () => byId("table").close());
+    byId("below").addEventListener("click", () => this.showBelow());
     byId("all").addEventListener("click", () => this.hide(labels, false));
     byId("none").addEventListener("click", () => this.hide(labels, true));
     for (const button of byId("views").children) button.addEventListener("click", () => look(button.dataset.view));
+  }
+
+  // Lowers the score to that of the worst box, a step of the slider below it.
+  showBelow() {
+    const { belowScore } = this.model;
+    if (!belowScore.length) return;
+    this.actions.change({ score: Math.floor(100 * Math.min(...belowScore.map((box) => box.score))) / 100 });
   }
 
   // Shows the state; cheap enough to do on every change.
@@ -108,12 +123,17 @@ class Panel {
     const words = [plural(points.total, "point"), `${visible} of ${plural(found, "detection")} shown`];
     if (truth) words.push(plural(boxes.length - found, "true box", "true boxes"));
     byId("summary").textContent = `${words.join(", ")}.`;
+    const below = this.model.belowScore.length;
+    byId("below").hidden = !below;
+    byId("below").textContent = `${below.toLocaleString("en")} more below ${this.model.state.score.toFixed(2)}: show`;
     if (truth) byId("tally").textContent = this.model.tally();
   }
 
   updateBoxes() {
+    byId("copied").textContent = "";
+    byId("copy").disabled = !this.model.shown.length;
     const items = this.model.shown.map((box) => {
-      const words = [element("span", { textContent: box.name }), element("b", { textContent: box.score?.toFixed(2) ?? "true" })];
+      const words = [element("span", {}, nameOf(box)), element("b", { textContent: box.score?.toFixed(2) ?? "true" })];
       const className = box.isTruth ? "truth" : "";
       const button = element("button", { type: "button", className, color: this.model.colorOf(box) }, ...words);
       button.ariaPressed = String(box === this.model.state.chosen);
@@ -132,10 +152,11 @@ class Panel {
     const box = this.model.state.chosen;
     byId("selected").hidden = !box;
     if (!box) return;
-    const metres = (values) => values.map((v) => v.toFixed(3)).join(", ");
+    const numbers = (values) => values.map((v) => v.toFixed(3)).join(", ");
     const rows = [
-      ["Centre x, y, z", `${metres(box.numbers.slice(0, 3))} m`],
-      ["Size dx, dy, dz", `${metres(box.numbers.slice(3, 6))} m`],
+      ["Centre x, y, z", `${numbers(box.numbers.slice(0, 3))} m`],
+      ["Size dx, dy, dz", `${numbers(box.numbers.slice(3, 6))} m`],
+      ["Volume", `${volume(box).toFixed(3)} m³`],
       ["Yaw", `${((box.numbers[6] * 180) / Math.PI).toFixed(1)}° (${box.numbers[6].toFixed(3)} rad)`],
       ["Score", box.isTruth ? "ground truth" : box.score.toFixed(3)],
       ["Points inside", this.model.pointsInside(box).toLocaleString("en")],
@@ -143,7 +164,7 @@ class Panel {
     const verdict = this.model.verdict(box);
     const table = element("table", {}, ...rows.map(([name, value]) => tableRow(name, value)));
     if (verdict) table.append(tableRow(box.isTruth ? "Found" : "Hit", verdict.words, verdict.good ? "hit" : "miss"));
-    byId("selected").replaceChildren(element("h2", { textContent: box.name }), table);
+    byId("selected").replaceChildren(element("h2", {}, nameOf(box)), table);
   }
 }
 

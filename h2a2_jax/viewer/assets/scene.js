@@ -132,6 +132,10 @@ in vec4 shade;
 out vec4 pixel;
 void main() { pixel = shade; }`;
 
+// How strongly lines are drawn where points hide them, so that a box is a box from every side.
+const SEEN_THROUGH = { floor: 0, measure: 0.75, dimensions: 0.75 };
+const SEEN_THROUGH_BOXES = 0.32;
+
 class Scene {
   // Throws where WebGL 2 is missing.
   constructor(canvas, points) {
@@ -222,7 +226,7 @@ class Scene {
       gl.enable(gl.BLEND);
       gl.blendFuncSeparate(gl.SRC_ALPHA, gl.ONE_MINUS_SRC_ALPHA, gl.ONE, gl.ONE);
       gl.depthMask(false);
-      for (const name of pane.shapes) this.drawShapes(this.shapes.get(name), matrix, pane, look, name !== "floor");
+      for (const name of pane.shapes) this.drawShapes(this.shapes.get(name), matrix, pane, look, SEEN_THROUGH[name] ?? SEEN_THROUGH_BOXES);
       gl.depthMask(true);
       gl.disable(gl.BLEND);
     }
@@ -291,8 +295,8 @@ class Scene {
     gl.uniform1f(at.bias, 1e-4);
     gl.uniform3fv(at.halo, look.halo);
     gl.bindVertexArray(lines.array);
-    // What lies behind points first and faintly, so that a box is a box from every side.
-    for (const [test, alpha] of seenThrough ? [[gl.GREATER, 0.32], [gl.LEQUAL, 1]] : [[gl.LEQUAL, 1]]) {
+    for (const [test, alpha] of [[gl.GREATER, seenThrough], [gl.LEQUAL, 1]]) {
+      if (!alpha) continue;
       gl.depthFunc(test);
       gl.uniform1f(at.alpha, alpha);
       gl.drawArraysInstanced(gl.TRIANGLE_STRIP, 0, 4, lines.count);

@@ -1,13 +1,14 @@
 // What is shown, how the user moves in it, and when it is drawn.
 
-const MOST_LABELS = 150;
-const EDGES = [...Array(8).keys()].flatMap((i) => [1, 2, 4].filter((bit) => !(i & bit)).map((bit) => [i, i | bit]));
-const FACES = [[0, 1, 3, 2], [4, 5, 7, 6], [0, 1, 5, 4], [2, 3, 7, 6], [0, 2, 6, 4], [1, 3, 7, 5]];
+const MARKS = ["hover", "dimensions", "measure"]; // shapes that any pane shows over its boxes
 
 class Viewer {
   constructor(model, scene) {
-    Object.assign(this, { model, scene, canvas: scene.canvas, frames: 0, labels: new Map() });
+    Object.assign(this, { model, scene, canvas: scene.canvas, frames: 0, mouse: null, hovering: null });
     this.camera = new Camera(model.low, model.high);
+    this.labels = new Labels(model, this.camera);
+    this.hover = new Hover(this);
+    this.measure = new Measure(this);
     this.panel = new Panel(model, {
       change: (part) => this.change(part),
       choose: (box) => this.choose(box),
@@ -35,7 +36,9 @@ class Viewer {
     if (this.state.chosen && !this.model.isShown(this.state.chosen)) this.state.chosen = null;
     this.panel.update();
     this.updateShapes();
-    this.updateLabels();
+    this.labels.update();
+    this.hover.box = undefined; // to be outlined anew: its colour may be another
+    this.measure.setShapes();
     this.resize();
   }
 
@@ -73,10 +76,10 @@ class Viewer {
   get panes() {
     const both = this.model.truth && this.state.beside;
     const width = Math.floor(this.canvas.width / (both ? 2 : 1));
-    if (!both) return [{ camera: this.camera, x: 0, width, shapes: ["floor", "truth", "found"], isTruth: null }];
+    if (!both) return [{ camera: this.camera, x: 0, width, shapes: ["floor", "truth", "found", ...MARKS], isTruth: null }];
     return [
-      { camera: this.camera, x: 0, width, shapes: ["floor", "found"], isTruth: false, caption: "Detections" },
-      { camera: this.camera, x: width, width, shapes: ["floor", "truth"], isTruth: true, caption: "Ground truth" },
+      { camera: this.camera, x: 0, width, shapes: ["floor", "found", ...MARKS], isTruth: false, caption: "Detections" },
+      { camera: this.camera, x: width, width, shapes: ["floor", "truth", ...MARKS], isTruth: true, caption: "Ground truth" },
     ];
   }
 
@@ -108,87 +111,15 @@ class Viewer {
     const shown = this.model.shown;
     for (const [name, isTruth] of [["found", false], ["truth", true]]) {
       const own = shown.filter((box) => box.isTruth === isTruth);
-      this.scene.setShapes(name, own.flatMap((box) => this.edges(box)), own.flatMap((box) => this.faces(box)));
+      const color = (box) => this.model.colorOf(box);
+      const lines = own.flatMap((box) => boxEdges(box, color(box), box === this.state.chosen));
+      this.scene.setShapes(name, lines, own.flatMap((box) => boxFaces(box, color(box), this.opacity(box))));
     }
-    this.scene.setShapes("floor", this.state.floor ? this.grid() : [], []);
+    this.scene.setShapes("floor", this.state.floor ? gridLines(this.model, rgbOf("--quiet")) : [], []);
   }
 
-  edges(box) {
-    const corners = boxCorners(box.local);
-    const chosen = box === this.state.chosen;
-    const width = (box.isTruth ? 1.8 : 2.2) + (chosen ? 1.6 : 0);
-    const look = [...this.model.colorOf(box), 1, width, box.isTruth && !chosen ? 1 : 0];
-    const lines = EDGES.map(([a, b]) => [...corners[a], ...corners[b], ...look]);
-    // Where yaw points: from the middle of the top to the middle of its +x side.
-    const middle = (rows) => rows.reduce((sum, row) => add(sum, corners[row], 1 / rows.length), [0, 0, 0]);
-    if (box.local[6] !== 0 || chosen) lines.push([...middle([4, 5, 6, 7]), ...middle([5, 7]), ...look]);
-    return lines;
-  }
-
-  faces(box) {
-    const corners = boxCorners(box.local);
-    const look = [...this.model.colorOf(box), box === this.state.chosen ? 0.28 : box.isTruth ? 0 : 0.05];
-    if (look[3] === 0) return [];
-    return FACES.flatMap(([a, b, c, d]) => [a, b, c, a, c, d].map((row) => [...corners[row], ...look]));
-  }
-
-  // Lines at whole metres of the scan's frame, on its floor.
-  grid() {
-    const { low, high, origin } = this.model;
-    const look = [...rgbOf("--quiet"), 0.35, 1, 0];
-    const every = this.model.gridSpacing;
-    const wholes = (k) => {
-      const [first, last] = [Math.floor((low[k] + origin[k]) / every), Math.ceil((high[k] + origin[k]) / every)];
-      return [...Array(last - first + 1).keys()].map((i) => (first + i) * every - origin[k]);
-    };
-    const [xs, ys] = [wholes(0), wholes(1)];
-    const z = low[2];
-    return [
-      ...xs.map((x) => [x, ys[0], z, x, ys.at(-1), z, ...look]),
-      ...ys.map((y) => [xs[0], y, z, xs.at(-1), y, z, ...look]),
-    ];
-  }
-
-  updateLabels() {
-    const wanted = this.state.names ? this.model.shown.slice(0, 4 * MOST_LABELS) : [];
-    for (const [box, label] of this.labels) if (!wanted.includes(box)) label.remove(), this.labels.delete(box);
-    for (const box of wanted) {
-      if (!this.labels.has(box)) this.labels.set(box, byId("labels").appendChild(element("span")));
-      const label = this.labels.get(box);
-      label.classList.toggle("truth", box.isTruth);
-      label.classList.toggle("chosen", box === this.state.chosen);
-      label.style.setProperty("--own", cssColor(this.model.colorOf(box)));
-      label.textContent = box.name;
-      if (!box.isTruth) label.append(element("b", { textContent: box.score.toFixed(2) }));
-    }
-    // Measured at once: reading a size after writing another makes the browser lay out the page again.
-    for (const label of this.labels.values()) label.size = [label.offsetWidth, label.offsetHeight];
-  }
-
-  // The chosen box's label first, then by score; one that would cover another is left out.
-  placeLabels() {
-    const placed = [];
-    const boxes = [...this.labels.keys()];
-    boxes.sort((a, b) => (b === this.state.chosen) - (a === this.state.chosen) || (b.score ?? 0) - (a.score ?? 0));
-    for (const box of boxes) {
-      const label = this.labels.get(box);
-      const rectangle = this.labelRectangle(box, label.size);
-      const free = rectangle && placed.length < MOST_LABELS && !placed.some((other) => overlaps(rectangle, other.rectangle));
-      label.style.visibility = free ? "visible" : "hidden";
-      if (!free) continue;
-      placed.push({ box, rectangle });
-      label.style.transform = `translate(${rectangle[0].toFixed(1)}px, ${rectangle[1].toFixed(1)}px)`;
-    }
-    this.placedLabels = placed;
-  }
-
-  labelRectangle(box, [width, height]) {
-    const pane = this.panes.find((candidate) => candidate.isTruth === null || candidate.isTruth === box.isTruth);
-    const top = [box.local[0], box.local[1], box.local[2] + box.local[5] / 2];
-    const [x, y, depth] = this.camera.project(top);
-    if ((!this.camera.parallel && depth < 0.05) || x < 0 || x > this.camera.width || y < 0 || y > this.camera.height) return null;
-    const left = x + pane.x / this.ratio - width / 2;
-    return [left, y - height - 3, left + width, y - 3];
+  opacity(box) {
+    return box === this.state.chosen ? 0.28 : box.isTruth ? 0 : 0.05;
   }
 
   redraw() {
@@ -199,21 +130,32 @@ class Viewer {
     });
   }
 
-  draw() {
+  // Which points are drawn, and how large: height (m) and distance from the eye (m) at which they are cut off.
+  get pointLook() {
     const { state, model, camera } = this;
+    return {
+      cut: state.cut >= 1 ? Infinity : model.cutHeight() - model.origin[2],
+      front: state.front > 0 ? camera.distance + (1.6 * state.front - 1) * camera.radius : -1e9,
+      pointSize: state.pointSize * 1.4 * model.data.points.spacing,
+    };
+  }
+
+  draw() {
+    const { state } = this;
     const dark = getComputedStyle(byId("panel")).color.match(/\d+/)[0] > 127;
-    const depth = camera.radius;
-    this.scene.draw(this.panes, {
+    this.updateHover();
+    const { panes, ratio } = this;
+    this.labels.place((box) => (panes.find(({ isTruth }) => isTruth === box.isTruth)?.x ?? 0) / ratio);
+    this.scene.setShapes("dimensions", this.dimensionLines(), []);
+    this.scene.draw(panes, {
+      ...this.pointLook,
       background: rgbOf("--stage"),
       halo: dark ? [0, 0, 0] : [1, 1, 1],
-      cut: state.cut >= 1 ? Infinity : model.cutHeight() - model.origin[2],
-      front: state.front > 0 ? camera.distance - depth + state.front * 1.6 * depth : -1e9,
-      pointSize: state.pointSize * 1.4 * model.data.points.spacing,
       byHeight: state.byHeight,
       shading: state.shading,
-      ratio: this.ratio,
+      ratio,
     });
-    this.placeLabels();
+    this.measure.moveLabels();
     this.drawScale();
     this.frames++;
     this.firstFrame ??= performance.now();
@@ -235,18 +177,46 @@ class Viewer {
     return this.panes.findLast((pane) => x * this.ratio >= pane.x) ?? this.panes[0];
   }
 
-  // Boxes under a pixel of the page's picture, the nearest first; a label stands for its box.
-  boxesAt(x, y) {
-    const named = this.placedLabels.find(({ rectangle }) => overlaps(rectangle, [x, y, x, y]));
-    if (named) return [named.box];
-    const pane = this.paneAt(x);
-    const ray = this.camera.ray(x - pane.x / this.ratio, y);
-    const candidates = this.model.shown.filter((box) => pane.isTruth === null || box.isTruth === pane.isTruth);
-    const met = candidates.map((box) => [rayMeetsBox(ray, box.local), box]).filter(([distance]) => distance < Infinity);
-    return met.sort((a, b) => a[0] - b[0]).map(([, box]) => box);
+  // The edges of the chosen box that carry its dimensions.
+  dimensionLines() {
+    const { chosen } = this.state;
+    if (!chosen) return [];
+    const corners = boxCorners(chosen.local);
+    return this.labels.edges.map(([a, b]) => [...corners[a], ...corners[b], ...rgbOf("--accent"), 1, 4, 0]);
   }
 
-  clicked(x, y) {
+  // Boxes under a pixel of the page's picture, the one that is meant first; a label stands for its box.
+  boxesAt(x, y) {
+    const named = this.labels.placed.find(({ rectangle }) => overlaps(rectangle, [x, y, x, y]));
+    if (named) return [named.box];
+    const pane = this.paneAt(x);
+    const candidates = this.model.shown.filter((box) => pane.isTruth === null || box.isTruth === pane.isTruth);
+    return boxesUnder(this.camera, candidates, x - pane.x / this.ratio, y);
+  }
+
+  // The point of the scan at a pixel of the page's picture or within `reach` pixels of it; null for none.
+  pointAt(x, y, reach) {
+    const { places, data } = this.model;
+    const left = this.paneAt(x).x / this.ratio;
+    return pointUnder(this.camera, places, data.points.step, this.pointLook, x - left, y, reach);
+  }
+
+  // The mouse rests at a pixel of the picture, or nowhere (null); the scan is drawn anew only where this changes it.
+  hovered(place) {
+    this.mouse = place;
+    this.hovering ??= requestAnimationFrame(() => {
+      this.hovering = null;
+      if (this.updateHover()) this.redraw();
+    });
+  }
+
+  updateHover() {
+    const [other, further] = [this.hover.update(this.mouse), this.measure.hover(this.mouse)];
+    return other || further;
+  }
+
+  clicked(x, y, isTouch) {
+    if (this.measure.active) return this.measure.click(x, y, isTouch);
     const boxes = this.boxesAt(x, y);
     this.choose(boxes.length ? boxes[(boxes.indexOf(this.state.chosen) + 1) % boxes.length] : null);
   }
@@ -257,8 +227,6 @@ class Viewer {
   }
 }
 
-const overlaps = (a, b) => a[0] < b[2] + 2 && b[0] < a[2] + 2 && a[1] < b[3] + 1 && b[1] < a[3] + 1;
-
 // A colour of the style sheet as the browser resolves it, 0 to 1.
 function rgbOf(variable) {
   const probe = (rgbOf.probe ??= document.body.appendChild(element("i", { hidden: true })));
@@ -266,9 +234,16 @@ function rgbOf(variable) {
   return getComputedStyle(probe).color.match(/[\d.]+/g).slice(0, 3).map((v) => v / 255);
 }
 
+// Written out: `Uint8Array.from` with a function takes ten times as long.
+function bytesOf(binary) {
+  const bytes = new Uint8Array(binary.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
+  return bytes;
+}
+
 function decoded(id, Type) {
   const text = byId(id).textContent;
-  const bytes = Uint8Array.fromBase64?.(text) ?? Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const bytes = Uint8Array.fromBase64?.(text) ?? bytesOf(atob(text));
   byId(id).remove();
   return new Type(bytes.buffer);
 }
