@@ -21,7 +21,7 @@ CSV_COLUMNS = (
 
 # A spreadsheet that takes another separator than the comma begins a cell behind that one too; some skip blanks and
 # quotes. The last four are what East Asian keyboards type.
-_FORMULA = re.compile(r"(^|[;\t\r\n])(?=[\s\"\u200b\ufeff]*[=+\-@\uff1d\uff0b\uff0d\uff20])")
+_FORMULA = re.compile(r"(^|[;\t\r\n])(?=(?:[^\S\t\r\n]|[\"\u200b\ufeff])*[=+\-@\uff1d\uff0b\uff0d\uff20])")
 _FIRST = ("\t", "\r", "\n")
 
 

@@ -43,7 +43,7 @@ _WITHOUT_POINTS = Scan(
 class Boxes:
     """Boxes found in one point cloud, in the frame and unit of its points, best first.
 
-    A detector makes them; `Boxes(centers, sizes, yaws, scores, labels, names)` makes them of arrays, in the order given.
+    A detector makes them; `Boxes(centers, sizes, yaws, scores, labels, names)` makes them of arrays, in their order.
 
     Where the ground of the points is tilted and was turned upright (`alignment`), sizes are along the upright axes and
     yaws about the upright z; `rotations`, `quaternions` and `corners` are in the frame of the points for any box.
@@ -350,7 +350,7 @@ class Boxes:
         """
         from h2a2_jax.viewer.window import show
 
-        show(self.scan, self.detections, self.class_names, title=self._title, score=0)
+        show(self.scan, self.detections, self.class_names, title=self._title, score=0.0)
 
     def plot(
         self, view: Literal["oblique", "top"] = "oblique", size: tuple[int, int] = (1400, 900)
@@ -368,7 +368,7 @@ class Boxes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "boxes.png"
             shown = self.scan, self.detections, self.class_names
-            write_image(path, *shown, title=self._title, view=view, size=size, score=0)
+            write_image(path, *shown, title=self._title, view=view, size=size, score=0.0)
             with Image.open(path) as picture:
                 picture.load()
                 return picture.copy()
@@ -431,7 +431,7 @@ class Boxes:
     def _save_page(self, path: Path, **options: Any) -> None:
         from h2a2_jax.viewer.scan_page import write_viewer
 
-        shown, options = (self.scan, self.detections, self.class_names), {"title": self._title, "score": 0, **options}
+        shown, options = (self.scan, self.detections, self.class_names), {"title": self._title, "score": 0.0, **options}
         with whole_file(path) as part:
             write_viewer(part, *shown, note=frame_note(self.to_scan), **options)
 
@@ -439,7 +439,7 @@ class Boxes:
         from h2a2_jax.viewer.image import write_image
 
         with whole_file(path) as part:
-            write_image(part, self.scan, self.detections, self.class_names, title=self._title, score=0)
+            write_image(part, self.scan, self.detections, self.class_names, title=self._title, score=0.0)
 
 
 def frame_note(matrix: Float[np.ndarray, "4 4"]) -> str:

@@ -74,14 +74,14 @@ class Frame:
 
     @classmethod
     def of(
-        cls, spell: Callable[[str, str], str], datasets: Sequence[str] | None, colors: str = "colors", **values: Any
+        cls, spell: Callable[[str, str], str], datasets: Sequence[str] | None, color_argument: str = "colors", **values: Any
     ) -> "Frame":
         """Make a frame of values that may be wrong.
 
         Args:
             spell: as of the class.
             datasets: names of those of the detector; None before it is known.
-            colors: name of the argument `colors` in the error.
+            color_argument: name of `colors` in the error.
             **values: the other attributes.
 
         Raises:
@@ -101,7 +101,7 @@ class Frame:
         }
         for argument, expected in known.items():
             if frame[argument] not in expected:
-                name = name_of(colors if argument == "colors" else argument)
+                name = name_of(color_argument if argument == "colors" else argument)
                 raise InputError(f"{name} is {frame[argument]!r}; expected is one of {', '.join(expected)}.")
         return cls(**frame | {"spell": spell, "floor": checked_floor(frame["floor"], name_of("floor"))})
 

@@ -3,8 +3,8 @@
     DIR/predictions.json    boxes of all scans, the schema of `h2a2_jax.inference.results`
     DIR/boxes.csv           the same as a table, a line for each box
     DIR/<scan>.json         boxes of one scan
-    DIR/<scan>_points.ply   its points in the frame of the file, with the class, number and score of the box they are in,
-                            and the index of each in the file
+    DIR/<scan>_points.ply   its points in the frame of the file, with the class, number and score of the box they are in
+                            and their index in the file
     DIR/<scan>_boxes.ply    frames of its boxes as a mesh, in the same frame
     DIR/<scan>.html, .png   the viewer's page and picture
     DIR/<scan>.glb          points and boxes as glTF, for Blender and the like (`exports.gltf`)

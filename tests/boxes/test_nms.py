@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from h2a2_jax import boxes as exact
-from h2a2_jax.boxes import rotated_bev_iou
+from h2a2_jax.boxes import nms, rotated_bev_iou
 from tests.boxes.golden import FIXTURES, load_cases
 from tests.boxes.host_nms import bev_nms, multiclass_nms, overlap_matrix
 from tests.boxes.polygons import random_pairs
@@ -83,3 +83,36 @@ def test_volumes_tell_boxes_apart_that_stand_above_one_another(rotated):
     for iou, kept in (("bev", [0]), ("3d", [0, 1])):
         rows, _, count = exact.multiclass_nms(boxes, scores, rotated=rotated, iou=iou)
         assert rows[:count].tolist() == kept
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("together", [1, 40, 10_000])
+def test_one_pass_over_all_classes_is_the_greedy_one(rotated, together, monkeypatch):
+    rng = np.random.default_rng(2)
+    boxes = np.concatenate(
+        [rng.uniform(0, [8, 8, 1], (200, 3)), rng.uniform(0.5, 2, (200, 3)), rng.uniform(-3, 3, (200, 1))], 1
+    )
+    boxes = boxes.astype(np.float32)
+    found = exact.Detections(
+        boxes, rng.random(200).astype(np.float32).round(1), rng.integers(0, 3, 200).astype(np.int32)
+    )
+    monkeypatch.setattr(nms, "_TOGETHER", together)
+    for threshold in (0.1, 0.5):
+        overlaps, kept = overlap_matrix(boxes, rotated=rotated), []
+        for row in np.argsort(-found.scores, kind="stable"):
+            if not (overlaps[row, kept] > threshold).any():
+                kept.append(row)
+        rows = exact.suppress_across_classes(found, threshold, rotated=rotated)
+        np.testing.assert_array_equal(rows, np.sort(kept))
+        assert 20 < len(rows) < 200
+    # On a map, where a float32 has steps of half a metre.
+    away = exact.Detections(boxes + np.float64([5e6, 5e6, 0, 0, 0, 0, 0]), found.scores, found.labels)
+    np.testing.assert_array_equal(exact.suppress_across_classes(away, 0.5, rotated=rotated), rows)
+    assert (
+        len(
+            exact.suppress_across_classes(
+                exact.Detections(boxes[:0], found.scores[:0], found.labels[:0]), rotated=rotated
+            )
+        )
+        == 0
+    )

@@ -10,7 +10,8 @@ import pytest
 
 import h2a2_jax
 from h2a2_jax.errors import InputError
-from h2a2_jax.inference.detector import Boxes, Detector
+from h2a2_jax.inference.detector import Detector
+from h2a2_jax.inference.found_boxes import Boxes
 from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.scans.frame import NO_COLORS, UPRIGHT, respelt
 from tests.inference.tiny import SPECS, random_detector, room
@@ -41,7 +42,7 @@ def assert_same(a: Boxes, b: Boxes, atol: float = 1e-4) -> None:
 def test_a_detector_finds_the_boxes_of_its_predictor(detector: Detector, found: Boxes):
     spec = detector.predictor.spec("s3dis")
     (expected,) = detector.predictor.predict([prepare(replace(SMALL, name="scan"), spec)], "s3dis")
-    chosen = np.argsort(-expected.scores, kind="stable")[: (expected.scores >= 0.1).sum()]
+    chosen = np.argsort(-expected.scores, kind="stable")[: (expected.scores >= 0.1).sum()]  # best first
     np.testing.assert_allclose(
         np.concatenate([found.centers, found.sizes, found.yaws[:, None]], 1), expected.boxes[chosen], atol=1e-5
     )

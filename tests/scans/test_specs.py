@@ -1,7 +1,18 @@
 import pytest
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.specs import S3DIS, SCANNET, SPECS, SUNRGBD, dataset_spec
+from h2a2_jax.scans.sources import SourceConfig
+from h2a2_jax.scans.specs import (
+    MAX_NAME_BYTES,
+    S3DIS,
+    SCANNET,
+    SPECS,
+    SUNRGBD,
+    chosen_labels,
+    dataset_spec,
+    own_spec,
+    renamed,
+)
 
 
 def test_number_of_classes_and_box_outputs():
@@ -30,3 +41,63 @@ def test_look_up_by_name():
     assert dataset_spec("s3dis") is S3DIS
     with pytest.raises(InputError, match=r"'kitti'.*scannet, sunrgbd, s3dis"):
         dataset_spec("kitti")
+
+
+def test_classes_are_chosen_by_any_plain_spelling():
+    assert chosen_labels(("Night Stand", "bed", "night_stand"), SUNRGBD) == (0, 7)
+    assert chosen_labels(("shower curtain",), SCANNET) == (SCANNET.classes.index("showercurtrain"),)
+    with pytest.raises(InputError, match=r"sunrgbd has no class 'tabel' \(did you mean table\?\); it has bed, table,"):
+        chosen_labels(("tabel",), SUNRGBD)
+    with pytest.raises(InputError, match=r"s3dis has no class 'xyz'; it has table"):
+        chosen_labels(("chair", "xyz"), S3DIS)
+    with pytest.raises(InputError, match=r"No class is chosen; s3dis has table, chair"):
+        chosen_labels((), S3DIS)
+
+
+def test_classes_have_names_of_ones_own():
+    spec = renamed(SCANNET, {"Garbage Bin": "trash can", "sofa": "couch"})
+    assert spec.classes[-1] == "trash can" and spec.classes[3] == "couch" and spec.name == "scannet"
+    assert spec.label_to_level == SCANNET.label_to_level and SCANNET.classes[-1] == "garbagebin"
+    assert renamed(S3DIS, {"table": "chair", "chair": "table"}).classes[:2] == ("chair", "table")
+    for names, sentence in (
+        ({"trash": "bin"}, "scannet has no class 'trash'"),
+        ({"sofa": "chair"}, "the classes 'chair' and 'chair'"),
+        ({"sofa": " "}, "a class called ' '"),
+        ({"sofa": "a", "Sofa": "b"}, "sofa of scannet is renamed to 'a' and to 'b'"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            renamed(SCANNET, names)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_the_names_of_the_built_in_datasets_are_names(spec):
+    assert own_spec(f"my {spec.name}", spec.classes).classes == spec.classes
+
+
+@pytest.mark.parametrize(
+    ("classes", "sentence"),
+    [
+        (("a", ""), "a class called ''"),
+        (("a", " -"), "a class called ' -'"),
+        (("a\nb",), "without line breaks"),
+        (("a\x1b[0m",), "without line breaks"),
+        (("a\u2028",), "without line breaks"),
+        (("night stand", "Night_Stand"), "'night stand' and 'Night_Stand', which differ only in case"),
+    ],
+)
+def test_names_of_classes_that_cannot_be_told_or_written_are_refused(classes, sentence):
+    with pytest.raises(InputError, match=f"dataset own has .*{sentence}"):
+        _ = SourceConfig("own", classes=classes).spec
+
+
+@pytest.mark.parametrize(
+    "name", ["", "..", ".own", "a/b", "a\\b", "c:", "a\n", " a", "a.", "x" * 101, "\u6905" * 34, "--"]
+)
+def test_names_of_datasets_that_cannot_be_files_are_refused(name):
+    with pytest.raises(InputError, match=r"The name of the dataset .* give another one"):
+        _ = SourceConfig(name, classes=("a",)).spec
+
+
+def test_any_other_letters_may_be_in_names():
+    classes = ("\u6905\u5b50", "Stuhl (gro\xdf)", "=chair", "a,b", "\u0645\u06cc\u200c\u062e")
+    assert own_spec("x" * MAX_NAME_BYTES, classes).classes == classes and own_spec("my own-1.2", ("a",))

@@ -20,7 +20,7 @@ from h2a2_jax.scans.frame import UNITS, UPRIGHT
 
 _UNITS = {"in": 1, "ft": 2, "mm": 4, "cm": 5, "m": 6}
 _FORBIDDEN = '<>/\\":;?*|=`,'
-_LONGEST = 200  # letters of the name of a layer; AutoCAD takes 255
+_LONGEST = 200  # letters of a name; AutoCAD takes 255 in a layer's name and in a text
 _FOOTPRINT = "_footprint"
 _BOTTOM = (0, 1, 3, 2)  # corners in turn, counter-clockwise from above
 _TEXT_HEIGHT = 0.12  # m
@@ -57,10 +57,10 @@ def write(path: Path, boxes: Boxes) -> None:
             edges.append(space.add_lwpolyline(bottom[:, :2], close=True, dxfattribs=flat))
         else:
             edges.append(space.add_polyline3d(bottom, close=True, dxfattribs=on_footprint))
-        words = f"{name} {score:.2f} {_measures(size)} {boxes.unit}"
+        words = f"{name[:_LONGEST]} {score:.2f} {_measures(size)} {boxes.unit}"
         text = space.add_text(_spelt(words), height=height, dxfattribs=on_layer)
         edges.append(text.set_placement(corner[list(_BOTTOM)].mean(axis=0) + (corner[4] - corner[0])))
-        document.groups.new(description=_spelt(name)[:200]).extend(edges)
+        document.groups.new(description=_spelt(name)[:_LONGEST]).extend(edges)
     if len(boxes):
         document.set_modelspace_vport(
             height=1.2 * max(float(np.ptp(corners[..., :2].reshape(-1, 2), axis=0).max()), height),

@@ -1,9 +1,9 @@
 """glTF 2.0, binary (.glb): points and frames of boxes, for Blender, three.js, Windows and macOS viewers.
 
-The scene is in metres with y up, as glTF is: (x, y, z) there is (x, z, -y) of the input with z up. The root node has the
-scan's name and, in "extras", the origin (m, z up) that was taken off the coordinates of a scan on a map. Below it are
-"points" and a node for each box, called as in "chair 0.93", whose own axes are those of the box; its "extras" have
-class, label, score and sizes.
+The scene is in metres with y up, as glTF is: (x, y, z) of an input with z up is (x, z, -y) there. The root node has
+the scan's name and, in "extras", the origin (m, z up) that was taken off the coordinates of a scan on a map. Below it
+are "points" and a node for each box, called as in "chair 0.93", whose own axes are those of the box; its "extras" have
+class, label, score and sizes (m).
 """
 
 import json

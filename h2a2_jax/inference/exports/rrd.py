@@ -21,7 +21,7 @@ def write(path: Path, boxes: Boxes) -> None:
     from h2a2_jax.viewer.content import class_color, point_spacing  # here, for training loads this package
 
     placed = upright(boxes)
-    recording = rerun.RecordingStream(OWN_COMMENT, recording_id=plain_text(boxes.scan.name))
+    recording = rerun.RecordingStream(OWN_COMMENT, recording_id=plain_text(boxes.scan.name), send_properties=False)
     recording.save(path)
 
     def log(place: str, *parts: object) -> None:
