@@ -16,7 +16,7 @@ from h2a2_jax.inference.results import predicted_scan
 CSV_COLUMNS = (
     *("scan", "file", "class", "label", "score"),
     *("center_x", "center_y", "center_z", "size_x", "size_y", "size_z", "yaw", "upright", "up", "unit"),
-    *("qw", "qx", "qy", "qz"),
+    *("qw", "qx", "qy", "qz", "dataset"),
 )
 
 # A spreadsheet that takes another separator than the comma begins a cell behind that one too; some skip blanks and
@@ -48,12 +48,13 @@ def table_rows(entry: dict[str, Any]) -> list[list[str]]:
             *(f"{value:.9g}" if abs(value) < 1e5 else f"{value:.6f}" for value in box),
             *(upright, scan.up, scan.unit),
             *(f"{value + 0:.9g}" for value in turn),
+            entry.get("dataset", ""),
         ]
         for box, score, label, name, turn in zip(found.boxes, found.scores, found.labels, names, turns, strict=True)
     ]
 
 
-_TEXTS = tuple(CSV_COLUMNS.index(name) for name in ("scan", "file", "class"))
+_TEXTS = tuple(CSV_COLUMNS.index(name) for name in ("scan", "file", "class", "dataset"))
 
 
 def csv_header() -> str:

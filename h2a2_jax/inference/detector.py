@@ -81,7 +81,12 @@ class Detector:
             weights: "tr3d-scannet", "tr3d-sunrgbd", "tr3d-s3dis" (published, mmdetection3d), "rooms" (shipped, of
                 procedural rooms), a folder that `save_pretrained` wrote, the folder of a run, a .pth file of TR3D, or
                 "organisation/name" of the Hugging Face hub. `h2a2 weights` lists what there is.
-            score_threshold, iou_threshold, conditioning, kernels, names, cache: as of `restore`.
+            score_threshold: lowest score that a call can ask for.
+            iou_threshold: as of `restore`.
+            conditioning: as of `restore`.
+            kernels: as of `restore`.
+            names: as of `restore`.
+            cache: as of `restore`.
 
         Raises:
             InputError: there are no such weights, or they cannot be downloaded or read; the sentence says where to put

@@ -250,7 +250,7 @@ class Boxes:
 
     def to_entry(self) -> dict[str, Any]:
         """Return the entry of the scan in a document; see `h2a2_jax.inference.results`."""
-        entry = entry_of(self._in_file(), self.class_names)
+        entry = entry_of(self._in_file(), self.class_names, self.dataset)
         if self.remarks:
             entry["remarks"] = [printable(remark) for remark in self.remarks]
         return entry
@@ -292,6 +292,7 @@ class Boxes:
             "up": [self.up] * number,
             "unit": [self.unit] * number,
             **{f"q{axis}": self.quaternions[:, i] for i, axis in enumerate("wxyz")},
+            "dataset": [self.dataset or ""] * number,
             "volume": self.volumes,
             "footprint": self.footprints,
         }

@@ -74,7 +74,11 @@ class Frame:
 
     @classmethod
     def of(
-        cls, spell: Callable[[str, str], str], datasets: Sequence[str] | None, color_argument: str = "colors", **values: Any
+        cls,
+        spell: Callable[[str, str], str],
+        datasets: Sequence[str] | None,
+        color_argument: str = "colors",
+        **values: Any,
     ) -> "Frame":
         """Make a frame of values that may be wrong.
 

@@ -47,7 +47,8 @@ from h2a2_jax.scans.file_frame import OPEN
 from h2a2_jax.scans.formats.folders import describe_unread
 from h2a2_jax.scans.scan import some
 from h2a2_jax.scans.specs import DatasetSpec
-from h2a2_jax.viewer.index_page import write_index, write_thumbnail
+from h2a2_jax.viewer.image import write_thumbnail
+from h2a2_jax.viewer.index_page import write_index
 
 FAINT_SCORE = 0.05
 """Boxes down to this score, or to that of the request if it is lower, are on the page behind its slider."""
@@ -352,6 +353,7 @@ class _Run:
                     write_thumbnail(part, placed.scan, boxes, spec.classes)
             self.job.add(file, read.identity, entry)
             self.outcome.entries.append(entry)
+        with contextlib.suppress(OSError):  # a full disk: the last writing says so
             self.job.refresh(self._write_overview)
         self.outcome.seconds["write"] += time.perf_counter() - started
 

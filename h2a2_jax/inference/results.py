@@ -6,11 +6,12 @@ Schema, version 1:
       "version": 1,
       "frame": "input file, z up",           x, y, z are those of the points as the input file stores them
       "units": {"length": "m", "angle": "rad"},
-      "dataset": "scannet",                   labels are indices of its classes; null for boxes of no dataset
+      "dataset": "scannet",                   those of the scans; null for boxes of no dataset
       "scans": [
         {
           "name": "scene0000_00",
           ["file": "scans/scene0000_00.ply",] path of the input file
+          ["dataset": "scannet",]             dataset whose head found the boxes
           ["up": "y", "unit": "mm",]          if the file's y points up and its unit is mm; without them z and m
           ["remarks": ["has its floor ..."],] what was decided or looks odd, parts of sentences
           ["alignment": [[...], ...],]        3 x 3, if the file's ground is tilted, see below
@@ -21,7 +22,7 @@ Schema, version 1:
               "yaw": 0.0,                     counter-clockwise about z (or the axis that is up), in [-pi, pi)
               ["upright": false,]             if the scan has an alignment
               "score": 0.93,                  0 to 1
-              "label": 2,
+              "label": 2,                     index among the classes of the dataset
               "name": "chair"
             }
           ]
@@ -137,7 +138,7 @@ def scan_entry(
     Raises:
         ValueError: the transform scales or mirrors, as that of an augmented scan may.
     """
-    return entry_of(in_file(name, transform, found, file), spec.classes)
+    return entry_of(in_file(name, transform, found, file), spec.classes, spec.name)
 
 
 def in_file(
@@ -155,12 +156,13 @@ def in_file(
     return PredictedScan(name, Detections(boxes, found.scores, found.labels), up, unit, alignment, file)
 
 
-def entry_of(scan: PredictedScan, classes: Sequence[str]) -> dict[str, Any]:
-    """The entry of a scan in a document, with the names of its boxes' classes by label."""
+def entry_of(scan: PredictedScan, classes: Sequence[str], dataset: str | None) -> dict[str, Any]:
+    """The entry of a scan in a document, with the names of its boxes' classes by label, and whose head found them."""
     found, (up, unit), alignment, file = scan.detections, (scan.up, scan.unit), scan.alignment, scan.file
     return {
         "name": scan.name,
         **({} if file is None else {"file": file}),
+        **({} if dataset is None else {"dataset": dataset}),
         **({} if (up, unit) == ("z", "m") else {"up": up, "unit": unit}),
         **({} if alignment is None else {"alignment": alignment.round(9).tolist()}),
         "boxes": [

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -73,15 +73,13 @@ class TileGrid:
     margin: float = MARGIN
 
 
-def checked_tiling(tile: Tiling | str, name: str) -> Tiling:
+def checked_tiling(tile: Any, name: str) -> Tiling:
     """Return a tiling as it is, or of its text; raise InputError, with the name of the argument, for what is none."""
-    if tile == "auto":
-        return "auto"
-    if tile == "off":
-        return "off"
+    if isinstance(tile, str) and tile in ("auto", "off"):
+        return cast(Tiling, tile)
     try:
         core = float(tile)
-    except ValueError:
+    except (TypeError, ValueError):
         core = 0.0
     if not 2 * MARGIN <= core <= 100:
         raise InputError(

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.inference import input_files
+from h2a2_jax.inference.background import WorkBehind, read_ahead
 from h2a2_jax.inference.input_files import FoundInputs, PredictRequest, find_inputs
-from h2a2_jax.inference.predict_folder import Outcome, _closing, predict_files, read_ahead
+from h2a2_jax.inference.predict_folder import Outcome, _closing, predict_files
 from h2a2_jax.inference.predictor import _SMALLEST, Predictor
 from h2a2_jax.inference.results import read_predicted_scans
 from h2a2_jax.inference.writers import check_output
@@ -54,7 +56,7 @@ POINTS, COLORS = grid_room()
 
 def predict(predictor, folder: Path, output: Path | None = None, said: list[str] | None = None, **request) -> Outcome:
     output = output or folder.with_name(f"{folder.name}_boxes")
-    chosen = {"score": SCORE, "formats": ("json",), **request}
+    chosen = {"score": SCORE, "formats": ("json",), "dataset": "sunrgbd", "overwrite": True, **request}
     request = PredictRequest((str(folder),), output, **chosen)
     found = find_inputs(request.inputs, output)
     check_output(output, [file.name for file in found.files], request.formats)
@@ -178,8 +180,9 @@ def test_results_are_written_and_may_be_written_again(predictor, tmp_path):
     assert not outcome.failed and set(outcome.seconds) >= {"load", "maps", "network", "boxes", "write"}
     written = sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file())
     assert written == [
+        ".lock",
         *("below/a.json", "below/a_boxes.ply", "below/a_points.ply"),
-        *("boxes.csv", "mine.txt", "predictions.json"),
+        *("boxes.csv", "mine.txt", "predictions.json", "predictions.jsonl"),
     ]
     document = json.loads((output / "predictions.json").read_text())
     assert document == json.loads((output / "below" / "a.json").read_text())
@@ -189,6 +192,7 @@ def test_results_are_written_and_may_be_written_again(predictor, tmp_path):
     places = np.stack([columns[axis] for axis in "xyz"], axis=1)
     np.testing.assert_allclose(places, points, atol=1e-5)
     np.testing.assert_array_equal(np.stack([columns[c] for c in ("red", "green", "blue")], axis=1), COLORS)
+    np.testing.assert_array_equal(columns["index"], np.arange(len(points)))
     inside = columns["instance"] >= 0
     assert inside.any()
     np.testing.assert_array_equal(columns["label"][inside], scan.detections.labels[columns["instance"][inside]])
@@ -249,7 +253,7 @@ def bad_files(root: Path) -> list[str]:
     return failing
 
 
-def test_bad_files_stop_nothing_and_are_named(predictor, tmp_path):
+def test_bad_files_stop_nothing_and_are_named(predictor, tmp_path, monkeypatch):
     root, said = tmp_path / "scans", []
     root.mkdir()
     failing = bad_files(root)
@@ -259,7 +263,9 @@ def test_bad_files_stop_nothing_and_are_named(predictor, tmp_path):
     np.save(root / "o_line.npy", np.stack([np.linspace(0, 3, 500), np.zeros(500), np.zeros(500)], axis=1))
     np.save(root / "p_far.npy", POINTS + 1e6)
     np.save(root / "z_nan.npy", np.concatenate([np.full((9, 3), np.nan), POINTS]))
-    outcome = predict(predictor, root, said=said, most_points=1500)
+    monkeypatch.setattr(input_files, "TILED_ABOVE", 1500)
+    monkeypatch.setattr(input_files, "available_memory", lambda: 0)  # which thins every file
+    outcome = predict(predictor, root, said=said)
     assert len(failing) >= 30
     assert sorted(Path(name).name for name in outcome.failed) == sorted(failing)
     for sentence in outcome.failed.values():
@@ -274,7 +280,7 @@ def test_bad_files_stop_nothing_and_are_named(predictor, tmp_path):
     good = ["a_good", "m_point", "n_same", "o_line", "p_far", "z_nan"]
     assert [entry["name"] for entry in outcome.entries] == good
     left = {path.name for path in (tmp_path / "scans_boxes").iterdir()}
-    assert left == {"predictions.json", *(f"{name}.json" for name in good)}
+    assert left == {".lock", "predictions.json", "predictions.jsonl", *(f"{name}.json" for name in good)}
     assert any(" points with NaN or infinite values" in sentence for sentence in said)
     assert any(f"{len(POINTS) - 1500:,} points left out of a large file" in sentence for sentence in said)
     (far,) = (scan for scan in read_predicted_scans({"version": 1, "scans": outcome.entries}) if scan.name == "p_far")
@@ -302,7 +308,6 @@ def test_a_remark_of_many_scans_is_printed_three_times_and_kept_for_each(predict
     for i in range(6):
         np.save(root / f"{i}.npy", POINTS + np.array([0, 0, 0.2 + 0.1 * i]))
     outcome = predict(predictor, root, said=said)
-    said += _closing(outcome, find_inputs([str(root)]), tmp_path)
     lines = [line for line in said if "has its floor at" in line]
     assert len(lines) == 4 and lines[0].startswith("0: has its floor at 0.2") and lines[2].startswith("2: ")
     assert lines[3].startswith("3 more scans (3, 4, 5), much as 0: has its floor at 0.2")
@@ -314,18 +319,21 @@ def test_a_remark_of_many_scans_is_printed_three_times_and_kept_for_each(predict
 def test_scans_that_leave_open_what_most_show_are_named():
     shown = [{"name": str(i), "up": "y", "boxes": []} for i in range(3)]
     unshown = {"name": "wall", "boxes": [], "remarks": ["does not show which axis points up (a wall): z is assumed"]}
-    (line, *_) = _closing(Outcome([*shown, unshown]), FoundInputs((), {}), Path("out"))
+    (line, *_) = _closing(Outcome(4, [*shown, unshown], elapsed=1.0), Path("out"))
     assert line.startswith("1 scan (wall) taken with up z for want of signs; 3 others show y")
     assert line.endswith("if all files are alike, add --up=y.")
     upright = [{"name": "a", "boxes": []}, unshown]
-    assert not any("for want of signs" in line for line in _closing(Outcome(upright), FoundInputs((), {}), Path("out")))
+    assert not any("for want of signs" in line for line in _closing(Outcome(2, upright, elapsed=1.0), Path("out")))
 
 
 class Stopped(Predictor):
     """A predictor that the user stops at the second scan."""
 
+    planned = 0
+
     def plan(self, scans, seconds=None):
-        if scans[0].name == "b":
+        self.planned += 1
+        if self.planned == 2:
             raise KeyboardInterrupt
         return super().plan(scans, seconds)
 
@@ -340,7 +348,15 @@ def test_results_until_a_stop_are_kept(predictor, tmp_path, monkeypatch):
     assert outcome.interrupted and not outcome.failed
     document = json.loads((tmp_path / "scans_boxes" / "predictions.json").read_text())
     assert [scan["name"] for scan in document["scans"]] == ["a"]
-    assert {path.name for path in (tmp_path / "scans_boxes").iterdir()} == {"predictions.json", "a.json"}
+    left = {path.name for path in (tmp_path / "scans_boxes").iterdir()}
+    assert left == {".lock", "predictions.json", "predictions.jsonl", "a.json"}
+    monkeypatch.undo()
+    said = []
+    outcome = predict(predictor, root, said=said, overwrite=False)
+    assert [entry["name"] for entry in outcome.entries] == ["b", "c"] and outcome.asked == 2
+    assert "1 of 3 scans is done already and skipped." in said
+    document = json.loads((tmp_path / "scans_boxes" / "predictions.json").read_text())
+    assert [scan["name"] for scan in document["scans"]] == ["a", "b", "c"]
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):
@@ -371,8 +387,55 @@ def test_without_a_display_boxes_are_written_all_the_same(predictor, tmp_path, m
 
 def test_another_dataset(predictor, tmp_path):
     request = PredictRequest(("a",), tmp_path, dataset="scannet")
-    with pytest.raises(InputError, match="trained on sunrgbd, s3dis, not on 'scannet'"):
+    with pytest.raises(InputError, match="--dataset is 'scannet'; expected is one of sunrgbd, s3dis, auto"):
         predict_files(predictor, FoundInputs((), {}), request, tmp_path)
+    request = PredictRequest(("a",), tmp_path, classes=("chairs",))
+    with pytest.raises(InputError, match="no class 'chairs' .did you mean chair"):
+        predict_files(predictor, FoundInputs((), {}), request, tmp_path)
+
+
+def test_pages_have_an_index_with_totals_and_failures(predictor, tmp_path):
+    root, output = tmp_path / "scans", tmp_path / "out"
+    root.mkdir()
+    np.save(root / "a.npy", POINTS)
+    (root / "bad.ply").write_text("no ply")
+    outcome = predict(predictor, root, output, formats=("csv", "html"))
+    page = (output / "index.html").read_text()
+    assert (output / "thumbnails" / "a.jpg").stat().st_size > 1000 and "a.html" in page
+    assert f"{outcome.boxes} boxes" in page and "bad.ply" in page and "thumbnails/a.jpg" in page
+
+
+def test_a_scan_in_tiles_labels_every_point(predictor, tmp_path):
+    root, output = tmp_path / "scans", tmp_path / "out"
+    root.mkdir()
+    points = np.concatenate([POINTS, np.full((3, 3), np.nan), POINTS + np.array([6.4, 0, 0])])
+    np.save(root / "a.npy", points)
+    outcome = predict(predictor, root, output, formats=("ply",), tile=6.0)
+    columns = read_ply_columns(output / "a_points.ply")
+    np.testing.assert_array_equal(columns["index"], np.flatnonzero(np.isfinite(points[:, 0])))
+    assert not outcome.failed and outcome.boxes > 10
+
+
+def test_work_behind_is_done_in_order_and_its_error_is_raised():
+    done, release = [], threading.Event()
+    with WorkBehind() as behind:
+        behind.put(lambda: release.wait(10))
+        behind.put(lambda: done.append(1))
+        assert not done
+        release.set()
+        behind.put(lambda: done.append(2))
+    assert done == [1, 2]
+
+    def fail():
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"), WorkBehind() as behind:
+        behind.put(fail)
+        behind.put(lambda: done.append(3))
+    assert done == [1, 2]
+    with pytest.raises(KeyError), WorkBehind() as behind:
+        behind.put(fail)
+        raise KeyError
 
 
 def test_the_next_is_read_while_one_is_worked_on():
