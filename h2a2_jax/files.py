@@ -1,8 +1,11 @@
-"""Files that survive kills: whole files, files of JSON lines, and a lock on a folder."""
+"""Files that survive kills: whole files and folders, files of JSON lines, and a lock on a folder."""
 
 import contextlib
 import json
 import os
+import re
+import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,56 @@ def whole_file(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder to write to; it becomes `folder` if the block ends well, and is removed otherwise.
+
+    What was in `folder` before is removed. The folder above is made if missing; what a killed process left in it is
+    removed. An OSError is the caller's to explain.
+    """
+    place = folder.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _remove_remains(place)
+    own = f".{place.name}.{os.getpid()}.{secrets.token_hex(4)}"
+    part, earlier = place.with_name(f"{own}.part"), place.with_name(f"{own}.earlier.part")
+    part.mkdir()
+    try:
+        yield part
+        if place.exists():
+            place.rename(earlier)
+        part.rename(place)
+    except BaseException:
+        if earlier.exists() and not place.exists():
+            earlier.rename(place)
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _remove_remains(place: Path) -> None:
+    """Remove what a killed process left beside a folder; put an earlier one back that it had moved away."""
+    name = re.compile(rf"\.{re.escape(place.name)}\.(\d+)\.[0-9a-f]{{8}}(\.earlier)?\.part")
+    for left in sorted(place.parent.iterdir()):
+        found = name.fullmatch(left.name)
+        if found and not _is_running(int(found[1])):
+            if found[2] and not place.exists():
+                left.rename(place)
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":
+        return True  # there the question would be a signal
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def read_json(file: Path) -> Any:

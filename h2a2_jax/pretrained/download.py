@@ -216,13 +216,12 @@ class _Proxies(urllib.request.ProxyHandler):
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Redirects that keep to http and https, and never leave https."""
+    """Redirects, which urllib keeps to the web, and which never lead from https to http here."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        scheme = urlsplit(newurl).scheme
-        if scheme not in ("http", "https") or (req.type == "https" and scheme != "https"):
+        if req.type == "https" and urlsplit(newurl).scheme != "https":
             fp.close()
-            raise _RefusedError(f"it is redirected from {req.type} to {scheme}, which is not followed")
+            raise _RefusedError(f"it is redirected from https to {newurl}, which anybody on the way could change")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

@@ -9,13 +9,9 @@ config.json         {"format": "h2a2_jax.pretrained", "version": 1, "datasets": 
 README.md           the model card (`model_card`)
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +25,7 @@ from h2a2_jax.checkpoint.store import StoredDetector
 from h2a2_jax.checkpoint.tree import Arrays, describe_array
 from h2a2_jax.config import from_json, to_json
 from h2a2_jax.errors import InputError
-from h2a2_jax.files import read_json
+from h2a2_jax.files import read_json, whole_folder
 from h2a2_jax.host import versions
 from h2a2_jax.pretrained.card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, CardFacts, facts_of_run, model_card
 
@@ -79,7 +75,7 @@ def write_pretrained(detector: StoredDetector, folder: str | Path, facts: CardFa
     }
     card = model_card(facts, detector.specs, folder.absolute().name, versions())
     try:
-        with _whole_folder(folder) as part:
+        with whole_folder(folder) as part:
             (part / WEIGHTS_FILE).write_bytes(weights)
             (part / CONFIG_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
             (part / CARD_FILE).write_text(card, encoding="utf-8")
@@ -221,48 +217,3 @@ def _check_replaceable(folder: Path) -> None:
             f"{folder} holds {', '.join(others[:3])}{more}, and a pretrained folder is written as a whole: give a new "
             "folder, or an earlier pretrained one without other files."
         )
-
-
-@contextlib.contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder beside `folder`, which takes its place if the block ends well and is removed otherwise."""
-    place = folder.resolve()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    _remove_remains(place)
-    own = f".{place.name}.{os.getpid()}.{secrets.token_hex(4)}"
-    part, earlier = place.with_name(f"{own}.part"), place.with_name(f"{own}.earlier.part")
-    part.mkdir()
-    try:
-        yield part
-        if place.exists():
-            place.rename(earlier)
-        part.rename(place)
-    except BaseException:
-        if earlier.exists() and not place.exists():
-            earlier.rename(place)
-        raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(earlier, ignore_errors=True)
-
-
-def _remove_remains(place: Path) -> None:
-    """Remove what a killed process left beside a folder while it wrote there."""
-    for left in place.parent.glob(f".{place.name}.*.part"):
-        process = left.name.removeprefix(f".{place.name}.").split(".")[0]
-        if process.isdecimal() and not _is_running(int(process)):
-            if left.name.endswith(".earlier.part") and not place.exists():
-                left.rename(place)
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    if os.name != "posix":
-        return True  # there the question would be a signal
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

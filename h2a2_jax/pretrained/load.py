@@ -82,9 +82,7 @@ def convert_weights(path: Path, say: Say = say_once) -> StoredDetector:
     try:
         conversion = convert_file(file)
     except InputError as error:
-        raise InputError(
-            f"{path} is no detector that is known by name: {error} (Flags are those of h2a2 convert.)"
-        ) from error
+        raise InputError(f"{path} is no TR3D of a known dataset: {error} (Flags are those of h2a2 convert.)") from error
     missing = [entry.name for entry in conversion.of("missing")]
     if missing:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
