@@ -352,11 +352,13 @@ def _require_fraction(path: str, group: Any, *keys: str) -> None:
 
 def _check_datasets(datasets: tuple[SourceConfig, ...]) -> None:
     _require(len(datasets) > 0, "datasets", datasets, "at least one, such as scannet, sunrgbd, s3dis")
+    # Results are files called by the names, and on some systems "Own" and "own" are one file.
     names = [source.name for source in datasets]
+    folded = [name.casefold() for name in names]
     for source in datasets:
         _ = source.spec  # raises for an unknown name without classes
         path = f"datasets.{source.name}"
-        _require(names.count(source.name) == 1, "datasets", names, f"every dataset once, not {source.name} twice")
+        _require(folded.count(source.name.casefold()) == 1, "datasets", names, f"every dataset once, not {source.name} twice")
         ok = source.is_procedural or source.root != ""
         _require(ok, f"{path}.root", source.root, "the folder of the scans")
         _require_at_least(1, path, source, "train_size", "val_size")

@@ -106,6 +106,9 @@ def test_keys_left_out_take_their_defaults():
         ("datasets.scannet.weight", 0.0, "datasets.scannet.weight is 0.0; expected a probability above 0 up to 1."),
         ("datasets", [{"root": "a"}], "config key 'datasets.0.name' is missing; expected str."),
         ("datasets", [{"name": "s3dis", "root": "a"}] * 2, "expected every dataset once, not s3dis twice."),
+        ("datasets", [{"name": name, "root": "a", "classes": ["b"]} for name in ("Own", "own")], "not Own twice."),
+        ("datasets", [{"name": "own", "root": "a", "classes": ["b\n"]}], "a class called"),
+        ("datasets", [{"name": "a/b", "root": "a", "classes": ["b"]}], "The name of the dataset 'a/b' has a slash"),
         ("eval.iou_thresholds", [], "eval.iou_thresholds is (); expected at least one number"),
     ],
 )

@@ -117,7 +117,7 @@ def suppress_across_classes(found: Detections, iou_threshold: float = 0.5, *, ro
     graph = coo_array((np.ones(len(first), bool), (first, second)), shape=(len(found), len(found)))
     _, group = connected_components(graph, directed=False)
     by_group = np.argsort(group, kind="stable")
-    ends = np.flatnonzero(np.diff(group[by_group], append=-1)) + 1
+    ends = (np.flatnonzero(np.diff(group[by_group], append=-1)) + 1).tolist()
     kept, start = np.zeros(len(found), bool), 0
     for end, following in zip(ends, [*ends[1:], np.inf], strict=True):
         if following - start > _TOGETHER:

@@ -29,7 +29,7 @@ from h2a2_jax.boxes.matching import GroundTruth
 from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.errors import InputError
 from h2a2_jax.files import whole_file
-from h2a2_jax.inference.box_table import CSV_COLUMNS
+from h2a2_jax.inference.box_table import CSV_COLUMNS, csv_header, csv_text
 from h2a2_jax.inference.exports import EXPORTS, export_boxes, require_packages
 from h2a2_jax.inference.found_boxes import Boxes
 from h2a2_jax.inference.input_files import OWN_COMMENT
@@ -45,6 +45,12 @@ def write_document(path: Path, document: dict[str, Any]) -> None:
     """Write a document as JSON."""
     with whole_file(path) as part:
         part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def write_table(path: Path, entries: Iterable[dict[str, Any]], spec: DatasetSpec) -> None:
+    """Write the boxes of scans, given by their entries (`results.scan_entry`), as a table."""
+    with whole_file(path) as part:
+        part.write_bytes((csv_header() + "".join(map(csv_text, entries))).encode())
 
 
 def write_scan(

@@ -38,8 +38,9 @@ def write(path: Path, boxes: Boxes) -> None:
     space, layers = document.modelspace(), layer_names(boxes.class_names)
     used = sorted(set(boxes.labels.tolist()))
     for label in used:
+        red, green, blue = (round(255 * channel) for channel in class_color(label))
         for name in (layers[label], layers[label] + _FOOTPRINT):
-            document.layers.add(name).rgb = tuple(round(255 * channel) for channel in class_color(label))
+            document.layers.add(name).rgb = red, green, blue
     turn = np.array(UPRIGHT[boxes.up], np.float64)  # z up already where points are tilted
     corners = boxes.corners @ turn.T
     # Sizes run along the axes of the input: corners are counted anew from below.

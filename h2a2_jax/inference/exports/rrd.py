@@ -5,6 +5,7 @@ a text with the origin (m) that was taken off the coordinates of a scan on a map
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def write(path: Path, boxes: Boxes) -> None:
     recording = rerun.RecordingStream(OWN_COMMENT, recording_id=plain_text(boxes.scan.name), send_properties=False)
     recording.save(path)
 
-    def log(place: str, *parts: object) -> None:
+    def log(place: str, *parts: Any) -> None:
         recording.log(place, *parts, static=True)
 
     classes = [
