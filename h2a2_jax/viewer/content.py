@@ -189,13 +189,12 @@ def above_score(shown: Content, score: float) -> Content:
     return replace(shown, detections=_rows(shown.detections, shown.detections.scores >= score))
 
 
-def thinned(shown: Content, max_points: int) -> Content:
-    """Keep at most `max_points` points, evenly along their order; the content says nothing of it."""
-    scan = shown.scan
-    if len(scan.points) <= max_points:
-        return shown
+def thinned(scan: Scan, max_points: int) -> Scan:
+    """Keep at most `max_points` points of a scan, evenly along their order."""
+    if len(scan.points) <= max_points or len(scan.points) != len(scan.colors):
+        return scan
     rows = _evenly(len(scan.points), max_points)
-    return replace(shown, scan=replace(scan, points=scan.points[rows], colors=scan.colors[rows]))
+    return replace(scan, points=scan.points[rows], colors=scan.colors[rows])
 
 
 def opened(shown: Content) -> Content:

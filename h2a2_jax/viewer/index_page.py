@@ -117,8 +117,8 @@ def _failures(failures: Mapping[str, str]) -> str:
         return ""
     rows = "".join(f"<li><b><bdi>{escape(name)}</bdi></b>{escape(why)}</li>" for name, why in failures.items())
     opened = " open" if len(failures) <= _MOST_OPEN else ""
-    files = _plural(len(failures), "file has", "files have")
-    details = f"<details{opened}><summary>{files} no boxes</summary><ul>{rows}</ul></details>"
+    files = _plural(len(failures), "file", "files")
+    details = f"<details{opened}><summary>{files} failed</summary><ul>{rows}</ul></details>"
     return f'<section id="failures">{details}</section>'
 
 
@@ -133,7 +133,7 @@ def _totals(scans: list[dict[str, Any]], classes: list[dict[str, str]]) -> str:
             holders[row] += 1
     rows = "".join(
         f'<tr style="--own: {entry["color"]}; --share: {100 * boxes[row] / boxes[0]:.1f}%">'
-        f'<th scope="row"><i></i><bdi>{escape(entry["name"])}</bdi></th>'
+        f'<th scope="row" title="{escape(entry["name"])}"><i></i><bdi>{escape(entry["name"])}</bdi></th>'
         f'<td>{boxes[row]:,}</td><td>{holders[row]:,}</td><td class="bar"><i></i></td></tr>'
         for row, entry in enumerate(classes)
     )

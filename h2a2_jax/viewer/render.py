@@ -115,11 +115,19 @@ def draw_points(
 def _stamp(winner: np.ndarray, camera: Camera, corner: np.ndarray, ranks: np.ndarray, size: int) -> None:
     """Write the ranks of points of one width, in ascending order, into pixels that hold no higher rank."""
     steps = np.arange(size) - (size - 1) / 2
-    for step in np.argwhere(steps[:, None] ** 2 + steps**2 <= _ROUND * max(size, 2) ** 2):
-        cells, inside = _pixel_index(camera, corner + step)
-        cells, own = cells[inside], ranks[inside]
+    whole = ((corner >= 0) & (corner + size <= [camera.width, camera.height])).all(axis=1)
+    first = corner[whole, 1] * camera.width + corner[whole, 0]
+    cut, ranks, ranks_cut = corner[~whole], ranks[whole], ranks[~whole]
+
+    def write(cells: np.ndarray, own: np.ndarray) -> None:
         nearer = winner[cells] < own
         winner[cells[nearer]] = own[nearer]  # of several the last is kept, which is the nearest
+
+    for step in np.argwhere(steps[:, None] ** 2 + steps**2 <= _ROUND * max(size, 2) ** 2):
+        write(first + (step[1] * camera.width + step[0]), ranks)
+        if len(cut):
+            cells, inside = _pixel_index(camera, cut + step)
+            write(cells[inside], ranks_cut[inside])
 
 
 def shade(canvas: Canvas, radius: int, reference: float | None = None) -> Canvas:

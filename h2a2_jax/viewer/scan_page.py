@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,7 @@ def _payload(shown: Content, title: str, score: float) -> dict[str, Any]:
 
 def _still(shown: Content, score: float) -> str:
     encoded = io.BytesIO()
-    draw(thinned(shown, _STILL_POINTS), score=score, size=(1000, 640), fineness=1).save(encoded, "JPEG", quality=80)
+    few = replace(shown, scan=thinned(shown.scan, _STILL_POINTS))
+    draw(few, score=score, size=(1000, 640), fineness=1).save(encoded, "JPEG", quality=80)
     data = base64.b64encode(encoded.getvalue()).decode()
     return f'<img id="still" alt="The scan with its boxes, obliquely from above" src="data:image/jpeg;base64,{data}">'

@@ -27,3 +27,13 @@ def room(count=2000, shift=(0, 0, 0), seed=0):
 
 def found(boxes=BOXES, scores=(0.9, 0.6, 0.1), labels=(0, 1, 2)):
     return Detections(np.asarray(boxes, np.float32), np.array(scores, np.float32), np.array(labels, np.int32))
+
+
+def entry(name, counts, **more):
+    """Entry of a scan with some boxes of each class in a document of predictions."""
+    names = [label for label, count in counts.items() for _ in range(count)]
+    boxes = [
+        {"center": [0, 0, 0], "size": [1, 1, 1], "yaw": 0.0, "score": 0.5 + i / 100, "label": len(label), "name": label}
+        for i, label in enumerate(names)
+    ]
+    return {"name": name, "boxes": boxes, **more}

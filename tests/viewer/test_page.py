@@ -4,14 +4,13 @@ import base64
 import html.parser
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
 
 from h2a2_jax.boxes.matching import GroundTruth
 from h2a2_jax.viewer.scan_page import quantise, write_viewer
+from tests.viewer.browser import dom_of, needs_chromium
 from tests.viewer.scenes import BOXES, NAMES, found, room, scan_of
 
 EVIL = ("</script><b>bold", "St\u00fchle & \u6905\u5b50", "{{places}}")
@@ -20,12 +19,14 @@ EVIL = ("</script><b>bold", "St\u00fchle & \u6905\u5b50", "{{places}}")
 class Page(html.parser.HTMLParser):
     """Text of scripts by id, tags, and what attributes refer to."""
 
+    key = "scene-data"  # id of the script that holds the data
+
     def __init__(self, path):
         super().__init__()
         self.texts, self.tags, self.references, self._open = {}, [], [], None
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
-        self.data = json.loads(self.texts["scene-data"], parse_constant=pytest.fail)
+        self.data = json.loads(self.texts[self.key], parse_constant=pytest.fail)
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
@@ -89,6 +90,12 @@ def test_it_refers_to_nothing_outside(tmp_path):
     assert "default-src 'none'" in page.source and "{{" not in page.source
 
 
+def test_a_script_looks_for_no_element_that_is_not_there(tmp_path):
+    page = written(tmp_path, room(), found(), NAMES)
+    wanted = set(re.findall(r'byId\("([\w-]+)"\)', page.source))
+    assert len(wanted) > 20 and wanted <= set(re.findall(r'id="([\w-]+)"', page.source)) | {"places", "colors"}
+
+
 def test_names_are_text_whatever_they_hold(tmp_path):
     plain = written(tmp_path, room(), found(), NAMES, title="room")
     page = written(tmp_path, room(), found(), EVIL, title="<img src=x onerror=alert(1)> & more")
@@ -134,20 +141,11 @@ def test_a_hundred_thousand_points_and_hundreds_of_boxes_are_small(tmp_path):
     assert (tmp_path / "page.html").stat().st_size < 2_000_000
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@needs_chromium
 def test_a_browser_shows_it(tmp_path):
     truth = GroundTruth(BOXES[:1], np.zeros(1, np.int32))
     write_viewer(tmp_path / "page.html", room(), found(labels=(0, 1, 1)), EVIL, truth=truth)
-    options = (
-        "--headless --no-sandbox --disable-quic --no-first-run --use-angle=swiftshader --enable-unsafe-swiftshader"
-    )
-    profile, page = tmp_path / "profile", tmp_path / "page.html"
-    command = [CHROMIUM, *options.split(), f"--user-data-dir={profile}", "--virtual-time-budget=3000", "--dump-dom"]
-    ran = subprocess.run([*command, page.as_uri()], capture_output=True, timeout=60)
-    dom = ran.stdout.decode()
+    dom = dom_of(tmp_path / "page.html")
     assert "2,000 points, 2 of 3 detections shown, 1 true box." in dom
     assert "1 of 1 true box found, 1 of 2 detections hit none." in dom
     assert "2 of 2" not in dom and 'class="plain"' not in dom

@@ -40,7 +40,7 @@ function edgeUnder(camera, box, x, y) {
 
 // The drawn point under a pixel of a pane, the nearest of several; where none covers the pixel, the closest on the
 // picture within `reach` pixels. Returns its place (m), or null.
-// `places` are in steps of the lengths `step`; `look` has cut, front (m) and pointSize (m).
+// `places` are in steps of the lengths `step`; `look` has cut, front, pointSize (m) and mostRadius (pixels).
 function pointUnder(camera, places, step, look, x, y, reach) {
   const { right, up, towards } = camera.axes;
   const { eye, parallel } = camera;
@@ -62,7 +62,7 @@ function pointUnder(camera, places, step, look, x, y, reach) {
     const offY = camera.height / 2 - (px * ux + py * uy + pz * uz - u0) * size - y;
     const off = offX * offX + offY * offY;
     if (off < closestOff) [closest, closestOff] = [i, off];
-    const radius = Math.max(LEAST_RADIUS, (look.pointSize * size) / 2);
+    const radius = Math.max(LEAST_RADIUS, Math.min(look.mostRadius, (look.pointSize * size) / 2));
     if (off < radius * radius && depth < coveringDepth) [covering, coveringDepth] = [i, depth];
   }
   const row = covering >= 0 ? covering : closest;

@@ -1,5 +1,7 @@
 // What WebGL draws: points shaded by their surroundings, lines of any width, faint faces of boxes.
 
+const MOST_PIXELS = 64; // of the drawing buffer that a point is wide
+
 const POINTS_VERTEX = `#version 300 es
 in vec3 place;
 in vec3 color;
@@ -19,7 +21,7 @@ void main() {
   vec3 where = place * extent;
   shade = byHeight > 0.5 ? heightColor(where.z) : color;
   gl_Position = camera * vec4(where, 1.0);
-  gl_PointSize = clamp(pixels / gl_Position.w, 1.5, 64.0);
+  gl_PointSize = clamp(pixels / gl_Position.w, 1.5, ${MOST_PIXELS}.0);
   bool away = where.z > cut || dot(depthRow, vec4(where, 1.0)) < front;
   if (away) gl_Position = vec4(2.0, 2.0, 2.0, 1.0);
 }`;

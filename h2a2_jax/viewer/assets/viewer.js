@@ -130,13 +130,15 @@ class Viewer {
     });
   }
 
-  // Which points are drawn, and how large: height (m) and distance from the eye (m) at which they are cut off.
+  // Which points are drawn, and how large: height and distance from the eye at which they are cut off, diameter (m),
+  // largest radius on the picture (pixels).
   get pointLook() {
     const { state, model, camera } = this;
     return {
       cut: state.cut >= 1 ? Infinity : model.cutHeight() - model.origin[2],
       front: state.front > 0 ? camera.distance + (1.6 * state.front - 1) * camera.radius : -1e9,
       pointSize: state.pointSize * 1.4 * model.data.points.spacing,
+      mostRadius: MOST_PIXELS / 2 / this.ratio,
     };
   }
 
