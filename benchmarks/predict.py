@@ -108,9 +108,9 @@ def time_file(predictor: Predictor, file: InputFile, spec: DatasetSpec, repeats:
     boxes, points = 0, 0
     for _ in range(repeats + 1):
         seconds: dict[str, float] = {}
-        loaded = _timed(lambda: load_file(file, request, spec), seconds, "load")
-        (found,) = predictor.predict([prepare(loaded.scan, spec)], spec.name, seconds)
-        boxes, points = int((found.scores >= _SURE).sum()), len(loaded.scan.points)
+        scan = _timed(lambda: load_file(file, request, [spec]), seconds, "load").placed.scan
+        (found,) = predictor.predict([prepare(scan, spec)], spec.name, seconds)
+        boxes, points = int((found.scores >= _SURE).sum()), len(scan.points)
         passes.append(seconds)
     report(f"{file.name} done")
     warm = [1e3 * statistics.median(seconds[stage] for seconds in passes[1:]) for stage in STAGES]
@@ -231,8 +231,8 @@ def moved_rows(predictor: Predictor, path: Path, spec: DatasetSpec, block: float
             file = InputFile(Path(folder) / "scan.npz", "scan")  # one name: the points drawn depend on it
             colors: dict[str, Any] = {} if variant.colors is None else {"colors": variant.colors}
             np.savez(file.path, points=variant.points, **colors)
-            loaded = load_file(file, PredictRequest(("",), **variant.request), spec)
-            (boxes,) = predictor.predict([prepare(loaded.scan, spec)], spec.name)
+            scan = load_file(file, PredictRequest(("",), **variant.request), [spec]).placed.scan
+            (boxes,) = predictor.predict([prepare(scan, spec)], spec.name)
             back = boxes_in_input_frame(boxes.boxes, variant.motion).astype(np.float32)
             found.append(Detections(back, boxes.scores, boxes.labels))
             rows.append(f"{_compared(variant.name, found[0], found[-1])}  {variant.why}".rstrip())

@@ -453,7 +453,7 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         metavar="NAME",
-        help="a name that h2a2 weights lists, a folder, a .pth file, or a model of the Hugging Face hub; rooms by default",
+        help="a name that h2a2 weights lists, a folder, a .pth file, a model of the Hugging Face hub; rooms by default",
     )
     parser.add_argument("--workdir", metavar="FOLDER", help="folder of a run, whose checkpoint is taken for weights")
     _add_step(parser)

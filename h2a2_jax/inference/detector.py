@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, Protocol, overload, runtime_checkable
+from typing import Any, Literal, Protocol, TypedDict, Unpack, overload, runtime_checkable
 
 import numpy as np
 
@@ -46,6 +46,22 @@ class HasPoints(Protocol):
 
 Points = np.ndarray | str | Path | HasPoints
 """A point cloud: [n, 3] numbers x, y, z, the path of a file, or an object that has points and colours."""
+
+
+class _CallOptions(TypedDict, total=False):
+    """Keyword arguments of a call of a detector, which says what they mean."""
+
+    score: float
+    classes: Sequence[str]
+    agnostic_nms: bool
+    up: str
+    unit: str
+    color_range: ColorRange
+    floor: Floor
+    align: Align
+    tile: Tiling
+    batch_size: int
+    progress: bool
 
 
 class Detector:
@@ -192,7 +208,7 @@ class Detector:
 
     @overload
     def __call__(
-        self, points: Points, colors: np.ndarray | None = ..., dataset: str = ..., **options: Any
+        self, points: Points, colors: np.ndarray | None = ..., dataset: str = ..., **options: Unpack[_CallOptions]
     ) -> Boxes: ...
 
     @overload
@@ -201,7 +217,7 @@ class Detector:
         points: Sequence[Points],
         colors: Sequence[np.ndarray | None] | None = ...,
         dataset: str = ...,
-        **options: Any,
+        **options: Unpack[_CallOptions],
     ) -> list[Boxes]: ...
 
     def __call__(
@@ -279,12 +295,12 @@ class Detector:
             result.append(
                 Boxes.of(
                     choice.of(boxes, scan.spec).of_score(score),
-                    scan.placed.scan,
-                    scan.placed.matrix,
+                    scan.scan,
+                    scan.matrix,
                     scan.spec,
                     file=source if isinstance(source, str | Path) else None,
                     remarks=(*assumed, *scan.remarks),
-                    rows=scan.placed.rows,
+                    rows=scan.rows,
                 )
             )
         return result[0] if single else result
@@ -303,7 +319,7 @@ class Detector:
         found: dict[int, Detections] = {}
         in_passes: dict[str, list[int]] = {}
         for i, scan in enumerate(placed):
-            if tiles_for(len(scan.placed.scan.points), tile) is None:
+            if tiles_for(len(scan.scan.points), tile) is None:
                 in_passes.setdefault(scan.spec.name, []).append(i)
             else:
                 found[i] = predict_scan(self.predictor, scan, None, tile, floor, progress=progress)

@@ -312,7 +312,7 @@ def load_file(file: InputFile, request: PredictRequest, specs: Sequence[DatasetS
     placed = place_scan(
         file.name, cloud, request.frame_among(None), specs, f"say which with --colors ({', '.join(COLOR_RANGES)})"
     )
-    notes, remarks = placed.placed.scan.notes, list[str]()
+    notes, remarks = placed.scan.notes, list[str]()
     if NO_COLORS in notes:
         remarks.append("has no colours and is taken as grey, unlike what the model was trained on")
     elif request.colors == "0-255" and cloud.colors is not None and cloud.colors.max(initial=0) <= 1:

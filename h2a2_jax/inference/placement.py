@@ -2,8 +2,8 @@
 
 A detector expects metres, z up, and floors where its dataset has them. The up axis and the unit are what the file or
 the user says, else what the points show (`file_frame`); the floor is found and brought to the dataset's height
-(`frame.place_as_dataset`). The place of the origin along x and y does not matter: a scan far from it is shifted near it
-by whole voxels of every level. Heads whose boxes are axis-aligned need walls along x and y: `Frame.align`. Of a detector
+(`frame.place_as_dataset`). The place of the origin along x and y does not matter: a scan far from it is shifted near
+it by whole voxels of every level. Heads whose boxes are axis-aligned need walls along x and y: `Frame.align`. Of a detector
 with several heads, one for views of a camera and one for rooms, the scan shows which one predicts. Every decision is a
 remark, with the flag or the argument that settles it; boxes are given in the frame of the file.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.file_frame import decide_frame
@@ -30,7 +31,7 @@ from h2a2_jax.scans.frame import (
     place_cloud,
     upright_matrix,
 )
-from h2a2_jax.scans.scan import ScanError
+from h2a2_jax.scans.scan import Scan, ScanError
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.scans.surfaces import estimate_gravity, estimate_walls, surface_normals
 
@@ -115,12 +116,16 @@ class PlacedScan:
     """A scan ready for a detector.
 
     Attributes:
-        placed: the scan in the frame of the dataset, its matrix, and the numbers of its points in the file.
+        scan: the scan in the frame of the dataset.
+        matrix: transform from the frame and unit of the input to that of the scan; `scan.transform` in float64.
+        rows: number of each point among those of the input, from 0; None: all of them are there.
         spec: dataset whose head predicts.
         remarks: parts of sentences on decisions and on likely mistakes, with the argument that corrects them.
     """
 
-    placed: PlacedCloud
+    scan: Scan
+    matrix: Float[np.ndarray, "4 4"]
+    rows: Int[np.ndarray, " m"] | None
     spec: DatasetSpec
     remarks: tuple[str, ...]
 
@@ -148,7 +153,7 @@ def place_scan(
     spec, chosen = choose_head(placed, frame, specs)
     placed, turning = align(placed, frame.align, spec, f"add {flag('align')}")
     placed, placing = place_as_dataset(placed, spec, frame.floor, flag("floor"))
-    return PlacedScan(placed, spec, (*remarks, *chosen, *turning, *placing))
+    return PlacedScan(placed.scan, placed.matrix, placed.rows, spec, (*remarks, *chosen, *turning, *placing))
 
 
 def choose_head(placed: PlacedCloud, frame: Frame, specs: Sequence[DatasetSpec]) -> tuple[DatasetSpec, list[str]]:

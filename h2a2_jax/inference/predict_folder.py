@@ -329,7 +329,7 @@ class _Run:
 
     def _write(self, read: _LoadedFile, every: Detections, boxes: Detections, remarks: Sequence[str]) -> None:
         """Write the results of a scan, then note it in the job."""
-        file, placed, spec = read.file.file, read.file.placed.placed, read.file.placed.spec
+        file, placed, spec = read.file.file, read.file.placed, read.file.placed.spec
         started = time.perf_counter()
         with self._failures_of(file):
             entry = scan_entry(file.name, placed.matrix, boxes, spec, printable(file.path))
@@ -398,7 +398,7 @@ class _Run:
 
         placed = loaded.placed
         try:
-            show(placed.placed.scan, boxes, placed.spec.classes, title=loaded.file.name, score=self.request.score)
+            show(placed.scan, boxes, placed.spec.classes, title=loaded.file.name, score=self.request.score)
         except InputError as error:  # no window is no failure: the boxes are written
             self._remark(loaded, f"is not shown: {error}".removesuffix("."))
 

@@ -34,7 +34,7 @@ Seconds = dict[str, float] | None
 
 def plan_scan(predictor: Predictor, placed: PlacedScan, tile: Tiling, seconds: Seconds = None) -> PlannedPass | None:
     """Make the maps for the one pass of a scan, beside another pass that runs; None for a scan of several tiles."""
-    if tiles_for(len(placed.placed.scan.points), tile) is not None:
+    if tiles_for(len(placed.scan.points), tile) is not None:
         return None
     return predictor.plan([drawn_points(placed)], seconds)
 
@@ -42,7 +42,7 @@ def plan_scan(predictor: Predictor, placed: PlacedScan, tile: Tiling, seconds: S
 def drawn_points(placed: PlacedScan) -> Scan:
     """The points of a scan that its one pass takes: as the dataset's test protocol draws, of half a million at most."""
     # The name seeds the drawing: one name, so that a cloud gives the same boxes wherever it comes from.
-    return prepare(replace(thin_evenly(placed.placed.scan, TILED_ABOVE), name="scan"), placed.spec)
+    return prepare(replace(thin_evenly(placed.scan, TILED_ABOVE), name="scan"), placed.spec)
 
 
 def predict_scan(
@@ -66,7 +66,7 @@ def predict_scan(
         seconds: time by stage.
         progress: True shows a bar, a tile a step, where there are several.
     """
-    scan, spec = placed.placed.scan, placed.spec
+    scan, spec = placed.scan, placed.spec
     if planned is not None:
         (found,) = predictor.run(planned, spec.name, seconds)
         return found

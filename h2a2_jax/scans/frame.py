@@ -191,7 +191,7 @@ def moved(
 
 
 def camera_direction(points: Float[np.ndarray, "m 3"]) -> float | None:
-    """Return the direction (rad, from x to y) of a scan (m, z up) that is the view of a camera at the origin, else None.
+    """Return the direction (rad, from x to y) of the view of a camera at the origin; None for another scan (m, z up).
 
     A view has nothing next to the camera, reaches less than 60 degrees to its sides, and shows one surface along most
     lines of sight, where a scan from several places shows the walls behind the furniture.

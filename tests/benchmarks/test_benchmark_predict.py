@@ -17,7 +17,8 @@ VARIANTS = variants(POINTS, COLORS, 0.64)
 def test_a_variant_is_the_scan_moved(tmp_path, variant):
     colors = {} if variant.colors is None else {"colors": variant.colors}
     np.savez(tmp_path / "scan.npz", points=variant.points, **colors)
-    scan = load_file(InputFile(tmp_path / "scan.npz", "scan"), PredictRequest(("",), **variant.request), SCANNET).scan
+    request = PredictRequest(("",), **variant.request)
+    scan = load_file(InputFile(tmp_path / "scan.npz", "scan"), request, [SCANNET]).placed.scan
     moved = POINTS @ variant.motion[:3, :3].T + variant.motion[:3, 3]
     distances = np.abs(scan.points[:, None] - moved[None]).max(-1)
     assert distances.min(axis=1).max() < 1e-5
