@@ -51,19 +51,28 @@ function pointUnder(camera, places, step, look, x, y, reach) {
   const scale = camera.height / 2 / HALF_HEIGHT;
   const highest = look.cut / step[2];
   const least = parallel ? look.front : Math.max(look.front, 0.02);
+  const [middleX, middleY, flat] = [camera.width / 2 - x, camera.height / 2 - y, scale / camera.distance];
   let [covering, coveringDepth, closest, closestOff] = [-1, Infinity, -1, reach * reach];
   for (let i = 0; i < places.length; i += 3) {
-    const [px, py, pz] = [places[i], places[i + 1], places[i + 2]];
+    const pz = places[i + 2];
     if (pz > highest) continue;
+    const px = places[i];
+    const py = places[i + 1];
     const depth = px * dx + py * dy + pz * dz - d0;
     if (depth < least) continue;
-    const size = scale / (parallel ? camera.distance : depth);
-    const offX = camera.width / 2 + (px * rx + py * ry + pz * rz - r0) * size - x;
-    const offY = camera.height / 2 - (px * ux + py * uy + pz * uz - u0) * size - y;
+    const size = parallel ? flat : scale / depth;
+    const offX = middleX + (px * rx + py * ry + pz * rz - r0) * size;
+    const offY = middleY - (px * ux + py * uy + pz * uz - u0) * size;
     const off = offX * offX + offY * offY;
-    if (off < closestOff) [closest, closestOff] = [i, off];
+    if (off < closestOff) {
+      closest = i;
+      closestOff = off;
+    }
     const radius = Math.max(LEAST_RADIUS, Math.min(look.mostRadius, (look.pointSize * size) / 2));
-    if (off < radius * radius && depth < coveringDepth) [covering, coveringDepth] = [i, depth];
+    if (off < radius * radius && depth < coveringDepth) {
+      covering = i;
+      coveringDepth = depth;
+    }
   }
   const row = covering >= 0 ? covering : closest;
   return row < 0 ? null : step.map((length, k) => places[row + k] * length);
