@@ -214,7 +214,7 @@ class Detector:
     @overload
     def __call__(
         self,
-        points: Sequence[Points],
+        points: list[Points] | tuple[Points, ...],
         colors: Sequence[np.ndarray | None] | None = ...,
         dataset: str = ...,
         **options: Unpack[_CallOptions],
@@ -222,7 +222,7 @@ class Detector:
 
     def __call__(
         self,
-        points: Points | Sequence[Points],
+        points: Points | list[Points] | tuple[Points, ...],
         colors: np.ndarray | Sequence[np.ndarray | None] | None = None,
         dataset: str = AUTO,
         *,

@@ -3,9 +3,10 @@
 A detector expects metres, z up, and floors where its dataset has them. The up axis and the unit are what the file or
 the user says, else what the points show (`file_frame`); the floor is found and brought to the dataset's height
 (`frame.place_as_dataset`). The place of the origin along x and y does not matter: a scan far from it is shifted near
-it by whole voxels of every level. Heads whose boxes are axis-aligned need walls along x and y: `Frame.align`. Of a detector
-with several heads, one for views of a camera and one for rooms, the scan shows which one predicts. Every decision is a
-remark, with the flag or the argument that settles it; boxes are given in the frame of the file.
+it by whole voxels of every level. Heads whose boxes are axis-aligned need walls along x and y: `Frame.align`.
+
+Of a detector with several heads, some for views of a camera and some for rooms, the scan shows which one predicts.
+Every decision is a remark, with the flag or the argument that settles it; boxes are given in the frame of the file.
 """
 
 import math

@@ -114,7 +114,7 @@ def test_what_other_programs_changed_is_left_alone(tmp_path, files):
     run(out, files[:2])
     sorted_table = (out / TABLE).read_bytes().replace(b"chair", b"seat")
     (out / TABLE).write_bytes(sorted_table)
-    with pytest.raises(InputError, match="boxes.csv was changed by another program"):
+    with pytest.raises(InputError, match=r"boxes\.csv was changed by another program"):
         run(out, files)
     assert (out / TABLE).read_bytes() == sorted_table
     (out / JOURNAL).write_text("[]\n")
@@ -130,7 +130,7 @@ def test_what_other_programs_changed_is_left_alone(tmp_path, files):
 def test_two_programs_do_not_share_a_folder(tmp_path, files):
     with (
         open_job(tmp_path, WHAT, has_table=True, overwrite=False),
-        pytest.raises(InputError, match="Another prediction is at work in .* give another --output"),
+        pytest.raises(InputError, match=r"Another prediction is at work in .* give another --output"),
         open_job(tmp_path, WHAT, has_table=True, overwrite=False),
     ):
         pass

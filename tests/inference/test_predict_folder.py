@@ -390,7 +390,7 @@ def test_another_dataset(predictor, tmp_path):
     with pytest.raises(InputError, match="--dataset is 'scannet'; expected is one of sunrgbd, s3dis, auto"):
         predict_files(predictor, FoundInputs((), {}), request, tmp_path)
     request = PredictRequest(("a",), tmp_path, classes=("chairs",))
-    with pytest.raises(InputError, match="no class 'chairs' .did you mean chair"):
+    with pytest.raises(InputError, match=r"no class 'chairs' .did you mean chair"):
         predict_files(predictor, FoundInputs((), {}), request, tmp_path)
 
 

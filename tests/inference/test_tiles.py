@@ -71,7 +71,7 @@ def test_sides_of_tiles_can_be_chosen():
     assert tiles_for(10**8, "off") is None and tiles_for(10, 6.0) == TileGrid(core=6.0)
     assert checked_tiling("12", "--tile") == 12.0 and checked_tiling("off", "--tile") == "off"
     for wrong in ("1", "nan", "large", 1000.0):
-        with pytest.raises(InputError, match="tile is .*; expected is auto, off or the sides"):
+        with pytest.raises(InputError, match=r"tile is .*; expected is auto, off or the sides"):
             checked_tiling(wrong, "tile")
 
 
@@ -83,9 +83,9 @@ def building() -> Scan:
         base = 3.1 * storey
         for height, share in ((0.0, 6000), (2.8, 6000), (0.75, 600)):
             plane = rng.random((share, 3)) * (12, 8, 0.01)
-            parts.append(plane + (0, 0, base + height))
-        parts.append(rng.random((6000, 3)) * (0.02, 8, 2.8) + (0, 0, base))
-        parts.append(rng.random((6000, 3)) * (12, 0.02, 2.8) + (0, 0, base))
+            parts.append(plane + np.array([0, 0, base + height]))
+        parts.append(rng.random((6000, 3)) * (0.02, 8, 2.8) + np.array([0, 0, base]))
+        parts.append(rng.random((6000, 3)) * (12, 0.02, 2.8) + np.array([0, 0, base]))
     return scan_of(np.concatenate(parts))
 
 
