@@ -201,16 +201,16 @@ def _predictions(golden: _Golden, predictions: Predictions, scan: int) -> Iterat
     *arrays, count = detections_from_predictions(predictions.locations, mine, outputs, logits, rotated=spec.has_yaw)
     found = Detections(*(np.asarray(array)[: int(count)] for array in arrays))
     share = min(
-        _matched(stored[f"{name}.boxes"], stored[f"{name}.scores"], stored[f"{name}.labels"],
+        matched_share(stored[f"{name}.boxes"], stored[f"{name}.scores"], stored[f"{name}.labels"],
                  found.boxes[:, :width], found.scores, found.labels),
-        _matched(found.boxes[:, :width], found.scores, found.labels,
+        matched_share(found.boxes[:, :width], found.scores, found.labels,
                  stored[f"{name}.boxes"], stored[f"{name}.scores"], stored[f"{name}.labels"]),
     )  # fmt: skip
     missed = 1 - share
     yield CaseResult(f"{name} (share of boxes unmatched)", missed, 1 - MATCHED_SHARE, missed <= 1 - MATCHED_SHARE)
 
 
-def _matched(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, *other: np.ndarray) -> float:
+def matched_share(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, *other: np.ndarray) -> float:
     """Share of boxes that have one of the same label, score and box among the others, each used once."""
     other_boxes, other_scores, other_labels = other
     free = np.ones(len(other_boxes), bool)

@@ -19,6 +19,7 @@ import safetensors.numpy
 import yaml
 
 from h2a2_jax.checkpoint.store import StoredDetector, read_detector
+from h2a2_jax.checkpoint.tree import checksum
 from h2a2_jax.config import SourceConfig
 from h2a2_jax.errors import InputError
 from h2a2_jax.pretrained.card import CardFacts
@@ -27,6 +28,8 @@ from tests.boxes.golden import FIXTURES
 from tests.pretrained.detectors import assert_same, stored_detector
 
 DETECTOR = stored_detector()
+CHECKSUMS = [3273927112, 1903876811, 2601410586]
+"""Of the parts of tests/fixtures/pretrained_1."""
 
 
 @pytest.fixture
@@ -75,6 +78,14 @@ def test_arrays_from_several_devices_are_those_of_one(folder: Path):
     exclusive = {path: np.asarray(jax.device_put(array, along)) for path, array in DETECTOR.parts[0].items()}
     write_pretrained(dataclasses.replace(DETECTOR, parts=(exclusive, *DETECTOR.parts[1:])), folder.with_name("spread"))
     assert (folder / FILES[0]).read_bytes() == (folder.with_name("spread") / FILES[0]).read_bytes()
+
+
+def test_a_folder_of_another_machine_is_read():
+    # Of six devices, Python 3.11 and jax 0.10.2; this test runs on later ones too.
+    detector = read_pretrained(FIXTURES / "pretrained_1")
+    assert [spec.name for spec in detector.specs] == ["scannet", "sunrgbd", "s3dis"]
+    assert [checksum(part) for part in detector.parts] == CHECKSUMS
+    detector.build()
 
 
 def test_the_datasets_keep_their_order(tmp_path: Path):

@@ -5,13 +5,11 @@ from pathlib import Path
 import pytest
 
 from h2a2_jax.cli import main
-from h2a2_jax.convert.torch_file import write_torch_file
 from h2a2_jax.pretrained import catalog
 from h2a2_jax.pretrained.card import CardFacts
-from h2a2_jax.pretrained.catalog import CATALOG, find_entry
+from h2a2_jax.pretrained.catalog import CATALOG
 from h2a2_jax.pretrained.folder import write_pretrained
 from h2a2_jax.scans.specs import SUNRGBD
-from tests.convert.test_command import STATE
 from tests.pretrained.detectors import stored_detector
 
 
@@ -50,13 +48,9 @@ def test_weights_are_described_by_classes_scores_and_licence(capsys: pytest.Capt
 
 
 def test_weights_are_fetched_ahead(capsys: pytest.CaptureFixture[str], cache: Path):
-    entry = find_entry("tr3d-sunrgbd")
-    assert entry is not None
-    write_torch_file(entry.file, STATE)  # put there by hand
-    text = printed(capsys, "--download", "tr3d-sunrgbd")
-    assert "is converted and kept in" in text and f"here: {cache / 'tr3d-sunrgbd'} (0." in text
-    assert "is converted" not in printed(capsys, "--download", "tr3d-sunrgbd")
-    assert row(printed(capsys), "tr3d-sunrgbd")[-2:] == ["MB", "yes"]
+    write_pretrained(stored_detector(), cache / "tr3d-sunrgbd")  # as a first download does (test_load.py)
+    assert f"here: {cache / 'tr3d-sunrgbd'} (0.1 MB)" in printed(capsys, "--download", "tr3d-sunrgbd")
+    assert row(printed(capsys), "tr3d-sunrgbd")[-3:] == ["0.1", "MB", "yes"]
 
 
 def test_weights_of_the_package_are_described_by_their_card(capsys: pytest.CaptureFixture[str], tmp_path: Path):

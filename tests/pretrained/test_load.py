@@ -17,12 +17,15 @@ from h2a2_jax.checkpoint.store import read_detector
 from h2a2_jax.convert.torch_file import write_torch_file
 from h2a2_jax.convert.tr3d_weights import export_tr3d
 from h2a2_jax.errors import InputError
+from h2a2_jax.inference.predictor import Predictor
 from h2a2_jax.pretrained import catalog
 from h2a2_jax.pretrained.catalog import CatalogEntry, find_entry
 from h2a2_jax.pretrained.folder import card_facts, weights_digest, write_pretrained
 from h2a2_jax.pretrained.load import load_pretrained
+from h2a2_jax.scans.scan import Scan
 from tests.boxes.golden import FIXTURES
 from tests.convert.test_command import STATE
+from tests.parity_model import MATCHED_SHARE, matched_share
 from tests.pretrained.detectors import assert_same, stored_detector
 from tests.pretrained.server import Behaviour, serving
 
@@ -72,10 +75,14 @@ def names(cache: Path) -> set[str]:
     return {path.name for path in cache.iterdir() if path.suffix != ".lock"}
 
 
-def test_the_golden_weights_by_name_keep_every_bit(server: Behaviour, tmp_path: Path):
-    # tests/test_parity.py compares the predictions of these weights with the original's.
-    with np.load(FIXTURES / "weights_scannet_seed7.npz") as stored:
-        state = {name: stored[name] for name in stored.files}
+def arrays(name: str) -> dict[str, np.ndarray]:
+    with np.load(FIXTURES / name) as stored:
+        return {key: stored[key] for key in stored.files}
+
+
+@pytest.mark.slow
+def test_the_golden_weights_by_name_find_the_golden_boxes(server: Behaviour, tmp_path: Path):
+    state = arrays("weights_scannet_seed7.npz")
     write_torch_file(tmp_path / "golden.pth", state)
     server.files = {f"/mirror/{entry('tr3d-scannet').path}": (tmp_path / "golden.pth").read_bytes()}
     said = list[str]()
@@ -86,6 +93,18 @@ def test_the_golden_weights_by_name_keep_every_bit(server: Behaviour, tmp_path: 
         np.testing.assert_array_equal(found[name], value, err_msg=name)
     assert sum("under terms of their own" in sentence for sentence in said) == 1
     assert card_facts(detector).scores == entry("tr3d-scannet").shares
+
+    golden = arrays("model_batch2_scannet_seed7.npz")
+    clouds = np.split(golden["points"].astype(np.float32), np.cumsum(golden["num_points"])[:-1])[:1]  # one is enough
+    scans = [Scan(str(i), c[:, :3], c[:, 3:], *no_boxes()) for i, c in enumerate(clouds)]
+    for i, boxes in enumerate(Predictor(detector, detector.specs).predict(scans, "scannet")):
+        mine = boxes.boxes[:, :6], boxes.scores, boxes.labels
+        original = tuple(golden[f"pred.scene{i}.{key}"] for key in ("boxes", "scores", "labels"))
+        assert min(matched_share(*mine, *original), matched_share(*original, *mine)) >= MATCHED_SHARE
+
+
+def no_boxes() -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((0, 7), np.float32), np.zeros(0, np.int32)
 
 
 def test_the_second_time_neither_network_nor_file_is_needed(server: Behaviour, cache: Path):
@@ -109,14 +128,18 @@ def test_offline_the_file_can_be_put_there_by_hand(server: Behaviour, cache: Pat
     assert len(server.asked) == 1
 
 
-@pytest.mark.parametrize("name", [f"{NAME}/model.safetensors", f"{NAME}/config.json", "file"])
-def test_what_differs_later_is_refused(server: Behaviour, cache: Path, name: str):
+def test_what_differs_later_is_refused(server: Behaviour, cache: Path):
     load_pretrained(NAME, print)
-    path = entry().file if name == "file" else cache / name
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-    refused(NAME, "sha256 differs|is no JSON")
+    for path, match in (
+        (entry().file, "is not the file that was stored .its sha256 differs., and nothing of it is loaded"),
+        (cache / NAME / "model.safetensors", "is not the file that config.json beside it was written with"),
+        (cache / NAME / "config.json", "is no JSON"),
+    ):
+        content = path.read_bytes()
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        refused(NAME, match)
+        path.write_bytes(content)
+    load_pretrained(NAME, print)
 
 
 def test_a_file_that_came_broken_is_not_kept(server: Behaviour, cache: Path, tiny: bytes):
@@ -129,18 +152,13 @@ def test_a_file_that_came_broken_is_not_kept(server: Behaviour, cache: Path, tin
         server.files = {path: content}
         assert "sent cannot be used and is not kept" in refused(NAME, match)
         assert not names(cache)
-    server.files = {path: tiny}
-    load_pretrained(NAME, print)
 
 
 def test_a_broken_file_put_there_by_hand_stays_until_its_owner_replaces_it(server: Behaviour, cache: Path, tiny: bytes):
     cache.mkdir(parents=True)
     entry().file.write_bytes(tiny[:-1000])
     refused(NAME, f"{entry().file} is damaged or cut off")
-    assert entry().file.read_bytes() == tiny[:-1000]
-    entry().file.write_bytes(tiny)
-    load_pretrained(NAME, print)
-    assert not server.asked
+    assert entry().file.read_bytes() == tiny[:-1000] and names(cache) == {entry().file.name} and not server.asked
 
 
 def test_a_download_that_was_cut_goes_on(server: Behaviour, cache: Path, tiny: bytes):
