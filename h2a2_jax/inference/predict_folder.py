@@ -7,10 +7,11 @@ before are written.
 import contextlib
 import json
 import re
+import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -97,7 +98,8 @@ def predict_inputs(
         say(line)
     if all(source.is_procedural for source in detector.config.datasets):
         say("The model has seen procedural scans only: on others its boxes show how things work, no more.")
-    return predict_files(predictor, found, request, output, say, weights=weights_digest(detector))
+    what = {"weights": weights_digest(detector), **asdict(replace(settings, score_threshold=0.0))}
+    return predict_files(predictor, found, request, output, say, what=what)
 
 
 def _opening(found: FoundInputs, request: PredictRequest, predictor: Predictor, output: Path) -> Iterator[str]:
@@ -143,10 +145,10 @@ def _closing(outcome: "Outcome", output: Path) -> Iterator[str]:
     yield f"Stopped. Until then: {done}; the same command goes on." if outcome.interrupted else done
     if outcome.entries:
         spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in outcome.seconds.items())
-        network = outcome.seconds["network"] / len(outcome.entries)
         yield (
-            f"{outcome.elapsed:.1f} s, {len(outcome.entries) / outcome.elapsed:.2f} scans a second; the network alone "
-            f"takes {network:.2f} s a scan. Seconds by stage, reading and writing beside the network: {spent}."
+            f"{outcome.elapsed:.1f} s, {len(outcome.entries) / outcome.elapsed:.2f} scans a second; the network and its "
+            f"boxes take {statistics.median(outcome.passes):.2f} s a scan (median). Seconds by stage, reading and "
+            f"writing beside the network: {spent}."
         )
     if outcome.failed:
         yield f"{len(outcome.failed)} failed:"
@@ -187,6 +189,7 @@ class Outcome:
         failed: by file, the sentence that says why it could not be predicted.
         remarks: by kind, the first remark and the names of all scans that have one that differs in details only.
         seconds: time by stage: "load" and "maps" (in a thread of their own), "network", "boxes", "write" (in a thread).
+        passes: seconds of each scan in the network and its boxes.
         elapsed: seconds from the first scan to the last result.
         interrupted: True if the user stopped the prediction.
     """
@@ -196,6 +199,7 @@ class Outcome:
     failed: dict[str, str] = field(default_factory=dict)
     remarks: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    passes: list[float] = field(default_factory=list)
     elapsed: float = 0.0
     interrupted: bool = False
 
@@ -217,13 +221,13 @@ def predict_files(
     output: Path,
     say: Callable[[str], None] = print,
     *,
-    weights: str = "",
+    what: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Predict files and write the results to a folder; files that were done before are skipped.
 
     The lowest score of the predictor is that of the request, or `FAINT_SCORE` if this is lower. `say` is called with
-    remarks as they come up, `REPEATED` times for each kind, with failures, and with a summary. `weights` identifies the
-    detector: results of other weights or flags are not mixed in one folder.
+    remarks as they come up, `REPEATED` times for each kind, with failures, and with a summary. `what` identifies the
+    detector by names and values: results of other detectors or flags are not mixed in one folder.
 
     Returns:
         Results and failures; also after Ctrl-C, with the files done until then.
@@ -235,8 +239,8 @@ def predict_files(
     choice = BoxChoice(request.classes, request.agnostic_nms)
     choice.check(predictor.specs)
     flags = {f"--{key}": value for key, value in asdict(request).items() if key not in _NO_MATTER}
-    what = json.loads(json.dumps({"weights": weights, **flags}))
-    with open_job(output, what, has_table="csv" in request.formats, overwrite=request.overwrite) as job:
+    identity = json.loads(json.dumps({**(what or {}), **flags}))
+    with open_job(output, identity, has_table="csv" in request.formats, overwrite=request.overwrite) as job:
         named = job.named(found.files)
         check_output(output, (file.name for file in named), request.formats)
         job.start()
@@ -315,9 +319,11 @@ class _Run:
             remarks = list(loaded.remarks)
             for remark in remarks:
                 self._remark(loaded, remark)
+            started = time.perf_counter()
             found = predict_scan(
                 self.predictor, loaded.placed, read.planned, request.tile, request.floor, seconds=seconds
             )
+            self.outcome.passes.append(time.perf_counter() - started)
             every = self.choice.of(found, spec)
             if not len(boxes := every.of_score(request.score)):
                 best = f"the best has {every.scores[0]:.3f}: --score lowers the bound" if len(every) else "nor near it"

@@ -12,7 +12,7 @@ README.md           the model card (`model_card`)
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ import safetensors.numpy
 
 from h2a2_jax.checkpoint.store import StoredDetector
 from h2a2_jax.checkpoint.tree import Arrays, describe_array
-from h2a2_jax.config import from_json, to_json
+from h2a2_jax.config import ExperimentConfig, from_json, to_json
 from h2a2_jax.errors import InputError
 from h2a2_jax.files import read_json, whole_folder
 from h2a2_jax.host import versions
 from h2a2_jax.pretrained.card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, CardFacts, facts_of_run, model_card
+from h2a2_jax.scans.sources import ROOTS
 
 FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)
 """Files of a pretrained folder."""
@@ -71,7 +72,7 @@ def write_pretrained(detector: StoredDetector, folder: str | Path, facts: CardFa
         "sha256": hashlib.sha256(weights).hexdigest(),
         "facts": facts.to_json(),
         "versions": versions(),
-        "config": json.loads(to_json(detector.config)),
+        "config": json.loads(to_json(_without_paths(detector.config))),
     }
     card = model_card(facts, detector.specs, folder.absolute().name, versions())
     try:
@@ -83,6 +84,15 @@ def write_pretrained(detector: StoredDetector, folder: str | Path, facts: CardFa
         raise InputError(
             f"{folder} cannot be written ({error.strerror or error}): free space there, or give another folder."
         ) from error
+
+
+def _without_paths(config: ExperimentConfig) -> ExperimentConfig:
+    """Leave out the folders of the machine that trained: they mean nothing elsewhere, and are nobody's business."""
+    datasets = tuple(
+        replace(source, root=ROOTS.get(source.name, f"data/{source.name}")) if source.root else source
+        for source in config.datasets
+    )
+    return replace(config, datasets=datasets, train=replace(config.train, init_from=""))
 
 
 def read_pretrained(folder: str | Path) -> StoredDetector:
