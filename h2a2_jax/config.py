@@ -358,7 +358,9 @@ def _check_datasets(datasets: tuple[SourceConfig, ...]) -> None:
     for source in datasets:
         _ = source.spec  # raises for an unknown name without classes
         path = f"datasets.{source.name}"
-        _require(folded.count(source.name.casefold()) == 1, "datasets", names, f"every dataset once, not {source.name} twice")
+        _require(
+            folded.count(source.name.casefold()) == 1, "datasets", names, f"every dataset once, not {source.name} twice"
+        )
         ok = source.is_procedural or source.root != ""
         _require(ok, f"{path}.root", source.root, "the folder of the scans")
         _require_at_least(1, path, source, "train_size", "val_size")

@@ -2,7 +2,7 @@
 
 Coordinates are those of the input, in its unit ($INSUNITS), turned so that z is up where another axis is; of tilted
 points they are not turned, and footprints are the bottoms of the boxes. A class has two layers in its colour, its name
-(edges and text) and "<name>_footprint" (a closed polyline at the height of the bottom). Letters that DXF forbids in
+(edges, and two lines of text: class and score, length x width x height) and "<name>_footprint" (a closed polyline at the height of the bottom). Letters that DXF forbids in
 names of layers become "_".
 """
 
@@ -23,12 +23,13 @@ _FORBIDDEN = '<>/\\":;?*|=`,'
 _LONGEST = 200  # letters of a name; AutoCAD takes 255 in a layer's name and in a text
 _FOOTPRINT = "_footprint"
 _BOTTOM = (0, 1, 3, 2)  # corners in turn, counter-clockwise from above
-_TEXT_HEIGHT = 0.12  # m
+_TEXT_HEIGHT = 0.1  # m
 
 
 def write(path: Path, boxes: Boxes) -> None:
     """Write boxes as DXF."""
     import ezdxf
+    from ezdxf.enums import TextEntityAlignment
 
     from h2a2_jax.viewer.content import class_color  # here, for training loads this package and draws nothing
 
@@ -58,9 +59,11 @@ def write(path: Path, boxes: Boxes) -> None:
             edges.append(space.add_lwpolyline(bottom[:, :2], close=True, dxfattribs=flat))
         else:
             edges.append(space.add_polyline3d(bottom, close=True, dxfattribs=on_footprint))
-        words = f"{name[:_LONGEST]} {score:.2f} {_measures(size)} {boxes.unit}"
-        text = space.add_text(_spelt(words), height=height, dxfattribs=on_layer)
-        edges.append(text.set_placement(corner[list(_BOTTOM)].mean(axis=0) + (corner[4] - corner[0])))
+        top = corner[4:].mean(axis=0)
+        words = (f"{name[:_LONGEST]} {score:.2f}", height, 0.0), (f"{_measures(size)} {boxes.unit}", 0.7 * height, 1.2)
+        for line, tall, below in words:
+            text = space.add_text(_spelt(line), height=tall, dxfattribs=on_layer)
+            edges.append(text.set_placement(top - [0, below * height, 0], align=TextEntityAlignment.MIDDLE_CENTER))
         document.groups.new(description=_spelt(name)[:_LONGEST]).extend(edges)
     if len(boxes):
         document.set_modelspace_vport(
