@@ -1,9 +1,9 @@
 """DXF (R2010, ASCII) for CAD: boxes as edges, footprints and texts on layers of their classes.
 
 Coordinates are those of the input, in its unit ($INSUNITS), turned so that z is up where another axis is; of tilted
-points they are not turned, and footprints are the bottoms of the boxes. A class has two layers in its colour, its name
-(edges, and two lines of text: class and score, length x width x height) and "<name>_footprint" (a closed polyline at the height of the bottom). Letters that DXF forbids in
-names of layers become "_".
+points they are not turned, and footprints are the bottoms of the boxes. A class has two layers in its colour: its name
+has the edges, and in two lines of text the class and score, and length x width x height; "<name>_footprint" has a
+closed polyline at the height of the bottom. Letters that DXF forbids in names of layers become "_".
 """
 
 from collections.abc import Sequence
