@@ -47,9 +47,8 @@ def write(path: Path, boxes: Boxes) -> None:
     # Sizes run along the axes of the input: corners are counted anew from below.
     order = _corners_from_below(boxes.up)
     height = _TEXT_HEIGHT / UNITS[boxes.unit]
-    for corner, label, score, name, size in zip(
-        corners[:, order], boxes.labels.tolist(), boxes.scores, boxes.names, boxes.dimensions, strict=True
-    ):
+    columns = (boxes.labels.tolist(), boxes.scores, boxes.names, boxes.dimensions)
+    for number, (corner, label, score, name, size) in enumerate(zip(corners[:, order], *columns, strict=True), 1):
         on_layer = {"layer": layers[label]}
         edges: list[Any] = [space.add_line(corner[one], corner[other], on_layer) for one, other in BOX_EDGES]
         bottom = corner[list(_BOTTOM)]
@@ -64,7 +63,8 @@ def write(path: Path, boxes: Boxes) -> None:
         for line, tall, below in words:
             text = space.add_text(_spelt(line), height=tall, dxfattribs=on_layer)
             edges.append(text.set_placement(top - [0, below * height, 0], align=TextEntityAlignment.MIDDLE_CENTER))
-        document.groups.new(description=_spelt(name)[:_LONGEST]).extend(edges)
+        # Named, for the search of a free number takes longer with every group.
+        document.groups.new(f"BOX_{number}", description=_spelt(name)[:_LONGEST]).extend(edges)
     if len(boxes):
         document.set_modelspace_vport(
             height=1.2 * max(float(np.ptp(corners[..., :2].reshape(-1, 2), axis=0).max()), height),
