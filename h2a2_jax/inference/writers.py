@@ -31,7 +31,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.files import whole_file
 from h2a2_jax.inference.box_table import CSV_COLUMNS, csv_header, csv_text
 from h2a2_jax.inference.exports import EXPORTS, export_boxes, require_packages
-from h2a2_jax.inference.found_boxes import Boxes
+from h2a2_jax.inference.found_boxes import Boxes, frame_note
 from h2a2_jax.inference.input_files import OWN_COMMENT
 from h2a2_jax.inference.ply_results import write_box_frames, write_points
 from h2a2_jax.inference.results import PREDICTIONS_VERSION, document_of
@@ -89,12 +89,10 @@ def write_scan(
         from h2a2_jax.viewer.image import write_image
         from h2a2_jax.viewer.scan_page import write_viewer
 
-        moved = not np.allclose(matrix, np.eye(4), rtol=0, atol=1e-9)
-        note = "Numbers on this page are in metres with z up; JSON and CSV have those of the file." if moved else ""
         if "html" in formats:
             on_page = found if every is None else every
             with whole_file(_with_end(stem, ".html")) as part:
-                write_viewer(part, scan, on_page, spec.classes, truth=truth, score=shown, note=note)
+                write_viewer(part, scan, on_page, spec.classes, truth=truth, score=shown, note=frame_note(matrix))
         if "png" in formats:
             with whole_file(_with_end(stem, ".png")) as part:
                 write_image(part, scan, found, spec.classes, truth=truth, score=shown)

@@ -165,6 +165,14 @@ def test_a_picture_needs_no_display(boxes: Boxes):
     assert (np.ptp(np.asarray(picture).astype(int), axis=2) > 100).any()  # boxes in colour over grey points
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems always have a display")
+def test_a_window_needs_a_display(boxes: Boxes, monkeypatch: pytest.MonkeyPatch):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="A window needs a display"):
+        boxes.show()
+
+
 def test_a_notebook_shows_the_viewer_apart_from_itself(boxes: Boxes):
     spec = own_spec("own", ('"><script>alert(1)</script>', "b", "c", "d"))
     hostile = Boxes.of(FOUND, SCAN, np.eye(4), spec)

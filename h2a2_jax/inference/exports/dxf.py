@@ -1,9 +1,9 @@
 """DXF (R2010, ASCII) for CAD: boxes as edges, footprints and texts on layers of their classes.
 
 Coordinates are those of the input, in its unit ($INSUNITS), turned so that z is up where another axis is; of tilted
-points they are not turned, and footprints are the bottoms of the boxes. A class has two layers in its colour, its name
-(edges and text) and "<name>_footprint" (a closed polyline at the height of the bottom). Letters that DXF forbids in
-names of layers become "_".
+points they are not turned, and footprints are the bottoms of the boxes. A class has two layers in its colour: its name
+has the edges, and in two lines of text the class and score, and length x width x height; "<name>_footprint" has a
+closed polyline at the height of the bottom. Letters that DXF forbids in names of layers become "_".
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,13 @@ _FORBIDDEN = '<>/\\":;?*|=`,'
 _LONGEST = 200  # letters of a name; AutoCAD takes 255 in a layer's name and in a text
 _FOOTPRINT = "_footprint"
 _BOTTOM = (0, 1, 3, 2)  # corners in turn, counter-clockwise from above
-_TEXT_HEIGHT = 0.12  # m
+_TEXT_HEIGHT = 0.1  # m
 
 
 def write(path: Path, boxes: Boxes) -> None:
     """Write boxes as DXF."""
     import ezdxf
+    from ezdxf.enums import TextEntityAlignment
 
     from h2a2_jax.viewer.content import class_color  # here, for training loads this package and draws nothing
 
@@ -46,9 +47,8 @@ def write(path: Path, boxes: Boxes) -> None:
     # Sizes run along the axes of the input: corners are counted anew from below.
     order = _corners_from_below(boxes.up)
     height = _TEXT_HEIGHT / UNITS[boxes.unit]
-    for corner, label, score, name, size in zip(
-        corners[:, order], boxes.labels.tolist(), boxes.scores, boxes.names, boxes.dimensions, strict=True
-    ):
+    columns = (boxes.labels.tolist(), boxes.scores, boxes.names, boxes.dimensions)
+    for number, (corner, label, score, name, size) in enumerate(zip(corners[:, order], *columns, strict=True), 1):
         on_layer = {"layer": layers[label]}
         edges: list[Any] = [space.add_line(corner[one], corner[other], on_layer) for one, other in BOX_EDGES]
         bottom = corner[list(_BOTTOM)]
@@ -58,10 +58,13 @@ def write(path: Path, boxes: Boxes) -> None:
             edges.append(space.add_lwpolyline(bottom[:, :2], close=True, dxfattribs=flat))
         else:
             edges.append(space.add_polyline3d(bottom, close=True, dxfattribs=on_footprint))
-        words = f"{name[:_LONGEST]} {score:.2f} {_measures(size)} {boxes.unit}"
-        text = space.add_text(_spelt(words), height=height, dxfattribs=on_layer)
-        edges.append(text.set_placement(corner[list(_BOTTOM)].mean(axis=0) + (corner[4] - corner[0])))
-        document.groups.new(description=_spelt(name)[:_LONGEST]).extend(edges)
+        top = corner[4:].mean(axis=0)
+        words = (f"{name[:_LONGEST]} {score:.2f}", height, 0.0), (f"{_measures(size)} {boxes.unit}", 0.7 * height, 1.2)
+        for line, tall, below in words:
+            text = space.add_text(_spelt(line), height=tall, dxfattribs=on_layer)
+            edges.append(text.set_placement(top - [0, below * height, 0], align=TextEntityAlignment.MIDDLE_CENTER))
+        # Named, for the search of a free number takes longer with every group.
+        document.groups.new(f"BOX_{number}", description=_spelt(name)[:_LONGEST]).extend(edges)
     if len(boxes):
         document.set_modelspace_vport(
             height=1.2 * max(float(np.ptp(corners[..., :2].reshape(-1, 2), axis=0).max()), height),

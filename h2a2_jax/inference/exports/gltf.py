@@ -20,7 +20,7 @@ from h2a2_jax.inference.input_files import OWN_COMMENT
 from h2a2_jax.inference.ply_results import frame_triangles, frame_vertices
 
 _Y_UP = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], np.float64)
-_FLOAT, _UINT, _USHORT, _POINTS, _ARRAY, _INDICES = 5126, 5125, 5123, 0, 34962, 34963
+_FLOAT, _UINT, _POINTS, _ARRAY, _INDICES = 5126, 5125, 0, 34962, 34963  # glTF's numbers
 
 
 class _Buffer:
@@ -72,11 +72,10 @@ def write(path: Path, boxes: Boxes) -> None:
         return len(materials) - 1
 
     if len(placed.points):
-        # Four numbers, for rows are to be of whole words.
-        shades = np.full((len(placed.points), 4), 65535, "<u2")
-        shades[:, :3] = np.round(65535 * _linear(np.arange(256) / 255))[placed.colors]
+        # Bytes have too few steps for dark colours in linear light, and not all programs read 16 bits.
+        shades = _linear(np.arange(256) / 255).astype("<f4")[placed.colors]
         places = buffer.add_places(placed.points @ _Y_UP.T)
-        attributes = {"POSITION": places, "COLOR_0": buffer.add(shades, _USHORT, _ARRAY, normalized=True)}
+        attributes = {"POSITION": places, "COLOR_0": buffer.add(shades, _FLOAT, _ARRAY)}
         add_node({"name": "points"}, attributes, mode=_POINTS, material=add_material("points", [1.0, 1.0, 1.0]))
     if len(boxes):
         triangles = buffer.add(frame_triangles().reshape(-1).astype("<u4"), _UINT, _INDICES)

@@ -1,6 +1,6 @@
 """Points and boxes in metres, z up, near the origin: the frame of programs that compute in float32."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -44,11 +44,13 @@ def upright(boxes: Boxes, most_points: int = MOST_POINTS) -> Upright:
     from_scan = metres * turn @ np.linalg.inv(to_scan[:3, :3])
     shift = -from_scan @ to_scan[:3, 3]
     scan, every = boxes.scan, len(boxes.scan.points)
-    kept = np.arange(every) if every <= most_points else np.arange(most_points) * every // most_points
-    places = scan.points[kept].astype(np.float64) @ from_scan.T
+    if every > most_points:
+        kept = np.arange(most_points) * every // most_points
+        scan = replace(scan, points=scan.points[kept], colors=scan.colors[kept])
+    places = scan.points.astype(np.float64) @ from_scan.T
     middle = np.median(places, axis=0) + shift if every else np.median(centers, axis=0) if len(boxes) else np.zeros(3)
     origin = np.round(middle) * bool(np.abs(middle).max() > _FAR)
-    colors = np.round(255 * np.clip(display_colors(scan)[kept], 0, 1)).astype(np.uint8)
+    colors = np.round(255 * np.clip(display_colors(scan), 0, 1)).astype(np.uint8)
     return Upright(
         origin,
         centers - origin,
