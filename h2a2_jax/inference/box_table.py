@@ -33,7 +33,7 @@ def safe_cell(text: str) -> str:
 
 
 def table_rows(entry: dict[str, Any]) -> list[list[str]]:
-    """Rows of the boxes of a scan, given by its entry (`results.scan_entry`), with the columns `CSV_COLUMNS`.
+    """Rows of the boxes of a scan, given by its entry (`results.entry_of`), with the columns `CSV_COLUMNS`.
 
     The cells are plain: `csv_text` escapes them. The names of the classes are those of the entry.
     """
@@ -63,7 +63,7 @@ def csv_header() -> str:
 
 
 def csv_text(entry: dict[str, Any]) -> str:
-    """Return the lines of the boxes of a scan, given by its entry (`results.scan_entry`), without the header.
+    """Return the lines of the boxes of a scan, given by its entry (`results.entry_of`), without the header.
 
     Lines end with CRLF (RFC 4180); line breaks inside a name are in quotes. The same entry gives the same text.
     """

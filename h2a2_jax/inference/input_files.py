@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import available_memory
+from h2a2_jax.inference.box_table import CSV_COLUMNS
 from h2a2_jax.inference.placement import AUTO, Align, Frame, PlacedScan, place_scan, spell_flag
 from h2a2_jax.inference.tiles import TILED_ABOVE, Tiling, checked_tiling
 from h2a2_jax.scans.formats.columns import parse_columns
@@ -114,7 +115,7 @@ class FoundInputs:
         files: files of points in order of their paths, input by input.
         problems: by path, why a folder could not be searched.
         passed_over: text files without a line of numbers, such as a README.
-        results: PLY files of an earlier prediction, which are passed over unless they are named one by one.
+        results: files of an earlier prediction, which are passed over unless they are named one by one.
         unread: files of other kinds, but for parts of meshes, such as textures, and names that begin with a dot.
     """
 
@@ -166,7 +167,7 @@ def find_inputs(inputs: Sequence[str], output: Path | None = None) -> FoundInput
                 unread.setdefault(os.path.abspath(file), file)
             elif file in searched and file.suffix.lower() in _TEXTS and not _has_numbers(file):
                 passed_over.append(file)
-            elif not named_alone and _is_result_ply(file):
+            elif not named_alone and _is_result(file):
                 results.append(file)
             else:
                 found.setdefault(os.path.abspath(file), (file, place))
@@ -230,13 +231,14 @@ def _files_below(
             yield path, name / os.path.relpath(path, folder)
 
 
-def _is_result_ply(path: Path) -> bool:
-    """Return True for a PLY file that a prediction wrote."""
-    if path.suffix.lower() != ".ply" or not path.is_file():
+def _is_result(path: Path) -> bool:
+    """Return True for a file that a prediction wrote."""
+    if path.suffix.lower() not in (".ply", ".glb", ".csv") or not path.is_file():
         return False
     try:
         with path.open("rb") as file:
-            return f"comment {OWN_COMMENT}\n".encode() in file.read(400)
+            start = file.read(400)
+        return OWN_COMMENT.encode() in start or start.startswith(",".join(CSV_COLUMNS[:5]).encode())
     except OSError:
         return False
 

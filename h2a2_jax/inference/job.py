@@ -57,7 +57,7 @@ class Job:
 
     Attributes:
         folder: where the results are.
-        entries: `results.scan_entry` of each scan that is done, by name, in the order of the journal.
+        entries: `results.entry_of` of each scan that is done, by name, in the order of the journal.
         failed: sentences on the files that failed, by path. Scans may be noted from several threads.
         is_new: True for a folder without a job.
     """

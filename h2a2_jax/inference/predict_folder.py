@@ -28,6 +28,7 @@ from h2a2_jax.errors import INTERRUPTED, InputError
 from h2a2_jax.files import whole_file
 from h2a2_jax.host import progress_interval
 from h2a2_jax.inference.background import WorkBehind, read_ahead
+from h2a2_jax.inference.found_boxes import Boxes
 from h2a2_jax.inference.input_files import (
     FileScan,
     FoundInputs,
@@ -40,7 +41,6 @@ from h2a2_jax.inference.input_files import (
 from h2a2_jax.inference.job import FileIdentity, Job, open_job
 from h2a2_jax.inference.placement import AUTO
 from h2a2_jax.inference.predictor import PlannedPass, Predictor, build_predictor
-from h2a2_jax.inference.results import scan_entry
 from h2a2_jax.inference.scan_prediction import BoxChoice, plan_scan, predict_scan, renamed_specs
 from h2a2_jax.inference.writers import check_output, write_scan
 from h2a2_jax.pretrained.folder import weights_digest
@@ -53,6 +53,7 @@ from h2a2_jax.viewer.index_page import write_index
 
 FAINT_SCORE = 0.05
 """Boxes down to this score, or to that of the request if it is lower, are on the page behind its slider."""
+INDEX = "index.html"
 REPEATED = 3
 """Remarks of one kind that are printed one by one; a last line counts the others."""
 _DETAIL = re.compile(r", by its [^;]*|\([^)]*\)|-?\d[\d.,]*")
@@ -131,7 +132,7 @@ def _kind_of(spec: DatasetSpec) -> str:
     return f"{len(spec.classes)} classes, {kind}{', of single views' * spec.faces_y}"
 
 
-def _closing(outcome: "Outcome", output: Path) -> Iterator[str]:
+def _closing(outcome: "Outcome", output: Path, has_pages: bool = False) -> Iterator[str]:
     """Lines on remarks that were not printed one by one, boxes, time and failures."""
     for remark, names in outcome.remarks.values():
         if len(names) > REPEATED:
@@ -141,13 +142,13 @@ def _closing(outcome: "Outcome", output: Path) -> Iterator[str]:
     yield from _left_open(outcome.entries)
     boxes = "1 box" if outcome.boxes == 1 else f"{outcome.boxes} boxes"
     scans = "1 scan" if outcome.asked == 1 else f"{outcome.asked} scans"
-    done = f"{boxes} in {len(outcome.entries)} of {scans}: {printable(output)}"
+    done = f"{boxes} in {len(outcome.entries)} of {scans}: {printable(output / INDEX if has_pages else output)}"
     yield f"Stopped. Until then: {done}; the same command goes on." if outcome.interrupted else done
     if outcome.entries:
         spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in outcome.seconds.items())
         yield (
-            f"{outcome.elapsed:.1f} s, {len(outcome.entries) / outcome.elapsed:.2f} scans a second; the network and its "
-            f"boxes take {statistics.median(outcome.passes):.2f} s a scan (median). Seconds by stage, reading and "
+            f"{outcome.elapsed:.1f} s, {len(outcome.entries) / outcome.elapsed:.2f} scans a second; network and boxes "
+            f"take {statistics.median(outcome.passes):.2f} s a scan (median). Seconds by stage, reading and "
             f"writing beside the network: {spent}."
         )
     if outcome.failed:
@@ -185,7 +186,7 @@ class Outcome:
 
     Attributes:
         asked: number of files that were to be predicted, without those that were done before.
-        entries: `results.scan_entry` of each scan that was predicted.
+        entries: `results.entry_of` of each scan that was predicted.
         failed: by file, the sentence that says why it could not be predicted.
         remarks: by kind, the first remark and the names of all scans that have one that differs in details only.
         seconds: time by stage: "load" and "maps" (in a thread of their own), "network", "boxes", "write" (in a thread).
@@ -249,7 +250,7 @@ def predict_files(
             say(f"{done} of {_count(named, 'scan')} {'is' if done == 1 else 'are'} done already and skipped.")
         run = _Run(predictor, request, choice, output, job, say, Outcome(len(files), failed=dict(found.problems)))
         run.predict(files)
-    for line in _closing(run.outcome, output):
+    for line in _closing(run.outcome, output, "html" in request.formats):
         say(line)
     return run.outcome
 
@@ -335,28 +336,22 @@ class _Run:
 
     def _write(self, read: _LoadedFile, every: Detections, boxes: Detections, remarks: Sequence[str]) -> None:
         """Write the results of a scan, then note it in the job."""
-        file, placed, spec = read.file.file, read.file.placed, read.file.placed.spec
-        started = time.perf_counter()
+        file, placed, started = read.file.file, read.file.placed, time.perf_counter()
         with self._failures_of(file):
-            entry = scan_entry(file.name, placed.matrix, boxes, spec, printable(file.path))
-            if remarks:
-                entry["remarks"] = [printable(remark) for remark in remarks]
-            write_scan(
-                self.output,
-                self.request.formats,
-                entry,
+            result = Boxes.of(
+                boxes,
                 placed.scan,
                 placed.matrix,
-                boxes,
-                spec,
-                shown=self.request.score,
-                every=every,
+                placed.spec,
+                file=file.path,
+                remarks=tuple(remarks),
                 rows=placed.rows,
             )
+            write_scan(self.output, self.request.formats, result, shown=self.request.score, every=every)
             if self._writes_pages:
-                thumbnail = self.output / "thumbnails" / f"{file.name}.jpg"
-                with whole_file(thumbnail) as part:
-                    write_thumbnail(part, placed.scan, boxes, spec.classes)
+                with whole_file(self.output / "thumbnails" / f"{file.name}.jpg") as part:
+                    write_thumbnail(part, result, score=self.request.score)
+            entry = result.to_entry()
             self.job.add(file, read.identity, entry)
             self.outcome.entries.append(entry)
         with contextlib.suppress(OSError):  # a full disk: the last writing says so
@@ -373,7 +368,7 @@ class _Run:
                 for name, entry in self.job.entries.items()
             ]
             facts = [("heads", self._datasets()), ("lowest score", f"{self.request.score:g}")]
-            write_index(self.output / "index.html", entries, self.job.failed, title="Boxes", facts=facts)
+            write_index(self.output / INDEX, entries, self.job.failed, title="Boxes", facts=facts)
 
     def _datasets(self) -> str:
         return ", ".join(dict.fromkeys(entry["dataset"] for entry in self.job.entries.values()))

@@ -114,7 +114,7 @@ class PredictedScan:
 
 
 def document_of(entries: Iterable[dict[str, Any]], spec: DatasetSpec | str | None) -> dict[str, Any]:
-    """The document of entries (`scan_entry`) of scans, ready for `json.dump`.
+    """The document of entries (`entry_of`) of scans, ready for `json.dump`.
 
     `spec` is the dataset whose head found the boxes, its name, or None for boxes of no dataset.
     """
@@ -127,24 +127,17 @@ def document_of(entries: Iterable[dict[str, Any]], spec: DatasetSpec | str | Non
     }
 
 
-def scan_entry(
-    name: str, transform: Float[np.ndarray, "4 4"], found: Detections, spec: DatasetSpec, file: str | None = None
-) -> dict[str, Any]:
-    """The entry of one scan in a document.
+def in_file(
+    name: str, transform: Float[np.ndarray, "4 4"], found: Detections, file: str | None = None
+) -> PredictedScan:
+    """Lead the boxes of a scan back to the frame and unit of its file, whose path is `file`.
 
     The transform leads from the frame and unit of the file to that of the boxes found; float64 keeps map coordinates
-    exact. `file` is the path of the input file.
+    exact.
 
     Raises:
         ValueError: the transform scales or mirrors, as that of an augmented scan may.
     """
-    return entry_of(in_file(name, transform, found, file), spec.classes, spec.name)
-
-
-def in_file(
-    name: str, transform: Float[np.ndarray, "4 4"], found: Detections, file: str | None = None
-) -> PredictedScan:
-    """Lead boxes back to the frame and unit of the file of their scan; arguments and errors as of `scan_entry`."""
     try:
         up, unit = _file_frame(transform)
         boxes, alignment = boxes_in_input_frame(found.boxes, transform), None

@@ -10,11 +10,12 @@ from h2a2_jax.checkpoint.store import checkpoint_place, restore_checkpoint
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.distributed import MeshLayout, train_mesh
 from h2a2_jax.errors import InputError
+from h2a2_jax.inference.found_boxes import Boxes
 from h2a2_jax.inference.input_files import PredictRequest
 from h2a2_jax.inference.placement import AUTO
 from h2a2_jax.inference.predict_folder import print_line
 from h2a2_jax.inference.predictor import build_predictor, predict_scans, skipped_lines
-from h2a2_jax.inference.results import document_of, scan_entry
+from h2a2_jax.inference.results import document_of
 from h2a2_jax.inference.writers import check_output, write_document, write_scan
 from h2a2_jax.scans.sources import build_source
 
@@ -52,14 +53,14 @@ def predict_validation_scans(
             continue
         folder, skipped, entries = output / spec.name, dict[str, str](), []
         for scan, _, found in predict_scans(predictor, build_source(config.datasets[d], "val"), spec, skipped):
-            entry = scan_entry(scan.name, scan.transform, found, spec)
-            entries.append(entry)
+            boxes = Boxes.of(found, scan, scan.transform.astype(np.float64), spec)
+            entries.append(boxes.to_entry())
             if not formats:
                 continue
             known = scan.labels >= 0
-            truth, matrix = GroundTruth(scan.boxes[known], scan.labels[known]), scan.transform.astype(np.float64)
+            truth = GroundTruth(scan.boxes[known], scan.labels[known])
             try:
-                write_scan(folder, formats, entry, scan, matrix, found, spec, truth)
+                write_scan(folder, formats, boxes, truth=truth)
             except OSError as error:
                 problem = f"{error.filename or folder} cannot be written ({error.strerror})"
                 raise InputError(f"{problem}: choose another --output.") from error

@@ -22,21 +22,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float, Int
-
 from h2a2_jax.boxes.matching import GroundTruth
 from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.errors import InputError
 from h2a2_jax.files import whole_file
-from h2a2_jax.inference.box_table import CSV_COLUMNS, csv_header, csv_text
+from h2a2_jax.inference.box_table import CSV_COLUMNS
 from h2a2_jax.inference.exports import EXPORTS, export_boxes, require_packages
 from h2a2_jax.inference.found_boxes import Boxes, frame_note
 from h2a2_jax.inference.input_files import OWN_COMMENT
 from h2a2_jax.inference.ply_results import write_box_frames, write_points
-from h2a2_jax.inference.results import PREDICTIONS_VERSION, document_of
-from h2a2_jax.scans.scan import Scan
-from h2a2_jax.scans.specs import DatasetSpec
+from h2a2_jax.inference.results import PREDICTIONS_VERSION
 
 ALL_BOXES, TABLE = "predictions.json", "boxes.csv"
 
@@ -47,55 +42,45 @@ def write_document(path: Path, document: dict[str, Any]) -> None:
         part.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def write_table(path: Path, entries: Iterable[dict[str, Any]], spec: DatasetSpec) -> None:
-    """Write the boxes of scans, given by their entries (`results.scan_entry`), as a table."""
-    with whole_file(path) as part:
-        part.write_bytes((csv_header() + "".join(map(csv_text, entries))).encode())
-
-
 def write_scan(
     folder: Path,
     formats: Sequence[str],
-    entry: dict[str, Any],
-    scan: Scan,
-    matrix: Float[np.ndarray, "4 4"],
-    found: Detections,
-    spec: DatasetSpec,
+    boxes: Boxes,
+    *,
     truth: GroundTruth | None = None,
     shown: float = 0.3,
     every: Detections | None = None,
-    rows: Int[np.ndarray, " m"] | None = None,
 ) -> None:
     """Write the results of one scan in some of `input_files.FORMATS`; "csv", a table of all scans, is not written here.
 
-    The entry is that of `results.scan_entry`; the matrix transforms from the file's frame and unit to that of the scan
-    and the boxes found. Page and picture show `truth` beside them, and boxes from the score `shown` on, the page until
-    one moves its slider. The page has the boxes of `every` score; None: those found. `rows` are as of `write_points`.
+    Page and picture show `truth` beside the boxes, and boxes from the score `shown` on, the page until one moves its
+    slider. The page has the boxes of `every` score, in the frame of the scan; None: those given.
 
     Raises:
         InputError: a package that a format needs is not installed.
     """
-    stem = folder / str(entry["name"])
+    scan, matrix, found = boxes.scan, boxes.to_scan, boxes.detections
+    stem = folder / scan.name
     if "json" in formats:
-        write_document(_with_end(stem, ".json"), document_of([entry], spec))
+        write_document(_with_end(stem, ".json"), boxes.to_dict())
     if "ply" in formats:
-        write_points(_with_end(stem, "_points.ply"), scan, matrix, found, rows)
+        write_points(_with_end(stem, "_points.ply"), scan, matrix, found, boxes.rows)
         write_box_frames(_with_end(stem, "_boxes.ply"), matrix, found)
-    if exported := [kind for kind in formats if kind in EXPORTS]:
-        boxes = Boxes.of(found, scan, matrix, spec, file=entry.get("file"))
-        for kind in exported:
+    for kind in formats:
+        if kind in EXPORTS:
             export_boxes(_with_end(stem, f".{kind}"), boxes)
-    if "html" in formats or "png" in formats:
-        from h2a2_jax.viewer.image import write_image
+    names, note = boxes.class_names, frame_note(matrix)
+    if "html" in formats:
         from h2a2_jax.viewer.scan_page import write_viewer
 
-        if "html" in formats:
-            on_page = found if every is None else every
-            with whole_file(_with_end(stem, ".html")) as part:
-                write_viewer(part, scan, on_page, spec.classes, truth=truth, score=shown, note=frame_note(matrix))
-        if "png" in formats:
-            with whole_file(_with_end(stem, ".png")) as part:
-                write_image(part, scan, found, spec.classes, truth=truth, score=shown)
+        on_page = found if every is None else every
+        with whole_file(_with_end(stem, ".html")) as part:
+            write_viewer(part, scan, on_page, names, truth=truth, score=shown, note=note)
+    if "png" in formats:
+        from h2a2_jax.viewer.image import write_image
+
+        with whole_file(_with_end(stem, ".png")) as part:
+            write_image(part, scan, found, names, truth=truth, score=shown)
 
 
 def check_results_folder(folder: Path) -> None:

@@ -211,7 +211,7 @@ def test_a_folder_without_permission_is_named(tmp_path):
         ("align", "walls", "--align is 'walls'; expected is one of none, gravity, manhattan, both"),
         ("formats", ("json", "obj"), "--formats is 'obj'; expected is one of json, csv, ply, html, png"),
         ("score", 30.0, "--score is 30; expected is a number from 0 to 1"),
-        ("most_points", 0, "At most 0 points"),
+        ("tile", 1.0, "--tile is 1.0; expected is auto, off or the sides"),
     ],
 )
 def test_requests_that_make_no_sense(field, value, sentence):

@@ -13,13 +13,13 @@ from h2a2_jax.inference.results import (
     boxes_in_input_frame,
     document_of,
     read_predicted_scans,
-    scan_entry,
 )
 from h2a2_jax.loader.augment import mirror, rescale, rotate, translate
 from h2a2_jax.scans.frame import UPRIGHT
 from h2a2_jax.scans.scan import Scan
 from h2a2_jax.scans.scan_folder import _box_entry, _Wrong
 from h2a2_jax.scans.specs import SCANNET, SUNRGBD
+from tests.inference.entries import scan_entry
 
 BOXES = np.array([[1, 2, 0.5, 0.6, 0.7, 1, 0.3], [-4, 0, 1, 2, 1, 0.5, -3.1]], np.float32)
 FOUND = Detections(BOXES, np.array([0.9, 0.25], np.float32), np.array([3, 0], np.int32))

@@ -1,6 +1,7 @@
 """Every format of a scan's results is written under its name, and only results are written over."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from h2a2_jax.boxes import Detections
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference import exports
 from h2a2_jax.inference.box_table import csv_header
+from h2a2_jax.inference.found_boxes import Boxes
 from h2a2_jax.inference.input_files import FORMATS
-from h2a2_jax.inference.results import scan_entry
 from h2a2_jax.inference.writers import check_output, is_result, write_scan
 from h2a2_jax.scans.formats.ply import read_ply_columns
 from h2a2_jax.scans.scan import Scan
@@ -24,12 +25,12 @@ MATRIX = np.array([[0.001, 0, 0, 5], [0, 0, -0.001, 1], [0, 0.001, 0, 0], [0, 0,
 
 
 def test_page_picture_and_clouds(tmp_path):
-    entry = scan_entry("below/a.b", MATRIX, FOUND, SUNRGBD)
     rows = np.arange(3000)[::-1].copy()
-    write_scan(tmp_path, ("json", "ply", "html", "png", "glb"), entry, SCAN, MATRIX, FOUND, SUNRGBD, rows=rows)
+    boxes = Boxes.of(FOUND, replace(SCAN, name="below/a.b"), MATRIX, SUNRGBD, rows=rows)
+    write_scan(tmp_path, ("json", "ply", "html", "png", "glb"), boxes)
     ends = (".glb", ".html", ".json", ".png", "_boxes.ply", "_points.ply")
     assert {path.name for path in (tmp_path / "below").iterdir()} == {f"a.b{end}" for end in ends}
-    assert json.loads((tmp_path / "below" / "a.b.json").read_text())["scans"] == [entry]
+    assert json.loads((tmp_path / "below" / "a.b.json").read_text())["scans"] == [boxes.to_entry()]
     (tmp_path / "boxes.csv").write_text(csv_header())
     check_output(tmp_path, ["below/a.b"], FORMATS[:-2])  # all may be written again
     assert "Numbers on this page are in metres" in (tmp_path / "below" / "a.b.html").read_text()  # the file's are not
@@ -39,8 +40,7 @@ def test_page_picture_and_clouds(tmp_path):
 @pytest.mark.parametrize(("kind", "package"), [("glb", "json"), ("dxf", "ezdxf"), ("rrd", "rerun")])
 def test_exports_of_others_are_in_the_way_and_ours_are_not(tmp_path, kind, package):
     pytest.importorskip(package)
-    entry = scan_entry("a", MATRIX, FOUND, SUNRGBD)
-    write_scan(tmp_path, (kind,), entry, SCAN, MATRIX, FOUND, SUNRGBD)
+    write_scan(tmp_path, (kind,), Boxes.of(FOUND, SCAN, MATRIX, SUNRGBD))
     (path,) = tmp_path.iterdir()
     assert path.name == f"a.{kind}" and is_result(path)
     check_output(tmp_path, ["a"], (kind,))

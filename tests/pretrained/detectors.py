@@ -1,5 +1,6 @@
 """Detectors to write and to compare."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -9,9 +10,16 @@ from h2a2_jax.checkpoint.store import StoredDetector
 from h2a2_jax.checkpoint.train_state import head_configs, split_model
 from h2a2_jax.checkpoint.tree import flat_names
 from h2a2_jax.models import TR3D
+from h2a2_jax.scans.sources import ROOTS
 from tests.checkpoint.test_store import experiment
 
-CONFIG = experiment()
+CONFIG = dataclasses.replace(
+    experiment(),
+    datasets=tuple(
+        dataclasses.replace(source, root=ROOTS.get(source.name, "") if source.root else "")
+        for source in experiment().datasets
+    ),
+)
 
 
 @functools.cache

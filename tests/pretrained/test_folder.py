@@ -50,6 +50,15 @@ def rewrite(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(stored | changes))
 
 
+def test_folders_of_the_machine_that_trained_are_left_out(tmp_path: Path):
+    sources = tuple(dataclasses.replace(s, root="/home/me/secret") for s in DETECTOR.config.datasets)
+    train = dataclasses.replace(DETECTOR.config.train, init_from="/home/me/run")
+    config = dataclasses.replace(DETECTOR.config, datasets=sources, train=train)
+    write_pretrained(dataclasses.replace(DETECTOR, config=config), tmp_path / "mine")
+    assert not any(b"/home/me" in (tmp_path / "mine" / name).read_bytes() for name in FILES)
+    assert all(source.root for source in read_pretrained(tmp_path / "mine").config.datasets)
+
+
 def test_a_folder_is_read_as_it_was_written(folder: Path):
     assert {path.name for path in folder.iterdir()} == set(FILES)
     assert_same(read_pretrained(folder), DETECTOR)

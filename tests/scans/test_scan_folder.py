@@ -10,11 +10,11 @@ import pytest
 
 from h2a2_jax.boxes import Detections
 from h2a2_jax.errors import InputError
-from h2a2_jax.inference.results import scan_entry
 from h2a2_jax.scans.frame import UPRIGHT
 from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, points_in_box, validate_scan
 from h2a2_jax.scans.scan_folder import ScanFolder, folder_classes, is_scan_folder, point_cloud_files
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD
+from tests.inference.entries import scan_entry
 
 TURNED = dataclasses.replace(SUNRGBD, floor=0.0, faces_y=False)  # its classes and yaw, rooms as they lie
 CHAIR = {"center": [1, 2, 0.5], "size": [0.6, 0.4, 1], "yaw": 0.3, "class": "chair"}
