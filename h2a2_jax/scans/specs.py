@@ -171,17 +171,14 @@ def _label_of(name: str, classes: Sequence[str]) -> int:
     return next((label for label, known in enumerate(classes) if plain_name(known) == plain), -1)
 
 
-def chosen_labels(names: Sequence[str], spec: DatasetSpec) -> tuple[int, ...]:
+def labels_among(names: Sequence[str], classes: Sequence[str], owner: str) -> tuple[int, ...]:
     """Return the labels of chosen classes, ascending, each once; plain spelling variants count (`class_label`).
 
+    `owner` has the classes in the sentences of errors.
+
     Raises:
-        InputError: the spec has no such class, or none is chosen.
+        InputError: there is no such class, or none is chosen.
     """
-    return labels_among(names, spec.classes, spec.name)
-
-
-def labels_among(names: Sequence[str], classes: Sequence[str], owner: str) -> tuple[int, ...]:
-    """Return the labels of chosen classes as `chosen_labels`; `owner` has the classes in the sentences of errors."""
     labels = {name: _label_of(name, classes) for name in names}
     if not labels:
         raise InputError(f"No class is chosen; {owner} has {', '.join(classes)}.")

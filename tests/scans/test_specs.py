@@ -8,8 +8,8 @@ from h2a2_jax.scans.specs import (
     SCANNET,
     SPECS,
     SUNRGBD,
-    chosen_labels,
     dataset_spec,
+    labels_among,
     own_spec,
     renamed,
 )
@@ -44,14 +44,16 @@ def test_look_up_by_name():
 
 
 def test_classes_are_chosen_by_any_plain_spelling():
-    assert chosen_labels(("Night Stand", "bed", "night_stand"), SUNRGBD) == (0, 7)
-    assert chosen_labels(("shower curtain",), SCANNET) == (SCANNET.classes.index("showercurtrain"),)
+    assert labels_among(("Night Stand", "bed", "night_stand"), SUNRGBD.classes, SUNRGBD.name) == (0, 7)
+    assert labels_among(("shower curtain",), SCANNET.classes, SCANNET.name) == (
+        SCANNET.classes.index("showercurtrain"),
+    )
     with pytest.raises(InputError, match=r"sunrgbd has no class 'tabel' \(did you mean table\?\); it has bed, table,"):
-        chosen_labels(("tabel",), SUNRGBD)
+        labels_among(("tabel",), SUNRGBD.classes, SUNRGBD.name)
     with pytest.raises(InputError, match=r"s3dis has no class 'xyz'; it has table"):
-        chosen_labels(("chair", "xyz"), S3DIS)
+        labels_among(("chair", "xyz"), S3DIS.classes, S3DIS.name)
     with pytest.raises(InputError, match=r"No class is chosen; s3dis has table, chair"):
-        chosen_labels((), S3DIS)
+        labels_among((), S3DIS.classes, S3DIS.name)
 
 
 def test_classes_have_names_of_ones_own():
