@@ -7,8 +7,8 @@ import pytest
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.formats.point_cloud import PointCloud
-from h2a2_jax.scans.frame import checked_floor, place_as_dataset, place_cloud
-from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD
+from h2a2_jax.scans.frame import camera_direction, checked_floor, place_as_dataset, place_cloud
+from h2a2_jax.scans.specs import S3DIS, SCANNET, SPECS, SUNRGBD
 from h2a2_jax.scans.surfaces import find_floor
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 
@@ -126,3 +126,14 @@ def test_other_scans_are_not_turned():
     ):
         found, _ = placed(points, spec)
         np.testing.assert_allclose(found.matrix[:3, :3], np.eye(3), atol=1e-12)
+
+
+def test_a_view_of_a_camera_is_told_from_a_room():
+    for spec in SPECS:
+        for scale in ("demo", "full"):
+            scan = SyntheticSource(spec, "val", 1, seed=5, scale=scale)[0]
+            direction = camera_direction(scan.points)
+            assert (direction is not None) == spec.faces_y
+            assert direction is None or abs(direction - np.pi / 2) < 0.3
+            # Moved away from the camera, or to the corner of the room, a scan is a room.
+            assert camera_direction(scan.points - scan.points.min(axis=0)) is None

@@ -1,0 +1,40 @@
+"""The sample scan and the weights of the package, as a user meets them first."""
+
+import csv
+
+import numpy as np
+import pytest
+
+import h2a2_jax
+from h2a2_jax.cli import main
+from h2a2_jax.inference.sample import sample_scan
+from h2a2_jax.scans.specs import SCANNET
+from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
+
+SEED = 112
+"""Of the procedural room that the sample is, a validation scan of no training."""
+
+
+def test_the_sample_is_a_room_of_the_generator():
+    cloud = h2a2_jax.read_point_cloud(sample_scan())
+    scan = SyntheticSource(SCANNET, "val", 1, seed=SEED, scale="demo")[0]
+    np.testing.assert_allclose(cloud.points, scan.points, atol=6e-4)
+    np.testing.assert_allclose(cloud.colors / 255, scan.colors, atol=3e-3)
+
+
+@pytest.mark.slow
+def test_the_sample_is_predicted_by_the_weights_of_the_package(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["predict", "--sample", "--formats=csv,json,html", "--agnostic_nms"]) == 0
+    assert "head of scannet, for it is no single view" in capsys.readouterr().out
+    with open("boxes/boxes.csv") as file:
+        found = list(csv.DictReader(file))
+    scan = SyntheticSource(SCANNET, "val", 1, seed=SEED, scale="demo")[0]
+    hit = 0
+    for box, label in zip(scan.boxes, scan.labels, strict=True):
+        same = [row for row in found if row["class"] == SCANNET.classes[label]]
+        middles = np.array([[float(row[f"center_{axis}"]) for axis in "xyz"] for row in same]).reshape(-1, 3)
+        hit += bool((np.abs(middles - box[:3]) < 0.25).all(axis=1).any())
+    assert hit >= len(scan.boxes) - 2 and len(found) <= 2 * len(scan.boxes)
+    assert main(["predict", "--sample", "--formats=csv,json,html", "--agnostic_nms"]) == 0
+    assert "1 of 1 scan is done already and skipped." in capsys.readouterr().out
