@@ -7,6 +7,7 @@
 `h2a2 predict` does it for folders of files.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
@@ -109,7 +110,7 @@ class Detector:
                 a file by hand. Or as of `restore`.
         """
         return cls._of(
-            lambda: load_pretrained(weights, _warn), score_threshold, iou_threshold, conditioning, kernels, names, cache
+            lambda: load_pretrained(weights, _say), score_threshold, iou_threshold, conditioning, kernels, names, cache
         )
 
     @classmethod
@@ -164,7 +165,7 @@ class Detector:
         _check_share("iou_threshold", iou_threshold)
         folder = None if isinstance(cache, bool) else private_folder(Path(cache))
         if cache is True:
-            folder = default_cache(_warn)
+            folder = default_cache(lambda sentence: warnings.warn(sentence, stacklevel=3))
         stored = load()
         predictor = Predictor(
             stored,
@@ -333,8 +334,9 @@ class Detector:
         return [found[i] for i in range(len(placed))]
 
 
-def _warn(sentence: str) -> None:
-    warnings.warn(sentence, stacklevel=4)
+def _say(sentence: str) -> None:
+    """Print what is said once about weights, such as their licence, beside the output of the program."""
+    print(sentence, file=sys.stderr)
 
 
 def _named_clouds(points: Any, colors: Any, single: bool) -> list[tuple[str, Any, Any]]:

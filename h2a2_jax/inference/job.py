@@ -112,10 +112,10 @@ class Job:
                 self._write_journal()
                 self._write_table()
 
-    def refresh(self, write: Callable[[], None], *, now: bool = False) -> None:
+    def refresh(self, write: Callable[[], None]) -> None:
         """Write predictions.json and what else shows all scans, if it is time to."""
         started = time.monotonic()
-        if not now and started < self._next_refresh:
+        if started < self._next_refresh:
             return
         write()
         ended = time.monotonic()

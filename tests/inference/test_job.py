@@ -136,15 +136,13 @@ def test_two_programs_do_not_share_a_folder(tmp_path, files):
         pass
 
 
-def test_the_overview_is_refreshed_at_the_end_and_not_too_often(tmp_path):
+def test_the_overview_is_not_refreshed_too_often(tmp_path):
     with open_job(tmp_path, WHAT, has_table=False, overwrite=False) as job:
         job.start()
         written = []
         for _ in range(3):
             job.refresh(lambda: written.append(1))
         assert len(written) == 1
-        job.refresh(lambda: written.append(1), now=True)
-        assert len(written) == 2
         job.write_document("scannet")
     assert json.loads((tmp_path / "predictions.json").read_text())["dataset"] == "scannet"
     assert not (tmp_path / TABLE).exists()
