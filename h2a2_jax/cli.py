@@ -449,29 +449,43 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
         help=f"point clouds ({formats}), folders or patterns; none: the validation scans of the run's config",
     )
     parser.add_argument("--input", type=_names, metavar="INPUT,...", help="the inputs as a list with commas between")
-    parser.add_argument("--sample", action="store_true", help="predict the sample scan that comes with the program")
+    parser.add_argument("--sample", action="store_true", help="predict the sample room that comes with the package")
     parser.add_argument(
         "--weights",
         metavar="NAME",
-        help="a name that h2a2 weights lists, a folder, a .pth file, a model of the Hugging Face hub; rooms by default",
+        help="detector: a name that h2a2 weights lists, a folder, a .pth file or org/name of the Hugging Face hub "
+        "(rooms, which comes with the package)",
     )
-    parser.add_argument("--workdir", metavar="FOLDER", help="folder of a run, whose checkpoint is taken for weights")
+    parser.add_argument(
+        "--workdir", metavar="FOLDER", help="folder of a run, in place of --weights: the detector of its checkpoint"
+    )
     _add_step(parser)
     parser.add_argument(
-        "--dataset", help="dataset whose head predicts (auto: as a scan shows: a single view or a room)"
+        "--dataset",
+        help="dataset whose head predicts, and so the classes: scannet, sunrgbd, s3dis or another of the detector's "
+        "(auto: scannet for rooms, sunrgbd for single views)",
     )
     parser.add_argument(
-        "--output", metavar="FOLDER", help="folder of the results (boxes, in the workdir if one is given)"
+        "--output", metavar="FOLDER", help="folder of the results (boxes; with --workdir, boxes in that folder)"
     )
     parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds results")
-    parser.add_argument("--formats", type=_names, help="files to write: of json,csv,ply,html,png,glb,dxf,rrd")
-    group = parser.add_argument_group("which boxes")
-    group.add_argument("--score", type=_number(float, 0, 1), help="lowest score of a box (0.3)")
-    group.add_argument("--classes", type=_names, metavar="CLASS,...", help="classes of the boxes; all by default")
-    group.add_argument(
-        "--agnostic_nms", action="store_true", help="of boxes of several classes that overlap, keep the best"
+    parser.add_argument(
+        "--formats",
+        type=_names,
+        metavar="FORMAT,...",
+        help="files to write: json, csv, ply, html, png, glb, dxf, rrd (json,csv,ply,html)",
     )
-    group.add_argument("--names", type=_renamings, metavar="CLASS=NAME,...", help="names of your own for classes")
+    group = parser.add_argument_group("which boxes")
+    group.add_argument("--score", type=_number(float, 0, 1), help="lowest score of a box, 0 to 1 (0.3)")
+    group.add_argument(
+        "--classes", type=_names, metavar="CLASS,...", help="classes of the boxes, called as in --names (all)"
+    )
+    group.add_argument(
+        "--agnostic_nms", action="store_true", help="where boxes of several classes overlap, keep the best alone"
+    )
+    group.add_argument(
+        "--names", type=_renamings, metavar="CLASS=NAME,...", help="names of your own: sofa=Couch,table=Tisch"
+    )
     group = parser.add_argument_group("how files of points are read")
     axes = ("z", "-z", "y", "-y", "x", "-x", "auto")
     group.add_argument("--up", choices=axes, help="axis that points up (auto: as a file says or shows, else z)")

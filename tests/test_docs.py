@@ -124,9 +124,7 @@ def compare_with_vmap(names: dict[str, Any]) -> None:
 def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    with CheckpointStore(tmp_path / "run" / "checkpoints") as store:
-        store.save(1, make_state(1), experiment(), NAMES)
-    monkeypatch.setenv("H2A2_RUN", str(tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
     plt.switch_backend("agg")
     names: dict[str, Any] = {}
     for cell in cells:
@@ -136,6 +134,8 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert drawn == sum("plt.subplots" in cell for cell in cells) >= 4
     assert jax.numpy.allclose(names["by_nnx"].features, names["by_linen"].features, atol=1e-5)
     assert set(np.unique(names["gamma"])) == {0, 1}
+    assert len(names["boxes"]) == len(names["table"]) > 0
+    assert {path.suffix for path in tmp_path.glob("furniture.*")} == {".html", ".csv", ".png"}
     stored = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
     assert stored and not any(output["output_type"] == "error" for output in stored)
 

@@ -194,7 +194,7 @@ def _expand(text: str, number: int) -> Iterator[tuple[Path, PurePath]]:
         return
     if not glob.has_magic(text):
         comma = " (a comma separates two; in a pattern, ? stands for one that is part of a name)" if number > 1 else ""
-        raise InputError(f"There is no file or folder {printable(text)}: check the path given with --input{comma}.")
+        raise InputError(f"There is no file or folder {printable(text)}: check the path{comma}.")
     fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
     try:
         # glob.glob would follow links in circles for **.
@@ -205,7 +205,7 @@ def _expand(text: str, number: int) -> Iterator[tuple[Path, PurePath]]:
     # A folder that a pattern matches is not searched where the pattern names files in it as well.
     matches = [match for match in matches if not match.is_dir()] or matches
     if not matches:
-        raise InputError(f"Nothing matches {printable(text)}: check the pattern given with --input.")
+        raise InputError(f"Nothing matches {printable(text)}: check the pattern.")
     for match in matches:
         yield match, PurePath(os.path.relpath(match, fixed))
 

@@ -165,13 +165,13 @@ def choose_head(placed: PlacedCloud, frame: Frame, specs: Sequence[DatasetSpec])
     of_views = [spec for spec in specs if spec.faces_y]
     of_rooms = [spec for spec in specs if not spec.faces_y]
     if not of_views or not of_rooms:
-        spec, why = specs[0], "the first of the detector"
+        spec, taken = specs[0], "is predicted by the detector's first head"
     elif camera_direction(placed.scan.points) is not None:
-        spec, why = of_views[0], "for it is a single view from its origin"
+        spec, taken = of_views[0], "is taken for a single view from its origin"
     else:
-        spec, why = of_rooms[0], "for it is no single view from its origin"
+        spec, taken = of_rooms[0], "is taken for a room"
     others = " or ".join(frame.spell("dataset", other.name) for other in specs if other is not spec)
-    return spec, [f"is predicted by the head of {spec.name}, {why}; {others} chooses another"]
+    return spec, [f"{taken} (head of {spec.name}); {others} chooses another"]
 
 
 def align(

@@ -98,31 +98,40 @@ def predict_inputs(
     for line in _opening(found, request, predictor, output):
         say(line)
     if all(source.is_procedural for source in detector.config.datasets):
-        say("The model has seen procedural scans only: on others its boxes show how things work, no more.")
+        say("The detector has seen procedural scans only. For real rooms: --weights=tr3d-scannet.")
     what = {"weights": weights_digest(detector), **asdict(replace(settings, score_threshold=0.0))}
     return predict_files(predictor, found, request, output, say, what=what)
 
 
 def _opening(found: FoundInputs, request: PredictRequest, predictor: Predictor, output: Path) -> Iterator[str]:
-    """Lines on the files found, the head that predicts and the frame that the files are taken to be in."""
+    """Lines on the files found, the heads that predict and the frame that the files are taken to be in."""
     files = _count(found.files, "file")
-    if request.dataset == AUTO and len(predictor.specs) > 1:
-        heads = "; ".join(f"{spec.name}, {_kind_of(spec)}" for spec in predictor.specs)
-        yield f"{files}, boxes by the head that a scan shows to be right ({heads}): --dataset chooses one for all."
+    yield f"{files}; boxes of score {request.score:g} and more go to {printable(output)}."
+    specs, automatic = predictor.specs, request.dataset == AUTO
+    room = next((spec for spec in specs if not spec.faces_y), None)
+    view = next((spec for spec in specs if spec.faces_y), None)
+    if automatic and room and view:
+        names = ", ".join(spec.name for spec in specs)
+        heads = f"Rooms are predicted by the head of {room.name}, single views by that of {view.name}"
+        yield f"{heads}; --dataset chooses one for all ({names})."
     else:
-        spec = predictor.specs[0] if request.dataset == AUTO else predictor.spec(request.dataset)
-        yield f"{files}, boxes by the head of {spec.name}: {_kind_of(spec)}."
-    shown = " unless they say or show otherwise"
-    up = f"z up{shown * (request.unit != 'auto')}" if request.up == "auto" else f"{request.up} up"
-    unit = f"m{shown}" if request.unit == "auto" else request.unit
-    yield f"Files are taken as {up}, in {unit}; boxes of score {request.score:g} and more go to {printable(output)}."
+        spec = specs[0] if automatic else predictor.spec(request.dataset)
+        yield f"Boxes are predicted by the head of {spec.name}: {_kind_of(spec)}."
+    shown = "unless they say or show otherwise"
+    frame = {
+        (True, True): f"z up and in m, {shown}",
+        (True, False): f"in {request.unit}, and z up {shown}",
+        (False, True): f"{request.up} up, and in m {shown}",
+        (False, False): f"{request.up} up and in {request.unit}",
+    }
+    yield f"Files are taken as {frame[request.up == 'auto', request.unit == 'auto']}."
     if found.passed_over:
         shown = ", ".join(printable(path) for path in found.passed_over[:_SHOWN])
         shown += ", ..." * (len(found.passed_over) > _SHOWN)
-        yield f"Passed over, as without points: {_count(found.passed_over, 'text file')}, {shown}."
+        yield f"Passed over, for they hold no points: {_count(found.passed_over, 'text file')}, {shown}."
     if found.results:
         shown = ", ".join(printable(path) for path in found.results[:3]) + ", ..." * (len(found.results) > 3)
-        yield f"Passed over, as results of a prediction: {_count(found.results, 'file')}, {shown}."
+        yield f"Passed over, for they are results of a prediction: {_count(found.results, 'file')}, {shown}."
     yield from map(printable, describe_unread(found.unread))
     yield from found.problems.values()
 
@@ -146,11 +155,11 @@ def _closing(outcome: "Outcome", output: Path, has_pages: bool = False) -> Itera
     yield f"Stopped. Until then: {done}; the same command goes on." if outcome.interrupted else done
     if outcome.entries:
         spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in outcome.seconds.items())
-        yield (
-            f"{outcome.elapsed:.1f} s, {len(outcome.entries) / outcome.elapsed:.2f} scans a second; network and boxes "
-            f"take {statistics.median(outcome.passes):.2f} s a scan (median). Seconds by stage, reading and "
-            f"writing beside the network: {spent}."
-        )
+        speed, network = "", f"network and boxes {statistics.median(outcome.passes or [0.0]):.2f} s"
+        if (count := len(outcome.entries)) > 1:
+            speed = f" ({count / max(outcome.elapsed, 1e-9):.2f} scans a second)"
+            network += " a scan (median)"
+        yield f"{outcome.elapsed:.1f} s{speed}; {network}. Seconds by stage, which overlap: {spent}."
     if outcome.failed:
         yield f"{len(outcome.failed)} failed:"
         yield from (f"  {_after_name(name, sentence)}" for name, sentence in outcome.failed.items())

@@ -241,9 +241,9 @@ def test_the_head_is_that_of_what_a_scan_shows(detector: Detector):
     for points, dataset, others in ((view, "sunrgbd", "s3dis"), (SMALL.points, "s3dis", "sunrgbd")):
         boxes = detector(points)
         assert boxes.dataset == dataset
-        (remark,) = [remark for remark in boxes.remarks if "the head of" in remark]
-        assert f"head of {dataset}, for it is" in remark and f"dataset='{others}' chooses another" in remark
-    assert not [r for r in detector(SMALL.points, SMALL.colors, "s3dis").remarks if "the head of" in r]
+        (remark,) = [remark for remark in boxes.remarks if "(head of" in remark]
+        assert f"(head of {dataset}); " in remark and f"dataset='{others}' chooses another" in remark
+    assert not [r for r in detector(SMALL.points, SMALL.colors, "s3dis").remarks if "head of" in r]
 
 
 def test_boxes_of_chosen_classes_and_one_for_each_object(detector: Detector):

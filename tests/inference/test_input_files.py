@@ -155,7 +155,7 @@ def test_results_of_a_prediction_are_no_input(tmp_path):
 
 def test_the_error_explains_a_comma_in_a_name(tmp_path):
     touch(tmp_path, "a,b.ply")
-    with pytest.raises(InputError, match=r"a: check the path given with --input \(a comma separates two"):
+    with pytest.raises(InputError, match=r"a: check the path \(a comma separates two"):
         names(tmp_path / "a", "b.ply")
     assert names(tmp_path / "a?b.ply") == ["a,b"]
 
