@@ -41,7 +41,10 @@ _SEAM_IOU = 0.25  # of footprints; two views of an object that is cut differentl
 _NEAR_FLOOR = 0.05  # m
 _STOREY = 2.2  # m, the least height of a storey
 _SLAB = 0.8  # m, the largest thickness of a floor with the ceiling below it
-_ABOVE = 0.15  # of the points lie above a floor that is no ceiling
+_SLAB_SIDE = 0.5  # of the largest plane of a slab; a floor has it, the tops of tables do not
+_ABOVE = 0.4, 4.0  # m above a floor stand things, walls and a ceiling, and nothing above the ceiling of a last storey
+_COVERED = 0.25  # of the area of a floor has something above it
+_COLUMN = 0.5  # m
 _FLOOR_SHARE = 0.03  # of the points of a storey lie in its floor
 _BELOW_FLOOR = 0.1  # m
 _AREA_CELL = 0.25  # m
@@ -154,8 +157,8 @@ def _between(heights: Float[np.ndarray, " m"], bottom: float, top: float) -> Boo
 def storey_floors(points: Float[np.ndarray, "m 3"]) -> list[float]:
     """Find the heights (m, rising) of the floors of a building; of one storey, or where none is clear, a single one.
 
-    A floor is a plane at least 2.2 m above the one below, with part of the scan above it; of a ceiling and the floor on
-    top of it, at most .8 m apart, the floor counts.
+    A floor is a plane at least 2.2 m above the one below, with something above it; of a ceiling and the floor on top of
+    it, at most .8 m apart, the floor counts.
     """
     some = cell_points(points[:: max(1, len(points) // 2_000_000)], most=200_000)
     lowest = float(np.percentile(some[:, 2], 0.5))
@@ -163,12 +166,22 @@ def storey_floors(points: Float[np.ndarray, "m 3"]) -> list[float]:
     floors = [lowest if first is None else first]
     places, shares = slab_shares(some[:, 2])
     is_peak = np.array([share >= shares[max(i - 3, 0) : i + 4].max() for i, share in enumerate(shares)])
-    above = 1 - np.searchsorted(np.sort(some[:, 2]), places + 0.5) / len(some)
     storeys = max(1.0, float(np.ptp(np.percentile(some[:, 2], [0.5, 99.5]))) / 3)
-    candidates = places[is_peak & (shares > _FLOOR_SHARE / storeys) & (above > _ABOVE / storeys)]
-    while len(higher := candidates[candidates > floors[-1] + _STOREY]):
-        floors.append(float(higher[higher < higher[0] + _SLAB][-1]))
+    large = np.flatnonzero(is_peak & (shares > _FLOOR_SHARE / storeys) & (places > floors[0] + _STOREY))
+    columns = np.unique(np.floor(some[:, :2] / _COLUMN), axis=0, return_inverse=True)[1].reshape(-1)
+    covered = [i for i in large if _covered_share(some[:, 2], columns, places[i]) > _COVERED]
+    candidates, areas = places[covered], shares[covered]
+    while (higher := candidates > floors[-1] + _STOREY).any():
+        slab = higher & (candidates < candidates[higher][0] + _SLAB)
+        floors.append(float(candidates[slab & (areas >= _SLAB_SIDE * areas[slab].max())][-1]))
     return floors
+
+
+def _covered_share(heights: Float[np.ndarray, " m"], columns: Int[np.ndarray, " m"], height: float) -> float:
+    """Share of the columns of a plane that have points above it; of points by their heights and columns."""
+    plane = np.unique(columns[np.abs(heights - height) < _NEAR_FLOOR])
+    above = columns[(heights > height + _ABOVE[0]) & (heights < height + _ABOVE[1])]
+    return float(np.isin(plane, above).mean()) if len(plane) else 0.0
 
 
 def thin_evenly(scan: Scan, most: int) -> Scan:

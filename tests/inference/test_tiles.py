@@ -102,6 +102,14 @@ def test_storeys_are_cut_at_their_floors():
     assert tile_scan(scan, tiles[2], floor=None)[1] == 0
 
 
+def test_the_tops_of_tables_are_no_floor_where_no_ceiling_is_seen():
+    rng = np.random.default_rng(4)
+    storey = [rng.random((9000, 3)) * (12, 8, 0.01), rng.random((6000, 3)) * (12, 0.02, 2.4)]
+    storey += [rng.random((2500, 3)) * (6, 5, 0.01) + np.array([3, 2, 0.75])]
+    points = np.concatenate([part + np.array([0, 0, base]) for base in (0, 3, 6) for part in storey])
+    assert storey_floors(points.astype(np.float32)) == pytest.approx([0, 3, 6], abs=0.04)
+
+
 @pytest.mark.parametrize("ceiling", [True, False])
 def test_a_room_is_one_storey(ceiling):
     points = building().points
