@@ -42,6 +42,7 @@ _NEAR_FLOOR = 0.05  # m
 _STOREY = 2.2  # m, the least height of a storey
 _SLAB = 0.8  # m, the largest thickness of a floor with the ceiling below it
 _SLAB_SIDE = 0.5  # of the largest plane of a slab; a floor has it, the tops of tables do not
+_HOLLOW = 0.3  # of the usual share of points at a height; in a slab are fewer, between a floor and a bed are walls
 _ABOVE = 0.4, 4.0  # m above a floor stand things, walls and a ceiling, and nothing above the ceiling of a last storey
 _COVERED = 0.25  # of the area of a floor has something above it
 _COLUMN = 0.5  # m
@@ -173,8 +174,15 @@ def storey_floors(points: Float[np.ndarray, "m 3"]) -> list[float]:
     candidates, areas = places[covered], shares[covered]
     while (higher := candidates > floors[-1] + _STOREY).any():
         slab = higher & (candidates < candidates[higher][0] + _SLAB)
-        floors.append(float(candidates[slab & (areas >= _SLAB_SIDE * areas[slab].max())][-1]))
+        sides = candidates[slab & (areas >= _SLAB_SIDE * areas[slab].max())]
+        floors.append(float([side for side in sides if _is_hollow(places, shares, sides[0], side)][-1]))
     return floors
+
+
+def _is_hollow(places: Float[np.ndarray, " k"], shares: Float[np.ndarray, " k"], low: float, high: float) -> bool:
+    """Return True if the space between two planes shows next to no points, or is too thin to tell."""
+    between = shares[(places > low + 2 * _NEAR_FLOOR) & (places < high - 2 * _NEAR_FLOOR)]
+    return len(between) == 0 or float(np.median(between)) < _HOLLOW * float(np.median(shares))
 
 
 def _covered_share(heights: Float[np.ndarray, " m"], columns: Int[np.ndarray, " m"], height: float) -> float:

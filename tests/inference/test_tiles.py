@@ -102,10 +102,11 @@ def test_storeys_are_cut_at_their_floors():
     assert tile_scan(scan, tiles[2], floor=None)[1] == 0
 
 
-def test_the_tops_of_tables_are_no_floor_where_no_ceiling_is_seen():
+@pytest.mark.parametrize(("tops", "height"), [(2500, 0.75), (8000, 0.5)])
+def test_the_tops_of_tables_and_beds_are_no_floor_where_no_ceiling_is_seen(tops, height):
     rng = np.random.default_rng(4)
     storey = [rng.random((9000, 3)) * (12, 8, 0.01), rng.random((6000, 3)) * (12, 0.02, 2.4)]
-    storey += [rng.random((2500, 3)) * (6, 5, 0.01) + np.array([3, 2, 0.75])]
+    storey += [rng.random((tops, 3)) * (6, 5, 0.01) + np.array([3, 2, height])]
     points = np.concatenate([part + np.array([0, 0, base]) for base in (0, 3, 6) for part in storey])
     assert storey_floors(points.astype(np.float32)) == pytest.approx([0, 3, 6], abs=0.04)
 
