@@ -9,9 +9,9 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, Protocol, TypedDict, Unpack, overload, runtime_checkable
 
 import numpy as np
@@ -278,7 +278,7 @@ class Detector:
         named = _named_clouds(points, colors, single)
         given = {"up": up, "unit": unit, "colors": color_range, "floor": floor, "align": align, "dataset": dataset}
         frame = Frame.of(lambda name, value: f"{name}={value!r}", self.datasets, "color_range", **given)
-        choice = BoxChoice(tuple([classes] if isinstance(classes, str) else classes), agnostic_nms)
+        choice = BoxChoice(_class_names(classes), agnostic_nms)
         choice.check(self.predictor.specs)
         tile = checked_tiling(tile, "tile")
         _check_share("score", score)
@@ -358,6 +358,13 @@ def _named_clouds(points: Any, colors: Any, single: bool) -> list[tuple[str, Any
     return list(zip(names, clouds, hues, strict=True))
 
 
+def _class_names(classes: Any) -> tuple[str, ...]:
+    names = (classes,) if isinstance(classes, str) else tuple(classes) if isinstance(classes, Iterable) else (None,)
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(f"classes is {classes!r}; expected is a list of names, as in ['chair', 'table'].")
+    return names
+
+
 def _is_row(cloud: Any) -> bool:
     return not isinstance(cloud, str | Path | HasPoints) and _plain_array("points", cloud).ndim == 1
 
@@ -384,6 +391,8 @@ def _read(cloud: Any, hue: Any, color_range: ColorRange) -> PointCloud:
 
 def _plain_array(what: str, values: Any) -> np.ndarray:
     """Convert what arrays of other libraries, or lists, hold; raise InputError for what numpy cannot read."""
+    if isinstance(values, str | bytes | PurePath):
+        raise InputError(f"The {what} are {values!r}; expected are numbers, or the path of a file as a str or a Path.")
     if np.ma.is_masked(values):
         raise InputError(f"The {what} are partly masked; give the rows that count alone, as a plain array.")
     try:

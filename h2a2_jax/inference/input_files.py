@@ -4,6 +4,7 @@ import glob
 import hashlib
 import itertools
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -36,6 +37,9 @@ _LONGEST = 180
 
 _RESERVED = ("predictions", "index", "boxes", "thumbnails")
 """Names, without ending, of the files and folders beside the results of scans."""
+
+_RESULT_ENDING = re.compile(rf"\.(?=({'|'.join((*FORMATS, 'jsonl', 'jpg'))})$)", re.IGNORECASE)
+"""Dot of the endings of results, which no folder may have: the results of another scan could have its name."""
 
 
 @dataclass(frozen=True)
@@ -270,9 +274,16 @@ def free_name(base: str, taken: Collection[str]) -> str:
     return name
 
 
+def is_usable_name(name: str) -> bool:
+    """Return True for a name whose results lie in the folder of the results, beside those that show all scans."""
+    parts = name.split("/")
+    return not {"", ".", ".."} & set(parts) and printable(name) == name and name.casefold() not in _RESERVED
+
+
 def _plain_name(place: PurePath) -> str:
     parts = printable(place.as_posix()).replace("?", "_").split("/")
-    return "/".join(_bounded(part) for part in parts if part not in ("", ".", "..")) or "scan"
+    parts = [_bounded(part) for part in parts if part not in ("", ".", "..")] or ["scan"]
+    return "/".join([*(_RESULT_ENDING.sub("_", part) for part in parts[:-1]), parts[-1]])
 
 
 def _bounded(part: str) -> str:

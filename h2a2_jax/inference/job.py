@@ -5,13 +5,16 @@
     DIR/predictions.json    boxes of all scans (`results`), written at the end and from time to time
     DIR/index.html          all scans, totals and failures, written with it
 
-The journal is the truth. The results of a scan are written first, then its line in the journal, then its rows of the
-table: a kill at any moment loses the scan under way. What the table lacks of the journal is appended when the job goes
-on, so that it ends as that of a job that nobody stopped.
+The journal is the truth, and is only appended to: of several lines on a scan the last one counts. The results of a scan
+are written first, then its line in the journal, then its rows of the table: a kill at any moment loses the scan under
+way. What the table lacks of the journal is appended when the job goes on, so that it ends as that of a job that nobody
+stopped. A table is removed before the journal says that rows of it are no longer true, and then written anew.
 """
 
 import contextlib
 import json
+import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,8 +24,8 @@ from typing import Any
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.files import alone_in, whole_file
-from h2a2_jax.inference.box_table import csv_header, csv_text
-from h2a2_jax.inference.input_files import InputFile, free_name, printable
+from h2a2_jax.inference.box_table import csv_header, csv_text, table_rows
+from h2a2_jax.inference.input_files import InputFile, free_name, is_usable_name, printable
 from h2a2_jax.inference.results import document_of
 from h2a2_jax.inference.writers import ALL_BOXES, TABLE, write_document
 
@@ -32,24 +35,27 @@ _VERSION = 1
 _KIND = "h2a2_jax predictions"
 _REFRESH = 10.0
 """Seconds between two writings of what shows all scans; twenty times what a writing takes, if that is more."""
+_UNFINISHED = re.compile(r"\..+\.\d+\.part(\.\w+)?")
+"""Names of files that `whole_file` has not finished."""
 
 
 @dataclass(frozen=True)
 class FileIdentity:
     """A file as it was when it was predicted: another size or time of change make it another one."""
 
-    path: str  # absolute
+    path: str  # absolute, with the bytes that are no text as `os.fsdecode` gives them
     size: int
     changed: int  # ns
 
     @staticmethod
     def of(path: Path) -> "FileIdentity":
         """Look at a file; one that is missing has the size -1."""
+        place = os.path.abspath(path)
         try:
             status = path.stat()
         except OSError:
-            return FileIdentity(printable(path.absolute()), -1, 0)
-        return FileIdentity(printable(path.absolute()), status.st_size, status.st_mtime_ns)
+            return FileIdentity(place, -1, 0)
+        return FileIdentity(place, status.st_size, status.st_mtime_ns)
 
 
 class Job:
@@ -67,6 +73,8 @@ class Job:
         self.entries: dict[str, dict[str, Any]] = {}
         self.failed: dict[str, str] = {}
         self._files: dict[str, FileIdentity] = {}  # by name of the scan
+        self._folders = {folder, folder / "thumbnails"}  # that results are written to
+        self._is_table_behind = False  # for want of space, for example
         self._next_refresh = 0.0
         self._lock = threading.Lock()
         self.is_new = True
@@ -82,6 +90,8 @@ class Job:
                 name = free_name(file.name, taken)
                 taken.add(name.casefold())
             result.append(InputFile(file.path, name))
+        places = {(self.folder / file.name).parent.relative_to(self.folder) for file in result}
+        self._folders |= {top / place for place in places for top in (self.folder, self.folder / "thumbnails")}
         return result
 
     def is_done(self, file: InputFile) -> bool:
@@ -89,28 +99,35 @@ class Job:
         return file.name in self.entries and self._files[file.name] == FileIdentity.of(file.path)
 
     def add(self, file: InputFile, identity: FileIdentity, entry: dict[str, Any]) -> None:
-        """Note a scan whose results are written; `identity` is that of the file before it was read."""
+        """Note a scan whose results are written; `identity` is that of the file before it was read.
+
+        A table that cannot be written is completed with a later scan, by `complete_table` or when the job goes on.
+
+        Raises:
+            OSError: the journal cannot be written, and the scan is not noted.
+        """
         with self._lock:
-            again = file.name in self.entries
-            self._note(file, identity, {"entry": entry})
-            if again:  # the file has changed: its old rows go
-                self._write_journal()
-                self._write_table()
-            else:
-                self._append(JOURNAL, self._line(file.name))
-                if self._has_table:
-                    self._append(TABLE, csv_text(entry))
+            self._record(file, identity, {"entry": entry})
 
     def fail(self, file: InputFile, identity: FileIdentity, sentence: str) -> None:
-        """Note a file that could not be predicted; the job tries it again when it goes on."""
+        """Note a file that could not be predicted; the job tries it again when it goes on.
+
+        Raises:
+            OSError: the journal cannot be written, and the failure is not noted.
+        """
         with self._lock:
-            before = self.entries.pop(file.name, None)
-            self._note(file, identity, {"failure": sentence})
-            if before is None:
-                self._append(JOURNAL, self._line(file.name))
-            else:  # predicted before the file was changed
-                self._write_journal()
+            self._record(file, identity, {"failure": sentence})
+
+    def complete_table(self) -> None:
+        """Write the rows that the table lacks, if any; raise OSError if that cannot be done."""
+        with self._lock:
+            if self._is_table_behind:
                 self._write_table()
+
+    def state(self) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """Return copies of `entries` and `failed` as they are together, while other threads note scans."""
+        with self._lock:
+            return dict(self.entries), dict(self.failed)
 
     def refresh(self, write: Callable[[], None]) -> None:
         """Write predictions.json and what else shows all scans, if it is time to."""
@@ -123,7 +140,25 @@ class Job:
 
     def write_document(self, dataset: str) -> None:
         """Write predictions.json."""
-        write_document(self.folder / ALL_BOXES, document_of(self.entries.values(), dataset))
+        entries, _ = self.state()
+        write_document(self.folder / ALL_BOXES, document_of(entries.values(), dataset))
+
+    def _record(self, file: InputFile, identity: FileIdentity, result: Mapping[str, Any]) -> None:
+        has_rows = self._has_table and file.name in self.entries  # the file has changed: its old rows go
+        if has_rows:
+            self._is_table_behind = True
+            (self.folder / TABLE).unlink(missing_ok=True)
+        self._append(JOURNAL, _line(file.name, identity, result))
+        self._note(file, identity, result)
+        if not self._has_table:
+            return
+        try:
+            if self._is_table_behind:
+                self._write_table()
+            elif "entry" in result:
+                self._append(TABLE, csv_text(result["entry"]))
+        except OSError:
+            self._is_table_behind = True
 
     def _note(self, file: InputFile, identity: FileIdentity, result: Mapping[str, Any]) -> None:
         for known in (self._files, self.entries):  # what comes again comes last, in the journal as in the table
@@ -135,27 +170,29 @@ class Job:
         else:
             self.failed[identity.path] = result["failure"]
 
-    def _line(self, name: str) -> str:
-        identity = self._files[name]
-        line: dict[str, Any] = {"name": name, "file": identity.path, "size": identity.size, "changed": identity.changed}
-        result = {"entry": self.entries[name]} if name in self.entries else {"failure": self.failed[identity.path]}
-        return json.dumps(line | result) + "\n"
-
     def _head(self) -> str:
         return json.dumps({"kind": _KIND, "version": _VERSION, "what": self.what}) + "\n"
 
     def _append(self, name: str, text: str) -> None:
-        with (self.folder / name).open("ab") as file:
-            file.write(text.encode())
+        """Append to a file that is there, all of the text or nothing."""
+        with (self.folder / name).open("rb+", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            rest = memoryview(text.encode())
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except BaseException:  # half a line would run into the next one
+                file.truncate(end)
+                raise
 
     def _write_journal(self) -> None:
         with whole_file(self.folder / JOURNAL) as part:
-            part.write_text(self._head() + "".join(map(self._line, self._files)), encoding="utf-8")
+            part.write_text(self._head(), encoding="utf-8")
 
     def _write_table(self) -> None:
-        if self._has_table:
-            with whole_file(self.folder / TABLE) as part:
-                part.write_bytes(self._table())
+        with whole_file(self.folder / TABLE) as part:
+            part.write_bytes(self._table())
+        self._is_table_behind = False
 
     def _table(self) -> bytes:
         return (csv_header() + "".join(map(csv_text, self.entries.values()))).encode()
@@ -163,14 +200,28 @@ class Job:
     def start(self) -> None:
         """Begin the journal and the table of a new job; complete the table of one that goes on.
 
+        What a killed process left unfinished is removed.
+
         Raises:
-            InputError: the table was changed by another program.
+            InputError: the table was changed by another program, or journal and table cannot be written.
         """
-        if self.is_new:
-            self._write_journal()
-            self._write_table()
-        elif self._has_table:
-            self._complete_table()
+        try:
+            for place in self._folders:
+                for path in place.iterdir() if place.is_dir() else ():
+                    if _UNFINISHED.fullmatch(path.name):
+                        path.unlink(missing_ok=True)
+            if self.is_new:
+                (self.folder / TABLE).unlink(missing_ok=True)  # of another job than the journal would say
+                self._write_journal()
+                if self._has_table:
+                    self._write_table()
+            elif self._has_table:
+                self._extend_table()
+        except OSError as error:
+            raise InputError(
+                f"{error.filename or self.folder} cannot be written ({error.strerror or error}): free space there, or "
+                "choose another folder with --output."
+            ) from error
 
     def read(self) -> None:
         """Read the journal.
@@ -179,37 +230,57 @@ class Job:
             InputError: it is damaged, of another program, or of other weights or flags.
         """
         path = self.folder / JOURNAL
-        lines = path.read_bytes().split(b"\n")
         try:
-            head = json.loads(lines[0])
-            is_ours = head["kind"] == _KIND and head["version"] == _VERSION
-            what = head["what"]
-        except (ValueError, KeyError, TypeError):
-            is_ours = False
-        if not is_ours:
-            raise InputError(f"{path} is no journal of this program: choose another --output, or remove it.")
-        if other := [key for key in {**what, **self.what} if what.get(key) != self.what.get(key)]:
-            was, now = (json.dumps(values.get(other[0])) for values in (what, self.what))
+            lines = path.read_bytes().split(b"\n")
+        except OSError as error:
             raise InputError(
-                f"{self.folder} holds results with another {other[0]} ({was}, now {now}): give another --output, or "
-                "--overwrite to begin anew."
-            )
+                f"{path} cannot be read ({error.strerror or error}): choose another --output, or remove it."
+            ) from error
+        self._check_head(path, lines[0])
         for number, line in enumerate(lines[1:-1], 2):  # behind the last line break is what a kill cut short
             try:
-                values = json.loads(line)
-                identity = FileIdentity(values["file"], values["size"], values["changed"])
-                file = InputFile(Path(identity.path), values["name"])
-                self._note(file, identity, values)
-            except (ValueError, KeyError, TypeError) as error:
+                self._note(*_read_line(line))
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise InputError(
                     f"Line {number} of {path} is damaged: remove it, and its scan is predicted again, or begin anew "
                     "with --overwrite."
                 ) from error
         if lines[-1]:
-            with path.open("rb+") as journal:
-                journal.truncate(path.stat().st_size - len(lines[-1]))
+            try:
+                os.truncate(path, path.stat().st_size - len(lines[-1]))
+            except OSError as error:
+                raise InputError(
+                    f"{path} cannot be written ({error.strerror or error}): choose another --output."
+                ) from error
 
-    def _complete_table(self) -> None:
+    def _check_head(self, path: Path, line: bytes) -> None:
+        """Raise InputError unless the first line of the journal is of this program, weights and flags."""
+        try:
+            head = json.loads(line)
+            kind, version, what = head["kind"], head["version"], head["what"]
+            is_ours = kind == _KIND and isinstance(what, dict)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            is_ours = False
+        if not is_ours:
+            raise InputError(f"{path} is no journal of this program: choose another --output, or remove it.")
+        if version != _VERSION:
+            raise InputError(
+                f"{path} has version {version!r}, this program reads version {_VERSION}: choose another --output, or "
+                "--overwrite to begin anew."
+            )
+        others = [key for key in {**what, **self.what} if what.get(key) != self.what.get(key)]
+        if "weights" in others:
+            raise InputError(
+                f"{self.folder} holds results of other weights: give another --output, or --overwrite to begin anew."
+            )
+        if others:
+            was, now = (", ".join(_spelled(key, values.get(key)) for key in others) for values in (what, self.what))
+            raise InputError(
+                f"{self.folder} holds results {was}, and now they would be {now}: give the same flags, another "
+                "--output, or --overwrite to begin anew."
+            )
+
+    def _extend_table(self) -> None:
         path, whole = self.folder / TABLE, self._table()
         present = path.read_bytes() if path.exists() else b""
         if not whole.startswith(present):
@@ -217,9 +288,42 @@ class Job:
                 f"{path} was changed by another program, and rows would be appended to it: keep it under another name, "
                 "or begin anew with --overwrite."
             )
-        if len(present) < len(whole):
-            with path.open("ab") as table:
-                table.write(whole[len(present) :])
+        if not path.exists():
+            self._write_table()
+        elif len(present) < len(whole):
+            self._append(TABLE, whole[len(present) :].decode())
+
+
+def _line(name: str, identity: FileIdentity, result: Mapping[str, Any]) -> str:
+    place = {"name": name, "file": identity.path, "size": identity.size, "changed": identity.changed}
+    return json.dumps({**place, **result}) + "\n"
+
+
+def _read_line(line: bytes) -> tuple[InputFile, FileIdentity, dict[str, Any]]:
+    """Read a line of the journal; a name that leads out of the folder is an error like any other."""
+    values = json.loads(line)
+    identity = FileIdentity(values["file"], values["size"], values["changed"])
+    file = InputFile(Path(identity.path), values["name"])
+    if not is_usable_name(file.name):
+        raise ValueError(f"{file.name!r} is no name of a scan")
+    if "entry" not in values:
+        return file, identity, {"failure": str(values["failure"])}
+    table_rows(values["entry"])  # what the table and the index need is there
+    if values["entry"]["name"] != file.name:
+        raise ValueError("the entry is of another scan")
+    return file, identity, {"entry": values["entry"]}
+
+
+def _spelled(key: str, value: Any) -> str:
+    """Spell a flag as on the command line, behind "results": "with --score=0.3", "without --agnostic_nms"."""
+    if value is None or value is False or value in ([], {}):
+        return f"without {key}"
+    if value is True:
+        return f"with {key}"
+    if isinstance(value, dict):
+        value = [f"{old}={new}" for old, new in value.items()]
+    text = ",".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if type(value) is float else value
+    return printable(f"with {key}={text}")
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from h2a2_jax.host import progress_interval
 from h2a2_jax.inference.background import WorkBehind, read_ahead
 from h2a2_jax.inference.found_boxes import Boxes
 from h2a2_jax.inference.input_files import (
+    FORMATS,
     FileScan,
     FoundInputs,
     InputFile,
@@ -99,7 +100,8 @@ def predict_inputs(
         say(line)
     if all(source.is_procedural for source in detector.config.datasets):
         say("The detector has seen procedural scans only. For real rooms: --weights=tr3d-scannet.")
-    what = {"weights": weights_digest(detector), **asdict(replace(settings, score_threshold=0.0))}
+    passes = {f"--config.eval.{name}": getattr(settings, name) for name in ("iou_threshold", "conditioning", "kernels")}
+    what = {"weights": weights_digest(detector), **passes}
     return predict_files(predictor, found, request, output, say, what=what)
 
 
@@ -249,6 +251,7 @@ def predict_files(
     choice = BoxChoice(request.classes, request.agnostic_nms)
     choice.check(predictor.specs)
     flags = {f"--{key}": value for key, value in asdict(request).items() if key not in _NO_MATTER}
+    flags |= {"--formats": [kind for kind in FORMATS if kind in request.formats], "--classes": sorted(request.classes)}
     identity = json.loads(json.dumps({**(what or {}), **flags}))
     with open_job(output, identity, has_table="csv" in request.formats, overwrite=request.overwrite) as job:
         named = job.named(found.files)
@@ -369,18 +372,19 @@ class _Run:
 
     def _write_overview(self) -> None:
         """Write what shows all scans."""
+        self.job.complete_table()
+        entries, failed = self.job.state()
+        heads = ", ".join(dict.fromkeys(entry["dataset"] for entry in entries.values() if entry.get("dataset")))
         if "json" in self.request.formats:
-            self.job.write_document(self._datasets())
+            self.job.write_document(heads)
         if self._writes_pages:
-            entries = [
+            shown = [
                 {**entry, "page": f"{name}.html", "thumbnail": f"thumbnails/{name}.jpg"}
-                for name, entry in self.job.entries.items()
+                for name, entry in entries.items()
             ]
-            facts = [("heads", self._datasets()), ("lowest score", f"{self.request.score:g}")]
-            write_index(self.output / INDEX, entries, self.job.failed, title="Boxes", facts=facts)
-
-    def _datasets(self) -> str:
-        return ", ".join(dict.fromkeys(entry["dataset"] for entry in self.job.entries.values()))
+            facts = [("heads", heads), ("lowest score", f"{self.request.score:g}")]
+            failures = {printable(path): sentence for path, sentence in failed.items()}
+            write_index(self.output / INDEX, shown, failures, title="Boxes", facts=facts)
 
     @contextlib.contextmanager
     def _failures_of(self, file: InputFile) -> Iterator[None]:

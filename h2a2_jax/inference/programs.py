@@ -128,7 +128,8 @@ class ProgramStore:
                 future.set_exception(error)
 
         self._ahead[digest] = future
-        threading.Thread(target=run, name="load-program", daemon=True).start()
+        # No daemon: one that the interpreter ends inside of XLA ends the process with SIGABRT.
+        threading.Thread(target=run, name="load-program", daemon=False).start()
 
     def _read(self, digest: str) -> tuple[Any, Any] | None:
         path = self.folder / (digest + _ENDING)

@@ -1,6 +1,7 @@
 """Large scans in tiles: cut a scan into overlapping parts at full resolution, and join the boxes found in them.
 
-The plane is cut into square cores, and a building into storeys. A tile is a core with a margin around it, so that
+The plane is cut into square cores, and the cores of a building into storeys, each at its own floors: those of a tilted
+scan, or of a house with half-storeys, differ from core to core. A tile is a core with a margin around it, so that
 objects near the edge of a core are seen whole. A box belongs to the tile whose core holds its centre. The centres that
 two tiles give to one object may lie on either side of a seam: both tiles keep boxes up to `SLACK` beyond their core,
 and of boxes of one class that overlap across a seam one is left.
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from h2a2_jax.boxes.nms import Detections, overlaps_of_pairs
 from h2a2_jax.errors import InputError
@@ -40,10 +41,16 @@ _SEAM_IOU = 0.25  # of footprints; two views of an object that is cut differentl
 _NEAR_FLOOR = 0.05  # m
 _STOREY = 2.2  # m, the least height of a storey
 _SLAB = 0.8  # m, the largest thickness of a floor with the ceiling below it
-_ABOVE = 0.15  # of the points lie above a floor that is no ceiling
+_SLAB_SIDE = 0.5  # of the largest plane of a slab; a floor has it, the tops of tables do not
+_HOLLOW = 0.3  # of the usual share of points at a height; in a slab are fewer, between a floor and a bed are walls
+_ABOVE = 0.4, 4.0  # m above a floor stand things, walls and a ceiling, and nothing above the ceiling of a last storey
+_COVERED = 0.25  # of the area of a floor has something above it
+_COLUMN = 0.5  # m
 _FLOOR_SHARE = 0.03  # of the points of a storey lie in its floor
 _BELOW_FLOOR = 0.1  # m
 _AREA_CELL = 0.25  # m
+_FEWEST = 30  # points of a core; fewer are no object, and lidars see such dust through windows far away
+_MOST_FOR_FLOORS = 500_000  # points of a tile
 
 
 class Tile(NamedTuple):
@@ -96,58 +103,63 @@ def tiles_for(points: int, tile: Tiling) -> TileGrid | None:
 
 
 def cut_tiles(scan: Scan, grid: TileGrid = TileGrid()) -> list[Tile]:
-    """Cut a scan (m, z up) into tiles, row by row; cores without points make none.
+    """Cut a scan (m, z up) into tiles, row by row; cores of fewer than 30 points, which show no object, make none.
 
     Every point belongs to exactly one core, and may be in the margins of others. A tile holds points of one storey.
     """
     points = scan.points
     if not len(points):
         return []
-    edges = [-math.inf, *(floor - _BELOW_FLOOR for floor in storey_floors(points)[1:]), math.inf]
+    has_storeys = len(storey_floors(points)) > 1
     across = max(1, round(grid.core / grid.margin))  # cells, of the size of the margin, along a core
     lowest = points[:, :2].min(axis=0)
     columns, lines = (1 + np.floor((points[:, :2].max(axis=0) - lowest) / grid.margin).astype(int)).tolist()
-    cells = np.searchsorted(np.array(edges[1:-1]), points[:, 2], side="right").astype(np.int32)
-    for axis, count in ((1, lines), (0, columns)):
-        cells *= count
-        cells += np.floor((points[:, axis] - lowest[axis]) / grid.margin).astype(np.int32)
+    cells = columns * np.floor((points[:, 1] - lowest[1]) / grid.margin).astype(np.int32)
+    cells += np.floor((points[:, 0] - lowest[0]) / grid.margin).astype(np.int32)
     order = np.argsort(cells, kind="stable")
-    starts = np.searchsorted(cells, np.arange((len(edges) - 1) * lines * columns + 1), sorter=order)
+    starts = np.searchsorted(cells, np.arange(lines * columns + 1), sorter=order)
 
-    def rows_of(storey: int, line: int, column: int, around: int) -> np.ndarray:
+    def rows_of(line: int, column: int, around: int) -> np.ndarray:
         """Rows of the points of a core and of some cells around it."""
         first, last = max(column - around, 0), min(column + across + around, columns)
         bands = range(max(line - around, 0), min(line + across + around, lines))
-        begins = [(storey * lines + band) * columns for band in bands]
-        return np.concatenate([order[starts[begin + first] : starts[begin + last]] for begin in begins])
+        return np.concatenate([order[starts[band * columns + first] : starts[band * columns + last]] for band in bands])
 
     tiles = []
-    for storey, line, column in itertools.product(
-        range(len(edges) - 1), range(0, lines, across), range(0, columns, across)
-    ):
-        if not len(rows_of(storey, line, column, 0)):
+    for line, column in itertools.product(range(0, lines, across), range(0, columns, across)):
+        core = rows_of(line, column, 0)
+        if len(core) < _FEWEST:
             continue
+        rows = np.sort(rows_of(line, column, 1))
         near, far = (
             lowest.astype(np.float64) + grid.margin * np.array(place)
             for place in ((column, line), (column + across, line + across))
         )
         low = np.where([column > 0, line > 0], near, -math.inf)
         high = np.where([column + across < columns, line + across < lines], far, math.inf)
-        tiles.append(
-            Tile(
-                np.sort(rows_of(storey, line, column, 1)),
-                np.append(low, edges[storey]),
-                np.append(high, edges[storey + 1]),
-            )
-        )
+        edges = _storey_edges(points[rows]) if has_storeys else [-math.inf, math.inf]
+        for bottom, top in itertools.pairwise(edges):
+            if np.count_nonzero(_between(points[core, 2], bottom, top)) >= _FEWEST:
+                tile = rows[_between(points[rows, 2], bottom, top)]
+                tiles.append(Tile(tile, np.append(low, bottom), np.append(high, top)))
     return tiles
+
+
+def _storey_edges(points: Float[np.ndarray, "m 3"]) -> list[float]:
+    """Heights between which the storeys of a tile lie."""
+    floors = storey_floors(points[:: 1 + len(points) // _MOST_FOR_FLOORS])
+    return [-math.inf, *(floor - _BELOW_FLOOR for floor in floors[1:]), math.inf]
+
+
+def _between(heights: Float[np.ndarray, " m"], bottom: float, top: float) -> Bool[np.ndarray, " m"]:
+    return (heights >= bottom) & (heights < top)
 
 
 def storey_floors(points: Float[np.ndarray, "m 3"]) -> list[float]:
     """Find the heights (m, rising) of the floors of a building; of one storey, or where none is clear, a single one.
 
-    A floor is a plane at least 2.2 m above the one below, with part of the scan above it; of a ceiling and the floor on
-    top of it, at most .8 m apart, the floor counts.
+    A floor is a plane at least 2.2 m above the one below, with something above it; of a ceiling and the floor on top of
+    it, at most .8 m apart, the floor counts.
     """
     some = cell_points(points[:: max(1, len(points) // 2_000_000)], most=200_000)
     lowest = float(np.percentile(some[:, 2], 0.5))
@@ -155,12 +167,29 @@ def storey_floors(points: Float[np.ndarray, "m 3"]) -> list[float]:
     floors = [lowest if first is None else first]
     places, shares = slab_shares(some[:, 2])
     is_peak = np.array([share >= shares[max(i - 3, 0) : i + 4].max() for i, share in enumerate(shares)])
-    above = 1 - np.searchsorted(np.sort(some[:, 2]), places + 0.5) / len(some)
     storeys = max(1.0, float(np.ptp(np.percentile(some[:, 2], [0.5, 99.5]))) / 3)
-    candidates = places[is_peak & (shares > _FLOOR_SHARE / storeys) & (above > _ABOVE / storeys)]
-    while len(higher := candidates[candidates > floors[-1] + _STOREY]):
-        floors.append(float(higher[higher < higher[0] + _SLAB][-1]))
+    large = np.flatnonzero(is_peak & (shares > _FLOOR_SHARE / storeys) & (places > floors[0] + _STOREY))
+    columns = np.unique(np.floor(some[:, :2] / _COLUMN), axis=0, return_inverse=True)[1].reshape(-1)
+    covered = [i for i in large if _covered_share(some[:, 2], columns, places[i]) > _COVERED]
+    candidates, areas = places[covered], shares[covered]
+    while (higher := candidates > floors[-1] + _STOREY).any():
+        slab = higher & (candidates < candidates[higher][0] + _SLAB)
+        sides = candidates[slab & (areas >= _SLAB_SIDE * areas[slab].max())]
+        floors.append(float([side for side in sides if _is_hollow(places, shares, sides[0], side)][-1]))
     return floors
+
+
+def _is_hollow(places: Float[np.ndarray, " k"], shares: Float[np.ndarray, " k"], low: float, high: float) -> bool:
+    """Return True if the space between two planes shows next to no points, or is too thin to tell."""
+    between = shares[(places > low + 2 * _NEAR_FLOOR) & (places < high - 2 * _NEAR_FLOOR)]
+    return len(between) == 0 or float(np.median(between)) < _HOLLOW * float(np.median(shares))
+
+
+def _covered_share(heights: Float[np.ndarray, " m"], columns: Int[np.ndarray, " m"], height: float) -> float:
+    """Share of the columns of a plane that have points above it; of points by their heights and columns."""
+    plane = np.unique(columns[np.abs(heights - height) < _NEAR_FLOOR])
+    above = columns[(heights > height + _ABOVE[0]) & (heights < height + _ABOVE[1])]
+    return float(np.isin(plane, above).mean()) if len(plane) else 0.0
 
 
 def thin_evenly(scan: Scan, most: int) -> Scan:

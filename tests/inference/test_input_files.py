@@ -101,6 +101,21 @@ def test_names_are_unique_and_plain(tmp_path):
     assert names(tmp_path / "a.ply", tmp_path / "x" / "a.ply") == ["a.ply", "a.ply-2"]
 
 
+def test_no_folder_of_a_name_is_the_result_of_another_scan(tmp_path):
+    touch(
+        tmp_path,
+        "a.ply",
+        "a.json/b.ply",
+        "index.html/c.ply",
+        "predictions.jsonl/d.ply",
+        "x.HTML/y.JPG/e.ply",
+        "v1.2/f.ply",
+    )
+    assert names(tmp_path) == ["a", "a_json/b", "index_html/c", "predictions_jsonl/d", "v1.2/f", "x_HTML/y_JPG/e"]
+    touch(tmp_path, "a_json/b.ply")
+    assert len(set(names(tmp_path))) == 7
+
+
 def test_names_of_other_bytes(tmp_path):
     root = os.fsencode(tmp_path)
     for name in (b"caf\xe9.ply", b"caf\xe8.ply", b"line\nbreak.ply"):

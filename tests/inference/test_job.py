@@ -1,13 +1,16 @@
 """A folder of results as a job: whatever moment a kill comes at, the table ends as that of a job that nobody killed."""
 
+import contextlib
+import io
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.input_files import InputFile
-from h2a2_jax.inference.job import JOURNAL, FileIdentity, open_job
+from h2a2_jax.inference.job import JOURNAL, FileIdentity, Job, open_job
 from h2a2_jax.inference.writers import TABLE
 
 WHAT = {"weights": "abc", "--score": 0.3}
@@ -101,9 +104,9 @@ def test_every_cut_of_journal_and_table_ends_in_the_same_table(tmp_path, files):
 def test_results_of_other_weights_or_flags_are_not_mixed(tmp_path, files):
     out = tmp_path / "out"
     run(out, files)
-    with pytest.raises(InputError, match=r"another --score \(0.3, now 0.1\): give another --output, or --overwrite"):
+    with pytest.raises(InputError, match=r"holds results with --score=0.3, and now they would be with --score=0.1"):
         run(out, files, {**WHAT, "--score": 0.1})
-    with pytest.raises(InputError, match="another weights"):
+    with pytest.raises(InputError, match="results of other weights"):
         run(out, files, {**WHAT, "weights": "def"})
     assert run(out, files[:1], {**WHAT, "--score": 0.1}, overwrite=True) == ["a"]
     assert (out / TABLE).read_text().count("\n") == 3
@@ -146,3 +149,117 @@ def test_the_overview_is_not_refreshed_too_often(tmp_path):
         job.write_document("scannet")
     assert json.loads((tmp_path / "predictions.json").read_text())["dataset"] == "scannet"
     assert not (tmp_path / TABLE).exists()
+
+
+def test_a_refusal_names_flags_as_they_are_typed(tmp_path, files):
+    was = {"weights": "abc", "--agnostic_nms": True, "--names": {"chair": "seat"}, "--tile": "auto", "--classes": []}
+    run(tmp_path / "out", files, was)
+    now = {"weights": "abc", "--agnostic_nms": False, "--names": {}, "--tile": 8.0, "--classes": ["bed", "desk"]}
+    with pytest.raises(InputError) as refused:
+        run(tmp_path / "out", files, now)
+    sentence = str(refused.value)
+    assert "holds results with --agnostic_nms, with --names=chair=seat, with --tile=auto, without --classes" in sentence
+    assert "without --agnostic_nms, without --names, with --tile=8, with --classes=bed,desk:" in sentence
+
+
+def test_a_kill_while_a_file_is_predicted_again_ends_in_the_same_table(tmp_path, files, monkeypatch):
+    out = tmp_path / "out"
+    run(out, files)
+    files[1].path.write_text("longer")
+
+    def killed(job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Job, "_write_table", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(out, files)
+    monkeypatch.undo()
+    assert run(out, files) == []
+    assert [line.split(",")[0] for line in (out / TABLE).read_text().splitlines()[1::2]] == ["a", "c", "d", "b"]
+
+
+@pytest.mark.parametrize("full", [JOURNAL, TABLE])
+def test_a_disk_that_is_full_for_a_while_spoils_nothing(tmp_path, files, monkeypatch, full):
+    out, append = tmp_path / "out", Job._append
+
+    def appended(job, name, text):
+        if name == full:
+            raise OSError(28, "No space left on device")
+        append(job, name, text)
+
+    with open_job(out, WHAT, has_table=True, overwrite=False) as job:
+        job.start()
+        for number, file in enumerate(job.named(files)):
+            monkeypatch.setattr(Job, "_append", appended if number == 1 else append)
+            with contextlib.suppress(OSError):
+                job.add(file, FileIdentity.of(file.path), entry(file.name))
+        job.complete_table()
+    assert run(out, files) == (["b"] if full == JOURNAL else [])
+    whole = tmp_path / "whole"
+    run(whole, files if full == TABLE else [files[i] for i in (0, 2, 3, 1)])
+    for name in (JOURNAL, TABLE):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_an_append_that_fails_half_way_leaves_the_file_as_it_was(tmp_path, files, monkeypatch):
+    with open_job(tmp_path / "out", WHAT, has_table=True, overwrite=False) as job:
+        job.start()
+        before = (tmp_path / "out" / JOURNAL).read_bytes()
+
+        class Full(io.FileIO):
+            """A file on a disk that is full after a few bytes."""
+
+            def write(self, content):
+                if len(content) <= 5:
+                    raise OSError(28, "No space left on device")
+                return super().write(content[:5])
+
+        monkeypatch.setattr(Path, "open", lambda path, mode, buffering: Full(path, "r+"))
+        with pytest.raises(OSError, match="No space"):
+            job.add(files[0], FileIdentity.of(files[0].path), entry("a"))
+        monkeypatch.undo()
+        assert (tmp_path / "out" / JOURNAL).read_bytes() == before and not job.entries
+
+
+def test_names_of_the_journal_stay_in_the_folder(tmp_path, files):
+    out = tmp_path / "out"
+    run(out, files[:1])
+    journal = (out / JOURNAL).read_text()
+    for name in ("../a", "/tmp/a", "x/../../a", "index", "boxes", "", "a\nb"):
+        (out / JOURNAL).write_text(journal.replace('"name": "a"', f'"name": {json.dumps(name)}'))
+        with pytest.raises(InputError, match=r"Line 2 of .* is damaged"):
+            run(out, files[:1])
+    for damaged in ('"boxes": 3', '"boxes": [{}]'):
+        (out / JOURNAL).write_text(journal[: journal.index('"boxes"')] + damaged + "}}\n")
+        with pytest.raises(InputError, match=r"Line 2 of .* is damaged"):
+            run(out, files[:1])
+    (out / JOURNAL).write_text(journal.replace('"version": 1', '"version": 2', 1))
+    with pytest.raises(InputError, match="has version 2, this program reads version 1"):
+        run(out, files[:1])
+    (out / JOURNAL).unlink()
+    (out / JOURNAL).mkdir()
+    with pytest.raises(InputError, match="cannot be read"):
+        run(out, files[:1])
+
+
+def test_files_whose_names_are_printed_alike_are_told_apart(tmp_path):
+    names = ["a\n.ply", "a\r.ply", os.fsdecode(b"a\xff.ply"), os.fsdecode(b"a\xfe.ply")]
+    files = [InputFile(tmp_path / name, f"a_-{number}") for number, name in enumerate(names)]
+    for file in files:
+        file.path.write_text("")
+    assert len(run(tmp_path / "out", files)) == 4
+    assert run(tmp_path / "out", files) == []
+    again = [InputFile(tmp_path / "out" / ".." / file.path.name, file.name) for file in files]
+    assert run(tmp_path / "out", again) == []
+
+
+def test_what_a_kill_left_unfinished_is_removed(tmp_path, files):
+    left = [
+        tmp_path / "out" / name for name in (".a.12.part.json", "sub/.c.7.part.html", "thumbnails/sub/.c.7.part.jpg")
+    ]
+    others = [tmp_path / "out" / name for name in ("a.12.part.json", ".hidden", "sub/c.part")]
+    for path in (*left, *others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    run(tmp_path / "out", [*files, InputFile(files[0].path.with_name("c.ply"), "sub/c")])
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)

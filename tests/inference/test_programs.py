@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,14 @@ def test_a_program_is_compiled_once_for_each_set_of_shapes(tmp_path: Path):
     assert compiled == 0 and np.array_equal(again, product) and rest_again["sum"] == rest["sum"]
     assert run(later, 5)[0] == 0
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".program", ".program"]
+
+
+def test_a_program_that_is_loaded_ahead_is_not_cut_off_by_the_end_of_the_process(tmp_path: Path):
+    run(ProgramStore(tmp_path, "detector"))
+    before = set(threading.enumerate())
+    ahead = ProgramStore(tmp_path, "detector")
+    assert not any(thread.daemon for thread in set(threading.enumerate()) - before)
+    assert run(ahead)[0] == 0
 
 
 def test_another_detector_setting_or_function_has_its_own_program(tmp_path: Path):

@@ -102,10 +102,41 @@ def test_storeys_are_cut_at_their_floors():
     assert tile_scan(scan, tiles[2], floor=None)[1] == 0
 
 
+@pytest.mark.parametrize(("tops", "height"), [(2500, 0.75), (8000, 0.5)])
+def test_the_tops_of_tables_and_beds_are_no_floor_where_no_ceiling_is_seen(tops, height):
+    rng = np.random.default_rng(4)
+    storey = [rng.random((9000, 3)) * (12, 8, 0.01), rng.random((6000, 3)) * (12, 0.02, 2.4)]
+    storey += [rng.random((tops, 3)) * (6, 5, 0.01) + np.array([3, 2, height])]
+    points = np.concatenate([part + np.array([0, 0, base]) for base in (0, 3, 6) for part in storey])
+    assert storey_floors(points.astype(np.float32)) == pytest.approx([0, 3, 6], abs=0.04)
+
+
 @pytest.mark.parametrize("ceiling", [True, False])
 def test_a_room_is_one_storey(ceiling):
     points = building().points
     assert storey_floors(points[points[:, 2] < (2.9 if ceiling else 2.7)]) == pytest.approx([0], abs=0.04)
+
+
+def test_a_floor_that_climbs_is_cut_into_no_storeys():
+    """By half a metre every 14 m, and in one plane: nothing that stands on it is cut through."""
+    rng = np.random.default_rng(2)
+    for climb in (lambda x: np.floor(x / 14) / 2, lambda x: 0.06 * x):
+        floor = rng.random((60_000, 3)) * (84, 12, 0.01)
+        walls = rng.random((40_000, 3)) * (84, 0.02, 2.6)
+        points = np.concatenate([floor, floor + np.array([0, 0, 2.6]), walls])
+        points[:, 2] += climb(points[:, 0])
+        tiles = cut_tiles(scan_of(points))
+        assert all((tile.low[2], tile.high[2]) == (-math.inf, math.inf) for tile in tiles) and len(tiles) == 9 * 2
+
+
+def test_dust_far_away_makes_no_tiles():
+    rng = np.random.default_rng(3)
+    scan = hall()
+    dust = rng.uniform(-200, 200, (2000, 3)) * (1, 1, 0.05)
+    tiles = cut_tiles(scan_of(np.concatenate([scan.points, dust])))
+    assert len(tiles) <= 4 * 3
+    assert len(set(np.concatenate([tile.rows for tile in tiles])) & set(range(len(scan.points)))) == len(scan.points)
+    assert cut_tiles(scan_of(dust[:20])) == []
 
 
 def test_dense_tiles_are_drawn_to_the_density_of_training():
