@@ -11,16 +11,26 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
+_PATIENCE = 20.0  # s
+
 
 def read_ahead(functions: Iterable[Callable[[], Item]]) -> Iterator[Future[Item]]:
-    """Yield the results of functions in order; each begins while the result before is worked on, no earlier."""
+    """Yield the results of functions in order; each begins while the result before is worked on, no earlier.
+
+    Leaving the loop before its end waits a while for the function that has begun: a program that ends inside of
+    compiled code ends with SIGABRT.
+    """
     futures = map(_started, functions)
     following = next(futures, None)
-    while following is not None:
-        current = following
-        wait([current])
-        following = next(futures, None)
-        yield current
+    try:
+        while following is not None:
+            current = following
+            wait([current])
+            following = next(futures, None)
+            yield current
+    finally:
+        if following is not None:
+            wait([following], _PATIENCE)
 
 
 def _started(function: Callable[[], Item]) -> Future[Item]:

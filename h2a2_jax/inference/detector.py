@@ -23,7 +23,14 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.inference.found_boxes import Boxes
 from h2a2_jax.inference.placement import AUTO, Align, Frame, PlacedScan, place_scan
 from h2a2_jax.inference.predictor import Predictor
-from h2a2_jax.inference.scan_prediction import BoxChoice, drawn_points, plan_scan, predict_scan, renamed_specs
+from h2a2_jax.inference.scan_prediction import (
+    BoxChoice,
+    drawn_points,
+    plan_scan,
+    predict_scan,
+    present_names,
+    renamed_specs,
+)
 from h2a2_jax.inference.tiles import Tiling, checked_tiling, tiles_for
 from h2a2_jax.loader.batching import no_scan
 from h2a2_jax.pretrained.folder import write_pretrained
@@ -74,11 +81,20 @@ class Detector:
     Attributes:
         predictor: the predictor of `Scan`s that does the work.
         stored: the weights, as `save_pretrained` writes them; None for a detector of a predictor alone.
+        names: names of one's own for classes, by those of the datasets.
     """
 
-    def __init__(self, predictor: Predictor, stored: StoredDetector | None = None):
-        """Wrap a predictor; `from_pretrained` and `restore` make detectors of weights."""
-        self.predictor, self.stored = predictor, stored
+    def __init__(
+        self, predictor: Predictor, stored: StoredDetector | None = None, names: Mapping[str, str] | None = None
+    ):
+        """Wrap a predictor; `from_pretrained` and `restore` make detectors of weights.
+
+        Raises:
+            InputError: it is a name or a path.
+        """
+        if isinstance(predictor, str | PurePath):
+            raise InputError(f"Detector({str(predictor)!r}) is no detector: use Detector.from_pretrained.")
+        self.predictor, self.stored, self.names = predictor, stored, dict(names or {})
 
     @classmethod
     def from_pretrained(
@@ -176,7 +192,7 @@ class Detector:
             kernels=kernels,
             cache=folder,
         )
-        return cls(predictor, stored)
+        return cls(predictor, stored, names)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the weights as a folder that `from_pretrained` reads on any machine, and return its path.
@@ -227,7 +243,7 @@ class Detector:
         colors: np.ndarray | Sequence[np.ndarray | None] | None = None,
         dataset: str = AUTO,
         *,
-        score: float = 0.1,
+        score: float = 0.3,
         classes: Sequence[str] = (),
         agnostic_nms: bool = False,
         up: str = "auto",
@@ -278,7 +294,7 @@ class Detector:
         named = _named_clouds(points, colors, single)
         given = {"up": up, "unit": unit, "colors": color_range, "floor": floor, "align": align, "dataset": dataset}
         frame = Frame.of(lambda name, value: f"{name}={value!r}", self.datasets, "color_range", **given)
-        choice = BoxChoice(_class_names(classes), agnostic_nms)
+        choice = BoxChoice(present_names(_class_names(classes), self.names), agnostic_nms)
         choice.check(self.predictor.specs)
         tile = checked_tiling(tile, "tile")
         _check_share("score", score)
@@ -374,6 +390,11 @@ def _read(cloud: Any, hue: Any, color_range: ColorRange) -> PointCloud:
     if isinstance(cloud, str | Path):
         if hue is not None:
             raise InputError(f"{cloud} is a file, which has its own colours: leave colors out.")
+        if Path(cloud).is_dir():
+            raise InputError(
+                f"{cloud} is a folder: give a list of files, as sorted(pathlib.Path({str(cloud)!r}).glob('*.ply')) is, "
+                "or use h2a2 predict."
+            )
         return read_point_cloud(cloud, color_range=color_range)
     if isinstance(cloud, PointCloud) and hue is None:
         return cloud

@@ -6,6 +6,7 @@ table = boxes.to_dataframe()
 """
 
 import json
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -351,7 +352,7 @@ class Boxes:
         """
         from h2a2_jax.viewer.window import show
 
-        show(self.scan, self.detections, self.class_names, title=self._title, score=0.0)
+        show(self.scan, self.detections, self.class_names, title=self._title, score=self._lowest)
 
     def plot(
         self, view: Literal["oblique", "top"] = "oblique", size: tuple[int, int] = (1400, 900)
@@ -369,7 +370,7 @@ class Boxes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "boxes.png"
             shown = self.scan, self.detections, self.class_names
-            write_image(path, *shown, title=self._title, view=view, size=size, score=0.0)
+            write_image(path, *shown, title=self._title, view=view, size=size, score=self._lowest)
             with Image.open(path) as picture:
                 picture.load()
                 return picture.copy()
@@ -418,6 +419,11 @@ class Boxes:
     def _title(self) -> str:
         return self.scan.name if self.file is None else Path(self.file).name
 
+    @property
+    def _lowest(self) -> float:
+        """The lowest score of a box, rounded down as pages show it."""
+        return math.floor(100 * float(self.scores.min())) / 100 if len(self) else 0.0
+
     def _save_table(self, path: Path) -> None:
         from h2a2_jax.inference.box_table import csv_header, csv_text
 
@@ -432,18 +438,22 @@ class Boxes:
     def _save_page(self, path: Path, **options: Any) -> None:
         from h2a2_jax.viewer.scan_page import write_viewer
 
-        shown, options = (self.scan, self.detections, self.class_names), {"title": self._title, "score": 0.0, **options}
+        options = {"title": self._title, "score": self._lowest, "note": frame_note(self.to_scan), **options}
         with whole_file(path) as part:
-            write_viewer(part, *shown, note=frame_note(self.to_scan), **options)
+            write_viewer(part, self.scan, self.detections, self.class_names, **options)
 
     def _save_picture(self, path: Path) -> None:
         from h2a2_jax.viewer.image import write_image
 
         with whole_file(path) as part:
-            write_image(part, self.scan, self.detections, self.class_names, title=self._title, score=0.0)
+            write_image(part, self.scan, self.detections, self.class_names, title=self._title, score=self._lowest)
 
 
 def frame_note(matrix: Float[np.ndarray, "4 4"]) -> str:
     """Return a sentence for a page whose numbers are not those of the file; "" where the frames are the same."""
-    moved = not np.allclose(matrix, np.eye(4), rtol=0, atol=1e-9)
-    return "Numbers on this page are in metres with z up; JSON and CSV have those of the file." if moved else ""
+    if np.allclose(matrix, np.eye(4), rtol=0, atol=1e-9):
+        return ""
+    if np.allclose(matrix[:3, :3], np.eye(3), rtol=0, atol=1e-9):
+        shift = ", ".join(f"{value + 0:.2f}" for value in matrix[:3, 3])
+        return f"Places on this page are those of the file plus ({shift}) m; JSON and CSV have those of the file."
+    return "Numbers on this page are in metres with z up; JSON and CSV have those of the file."

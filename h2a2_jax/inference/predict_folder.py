@@ -42,7 +42,7 @@ from h2a2_jax.inference.input_files import (
 from h2a2_jax.inference.job import FileIdentity, Job, open_job
 from h2a2_jax.inference.placement import AUTO
 from h2a2_jax.inference.predictor import PlannedPass, Predictor, build_predictor
-from h2a2_jax.inference.scan_prediction import BoxChoice, plan_scan, predict_scan, renamed_specs
+from h2a2_jax.inference.scan_prediction import BoxChoice, plan_scan, predict_scan, present_names, renamed_specs
 from h2a2_jax.inference.writers import check_output, write_scan
 from h2a2_jax.pretrained.folder import weights_digest
 from h2a2_jax.scans.file_frame import OPEN
@@ -248,7 +248,7 @@ def predict_files(
         InputError: the detector has no such dataset or class, or the folder holds results of another kind.
     """
     request.frame_among([spec.name for spec in predictor.specs])
-    choice = BoxChoice(request.classes, request.agnostic_nms)
+    choice = BoxChoice(present_names(request.classes, request.names), request.agnostic_nms)
     choice.check(predictor.specs)
     flags = {f"--{key}": value for key, value in asdict(request).items() if key not in _NO_MATTER}
     flags |= {"--formats": [kind for kind in FORMATS if kind in request.formats], "--classes": sorted(request.classes)}

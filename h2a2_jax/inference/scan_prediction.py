@@ -26,7 +26,7 @@ from h2a2_jax.inference.tiles import (
 )
 from h2a2_jax.scans.frame import Floor
 from h2a2_jax.scans.scan import Scan
-from h2a2_jax.scans.specs import DatasetSpec, class_label, labels_among, renamed
+from h2a2_jax.scans.specs import DatasetSpec, class_label, labels_among, plain_name, renamed
 
 Seconds = dict[str, float] | None
 """Time by stage, added to as in `Predictor.predict`."""
@@ -140,6 +140,12 @@ def renamed_specs(specs: Sequence[DatasetSpec], names: Mapping[str, str]) -> tup
     return tuple(
         renamed(spec, {old: new for old, new in names.items() if class_label(old, spec) >= 0}) for spec in specs
     )
+
+
+def present_names(classes: Sequence[str], names: Mapping[str, str]) -> tuple[str, ...]:
+    """Return classes, named as in the detector or by names of one's own, by those that the results have."""
+    own = {plain_name(old): new for old, new in names.items()}
+    return tuple(own.get(plain_name(name), name) for name in classes)
 
 
 def _check_classes(names: Collection[str], specs: Sequence[DatasetSpec]) -> None:

@@ -19,9 +19,16 @@ from tests.inference.tiny import SPECS, random_detector, room
 SMALL, OTHER = room("small", 500, 1.2), room("other", 400, 1.0)
 
 
+class LowDetector(Detector):
+    """A detector of random weights, whose scores are low."""
+
+    def __call__(self, *arguments, score=0.1, **options):
+        return super().__call__(*arguments, score=score, **options)
+
+
 @pytest.fixture(scope="module")
 def detector() -> Detector:
-    return Detector(Predictor(random_detector(), SPECS, score_threshold=0.05))
+    return LowDetector(Predictor(random_detector(), SPECS, score_threshold=0.05))
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +194,7 @@ def test_wrong_arguments_of_a_call_are_errors(detector: Detector):
         ((points, colors, "s3dis"), {"align": "walls"}, "align is 'walls'; expected is one of none, gravity"),
         (("room.ply", colors), {}, "room.ply is a file, which has its own colours"),
         (("nowhere.ply",), {}, "There is no file nowhere.ply"),
+        ((".",), {}, "is a folder: give a list of files"),
         ((points, colors, "s3dis"), {"score": 2.0}, "score is 2.0; expected is a number from 0 to 1"),
     ):
         with pytest.raises(InputError, match=sentence):
@@ -212,6 +220,8 @@ def test_wrong_arguments_of_restore_are_errors(tmp_path: Path):
 
 
 def test_a_missing_checkpoint_is_an_error(tmp_path: Path):
+    with pytest.raises(InputError, match=r"Detector\('rooms'\) is no detector: use Detector\.from_pretrained"):
+        inspect.unwrap(Detector.__init__)(Detector.__new__(Detector), "rooms")
     with pytest.raises(InputError, match="There is no folder"):
         h2a2_jax.Detector.restore(tmp_path / "nowhere")
     with pytest.raises(InputError, match="There is no checkpoint in"):

@@ -36,7 +36,7 @@ def test_saved_weights_give_the_same_boxes_to_the_bit(tmp_path):
 def test_the_sample_is_predicted_by_the_weights_of_the_package(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["predict", "--sample", "--formats=csv,json,html", "--agnostic_nms"]) == 0
-    assert "head of scannet, for it is no single view" in capsys.readouterr().out
+    assert "taken for a room (head of scannet)" in capsys.readouterr().out
     with open("boxes/boxes.csv") as file:
         found = list(csv.DictReader(file))
     scan = SyntheticSource(SCANNET, "val", 1, seed=SEED, scale="demo")[0]
