@@ -478,7 +478,7 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("which boxes")
     group.add_argument("--score", type=_number(float, 0, 1), help="lowest score of a box, 0 to 1 (0.3)")
     group.add_argument(
-        "--classes", type=_names, metavar="CLASS,...", help="classes of the boxes, called as in --names (all)"
+        "--classes", type=_names, metavar="CLASS,...", help="classes of the boxes (all)"
     )
     group.add_argument(
         "--agnostic_nms", action="store_true", help="where boxes of several classes overlap, keep the best alone"
