@@ -211,7 +211,8 @@ class Job:
                     if _UNFINISHED.fullmatch(path.name):
                         path.unlink(missing_ok=True)
             if self.is_new:
-                (self.folder / TABLE).unlink(missing_ok=True)  # of another job than the journal would say
+                if self._has_table:
+                    (self.folder / TABLE).unlink(missing_ok=True)  # of another job than the journal would say
                 self._write_journal()
                 if self._has_table:
                     self._write_table()

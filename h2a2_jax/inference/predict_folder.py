@@ -96,6 +96,7 @@ def predict_inputs(
     settings = replace(settings or detector.config.eval, score_threshold=min(request.score, FAINT_SCORE))
     specs = renamed_specs(detector.specs, request.names)
     predictor = build_predictor(detector, specs, settings, default_cache(say))
+    predictor.check_weights()  # else every file would fail for it
     for line in _opening(found, request, predictor, output):
         say(line)
     if all(source.is_procedural for source in detector.config.datasets):

@@ -126,6 +126,14 @@ class Predictor:
         """
         return self.specs[self._index(dataset)]
 
+    def check_weights(self) -> None:
+        """Load or compile the program that every pass begins with, which needs weights that fit the architecture.
+
+        Raises:
+            InputError: a stored detector has arrays of other shapes than its config.
+        """
+        self._parameters(0)
+
     def take_over(self, model: TR3D) -> None:
         """Replace the parameters by those of another model of the same structure; nothing is compiled anew.
 

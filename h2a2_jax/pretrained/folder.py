@@ -210,8 +210,14 @@ def _line(error: Exception) -> str:
 
 def _check_replaceable(folder: Path) -> None:
     """Refuse a place that holds anything but an earlier pretrained folder."""
-    if not folder.exists() and not folder.is_symlink():
-        return
+    try:
+        if not folder.exists() and not folder.is_symlink():
+            return
+        place = folder.resolve()
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror or error}): give another folder.") from error
+    if place in (Path.cwd(), *Path.cwd().parents):
+        raise InputError(f"{folder} is the folder that this program runs in and is not replaced: give a new folder.")
     if not folder.is_dir():
         raise InputError(f"{folder} is a file; expected is a folder for the weights: give another name.")
     try:

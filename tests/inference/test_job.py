@@ -253,6 +253,13 @@ def test_files_whose_names_are_printed_alike_are_told_apart(tmp_path):
     assert run(tmp_path / "out", again) == []
 
 
+def test_a_table_that_is_not_asked_for_is_left_alone(tmp_path):
+    (tmp_path / TABLE).write_text("of another program")
+    with open_job(tmp_path, WHAT, has_table=False, overwrite=True) as job:
+        job.start()
+    assert (tmp_path / TABLE).read_text() == "of another program"
+
+
 def test_what_a_kill_left_unfinished_is_removed(tmp_path, files):
     left = [
         tmp_path / "out" / name for name in (".a.12.part.json", "sub/.c.7.part.html", "thumbnails/sub/.c.7.part.jpg")

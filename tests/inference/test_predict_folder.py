@@ -457,3 +457,18 @@ def test_the_next_is_read_while_one_is_worked_on():
         next(results).result()
     assert begun == [0, 1, 2] and next(results, None) is None
     assert list(read_ahead([])) == []
+
+
+def test_weights_of_other_shapes_are_refused_before_any_file(tmp_path, monkeypatch):
+    from h2a2_jax.inference.predict_folder import predict_inputs
+    from tests.pretrained.detectors import stored_detector
+
+    monkeypatch.setenv("H2A2_CACHE", "off")
+    np.save(tmp_path / "a.npy", POINTS)
+    detector = stored_detector()
+    exclusive = dict.fromkeys(detector.parts[0], np.zeros((2, 3), np.float32))
+    damaged = dataclasses.replace(detector, parts=(exclusive, *detector.parts[1:]))
+    request = PredictRequest((str(tmp_path / "a.npy"),), formats=("json",))
+    with pytest.raises(InputError, match="is of another model"):
+        predict_inputs(lambda: damaged, request, tmp_path / "out", say=lambda line: None)
+    assert not (tmp_path / "out" / "predictions.jsonl").exists()

@@ -269,3 +269,14 @@ def test_hostile_names_stay_text_in_a_card(tmp_path: Path):
     card = (tmp_path / "it's `mine`" / "README.md").read_text()
     assert card.count("\n---\n") == 1 and card.count("```") == 6 and "<script>" not in card.replace("\\<script\\>", "")
     assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "h2a2_jax"
+
+
+def test_the_current_folder_and_names_that_are_too_long_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for place in (".", "", ".."):
+        with pytest.raises(InputError, match="the folder that this program runs in"):
+            write_pretrained(DETECTOR, Path(place))
+    with pytest.raises(InputError, match=r"cannot be written \(File name too long\)"):
+        write_pretrained(DETECTOR, tmp_path / ("n" * 300))
+    assert list(tmp_path.iterdir()) == [tmp_path / "here"]
