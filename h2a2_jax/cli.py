@@ -9,6 +9,7 @@ run.py takes the same flags and names the command with `--mode`, inputs with `--
 
 import argparse
 import difflib
+import os
 import re
 import runpy
 import sys
@@ -93,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line without the program's name; None: those of this process.
 
     Returns:
-        Exit status: 0; 1 if part of the work failed; 2 after one sentence on wrong input; 130 after Ctrl-C.
+        Exit status: 0; 1 if part of the work failed, or nobody reads the output; 2 after one sentence on wrong input;
+            130 after Ctrl-C.
     """
     return _guarded("h2a2", lambda: _run_h2a2(list(sys.argv[1:] if arguments is None else arguments)))
 
@@ -116,6 +118,9 @@ def _guarded(program: str, run: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: stopped.", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # as of `| head`: nobody reads what is still printed, and Python flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _run_h2a2(arguments: list[str]) -> int | None:
@@ -477,9 +482,7 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("which boxes")
     group.add_argument("--score", type=_number(float, 0, 1), help="lowest score of a box, 0 to 1 (0.3)")
-    group.add_argument(
-        "--classes", type=_names, metavar="CLASS,...", help="classes of the boxes (all)"
-    )
+    group.add_argument("--classes", type=_names, metavar="CLASS,...", help="classes of the boxes (all)")
     group.add_argument(
         "--agnostic_nms", action="store_true", help="where boxes of several classes overlap, keep the best alone"
     )

@@ -176,6 +176,12 @@ def test_the_module_is_the_script() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, __version__)
 
 
+def test_an_output_that_nobody_reads_ends_quietly() -> None:
+    command = f"{sys.executable} -m h2a2_jax weights | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("name") and not done.stderr
+
+
 def test_the_script_h2a2_is_installed() -> None:
     (script,) = entry_points(group="console_scripts", name="h2a2")
     assert script.load() is main

@@ -62,7 +62,7 @@ class PredictRequest:
         agnostic_nms: True leaves one box where boxes of several classes overlap, the best one.
         names: names of classes in the results, by those of the detector.
         tile: how large scans are cut.
-        overwrite: True removes the results of an earlier prediction from the output first.
+        overwrite: True predicts all files, whatever an earlier prediction did in the output; its other files stay.
     """
 
     inputs: tuple[str, ...]
