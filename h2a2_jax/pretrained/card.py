@@ -19,7 +19,7 @@ _TAGS = ("3d-object-detection", "point-cloud", "indoor", "jax", "flax")
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What is known of a detector beside its config and its arrays.
+    """Facts of a detector beside its config and its arrays, for its model card.
 
     Attributes:
         name: a name to show; "" for the name of the folder.
