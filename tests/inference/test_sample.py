@@ -24,8 +24,8 @@ def test_the_sample_is_a_room_of_the_generator():
 
 @pytest.mark.slow
 def test_saved_weights_give_the_same_boxes_to_the_bit(tmp_path):
-    detector = h2a2_jax.Detector.from_pretrained(cache=tmp_path / "programs")
-    again = h2a2_jax.Detector.from_pretrained(detector.save_pretrained(tmp_path / "mine"), cache=tmp_path / "programs")
+    detector = h2a2_jax.Detector.from_pretrained()
+    again = h2a2_jax.Detector.from_pretrained(detector.save_pretrained(tmp_path / "mine"))
     ours, theirs = detector(sample_scan()), again(sample_scan())
     assert len(ours) > 5 and ours.to_dict() == theirs.to_dict()
     np.testing.assert_array_equal(ours.scores, theirs.scores)
