@@ -24,8 +24,8 @@ from h2a2_jax.config import ExperimentConfig, TrainConfig, experiment_config, fr
 from h2a2_jax.errors import InputError, Stopped
 from h2a2_jax.evaluation.documents import best_step
 from h2a2_jax.evaluation.evaluate import EvalRequest, evaluate_checkpoint
-from h2a2_jax.inference.predict_folder import predict_validation_scans
 from h2a2_jax.inference.results import read_predicted_scans
+from h2a2_jax.inference.validation_scans import predict_validation_scans
 from h2a2_jax.models import DetectorConfig
 from h2a2_jax.training.loop import train
 from h2a2_jax.training.metrics import MetricsWriter, read_metrics

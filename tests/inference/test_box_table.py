@@ -9,8 +9,8 @@ import pytest
 
 from h2a2_jax.boxes import Detections
 from h2a2_jax.inference.box_table import CSV_COLUMNS, csv_header, csv_text, safe_cell, table_rows
-from h2a2_jax.inference.results import scan_entry
 from h2a2_jax.scans.specs import own_spec
+from tests.inference.entries import scan_entry
 
 BOXES = np.array([[-1, 2, 0.5, 0.6, 0.7, 1, -0.3], [-4, 0, 1, 2, 1, 0.5, -3.1]], np.float32)
 FOUND = Detections(BOXES, np.array([0.9, 0.25], np.float32), np.array([1, 0], np.int32))
@@ -25,7 +25,8 @@ def test_rows_are_the_boxes():
     assert tuple(head) == CSV_COLUMNS and rows == table_rows(entry) and text == csv_header() + csv_text(entry)
     assert rows[0][:8] == ["room", "below/room.ply", 'say "c"', "1", "0.9", "-1", "2", "0.5"]
     turn = [np.cos(-0.15), 0, 0, np.sin(-0.15)]
-    assert rows[0][11:15] == ["-0.3", "1", "z", "m"] and np.allclose([float(cell) for cell in rows[0][15:]], turn)
+    assert rows[0][11:15] == ["-0.3", "1", "z", "m"] and np.allclose([float(cell) for cell in rows[0][15:19]], turn)
+    assert rows[0][19:] == [spec.name]
     assert (
         csv_text(scan_entry("none", np.eye(4), Detections(BOXES[:0], FOUND.scores[:0], FOUND.labels[:0]), spec)) == ""
     )

@@ -1,7 +1,5 @@
 """The gap between the procedural datasets: a null at 0, the scans of old at 1, further apart at 2."""
 
-import hashlib
-
 import numpy as np
 import pytest
 from scipy.stats import chi2_contingency, kruskal
@@ -97,24 +95,28 @@ def test_between_0_and_1_the_gap_is_the_share_of_own_scans(spec):
     assert all(own[index] for index in np.flatnonzero(with_door))
 
 
-DIGESTS = {
-    ("scannet", "demo"): "6eef9e60e84ea2e1",
-    ("sunrgbd", "demo"): "4fe62463aadd54bf",
-    ("s3dis", "demo"): "ce5f21443644246c",
-    ("scannet", "full"): "03817a83f2ac61df",
-    ("sunrgbd", "full"): "2e754be5c168f920",
-    ("s3dis", "full"): "c223a86ce0dc6e54",
+SUMMARIES: dict[tuple[str, str], tuple[int, list[int], list[float], list[float]]] = {
+    ("scannet", "demo"): (12000, [7, 5, 1, 3, 4], [0.407, -0.058, 0.9516], [6.583, 5.028, 6.107]),
+    ("scannet", "full"): (89898, [11, 6, 5, 1, 6, 0, 17, 17, 2, 2], [0.733, -0.4046, 1.0504], [11.183, 9.395, 11.32]),
+    ("sunrgbd", "demo"): (10775, [8, 2, 1, 3], [-0.0009, 3.4221, -0.3658], [2.916, 5.394, 4.017]),
+    ("sunrgbd", "full"): (50000, [2, 2, 1, 3, 3], [-0.0611, 3.6404, -0.0113], [4.188, 4.519, 4.359]),
+    ("s3dis", "demo"): (14000, [3, 2, 2, 0, 0, 1], [1.8479, 2.0234, 1.6535], [6.29, 6.271, 5.498]),
+    ("s3dis", "full"): (359951, [3, 0, 0, *[1] * 8], [3.1274, 2.1719, 1.6069], [8.053, 8.105, 9.636]),
 }
-"""SHA-256 of scans as they were before there was a gap, first half of the first half."""
+"""Points, labels, mean of the points and sums of the boxes' sizes (m) of scans as they were before there was a gap.
+
+Not their bits: these differ between processors, whose sines and roots do in the last digit.
+"""
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 @pytest.mark.parametrize("scale", ["demo", "full"])
 def test_at_1_the_scans_are_those_of_old(spec, scale):
     scan = SyntheticSource(spec, "val", 3, scale=scale)[2 if scale == "demo" else 1]
-    parts = (scan.points, scan.colors, scan.boxes, scan.labels)
-    digest = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
-    assert digest[:16] == DIGESTS[spec.name, scale]
+    points, labels, middle, sizes = SUMMARIES[spec.name, scale]
+    assert len(scan.points) == pytest.approx(points, rel=1e-3) and scan.labels.tolist() == labels
+    np.testing.assert_allclose(scan.points.mean(axis=0, dtype=np.float64), middle, atol=2e-3)
+    np.testing.assert_allclose(scan.boxes[:, 3:6].sum(axis=0), sizes, atol=0.03)
     assert protocol_at(spec, 1.0) is spec
 
 
