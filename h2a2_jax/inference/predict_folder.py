@@ -90,11 +90,18 @@ def predict_inputs(
         InputError: nothing can be predicted at all: no input is found, the results cannot be written, or the folder
             holds those of another request; there is no detector, or it has no such dataset or class.
     """
-    found = find_inputs(request.inputs, output)
+    found, was_there = find_inputs(request.inputs, output), output.exists()
     check_output(output, (file.name for file in found.files), request.formats)
-    detector = open_detector()
-    settings = replace(settings or detector.config.eval, score_threshold=min(request.score, FAINT_SCORE))
-    specs = renamed_specs(detector.specs, request.names)
+    try:
+        detector = open_detector()
+        settings = replace(settings or detector.config.eval, score_threshold=min(request.score, FAINT_SCORE))
+        specs = renamed_specs(detector.specs, request.names)
+        BoxChoice(present_names(request.classes, request.names)).check(specs)
+    except InputError:
+        if not was_there:
+            with contextlib.suppress(OSError):
+                output.rmdir()
+        raise
     predictor = build_predictor(detector, specs, settings, default_cache(say))
     predictor.check_weights()  # else every file would fail for it
     for line in _opening(found, request, predictor, output):

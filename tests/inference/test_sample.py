@@ -51,3 +51,10 @@ def test_the_sample_is_predicted_by_the_weights_of_the_package(tmp_path, monkeyp
     assert hit >= len(scan.boxes) - 2 and len(found) <= 2 * len(scan.boxes)
     assert main(["predict", "--sample", "--formats=csv,json,html", "--agnostic_nms"]) == 0
     assert "1 of 1 scan is done already and skipped." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--classes=stool", "--weights=romms", "--names=stool=Hocker"])
+def test_a_wrong_word_leaves_no_folder(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["predict", "--sample", flag]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1 and not list(tmp_path.iterdir())
