@@ -7,7 +7,6 @@ table = boxes.to_dataframe()
 
 import json
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -352,7 +351,7 @@ class Boxes:
         """
         from h2a2_jax.viewer.window import show
 
-        show(self.scan, self.detections, self.class_names, title=self._title, score=self._lowest)
+        show(self, title=self._title, score=self._lowest)
 
     def plot(
         self, view: Literal["oblique", "top"] = "oblique", size: tuple[int, int] = (1400, 900)
@@ -363,17 +362,9 @@ class Boxes:
             view: "oblique", in perspective from above; or "top", to scale.
             size: width and height in pixels.
         """
-        from PIL import Image
+        from h2a2_jax.viewer.image import draw_image
 
-        from h2a2_jax.viewer.image import write_image
-
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "boxes.png"
-            shown = self.scan, self.detections, self.class_names
-            write_image(path, *shown, title=self._title, view=view, size=size, score=self._lowest)
-            with Image.open(path) as picture:
-                picture.load()
-                return picture.copy()
+        return draw_image(self, title=self._title, view=view, size=size, score=self._lowest)
 
     def __repr__(self) -> str:
         """Return number, classes and best box, as in "Boxes(12: 5 chair, 3 table; best chair 0.93)"."""
@@ -389,10 +380,9 @@ class Boxes:
         """Return the viewer in a frame, for notebooks; a table where there are no points."""
         if not len(self.scan.points):
             return self._html_table()
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "boxes.html"
-            self._save_page(path, max_points=_IN_A_NOTEBOOK, still=False)
-            page = path.read_text(encoding="utf-8")
+        from h2a2_jax.viewer.scan_page import viewer_html
+
+        page = viewer_html(self, **self._page_options(), max_points=_IN_A_NOTEBOOK, still=False)
         # Its scripts run apart from the notebook, whatever names it holds.
         return (
             f'<iframe srcdoc="{escape(page)}" sandbox="allow-scripts" allow="clipboard-write; fullscreen" '
@@ -435,18 +425,20 @@ class Boxes:
 
         write_box_frames(path, self.to_scan, self.detections)
 
-    def _save_page(self, path: Path, **options: Any) -> None:
+    def _page_options(self) -> dict[str, Any]:
+        return {"title": self._title, "score": self._lowest, "note": frame_note(self.to_scan)}
+
+    def _save_page(self, path: Path) -> None:
         from h2a2_jax.viewer.scan_page import write_viewer
 
-        options = {"title": self._title, "score": self._lowest, "note": frame_note(self.to_scan), **options}
         with whole_file(path) as part:
-            write_viewer(part, self.scan, self.detections, self.class_names, **options)
+            write_viewer(part, self, **self._page_options())
 
     def _save_picture(self, path: Path) -> None:
         from h2a2_jax.viewer.image import write_image
 
         with whole_file(path) as part:
-            write_image(part, self.scan, self.detections, self.class_names, title=self._title, score=self._lowest)
+            write_image(part, self, title=self._title, score=self._lowest)
 
 
 def frame_note(matrix: Float[np.ndarray, "4 4"]) -> str:
