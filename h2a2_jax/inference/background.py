@@ -53,7 +53,7 @@ class WorkBehind:
     next `put`, or on leaving the block without another one; later calls are not made.
     """
 
-    def __init__(self, waiting: int = 2):
+    def __init__(self, waiting: int = 1):
         self._calls: Queue[Callable[[], None] | None] = Queue(waiting)
         self._error: BaseException | None = None
         self._thread = Thread(target=self._work, daemon=True)
