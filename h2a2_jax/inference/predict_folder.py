@@ -95,15 +95,16 @@ def predict_inputs(
     try:
         detector = open_detector()
         settings = replace(settings or detector.config.eval, score_threshold=min(request.score, FAINT_SCORE))
-        specs = renamed_specs(detector.specs, request.names)
-        BoxChoice(present_names(request.classes, request.names)).check(specs)
+        predictor = build_predictor(
+            detector, renamed_specs(detector.specs, request.names), settings, default_cache(say)
+        )
+        _checked_choice(request, predictor.specs)
+        predictor.check_weights()  # else every file would fail for it
     except InputError:
         if not was_there:
             with contextlib.suppress(OSError):
                 output.rmdir()
         raise
-    predictor = build_predictor(detector, specs, settings, default_cache(say))
-    predictor.check_weights()  # else every file would fail for it
     for line in _opening(found, request, predictor, output):
         say(line)
     if all(source.is_procedural for source in detector.config.datasets):
@@ -255,9 +256,7 @@ def predict_files(
     Raises:
         InputError: the detector has no such dataset or class, or the folder holds results of another kind.
     """
-    request.frame_among([spec.name for spec in predictor.specs])
-    choice = BoxChoice(present_names(request.classes, request.names), request.agnostic_nms)
-    choice.check(predictor.specs)
+    choice = _checked_choice(request, predictor.specs)
     flags = {f"--{key}": value for key, value in asdict(request).items() if key not in _NO_MATTER}
     flags |= {"--formats": [kind for kind in FORMATS if kind in request.formats], "--classes": sorted(request.classes)}
     identity = json.loads(json.dumps({**(what or {}), **flags}))
@@ -273,6 +272,14 @@ def predict_files(
     for line in _closing(run.outcome, output, "html" in request.formats):
         say(line)
     return run.outcome
+
+
+def _checked_choice(request: PredictRequest, specs: Sequence[DatasetSpec]) -> BoxChoice:
+    """Return the boxes that a request asks for; raise InputError if no head is of its dataset or has its classes."""
+    request.frame_among([spec.name for spec in specs])
+    choice = BoxChoice(present_names(request.classes, request.names), request.agnostic_nms)
+    choice.check(specs)
+    return choice
 
 
 @dataclass(frozen=True)

@@ -104,14 +104,12 @@ class BoxChoice:
 
     Attributes:
         classes: names of the classes; empty: all. A head that has none of them gives no box.
-        agnostic_nms: True leaves one box, the best, where boxes of several classes overlap by more than
-            `iou_threshold` (footprints).
-        iou_threshold: see there.
+        agnostic_nms: True leaves one box, the best, where boxes of several classes overlap
+            (`nms.suppress_across_classes`).
     """
 
     classes: tuple[str, ...] = ()
     agnostic_nms: bool = False
-    iou_threshold: float = 0.5
 
     def check(self, specs: Sequence[DatasetSpec]) -> None:
         """Raise InputError if no head has one of the classes."""
@@ -126,7 +124,7 @@ class BoxChoice:
         found = Detections(found.boxes[rows], found.scores[rows], found.labels[rows])
         if not self.agnostic_nms:
             return found
-        kept = suppress_across_classes(found, self.iou_threshold, rotated=spec.has_yaw)
+        kept = suppress_across_classes(found, rotated=spec.has_yaw)
         return Detections(found.boxes[kept], found.scores[kept], found.labels[kept])
 
 

@@ -53,7 +53,7 @@ def test_the_sample_is_predicted_by_the_weights_of_the_package(tmp_path, monkeyp
     assert "1 of 1 scan is done already and skipped." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag", ["--classes=stool", "--weights=romms", "--names=stool=Hocker"])
+@pytest.mark.parametrize("flag", ["--classes=stool", "--weights=romms", "--names=stool=Hocker", "--dataset=kitti"])
 def test_a_wrong_word_leaves_no_folder(flag, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["predict", "--sample", flag]) == 2
