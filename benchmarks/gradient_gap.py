@@ -168,7 +168,7 @@ def run(config: ExperimentConfig, batches: int, ladder: Any) -> tuple[list[dict[
     new = [replace(s, seed=s.seed + _NEW_SCANS, train_size=batches * config.train.batch_size) for s in config.datasets]
     stream = build_stream(replace(config, datasets=tuple(new)), layout)
     stream.ladder = ladder
-    gradients, targets = gradient_function(config, trainer, layout.mesh), Targets.of(config.specs)
+    gradients, targets = gradient_function(config, trainer, layout.mesh), Targets.of(config.specs, config.model)
 
     def first(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[:1], len(leaf), axis=0), tree)

@@ -11,7 +11,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from h2a2_jax.balancers import HarmonizeConfig
 from h2a2_jax.errors import InputError
 from h2a2_jax.layers.kernel_selection import READING_0_1_0, SelectionConfig
 from h2a2_jax.models.architecture import DetectorConfig
+from h2a2_jax.scans.label_space import UNION
 from h2a2_jax.scans.sources import SourceConfig
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.scans.synthetic.gap import LARGEST_GAP
@@ -195,6 +196,7 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         _check_datasets(self.datasets)
         _check_model(self.model)
+        _check_label_space(self.model, self.dataset_names)
         _check_training(self)
         _check_evaluation(self.eval, self.dataset_names, self.model.selection)
 
@@ -370,6 +372,12 @@ def _check_datasets(datasets: tuple[SourceConfig, ...]) -> None:
         size = source.batch_size
         _require(size is None or size >= 1, f"{path}.batch_size", size, "1 or more, or None for train.batch_size")
         _require(0 < source.weight <= 1, f"{path}.weight", source.weight, "a probability above 0 up to 1")
+
+
+def _check_label_space(model: DetectorConfig, names: Sequence[str]) -> None:
+    ok = model.label_space == "separate" or UNION not in names
+    expected = f"other names than {UNION!r}, which is that of all classes where model.label_space is 'union'"
+    _require(ok, "datasets", names, expected)
 
 
 def _check_model(model: DetectorConfig) -> None:

@@ -24,12 +24,12 @@ def build_detector(config: ExperimentConfig) -> TR3D:
 
 def draw_detector(config: ExperimentConfig, key: PRNGKeyArray) -> TR3D:
     """Build the detector of a config with the parameters that a key draws; for use in jit or `nnx.eval_shape`."""
-    return TR3D(config.model, head_configs(config.specs), rngs=nnx.Rngs(key))
+    return TR3D(config.model, head_configs(config.specs, config.model), rngs=nnx.Rngs(key))
 
 
 def count_parameters(config: ExperimentConfig) -> int:
     """Count the trained numbers of the detector of a config, over all datasets, without drawing them."""
-    return _count_parameters(config.model, tuple(head_configs(config.specs)))
+    return _count_parameters(config.model, tuple(head_configs(config.specs, config.model)))
 
 
 @cache

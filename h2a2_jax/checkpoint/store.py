@@ -245,7 +245,7 @@ class StoredDetector:
     @property
     def heads(self) -> tuple[HeadConfig, ...]:
         """Configs of the datasets' heads."""
-        return tuple(head_configs(self.specs))
+        return tuple(head_configs(self.specs, self.config.model))
 
     def build(self) -> TR3D:
         """Build the detector on JAX's default device.

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from h2a2_jax.balancers.packing import Kind, Packing
 from h2a2_jax.distributed import DATASET
 from h2a2_jax.layers.agreement_tracking import AgreementLayers
-from h2a2_jax.models import HeadConfig
+from h2a2_jax.models import DetectorConfig, HeadConfig
+from h2a2_jax.scans.label_space import union_columns
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.typing import Leaf
 
@@ -60,9 +61,12 @@ class Accumulated:
     batches: Leaf  # int32 [], batches seen
 
 
-def head_configs(specs: Sequence[DatasetSpec]) -> list[HeadConfig]:
+def head_configs(specs: Sequence[DatasetSpec], model: DetectorConfig) -> list[HeadConfig]:
     """Configs of the datasets' heads, in their order."""
-    return [HeadConfig(spec.name, spec.num_classes, spec.num_outputs) for spec in specs]
+    columns = union_columns(specs) if model.label_space == "union" else (None,) * len(specs)
+    return [
+        HeadConfig(spec.name, spec.num_classes, spec.num_outputs, own) for spec, own in zip(specs, columns, strict=True)
+    ]
 
 
 def is_exclusive(path: Any, variable: Any) -> bool:

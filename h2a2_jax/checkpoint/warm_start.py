@@ -4,6 +4,7 @@
     shared by the datasets    of the same path; a selection's shared kernel also as the plain kernel of the same place,
                               so that TR3D is a start for H2A2
     a dataset's own           of the same path and dataset name, or of the same path and shared there (neck, norms)
+    columns of one label space  of the same class name
     a dataset's statistics    of the same path and dataset name; of a dataset that the checkpoint does not know, as the
                               mean over the checkpoint's datasets
 
@@ -37,7 +38,8 @@ from h2a2_jax.checkpoint.tree import (
 )
 from h2a2_jax.errors import InputError
 from h2a2_jax.models import TR3D
-from h2a2_jax.scans.specs import DatasetSpec
+from h2a2_jax.scans.label_space import union_classes
+from h2a2_jax.scans.specs import DatasetSpec, plain_name
 
 _SHARED = ""
 """Key of the shared arrays in dicts by dataset name."""
@@ -142,7 +144,7 @@ def warm_start(
     params, statistics = stored_params(shared, exclusive, specs), stored_statistics(stats, specs)
     ours = _by_dataset(params["shared"], params["datasets"], statistics)
     copies = selection is not None and selection.exclusive_init == "copy"
-    start, report = _match(ours, stored, {spec.name: spec.classes for spec in specs}, copies, f"the {source}")
+    start, report = _match(ours, stored, specs, model.config.label_space, copies, f"the {source}")
     if not any(name.path not in statistics.get(name.dataset, {}) for name in report.loaded):
         raise InputError(
             f"No parameter of the {source} has the name and the shape of one of this model: give the config that it "
@@ -162,13 +164,21 @@ def _by_dataset(shared: Arrays, own: Mapping[str, Arrays], statistics: Mapping[s
 
 
 def _match(
-    ours: Mapping[str, Arrays], stored: StoredModel, classes: Mapping[str, tuple[str, ...]], copies: bool, source: str
+    ours: Mapping[str, Arrays],
+    stored: StoredModel,
+    specs: Sequence[DatasetSpec],
+    label_space: str,
+    copies: bool,
+    source: str,
 ) -> tuple[dict[str, Arrays], WarmStart]:
     """Find a start for every array of a detector, by dataset and path.
 
     `copies` is True if exclusive kernels without a counterpart copy shared ones.
     """
     theirs = _by_dataset(stored.shared, stored.datasets, stored.statistics)
+    classes = {spec.name: spec.classes for spec in specs}
+    if label_space == stored.config.model.label_space == "union":
+        theirs[_SHARED] = _columns_by_name(ours[_SHARED], theirs[_SHARED], specs, stored.config.specs)
     other_classes = {s.name for s in stored.config.specs if s.name in classes and s.classes != classes[s.name]}
     means = {
         path: np.stack([arrays[path] for arrays in stored.statistics.values()]).mean(0)
@@ -204,6 +214,19 @@ def _match(
         left_over=tuple(ArrayName(p, d) for d, arrays in theirs.items() for p in arrays if (d, p) not in used),
         left_datasets=tuple(name for name in stored.datasets if name not in ours),
     )
+
+
+def _columns_by_name(
+    ours: Arrays, theirs: Arrays, specs: Sequence[DatasetSpec], stored: Sequence[DatasetSpec]
+) -> Arrays:
+    """Give the class columns of a stored label space the places of ours; those of new classes are ours."""
+    here, there = ({plain_name(name): i for i, name in enumerate(union_classes(each))} for each in (specs, stored))
+    common = [name for name in here if name in there]
+    moved = dict(theirs)
+    for path in (path for path in theirs if path.startswith("heads.class_") and common):
+        moved[path] = ours[path].copy()
+        moved[path][..., [here[name] for name in common]] = theirs[path][..., [there[name] for name in common]]
+    return moved
 
 
 def _counterparts(dataset: str, path: str, copies: bool) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.layers import ConvNorm, SelectiveConv
 from h2a2_jax.models import TR3D, DetectorConfig
 from h2a2_jax.models.architecture import STAGE_BLOCKS
+from h2a2_jax.models.head import UnionHead
 
 _STEM = "backbone.conv1.kernel"
 
@@ -47,6 +48,11 @@ def tr3d_slots(model: TR3D, dataset: int = 0) -> dict[str, Slot]:
         for name, part in parts:
             slots |= _conv_norm_slots(f"neck.{name}.0", f"neck.{name}.1", part, dataset)
     head, config = model.heads, model.heads_config[dataset]
+    if isinstance(head, UnionHead):
+        raise InputError(
+            'model.label_space is "union": TR3D of mmdetection3d has a head for its own classes alone, so that only '
+            "detectors with separate heads are converted."
+        )
     outputs = (
         ("reg", head.box_kernel, head.box_bias, config.num_outputs),
         ("cls", head.class_kernel, head.class_bias, config.num_classes),

@@ -21,6 +21,7 @@ from h2a2_jax.evaluation.scores import Evaluation, evaluate_detections
 from h2a2_jax.inference.augmentation import TestTimeAugmented, views
 from h2a2_jax.inference.predictor import Predicts, build_predictor, predict_scans, skipped_lines
 from h2a2_jax.inference.writers import check_results_folder
+from h2a2_jax.scans.label_space import UNION, head_specs
 from h2a2_jax.scans.mmdet3d import Mmdet3dFolder
 from h2a2_jax.scans.scan import ScanSource
 from h2a2_jax.scans.scan_folder import ScanFolder
@@ -34,7 +35,8 @@ class EvalRequest:
 
     Attributes:
         split: split of the scans.
-        dataset: the one whose head and scans are evaluated; None: each.
+        dataset: the one whose head and scans are evaluated; None: each. "union" is the head of one label space, with
+            `data` of any dataset whose classes it knows by name.
         data: folder of scans that is evaluated instead of the dataset's own; of any kind that a config may name.
         tta: test-time augmentation: "flip_x", "flip_y", "scales", "turns" (`augmentation.views`).
         cross: True to evaluate heads on the scans of the other datasets too, over the classes of both.
@@ -137,11 +139,11 @@ def evaluate(
     Raises:
         InputError: scans are missing, the request does not fit the config, or the folder cannot be written to.
     """
-    specs = config.specs
     if process_layout is None:
-        process_layout = MeshLayout(train_mesh(len(specs)), len(specs))
+        process_layout = MeshLayout(train_mesh(len(config.datasets)), len(config.datasets))
     requested = chosen_sources(config, request)
     chosen = {d: source for d, source in requested.items() if datasets is None or source.name in datasets}
+    specs = {d: source.spec for d, source in chosen.items()}
 
     def open_sources() -> dict[int, ScanSource]:
         sources = {d: build_source(chosen[d], request.split) for d in process_layout.evaluated if d in chosen}
@@ -152,7 +154,9 @@ def evaluate(
     opened = process_layout.all_or_raise(open_sources, "open the scans to evaluate")
     say_warnings({specs[d].name: source for d, source in opened.items()})
     if request.tta:
-        predictor = TestTimeAugmented(predictor, request.tta, specs, config.eval.iou_threshold)
+        predictor = TestTimeAugmented(
+            predictor, request.tta, [*config.specs, *specs.values()], config.eval.iou_threshold
+        )
 
     def evaluate_datasets() -> dict[str, Any]:
         return {
@@ -170,7 +174,7 @@ def evaluate(
     for name, values in results.items():
         say_skipped({f"{name}/{scan}": reason for scan, reason in values["skipped"].items()})
     notes = {f"{name}/{scan}": each for name, one in evaluated.items() for scan, each in one["notes"].items()}
-    say_notes(notes, specs)
+    say_notes(notes, [*specs.values()])
     for name, one in evaluated.items() if tables else ():
         say(f"\n{name}, {results[name]['scans']} scans\n{one['text']}")
     if request.cross:
@@ -189,11 +193,16 @@ def chosen_sources(config: ExperimentConfig, request: EvalRequest) -> dict[int, 
     """
     names = config.dataset_names
     listed = ", ".join(names)
-    if request.dataset is not None and request.dataset not in names:
+    as_union = config.model.label_space == "union" and request.dataset == UNION
+    if request.dataset is not None and request.dataset not in names and not as_union:
         raise InputError(f"The model was trained on {listed}, not on {request.dataset!r}: choose one of them.")
     if request.cross and len(names) < 2:
         raise InputError(f"Heads are compared across datasets, and the model was trained on {listed} alone.")
     if request.data is None:
+        if as_union:
+            raise InputError(
+                "The union of classes has no scans of its own: name a folder of scans with boxes with --data."
+            )
         return {d: source for d, source in enumerate(config.datasets) if request.dataset in (None, source.name)}
     if request.dataset is None and len(names) > 1:
         raise InputError(f"The model has heads for {listed}: say whose classes {request.data} has (--dataset).")
@@ -204,8 +213,12 @@ def chosen_sources(config: ExperimentConfig, request: EvalRequest) -> dict[int, 
             f"Nothing in {request.data} says where the boxes are: --mode=check --data={request.data} tells what is "
             f"missing, and --mode=predict --input={request.data} finds boxes without scoring them."
         )
-    place = names.index(request.dataset or names[0])
-    return {place: replace(config.datasets[place], kind="auto", root=request.data, train_infos=(), val_infos=())}
+    place = 0 if as_union else names.index(request.dataset or names[0])
+    source = replace(config.datasets[place], kind="auto", root=request.data, train_infos=(), val_infos=())
+    if as_union:
+        spec = head_specs(config.specs, config.model.label_space)[-1]
+        source = replace(source, name=UNION, classes=spec.classes, has_yaw=spec.has_yaw, large_classes=None)
+    return {place: source}
 
 
 @dataclass

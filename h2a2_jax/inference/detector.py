@@ -215,11 +215,16 @@ class Detector:
         """Names of the datasets that the model was trained on."""
         return tuple(spec.name for spec in self.predictor.specs)
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the heads: those of the datasets, and "union" where they have one label space."""
+        return tuple(spec.name for spec in self.predictor.heads)
+
     def classes(self, dataset: str) -> tuple[str, ...]:
-        """Names of a dataset's classes, by label.
+        """Names of the classes of a head, by label.
 
         Raises:
-            InputError: the model was not trained on it.
+            InputError: the model has no such head.
         """
         return self.predictor.spec(dataset).classes
 
@@ -264,7 +269,7 @@ class Detector:
                 points are taken as grey, which the model has not seen in training.
             dataset: dataset whose head predicts: it sets classes, statistics and exclusive kernels, and whether boxes
                 have yaw. "auto" takes that of single views (sunrgbd) for a view of a camera at the origin, that of
-                rooms (scannet) for others.
+                rooms (scannet) for others. "union" predicts every class of a detector with one label space.
             score: lowest score of a box.
             classes: classes of the boxes; empty: all.
             agnostic_nms: True leaves one box, the best, where boxes of several classes overlap.
@@ -293,16 +298,16 @@ class Detector:
         single = not isinstance(points, list | tuple)
         named = _named_clouds(points, colors, single)
         given = {"up": up, "unit": unit, "colors": color_range, "floor": floor, "align": align, "dataset": dataset}
-        frame = Frame.of(lambda name, value: f"{name}={value!r}", self.datasets, "color_range", **given)
+        frame = Frame.of(lambda name, value: f"{name}={value!r}", self.heads, "color_range", **given)
         choice = BoxChoice(present_names(_class_names(classes), self.names), agnostic_nms)
-        choice.check(self.predictor.specs)
+        choice.check(self.predictor.heads)
         tile = checked_tiling(tile, "tile")
         _check_share("score", score)
         if not isinstance(batch_size, Integral) or batch_size < 1:
             raise InputError(f"batch_size is {batch_size!r}; expected is an integer from 1 on.")
         read = [_read(cloud, hue, color_range) for _, cloud, hue in named]
         placed = [
-            place_scan(name, cloud, frame, self.predictor.specs, colors_hint="say color_range")
+            place_scan(name, cloud, frame, self.predictor.heads, colors_hint="say color_range")
             for (name, *_), cloud in zip(named, read, strict=True)
         ]
         found = self._predict(placed, tile, floor, int(batch_size), progress)

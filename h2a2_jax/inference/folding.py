@@ -10,6 +10,8 @@ that is there, and the selection reads x'. The kernel of an offset is still sele
 scans (`SelectionConfig.scan_embedding`) modulation and gates depend on the scan and are not folded.
 """
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -21,7 +23,8 @@ from h2a2_jax.layers.context import parameter
 from h2a2_jax.layers.kernel_selection import SelectionConfig, Structure, select_kernels
 from h2a2_jax.layers.modulation import modulate
 from h2a2_jax.layers.sparse_conv import mix_channels
-from h2a2_jax.models import TR3D
+from h2a2_jax.models import TR3D, HeadChoice
+from h2a2_jax.models.head import NUM_OUTPUTS, DatasetHeads, UnionHead
 from h2a2_jax.sparse import KernelMap, SparseTensor, convolve
 
 
@@ -34,15 +37,20 @@ def fold(model: TR3D, dataset: DatasetContext, head: int) -> TR3D:
     Args:
         model: trained model; it is not changed.
         dataset: dataset (or mean) whose embedding, exclusive kernels and statistics are used; selection of kernels.
-        head: index of the dataset whose head predicts.
+        head: index of the dataset whose head predicts, or whose columns of one label space do.
     """
-    folded = folded_parameters(model, dataset, DatasetContext.one(head, len(model.heads_config)))
-    folded.heads_config = (model.heads_config[head],)
+    one, columns = model.heads_config[head], model.heads_config[head].columns
+    wanted = DatasetContext.one(head, len(model.heads_config)) if columns is None else jnp.array(columns, jnp.int32)
+    folded = folded_parameters(model, dataset, wanted)
+    folded.heads_config = (replace(one, columns=None),)
     return folded
 
 
-def folded_parameters(model: TR3D, dataset: DatasetContext, head: DatasetContext) -> TR3D:
-    """`fold` inside jit, where datasets are traced; the heads_config is that of the first dataset."""
+def folded_parameters(model: TR3D, dataset: DatasetContext, head: HeadChoice) -> TR3D:
+    """`fold` inside jit, where datasets and columns are traced; the heads_config is that of the first dataset.
+
+    The folded detector has a head of its own, also where the model has one label space.
+    """
     per_scan = model.backbone.scan_embedding is not None
     embedding = None if model.embedding is None else dataset.pick(model.embedding[...])
     folded = nnx.clone(model)
@@ -51,9 +59,23 @@ def folded_parameters(model: TR3D, dataset: DatasetContext, head: DatasetContext
             kept = FoldedConv(module, dataset, embedding, per_scan)
             module.conv, module.norm, module.gate = kept, Identity(), None  # type: ignore[assignment]
     folded.embedding = parameter(embedding[None], exclusive=True) if per_scan and embedding is not None else None
-    folded.heads_config = model.heads_config[:1]
-    for name in ("box_kernel", "box_bias", "class_kernel", "class_bias"):
-        setattr(folded.heads, name, parameter(head.pick(getattr(model.heads, name)[...])[None], exclusive=True))
+    folded.heads_config = tuple(replace(one, columns=None) for one in model.heads_config[:1])
+    folded.heads = _fold_head(model.heads, head)
+    return folded
+
+
+def _fold_head(heads: DatasetHeads | UnionHead, wanted: HeadChoice) -> DatasetHeads:
+    """The head of one dataset, or of columns of one label space."""
+    if isinstance(heads, UnionHead):
+        assert not isinstance(wanted, DatasetContext)
+        values = [heads.box_kernel[...], heads.box_bias[...], *heads.class_columns(wanted)]
+        folded = DatasetHeads(len(values[0]), (values[-1].size,), (NUM_OUTPUTS,), rngs=nnx.Rngs(0))
+    else:
+        assert isinstance(wanted, DatasetContext)
+        parts = (heads.box_kernel, heads.box_bias, heads.class_kernel, heads.class_bias)
+        values, folded = [wanted.pick(part[...]) for part in parts], nnx.clone(heads)
+    for name, value in zip(("box_kernel", "box_bias", "class_kernel", "class_bias"), values, strict=True):
+        setattr(folded, name, parameter(value[None], exclusive=True))
     return folded
 
 

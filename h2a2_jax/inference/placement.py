@@ -32,6 +32,7 @@ from h2a2_jax.scans.frame import (
     place_cloud,
     upright_matrix,
 )
+from h2a2_jax.scans.label_space import UNION
 from h2a2_jax.scans.scan import Scan, ScanError
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.scans.surfaces import estimate_gravity, estimate_walls, surface_normals
@@ -160,12 +161,13 @@ def place_scan(
 def choose_head(placed: PlacedCloud, frame: Frame, specs: Sequence[DatasetSpec]) -> tuple[DatasetSpec, list[str]]:
     """Choose the dataset whose head predicts a scan (m, z up), with a remark where there was a choice."""
     named = [spec for spec in specs if spec.name == frame.dataset]
+    trained = [spec for spec in specs if spec.name != UNION]
     if named or len(specs) == 1:
-        return (named or list(specs))[0], []
-    of_views = [spec for spec in specs if spec.faces_y]
-    of_rooms = [spec for spec in specs if not spec.faces_y]
+        return (named or trained)[0], []
+    of_views = [spec for spec in trained if spec.faces_y]
+    of_rooms = [spec for spec in trained if not spec.faces_y]
     if not of_views or not of_rooms:
-        spec, taken = specs[0], "is predicted by the detector's first head"
+        spec, taken = trained[0], "is predicted by the detector's first head"
     elif camera_direction(placed.scan.points) is not None:
         spec, taken = of_views[0], "is taken for a single view from its origin"
     else:

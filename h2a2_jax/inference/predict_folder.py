@@ -98,7 +98,7 @@ def predict_inputs(
         predictor = build_predictor(
             detector, renamed_specs(detector.specs, request.names), settings, default_cache(say)
         )
-        _checked_choice(request, predictor.specs)
+        _checked_choice(request, predictor.heads)
         predictor.check_weights()  # else every file would fail for it
     except InputError:
         if not was_there:
@@ -122,7 +122,7 @@ def _opening(found: FoundInputs, request: PredictRequest, predictor: Predictor, 
     room = next((spec for spec in specs if not spec.faces_y), None)
     view = next((spec for spec in specs if spec.faces_y), None)
     if automatic and room and view:
-        names = ", ".join(spec.name for spec in specs)
+        names = ", ".join(spec.name for spec in predictor.heads)
         heads = f"Rooms are predicted by the head of {room.name}, single views by that of {view.name}"
         yield f"{heads}; --dataset chooses one for all ({names})."
     else:
@@ -256,7 +256,7 @@ def predict_files(
     Raises:
         InputError: the detector has no such dataset or class, or the folder holds results of another kind.
     """
-    choice = _checked_choice(request, predictor.specs)
+    choice = _checked_choice(request, predictor.heads)
     flags = {f"--{key}": value for key, value in asdict(request).items() if key not in _NO_MATTER}
     flags |= {"--formats": [kind for kind in FORMATS if kind in request.formats], "--classes": sorted(request.classes)}
     identity = json.loads(json.dumps({**(what or {}), **flags}))
@@ -332,7 +332,7 @@ class _Run:
     def _load(self, file: InputFile) -> _LoadedFile:
         """Read a file and make its maps, while the network runs on the file before."""
         identity = FileIdentity.of(file.path)
-        loaded = load_file(file, self.request, self.predictor.specs)
+        loaded = load_file(file, self.request, self.predictor.heads)
         seconds = {"load": loaded.seconds}
         planned = plan_scan(self.predictor, loaded.placed, self.request.tile, seconds)
         return _LoadedFile(identity, loaded, planned, seconds)

@@ -30,7 +30,9 @@ from h2a2_jax.inference.programs import ProgramStore
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.loader.augment import sample_points
 from h2a2_jax.loader.batching import BucketLadder, collate
-from h2a2_jax.models import TR3D, DetectorPlan, LevelSizes, PlanLayout, Predictions, fits_layout, pad_plan
+from h2a2_jax.models import TR3D, DetectorPlan, HeadChoice, LevelSizes, PlanLayout, Predictions, fits_layout, pad_plan
+from h2a2_jax.models.head import padded_columns
+from h2a2_jax.scans.label_space import union_spec
 from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, load_or_skip
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.sparse.xla_cpu import compiler_options
@@ -40,6 +42,8 @@ Program = Callable[..., Any]
 """A compiled function of arrays."""
 Arrays = dict[str, Any]
 """Arrays of a detector by path."""
+Choices = tuple[DatasetContext, Any]
+"""The dataset that conditions a network, and the `HeadChoice` that predicts, in numpy."""
 
 _RATIO = 1.5
 """Capacity of a bucket over that of the next lower one."""
@@ -63,7 +67,8 @@ class Predictor:
     Everything that depends on the dataset alone is computed once (`folding`). For scans that no dataset of the model
     stands for, three things can be chosen: whose head predicts (the dataset that `predict` is given), whose embedding,
     statistics and exclusive kernels are used (`conditioning`), and whether kernels are selected or the shared ones are
-    used everywhere (`kernels`).
+    used everywhere (`kernels`). A detector with one label space has one head more, "union", for every class of it; the
+    mean over the datasets conditions it, unless another conditioning is named.
 
     Each number of scans in a pass has its own ladder of padded shapes. The first pass sets it and takes the third
     bucket, so that smaller scans have smaller shapes. A shape is compiled when it is first needed. No scan is ever
@@ -71,6 +76,7 @@ class Predictor:
 
     Attributes:
         specs: the datasets of the model, in the order of its dataset axis.
+        heads: the specs that a head predicts: those of the datasets, and the union of one label space.
     """
 
     def __init__(
@@ -100,13 +106,22 @@ class Predictor:
         given, expected = [spec.name for spec in specs], [head.dataset for head in heads]
         if given != expected:
             raise ValueError(f"specs are those of {', '.join(given)}; the model expects {', '.join(expected)}.")
-        self.specs = tuple(specs)
+        self.specs = self.heads = tuple(specs)
+        self._columns: Int32[np.ndarray, "h k"] | None = None
+        columns = [head.columns for head in heads if head.columns is not None]
+        if columns:
+            union = union_spec(self.specs, columns)
+            self.heads = (*self.specs, union)
+            self._columns = padded_columns([*columns, range(union.num_classes)])
         self._thresholds = np.array(score_threshold, np.float32), np.array(iou_threshold, np.float32)
         self._voxel_size, self._layout = config.voxel_size, PlanLayout.of(config)
         self._kernels, self._conditioning = kernels, conditioning
-        if conditioning not in ("own", "mean"):
-            self._index(conditioning)
-        self._parts = _Parts(model, self._contexts(0))
+        if conditioning not in ("own", "mean", *expected):
+            raise InputError(
+                f"The model was trained on {', '.join(expected)}, not on {conditioning!r}: choose one of them to "
+                "condition it."
+            )
+        self._parts = _Parts(model, self._choices(0))
         self._arrays = _arrays_of(model)
         self._store = None if cache is None else ProgramStore(cache, repr((config, tuple(heads))))
         # One program serves all datasets: folded detectors differ in their parameters only.
@@ -119,12 +134,12 @@ class Predictor:
         self._lock = threading.Lock()
 
     def spec(self, dataset: str) -> DatasetSpec:
-        """The spec of one of the model's datasets.
+        """The spec of one of the heads.
 
         Raises:
-            InputError: the model was not trained on it.
+            InputError: the model has no such head.
         """
-        return self.specs[self._index(dataset)]
+        return self.heads[self._index(dataset)]
 
     def check_weights(self) -> None:
         """Load or compile the program that every pass begins with, which needs weights that fit the architecture.
@@ -204,7 +219,7 @@ class Predictor:
         parameters = self._parameters(index)
         out = jax.block_until_ready(self._forward(*parameters, planned.features, planned.plan))
         _add_time(seconds, "network", started)
-        started, spec = time.perf_counter(), self.specs[index]
+        started, spec = time.perf_counter(), self.heads[index]
         found = self._detect(planned.scans, spec)(out, *self._thresholds)
         boxes, scores, labels, counts = map(np.asarray, found)
         detections = [
@@ -232,22 +247,24 @@ class Predictor:
                 self._detections[form] = self._store.keep(partial(_detect, **static), f"detect_{form}")
             return self._detections[form]
 
-    def _contexts(self, head: int) -> tuple[DatasetContext, DatasetContext]:
-        """Contexts of the dataset that conditions the network and of that whose head predicts."""
+    def _choices(self, head: int) -> Choices:
+        """The dataset that conditions the network, and the head that predicts, or its columns."""
         count = len(self.specs)
-        if self._conditioning == "mean":
-            return DatasetContext(np.full(count, 1 / count, np.float32), self._kernels), _one(head, count)
-        own = head if self._conditioning == "own" else self._index(self._conditioning)
-        return replace(_one(own, count), kernels=self._kernels), _one(head, count)
+        wanted = _one(head, count) if self._columns is None else self._columns[head]
+        own = head if self._conditioning == "own" else None
+        if self._conditioning == "mean" or own == count:
+            return DatasetContext(np.full(count, 1 / count, np.float32), self._kernels), wanted
+        own = self._index(self._conditioning) if own is None else own
+        return replace(_one(own, count), kernels=self._kernels), wanted
 
-    def _parameters(self, head: int) -> tuple[Arrays, tuple[DatasetContext, DatasetContext]]:
-        """Parameters and contexts of a pass; folded ones are kept."""
-        contexts = self._contexts(head)
+    def _parameters(self, head: int) -> tuple[Arrays, Choices]:
+        """Parameters and choices of a pass; folded ones are kept."""
+        choices = self._choices(head)
         if self._fold is None:
-            return self._arrays, contexts
+            return self._arrays, choices
         with self._lock:
             if head not in self._folded_states:
-                self._folded_states[head] = self._fold(self._arrays, *contexts)
+                self._folded_states[head] = self._fold(self._arrays, *choices)
         only = DatasetContext(np.ones(1, np.float32), self._kernels)
         return self._folded_states[head], (only, only)
 
@@ -263,9 +280,9 @@ class Predictor:
         return ladder.capacities(bucket)
 
     def _index(self, dataset: str) -> int:
-        names = [spec.name for spec in self.specs]
+        names = [spec.name for spec in self.heads]
         if dataset not in names:
-            raise InputError(f"The model was trained on {', '.join(names)}, not on {dataset!r}: choose one of them.")
+            raise InputError(f"The model predicts as {', '.join(names)}, not as {dataset!r}: choose one of them.")
         return names.index(dataset)
 
 
@@ -381,8 +398,8 @@ class PlannedPass:
 class _Parts:
     """The parts of a detector that are no arrays, made when a program is traced: with stored programs, never."""
 
-    def __init__(self, model: TR3D | StoredDetector, contexts: tuple[DatasetContext, DatasetContext]):
-        self._contexts = contexts  # of any dataset
+    def __init__(self, model: TR3D | StoredDetector, choices: Choices):
+        self._choices = choices  # of any head
         if isinstance(model, StoredDetector):
             self._shapes = model.shapes
         else:
@@ -396,9 +413,9 @@ class _Parts:
     @cached_property
     def _folded(self) -> tuple[nnx.GraphDef, nnx.State]:
         graph, shapes = self._whole
-        return nnx.split(nnx.eval_shape(lambda s: folded_parameters(nnx.merge(graph, s), *self._contexts), shapes))
+        return nnx.split(nnx.eval_shape(lambda s: folded_parameters(nnx.merge(graph, s), *self._choices), shapes))
 
-    def fold(self, arrays: Arrays, dataset: DatasetContext, head: DatasetContext) -> Arrays:
+    def fold(self, arrays: Arrays, dataset: DatasetContext, head: HeadChoice) -> Arrays:
         """Arrays of the folded detector."""
         return _arrays_of(folded_parameters(_merge(self._whole, arrays), dataset, head))
 
@@ -406,12 +423,12 @@ class _Parts:
         self,
         folded: bool,
         arrays: Arrays,
-        contexts: tuple[DatasetContext, DatasetContext],
+        choices: Choices,
         features: Float[Array, "n c"],
         plan: DetectorPlan,
     ) -> Predictions:
         """Predictions of the detector, or of the folded one, with its arrays."""
-        dataset, head = contexts
+        dataset, head = choices
         model = _merge(self._folded if folded else self._whole, arrays)
         return model(features, plan, ForwardContext(dataset, training=False), head)
 

@@ -11,13 +11,14 @@ from h2a2_jax.models.maps import (
     pad_plan,
     pyramid_sizes,
 )
-from h2a2_jax.models.tr3d import TR3D, HeadConfig, Predictions
+from h2a2_jax.models.tr3d import TR3D, HeadChoice, HeadConfig, Predictions
 
 __all__ = [
     "TR3D",
     "DetectorConfig",
     "DetectorPlan",
     "DetectorTables",
+    "HeadChoice",
     "HeadConfig",
     "LevelSizes",
     "PlanLayout",

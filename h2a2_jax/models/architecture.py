@@ -29,8 +29,9 @@ class DetectorConfig:
             of a batch are always those of one dataset.
         running_statistics: of batch norms are "exclusive" to each dataset, or "shared": the mean over the datasets of a
             step.
-        neck: kernels of the neck are "shared" by the datasets, or "exclusive" to each. Heads are always exclusive,
-            because classes and box parameters differ.
+        neck: kernels of the neck are "shared" by the datasets, or "exclusive" to each.
+        label_space: "separate", a head for each dataset; "union", one head for the union of their classes, which are
+            one where their names are (`h2a2_jax.scans.label_space`).
     """
 
     depth: int = 34
@@ -43,6 +44,7 @@ class DetectorConfig:
     norm_affine: Literal["shared", "exclusive"] = "shared"
     running_statistics: Literal["exclusive", "shared"] = "exclusive"
     neck: Literal["shared", "exclusive"] = "shared"
+    label_space: Literal["separate", "union"] = "separate"
 
     def selection_in(self, part: Part) -> SelectionConfig | None:
         """Kernel selection of a part of the detector; None for a part without it."""

@@ -1,17 +1,21 @@
-"""Detection heads, one per dataset: 1x1 box regression and class logits."""
+"""Detection heads, 1x1 box regression and class logits: one per dataset, or one for the union of all classes."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from h2a2_jax.layers import DatasetContext
 from h2a2_jax.sparse.xla_cpu import recompute_if_narrow
+from h2a2_jax.typing import AnyArray
 
 NUM_OUTPUTS = 8
 """Box outputs with yaw; axis-aligned datasets use the first 6."""
+_PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)
 
 
 class DatasetHeads(nnx.Module):
@@ -44,16 +48,68 @@ class DatasetHeads(nnx.Module):
         self.box_kernel = nnx.Param(box_kernel, dataset_axis=0)
         self.box_bias = nnx.Param(jnp.zeros((count, NUM_OUTPUTS)), dataset_axis=0)
         self.class_kernel = nnx.Param(class_kernel, dataset_axis=0)
-        self.class_bias = nnx.Param(-math.log((1 - 0.01) / 0.01) * classes.astype(jnp.float32), dataset_axis=0)
+        self.class_bias = nnx.Param(_PRIOR_BIAS * classes.astype(jnp.float32), dataset_axis=0)
 
     def __call__(
         self, features: Float[Array, "n c"], dataset: DatasetContext
     ) -> tuple[Float[Array, "n 8"], Float[Array, "n k"]]:
         """Box predictions, columns 3:6 exp()-ed to face distances in metres, and class logits; in float32 at least."""
         parts = (self.box_kernel, self.box_bias, self.class_kernel, self.class_bias)
-        boxes, logits = recompute_if_narrow(_outputs, features, *(dataset.pick(part[...]) for part in parts))
-        boxes = jnp.concatenate([boxes[:, :3], jnp.exp(boxes[:, 3:6]), boxes[:, 6:]], 1)
-        return boxes, logits
+        return _predict(features, *(dataset.pick(part[...]) for part in parts))
+
+
+class UnionHead(nnx.Module):
+    """One head for all datasets: a class column for each class of their union, one box regression.
+
+    All parameters are shared. A dataset's loss reads its own columns alone, so that a class learns from every dataset
+    that annotates it, and from no other. Axis-aligned datasets train the first 6 box outputs.
+
+    Attributes:
+        box_kernel: [C, 8], kernel of the box outputs.
+        box_bias: [8], bias of the box outputs.
+        class_kernel: [C, U], kernel of the class logits.
+        class_bias: [U], bias of the class logits.
+
+    References:
+        Kolodiazhnyi et al., UniDet3D: Multi-dataset Indoor 3D Object Detection, AAAI 2025.
+    """
+
+    def __init__(self, channels: int, num_classes: int, *, rngs: nnx.Rngs):
+        """Kernels N(0, 0.01), class bias at a prior of 1 % (focal loss).
+
+        Args:
+            channels: channels C of the features.
+            num_classes: number of classes U of the union.
+            rngs: random streams.
+        """
+        normal = jax.random.normal
+        self.box_kernel = nnx.Param(0.01 * normal(rngs.params(), (channels, NUM_OUTPUTS)))
+        self.box_bias = nnx.Param(jnp.zeros(NUM_OUTPUTS))
+        self.class_kernel = nnx.Param(0.01 * normal(rngs.params(), (channels, num_classes)))
+        self.class_bias = nnx.Param(jnp.full(num_classes, _PRIOR_BIAS))
+
+    def __call__(
+        self, features: Float[Array, "n c"], columns: Int[AnyArray, " k"] | None = None
+    ) -> tuple[Float[Array, "n 8"], Float[Array, "n k"]]:
+        """Box predictions as of `DatasetHeads`, and the logits of columns of the union; None: all."""
+        kernel, bias = self.class_columns(columns)
+        return _predict(features, self.box_kernel[...], self.box_bias[...], kernel, bias)
+
+    def class_columns(self, columns: Int[AnyArray, " k"] | None) -> tuple[Float[Array, "c k"], Float[Array, " k"]]:
+        """Kernel and bias of columns of the union; None: all."""
+        kernel, bias = self.class_kernel[...], self.class_bias[...]
+        return (kernel, bias) if columns is None else (kernel[:, columns], bias[columns])
+
+
+def padded_columns(columns: Sequence[Sequence[int]]) -> Int[np.ndarray, "d k"]:
+    """Columns of the union by dataset, int32, filled up with column 0, which a class mask then hides."""
+    most = max(map(len, columns))
+    return np.array([[*own, *[0] * (most - len(own))] for own in columns], np.int32)
+
+
+def _predict(features: Array, *parts: Array) -> tuple[Array, Array]:
+    boxes, logits = recompute_if_narrow(_outputs, features, *parts)
+    return jnp.concatenate([boxes[:, :3], jnp.exp(boxes[:, 3:6]), boxes[:, 6:]], 1), logits
 
 
 def _outputs(

@@ -12,10 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 from h2a2_jax.layers import DatasetContext, ForwardContext, SelectiveConv
 from h2a2_jax.models.architecture import DetectorConfig
 from h2a2_jax.models.backbone import MinkResNet
-from h2a2_jax.models.head import DatasetHeads
+from h2a2_jax.models.head import DatasetHeads, UnionHead
 from h2a2_jax.models.maps import DetectorPlan
 from h2a2_jax.models.neck import Neck
 from h2a2_jax.sparse import SparseTensor
+from h2a2_jax.typing import AnyArray
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class HeadConfig:
         dataset: name of the dataset.
         num_classes: number of classes.
         num_outputs: 6 for axis-aligned boxes, 8 for boxes with yaw.
+        columns: columns of the dataset's classes in the union of all; None where it has a head of its own.
     """
 
     dataset: str
     num_classes: int
     num_outputs: int
+    columns: tuple[int, ...] | None = None
 
 
 class Predictions(NamedTuple):
@@ -55,8 +58,12 @@ class Predictions(NamedTuple):
         return self.scan < num_scans
 
 
+HeadChoice = DatasetContext | Int[AnyArray, " k"] | None
+"""Outputs wanted of a detector: the dataset whose head predicts, or columns of the union of classes, int32 [K]."""
+
+
 class TR3D(nnx.Module):
-    """Backbone, neck and one head per dataset.
+    """Backbone, neck, and one head per dataset or one for the union of all classes.
 
     Attributes:
         embedding: [D, d], embedding of each dataset, read by the layers with kernel selection; None without selection.
@@ -80,19 +87,26 @@ class TR3D(nnx.Module):
         )
         self.backbone = MinkResNet(config, count, rngs=rngs)
         self.neck = Neck(config, count, rngs=rngs)
-        self.heads = DatasetHeads(
-            config.neck_channels,
-            tuple(h.num_classes for h in heads),
-            tuple(h.num_outputs for h in heads),
-            rngs=rngs,
-        )
+        columns = [h.columns for h in heads if h.columns is not None]
+        self.heads: DatasetHeads | UnionHead
+        if config.label_space == "union":
+            if len(columns) < count:
+                raise ValueError('label_space is "union": give every head its columns (`head_configs`).')
+            self.heads = UnionHead(config.neck_channels, 1 + max(map(max, columns)), rngs=rngs)
+        else:
+            self.heads = DatasetHeads(
+                config.neck_channels,
+                tuple(h.num_classes for h in heads),
+                tuple(h.num_outputs for h in heads),
+                rngs=rngs,
+            )
 
     def __call__(
         self,
         features: Float[Array, "n c"],
         plan: DetectorPlan,
         context: ForwardContext,
-        head: DatasetContext | None = None,
+        head: HeadChoice = None,
     ) -> Predictions:
         """Predict at every location of a batch of scans.
 
@@ -104,7 +118,8 @@ class TR3D(nnx.Module):
             features: colour of the voxels, rows of `plan.voxels`.
             plan: sites and maps of the batch.
             context: context of the pass; its embedding is set here, and its compute type becomes that of all features.
-            head: dataset whose head predicts; None for that of the context.
+            head: dataset whose head predicts, None for that of the context; of a detector with one label space the
+                columns of the classes, None for all of them.
         """
         dataset = context.dataset_of(len(self.heads_config))
         if self.embedding is not None:
@@ -114,11 +129,20 @@ class TR3D(nnx.Module):
         stages, context = self.backbone(x, plan, context)
         parts = []
         for level, x in enumerate(self.neck(stages, plan, context)):
-            boxes, logits = self.heads(x.features, head or dataset)
+            boxes, logits = self._outputs(x.features, dataset, head)
             locations = jnp.asarray(x.sites.coords)[:, 1:].astype(jnp.float32) * self.config.voxel_size
             scan = jnp.asarray(x.sites.scan)
             parts.append(Predictions(locations, scan, jnp.full(len(scan), level, jnp.int32), boxes, logits))
         return Predictions(*(jnp.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def _outputs(self, features: Array, dataset: DatasetContext, head: HeadChoice) -> tuple[Array, Array]:
+        if isinstance(self.heads, UnionHead):
+            if isinstance(head, DatasetContext):
+                raise ValueError("head is a dataset; the detector has one label space: give columns of its classes.")
+            return self.heads(features, head)
+        if head is not None and not isinstance(head, DatasetContext):
+            raise ValueError("head are columns; the detector has a head for each dataset: give a DatasetContext.")
+        return self.heads(features, head or dataset)
 
 
 def selective_layers(model: TR3D) -> dict[str, SelectiveConv]:

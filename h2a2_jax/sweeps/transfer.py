@@ -2,7 +2,8 @@
 
 At once (zero-shot), the head of a dataset that a detector knows predicts the classes that both datasets have. The
 detector is conditioned on the head's dataset ("own": its embedding, statistics and exclusive kernels), or on the mean
-of all datasets that it knows ("mean"), and then also with the shared kernels everywhere.
+of all datasets that it knows ("mean"), and then also with the shared kernels everywhere. A detector with one label
+space predicts with all of its classes too (head "union"), conditioned on the mean.
 """
 
 import json
@@ -22,6 +23,7 @@ from h2a2_jax.evaluation.evaluate import predict_source, say_skipped
 from h2a2_jax.evaluation.matches import read_matches, write_matches
 from h2a2_jax.files import whole_file
 from h2a2_jax.inference.predictor import build_predictor
+from h2a2_jax.scans.label_space import UNION, head_specs
 from h2a2_jax.scans.sources import SourceConfig, build_source
 from h2a2_jax.sweeps.intervals import Sample, row_differences, samples_of, stored_matches
 from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate, naive_joint, restricted, seeded, selected_and_harmonized
@@ -173,7 +175,8 @@ def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
         ways.append(replace(ways[0], conditioning="mean"))
     if several and config.model.selection is not None and config.model.selection.kernels != "exclusive":
         ways.append(replace(ways[1], kernels="shared"))
-    common_with = {head.name: common_classes(head, source.spec) for head in config.specs}
+    heads = head_specs(config.specs, config.model.label_space)
+    common_with = {head.name: common_classes(head, source.spec) for head in heads}
     if strangers := [name for name, common in common_with.items() if not common.pairs]:
         say(f"{', '.join(strangers)} and {source.name} have no class in common.")
     scans, entries, matches = build_source(source, "val"), [], {}
@@ -181,7 +184,9 @@ def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
     with compilation_cache(cache):
         for way in ways:
             predictor = build_predictor(model, config.specs, way)
-            for head in (head for head in config.specs if head.name not in strangers):
+            for head in (head for head in heads if head.name not in strangers):
+                if head.name == UNION and several and way.conditioning == "own":
+                    continue  # which is the mean for it
                 common = common_with[head.name]
                 found = predict_source(predictor, scans, source.spec, way.batch_size, head=head.name)
                 skipped |= found.skipped

@@ -10,13 +10,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from h2a2_jax.checkpoint.parameter_groups import without_frozen_gradients
-from h2a2_jax.checkpoint.train_state import merge_model
+from h2a2_jax.checkpoint.train_state import head_configs, merge_model
 from h2a2_jax.config import TrainConfig
 from h2a2_jax.distributed import REPLICA
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.loader.batching import Batch
 from h2a2_jax.losses import DetectionLoss, detection_loss
-from h2a2_jax.models import TR3D
+from h2a2_jax.models import TR3D, DetectorConfig
+from h2a2_jax.models.head import padded_columns
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.sparse import Sites
 
@@ -28,19 +29,27 @@ class Targets(NamedTuple):
         label_to_level: int32 [D, K], level of the head that learns a class.
         class_mask: bool [D, K], False on padded classes.
         has_yaw: bool [D], True if the boxes of the dataset turn about z.
+        columns: int32 [D, K], columns of the classes in one label space; None where each dataset has its head.
     """
 
     label_to_level: Int[Array, "d k"]
     class_mask: Bool[Array, "d k"]
     has_yaw: Bool[Array, " d"]
+    columns: Int[Array, "d k"] | None = None
 
     @classmethod
-    def of(cls, specs: Sequence[DatasetSpec]) -> "Targets":
+    def of(cls, specs: Sequence[DatasetSpec], model: DetectorConfig) -> "Targets":
         """Targets of the specs, in the order of the dataset axis."""
+        columns = [head.columns for head in head_configs(specs, model) if head.columns is not None]
         most = max(spec.num_classes for spec in specs)
         levels = [list(spec.label_to_level) + [0] * (most - spec.num_classes) for spec in specs]
         mask = [[k < spec.num_classes for k in range(most)] for spec in specs]
-        return cls(jnp.array(levels, jnp.int32), jnp.array(mask), jnp.array([spec.has_yaw for spec in specs]))
+        return cls(
+            jnp.array(levels, jnp.int32),
+            jnp.array(mask),
+            jnp.array([spec.has_yaw for spec in specs]),
+            jnp.array(padded_columns(columns)) if columns else None,
+        )
 
 
 class SelectionMetrics(NamedTuple):
@@ -98,7 +107,7 @@ Objective = Callable[[Any, Any, Targets, ForwardContext], Terms]
 
 def detector_loss(model: TR3D, batch: Batch, targets: Targets, context: ForwardContext) -> Terms:
     """Loss of a detector on scans with boxes."""
-    out = model(batch.features, batch.plan, context)
+    out = model(batch.features, batch.plan, context, targets.columns)
     losses = detection_loss(
         out.locations, out.scan, out.level, out.boxes, out.logits, batch.boxes, batch.labels,
         targets.label_to_level, targets.class_mask, targets.has_yaw,

@@ -344,7 +344,7 @@ def _replay_shard(detector: TR3D, config: ExperimentConfig, shard: KeptShard) ->
     host = shard.batch()
     layout = PlanLayout.of(config.model)
     batch = jax.tree.map(jnp.asarray, pad_batch(host, host.tables.sizes, max(host.num_boxes, 1), layout))
-    targets = jax.tree.map(lambda leaf: leaf[index], Targets.of(config.specs))
+    targets = jax.tree.map(lambda leaf: leaf[index], Targets.of(config.specs, config.model))
     graph, exclusive, shared, stats = split_model(detector)
 
     def loss(shared: Any, exclusive: Any) -> tuple[jax.Array, tuple[Mapping[str, jax.Array], Any]]:
@@ -362,7 +362,7 @@ def _replay_shard(detector: TR3D, config: ExperimentConfig, shard: KeptShard) ->
             tap=tap,
         )
         model = merge_model(graph, exclusive, shared, jax.tree.map(jnp.copy, stats))
-        out = model(batch.features, batch.plan, context)
+        out = model(batch.features, batch.plan, context, targets.columns)
         losses = detection_loss(
             out.locations, out.scan, out.level, out.boxes, out.logits, batch.boxes, batch.labels,
             targets.label_to_level, targets.class_mask, targets.has_yaw,

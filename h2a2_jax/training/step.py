@@ -128,7 +128,7 @@ def make_train_step(
         is consumed. A step of several batches is one call per batch.
     """
     optim, train = config.optim, config.train
-    targets = Targets.of(config.specs)
+    targets = Targets.of(config.specs, config.model)
     sizes = Sizes.of(config, scans)
     measuring = None
     if state.agreement is not None:

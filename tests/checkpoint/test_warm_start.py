@@ -13,12 +13,12 @@ import pytest
 from flax import nnx
 
 from h2a2_jax.checkpoint.store import CheckpointStore
-from h2a2_jax.checkpoint.train_state import TrainState, merge_model, split_model
+from h2a2_jax.checkpoint.train_state import TrainState, head_configs, merge_model, split_model
 from h2a2_jax.checkpoint.tree import Arrays, stored_params, stored_statistics
 from h2a2_jax.checkpoint.warm_start import ArrayName, WarmStart, warm_start
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
-from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
+from h2a2_jax.models import TR3D, DetectorConfig
 from h2a2_jax.scans.sources import SourceConfig
 from tests.checkpoint.test_store import PLAIN, TINY
 
@@ -29,7 +29,7 @@ Sources = tuple[SourceConfig, ...]
 
 @functools.cache
 def parts(sources: Sources, model: DetectorConfig) -> tuple:
-    heads = [HeadConfig(s.spec.name, s.spec.num_classes, s.spec.num_outputs) for s in sources]
+    heads = head_configs([source.spec for source in sources], model)
     return split_model(nnx.eval_shape(lambda: TR3D(model, heads, rngs=nnx.Rngs(0))))
 
 

@@ -94,7 +94,7 @@ def test_datasets_have_their_own_heads(predictor: Predictor):
 
 
 def test_unknown_datasets_and_wrong_specs_are_refused(predictor: Predictor):
-    with pytest.raises(InputError, match="trained on sunrgbd, s3dis, not on 'scannet'"):
+    with pytest.raises(InputError, match="predicts as sunrgbd, s3dis, not as 'scannet'"):
         predictor.predict([SMALL], "scannet")
     with pytest.raises(ValueError, match="the model expects sunrgbd, s3dis"):
         Predictor(predictor_model(predictor), (SCANNET, S3DIS))

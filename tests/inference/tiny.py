@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from h2a2_jax.checkpoint.train_state import head_configs
 from h2a2_jax.layers.kernel_selection import READING_0_1_0, SelectionConfig
-from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
+from h2a2_jax.models import TR3D, DetectorConfig
 from h2a2_jax.scans.scan import Scan
 from h2a2_jax.scans.specs import S3DIS, SUNRGBD
 
@@ -39,10 +40,9 @@ def room(name: str, points: int, extent: float) -> Scan:
     return Scan(name, xyz, rng.random(xyz.shape, np.float32), box, np.zeros(1, np.int32))
 
 
-def random_detector() -> TR3D:
+def random_detector(config: DetectorConfig = TINY) -> TR3D:
     """Random weights that make scores differ."""
-    heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in SPECS]
-    shapes = nnx.eval_shape(lambda: TR3D(TINY, heads, rngs=nnx.Rngs(0)))
+    shapes = nnx.eval_shape(lambda: TR3D(config, head_configs(SPECS, config), rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
 
     def draw(path: Any, leaf: Any) -> jax.Array:

@@ -82,7 +82,7 @@ def test_locations_are_voxel_corners_of_two_levels():
 @cache
 def loss_slopes():
     graph, params, stats = nnx.split(tiny_detector(), nnx.Param, nnx.BatchStat)
-    targets = Targets.of(SPECS)
+    targets = Targets.of(SPECS, DetectorConfig())
 
     @jax.jit
     def slopes(features, batch):

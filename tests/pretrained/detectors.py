@@ -24,7 +24,7 @@ CONFIG = dataclasses.replace(
 
 @functools.cache
 def _shapes() -> list[dict[str, tuple[int, ...]]]:
-    model = nnx.eval_shape(lambda: TR3D(CONFIG.model, head_configs(CONFIG.specs), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: TR3D(CONFIG.model, head_configs(CONFIG.specs, CONFIG.model), rngs=nnx.Rngs(0)))
     parts = ((flat_names(part), nnx.to_flat_state(part)) for part in split_model(model)[1:])
     return [{name: leaf.shape for name, (_, leaf) in zip(names, leaves, strict=True)} for names, leaves in parts]
 
