@@ -279,8 +279,8 @@ def _tuned_rows(
     rows, samples, metrics = list[dict[str, Any]](), dict[str, dict[int, Sample]](), metric_names(base)
     for row in tuned:
         done = [(run, evaluation) for run in row.runs if (evaluation := read_evaluation(folders[run])) is not None]
-        scores = [s for run, evaluation in done for s in evaluation_scores(evaluation, base, run.seed)]
-        scores = [score for score in scores if score.dataset == held_out]
+        found = [evaluation_scores(own, base, run.seed, folders[run].name) for run, own in done]
+        scores = [score for of_run in found for score in of_run if score.dataset == held_out]
         matches = {run.seed: stored_matches([folders[run]]) for run, _ in done}
         rows.append(result_row(row.label, scores))
         samples[row.label] = samples_of(scores, metrics, matches)

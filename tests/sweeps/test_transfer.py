@@ -20,7 +20,7 @@ from h2a2_jax.scans.sources import build_source
 from h2a2_jax.scans.specs import S3DIS, DatasetSpec, dataset_spec
 from h2a2_jax.sweeps import transfer
 from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate, naive_joint
-from h2a2_jax.sweeps.sweep_results import markdown
+from h2a2_jax.sweeps.tables import markdown
 from h2a2_jax.sweeps.transfer import (
     evaluate_zero_shot,
     pretraining_rows,
