@@ -19,7 +19,7 @@ row. results.json, version 4, is {"version": 4, "results": [...]} with one objec
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -296,18 +296,27 @@ def with_class_scores(result: Mapping[str, Any], workdir: Path) -> dict[str, Any
     read = cache(partial(_class_precisions, workdir / "runs"))
     rows = []
     for row in result["rows"]:
-        values: dict[str, dict[str, dict[str, dict[int, list[float | None]]]]] = {}
-        for score in row["scores"]:
-            for metric, classes in read(score["folder"], score["dataset"], score["evaluation"]).items():
-                for name, value in classes.items() if f"m{metric}" in score["metrics"] else ():
-                    of_class = values.setdefault(score["dataset"], {}).setdefault(metric, {}).setdefault(name, {})
-                    of_class.setdefault(score["seed"], []).append(per_cent(value))
-        spreads = {
-            dataset: {metric: {name: spread(v) for name, v in own.items()} for metric, own in found.items()}
-            for dataset, found in values.items()
-        }
-        rows.append({**row, "class_scores": spreads} if spreads else row)
+        found = [
+            (score["seed"], score["dataset"], metric, classes)
+            for score in row["scores"]
+            for metric, classes in read(score["folder"], score["dataset"], score["evaluation"]).items()
+            if f"m{metric}" in score["metrics"]
+        ]
+        rows.append({**row, "class_scores": class_spreads(found)} if found else row)
     return {**result, "rows": rows}
+
+
+def class_spreads(found: Iterable[tuple[int, str, str, Mapping[str, float | None]]]) -> dict[str, Any]:
+    """The "class_scores" of a row, of average precisions (0 to 1) by class with their seed, dataset and metric."""
+    values: dict[str, dict[str, dict[str, dict[int, list[float | None]]]]] = {}
+    for seed, dataset, metric, classes in found:
+        of_metric = values.setdefault(dataset, {}).setdefault(metric, {})
+        for name, value in classes.items():
+            of_metric.setdefault(name, {}).setdefault(seed, []).append(per_cent(value))
+    return {
+        dataset: {metric: {name: spread(v) for name, v in own.items()} for metric, own in of_dataset.items()}
+        for dataset, of_dataset in values.items()
+    }
 
 
 def _class_precisions(runs: Path, folder: str, dataset: str, number: int) -> dict[str, dict[str, float | None]]:

@@ -118,7 +118,8 @@ def class_tables(result: Mapping[str, Any]) -> list[ClassTable]:
         }
         names = dict.fromkeys(name for own, _ in of_rows.values() for name, spread in own.items() if spread["n"])
         classes = {name: [own.get(name) for own, _ in of_rows.values()] for name in names}
-        tables.append(ClassTable(dataset, metric, [*of_rows], [mean for _, mean in of_rows.values()], classes))
+        if classes:
+            tables.append(ClassTable(dataset, metric, [*of_rows], [mean for _, mean in of_rows.values()], classes))
     return tables
 
 
