@@ -282,6 +282,9 @@ _ESCAPES = str.maketrans(
     | {"±": r"$\pm$", "²": "$^2$", "³": "$^3$", "→": r"$\to$"}
 )
 _NONE = "--"
+_CLASS = "class"
+_COLUMN, _PAGE = 11, 110
+"""Characters of a column of means with deviations, and of a line of a page."""
 _FITTED = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}"
 
 
@@ -309,12 +312,26 @@ def _floats(result: Mapping[str, Any]) -> Iterator[str]:
         caption = f"{result['title']}: differences between rows. {_DIFFERENCES_NOTE}"
         yield _float(f"{kind}:differences", caption, "llllrrllr", [_line(map(_escape, titles))], lines)
     for table in class_tables(result):
-        lines = [[_escape(name), *_tex_compared(own)] for name, own in table.classes.items()]
-        lines.append([_escape(f"m{table.metric}"), *_tex_compared(table.means)])
-        heads = [_line(["class", *map(_escape, table.rows)])]
         caption = f"{result['title']}: {table.metric} of the classes of {table.dataset}. {_CLASSES_NOTE}"
         label = f"{kind}:{table.dataset}:{table.metric}"
-        yield _float(label, caption, "l" + "r" * len(table.rows), heads, lines, last_apart=True)
+        titles, *lines = _class_grid(table)
+        apart = titles[0] == _CLASS
+        yield _float(label, caption, "l" + "r" * (len(titles) - 1), [_line(titles)], lines, last_apart=apart)
+
+
+def _class_grid(table: ClassTable) -> list[list[str]]:
+    """Cells of a table of classes: a line for each class, or for each setting where that is narrower on a page."""
+    # Settings over other classes, as those of other heads, have means of their own.
+    is_even = all(spread is not None for own in table.classes.values() for spread in own)
+    means = _tex_compared(table.means) if is_even else [_tex_spread(mean, False) for mean in table.means]
+    grid = [
+        [_CLASS, *map(_escape, table.rows)],
+        *([_escape(name), *_tex_compared(own)] for name, own in table.classes.items()),
+        [f"m{table.metric}", *means],
+    ]
+    turned = [["setting", *grid[0][1:]], *grid[1:]]
+    by_class, by_setting = (sum(max(len(text), _COLUMN) for text in row) for row in (grid[0], [r[0] for r in grid]))
+    return [*map(list, zip(*turned, strict=True))] if by_setting < by_class > _PAGE else grid
 
 
 def _float(

@@ -191,7 +191,7 @@ def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
                 matches["/".join(key)] = evaluation.matches
                 facts = dict(zip(_WAY, key, strict=True))
                 scores = {score: [level[score] for level in levels] for score in ("mAP", "AP")}
-                entries.append(facts | {"classes": list(common.names)} | scores)
+                entries.append({**facts, "classes": list(common.names), **scores})
     say_skipped(skipped)
     document = {"version": ZERO_SHOT_VERSION, "source": _identity(source), "skipped": skipped, "entries": entries}
     write_matches(_matches_file(folder, source), matches)

@@ -126,6 +126,24 @@ def test_names_of_any_kind_are_escaped():
                                            r"\textless{}\textbar{}\textgreater{}"]  # fmt: skip
 
 
+def test_classes_are_columns_where_settings_have_long_names():
+    spreads = [{"mean": mean, "std": None, "n": 1} for mean in (10.0, 20.0)]
+    labels = [f"H2A2, {head}, the mean of the datasets, shared kernels alone" for head in ("scannet", "sunrgbd")]
+    rows = [
+        {"name": label, "summary": {"s3dis": {"mAP@0.5": spread}},
+         "class_scores": {"s3dis": {"AP@0.5": {"chair": spread} | ({"sofa": spread} if i else {})}}}
+        for i, (label, spread) in enumerate(zip(labels, spreads, strict=True))
+    ]  # fmt: skip
+    columns = [{"title": "row", "path": ["name"], "form": "text"}]
+    result = {"kind": "transfer", "title": "t", "note": "", "columns": columns, "rows": rows}
+    _, table = tabulars(latex([result]))
+    assert table == [
+        ["setting", "chair", "sofa", "mAP@0.5"],
+        [labels[0], "$10.0$", "--", "$10.0$"],
+        [labels[1], r"$\mathbf{20.0}$", "$20.0$", "$20.0$"],  # means over other classes are not compared
+    ]
+
+
 def test_csv_has_a_line_for_each_value_in_full_precision(sweep: tuple[Path, dict[str, Any]]):
     folder, result = sweep
     lines = [*csv.DictReader(io.StringIO((folder / "table.csv").read_text()))]
