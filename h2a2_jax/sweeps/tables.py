@@ -28,7 +28,7 @@ _DIFFERENCES_NOTE = (
 )
 _CLASSES_NOTE = (
     "AP in per cent, mean ± sample standard deviation; classes without ground truth in the validation scans are left "
-    "out. The last line is the mean over classes."
+    "out. mAP is the mean over classes."
 )
 _SPREAD = ("mean", "std", "std_seeds", "std_evaluations", "best", "worst")
 _FIELDS = ("against", "dataset", "metric", "class", *_SPREAD, "low", "high", "told_apart", "over", "n")
