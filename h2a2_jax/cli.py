@@ -780,6 +780,23 @@ def _weights(given: Invocation) -> int | None:
     return None
 
 
+def _table_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="folder of a sweep, with its results.json")
+    parser.add_argument("--format", choices=("md", "csv", "tex"), help="print this table; by default, write all three")
+    parser.add_argument("--kind", type=_names, default=[], metavar="KIND,...", help="tables, as ablation (all)")
+    parser.add_argument("--metric", type=_names, default=[], metavar="METRIC,...", help="metrics, as mAP@0.5 (all)")
+
+
+def _table(given: Invocation) -> int | None:
+    if not given.flags.folder:
+        raise InputError(f"{given.spell(given.command)} needs the folder of a sweep, as in runs/sweep.")
+    from h2a2_jax.sweeps.sweep_results import make_tables
+
+    values = given.flags
+    print(make_tables(Path(values.folder), values.format, values.kind, values.metric), end="")
+    return None
+
+
 def _tau_sweep(given: Invocation) -> int | None:
     from h2a2_jax.sweeps.ablation import run_tau_sweep
 
@@ -828,6 +845,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("sweep ablation", "ablation", "train naive, SF-KS, NGH, both, TR3D", _ablation_flags, _ablation, True),
     Command("sweep transfer", "transfer", "hold a dataset out, then fine-tune to it", _transfer_flags, _transfer, True),
     Command("sweep protocol", "protocol", "train and evaluate several times", _protocol_flags, _protocol, True),
+    Command("table", "", "tables of a sweep as Markdown, CSV and LaTeX", _table_flags, _table, False),
     Command("replay", "replay", "run a batch again that was not finite", _replay_flags, _replay),
     Command("weights", "", "list weights by name, show or download them", _weights_flags, _weights, False),
     Command("convert", "", "weights of TR3D in mmdetection3d to a run, and back", _convert_flags, _convert, False),

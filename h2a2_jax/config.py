@@ -107,6 +107,8 @@ class TrainConfig:
         epochs: passes through the largest dataset, its repeats included.
         steps: optimiser steps; 0: as many as `epochs` need.
         log_every: steps from one line of metrics to the next; each checkpoint has a line too.
+        loggers: where the lines go beside metrics.jsonl: "tensorboard", files in the workdir, and "wandb", Weights &
+            Biases, which needs its package.
         checkpoint_every: steps from one checkpoint to the next; the last step always has one.
         keep_checkpoints: number of latest checkpoints to keep, beside the best evaluated one.
         evaluate_every: steps from one evaluation to the next, each with a checkpoint; 0: evaluate the last step only.
@@ -132,6 +134,7 @@ class TrainConfig:
     epochs: int = 12
     steps: int = 0
     log_every: int = 50
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     evaluate_every: int = 0
@@ -275,6 +278,7 @@ def from_json(text: str) -> ExperimentConfig:
 
 _FREE = (
     "train.log_every",
+    "train.loggers",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.evaluate_every",

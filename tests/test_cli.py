@@ -144,7 +144,7 @@ def test_the_overview_lists_every_command(arguments: list[str], capsys: pytest.C
 def test_help_lists_the_flags_of_the_command_alone(command, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.name.split(), "--help"]) == 0
     printed = capsys.readouterr().out
-    assert ("--workdir" in printed) == (command.name not in ("check", "convert", "weights"))
+    assert ("--workdir" in printed) == (command.name not in ("check", "convert", "table", "weights"))
     assert ("--align" in printed) == (command.name == "predict")
     assert ("--taus" in printed) == (command.name == "sweep tau")
     assert ("--seeds" in printed) == (command.name in ("sweep tau", "sweep ablation", "sweep transfer"))

@@ -31,7 +31,15 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-def in_processes(folder: Path, devices: tuple[int, ...], *arguments: str) -> tuple[list[int], list[str]]:
+def slurm(count: int, process: int, port: int) -> dict[str, str]:
+    """Variables that SLURM sets for one of the processes of a job on this machine."""
+    values = {"JOB_ID": 1, "STEP_NODELIST": "localhost", "NTASKS": count, "PROCID": process, "LOCALID": process}
+    return {"JAX_COORDINATOR_PORT": str(port)} | {f"SLURM_{name}": str(value) for name, value in values.items()}
+
+
+def in_processes(
+    folder: Path, devices: tuple[int, ...], *arguments: str, under_slurm: bool = False
+) -> tuple[list[int], list[str]]:
     """Exit status and output of processes with so many devices each; none is left running."""
     port = free_port()
     outputs, running = [], []
@@ -42,8 +50,10 @@ def in_processes(folder: Path, devices: tuple[int, ...], *arguments: str) -> tup
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0",
             "PYTHONPATH": str(ROOT),
         }
+        env |= slurm(len(devices), i, port) if under_slurm else {}
         outputs.append(folder / f"output{i}.txt")
-        command = [sys.executable, "-m", "tests.training.process_step", f"localhost:{port}", str(len(devices)), str(i)]
+        coordinator = "auto" if under_slurm else f"localhost:{port}"
+        command = [sys.executable, "-m", "tests.training.process_step", coordinator, str(len(devices)), str(i)]
         with outputs[-1].open("w") as file:
             running.append(
                 subprocess.Popen([*command, *arguments], stdout=file, stderr=subprocess.STDOUT, env=env, cwd=ROOT)
@@ -99,7 +109,7 @@ def test_processes_are_devices(devices: tuple[int, ...], one_device: dict[str, n
 
 def test_a_failure_in_one_process_ends_all(tmp_path: Path) -> None:
     began = time.monotonic()
-    codes, outputs = in_processes(tmp_path, (1, 1), str(tmp_path), "fail")
+    codes, outputs = in_processes(tmp_path, (1, 1), str(tmp_path), "fail", under_slurm=True)
     assert codes == [2, 2], "\n".join(outputs)
     assert "the disk of process 1 is gone" in outputs[1]
     assert "another process failed to open its scans" in outputs[0]

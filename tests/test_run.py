@@ -29,6 +29,7 @@ from h2a2_jax.inference.validation_scans import predict_validation_scans
 from h2a2_jax.models import DetectorConfig
 from h2a2_jax.training.loop import train
 from h2a2_jax.training.metrics import MetricsWriter, read_metrics
+from tests.training.test_wandb import installed
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,7 +101,8 @@ def test_trained_on_three_devices_evaluated_on_one(whole: WholeRun) -> None:
 def test_a_run_that_is_stopped_goes_on_to_the_same_end(
     whole: WholeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, stopped, devices = small(), tmp_path / "stopped", jax.devices()[:3]
+    stopped, devices, wandb = tmp_path / "stopped", jax.devices()[:3], installed(monkeypatch)
+    config = replace(small(), train=replace(small().train, loggers=("tensorboard", "wandb")))
 
     write = MetricsWriter.write
 
@@ -109,11 +111,11 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(MetricsWriter, "write", write_and_signal)
-    capsys.readouterr()
-    with pytest.raises(Stopped) as end:
-        train(config, stopped, devices)
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(MetricsWriter, "write", write_and_signal)
+        capsys.readouterr()
+        with pytest.raises(Stopped) as end:
+            train(config, stopped, devices)
     assert end.value.status == 0
     assert f"step 4 is saved in {stopped}, and the same command goes on" in capsys.readouterr().out
     assert not (stopped / "summary.md").exists()
@@ -138,6 +140,15 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(
     assert evaluations[0] == evaluations[1]
     scores = {line["step"]: line.get("mAP@0.25/scannet") for line in read_metrics(stopped)}
     assert list(scores) == [1, 2, 3, 4] and [step for step, score in scores.items() if score is not None] == [2, 4]
+    ((_, run),) = wandb.runs.items()
+    given = [(row["step"], name) for row in run.rows for name in row if name != "step"]
+    assert len(given) == len({*given}) and {step for step, _ in given} == {1, 2, 3, 4} and run.finished == 2
+    lines = {line["step"]: line for line in read_metrics(stopped)}
+    assert all(row[name] == lines[row["step"]][name] for row in run.rows for name in row if name.startswith("loss"))
+    assert {(step, name) for step, name in given if name.startswith("mAP@0.25/s3dis")} == {
+        (step, "mAP@0.25/s3dis") for step in (2, 4)
+    }
+    assert run.summary["evaluation/mAP@0.25/s3dis"] == whole.results["s3dis"]["thresholds"][0]["mAP"]
     assert "last" in (stopped / "summary.md").read_text() and "best" in (stopped / "summary.md").read_text()
     event_files = [*(whole.workdir / "tensorboard").iterdir()]
     assert len(event_files) == 1 and not [*stopped.rglob("*.part*"), *stopped.rglob("*tmp*")]

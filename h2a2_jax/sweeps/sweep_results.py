@@ -1,14 +1,16 @@
-"""Results of sweeps: scores of the finished runs, their spread over seeds, results.json, table.md and a picture.
+"""Results of sweeps: scores of the finished runs, their spread over seeds, results.json, its tables and a picture.
 
 Every kind of sweep has one table. Its rows hold scores by seed, evaluation and dataset; its columns are paths into a
-row. results.json, version 3, is {"version": 3, "results": [...]} with one object for each table of the folder:
+row. results.json, version 4, is {"version": 4, "results": [...]} with one object for each table of the folder:
 
 - "kind": "tau_sweep", "ablation", "protocol", "transfer_to_<dataset>" or "tuning_to_<dataset>".
 - "title" and "note" of the table; "datasets" (names), "procedural" (those with procedural scans), "iou_thresholds".
 - "rows": objects with "name", further facts of the row ("tau", "parameters", "head", ...), "seeds" (finished ones),
   "scores" (objects with the fields of `Score`) and "summary" (by dataset and metric, a `spread`). The metrics
   "mAP@<IoU>" and "exclusive_share" are in per cent. Dataset "mean" stands for the mean over the datasets, dataset
-  "all" for the training as a whole (metric "scans_per_second").
+  "all" for the training as a whole (metric "scans_per_second"). Rows whose runs have the average precision of classes
+  have "class_scores" too: by dataset, metric ("AP@<IoU>", in per cent) and class, a `spread`. Versions 2 and 3 did not
+  have them.
 - "columns": objects with the fields of `Column`.
 - "differences": objects with "row", "against" and the fields of `intervals.paired_difference`. Version 2 did not have
   them.
@@ -17,29 +19,31 @@ row. results.json, version 3, is {"version": 3, "results": [...]} with one objec
 import itertools
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from h2a2_jax.config import ExperimentConfig
+from h2a2_jax.errors import InputError
 from h2a2_jax.figures import COLORS, canvas, save
 from h2a2_jax.files import read_json, whole_file
+from h2a2_jax.sweeps.tables import ALL as ALL
+from h2a2_jax.sweeps.tables import MEAN, chosen, csv_text, latex, markdown, markdown_page
 from h2a2_jax.training.metrics import FILE_NAME, read_metrics
 
-VERSION = 3
+FILE = "results.json"
+VERSION = 4
 """Version of results.json."""
-_READABLE = (2, 3)
-MEAN = "mean"
-"""Dataset of scores that are means over the datasets."""
-ALL = "all"
-"""Dataset of scores of the training as a whole."""
+_READABLE = (2, 3, 4)
+TABLES: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {
+    "md": markdown_page,
+    "csv": csv_text,
+    "tex": latex,
+}
+"""Writers of tables, by the ending of their files, table.md and so on."""
 EXCLUSIVE, SPEED = "exclusive_share", "scans_per_second"
-_DIFFERENCES_NOTE = (
-    "Differences of mAP in points, with 95 % intervals over what is named: the seeds that both rows have, and the "
-    "validation scans. Not told apart: the interval holds zero. Runs without matches.npz, which --mode=eval writes, "
-    "count over seeds alone, and with one seed have no interval."
-)
 _PICTURES = ("tau_sweep", "ablation")
 _MARKERS = ("o", "s", "^", "D", "v")
 
@@ -216,83 +220,113 @@ def sweep_result(
 
 
 def write_results(results: Sequence[Mapping[str, Any]], workdir: Path) -> str:
-    """Write results.json, table.md and the pictures, and return the Markdown tables.
+    """Write results.json, its tables and the pictures, and return the Markdown tables, without those of classes.
 
-    Stored results of other kinds stay.
+    Stored results of other kinds stay. The scores of classes are read from the runs in <workdir>/runs.
     """
-    path = workdir / "results.json"
+    path = workdir / FILE
     document = read_json(path) or {}
     stored = {old["kind"]: old for old in document["results"]} if document.get("version") in _READABLE else {}
-    stored |= {result["kind"]: result for result in results}
+    stored |= {result["kind"]: with_class_scores(result, workdir) for result in results}
     with whole_file(path) as part:
         part.write_text(json.dumps({"version": VERSION, "results": [*stored.values()]}, indent=2) + "\n")
-    with whole_file(workdir / "table.md") as part:
-        part.write_text("\n".join(f"## {found['title']}\n\n{markdown(found)}" for found in stored.values()))
+    write_tables([*stored.values()], workdir)
     for result in results:
         if result["kind"] in _PICTURES:
             print(f"Drawn in {draw_result(result, workdir)}", flush=True)
     return "\n".join(map(markdown, results))
 
 
-def markdown(result: Mapping[str, Any]) -> str:
-    """The Markdown table of a result and the note below it; below these the table of differences, if it has some."""
-    columns = result["columns"]
-    lines = [[column["title"] for column in columns]]
-    lines += [[_cell(row, column) for column in columns] for row in result["rows"]]
-    text = f"{_table(lines)}\n\n{result['note']}\n"
-    if differences := result.get("differences"):
-        text += f"\n{_table(_difference_lines(differences))}\n\n{_DIFFERENCES_NOTE}\n"
-    return text
+def write_tables(results: Sequence[Mapping[str, Any]], workdir: Path) -> list[Path]:
+    """Write table.md, table.csv and table.tex of some results, and return their paths."""
+    paths = []
+    for ending, write in TABLES.items():
+        paths.append(workdir / f"table.{ending}")
+        with whole_file(paths[-1]) as part:
+            part.write_text(write(results), encoding="utf-8")
+    return paths
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    """Markdown of lines of cells, the first of them the titles."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    rule = " | ".join("-" * width for width in widths)
-    return "\n".join(f"| {line} |" for line in [text[0], rule, *text[1:]])
+def make_tables(workdir: Path, form: str | None = None, kinds: Sequence[str] = (), metrics: Sequence[str] = ()) -> str:
+    """Make the tables of a sweep anew from its results.json; those of classes from its runs, where these are there.
+
+    Args:
+        workdir: Folder of the sweep.
+        form: "md", "csv" or "tex" for the text of one table; None writes all three files.
+        kinds: Kinds of tables, as in "ablation"; empty: all.
+        metrics: Metrics of datasets, as in "mAP@0.5"; empty: all.
+
+    Returns:
+        The text, or a sentence on the files.
+
+    Raises:
+        InputError: there is no results.json, it cannot be read, or it has no table of a kind or no metric.
+    """
+    results = [with_class_scores(result, workdir) for result in read_results(workdir)]
+    results = chosen(results, kinds, metrics)
+    if form is not None:
+        return TABLES[form](results)
+    return f"Written to {', '.join(map(str, write_tables(results, workdir)))}.\n"
 
 
-def _difference_lines(differences: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    keys = dict.fromkeys((name, m) for one in differences for name, of in one["values"].items() for m in of)
-    titles = ["row", "against", *(f"{name} {metric}" for name, metric in keys), "over", "seeds"]
-    lines = []
-    for one in differences:
-        cells = [difference_text(one["values"].get(name, {}).get(metric)) for name, metric in keys]
-        lines.append([one["row"], one["against"], *cells, one["over"] or "-", str(len(one["seeds"]))])
-    return [titles, *lines]
+def read_results(workdir: Path) -> list[dict[str, Any]]:
+    """Read the results of a folder's results.json, of this version or an older one.
+
+    Raises:
+        InputError: the file is missing, damaged or of an unknown version.
+    """
+    path = workdir / FILE
+    if not path.exists():
+        raise InputError(f"There is no {path}: give the folder of a sweep, as in runs/sweep, which writes it.")
+    document = read_json(path)
+    version = document.get("version") if isinstance(document, dict) else None
+    if version not in _READABLE:
+        raise InputError(
+            f"{path} has version {version}, this program reads versions {', '.join(map(str, _READABLE))}: the command "
+            "of the sweep makes it anew from the finished runs."
+        )
+    return document["results"]
 
 
-def difference_text(value: Mapping[str, Any] | None) -> str:
-    """A difference and its interval, as in "+1.2 [-0.3, 2.9] not told apart"; a dash where it is not defined."""
-    if value is None or value["difference"] is None:
-        return "-"
-    text = f"{value['difference']:+.1f}"
-    if value["low"] is None:
-        return text
-    return f"{text} [{value['low']:.1f}, {value['high']:.1f}]" + ("" if value["told_apart"] else " not told apart")
+def with_class_scores(result: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
+    """Add the average precision of classes to the rows of a result, read from the evaluations of its runs.
+
+    A row whose runs are not there, or hold none, stays as it is.
+    """
+    read = cache(partial(_class_precisions, workdir / "runs"))
+    rows = []
+    for row in result["rows"]:
+        found = [
+            (score["seed"], score["dataset"], metric, classes)
+            for score in row["scores"]
+            for metric, classes in read(score["folder"], score["dataset"], score["evaluation"]).items()
+            if f"m{metric}" in score["metrics"]
+        ]
+        rows.append({**row, "class_scores": class_spreads(found)} if found else row)
+    return {**result, "rows": rows}
 
 
-def _cell(row: Mapping[str, Any], column: Mapping[str, Any]) -> str:
-    value: Any = row
-    for key in column["path"]:
-        value = next(iter(value.values()), {}) if key == "*" else (value or {}).get(key)
-    form = column["form"]
-    if form == "count":
-        return str(value or 0)
-    if form == "length":
-        return str(len(value))
-    if form == "spread":
-        mean, std = (value or {}).get("mean"), (value or {}).get("std")
-        return "-" if mean is None else f"{mean:.1f}" + ("" if std is None else f" ± {std:.1f}")
-    if form == "interval":
-        low, high = (value or {}).get("low"), (value or {}).get("high")
-        return "-" if low is None else f"[{low:.2f}, {high:.2f}]"
-    if form == "decimals":
-        return "-" if value is None else f"{value:.2f}"
-    if form == "millions":
-        return f"{value / 1e6:.2f} M"
-    return str(value)
+def class_spreads(found: Iterable[tuple[int, str, str, Mapping[str, float | None]]]) -> dict[str, Any]:
+    """The "class_scores" of a row, of average precisions (0 to 1) by class with their seed, dataset and metric."""
+    values: dict[str, dict[str, dict[str, dict[int, list[float | None]]]]] = {}
+    for seed, dataset, metric, classes in found:
+        of_metric = values.setdefault(dataset, {}).setdefault(metric, {})
+        for name, value in classes.items():
+            of_metric.setdefault(name, {}).setdefault(seed, []).append(per_cent(value))
+    return {
+        dataset: {metric: {name: spread(v) for name, v in own.items()} for metric, own in of_dataset.items()}
+        for dataset, of_dataset in values.items()
+    }
+
+
+def _class_precisions(runs: Path, folder: str, dataset: str, number: int) -> dict[str, dict[str, float | None]]:
+    """Average precision (0 to 1) in an evaluation of a run, by "AP@<IoU>" and class; empty without a folder."""
+    if not folder:
+        return {}
+    # Evaluations after the first are of the datasets alone whose points are sampled.
+    found = (read_evaluation(runs / folder, n) or {} for n in dict.fromkeys((number, 0)))
+    part = next((evaluation[dataset] for evaluation in found if dataset in evaluation), {"thresholds": ()})
+    return {f"AP@{level['iou']:g}": level["AP"] for level in part["thresholds"] if level.get("AP")}
 
 
 def draw_result(result: Mapping[str, Any], workdir: Path) -> Path:

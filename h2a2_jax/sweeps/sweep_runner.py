@@ -39,6 +39,8 @@ from h2a2_jax.report.figures_training import draw_curves
 from h2a2_jax.scans.sources import build_source
 from h2a2_jax.sweeps.sweep_plan import SweepRun, sampled_datasets
 from h2a2_jax.sweeps.sweep_results import (
+    FILE,
+    TABLES,
     evaluation_folder,
     evaluation_scores,
     finished,
@@ -145,7 +147,8 @@ def run_sweep(
             print("\nStopped; the same command goes on from the last checkpoint of every run.", file=sys.stderr)
             return 130
         text = write_results(results(folders), workdir)
-        print(f"\n{text}\nWritten to {workdir / 'table.md'} and {workdir / 'results.json'}", flush=True)
+        endings = ", ".join(f".{ending}" for ending in TABLES)
+        print(f"\n{text}\nWritten to {workdir / 'table'} ({endings}) and {workdir / FILE}", flush=True)
     if failures:
         print("\n".join([*failures, "The same command tries again what failed."]), file=sys.stderr)
     return 1 if failures else 0

@@ -31,6 +31,7 @@ from h2a2_jax.sweeps.sweep_results import (
     SEEDS,
     Column,
     Score,
+    class_spreads,
     evaluation_scores,
     finished,
     metric_names,
@@ -194,7 +195,8 @@ def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
                 levels, key = evaluation.to_dict()["thresholds"], (head.name, way.conditioning, way.kernels)
                 matches["/".join(key)] = evaluation.matches
                 facts = dict(zip(_WAY, key, strict=True))
-                entries.append(facts | {"classes": list(common.names), "mAP": [level["mAP"] for level in levels]})
+                scores = {score: [level[score] for level in levels] for score in ("mAP", "AP")}
+                entries.append({**facts, "classes": list(common.names), **scores})
     say_skipped(skipped)
     document = {"version": ZERO_SHOT_VERSION, "source": _identity(source), "skipped": skipped, "entries": entries}
     write_matches(_matches_file(folder, source), matches)
@@ -269,7 +271,13 @@ def _zero_shot_rows(
                 for run, entry in found
             ]
             facts = dict(zip(_WAY, way, strict=True))
-            rows.append(result_row(row.label, scores, **facts, classes=found[0][1]["classes"]))
+            new = result_row(row.label, scores, **facts, classes=found[0][1]["classes"])
+            precisions = [
+                (run.seed, source.name, metric.removeprefix("m"), own)
+                for run, entry in found
+                for metric, own in zip(metrics, entry.get("AP", ()), strict=False)  # earlier entries have none
+            ]
+            rows.append({**new, "class_scores": class_spreads(precisions)} if precisions else new)
             of_way = {seed: {source.name: own[key]} for seed, own in matches.items() if (key := "/".join(way)) in own}
             samples = by_head.setdefault(facts["head"], {})
             samples[", ".join((row.label, *way))] = samples_of(scores, metrics, of_way)
@@ -284,8 +292,8 @@ def _tuned_rows(
     rows, samples, metrics = list[dict[str, Any]](), dict[str, dict[int, Sample]](), metric_names(base)
     for row in tuned:
         done = [(run, evaluation) for run in row.runs if (evaluation := read_evaluation(folders[run])) is not None]
-        scores = [s for run, evaluation in done for s in evaluation_scores(evaluation, base, run.seed)]
-        scores = [score for score in scores if score.dataset == held_out]
+        found = [evaluation_scores(own, base, run.seed, folders[run].name) for run, own in done]
+        scores = [score for of_run in found for score in of_run if score.dataset == held_out]
         matches = {run.seed: stored_matches([folders[run]]) for run, _ in done}
         rows.append(result_row(row.label, scores))
         samples[row.label] = samples_of(scores, metrics, matches)

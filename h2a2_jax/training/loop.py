@@ -64,6 +64,7 @@ from h2a2_jax.training.summary import (
     selection_table,
     write_summary,
 )
+from h2a2_jax.training.wandb_writer import wandb_module
 
 CACHE = "cache"
 """In the workdir: compiled programs, a folder for each machine."""
@@ -140,6 +141,8 @@ def set_up(
     process_layout = MeshLayout(mesh, len(config.datasets))
     check_frozen(config)
     check_init(config, workdir)
+    if "wandb" in config.train.loggers:
+        wandb_module()  # in every process, before anything is compiled
     stream = build_stream(config, process_layout)
     steps_per_epoch, total = steps_of_run(config, stream.steps_per_epoch)
 
@@ -275,6 +278,7 @@ class Evaluate(Callback):
             Content of evaluation.json.
         """
         documents = self._evaluate(training, detector, training.workdir, tables=True)
+        self._log.summarize(documents)
         if is_main() and training.config.train.evaluate_every:
             write_evaluation(evaluation_folder(training.workdir, training.step), documents)
         return documents

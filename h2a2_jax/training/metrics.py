@@ -1,4 +1,4 @@
-"""Metrics of a run: gathered over steps, written as JSON lines and for TensorBoard.
+"""Metrics of a run: gathered over steps, written as JSON lines, for TensorBoard and for Weights & Biases.
 
 A line of metrics.jsonl, version 1, holds means over the batches since the line before; null stands for NaN:
 
@@ -44,6 +44,7 @@ from h2a2_jax.loader.stream import JointStep
 from h2a2_jax.training.callbacks import Callback, CompilationCounter, Progress, Training
 from h2a2_jax.training.gradients import SelectionMetrics
 from h2a2_jax.training.step import StepMetrics
+from h2a2_jax.training.wandb_writer import WandbWriter
 
 FILE_NAME = "metrics.jsonl"
 SCHEMA_VERSION = 1
@@ -298,10 +299,13 @@ class LogMetrics(Callback):
         self._opened = self._since = time.monotonic()
         self._timed_scans, self._timed_seconds = 0, 0.0
         self._progress: Progress | None = None
-        self._writers: tuple[MetricsWriter, TensorBoardWriter] | None = None
+        self._writers: list[MetricsWriter | TensorBoardWriter | WandbWriter] | None = None
         if is_main():
-            board = TensorBoardWriter(training.workdir / TENSORBOARD, training.step)
-            self._writers = MetricsWriter(training.workdir), board
+            self._writers = [MetricsWriter(training.workdir)]
+            if "tensorboard" in config.train.loggers:
+                self._writers.append(TensorBoardWriter(training.workdir / TENSORBOARD, training.step))
+            if "wandb" in config.train.loggers:
+                self._writers.append(WandbWriter(training.workdir, config))
 
     def after_batch(self, training: Training, item: JointStep, metrics: StepMetrics) -> None:
         """Keep the metrics of a batch, whose arrays stay on the device until the line is written."""
@@ -339,7 +343,7 @@ class LogMetrics(Callback):
             writer.close()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write a line of `metrics.jsonl` and for TensorBoard."""
+        """Write a line of `metrics.jsonl` and for the loggers of the config."""
         for writer in self._writers or ():
             writer.write(step, values)
 
@@ -348,6 +352,12 @@ class LogMetrics(Callback):
         if self._writers is not None and not scores.items() <= (line := line_of(training)).items():
             values = {name: value for name, value in line.items() if name not in ("step", "version")}
             self.write(training.step, {**values, **scores})
+
+    def summarize(self, documents: Mapping[str, Any]) -> None:
+        """Give the evaluation of the last step to the loggers that sum up a run."""
+        for writer in self._writers or ():
+            if isinstance(writer, WandbWriter):
+                writer.summarize(documents)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

@@ -16,7 +16,8 @@ from h2a2_jax.sweeps.intervals import (
     samples_of,
     stored_matches,
 )
-from h2a2_jax.sweeps.sweep_results import Score, difference_text
+from h2a2_jax.sweeps.sweep_results import Score
+from h2a2_jax.sweeps.tables import difference_text
 
 METRICS = ("mAP@0.25",)
 

@@ -14,7 +14,8 @@ from h2a2_jax.initialization import count_parameters
 from h2a2_jax.sweeps.ablation import ablation_rows, comparison_result, run_ablation, run_tau_sweep, tau_rows
 from h2a2_jax.sweeps.protocol import protocol_result, protocol_rows
 from h2a2_jax.sweeps.sweep_plan import Row, locate
-from h2a2_jax.sweeps.sweep_results import finished, markdown, spread, write_results
+from h2a2_jax.sweeps.sweep_results import finished, spread, write_results
+from h2a2_jax.sweeps.tables import markdown
 from tests.sweeps.finished import LEVELS, write_run
 
 
@@ -110,7 +111,7 @@ def test_the_results_keep_other_sweeps_and_real_data_need_no_warning(tmp_path: P
     write_results([swept], tmp_path)
     write_results([result_of("ablation", demo(), ablation, tmp_path)], tmp_path)
     document = json.loads((tmp_path / "results.json").read_text())
-    assert document["version"] == 3 and document["results"][0] == swept
+    assert document["version"] == 4 and document["results"][0] == swept
     assert [(found["kind"], len(found["rows"])) for found in document["results"]] == [("tau_sweep", 2), ("ablation", 5)]
     assert [row["tau"] for row in swept["rows"]] == [0.2, 0.3]
     assert swept["rows"][1]["summary"]["sunrgbd"]["exclusive_share"]["mean"] == pytest.approx(60)

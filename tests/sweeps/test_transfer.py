@@ -20,7 +20,7 @@ from h2a2_jax.scans.sources import build_source
 from h2a2_jax.scans.specs import S3DIS, DatasetSpec, dataset_spec
 from h2a2_jax.sweeps import transfer
 from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate, naive_joint
-from h2a2_jax.sweeps.sweep_results import markdown
+from h2a2_jax.sweeps.tables import class_tables, markdown
 from h2a2_jax.sweeps.transfer import (
     evaluate_zero_shot,
     pretraining_rows,
@@ -159,6 +159,7 @@ def test_as_it_is_a_detector_is_asked_in_every_way_that_it_has(
         is_choosy = entry["head"] == "scannet" and (entry["conditioning"], entry["kernels"]) == choosy
         expected = (1 if is_choosy else len(common) - 1) / len(common)
         assert entry["mAP"] == pytest.approx([expected] * 2)
+        assert [*entry["AP"][0]] == entry["classes"] and entry["AP"][1]["chair"] == 1
     matches = read_matches(tmp_path / "zero_shot_s3dis.npz")
     assert list(matches) == ["/".join((e["head"], e["conditioning"], e["kernels"])) for e in found]
     for entry, own in zip(found, matches.values(), strict=True):
@@ -208,6 +209,7 @@ class FinishedTransfer:
                     "kernels": "selected",
                     "classes": ["table", "chair"],
                     "mAP": [0.1 + 0.2 * run.seed, None],
+                    "AP": [{"table": 0.1 + 0.2 * run.seed, "chair": None}, {"table": None, "chair": None}],
                 }
                 for head in run.config.dataset_names
             ]
@@ -268,6 +270,9 @@ def test_the_tables_have_means_over_the_finished_seeds(finished_transfer: Finish
     assert differences[1][-1] == ("from H2A2", "from scratch")
     tuned = results[1]["differences"][-1]
     assert tuned["seeds"] == [0] and tuned["values"]["s3dis"]["mAP@0.25"]["difference"] == pytest.approx(20)
+    assert results[0]["rows"][0]["class_scores"]["s3dis"]["AP@0.25"]["table"]["mean"] == pytest.approx(20)
+    (at_once,) = class_tables(results[0])  # at 0.5 no class has an AP
+    assert at_once.rows[0] == "TR3D on scannet, scannet, own, selected" and [*at_once.classes] == ["table"]
     assert "without it for 200 steps of 4 scans a dataset" in results[0]["note"]
     assert "on it for 100 steps" in results[1]["note"]
     assert all("say nothing about the benchmarks" in result["note"] for result in results)

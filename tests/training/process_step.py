@@ -109,7 +109,8 @@ def tree_by_name(state: Any, metrics: Any, process_layout: MeshLayout) -> dict[s
 
 
 def main(coordinator: str, count: str, process: str, folder: str, *options: str) -> None:
-    with processes(coordinator, int(count), int(process)), jax.enable_x64(True):
+    numbers = () if coordinator == "auto" else (int(count), int(process))
+    with processes(coordinator, *numbers), jax.enable_x64(True):
         if "fail" in options:
 
             def opened() -> None:
