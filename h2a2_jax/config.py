@@ -406,6 +406,8 @@ def _check_sharing(model: DetectorConfig) -> None:
     _require(ok, path, stages, "stages of 1 to 4, or 0 for the stem, each once")
     selecting = [stage for stage in stages if ("stem" if stage == 0 else "residual") in parts]
     _require(not selecting, path, stages, "stages that do not select their kernels (model.selection)")
+    shares = set(stages) < set(range(5)) or model.neck == "shared" or model.norm_affine != "exclusive"
+    _require(shares, path, stages, "a part that datasets share: with exclusive neck and norms, leave the stem 0 out")
     ok = not model.adapters or "residual" not in parts
     _require(ok, "model.adapters", True, "False where the stages select their kernels (model.selection)")
     ok = not model.adapters or not {1, 2, 3, 4} <= set(stages)
