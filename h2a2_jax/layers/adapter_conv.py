@@ -80,7 +80,7 @@ class AdapterConv(SparseConv):
 
     def kernel_of(self, context: ForwardContext) -> Float[Array, "v c_in c_out"]:
         """The kernel of a dataset, W with A_k at the centre; W alone where a context asks for shared kernels."""
-        kernel, dataset = self.kernel[...], context.dataset_of(len(self.adapter[...]))
+        kernel, dataset = jnp.asarray(self.kernel[...]), context.dataset_of(len(self.adapter[...]))
         if dataset.kernels == "shared":
             return kernel
         return kernel.at[len(kernel) // 2].add(dataset.pick(self.adapter[...]))
