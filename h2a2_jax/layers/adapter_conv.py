@@ -5,8 +5,8 @@
 The parallel residual adapters of Rebuffi et al. ("Efficient parametrization of multi-domain deep neural networks", CVPR
 2018), which follow the serial ones of "Learning multiple visual domains with residual adapters" (NeurIPS 2017). There W
 is trained on ImageNet and frozen, and adapters are trained domain by domain; here all are trained jointly. A site of a
-submanifold map is its own neighbour at the centre of an odd kernel, so that one convolution computes both terms, and
-the adapters cost no time.
+submanifold map is its own neighbour at the centre of an odd kernel, so that one convolution computes both terms:
+adapters cost the sum of two kernels, and no pass over the sites.
 """
 
 from typing import Any

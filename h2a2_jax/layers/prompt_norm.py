@@ -98,10 +98,16 @@ class PromptNorm(BatchNorm):
             context: context of the pass, with the dataset's embedding [d], or one per scan [B, d].
 
         Raises:
-            ValueError: the context has no embedding; or as `BatchNorm`.
+            ValueError: the context has no embedding, or one of another width; or as `BatchNorm`.
         """
         check_context("PromptNorm", context)
         if context is None or context.embedding is None:
             raise ValueError("PromptNorm needs context.embedding, the embedding [d] of the dataset.")
+        width, expected = context.embedding.shape[-1], self.prompt.in_features
+        if width != expected:
+            raise ValueError(
+                f"PromptNorm takes embeddings of {expected} numbers, given {width}: build it with "
+                f"embedding_dim={width}."
+            )
         y = super().__call__(x, context)
         return y if context.embedding.ndim == 1 else modulate(y, *self.factors(context.embedding))

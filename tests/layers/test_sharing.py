@@ -79,6 +79,8 @@ def test_a_prompt_norm_without_an_embedding_is_refused():
     for context in (None, ForwardContext(training=True)):
         with pytest.raises(ValueError, match=r"^PromptNorm needs context.embedding, the embedding \[d\] of the data"):
             prompt_norm()(features(KMAP), context)
+    with pytest.raises(ValueError, match=r"^PromptNorm takes embeddings of 64 numbers, given 3: build it with embedd"):
+        PromptNorm(4, num_datasets=2)(features(KMAP), FIRST)
 
 
 @pytest.mark.parametrize("size", [3, (3, 1, 5), 1])
