@@ -406,6 +406,24 @@ def _check_model(model: DetectorConfig) -> None:
         _require(ok, f"{path}.convolutions", parts, "at least one of 'residual', 'stem', 'neck', each once")
         ok = model.neck == "shared" or "neck" not in parts
         _require(ok, "model.neck", model.neck, "'shared' where the neck selects its kernels, for it has both then")
+    _check_sharing(model)
+
+
+def _check_sharing(model: DetectorConfig) -> None:
+    """Check prompts, adapters and exclusive stages, and that no part has kernels of a dataset in two ways."""
+    _require_at_least(1, "model", model, "prompt_dim")
+    parts = () if model.selection is None else model.selection.convolutions
+    stages, path = model.exclusive_stages, "model.exclusive_stages"
+    ok = len(set(stages)) == len(stages) and set(stages) <= set(range(5))
+    _require(ok, path, stages, "stages of 1 to 4, or 0 for the stem, each once")
+    selecting = [stage for stage in stages if ("stem" if stage == 0 else "residual") in parts]
+    _require(not selecting, path, stages, "stages that do not select their kernels (model.selection)")
+    shares = set(stages) < set(range(5)) or model.neck == "shared" or model.norm_affine != "exclusive"
+    _require(shares, path, stages, "a part that datasets share: with exclusive neck and norms, leave the stem 0 out")
+    ok = not model.adapters or "residual" not in parts
+    _require(ok, "model.adapters", True, "False where the stages select their kernels (model.selection)")
+    ok = not model.adapters or not {1, 2, 3, 4} <= set(stages)
+    _require(ok, "model.adapters", True, "False where no stage is shared (model.exclusive_stages)")
 
 
 def _check_training(config: ExperimentConfig) -> None:

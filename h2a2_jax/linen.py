@@ -53,6 +53,7 @@ from h2a2_jax.sparse.conv import Algorithm
 from h2a2_jax.sparse.sites import PerAxis
 
 __all__ = [
+    "AdapterConv",
     "BatchNorm",
     "ChannelGate",
     "ConvNorm",
@@ -62,6 +63,7 @@ __all__ = [
     "LayerNorm",
     "LinearModulation",
     "NeighborAttention",
+    "PromptNorm",
     "ResidualBlock",
     "SelectionConfig",
     "SelectiveConv",
@@ -188,6 +190,23 @@ class SparseConvTranspose(SparseConv):
     layer = layers.SparseConvTranspose
 
 
+class AdapterConv(_Layer):
+    """Linen version of `layers.AdapterConv`: `AdapterConv(16, 16, num_datasets=3)(x, kernel_map, context)`."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: PerAxis = 3
+    num_datasets: int = 1
+    use_bias: bool = False
+    algorithm: Algorithm | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Initializer | None = None
+    bias_init: Initializer | None = None
+    layer = layers.AdapterConv
+
+
 class NeighborAttention(_Layer):
     """Linen version of `layers.NeighborAttention`: `NeighborAttention(64)(x, kernel_map)`."""
 
@@ -252,6 +271,22 @@ class BatchNorm(_Layer):
     layer = layers.BatchNorm
 
 
+class PromptNorm(_Layer):
+    """Linen version of `layers.PromptNorm`: `PromptNorm(16)(x, context)`, with the embedding in the context."""
+
+    channels: int
+    embedding_dim: int = 64
+    num_datasets: int = 1
+    eps: float = 1e-5
+    momentum: float = 0.9
+    shared_statistics: bool = False
+    use_running_average: bool = True
+    param_dtype: Any = jnp.float32
+    scale_init: Initializer | None = None
+    bias_init: Initializer | None = None
+    layer = layers.PromptNorm
+
+
 class InstanceNorm(_Layer):
     """Linen version of `layers.InstanceNorm`: `InstanceNorm(16)(x)`."""
 
@@ -294,6 +329,7 @@ class ResidualBlock(_Layer):
     out_channels: int
     downsample: bool = False
     norm: Callable[..., layers.BatchNorm] = layers.BatchNorm
+    kernels: Literal["shared", "adapted", "exclusive"] = "shared"
     selection: SelectionConfig | None = None
     num_datasets: int = 1
     layer = layers.ResidualBlock

@@ -34,9 +34,11 @@ KINDS: Mapping[str, str] = {
     "selection": r"\.(prior|prototypes|projection)$",
     "modulation": r"\.modulation\.",
     "gates": r"\.gate\.",
+    "prompts": r"\.norm\.prompt\.",
 }
 """Kinds of shared parameters: kernels; affine parts of norms; validity prior, prototypes and projection of the kernel
-selection; linear modulation; channel gates. The scan embedding's parameters are of no kind."""
+selection; linear modulation; channel gates; maps of prompt-driven norms. The scan embedding's parameters are of no
+kind."""
 
 GROUPS: Mapping[str, str] = {
     **PLACES,
@@ -45,10 +47,11 @@ GROUPS: Mapping[str, str] = {
     "embedding": r"^embedding$",
     **KINDS,
     "exclusive_kernels": r"\.conv\.exclusive$",
+    "adapters": r"\.conv\.adapter$",
 }
 """Groups that can be frozen: places with their exclusive parameters, and kinds. "kernels" are the shared kernels,
-"exclusive_kernels" the others. `frozen_paths` adds "shared" and "exclusive": all parameters without and with a dataset
-axis."""
+"exclusive_kernels" those of kernel selection, "adapters" the residual adapters. `frozen_paths` adds "shared" and
+"exclusive": all parameters without and with a dataset axis."""
 
 _AXES = ("shared", "exclusive")
 

@@ -26,7 +26,7 @@ from h2a2_jax.checkpoint.store import CheckpointStore, restore_checkpoint
 from h2a2_jax.checkpoint.train_state import create_state
 from h2a2_jax.config import ExperimentConfig, HarmonizeConfig, to_json
 from h2a2_jax.convert.torch_file import TorchFile, read_torch_file, write_torch_file
-from h2a2_jax.convert.tr3d_weights import config_of_weights, export_tr3d, load_tr3d, tr3d_slots, without_prefix
+from h2a2_jax.convert.tr3d_weights import as_tr3d, config_of_weights, export_tr3d, load_tr3d, tr3d_slots, without_prefix
 from h2a2_jax.distributed import DATASET
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import quiet_command_line
@@ -169,7 +169,7 @@ def export_checkpoint(path: Path, dataset: str | None = None, step: int | None =
         raise InputError(f"{path} was trained on {', '.join(names)}, not on {dataset}.")
     index = 0 if dataset is None else names.index(dataset)
     state: dict[str, np.ndarray] = {}
-    for name, value in export_tr3d(model, index).items():
+    for name, value in export_tr3d(as_tr3d(model, index), index).items():
         state[name] = value
         if name.endswith("running_var"):
             state[name.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)

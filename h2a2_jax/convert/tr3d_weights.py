@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.layers import ConvNorm, SelectiveConv
+from h2a2_jax.layers import ConvNorm, DatasetContext, ForwardContext, SelectiveConv
 from h2a2_jax.models import TR3D, DetectorConfig
 from h2a2_jax.models.architecture import STAGE_BLOCKS
 from h2a2_jax.models.head import UnionHead
@@ -107,6 +107,21 @@ def export_tr3d(model: TR3D, dataset: int = 0) -> dict[str, np.ndarray]:
     """A detector's parameters and running statistics under TR3D's names and in its shapes."""
     slots = tr3d_slots(model, dataset)
     return {name: np.asarray(slot.variable[...][slot.index]).reshape(slot.shape) for name, slot in slots.items()}
+
+
+def as_tr3d(model: TR3D, dataset: int) -> TR3D:
+    """A copy in which kernels, scales and biases are those of one dataset, with its adapters and prompts in them.
+
+    Layers with kernel selection, which TR3D cannot express, stay as they are.
+    """
+    copy, own = nnx.clone(model), DatasetContext.one(dataset, len(model.heads_config))
+    embedding = None if model.embedding is None else own.pick(jnp.asarray(model.embedding[...]))
+    for _, part in list(nnx.iter_modules(copy)):
+        if isinstance(part, ConvNorm) and not isinstance(part.conv, SelectiveConv):
+            scale, bias = part.norm.affine(own, embedding)
+            part.conv.kernel = nnx.Param(part.conv.kernel_of(ForwardContext(own)))
+            part.norm.scale, part.norm.bias = nnx.Param(scale), nnx.Param(bias)
+    return copy
 
 
 def without_prefix(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

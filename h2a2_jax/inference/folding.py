@@ -1,13 +1,14 @@
 """Folding: everything in a trained detector that depends on the dataset alone is computed once.
 
-Modulation, gates and exclusive kernels follow from the dataset's embedding, and in evaluation a batch norm is an affine
-map of each channel. So `conv(x * phi + theta)`, norm and gate become a convolution with other kernels and a bias:
+Modulation, gates, prompts, adapters and exclusive kernels follow from the dataset, and in evaluation a batch norm is an
+affine map of each channel. So `conv(x * phi + theta)`, norm and gate become a convolution with other kernels and a
+bias:
 
     y = (1 + g) * norm(conv(x'))  =  conv(x') with kernels W * scale and bias;    x' = x * phi + theta
 
 phi and theta themselves stay an affine map in front of the convolution: theta reaches an output once for each neighbour
 that is there, and the selection reads x'. The kernel of an offset is still selected for each scan. With embeddings of
-scans (`SelectionConfig.scan_embedding`) modulation and gates depend on the scan and are not folded.
+scans (`SelectionConfig.scan_embedding`) modulation, prompts and gates depend on the scan and are not folded.
 """
 
 from dataclasses import replace
@@ -17,13 +18,22 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array
 
-from h2a2_jax.layers import ChannelGate, ConvNorm, DatasetContext, ForwardContext, LinearModulation, SelectiveConv
+from h2a2_jax.layers import (
+    ChannelGate,
+    ConvNorm,
+    DatasetContext,
+    ForwardContext,
+    LinearModulation,
+    PromptNorm,
+    SelectiveConv,
+)
 from h2a2_jax.layers.checks import check_input
 from h2a2_jax.layers.context import parameter
 from h2a2_jax.layers.kernel_selection import SelectionConfig, Structure, select_kernels
 from h2a2_jax.layers.modulation import modulate
 from h2a2_jax.layers.sparse_conv import mix_channels
 from h2a2_jax.models import TR3D, HeadChoice
+from h2a2_jax.models.backbone import Stem
 from h2a2_jax.models.head import NUM_OUTPUTS, DatasetHeads, UnionHead
 from h2a2_jax.sparse import KernelMap, SparseTensor, convolve
 
@@ -99,12 +109,13 @@ class FoldedConv(nnx.Module):
             the centre [V] of the cosines.
         modulation: the modulation of the input where it depends on the scan, else None.
         gate: the gate of the output where it depends on the scan, else None.
+        norm: the norm whose prompt depends on the scan, else None.
     """
 
     def __init__(self, part: ConvNorm, dataset: DatasetContext, embedding: Array | None, per_scan: bool):
         """Fold a part of a trained detector.
 
-        The embedding [d] is that of the dataset, None without kernel selection; `per_scan` says that scans have
+        The embedding [d] is that of the dataset, None in a detector without embeddings; `per_scan` says that scans have
         embeddings of their own.
         """
         conv, varies = part.conv, False
@@ -122,9 +133,11 @@ class FoldedConv(nnx.Module):
                 phi, theta = conv.modulation.factors(embedding)
                 gate_factor = part.gate.factor(embedding)
         else:
-            kernel = conv.kernel[...]
-            kernels = (kernel if conv.exclusive_to is None else dataset.pick(kernel))[None]
-        (scale, bias), (mean, var) = part.norm.affine(dataset), part.norm.running(dataset)
+            kernels = conv.kernel_of(ForwardContext(dataset))[None]
+        # The norm of the stem, too, reads the embedding of the dataset alone.
+        prompted = per_scan and isinstance(part.norm, PromptNorm) and not isinstance(part, Stem)
+        scale, bias = part.norm.affine(dataset, None if prompted else embedding)
+        mean, var = part.norm.running(dataset)
         factor = scale * lax.rsqrt(var + part.norm.eps)
         shift = bias - mean * factor
         if gate_factor is not None:
@@ -140,6 +153,7 @@ class FoldedConv(nnx.Module):
         self.modulation: LinearModulation | None = getattr(conv, "modulation", None) if varies else None
         self.gate: ChannelGate | None = part.gate if varies else None
         self.gate_first = part.gate_first
+        self.norm: PromptNorm | None = part.norm if prompted else None  # type: ignore[assignment]
 
     def __call__(
         self, x: SparseTensor, kernel_map: KernelMap | None = None, context: ForwardContext | None = None
@@ -174,6 +188,8 @@ class FoldedConv(nnx.Module):
         if self.gate is not None and self.gate_first:
             y = self.gate(SparseTensor(y, sites), context.embedding).features
         out = SparseTensor(jnp.where(sites.valid[:, None], y + self.bias[...].astype(y.dtype), 0), sites)
+        if self.norm is not None:
+            out = modulate(out, *self.norm.factors(context.embedding))
         return out if self.gate is None or self.gate_first else self.gate(out, context.embedding)
 
     def _gamma(

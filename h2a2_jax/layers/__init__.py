@@ -1,6 +1,7 @@
 """Flax NNX layers for sparse tensors; `docs/layers.md` builds and trains networks of them."""
 
 from h2a2_jax.layers import weights
+from h2a2_jax.layers.adapter_conv import AdapterConv
 from h2a2_jax.layers.agreement_tracking import AgreementLayers
 from h2a2_jax.layers.attention import NeighborAttention
 from h2a2_jax.layers.channel_gate import ChannelGate
@@ -18,6 +19,7 @@ from h2a2_jax.layers.functional import (
 from h2a2_jax.layers.kernel_selection import SelectionConfig, SelectiveConv, binarize, structural_consistency
 from h2a2_jax.layers.modulation import EmbeddingMLP, LinearModulation
 from h2a2_jax.layers.norm import BatchNorm, InstanceNorm, LayerNorm, instance_norm, layer_norm
+from h2a2_jax.layers.prompt_norm import PromptNorm
 from h2a2_jax.layers.residual import ConvNorm, ResidualBlock
 from h2a2_jax.layers.sparse_conv import SparseConv, SparseConvTranspose
 from h2a2_jax.layers.table import tabulate
@@ -26,6 +28,7 @@ from h2a2_jax.sparse.pool import global_pool
 from h2a2_jax.sparse.tensors import from_dense, prune, to_dense, union_add
 
 __all__ = [
+    "AdapterConv",
     "AgreementLayers",
     "BatchNorm",
     "ChannelGate",
@@ -37,6 +40,7 @@ __all__ = [
     "LayerNorm",
     "LinearModulation",
     "NeighborAttention",
+    "PromptNorm",
     "ResidualBlock",
     "SelectionConfig",
     "SelectiveConv",

@@ -364,8 +364,10 @@ class BatchNorm(nnx.Module):
         self.eps, self.momentum, self.use_running_average = eps, momentum, use_running_average
         self.exclusive_affine, self.shared_statistics = exclusive_affine, shared_statistics
 
-    def affine(self, dataset: DatasetContext) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
-        """Scale and bias of a dataset."""
+    def affine(
+        self, dataset: DatasetContext, embedding: Float[Array, "*b d"] | None = None
+    ) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+        """Scale and bias of a dataset; its embedding is not read."""
         if self.exclusive_affine:
             return dataset.pick(self.scale[...]), dataset.pick(self.bias[...])
         return self.scale[...], self.bias[...]
@@ -387,7 +389,7 @@ class BatchNorm(nnx.Module):
         context = context or ForwardContext()
         training = is_training(self, context)
         dataset, valid = replace(context, training=training).dataset_of(self.mean.shape[0]), x.sites.valid
-        scale, bias = self.affine(dataset)
+        scale, bias = self.affine(dataset, context.embedding)
         if not training:
             return x.with_features(normalize(x.features, valid, self.running(dataset), scale, bias, self.eps))
         scale, bias = vary_alike([scale, bias], [x.features])

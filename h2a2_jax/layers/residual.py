@@ -1,9 +1,12 @@
 """Residual block of sparse convolutions, plain or with kernel selection."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 from flax import nnx
 
+from h2a2_jax.layers.adapter_conv import AdapterConv
 from h2a2_jax.layers.channel_gate import ChannelGate
 from h2a2_jax.layers.context import ForwardContext
 from h2a2_jax.layers.functional import add, relu
@@ -102,6 +105,7 @@ class ResidualBlock(nnx.Module):
         *,
         downsample: bool = False,
         norm: Callable[..., BatchNorm] = BatchNorm,
+        kernels: Literal["shared", "adapted", "exclusive"] = "shared",
         selection: SelectionConfig | None = None,
         num_datasets: int = 1,
         name: str = "block",
@@ -114,20 +118,34 @@ class ResidualBlock(nnx.Module):
             out_channels: channels of the output.
             downsample: if True, the first convolution and the skip are strided.
             norm: class of the norms, or a partial of it.
+            kernels: kernels without selection: "shared" by the datasets; "adapted", shared with a residual adapter of
+                each dataset at the submanifold 3^3 convolutions (`AdapterConv`); or "exclusive" to each, skip included.
             selection: how the 3^3 convolutions select kernels; None for one kernel everywhere.
             num_datasets: number D of datasets.
             name: name of the block for the tap.
             rngs: random streams.
+
+        Raises:
+            ValueError: `kernels` is none of these words, or not "shared" and `selection` is given.
         """
-        self.name = name
-        shared = {"norm": norm, "selection": selection, "num_datasets": num_datasets, "rngs": rngs}
-        self.first = ConvNorm(in_channels, out_channels, name=f"{name}.conv1", **shared)  # type: ignore[arg-type]
-        self.second = ConvNorm(out_channels, out_channels, name=f"{name}.conv2", **shared)  # type: ignore[arg-type]
-        self.downsample = downsample
+        if kernels not in ("shared", "adapted", "exclusive"):
+            raise ValueError(f"kernels is {kernels!r}; expected one of shared, adapted, exclusive.")
+        if selection is not None and kernels != "shared":
+            raise ValueError(
+                f"{name} was given selection and kernels={kernels!r}: selection has a kernel of each dataset, leave "
+                "one of the two out."
+            )
+        self.name, self.downsample = name, downsample
+        build = partial(ConvNorm, norm=norm, num_datasets=num_datasets, rngs=rngs)
+        own, adapted = partial(SparseConv, exclusive_to=num_datasets), partial(AdapterConv, num_datasets=num_datasets)
+        conv: Callable[..., SparseConv] = own if kernels == "exclusive" else SparseConv
+        same: Callable[..., SparseConv] = adapted if kernels == "adapted" else conv
+        self.first = build(
+            in_channels, out_channels, conv=conv if downsample else same, selection=selection, name=f"{name}.conv1"
+        )
+        self.second = build(out_channels, out_channels, conv=same, selection=selection, name=f"{name}.conv2")
         self.skip = (
-            ConvNorm(in_channels, out_channels, 1, norm=norm, num_datasets=num_datasets, rngs=rngs)
-            if downsample or in_channels != out_channels
-            else None
+            build(in_channels, out_channels, 1, conv=conv) if downsample or in_channels != out_channels else None
         )
 
     def __call__(

@@ -152,7 +152,7 @@ class SparseConv(nnx.Module):
         context = context or ForwardContext()
         dtype = self.dtype if self.dtype is not None else context.dtype
         precision = self.precision if self.precision is not None else context.precision
-        kernel = self._pick(self.kernel, context)
+        kernel = self.kernel_of(context)
         if kernel_map is None:
             y, sites = mix_channels(x, kernel, name, dtype, precision, groups=self.groups), x.sites
         else:
@@ -166,6 +166,10 @@ class SparseConv(nnx.Module):
         if self.bias is not None:
             y = jnp.where(sites.valid[:, None], y + self._pick(self.bias, context).astype(y.dtype), 0)
         return SparseTensor(y, sites)
+
+    def kernel_of(self, context: ForwardContext) -> Float[Array, "v c_group c_out"]:
+        """The kernel of a pass, that of the context's dataset where each has one."""
+        return self._pick(self.kernel, context)
 
     def _pick(self, value: nnx.Param, context: ForwardContext) -> Array:
         return value[...] if self.exclusive_to is None else context.dataset_of(self.exclusive_to).pick(value[...])

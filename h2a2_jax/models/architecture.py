@@ -8,6 +8,7 @@ from typing import Literal
 from h2a2_jax.errors import InputError
 from h2a2_jax.layers.kernel_selection import Part, SelectionConfig
 from h2a2_jax.layers.norm import BatchNorm
+from h2a2_jax.layers.prompt_norm import PromptNorm
 
 STAGE_BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 """Basic blocks of each stage by depth of the residual network; 10 is for small machines."""
@@ -25,13 +26,20 @@ class DetectorConfig:
         neck_channels: output channels of the neck, which the heads read.
         voxel_size: edge of a voxel in metres.
         selection: structure-aware kernel selection; None is TR3D exactly.
-        norm_affine: scale and bias of batch norms are "shared" by the datasets, or "exclusive" to each. The statistics
-            of a batch are always those of one dataset.
+        norm_affine: scale and bias of batch norms are "shared" by the datasets, "exclusive" to each, or follow by a
+            shared map from the dataset's embedding, "prompt" (`PromptNorm`). The statistics of a batch are always those
+            of one dataset.
+        prompt_dim: width of the datasets' embeddings that prompts are read from; with kernel selection they are those
+            of the selection, `SelectionConfig.embedding_dim` wide.
         running_statistics: of batch norms are "exclusive" to each dataset, or "shared": the mean over the datasets of a
             step.
         neck: kernels of the neck are "shared" by the datasets, or "exclusive" to each.
         label_space: "separate", a head for each dataset; "union", one head for the union of their classes, which are
             one where their names are (`h2a2_jax.scans.label_space`).
+        adapters: if True, each dataset has a residual adapter at the submanifold 3^3 convolutions of the stages
+            (`AdapterConv`), but not in exclusive ones.
+        exclusive_stages: stages of the backbone, 1 to 4, with kernels and scales and biases of norms exclusive to each
+            dataset; 0 is the stem.
     """
 
     depth: int = 34
@@ -41,23 +49,39 @@ class DetectorConfig:
     neck_channels: int = 128
     voxel_size: float = 0.01
     selection: SelectionConfig | None = None
-    norm_affine: Literal["shared", "exclusive"] = "shared"
+    norm_affine: Literal["shared", "exclusive", "prompt"] = "shared"
+    prompt_dim: int = 64
     running_statistics: Literal["exclusive", "shared"] = "exclusive"
     neck: Literal["shared", "exclusive"] = "shared"
     label_space: Literal["separate", "union"] = "separate"
+    adapters: bool = False
+    exclusive_stages: tuple[int, ...] = ()
 
     def selection_in(self, part: Part) -> SelectionConfig | None:
         """Kernel selection of a part of the detector; None for a part without it."""
         return self.selection if self.selection is not None and part in self.selection.convolutions else None
 
+    def kernels_in(self, stage: int) -> Literal["shared", "adapted", "exclusive"]:
+        """Kernels of a stage without selection, 1 to 4, or of the stem, 0, as in `ResidualBlock`."""
+        if stage in self.exclusive_stages:
+            return "exclusive"
+        return "adapted" if self.adapters and stage > 0 else "shared"
+
+    def norm_in(self, stage: int) -> Callable[..., BatchNorm]:
+        """Class of the batch norms of a stage, 1 to 4, or of the stem, 0, with the options of this architecture."""
+        return self._norm("exclusive" if stage in self.exclusive_stages else self.norm_affine)
+
     @property
-    def norm(self) -> Callable[..., BatchNorm]:
-        """Class of the batch norms, with the options of this architecture."""
-        return partial(
-            BatchNorm,
-            exclusive_affine=self.norm_affine == "exclusive",
-            shared_statistics=self.running_statistics == "shared",
-        )
+    def neck_norm(self) -> Callable[..., BatchNorm]:
+        """Class of the batch norms of the neck, with the options of this architecture."""
+        return self._norm(self.norm_affine)
+
+    def _norm(self, affine: str) -> Callable[..., BatchNorm]:
+        is_shared = self.running_statistics == "shared"
+        if affine == "prompt":
+            width = self.prompt_dim if self.selection is None else self.selection.embedding_dim
+            return partial(PromptNorm, embedding_dim=width, shared_statistics=is_shared)
+        return partial(BatchNorm, exclusive_affine=affine == "exclusive", shared_statistics=is_shared)
 
     @property
     def stage_blocks(self) -> tuple[int, ...]:

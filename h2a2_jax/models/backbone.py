@@ -1,10 +1,11 @@
 """MinkResNet: the residual backbone on sparse voxels (TR3D)."""
 
 from dataclasses import replace
+from functools import partial
 
 from flax import nnx
 
-from h2a2_jax.layers import ConvNorm, EmbeddingMLP, ForwardContext, ResidualBlock, global_pool, relu
+from h2a2_jax.layers import ConvNorm, EmbeddingMLP, ForwardContext, ResidualBlock, SparseConv, global_pool, relu
 from h2a2_jax.layers.context import call_block
 from h2a2_jax.models.architecture import DetectorConfig
 from h2a2_jax.models.maps import DetectorPlan
@@ -16,9 +17,11 @@ class Stem(ConvNorm):
 
     def __init__(self, config: DetectorConfig, num_datasets: int, *, rngs: nnx.Rngs):
         """Build the stem with the widths of the config."""
+        exclusive_to = num_datasets if config.kernels_in(0) == "exclusive" else None
         super().__init__(
-            config.in_channels, config.stem_channels, norm=config.norm, selection=config.selection_in("stem"),
-            num_datasets=num_datasets, name="stem", rngs=rngs,
+            config.in_channels, config.stem_channels, conv=partial(SparseConv, exclusive_to=exclusive_to),
+            norm=config.norm_in(0), selection=config.selection_in("stem"), num_datasets=num_datasets, name="stem",
+            rngs=rngs,
         )  # fmt: skip
 
     def __call__(self, x: SparseTensor, plan: DetectorPlan, context: ForwardContext) -> SparseTensor:  # type: ignore[override]
@@ -55,9 +58,9 @@ class MinkResNet(nnx.Module):
             for b in range(blocks):
                 stage.append(
                     ResidualBlock(
-                        width, channels, downsample=b == 0, norm=config.norm,
-                        selection=config.selection_in("residual"), num_datasets=num_datasets,
-                        name=f"layer{s + 1}_{b}", rngs=rngs,
+                        width, channels, downsample=b == 0, norm=config.norm_in(s + 1),
+                        kernels=config.kernels_in(s + 1), selection=config.selection_in("residual"),
+                        num_datasets=num_datasets, name=f"layer{s + 1}_{b}", rngs=rngs,
                     )
                 )  # fmt: skip
                 width = channels

@@ -35,7 +35,7 @@ class UpStep(nnx.Module):
 
         def part(inputs: int, outputs: int, conv: type[SparseConv], name: str, select: bool) -> ConvNorm:
             return ConvNorm(
-                inputs, outputs, conv=partial(conv, exclusive_to=exclusive_to), norm=config.norm,
+                inputs, outputs, conv=partial(conv, exclusive_to=exclusive_to), norm=config.neck_norm,
                 selection=config.selection_in("neck") if select else None, num_datasets=num_datasets,
                 name=f"neck{level}.{name}", rngs=rngs,
             )  # fmt: skip

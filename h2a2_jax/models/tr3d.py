@@ -66,7 +66,8 @@ class TR3D(nnx.Module):
     """Backbone, neck, and one head per dataset or one for the union of all classes.
 
     Attributes:
-        embedding: [D, d], embedding of each dataset, read by the layers with kernel selection; None without selection.
+        embedding: [D, d], embedding of each dataset, read by the layers with kernel selection and by prompt-driven
+            norms; None without both.
     """
 
     def __init__(self, config: DetectorConfig, heads: Sequence[HeadConfig], *, rngs: nnx.Rngs):
@@ -80,11 +81,7 @@ class TR3D(nnx.Module):
         self.config = config
         self.heads_config = tuple(heads)
         count = len(heads)
-        self.embedding = (
-            nnx.Param(jax.random.normal(rngs.params(), (count, config.selection.embedding_dim)), dataset_axis=0)
-            if config.selection is not None
-            else None
-        )
+        embedding = None if config.selection is None else _embeddings(count, config.selection.embedding_dim, rngs)
         self.backbone = MinkResNet(config, count, rngs=rngs)
         self.neck = Neck(config, count, rngs=rngs)
         columns = [h.columns for h in heads if h.columns is not None]
@@ -100,6 +97,10 @@ class TR3D(nnx.Module):
                 tuple(h.num_outputs for h in heads),
                 rngs=rngs,
             )
+        if embedding is None and config.norm_affine == "prompt":
+            # Drawn last: with prompts alone, all layers start as in the network of the same seed without.
+            embedding = _embeddings(count, config.prompt_dim, rngs)
+        self.embedding = embedding
 
     def __call__(
         self,
@@ -143,6 +144,11 @@ class TR3D(nnx.Module):
         if head is not None and not isinstance(head, DatasetContext):
             raise ValueError("head are columns; the detector has a head for each dataset: give a DatasetContext.")
         return self.heads(features, head or dataset)
+
+
+def _embeddings(num_datasets: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
+    """Normal embeddings [D, d] of the datasets."""
+    return nnx.Param(jax.random.normal(rngs.params(), (num_datasets, width)), dataset_axis=0)
 
 
 def selective_layers(model: TR3D) -> dict[str, SelectiveConv]:

@@ -1,5 +1,6 @@
 """Frozen parameters by name: the parameters of every entry, and entries that are refused."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from h2a2_jax.checkpoint.tree import flat_names
 from h2a2_jax.errors import InputError
 from tests.checkpoint.test_store import NAMES, PLAIN, TINY, state_shapes
 
+ADAPTED = replace(PLAIN, norm_affine="prompt", adapters=True)
+
 
 def state(model: Any = TINY) -> TrainState:
     return state_shapes(NAMES, model, False)
@@ -32,6 +35,14 @@ def test_a_place_is_frozen_with_its_exclusive_parameters():
     assert {"backbone.stages.0.0.first.conv.shared", "backbone.stages.0.0.first.conv.exclusive"} <= held
     assert all(name.startswith("backbone.stages.0.") for name in held)
     assert held == frozen("backbone.stages.0") == frozen("backbone.stages.0.0", "layer1")
+
+
+def test_prompts_and_adapters_are_groups():
+    prompts, adapters = frozen("prompts", model=ADAPTED), frozen("adapters", model=ADAPTED)
+    assert {name.split(".norm.")[1] for name in prompts} == {"prompt.kernel", "prompt.bias"}
+    assert adapters == {f"backbone.stages.{s}.0.second.conv.adapter" for s in range(4)}
+    assert adapters < frozen("exclusive", model=ADAPTED) and prompts < frozen("shared", model=ADAPTED)
+    assert not (prompts | adapters) & frozen("norms", "kernels", model=ADAPTED)
 
 
 def test_a_path_is_taken_up_to_a_dot():
@@ -50,7 +61,7 @@ def test_shared_and_exclusive_are_everything_with_and_without_a_dataset_axis():
 def test_every_group_is_of_some_parameters():
     for group in GROUPS:
         if group != "scan_embedding":
-            assert frozen(group)
+            assert frozen(group, model=ADAPTED if group in ("prompts", "adapters") else TINY)
     assert frozen("backbone") == frozen("stem", "layer1", "layer2", "layer3", "layer4")
 
 

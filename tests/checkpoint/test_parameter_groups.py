@@ -22,9 +22,10 @@ NAMES = ("scannet", "s3dis")
 
 
 @functools.cache
-def shared_parameters(depth: int = 10, **choices: Any) -> nnx.State:
+def shared_parameters(depth: int = 10, prompts: bool = False, **choices: Any) -> nnx.State:
     """Shapes only; depth 34 is TR3D's own."""
-    config = DetectorConfig(depth=depth, selection=SelectionConfig(**choices) if choices else None)
+    selection = SelectionConfig(**choices) if choices else None
+    config = DetectorConfig(depth=depth, selection=selection, norm_affine="prompt" if prompts else "shared")
     heads = [HeadConfig("scannet", 18, 6), HeadConfig("s3dis", 5, 6)]
     return split_model(nnx.eval_shape(lambda: TR3D(config, heads, rngs=nnx.Rngs(0))))[2]
 
@@ -76,13 +77,16 @@ def test_one_norm_over_everything_is_one_group():
     }
 
 
-@pytest.mark.parametrize("choices", [{}, {"tau": 0.25}, {"convolutions": ("stem", "residual", "neck")}])
+@pytest.mark.parametrize(
+    "choices", [{}, {"tau": 0.25}, {"convolutions": ("stem", "residual", "neck")}, {"tau": 0.25, "prompts": True}]
+)
 def test_every_shared_parameter_has_one_place_and_one_kind(choices: dict[str, Any]):
     names = flat_names(shared_parameters(**choices))
     for groups in (PLACES, KINDS):
         assert all(sum(re.search(pattern, name) is not None for pattern in groups.values()) == 1 for name in names)
     kinds = {kind for kind, pattern in KINDS.items() if any(re.search(pattern, name) for name in names)}
-    assert kinds == set(KINDS) if choices else kinds == {"kernels", "norms"}
+    expected = set(KINDS) if choices else {"kernels", "norms"}
+    assert kinds == (expected if "prompts" in choices else expected - {"prompts"})
 
 
 def test_scan_embeddings_have_a_place():

@@ -148,6 +148,20 @@ def test_another_order_of_datasets_is_restored_by_name(plain: tuple[Path, TrainS
     assert_equal(restored, reordered(state, [2, 0, 1]))
 
 
+def test_prompts_adapters_and_exclusive_stages_are_restored_by_name_in_any_order(tmp_path: Path):
+    model = dataclasses.replace(PLAIN, norm_affine="prompt", prompt_dim=3, adapters=True, exclusive_stages=(4,))
+    state, order = make_state(1, model=model), ("s3dis", "scannet", "sunrgbd")
+    with CheckpointStore(tmp_path / "checkpoints") as store:
+        store.save(7, state, experiment(model=model), NAMES)
+        restored = store.restore_state(7, make_state(2, order, model), order)
+        held = store.restore_arrays(7)
+        with pytest.raises(InputError, match=r"model.adapters is True in the checkpoint and False in the config"):
+            store.restore_state(7, make_state(2, model=PLAIN), NAMES, experiment(model=PLAIN))
+    assert_equal(restored, reordered(state, [2, 0, 1]))
+    own = {"embedding", "backbone.stages.0.0.second.conv.adapter", "backbone.stages.3.0.first.conv.kernel"}
+    assert own <= held.datasets["s3dis"].keys() and "backbone.stem.norm.prompt.kernel" in held.shared
+
+
 @pytest.mark.parametrize("devices", [1, 3])
 def test_fewer_devices_restore_a_state_of_six(plain: tuple[Path, TrainState], devices: int):
     folder, state = plain

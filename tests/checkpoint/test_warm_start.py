@@ -191,6 +191,39 @@ def test_shared_arrays_of_the_checkpoint_start_exclusive_ones_here(tr3d: tuple[P
     assert {name.path.split(".")[0] for name in report.initialised} == {"heads"} and not report.left_over
 
 
+ADAPTED = dataclasses.replace(PLAIN, norm_affine="prompt", prompt_dim=3, adapters=True, exclusive_stages=(4,))
+EXTRA = ("embedding", "conv.adapter", "norm.prompt.kernel", "norm.prompt.bias")
+"""Ends of the paths that a detector with prompts and adapters has beside those of TR3D."""
+
+
+def test_tr3d_starts_prompts_adapters_and_exclusive_stages(tr3d: tuple[Path, dict]):
+    run, held = tr3d
+    _, after, report = start(run, (SCANNET, MINE), ADAPTED)
+    others = {name.path for name in report.initialised if not name.path.endswith(EXTRA)}
+    assert {path.split(".")[0] for path in others} == {"heads"} and not report.left_over
+    for path in ("backbone.stages.3.0.first.conv.kernel", "backbone.stages.3.0.second.norm.scale"):
+        for name in ("scannet", "mine"):
+            np.testing.assert_array_equal(after[name][path], held[""][path])
+    np.testing.assert_array_equal(
+        after[""]["backbone.stages.0.0.second.conv.kernel"], held[""]["backbone.stages.0.0.second.conv.kernel"]
+    )
+
+
+def test_other_datasets_start_from_prompts_and_adapters_and_tr3d_leaves_them(tmp_path: Path):
+    held = save(tmp_path, 5, (SCANNET, SUNRGBD, S3DIS), ADAPTED)
+    _, after, report = start(tmp_path, (S3DIS, MINE), ADAPTED)
+    own = ("embedding", "backbone.stages.0.0.second.conv.adapter", "backbone.stages.3.0.first.conv.kernel")
+    for path in own:
+        np.testing.assert_array_equal(after["s3dis"][path], held["s3dis"][path])
+    path = "neck.steps.0.up.norm.prompt.kernel"
+    np.testing.assert_array_equal(after[""][path], held[""][path])
+    assert {("mine", path) for path in own} < pairs(report.initialised)
+    _, _, report = start(tmp_path, (SCANNET,), dataclasses.replace(PLAIN, exclusive_stages=(4,)))
+    assert not report.initialised and all(
+        name.path.endswith(EXTRA) for name in report.left_over if name.dataset not in report.left_datasets
+    )
+
+
 @pytest.mark.parametrize("classes", [("box", "bat"), ("bag", "box"), ("box", "bag", "bat")])
 def test_a_head_of_other_classes_starts_anew(tmp_path: Path, classes: tuple[str, ...]):
     held = save(tmp_path, 4, (MINE,), PLAIN)

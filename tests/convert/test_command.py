@@ -1,3 +1,7 @@
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -5,7 +9,7 @@ from flax import nnx
 from h2a2_jax.checkpoint.store import restore_checkpoint
 from h2a2_jax.convert.conversion import Entry, convert_command, convert_file, table
 from h2a2_jax.convert.torch_file import read_torch_file, write_torch_file
-from h2a2_jax.convert.tr3d_weights import config_of_weights, export_tr3d, tr3d_slots
+from h2a2_jax.convert.tr3d_weights import as_tr3d, config_of_weights, export_tr3d, tr3d_slots
 from h2a2_jax.errors import InputError
 from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
 from h2a2_jax.models.architecture import STAGE_BLOCKS
@@ -78,6 +82,25 @@ def test_there_and_back_keeps_every_bit(tmp_path, capsys):
         assert match in capsys.readouterr().err
     # The folder is a run now, and is not written over.
     assert "is the folder of a run already" in converted(tmp_path, capsys, STATE)[2]
+
+
+def test_prompts_adapters_and_exclusive_kernels_of_a_dataset_go_into_kernels_and_norms():
+    config = replace(CONFIG, norm_affine="prompt", prompt_dim=3, adapters=True, exclusive_stages=(4,))
+    heads = [HeadConfig("first", 10, 8), HeadConfig("second", 10, 8)]
+    graph, state = nnx.split(nnx.eval_shape(lambda: TR3D(config, heads, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    model = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 1, leaf.shape), leaf.dtype), state))
+    found = export_tr3d(as_tr3d(model, 1), 1)
+    assert {name: value.shape for name, value in found.items()} == {name: v.shape for name, v in STATE.items()}
+    block, last = model.backbone.stages[0][0].second, model.backbone.stages[3][0].first
+    expected = np.array(block.conv.kernel[...])
+    expected[13] += block.conv.adapter[1]
+    np.testing.assert_array_equal(found["backbone.layer1.0.conv2.kernel"], expected)
+    np.testing.assert_array_equal(found["backbone.layer4.0.conv1.kernel"], last.conv.kernel[1])
+    factor, shift = block.norm.factors(model.embedding[1])
+    np.testing.assert_allclose(found["backbone.layer1.0.norm2.bn.weight"], block.norm.scale[...] * factor, rtol=1e-6)
+    expected = block.norm.bias[...] * factor + shift
+    np.testing.assert_allclose(found["backbone.layer1.0.norm2.bn.bias"], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["scannet", "sunrgbd"])

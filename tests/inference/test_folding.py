@@ -30,6 +30,8 @@ CASES = {
     ),
     "all exclusive": (replace(SELECTION, kernels="exclusive", embedding_start="random"), {}),
     "embeddings of scans": (replace(SELECTION, scan_embedding=True, convolutions=("stem", "residual")), {}),
+    "prompts and adapters": (None, {"norm_affine": "prompt", "adapters": True, "exclusive_stages": (0, 4)}),
+    "prompts of scans": (replace(SELECTION, scan_embedding=True), {"norm_affine": "prompt"}),
     "embeddings of scans, gate first": (replace(SELECTION, scan_embedding=True, gate="before_norm"), {}),
 }  # fmt: skip
 
@@ -69,7 +71,10 @@ def predictions(model, batch, dataset, head=None):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "conditioning"),
-    [*((case, "own") for case in CASES), *(("default", c) for c in ("another", "mean", "shared kernels"))],
+    [
+        *((case, "own") for case in CASES),
+        *((case, c) for case in ("default", "prompts and adapters") for c in ("another", "mean", "shared kernels")),
+    ],
 )
 def test_a_folded_detector_predicts_the_same(case, conditioning, batch):
     model, head = trained(case), 1
@@ -89,7 +94,7 @@ def test_a_folded_detector_predicts_the_same(case, conditioning, batch):
         assert np.ptp(expected[:, 0]) > 1e-4  # ReLUs leave something alive
         error = np.abs(getattr(ours, name) - expected).max() / np.abs(expected).max()
         assert error < 1e-5, (name, error)
-    selects = case not in ("TR3D", "all exclusive") and conditioning != "shared kernels"
+    selects = case not in ("TR3D", "all exclusive", "prompts and adapters") and conditioning != "shared kernels"
     assert any(name.endswith(".gamma") for name in taps) == selects
     assert folded.heads_config == (model.heads_config[head],)
 

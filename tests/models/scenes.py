@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from h2a2_jax.layers import BatchNorm, EmbeddingMLP, SelectionConfig, SelectiveConv
+from h2a2_jax.layers import AdapterConv, BatchNorm, EmbeddingMLP, PromptNorm, SelectionConfig, SelectiveConv
 from h2a2_jax.layers.kernel_selection import READING_0_1_0
 from h2a2_jax.loader.batching import collate, pad_batch
 from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
@@ -73,6 +73,10 @@ def tiny_detector(selection=SELECTION, seed=0, specs=SPECS, width=4, **options):
         if isinstance(module, BatchNorm):
             _add_noise(rng, module.mean)
             _add_noise(rng, module.var)
+        if isinstance(module, PromptNorm):
+            _add_noise(rng, module.prompt.kernel)
+        if isinstance(module, AdapterConv):
+            _add_noise(rng, module.adapter)
     return model
 
 
