@@ -16,6 +16,10 @@ zero; gradients that cancel. All is float64. TorchJD's solvers are driven as far
   of which TorchJD makes no problem. `max_norm` is 0, for norms that are not clipped.
 - PCGrad and GradVac: the orders that they draw are those stored with the matrix. GradVac is called three times in a
   row, with the matrix, twice the matrix in reversed columns, and the matrix again.
+
+The methods that weigh losses have weights of twelve steps, [12, K], for losses of K = 1 to 7 datasets: uncertainty
+weighting with plain gradient descent at a rate of 0.1, DWA with epochs of four steps, FAMO with the losses of the next
+step as those after the update.
 """
 
 import argparse
@@ -122,12 +126,43 @@ def make(path: Path) -> dict[str, int]:
         with mock.patch.object(torch, "randperm", _orders(orders, skip=True)):
             steps = [rows, 2 * rows.flip(1), rows]
             arrays[f"gradvac.{name}"] = np.stack([vaccine(step).numpy() for step in steps])
+    arrays |= _loss_weights()
     arrays = {key: value for key, value in arrays.items() if np.isfinite(value).all()}
     libraries = ("torchjd", "torch", "cvxpy", "clarabel", "ecos", "quadprog")
     arrays["versions"] = np.array([f"{library} {version(library)}" for library in libraries])
-    np.savez_compressed(path, **arrays)
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
     found = [key.rpartition(".")[0] for key in arrays if "." in key]
     return {method: found.count(method) for method in dict.fromkeys(found)}
+
+
+def _loss_weights() -> dict[str, np.ndarray]:
+    """Losses of twelve steps and the weights that they get, which are the derivatives of the combined loss."""
+    import torch
+    from torchjd import scalarization
+
+    arrays: dict[str, np.ndarray] = {}
+    draw = np.random.default_rng(2)
+    for size in range(1, 8):
+        falling = np.exp(-np.outer(np.arange(12), draw.uniform(0, 0.3, size)))
+        losses = falling * 10 ** draw.uniform(-1, 1, size) * draw.uniform(0.9, 1.1, (12, size))
+        arrays[f"losses.{size}"] = losses
+        uncertainty, dwa, famo = scalarization.UW(size), scalarization.DWA(), scalarization.FAMO(size)
+        descent = torch.optim.SGD(uncertainty.parameters(), lr=0.1)
+        weights: dict[str, list[np.ndarray]] = {"uncertainty": [], "dwa": [], "famo": []}
+        for step, row in enumerate(losses):
+            if step:
+                famo.update(torch.from_numpy(row))
+            for name, scalarizer in (("uncertainty", uncertainty), ("dwa", dwa), ("famo", famo)):
+                values = torch.from_numpy(row).requires_grad_()
+                scalarizer(values).backward()
+                assert values.grad is not None
+                weights[name].append(values.grad.numpy())
+            descent.step()
+            descent.zero_grad()
+            if step % 4 == 3:
+                dwa.step()
+        arrays |= {f"{name}.{size}": np.stack(rows) for name, rows in weights.items()}
+    return arrays
 
 
 def _shortest(gramian: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """The balancers of gradients: their error, the bytes that they exchange, and their cost in a step.
 
-    python -m benchmarks.balancers --fixtures                  largest error of each method against TorchJD, float64
-    python -m benchmarks.balancers --bytes [--size S]          bytes exchanged in a step, counted in the compiled program
-    python -m benchmarks.balancers --cost [--size S] [--repeats N]     time of a step, in turns with the plain mean
+    python -m benchmarks.balancers --fixtures                        largest error of each method against TorchJD
+    python -m benchmarks.balancers --bytes [--size S]                bytes exchanged in a step, of compiled programs
+    python -m benchmarks.balancers --cost [--size S] [--repeats N]   time of a step, in turns with the plain mean
 
 Errors are relative to the longest gradient of a case; `benchmarks.balancer_fixtures` says where the numbers come from.
 Bytes are those of the demo's step on three virtual devices, a dataset each: the sizes of the results of all collective

@@ -156,6 +156,8 @@ def gramian_balancer(
             found = jax.vmap(weigh, in_axes=(Situation(0, 0, 0, None, 0),))(  # type: ignore[arg-type]
                 Situation(gramians, active, unit, key, memory)
             )
+        weights: Any
+        after: Any
         weights, after = found if remembers else (found, ())
         count = jnp.sum(active, axis=1, keepdims=True)
         factors = weights if sums else weights * count
