@@ -12,8 +12,8 @@ zero; gradients that cancel. All is float64. TorchJD's solvers are driven as far
 - CAGrad: CLARABEL with tolerances of 1e-13 in place of 1e-8.
 - Nash-MTL: at most 30 of its convex problems, by ECOS with tolerances of 1e-12, until the residual |w (G w) - 1| is
   below 1e-10 (its own criterion is 1e-3, or little change). `left.nash_mtl` holds the residual; a case is left out
-  where it exceeds 1e-7, as with rows of zero and at Pareto stationary points, where no solution exists, and for K = 1,
-  of which TorchJD makes no problem. `max_norm` is 0, for norms that are not clipped.
+  where it exceeds 1e-7: rows of zero and Pareto stationary points, where no solution exists, K = 1, of which TorchJD
+  makes no problem, and four cases where ECOS ends before. `max_norm` is 0, for norms that are not clipped.
 - PCGrad and GradVac: the orders that they draw are those stored with the matrix. GradVac is called three times in a
   row, with the matrix, twice the matrix in reversed columns, and the matrix again.
 

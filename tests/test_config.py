@@ -96,7 +96,7 @@ def test_keys_left_out_take_their_defaults():
         ("harmonize.cagrad_c", -0.1, "harmonize.cagrad_c is -0.1; expected a finite number from 0."),
         ("harmonize.dwa_window", 0, "harmonize.dwa_window is 0; expected 1 or more."),
         ("harmonize.weights", [1.0, -1.0], "harmonize.weights is (1.0, -1.0); expected finite numbers from 0, not all"),
-        ("harmonize.method", "fixed", "harmonize.weights is (); expected 3 numbers, one for each of"),
+        ("harmonize.method", "fixed", "harmonize.weights is (); expected 2 numbers, one for each of sunrgbd, scannet."),
         ("model.selection.consistency", "x", "expected one of 'centered_cosine', 'half_cosine', 'relu_cosine'."),
         ("optim", 3, "optim is 3 (int); expected a group with the keys lr,"),
         ("datasets.scannet", 3, "datasets.scannet is 3 (int); expected a group with the keys of a dataset."),

@@ -1,5 +1,7 @@
 """Weights of the Gramian methods against TorchJD's, in float64 (`benchmarks.balancer_fixtures`)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,20 +33,21 @@ def test_all_datasets_take_part_by_default(method: str) -> None:
         (padded,) = combine(method, [matrix], [orders])
         gramian = jnp.asarray(matrix @ matrix.T)
         if method == "gradvac":
-            weights, _ = WEIGHTS[method](gramian, jnp.asarray(orders[0]), jnp.zeros((3, 3)))
+            weights, _ = jax.jit(WEIGHTS[method])(gramian, jnp.asarray(orders[0]), jnp.zeros((3, 3)))
         else:
-            weights = WEIGHTS[method](gramian)
+            weights = jax.jit(WEIGHTS[method])(gramian)
     np.testing.assert_allclose(np.asarray(weights) @ matrix, padded[0] if method == "gradvac" else padded, rtol=1e-9)
 
 
 def test_nash_weights_solve_their_equation_and_are_clipped() -> None:
     with jax.enable_x64(True), np.load(FIXTURES) as stored:
-        for name in ("lengths7", "rank2_7", "equal5"):
+        free, bounded = jax.jit(partial(nash_mtl_weights, max_norm=0.0)), jax.jit(nash_mtl_weights)
+        for name in ("lengths7", "rank2_7", "equal7"):
             matrix = stored[f"matrix.{name}"]
             gramian = matrix @ matrix.T
-            weights = np.asarray(nash_mtl_weights(jnp.asarray(gramian), max_norm=0.0))
+            weights = np.asarray(free(jnp.asarray(gramian)))
             np.testing.assert_allclose(weights * (gramian @ weights), 1, atol=1e-9)
-            clipped = np.asarray(nash_mtl_weights(jnp.asarray(gramian)))
+            clipped = np.asarray(bounded(jnp.asarray(gramian)))
             np.testing.assert_allclose(clipped, weights / np.sqrt(len(matrix)), rtol=1e-6)
             assert np.linalg.norm(clipped @ matrix) == pytest.approx(1, rel=1e-6)
 
