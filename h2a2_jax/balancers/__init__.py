@@ -210,9 +210,7 @@ def build_balancer(
     scope = "tensor" if config.method in GRAMIAN_METHODS and config.gramian_scope != "global" else config.scope
 
     def harmonization(threshold: float) -> optax.GradientTransformationExtraArgs:
-        return norm_gradient_harmonization(
-            num_datasets, threshold, config.scope if threshold else scope, config.cap, axis_name
-        )
+        return norm_gradient_harmonization(num_datasets, threshold, scope, config.cap, axis_name)
 
     if config.method == "ngh":
         return harmonization(config.threshold)

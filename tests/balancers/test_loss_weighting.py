@@ -24,9 +24,7 @@ def factors_of_steps(balancer: Any, losses: np.ndarray) -> np.ndarray:
     datasets = losses.shape[1]
 
     def step(state: Any, row: jax.Array) -> Any:
-        updates, state = balancer.update(
-            jnp.ones((datasets, 1)), state, present=jnp.ones(datasets, bool), losses=row
-        )
+        updates, state = balancer.update(jnp.ones((datasets, 1)), state, present=jnp.ones(datasets, bool), losses=row)
         return state, updates[:, 0]
 
     return np.asarray(jax.lax.scan(step, balancer.init(None), jnp.asarray(losses, jnp.float32))[1])
