@@ -19,7 +19,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from h2a2_jax.balancers import HarmonizeConfig
+from h2a2_jax.balancers import EXHAUSTIVE_METHODS, HarmonizeConfig
+from h2a2_jax.balancers.active_sets import MOST_DATASETS
 from h2a2_jax.errors import InputError
 from h2a2_jax.layers.kernel_selection import READING_0_1_0, SelectionConfig
 from h2a2_jax.models.architecture import DetectorConfig
@@ -426,12 +427,27 @@ def _check_sharing(model: DetectorConfig) -> None:
     _require(ok, "model.adapters", True, "False where no stage is shared (model.exclusive_stages)")
 
 
+def _check_balancer(balancer: HarmonizeConfig, names: tuple[str, ...]) -> None:
+    path = "harmonize"
+    _require_fraction(path, balancer, "threshold", "gradvac_beta")
+    _require(balancer.cap >= 1, f"{path}.cap", balancer.cap, "1 or more")
+    for key in ("alpha", "cagrad_c", "nash_max_norm", "famo_decay"):
+        value = getattr(balancer, key)
+        _require(0 <= value < math.inf, f"{path}.{key}", value, "a finite number from 0")
+    _require_positive(path, balancer, "weight_lr", "dwa_temperature")
+    _require_at_least(1, path, balancer, "dwa_window")
+    weights, are_used = balancer.weights, balancer.method == "fixed"
+    ok = all(0 <= weight < math.inf for weight in weights) and (sum(weights) > 0 or not weights)
+    _require(ok, f"{path}.weights", weights, "finite numbers from 0, not all of them 0")
+    number = f"{len(names)} numbers, one for each of {', '.join(names)}"
+    _require(len(weights) == len(names) or not are_used, f"{path}.weights", weights, number)
+    most = len(names) <= MOST_DATASETS or balancer.method not in EXHAUSTIVE_METHODS
+    expected = f"a method other than {', '.join(EXHAUSTIVE_METHODS)} for more than {MOST_DATASETS} datasets"
+    _require(most, f"{path}.method", balancer.method, expected)
+
+
 def _check_training(config: ExperimentConfig) -> None:
-    _require_fraction("harmonize", config.harmonize, "threshold")
-    _require(config.harmonize.cap >= 1, "harmonize.cap", config.harmonize.cap, "1 or more")
-    alpha = config.harmonize.alpha
-    _require(0 <= alpha < math.inf, "harmonize.alpha", alpha, "a finite number from 0")
-    _require_positive("harmonize", config.harmonize, "weight_lr")
+    _check_balancer(config.harmonize, config.dataset_names)
     optim, train = config.optim, config.train
     _require_positive("optim", optim, "lr", "clip_norm", "decay_factor")
     _require_at_least(0, "optim", optim, "weight_decay", "warmup_steps")

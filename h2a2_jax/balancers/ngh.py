@@ -7,10 +7,12 @@ entry `k % local` of the device with index `k // local`, all functions run insid
 that axis name only.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -23,14 +25,16 @@ from h2a2_jax.balancers.dataset_axis import (
     local_rows,
     nonzero,
 )
+from h2a2_jax.balancers.gramian import check_scope, group_tensors
 from h2a2_jax.balancers.packing import count_tensors, scale_tensors, tensor_norms, tensor_values
 
 
 class HarmonizationState(NamedTuple):
     """Record of the last step of `norm_gradient_harmonization`; the next step does not depend on it.
 
-    `psi`, `norms` and `scales` are trees of the structure of the parameters for scope "tensor", single arrays for scope
-    "global". All are float32 and equal on every device; K counts the datasets on all devices.
+    `psi`, `norms` and `scales` are trees of the structure of the parameters for the scopes "tensor" and "group", where
+    the tensors of a group have the same `psi` and `scales`, and single arrays for the scope "global". All are float32
+    and equal on every device; K counts the datasets on all devices.
 
     Attributes:
         psi: agreement of the gradient norms in (0, 1], a scalar each; 1 where fewer than two datasets were active and
@@ -52,6 +56,7 @@ def norm_gradient_harmonization(
     scope: str = "tensor",
     cap: float = 100.0,
     axis_name: str | None = None,
+    group_of: Callable[[str], str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Norm-based gradient harmonisation (NGH): bring the gradients of a tensor to one norm where their norms disagree.
 
@@ -78,9 +83,12 @@ def norm_gradient_harmonization(
     Args:
         num_datasets: number of datasets on all devices.
         threshold: Psi below which gradients are scaled.
-        scope: "tensor" for norms per parameter tensor, "global" for one norm over the whole tree.
+        scope: "tensor" for norms per parameter tensor, "group" for norms per part of the network, "global" for one norm
+            over the whole tree.
         cap: largest factor.
         axis_name: mesh axis that further datasets are spread over; None if all are local.
+        group_of: group of a parameter by its path, for the scope "group"; the beginning of the path by default
+            (`h2a2_jax.balancers.gramian.beginning_of`).
 
     Raises:
         ValueError: the scope is unknown, or gradients do not hold `num_datasets` datasets.
@@ -89,8 +97,7 @@ def norm_gradient_harmonization(
         Xie et al., H2A2: Homogeneity-Aware and Heterogeneity-Aware Feature Perception for Unified Indoor 3D Object
         Detection, CVPR 2026.
     """
-    if scope not in ("tensor", "global"):
-        raise ValueError(f'scope is {scope!r}; choose "tensor" (a norm per parameter tensor) or "global" (one norm)')
+    check_scope(scope)
 
     def init(params: PyTree) -> HarmonizationState:
         def full(shape: tuple[int, ...], value: float) -> PyTree:
@@ -123,8 +130,15 @@ def norm_gradient_harmonization(
         if scope == "global":
             own_norms = dataset_norms(own_norms)[:, None]
         norms = gather_datasets(jnp.where(present[:, None], own_norms, 0), num_datasets, axis_name)
+        groups = group_tensors(grads, scope, group_of)
 
-        psi, scales, capped = _harmonize(norms, threshold, cap)
+        compared = norms
+        if scope == "group":
+            members = [np.flatnonzero(groups == group) for group in range(groups.max() + 1)]
+            compared = jnp.stack([dataset_norms(norms[:, own]) for own in members], axis=1)
+        psi, scales, capped = _harmonize(compared, threshold, cap)
+        if scope == "group":
+            psi, scales = psi[groups], scales[:, groups]
 
         own_scales = local_rows(scales, present.shape[0], axis_name)
         own_scales = jnp.broadcast_to(own_scales, (present.shape[0], tensors))

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from h2a2_jax.balancers import has_dataset_axis
+from h2a2_jax.balancers import dataset_axes
 from h2a2_jax.balancers.packing import leaf_name
 from h2a2_jax.checkpoint.train_state import TrainState
 from h2a2_jax.models.head import NUM_OUTPUTS
@@ -107,18 +107,24 @@ def stacked(stored: Mapping[str, Arrays], names: Sequence[str]) -> Arrays:
 
 
 def reordered_balancer(stored: Arrays, like: Any, saved: Sequence[str], names: Sequence[str]) -> Arrays:
-    """Reorder the dataset axis of a balancer's arrays from the order `saved` to the order `names`.
+    """Reorder the dataset axes of a balancer's arrays from the order `saved` to the order `names`.
 
-    A balancer that does not declare which of its arrays have that axis starts anew.
+    A balancer that does not declare which of its arrays have such axes starts anew.
     """
     if list(saved) == list(names):
         return stored
-    marked = has_dataset_axis(like)
-    if marked is None:
+    axes = dataset_axes(like)
+    if axes is None:
         return host_arrays(like)
     rows = [list(saved).index(name) for name in names]
-    moved = {path for path, has_axis in zip(flat_names(like), jax.tree.leaves(marked), strict=True) if has_axis}
-    return {path: array[rows] if path in moved else array for path, array in stored.items()}
+    leading = dict(zip(flat_names(like), jax.tree.leaves(axes), strict=True))
+
+    def moved(array: np.ndarray, axes: int) -> np.ndarray:
+        for axis in range(axes):
+            array = np.take(array, rows, axis)
+        return array
+
+    return {path: moved(array, leading.get(path, 0)) for path, array in stored.items()}
 
 
 def differences(stored: Mapping[str, np.ndarray], like: Any) -> list[str]:

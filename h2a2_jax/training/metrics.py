@@ -473,7 +473,7 @@ def group_summary(
         For each group: "psi/<group>", the mean of Psi over its tensors; "harmonized_share/<group>", the share of its
         tensors whose Psi is below the threshold, for every method; and for each dataset
         "gradient_norm/<group>/<dataset>", the norm over all its tensors, 0 for an absent dataset, and
-        "scale/<group>/<dataset>", the geometric mean of the factors.
+        "scale/<group>/<dataset>", the geometric mean of the factors, or their mean where one is not above zero.
     """
     record = jax.device_get(record)
     if jax.tree_util.treedef_is_leaf(jax.tree.structure(record.psi)):  # of scope "global"
@@ -489,7 +489,10 @@ def group_summary(
         values[f"psi/{group}"] = float(psi[rows].mean())
         values[f"harmonized_share/{group}"] = float((psi[rows] < threshold).mean())
         norm = np.sqrt((norms[rows] ** 2).sum(0))
-        scale = np.exp(np.log(scales[rows]).mean(0))
+        # Weights of methods such as MGDA and IMTL-G may be zero or negative.
+        positive = (scales[rows] > 0).all(0)
+        logarithms = np.log(np.where(positive, scales[rows], 1))
+        scale = np.where(positive, np.exp(logarithms.mean(0)), scales[rows].mean(0))
         for k, dataset in enumerate(dataset_names):
             values[f"gradient_norm/{group}/{dataset}"] = float(norm[k])
             values[f"scale/{group}/{dataset}"] = float(scale[k])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from h2a2_jax.balancers.gramian import GramianState
 from h2a2_jax.balancers.ngh import mean_over_datasets, plain_mean
-from h2a2_jax.balancers.pcgrad import PCGradState, pcgrad, random_orders
+from h2a2_jax.balancers.pcgrad import pcgrad, random_orders
 
 
 def random_grads(num_datasets, seed=0, size=3):
@@ -46,20 +47,19 @@ def orders_of_step(num_datasets, seed, step):
     return np.asarray(random_orders(jax.random.fold_in(jax.random.key(seed), step), num_datasets))
 
 
-def mean_and_state(grads, present, seed=0, state=None, axis_name=None):
-    num_datasets = len(present)
-    balancer = pcgrad(num_datasets, seed, axis_name)
+@partial(jax.jit, static_argnames="seed")
+def mean_and_state(grads, present, seed=0, state=None):
+    balancer = pcgrad(len(present), seed)
     updates, state = balancer.update(grads, state or balancer.init(None), present=present)
     return mean_over_datasets(updates, present), state
 
 
 @pytest.mark.parametrize("num_datasets", [1, 2, 3, 7])
 def test_equals_a_transcription(num_datasets):
-    step = jax.jit(mean_and_state)
     state, projections = None, 0
     for turn in range(5):
         grads = random_grads(num_datasets, seed=turn)
-        mean, state = step(grads, jnp.ones(num_datasets, bool), state=state)
+        mean, state = mean_and_state(grads, jnp.ones(num_datasets, bool), state=state)
         expected, count = projected_by_hand(vectors(grads), orders_of_step(num_datasets, 0, turn))
         projections += count
         got = np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(mean)])
@@ -103,7 +103,7 @@ def test_order_is_drawn_anew_in_every_step_and_matters():
     grads = random_grads(7, seed=3)
     seen = set()
     for done in range(6):
-        state = PCGradState(jnp.int32(done), jnp.ones(7))
+        state = GramianState(jnp.int32(done), jnp.ones(7))
         mean, _ = mean_and_state(grads, jnp.ones(7, bool), state=state)
         seen.add(float(mean["gain"]))
         again, _ = mean_and_state(grads, jnp.ones(7, bool), state=state)

@@ -247,7 +247,7 @@ def test_other_datasets_are_refused(plain: tuple[Path, TrainState]):
     assert "holds the datasets scannet, sunrgbd, s3dis, the config asks for scannet, sunrgbd:" in str(error.value)
 
 
-@pytest.mark.parametrize("method", ["pcgrad", "gradnorm"])
+@pytest.mark.parametrize("method", ["pcgrad", "gradnorm", "gradvac"])
 def test_the_state_of_a_balancer_is_restored_by_name(tmp_path: Path, method: Any):
     balancer = build_balancer(HarmonizeConfig(method), len(NAMES))
     state = make_state(1, model=PLAIN)
@@ -270,6 +270,8 @@ def test_the_state_of_a_balancer_is_restored_by_name(tmp_path: Path, method: Any
         np.testing.assert_array_equal(moved.method.first_losses, drawn.method.first_losses[rows])
     else:
         assert moved.method.steps == drawn.method.steps
+    if method == "gradvac":  # a number for each pair of datasets
+        np.testing.assert_array_equal(moved.method.memory, drawn.method.memory[rows][:, rows])
 
 
 def test_another_balancer_is_refused(plain: tuple[Path, TrainState]):
