@@ -557,7 +557,7 @@ def _tau_flags(parser: argparse.ArgumentParser) -> None:
 def _ablation_flags(parser: argparse.ArgumentParser) -> None:
     _sweep_flags(parser)
     rows = "naive, sfks, ngh, sfks_ngh, tr3d, frozen, modulation, exclusive, naive_shared_stats, random_labels"
-    several = "tr3d_<dataset>, single (tr3d)"
+    several = "tr3d_<dataset>, single (tr3d); and the rivals of docs/training.md, as pdnorm, pretrained, mgda"
     parser.add_argument("--rows", type=_names, default=[], help=f"of {rows}, {several}; by default the first five")
     parser.add_argument(
         "--against", type=_names, default=[], help="rows that the differences of the others are from; naive by default"

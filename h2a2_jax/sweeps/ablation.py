@@ -1,7 +1,7 @@
 """Tau sweep and ablation: settings of one config side by side."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.initialization import count_parameters
 from h2a2_jax.layers.kernel_selection import READING_0_1_0
 from h2a2_jax.sweeps.intervals import row_differences, samples_of, stored_matches
+from h2a2_jax.sweeps.rivals import BALANCERS, PRETRAINED, SHARING, balanced, pretrained_row, shared_otherwise
 from h2a2_jax.sweeps.sweep_plan import (
     Row,
     SweepRun,
@@ -46,6 +47,8 @@ ABLATION_ROWS = ("naive", "sfks", "ngh", "sfks_ngh", "tr3d")
 """Rows of the ablation unless others are asked for."""
 CONTROL_ROWS = ("frozen", "modulation", "exclusive", "naive_shared_stats", "random_labels")
 """Rows on request, each of which takes one part away that a gain may come from."""
+RIVAL_ROWS = (*SHARING, "sfks_pdnorm", PRETRAINED, *BALANCERS)
+"""Rows on request: other ways to share and other balancers."""
 
 DEFAULT_TAUS = (0.15, 0.2, 0.25, 0.3, 0.35)
 """Values around the default 0.25. Beta is near 0.5, so offsets are exclusive where the prior alpha is below twice tau;
@@ -93,15 +96,15 @@ def run_ablation(
     rows of `ablation_rows`, and `against` those that the differences of all others are from: without them naive, or
     the first row of a table without it.
     """
-    rows = ablation_rows(config, seeds, names)
+    rows = ablation_rows(config, seeds, names, workdir)
     labels = dict(zip(_row_names(names), (row.label for row in rows), strict=True))
     if unknown := [name for name in against if name not in labels and name != "single"]:
         raise InputError(f"--against is {unknown[0]!r}; expected rows of the table: {', '.join(labels)}.")
     references = [labels[name] for name in _row_names(against or ["naive"]) if name in labels] or [rows[0].label]
     result = partial(comparison_result, "ablation", "Ablation", config, rows, references)
-    return run_sweep(
-        config, workdir, partial(locate, rows, workdir), lambda found: [result(found)], jobs, budget_minutes
-    )
+    starts = dict.fromkeys(run.after for row in rows for run in row.runs if run.after is not None)
+    located = partial(locate, [Row("pretraining", tuple(starts)), *rows], workdir)
+    return run_sweep(config, workdir, located, lambda found: [result(found)], jobs, budget_minutes)
 
 
 def default_taus(base: ExperimentConfig) -> tuple[float, ...]:
@@ -127,8 +130,10 @@ def tau_rows(base: ExperimentConfig, taus: Sequence[float], seeds: Sequence[int]
     return rows
 
 
-def ablation_rows(base: ExperimentConfig, seeds: Sequence[int], names: Sequence[str] = ()) -> list[Row]:
-    """Naive joint training, SF-KS, NGH, both, TR3D alone on each dataset, and controls.
+def ablation_rows(
+    base: ExperimentConfig, seeds: Sequence[int], names: Sequence[str] = (), workdir: Path = Path()
+) -> list[Row]:
+    """Naive joint training, SF-KS, NGH, both, TR3D alone on each dataset, controls and rivals.
 
     - "frozen": SF-KS with choices as O, P and A were drawn, by the prior "learned" without learning; beside what
       `optim.freeze` of the base names.
@@ -136,12 +141,15 @@ def ablation_rows(base: ExperimentConfig, seeds: Sequence[int], names: Sequence[
     - "exclusive": modulation and gate, with the dataset's own kernel at every offset.
     - "naive_shared_stats": naive, with running statistics of batch norm that the datasets share.
     - "random_labels": SF-KS and NGH, each scan with the boxes of another one (`train.permute_boxes`).
+    - naive with another balancer (`rivals.BALANCERS`) or another way to share (`rivals.SHARING`).
+    - "sfks_pdnorm": SF-KS with prompt-driven norms.
+    - "pretrained": trained on the first dataset, then on each (`rivals.pretrained_row`); `workdir` is the sweep's.
 
     The single-dataset runs take as many steps as the joint ones, so that each sees as many of its scans. Their
     learning rate falls after the number of epochs that is nearest to the same number of steps.
 
-    Names, in the order of the table, are of `ABLATION_ROWS` and `CONTROL_ROWS`, "tr3d_<dataset>" for TR3D on one
-    dataset, or "single", another name of "tr3d"; without them the table has all of `ABLATION_ROWS`.
+    Names, in the order of the table, are of `ABLATION_ROWS`, `CONTROL_ROWS` and `RIVAL_ROWS`, "tr3d_<dataset>" for TR3D
+    on one dataset, or "single", another name of "tr3d"; without them the table has all of `ABLATION_ROWS`.
 
     Raises:
         InputError: the base selects no kernels or has only one dataset, a seed is given twice or makes no sense, or
@@ -172,29 +180,45 @@ def ablation_rows(base: ExperimentConfig, seeds: Sequence[int], names: Sequence[
         model=replace(sfks.model, selection=drawn),
         optim=replace(sfks.optim, freeze=tuple(dict.fromkeys((*base.optim.freeze, "selection")))),
     )
-    joint = {
-        "naive": ("naive joint", naive),
-        "sfks": ("SF-KS", sfks),
-        "ngh": ("NGH", replace(naive, harmonize=both.harmonize)),
-        "sfks_ngh": ("SF-KS + NGH", both),
-        "frozen": ("SF-KS, frozen choice", frozen),
-        "modulation": ("modulation", with_kernels("shared")),
-        "exclusive": ("exclusive kernels", with_kernels("exclusive")),
+    # Made when a row is asked for: a rival may not fit the base, as "fixed" where it has no weights.
+    joint: dict[str, tuple[str, Callable[[], ExperimentConfig]]] = {
+        "naive": ("naive joint", lambda: naive),
+        "sfks": ("SF-KS", lambda: sfks),
+        "ngh": ("NGH", lambda: replace(naive, harmonize=both.harmonize)),
+        "sfks_ngh": ("SF-KS + NGH", lambda: both),
+        "frozen": ("SF-KS, frozen choice", lambda: frozen),
+        "modulation": ("modulation", lambda: with_kernels("shared")),
+        "exclusive": ("exclusive kernels", lambda: with_kernels("exclusive")),
         "naive_shared_stats": (
             "naive, shared statistics",
-            replace(naive, model=replace(naive.model, running_statistics="shared")),
+            lambda: replace(naive, model=replace(naive.model, running_statistics="shared")),
         ),
-        "random_labels": ("random labels", replace(both, train=replace(both.train, permute_boxes=True))),
+        "random_labels": ("random labels", lambda: replace(both, train=replace(both.train, permute_boxes=True))),
+        "sfks_pdnorm": (
+            "SF-KS + prompt-driven norms",
+            lambda: replace(sfks, model=replace(sfks.model, norm_affine="prompt")),
+        ),
     }
-    rows = {name: Row(label, seeded(name, config, seeds)) for name, (label, config) in joint.items()}
-    alone = {f"tr3d_{name}": seeded(f"tr3d_{name}", restricted(naive, [name]), seeds) for name in base.dataset_names}
-    rows["tr3d"] = Row("TR3D alone", tuple(run for runs in alone.values() for run in runs))
-    rows |= {name: Row(f"TR3D alone on {name.removeprefix('tr3d_')}", runs) for name, runs in alone.items()}
+    joint |= {name: (label, partial(shared_otherwise, base, name)) for name, (label, _) in SHARING.items()}
+    joint |= {name: (label, partial(balanced, base, name)) for name, label in BALANCERS.items()}
+
+    def joint_row(name: str) -> Row:
+        label, config = joint[name]
+        return Row(label, seeded(name, config(), seeds))
+
+    def alone(label: str, *names: str) -> Row:
+        runs = [run for name in names for run in seeded(f"tr3d_{name}", restricted(naive, [name]), seeds)]
+        return Row(label, tuple(runs))
+
+    rows: dict[str, Callable[[], Row]] = {name: partial(joint_row, name) for name in joint}
+    rows["tr3d"] = partial(alone, "TR3D alone", *base.dataset_names)
+    rows |= {f"tr3d_{name}": partial(alone, f"TR3D alone on {name}", name) for name in base.dataset_names}
+    rows[PRETRAINED] = lambda: pretrained_row(base, seeds, workdir)
     names = _row_names(names)
     if unknown := [name for name in names if name not in rows]:
         raise InputError(f"The ablation has no row {unknown[0]!r}; its rows are {', '.join(rows)}.")
     check_once("rows", names)
-    return [rows[name] for name in names]
+    return [rows[name]() for name in names]
 
 
 def _row_names(names: Sequence[str]) -> list[str]:

@@ -3,15 +3,17 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from configs.joint import demo
-from h2a2_jax.config import to_json
+from h2a2_jax.config import HarmonizeConfig, to_json
 from h2a2_jax.errors import InputError
 from h2a2_jax.layers import SelectionConfig
-from h2a2_jax.sweeps.ablation import CONTROL_ROWS, ablation_rows, default_taus, tau_rows
+from h2a2_jax.sweeps.ablation import CONTROL_ROWS, RIVAL_ROWS, ablation_rows, default_taus, tau_rows
 from h2a2_jax.sweeps.protocol import protocol_rows
+from h2a2_jax.sweeps.rivals import BALANCERS, SHARING
 from h2a2_jax.sweeps.sweep_plan import SweepRun, locate, restricted
 from h2a2_jax.sweeps.sweep_runner import run_all, shares
 from tests.sweeps.finished import write_run
@@ -92,6 +94,40 @@ def test_controls_take_one_part_away():
     # What is frozen already is named once.
     again = ablation_rows(configs["frozen"], (0,), ("frozen", "sfks"))
     assert again[0].runs[0].config == again[1].runs[0].config == configs["frozen"]
+
+
+def test_rivals_change_one_thing_of_the_naive_detector(tmp_path: Path):
+    base = replace(demo(), harmonize=replace(demo().harmonize, weights=(1.0, 2.0, 1.0)))
+    names = ("naive", "sfks", *RIVAL_ROWS)
+    rows = dict(zip(names, ablation_rows(base, (0, 1), names, tmp_path), strict=True))
+    naive = rows["naive"].runs[0].config
+    for method in BALANCERS:
+        config = rows[method].runs[0].config
+        assert config.harmonize.method == method and replace(config, harmonize=naive.harmonize) == naive
+    methods = get_args(get_type_hints(HarmonizeConfig)["method"])
+    assert {*BALANCERS, "ngh", "mean"} == set(methods)
+    for name, (_, changed) in SHARING.items():
+        model = rows[name].runs[0].config.model
+        assert model == replace(naive.model, **changed) != naive.model
+    sfks = rows["sfks"].runs[0].config
+    assert rows["sfks_pdnorm"].runs[0].config == replace(sfks, model=replace(sfks.model, norm_affine="prompt"))
+    assert len({row.label for row in rows.values()}) == len(rows)
+    # Without weights the other rows go on.
+    assert ablation_rows(demo(), (0,), ("mgda",))[0].label == "MGDA"
+    with pytest.raises(InputError, match=r"harmonize\.weights"):
+        ablation_rows(demo(), (0,), ("fixed",))
+
+
+def test_pretraining_is_on_the_first_dataset_and_tuning_on_each(tmp_path: Path):
+    (row,) = ablation_rows(demo(), (0, 1), ("pretrained",), tmp_path)
+    assert row.label == "pretrained on scannet" and [run.seed for run in row.runs] == [0, 1] * 3
+    assert [run.config.dataset_names for run in row.runs[::2]] == [("scannet",), ("sunrgbd",), ("s3dis",)]
+    for run in row.runs:
+        start = run.after
+        assert start is not None and start.seed == run.seed and start.config.dataset_names == ("scannet",)
+        assert start.config.train.steps == run.config.train.steps == 100
+        assert run.config.train.init_from == str((tmp_path / "runs" / start.folder).absolute())
+        assert run.config.model.selection is None and run.config.harmonize.method == "mean"
 
 
 def test_alone_a_dataset_takes_the_steps_of_joint_training_and_lowers_its_rate_after_as_many():
