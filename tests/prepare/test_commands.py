@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.scans.raw.arkitscenes import ArkitScenes
 from h2a2_jax.scans.raw.s3dis import S3dis
 from h2a2_jax.scans.raw.scannet import ScanNet
 from h2a2_jax.scans.raw.sunrgbd import SunRgbd
@@ -14,7 +15,7 @@ from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 from h2a2_jax.scans.tfds_source import TfdsSource
 from tests.prepare.tiny import assert_equal
-from tests.scans.raw.miniature import write_s3dis, write_scannet, write_sunrgbd
+from tests.scans.raw.miniature import write_arkitscenes, write_s3dis, write_scannet, write_sunrgbd
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def run(monkeypatch, capsys):
         ("scannet", write_scannet, ScanNet, ()),
         ("sun_rgbd", write_sunrgbd, SunRgbd, ()),
         ("s3dis", write_s3dis, S3dis, ("--val-area=5",)),
+        ("arkitscenes", write_arkitscenes, ArkitScenes, ()),
     ],
 )
 def test_raw_data_are_prepared_and_read_back_equal(tmp_path, run, dataset, write, parser, options):
