@@ -16,8 +16,9 @@ class Builder(ScanDatasetBuilder):
         @inproceedings{dehghan2021arkitscenes,
           title = {{ARK}itScenes - A Diverse Real-World Dataset for {3D} Indoor Scene Understanding Using Mobile {RGB}-D
                    Data},
-          author = {Baruch, Gilad and Chen, Zhuoyuan and Dehghan, Afshin and Dimry, Tal and Feigin, Yuri and Fu, Peter and
-                    Gebauer, Thomas and Joffe, Brandon and Kurz, Daniel and Schwartz, Arik and Shulman, Elad},
+          author = {Baruch, Gilad and Chen, Zhuoyuan and Dehghan, Afshin and Dimry, Tal and Feigin, Yuri and
+                    Fu, Peter and Gebauer, Thomas and Joffe, Brandon and Kurz, Daniel and Schwartz, Arik and
+                    Shulman, Elad},
           booktitle = {NeurIPS Datasets and Benchmarks Track},
           year = {2021},
         }"""

@@ -1,4 +1,4 @@
-"""ScanNet v2, SUN RGB-D, S3DIS and ARKitScenes as people download them: a dataset's protocol, helpers of all readers."""
+"""Benchmarks as people download them: the protocol of a raw dataset, and helpers of all readers."""
 
 import json
 import os

@@ -1,12 +1,12 @@
-"""ARKitScenes' 3D object detection set as its script downloads it (Baruch et al., NeurIPS 2021 Datasets and Benchmarks).
+"""ARKitScenes' 3D object detection set as its script downloads it (Baruch et al., NeurIPS Datasets 2021).
 
     3dod/Training/40753679/    40753679_3dod_mesh.ply  40753679_3dod_annotation.json  ...
     3dod/Validation/41069021/  ...
 
 A mesh is what the tablet made of its LiDAR and camera, in metres, z up. An annotation is a JSON object with `skipped`
-and `data`, a list of objects with `label` and `segments.obbAligned`: `centroid` (3 numbers, m), `axesLengths` (3, m) and
-`normalizedAxes` (9). The nine numbers are a matrix R by rows, and row i is the direction of the box's axis i: the corners
-of a box are centroid + R^T (+-axesLengths / 2), as in `compute_box_3d` of the authors' repository
+and `data`, a list of objects with `label` and `segments.obbAligned`: `centroid` (3 numbers, m), `axesLengths` (3, m)
+and `normalizedAxes` (9). The nine numbers are a matrix R by rows, and row i is the direction of the box's axis i: the
+corners of a box are centroid + R^T (+-axesLengths / 2), as in `compute_box_3d` of the authors' repository
 (github.com/apple/ARKitScenes, threedod/benchmark_scripts/utils/box_utils.py). The third axis is vertical, so that a box
 has one angle, the yaw of its first axis: atan2(R[0, 1], R[0, 0]), counter-clockwise.
 """

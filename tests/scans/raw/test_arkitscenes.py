@@ -77,7 +77,7 @@ def test_skipped_and_unknown_scans_are_not_loaded(root):
 
 
 def test_a_folder_of_another_layout(tmp_path, root):
-    with pytest.raises(InputError, match="There is no folder .*nowhere: it should hold 3dod/Training/"):
+    with pytest.raises(InputError, match=r"There is no folder .*nowhere: it should hold 3dod/Training/"):
         ArkitScenes(tmp_path / "nowhere")
     (tmp_path / "3dod" / "Training").mkdir(parents=True)
     with pytest.raises(InputError, match=r"There is no folder Validation in .*3dod: an ARKitScenes folder holds"):
