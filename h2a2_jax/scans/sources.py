@@ -211,6 +211,9 @@ class SourceConfig:
         sample: True to sample points of training scans by the dataset's recipe; False uses all.
         batch_size: training scans in a step, over all devices of the dataset; None: as `train.batch_size` says.
         weight: probability, above 0 up to 1, with which the dataset takes part in a training step.
+        share: share, above 0 up to 1, of its scans that a pass of an epoch draws, as UniDet3D has it. Datasets with a
+            share take part in steps as rarely as they have scans to draw: that with most of them, in batches, with its
+            `weight`, the others with theirs times the ratio. None: all scans, with no regard to other datasets.
         classes: classes of a dataset of one's own; the built-in ones have theirs.
         has_yaw: True if the boxes of a dataset of one's own turn about z.
         large_classes: classes of the coarse level, see `own_spec`.
@@ -231,6 +234,7 @@ class SourceConfig:
     sample: bool = True
     batch_size: int | None = None
     weight: float = 1.0
+    share: float | None = None
     classes: tuple[str, ...] = ()
     has_yaw: bool = False
     large_classes: tuple[str, ...] | None = None
