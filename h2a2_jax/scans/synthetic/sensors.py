@@ -154,9 +154,9 @@ def fused_mesh(room: Room, scale: Scale, rng: Generator, surface: Surface = _SCA
 def tablet_mesh(room: Room, scale: Scale, rng: Generator, surface: Surface) -> Capture:
     """A walk through the room with the LiDAR of a tablet, fused: ARKitScenes.
 
-    A coarser mesh than `fused_mesh`, with more holes, and bent by the drift of the tablet: 1.5 cm along x and y and half
-    of that along z, in the mean, and nearly the same at neighbouring places. The origin is where the walk began,
-    1.2-1.6 m above the floor, and x looks where the tablet looked then, so that walls have any direction.
+    A coarser mesh than `fused_mesh`, with more holes, and bent by the drift of the tablet: 1.5 cm along x and y, half
+    of that along z, in the mean, nearly the same at neighbouring places. The origin is where the walk began, 1.2-1.6 m
+    above the floor, and x looks where the tablet looked then, so that walls have any direction.
     """
     capture = fused_mesh(room, scale, rng, surface)
     places = np.concatenate([capture.points, capture.boxes[:, :3]])
