@@ -14,8 +14,8 @@ Any value can be set from the command line: `--config.optim.lr=3e-4`, `--config.
 
 `six`: the six datasets of UniDet3D (arXiv 2409.04234) in place of the three: ScanNet, S3DIS, MultiScan, 3RScan,
 ScanNet++ and ARKitScenes. `:six` reads the folders that UniDet3D prepares; `:six,demo` and `:six,tiny` are procedural.
-A pass of an epoch draws the share of each dataset that UniDet3D draws (`UNIDET3D_SHARES`), and 15 passes are an epoch, as
-of ScanNet in the paper's setting; `SourceConfig.share` says how often a dataset then takes part in a step. Published by
+A pass of an epoch draws the share of each dataset that UniDet3D draws (`UNIDET3D_SHARES`). An epoch has 15 passes, as
+of ScanNet in the paper's setting. `SourceConfig.share` says how often a dataset then takes part in a step. Published by
 UniDet3D, mAP@0.25 / mAP@0.5: ScanNet 77.0 / 65.9, S3DIS 76.7 / 65.3, MultiScan 62.6 / 52.3, 3RScan 63.6 / 44.9,
 ScanNet++ 24.0 / 16.8, ARKitScenes 60.1 / 47.2. None of these was measured here either, and UniDet3D's ScanNet has the
 class "otherfurniture" where ours has "garbagebin".
