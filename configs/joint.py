@@ -13,12 +13,13 @@ Any value can be set from the command line: `--config.optim.lr=3e-4`, `--config.
 `--config.train.batch_size=8`. Words after commas change a variant: `--config=configs/joint.py:demo,six,no_sfks`.
 
 `six`: the six datasets of UniDet3D (arXiv 2409.04234) in place of the three: ScanNet, S3DIS, MultiScan, 3RScan,
-ScanNet++ and ARKitScenes. `:six` reads the folders that UniDet3D prepares; `:six,demo` and `:six,tiny` are procedural.
-A pass of an epoch draws the share of each dataset that UniDet3D draws (`UNIDET3D_SHARES`). An epoch has 15 passes, as
-of ScanNet in the paper's setting. `SourceConfig.share` says how often a dataset then takes part in a step. Published by
-UniDet3D, mAP@0.25 / mAP@0.5: ScanNet 77.0 / 65.9, S3DIS 76.7 / 65.3, MultiScan 62.6 / 52.3, 3RScan 63.6 / 44.9,
-ScanNet++ 24.0 / 16.8, ARKitScenes 60.1 / 47.2. None of these was measured here either, and UniDet3D's ScanNet has the
-class "otherfurniture" where ours has "garbagebin".
+ScanNet++ and ARKitScenes. `:six` reads the folders that UniDet3D prepares. `:six,demo` and `:six,tiny` are procedural,
+as is `:six,synthetic`, from data/synthetic_scannet, data/synthetic_s3dis and data/synthetic. A pass of an epoch draws
+the share of each dataset that UniDet3D draws (`UNIDET3D_SHARES`). An epoch has 15 passes, as of ScanNet in the paper's
+setting. `SourceConfig.share` says how often a dataset then takes part in a step. Published by UniDet3D, mAP@0.25 /
+mAP@0.5: ScanNet 77.0 / 65.9, S3DIS 76.7 / 65.3, MultiScan 62.6 / 52.3, 3RScan 63.6 / 44.9, ScanNet++ 24.0 / 16.8,
+ARKitScenes 60.1 / 47.2. None of these was measured here either, and UniDet3D's ScanNet has the class "otherfurniture"
+where ours has "garbagebin".
 
 `no_sfks`: without kernel selection (SF-KS). `--config.harmonize.method=mean` turns gradient harmonisation (NGH) off:
 together the paper's ablation.
@@ -153,17 +154,14 @@ def two() -> ExperimentConfig:
 
 def six(config: ExperimentConfig) -> ExperimentConfig:
     """The six datasets of UniDet3D in place of the three, drawn in its shares."""
-    first = config.datasets[0]
-    if first.is_procedural:
-        sources = [replace(first, name=name, share=share) for name, share in UNIDET3D_SHARES.items()]
-    elif config.datasets == paper().datasets:
-        sources = [
-            SourceConfig(name, root=ROOTS[name], repeats=15, share=share) for name, share in UNIDET3D_SHARES.items()
-        ]
-    else:
-        raise InputError(
-            "The word six goes alone, or with demo or tiny: other variants of configs/joint.py have no six."
-        )
+    first, roots = config.datasets[0], dict.fromkeys(UNIDET3D_SHARES, "")
+    if config.datasets == paper().datasets:
+        first, roots = replace(first, repeats=15), dict(ROOTS)
+    elif config.datasets == synthetic().datasets:
+        roots = dict.fromkeys(UNIDET3D_SHARES, "data/synthetic") | {s.name: s.root for s in config.datasets}
+    elif not first.is_procedural:
+        raise InputError("The word six does not go with two, which has a handful of scans of two datasets.")
+    sources = (replace(first, name=name, root=roots[name], share=share) for name, share in UNIDET3D_SHARES.items())
     return replace(config, datasets=tuple(sources))
 
 

@@ -223,9 +223,10 @@ def test_joint_with_six_datasets():
     tiny = experiment_config(module.get_config("no_sfks,tiny,six"))
     assert tiny.dataset_names == six.dataset_names and all(source.is_procedural for source in tiny.datasets)
     assert tiny.model.selection is None and tiny.train == module.tiny().train
+    full = experiment_config(module.get_config("six,synthetic"))
+    assert [source.root for source in full.datasets[1:3]] == ["data/synthetic_s3dis", "data/synthetic"]
     for variant, sentence in (
-        ("six,two", "six goes alone, or with demo or tiny"),
-        ("synthetic,six", "six goes alone, or with demo or tiny"),
+        ("six,two", "The word six does not go with two"),
         ("demo,tiny", "names demo and tiny: choose one of paper, synthetic, demo, tiny, two"),
         ("six,demo,gap0", "The gap of the procedural multiscan is 0"),
     ):
