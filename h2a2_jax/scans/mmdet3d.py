@@ -302,7 +302,9 @@ def _not_of_dataset(metainfo: Mapping[str, Any], entries: Sequence[_Entry], spec
             return f"scan {entry.name} has the label {entry.unknown[0]}, which its categories do not have"
         if len(entry.boxes) and entry.has_yaw != spec.has_yaw:
             found, expected, why = (7, 6, "no yaw") if entry.has_yaw else (6, 7, "a yaw")
-            return f"boxes of scan {entry.name} have {found} numbers, {expected} expected, as its boxes have {why}"
+            return (
+                f"boxes of scan {entry.name} have {found} numbers, {expected} expected: those of {spec.name} have {why}"
+            )
     return None
 
 

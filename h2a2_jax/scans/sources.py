@@ -211,9 +211,10 @@ class SourceConfig:
         sample: True to sample points of training scans by the dataset's recipe; False uses all.
         batch_size: training scans in a step, over all devices of the dataset; None: as `train.batch_size` says.
         weight: probability, above 0 up to 1, with which the dataset takes part in a training step.
-        share: share, above 0 up to 1, of its scans that a pass of an epoch draws, as UniDet3D has it. Datasets with a
-            share take part in steps as rarely as they have scans to draw: that with most of them, in batches, with its
-            `weight`, the others with theirs times the ratio. None: all scans, with no regard to other datasets.
+        share: part, above 0 up to 1, of the training scans that a pass of an epoch draws, as UniDet3D's `partition`.
+            Among datasets with a share, the one with most batches to draw in an epoch takes part in a step with its
+            `weight`, any other with its `weight` times the ratio of their batches. None: a pass draws all scans, and
+            `weight` alone counts.
         classes: classes of a dataset of one's own; the built-in ones have theirs.
         has_yaw: True if the boxes of a dataset of one's own turn about z.
         large_classes: classes of the coarse level, see `own_spec`.

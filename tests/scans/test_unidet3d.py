@@ -163,7 +163,10 @@ def widen(infos: dict[str, Any]) -> None:
         (lambda infos: infos["metainfo"].pop("categories"), r"no metainfo\[\"categories\"\], which says what the num"),
         (lambda infos: first(infos)["instances"][0].update(bbox_label_3d=200), "the label 200, which its categories"),
         (lambda infos: first(infos)["instances"][0].update(bbox_label_3d=1.5), "a label that is no whole number"),
-        (widen, r"have (6 numbers, 7 expected, as its boxes have a yaw|7 numbers, 6 expected, as its boxes have no)"),
+        (
+            widen,
+            r"have (6 numbers, 7 expected: those of arkitscenes have a yaw|7 numbers, 6 expected: those of \w+ have no)",
+        ),
         (lambda infos: first(infos)["instances"][0]["bbox_3d"].append(1), r"boxes of scan scan_train\w* have [678]"),
         (lambda infos: first(infos)["lidar_points"].pop("lidar_path"), "it has no 'lidar_path'"),
         (lambda infos: first(infos).pop("lidar_points"), "it has no 'lidar_points'"),
