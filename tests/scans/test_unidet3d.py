@@ -165,7 +165,7 @@ def widen(infos: dict[str, Any]) -> None:
         (lambda infos: first(infos)["instances"][0].update(bbox_label_3d=1.5), "a label that is no whole number"),
         (
             widen,
-            r"have (6 numbers, 7 expected: those of arkitscenes have a|7 numbers, 6 expected: those of \w+ have no) yaw",
+            r"have (6 numbers, 7 expected: those of \w+ have a|7 numbers, 6 expected: those of \w+ have no) yaw",
         ),
         (lambda infos: first(infos)["instances"][0]["bbox_3d"].append(1), r"boxes of scan scan_train\w* have [678]"),
         (lambda infos: first(infos)["lidar_points"].pop("lidar_path"), "it has no 'lidar_path'"),

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from h2a2_jax.scans.specs import DatasetSpec
-from h2a2_jax.scans.synthetic import furniture
+from h2a2_jax.scans.synthetic import furniture, household
 from h2a2_jax.scans.synthetic.furniture import Builder, Primitive, Size, Solids, join_solids, make_solids
 
 Mount = Literal["wall", "free", "seat", "hung", "top"]
@@ -77,29 +77,29 @@ KINDS: Mapping[str, Kind] = {
     "carton": Kind(furniture.carton, (0.35, 0.4, 0.35), "free", spread=0.35, limit=3),
     "plant": Kind(furniture.plant, (0.45, 0.45, 0.9), "wall", spread=0.35, limit=2),
     # Only in rooms of the datasets beyond the first three.
-    "stove": Kind(furniture.appliance, (0.62, 0.62, 0.90), "wall", spread=0.1, limit=1),
-    "oven": Kind(furniture.appliance, (0.56, 0.60, 0.60), "hung", (0.6, 0.9), 0.1, 1),
-    "washer": Kind(furniture.appliance, (0.60, 0.62, 0.88), "wall", spread=0.1, limit=1),
-    "dishwasher": Kind(furniture.appliance, (0.58, 0.60, 0.82), "wall", spread=0.1, limit=1),
-    "stool": Kind(furniture.stool, (0.40, 0.42, 0.52), "free", limit=3),
-    "fireplace": Kind(furniture.fireplace, (0.35, 1.30, 1.10), "wall", limit=1),
-    "heater": Kind(furniture.heater, (0.12, 1.10, 0.60), "hung", (0.1, 0.15), 0.3, 2),
-    "rack": Kind(furniture.rack, (0.40, 1.00, 1.40), "wall", spread=0.3),
-    "suitcase": Kind(furniture.case, (0.28, 0.45, 0.65), "wall", limit=1),
-    "backpack": Kind(furniture.case, (0.25, 0.32, 0.45), "wall"),
+    "stove": Kind(household.appliance, (0.62, 0.62, 0.90), "wall", spread=0.1, limit=1),
+    "oven": Kind(household.appliance, (0.56, 0.60, 0.60), "hung", (0.6, 0.9), 0.1, 1),
+    "washer": Kind(household.appliance, (0.60, 0.62, 0.88), "wall", spread=0.1, limit=1),
+    "dishwasher": Kind(household.appliance, (0.58, 0.60, 0.82), "wall", spread=0.1, limit=1),
+    "stool": Kind(household.stool, (0.40, 0.42, 0.52), "free", limit=3),
+    "fireplace": Kind(household.fireplace, (0.35, 1.30, 1.10), "wall", limit=1),
+    "heater": Kind(household.heater, (0.12, 1.10, 0.60), "hung", (0.1, 0.15), 0.3, 2),
+    "rack": Kind(household.rack, (0.40, 1.00, 1.40), "wall", spread=0.3),
+    "suitcase": Kind(household.case, (0.28, 0.45, 0.65), "wall", limit=1),
+    "backpack": Kind(household.case, (0.25, 0.32, 0.45), "wall"),
     "bucket": Kind(furniture.garbage_bin, (0.30, 0.30, 0.32), "wall", limit=1),
     "kitchen cabinet": Kind(furniture.cabinet, (0.36, 1.40, 0.70), "hung", (1.35, 1.45), 0.25),
     "towel": Kind(furniture.curtain, (0.06, 0.45, 0.80), "hung", (0.7, 0.9)),
     "poster": Kind(furniture.picture, (0.03, 0.60, 0.85), "hung", (1.0, 1.3)),
-    "screen": Kind(furniture.screen, (0.20, 0.62, 0.48), "top", limit=3, on=_TOPS),
-    "microwave": Kind(furniture.appliance, (0.38, 0.50, 0.30), "top", limit=1, on=_TOPS),
-    "printer": Kind(furniture.appliance, (0.42, 0.45, 0.32), "top", limit=1, on=_TOPS),
-    "laptop": Kind(furniture.laptop, (0.26, 0.34, 0.24), "top", on=_TABLES),
-    "keyboard": Kind(furniture.slab, (0.16, 0.44, 0.04), "top", on=_TABLES),
-    "book": Kind(furniture.slab, (0.24, 0.18, 0.06), "top", limit=3, on=_TOPS),
-    "bottle": Kind(furniture.bottle, (0.09, 0.09, 0.26), "top", limit=3, on=_TOPS),
-    "table lamp": Kind(furniture.table_lamp, (0.26, 0.26, 0.45), "top", on=(*_TOPS, "night_stand")),
-    "pillow": Kind(furniture.slab, (0.38, 0.48, 0.16), "top", limit=3, on=("bed", "sofa")),
+    "screen": Kind(household.screen, (0.20, 0.62, 0.48), "top", limit=3, on=_TOPS),
+    "microwave": Kind(household.appliance, (0.38, 0.50, 0.30), "top", limit=1, on=_TOPS),
+    "printer": Kind(household.appliance, (0.42, 0.45, 0.32), "top", limit=1, on=_TOPS),
+    "laptop": Kind(household.laptop, (0.26, 0.34, 0.24), "top", on=_TABLES),
+    "keyboard": Kind(household.slab, (0.16, 0.44, 0.04), "top", on=_TABLES),
+    "book": Kind(household.slab, (0.24, 0.18, 0.06), "top", limit=3, on=_TOPS),
+    "bottle": Kind(household.bottle, (0.09, 0.09, 0.26), "top", limit=3, on=_TOPS),
+    "table lamp": Kind(household.table_lamp, (0.26, 0.26, 0.45), "top", on=(*_TOPS, "night_stand")),
+    "pillow": Kind(household.slab, (0.38, 0.48, 0.16), "top", limit=3, on=("bed", "sofa")),
 }
 
 _CLASS_OF: Mapping[str, Mapping[str, str]] = {
