@@ -294,12 +294,20 @@ def _split_config(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _present_name(argument: str) -> str:
-    """Replace a key that had another name in version 0.1.0."""
+    """Replace a key that had another name in version 0.1.0, and one that ml_collections cannot read."""
     from h2a2_jax.config import RENAMED_KEYS
 
     for old, new in RENAMED_KEYS.items():
         argument = re.sub(rf"^--(no)?config\.{re.escape(old)}(?==|$)", rf"--\1config.{new}", argument)
-    return argument
+    return _DATASET_KEY.sub(_subscripted, argument)
+
+
+_DATASET_KEY = re.compile(r"^(--(?:no)?config\.datasets)\.([^.=\[]+)(?=\.)")
+
+
+def _subscripted(key: re.Match[str]) -> str:
+    """Write the name of a dataset as a subscript unless it is an identifier: ml_collections reads keys as Python."""
+    return key[0] if key[2].isidentifier() else f"{key[1]}[{key[2]!r}]"
 
 
 def _read_config(arguments: list[str]) -> ConfigDict | None:

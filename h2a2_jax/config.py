@@ -377,6 +377,8 @@ def _check_datasets(datasets: tuple[SourceConfig, ...]) -> None:
         size = source.batch_size
         _require(size is None or size >= 1, f"{path}.batch_size", size, "1 or more, or None for train.batch_size")
         _require(0 < source.weight <= 1, f"{path}.weight", source.weight, "a probability above 0 up to 1")
+        share = source.share
+        _require(share is None or 0 < share <= 1, f"{path}.share", share, "a number above 0 up to 1, or None")
 
 
 def _check_label_space(model: DetectorConfig, names: Sequence[str]) -> None:

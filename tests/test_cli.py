@@ -165,6 +165,15 @@ def test_keys_of_version_0_1_0_may_be_given_as_flags(
     assert "optim.accumulate_steps is 0; expected 1 or more" in capsys.readouterr().err
 
 
+def test_datasets_whose_names_are_no_identifiers_have_flags_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    flags = ["--config=configs/joint.py:six,tiny", f"--workdir={tmp_path / 'run'}", "--config.datasets.3rscan.seed=3"]
+    assert run_py([*flags, "--config.datasets.3rscan.share=1.5"]) == 2
+    assert "datasets.3rscan.share is 1.5; expected a number above 0 up to 1, or None." in capsys.readouterr().err
+
+
 def test_switches_may_have_a_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flag, refused in (("--show", True), ("--show=true", True), ("--show=false", False), ("--noshow", False)):
         assert run_py(["--mode=predict", flag, f"--workdir={tmp_path / 'run'}"]) == 2

@@ -25,6 +25,7 @@ from h2a2_jax.config import (
 from h2a2_jax.errors import InputError
 from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.models import DetectorConfig
+from h2a2_jax.scans.specs import ALL_SPECS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SOURCES = (SourceConfig("sunrgbd", root="b"), SourceConfig("scannet", kind="synthetic", repeats=3))
@@ -112,6 +113,8 @@ def test_keys_left_out_take_their_defaults():
         ("datasets.scannet.repeats", 0, "datasets.scannet.repeats is 0; expected 1 or more, or None."),
         ("datasets.scannet.batch_size", 0, "datasets.scannet.batch_size is 0; expected 1 or more, or None"),
         ("datasets.scannet.weight", 0.0, "datasets.scannet.weight is 0.0; expected a probability above 0 up to 1."),
+        ("datasets.scannet.share", 1.5, "datasets.scannet.share is 1.5; expected a number above 0 up to 1, or None."),
+        ("datasets.scannet.share", 0, "datasets.scannet.share is 0.0; expected a number above 0 up to 1, or None."),
         ("datasets", [{"root": "a"}], "config key 'datasets.0.name' is missing; expected str."),
         ("datasets", [{"name": "s3dis", "root": "a"}] * 2, "expected every dataset once, not s3dis twice."),
         ("datasets", [{"name": name, "root": "a", "classes": ["b"]} for name in ("Own", "own")], "not Own twice."),
@@ -219,13 +222,35 @@ def test_joint_variants_with_a_gap():
         module.get_config("demo,gapless")
 
 
+def test_joint_with_six_datasets():
+    module = load("joint")
+    six = experiment_config(module.get_config("six"))
+    assert six.dataset_names == ("scannet", "s3dis", "multiscan", "3rscan", "scannetpp", "arkitscenes")
+    assert [source.share for source in six.datasets] == [1.0, 0.33, 0.25, 0.15, 0.33, 0.08]
+    assert dataclasses.replace(six, datasets=module.paper().datasets) == module.paper()
+    tiny = experiment_config(module.get_config("no_sfks,tiny,six"))
+    assert tiny.dataset_names == six.dataset_names and all(source.is_procedural for source in tiny.datasets)
+    assert tiny.model.selection is None and tiny.train == module.tiny().train
+    full = experiment_config(module.get_config("six,synthetic"))
+    assert [source.root for source in full.datasets[1:3]] == ["data/synthetic_s3dis", "data/synthetic"]
+    for variant, sentence in (
+        ("six,two", "The word six does not go with two"),
+        ("demo,tiny", "names demo and tiny: choose one of paper, synthetic, demo, tiny, two"),
+        ("six,demo,gap0", "The gap of the procedural multiscan is 0"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            module.get_config(variant)
+
+
 def test_single_is_tr3d_on_one_dataset():
     module = load("single")
     config = experiment_config(module.get_config("s3dis"))
     assert config.dataset_names == ("s3dis",) and config.datasets[0].root == "data/s3dis"
     assert config.model == DetectorConfig() and config.harmonize.method == "mean"
+    for spec in ALL_SPECS:
+        assert experiment_config(module.get_config(spec.name)).specs == (spec,)
     for variant in (None, "kitti"):
-        with pytest.raises(InputError, match="from scannet, sunrgbd, s3dis"):
+        with pytest.raises(InputError, match="from scannet, sunrgbd, s3dis, arkitscenes, multiscan, 3rscan, scannetpp"):
             module.get_config(variant)
 
 

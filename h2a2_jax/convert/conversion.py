@@ -35,7 +35,7 @@ from h2a2_jax.models import TR3D
 from h2a2_jax.models.head import NUM_OUTPUTS
 from h2a2_jax.optimizer import build_optimizer, learning_rate
 from h2a2_jax.scans.sources import ROOTS, SourceConfig
-from h2a2_jax.scans.specs import SPECS
+from h2a2_jax.scans.specs import ALL_SPECS, SPECS
 
 _FCAF3D_ONLY = "bbox_head.conv_center.kernel"
 _SHOWN = 3
@@ -180,7 +180,7 @@ def _dataset_of(
     state: Mapping[str, np.ndarray], stored: tuple[str, ...], dataset: str | None, classes: tuple[str, ...]
 ) -> tuple[SourceConfig, str]:
     """The dataset that the head in the weights belongs to, and a remark on its classes."""
-    known = {spec.name: spec for spec in SPECS}
+    known = {spec.name: spec for spec in ALL_SPECS}
     kernels = [state.get(f"bbox_head.conv_{part}.kernel") for part in ("cls", "reg")]
     has_head = all(kernel is not None for kernel in kernels)
     num_classes, num_outputs = (0 if kernel is None else kernel.shape[-1] for kernel in kernels)
@@ -190,11 +190,13 @@ def _dataset_of(
     if dataset is None and classes:
         raise InputError("--classes are of a dataset of your own: give it a name with --dataset.")
     if dataset is None:
+        # Of the three that TR3D is published for: the head of 3RScan looks like that of ScanNet.
         fitting = [s.name for s in SPECS if (s.num_classes, s.num_outputs) == (num_classes, num_outputs)]
         if not fitting:
             problem = f"The head has {found}, which is none of" if has_head else "No head distinguishes the datasets"
             raise InputError(
-                f"{problem} {', '.join(known)}: name the dataset with --dataset, another one with --classes."
+                f"{problem} {', '.join(s.name for s in SPECS)}: name the dataset with --dataset, one of your own with "
+                "--classes too."
             )
         dataset = fitting[0]
     if dataset in known:
@@ -251,7 +253,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `convert_command`."""
     parser.add_argument("input", type=Path, help="a .pth file; with --reverse the folder of a run")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; with --reverse a .pth file")
-    parser.add_argument("--dataset", help="dataset of the head: scannet, sunrgbd, s3dis or another name with --classes")
+    parser.add_argument("--dataset", help="dataset of the head: built-in, or another name with --classes")
     parser.add_argument(
         "--classes", default="", help="of a dataset that is not built in, with commas between, in order"
     )

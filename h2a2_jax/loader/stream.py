@@ -290,19 +290,15 @@ class JointStream:
                     f"{key} is {size}, shared by {replicas} devices a dataset: choose a multiple of {replicas}."
                 )
         self._shards = self.process_layout.shards
-        self._schedule = DatasetSchedule(self.config.train.seed, [d.weight for d in self.config.datasets])
         self._padders = ThreadPoolExecutor(min(_MOST_PADDERS, available_cores()), "joint-stream-pad-shard")
         self.layout = PlanLayout.of(self.config.model)
         self.num_scans, self.ladder, self._fewest_box_rows = self._measure()
+        self._schedule = DatasetSchedule(self.config.train.seed, step_weights(self.config, self.num_scans))
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which the dataset that needs most is expected to be gone through as often as it repeats."""
-        each = zip(self.config.datasets, self.num_scans, self.batch_sizes, strict=True)
-        return max(
-            math.ceil(count * (d.spec.repeats if d.repeats is None else d.repeats) / (size * d.weight))
-            for d, count, size in each
-        )
+        """Batches of an epoch (`batches_per_epoch`)."""
+        return batches_per_epoch(self.config, self.num_scans)
 
     @property
     def scans_per_second_per_core(self) -> float:
@@ -471,6 +467,42 @@ class JointStream:
 def batch_sizes(config: ExperimentConfig) -> tuple[int, ...]:
     """Scans of each dataset in a step, over all its devices."""
     return tuple(config.train.batch_size if d.batch_size is None else d.batch_size for d in config.datasets)
+
+
+def step_weights(config: ExperimentConfig, num_scans: Sequence[int]) -> tuple[float, ...]:
+    """Probability with which each dataset takes part in a step.
+
+    It is the dataset's `weight`; for datasets with a `share`, times the batches that an epoch draws of the dataset over
+    the most that it draws of one of them.
+
+    Args:
+        config: the run's configuration.
+        num_scans: training scans by dataset.
+    """
+    batches = _batches_of_epoch(config, num_scans)
+    most = max((count for d, count in zip(config.datasets, batches, strict=True) if d.share is not None), default=1.0)
+    return tuple(
+        d.weight * (1.0 if d.share is None else count / most) for d, count in zip(config.datasets, batches, strict=True)
+    )
+
+
+def batches_per_epoch(config: ExperimentConfig, num_scans: Sequence[int]) -> int:
+    """Batches in which the dataset that needs most is expected to be gone through as often as it repeats.
+
+    `num_scans` are training scans by dataset; a dataset with a `share` is gone through in that share.
+    """
+    each = zip(_batches_of_epoch(config, num_scans), step_weights(config, num_scans), strict=True)
+    # Shares give several datasets the same number, but for rounding.
+    return max(math.ceil(count / weight - 1e-6) for count, weight in each)
+
+
+def _batches_of_epoch(config: ExperimentConfig, num_scans: Sequence[int]) -> list[float]:
+    """Batches that an epoch draws of each dataset."""
+    each = zip(config.datasets, num_scans, batch_sizes(config), strict=True)
+    return [
+        count * (d.spec.repeats if d.repeats is None else d.repeats) * (d.share or 1.0) / size
+        for d, count, size in each
+    ]
 
 
 def count_workers(config: ExperimentConfig) -> int:

@@ -249,16 +249,25 @@ def raw_command(
     return _run(dataset, parser, open_scans, arguments)
 
 
-def synthetic_command(dataset: str, stands_for: str, arguments: Sequence[str] | None = None) -> int:
-    """Generate a procedural dataset data.<dataset> like "scannet", "sunrgbd" or "s3dis"; return as `raw_command`."""
+def synthetic_command(dataset: str, stands_for: str | Sequence[str], arguments: Sequence[str] | None = None) -> int:
+    """Generate a procedural dataset; return as `raw_command`.
+
+    Args:
+        dataset: the package data.<dataset>.
+        stands_for: built-in dataset that the scans are like, or several, of which an argument chooses one.
+        arguments: arguments of the command; those of the process by default.
+    """
     parser = _Parser(dataset)
+    if not isinstance(stands_for, str):
+        parser.add_argument("dataset", choices=stands_for, help="dataset that the scans are like")
     parser.add_argument("--train", type=int, default=1000, metavar="N", help="training scans (1000)")
     parser.add_argument("--val", type=int, default=100, metavar="N", help="validation scans (100)")
     parser.add_argument("--seed", type=int, default=0, help="another one gives other scans (0)")
     parser.add_argument("--scale", choices=["full", "demo"], default="full", help="rooms like the real ones, or small")
 
     def open_scans(options: argparse.Namespace) -> _Opened:
-        raw = SyntheticRaw(stands_for, {"train": options.train, "val": options.val}, options.seed, options.scale)
+        name = stands_for if isinstance(stands_for, str) else options.dataset
+        raw = SyntheticRaw(name, {"train": options.train, "val": options.val}, options.seed, options.scale)
         # The digest of the generator's code is a setting of the scans: those of different code must not be mixed.
         files = sorted(Path(synthetic.__file__).parent.glob("*.py"))
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
@@ -283,7 +292,7 @@ def _run(dataset: str, parser: "_Parser", open_scans: Callable[..., _Opened], ar
             module = importlib.import_module(f"data.{dataset}.{dataset}_dataset_builder")
             raw, settings, published = open_scans(options)
             prepare(
-                module.Builder,
+                module.make_builder(options.dataset) if "dataset" in options else module.Builder,
                 raw,
                 settings,
                 options.output or Path(str(module.__file__)).parent / "prepared",

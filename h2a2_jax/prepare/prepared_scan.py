@@ -61,7 +61,7 @@ class SyntheticRaw:
     """Procedural scans of one dataset as a `RawDataset`, generated when they are loaded.
 
     Args:
-        name: "scannet", "sunrgbd" or "s3dis".
+        name: name of a built-in dataset.
         sizes: number of scans by split.
         seed: another seed gives other scans.
         scale: "full" for rooms like the real ones, "demo" for small ones.

@@ -1,17 +1,27 @@
-"""Scans of folders prepared by mmdetection3d, in either of its two annotation formats.
+"""Scans of folders prepared by mmdetection3d or UniDet3D, in either of mmdetection3d's two annotation formats.
 
     scannet/  scannet_infos_train.pkl  scannet_infos_val.pkl  points/scene0000_00.bin ...
     sunrgbd/  sunrgbd_infos_train.pkl  sunrgbd_infos_val.pkl  points/000017.bin ...
     s3dis/    s3dis_infos_Area_1.pkl ... s3dis_infos_Area_6.pkl  points/Area_1_office_2.bin ...
+              (or s3dis_sp_infos_Area_1.pkl ..., as UniDet3D calls them)
+    arkitscenes/     arkitscenes_offline_train_infos.pkl  arkitscenes_offline_val_infos.pkl
+                     offline_prepared_data/40753679_point.bin ...   (or arkitscenes_offline_infos_train.pkl ...)
+    multiscan/bins/  multiscan_infos_train.pkl  multiscan_infos_val.pkl  points/scene_00000_00.bin ...
+    3rscan/          3rscan_infos_train.pkl  3rscan_infos_val.pkl  points/0958220d-e2c2-2de1-9710-c37018da1883.bin ...
+    scannetpp/bins/  scannetpp_infos_train.pkl  scannetpp_infos_val.pkl  points/0a5c013435.bin ...
 
 A `.bin` holds float32 rows x, y, z (m), r, g, b. Version 2 annotations are {metainfo, data_list}; version 1 are a
-list with `annos`. In both a box is its gravity centre, its sizes and (SUN RGB-D) its yaw, counter-clockwise.
-Version 1 files written before mmdetection3d 1.0 carry the opposite yaw and nothing tells them apart: write
-those again. Datasets without yaw take the axis-aligned boxes that enclose turned ones.
+list with `annos`. In both a box is its gravity centre, its sizes and (SUN RGB-D, ARKitScenes) its yaw,
+counter-clockwise. Version 1 files written before mmdetection3d 1.0 carry the opposite yaw and nothing tells them apart:
+write those again. Datasets without yaw take the axis-aligned boxes that enclose turned ones.
 
 Classes go by their names, where a file has them (`metainfo["categories"]` or `["classes"]`, `annos["name"]`), else by
-their numbers, in the order of the dataset. Of the paths in an info file, with either slash, only the name of the file
-counts, which lies in `points/`.
+their numbers, in the order of the dataset. In the last four folders, as UniDet3D writes them, a number is no position
+in that order. Their files must be of version 2, name all classes in `metainfo["categories"]`, and have boxes of as many
+numbers as boxes of their dataset have.
+
+Of the paths in an info file, with either slash, only the name of the file counts, which lies in `points/` or
+`offline_prepared_data/`.
 
 The command lays out single scans and their annotations as such a folder:
 
@@ -51,7 +61,7 @@ from h2a2_jax.scans.scan import (
     usable_boxes,
     within_reach,
 )
-from h2a2_jax.scans.specs import SPECS, DatasetSpec, class_label, dataset_spec, foreign_boxes
+from h2a2_jax.scans.specs import ALL_SPECS, DatasetSpec, class_label, dataset_spec, foreign_boxes, plain_name
 
 _COLUMNS = 6
 _ROW_BYTES = 4 * _COLUMNS
@@ -59,6 +69,8 @@ _NO_CLASS = "boxes of no class of the dataset"
 _OTHER_NUMBER = "boxes whose class has another number in the dataset, taken by its name"
 _NO_YAW = "boxes of six numbers, yaw 0 taken"
 _NO_ALIGNMENT = "scans without an alignment, taken as aligned"
+_STRICT = ("arkitscenes", "multiscan", "3rscan", "scannetpp")
+"""Datasets whose files are written by UniDet3D alone, so that anything else in them is a mistake."""
 
 
 class Mmdet3dFolder:
@@ -74,14 +86,14 @@ class Mmdet3dFolder:
         `info_file` is the name of the info file in the folder, or several in order (S3DIS areas).
         """
         self.spec = spec
-        self._points = Path(root) / "points"
+        self._points = Path(root) / points_folder(spec)
         files = (info_file,) if isinstance(info_file, str) else tuple(info_file)
         if not self._points.is_dir():
             raise InputError(
                 f"There is no folder {self._points}: a prepared {spec.name} folder holds {', '.join(files)} "
-                "and points/<scan>.bin."
+                f"and {self._points.name}/<scan>.bin."
             )
-        entries = [entry for file in files for entry in _read_infos(Path(root) / file)]
+        entries = [entry for file in files for entry in _read_infos(Path(root) / file, spec)]
         self.classes = tuple(sorted({name for entry in entries for name in entry.classes if name is not None}))
         self.warnings = []
         if any(entry.is_numbered for entry in entries):
@@ -174,16 +186,58 @@ class Mmdet3dFolder:
         return ", or, for it looks like float64, write it in float32" if plausible else ""
 
 
-def default_info_files(spec: DatasetSpec, split: Literal["train", "val"]) -> tuple[str, ...]:
-    """Return the names of the info files of a split; Area 5 is the validation area of S3DIS."""
-    if spec.name == "s3dis":
-        areas = (1, 2, 3, 4, 6) if split == "train" else (5,)
-        return tuple(f"s3dis_infos_Area_{area}.pkl" for area in areas)
-    return (f"{spec.name}_infos_{split}.pkl",)
+POINTS_FOLDERS = ("points", "offline_prepared_data")
+"""Folders that point clouds lie in; the second is that of ARKitScenes."""
+
+_INFO_FILES: Mapping[str, tuple[str, ...]] = {
+    "s3dis": ("s3dis_infos_Area_{area}.pkl", "s3dis_sp_infos_Area_{area}.pkl"),
+    "arkitscenes": ("arkitscenes_offline_{split}_infos.pkl", "arkitscenes_offline_infos_{split}.pkl"),
+}
+"""Names of the info files of a dataset, the usual ones first; those of others are <dataset>_infos_<split>.pkl."""
+
+
+def points_folder(spec: DatasetSpec) -> str:
+    """Return the name of the folder that the point clouds of a dataset lie in."""
+    return POINTS_FOLDERS[spec.name == "arkitscenes"]
+
+
+def preparer(spec: DatasetSpec) -> str:
+    """Return the name of the program that prepares the folders of a dataset, for sentences."""
+    return "UniDet3D" if spec.name in _STRICT else "mmdetection3d"
+
+
+def default_info_files(
+    spec: DatasetSpec, split: Literal["train", "val"], root: str | Path | None = None
+) -> tuple[str, ...]:
+    """Return the names of the info files of a split: of those that a dataset may have, the ones in `root`, if any.
+
+    Area 5 is the validation area of S3DIS.
+    """
+    areas = (0,) if spec.name != "s3dis" else (1, 2, 3, 4, 6) if split == "train" else (5,)
+    usual, *others = [
+        tuple(pattern.format(split=split, area=area) for area in areas) for pattern in _info_patterns(spec)
+    ]
+    if root is None or (Path(root) / usual[0]).is_file():
+        return usual
+    return next((files for files in others if (Path(root) / files[0]).is_file()), usual)
+
+
+def is_info_file(name: str, spec: DatasetSpec) -> bool:
+    """Return True for a file that is called as the info files of a dataset are, of any split."""
+    return name.endswith(".pkl") and any(
+        name.startswith(pattern.partition("{")[0].rstrip("_")) for pattern in _info_patterns(spec)
+    )
+
+
+def _info_patterns(spec: DatasetSpec) -> tuple[str, ...]:
+    return _INFO_FILES.get(spec.name, (f"{spec.name}_infos_{{split}}.pkl",))
 
 
 class _Entry(NamedTuple):
-    """One scan of an info file: boxes, and of the class of each its number (-1: none) and its name (None: unknown)."""
+    """One scan of an info file: boxes, and of the class of each its number (-1: none) and its name (None: unknown).
+
+    `unknown` are the numbers that the categories of the file do not have, -1 aside.
+    """
 
     name: str
     boxes: Float[np.ndarray, "n 7"]
@@ -191,6 +245,7 @@ class _Entry(NamedTuple):
     labels: np.ndarray
     classes: Sequence[str | None]
     alignment: Float32[np.ndarray, "4 4"] | None
+    unknown: tuple[int, ...] = ()
 
     @property
     def is_numbered(self) -> bool:
@@ -198,9 +253,14 @@ class _Entry(NamedTuple):
         return any(name is None and label >= 0 for name, label in zip(self.classes, self.labels, strict=True))
 
 
-def _read_infos(path: Path) -> list[_Entry]:
+def _read_infos(path: Path, spec: DatasetSpec) -> list[_Entry]:
     """Read an info file of version 1 or 2 in its order."""
     content = load_plain_pickle(path)
+    if spec.name in _STRICT and isinstance(content, list):
+        raise InputError(
+            f"{path} is of version 1, but info files of {spec.name} are of version 2 (metainfo and data_list): prepare "
+            "the folder again."
+        )
     try:
         if isinstance(content, Mapping) and "data_list" in content:
             _refuse_mixture(content["data_list"], "pts_path", 2)
@@ -216,10 +276,36 @@ def _read_infos(path: Path) -> list[_Entry]:
         raise InputError(
             f"{path} is no mmdetection3d info file of version 1 or 2 ({what}): prepare the folder again."
         ) from error
+    if spec.name in _STRICT and (problem := _not_of_dataset(content.get("metainfo") or {}, entries, spec)):
+        raise InputError(
+            f"{path} is no info file of {spec.name}: {problem}; prepare the folder again, or name its dataset."
+        )
     boxes = np.concatenate([np.zeros((0, 7)), *(entry.boxes for entry in entries)])
     if problem := beyond_a_turn(boxes[usable_boxes(boxes)[0], 6]):
         raise InputError(f"{path}: {problem}")
     return entries
+
+
+def _not_of_dataset(metainfo: Mapping[str, Any], entries: Sequence[_Entry], spec: DatasetSpec) -> str | None:
+    """Return what is not as UniDet3D writes files of a dataset; None if nothing is."""
+    stated = metainfo.get("dataset")
+    for other in ALL_SPECS if isinstance(stated, str) else ():
+        if other.name != spec.name and plain_name(str(stated)).removesuffix("offline") == other.name:
+            return f"its metainfo calls its dataset {stated}"
+    named = {class_label(name, spec) for name in _class_names(metainfo).values()}
+    if not named:
+        return 'it has no metainfo["categories"], which says what the numbers of its labels mean'
+    if missing := [name for label, name in enumerate(spec.classes) if label not in named]:
+        return f"its categories lack {len(missing)} of the {spec.num_classes} classes ({some(missing)})"
+    for entry in entries:
+        if entry.unknown:
+            return f"scan {entry.name} has the label {entry.unknown[0]}, which its categories do not have"
+        if len(entry.boxes) and entry.has_yaw != spec.has_yaw:
+            found, expected, why = (7, 6, "no yaw") if entry.has_yaw else (6, 7, "a yaw")
+            return (
+                f"boxes of scan {entry.name} have {found} numbers, {expected} expected: those of {spec.name} have {why}"
+            )
+    return None
 
 
 def _refuse_mixture(entries: Iterable[Any], key: str, version: int) -> None:
@@ -258,7 +344,8 @@ def _read_v2(entry: Mapping[str, Any], names: Mapping[int, str]) -> _Entry:
     # The file says what its numbers mean: they are numbers of the file, not of the dataset.
     classes = [names.get(int(n)) if called is None else str(called) for n, called in zip(labels, given, strict=True)]
     boxes = [instance["bbox_3d"] for instance in instances]
-    return _entry(name, boxes, np.full_like(labels, -1) if names else labels, classes, entry.get("axis_align_matrix"))
+    read = _entry(name, boxes, np.full_like(labels, -1) if names else labels, classes, entry.get("axis_align_matrix"))
+    return read._replace(unknown=tuple(n for n in labels.tolist() if n >= 0 and n not in names))
 
 
 def _read_v1(entry: Mapping[str, Any]) -> _Entry:
@@ -393,9 +480,10 @@ def lay_out(scans: Sequence[Path], infos: Path, spec: DatasetSpec, output: Path)
         ) from error
     if missing := [scan.stem for scan in scans if scan.stem not in entries]:
         raise InputError(f"{infos} does not annotate {', '.join(missing)}: give the info file that does.")
-    (output / "points").mkdir(parents=True, exist_ok=True)
+    points = output / points_folder(spec)
+    points.mkdir(parents=True, exist_ok=True)
     for scan in scans:
-        shutil.copyfile(scan, output / "points" / scan.name)
+        shutil.copyfile(scan, points / scan.name)
     train, *other_areas = default_info_files(spec, "train")
     (val,) = default_info_files(spec, "val")
     for file in (train, val, *other_areas):
@@ -409,7 +497,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Lay out scans as a prepared mmdetection3d folder.")
     parser.add_argument("--scan", type=Path, nargs="+", required=True, help=".bin files: x, y, z, r, g, b in float32")
     parser.add_argument("--infos", type=Path, required=True, help="version 2 info file that annotates them")
-    parser.add_argument("--dataset", choices=[spec.name for spec in SPECS], required=True)
+    parser.add_argument("--dataset", choices=[spec.name for spec in ALL_SPECS], required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     options = parser.parse_args(arguments)
     try:

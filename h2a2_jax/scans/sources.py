@@ -13,7 +13,14 @@ from typing import Literal, cast
 import numpy as np
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.scans.mmdet3d import Mmdet3dFolder, default_info_files
+from h2a2_jax.scans.mmdet3d import (
+    POINTS_FOLDERS,
+    Mmdet3dFolder,
+    default_info_files,
+    is_info_file,
+    points_folder,
+    preparer,
+)
 from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, is_hidden, some
 from h2a2_jax.scans.scan_folder import (
     BOXES_FILE,
@@ -24,7 +31,7 @@ from h2a2_jax.scans.scan_folder import (
     point_cloud_files,
     read_folder,
 )
-from h2a2_jax.scans.specs import SPECS, DatasetSpec, class_label, dataset_spec, own_spec, plain_name
+from h2a2_jax.scans.specs import ALL_SPECS, DatasetSpec, class_label, dataset_spec, own_spec, plain_name
 from h2a2_jax.scans.synthetic.gap import protocol_at
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 from h2a2_jax.scans.tfds_source import TfdsSource, find_tfds, is_tfds
@@ -67,7 +74,7 @@ def recognise(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
     if infos := [file.name for file in root.glob("*.pkl") if not is_hidden(file.name)]:
         return _mmdet3d_folder(root, spec, infos)
     files = point_cloud_files(root)
-    inner = (path for path in root.glob("*/*") if path.name == BOXES_FILE or path.match("*_infos_*.pkl"))
+    inner = (path for path in root.glob("*/*") if path.name == BOXES_FILE or path.match("*_infos*.pkl"))
     below = sorted(path.parent for path in inner if not is_hidden(path.parent.name))
     if below and all("/" in file for file in files):
         raise InputError(f"{root} itself holds no scans, but {below[0]} does: give that folder with --data.")
@@ -75,7 +82,7 @@ def recognise(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
         return _bare_folder(root, spec, files)
     raise InputError(
         f"{root} holds no scans: expected are {BOXES_FILE} with point clouds, or *_infos_*.pkl with points/ as "
-        "mmdetection3d prepares them, or what python -m data.<dataset> prepares."
+        "mmdetection3d and UniDet3D prepare them, or what python -m data.<dataset> prepares."
     )
 
 
@@ -98,8 +105,8 @@ def _own_folder(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
     classes = description.classes
     problems, hints = [], []
     if spec is None:
-        known = {s.name: sum(class_label(name, s) >= 0 for name in classes) for s in SPECS}
-        spec = max(SPECS, key=lambda s: known[s.name])
+        known = {s.name: sum(class_label(name, s) >= 0 for name in classes) for s in ALL_SPECS}
+        spec = max(ALL_SPECS, key=lambda s: known[s.name])
         if known[spec.name] < len(classes):
             # Spellings of one class, as "Chair" and "chair", are one.
             spelt = {plain_name(name): name for name in reversed(classes)}
@@ -128,7 +135,7 @@ def _own_folder(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
 
 def _bare_folder(root: Path, spec: DatasetSpec | None, files: Sequence[str]) -> CheckedFolder:
     description = FolderDescription("z", "m", "auto", tuple(ScanEntry(file, "train", ()) for file in files))
-    spec = spec or SPECS[0]
+    spec = spec or ALL_SPECS[0]
     entry = json.dumps({"file": files[0], "boxes": []})
     example = f'{{"version": 1, "up": "z", "unit": "m", "scans": [{entry}, ...]}}'
     problems = [f"There is no {BOXES_FILE}, so nothing says where the boxes are: write one such as {example}."]
@@ -137,39 +144,48 @@ def _bare_folder(root: Path, spec: DatasetSpec | None, files: Sequence[str]) -> 
 
 
 def _mmdet3d_folder(root: Path, spec: DatasetSpec | None, infos: Sequence[str]) -> CheckedFolder:
-    spec = spec or next((s for s in SPECS if any(info.startswith(f"{s.name}_infos") for info in infos)), None)
-    if spec is None:
+    named = [s for s in ALL_SPECS if any(is_info_file(info, s) for info in infos)]
+    if spec is None and not named:
         raise InputError(
             f"{root} holds {some(infos)}, which do not tell the dataset: choose one with --dataset="
-            f"{'|'.join(s.name for s in SPECS)}; expected are names such as {default_info_files(SPECS[0], 'train')[0]}."
+            f"{'|'.join(s.name for s in ALL_SPECS)}; expected are names such as "
+            f"{default_info_files(ALL_SPECS[0], 'train')[0]}."
         )
-    others = [s.name for s in SPECS if any(info.startswith(f"{s.name}_infos") for info in infos)]
-    if others and spec.name not in others:
+    spec = spec or named[0]
+    if named and spec not in named:
         raise InputError(
-            f"{root} holds info files of {', '.join(others)} ({some(infos)}), none of {spec.name}: say "
-            f"--dataset={others[0]}, or rename them to {', '.join(default_info_files(spec, 'train'))}."
+            f"{root} holds info files of {', '.join(s.name for s in named)} ({some(infos)}), none of {spec.name}: say "
+            f"--dataset={named[0].name}, or rename them to {', '.join(default_info_files(spec, 'train'))}."
         )
     sources, problems = _open_splits(
-        lambda split: Mmdet3dFolder(root, default_info_files(spec, split), spec), "Split {split}: {error}"
+        lambda split: Mmdet3dFolder(root, default_info_files(spec, split, root), spec), "Split {split}: {error}"
     )
     hints = dict.fromkeys(warning for source in sources.values() for warning in cast(Mmdet3dFolder, source).warnings)
-    kind = "a folder prepared by mmdetection3d"
+    kind = f"a folder prepared by {preparer(spec)}"
     return CheckedFolder(root, kind, spec, sources, problems=problems, hints=[*hints])
 
 
 def _tfds_folder(root: Path, spec: DatasetSpec | None) -> CheckedFolder:
-    for candidate in SPECS if spec is None else ():
+    for candidate in ALL_SPECS if spec is None else ():
         with contextlib.suppress(InputError):
             find_tfds(root, candidate)
             spec = candidate
             break
-    chosen = spec or SPECS[0]
+    chosen = spec or ALL_SPECS[0]
     sources, problems = _open_splits(lambda split: TfdsSource(root, split, chosen))
     return CheckedFolder(root, "a dataset prepared by python -m data", chosen, sources, problems=problems)
 
 
-ROOTS: Mapping[str, str] = {"scannet": "data/scannet", "sunrgbd": "data/sun_rgbd", "s3dis": "data/s3dis"}
-"""Default folder of a dataset, below the working folder: the one that its command prepares."""
+ROOTS: Mapping[str, str] = {
+    "scannet": "data/scannet",
+    "sunrgbd": "data/sun_rgbd",
+    "s3dis": "data/s3dis",
+    "arkitscenes": "data/arkitscenes",
+    "multiscan": "data/multiscan/bins",
+    "3rscan": "data/3rscan",
+    "scannetpp": "data/scannetpp/bins",
+}
+"""Default folder of a dataset, below the working folder: the one that its command, or UniDet3D, prepares."""
 
 
 @dataclass(frozen=True)
@@ -177,10 +193,10 @@ class SourceConfig:
     """One dataset of a run, and the place of its scans.
 
     Attributes:
-        name: "scannet", "sunrgbd", "s3dis", or any other name with `classes` of its own.
-        kind: "mmdet3d", a folder prepared by mmdetection3d; "tfds", one that `python -m data.<dataset>` prepared;
-            "scans", a folder of scans with boxes.json (`ScanFolder`); "auto", whichever of these `root` is; or
-            "synthetic", procedural scans.
+        name: of a built-in dataset (`ALL_SPECS`), or any other name with `classes` of its own.
+        kind: "mmdet3d", a folder prepared by mmdetection3d or UniDet3D; "tfds", one that `python -m data.<dataset>`
+            prepared; "scans", a folder of scans with boxes.json (`ScanFolder`); "auto", whichever of these `root` is;
+            or "synthetic", procedural scans.
         root: the folder; none for procedural scans.
         train_infos: info files of the training scans in `root` (mmdet3d); empty: the names mmdetection3d gives them.
         val_infos: info files of the validation scans; empty as above.
@@ -195,6 +211,10 @@ class SourceConfig:
         sample: True to sample points of training scans by the dataset's recipe; False uses all.
         batch_size: training scans in a step, over all devices of the dataset; None: as `train.batch_size` says.
         weight: probability, above 0 up to 1, with which the dataset takes part in a training step.
+        share: part, above 0 up to 1, of the training scans that a pass of an epoch draws, as UniDet3D's `partition`.
+            Among datasets with a share, the one with most batches to draw in an epoch takes part in a step with its
+            `weight`, any other with its `weight` times the ratio of their batches. None: a pass draws all scans, and
+            `weight` alone counts.
         classes: classes of a dataset of one's own; the built-in ones have theirs.
         has_yaw: True if the boxes of a dataset of one's own turn about z.
         large_classes: classes of the coarse level, see `own_spec`.
@@ -215,6 +235,7 @@ class SourceConfig:
     sample: bool = True
     batch_size: int | None = None
     weight: float = 1.0
+    share: float | None = None
     classes: tuple[str, ...] = ()
     has_yaw: bool = False
     large_classes: tuple[str, ...] | None = None
@@ -258,14 +279,14 @@ def build_source(source: SourceConfig, split: Split) -> ScanSource:
                 raise InputError(f"{root / BOXES_FILE}: {description.yaw_problem}")
             _check_classes(description.classes, spec, root / BOXES_FILE)
             return ScanFolder(root, split, spec, description=description)
-    infos = (source.train_infos if split == "train" else source.val_infos) or default_info_files(spec, split)
-    wanted = [root, root / "points", *(root / info for info in infos)]
+    infos = (source.train_infos if split == "train" else source.val_infos) or default_info_files(spec, split, root)
+    wanted = [root, root / points_folder(spec), *(root / info for info in infos)]
     missing = next((path for path in wanted if not path.exists()), None)
     if missing is not None:
         prepares = ".".join(root.parts) if (root / "__main__.py").is_file() else "data.<dataset>"
         raise InputError(
             f"The data of {source.name} is not there: {missing} does not exist; expected is a folder prepared by "
-            f"mmdetection3d, {root}/ with {', '.join(infos)} and points/<scan>.bin, or one that "
+            f"{preparer(spec)}, {root}/ with {', '.join(infos)} and {points_folder(spec)}/<scan>.bin, or one that "
             f"`python -m {prepares}` prepared, or scans with {BOXES_FILE} (set another one with "
             f"--config.datasets.{source.name}.root=...); --config=configs/joint.py:demo runs without data."
         )
@@ -292,7 +313,7 @@ def holds_dataset(root: Path) -> bool:
 def _kind_of(root: Path) -> str | None:
     if is_scan_folder(root):
         return "scans"
-    if (root / "points").exists():
+    if any((root / folder).exists() for folder in POINTS_FOLDERS):
         return "mmdet3d"
     return "tfds" if is_tfds(root) else None
 

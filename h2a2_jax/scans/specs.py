@@ -1,6 +1,8 @@
 """Facts of each dataset: classes, box protocol, augmentation and sampling recipe.
 
-The numbers are TR3D's (arXiv 2302.02858) per-dataset training recipes. Class orders are those of the label
+ScanNet, SUN RGB-D and S3DIS, the three of H2A2, have TR3D's (arXiv 2302.02858) training recipes. ARKitScenes,
+MultiScan, 3RScan and ScanNet++ have those of UniDet3D (arXiv 2409.04234), which trains on them with ScanNet and S3DIS,
+and passes of an epoch of our own: 15 as ScanNet, 4 through the larger ARKitScenes. Class orders are those of the label
 indices in prepared mmdet3d folders, including their spelling ("showercurtrain").
 """
 
@@ -9,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from h2a2_jax.errors import InputError
 
@@ -56,7 +59,7 @@ class DatasetSpec:
     """One dataset's protocol.
 
     Attributes:
-        name: "scannet", "sunrgbd" or "s3dis" for the three built in.
+        name: of a built-in dataset, as in `ALL_SPECS`, or of one's own.
         classes: class names; the position is the label.
         has_yaw: True if boxes turn about z, False if they are axis-aligned (yaw 0).
         label_to_level: per class, the head level that learns it: 0 (16 cm) or 1 (32 cm).
@@ -136,23 +139,108 @@ S3DIS = DatasetSpec(
     floor=0.01,  # the lowest point lies at 0
 )
 
+_WIDE = frozenset("shelf fireplace blinds whiteboard heater rack".split()) | {"kitchen cabinet", "storage cabinet"}
+"""Classes of the four below that are unknown above, and whose longer horizontal side is usually more than a metre."""
+
+
+def _levels(classes: Sequence[str]) -> tuple[int, ...]:
+    """Return the head level of each class of a dataset for which nobody has published levels.
+
+    A class that ScanNet, SUN RGB-D or S3DIS has keeps the level of the first of them that has it. Any other goes to
+    the 32 cm level if its longer horizontal side is usually more than a metre, which separates ScanNet's levels too.
+    """
+    known: dict[str, int] = {}
+    for spec in (S3DIS, SUNRGBD, SCANNET):
+        known |= zip(spec.classes, spec.label_to_level, strict=True)
+    return tuple(known.get(name, int(name in _WIDE)) for name in classes)
+
+
+def _of_unidet3d(
+    name: str, classes: tuple[str, ...], *, points: int, rotation: float = 0.0, **more: Any
+) -> DatasetSpec:
+    """Make the spec of a dataset with what UniDet3D's recipes have in common; `points` are drawn from each scan."""
+    values: dict[str, Any] = {
+        "has_yaw": False,
+        "label_to_level": _levels(classes),
+        "color_scale": 255.0,
+        "repeats": 1,
+        "augmentation": Augmentation(0.5, 0.5, rotation=rotation, scale=(0.9, 1.1), translation_std=0.1),
+        "train_sampling": CountSampling(points),
+        "test_sampling": CountSampling(points),
+    }
+    return DatasetSpec(name, classes, **values | more)
+
+
+ARKITSCENES = _of_unidet3d(
+    "arkitscenes",
+    tuple(
+        "cabinet refrigerator shelf stove bed sink washer toilet bathtub oven dishwasher fireplace stool chair table "
+        "tv_monitor sofa".split()
+    ),
+    points=100_000,
+    rotation=0.5,
+    has_yaw=True,
+    color_scale=1.0,
+    repeats=4,
+    # The tablet's world begins where the tablet was first held, some 1.3 m above the floor; see SUN RGB-D.
+    floor=-1.28,
+)
+
+MULTISCAN = _of_unidet3d(
+    "multiscan",
+    tuple(
+        "door table chair cabinet window sofa microwave pillow tv_monitor curtain trash_can suitcase sink backpack bed "
+        "refrigerator toilet".split()
+    ),
+    points=100_000,
+    repeats=15,
+)
+
+RSCAN = _of_unidet3d("3rscan", (*SCANNET.classes[:-1], "otherfurniture"), points=100_000, repeats=15)
+
+SCANNETPP = _of_unidet3d(
+    "scannetpp",
+    tuple(
+        "table,door,ceiling lamp,cabinet,blinds,curtain,chair,storage cabinet,office chair,bookshelf,whiteboard,window,"
+        "box,monitor,shelf,heater,kitchen cabinet,sofa,bed,trash can,book,plant,blanket,tv,computer tower,refrigerator,"
+        "jacket,sink,bag,picture,pillow,towel,suitcase,backpack,crate,keyboard,rack,toilet,printer,poster,painting,"
+        "microwave,shoes,socket,bottle,bucket,cushion,basket,shoe rack,telephone,file folder,laptop,plant pot,"
+        "exhaust fan,cup,coat hanger,light switch,speaker,table lamp,kettle,smoke detector,container,power strip,"
+        "slippers,paper bag,mouse,cutting board,toilet paper,paper towel,pot,clock,pan,tap,jar,soap dispenser,binder,"
+        "bowl,tissue box,whiteboard eraser,toilet brush,spray bottle,headphones,stapler,marker".split(",")
+    ),
+    points=200_000,
+    repeats=15,
+)
+
 SPECS = (SCANNET, SUNRGBD, S3DIS)
-"""The three built-in datasets, in the order used throughout."""
+"""The three datasets of H2A2, in the order used throughout."""
+
+UNIDET3D_SPECS = (SCANNET, S3DIS, MULTISCAN, RSCAN, SCANNETPP, ARKITSCENES)
+"""The six datasets of UniDet3D, in its order."""
+
+ALL_SPECS = (*SPECS, ARKITSCENES, MULTISCAN, RSCAN, SCANNETPP)
+"""The seven built-in datasets."""
 
 
 MAX_NAME_BYTES = 100
 """Longest name of a dataset, in UTF-8: file systems take 255 for a file, whose name has more parts."""
 
-_OTHER_SPELLINGS = {"showercurtain": "showercurtrain"}
+_OTHER_NAMES = {
+    "showercurtain": "showercurtrain",
+    "fridge": "refrigerator",
+    "furniture": "otherfurniture",
+}
+"""Plain names of classes by other plain names that files have for them: 3RScan's lists say "fridge" and "furniture"."""
 
 
 def dataset_spec(name: str) -> DatasetSpec:
-    """Return the built-in spec called "scannet", "sunrgbd" or "s3dis".
+    """Return the built-in spec of a name.
 
     Raises:
         InputError: for any other name.
     """
-    known = {spec.name: spec for spec in SPECS}
+    known = {spec.name: spec for spec in ALL_SPECS}
     if name in known:
         return known[name]
     raise InputError(
@@ -166,9 +254,8 @@ def class_label(name: str, spec: DatasetSpec) -> int:
 
 
 def _label_of(name: str, classes: Sequence[str]) -> int:
-    plain = plain_name(name)
-    plain = _OTHER_SPELLINGS.get(plain, plain)
-    return next((label for label, known in enumerate(classes) if plain_name(known) == plain), -1)
+    plain, labels = plain_name(name), {plain_name(known): label for label, known in enumerate(classes)}
+    return labels.get(plain, labels.get(_OTHER_NAMES.get(plain, plain), -1))
 
 
 def labels_among(names: Sequence[str], classes: Sequence[str], owner: str) -> tuple[int, ...]:
@@ -288,15 +375,15 @@ def own_spec(
         name: none of the built-in ones.
         classes: class names; the position is the label.
         has_yaw: True if boxes turn about z.
-        large_classes: classes of the 32 cm level, things wider than about a metre; None: those that a built-in
-            dataset has there.
+        large_classes: classes of the 32 cm level, things wider than about a metre; None: those that ScanNet, SUN RGB-D
+            or S3DIS has there.
 
     Raises:
         InputError: the name is built in; no class, one twice; a large class is none of the classes; or a name is none
             (`check_dataset_name`, `check_class_names`).
     """
     check_dataset_name(name)
-    if name in (spec.name for spec in SPECS):
+    if name in (spec.name for spec in ALL_SPECS):
         raise InputError(f"{name} is a built-in dataset, whose classes are fixed: call one of your own otherwise.")
     if not classes or len(set(classes)) < len(classes):
         raise InputError(f"dataset {name} has the classes {classes!r}; expected at least one, each once.")

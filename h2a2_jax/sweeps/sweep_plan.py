@@ -7,6 +7,7 @@ from pathlib import Path
 
 from h2a2_jax.config import ExperimentConfig, from_json, leaves_of, to_json
 from h2a2_jax.errors import InputError
+from h2a2_jax.loader.stream import batches_per_epoch
 from h2a2_jax.scans.sources import build_source
 from h2a2_jax.training.build import steps_of_run
 
@@ -64,8 +65,8 @@ def restricted(joint: ExperimentConfig, names: Sequence[str], steps: int | None 
     number of steps. Without `steps` the training takes as many as the joint one.
     """
     rest = replace(joint, datasets=tuple(source for source in joint.datasets if source.name in names))
-    epoch = steps_of_run(rest, _batches_per_epoch(rest))[0]
-    joint_epoch, whole = steps_of_run(joint, _batches_per_epoch(joint))
+    epoch = steps_of_run(rest, _epoch_of(rest))[0]
+    joint_epoch, whole = steps_of_run(joint, _epoch_of(joint))
     steps = whole if steps is None else steps
     decays: list[int] = []
     for wanted in joint.optim.decay_epochs:
@@ -121,14 +122,9 @@ def seeded(name: str, config: ExperimentConfig, seeds: Sequence[int]) -> tuple[S
     return tuple(SweepRun(name, seed, replace(config, train=replace(config.train, seed=seed))) for seed in seeds)
 
 
-def _batches_per_epoch(config: ExperimentConfig) -> int:
-    """Number of batches in an epoch, as `JointStream` counts them."""
-    batches = []
-    for source in config.datasets:
-        repeats = source.spec.repeats if source.repeats is None else source.repeats
-        a_step = (source.batch_size or config.train.batch_size) * source.weight
-        batches.append(math.ceil(len(build_source(source, "train")) * repeats / a_step))
-    return max(batches)
+def _epoch_of(config: ExperimentConfig) -> int:
+    """Batches of an epoch of the datasets of a config."""
+    return batches_per_epoch(config, [len(build_source(source, "train")) for source in config.datasets])
 
 
 def _experiment(text: str) -> ExperimentConfig | None:

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.scans.raw.arkitscenes import ArkitScenes
 from h2a2_jax.scans.raw.s3dis import S3dis
 from h2a2_jax.scans.raw.scannet import ScanNet
 from h2a2_jax.scans.raw.sunrgbd import SunRgbd
-from h2a2_jax.scans.specs import SPECS
+from h2a2_jax.scans.specs import RSCAN, SPECS
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 from h2a2_jax.scans.tfds_source import TfdsSource
 from tests.prepare.tiny import assert_equal
-from tests.scans.raw.miniature import write_s3dis, write_scannet, write_sunrgbd
+from tests.scans.raw.miniature import write_arkitscenes, write_s3dis, write_scannet, write_sunrgbd
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def run(monkeypatch, capsys):
         ("scannet", write_scannet, ScanNet, ()),
         ("sun_rgbd", write_sunrgbd, SunRgbd, ()),
         ("s3dis", write_s3dis, S3dis, ("--val-area=5",)),
+        ("arkitscenes", write_arkitscenes, ArkitScenes, ()),
     ],
 )
 def test_raw_data_are_prepared_and_read_back_equal(tmp_path, run, dataset, write, parser, options):
@@ -53,10 +55,11 @@ def test_raw_data_are_prepared_and_read_back_equal(tmp_path, run, dataset, write
             assert_equal(source[index], raw.load(name))
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [*SPECS, RSCAN], ids=lambda spec: spec.name)
 def test_procedural_data_are_prepared_and_read_back_equal(tmp_path, run, spec):
     arguments = ("--train=2", "--val=1", "--seed=4", "--scale=demo", "--workers=1", f"--output={tmp_path}")
-    status, printed, errors = run(f"synthetic_{spec.name}", *arguments)
+    command = (f"synthetic_{spec.name}",) if spec in SPECS else ("synthetic", spec.name)
+    status, printed, errors = run(*command, *arguments)
     assert status == 0, errors
     assert "published" not in printed
     for split, size in (("train", 2), ("val", 1)):
@@ -91,6 +94,8 @@ def test_a_scan_that_fails_gives_status_one_and_can_be_left_out(tmp_path, run):
         ("s3dis", ("--raw=/nowhere", "--val-area=x"), "argument --val-area: invalid int value: 'x'"),
         ("synthetic_scannet", ("--train=0",), "A synthetic source of 0 scans was asked for"),
         ("synthetic_s3dis", ("--workers=0",), "--workers is 0; expected at least 1."),
+        ("synthetic", (), "the following arguments are required: dataset"),
+        ("synthetic", ("s3dis",), "argument dataset: invalid choice: 's3dis'"),
         ("synthetic_s3dis", ("--sale=demo",), "unrecognized arguments: --sale=demo"),
         ("synthetic_s3dis", (f"--output={Path(__file__)}",), "cannot be written (File exists)"),
     ],

@@ -3,14 +3,26 @@ import pytest
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.sources import SourceConfig
 from h2a2_jax.scans.specs import (
+    ALL_SPECS,
+    ARKITSCENES,
     MAX_NAME_BYTES,
+    MULTISCAN,
+    RSCAN,
     S3DIS,
     SCANNET,
+    SCANNETPP,
     SPECS,
     SUNRGBD,
+    UNIDET3D_SPECS,
+    Augmentation,
+    CountSampling,
+    check_class_names,
+    check_dataset_name,
+    class_label,
     dataset_spec,
     labels_among,
     own_spec,
+    plain_name,
     renamed,
 )
 
@@ -18,9 +30,43 @@ from h2a2_jax.scans.specs import (
 def test_number_of_classes_and_box_outputs():
     assert [spec.num_classes for spec in SPECS] == [18, 10, 5]
     assert [spec.num_outputs for spec in SPECS] == [6, 8, 6]
+    assert [spec.num_classes for spec in UNIDET3D_SPECS] == [18, 5, 17, 18, 84, 17]
+    assert [spec.num_outputs for spec in UNIDET3D_SPECS] == [6, 6, 6, 6, 6, 8]
+    assert set(ALL_SPECS) == {*SPECS, *UNIDET3D_SPECS} and len(ALL_SPECS) == 7
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_the_four_have_the_recipes_of_unidet3d():
+    for spec in (ARKITSCENES, MULTISCAN, RSCAN, SCANNETPP):
+        turn = 0.5 if spec is ARKITSCENES else 0.0
+        assert spec.augmentation == Augmentation(0.5, 0.5, turn, (0.9, 1.1), 0.1)
+        count = CountSampling(200_000 if spec is SCANNETPP else 100_000)
+        assert spec.train_sampling == spec.test_sampling == count
+        assert spec.color_scale == (1.0 if spec is ARKITSCENES else 255.0)
+
+
+def test_classes_of_the_four_are_in_the_order_of_the_labels():
+    assert ARKITSCENES.classes[:3] == ("cabinet", "refrigerator", "shelf") and ARKITSCENES.classes[-1] == "sofa"
+    assert MULTISCAN.classes[8:11] == ("tv_monitor", "curtain", "trash_can") and MULTISCAN.classes[-1] == "toilet"
+    assert RSCAN.classes == (*SCANNET.classes[:17], "otherfurniture")
+    assert [SCANNETPP.classes.index(name) for name in ("table", "box", "computer tower", "marker")] == [0, 12, 24, 83]
+
+
+def test_the_union_of_unidet3ds_six_has_99_plain_names():
+    union = {name for spec in UNIDET3D_SPECS for name in spec.classes}
+    assert len({plain_name(name) for name in union}) == 99 and len(union) == 100
+    # UniDet3D gives ScanNet "otherfurniture" in place of "garbagebin": its union has 99 exact strings.
+    assert len(union - {"garbagebin"}) == 99
+
+
+def test_names_that_files_have_for_classes():
+    assert class_label("fridge", RSCAN) == RSCAN.classes.index("refrigerator")
+    assert class_label("Shower Curtain", RSCAN) == RSCAN.classes.index("showercurtrain")
+    assert class_label("furniture", RSCAN) == 17 and class_label("furniture", SCANNET) == -1
+    own = own_spec("kitchens", ("refrigerator", "fridge"))
+    assert [class_label(name, own) for name in own.classes] == [0, 1]
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda spec: spec.name)
 def test_every_class_has_a_level(spec):
     assert len(spec.label_to_level) == spec.num_classes
     assert set(spec.label_to_level) == {0, 1}
@@ -32,6 +78,10 @@ def test_large_objects_are_learned_on_the_coarse_level():
         (SCANNET, "bed sofa table window bookshelf counter desk curtain bathtub", "chair door toilet garbagebin"),
         (SUNRGBD, "bed table sofa desk bookshelf", "chair toilet dresser night_stand bathtub"),
         (S3DIS, "table sofa bookcase", "chair board"),
+        (ARKITSCENES, "shelf bed bathtub fireplace table sofa", "cabinet refrigerator stove toilet tv_monitor chair"),
+        (MULTISCAN, "table window sofa curtain bed", "door chair cabinet pillow toilet"),
+        (RSCAN, "bed sofa desk bathtub", "door chair otherfurniture"),
+        (SCANNETPP, "table whiteboard heater blinds bookshelf", "door box monitor chair marker"),
     ):
         assert {spec.label_to_level[spec.classes.index(name)] for name in large.split()} == {1}
         assert {spec.label_to_level[spec.classes.index(name)] for name in small.split()} == {0}
@@ -71,8 +121,12 @@ def test_classes_have_names_of_ones_own():
             renamed(SCANNET, names)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda spec: spec.name)
 def test_the_names_of_the_built_in_datasets_are_names(spec):
+    check_dataset_name(spec.name)
+    check_class_names(spec.classes, spec.name)
+    with pytest.raises(InputError, match=f"{spec.name} is a built-in dataset"):
+        own_spec(spec.name, spec.classes)
     assert own_spec(f"my {spec.name}", spec.classes).classes == spec.classes
 
 

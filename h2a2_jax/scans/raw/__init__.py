@@ -1,15 +1,17 @@
-"""ScanNet v2, SUN RGB-D and S3DIS as people download them: the protocol of a dataset, and helpers of all readers."""
+"""Benchmarks as people download them: the protocol of a raw dataset, and helpers of all readers."""
 
+import json
 import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.scans.formats.ply import read_ply_columns
 from h2a2_jax.scans.scan import NOT_FINITE, Scan, UnusableScan
 from h2a2_jax.scans.specs import DatasetSpec
 
@@ -40,6 +42,47 @@ def read_file(path: Path) -> bytes:
 def missing_file(path: Path) -> UnusableScan:
     """Return the error of a scan of which a file is missing."""
     return UnusableScan(f"lacks the file {shown(path)}, which is missing: download the scan again, or leave it out.")
+
+
+def read_vertices(path: Path) -> tuple[Float[np.ndarray, "m 3"], UInt8[np.ndarray, "m 3"]]:
+    """Read the vertices (in the unit of the file) of a PLY mesh and their colours 0-255.
+
+    Raises:
+        UnusableScan: the file is missing, damaged, cut off anywhere, or has no coordinates or colours.
+    """
+    again = "download the file again"
+    try:
+        # The faces are not used, but a file cut off in them is an unfinished download.
+        columns = read_ply_columns(path, complete=True)
+    except FileNotFoundError:
+        raise missing_file(path) from None
+    except InputError as error:
+        raise UnusableScan(f"has an unreadable PLY file: {shown(str(error))}") from None
+    except OSError as error:
+        raise UnusableScan(f"has an unreadable PLY file ({shown(str(error))}): {again}.") from None
+    if missing := [field for field in ("x", "y", "z", "red", "green", "blue") if field not in columns]:
+        raise UnusableScan(
+            f"has no vertices of x, y, z, red, green, blue in {shown(path)}, for it lacks "
+            f"{', '.join(missing)}: {again}."
+        )
+    points = np.stack([columns[axis] for axis in "xyz"], axis=1).astype(np.float64)
+    colors = np.stack([columns[channel] for channel in ("red", "green", "blue")], axis=1)
+    if colors.dtype != np.uint8:
+        raise UnusableScan(f"has colours of type {colors.dtype} in {shown(path)}, but uchar is expected: {again}.")
+    return points, colors
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file; empty if it holds anything but an object.
+
+    Raises:
+        UnusableScan: the file is missing, cannot be read or is no JSON.
+    """
+    try:
+        content = json.loads(read_file(path))
+    except (ValueError, RecursionError) as error:
+        raise UnusableScan(f"has an invalid JSON file {shown(path)} ({error}): download it again.") from None
+    return content if isinstance(content, dict) else {}
 
 
 def check_folder(root: Path, layout: str) -> None:
@@ -116,5 +159,6 @@ PUBLISHED: Mapping[str, Mapping[str, int]] = {
     "scannet": {"train": 1201, "val": 312},
     "sunrgbd": {"train": 5285, "val": 5050},
     "s3dis": {"train": 204, "val": 68},
+    "arkitscenes": {"train": 4498, "val": 549},
 }
 """Number of scans by dataset and split that the authors state; those of S3DIS are for Area 5 as validation."""

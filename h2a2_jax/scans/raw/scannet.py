@@ -11,18 +11,16 @@ file has it.
 
 import csv
 import io
-import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans import raw
-from h2a2_jax.scans.formats.ply import read_ply_columns
 from h2a2_jax.scans.raw import shown
 from h2a2_jax.scans.scan import Scan, ScanError, UnusableScan, scan_errors
 from h2a2_jax.scans.specs import SCANNET
@@ -79,7 +77,7 @@ class ScanNet:
             notes: Counter[str] = Counter()
             mesh = folder / f"{name}_vh_clean_2.ply"
             alignment = _read_alignment(folder / f"{name}.txt", notes)
-            vertices, colors = _read_vertices(mesh)
+            vertices, colors = raw.read_vertices(mesh)
             segments = _read_segments(folder / f"{name}_vh_clean_2.0.010000.segs.json", len(vertices))
             groups = _read_groups(folder / f"{name}.aggregation.json", notes)
             usable = raw.usable_points(vertices, notes)
@@ -188,39 +186,8 @@ def _read_alignment(path: Path, notes: Counter[str]) -> Float[np.ndarray, "4 4"]
     return matrix
 
 
-def _read_vertices(path: Path) -> tuple[Float[np.ndarray, "m 3"], UInt8[np.ndarray, "m 3"]]:
-    again = "download the file again"
-    try:
-        # The faces are not used, but a file cut off in them is an unfinished download.
-        columns = read_ply_columns(path, complete=True)
-    except FileNotFoundError:
-        raise raw.missing_file(path) from None
-    except InputError as error:
-        raise UnusableScan(f"has an unreadable PLY file: {shown(str(error))}") from None
-    except OSError as error:
-        raise UnusableScan(f"has an unreadable PLY file ({shown(str(error))}): {again}.") from None
-    if missing := [field for field in ("x", "y", "z", "red", "green", "blue") if field not in columns]:
-        raise UnusableScan(
-            f"has no vertices of x, y, z, red, green, blue in {shown(path)}, for it lacks "
-            f"{', '.join(missing)}: {again}."
-        )
-    points = np.stack([columns[axis] for axis in "xyz"], axis=1).astype(np.float64)
-    colors = np.stack([columns[channel] for channel in ("red", "green", "blue")], axis=1)
-    if colors.dtype != np.uint8:
-        raise UnusableScan(f"has colours of type {colors.dtype} in {shown(path)}, but uchar is expected: {again}.")
-    return points, colors
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(raw.read_file(path))
-    except (ValueError, RecursionError) as error:
-        raise UnusableScan(f"has an invalid JSON file {shown(path)} ({error}): download it again.") from None
-    return content if isinstance(content, dict) else {}
-
-
 def _read_segments(path: Path, vertices: int) -> Int[np.ndarray, " m"]:
-    segments = _integers(_read_json(path).get("segIndices"))
+    segments = _integers(raw.read_object(path).get("segIndices"))
     if segments is None or len(segments) != vertices:
         found = "no list segIndices" if segments is None else f"{len(segments)} segment numbers"
         raise UnusableScan(
@@ -232,7 +199,7 @@ def _read_segments(path: Path, vertices: int) -> Int[np.ndarray, " m"]:
 def _read_groups(path: Path, notes: Counter[str]) -> dict[int, _Group]:
     """Read objects by id, in the order in which they claim their segments."""
     groups: dict[int, _Group] = {}
-    content = _read_json(path).get("segGroups")
+    content = raw.read_object(path).get("segGroups")
     for entry in content if isinstance(content, list) else [None]:
         entry = entry if isinstance(entry, dict) else {}
         number, label = entry.get("objectId"), entry.get("label")

@@ -1,4 +1,4 @@
-"""Procedural scans of furnished rooms as three sensors would acquire them."""
+"""Procedural scans of furnished rooms as different sensors acquire them."""
 
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 

@@ -1,4 +1,4 @@
-"""Domain gap between the three procedural datasets, as one number from 0 to 2.
+"""Domain gap between the procedural datasets of H2A2's setting, as one number from 0 to 2.
 
 At 0 the three are one distribution under three names, at 1 they are the stand-ins of the real datasets, at 2 they are
 further apart. In between:
@@ -9,6 +9,8 @@ further apart. In between:
     gap > 1:  with e = gap - 1, furniture and boxes of a dataset are scaled by its factors to the power e, its usual
               furniture becomes more frequent (share / mean share of the three, to the power e), its points fewer or
               noisier, and the axes of a share e of the S3DIS scans are permuted.
+
+Stand-ins of the other datasets exist at 1 alone.
 """
 
 from collections.abc import Mapping
@@ -17,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.random import Generator
 
+from h2a2_jax.errors import InputError
 from h2a2_jax.scans.scan import Scan
 from h2a2_jax.scans.specs import SCANNET, SPECS, DatasetSpec
 from h2a2_jax.scans.synthetic.rooms import Programme, Scale, Weights, label_of, programme
@@ -52,7 +55,15 @@ EXAGGERATIONS: Mapping[str, Exaggeration] = {
 
 
 def protocol_at(spec: DatasetSpec, gap: float) -> DatasetSpec:
-    """Return the protocol of a dataset at a gap: below 1 ScanNet's but for name, classes and their levels."""
+    """Return the protocol of a dataset at a gap: below 1 ScanNet's but for name, classes and their levels.
+
+    Raises:
+        InputError: a gap other than 1 of a dataset beyond ScanNet, SUN RGB-D and S3DIS.
+    """
+    if gap != 1 and spec.name not in EXAGGERATIONS:
+        raise InputError(
+            f"The gap of the procedural {spec.name} is {gap:g}; only {', '.join(EXAGGERATIONS)} have gaps: give 1."
+        )
     if gap >= 1:
         return spec
     return replace(SCANNET, name=spec.name, classes=spec.classes, label_to_level=spec.label_to_level)
@@ -73,9 +84,9 @@ def draw_style(spec: DatasetSpec, scale: Scale, gap: float, rng: Generator) -> t
 
 def exaggerate_capture(capture: Capture, name: str, gap: float, rng: Generator) -> Capture:
     """Leave out points and add noise as the dataset `name` wants at a gap above 1; at most 1: no change, no draw."""
-    change = EXAGGERATIONS[name]
     if gap <= 1:
         return capture
+    change = EXAGGERATIONS[name]
     kept = np.flatnonzero(rng.random(len(capture.points)) < change.kept ** (gap - 1))
     noise = rng.standard_normal((len(kept), 3), np.float32) * np.float32(change.noise * (gap - 1))
     points, colors, owners = capture.points[kept] + noise, capture.colors[kept], capture.owners[kept]
@@ -84,9 +95,9 @@ def exaggerate_capture(capture: Capture, name: str, gap: float, rng: Generator) 
 
 def exaggerate_scan(scan: Scan, name: str, gap: float, rng: Generator) -> Scan:
     """Scale boxes and permute axes as the dataset `name` wants at a gap above 1; at most 1: no change, no draw."""
-    change = EXAGGERATIONS[name]
     if gap <= 1:
         return scan
+    change = EXAGGERATIONS[name]
     boxes = scan.boxes.copy()
     boxes[:, 3:6] *= np.float32(change.extent ** (gap - 1))
     if not change.is_permuted or rng.random() >= gap - 1:

@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from h2a2_jax.scans.specs import DatasetSpec
-from h2a2_jax.scans.synthetic import furniture
+from h2a2_jax.scans.synthetic import furniture, household
 from h2a2_jax.scans.synthetic.furniture import Builder, Primitive, Size, Solids, join_solids, make_solids
 
-Mount = Literal["wall", "free", "seat", "hung"]
-"""Place of a thing: back to a wall, anywhere, at a table, or fixed to a wall at a height."""
+Mount = Literal["wall", "free", "seat", "hung", "top"]
+"""Place of a thing: back to a wall, anywhere, at a table, fixed to a wall at a height, or on other furniture."""
 
 Scale = Literal["demo", "full"]
 """Small rooms of few and easily distinguished classes, or rooms of the size and variety of the real data."""
@@ -33,6 +33,7 @@ class Kind:
         spread: standard deviation of the logarithm of each size.
         limit: largest number in a room.
         height_spread: standard deviation of the logarithm of the height; None = `spread`. Tables vary less in height.
+        on: kinds that it stands on, if its place is "top".
     """
 
     build: Builder
@@ -42,7 +43,12 @@ class Kind:
     spread: float = 0.2
     limit: int = 2
     height_spread: float | None = None
+    on: tuple[str, ...] = ()
 
+
+_TABLES = ("table", "desk", "counter")
+_TOPS = (*_TABLES, "cabinet", "dresser")
+_SURFACE = {"bed": 0.6, "sofa": 0.5}  # height of what one lies or sits on, as a share of the whole; others: 1
 
 # Sizes are class means of the SUN RGB-D boxes where it has the class, else chosen so that the axis-aligned boxes
 # of wall-bound objects are about those of ScanNet.
@@ -70,7 +76,49 @@ KINDS: Mapping[str, Kind] = {
     "board": Kind(furniture.board, (0.10, 2.00, 1.20), "hung", (0.8, 1.0), limit=1),
     "carton": Kind(furniture.carton, (0.35, 0.4, 0.35), "free", spread=0.35, limit=3),
     "plant": Kind(furniture.plant, (0.45, 0.45, 0.9), "wall", spread=0.35, limit=2),
+    # Only in rooms of the datasets beyond the first three.
+    "stove": Kind(household.appliance, (0.62, 0.62, 0.90), "wall", spread=0.1, limit=1),
+    "oven": Kind(household.appliance, (0.56, 0.60, 0.60), "hung", (0.6, 0.9), 0.1, 1),
+    "washer": Kind(household.appliance, (0.60, 0.62, 0.88), "wall", spread=0.1, limit=1),
+    "dishwasher": Kind(household.appliance, (0.58, 0.60, 0.82), "wall", spread=0.1, limit=1),
+    "stool": Kind(household.stool, (0.40, 0.42, 0.52), "free", limit=3),
+    "fireplace": Kind(household.fireplace, (0.35, 1.30, 1.10), "wall", limit=1),
+    "heater": Kind(household.heater, (0.12, 1.10, 0.60), "hung", (0.1, 0.15), 0.3, 2),
+    "rack": Kind(household.rack, (0.40, 1.00, 1.40), "wall", spread=0.3),
+    "suitcase": Kind(household.case, (0.28, 0.45, 0.65), "wall", limit=1),
+    "backpack": Kind(household.case, (0.25, 0.32, 0.45), "wall"),
+    "bucket": Kind(furniture.garbage_bin, (0.30, 0.30, 0.32), "wall", limit=1),
+    "kitchen cabinet": Kind(furniture.cabinet, (0.36, 1.40, 0.70), "hung", (1.35, 1.45), 0.25),
+    "towel": Kind(furniture.curtain, (0.06, 0.45, 0.80), "hung", (0.7, 0.9)),
+    "poster": Kind(furniture.picture, (0.03, 0.60, 0.85), "hung", (1.0, 1.3)),
+    "screen": Kind(household.screen, (0.20, 0.62, 0.48), "top", limit=3, on=_TOPS),
+    "microwave": Kind(household.appliance, (0.38, 0.50, 0.30), "top", limit=1, on=_TOPS),
+    "printer": Kind(household.appliance, (0.42, 0.45, 0.32), "top", limit=1, on=_TOPS),
+    "laptop": Kind(household.laptop, (0.26, 0.34, 0.24), "top", on=_TABLES),
+    "keyboard": Kind(household.slab, (0.16, 0.44, 0.04), "top", on=_TABLES),
+    "book": Kind(household.slab, (0.24, 0.18, 0.06), "top", limit=3, on=_TOPS),
+    "bottle": Kind(household.bottle, (0.09, 0.09, 0.26), "top", limit=3, on=_TOPS),
+    "table lamp": Kind(household.table_lamp, (0.26, 0.26, 0.45), "top", on=(*_TOPS, "night_stand")),
+    "pillow": Kind(household.slab, (0.38, 0.48, 0.16), "top", limit=3, on=("bed", "sofa")),
 }
+
+_CLASS_OF: Mapping[str, Mapping[str, str]] = {
+    "s3dis": {"bookshelf": "bookcase"},
+    "arkitscenes": {
+        "bookshelf": "shelf", "rack": "shelf", "desk": "table", "dresser": "cabinet", "night_stand": "cabinet",
+        "screen": "tv_monitor",
+    },
+    "multiscan": {
+        "desk": "table", "dresser": "cabinet", "night_stand": "cabinet", "showercurtrain": "curtain",
+        "garbagebin": "trash_can", "screen": "tv_monitor",
+    },
+    "3rscan": {"stool": "otherfurniture", "rack": "otherfurniture"},
+    "scannetpp": {
+        "desk": "table", "dresser": "storage cabinet", "night_stand": "storage cabinet", "board": "whiteboard",
+        "garbagebin": "trash can", "carton": "box", "screen": "monitor", "showercurtrain": "curtain",
+    },
+}  # fmt: skip
+"""Class of a kind of furniture in a dataset that calls it otherwise, as the dataset's own lists merge classes."""
 
 _S3DIS_SIZES: Mapping[str, Size] = {
     "chair": (0.6, 0.6, 0.8), "table": (0.9, 1.5, 0.75), "bookshelf": (0.4, 1.0, 2.0), "board": (0.1, 2.0, 1.2),
@@ -114,6 +162,28 @@ _LOUNGE: Weights = {
     "sofa": 5, "table": 4, "chair": 5, "bookshelf": 1, "board": 1, "plant": 1, "door": 1, "window": 1,
 }  # fmt: skip
 _LIBRARY: Weights = {"bookshelf": 3.5, "table": 4, "chair": 6, "board": 1, "door": 1, "carton": 1}
+# Rooms of the other four: those above with what their classes add.
+_HOME: tuple[Weights, ...] = (
+    {**_BEDROOM, "screen": 1.5, "stool": 1},
+    {**_LIVING, "screen": 3, "fireplace": 2.5, "stool": 2},
+    {**_KITCHEN, "stove": 3, "oven": 3, "dishwasher": 3, "washer": 1.5, "stool": 3},
+    {**_BATHROOM, "washer": 3},
+)
+_FLAT: tuple[Weights, ...] = (
+    {**_BEDROOM, "pillow": 4, "backpack": 2, "suitcase": 2, "screen": 1.5},
+    {**_LIVING, "pillow": 4, "screen": 3},
+    {**_OFFICE, "screen": 4, "backpack": 2},
+    {**_KITCHEN, "microwave": 3},
+    _BATHROOM,
+)
+_ON_DESKS: Weights = {"screen": 4, "keyboard": 3, "laptop": 2, "book": 3, "bottle": 3, "table lamp": 1.5}
+_BUILDING: tuple[Weights, ...] = (
+    {**_OFFICE, **_ON_DESKS, "heater": 2, "printer": 1.5, "backpack": 1.5, "poster": 1.5, "plant": 1.5, "rack": 1},
+    {**_CONFERENCE, **_ON_DESKS, "heater": 1.5, "rack": 2, "carton": 2, "bucket": 1.5},
+    {**_KITCHEN, "kitchen cabinet": 4, "microwave": 3, "bottle": 3, "towel": 2, "bucket": 1, "heater": 1},
+    {**_BEDROOM, "pillow": 4, "table lamp": 2, "book": 2, "suitcase": 1.5, "heater": 1.5, "poster": 1.5, "plant": 1},
+    {**_BATHROOM, "towel": 4, "bucket": 2, "heater": 1.5, "bottle": 1},
+)
 
 
 @dataclass(frozen=True)
@@ -146,6 +216,10 @@ _DEMO_ROOMS: Mapping[str, Weights] = {
     "scannet": {"chair": 4, "table": 2.5, "sofa": 1.5, "bed": 2, "bookshelf": 1.5, "door": 2, "cabinet": 1.5},
     "sunrgbd": {"chair": 4, "table": 3, "sofa": 4, "bed": 5, "bookshelf": 2.5, "door": 0.5},
     "s3dis": {"chair": 4, "table": 2.5, "sofa": 2, "bookshelf": 2, "board": 2, "door": 0.5},
+    "arkitscenes": {"chair": 3, "table": 3, "sofa": 3, "bed": 3, "bookshelf": 2, "refrigerator": 1.5, "screen": 1},
+    "multiscan": {"chair": 4, "table": 3, "sofa": 2, "bed": 2, "cabinet": 1.5, "door": 2, "screen": 1},
+    "3rscan": {"chair": 4, "table": 3, "sofa": 2, "bed": 2, "bookshelf": 1.5, "door": 1.5, "stool": 1},
+    "scannetpp": {"chair": 4, "table": 3, "sofa": 1.5, "bookshelf": 1.5, "board": 1.5, "heater": 1, "screen": 2},
 }
 _ROOM = (3.0, 8.0)  # m
 
@@ -161,6 +235,15 @@ def programme(spec: DatasetSpec, scale: Scale) -> Programme:
         case "sunrgbd":
             rooms = (_BEDROOM, _OFFICE, _LIVING, _BATH_AND_BED)
             full = Programme(scale, kinds, rooms, (5, 10), (2, 6), 3, _ROOM, _ROOM, (2.4, 3.0))
+        case "arkitscenes":
+            full = Programme(scale, kinds, _HOME, (6, 12), (3, 12), 3, _ROOM, _ROOM, (2.4, 3.0))
+        case "multiscan":
+            full = Programme(scale, kinds, _FLAT, (9, 16), (6, 16), 3, _ROOM, _ROOM, (2.4, 3.0))
+        case "3rscan":
+            rooms = ({**_BEDROOM, "stool": 2}, _OFFICE, {**_LIVING, "stool": 2, "rack": 1}, _KITCHEN, _BATHROOM)
+            full = Programme(scale, kinds, rooms, (9, 16), (6, 16), 3, _ROOM, _ROOM, (2.4, 3.0))
+        case "scannetpp":
+            full = Programme(scale, kinds, _BUILDING, (14, 28), (10, 28), 3, (3.0, 10.0), (3.0, 10.0), (2.5, 3.2))
         case _:
             rooms = (_OFFICE, _CONFERENCE, _LOUNGE, _LIBRARY)
             full = Programme(scale, kinds, rooms, (7, 14), (6, 14), 4, (3.0, 10.0), (3.0, 12.0), (2.7, 3.2))
@@ -179,15 +262,14 @@ def _kind_of(name: str, spec: DatasetSpec, scale: Scale) -> Kind:
         kind = replace(kind, size=_S3DIS_SIZES.get(name, kind.size))
     if scale == "demo":
         return replace(kind, build=furniture.PLAIN_BUILDERS.get(name, kind.build), spread=0.5 * kind.spread)
-    if spec.name == "scannet":
+    if spec.name not in ("sunrgbd", "s3dis"):
         kind = replace(kind, size=_SCANNET_SIZES.get(name, kind.size))
     return replace(kind, spread=max(kind.spread, 0.2))
 
 
 def label_of(name: str, spec: DatasetSpec) -> int:
     """Return the label of a kind of furniture in a dataset; -1 if the dataset does not annotate it."""
-    if spec.name == "s3dis" and name == "bookshelf":
-        name = "bookcase"
+    name = _CLASS_OF.get(spec.name, {}).get(name, name)
     return spec.classes.index(name) if name in spec.classes else -1
 
 
@@ -247,10 +329,11 @@ def furnish_room(programme: Programme, spec: DatasetSpec, rng: np.random.Generat
     # Large fronts first, seats last: they look for a table.
     things.sort(key=lambda thing: (thing[1].mount == "seat", -thing[2][1] * thing[2][2]))
 
-    place = _place_simply if programme.scale == "demo" else _place
+    place_others = _place_simply if programme.scale == "demo" else _place
     placed: list[tuple[str, Box]] = []
     parts: list[Solids] = []
     for name, kind, extent in things:
+        place = _place_on_top if kind.mount == "top" else place_others
         box = place(name, kind, extent, size, placed, rng)
         if box is not None:
             position = np.array([box[0], box[1], box[2] - box[5] / 2])
@@ -357,6 +440,57 @@ def _place(
         if _is_inside(box, room) and not any(overlap(_occupied_box(name, box), other, _GAP) for other in taken):
             return box
     return None
+
+
+def _place_on_top(
+    name: str, kind: Kind, extent: Size, room: Size, placed: list[tuple[str, Box]], rng: np.random.Generator
+) -> Box | None:
+    """Find a free place on other furniture, with the front where that has it; None if there is none."""
+    wide = [box for support, box in placed if support in kind.on and box[3] >= extent[0] and box[4] >= extent[1]]
+    for _ in range(_TRIES if wide else 0):
+        support = wide[rng.integers(len(wide))]
+        spare = (support[3] - extent[0]) / 2, (support[4] - extent[1]) / 2
+        # Not at the back of a bed or a sofa, which rises there.
+        share = next(_SURFACE.get(name, 1.0) for name, box in placed if box is support)
+        forward, aside = rng.uniform(-0.9 if share == 1 else 0.0, 0.9) * spare[0], rng.uniform(-0.9, 0.9) * spare[1]
+        cos, sin = math.cos(support[6]), math.sin(support[6])
+        bottom = support[2] - support[5] / 2 + share * support[5]
+        x, y = support[0] + forward * cos - aside * sin, support[1] + forward * sin + aside * cos
+        box = (x, y, bottom + extent[2] / 2, *extent, support[6] + rng.uniform(-2, 2) * _ALONG)
+        others = (other for _, other in placed if other is not support)
+        is_low = bottom + extent[2] < room[2] - 0.05
+        if is_low and _is_inside(box, room) and not any(overlap(box, other, 0.01) for other in others):
+            return box
+    return None
+
+
+def rearranged(room: Room, rng: np.random.Generator) -> Room:
+    """Move about half of the furniture that stands on the floor by up to 1 m: the same room at a later visit.
+
+    Nothing moves that is fixed to a wall, stands on something or carries something, or finds no free place.
+    """
+    boxes, size = room.boxes.copy(), (float(room.size[0]), float(room.size[1]), float(room.size[2]))
+    centers, yaws = room.solids.centers.copy(), room.solids.yaws.copy()
+    for owner, (x, y, z, depth, width, height, yaw) in enumerate(room.boxes.tolist()):
+        others = [tuple(box) for i, box in enumerate(boxes.tolist()) if i != owner]
+        stands = abs(z - height / 2) < 1e-3 and depth > 0.2
+        if (
+            not stands
+            or rng.random() < 0.5
+            or any(overlap((x, y, z, depth, width, height, yaw), b, 0.0) for b in others)
+        ):
+            continue
+        for _ in range(_TRIES):
+            turn, shift = rng.uniform(-0.4, 0.4), rng.uniform(-1, 1, 2)
+            moved = (x + float(shift[0]), y + float(shift[1]), z, depth, width, height, yaw + turn)
+            if _is_inside(moved, size) and not any(overlap(moved, other, _GAP) for other in others):
+                boxes[owner] = moved
+                own = room.solids.owners == owner
+                offset = centers[own] - room.boxes[owner, :3]
+                centers[own] = furniture.rotate(offset, turn) + boxes[owner, :3]
+                yaws[own] += np.float32(turn)
+                break
+    return replace(room, boxes=boxes, solids=replace(room.solids, centers=centers, yaws=yaws))
 
 
 def _occupied_box(name: str, box: Box) -> Box:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Float32, Int32
@@ -97,8 +97,29 @@ class Capture:
     losses: Mapping[str, float]
 
 
-def fused_mesh(room: Room, scale: Scale, rng: Generator) -> Capture:
-    """A walk through the room with a depth camera, fused: ScanNet.
+@dataclass(frozen=True)
+class Surface:
+    """Quality of a fused mesh or of merged laser scans, relative to ScanNet's or S3DIS's.
+
+    Attributes:
+        holes: share of the surface that is missing.
+        spacing: factor of the distance between points.
+        noise: factor of the standard deviation of bumps.
+        tint: factors of red, green and blue; None: those of the sensor.
+    """
+
+    holes: Limits
+    spacing: float = 1.0
+    noise: float = 1.0
+    tint: tuple[float, float, float] | None = None
+
+
+_SCANNET = Surface((0.10, 0.25))
+_S3DIS = Surface((0.02, 0.05))
+
+
+def fused_mesh(room: Room, scale: Scale, rng: Generator, surface: Surface = _SCANNET) -> Capture:
+    """A walk through the room with a depth camera, fused: ScanNet, and with other surfaces MultiScan and 3RScan.
 
     Several viewpoints, no ceiling, 50,000-150,000 points every 2-3 cm (demo: 4.5 cm), 10-25 % of the surface missing
     in patches, corners and colours smoothed, bumps of 5-8 mm. The floor is z = 0 and the origin lies somewhere in the
@@ -109,15 +130,15 @@ def fused_mesh(room: Room, scale: Scale, rng: Generator) -> Capture:
     seen = _look_around(room, views, (rows, cols), (-80.0, highest), (1.2, 1.7), 0.3, rng)
     kept_rays = ~np.stack([view.is_ceiling for view in seen])
     points, colors, owners = _merge(seen, kept_rays)
-    sigma = rng.uniform(0.005, 0.008) if is_demo else rng.uniform(0.0053, 0.0075)
+    sigma = surface.noise * (rng.uniform(0.005, 0.008) if is_demo else rng.uniform(0.0053, 0.0075))
     if is_demo:
         points += rng.normal(0.0, sigma, points.shape).astype(np.float32)
-        points, colors, owners = _thin(points, colors, owners, 0.045)
-        fraction = rng.uniform(0.10, 0.25)
+        points, colors, owners = _thin(points, colors, owners, 0.045 * surface.spacing)
+        fraction = rng.uniform(*surface.holes)
     else:
-        fraction = rng.uniform(0.10, 0.25)
+        fraction = rng.uniform(*surface.holes)
         normals = np.stack([view.normals for view in seen])[kept_rays]
-        spacing = _spacing(points, 1 - fraction, rng)
+        spacing = surface.spacing * _spacing(points, 1 - fraction, rng)
         points, means, owners = _thin(points, np.concatenate([colors, normals], axis=1), owners, spacing)
         colors, normals = means[:, :3], means[:, 3:]
         normals = normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-6)
@@ -130,8 +151,27 @@ def fused_mesh(room: Room, scale: Scale, rng: Generator) -> Capture:
     return _capture(room, seen, points[kept] + shift, colors, owners[kept], shift, losses)
 
 
-def full_room(room: Room, scale: Scale, rng: Generator) -> Capture:
-    """Tripod scans merged into one cloud: S3DIS.
+def tablet_mesh(room: Room, scale: Scale, rng: Generator, surface: Surface) -> Capture:
+    """A walk through the room with the LiDAR of a tablet, fused: ARKitScenes.
+
+    A coarser mesh than `fused_mesh`, with more holes, and bent by the drift of the tablet: 1.5 cm along x and y, half
+    of that along z, in the mean, nearly the same at neighbouring places. The origin is where the walk began, 1.2-1.6 m
+    above the floor, and x looks where the tablet looked then, so that walls have any direction.
+    """
+    capture = fused_mesh(room, scale, rng, surface)
+    places = np.concatenate([capture.points, capture.boxes[:, :3]])
+    drift = np.stack([_smooth_field(places, (4.0, 10.0), rng) for _ in range(3)], axis=1)
+    turn, height = rng.uniform(-math.pi, math.pi), rng.uniform(1.2, 1.6)
+    places = rotate(places + drift * np.array([0.015, 0.015, 0.0075], np.float32), turn)
+    places[:, 2] -= np.float32(height)
+    boxes = capture.boxes.copy()
+    boxes[:, :3] = places[len(capture.points) :]
+    boxes[:, 6] = (boxes[:, 6] + turn + np.pi) % (2 * np.pi) - np.pi
+    return replace(capture, points=places[: len(capture.points)], boxes=boxes)
+
+
+def full_room(room: Room, scale: Scale, rng: Generator, surface: Surface = _S3DIS) -> Capture:
+    """Tripod scans merged into one cloud: S3DIS, and with another surface ScanNet++.
 
     Several positions, the ceiling included, 200,000 points and more (demo: 14,000), 2-5 % missing, 2 mm noise, a warm
     tint. The smallest x, y, z are 0.
@@ -141,15 +181,15 @@ def full_room(room: Room, scale: Scale, rng: Generator) -> Capture:
     seen = _look_around(room, views, (rows, cols), (-75.0, 89.0), (1.4, 1.7), 0.35, rng)
     points, colors, owners = _merge(seen, np.ones((views, rows, cols), bool))
     if is_demo:
-        points += rng.normal(0.0, 0.002, points.shape).astype(np.float32)
-        points, colors, owners = _thin(points, colors, owners, 0.04)
+        points += rng.normal(0.0, 0.002 * surface.noise, points.shape).astype(np.float32)
+        points, colors, owners = _thin(points, colors, owners, 0.04 * surface.spacing)
     else:
-        points, colors, owners = _thin(points, colors, owners, 0.012)
-        points += np.float32(0.002) * rng.standard_normal(points.shape, np.float32)
-    kept = (_cut_patches if is_demo else _cut_holes)(points, rng.uniform(0.02, 0.05), rng)
+        points, colors, owners = _thin(points, colors, owners, 0.012 * surface.spacing)
+        points += np.float32(0.002 * surface.noise) * rng.standard_normal(points.shape, np.float32)
+    kept = (_cut_patches if is_demo else _cut_holes)(points, rng.uniform(*surface.holes), rng)
     losses = {"holes": 1 - len(kept) / len(points)}
     kept = rng.permutation(kept)[: 14_000 if is_demo else 1_000_000]
-    tint = np.array([1.06, 1.0, 0.86], np.float32)
+    tint = np.array(surface.tint or (1.06, 1.0, 0.86), np.float32)
     shift = -points[kept].min(axis=0)
     colors = _add_noise(colors[kept] * tint, 4 / 255, rng)
     return _capture(room, seen, points[kept] + shift, colors, owners[kept], shift, losses)

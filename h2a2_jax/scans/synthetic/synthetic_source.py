@@ -1,11 +1,12 @@
-"""Procedural stand-ins for ScanNet, SUN RGB-D and S3DIS, for tests and demonstrations without a licence.
+"""Procedural stand-ins for the built-in datasets, for tests and demonstrations without a licence.
 
-One generator of rooms and furniture serves all three; classes, box protocol, sensor, frame, noise and colour differ
+One generator of rooms and furniture serves all of them; classes, box protocol, sensor, frame, noise and colour differ
 as the real datasets' do. Numbers measured on these scans say nothing about the real ones.
 """
 
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -15,13 +16,17 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.scans.scan import Scan
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.scans.synthetic.gap import LARGEST_GAP, draw_style, exaggerate_capture, exaggerate_scan, protocol_at
-from h2a2_jax.scans.synthetic.rooms import Room, Scale, furnish_room
-from h2a2_jax.scans.synthetic.sensors import Capture, depth_frame, full_room, fused_mesh
+from h2a2_jax.scans.synthetic.rooms import Room, Scale, furnish_room, rearranged
+from h2a2_jax.scans.synthetic.sensors import Capture, Surface, depth_frame, full_room, fused_mesh, tablet_mesh
 
 _SENSORS: dict[str, Callable[[Room, Scale, np.random.Generator], Capture]] = {
     "scannet": fused_mesh,
     "sunrgbd": depth_frame,
     "s3dis": full_room,
+    "arkitscenes": partial(tablet_mesh, surface=Surface((0.15, 0.35), spacing=1.2, noise=1.4)),
+    "multiscan": partial(fused_mesh, surface=Surface((0.05, 0.15), spacing=0.9, noise=0.6)),
+    "3rscan": partial(fused_mesh, surface=Surface((0.15, 0.30), spacing=1.1, noise=1.2)),
+    "scannetpp": partial(full_room, surface=Surface((0.01, 0.03), spacing=0.85, noise=0.5, tint=(1.0, 1.0, 1.0))),
 }
 _SPLITS = ("train", "val")
 _FEWEST_POINTS = 30
@@ -34,9 +39,10 @@ class SyntheticSource:
     """Generated scans of one dataset; the same index always gives the same scan.
 
     An annotated object that shows fewer than 30 points, or less than 15 % of itself, has no box. Every scan has at
-    least 5,000 points, and 8-16 (scannet), 2-6 (sunrgbd) or 6-14 (s3dis) boxes; 1-8 at scale "demo". Boxes enclose the
-    visible points (axis-aligned datasets) or the whole object (datasets with yaw). This is so at the default gap;
-    `spec` is the dataset's protocol at the gap.
+    least 5,000 points, and 8-16 (scannet), 2-6 (sunrgbd), 6-14 (s3dis), 3-12 (arkitscenes), 6-16 (multiscan, 3rscan) or
+    10-28 (scannetpp) boxes; 1-8 at scale "demo". Boxes enclose the visible points (axis-aligned datasets) or the whole
+    object (datasets with yaw). Scans 2 k and 2 k + 1 of 3rscan show one room, the second with furniture moved. This is
+    so at the default gap; `spec` is the dataset's protocol at the gap.
     """
 
     def __init__(
@@ -52,8 +58,9 @@ class SyntheticSource:
         """Name the scans; each is generated when it is read.
 
         The splits share no scan, and another seed gives other scans. Scale "demo" means small rooms with few, easily
-        distinguished classes, "full" rooms like the real ones. At gap 0 the three datasets are one distribution, at 1
-        stand-ins of the real ones, up to 2 further apart (`h2a2_jax.scans.synthetic.gap`).
+        distinguished classes, "full" rooms like the real ones. At gap 0 the three datasets of H2A2 are one
+        distribution, at 1 stand-ins of the real ones, up to 2 further apart (`h2a2_jax.scans.synthetic.gap`); the
+        others exist at 1 alone.
         """
         if spec.name not in _SENSORS:
             raise InputError(f"There is no synthetic {spec.name}: use one of {', '.join(_SENSORS)}.")
@@ -85,13 +92,15 @@ class SyntheticSource:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"scan {index} of {len(self)}")
-        rng = np.random.default_rng(
-            [self._seed, zlib.crc32(self.spec.name.encode()), _SPLITS.index(self._split), index, self._scale == "demo"]
-        )
+        rng = self._rng(index)
         name, gap = self.spec.name, self._gap
         style, plan = draw_style(self.spec, self._scale, gap, rng)
-        for _ in range(_ATTEMPTS):
-            room = furnish_room(plan, self.spec, rng)
+        for attempt in range(_ATTEMPTS):
+            if name == "3rscan":
+                room = furnish_room(plan, self.spec, self._rng(index // 2, attempt))
+                room = rearranged(room, rng) if index % 2 else room
+            else:
+                room = furnish_room(plan, self.spec, rng)
             if self._scale == "full" and np.count_nonzero(room.labels >= 0) < plan.boxes[0]:
                 continue  # no sensor can show enough boxes
             capture = exaggerate_capture(_SENSORS[style](room, self._scale, rng), name, gap, rng)
@@ -100,6 +109,11 @@ class SyntheticSource:
                 scan = Scan(self.names[index], capture.points, capture.colors, boxes, labels)
                 return exaggerate_scan(scan, name, gap, rng), room, capture
         raise RuntimeError(f"{_ATTEMPTS} rooms in a row show too little: the catalogue is broken.")
+
+    def _rng(self, index: int, *more: int) -> np.random.Generator:
+        """Return a generator that depends on the scans asked for, an index and further numbers alone."""
+        name, split = zlib.crc32(self.spec.name.encode()), _SPLITS.index(self._split)
+        return np.random.default_rng([self._seed, name, split, index, self._scale == "demo", *more])
 
 
 def _annotation(

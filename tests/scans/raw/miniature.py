@@ -1,7 +1,7 @@
-"""Miniature copies of the three benchmarks as people download them: the formats to the byte, a few small scans.
+"""Miniature copies of the benchmarks as people download them: the formats to the byte, a few small scans.
 
-What the files say is in `SCANNET_SCENES`, `SUN_FRAMES` and `S3DIS_ROOMS`, so that a test can compute what a parser
-must return.
+What the files say is in `SCANNET_SCENES`, `SUN_FRAMES`, `S3DIS_ROOMS` and `ARKIT_SCANS`, so that a test can compute
+what a parser must return.
 """
 
 import json
@@ -300,3 +300,68 @@ def write_s3dis(root):
     x, y, z, r, g, b = lines[BAD_LINE].split()
     lines[BAD_LINE] = b"%s %s %s %s\x00%s %s" % (x, y, z, r, g, b)
     broken.write_bytes(b"\n".join(lines))
+
+
+# ARKitScenes: objects as (label, centroid, axesLengths, normalizedAxes by rows). A row is the direction of an axis.
+def _turned(cos, sin):
+    return (cos, sin, 0, -sin, cos, 0, 0, 0, 1)
+
+
+def _tablet_scan(seed, objects, skipped=False):
+    rng = np.random.default_rng(seed)
+    vertices = rng.uniform((-2, -3, -1.4), (2, 3, 1.2), (30, 3)).astype(np.float32)
+    colors = rng.integers(0, 256, (30, 3)).astype(np.uint8)
+    return {"vertices": vertices, "colors": colors, "objects": objects, "skipped": skipped}
+
+
+ARKIT_SCANS = {
+    "Training/40753679": _tablet_scan(
+        0,
+        [
+            ("bed", (0.5, 1.0, -0.9), (2.0, 1.5, 0.8), _turned(0.8, 0.6)),
+            ("tv_monitor", (-1.0, 0.25, 0.3), (0.1, 1.0, 0.6), _turned(0, -1)),
+            ("window", (1.0, 2.0, 0.5), (0.1, 1.0, 1.0), _turned(1, 0)),  # of no class
+            ("TV/Monitor", (1.5, -1.0, 0.2), (0.2, 0.5, 0.4), _turned(-1, 0)),
+        ],
+    ),
+    "Training/40753680": _tablet_scan(1, [("sofa", (0, 0, 0), (1, 1, 1), _turned(1, 0))], skipped=True),
+    "Training/40753686": _tablet_scan(2, []),
+    "Validation/41069021": _tablet_scan(3, [("toilet", (0, 0.5, -1), (0.7, 0.4, 0.75), _turned(-0.6, 0.8))]),
+}
+ARKIT_SPLITS = {"train": ("40753679", "40753686"), "val": ("41069021",)}
+
+
+def arkit_annotation(scan):
+    """Content of an annotation file, with keys that a reader passes over."""
+    data = [
+        {
+            "uid": f"{number:08x}-obj",
+            "label": label,
+            "modelId": None,
+            "children": [],
+            "objectId": number,
+            "segments": {
+                "obb": {"centroid": [9, 9, 9], "axesLengths": [9, 9, 9], "normalizedAxes": [0] * 9},
+                "obbAligned": {
+                    "centroid": list(centroid),
+                    "axesLengths": list(lengths),
+                    "normalizedAxes": list(axes),
+                },
+            },
+            "attributes": {},
+        }
+        for number, (label, centroid, lengths, axes) in enumerate(scan["objects"])
+    ]
+    return {"data": data, "stats": {"total": len(data)}, "comment": "", "confirm": True, "skipped": scan["skipped"]}
+
+
+def write_arkitscenes(root):
+    """Four scans below 3dod, one of them skipped."""
+    for place, scan in ARKIT_SCANS.items():
+        folder, name = Path(root) / "3dod" / place, place.partition("/")[2]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_ply(folder / f"{name}_3dod_mesh.ply", scan["vertices"], scan["colors"])
+        (folder / f"{name}_3dod_annotation.json").write_text(json.dumps(arkit_annotation(scan)))
+        (folder / f"{name}_frames").mkdir(exist_ok=True)
+    (Path(root) / "3dod" / "metadata.csv").write_text("visit_id,video_id,fold\n")
+    (Path(root) / "3dod" / "Training" / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")

@@ -10,6 +10,7 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.scans.raw.arkitscenes import TILTED, ArkitScenes
 from h2a2_jax.scans.raw.s3dis import S3dis
 from h2a2_jax.scans.raw.scannet import ScanNet
 from h2a2_jax.scans.raw.sunrgbd import SunRgbd
@@ -23,6 +24,7 @@ from tests.scans.raw.miniature import (
     cells,
     room_folder,
     sun_meta,
+    write_arkitscenes,
     write_ply,
     write_s3dis,
     write_scannet,
@@ -40,8 +42,10 @@ SPLIT = "SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat"
 DEPTH = f"{SUN_FRAMES[0]['folder']}/depth_bfx/depth.png"
 COLOR = f"{SUN_FRAMES[0]['folder']}/image/color.jpg"
 ROOM = "Area_1_office_2"
-WRITERS = {ScanNet: write_scannet, SunRgbd: write_sunrgbd, S3dis: write_s3dis}
-VICTIMS = {ScanNet: SCENE, SunRgbd: "000001", S3dis: ROOM}
+TABLET = "40753679"
+MESH, ANNOTATION = (f"3dod/Training/{TABLET}/{TABLET}_3dod_{ending}" for ending in ("mesh.ply", "annotation.json"))
+WRITERS = {ScanNet: write_scannet, SunRgbd: write_sunrgbd, S3dis: write_s3dis, ArkitScenes: write_arkitscenes}
+VICTIMS = {ScanNet: SCENE, SunRgbd: "000001", S3dis: ROOM, ArkitScenes: TABLET}
 
 
 def replace(path, old, new):
@@ -132,6 +136,11 @@ def save_image(path, pixels):
 
 def room_file(name, content):
     return lambda root: (room_folder(root, ROOM) / name).write_bytes(content)
+
+
+def set_box(**changes):
+    """Changes the bed of the scan of ARKitScenes."""
+    return edit_json(ANNOTATION, lambda content: content["data"][0]["segments"]["obbAligned"].update(changes))
 
 
 def set_nan(vertices):
@@ -240,6 +249,27 @@ SCAN_ERRORS = [
     pytest.param(
         S3dis, lambda root: (room_folder(root, ROOM) / "wall_1.txt").mkdir(), "cannot be read", id="folder named .txt"
     ),
+    # ARKitScenes
+    pytest.param(ArkitScenes, cut(MESH), "unreadable PLY file: .* is cut off", id="truncated mesh"),
+    pytest.param(ArkitScenes, remove(MESH), "mesh.ply, which is missing: download", id="no mesh"),
+    pytest.param(ArkitScenes, replace(MESH, b"uchar red", b"uchar r00"), "it lacks red", id="mesh without colours"),
+    pytest.param(ArkitScenes, remove(ANNOTATION), "annotation.json, which is missing: download", id="no annotation"),
+    pytest.param(ArkitScenes, cut(ANNOTATION), "invalid JSON file .*download it again", id="truncated annotation"),
+    pytest.param(ArkitScenes, overwrite(ANNOTATION, b'{"skipped": true'), "invalid JSON", id="skipped, but truncated"),
+    pytest.param(ArkitScenes, overwrite(ANNOTATION, b"[1, 2]"), "no list data in", id="annotation is a list"),
+    pytest.param(ArkitScenes, edit_json(ANNOTATION, lambda c: c.pop("data")), "no list data in", id="no data"),
+    pytest.param(
+        ArkitScenes, edit_json(ANNOTATION, lambda c: c["data"][0].pop("label")), "object without a label", id="no label"
+    ),
+    pytest.param(
+        ArkitScenes,
+        edit_json(ANNOTATION, lambda c: c["data"][0].pop("segments")),
+        "a bed without segments.obbAligned.centroid of 3 numbers",
+        id="no segments",
+    ),
+    pytest.param(ArkitScenes, set_box(axesLengths=[1, 2]), "obbAligned.axesLengths of 3 numbers", id="two lengths"),
+    pytest.param(ArkitScenes, set_box(normalizedAxes=[[1, 0, 0]]), "normalizedAxes of 9 numbers", id="axes in rows"),
+    pytest.param(ArkitScenes, set_box(centroid="here"), "obbAligned.centroid of 3 numbers", id="centroid of text"),
 ]
 
 
@@ -327,6 +357,11 @@ COUNTED = [
         0,
         id="orientation of zeros",
     ),
+    pytest.param(ArkitScenes, set_box(axesLengths=[1, 0, 1]), {NO_BOX: 1}, 0, 1, id="box without a height"),
+    pytest.param(ArkitScenes, set_box(centroid=[0, float("nan"), 0]), {NO_BOX: 1}, 0, 1, id="box at NaN"),
+    pytest.param(ArkitScenes, set_box(centroid=[0, 10**400, 0]), {NO_BOX: 1}, 0, 1, id="box beyond numbers"),
+    pytest.param(ArkitScenes, set_box(normalizedAxes=[1, 0, 0, 0, 0, 1, 0, -1, 0]), {TILTED: 1}, 0, 1, id="fallen"),
+    pytest.param(ArkitScenes, set_box(normalizedAxes=[0] * 9), {TILTED: 1}, 0, 1, id="axes of zeros"),
     pytest.param(SunRgbd, set_object(classname="beds"), {NO_CLASS: 2}, 0, 1, id="unknown class"),
     pytest.param(SunRgbd, set_object(classname=np.zeros((0, 0))), {NO_CLASS: 2}, 0, 1, id="no class name"),
     pytest.param(S3dis, room_file("chair_2.txt", b""), {"objects without points": 1}, 8, 1, id="empty annotation"),

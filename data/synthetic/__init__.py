@@ -1,0 +1,1 @@
+"""Procedural scans as those of ARKitScenes, MultiScan, 3RScan and ScanNet++."""
