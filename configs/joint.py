@@ -21,8 +21,11 @@ mAP@0.5: ScanNet 77.0 / 65.9, S3DIS 76.7 / 65.3, MultiScan 62.6 / 52.3, 3RScan 6
 ARKitScenes 60.1 / 47.2. None of these was measured here either, and UniDet3D's ScanNet has the class "otherfurniture"
 where ours has "garbagebin".
 
-`no_sfks`: without kernel selection (SF-KS). `--config.harmonize.method=mean` turns gradient harmonisation (NGH) off:
-together the paper's ablation.
+`no_sfks`: without kernel selection (SF-KS). `mean`: without gradient harmonisation (NGH). Both: naive joint training.
+
+`mgda`, `pcgrad`, `famo`, ...: another balancer, a word of `--config.harmonize.method` (docs/balancers.md). `pdnorm`,
+`adapters`, `exclusive_stage4`, `exclusive_all`: another way to share (docs/sharing.md), most of them with `no_sfks`.
+`union`: one label space.
 
 `gap0` makes the three procedural datasets one distribution under three names, `gap2` sets them further apart than they
 are (`:demo` is gap 1); any number from 0 to 2 goes, behind `:demo` and `:tiny` (`SourceConfig.gap`).
@@ -31,6 +34,8 @@ are (`:demo` is gap 1); any number from 0 to 2 goes, behind `:demo` and `:tiny` 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -39,6 +44,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.models import DetectorConfig
 from h2a2_jax.scans.sources import ROOTS
+from h2a2_jax.sweeps.rivals import BALANCERS, SHARING
 
 NAMES = ("scannet", "sunrgbd", "s3dis")
 
@@ -170,6 +176,16 @@ def without_selection(config: ExperimentConfig) -> ExperimentConfig:
     return replace(config, model=replace(config.model, selection=None))
 
 
+def with_model(changes: Mapping[str, Any], config: ExperimentConfig) -> ExperimentConfig:
+    """Another architecture: values of `DetectorConfig`."""
+    return replace(config, model=replace(config.model, **changes))
+
+
+def with_balancer(method: Any, config: ExperimentConfig) -> ExperimentConfig:
+    """Another balancer of the datasets' gradients."""
+    return replace(config, harmonize=replace(config.harmonize, method=method))
+
+
 def with_gap(config: ExperimentConfig, gap: float) -> ExperimentConfig:
     """Another gap between the procedural datasets."""
     if not all(source.is_procedural for source in config.datasets):
@@ -188,7 +204,9 @@ BASES: Mapping[str, Callable[[], ExperimentConfig]] = {
 MODIFIERS: Mapping[str, Callable[[ExperimentConfig], ExperimentConfig]] = {
     "six": six,
     "no_sfks": without_selection,
+    **{name: partial(with_model, changes) for name, (_, changes) in SHARING.items()},
+    **{method: partial(with_balancer, method) for method in ("mean", *BALANCERS) if method != "fixed"},
 }
-"""Changes of a variant by word, in the order in which they apply."""
+"""Changes of a variant by word, in the order in which they apply. Fixed weights are flags: they need numbers."""
 
 VARIANTS = (*BASES, *MODIFIERS)

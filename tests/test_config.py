@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
+from h2a2_jax.balancers import GRAMIAN_METHODS
 from h2a2_jax.config import (
     EvalConfig,
     ExperimentConfig,
@@ -26,6 +27,8 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.models import DetectorConfig
 from h2a2_jax.scans.specs import ALL_SPECS
+from h2a2_jax.sweeps.rivals import balanced, shared_otherwise
+from h2a2_jax.sweeps.sweep_plan import naive_joint
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SOURCES = (SourceConfig("sunrgbd", root="b"), SourceConfig("scannet", kind="synthetic", repeats=3))
@@ -240,6 +243,18 @@ def test_joint_with_six_datasets():
     ):
         with pytest.raises(InputError, match=sentence):
             module.get_config(variant)
+
+
+def test_a_rival_is_one_word():
+    module = load("joint")
+    naive = experiment_config(module.get_config("demo,no_sfks,mean"))
+    assert naive == naive_joint(module.demo())
+    for word in ("pdnorm", "adapters", "exclusive_stage4", "exclusive_all", "union"):
+        assert experiment_config(module.get_config(f"demo,no_sfks,mean,{word}")) == shared_otherwise(naive, word)
+    for word in (*GRAMIAN_METHODS, "gradnorm", "uncertainty", "dwa", "famo", "random"):
+        assert experiment_config(module.get_config(f"no_sfks,{word},demo")) == balanced(naive, word)
+    with pytest.raises(InputError, match="no variant 'fixed'"):
+        module.get_config("demo,fixed")
 
 
 def test_single_is_tr3d_on_one_dataset():
