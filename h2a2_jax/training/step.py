@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from h2a2_jax.balancers.dataset_axis import keep_present, per_dataset, where_present
 from h2a2_jax.balancers.ngh import clip_by_global_norm_sharded, mean_over_datasets
-from h2a2_jax.balancers.packing import name_tensors, pack_like, tensor_norms, unpack
+from h2a2_jax.balancers.packing import count_tensors, name_tensors, pack_like, tensor_norms, unpack
 from h2a2_jax.checkpoint.train_state import Accumulated, Averages, TrainState, state_shardings, state_specs
 from h2a2_jax.config import ExperimentConfig, OptimConfig
 from h2a2_jax.distributed import DATASET, REPLICA
@@ -231,7 +231,9 @@ def _nonfinite(shared: Any, exclusive: Any, stats: Any, losses: Float[Array, " l
     Norms tell it, which balancing computes of the shared gradients anyway.
     """
     total = sum((leaf.reshape(len(leaf), -1).sum(1) for leaf in jax.tree.leaves(stats)), jnp.zeros_like(losses))
-    columns = [tensor_norms(shared), tensor_norms(exclusive), jnp.stack([total, losses], axis=1)]
+    # With one label space and without kernel selection, nothing but statistics is exclusive.
+    columns = [tensor_norms(tree) for tree in (shared, exclusive) if count_tensors(tree)]
+    columns.append(jnp.stack([total, losses], axis=1))
     return ~jnp.isfinite(jnp.concatenate(columns, axis=1))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from h2a2_jax.balancers.packing import Packing
 from h2a2_jax.boxes import Detections
 from h2a2_jax.checkpoint.train_state import head_configs, is_exclusive, split_model
 from h2a2_jax.config import ExperimentConfig, SourceConfig
@@ -28,10 +29,12 @@ from h2a2_jax.scans.frame import place_cloud
 from h2a2_jax.scans.label_space import UNION, union_classes, union_columns, union_spec
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD, own_spec, plain_name
 from h2a2_jax.training.gradients import Targets
+from h2a2_jax.training.step import _nonfinite
 from tests.checkpoint import test_warm_start as warm
 from tests.inference.tiny import SPECS, TINY, random_detector, room
 
 MODEL = dataclasses.replace(TINY, label_space="union")
+HEADS = head_configs(SPECS, MODEL)
 SMALL = room("small", 500, 1.2)
 
 
@@ -102,7 +105,7 @@ def test_loss_and_gradients_are_those_of_own_columns():
 
 
 def test_all_of_the_head_is_shared_and_of_the_size_of_the_union():
-    model = nnx.eval_shape(lambda: TR3D(MODEL, head_configs(SPECS, MODEL), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: TR3D(MODEL, HEADS, rngs=nnx.Rngs(0)))
     _, exclusive, shared, _ = split_model(model)
     assert "heads" not in exclusive and shared["heads"]["class_kernel"].shape == (4, 12)
     assert not any(is_exclusive((), leaf) for leaf in (model.heads.box_kernel, model.heads.class_bias))
@@ -190,3 +193,12 @@ def test_a_warm_start_finds_columns_by_name(tmp_path: Path):
     np.testing.assert_array_equal(kernel[:, here.index("Chair")], saved[:, there.index("chair")])
     fresh = before[""]["heads.class_kernel"]
     np.testing.assert_array_equal(kernel[:, here.index("robot")], fresh[:, here.index("robot")])
+
+
+def test_a_detector_without_exclusive_parameters_is_checked_for_what_is_finite():
+    model = nnx.eval_shape(lambda: TR3D(dataclasses.replace(MODEL, selection=None), HEADS, rngs=nnx.Rngs(0)))
+    exclusive = split_model(model)[1]
+    assert not jax.tree.leaves(exclusive)
+    shared = {"kernel": jnp.array([[1.0, 2.0], [jnp.nan, 0.0]])}
+    found = _nonfinite(shared, Packing.of(exclusive, lambda _: "any", 1).pack(exclusive), {}, jnp.array([1.0, jnp.inf]))
+    assert found.tolist() == [[False, False, False], [True, False, True]]
