@@ -147,7 +147,7 @@ def test_norms_by_group_are_harmonised_together() -> None:
 def test_inactive_datasets_keep_their_gradients_and_are_not_weighed() -> None:
     """Zero counts in the mean; what is not finite comes through to the check of the step."""
     grads = jnp.array([[3.0, 0.0], [0.0, 0.0], [0.0, 1.0], [jnp.inf, 1.0]])
-    updates, state = imtl_g(4).update(grads, imtl_g(4).init(None), present=jnp.ones(4, bool))
+    updates, state = jax.jit(imtl_g(4).update)(grads, imtl_g(4).init(None), present=jnp.ones(4, bool))
     # Of two orthogonal gradients of lengths 3 and 1 the weights are 1/4 and 3/4, times two datasets.
     np.testing.assert_allclose(state.scales, [0.5, 1, 1.5, 1], rtol=1e-5)
     np.testing.assert_allclose(mean_over_datasets(updates[:3], jnp.ones(3, bool)), [0.5, 0.5], rtol=1e-5)
@@ -160,7 +160,8 @@ def test_a_weight_that_is_not_finite_leaves_its_group_alone() -> None:
 
     grads, present = {"a": jnp.array([[1.0], [2.0]]), "b": jnp.array([[3.0], [4.0]])}, jnp.ones(2, bool)
     balancer = gramian_balancer(weigh, 2, scope="tensor")
-    updates, state = balancer.update(grads, balancer.init(jax.tree.map(lambda leaf: leaf[0], grads)), present=present)
+    start = balancer.init(jax.tree.map(lambda leaf: leaf[0], grads))
+    updates, state = jax.jit(balancer.update)(grads, start, present=present)
     np.testing.assert_array_equal(updates["b"], grads["b"])
     np.testing.assert_allclose(updates["a"], 0.5 * grads["a"])
     np.testing.assert_allclose(state.scales, [[0.5, 1], [0.5, 1]])
