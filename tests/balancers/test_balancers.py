@@ -1,7 +1,7 @@
 """The balancers of a config: one interface, one record, and what tells them apart."""
 
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, get_args
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 from h2a2_jax.balancers import (
     GRAMIAN_METHODS,
@@ -22,6 +23,7 @@ from h2a2_jax.balancers.gradnorm import GradNormState
 from h2a2_jax.balancers.ngh import mean_over_datasets, norm_gradient_harmonization, plain_mean
 from h2a2_jax.checkpoint.tree import flat_names, reordered_balancer
 from h2a2_jax.config import HarmonizeConfig
+from tests.balancers.trees import PACKING, PARAMETERS, mesh, random_tree
 
 METHODS = get_args(HarmonizeConfig.__annotations__["method"])
 ALL3 = jnp.ones(3, bool)
@@ -119,7 +121,7 @@ def test_seed_arrives_at_the_methods_that_draw(method: str):
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_records_agreement_norms_and_its_factors(method: str, scope: str):
+def test_every_method_records_agreement_and_norms_alike(method: str, scope: str):
     balancer = norm_gradient_harmonization(3, scope=scope)
     _, expected = balancer.update(GRADS, balancer.init(PARAMS), present=ALL3)
     updates, state = three_steps(config_of(method, scope))
@@ -179,6 +181,58 @@ def test_the_state_keeps_its_structure_and_types(method: str):
         _, state = update(GRADS, state, present=ALL3, losses=LOSSES)
     assert forms[0] == forms[1] == forms[2]
     assert update._cache_size() == 1
+
+
+SPREAD = {
+    **{method: HarmonizeConfig(method, weights=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0), weight_lr=0.2) for method in METHODS},
+    "upgrad by group": HarmonizeConfig("upgrad", gramian_scope="group"),
+    "gradvac by tensor": HarmonizeConfig("gradvac", gramian_scope="tensor"),
+    "ngh by group": HarmonizeConfig("ngh", scope="group"),
+}
+
+
+def take_steps(axis: str | None, grads: Any, losses: jax.Array, present: jax.Array, states: Any) -> Any:
+    """A step of every balancer, in one program, with six datasets: updates and states."""
+    updates, after = {}, {}
+    for name, config in SPREAD.items():
+        balancer = build_balancer(config, 6, axis, seed=1)
+        updates[name], after[name] = balancer.update(grads, states[name], present=present, losses=losses)
+    return updates, after
+
+
+def arguments_of_steps() -> list[tuple[Any, jax.Array, jax.Array]]:
+    """Packed gradients, losses and presence of two steps, the second without a dataset."""
+    return [
+        (PACKING.pack(random_tree(6, seed)), jnp.arange(1.0, 7.0) * (1 + seed), jnp.arange(6) != absent)
+        for seed, absent in enumerate((-1, 1))
+    ]
+
+
+@lru_cache
+def on_one_device() -> list[tuple[Any, Any]]:
+    """States before each of the steps, and results."""
+    states = {name: build_balancer(config, 6).init(PACKING.pack(PARAMETERS)) for name, config in SPREAD.items()}
+    local, found = jax.jit(partial(take_steps, None)), []
+    for arguments in arguments_of_steps():
+        results = local(*arguments, states)
+        found.append((states, results))
+        states = results[1]
+    return found
+
+
+@pytest.mark.parametrize("devices", [3, 6])
+def test_devices_do_not_change_the_result(devices: int) -> None:
+    each, same = PartitionSpec("dataset"), PartitionSpec()
+    spread = jax.jit(
+        jax.shard_map(
+            partial(take_steps, "dataset"),
+            mesh=mesh(devices),
+            in_specs=(each, each, each, same),
+            out_specs=(each, same),
+        )
+    )
+    for arguments, (states, expected) in zip(arguments_of_steps(), on_one_device(), strict=True):
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), spread(*arguments, states), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)

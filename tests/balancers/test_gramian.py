@@ -1,55 +1,22 @@
 """Gramians of plain and packed trees on several devices, against numpy; what devices exchange for them."""
 
-from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from benchmarks.balancers import collectives, sent
-from h2a2_jax.balancers import build_balancer, gramian_balancer
+from h2a2_jax.balancers import gramian_balancer
 from h2a2_jax.balancers.gramian import Situation, beginning_of, group_tensors, relative_gramians
 from h2a2_jax.balancers.imtl_g import imtl_g
 from h2a2_jax.balancers.ngh import mean_over_datasets, norm_gradient_harmonization
 from h2a2_jax.balancers.packing import LARGEST, Packing, name_tensors, unpack
-from h2a2_jax.config import HarmonizeConfig
-from tests.balancers.test_balancers import METHODS
+from tests.balancers.trees import PACKING, PARAMETERS, mesh, random_tree
 
-SHAPES = {
-    "backbone": {
-        "stem": {"conv": {"kernel": (3, 50)}, "norm": {"scale": (7,), "bias": (7,)}},
-        "stages": [{"conv": {"kernel": (4, 40)}, "gate": {"bias": ()}}, {"conv": {"kernel": (2, 3)}}],
-    },
-    "head": {"weight": (5, 3)},
-}
 GROUPS = ["backbone.stages.0", "backbone.stages.0", "backbone.stages.1", *["backbone.stem"] * 3, "head"]
-
-
-def is_shape(node: Any) -> bool:
-    return isinstance(node, tuple)
-
-
-def random_tree(datasets: int, seed: int = 0) -> Any:
-    """Gradients of the shapes, of lengths from .1 to 10."""
-    random = np.random.default_rng(seed)
-    lengths = 10 ** random.uniform(-1, 1, datasets)
-
-    def draw(shape: tuple[int, ...]) -> jax.Array:
-        values = random.normal(size=(datasets, *shape)) * lengths.reshape(-1, *[1] * len(shape))
-        return jnp.asarray(values, jnp.float32)
-
-    return jax.tree.map(draw, SHAPES, is_leaf=is_shape)
-
-
-PARAMETERS = jax.tree.map(lambda leaf: leaf[0], random_tree(1))
-PACKING = Packing.of(PARAMETERS, lambda name: None if name.startswith("head") else name.rpartition(".")[2])
-
-
-def mesh(devices: int) -> jax.sharding.Mesh:
-    return jax.make_mesh((devices,), ("dataset",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
 
 def expected_gramians(grads: Any, present: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -101,58 +68,6 @@ def test_gramians_do_not_depend_on_the_unit(unit: float) -> None:
     np.testing.assert_allclose(gramians[0], wanted @ wanted.T / (wanted[1] @ wanted[1]), rtol=1e-5)
     assert active.all()
     np.testing.assert_allclose(found, unit * np.linalg.norm(wanted[1]), rtol=1e-5)
-
-
-CONFIGS = {
-    **{method: HarmonizeConfig(method, weights=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0), weight_lr=0.2) for method in METHODS},
-    "upgrad by group": HarmonizeConfig("upgrad", gramian_scope="group"),
-    "gradvac by tensor": HarmonizeConfig("gradvac", gramian_scope="tensor"),
-    "ngh by group": HarmonizeConfig("ngh", scope="group"),
-}
-
-
-def take_steps(axis: str | None, grads: Any, losses: jax.Array, present: jax.Array, states: Any) -> Any:
-    """A step of every balancer, in one program, with six datasets: updates and states."""
-    updates, after = {}, {}
-    for name, config in CONFIGS.items():
-        balancer = build_balancer(config, 6, axis, seed=1)
-        updates[name], after[name] = balancer.update(grads, states[name], present=present, losses=losses)
-    return updates, after
-
-
-def arguments_of_steps() -> list[tuple[Any, jax.Array, jax.Array]]:
-    """Packed gradients, losses and presence of two steps, the second without a dataset."""
-    return [
-        (PACKING.pack(random_tree(6, seed)), jnp.arange(1.0, 7.0) * (1 + seed), jnp.arange(6) != absent)
-        for seed, absent in enumerate((-1, 1))
-    ]
-
-
-@lru_cache
-def on_one_device() -> list[tuple[Any, Any]]:
-    """States before each of the steps, and results."""
-    states = {name: build_balancer(config, 6).init(PACKING.pack(PARAMETERS)) for name, config in CONFIGS.items()}
-    local, found = jax.jit(partial(take_steps, None)), []
-    for arguments in arguments_of_steps():
-        results = local(*arguments, states)
-        found.append((states, results))
-        states = results[1]
-    return found
-
-
-@pytest.mark.parametrize("devices", [3, 6])
-def test_devices_do_not_change_what_a_balancer_does(devices: int) -> None:
-    each, same = PartitionSpec("dataset"), PartitionSpec()
-    spread = jax.jit(
-        jax.shard_map(
-            partial(take_steps, "dataset"),
-            mesh=mesh(devices),
-            in_specs=(each, each, each, same),
-            out_specs=(each, same),
-        )
-    )
-    for arguments, (states, expected) in zip(arguments_of_steps(), on_one_device(), strict=True):
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), spread(*arguments, states), expected)
 
 
 def test_no_gradient_is_gathered_and_half_an_all_reduce_is_sent() -> None:
@@ -232,7 +147,7 @@ def test_norms_by_group_are_harmonised_together() -> None:
 def test_inactive_datasets_keep_their_gradients_and_are_not_weighed() -> None:
     """Zero counts in the mean; what is not finite comes through to the check of the step."""
     grads = jnp.array([[3.0, 0.0], [0.0, 0.0], [0.0, 1.0], [jnp.inf, 1.0]])
-    updates, state = imtl_g(4).update(grads, imtl_g(4).init(None), present=jnp.ones(4, bool))
+    updates, state = jax.jit(imtl_g(4).update)(grads, imtl_g(4).init(None), present=jnp.ones(4, bool))
     # Of two orthogonal gradients of lengths 3 and 1 the weights are 1/4 and 3/4, times two datasets.
     np.testing.assert_allclose(state.scales, [0.5, 1, 1.5, 1], rtol=1e-5)
     np.testing.assert_allclose(mean_over_datasets(updates[:3], jnp.ones(3, bool)), [0.5, 0.5], rtol=1e-5)
@@ -245,7 +160,8 @@ def test_a_weight_that_is_not_finite_leaves_its_group_alone() -> None:
 
     grads, present = {"a": jnp.array([[1.0], [2.0]]), "b": jnp.array([[3.0], [4.0]])}, jnp.ones(2, bool)
     balancer = gramian_balancer(weigh, 2, scope="tensor")
-    updates, state = balancer.update(grads, balancer.init(jax.tree.map(lambda leaf: leaf[0], grads)), present=present)
+    start = balancer.init(jax.tree.map(lambda leaf: leaf[0], grads))
+    updates, state = jax.jit(balancer.update)(grads, start, present=present)
     np.testing.assert_array_equal(updates["b"], grads["b"])
     np.testing.assert_allclose(updates["a"], 0.5 * grads["a"])
     np.testing.assert_allclose(state.scales, [[0.5, 1], [0.5, 1]])
