@@ -77,11 +77,6 @@ def test_one_norm_over_everything_is_one_group():
     }
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize(
-    "choices", [{}, {"tau": 0.25}, {"convolutions": ("stem", "residual", "neck")}, {"tau": 0.25, "prompts": True}]
-)
-=======
 def test_factors_that_are_not_above_zero_have_a_plain_mean():
     """As weights of MGDA and IMTL-G may be."""
     mixed = {"a": {"kernel": [2.0, 0.0], "bias": [8.0, 3.0]}, "b": {"kernel": [1.0, 1.0]}}
@@ -90,8 +85,9 @@ def test_factors_that_are_not_above_zero_have_a_plain_mean():
     assert [values[f"scale/first/{name}"] for name in NAMES] == pytest.approx([4.0, 1.5])
 
 
-@pytest.mark.parametrize("choices", [{}, {"tau": 0.25}, {"convolutions": ("stem", "residual", "neck")}])
->>>>>>> A
+@pytest.mark.parametrize(
+    "choices", [{}, {"tau": 0.25}, {"convolutions": ("stem", "residual", "neck")}, {"tau": 0.25, "prompts": True}]
+)
 def test_every_shared_parameter_has_one_place_and_one_kind(choices: dict[str, Any]):
     names = flat_names(shared_parameters(**choices))
     for groups in (PLACES, KINDS):
