@@ -24,7 +24,7 @@ from h2a2_jax.models import TR3D, LevelSizes, PlanLayout
 from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.sparse import SparseTensor
 from h2a2_jax.training.step import make_train_step
-from tests.models.scenes import SELECTION, VOXEL, room, tiny_detector
+from tests.models.scenes import SELECTION, VOXEL, room, short_detector, short_plan
 from tests.training.configs import joint_config
 
 SEED = 2
@@ -36,7 +36,7 @@ SCANS = [[room(10 * d + i, points=1500, boxes=8 - 2 * i, size=8.0 + d) for i in 
 
 def double_detector() -> TR3D:
     """Every parameter in float64."""
-    model = tiny_detector(STEM_ONLY, SEED)
+    model = short_detector(STEM_ONLY, SEED)
     nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(float), nnx.state(model)))
     return model
 
@@ -81,7 +81,7 @@ def run_step(devices: Any) -> tuple[Any, Any, MeshLayout]:
     capacities = BucketLadder(LevelSizes(*most.tolist())).capacities(0)
 
     def padded(shard: Any) -> Any:
-        batch = pad_batch(shard, capacities, 8, PlanLayout("any"))  # which compiles in less time
+        batch = short_plan(pad_batch(shard, capacities, 8, PlanLayout("any")))  # which compiles in less time
         return replace(batch, features=batch.features.astype(float), boxes=batch.boxes.astype(float))
 
     batch = process_layout.assemble({key: padded(shard) for key, shard in grid.items()})
