@@ -44,18 +44,24 @@ def double_detector() -> TR3D:
 def smallest_margin() -> float:
     """How near alpha * beta of any scan and offset comes to the threshold."""
     model, margins = double_detector(), []
-    for d, scans in enumerate(SCANS):
-        host = collate(scans, VOXEL)
-        batch = pad_batch(host, host.tables.sizes, 8)
+    hosts = [collate([*scans, no_scan()][:2], VOXEL) for scans in SCANS]
+    capacities = LevelSizes(*(max(sizes) for sizes in zip(*(host.tables.sizes for host in hosts), strict=True)))
+
+    @jax.jit
+    def distances(batch: Any, dataset: Any) -> list[Any]:
         x = SparseTensor(batch.features.astype(float), batch.plan.voxels)
-        dataset = DatasetContext(np.eye(len(SPECS))[d])
         seen: dict[str, Any] = {}
-        context = ForwardContext(dataset, training=True, tap=seen.__setitem__, embedding=model.embedding[d])
-        model.backbone.stem(x, batch.plan, context)
+        context = ForwardContext(
+            dataset, training=True, tap=seen.__setitem__, embedding=dataset.pick(model.embedding[...])
+        )
+        nnx.merge(*nnx.split(model.backbone.stem), copy=True)(x, batch.plan, context)
         names = [name.removesuffix(".beta") for name in seen if name.endswith(".beta")]
-        for name in names:
-            tau = explored_threshold(STEM_ONLY.tau, jnp.int32(0), 27, name, STEM_ONLY.exploration)
-            margins.append(float(abs(seen[f"{name}.alpha"] * seen[f"{name}.beta"] - tau).min()))
+        taus = [explored_threshold(STEM_ONLY.tau, jnp.int32(0), 27, name, STEM_ONLY.exploration) for name in names]
+        return [abs(seen[f"{name}.alpha"] * seen[f"{name}.beta"] - tau) for name, tau in zip(names, taus, strict=True)]
+
+    for d, host in enumerate(hosts):
+        dataset = DatasetContext(np.eye(len(SPECS))[d])
+        margins += [float(at[: len(SCANS[d])].min()) for at in distances(pad_batch(host, capacities, 8), dataset)]
     assert len(margins) == len(SCANS)
     return min(margins)
 
