@@ -1,6 +1,7 @@
 """What every test needs before anything imports JAX: six CPU devices, quick compilation, checked annotations."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -12,11 +13,11 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-# Compiling is most of the time of the tests: little is optimised, and what one worker or process of a run compiled the
-# others take over.
-_FLAGS = "--xla_force_host_platform_device_count=6 --xla_backend_optimization_level=0"
+from tests.xla_flags import xla_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(6)}".strip()
+# What one worker or process of a run compiled the others take over.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="h2a2_jax_tests_")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
@@ -26,6 +27,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 install_import_hook("h2a2_jax", "beartype.beartype")
+
+# Tracing makes many objects and hardly any cycles: a search at each 700 of them is a twentieth of the time.
+gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,6 +5,7 @@ The file says which cases there are, how large and of how many classes; what a c
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -54,8 +55,15 @@ def _exact(name: str, actual, expected) -> CaseResult:
     return CaseResult.compare(name, np.sum(actual != expected) if same_shape else max(actual.size, expected.size), 0.0)
 
 
-def _gradient(function, argument, weight):
-    return jax.jit(jax.grad(lambda x: jnp.sum(function(x) * weight)))(argument)
+def _value_and_gradient(function, argument, weight):
+    """Values, and the gradient of their weighted sum."""
+
+    def weighted(x):
+        values = function(x)
+        return jnp.sum(values * weight), values
+
+    gradient, values = jax.jit(jax.grad(weighted, has_aux=True))(argument)
+    return values, gradient
 
 
 def _seven_columns(boxes: np.ndarray) -> np.ndarray:
@@ -64,8 +72,8 @@ def _seven_columns(boxes: np.ndarray) -> np.ndarray:
 
 def _loss(name: str, case: Case, losses: dict[str, Callable]) -> Iterator[CaseResult]:
     for key, loss in losses.items():
-        yield _function(f"{name}.{key}_loss", jax.jit(loss)(case["pred"]), case[f"{key}_loss"])
-        gradient = _gradient(loss, case["pred"], case["loss_weight"])
+        values, gradient = _value_and_gradient(loss, case["pred"], case["loss_weight"])
+        yield _function(f"{name}.{key}_loss", values, case[f"{key}_loss"])
         yield _function(f"{name}.{key}_grad_pred", gradient, case[f"{key}_grad_pred"])
 
 
@@ -90,7 +98,7 @@ def _rotated_loss(name: str, case: Case) -> Iterator[CaseResult]:
             "diou": lambda predicted: rotated_diou_loss(predicted, case["target"], center_distance="published"),
         },
     )
-    yield _function(f"{name}.exact_iou", rotated_iou(case["pred"], case["target"]), case["exact_iou"])
+    yield _function(f"{name}.exact_iou", jax.jit(rotated_iou)(case["pred"], case["target"]), case["exact_iou"])
 
 
 def _rotated_degenerate(name: str, case: Case) -> Iterator[CaseResult]:
@@ -99,7 +107,7 @@ def _rotated_degenerate(name: str, case: Case) -> Iterator[CaseResult]:
     overlap = jax.jit(rotated_iou)(case["pred"], case["target"])
     yield _function(f"{name}.exact_iou", overlap, case["exact_iou"])
     slack = float(np.abs(case["iou"] - case["exact_iou"]).max())
-    loss = rotated_diou_loss(case["pred"], case["target"], center_distance="published")
+    loss = jax.jit(partial(rotated_diou_loss, center_distance="published"))(case["pred"], case["target"])
     yield _function(f"{name}.diou_loss", loss, case["diou_loss"], FUNCTION_TOLERANCE + slack)
 
 
@@ -110,8 +118,9 @@ def _focal_loss(name: str, case: Case) -> Iterator[CaseResult]:
     def loss(logits):
         return sigmoid_focal_loss(logits, labels, gamma=float(case["gamma"]), alpha=float(case["alpha"]))
 
-    yield _function(f"{name}.loss", loss(case["logits"]), case["loss"])
-    yield _function(f"{name}.grad_logits", _gradient(loss, case["logits"], case["loss_weight"]), case["grad_logits"])
+    values, gradient = _value_and_gradient(loss, case["logits"], case["loss_weight"])
+    yield _function(f"{name}.loss", values, case["loss"])
+    yield _function(f"{name}.grad_logits", gradient, case["grad_logits"])
 
 
 def _decode(name: str, case: Case) -> Iterator[CaseResult]:
@@ -120,8 +129,8 @@ def _decode(name: str, case: Case) -> Iterator[CaseResult]:
     def decode(outputs):
         return decode_boxes(case["points"], outputs)[:, :columns]
 
-    yield _function(f"{name}.bbox", decode(case["bbox_pred"]), case["bbox"])
-    gradient = _gradient(decode, case["bbox_pred"], case["loss_weight"])
+    decoded, gradient = _value_and_gradient(decode, case["bbox_pred"], case["loss_weight"])
+    yield _function(f"{name}.bbox", decoded, case["bbox"])
     yield _function(f"{name}.grad_bbox_pred", gradient, case["grad_bbox_pred"])
 
 

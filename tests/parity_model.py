@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ MATCHED_SHARE = 0.995
 MATCH_TOLERANCE = 1e-3
 
 Stored = dict[str, np.ndarray]
+_DETECTIONS = jax.jit(detections_from_predictions, static_argnames="rotated")
 
 
 def weights_beside(path: Path) -> Path:
@@ -198,7 +200,7 @@ def _predictions(golden: _Golden, predictions: Predictions, scan: int) -> Iterat
     mine = predictions.scan == scan
     spec, width = golden.spec, stored[f"{name}.boxes"].shape[1]
     outputs, logits = predictions.boxes[:, : spec.num_outputs], predictions.logits[:, : spec.num_classes]
-    *arrays, count = detections_from_predictions(predictions.locations, mine, outputs, logits, rotated=spec.has_yaw)
+    *arrays, count = _DETECTIONS(predictions.locations, mine, outputs, logits, rotated=spec.has_yaw)
     found = Detections(*(np.asarray(array)[: int(count)] for array in arrays))
     share = min(
         matched_share(stored[f"{name}.boxes"], stored[f"{name}.scores"], stored[f"{name}.labels"],
@@ -241,10 +243,14 @@ def _training(golden: _Golden) -> Iterator[CaseResult]:
         return
     graph, params, stats = nnx.split(golden.model, nnx.Param, nnx.BatchStat)
     boxes, labels = _ground_truth(golden)
+    # In float64 by the algorithm that compiles in least time; float32 has the compiled kernels.
+    context = ForwardContext(
+        DatasetContext.one(0, 1), training=True, algorithm="gather" if golden.is_float64 else "auto"
+    )
 
     def loss(params: Any, features: jax.Array) -> tuple[jax.Array, tuple]:
         model = nnx.merge(graph, params, stats, copy=True)
-        predictions = model(features, golden.plan, ForwardContext(DatasetContext.one(0, 1), training=True))
+        predictions = model(features, golden.plan, context)
         published = detection_loss(
             locations=predictions.locations,
             scan=predictions.scan,
@@ -294,8 +300,16 @@ def _positives(
 ) -> Iterator[CaseResult]:
     levels = jnp.asarray(golden.spec.label_to_level, jnp.int32)
     at = (jnp.asarray(predictions.locations), jnp.asarray(predictions.scan), jnp.asarray(predictions.level))
-    assignment = assign(*at, boxes, box_labels, levels)
+    assignment = jax.jit(assign)(*at, boxes, box_labels, levels)
     assigned_labels, assigned_box = np.asarray(assignment.labels), np.asarray(assignment.box)
+    outputs = golden.spec.num_outputs
+    found = np.flatnonzero((predictions.scan < golden.num_scans) & (assigned_labels >= 0))  # all scans at once
+    decoded, targets, losses = (np.zeros((len(assigned_labels), *shape), predictions.boxes.dtype)
+                                for shape in ((7,), (7,), ()))  # fmt: skip
+    targets[found] = np.asarray(boxes)[predictions.scan[found], assigned_box[found]]
+    decoded[found], losses[found] = jax.jit(partial(_decode_and_compare, golden.spec))(
+        predictions.locations[found], predictions.boxes[found, :outputs], targets[found]
+    )
     for scan in range(golden.num_scans):
         name = f"train.scene{scan}"
         mine = np.flatnonzero(predictions.scan == scan)
@@ -303,28 +317,29 @@ def _positives(
         yield compare(f"{name}.pos_index", positive, golden.stored[f"{name}.pos_index"], 0.0)
         if len(positive) != len(golden.stored[f"{name}.pos_index"]):
             continue
-        rows, outputs = mine[positive], golden.spec.num_outputs
-        decoded = decode_boxes(jnp.asarray(predictions.locations[rows]), jnp.asarray(predictions.boxes[rows, :outputs]))
-        targets = boxes[scan, assigned_box[rows]]
-        losses = (
-            rotated_diou_loss(decoded, targets, center_distance="published")
-            if golden.spec.has_yaw
-            else axis_aligned_diou_loss(decoded, targets)
-        )
+        rows = mine[positive]
         values = {
             "points_pos": predictions.locations[rows],
             "pos_cls_targets": assigned_labels[rows],
-            "pos_bbox_targets": targets,
+            "pos_bbox_targets": targets[rows],
             "pos_bbox_pred": predictions.boxes[rows, :outputs],
             "pos_cls_pred": predictions.logits[rows],
-            "pos_decoded": decoded,
-            "pos_bbox_loss": losses,
+            "pos_decoded": decoded[rows],
+            "pos_bbox_loss": losses[rows],
         }
         for key, value in values.items():
             expected = golden.stored[f"{name}.{key}"]
-            value = np.asarray(value)
             value = value[:, : expected.shape[1]] if expected.ndim == 2 else value
             yield compare(f"{name}.{key}", value, expected, tolerance)
+
+
+def _decode_and_compare(
+    spec: DatasetSpec, locations: jax.Array, outputs: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    decoded = decode_boxes(locations, outputs)
+    if spec.has_yaw:
+        return decoded, rotated_diou_loss(decoded, targets, center_distance="published")
+    return decoded, axis_aligned_diou_loss(decoded, targets)
 
 
 def _gradients(stored: Stored, grads: Stored, grad_voxels: np.ndarray, tolerance: float) -> Iterator[CaseResult]:

@@ -1,7 +1,9 @@
 """Cases of `ops_*` files: sparse convolutions, pooling, norms, unions, voxelisation, with their gradients."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,15 +109,22 @@ def _convolution(name: str, case: Case) -> Iterator[CaseResult]:
         yield compare(f"{name}.pairs_per_offset", table.pairs_per_offset, case["pairs_per_offset"], 0.0)
     algorithms = ["segment_sum", "gather", "tiles", "im2col", "pairs", "implicit"]
     algorithms += ["native"] if sparse.has_native() else []
-    for algorithm in algorithms if kmap.blocks is None else [*algorithms, "winograd"]:
+    algorithms += [] if kmap.blocks is None else ["winograd"]
+
+    @jax.jit
+    def by_algorithm(x: jax.Array, w: jax.Array, b: jax.Array) -> list[tuple[jax.Array, ...]]:
+        """Outputs and gradients, in one program."""
+        results = []
+        for how in algorithms:
+            forward = partial(_convolve_and_add, kmap, valid, how)
+            out, pull = jax.vjp(forward, x, w, b)
+            results.append((out, *pull(weight)))
+        return results
+
+    for algorithm, result in zip(algorithms, by_algorithm(x, jnp.asarray(kernel), bias), strict=True):
         by_blocks = algorithm == "winograd" or (algorithm == "native" and kmap.blocks is not None)
         tolerance = WINOGRAD_TOLERANCE if by_blocks else TOLERANCE
-
-        def forward(x: jax.Array, w: jax.Array, b: jax.Array, how: str = algorithm) -> jax.Array:
-            return jnp.where(valid, sparse.convolve(x, w[None], kmap, algorithm=how) + b, 0)  # type: ignore[arg-type]
-
-        out, pull = jax.vjp(jax.jit(forward), x, jnp.asarray(kernel), bias)
-        grad_x, grad_w, grad_b = pull(weight)
+        out, grad_x, grad_w, grad_b = result
         yield compare(f"{name}.out_feats[{algorithm}]", out[: len(table.outputs)], case["out_feats"], tolerance)
         yield compare(f"{name}.grad_in[{algorithm}]", np.asarray(grad_x)[rows], case["grad_in"], tolerance)
         grad_w = grad_w.reshape(case["kernel"].shape)
@@ -124,12 +133,32 @@ def _convolution(name: str, case: Case) -> Iterator[CaseResult]:
             yield compare(f"{name}.grad_bias[{algorithm}]", grad_b, case["grad_bias"], tolerance)
 
 
+def _convolve_and_add(
+    kmap: sparse.KernelMap, valid: jax.Array, how: Any, x: jax.Array, w: jax.Array, b: jax.Array
+) -> jax.Array:
+    return jnp.where(valid, sparse.convolve(x, w[None], kmap, algorithm=how) + b, 0)
+
+
+def _value_and_pull(function: Callable[..., Any], weight: jax.Array, *arguments: jax.Array) -> tuple[Any, Any, Any]:
+    """Outputs, gradients of their weighted sum, and what else the function returns; in one program."""
+
+    @jax.jit
+    def both(*arguments: jax.Array) -> tuple[Any, Any, Any]:
+        out, pull, others = jax.vjp(function, *arguments, has_aux=True)
+        return out, pull(weight), others
+
+    return both(*arguments)
+
+
 def _pooling(name: str, case: Case) -> Iterator[CaseResult]:
     sites, feats, rows = _sorted(case)
     table = _table(case, sites)
     kmap = _padded(table, 5, 3)
-    out, pull = jax.vjp(lambda x: sparse.max_pool(x, kmap), jnp.asarray(sparse.pad_rows(feats, kmap.in_capacity)))
-    (grad,) = pull(jnp.asarray(sparse.pad_rows(case["loss_weight"], kmap.out_capacity)))
+    weight, x = (
+        jnp.asarray(sparse.pad_rows(case["loss_weight"], kmap.out_capacity)),
+        sparse.pad_rows(feats, kmap.in_capacity),
+    )
+    out, (grad,), _ = _value_and_pull(lambda x: (sparse.max_pool(x, kmap), None), weight, jnp.asarray(x))
     yield compare(f"{name}.out_coords", table.outputs.coords, case["out_coords"], 0.0)
     yield compare(f"{name}.out_feats", out[: len(table.outputs)], case["out_feats"])
     yield compare(f"{name}.grad_in", np.asarray(grad)[rows], case["grad_in"])
@@ -144,19 +173,19 @@ def _union(name: str, case: Case) -> Iterator[CaseResult]:
     rows = [sparse.union_rows(part, whole, len(part), len(whole)) for part in (a, up)]
     kmap = _padded(sparse.generative_neighbors(b, up, 3), 0, 0) if generated else None
 
-    def forward(xa: jax.Array, xb: jax.Array, w: jax.Array) -> jax.Array:
+    def forward(xa: jax.Array, xb: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
         x_up = sparse.convolve(xb, w[None], kmap) if kmap is not None else xb
-        return sum(x.at[r].get(mode="fill", fill_value=0) for x, r in zip((xa, x_up), rows, strict=True))
+        return sum(x.at[r].get(mode="fill", fill_value=0) for x, r in zip((xa, x_up), rows, strict=True)), x_up
 
     kernel = jnp.asarray(case.get("kernel", np.zeros((1, 1, 1), np.float32)))
-    out, pull = jax.vjp(forward, jnp.asarray(a_feats), jnp.asarray(b_feats), kernel)
-    grad_a, grad_b, grad_w = pull(jnp.asarray(case["loss_weight"]))
+    out, (grad_a, grad_b, grad_w), up_feats = _value_and_pull(
+        forward, jnp.asarray(case["loss_weight"]), jnp.asarray(a_feats), jnp.asarray(b_feats), kernel
+    )
     yield compare(f"{name}.out_coords", whole.coords, case["out_coords"], 0.0)
     yield compare(f"{name}.out_feats", out, case["out_feats"])
     yield compare(f"{name}.grad_a", np.asarray(grad_a)[a_rows], case["grad_a"])
     yield compare(f"{name}.grad_b", np.asarray(grad_b)[b_rows], case["grad_b"])
     if kmap is not None:
-        up_feats = sparse.convolve(jnp.asarray(b_feats), kernel[None], kmap)
         yield compare(f"{name}.up_coords", up.coords, case["up_coords"], 0.0)
         yield compare(f"{name}.up_feats", up_feats, case["up_feats"])
         yield compare(f"{name}.grad_kernel", grad_w, case["grad_kernel"])
@@ -197,8 +226,7 @@ def _batch_norm(name: str, case: Case) -> Iterator[CaseResult]:
         used = batch.statistics if training else before
         return norm.normalize(x, valid, used, scale, bias, eps), norm.update_running(before, batch, momentum)
 
-    out, pull, after = jax.vjp(forward, x, jnp.asarray(case["weight"]), jnp.asarray(case["bias"]), has_aux=True)
-    grads = pull(weight)
+    out, grads, after = _value_and_pull(forward, weight, x, jnp.asarray(case["weight"]), jnp.asarray(case["bias"]))
     after = after if training else before
     rows = len(case["in_feats"])
     yield compare(f"{name}.out_feats", out[:rows], case["out_feats"])
@@ -215,13 +243,13 @@ def _instance_norm(name: str, case: Case) -> Iterator[CaseResult]:
     weight = np.zeros_like(feats)
     weight[rows] = case["loss_weight"]
 
-    def forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    def forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, None]:
         tensor = sparse.SparseTensor(x, padded)
-        return norm.instance_norm(tensor, scale, bias, float(case["eps"])).features
+        return norm.instance_norm(tensor, scale, bias, float(case["eps"])).features, None
 
     x = jnp.asarray(sparse.pad_rows(feats, padded.capacity))
-    out, pull = jax.vjp(forward, x, jnp.asarray(case["weight"]), jnp.asarray(case["bias"]))
-    grads = pull(jnp.asarray(sparse.pad_rows(weight, padded.capacity)))
+    padded_weight = jnp.asarray(sparse.pad_rows(weight, padded.capacity))
+    out, grads, _ = _value_and_pull(forward, padded_weight, x, jnp.asarray(case["weight"]), jnp.asarray(case["bias"]))
     yield compare(f"{name}.out_feats", np.asarray(out)[rows], case["out_feats"])
     yield compare(f"{name}.grad_in", np.asarray(grads[0])[rows], case["grad_in"])
     yield compare(f"{name}.grad_weight", grads[1], case["grad_weight"])

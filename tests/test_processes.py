@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from tests.training.process_step import run_step, smallest_margin, tree_by_name
+from tests.xla_flags import xla_flags
 
 pytestmark = pytest.mark.slow  # every process compiles the step
 
@@ -46,8 +47,7 @@ def in_processes(
     for i, count in enumerate(devices):
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            # Unoptimised, for compiling takes nearly all of the time.
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0",
+            "XLA_FLAGS": xla_flags(count),
             "PYTHONPATH": str(ROOT),
         }
         env |= slurm(len(devices), i, port) if under_slurm else {}

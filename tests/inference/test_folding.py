@@ -1,7 +1,7 @@
 """A folded detector predicts what the whole one does."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -47,22 +47,23 @@ def trained(case):
     return alive(tiny_detector(selection, seed=3, **options))
 
 
+@partial(jax.jit, static_argnums=0)
+def forward(graph, state, batch, dataset, head):
+    """Predictions, and what kernel selection recorded; datasets of one structure share a program."""
+    seen = {}
+
+    def tap(name, value):
+        if name.endswith((".alpha", ".beta", ".gamma")):
+            seen[name] = value
+
+    context = ForwardContext(dataset, algorithm="gather", tap=tap)  # compiles fastest
+    return nnx.merge(graph, state)(batch.features, batch.plan, context, head), seen
+
+
 def predictions(model, batch, dataset, head=None):
     """As numpy, and the smallest distance of a score from the threshold."""
     graph, state = nnx.split(model)
-
-    @jax.jit
-    def forward(state):
-        seen = {}
-
-        def tap(name, value):
-            if name.endswith((".alpha", ".beta", ".gamma")):
-                seen[name] = value
-
-        context = ForwardContext(dataset, algorithm="gather", tap=tap)  # compiles fastest
-        return nnx.merge(graph, state)(batch.features, batch.plan, context, head), seen
-
-    out, seen = jax.device_get(forward(state))
+    out, seen = jax.device_get(forward(graph, state, batch, dataset, head))
     layers = [name.removesuffix(".beta") for name in seen if name.endswith(".beta")]
     scores = [seen[f"{layer}.alpha"] * seen[f"{layer}.beta"] for layer in layers]
     return out, min((np.abs(s - model.config.selection.tau).min() for s in scores), default=np.inf), seen

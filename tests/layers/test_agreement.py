@@ -29,10 +29,13 @@ def draws(steps, seed=0, apart=0.0):
     return gradients, rng.random((steps, D, L, V)) < 0.8
 
 
+OBSERVE = jax.jit(lambda state, gradients, seen: observe(state, gradients, seen, DECAY))
+
+
 def observed(gradients, seen):
     state = Agreement(jnp.zeros((D, L, V, C_IN, C_OUT)), jnp.zeros((D, L, V)), jnp.zeros((D, L, V)))
     for g, s in zip(gradients, seen, strict=True):
-        state = observe(state, jnp.asarray(g), jnp.asarray(s), DECAY)
+        state = OBSERVE(state, g, s)
     return state
 
 
@@ -103,18 +106,19 @@ def test_full_batches_explain_any_spread():
 @pytest.mark.parametrize("score", [0.04, 0.1, 0.25, 0.4])
 def test_a_score_passes_in_its_share_of_the_steps_and_never_in_fewer_than_the_least(score):
     steps = np.arange(2000)
-    thresholds = np.stack([explored_threshold(0.25, jnp.asarray(s), V, "layer", 0.125) for s in steps])
+    thresholds = np.asarray(jax.vmap(lambda s: explored_threshold(0.25, s, V, "layer", 0.125))(steps))
     share = (score >= thresholds).mean(0)
     np.testing.assert_allclose(share, max(score / 0.5, 0.125), atol=0.003)
     # Offsets take turns: one that is always seen last would be confounded with the order of scans.
     assert len(np.unique(thresholds[0])) > 1
-    other = np.stack([explored_threshold(0.25, jnp.asarray(s), V, "other", 0.125) for s in steps[:50]])
+    other = np.asarray(jax.vmap(lambda s: explored_threshold(0.25, s, V, "other", 0.125))(steps[:50]))
     assert not np.array_equal(other, thresholds[:50])
 
 
 def test_thresholds_of_late_steps_are_as_even_as_those_of_early_ones():
-    late = [explored_threshold(0.25, jnp.asarray(s, jnp.int32), V, "a", 0.0) for s in range(10**8, 10**8 + 1000)]
-    assert np.abs((np.stack(late) <= 0.25).mean(0) - 0.5).max() < 0.01
+    steps = jnp.arange(10**8, 10**8 + 1000, dtype=jnp.int32)
+    late = jax.vmap(lambda s: explored_threshold(0.25, s, V, "a", 0.0))(steps)
+    assert np.abs((np.asarray(late) <= 0.25).mean(0) - 0.5).max() < 0.01
 
 
 class Two(nnx.Module):

@@ -59,7 +59,7 @@ def dense(layer, x, kernel_map, queries):
 def test_attention_is_its_formula(kernel_map, kernel_size, use_bias):
     layer, x = layer_of(kernel_size, use_bias=use_bias), on(kernel_map.inputs)
     queries = on(kernel_map.outputs, seed=1) if kernel_map is DOWN else None
-    y = layer(x, kernel_map, queries=queries)
+    y = jax.jit(lambda x, queries: layer(x, kernel_map, queries=queries))(x, queries)
     expected = dense(layer, x, kernel_map, queries or x)
     np.testing.assert_allclose(y.features, expected, rtol=1e-4, atol=1e-4)
     assert (y.features[int(kernel_map.n_out) :] == 0).all()
@@ -75,13 +75,17 @@ def test_derivatives_in_both_directions_equal_finite_differences():
         value = jax.jit(lambda p, r: (nnx.merge(graph, p)(x.with_features(r), SAME).features * weight).sum())
         at = (params, rows)
         along = shaken(at, seed=2)
-        slopes = jax.jit(jax.grad(value, (0, 1)))(*at)
-        forward = jax.jit(lambda at, along: jax.jvp(value, at, along)[1])(at, along)
+        gradient = jax.grad(value, (0, 1))
+
+        @jax.jit
+        def derivatives(at, along):
+            return gradient(*at), jax.jvp(value, at, along)[1], jax.jvp(gradient, at, along)[1]
+
+        slopes, forward, hessian = derivatives(at, along)
         back = sum((s * d).sum() for s, d in zip(jax.tree.leaves(slopes), jax.tree.leaves(along), strict=True))
         ahead, behind = (value(*jax.tree.map(lambda a, d, e=e: a + e * d, at, along)) for e in (1e-6, -1e-6))
         np.testing.assert_allclose(forward, (ahead - behind) / 2e-6, rtol=1e-6)
         np.testing.assert_allclose(back, forward, rtol=1e-10)
-        hessian = jax.jit(lambda at, along: jax.jvp(jax.grad(value, (0, 1)), at, along)[1])(at, along)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(hessian))
 
 
@@ -92,7 +96,7 @@ def test_padding_and_lonely_sites_have_no_gradient():
         y = layer(x.with_features(rows), DOWN, queries=queries.with_features(asking))
         return 1e3 * y.features.sum()
 
-    slope, slope_of_queries = jax.grad(total, (0, 1))(x.features, queries.features)
+    slope, slope_of_queries = jax.jit(jax.grad(total, (0, 1)))(x.features, queries.features)
     assert np.isfinite(slope).all() and (slope[int(DOWN.n_in) :] == 0).all()
     lonely = (DOWN.neighbors == DOWN.in_capacity).all(0)
     assert np.isfinite(slope_of_queries).all() and (slope_of_queries[lonely] == 0).all()
@@ -114,8 +118,13 @@ def test_no_array_of_all_neighbours_is_kept():
 
 def test_half_precision_and_mapped_axes():
     layer, x = layer_of(), on(SAME.inputs, fill=0.0)
-    exact = layer(x, SAME).features
-    half = layer(x.with_features(x.features.astype(jnp.bfloat16)), SAME, ForwardContext(dtype=jnp.bfloat16)).features
+
+    @jax.jit
+    def exact_and_half(x):
+        half = x.with_features(x.features.astype(jnp.bfloat16))
+        return layer(x, SAME).features, layer(half, SAME, ForwardContext(dtype=jnp.bfloat16)).features
+
+    exact, half = exact_and_half(x)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=0.05 * float(abs(exact).max()))
 

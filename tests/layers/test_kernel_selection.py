@@ -51,7 +51,18 @@ class Transcription:
         self.selection = selection
         self.scan_in, self.scan_out = table.inputs.scan, table.outputs.scan
         self.num_scans = table.inputs.num_scans
-        self.pairs = pairs
+        self.pairs = [np.array(found, int).reshape(-1, 2) for found in pairs]
+        shape = (self.num_scans, len(pairs), len(self.scan_in))
+        self.pooling = np.array([self.pooled(*index) for index in np.ndindex(shape)]).reshape(shape)
+
+    def pooled(self, b, j, i):
+        """Weight of site i in the mean for scan b and offset j."""
+        batch = self.selection.scope == "batch"
+        if self.selection.pooling == "pairs":
+            outputs = self.pairs[j][self.pairs[j][:, 0] == i, 1]
+            found = len(outputs) if batch else (self.scan_out[outputs] == b).sum()
+            return found / max(len(self.scan_out) if batch else (self.scan_out == b).sum(), 1)
+        return (batch or self.scan_in[i] == b) / max(len(self.scan_in) if batch else (self.scan_in == b).sum(), 1)
 
     def modulated(self, p):
         hidden = np.maximum(p["embedding"] @ p["hidden_kernel"] + p["hidden_bias"], 0)
@@ -67,32 +78,21 @@ class Transcription:
             logit = logit + s.agreement_sharpness * np.log(s.agreement_threshold / p["disagreement"])
         alpha = sigmoid(logit)
         self.parted = logit < 0 if self.selection.prior == "agreement" else np.ones(len(logit), bool)
-        scores = np.zeros((self.num_scans, len(alpha)))
-        for b in range(self.num_scans):
-            for j in range(len(alpha)):
-                cosine = self.cosine(p, x, b, j)
-                match self.selection.consistency:
-                    case "half_cosine":
-                        beta = (1 + cosine) / 2
-                    case "centered_cosine":
-                        beta = min(max((1 + cosine - p["center"][j]) / 2, 0), 1)
-                    case _:
-                        beta = max(cosine, 0)
-                scores[b, j] = alpha[j] * beta
-        return scores
+        cosine = self.cosines(p, x)
+        match self.selection.consistency:
+            case "half_cosine":
+                beta = (1 + cosine) / 2
+            case "centered_cosine":
+                beta = np.clip((1 + cosine - p["center"]) / 2, 0, 1)
+            case _:
+                beta = np.maximum(cosine, 0)
+        return alpha * beta
 
-    def cosine(self, p, x, b, j):
-        """Mean cosine of a scan's sites with the prototype of an offset."""
-        s = self.selection
-        prototype = unit(p["shared"][j].mean(-1) @ p["projection"] if s.prototypes == "kernels" else p["prototypes"][j])
-        batch = s.scope == "batch"
-        if s.pooling == "pairs":
-            rows = [i for i, o in self.pairs[j] if batch or self.scan_out[o] == b]
-            count = len(self.scan_out) if batch else (self.scan_out == b).sum()
-        else:
-            rows = [i for i in range(len(x)) if batch or self.scan_in[i] == b]
-            count = len(rows)
-        return sum(unit(x[i] @ p["projection"]) @ prototype for i in rows) / max(count, 1)
+    def cosines(self, p, x):
+        """Mean cosines of the scans' sites with the prototypes of the offsets, [B, V]."""
+        by_kernels = self.selection.prototypes == "kernels"
+        prototypes = unit(p["shared"].mean(-1) @ p["projection"] if by_kernels else p["prototypes"])
+        return np.einsum("bji,ij->bj", self.pooling, unit(x @ p["projection"]) @ prototypes.T)
 
     def soft(self, scores):
         s = self.selection
@@ -101,11 +101,10 @@ class Transcription:
     def outputs(self, p, gamma):
         x, y = self.modulated(p), np.zeros((len(self.scan_out), C_OUT))
         for j, found in enumerate(self.pairs):
-            for b in range(self.num_scans):
-                own = p["exclusive"][DATASET, j] if self.parted[j] else p["shared"][j]
-                kernel = gamma[b, j] * p["shared"][j] + (1 - gamma[b, j]) * own
-                here = np.array([pair for pair in found if self.scan_out[pair[1]] == b], int).reshape(-1, 2)
-                y[here[:, 1]] += x[here[:, 0]] @ kernel
+            own = p["exclusive"][DATASET, j] if self.parted[j] else p["shared"][j]
+            share = gamma[:, j, None, None]
+            kernels = share * p["shared"][j] + (1 - share) * own  # of the scans
+            y[found[:, 1]] += np.einsum("ni,nio->no", x[found[:, 0]], kernels[self.scan_out[found[:, 1]]])
         return y
 
     def objective(self, weight, p0):
@@ -180,7 +179,8 @@ def forward(graph, kmap, algorithm, p, kernels="selected"):
     return y.features, taps
 
 
-def ours(selection, kmap, algorithm, p, weight, dtype):
+def ours(selection, kmap, algorithms, p, weight, dtype):
+    """Features, what was tapped and gradients of each algorithm, all compiled as one program."""
     graph, state = nnx.split(build(selection, kmap.kernel_volume))
     p = {name: jnp.asarray(value, dtype) for name, value in p.items()}
     weight = jnp.full((kmap.out_capacity, C_OUT), jnp.nan, dtype).at[: len(weight)].set(jnp.asarray(weight, dtype))
@@ -188,12 +188,12 @@ def ours(selection, kmap, algorithm, p, weight, dtype):
 
     @jax.jit
     def slopes(p):
-        def objective(p):
+        def objective(p, algorithm):
             y, taps = forward(graph, kmap, algorithm, p | {"state": state})
             return jnp.where(valid, y * weight, 0).sum(), (y, taps)
 
-        (_, (y, taps)), gradient = jax.value_and_grad(objective, has_aux=True)(p)
-        return y, taps, gradient
+        by_algorithm = [jax.value_and_grad(objective, has_aux=True)(p, algorithm) for algorithm in algorithms]
+        return [(y, taps, gradient) for (_, (y, taps)), gradient in by_algorithm]
 
     return jax.device_get(slopes(p))
 
@@ -244,9 +244,10 @@ def test_outputs_and_all_gradients_equal_the_transcription(kind, reading):
     slopes = {name: central_differences(value, p, name, rng) for name in p if name not in still}
     kernels = linear_gradients(method, p, gamma, weight)
 
-    for algorithm in ("segment_sum", "gather", "tiles"):
-        with jax.enable_x64(True):
-            y, taps, gradient = ours(selection, kmap, algorithm, p, weight, jnp.float64)
+    algorithms = ("segment_sum", "gather", "tiles")
+    with jax.enable_x64(True):
+        results = ours(selection, kmap, algorithms, p, weight, jnp.float64)
+    for algorithm, (y, taps, gradient) in zip(algorithms, results, strict=True):
         np.testing.assert_allclose(y[: len(expected)], expected, rtol=1e-10, atol=1e-10)
         np.testing.assert_allclose(taps["conv.alpha"] * taps["conv.beta"], scores, rtol=1e-10, atol=1e-12)
         np.testing.assert_array_equal(taps["conv.gamma"], gamma)
@@ -260,7 +261,7 @@ def test_outputs_and_all_gradients_equal_the_transcription(kind, reading):
         others = np.delete(gradient["exclusive"], DATASET, 0)
         assert (others == 0).all()
 
-    y, taps, gradient = ours(selection, kmap, "auto", p, weight, jnp.float32)
+    ((y, taps, gradient),) = ours(selection, kmap, ["auto"], p, weight, jnp.float32)
     np.testing.assert_array_equal(taps["conv.gamma"], gamma)
     np.testing.assert_allclose(y[: len(expected)], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     for name, slope in kernels.items():
@@ -332,7 +333,7 @@ def test_gradients_are_finite_on_zero_and_empty_input(counts, value):
     p["out_bias"][:], p["out_kernel"][:] = 0, 0
     if value == "zeros":
         p["prototypes"][:] = 0
-    y, _, gradient = ours(selection, padded(table), "auto", p, np.ones((len(table.outputs), C_OUT)), jnp.float32)
+    ((y, _, gradient),) = ours(selection, padded(table), ["auto"], p, np.ones((len(table.outputs), C_OUT)), jnp.float32)
     assert np.isfinite(y).all()
     for name, slope in gradient.items():
         assert np.isfinite(slope).all(), name

@@ -20,6 +20,7 @@ from h2a2_jax.layers.context import call_block
 from h2a2_jax.sparse.xla_cpu import recompute
 from tests.layers.test_residual import KMAP, SELECTION, features, randomise
 from tests.sparse.transcription import random_sites
+from tests.xla_flags import EMITTERS_IN_USE
 
 CONTEXT = ForwardContext(DatasetContext.one(1, 2), training=True)
 
@@ -73,7 +74,10 @@ def assert_close(ours, theirs, tolerance=1e-5):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_nothing_changes(dtype):
     plain, again = (
-        jax.jit(lambda *args, r=r: slopes(*args, dtype=dtype, rematerialize=r))(*inputs(dtype)) for r in (False, True)
+        jax.jit(lambda *args, r=r: slopes(*args, dtype=dtype, rematerialize=r), compiler_options=EMITTERS_IN_USE)(
+            *inputs(dtype)
+        )
+        for r in (False, True)
     )
     assert_equal(again[0], plain[0])
     # Computed twice the same values go through other programs, whose last bit is the compiler's choice.

@@ -80,6 +80,25 @@ def tiny_detector(selection=SELECTION, seed=0, specs=SPECS, width=4, **options):
     return model
 
 
+class StagesAsNeck(nnx.Module):
+    """Leaves the features of the stages as they are."""
+
+    def __call__(self, stages, plan, context):
+        return stages
+
+
+def short_detector(*arguments, **options):
+    """A tiny detector cut off behind its second stage; its heads read both stages. It compiles in half the time."""
+    model = tiny_detector(*arguments, **options)
+    model.backbone.stages, model.neck = nnx.List(model.backbone.stages[:2]), StagesAsNeck()
+    return model
+
+
+def short_plan(batch):
+    """The batch with the maps that a short detector takes."""
+    return replace(batch, plan=replace(batch.plan, stages=batch.plan.stages[:2], ups=()))
+
+
 def _add_noise(rng, variable):
     variable.set_value(variable[...] + rng.uniform(0, 0.2, variable.shape).astype(np.float32))
 

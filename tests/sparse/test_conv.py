@@ -42,17 +42,18 @@ def pad(rows, capacity, fill=np.nan):
     return np.concatenate([rows, np.full((capacity - len(rows), rows.shape[1]), fill)])
 
 
+@partial(jax.jit, static_argnames="algorithm")
+def both(kmap, x, kernels, gamma, weight, algorithm):
+    """Output and gradients of x, kernels and gamma."""
+    function = partial(sparse.convolve, kernel_map=kmap, algorithm=algorithm)
+    y, pull = jax.vjp(lambda x, w, gamma: function(x, w, gamma=gamma), x, kernels, gamma)
+    return y, *pull(weight)
+
+
 def run(kmap, algorithm, x, kernels, weight, gamma, fill=np.nan):
     """Output and gradients of ours, in the type of the arguments; padding of x and of the cotangent holds `fill`."""
-
-    @jax.jit
-    def both(kmap, x, kernels, gamma, weight):
-        function = partial(sparse.convolve, kernel_map=kmap, algorithm=algorithm)
-        y, pull = jax.vjp(lambda x, w, gamma: function(x, w, gamma=gamma), x, kernels, gamma)
-        return y, *pull(weight)
-
-    padded_x, padded_weight = pad(x, kmap.in_capacity, fill), pad(weight, kmap.out_capacity, fill)
-    return jax.device_get(both(kmap, padded_x.astype(x.dtype), kernels, gamma, padded_weight.astype(weight.dtype)))
+    rows, cotangent = pad(x, kmap.in_capacity, fill), pad(weight, kmap.out_capacity, fill)
+    return jax.device_get(both(kmap, rows.astype(x.dtype), kernels, gamma, cotangent.astype(weight.dtype), algorithm))
 
 
 def check(got, table, kmap, x, kernels, weight, gamma, pairs, tolerance):
@@ -122,9 +123,8 @@ def test_derivatives_equal_finite_differences(algorithm):
         _, dx, dw, dgamma = run(kmap, algorithm, x, kernels, weight, gamma, fill=7.0)
 
         def value(x, kernels, gamma, how=algorithm):
-            rows = jnp.asarray(pad(x, kmap.in_capacity, 7.0))
-            y = sparse.convolve(rows, jnp.asarray(kernels), kmap, gamma=jnp.asarray(gamma), algorithm=how)
-            return float((np.asarray(y)[: len(weight)] * weight).sum())
+            y = run(kmap, how, x, kernels, weight, gamma, fill=7.0)[0]
+            return float((y[: len(weight)] * weight).sum())
 
         ways = [rng.normal(size=a.shape) for a in (x, kernels, gamma)]
         h = 1e-3  # the function is linear in each argument
@@ -250,13 +250,16 @@ def test_products_in_half_precision_are_summed_in_single(algorithm):
     x, kernels, *_ = draw(table, "one kernel")
     expected = convolve(x, kernels, pairs, table.outputs.scan)
     rows = jnp.asarray(pad(x, kmap.in_capacity, 0.0), jnp.float32)
-    y = sparse.convolve(rows, jnp.asarray(kernels, jnp.float32), kmap, algorithm=algorithm, dtype=jnp.bfloat16)
-    assert y.dtype == jnp.float32
+
+    @jax.jit
+    def of_both_types(rows, kernels):
+        function = partial(sparse.convolve, kernel_map=kmap, algorithm=algorithm)
+        return function(rows, kernels, dtype=jnp.bfloat16), function(rows.astype(jnp.bfloat16), kernels)
+
+    y, half = of_both_types(rows, jnp.asarray(kernels, jnp.float32))
+    assert y.dtype == jnp.float32 and half.dtype == jnp.bfloat16
     error = np.abs(np.asarray(y)[: len(expected)] - expected).max() / np.abs(expected).max()
     assert 1e-5 < error < 1e-2
-    assert (
-        sparse.convolve(rows.astype(jnp.bfloat16), jnp.asarray(kernels), kmap, algorithm=algorithm).dtype == "bfloat16"
-    )
 
 
 @pytest.mark.parametrize("selection", ["one kernel", "gamma"])
@@ -274,11 +277,8 @@ def test_only_factors_of_products_are_rounded(algorithm, selection):
     rows, cotangent = (jnp.asarray(pad(a, n), half) for a, n in ((x, kmap.in_capacity), (weight, kmap.out_capacity)))
     single = jnp.asarray(exact[1], jnp.float32)
 
-    def forward(x, w, gamma):
-        return sparse.convolve(x, w, kmap, gamma=gamma, algorithm=algorithm)
-
-    out, pull = jax.vjp(jax.jit(forward), rows, single, None if gamma is None else jnp.asarray(gamma, jnp.float32))
-    got = out, *pull(cotangent)
+    gamma32 = None if gamma is None else jnp.asarray(gamma, jnp.float32)
+    got = both(kmap, rows, single, gamma32, cotangent, algorithm)
     assert [a.dtype for a in got[:3]] == [half, half, jnp.float32]
     rounding, sums = 2.0**-8, 1e-2 if algorithm == "segment_sum" else 2e-5
     for ours, expected, error in zip(got, (y, dx, dw, dgamma), (rounding, rounding, sums, sums), strict=True):
@@ -312,12 +312,13 @@ def test_float16_which_the_compiled_kernels_do_not_know_is_convolved_by_another_
     kmap = padded(table)
     half, cotangent = (pad(a, n, 0).astype(np.float16) for a, n in ((x, kmap.in_capacity), (weight, kmap.out_capacity)))
 
-    def both(features, cotangent):
+    @jax.jit
+    def slope(features, cotangent):
         single = jnp.asarray(kernels, jnp.float32)
         y, pull = jax.vjp(lambda features: sparse.convolve(features, single, kmap), features)
         return y, *pull(cotangent)
 
-    found, expected = both(jnp.asarray(half), cotangent), both(jnp.asarray(half, jnp.float32), cotangent.astype("f4"))
+    found, expected = slope(jnp.asarray(half), cotangent), slope(jnp.asarray(half, jnp.float32), cotangent.astype("f4"))
     for ours, single in zip(found, expected, strict=True):
         assert ours.dtype == jnp.float16
         np.testing.assert_allclose(np.asarray(ours, np.float32), single, atol=4e-3 * float(np.abs(single).max()))

@@ -18,6 +18,7 @@ from h2a2_jax.sweeps.sweep_plan import Row, SweepRun, locate
 from h2a2_jax.sweeps.sweep_results import finished, last_metrics
 from h2a2_jax.sweeps.sweep_runner import Share, run_all, runs_to_do, shares
 from tests.sweeps.finished import write_run
+from tests.xla_flags import xla_flags
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,7 +127,7 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on_from_its_checkpoints(tmp_p
     workdir = tmp_path / "sweep"
     flags = [f"--config={tmp_path / 'tiny.py'}", f"--workdir={workdir}", "--jobs=1"]
     command = [sys.executable, "run.py", "--mode=tau_sweep", "--taus=0.25", "--seeds=0", *flags]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT)}
 
     def workers() -> list[Path]:
         return [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(workdir).encode() in _read(p)]

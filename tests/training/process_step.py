@@ -24,7 +24,7 @@ from h2a2_jax.models import TR3D, LevelSizes, PlanLayout
 from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.sparse import SparseTensor
 from h2a2_jax.training.step import make_train_step
-from tests.models.scenes import SELECTION, VOXEL, room, tiny_detector
+from tests.models.scenes import SELECTION, VOXEL, room, short_detector, short_plan
 from tests.training.configs import joint_config
 
 SEED = 2
@@ -36,7 +36,7 @@ SCANS = [[room(10 * d + i, points=1500, boxes=8 - 2 * i, size=8.0 + d) for i in 
 
 def double_detector() -> TR3D:
     """Every parameter in float64."""
-    model = tiny_detector(STEM_ONLY, SEED)
+    model = short_detector(STEM_ONLY, SEED)
     nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(float), nnx.state(model)))
     return model
 
@@ -44,18 +44,24 @@ def double_detector() -> TR3D:
 def smallest_margin() -> float:
     """How near alpha * beta of any scan and offset comes to the threshold."""
     model, margins = double_detector(), []
-    for d, scans in enumerate(SCANS):
-        host = collate(scans, VOXEL)
-        batch = pad_batch(host, host.tables.sizes, 8)
+    hosts = [collate([*scans, no_scan()][:2], VOXEL) for scans in SCANS]
+    capacities = LevelSizes(*(max(sizes) for sizes in zip(*(host.tables.sizes for host in hosts), strict=True)))
+
+    @jax.jit
+    def distances(batch: Any, dataset: Any) -> list[Any]:
         x = SparseTensor(batch.features.astype(float), batch.plan.voxels)
-        dataset = DatasetContext(np.eye(len(SPECS))[d])
         seen: dict[str, Any] = {}
-        context = ForwardContext(dataset, training=True, tap=seen.__setitem__, embedding=model.embedding[d])
-        model.backbone.stem(x, batch.plan, context)
+        context = ForwardContext(
+            dataset, training=True, tap=seen.__setitem__, embedding=dataset.pick(model.embedding[...])
+        )
+        nnx.merge(*nnx.split(model.backbone.stem), copy=True)(x, batch.plan, context)
         names = [name.removesuffix(".beta") for name in seen if name.endswith(".beta")]
-        for name in names:
-            tau = explored_threshold(STEM_ONLY.tau, jnp.int32(0), 27, name, STEM_ONLY.exploration)
-            margins.append(float(abs(seen[f"{name}.alpha"] * seen[f"{name}.beta"] - tau).min()))
+        taus = [explored_threshold(STEM_ONLY.tau, jnp.int32(0), 27, name, STEM_ONLY.exploration) for name in names]
+        return [abs(seen[f"{name}.alpha"] * seen[f"{name}.beta"] - tau) for name, tau in zip(names, taus, strict=True)]
+
+    for d, host in enumerate(hosts):
+        dataset = DatasetContext(np.eye(len(SPECS))[d])
+        margins += [float(at[: len(SCANS[d])].min()) for at in distances(pad_batch(host, capacities, 8), dataset)]
     assert len(margins) == len(SCANS)
     return min(margins)
 
@@ -81,7 +87,7 @@ def run_step(devices: Any) -> tuple[Any, Any, MeshLayout]:
     capacities = BucketLadder(LevelSizes(*most.tolist())).capacities(0)
 
     def padded(shard: Any) -> Any:
-        batch = pad_batch(shard, capacities, 8, PlanLayout("any"))  # which compiles in less time
+        batch = short_plan(pad_batch(shard, capacities, 8, PlanLayout("any")))  # which compiles in less time
         return replace(batch, features=batch.features.astype(float), boxes=batch.boxes.astype(float))
 
     batch = process_layout.assemble({key: padded(shard) for key, shard in grid.items()})

@@ -21,7 +21,7 @@ from h2a2_jax.models import LevelSizes, PlanLayout
 from h2a2_jax.optimizer import build_optimizer
 from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.training.step import make_train_step, tensor_names
-from tests.models.scenes import SELECTION, VOXEL, room, tiny_detector
+from tests.models.scenes import SELECTION, VOXEL, room, short_detector, short_plan
 from tests.training.configs import joint_config
 
 SPECS_USED = SPECS[:2]
@@ -29,6 +29,8 @@ STEM_ONLY = replace(SELECTION, convolutions=("stem",))
 SCANS = [[[room(10 * d + i, points=900, boxes=3)] for d in range(2)] for i in range(2)]
 """By batch and dataset."""
 DECAY, MOST_SKIPPED = 0.9, 2
+FROZEN = "backbone.stages.1."
+"""Start of the frozen parameters' names."""
 
 
 @cache
@@ -38,7 +40,8 @@ def batches() -> tuple[Batch, ...]:
     sizes = [host.tables.sizes for batch in hosts for host in batch]
     capacities = BucketLadder(LevelSizes(*(max(column) for column in zip(*sizes, strict=True)))).capacities(0)
     return tuple(
-        stack_batches([[pad_batch(host, capacities, 4, PlanLayout("any"))] for host in batch]) for batch in hosts
+        stack_batches([[short_plan(pad_batch(host, capacities, 4, PlanLayout("any")))] for host in batch])
+        for batch in hosts
     )
 
 
@@ -51,14 +54,14 @@ def poisoned(batch: Batch, dataset: int) -> Batch:
 
 @cache
 def compiled(several: bool) -> tuple[TrainState, Any]:
-    """State and step of one batch, with averages and a frozen neck; or of two batches."""
-    model = tiny_detector(STEM_ONLY, 2, SPECS_USED)
+    """State and step of one batch, with averages and a frozen stage; or of two batches."""
+    model = short_detector(STEM_ONLY, 2, SPECS_USED)
     mesh = train_mesh(2, jax.devices()[:1])
     optimizer = optax.sgd(0.1)
     graph, state = create_state(model, optimizer, plain_mean(), averaged=not several, accumulating=several)
     frozen: frozenset[str] = frozenset()
     if not several:
-        frozen = frozen_paths(state.shared, state.exclusive, ("neck",))
+        frozen = frozen_paths(state.shared, state.exclusive, ("layer2",))
         optimizer = build_optimizer(OptimConfig(weight_decay=0.1), optax.constant_schedule(1e-2), frozen)
         graph, state = create_state(model, optimizer, plain_mean(), averaged=True)
     train = TrainConfig(max_skipped_steps=MOST_SKIPPED)
@@ -99,7 +102,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_says_where():
     assert not bad.nonfinite[0].any(), "the other dataset is as it should be"
     told = {name for name, is_bad in zip(names, bad.nonfinite[1], strict=True) if is_bad}
     assert {"loss", "statistics", "backbone.stem.conv.shared"} <= told
-    assert not any(name.startswith("neck.") for name in told), "what is frozen has no gradient"
+    assert not any(name.startswith(FROZEN) for name in told), "what is frozen has no gradient"
     assert (again.step, again.skipped, again.skipped_in_row) == (3, 1, 0)
     assert differing(after.shared, again.shared)
     # As if the skipped step had not been.
@@ -121,7 +124,7 @@ def test_frozen_parameters_stay_and_others_move():
     (after, metrics), *_ = taken(False, batches()[0])
     moved = {*differing(start.shared, after.shared), *differing(start.exclusive, after.exclusive)}
     names = {*flat_names(start.shared), *flat_names(start.exclusive)}
-    held = {name for name in names if name.startswith("neck.")}
+    held = {name for name in names if name.startswith(FROZEN)}
     assert held and not moved & held and {"backbone.stem.conv.shared", "heads.class_kernel"} <= moved
     gradients = dict(zip(flat_names(start.shared), jax.tree.leaves(metrics.gradients[0]), strict=True))
     assert all((gradients[name] == 0).all() for name in held)
