@@ -1,7 +1,7 @@
 """The same six scans on 1, 3 and 6 devices: gradients, statistics and the next state are the same.
 
 In float64, so that a wrong sum shows and rounding does not: layouts differ by some 1e-13 in exclusive gradients, and by
-3e-7 in shared ones, whose factors of harmonisation are float32. In float32 a whole detector's layouts differ by 1e-5 to
+3e-7 in shared ones, whose factors of harmonisation are float32. In float32 the same network's layouts differ by 1e-5 to
 4e-5 of each tensor's largest gradient, for each is a program of its own and adds in another order.
 """
 
@@ -24,7 +24,7 @@ from h2a2_jax.loader.batching import BucketLadder, collate, no_scan, pad_batch
 from h2a2_jax.models import LevelSizes, PlanLayout
 from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.training.step import make_train_step
-from tests.models.scenes import SELECTION, VOXEL, room, short_detector, short_plan, tiny_detector
+from tests.models.scenes import SELECTION, VOXEL, room, tiny_detector
 from tests.training.configs import joint_config
 
 DEVICES = (1, 3, 6)
@@ -34,8 +34,6 @@ TOLERANCE = 1e-5
 FLOOR = 1e-9
 """Of the largest gradient of the group, shared or exclusive: a tensor below counts as this large."""
 NEAR_TIE = 1e-5
-LAYERS = 4
-"""With kernel selection."""
 SEED = 2
 """One for which no score comes near a tie."""
 
@@ -61,7 +59,7 @@ def batch_for(mesh, scans=None, present=(True, True, True)):
     both = [collate(row, VOXEL).tables.sizes for row in SCANS]
     capacities = BucketLadder(LevelSizes(*(max(s) for s in zip(*both, strict=True)))).capacities(0)
     batches = [
-        [replace(short_plan(pad_batch(b, capacities, 8, LAYOUT)), present=np.asarray(here)) for b in row]
+        [replace(pad_batch(b, capacities, 8, LAYOUT), present=np.asarray(here)) for b in row]
         for row, here in zip(grid, present, strict=True)
     ]
     batch = stack_batches(batches)
@@ -75,8 +73,8 @@ def double_precision():
 
 
 def double_detector():
-    """A short detector, every parameter in float64."""
-    model = short_detector(seed=SEED)
+    """A tiny detector, every parameter in float64."""
+    model = tiny_detector(seed=SEED)
     nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(float), nnx.state(model)))
     return model
 
@@ -141,7 +139,7 @@ def test_no_kernel_is_chosen_by_rounding():
             own = jax.tree.map(lambda leaf, d=d, batch=batch: leaf[d, 0], batch)
             real = np.array([len(scan.points) > 0 for scan in scans[d]])
             margins = [abs(s[real] - SELECTION.tau).min() for s in scores(own.features, own.plan, jnp.eye(3)[d])]
-            assert len(margins) == LAYERS and min(margins) > NEAR_TIE
+            assert len(margins) == 8 and min(margins) > NEAR_TIE
 
 
 @pytest.mark.slow
@@ -162,7 +160,7 @@ def test_gradients_after_one_step(devices):
     for layer, seen in one.selection.items():
         np.testing.assert_allclose(exclusive_share(metrics.selection[layer]), exclusive_share(seen), rtol=1e-6)
     shares = [exclusive_share(seen) for seen in one.selection.values()]
-    assert len(shares) == LAYERS and 0.05 < np.mean(shares) < 0.95
+    assert len(shares) == 8 and 0.05 < np.mean(shares) < 0.95
     assert state.step == one_state.step == 1
 
 
