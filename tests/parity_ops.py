@@ -154,11 +154,9 @@ def _pooling(name: str, case: Case) -> Iterator[CaseResult]:
     sites, feats, rows = _sorted(case)
     table = _table(case, sites)
     kmap = _padded(table, 5, 3)
-    weight, x = (
-        jnp.asarray(sparse.pad_rows(case["loss_weight"], kmap.out_capacity)),
-        sparse.pad_rows(feats, kmap.in_capacity),
-    )
-    out, (grad,), _ = _value_and_pull(lambda x: (sparse.max_pool(x, kmap), None), weight, jnp.asarray(x))
+    x = jnp.asarray(sparse.pad_rows(feats, kmap.in_capacity))
+    weight = jnp.asarray(sparse.pad_rows(case["loss_weight"], kmap.out_capacity))
+    out, (grad,), _ = _value_and_pull(lambda x: (sparse.max_pool(x, kmap), None), weight, x)
     yield compare(f"{name}.out_coords", table.outputs.coords, case["out_coords"], 0.0)
     yield compare(f"{name}.out_feats", out[: len(table.outputs)], case["out_feats"])
     yield compare(f"{name}.grad_in", np.asarray(grad)[rows], case["grad_in"])
