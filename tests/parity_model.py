@@ -243,10 +243,7 @@ def _training(golden: _Golden) -> Iterator[CaseResult]:
         return
     graph, params, stats = nnx.split(golden.model, nnx.Param, nnx.BatchStat)
     boxes, labels = _ground_truth(golden)
-    # In float64 by the algorithm that compiles in least time; float32 has the compiled kernels.
-    context = ForwardContext(
-        DatasetContext.one(0, 1), training=True, algorithm="gather" if golden.is_float64 else "auto"
-    )
+    context = ForwardContext(DatasetContext.one(0, 1), training=True)
 
     def loss(params: Any, features: jax.Array) -> tuple[jax.Array, tuple]:
         model = nnx.merge(graph, params, stats, copy=True)
