@@ -31,7 +31,7 @@ from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.loader.augment import sample_points
 from h2a2_jax.loader.batching import BucketLadder, collate
 from h2a2_jax.models import TR3D, DetectorPlan, HeadChoice, LevelSizes, PlanLayout, Predictions, fits_layout, pad_plan
-from h2a2_jax.models.head import padded_columns
+from h2a2_jax.models.head import outputs_of_union, padded_columns
 from h2a2_jax.scans.label_space import union_spec
 from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, load_or_skip
 from h2a2_jax.scans.specs import DatasetSpec
@@ -127,7 +127,7 @@ class Predictor:
         # One program serves all datasets: folded detectors differ in their parameters only.
         self._fold = self._program(self._parts.fold, "fold") if folded else None
         self._forward = self._program(partial(self._parts.forward, folded), f"forward_{folded}")
-        self._detections: dict[tuple[int, int, int], Program] = {}
+        self._detections: dict[tuple[int, int, int, bool], Program] = {}
         self._folded_states: dict[int, Arrays] = {}
         self._stored_bases = {} if self._store is None else self._store.read_bases()
         self._ladders = {count: BucketLadder(base, _RATIO) for count, base in self._stored_bases.items()}
@@ -238,8 +238,8 @@ class Predictor:
         return jax.jit(function, compiler_options=compiler_options())
 
     def _detect(self, scans: int, spec: DatasetSpec) -> Program:
-        form = scans, spec.num_classes, spec.num_outputs
-        static = dict(zip(("num_scans", "classes", "outputs"), form, strict=True))
+        form = scans, spec.num_classes, spec.num_outputs, self._columns is not None
+        static = dict(zip(("num_scans", "classes", "outputs", "of_union"), form, strict=True))
         if self._store is None:
             return partial(_detect, **static)
         with self._lock:
@@ -357,7 +357,7 @@ def skipped_lines(skipped: Mapping[str, str]) -> list[str]:
     return [*lines, f"{len(skipped)} scan(s) skipped."] if lines else []
 
 
-@partial(jax.jit, static_argnames=("num_scans", "classes", "outputs"))
+@partial(jax.jit, static_argnames=("num_scans", "classes", "outputs", "of_union"))
 def _detect(
     out: Predictions,
     score_threshold: Float[AnyArray, ""],
@@ -366,14 +366,17 @@ def _detect(
     num_scans: int,
     classes: int,
     outputs: int,
+    of_union: bool,
 ) -> tuple[Float[Array, "b k 7"], Float[Array, "b k"], Int32[Array, "b k"], Int32[Array, " b"]]:
     """Boxes, scores and labels of each scan, and their number."""
+    rotated = outputs == ROTATED_CHANNELS
+    boxes = outputs_of_union(out.boxes, rotated) if of_union else out.boxes
     detect = partial(
         detections_from_predictions,
         locations=out.locations,
-        outputs=out.boxes[:, :outputs],
+        outputs=boxes[:, :outputs],
         logits=out.logits[:, :classes],
-        rotated=outputs == ROTATED_CHANNELS,
+        rotated=rotated,
         score_threshold=score_threshold,
         iou_threshold=iou_threshold,
     )

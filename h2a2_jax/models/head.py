@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from h2a2_jax.layers import DatasetContext
 from h2a2_jax.sparse.xla_cpu import recompute_if_narrow
@@ -62,7 +62,8 @@ class UnionHead(nnx.Module):
     """One head for all datasets: a class column for each class of their union, one box regression.
 
     All parameters are shared. A dataset's loss reads its own columns alone, so that a class learns from every dataset
-    that annotates it, and from no other. Axis-aligned datasets train the first 6 box outputs.
+    that annotates it, and from no other. Axis-aligned datasets train the first 6 box outputs, whose meaning is the same
+    for all datasets (`outputs_of_union`).
 
     Attributes:
         box_kernel: [C, 8], kernel of the box outputs.
@@ -105,6 +106,15 @@ def padded_columns(columns: Sequence[Sequence[int]]) -> Int[np.ndarray, "d k"]:
     """Columns of the union by dataset, int32, filled up with column 0, which a class mask then hides."""
     most = max(map(len, columns))
     return np.array([[*own, *[0] * (most - len(own))] for own in columns], np.int32)
+
+
+def outputs_of_union(boxes: Float[Array, "n 8"], has_yaw: bool | Bool[AnyArray, ""]) -> Float[Array, "n 8"]:
+    """Box outputs of a `UnionHead` in the form that a dataset's boxes are decoded from.
+
+    The height of TR3D's boxes with yaw is p5 + p4, that of axis-aligned ones p5 (`boxes.codec`), and one head cannot
+    mean both. In the outputs of a union the height is p5: for a dataset with yaw p4 is taken off it.
+    """
+    return boxes.at[:, 5].add(-jnp.where(has_yaw, boxes[:, 4], 0))
 
 
 def _predict(features: Array, *parts: Array) -> tuple[Array, Array]:

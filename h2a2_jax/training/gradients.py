@@ -16,8 +16,8 @@ from h2a2_jax.distributed import REPLICA
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.loader.batching import Batch
 from h2a2_jax.losses import DetectionLoss, detection_loss
-from h2a2_jax.models import TR3D, DetectorConfig
-from h2a2_jax.models.head import padded_columns
+from h2a2_jax.models import TR3D, DetectorConfig, Predictions
+from h2a2_jax.models.head import outputs_of_union, padded_columns
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.sparse import Sites
 
@@ -107,13 +107,19 @@ Objective = Callable[[Any, Any, Targets, ForwardContext], Terms]
 
 def detector_loss(model: TR3D, batch: Batch, targets: Targets, context: ForwardContext) -> Terms:
     """Loss of a detector on scans with boxes."""
-    out = model(batch.features, batch.plan, context, targets.columns)
+    out = predictions_of(model, batch, targets, context)
     losses = detection_loss(
         out.locations, out.scan, out.level, out.boxes, out.logits, batch.boxes, batch.labels,
         targets.label_to_level, targets.class_mask, targets.has_yaw,
         axis_name=context.axis_name,
     )  # fmt: skip
     return Terms(losses, batch.plan.voxels)
+
+
+def predictions_of(model: TR3D, batch: Batch, targets: Targets, context: ForwardContext) -> Predictions:
+    """Predictions of a detector for a dataset, by its head or by its columns of one label space."""
+    out = model(batch.features, batch.plan, context, targets.columns)
+    return out if targets.columns is None else out._replace(boxes=outputs_of_union(out.boxes, targets.has_yaw))
 
 
 def dataset_gradients(

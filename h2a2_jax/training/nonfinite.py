@@ -36,7 +36,7 @@ from h2a2_jax.models import TR3D, PlanLayout, detector_tables
 from h2a2_jax.scans.scan import Scan
 from h2a2_jax.sparse import SiteSet, SparseTensor
 from h2a2_jax.training.callbacks import Callback, Training
-from h2a2_jax.training.gradients import Targets
+from h2a2_jax.training.gradients import Targets, predictions_of
 from h2a2_jax.training.step import StepMetrics, tensor_names
 
 FOLDER = "nonfinite"
@@ -362,7 +362,7 @@ def _replay_shard(detector: TR3D, config: ExperimentConfig, shard: KeptShard) ->
             tap=tap,
         )
         model = merge_model(graph, exclusive, shared, jax.tree.map(jnp.copy, stats))
-        out = model(batch.features, batch.plan, context, targets.columns)
+        out = predictions_of(model, batch, targets, context)
         losses = detection_loss(
             out.locations, out.scan, out.level, out.boxes, out.logits, batch.boxes, batch.labels,
             targets.label_to_level, targets.class_mask, targets.has_yaw,

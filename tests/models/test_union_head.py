@@ -12,6 +12,7 @@ from flax import nnx
 
 from h2a2_jax.balancers.packing import Packing
 from h2a2_jax.boxes import Detections
+from h2a2_jax.boxes.codec import decode_boxes_padded
 from h2a2_jax.checkpoint.train_state import head_configs, is_exclusive, split_model
 from h2a2_jax.config import ExperimentConfig, SourceConfig
 from h2a2_jax.convert.tr3d_weights import tr3d_slots
@@ -23,7 +24,7 @@ from h2a2_jax.inference.scan_prediction import renamed_specs
 from h2a2_jax.layers import DatasetContext
 from h2a2_jax.losses import detection_loss
 from h2a2_jax.models import TR3D
-from h2a2_jax.models.head import DatasetHeads, UnionHead
+from h2a2_jax.models.head import DatasetHeads, UnionHead, outputs_of_union
 from h2a2_jax.scans.formats.point_cloud import PointCloud
 from h2a2_jax.scans.frame import place_cloud
 from h2a2_jax.scans.label_space import UNION, union_classes, union_columns, union_spec
@@ -102,6 +103,16 @@ def test_loss_and_gradients_are_those_of_own_columns():
                 ours, theirs = ours[..., columns[d]], theirs[..., : spec.num_classes]
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
             assert np.abs(theirs).max() > 1e-4 or name.startswith("box")
+
+
+def test_outputs_mean_the_same_size_with_and_without_yaw():
+    outputs = jnp.array([[0.1, -0.2, 0.3, 1.5, 0.7, 2.0, 0.4, 0.3]])
+    location = jnp.array([[1.0, 2.0, 0.5]])
+    boxes = [decode_boxes_padded(location, outputs_of_union(outputs, yaw), yaw)[0] for yaw in (True, False)]
+    np.testing.assert_allclose(boxes[1][3:6], (1.5, 0.7, 2.0), rtol=1e-6)
+    np.testing.assert_allclose(boxes[0][5], 2.0, rtol=1e-6)
+    np.testing.assert_allclose(boxes[0][3] + boxes[0][4], 1.5 + 0.7, rtol=1e-6)
+    np.testing.assert_allclose(boxes[0][:3], boxes[1][:3])
 
 
 def test_all_of_the_head_is_shared_and_of_the_size_of_the_union():
