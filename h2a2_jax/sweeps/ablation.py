@@ -63,7 +63,7 @@ def run_tau_sweep(
     jobs: int | None,
     budget_minutes: float | None = None,
 ) -> int:
-    """Train and evaluate the config with every tau and seed; write table.md, results.json and tau.png.
+    """Train and evaluate the config with every tau and seed; write the tables, results.json and tau.png.
 
     Finished runs in the workdir are not repeated. Without taus the sweep takes `default_taus`. Differences are from
     the config's own tau, or the first. Jobs, budget and exit status are those of `run_sweep`.
@@ -92,7 +92,7 @@ def run_ablation(
 ) -> int:
     """Train and evaluate naive joint training, SF-KS, NGH, both, and TR3D alone, with every seed.
 
-    Written are table.md, results.json and ablation.png. Arguments and errors are those of `run_tau_sweep`; `names` are
+    Written are the tables, results.json and ablation.png. Arguments and errors are those of `run_tau_sweep`; `names` are
     rows of `ablation_rows`, and `against` those that the differences of all others are from: without them naive, or
     the first row of a table without it.
     """

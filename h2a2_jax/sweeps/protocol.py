@@ -46,7 +46,7 @@ def run_protocol(
     jobs: int | None = None,
     budget_minutes: float | None = None,
 ) -> int:
-    """Train several times and evaluate each training several times; write table.md and results.json.
+    """Train several times and evaluate each training several times; write the tables and results.json.
 
     The seeds count up from the config's. Finished runs in the workdir are not repeated, nor runs of other sweeps that
     are the same experiment. Jobs, budget and exit status are those of `run_sweep`.

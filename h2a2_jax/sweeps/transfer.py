@@ -57,7 +57,7 @@ def run_transfer(
     jobs: int | None = None,
     budget_minutes: float | None = None,
 ) -> int:
-    """Train without a dataset, predict its scans, fine-tune to it; write table.md and results.json.
+    """Train without a dataset, predict its scans, fine-tune to it; write the tables and results.json.
 
     Finished runs in the workdir are not repeated, nor runs of other sweeps that are the same experiment. Jobs, budget
     and exit status are those of `run_sweep`. The config has three datasets or more and kernel selection. Without
