@@ -92,7 +92,7 @@ def run_ablation(
 ) -> int:
     """Train and evaluate naive joint training, SF-KS, NGH, both, and TR3D alone, with every seed.
 
-    Written are the tables, results.json and ablation.png. Arguments and errors are those of `run_tau_sweep`; `names` are
+    Writes the tables, results.json and ablation.png. Arguments and errors are those of `run_tau_sweep`; `names` are
     rows of `ablation_rows`, and `against` those that the differences of all others are from: without them naive, or
     the first row of a table without it.
     """
