@@ -85,7 +85,13 @@ def _is_share(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value <= 1
 
 
-def model_card(facts: CardFacts, specs: Sequence[DatasetSpec], folder_name: str, versions: Mapping[str, str]) -> str:
+def model_card(
+    facts: CardFacts,
+    specs: Sequence[DatasetSpec],
+    folder_name: str,
+    versions: Mapping[str, str],
+    label_space: str = "separate",
+) -> str:
     """Text of README.md: a YAML head for the Hugging Face hub, and what a user of the weights must know.
 
     Args:
@@ -93,9 +99,10 @@ def model_card(facts: CardFacts, specs: Sequence[DatasetSpec], folder_name: str,
         specs: the datasets in the order of the heads.
         folder_name: name of the folder, which the commands name.
         versions: versions of packages by name that wrote the folder.
+        label_space: "separate" heads of the datasets, or one head for the "union" of their classes.
     """
     name = facts.name or folder_name
-    parts = [_front_matter(facts, specs, name), f"# {_plain(name)}", _introduction(facts, specs)]
+    parts = [_front_matter(facts, specs, name), f"# {_plain(name)}", _introduction(facts, specs, label_space)]
     command = _quoted(facts.name or folder_name)
     parts += [
         "## Use",
@@ -141,8 +148,10 @@ def _front_matter(facts: CardFacts, specs: Sequence[DatasetSpec], name: str) -> 
     return "\n".join([*lines, "---"])
 
 
-def _introduction(facts: CardFacts, specs: Sequence[DatasetSpec]) -> str:
+def _introduction(facts: CardFacts, specs: Sequence[DatasetSpec], label_space: str) -> str:
     heads = "one head" if len(specs) == 1 else f"{len(specs)} heads"
+    if label_space == "union":
+        heads = "one head for the classes of all datasets"
     data = ", ".join(_plain(spec.name) for spec in specs)
     source = f" The weights come from {_plain(facts.source)}." if facts.source else ""
     return f"A detector of objects in point clouds of rooms, with {heads} ({data}), for h2a2_jax.{source}"

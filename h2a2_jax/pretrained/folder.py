@@ -74,7 +74,7 @@ def write_pretrained(detector: StoredDetector, folder: str | Path, facts: CardFa
         "versions": versions(),
         "config": json.loads(to_json(_without_paths(detector.config))),
     }
-    card = model_card(facts, detector.specs, folder.absolute().name, versions())
+    card = model_card(facts, detector.specs, folder.absolute().name, versions(), detector.config.model.label_space)
     try:
         with whole_folder(folder) as part:
             (part / WEIGHTS_FILE).write_bytes(weights)

@@ -25,6 +25,7 @@ from h2a2_jax.layers import DatasetContext
 from h2a2_jax.losses import detection_loss
 from h2a2_jax.models import TR3D
 from h2a2_jax.models.head import DatasetHeads, UnionHead, outputs_of_union
+from h2a2_jax.pretrained.card import CardFacts, model_card
 from h2a2_jax.scans.formats.point_cloud import PointCloud
 from h2a2_jax.scans.frame import place_cloud
 from h2a2_jax.scans.label_space import UNION, union_classes, union_columns, union_spec
@@ -213,3 +214,9 @@ def test_a_detector_without_exclusive_parameters_is_checked_for_what_is_finite()
     shared = {"kernel": jnp.array([[1.0, 2.0], [jnp.nan, 0.0]])}
     found = _nonfinite(shared, Packing.of(exclusive, lambda _: "any", 1).pack(exclusive), {}, jnp.array([1.0, jnp.inf]))
     assert found.tolist() == [[False, False, False], [True, False, True]]
+
+
+def test_the_model_card_says_that_there_is_one_head():
+    card = model_card(CardFacts(), SPECS, "mine", {}, "union")
+    assert "with one head for the classes of all datasets (sunrgbd, s3dis)" in card
+    assert "with 2 heads (sunrgbd, s3dis)" in model_card(CardFacts(), SPECS, "mine", {})
