@@ -37,14 +37,17 @@ class HeadConfig:
 
 
 class Predictions(NamedTuple):
-    """Outputs of a head at every location of both levels, 16 cm first, padding included.
+    """Outputs of a head at every location of all levels, finest first, padding included.
 
     Attributes:
         locations: float32 [N, 3], metres: the corner of a location's voxel, without a half-voxel shift.
         scan: int32 [N], scan of each location; num_scans on padding.
-        level: int32 [N], 0 for 16 cm, 1 for 32 cm.
-        boxes: float32 [N, 8], box outputs; columns 3:6 are exp()-ed face distances in metres.
+        level: int32 [N], 0 for the finest: of TR3D 0 for 16 cm and 1 for 32 cm, of FCAF3D 0 to 3 for 8 to 64 cm.
+        boxes: float32 [N, 8], box outputs in metres: of TR3D columns 3:6 are exp()-ed sizes, of FCAF3D columns 0:6
+            are exp()-ed distances to the faces.
         logits: float32 [N, K], class scores before the sigmoid.
+        centerness: float32 [N], FCAF3D: centerness before the sigmoid; None for TR3D.
+        overflow: int32 [], FCAF3D: sites that the capacities of the plan had no place for; None for TR3D.
     """
 
     locations: Float[Array, "n 3"]
@@ -52,6 +55,8 @@ class Predictions(NamedTuple):
     level: Int[Array, " n"]
     boxes: Float[Array, "n 8"]
     logits: Float[Array, "n k"]
+    centerness: Float[Array, " n"] | None = None
+    overflow: Int[Array, ""] | None = None
 
     def valid(self, num_scans: int) -> Bool[Array, " n"]:
         """True for the rows that are locations."""
@@ -134,7 +139,7 @@ class TR3D(nnx.Module):
             locations = jnp.asarray(x.sites.coords)[:, 1:].astype(jnp.float32) * self.config.voxel_size
             scan = jnp.asarray(x.sites.scan)
             parts.append(Predictions(locations, scan, jnp.full(len(scan), level, jnp.int32), boxes, logits))
-        return Predictions(*(jnp.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        return Predictions(*(jnp.concatenate(arrays) for arrays in zip(*(part[:5] for part in parts), strict=True)))
 
     def _outputs(self, features: Array, dataset: DatasetContext, head: HeadChoice) -> tuple[Array, Array]:
         if isinstance(self.heads, UnionHead):
