@@ -36,9 +36,9 @@ from h2a2_jax.checkpoint.train_state import Accumulated, Averages, TrainState, s
 from h2a2_jax.config import ExperimentConfig, OptimConfig
 from h2a2_jax.distributed import DATASET, REPLICA
 from h2a2_jax.layers.agreement_tracking import AgreementLayers
-from h2a2_jax.models import DetectorConfig
+from h2a2_jax.models import DetectorConfig, Targets
 from h2a2_jax.sparse.xla_cpu import compiler_options
-from h2a2_jax.training.gradients import Objective, SelectionMetrics, Targets, dataset_gradients, detector_loss
+from h2a2_jax.training.gradients import Objective, SelectionMetrics, dataset_gradients, detector_loss, targets_of
 
 
 class StepMetrics(NamedTuple):
@@ -50,6 +50,8 @@ class StepMetrics(NamedTuple):
         num_positives: int32 [D], locations with a box, by dataset.
         present: bool [D], True for the datasets that took part in the step; the losses of the others are 0.
         selection: metrics of each layer with kernel selection, by its name.
+        centerness_loss: float32 [D], by dataset; None for a detector without centerness.
+        overflow: int32 [D], sites that had no place in the network, by dataset; None where that cannot be.
         gradient_norm: float32 [], before clipping; 0 if the step was skipped or needs further batches.
         nonfinite: bool [D, T], True if a part of a dataset's results was not finite; parts as `tensor_names` has them.
         skipped: int32 [], steps skipped so far.
@@ -62,6 +64,8 @@ class StepMetrics(NamedTuple):
     num_positives: Int[Array, " d"]
     present: Bool[Array, " d"]
     selection: dict[str, SelectionMetrics]
+    centerness_loss: Float[Array, " d"] | None
+    overflow: Int[Array, " d"] | None
     gradient_norm: Float[Array, ""]
     nonfinite: Bool[Array, "d t"]
     skipped: Int[Array, ""]
@@ -128,7 +132,7 @@ def make_train_step(
         is consumed. A step of several batches is one call per batch.
     """
     optim, train = config.optim, config.train
-    targets = Targets.of(config.specs, config.model)
+    targets = targets_of(config.specs, config.model)
     sizes = Sizes.of(config, scans)
     measuring = None
     if state.agreement is not None:
@@ -155,6 +159,8 @@ def make_train_step(
         g_shared, g_exclusive = lax.psum((g_shared, g_exclusive), REPLICA)
 
         losses = metrics.box_loss + metrics.class_loss
+        if metrics.centerness_loss is not None:
+            losses += metrics.centerness_loss
         nonfinite = present[:, None] & _nonfinite(g_shared, g_exclusive, stats, losses)
         good = lax.psum(nonfinite.any().astype(jnp.int32), DATASET) == 0
         # From here on the state stays as it is: the run that is about to end keeps the state that led to this.
@@ -202,7 +208,7 @@ def make_train_step(
     def sharded(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
         by_dataset = P(DATASET)
         out = StepMetrics(
-            *(by_dataset,) * 5,  # type: ignore[arg-type]
+            *(by_dataset,) * 7,  # type: ignore[arg-type]
             gradient_norm=P(),  # type: ignore[arg-type]
             nonfinite=by_dataset,  # type: ignore[arg-type]
             skipped=P(),  # type: ignore[arg-type]
