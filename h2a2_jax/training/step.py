@@ -50,13 +50,13 @@ class StepMetrics(NamedTuple):
         num_positives: int32 [D], locations with a box, by dataset.
         present: bool [D], True for the datasets that took part in the step; the losses of the others are 0.
         selection: metrics of each layer with kernel selection, by its name.
-        centerness_loss: float32 [D], by dataset; None for a detector without centerness.
-        overflow: int32 [D], sites that had no place in the network, by dataset; None where that cannot be.
         gradient_norm: float32 [], before clipping; 0 if the step was skipped or needs further batches.
         nonfinite: bool [D, T], True if a part of a dataset's results was not finite; parts as `tensor_names` has them.
         skipped: int32 [], steps skipped so far.
         skipped_in_row: int32 [], skipped steps in a row up to this one.
         gradients: the applied gradients, after balancing and before clipping, (shared, exclusive), if asked for.
+        centerness_loss: float32 [D], by dataset; None for a detector without centerness.
+        overflow: int32 [D], sites that had no place in the network, by dataset; None where that cannot be.
     """
 
     box_loss: Float[Array, " d"]
@@ -64,13 +64,13 @@ class StepMetrics(NamedTuple):
     num_positives: Int[Array, " d"]
     present: Bool[Array, " d"]
     selection: dict[str, SelectionMetrics]
-    centerness_loss: Float[Array, " d"] | None
-    overflow: Int[Array, " d"] | None
     gradient_norm: Float[Array, ""]
     nonfinite: Bool[Array, "d t"]
     skipped: Int[Array, ""]
     skipped_in_row: Int[Array, ""]
     gradients: Any = None
+    centerness_loss: Float[Array, " d"] | None = None
+    overflow: Int[Array, " d"] | None = None
 
 
 class Sizes(NamedTuple):
@@ -208,12 +208,14 @@ def make_train_step(
     def sharded(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
         by_dataset = P(DATASET)
         out = StepMetrics(
-            *(by_dataset,) * 7,  # type: ignore[arg-type]
+            *(by_dataset,) * 5,  # type: ignore[arg-type]
             gradient_norm=P(),  # type: ignore[arg-type]
             nonfinite=by_dataset,  # type: ignore[arg-type]
             skipped=P(),  # type: ignore[arg-type]
             skipped_in_row=P(),  # type: ignore[arg-type]
             gradients=(P(), by_dataset) if keep_gradients else None,
+            centerness_loss=by_dataset,  # type: ignore[arg-type]
+            overflow=by_dataset,  # type: ignore[arg-type]
         )
         return jax.shard_map(
             step, mesh=mesh, in_specs=(layout, P(DATASET, REPLICA), P(DATASET), P(DATASET)), out_specs=(layout, out)
