@@ -19,22 +19,25 @@ CENTER_DISTANCES = ("xyz", "published")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DetectionLoss:
-    """The two terms of the training loss; the loss is their sum.
+    """The terms of the training loss; the loss is their sum.
 
     Attributes:
         box: float [], DIoU loss summed over this replica's positives, divided by the number of positives.
         classification: float [], focal loss summed over this replica's locations, divided by the number of positives.
         num_positives: int32 [], number of positives; with an `axis_name`, on all replicas.
+        centerness: float [], loss of the centerness; None for a detector without.
     """
 
     box: Leaf
     classification: Leaf
     num_positives: Leaf
+    centerness: Leaf = None
 
     @property
     def total(self) -> Float[Array, ""]:
         """The loss to minimise."""
-        return self.box + self.classification
+        total = self.box + self.classification
+        return total if self.centerness is None else total + self.centerness
 
 
 def detection_loss(
