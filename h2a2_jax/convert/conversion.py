@@ -34,7 +34,7 @@ from h2a2_jax.distributed import DATASET
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import quiet_command_line
 from h2a2_jax.initialization import draw_detector
-from h2a2_jax.models import DetectorConfig
+from h2a2_jax.models import KINDS, DetectorConfig, DetectorNetwork, kind_of
 from h2a2_jax.models.head import NUM_OUTPUTS
 from h2a2_jax.optimizer import build_optimizer, learning_rate
 from h2a2_jax.scans.sources import ROOTS, SourceConfig
@@ -57,19 +57,17 @@ class WeightFormat:
     """Form of a kind of detector in mmdetection3d.
 
     Attributes:
-        title: name of the detector.
         slots: every parameter and running statistic of a detector by its published name, of one dataset.
         architecture: finds the architecture of weights.
     """
 
-    title: str
     slots: Callable[[Any, int], dict[str, Slot]]
     architecture: Callable[[Mapping[str, np.ndarray]], DetectorConfig]
 
 
 FORMATS: Mapping[Kind, WeightFormat] = {
-    "tr3d": WeightFormat("TR3D", tr3d_slots, tr3d_of_weights),
-    "fcaf3d": WeightFormat("FCAF3D", fcaf3d_slots, fcaf3d_of_weights),
+    "tr3d": WeightFormat(tr3d_slots, tr3d_of_weights),
+    "fcaf3d": WeightFormat(fcaf3d_slots, fcaf3d_of_weights),
 }
 """Forms of published weights by kind of detector."""
 
@@ -106,7 +104,7 @@ class Conversion:
         """Form of the detector's published weights."""
         return FORMATS[self.config.model.kind]
 
-    def build(self) -> Any:
+    def build(self) -> DetectorNetwork:
         """Build the detector with the weights; missing parameters are initialised by the config's seed."""
         graph, state = nnx.split(_shape_detector(self.config))
         model = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state))
@@ -167,7 +165,7 @@ def convert_file(
             fitting[name] = np.asarray(value, np.float32).reshape(shapes[name])
             if not np.isfinite(fitting[name]).all():
                 raise InputError(f"{name} holds NaN or infinity: the file is damaged, or its training diverged.")
-    foreign = f"of {FORMATS[found].title}, not of its backbone"
+    foreign = f"of {KINDS[found].title}, not of its backbone"
     reasons |= {name: foreign for name in numbers if name not in state}
     entries = [Entry("used", name, _shape_and_dtype(state[name])) for name in shapes if name in fitting]
     entries += [
@@ -213,15 +211,15 @@ def export_checkpoint(path: Path, dataset: str | None = None, step: int | None =
         InputError: there is no such checkpoint or dataset, or no published detector can express what it holds.
     """
     model, config = restore_checkpoint(path, step)
-    form = FORMATS[config.model.kind]
+    form, title = FORMATS[config.model.kind], kind_of(config.model).title
     if config.model.selection is not None:
         raise InputError(
-            f"{path} selects kernels by the dataset and the scan (model.selection), which {form.title} cannot express, "
+            f"{path} selects kernels by the dataset and the scan (model.selection), which {title} cannot express, "
             "and its shared kernels alone are another detector: export one trained with model.selection=None."
         )
     names = config.dataset_names
     if dataset is None and len(names) > 1:
-        raise InputError(f"{path} was trained on {', '.join(names)}, {form.title} holds one: choose it with --dataset.")
+        raise InputError(f"{path} was trained on {', '.join(names)}, {title} holds one: choose it with --dataset.")
     if dataset is not None and dataset not in names:
         raise InputError(f"{path} was trained on {', '.join(names)}, not on {dataset}.")
     index = 0 if dataset is None else names.index(dataset)
@@ -285,7 +283,7 @@ def _dataset_of(
     return source, "" if classes else f"Its classes are those that the file names: {', '.join(own)}."
 
 
-def _shape_detector(config: ExperimentConfig) -> Any:
+def _shape_detector(config: ExperimentConfig) -> DetectorNetwork:
     """The detector with shapes in place of arrays."""
     return nnx.eval_shape(lambda: draw_detector(config, jax.random.key(0)))
 
@@ -395,7 +393,7 @@ def _from_pytorch(given: argparse.Namespace) -> None:
     save_conversion(conversion, given.output)
     source = conversion.config.datasets[0]
     print(
-        f"{given.output}: {conversion.format.title} of depth {model.depth}, stem {model.stem_channels}, stages "
+        f"{given.output}: {kind_of(model).title} of depth {model.depth}, stem {model.stem_channels}, stages "
         f"{'-'.join(map(str, model.stage_channels))}, neck {model.neck_channels}, dataset {source.name}"
         f" ({source.spec.num_classes} classes, {source.spec.num_outputs} box outputs)"
         f", voxels of {model.voxel_size:g} m (not stored in weights: --voxel_size)"

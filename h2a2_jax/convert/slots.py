@@ -16,13 +16,14 @@ from flax import nnx
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.layers import ConvNorm, DatasetContext, ForwardContext, SelectiveConv
+from h2a2_jax.models import DetectorNetwork
 from h2a2_jax.models.architecture import STAGE_BLOCKS
 from h2a2_jax.models.backbone import MinkResNet
 
 STEM = "backbone.conv1.kernel"
 """First parameter of every backbone."""
 
-Network = TypeVar("Network", bound=Any)
+Network = TypeVar("Network", bound=DetectorNetwork)
 
 
 @dataclass(frozen=True)

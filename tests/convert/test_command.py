@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from h2a2_jax.checkpoint.store import restore_checkpoint
-from h2a2_jax.convert.conversion import Entry, convert_command, table
+from h2a2_jax.convert.conversion import Entry, convert_command, convert_file, table
 from h2a2_jax.convert.slots import of_one_dataset
 from h2a2_jax.convert.torch_file import read_torch_file, write_torch_file
 from h2a2_jax.convert.tr3d_weights import export_tr3d, tr3d_of_weights, tr3d_slots
@@ -136,6 +136,24 @@ def test_half_a_model_is_refused_unless_partial(tmp_path, capsys):
     found, _ = restored(tmp_path)
     assert np.all(np.isfinite(found["bbox_head.conv_reg.kernel"])) and np.any(found["bbox_head.conv_reg.kernel"])
     np.testing.assert_array_equal(found["bbox_head.conv_cls.kernel"], STATE["bbox_head.conv_cls.kernel"])
+
+
+def test_the_backbone_of_fcaf3d_is_converted(tmp_path, capsys):
+    # Its stem has an instance norm, its head names of ours for other things.
+    state = {n: v for n, v in STATE.items() if n.startswith("backbone.") and not n.startswith("backbone.norm1")}
+    state |= {"backbone.norm1.weight": np.ones((1, 4), np.float32), "backbone.norm1.bias": np.ones((1, 4), np.float32)}
+    state |= {n: v for n, v in STATE.items() if n.startswith("bbox_head.")}
+    state["bbox_head.conv_center.kernel"] = np.ones((7, 1), np.float32)
+    status, _, err = converted(tmp_path, capsys, state, "--kind=tr3d", "--partial")
+    assert status == 2 and "--dataset" in err
+    conversion = convert_file(read_torch_file(tmp_path / "tr3d.pth"), "s3dis", kind="tr3d")
+    used = {entry.name for entry in conversion.of("used")}
+    assert used == {n for n in state if n.startswith("backbone.layer") or n == "backbone.conv1.kernel"}
+    assert {entry.name for entry in conversion.of("left over")} == set(state) - used
+    assert all(entry.why for entry in conversion.of("left over") if entry.name.startswith("bbox_head"))
+    assert all(entry.name.startswith(("backbone.norm1", "neck", "bbox_head")) for entry in conversion.of("missing"))
+    assert conversion.config.model == replace(CONFIG, neck_channels=128)
+    assert conversion.config.dataset_names == ("s3dis",) and conversion.config.datasets[0].recipe == "tr3d"
 
 
 def test_a_dataset_of_ones_own(tmp_path, capsys):
