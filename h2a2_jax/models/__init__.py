@@ -1,6 +1,16 @@
-"""TR3D, the detection network: architecture, maps of a batch, backbone, neck and heads."""
+"""TR3D and FCAF3D, the detection networks: architecture, maps of a batch, backbone, necks and heads."""
 
 from h2a2_jax.models.architecture import DetectorConfig
+from h2a2_jax.models.fcaf3d import FCAF3D
+from h2a2_jax.models.fcaf3d_maps import (
+    FCAF3DPlan,
+    FCAF3DSizes,
+    FCAF3DTables,
+    fcaf3d_sizes,
+    fcaf3d_tables,
+    fits_fcaf3d,
+    pad_fcaf3d,
+)
 from h2a2_jax.models.maps import (
     DetectorPlan,
     DetectorTables,
@@ -14,17 +24,25 @@ from h2a2_jax.models.maps import (
 from h2a2_jax.models.tr3d import TR3D, HeadChoice, HeadConfig, Predictions
 
 __all__ = [
+    "FCAF3D",
     "TR3D",
     "DetectorConfig",
     "DetectorPlan",
     "DetectorTables",
+    "FCAF3DPlan",
+    "FCAF3DSizes",
+    "FCAF3DTables",
     "HeadChoice",
     "HeadConfig",
     "LevelSizes",
     "PlanLayout",
     "Predictions",
     "detector_tables",
+    "fcaf3d_sizes",
+    "fcaf3d_tables",
+    "fits_fcaf3d",
     "fits_layout",
+    "pad_fcaf3d",
     "pad_plan",
     "pyramid_sizes",
 ]

@@ -86,7 +86,9 @@ class TR3D(nnx.Module):
         self.config = config
         self.heads_config = tuple(heads)
         count = len(heads)
-        embedding = None if config.selection is None else _embeddings(count, config.selection.embedding_dim, rngs)
+        embedding = (
+            None if config.selection is None else dataset_embeddings(count, config.selection.embedding_dim, rngs)
+        )
         self.backbone = MinkResNet(config, count, rngs=rngs)
         self.neck = Neck(config, count, rngs=rngs)
         columns = [h.columns for h in heads if h.columns is not None]
@@ -104,7 +106,7 @@ class TR3D(nnx.Module):
             )
         if embedding is None and config.norm_affine == "prompt":
             # Drawn last: with prompts alone, all layers start as in the network of the same seed without.
-            embedding = _embeddings(count, config.prompt_dim, rngs)
+            embedding = dataset_embeddings(count, config.prompt_dim, rngs)
         self.embedding = embedding
 
     def __call__(
@@ -151,8 +153,8 @@ class TR3D(nnx.Module):
         return self.heads(features, head or dataset)
 
 
-def _embeddings(num_datasets: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
-    """Normal embeddings [D, d] of the datasets."""
+def dataset_embeddings(num_datasets: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
+    """Draw normal embeddings [D, d] of the datasets, exclusive to each."""
     return nnx.Param(jax.random.normal(rngs.params(), (num_datasets, width)), dataset_axis=0)
 
 
