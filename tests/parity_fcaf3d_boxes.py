@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from h2a2_jax.boxes import (
-    Detections,
     decode_faces,
-    detections_from_predictions,
+    detections_from_centerness,
     face_distances,
 )
 from h2a2_jax.losses import DetectionLoss, assign_by_centerness, centerness, centerness_loss
@@ -216,14 +215,35 @@ def compare_training(stored: Stored, predictions: Predictions, tolerance: float)
         expected, rows = under(stored, f"{name}."), np.flatnonzero(np.asarray(predictions.scan) == scan)
         width = expected["pos_bbox_targets"].shape[1]
         yield from _targets(name, found, rows, scan, expected, boxes[scan, :, :width], tolerance, prefix="pos_")
-        decoded = decode_faces(*(np.asarray(table)[rows[expected["pos"]]] for table in (at[0], outputs[0])))
-        if not has_yaw:
-            decoded = decode_faces(at[0][rows[expected["pos"]]], outputs[0][rows[expected["pos"]], :6])[:, :6]
-        yield compare(f"{name}.pos_decoded", decoded, expected["pos_decoded"], tolerance)
+        rows = rows[expected["pos"]]
+        decoded = decode_faces(predictions.locations[rows], predictions.boxes[rows, : 8 if has_yaw else 6])
+        yield compare(f"{name}.pos_decoded", decoded[:, :width], expected["pos_decoded"], tolerance)
     loss = jax.jit(partial(centerness_loss, **thresholds))
-    for name, is_scan in [
-        ("train", np.ones(num_scans, bool)),
-        *((f"train.scene{i}", np.arange(num_scans) == i) for i in range(num_scans)),
-    ]:
+    each = {f"train.scene{scan}": np.arange(num_scans) == scan for scan in range(num_scans)}
+    for name, is_scan in {"train": np.ones(num_scans, bool), **each}.items():
         terms = loss(*at, *outputs, boxes, labels, *rest, is_scan)
         yield from _terms(name, terms, under(stored, f"{name}."), tolerance)
+
+
+def compare_evaluation(stored: Stored, predictions: Predictions, tolerance: float) -> Iterator[CaseResult]:
+    """Decoded boxes and predictions that follow from head outputs in evaluation mode, against those of a file."""
+    rotated = int(stored["config.num_reg_outs"]) == 8
+    outputs, width = predictions.boxes[:, : 8 if rotated else 6], 7 if rotated else 6
+    scan, level = np.asarray(predictions.scan), np.asarray(predictions.level)
+    decoded = np.asarray(jax.jit(decode_faces)(predictions.locations, outputs))[:, :width]
+    num_scans = len(stored["num_points"])
+    for i in range(4):
+        mine = (level == i) & (scan < num_scans)
+        yield compare(f"eval.head_{i}.boxes", decoded[mine], stored[f"eval.head_{i}.boxes"], tolerance)
+    for most in (100, 1000):
+        detect = jax.jit(partial(detections_from_centerness, rotated=rotated, max_candidates=most))
+        for i in range(num_scans):
+            name = f"pred{most}.scene{i}"
+            *found, count = detect(
+                predictions.locations, scan == i, level, outputs, predictions.logits, predictions.centerness,
+                score_threshold=stored["config.score_thr"], iou_threshold=stored["config.iou_thr"],
+            )  # fmt: skip
+            boxes, scores, labels = (np.asarray(table)[: int(count)] for table in found)
+            yield compare(f"{name}.labels", labels, stored[f"{name}.labels"], 0.0)
+            yield compare(f"{name}.scores", scores, stored[f"{name}.scores"], tolerance)
+            yield compare(f"{name}.boxes", boxes[:, :width], stored[f"{name}.boxes"], tolerance)

@@ -8,6 +8,7 @@ from h2a2_jax.boxes.codec import decode_boxes, decode_boxes_padded, decode_faces
 from h2a2_jax.boxes.iou import axis_aligned_bev_iou, axis_aligned_diou, axis_aligned_iou, pairwise_axis_aligned_bev_iou
 from h2a2_jax.boxes.nms import (
     Detections,
+    detections_from_centerness,
     detections_from_predictions,
     multiclass_nms,
     overlap_matrix,
@@ -20,6 +21,7 @@ from h2a2_jax.boxes.rotated_iou import (
     rotated_bev_iou,
     rotated_iou,
 )
+from h2a2_jax.boxes.tolerant_iou import tolerant_bev_iou
 
 __all__ = [
     "Detections",
@@ -31,6 +33,7 @@ __all__ = [
     "decode_boxes_padded",
     "decode_faces",
     "decode_faces_padded",
+    "detections_from_centerness",
     "detections_from_predictions",
     "face_distances",
     "multiclass_nms",
@@ -41,4 +44,5 @@ __all__ = [
     "rotated_bev_iou",
     "rotated_iou",
     "suppress_across_classes",
+    "tolerant_bev_iou",
 ]
