@@ -244,7 +244,7 @@ def _step(
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.shared))
     step = make_train_step(graph, state, config, optimizer, balancer, mesh)
     sources = [SyntheticSource(s.spec, "train", batch, scale=s.scale) for s in config.datasets]
-    rows = [collate([source[i] for i in range(batch)], config.model.voxel_size) for source in sources]
+    rows = [collate([source[i] for i in range(batch)], config.model) for source in sources]
     sizes = zip(*(row.tables.sizes for row in rows), strict=True)
     capacities = LevelSizes(*(-(-max(size) // _BLOCK) * _BLOCK for size in sizes))
     layout = PlanLayout.of(config.model, "any")

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.timing import report
 from h2a2_jax.loader.batching import scan_sizes
-from h2a2_jax.models import LevelSizes
+from h2a2_jax.models import DetectorConfig, LevelSizes
 from h2a2_jax.scans.specs import dataset_spec
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 from h2a2_jax.sparse import BucketLadder
@@ -59,7 +59,7 @@ def sample_sizes(dataset: str, count: int, voxel_size: float, scale: str) -> lis
     """Sizes of every level for some procedural scans."""
     source = SyntheticSource(dataset_spec(dataset), "train", count, scale=scale)  # type: ignore[arg-type]
     report(f"{count} scans like {dataset}'s")
-    return [scan_sizes(source[i], voxel_size) for i in range(count)]
+    return [scan_sizes([source[i]], DetectorConfig(voxel_size=voxel_size)) for i in range(count)]
 
 
 def padding(sizes: Sequence[Sequence[LevelSizes]], batch: int, lowest: str, ratio: float) -> dict:

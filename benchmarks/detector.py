@@ -39,6 +39,7 @@ from h2a2_jax.layers import DatasetContext, ForwardContext, SelectionConfig
 from h2a2_jax.models import (
     TR3D,
     DetectorConfig,
+    DetectorNetwork,
     DetectorPlan,
     HeadConfig,
     PlanLayout,
@@ -52,7 +53,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "full": {},
     "small": {"depth": 10, "stem_channels": 16, "stage_channels": (16, 32, 32, 32), "neck_channels": 32},
 }
-"""Architectures by name: TR3D's own, and one for small machines."""
+"""Architectures by name: DetectorNetwork's own, and one for small machines."""
 PASSES = ("evaluate", "folded", "forward", "forward+backward", "step")
 
 
@@ -195,7 +196,7 @@ def _passes(
 
     one = DatasetContext.one(0, 1)
 
-    def folded_model(params: Any) -> TR3D:
+    def folded_model(params: Any) -> DetectorNetwork:
         return fold(nnx.merge(graph, params, rest), one, 0)
 
     folded_graph = nnx.graphdef(nnx.eval_shape(folded_model, params))

@@ -39,6 +39,7 @@ from h2a2_jax.layers import DatasetContext, ForwardContext, SelectionConfig
 from h2a2_jax.models import (
     TR3D,
     DetectorConfig,
+    DetectorNetwork,
     DetectorPlan,
     HeadConfig,
     PlanLayout,
@@ -92,7 +93,7 @@ def compile_job(
     config = DetectorConfig(selection=SelectionConfig() if job.form == "sfks" else None)
     heads, one = [HeadConfig("scan", 18, 6)], DatasetContext.one(0, 1)
 
-    def build(key: Any) -> TR3D:
+    def build(key: Any) -> DetectorNetwork:
         model = TR3D(config, heads, rngs=nnx.Rngs(key))
         return fold(model, one, 0) if job.kind == "forward" else model
 

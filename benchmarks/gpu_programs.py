@@ -20,6 +20,7 @@ from h2a2_jax.layers import DatasetContext, ForwardContext, SelectionConfig
 from h2a2_jax.models import (
     TR3D,
     DetectorConfig,
+    DetectorNetwork,
     DetectorPlan,
     HeadConfig,
     PlanLayout,
@@ -97,13 +98,13 @@ class Case:
             precision=jax.lax.Precision.HIGHEST if dtype == "float32" else None,
         )
 
-        def make() -> TR3D:
+        def make() -> DetectorNetwork:
             return TR3D(self.config, [HeadConfig("scan", 18, 6)], rngs=nnx.Rngs(0))
 
         shape = self.plan.voxels.capacity, self.config.in_channels
         if kind == "evaluate":
 
-            def folded() -> TR3D:
+            def folded() -> DetectorNetwork:
                 return fold(make(), one, 0)
 
             graph = nnx.graphdef(nnx.eval_shape(folded))

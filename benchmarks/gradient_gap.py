@@ -55,11 +55,12 @@ from h2a2_jax.config import ExperimentConfig, HarmonizeConfig, experiment_config
 from h2a2_jax.distributed import DATASET, REPLICA, MeshLayout, train_mesh
 from h2a2_jax.initialization import build_detector
 from h2a2_jax.loader.batching import Batch
+from h2a2_jax.models import Targets
 from h2a2_jax.scans.scan import enclosing_boxes
 from h2a2_jax.scans.specs import DatasetSpec, class_label
 from h2a2_jax.sparse.xla_cpu import compiler_options
 from h2a2_jax.training.build import Trainer, build_stream, build_trainer
-from h2a2_jax.training.gradients import Targets, dataset_gradients
+from h2a2_jax.training.gradients import dataset_gradients, targets_of
 from h2a2_jax.training.metrics import SELECTION_FILE, read_selection_log
 
 OFFSETS = 27
@@ -168,7 +169,7 @@ def run(config: ExperimentConfig, batches: int, ladder: Any) -> tuple[list[dict[
     new = [replace(s, seed=s.seed + _NEW_SCANS, train_size=batches * config.train.batch_size) for s in config.datasets]
     stream = build_stream(replace(config, datasets=tuple(new)), layout)
     stream.ladder = ladder
-    gradients, targets = gradient_function(config, trainer, layout.mesh), Targets.of(config.specs, config.model)
+    gradients, targets = gradient_function(config, trainer, layout.mesh), targets_of(config.specs, config.model)
 
     def first(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[:1], len(leaf), axis=0), tree)

@@ -32,7 +32,7 @@ from h2a2_jax.distributed import DATASET, stack_batches, train_mesh
 from h2a2_jax.host import available_cores
 from h2a2_jax.initialization import build_detector
 from h2a2_jax.loader.batching import collate, pad_batch
-from h2a2_jax.models import TR3D, DetectorConfig, LevelSizes, PlanLayout
+from h2a2_jax.models import DetectorConfig, DetectorNetwork, LevelSizes, PlanLayout
 from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 from h2a2_jax.training.metrics import group_summary
@@ -119,10 +119,12 @@ def _alone(shared: Any, repeats: int) -> tuple[dict[str, float], float]:
     return ms, statistics.median(clock) * 1e3
 
 
-def _steps(model: TR3D, config: DetectorConfig, scale: Any, batch: int, repeats: int) -> dict[str, list[float]]:
+def _steps(
+    model: DetectorNetwork, config: DetectorConfig, scale: Any, batch: int, repeats: int
+) -> dict[str, list[float]]:
     """Seconds of each round's step by balancer."""
     mesh = train_mesh(len(SPECS), jax.devices()[:1])
-    collated = [collate([source[i] for i in range(batch)], config.voxel_size) for source in _sources(scale, batch)]
+    collated = [collate([source[i] for i in range(batch)], config) for source in _sources(scale, batch)]
     sizes = zip(*(row.tables.sizes for row in collated), strict=True)
     capacities = LevelSizes(*(-(-max(size) // _BLOCK) * _BLOCK for size in sizes))
     batches = stack_batches(

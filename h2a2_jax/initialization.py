@@ -9,10 +9,10 @@ from jaxtyping import PRNGKeyArray
 
 from h2a2_jax.checkpoint.train_state import head_configs
 from h2a2_jax.config import ExperimentConfig
-from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
+from h2a2_jax.models import DetectorConfig, DetectorNetwork, HeadConfig, build_network
 
 
-def build_detector(config: ExperimentConfig) -> TR3D:
+def build_detector(config: ExperimentConfig) -> DetectorNetwork:
     """Build the detector of a config with the parameters that its seed draws."""
     build = partial(draw_detector, config)
     key = jax.random.key(config.train.seed)
@@ -22,9 +22,9 @@ def build_detector(config: ExperimentConfig) -> TR3D:
     return nnx.merge(nnx.graphdef(nnx.eval_shape(build, key)), draw(key))
 
 
-def draw_detector(config: ExperimentConfig, key: PRNGKeyArray) -> TR3D:
+def draw_detector(config: ExperimentConfig, key: PRNGKeyArray) -> DetectorNetwork:
     """Build the detector of a config with the parameters that a key draws; for use in jit or `nnx.eval_shape`."""
-    return TR3D(config.model, head_configs(config.specs, config.model), rngs=nnx.Rngs(key))
+    return build_network(config.model, head_configs(config.specs, config.model), rngs=nnx.Rngs(key))
 
 
 def count_parameters(config: ExperimentConfig) -> int:
@@ -34,5 +34,5 @@ def count_parameters(config: ExperimentConfig) -> int:
 
 @cache
 def _count_parameters(model: DetectorConfig, heads: tuple[HeadConfig, ...]) -> int:
-    shapes = nnx.eval_shape(lambda: TR3D(model, heads, rngs=nnx.Rngs(0)))
+    shapes = nnx.eval_shape(lambda: build_network(model, heads, rngs=nnx.Rngs(0)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(shapes, nnx.Param)))

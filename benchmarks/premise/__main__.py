@@ -162,7 +162,7 @@ def measure_singles(singles: Sequence[Single], scans: int) -> tuple[list[Measure
         with CheckpointStore(single.folder / "checkpoints") as store:
             models.append(store.restore_model(expected=single.config)[0])
         source = build_source(single.config.datasets[0], "val")
-        batches.append(load_batches(source, single.config.datasets[0].spec, scans, first.model.voxel_size))
+        batches.append(load_batches(source, single.config.datasets[0].spec, scans, first.model))
     probe = EnergyProbe(PaddedShape.of([batch for own in batches for batch in own], first.model))
     measured = []
     for i, (single, model, own) in enumerate(zip(singles, models, batches, strict=True)):

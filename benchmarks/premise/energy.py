@@ -22,7 +22,7 @@ from scipy.stats import pearsonr, spearmanr
 from benchmarks.premise.site_classes import SITE_CLASSES, classify_sites
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.loader.batching import ScanBatch
-from h2a2_jax.models import TR3D, DetectorPlan
+from h2a2_jax.models import DetectorNetwork, DetectorPlan
 from h2a2_jax.models.backbone import MinkResNet
 from h2a2_jax.report.observation import PaddedShape, with_progress
 from h2a2_jax.sparse import NeighborTable, SparseTensor
@@ -179,7 +179,7 @@ class EnergyProbe:
         self._shape = shape
         self._forward = jax.jit(_energy_pass, static_argnums=0)
 
-    def measure(self, model: TR3D, batches: Sequence[ScanBatch], what: str) -> dict[str, EnergySums]:
+    def measure(self, model: DetectorNetwork, batches: Sequence[ScanBatch], what: str) -> dict[str, EnergySums]:
         """Sums over scans, by layer in the order of the forward pass.
 
         Args:

@@ -28,7 +28,7 @@ from h2a2_jax.checkpoint.tree import (
 )
 from h2a2_jax.config import ExperimentConfig, from_json, leaves_of, to_json
 from h2a2_jax.errors import InputError
-from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
+from h2a2_jax.models import DetectorConfig, DetectorNetwork, HeadConfig, build_network
 from h2a2_jax.scans.specs import DatasetSpec
 
 CHECKPOINT_VERSION = 1
@@ -120,7 +120,7 @@ class CheckpointStore(CheckpointFiles):
 
     def restore_model(
         self, step: int | None = None, expected: ExperimentConfig | None = None, *, averaged: bool = True
-    ) -> tuple[TR3D, ExperimentConfig]:
+    ) -> tuple[DetectorNetwork, ExperimentConfig]:
         """Restore the detector alone, built from the stored config, on JAX's default device.
 
         The arguments are those of `restore_detector`.
@@ -236,7 +236,7 @@ class StoredDetector:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: TR3D, config: ExperimentConfig, place: str) -> "StoredDetector":
+    def of(cls, model: DetectorNetwork, config: ExperimentConfig, place: str) -> "StoredDetector":
         """Take the arrays of a built detector, which has the config's datasets in their order, to the host."""
         _, *parts = split_model(model)
         exclusive, shared, stats = map(host_arrays, parts)
@@ -247,7 +247,7 @@ class StoredDetector:
         """Configs of the datasets' heads."""
         return tuple(head_configs(self.specs, self.config.model))
 
-    def build(self) -> TR3D:
+    def build(self) -> DetectorNetwork:
         """Build the detector on JAX's default device.
 
         Raises:
@@ -257,9 +257,9 @@ class StoredDetector:
         exclusive, shared, stats = map(filled, shapes, self.parts)
         return merge_model(graph, exclusive, shared, stats)
 
-    def shapes(self) -> TR3D:
+    def shapes(self) -> DetectorNetwork:
         """Build the detector with shapes in place of arrays; errors are as of `build`."""
-        model = nnx.eval_shape(lambda: TR3D(self.config.model, self.heads, rngs=_OneKey(0)))
+        model = nnx.eval_shape(lambda: build_network(self.config.model, self.heads, rngs=_OneKey(0)))
         for like, stored in zip(split_model(model)[1:], self.parts, strict=True):
             _refuse_differences(self.place, "model", differences(stored, like))
         return model
@@ -285,7 +285,7 @@ class StoredModel(NamedTuple):
 
 def restore_checkpoint(
     path: str | Path, step: int | None = None, expected: ExperimentConfig | None = None
-) -> tuple[TR3D, ExperimentConfig]:
+) -> tuple[DetectorNetwork, ExperimentConfig]:
     """Restore the detector of a checkpoint and the config it is built by, as `CheckpointStore.restore_model` does.
 
     The path is the folder of a run, the "checkpoints" in it, or the folder of one step in that; without a step in the

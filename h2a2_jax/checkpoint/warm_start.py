@@ -37,7 +37,7 @@ from h2a2_jax.checkpoint.tree import (
     stored_statistics,
 )
 from h2a2_jax.errors import InputError
-from h2a2_jax.models import TR3D
+from h2a2_jax.models import DetectorNetwork
 from h2a2_jax.scans.label_space import union_classes
 from h2a2_jax.scans.specs import DatasetSpec, plain_name
 
@@ -116,8 +116,8 @@ def _products(rows: Sequence[tuple[str, ...]]) -> list[tuple[tuple[str, ...], ..
 
 
 def warm_start(
-    model: TR3D, specs: Sequence[DatasetSpec], path: str | Path, step: int | None = None
-) -> tuple[TR3D, WarmStart]:
+    model: DetectorNetwork, specs: Sequence[DatasetSpec], path: str | Path, step: int | None = None
+) -> tuple[DetectorNetwork, WarmStart]:
     """Load everything from a checkpoint that fits a detector.
 
     Args:

@@ -32,13 +32,13 @@ from h2a2_jax.layers.context import parameter
 from h2a2_jax.layers.kernel_selection import SelectionConfig, Structure, select_kernels
 from h2a2_jax.layers.modulation import modulate
 from h2a2_jax.layers.sparse_conv import mix_channels
-from h2a2_jax.models import TR3D, HeadChoice
+from h2a2_jax.models import DetectorNetwork, HeadChoice
 from h2a2_jax.models.backbone import Stem
 from h2a2_jax.models.head import NUM_OUTPUTS, DatasetHeads, UnionHead
 from h2a2_jax.sparse import KernelMap, SparseTensor, convolve
 
 
-def fold(model: TR3D, dataset: DatasetContext, head: int) -> TR3D:
+def fold(model: DetectorNetwork, dataset: DatasetContext, head: int) -> DetectorNetwork:
     """A detector of one dataset that predicts what `model` does in evaluation, up to rounding.
 
     Its parameters are copies and its dataset axes have one entry; it cannot be trained. Running it needs a context of
@@ -56,7 +56,7 @@ def fold(model: TR3D, dataset: DatasetContext, head: int) -> TR3D:
     return folded
 
 
-def folded_parameters(model: TR3D, dataset: DatasetContext, head: HeadChoice) -> TR3D:
+def folded_parameters(model: DetectorNetwork, dataset: DatasetContext, head: HeadChoice) -> DetectorNetwork:
     """`fold` inside jit, where datasets and columns are traced; the heads_config is that of the first dataset.
 
     The folded detector has a head of its own, also where the model has one label space.
@@ -74,17 +74,18 @@ def folded_parameters(model: TR3D, dataset: DatasetContext, head: HeadChoice) ->
     return folded
 
 
-def _fold_head(heads: DatasetHeads | UnionHead, wanted: HeadChoice) -> DatasetHeads:
+def _fold_head(heads: nnx.Module, wanted: HeadChoice) -> nnx.Module:
     """The head of one dataset, or of columns of one label space."""
     if isinstance(heads, UnionHead):
         assert not isinstance(wanted, DatasetContext)
         values = [heads.box_kernel[...], heads.box_bias[...], *heads.class_columns(wanted)]
-        folded = DatasetHeads(len(values[0]), (values[-1].size,), (NUM_OUTPUTS,), rngs=nnx.Rngs(0))
+        folded: nnx.Module = DatasetHeads(len(values[0]), (values[-1].size,), (NUM_OUTPUTS,), rngs=nnx.Rngs(0))
+        named = dict(zip(("box_kernel", "box_bias", "class_kernel", "class_bias"), values, strict=True))
     else:
         assert isinstance(wanted, DatasetContext)
-        parts = (heads.box_kernel, heads.box_bias, heads.class_kernel, heads.class_bias)
-        values, folded = [wanted.pick(part[...]) for part in parts], nnx.clone(heads)
-    for name, value in zip(("box_kernel", "box_bias", "class_kernel", "class_bias"), values, strict=True):
+        folded = nnx.clone(heads)
+        named = {name: wanted.pick(part[...]) for name, part in vars(heads).items() if isinstance(part, nnx.Param)}
+    for name, value in named.items():
         setattr(folded, name, parameter(value[None], exclusive=True))
     return folded
 

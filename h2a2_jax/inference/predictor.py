@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from h2a2_jax import sparse
 from h2a2_jax.boxes.codec import ROTATED_CHANNELS
-from h2a2_jax.boxes.nms import Detections, detections_from_predictions
+from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.checkpoint.store import StoredDetector
 from h2a2_jax.checkpoint.tree import flat_names
 from h2a2_jax.config import EvalConfig
@@ -30,7 +30,7 @@ from h2a2_jax.inference.programs import ProgramStore
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.loader.augment import sample_points
 from h2a2_jax.loader.batching import BucketLadder, collate
-from h2a2_jax.models import TR3D, DetectorPlan, HeadChoice, LevelSizes, PlanLayout, Predictions, fits_layout, pad_plan
+from h2a2_jax.models import KINDS, DetectorNetwork, HeadChoice, PlanLayout, Predictions, kind_of
 from h2a2_jax.models.head import outputs_of_union, padded_columns
 from h2a2_jax.scans.label_space import union_spec
 from h2a2_jax.scans.scan import Scan, ScanError, ScanSource, load_or_skip
@@ -49,8 +49,6 @@ _RATIO = 1.5
 """Capacity of a bucket over that of the next lower one."""
 _BUCKETS_BELOW = 2
 """Buckets below that of the first scan, for smaller scans."""
-_SMALLEST = LevelSizes(2048, 2048, 2048, 1024, 512, 256, 128, 512, 4096)
-"""Least capacities of one scan: a first scan of a few points must not set the proportions of all that follow."""
 
 
 @runtime_checkable
@@ -81,7 +79,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: TR3D | StoredDetector,
+        model: DetectorNetwork | StoredDetector,
         specs: Sequence[DatasetSpec],
         *,
         score_threshold: float = 0.01,
@@ -114,7 +112,7 @@ class Predictor:
             self.heads = (*self.specs, union)
             self._columns = padded_columns([*columns, range(union.num_classes)])
         self._thresholds = np.array(score_threshold, np.float32), np.array(iou_threshold, np.float32)
-        self._voxel_size, self._layout = config.voxel_size, PlanLayout.of(config)
+        self._model, self._kind, self._layout = config, kind_of(config), PlanLayout.of(config)
         self._kernels, self._conditioning = kernels, conditioning
         if conditioning not in ("own", "mean", *expected):
             raise InputError(
@@ -123,11 +121,11 @@ class Predictor:
             )
         self._parts = _Parts(model, self._choices(0))
         self._arrays = _arrays_of(model)
-        self._store = None if cache is None else ProgramStore(cache, repr((config, tuple(heads))))
+        self._store = None if cache is None else ProgramStore(cache, repr((config, tuple(heads))), self._kind.levels)
         # One program serves all datasets: folded detectors differ in their parameters only.
         self._fold = self._program(self._parts.fold, "fold") if folded else None
         self._forward = self._program(partial(self._parts.forward, folded), f"forward_{folded}")
-        self._detections: dict[tuple[int, int, int, bool], Program] = {}
+        self._detections: dict[tuple[str, int, int, int, bool], Program] = {}
         self._folded_states: dict[int, Arrays] = {}
         self._stored_bases = {} if self._store is None else self._store.read_bases()
         self._ladders = {count: BucketLadder(base, _RATIO) for count, base in self._stored_bases.items()}
@@ -149,7 +147,7 @@ class Predictor:
         """
         self._parameters(0)
 
-    def take_over(self, model: TR3D) -> None:
+    def take_over(self, model: DetectorNetwork) -> None:
         """Replace the parameters by those of another model of the same structure; nothing is compiled anew.
 
         Raises:
@@ -162,12 +160,12 @@ class Predictor:
             self._arrays, self._folded_states = arrays, {}
 
     @property
-    def bucket_bases(self) -> dict[int, LevelSizes]:
+    def bucket_bases(self) -> dict[int, Any]:
         """The lowest padded shape of each ladder, by number of scans in a pass."""
         with self._lock:
             return {count: ladder.base for count, ladder in self._ladders.items()}
 
-    def set_bucket_bases(self, bases: Mapping[int, LevelSizes]) -> None:
+    def set_bucket_bases(self, bases: Mapping[int, Any]) -> None:
         """Take the padded shapes of another predictor (`bucket_bases`), so that the same programs are compiled."""
         with self._lock:
             self._ladders |= {count: BucketLadder(base, _RATIO) for count, base in bases.items()}
@@ -183,7 +181,7 @@ class Predictor:
             The boxes of each scan, in the frame of its points; none for a scan without points.
 
         Raises:
-            InputError: the model was not trained on the dataset.
+            InputError: the model was not trained on the dataset, or the network had no place for all its sites.
             ScanError: a coordinate is not finite, or farther from the origin than voxels reach.
         """
         self._index(dataset)
@@ -197,18 +195,18 @@ class Predictor:
         """
         started = time.perf_counter()
         try:
-            batch = collate(scans, self._voxel_size)
+            batch = collate(scans, self._model)
         except InputError:
             for scan in scans:  # find the scan that is to blame
                 try:
-                    sparse.voxelize([scan.points], self._voxel_size)
+                    sparse.voxelize([scan.points], self._model.voxel_size)
                 except InputError as error:
                     raise ScanError(scan.name, f"Scan {scan.name} cannot be used: {error}") from error
             raise
         capacities = self._capacities(batch.tables.sizes, len(scans))
-        fits = fits_layout(batch.tables, capacities, self._layout)
+        fits = self._kind.fits(batch.tables, capacities, self._layout)
         layout = self._layout if fits else replace(self._layout, machine="any")
-        plan = pad_plan(batch.tables, capacities, layout)
+        plan = self._kind.pad(batch.tables, capacities, layout)
         features = sparse.pad_rows(batch.features, capacities.voxels)
         _add_time(seconds, "maps", started)
         return PlannedPass(len(scans), features, plan)
@@ -218,6 +216,11 @@ class Predictor:
         index, started = self._index(dataset), time.perf_counter()
         parameters = self._parameters(index)
         out = jax.block_until_ready(self._forward(*parameters, planned.features, planned.plan))
+        if out.overflow is not None and (lost := int(out.overflow)):
+            raise InputError(
+                f"{lost} sites had no place in the network at the padded shape {planned.plan.voxels.capacity} voxels: "
+                "predict fewer scans in one pass, or make a predictor whose first pass has the largest scan."
+            )
         _add_time(seconds, "network", started)
         started, spec = time.perf_counter(), self.heads[index]
         found = self._detect(planned.scans, spec)(out, *self._thresholds)
@@ -238,8 +241,8 @@ class Predictor:
         return jax.jit(function, compiler_options=compiler_options())
 
     def _detect(self, scans: int, spec: DatasetSpec) -> Program:
-        form = scans, spec.num_classes, spec.num_outputs, self._columns is not None
-        static = dict(zip(("num_scans", "classes", "outputs", "of_union"), form, strict=True))
+        form = self._model.kind, scans, spec.num_classes, spec.num_outputs, self._columns is not None
+        static = dict(zip(("kind", "num_scans", "classes", "outputs", "of_union"), form, strict=True))
         if self._store is None:
             return partial(_detect, **static)
         with self._lock:
@@ -268,12 +271,12 @@ class Predictor:
         only = DatasetContext(np.ones(1, np.float32), self._kernels)
         return self._folded_states[head], (only, only)
 
-    def _capacities(self, sizes: LevelSizes, count: int) -> LevelSizes:
+    def _capacities(self, sizes: Any, count: int) -> Any:
         with self._lock:
             if count not in self._ladders:
                 lowest = np.ceil(np.array(sizes) / _RATIO**_BUCKETS_BELOW).astype(int)
-                base = np.maximum(count * np.array(_SMALLEST), lowest).tolist()
-                self._ladders[count] = BucketLadder(LevelSizes(*base), _RATIO)
+                base = np.maximum(count * np.array(self._kind.least), lowest).tolist()
+                self._ladders[count] = BucketLadder(self._kind.levels(*base), _RATIO)
             ladder = self._ladders[count]
         bucket = ladder.bucket(sizes)
         assert bucket is not None  # a ladder without a limit always has one
@@ -287,7 +290,7 @@ class Predictor:
 
 
 def build_predictor(
-    model: TR3D | StoredDetector, specs: Sequence[DatasetSpec], config: EvalConfig, cache: Path | None = None
+    model: DetectorNetwork | StoredDetector, specs: Sequence[DatasetSpec], config: EvalConfig, cache: Path | None = None
 ) -> Predictor:
     """Build the predictor of a config; `Predictor` has the other arguments and the errors."""
     return Predictor(
@@ -357,12 +360,13 @@ def skipped_lines(skipped: Mapping[str, str]) -> list[str]:
     return [*lines, f"{len(skipped)} scan(s) skipped."] if lines else []
 
 
-@partial(jax.jit, static_argnames=("num_scans", "classes", "outputs", "of_union"))
+@partial(jax.jit, static_argnames=("kind", "num_scans", "classes", "outputs", "of_union"))
 def _detect(
     out: Predictions,
     score_threshold: Float[AnyArray, ""],
     iou_threshold: Float[AnyArray, ""],
     *,
+    kind: str,
     num_scans: int,
     classes: int,
     outputs: int,
@@ -372,15 +376,13 @@ def _detect(
     rotated = outputs == ROTATED_CHANNELS
     boxes = outputs_of_union(out.boxes, rotated) if of_union else out.boxes
     detect = partial(
-        detections_from_predictions,
-        locations=out.locations,
-        outputs=boxes[:, :outputs],
-        logits=out.logits[:, :classes],
+        KINDS[kind].detect,
+        out._replace(boxes=boxes[:, :outputs], logits=out.logits[:, :classes]),
         rotated=rotated,
         score_threshold=score_threshold,
         iou_threshold=iou_threshold,
     )
-    return jax.vmap(lambda scan: detect(valid=out.scan == scan))(jnp.arange(num_scans))
+    return jax.vmap(lambda scan: detect(out.scan == scan))(jnp.arange(num_scans))
 
 
 @dataclass(frozen=True)
@@ -395,13 +397,13 @@ class PlannedPass:
 
     scans: int
     features: Float[np.ndarray, "n 3"]
-    plan: DetectorPlan
+    plan: Any
 
 
 class _Parts:
     """The parts of a detector that are no arrays, made when a program is traced: with stored programs, never."""
 
-    def __init__(self, model: TR3D | StoredDetector, choices: Choices):
+    def __init__(self, model: DetectorNetwork | StoredDetector, choices: Choices):
         self._choices = choices  # of any head
         if isinstance(model, StoredDetector):
             self._shapes = model.shapes
@@ -428,7 +430,7 @@ class _Parts:
         arrays: Arrays,
         choices: Choices,
         features: Float[Array, "n c"],
-        plan: DetectorPlan,
+        plan: Any,
     ) -> Predictions:
         """Predictions of the detector, or of the folded one, with its arrays."""
         dataset, head = choices
@@ -436,13 +438,13 @@ class _Parts:
         return model(features, plan, ForwardContext(dataset, training=False), head)
 
 
-def _merge(parts: tuple[nnx.GraphDef, nnx.State], arrays: Arrays) -> TR3D:
+def _merge(parts: tuple[nnx.GraphDef, nnx.State], arrays: Arrays) -> DetectorNetwork:
     graph, shapes = parts
     leaves = [arrays[name] for name in flat_names(shapes)]
     return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(shapes), leaves))
 
 
-def _arrays_of(model: TR3D | StoredDetector) -> Arrays:
+def _arrays_of(model: DetectorNetwork | StoredDetector) -> Arrays:
     """Parameters and statistics of a detector by path."""
     if isinstance(model, StoredDetector):
         return jax.device_put({name: array for part in model.parts for name, array in part.items()})

@@ -31,7 +31,6 @@ from jax.experimental import serialize_executable
 
 import h2a2_jax
 from h2a2_jax.host import available_cores, cpu_features
-from h2a2_jax.models import LevelSizes
 from h2a2_jax.pretrained.catalog import MIRROR_VARIABLE
 from h2a2_jax.sparse import native_form
 from h2a2_jax.sparse.xla_cpu import compiler_options
@@ -61,10 +60,11 @@ class ProgramStore:
     Args:
         folder: a folder of the user, such as `private_folder` returns; it is there.
         detector: text that is different for detectors of different architectures.
+        levels: named tuple of int of the padded shapes (`DetectorKind.levels`).
     """
 
-    def __init__(self, folder: Path, detector: str):
-        self.folder = folder
+    def __init__(self, folder: Path, detector: str, levels: type[Any]):
+        self.folder, self._levels = folder, levels
         self.detector = f"{_environment()}\n{detector}"
         self._index = folder / f"{_digest(self.detector)[:32]}.json"
         self._ahead: dict[str, Future[tuple[Any, Any] | None]] = {}
@@ -100,11 +100,11 @@ class ProgramStore:
         self._note_use(digest)
         self._remove_oldest()
 
-    def read_bases(self) -> dict[int, LevelSizes]:
+    def read_bases(self) -> dict[int, Any]:
         """Lowest padded shapes, by number of scans in a pass, of the detectors that have used the store."""
         return self._read_index()["bases"]
 
-    def write_bases(self, bases: Mapping[int, LevelSizes]) -> None:
+    def write_bases(self, bases: Mapping[int, Any]) -> None:
         """Store padded shapes; those that another process stored for other numbers of scans stay.
 
         The first scan sets the shapes, and programs are compiled for them: later processes take the same ones.
@@ -154,13 +154,13 @@ class ProgramStore:
             stored = json.loads(self._index.read_text())
             if stored["version"] != _VERSION:
                 return {"bases": {}, "recent": []}
-            bases = {int(count): LevelSizes(*map(int, base)) for count, base in stored["bases"].items()}
+            bases = {int(count): self._levels(*map(int, base)) for count, base in stored["bases"].items()}
             recent = [digest for digest in stored["recent"] if _is_digest(digest)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {"bases": {}, "recent": []}
         return {"bases": {c: base for c, base in bases.items() if c > 0 and min(base) > 0}, "recent": recent}
 
-    def _update_index(self, bases: Mapping[int, LevelSizes] | None = None, recent: Iterable[str] = ()) -> None:
+    def _update_index(self, bases: Mapping[int, Any] | None = None, recent: Iterable[str] = ()) -> None:
         with self._writing:
             stored = self._read_index()
             document = {

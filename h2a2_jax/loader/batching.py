@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from h2a2_jax import sparse
-from h2a2_jax.models.maps import DetectorTables, LevelSizes, PlanLayout, detector_tables, pad_plan, pyramid_sizes
+from h2a2_jax.models import DetectorConfig, PlanLayout, kind_of
 from h2a2_jax.scans.scan import Scan
 from h2a2_jax.sparse import BucketLadder
 from h2a2_jax.typing import Leaf
@@ -22,7 +23,7 @@ class Batch:
 
     Attributes:
         features: float32 [N, 3], colours 0-1 of the voxels.
-        plan: sites and maps (`DetectorPlan`).
+        plan: sites and maps, as the kind of the detector pads them (`DetectorKind.pad`).
         boxes: float32 [B, G, 7], ground truth: centre, size (m), yaw (rad).
         labels: int32 [B, G], -1 where there is no box.
         present: bool [], True if the dataset takes part in the step.
@@ -41,13 +42,13 @@ class ScanBatch:
 
     Attributes:
         scans: scans as they are fed to the network.
-        tables: sites and maps of all scans.
+        tables: sites and maps of all scans (`h2a2_jax.models.detector.Tables`).
         features: float32 [n, 3], colours 0-1 of the voxels.
         dropped_points: points cropped to fit the largest bucket.
     """
 
     scans: tuple[Scan, ...]
-    tables: DetectorTables
+    tables: Any
     features: Float32[np.ndarray, "n 3"]
     dropped_points: int = 0
 
@@ -64,32 +65,34 @@ def no_scan() -> Scan:
     return Scan("", none, none, np.zeros((0, 7), np.float32), np.zeros(0, np.int32))
 
 
-def scan_sizes(scan: Scan, voxel_size: float) -> LevelSizes:
-    """Sites of every level for one scan, without its maps."""
-    return pyramid_sizes(sparse.voxelize([scan.points], voxel_size).sites)
+def scan_sizes(scans: Sequence[Scan], model: DetectorConfig) -> Any:
+    """Sites of every level for scans in one batch, without its maps (`DetectorKind.sizes`)."""
+    voxels = sparse.voxelize([scan.points for scan in scans], model.voxel_size)
+    return kind_of(model).sizes(voxels.sites, model)
 
 
-def collate(scans: Sequence[Scan], voxel_size: float) -> ScanBatch:
-    """Voxelise scans and build every map they need."""
-    voxels = sparse.voxelize([scan.points for scan in scans], voxel_size)
+def collate(scans: Sequence[Scan], model: DetectorConfig) -> ScanBatch:
+    """Voxelise scans and build every map that a detector of this architecture needs of them."""
+    voxels = sparse.voxelize([scan.points for scan in scans], model.voxel_size)
     colors = np.concatenate([scan.colors for scan in scans]) if scans else np.zeros((0, 3), np.float32)
-    return ScanBatch(tuple(scans), detector_tables(voxels.sites), colors[voxels.first_point].astype(np.float32))
+    tables = kind_of(model).tables(voxels.sites, model)
+    return ScanBatch(tuple(scans), tables, colors[voxels.first_point].astype(np.float32))
 
 
-def collate_to_fit(scans: Sequence[Scan], voxel_size: float, ladder: BucketLadder[LevelSizes]) -> ScanBatch:
+def collate_to_fit(scans: Sequence[Scan], model: DetectorConfig, ladder: BucketLadder[Any]) -> ScanBatch:
     """Collate; if the ladder's highest bucket is too small, crop the scans' outskirts until they fit.
 
     A crop keeps the points nearest to the middle of the scan (in x, y) and the boxes whose centre lies among them.
     """
-    batch = collate(scans, voxel_size)
+    batch = collate(scans, model)
     if ladder.bucket(batch.tables.sizes, ladder.max_bucket) is not None:
         return batch
     cropped, sizes = list(scans), batch.tables.sizes
     while ladder.bucket(sizes, ladder.max_bucket) is None:
         cropped = [_crop(scan, 0.95) for scan in cropped]
-        sizes = pyramid_sizes(sparse.voxelize([scan.points for scan in cropped], voxel_size).sites)
+        sizes = scan_sizes(cropped, model)
     dropped = sum(len(scan.points) for scan in scans) - sum(len(scan.points) for scan in cropped)
-    return replace(collate(cropped, voxel_size), dropped_points=dropped)
+    return replace(collate(cropped, model), dropped_points=dropped)
 
 
 def _crop(scan: Scan, keep: float) -> Scan:
@@ -109,21 +112,23 @@ def _crop(scan: Scan, keep: float) -> Scan:
     )
 
 
-def pad_batch(batch: ScanBatch, capacities: LevelSizes, max_boxes: int, layout: PlanLayout | None = None) -> Batch:
+def pad_batch(batch: ScanBatch, capacities: Any, max_boxes: int, layout: PlanLayout | None = None) -> Batch:
     """A batch in the shape of a bucket (numpy arrays).
 
     Args:
         batch: voxelised scans.
         capacities: rows of every level in the bucket.
         max_boxes: rows for the boxes of a scan.
-        layout: lists of the maps; default: those for CPUs.
+        layout: lists of the maps, of the architecture that the scans were voxelised for; default: those of TR3D for
+            CPUs.
 
     Raises:
         InputError: a level does not fit its capacity.
-        ValueError: the pairs do not fit the layout (`fits_layout`).
+        ValueError: the pairs do not fit the layout (`DetectorKind.fits`).
     """
+    layout = layout or PlanLayout()
     boxes, labels = pad_boxes(batch.scans, max_boxes)
-    plan = pad_plan(batch.tables, capacities, layout)
+    plan = kind_of(layout.model).pad(batch.tables, capacities, layout)
     features = sparse.pad_rows(batch.features, capacities.voxels)
     return Batch(features, plan, boxes, labels, np.asarray(True))
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from h2a2_jax.host import available_cores
 from h2a2_jax.loader.augment import augment, sample_points
 from h2a2_jax.loader.batching import Batch, ScanBatch, collate_to_fit, no_scan, pad_batch, scan_sizes
 from h2a2_jax.loader.workers import prepared_ahead
-from h2a2_jax.models import LevelSizes, PlanLayout, fits_layout
+from h2a2_jax.models import PlanLayout, kind_of
 from h2a2_jax.scans.scan import Scan, ScanError, ScanSource
 from h2a2_jax.sparse import BucketLadder
 
@@ -181,7 +181,7 @@ class _DrawShard:
     replicas: int
     shards: tuple[tuple[int, int], ...]
     schedule: DatasetSchedule
-    ladder: BucketLadder[LevelSizes]
+    ladder: BucketLadder[Any]
 
     def __call__(self, number: int) -> DrawnShard:
         step, place = divmod(number, len(self.shards))
@@ -196,7 +196,7 @@ class _DrawShard:
         # Every shard of a step has as many rows: empty scans fill those of smaller and absent datasets.
         scans += [no_scan()] * (max(sizes) // self.replicas - count)
         started = time.thread_time()
-        batch = collate_to_fit(scans, self.config.model.voxel_size, self.ladder)
+        batch = collate_to_fit(scans, self.config.model, self.ladder)
         log.spend("voxelise and build maps", time.thread_time() - started)
         none = no_scan().points
         return DrawnShard(replace(batch, scans=tuple(replace(s, points=none, colors=none) for s in scans)), names, log)
@@ -393,8 +393,8 @@ class JointStream:
 
     def _layout_bucket(self, batch: ScanBatch) -> int:
         """Lowest bucket in which the maps' pairs fit their layout."""
-        highest = self.ladder.max_bucket
-        fits = (fits_layout(batch.tables, self.ladder.capacities(b), self.layout) for b in range(highest + 1))
+        highest, kind = self.ladder.max_bucket, kind_of(self.config.model)
+        fits = (kind.fits(batch.tables, self.ladder.capacities(b), self.layout) for b in range(highest + 1))
         return next((bucket for bucket, fit in enumerate(fits) if fit), highest + 1)
 
     def _exchange_needs(self, part: "Future[_Part]") -> ExchangeFuture:
@@ -436,10 +436,11 @@ class JointStream:
         dropped = int(_Needs(*needs.sum(0).tolist()).dropped_points)
         return JointStep(part.step, batch, names, scans, dropped)
 
-    def _measure(self) -> tuple[tuple[int, ...], BucketLadder[LevelSizes], int]:
+    def _measure(self) -> tuple[tuple[int, ...], BucketLadder[Any], int]:
         """Numbers of scans, the ladder and the rows for boxes, from the datasets of all processes."""
         config, log = self.config, Log()
-        lengths, base, boxes = [0] * len(self.sources), [0] * len(LevelSizes._fields), 0
+        levels = kind_of(config.model).levels
+        lengths, base, boxes = [0] * len(self.sources), [0] * len(levels._fields), 0
         try:
             for d in self.process_layout.datasets:
                 source = self.sources[d]
@@ -449,8 +450,10 @@ class JointStream:
                 # Of one seed for all runs: runs that differ in it have the same shapes and the same program.
                 scans = [draw_scan(config, source, d, i, log, seed=0) for i in range(min(_MEASURED, 2 * lengths[d]))]
                 boxes = max(boxes, *(len(scan.boxes) for scan in scans))
-                sizes = [scan_sizes(scan, config.model.voxel_size) for scan in scans]
-                ladder = BucketLadder.measured([sizes], self.batch_sizes[d] // self.process_layout.replicas)
+                sizes = [scan_sizes([scan], config.model) for scan in scans]
+                ladder: BucketLadder[Any] = BucketLadder.measured(
+                    [sizes], self.batch_sizes[d] // self.process_layout.replicas
+                )
                 base = [max(pair) for pair in zip(base, ladder.base, strict=True)]
         except BaseException:
             self.process_layout.exchange(np.array([1, *lengths, *base, boxes], np.int32)).result()
@@ -460,7 +463,7 @@ class JointStream:
         # The times of measuring are not those of steps.
         self.log.add(Log(log.skipped, log.notes))
         _, *most = found.max(0).tolist()
-        ladder = BucketLadder(LevelSizes(*most[len(lengths) : -1]), max_bucket=config.train.max_bucket)
+        ladder = BucketLadder(levels(*most[len(lengths) : -1]), max_bucket=config.train.max_bucket)
         return tuple(most[: len(lengths)]), ladder, _box_rows(most[-1], _BOX_ROWS)
 
 

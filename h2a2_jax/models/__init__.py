@@ -1,6 +1,15 @@
-"""TR3D and FCAF3D, the detection networks: architecture, maps of a batch, backbone, necks and heads."""
+"""Detection networks: architecture, maps of a batch, backbone, necks and heads, and what the house asks of a kind."""
 
 from h2a2_jax.models.architecture import DetectorConfig
+from h2a2_jax.models.detector import (
+    DetectorKind,
+    DetectorNetwork,
+    HeadChoice,
+    HeadConfig,
+    Predictions,
+    Targets,
+    selective_layers,
+)
 from h2a2_jax.models.fcaf3d import FCAF3D
 from h2a2_jax.models.fcaf3d_maps import (
     FCAF3DPlan,
@@ -11,6 +20,7 @@ from h2a2_jax.models.fcaf3d_maps import (
     fits_fcaf3d,
     pad_fcaf3d,
 )
+from h2a2_jax.models.kinds import KINDS, build_network, kind_of
 from h2a2_jax.models.maps import (
     DetectorPlan,
     DetectorTables,
@@ -21,12 +31,15 @@ from h2a2_jax.models.maps import (
     pad_plan,
     pyramid_sizes,
 )
-from h2a2_jax.models.tr3d import TR3D, HeadChoice, HeadConfig, Predictions
+from h2a2_jax.models.tr3d import TR3D
 
 __all__ = [
     "FCAF3D",
+    "KINDS",
     "TR3D",
     "DetectorConfig",
+    "DetectorKind",
+    "DetectorNetwork",
     "DetectorPlan",
     "DetectorTables",
     "FCAF3DPlan",
@@ -37,12 +50,16 @@ __all__ = [
     "LevelSizes",
     "PlanLayout",
     "Predictions",
+    "Targets",
+    "build_network",
     "detector_tables",
     "fcaf3d_sizes",
     "fcaf3d_tables",
     "fits_fcaf3d",
     "fits_layout",
+    "kind_of",
     "pad_fcaf3d",
     "pad_plan",
     "pyramid_sizes",
+    "selective_layers",
 ]

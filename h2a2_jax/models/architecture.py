@@ -19,17 +19,12 @@ class DetectorConfig:
     """Architecture of a detector.
 
     Attributes:
-        kind: "tr3d", or "fcaf3d" with its generative neck that is pruned by scores (`h2a2_jax.models.detector`).
         depth: depth of the residual network: 10, 18 or 34 (TR3D, FCAF3D).
         in_channels: channels of a voxel's features (3, its colour).
         stem_channels: output channels of the first convolution.
         stage_channels: output channels of the four stages.
         neck_channels: output channels of the neck, which the heads read.
         voxel_size: edge of a voxel in metres.
-        prune_threshold: FCAF3D: sites of a scan that its neck keeps on a level, those of the highest scores.
-        assign_threshold: FCAF3D: a box asks for locations of the coarsest level, seen from the finest, up to which it
-            holds this many.
-        center_threshold: FCAF3D: locations that a box may take, those nearest to its centre by centerness.
         selection: structure-aware kernel selection; None is the plain detector exactly.
         norm_affine: scale and bias of batch norms are "shared" by the datasets, "exclusive" to each, or follow by a
             shared map from the dataset's embedding, "prompt" (`PromptNorm`). The statistics of a batch are always those
@@ -45,18 +40,19 @@ class DetectorConfig:
             (`AdapterConv`), but not in exclusive ones.
         exclusive_stages: stages of the backbone, 1 to 4, with kernels and scales and biases of norms exclusive to each
             dataset; 0 is the stem.
+        kind: "tr3d", or "fcaf3d" with its generative neck that is pruned by scores (`h2a2_jax.models.detector`).
+        prune_threshold: FCAF3D: sites of a scan that its neck keeps on a level, those of the highest scores.
+        assign_threshold: FCAF3D: a box asks for locations of the coarsest level, seen from the finest, up to which it
+            holds this many.
+        center_threshold: FCAF3D: locations that a box may take, those nearest to its centre by centerness.
     """
 
-    kind: Literal["tr3d", "fcaf3d"] = "tr3d"
     depth: int = 34
     in_channels: int = 3
     stem_channels: int = 64
     stage_channels: tuple[int, int, int, int] = (64, 128, 128, 128)
     neck_channels: int = 128
     voxel_size: float = 0.01
-    prune_threshold: int = 100_000
-    assign_threshold: int = 27
-    center_threshold: int = 18
     selection: SelectionConfig | None = None
     norm_affine: Literal["shared", "exclusive", "prompt"] = "shared"
     prompt_dim: int = 64
@@ -65,6 +61,10 @@ class DetectorConfig:
     label_space: Literal["separate", "union"] = "separate"
     adapters: bool = False
     exclusive_stages: tuple[int, ...] = ()
+    kind: Literal["tr3d", "fcaf3d"] = "tr3d"
+    prune_threshold: int = 100_000
+    assign_threshold: int = 27
+    center_threshold: int = 18
 
     def selection_in(self, part: Part) -> SelectionConfig | None:
         """Kernel selection of a part of the detector; None for a part without it."""

@@ -1,7 +1,6 @@
 """FCAF3D, the detection network: backbone, a neck that is pruned by scores, heads on four levels."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,19 +12,15 @@ from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.layers.kernel_selection import Part
 from h2a2_jax.models.architecture import DetectorConfig
 from h2a2_jax.models.backbone import MinkResNet
+from h2a2_jax.models.detector import DetectorNetwork, HeadChoice, HeadConfig, Predictions, embeddings
 from h2a2_jax.models.fcaf3d_maps import NUM_PRUNED, FCAF3DPlan
 from h2a2_jax.models.fcaf3d_neck import PrunedNeck
 from h2a2_jax.models.head import CenternessHeads
-from h2a2_jax.models.tr3d import HeadChoice, HeadConfig, Predictions, dataset_embeddings
 from h2a2_jax.sparse import SparseTensor
 
 
-class FCAF3D(nnx.Module):
+class FCAF3D(DetectorNetwork):
     """Backbone with instance norm in its stem, pruned neck, and one head per dataset.
-
-    Attributes:
-        embedding: [D, d], embedding of each dataset, read by the layers with kernel selection and by prompt-driven
-            norms; None without both.
 
     References:
         Rukhovich et al., FCAF3D: Fully Convolutional Anchor-Free 3D Object Detection, ECCV 2022.
@@ -47,7 +42,7 @@ class FCAF3D(nnx.Module):
         self.config = config
         self.heads_config = tuple(heads)
         count, selection = len(heads), config.selection
-        embedding = None if selection is None else dataset_embeddings(count, selection.embedding_dim, rngs)
+        embedding = None if selection is None else embeddings(count, selection.embedding_dim, rngs)
         self.backbone = MinkResNet(config, count, rngs=rngs)
         self.neck = PrunedNeck(config, count, rngs=rngs)
         self.heads = CenternessHeads(
@@ -58,7 +53,7 @@ class FCAF3D(nnx.Module):
         )
         if embedding is None and config.norm_affine == "prompt":
             # Drawn last: with prompts alone, all layers start as in the network of the same seed without.
-            embedding = dataset_embeddings(count, config.prompt_dim, rngs)
+            embedding = embeddings(count, config.prompt_dim, rngs)
         self.embedding = embedding
 
     def __call__(
@@ -83,29 +78,27 @@ class FCAF3D(nnx.Module):
             Outputs at the locations of levels 0 to 3. Where `overflow` is above zero the capacities of the plan were
             too small, and locations are missing.
         """
-        dataset = context.dataset_of(len(self.heads_config))
+        dataset, context = self.conditioned(context)
         if head is not None and not isinstance(head, DatasetContext):
             raise ValueError("head are columns; FCAF3D has a head for each dataset: give a DatasetContext.")
-        if self.embedding is not None:
-            context = replace(context, embedding=dataset.pick(self.embedding[...]))
         # Cast once: every layer returns the type of the features that it is given.
         x = SparseTensor(jnp.asarray(features, context.dtype), plan.voxels)
         stages, context = self.backbone(x, plan, context)
         x, kernel_map, overflow = stages[NUM_PRUNED], plan.stages[NUM_PRUNED].residual, jnp.zeros((), jnp.int32)
-        levels: list[Predictions] = []
+        levels: list[tuple[Array, ...]] = []
         for level in reversed(range(NUM_PRUNED + 1)):
             out = self.neck.read(x, kernel_map, level, context)
             outputs = self.heads(out.features, head or dataset, level)
             locations = jnp.asarray(out.sites.coords)[:, 1:].astype(jnp.float32) * self.config.voxel_size
             scan = jnp.asarray(out.sites.scan)
             of_level = jnp.full(len(scan), level, jnp.int32)
-            levels.append(Predictions(locations, scan, of_level, outputs.boxes, outputs.logits, outputs.centerness))
+            levels.append((locations, scan, of_level, outputs.boxes, outputs.logits, outputs.centerness))
             if level > 0:
                 scores = out.with_features(lax.stop_gradient(outputs.best)[:, None])
                 x, kernel_map, lost = self.neck.grow(x, stages[level - 1], scores, level - 1, plan, context)
                 overflow += lost
-        parts = zip(*(part[:6] for part in reversed(levels)), strict=True)
-        return Predictions(*map(jnp.concatenate, parts), overflow=overflow)
+        parts = [jnp.concatenate(arrays) for arrays in zip(*reversed(levels), strict=True)]
+        return Predictions._make([*parts, overflow])
 
 
 def _check(config: DetectorConfig) -> None:

@@ -97,6 +97,10 @@ class PrunedNeck(nnx.Module):
         build = _conv_norm(config, num_datasets, OutBlock, rngs)
         self.outs = nnx.List([build(width, config.neck_channels) for width in widths])
 
+    def convolutions(self) -> list[ConvNorm]:
+        """Parts that may select their kernels: none."""
+        return []
+
     def grow(
         self,
         x: SparseTensor,

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
+from jaxtyping import Float
 
 from h2a2_jax import sparse
 from h2a2_jax.models.architecture import DetectorConfig
@@ -400,3 +402,18 @@ def pad_backbone(tables: BackboneTables, capacities: tuple[int, ...], layout: Pl
 def fields_of(part: BackbonePlan | BackboneTables) -> dict[str, Any]:
     """Fields of the maps or tables of a backbone, which those of a detector take over."""
     return {field.name: getattr(part, field.name) for field in fields(part)}
+
+
+def backbone_support(tables: BackboneTables, layer: str) -> Float[np.ndarray, " v"]:
+    """Share of the output sites of a layer of the backbone that have a neighbour at each offset.
+
+    Args:
+        tables: tables of one scan.
+        layer: "stem", or a layer of a residual stage, such as "layer1_0.conv1".
+    """
+    table, (part, _, conv) = tables.stem, layer.partition(".")
+    if part.startswith("layer"):
+        stage, block = part.removeprefix("layer").split("_")
+        down, _, residual = tables.stages[int(stage) - 1]
+        table = down if (block, conv) == ("0", "conv1") else residual
+    return np.asarray(table.pairs_per_offset / len(table.outputs))

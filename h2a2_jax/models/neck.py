@@ -83,6 +83,10 @@ class Neck(nnx.Module):
             ]
         )
 
+    def convolutions(self) -> list[ConvNorm]:
+        """Parts that may select their kernels, in the order of the forward pass."""
+        return [part for step in self.steps for part in (step.lateral, step.out)]
+
     def __call__(self, stages: list[SparseTensor], plan: DetectorPlan, context: ForwardContext) -> list[SparseTensor]:
         """Features at 16 and 32 voxels, finest first, from the backbone's four stages."""
         x, outputs = stages[-1], []

@@ -1,78 +1,41 @@
 """TR3D, the detection network, with structure-aware kernel selection by config."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int32
 
-from h2a2_jax.layers import DatasetContext, ForwardContext, SelectiveConv
+from h2a2_jax.boxes.nms import detections_from_predictions
+from h2a2_jax.layers import DatasetContext, ForwardContext
+from h2a2_jax.losses import DetectionLoss, detection_loss
 from h2a2_jax.models.architecture import DetectorConfig
 from h2a2_jax.models.backbone import MinkResNet
+from h2a2_jax.models.detector import DetectorNetwork, HeadChoice, HeadConfig, Predictions, Targets, embeddings
 from h2a2_jax.models.head import DatasetHeads, UnionHead
-from h2a2_jax.models.maps import DetectorPlan
+from h2a2_jax.models.maps import (
+    DetectorPlan,
+    DetectorTables,
+    LevelSizes,
+    PlanLayout,
+    backbone_support,
+    detector_tables,
+    fits_layout,
+    pad_plan,
+    pyramid_sizes,
+)
 from h2a2_jax.models.neck import Neck
-from h2a2_jax.sparse import SparseTensor
+from h2a2_jax.sparse import Sites, SiteSet, SparseTensor
 from h2a2_jax.typing import AnyArray
 
 
-@dataclass(frozen=True)
-class HeadConfig:
-    """Outputs of the head of a dataset.
-
-    Attributes:
-        dataset: name of the dataset.
-        num_classes: number of classes.
-        num_outputs: 6 for axis-aligned boxes, 8 for boxes with yaw.
-        columns: columns of the dataset's classes in the union of all; None where it has a head of its own.
-    """
-
-    dataset: str
-    num_classes: int
-    num_outputs: int
-    columns: tuple[int, ...] | None = None
-
-
-class Predictions(NamedTuple):
-    """Outputs of a head at every location of all levels, finest first, padding included.
-
-    Attributes:
-        locations: float32 [N, 3], metres: the corner of a location's voxel, without a half-voxel shift.
-        scan: int32 [N], scan of each location; num_scans on padding.
-        level: int32 [N], 0 for the finest: of TR3D 0 for 16 cm and 1 for 32 cm, of FCAF3D 0 to 3 for 8 to 64 cm.
-        boxes: float32 [N, 8], box outputs in metres: of TR3D columns 3:6 are exp()-ed sizes, of FCAF3D columns 0:6
-            are exp()-ed distances to the faces.
-        logits: float32 [N, K], class scores before the sigmoid.
-        centerness: float32 [N], FCAF3D: centerness before the sigmoid; None for TR3D.
-        overflow: int32 [], FCAF3D: sites that the capacities of the plan had no place for; None for TR3D.
-    """
-
-    locations: Float[Array, "n 3"]
-    scan: Int[Array, " n"]
-    level: Int[Array, " n"]
-    boxes: Float[Array, "n 8"]
-    logits: Float[Array, "n k"]
-    centerness: Float[Array, " n"] | None = None
-    overflow: Int[Array, ""] | None = None
-
-    def valid(self, num_scans: int) -> Bool[Array, " n"]:
-        """True for the rows that are locations."""
-        return self.scan < num_scans
-
-
-HeadChoice = DatasetContext | Int[AnyArray, " k"] | None
-"""Outputs wanted of a detector: the dataset whose head predicts, or columns of the union of classes, int32 [K]."""
-
-
-class TR3D(nnx.Module):
+class TR3D(DetectorNetwork):
     """Backbone, neck, and one head per dataset or one for the union of all classes.
 
-    Attributes:
-        embedding: [D, d], embedding of each dataset, read by the layers with kernel selection and by prompt-driven
-            norms; None without both.
+    References:
+        TR3D: Towards Real-Time Indoor 3D Object Detection, https://arxiv.org/abs/2302.02858.
     """
 
     def __init__(self, config: DetectorConfig, heads: Sequence[HeadConfig], *, rngs: nnx.Rngs):
@@ -86,9 +49,7 @@ class TR3D(nnx.Module):
         self.config = config
         self.heads_config = tuple(heads)
         count = len(heads)
-        embedding = (
-            None if config.selection is None else dataset_embeddings(count, config.selection.embedding_dim, rngs)
-        )
+        embedding = None if config.selection is None else embeddings(count, config.selection.embedding_dim, rngs)
         self.backbone = MinkResNet(config, count, rngs=rngs)
         self.neck = Neck(config, count, rngs=rngs)
         columns = [h.columns for h in heads if h.columns is not None]
@@ -106,7 +67,7 @@ class TR3D(nnx.Module):
             )
         if embedding is None and config.norm_affine == "prompt":
             # Drawn last: with prompts alone, all layers start as in the network of the same seed without.
-            embedding = dataset_embeddings(count, config.prompt_dim, rngs)
+            embedding = embeddings(count, config.prompt_dim, rngs)
         self.embedding = embedding
 
     def __call__(
@@ -116,22 +77,8 @@ class TR3D(nnx.Module):
         context: ForwardContext,
         head: HeadChoice = None,
     ) -> Predictions:
-        """Predict at every location of a batch of scans.
-
-        Scans of a dataset that was not trained on need three choices: the dataset of classes and box parameters
-        (`head`); the dataset of embedding, statistics and exclusive kernels, or the mean of all (`context.dataset`);
-        and kernels selected by structure, or shared ones everywhere (`context.dataset.kernels`).
-
-        Args:
-            features: colour of the voxels, rows of `plan.voxels`.
-            plan: sites and maps of the batch.
-            context: context of the pass; its embedding is set here, and its compute type becomes that of all features.
-            head: dataset whose head predicts, None for that of the context; of a detector with one label space the
-                columns of the classes, None for all of them.
-        """
-        dataset = context.dataset_of(len(self.heads_config))
-        if self.embedding is not None:
-            context = replace(context, embedding=dataset.pick(self.embedding[...]))
+        """Predict as of `DetectorNetwork`."""
+        dataset, context = self.conditioned(context)
         # Cast once: every layer returns the type of the features that it is given.
         x = SparseTensor(jnp.asarray(features, context.dtype), plan.voxels)
         stages, context = self.backbone(x, plan, context)
@@ -153,17 +100,74 @@ class TR3D(nnx.Module):
         return self.heads(features, head or dataset)
 
 
-def dataset_embeddings(num_datasets: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
-    """Draw normal embeddings [D, d] of the datasets, exclusive to each."""
-    return nnx.Param(jax.random.normal(rngs.params(), (num_datasets, width)), dataset_axis=0)
+class TR3DKind:
+    """What the house asks of TR3D (`DetectorKind`)."""
 
+    title = "TR3D"
+    levels = LevelSizes
+    least = LevelSizes(2048, 2048, 2048, 1024, 512, 256, 128, 512, 4096)
 
-def selective_layers(model: TR3D) -> dict[str, SelectiveConv]:
-    """Layers with kernel selection, by name, in the order of the forward pass."""
-    blocks = (block for stage in model.backbone.stages for block in stage)
-    parts = [
-        model.backbone.stem,
-        *(part for block in blocks for part in (block.first, block.second)),
-        *(part for step in model.neck.steps for part in (step.lateral, step.out)),
-    ]
-    return {part.conv.name: part.conv for part in parts if isinstance(part.conv, SelectiveConv)}
+    def build(self, config: DetectorConfig, heads: Sequence[HeadConfig], *, rngs: nnx.Rngs) -> TR3D:
+        """Build the network."""
+        return TR3D(config, heads, rngs=rngs)
+
+    def sizes(self, voxels: SiteSet, config: DetectorConfig) -> LevelSizes:
+        """Number of sites of every level."""
+        return pyramid_sizes(voxels)
+
+    def tables(self, voxels: SiteSet, config: DetectorConfig) -> DetectorTables:
+        """Every table of the network."""
+        return detector_tables(voxels)
+
+    def fits(self, tables: DetectorTables, capacities: LevelSizes, layout: PlanLayout) -> bool:
+        """Return True if the layout has places for the pairs of every map."""
+        return fits_layout(tables, capacities, layout)
+
+    def pad(self, tables: DetectorTables, capacities: LevelSizes, layout: PlanLayout) -> DetectorPlan:
+        """The plan of a batch in the shape of a bucket."""
+        return pad_plan(tables, capacities, layout)
+
+    def loss(
+        self,
+        out: Predictions,
+        boxes: Float[AnyArray, "b g 7"],
+        labels: Int[AnyArray, "b g"],
+        targets: Targets,
+        voxels: Sites,
+        config: DetectorConfig,
+        axis_name: Any = None,
+    ) -> DetectionLoss:
+        """Focal loss of all locations, DIoU loss of the assigned ones (`detection_loss`)."""
+        return detection_loss(
+            out.locations, out.scan, out.level, out.boxes, out.logits, boxes, labels,
+            targets.label_to_level, targets.class_mask, targets.has_yaw,
+            axis_name=axis_name,
+        )  # fmt: skip
+
+    def detect(
+        self,
+        out: Predictions,
+        valid: Bool[Array, " n"],
+        *,
+        rotated: bool,
+        score_threshold: Float[AnyArray, ""],
+        iou_threshold: Float[AnyArray, ""],
+    ) -> tuple[Float[Array, "k 7"], Float[Array, " k"], Int32[Array, " k"], Int32[Array, ""]]:
+        """Boxes of a scan (`detections_from_predictions`)."""
+        return detections_from_predictions(
+            out.locations,
+            valid,
+            out.boxes,
+            out.logits,
+            rotated=rotated,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+        )
+
+    def support(self, tables: DetectorTables, layer: str) -> Float[np.ndarray, " v"]:
+        """Share of a layer's output sites that have a neighbour at each offset."""
+        if not layer.startswith("neck"):
+            return backbone_support(tables, layer)
+        # Steps of the neck are counted from the finest, their tables are stored coarsest first.
+        lateral = tables.ups[-1 - int(layer.partition(".")[0].removeprefix("neck"))].lateral
+        return np.asarray(lateral.pairs_per_offset / len(lateral.outputs))

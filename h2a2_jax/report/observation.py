@@ -18,9 +18,7 @@ from h2a2_jax.host import progress_interval
 from h2a2_jax.inference.predictor import prepare
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.loader.batching import ScanBatch, collate
-from h2a2_jax.models import TR3D, DetectorConfig, DetectorPlan, LevelSizes, PlanLayout, fits_layout, pad_plan
-from h2a2_jax.models.maps import DetectorTables
-from h2a2_jax.models.tr3d import selective_layers
+from h2a2_jax.models import DetectorConfig, DetectorNetwork, PlanLayout, kind_of, selective_layers
 from h2a2_jax.scans.scan import ScanSource, load_or_skip
 from h2a2_jax.scans.specs import DatasetSpec
 
@@ -32,7 +30,7 @@ def with_progress(items: Iterable[T], title: str, total: int) -> Iterator[T]:
     yield from tqdm(items, desc=title, total=total, unit="scan", mininterval=progress_interval())
 
 
-def load_batches(source: ScanSource, spec: DatasetSpec, count: int, voxel_size: float) -> list[ScanBatch]:
+def load_batches(source: ScanSource, spec: DatasetSpec, count: int, model: DetectorConfig) -> list[ScanBatch]:
     """Up to `count` scans spread over a source, each a batch of its own, sampled by the test protocol.
 
     Empty scans and scans that cannot be used are left out.
@@ -45,7 +43,7 @@ def load_batches(source: ScanSource, spec: DatasetSpec, count: int, voxel_size: 
     for scan in with_progress(load_or_skip(source, {}, indices), f"{spec.name}: loading", len(indices)):
         if len(scan.points):
             try:
-                batches.append(collate([prepare(scan, spec)], voxel_size))
+                batches.append(collate([prepare(scan, spec)], model))
             except InputError:
                 continue
     if not batches:
@@ -60,21 +58,22 @@ class PaddedShape:
     `capacities` are the numbers of sites of every level after padding.
     """
 
-    capacities: LevelSizes
+    capacities: Any
     layout: PlanLayout
 
     @classmethod
     def of(cls, batches: Sequence[ScanBatch], config: DetectorConfig) -> "PaddedShape":
         """The smallest shape that holds every scan."""
-        capacities = LevelSizes(*(max(1, *sizes) for sizes in zip(*(b.tables.sizes for b in batches), strict=True)))
-        layout = PlanLayout.of(config)
-        if not all(fits_layout(batch.tables, capacities, layout) for batch in batches):
+        kind, layout = kind_of(config), PlanLayout.of(config)
+        each = zip(*(batch.tables.sizes for batch in batches), strict=True)
+        capacities = kind.levels(*(max(1, *sizes) for sizes in each))
+        if not all(kind.fits(batch.tables, capacities, layout) for batch in batches):
             layout = replace(layout, machine="any")  # lists of one machine may not fit scans of other sizes
         return cls(capacities, layout)
 
-    def pad(self, batch: ScanBatch) -> tuple[np.ndarray, DetectorPlan]:
+    def pad(self, batch: ScanBatch) -> tuple[np.ndarray, Any]:
         """Features and plan of a batch."""
-        plan = pad_plan(batch.tables, self.capacities, self.layout)
+        plan = kind_of(self.layout.model).pad(batch.tables, self.capacities, self.layout)
         return sparse.pad_rows(batch.features, self.capacities.voxels), plan
 
 
@@ -102,13 +101,13 @@ class LayerSelection:
         return np.stack([scans.mean(0) for scans in self.gamma])
 
 
-def observe_selection(model: TR3D, batches: Sequence[Sequence[ScanBatch]]) -> dict[str, LayerSelection]:
+def observe_selection(model: DetectorNetwork, batches: Sequence[Sequence[ScanBatch]]) -> dict[str, LayerSelection]:
     """alpha, beta, gamma, support and F of each layer with 3^3 kernel selection, as the detector predicts.
 
     Batches have one scan each and are grouped by dataset, in the order of the dataset axis. The layers are in the order
     of the forward pass; a detector without kernel selection has none.
     """
-    shape = PaddedShape.of([batch for own in batches for batch in own], model.config)
+    kind, shape = kind_of(model.config), PaddedShape.of([batch for own in batches for batch in own], model.config)
     graph, state = nnx.split(model)
     order: list[str] = []
     forward = jax.jit(partial(_selection_pass, graph, order))
@@ -129,28 +128,11 @@ def observe_selection(model: TR3D, batches: Sequence[Sequence[ScanBatch]]) -> di
             alpha=np.stack([scans[0][f"{layer}.alpha"] for scans in seen]),
             beta=by_scan(layer, "beta"),
             gamma=by_scan(layer, "gamma"),
-            support=np.stack([np.mean([support(batch.tables, layer) for batch in own], 0) for own in batches]),
+            support=np.stack([np.mean([kind.support(batch.tables, layer) for batch in own], 0) for own in batches]),
             gradients=None if (f := measured[layer]) is None else np.asarray(f[...][0], np.float64),
         )
         for layer in layers
     }
-
-
-def support(tables: DetectorTables, layer: str) -> Float[np.ndarray, " v"]:
-    """Share of a layer's output sites that have a neighbour at each offset.
-
-    Args:
-        tables: tables of one scan.
-        layer: name of a layer of the stem, a residual stage ("layer1_0.conv1") or the neck ("neck0.lateral").
-    """
-    part, _, conv = layer.partition(".")
-    if part.startswith("layer"):
-        stage, block = part.removeprefix("layer").split("_")
-        down, _, residual = tables.stages[int(stage) - 1]
-        table = down if (block, conv) == ("0", "conv1") else residual
-    else:  # steps of the neck are counted from the finest, their tables are stored coarsest first
-        table = tables.ups[-1 - int(part.removeprefix("neck"))].lateral if part.startswith("neck") else tables.stem
-    return np.asarray(table.pairs_per_offset / len(table.outputs))
 
 
 def _selection_pass(
@@ -158,7 +140,7 @@ def _selection_pass(
     order: list[str],
     state: nnx.State,
     features: Float[Array, "n c"],
-    plan: DetectorPlan,
+    plan: Any,
     weights: Float[Array, " d"],
 ) -> dict[str, Array]:
     seen: dict[str, Array] = {}

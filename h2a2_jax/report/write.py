@@ -49,8 +49,7 @@ def write_report(config: ExperimentConfig, workdir: Path, scans: int = 16) -> Pa
     counts = [0] * len(names)
     if config.model.selection is not None:
         batches = [
-            load_batches(build_source(source, "val"), source.spec, scans, config.model.voxel_size)
-            for source in config.datasets
+            load_batches(build_source(source, "val"), source.spec, scans, config.model) for source in config.datasets
         ]
         counts = [len(own) for own in batches]
         selections = observe_selection(model, batches)

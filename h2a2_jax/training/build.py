@@ -30,7 +30,7 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.initialization import build_detector, draw_detector
 from h2a2_jax.loader.batching import Batch
 from h2a2_jax.loader.stream import JointStream, count_workers
-from h2a2_jax.models import TR3D
+from h2a2_jax.models import DetectorNetwork
 from h2a2_jax.optimizer import build_optimizer, grouped_paths, learning_rate, packing_kind
 from h2a2_jax.scans.mmdet3d import Mmdet3dFolder
 from h2a2_jax.scans.scan import ScanSource
@@ -82,7 +82,7 @@ class Trainer:
     schedule: optax.Schedule
     take_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
-    def detector(self, state: TrainState, process_layout: MeshLayout) -> TR3D:
+    def detector(self, state: TrainState, process_layout: MeshLayout) -> DetectorNetwork:
         """Return the detector to evaluate, on the host: of the averages if the state has some."""
         source = state if state.averages is None else state.averages
         parts = process_layout.fetch((source.exclusive, source.shared, source.stats))
@@ -99,7 +99,7 @@ class Trainer:
 
 def build_trainer(
     config: ExperimentConfig,
-    detector: TR3D,
+    detector: DetectorNetwork,
     process_layout: MeshLayout,
     steps_per_epoch: int,
     total: int,
@@ -184,7 +184,7 @@ def check_init(config: ExperimentConfig, workdir: Path) -> None:
         raise InputError(f"train.init_from is {folder!r}, where there are no checkpoints: give the folder of a run.")
 
 
-def initial_detector(config: ExperimentConfig, is_new: bool) -> TR3D | None:
+def initial_detector(config: ExperimentConfig, is_new: bool) -> DetectorNetwork | None:
     """Build the detector before the first step of a run: drawn by its seed, or of another run's checkpoint.
 
     Args:

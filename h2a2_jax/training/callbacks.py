@@ -27,7 +27,7 @@ from h2a2_jax.distributed import ExchangeFuture, MeshLayout, is_main, say
 from h2a2_jax.errors import Stopped
 from h2a2_jax.host import duration, restore_handler
 from h2a2_jax.loader.stream import JointStep, JointStream
-from h2a2_jax.models import TR3D
+from h2a2_jax.models import DetectorNetwork
 from h2a2_jax.training.build import Trainer
 from h2a2_jax.training.step import StepMetrics
 
@@ -58,7 +58,7 @@ class Training:
     trainer: Trainer
     store: CheckpointStore
     total: int
-    start: TR3D | None
+    start: DetectorNetwork | None
     state: TrainState
     step: int
     first_step: int

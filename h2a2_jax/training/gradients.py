@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from h2a2_jax.checkpoint.parameter_groups import without_frozen_gradients
 from h2a2_jax.checkpoint.train_state import head_configs, merge_model
@@ -15,41 +15,25 @@ from h2a2_jax.config import TrainConfig
 from h2a2_jax.distributed import REPLICA
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.loader.batching import Batch
-from h2a2_jax.losses import DetectionLoss, detection_loss
-from h2a2_jax.models import TR3D, DetectorConfig, Predictions
+from h2a2_jax.losses import DetectionLoss
+from h2a2_jax.models import DetectorConfig, DetectorNetwork, Predictions, Targets, kind_of
 from h2a2_jax.models.head import outputs_of_union, padded_columns
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.sparse import Sites
 
 
-class Targets(NamedTuple):
-    """Facts of each dataset that its loss needs; leading dataset axis.
-
-    Attributes:
-        label_to_level: int32 [D, K], level of the head that learns a class.
-        class_mask: bool [D, K], False on padded classes.
-        has_yaw: bool [D], True if the boxes of the dataset turn about z.
-        columns: int32 [D, K], columns of the classes in one label space; None where each dataset has its head.
-    """
-
-    label_to_level: Int[Array, "d k"]
-    class_mask: Bool[Array, "d k"]
-    has_yaw: Bool[Array, " d"]
-    columns: Int[Array, "d k"] | None = None
-
-    @classmethod
-    def of(cls, specs: Sequence[DatasetSpec], model: DetectorConfig) -> "Targets":
-        """Targets of the specs, in the order of the dataset axis."""
-        columns = [head.columns for head in head_configs(specs, model) if head.columns is not None]
-        most = max(spec.num_classes for spec in specs)
-        levels = [list(spec.label_to_level) + [0] * (most - spec.num_classes) for spec in specs]
-        mask = [[k < spec.num_classes for k in range(most)] for spec in specs]
-        return cls(
-            jnp.array(levels, jnp.int32),
-            jnp.array(mask),
-            jnp.array([spec.has_yaw for spec in specs]),
-            jnp.array(padded_columns(columns)) if columns else None,
-        )
+def targets_of(specs: Sequence[DatasetSpec], model: DetectorConfig) -> Targets:
+    """Targets of the specs, in the order of the dataset axis."""
+    columns = [head.columns for head in head_configs(specs, model) if head.columns is not None]
+    most = max(spec.num_classes for spec in specs)
+    levels = [list(spec.label_to_level) + [0] * (most - spec.num_classes) for spec in specs]
+    mask = [[k < spec.num_classes for k in range(most)] for spec in specs]
+    return Targets(
+        jnp.array(levels, jnp.int32),
+        jnp.array(mask),
+        jnp.array([spec.has_yaw for spec in specs]),
+        jnp.array(padded_columns(columns)) if columns else None,
+    )
 
 
 class SelectionMetrics(NamedTuple):
@@ -81,42 +65,46 @@ class DatasetMetrics(NamedTuple):
         class_loss: float32 [].
         num_positives: int32 [].
         selection: of each layer with kernel selection, by its name, without the axis of datasets.
+        centerness_loss: float32 []; None for a detector without centerness.
+        overflow: int32 [], sites that had no place in the network; None where that cannot be.
     """
 
     box_loss: Float[Array, ""]
     class_loss: Float[Array, ""]
     num_positives: Int[Array, ""]
     selection: dict[str, SelectionMetrics]
+    centerness_loss: Float[Array, ""] | None = None
+    overflow: Int[Array, ""] | None = None
 
 
 class Terms(NamedTuple):
-    """Loss of a model on the scans of a device, as `detection_loss` has it.
+    """Loss of a model on the scans of a device, as `DetectorKind.loss` has it.
 
     Attributes:
         losses: the local parts of the loss; the number of positives is that of all replicas.
         sites: sites of the scans, which tell those that are empty.
+        overflow: int32 [], sites that had no place in the network (`Predictions.overflow`).
     """
 
     losses: DetectionLoss
     sites: Sites
+    overflow: Int[Array, ""] | None = None
 
 
 Objective = Callable[[Any, Any, Targets, ForwardContext], Terms]
 """Loss of (model, batch, targets, context)."""
 
 
-def detector_loss(model: TR3D, batch: Batch, targets: Targets, context: ForwardContext) -> Terms:
+def detector_loss(model: DetectorNetwork, batch: Batch, targets: Targets, context: ForwardContext) -> Terms:
     """Loss of a detector on scans with boxes."""
-    out = predictions_of(model, batch, targets, context)
-    losses = detection_loss(
-        out.locations, out.scan, out.level, out.boxes, out.logits, batch.boxes, batch.labels,
-        targets.label_to_level, targets.class_mask, targets.has_yaw,
-        axis_name=context.axis_name,
-    )  # fmt: skip
-    return Terms(losses, batch.plan.voxels)
+    out, voxels = predictions_of(model, batch, targets, context), batch.plan.voxels
+    losses = kind_of(model.config).loss(
+        out, batch.boxes, batch.labels, targets, voxels, model.config, context.axis_name
+    )
+    return Terms(losses, voxels, out.overflow)
 
 
-def predictions_of(model: TR3D, batch: Batch, targets: Targets, context: ForwardContext) -> Predictions:
+def predictions_of(model: DetectorNetwork, batch: Batch, targets: Targets, context: ForwardContext) -> Predictions:
     """Predictions of a detector for a dataset, by its head or by its columns of one label space."""
     out = model(batch.features, batch.plan, context, targets.columns)
     return out if targets.columns is None else out._replace(boxes=outputs_of_union(out.boxes, targets.has_yaw))
@@ -170,16 +158,19 @@ def dataset_gradients(
             rematerialize=config.rematerialize,
             tap=tap,
         )
-        losses, sites = objective(model, batch, targets, context)
-        return losses.total, (losses, _selection_metrics(seen, sites), nnx.state(model, nnx.BatchStat))
+        terms = objective(model, batch, targets, context)
+        return terms.losses.total, (terms, _selection_metrics(seen, terms.sites), nnx.state(model, nnx.BatchStat))
 
     value_and_grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    (_, (losses, selection, new_stats)), grads = value_and_grad(shared, exclusive)
+    (_, (terms, selection, new_stats)), grads = value_and_grad(shared, exclusive)
+    losses = terms.losses
     metrics = DatasetMetrics(
         box_loss=lax.psum(losses.box, REPLICA),
         class_loss=lax.psum(losses.classification, REPLICA),
         num_positives=losses.num_positives,
         selection=selection,
+        centerness_loss=None if losses.centerness is None else lax.psum(losses.centerness, REPLICA),
+        overflow=None if terms.overflow is None else lax.psum(terms.overflow, REPLICA),
     )
     return *grads, new_stats, metrics
 

@@ -34,7 +34,7 @@ from h2a2_jax.inference.predictor import Predictor, build_predictor
 from h2a2_jax.initialization import build_detector
 from h2a2_jax.loader.stream import JointStep, JointStream
 from h2a2_jax.loader.workers import WorkerDiedError
-from h2a2_jax.models import TR3D
+from h2a2_jax.models import DetectorNetwork
 from h2a2_jax.training.build import (
     build_stream,
     build_trainer,
@@ -271,7 +271,7 @@ class Evaluate(Callback):
             with self._signals.immediate():
                 self._evaluate_checkpoint(training)
 
-    def evaluate_end(self, training: Training, detector: TR3D) -> dict[str, Any]:
+    def evaluate_end(self, training: Training, detector: DetectorNetwork) -> dict[str, Any]:
         """Evaluate the detector of the last step, into the workdir, and beside other evaluations if there are some.
 
         Returns:
@@ -292,7 +292,7 @@ class Evaluate(Callback):
         best = best_step(training.workdir)
         say(f"Step {training.step}: {score_text(documents)}; the best so far is step {best}.")
 
-    def _evaluate(self, training: Training, detector: TR3D, folder: Path, *, tables: bool) -> dict[str, Any]:
+    def _evaluate(self, training: Training, detector: DetectorNetwork, folder: Path, *, tables: bool) -> dict[str, Any]:
         if self._predictor is None:
             self._predictor = build_predictor(detector, training.config.specs, training.config.eval)
         else:

@@ -393,15 +393,15 @@ class LogMetrics(Callback):
         good = np.array([not metrics.nonfinite.any() for metrics in steps])
         present = np.stack([metrics.present for metrics in steps]) & good[:, None]
         skipped = int(steps[-1].skipped)
-        box, classification = (
-            mean_known(np.where(present, np.stack([getattr(metrics, part) for metrics in steps]), np.nan))
-            for part in ("box_loss", "class_loss")
-        )
+        terms = {
+            term: mean_known(np.where(present, np.stack([getattr(step, f"{term}_loss") for step in steps]), np.nan))
+            for term in ("box", "class", "centerness")
+            if getattr(steps[0], f"{term}_loss") is not None
+        }
         values: dict[str, float] = {}
         for d, name in enumerate(names):
-            values[f"loss/{name}"] = float(box[d] + classification[d])
-            values[f"loss_box/{name}"] = float(box[d])
-            values[f"loss_class/{name}"] = float(classification[d])
+            values[f"loss/{name}"] = float(sum(term[d] for term in terms.values()))
+            values |= {f"loss_{term}/{name}": float(mean[d]) for term, mean in terms.items()}
         values["learning_rate"] = float(training.trainer.schedule(max(training.step - 1 - skipped, 0)))
         norms = [float(metrics.gradient_norm) for metrics in steps if metrics.gradient_norm > 0]
         values["gradient_norm"] = sum(norms) / len(norms) if norms else math.nan
@@ -413,6 +413,8 @@ class LogMetrics(Callback):
             alphas = np.array([layer.alpha for selection in selections for layer in selection.values()])
             values["exclusive_offsets"] = float((alphas < 0.5).mean())
         values["dropped_points"] = self._dropped
+        if steps[0].overflow is not None:
+            values["overflow"] = int(sum(metrics.overflow.sum() for metrics in steps))
         values["skipped_scans"] = len(training.stream.log.skipped)
         values["skipped_steps"] = skipped
         seconds = max(now - self._since, 1e-9)

@@ -31,12 +31,11 @@ from h2a2_jax.files import whole_file
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.loader.batching import ScanBatch, no_scan, pad_batch
 from h2a2_jax.loader.stream import DrawnShard, JointStep
-from h2a2_jax.losses import detection_loss
-from h2a2_jax.models import TR3D, PlanLayout, detector_tables
+from h2a2_jax.models import DetectorConfig, DetectorNetwork, PlanLayout, kind_of
 from h2a2_jax.scans.scan import Scan
 from h2a2_jax.sparse import SiteSet, SparseTensor
 from h2a2_jax.training.callbacks import Callback, Training
-from h2a2_jax.training.gradients import Targets, predictions_of
+from h2a2_jax.training.gradients import detector_loss, targets_of
 from h2a2_jax.training.step import StepMetrics, tensor_names
 
 FOLDER = "nonfinite"
@@ -98,14 +97,14 @@ class KeptShard:
             return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} values that are not finite"
         return f"scans {', '.join(self.names)}" if self.names else ""
 
-    def batch(self) -> ScanBatch:
-        """The scans with their maps, as they were fed to the network; without points."""
+    def batch(self, model: DetectorConfig) -> ScanBatch:
+        """The scans with the maps of a detector, as they were fed to the network; without points."""
         scans, empty = [], no_scan()
         for number in range(self.num_scans):
             of_scan = self.box_scans == number
             name = self.names[number] if number < len(self.names) else ""
             scans.append(Scan(name, empty.points, empty.colors, self.boxes[of_scan], self.labels[of_scan]))
-        return ScanBatch(tuple(scans), detector_tables(self._sites), self.features)
+        return ScanBatch(tuple(scans), kind_of(model).tables(self._sites, model), self.features)
 
     @property
     def _sites(self) -> SiteSet:
@@ -338,13 +337,13 @@ def checkpoint_of(step: int, saved: Sequence[int]) -> int:
     return max((before for before in saved if before <= step + 1), default=saved[0])
 
 
-def _replay_shard(detector: TR3D, config: ExperimentConfig, shard: KeptShard) -> ShardReplay:
+def _replay_shard(detector: DetectorNetwork, config: ExperimentConfig, shard: KeptShard) -> ShardReplay:
     names = config.dataset_names
     index = names.index(shard.dataset)
-    host = shard.batch()
+    host = shard.batch(config.model)
     layout = PlanLayout.of(config.model)
     batch = jax.tree.map(jnp.asarray, pad_batch(host, host.tables.sizes, max(host.num_boxes, 1), layout))
-    targets = jax.tree.map(lambda leaf: leaf[index], Targets.of(config.specs, config.model))
+    targets = jax.tree.map(lambda leaf: leaf[index], targets_of(config.specs, config.model))
     graph, exclusive, shared, stats = split_model(detector)
 
     def loss(shared: Any, exclusive: Any) -> tuple[jax.Array, tuple[Mapping[str, jax.Array], Any]]:
@@ -362,11 +361,7 @@ def _replay_shard(detector: TR3D, config: ExperimentConfig, shard: KeptShard) ->
             tap=tap,
         )
         model = merge_model(graph, exclusive, shared, jax.tree.map(jnp.copy, stats))
-        out = predictions_of(model, batch, targets, context)
-        losses = detection_loss(
-            out.locations, out.scan, out.level, out.boxes, out.logits, batch.boxes, batch.labels,
-            targets.label_to_level, targets.class_mask, targets.has_yaw,
-        )  # fmt: skip
+        losses = detector_loss(model, batch, targets, context).losses
         return losses.total, (seen, split_model(model)[3])
 
     with_gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))

@@ -36,9 +36,9 @@ from h2a2_jax.checkpoint.train_state import Accumulated, Averages, TrainState, s
 from h2a2_jax.config import ExperimentConfig, OptimConfig
 from h2a2_jax.distributed import DATASET, REPLICA
 from h2a2_jax.layers.agreement_tracking import AgreementLayers
-from h2a2_jax.models import DetectorConfig
+from h2a2_jax.models import DetectorConfig, Targets
 from h2a2_jax.sparse.xla_cpu import compiler_options
-from h2a2_jax.training.gradients import Objective, SelectionMetrics, Targets, dataset_gradients, detector_loss
+from h2a2_jax.training.gradients import Objective, SelectionMetrics, dataset_gradients, detector_loss, targets_of
 
 
 class StepMetrics(NamedTuple):
@@ -55,6 +55,8 @@ class StepMetrics(NamedTuple):
         skipped: int32 [], steps skipped so far.
         skipped_in_row: int32 [], skipped steps in a row up to this one.
         gradients: the applied gradients, after balancing and before clipping, (shared, exclusive), if asked for.
+        centerness_loss: float32 [D], by dataset; None for a detector without centerness.
+        overflow: int32 [D], sites that had no place in the network, by dataset; None where that cannot be.
     """
 
     box_loss: Float[Array, " d"]
@@ -67,6 +69,8 @@ class StepMetrics(NamedTuple):
     skipped: Int[Array, ""]
     skipped_in_row: Int[Array, ""]
     gradients: Any = None
+    centerness_loss: Float[Array, " d"] | None = None
+    overflow: Int[Array, " d"] | None = None
 
 
 class Sizes(NamedTuple):
@@ -128,7 +132,7 @@ def make_train_step(
         is consumed. A step of several batches is one call per batch.
     """
     optim, train = config.optim, config.train
-    targets = Targets.of(config.specs, config.model)
+    targets = targets_of(config.specs, config.model)
     sizes = Sizes.of(config, scans)
     measuring = None
     if state.agreement is not None:
@@ -155,6 +159,8 @@ def make_train_step(
         g_shared, g_exclusive = lax.psum((g_shared, g_exclusive), REPLICA)
 
         losses = metrics.box_loss + metrics.class_loss
+        if metrics.centerness_loss is not None:
+            losses += metrics.centerness_loss
         nonfinite = present[:, None] & _nonfinite(g_shared, g_exclusive, stats, losses)
         good = lax.psum(nonfinite.any().astype(jnp.int32), DATASET) == 0
         # From here on the state stays as it is: the run that is about to end keeps the state that led to this.
@@ -208,6 +214,8 @@ def make_train_step(
             skipped=P(),  # type: ignore[arg-type]
             skipped_in_row=P(),  # type: ignore[arg-type]
             gradients=(P(), by_dataset) if keep_gradients else None,
+            centerness_loss=by_dataset,  # type: ignore[arg-type]
+            overflow=by_dataset,  # type: ignore[arg-type]
         )
         return jax.shard_map(
             step, mesh=mesh, in_specs=(layout, P(DATASET, REPLICA), P(DATASET), P(DATASET)), out_specs=(layout, out)

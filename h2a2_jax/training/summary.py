@@ -16,8 +16,7 @@ from h2a2_jax.config import ExperimentConfig, to_json
 from h2a2_jax.files import whole_file
 from h2a2_jax.host import duration
 from h2a2_jax.layers import DatasetContext, SelectiveConv
-from h2a2_jax.models import TR3D
-from h2a2_jax.models.tr3d import selective_layers
+from h2a2_jax.models import DetectorNetwork, selective_layers
 from h2a2_jax.training.gradients import SelectionMetrics
 from h2a2_jax.typing import AnyArray
 
@@ -250,7 +249,7 @@ class LayerReport:
 
 
 def selection_report(
-    start: TR3D, end: TR3D, metrics: dict[str, SelectionMetrics]
+    start: DetectorNetwork, end: DetectorNetwork, metrics: dict[str, SelectionMetrics]
 ) -> tuple[list[LayerReport], np.ndarray]:
     """Compare a model with itself at the start.
 

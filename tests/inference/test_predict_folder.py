@@ -18,10 +18,11 @@ from h2a2_jax.inference import input_files
 from h2a2_jax.inference.background import WorkBehind, read_ahead
 from h2a2_jax.inference.input_files import FoundInputs, PredictRequest, find_inputs
 from h2a2_jax.inference.predict_folder import Outcome, _closing, predict_files
-from h2a2_jax.inference.predictor import _SMALLEST, Predictor
+from h2a2_jax.inference.predictor import Predictor
 from h2a2_jax.inference.results import read_predicted_scans
 from h2a2_jax.inference.writers import check_output
 from h2a2_jax.models import LevelSizes
+from h2a2_jax.models.tr3d import TR3DKind
 from h2a2_jax.scans.formats.ply import read_ply_columns
 from tests.inference.tiny import SPECS, random_detector
 from tests.scans.test_damaged import FILES
@@ -36,7 +37,7 @@ def predictor():
     specs = [dataclasses.replace(spec, test_sampling=None, floor=0.005, faces_y=False) for spec in SPECS]
     predictor = Predictor(random_detector(), specs, score_threshold=SCORE)
     # One shape for all, for compiling takes time.
-    predictor.set_bucket_bases({1: LevelSizes(*(2 * size for size in _SMALLEST))})
+    predictor.set_bucket_bases({1: LevelSizes(*(2 * size for size in TR3DKind.least))})
     return predictor
 
 

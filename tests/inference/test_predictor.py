@@ -11,9 +11,10 @@ from flax import nnx
 from h2a2_jax.boxes import Detections
 from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation.evaluate import predict_source
-from h2a2_jax.inference.predictor import _SMALLEST, Predictor, prepare
+from h2a2_jax.inference.predictor import Predictor, prepare
 from h2a2_jax.loader.batching import BucketLadder, scan_sizes
-from h2a2_jax.models import TR3D, HeadConfig, LevelSizes
+from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig, LevelSizes
+from h2a2_jax.models.tr3d import TR3DKind
 from h2a2_jax.scans.scan import Scan, ScanError
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD
 from tests.inference.tiny import SPECS, TINY, random_detector, room
@@ -54,12 +55,12 @@ def assert_same(a: Detections, b: Detections) -> None:
 
 def test_a_bigger_bucket_gives_the_same_boxes(make_predictor: Callable[[], Predictor], small_boxes: Detections):
     other = make_predictor()
-    other._ladders[1] = BucketLadder(LevelSizes(*(2 * size for size in _SMALLEST)))
+    other._ladders[1] = BucketLadder(LevelSizes(*(2 * size for size in TR3DKind.least)))
     assert_same(other.predict([SMALL], "sunrgbd")[0], small_boxes)
 
 
 def test_a_scan_that_does_not_fit_takes_a_higher_bucket(predictor: Predictor, small_boxes: Detections):
-    small, big = scan_sizes(SMALL, 0.01), scan_sizes(BIG, 0.01)
+    small, big = scan_sizes([SMALL], DetectorConfig()), scan_sizes([BIG], DetectorConfig())
     lowest, higher = predictor._capacities(small, 1), predictor._capacities(big, 1)
     assert small.fits(lowest) and not big.fits(lowest) and big.fits(higher)
     ladder = predictor._ladders[1]

@@ -39,11 +39,11 @@ def run(store: ProgramStore, size: int = 3) -> tuple[int, Any]:
 
 
 def test_a_program_is_compiled_once_for_each_set_of_shapes(tmp_path: Path):
-    store = ProgramStore(tmp_path, "detector")
+    store = ProgramStore(tmp_path, "detector", LevelSizes)
     compiled, (product, rest) = run(store)
     assert compiled == 1 and np.array_equal(product, np.full((2, 4), 6)) and rest["sum"] == pytest.approx(6 + np.sin(2))
     assert run(store)[0] == 0 and run(store, 5)[0] == 1
-    later = ProgramStore(tmp_path, "detector")
+    later = ProgramStore(tmp_path, "detector", LevelSizes)
     compiled, (again, rest_again) = run(later)
     assert compiled == 0 and np.array_equal(again, product) and rest_again["sum"] == rest["sum"]
     assert run(later, 5)[0] == 0
@@ -51,48 +51,48 @@ def test_a_program_is_compiled_once_for_each_set_of_shapes(tmp_path: Path):
 
 
 def test_a_program_that_is_loaded_ahead_is_not_cut_off_by_the_end_of_the_process(tmp_path: Path):
-    run(ProgramStore(tmp_path, "detector"))
+    run(ProgramStore(tmp_path, "detector", LevelSizes))
     before = set(threading.enumerate())
-    ahead = ProgramStore(tmp_path, "detector")
+    ahead = ProgramStore(tmp_path, "detector", LevelSizes)
     assert not any(thread.daemon for thread in set(threading.enumerate()) - before)
     assert run(ahead)[0] == 0
 
 
 def test_another_detector_setting_or_function_has_its_own_program(tmp_path: Path):
-    run(ProgramStore(tmp_path, "detector"))
-    assert run(ProgramStore(tmp_path, "other"))[0] == 1
+    run(ProgramStore(tmp_path, "detector", LevelSizes))
+    assert run(ProgramStore(tmp_path, "other", LevelSizes))[0] == 1
     with jax.default_matmul_precision("highest"):
-        assert run(ProgramStore(tmp_path, "detector"))[0] == 1
-    kept = ProgramStore(tmp_path, "detector").keep(lambda x, y: x["a"], "first")
+        assert run(ProgramStore(tmp_path, "detector", LevelSizes))[0] == 1
+    kept = ProgramStore(tmp_path, "detector", LevelSizes).keep(lambda x, y: x["a"], "first")
     assert kept({"a": np.ones((2, 3), np.float32)}, np.ones((3, 4), np.float32)).shape == (2, 3) and kept.compiled == 1
 
 
 def test_a_damaged_program_is_compiled_again(tmp_path: Path):
-    run(ProgramStore(tmp_path, "detector"))
+    run(ProgramStore(tmp_path, "detector", LevelSizes))
     (file,) = tmp_path.glob("*.program")
     whole = file.read_bytes()
     for damaged in (whole[:-1], b"", whole[:40] + bytes([whole[40] ^ 1]) + whole[41:]):
         file.write_bytes(damaged)
-        assert run(ProgramStore(tmp_path, "detector"))[0] == 1
-        assert run(ProgramStore(tmp_path, "detector"))[0] == 0
+        assert run(ProgramStore(tmp_path, "detector", LevelSizes))[0] == 1
+        assert run(ProgramStore(tmp_path, "detector", LevelSizes))[0] == 0
 
 
 def test_programs_that_were_not_used_for_long_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    store = ProgramStore(tmp_path, "detector")
+    store = ProgramStore(tmp_path, "detector", LevelSizes)
     for size in (3, 4):
         run(store, size)
     for number, file in enumerate(sorted(tmp_path.glob("*.program"), key=lambda path: path.stat().st_mtime_ns)):
         os.utime(file, (1000 + number, 1000 + number))
-    run(ProgramStore(tmp_path, "detector"), 3)  # a use makes a program young
+    run(ProgramStore(tmp_path, "detector", LevelSizes), 3)  # a use makes a program young
     size = max(path.stat().st_size for path in tmp_path.glob("*.program"))
     monkeypatch.setattr("h2a2_jax.inference.programs._MOST_BYTES", int(2.5 * size))
     run(store, 5)
-    later = ProgramStore(tmp_path, "detector")
+    later = ProgramStore(tmp_path, "detector", LevelSizes)
     assert [run(later, size)[0] for size in (3, 5, 4)] == [0, 0, 1]
 
 
 def test_a_folder_that_is_gone_is_a_warning(tmp_path: Path):
-    store = ProgramStore(tmp_path / "gone", "detector")
+    store = ProgramStore(tmp_path / "gone", "detector", LevelSizes)
     with pytest.warns(UserWarning, match="A compiled program cannot be kept in .*gone"):
         assert run(store)[0] == 1
     with pytest.warns(UserWarning, match="cannot be written"):
@@ -100,11 +100,12 @@ def test_a_folder_that_is_gone_is_a_warning(tmp_path: Path):
 
 
 def test_shapes_are_stored_beside_the_programs(tmp_path: Path):
-    store = ProgramStore(tmp_path, "detector")
+    store = ProgramStore(tmp_path, "detector", LevelSizes)
     assert store.read_bases() == {}
     store.write_bases(BASES)
     run(store)
-    assert ProgramStore(tmp_path, "detector").read_bases() == BASES and ProgramStore(tmp_path, "o").read_bases() == {}
+    assert ProgramStore(tmp_path, "detector", LevelSizes).read_bases() == BASES
+    assert ProgramStore(tmp_path, "o", LevelSizes).read_bases() == {}
     with ThreadPoolExecutor(4) as pool:  # warnings are errors in tests: no thread takes the file of another away
         list(pool.map(lambda i: store.write_bases({1 + i % 8: LevelSizes(*[1] * 9)}), range(100)))
     assert set(store.read_bases()) == set(range(1, 9))
@@ -115,11 +116,11 @@ def test_shapes_are_stored_beside_the_programs(tmp_path: Path):
     ["", "[]", json.dumps({"version": 2, "bases": {"1": [1, 2]}, "recent": []}), json.dumps({"version": 1})],
 )
 def test_a_damaged_index_counts_as_none(tmp_path: Path, damaged: str):
-    store = ProgramStore(tmp_path, "detector")
+    store = ProgramStore(tmp_path, "detector", LevelSizes)
     store.write_bases({1: LevelSizes(*range(2, 11))})
     (index,) = tmp_path.iterdir()
     index.write_text(damaged)
-    assert ProgramStore(tmp_path, "detector").read_bases() == {}
+    assert ProgramStore(tmp_path, "detector", LevelSizes).read_bases() == {}
     store.write_bases(BASES)
     assert store.read_bases() == BASES
 
@@ -173,10 +174,10 @@ def test_a_program_that_jax_has_cached_too_is_stored_whole(tmp_path: Path):
     try:
         for name in ("first", "second"):
             (tmp_path / name).mkdir()
-            expected = np.asarray(ProgramStore(tmp_path / name, "detector").keep(function, "function")(x))
+            expected = np.asarray(ProgramStore(tmp_path / name, "detector", LevelSizes).keep(function, "function")(x))
             jax.clear_caches()
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-    kept = ProgramStore(tmp_path / "second", "detector").keep(function, "function")
+    kept = ProgramStore(tmp_path / "second", "detector", LevelSizes).keep(function, "function")
     np.testing.assert_array_equal(kept(x), expected)
     assert kept.compiled == 0

@@ -14,6 +14,7 @@ from h2a2_jax.scans.scan import Scan
 from h2a2_jax.scans.specs import SPECS
 
 VOXEL = 0.05
+MODEL = DetectorConfig(voxel_size=VOXEL)
 """Coarse, so that few points cover all levels."""
 SELECTION = SelectionConfig(
     **READING_0_1_0,
@@ -105,7 +106,7 @@ def _add_noise(rng, variable):
 
 def batch_of(scans, capacities=None, max_boxes=4):
     """A padded batch of scans of one dataset, on the device."""
-    host = collate(scans, VOXEL)
+    host = collate(scans, MODEL)
     if capacities is None:
         capacities = type(host.tables.sizes)(*(size + 32 for size in host.tables.sizes))
     return jax.tree.map(jax.numpy.asarray, pad_batch(host, capacities, max_boxes))

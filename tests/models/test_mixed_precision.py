@@ -20,7 +20,7 @@ from h2a2_jax.losses import detection_loss
 from h2a2_jax.models import DetectorConfig, LevelSizes
 from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.training.step import Targets
-from tests.models.scenes import SELECTION, VOXEL, batch_of, empty_scan, room, tiny_detector
+from tests.models.scenes import MODEL, SELECTION, batch_of, empty_scan, room, tiny_detector
 
 DATASET = 1
 PARTS = replace(SELECTION, convolutions=("residual", "stem", "neck"), scan_embedding=True)
@@ -64,7 +64,7 @@ def rooms():
 
 
 def capacities():
-    sizes = collate(SCANS, VOXEL).tables.sizes
+    sizes = collate(SCANS, MODEL).tables.sizes
     return LevelSizes(*(size + 32 for size in sizes))
 
 

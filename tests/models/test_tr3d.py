@@ -14,7 +14,7 @@ from h2a2_jax.losses import detection_loss
 from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig, LevelSizes
 from h2a2_jax.scans.specs import SCANNET, SPECS
 from h2a2_jax.training.gradients import Targets
-from tests.models.scenes import SELECTION, VOXEL, batch_of, empty_scan, room, tiny_config, tiny_detector
+from tests.models.scenes import MODEL, SELECTION, VOXEL, batch_of, empty_scan, room, tiny_config, tiny_detector
 
 DATASET = 1
 
@@ -39,7 +39,7 @@ def of_scan(out, scan):
 
 
 def capacities_of(*batches, more=32):
-    sizes = [collate(scans, VOXEL).tables.sizes for scans in batches]
+    sizes = [collate(scans, MODEL).tables.sizes for scans in batches]
     return LevelSizes(*(max(s) + more for s in zip(*sizes, strict=True)))
 
 

@@ -9,8 +9,7 @@ import pytest
 from flax import nnx
 
 from h2a2_jax.layers import DatasetContext, ForwardContext
-from h2a2_jax.models import TR3D, HeadConfig
-from h2a2_jax.models.tr3d import selective_layers
+from h2a2_jax.models import TR3D, HeadConfig, selective_layers
 from h2a2_jax.scans.specs import SPECS
 from tests.models.scenes import SELECTION, alive, batch_of, room, tiny_config, tiny_detector
 

@@ -9,8 +9,9 @@ from h2a2_jax import sparse
 from h2a2_jax.figures import Picture, Table
 from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.models.maps import detector_tables
+from h2a2_jax.models.tr3d import TR3DKind
 from h2a2_jax.report.learning import learnt_section
-from h2a2_jax.report.observation import LayerSelection, support
+from h2a2_jax.report.observation import LayerSelection
 from h2a2_jax.report.offsets import area_under_curve, kept_share, offset_classes, rank_correlation
 from h2a2_jax.training.metrics import SelectionHistory
 
@@ -39,7 +40,7 @@ def test_support_of_an_offset_is_the_share_of_sites_with_a_neighbour_there():
     # Three sites of stage 1 (8 voxels each) in a row along x: two of three have a left neighbour, two a right one.
     coords = np.array([[0, x, 0, 0] for x in (0, 8, 16)], np.int32)
     tables = detector_tables(sparse.site_set(coords, stride=1, num_scans=1))
-    own = support(tables, "layer1_0.conv2").reshape(3, 3, 3)  # z, y, x
+    own = TR3DKind().support(tables, "layer1_0.conv2").reshape(3, 3, 3)  # z, y, x
     assert own[1, 1].tolist() == pytest.approx([2 / 3, 1, 2 / 3])
     assert own.sum() == pytest.approx(2 + 1 / 3)
     for layer, table in (
@@ -47,7 +48,7 @@ def test_support_of_an_offset_is_the_share_of_sites_with_a_neighbour_there():
         ("stem", tables.stem),
         ("neck0.out", tables.ups[1].lateral),
     ):
-        assert support(tables, layer).tolist() == pytest.approx((table.rows >= 0).mean(1).tolist())
+        assert TR3DKind().support(tables, layer).tolist() == pytest.approx((table.rows >= 0).mean(1).tolist())
 
 
 def selection(shared: np.ndarray, gradients: np.ndarray | None) -> LayerSelection:

@@ -14,6 +14,7 @@ import pytest
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.loader.batching import collate
+from h2a2_jax.models import DetectorConfig
 from h2a2_jax.scans.mmdet3d import Mmdet3dFolder
 from h2a2_jax.scans.scan import ENCLOSED, load_or_skip, validate_scan
 from h2a2_jax.scans.scan_folder import ScanFolder
@@ -43,7 +44,7 @@ def survivors_make_a_batch(source, kept: list[str]) -> None:
     scans = list(load_or_skip(source, {}))
     assert [scan.name for scan in scans] == kept
     assert [problem for scan in scans for problem in validate_scan(scan, source.spec.num_classes)] == []
-    batch = collate(scans, 0.05)
+    batch = collate(scans, DetectorConfig(voxel_size=0.05))
     assert np.isfinite(batch.features).all() and (len(batch.features) > 0 or not kept)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from h2a2_jax.loader.augment import augment
 from h2a2_jax.loader.batching import collate
+from h2a2_jax.models import DetectorConfig
 from h2a2_jax.scans.scan import MAX_REACH, Scan, ScanError, usable_boxes, within_reach
 from h2a2_jax.scans.specs import SPECS
 
@@ -22,7 +23,9 @@ def test_points_within_reach_can_be_augmented_and_voxelised():
         largest = dataclasses.replace(spec.augmentation, scale=(spec.augmentation.scale[1],) * 2)
         for seed in range(5):
             moved = augment(scan, largest, np.random.default_rng(seed), has_yaw=spec.has_yaw)
-            assert len(collate([moved], 0.01).features) == len(np.unique(np.floor(moved.points / 0.01), axis=0))
+            assert len(collate([moved], DetectorConfig()).features) == len(
+                np.unique(np.floor(moved.points / 0.01), axis=0)
+            )
 
 
 def test_few_stray_points_are_left_out_and_many_mean_another_unit():

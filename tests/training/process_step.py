@@ -24,7 +24,7 @@ from h2a2_jax.models import TR3D, LevelSizes, PlanLayout
 from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.sparse import SparseTensor
 from h2a2_jax.training.step import make_train_step
-from tests.models.scenes import SELECTION, VOXEL, room, short_detector, short_plan
+from tests.models.scenes import MODEL, SELECTION, room, short_detector, short_plan
 from tests.training.configs import joint_config
 
 SEED = 2
@@ -44,7 +44,7 @@ def double_detector() -> TR3D:
 def smallest_margin() -> float:
     """How near alpha * beta of any scan and offset comes to the threshold."""
     model, margins = double_detector(), []
-    hosts = [collate([*scans, no_scan()][:2], VOXEL) for scans in SCANS]
+    hosts = [collate([*scans, no_scan()][:2], MODEL) for scans in SCANS]
     capacities = LevelSizes(*(max(sizes) for sizes in zip(*(host.tables.sizes for host in hosts), strict=True)))
 
     @jax.jit
@@ -78,7 +78,7 @@ def run_step(devices: Any) -> tuple[Any, Any, MeshLayout]:
 
     rows = 2 // process_layout.replicas
     grid = {
-        (d, r): collate((SCANS[d] + [no_scan()] * 2)[r * rows : (r + 1) * rows], VOXEL)
+        (d, r): collate((SCANS[d] + [no_scan()] * 2)[r * rows : (r + 1) * rows], MODEL)
         for d, r in process_layout.shards
     }
     # One bucket, agreed upon.

@@ -112,7 +112,7 @@ def test_a_bad_batch_is_named_and_kept(tmp_path: Path, capsys: pytest.CaptureFix
     assert [shard.names for shard in kept] == [tuple(names) for names in item.names]
     assert kept[0].bad_inputs() == (f"room{POISONED}",) and kept[1].bad_inputs() == ()
     for shard, drawn in zip(kept, of.shards(number).values(), strict=True):
-        again = shard.batch()
+        again = shard.batch(of.config.model)
         np.testing.assert_array_equal(again.features, drawn.batch.features)
         np.testing.assert_array_equal(again.tables.ups[0].lateral.rows, drawn.batch.tables.ups[0].lateral.rows)
         for ours, theirs in zip(again.scans, drawn.batch.scans, strict=True):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from h2a2_jax.initialization import build_detector
-from h2a2_jax.models.tr3d import selective_layers
+from h2a2_jax.models import selective_layers
 from h2a2_jax.training.gradients import SelectionMetrics
 from h2a2_jax.training.summary import selection_report, selection_table
 from tests.report.small_run import small

@@ -24,7 +24,7 @@ from h2a2_jax.loader.batching import BucketLadder, collate, no_scan, pad_batch
 from h2a2_jax.models import LevelSizes, PlanLayout
 from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.training.step import make_train_step
-from tests.models.scenes import SELECTION, VOXEL, room, tiny_detector
+from tests.models.scenes import MODEL, SELECTION, room, tiny_detector
 from tests.training.configs import joint_config
 
 DEVICES = (1, 3, 6)
@@ -54,9 +54,9 @@ def batch_for(mesh, scans=None, present=(True, True, True)):
     """Scans [dataset][scan] spread over the mesh."""
     scans, replicas = scans or SCANS, mesh.shape["replica"]
     per = 2 // replicas
-    grid = [[collate(row[r * per : (r + 1) * per], VOXEL) for r in range(replicas)] for row in scans]
+    grid = [[collate(row[r * per : (r + 1) * per], MODEL) for r in range(replicas)] for row in scans]
     # One bucket for all layouts, so that only the mesh differs.
-    both = [collate(row, VOXEL).tables.sizes for row in SCANS]
+    both = [collate(row, MODEL).tables.sizes for row in SCANS]
     capacities = BucketLadder(LevelSizes(*(max(s) for s in zip(*both, strict=True)))).capacities(0)
     batches = [
         [replace(pad_batch(b, capacities, 8, LAYOUT), present=np.asarray(here)) for b in row]

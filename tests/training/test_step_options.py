@@ -21,7 +21,7 @@ from h2a2_jax.models import LevelSizes, PlanLayout
 from h2a2_jax.optimizer import build_optimizer
 from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.training.step import make_train_step, tensor_names
-from tests.models.scenes import SELECTION, VOXEL, room, short_detector, short_plan
+from tests.models.scenes import MODEL, SELECTION, room, short_detector, short_plan
 from tests.training.configs import joint_config
 
 SPECS_USED = SPECS[:2]
@@ -36,7 +36,7 @@ FROZEN = "backbone.stages.1."
 @cache
 def batches() -> tuple[Batch, ...]:
     """Two batches in one bucket."""
-    hosts = [[collate(scans, VOXEL) for scans in batch] for batch in SCANS]
+    hosts = [[collate(scans, MODEL) for scans in batch] for batch in SCANS]
     sizes = [host.tables.sizes for batch in hosts for host in batch]
     capacities = BucketLadder(LevelSizes(*(max(column) for column in zip(*sizes, strict=True)))).capacities(0)
     return tuple(

@@ -1,0 +1,231 @@
+"""What the house asks of a detector, in one place.
+
+Training, prediction, evaluation, conversion and the report know a detector by two things: its network, a
+`DetectorNetwork`, and its `DetectorKind`, a few functions beside the network: sites and maps of a batch, loss, boxes,
+names of its weights. TR3D (`models.tr3d`) and FCAF3D (`models.fcaf3d`) are such kinds; a third is a file with both, a
+word of `DetectorConfig.kind` and a line of `KINDS` (`models.kinds`).
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+from h2a2_jax.layers import DatasetContext, ForwardContext, SelectiveConv
+from h2a2_jax.losses import DetectionLoss
+from h2a2_jax.models.architecture import DetectorConfig
+from h2a2_jax.sparse import Sites, SiteSet
+from h2a2_jax.typing import AnyArray
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Outputs of the head of a dataset.
+
+    Attributes:
+        dataset: name of the dataset.
+        num_classes: number of classes.
+        num_outputs: 6 for axis-aligned boxes, 8 for boxes with yaw.
+        columns: columns of the dataset's classes in the union of all; None where it has a head of its own.
+    """
+
+    dataset: str
+    num_classes: int
+    num_outputs: int
+    columns: tuple[int, ...] | None = None
+
+
+HeadChoice = DatasetContext | Int[AnyArray, " k"] | None
+"""Outputs wanted of a detector: the dataset whose head predicts, or columns of the union of classes, int32 [K]."""
+
+
+class Predictions(NamedTuple):
+    """Outputs of a head at every location of all levels, finest first, padding included.
+
+    Attributes:
+        locations: float32 [N, 3], metres: the corner of a location's voxel, without a half-voxel shift.
+        scan: int32 [N], scan of each location; num_scans on padding.
+        level: int32 [N], 0 for the finest: of TR3D 0 for 16 cm and 1 for 32 cm, of FCAF3D 0 to 3 for 8 to 64 cm.
+        boxes: float32 [N, 8], box outputs in metres: of TR3D columns 3:6 are exp()-ed sizes, of FCAF3D columns 0:6
+            are exp()-ed distances to the faces.
+        logits: float32 [N, K], class scores before the sigmoid.
+        centerness: float32 [N], FCAF3D: centerness before the sigmoid; None for TR3D.
+        overflow: int32 [], FCAF3D: sites that the capacities of the plan had no place for; None for TR3D.
+    """
+
+    locations: Float[Array, "n 3"]
+    scan: Int[Array, " n"]
+    level: Int[Array, " n"]
+    boxes: Float[Array, "n 8"]
+    logits: Float[Array, "n k"]
+    centerness: Float[Array, " n"] | None = None
+    overflow: Int[Array, ""] | None = None
+
+    def valid(self, num_scans: int) -> Bool[Array, " n"]:
+        """True for the rows that are locations."""
+        return self.scan < num_scans
+
+
+class Targets(NamedTuple):
+    """Facts of each dataset that its loss needs; leading dataset axis, without which a loss takes one dataset's.
+
+    Attributes:
+        label_to_level: int32 [D, K], level of TR3D's head that learns a class.
+        class_mask: bool [D, K], False on padded classes.
+        has_yaw: bool [D], True if the boxes of the dataset turn about z.
+        columns: int32 [D, K], columns of the classes in one label space; None where each dataset has its head.
+    """
+
+    label_to_level: Int[Array, "*d k"]
+    class_mask: Bool[Array, "*d k"]
+    has_yaw: Bool[Array, "*d"]
+    columns: Int[Array, "*d k"] | None = None
+
+
+class DetectorNetwork(nnx.Module):
+    """Network of a detector: a backbone of `MinkResNet`, a neck, and heads by dataset.
+
+    A parameter with a leading dataset axis says so in its metadata (`dataset_axis=0`). Convolutions with their norms
+    are `ConvNorm`s, which folding replaces; anything else must be the same for all datasets, or fold itself as the
+    heads do.
+
+    Attributes:
+        config: architecture.
+        heads_config: outputs of each dataset's head, in the order of the dataset axis.
+        embedding: [D, d], embedding of each dataset, read by the layers with kernel selection and by prompt-driven
+            norms; None without both.
+        backbone: stem and stages.
+        neck: what follows the stages.
+        heads: what predicts.
+    """
+
+    config: DetectorConfig
+    heads_config: tuple[HeadConfig, ...]
+    embedding: nnx.Param | None
+    backbone: Any
+    neck: Any
+    heads: Any
+
+    def __call__(
+        self, features: Float[Array, "n c"], plan: Any, context: ForwardContext, head: HeadChoice = None
+    ) -> Predictions:
+        """Predict at every location of a batch of scans.
+
+        Scans of a dataset that was not trained on need three choices: the dataset of classes and box parameters
+        (`head`); the dataset of embedding, statistics and exclusive kernels, or the mean of all (`context.dataset`);
+        and kernels selected by structure, or shared ones everywhere (`context.dataset.kernels`).
+
+        Args:
+            features: colour of the voxels, rows of `plan.voxels`.
+            plan: sites and maps of the batch, as the kind pads them.
+            context: context of the pass; its embedding is set here, and its compute type becomes that of all features.
+            head: dataset whose head predicts, None for that of the context; of a detector with one label space the
+                columns of the classes, None for all of them.
+        """
+        raise NotImplementedError
+
+    def conditioned(self, context: ForwardContext) -> tuple[DatasetContext, ForwardContext]:
+        """The dataset of a pass, and its context with the embedding of the dataset."""
+        dataset = context.dataset_of(len(self.heads_config))
+        if self.embedding is not None:
+            context = replace(context, embedding=dataset.pick(self.embedding[...]))
+        return dataset, context
+
+
+@runtime_checkable
+class Tables(Protocol):
+    """Exact host tables of one batch, before padding."""
+
+    @property
+    def voxels(self) -> SiteSet:
+        """Sites of the input."""
+
+    @property
+    def sizes(self) -> Any:
+        """Sites of every level, as `DetectorKind.sizes` counts them."""
+
+
+@runtime_checkable
+class DetectorKind(Protocol):
+    """A kind of detector: its network, and the functions that the house calls beside it; it holds nothing else.
+
+    Attributes:
+        title: name of the detector in texts.
+        levels: named tuple of int with the sites of every level, and a method `fits`.
+        least: smallest capacities of a scan in prediction, so that a scan of a few points does not set those of all
+            scans that follow.
+    """
+
+    title: str
+    levels: Any
+    least: Any
+
+    def build(self, config: DetectorConfig, heads: Any, *, rngs: nnx.Rngs) -> DetectorNetwork:
+        """Build the network with random parameters, for heads in the order of the dataset axis."""
+
+    def sizes(self, voxels: SiteSet, config: DetectorConfig) -> Any:
+        """Number of sites of every level, without a table; upper bounds where they depend on features.
+
+        Of several scans the sizes are the sums of those of each.
+        """
+
+    def tables(self, voxels: SiteSet, config: DetectorConfig) -> Tables:
+        """Every table that depends on the voxels alone; its `sizes` are those of `sizes`."""
+
+    def fits(self, tables: Any, capacities: Any, layout: Any) -> bool:
+        """Return True if the layout has places for every map in the shape of the capacities; "any" always has."""
+
+    def pad(self, tables: Any, capacities: Any, layout: Any) -> Any:
+        """The plan of a batch in the shape of a bucket, a pytree of numpy arrays with `voxels`, padded `Sites`.
+
+        Plans of the same capacities and layout have the same structure, for they are stacked.
+
+        Raises:
+            InputError: a level does not fit its capacity.
+            ValueError: the tables do not fit the layout.
+        """
+
+    def loss(
+        self,
+        out: Predictions,
+        boxes: Float[AnyArray, "b g 7"],
+        labels: Int[AnyArray, "b g"],
+        targets: Targets,
+        voxels: Sites,
+        config: DetectorConfig,
+        axis_name: Any = None,
+    ) -> DetectionLoss:
+        """Loss of one dataset's scans on this device; facts of the batch are summed over `axis_name`, the loss not."""
+
+    def detect(
+        self,
+        out: Predictions,
+        valid: Bool[Array, " n"],
+        *,
+        rotated: bool,
+        score_threshold: Float[AnyArray, ""],
+        iou_threshold: Float[AnyArray, ""],
+    ) -> tuple[Float[Array, "k 7"], Float[Array, " k"], Int32[Array, " k"], Int32[Array, ""]]:
+        """Boxes, scores and labels of one scan, whose rows are `valid`, and their number, inside jit.
+
+        `out` has as many columns of boxes and logits as the dataset has outputs and classes.
+        """
+
+    def support(self, tables: Any, layer: str) -> Float[np.ndarray, " v"]:
+        """Share of the output sites of a layer with kernel selection that have a neighbour at each offset."""
+
+
+def embeddings(num_datasets: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
+    """Normal embeddings [D, d] of the datasets."""
+    return nnx.Param(jax.random.normal(rngs.params(), (num_datasets, width)), dataset_axis=0)
+
+
+def selective_layers(network: DetectorNetwork) -> dict[str, SelectiveConv]:
+    """Layers with kernel selection, by name, in the order of the forward pass."""
+    blocks = (block for stage in network.backbone.stages for block in stage)
+    parts = [network.backbone.stem, *(part for block in blocks for part in (block.first, block.second))]
+    parts += network.neck.convolutions()
+    return {part.conv.name: part.conv for part in parts if isinstance(part.conv, SelectiveConv)}
