@@ -564,8 +564,8 @@ def _tau_flags(parser: argparse.ArgumentParser) -> None:
 
 def _ablation_flags(parser: argparse.ArgumentParser) -> None:
     _sweep_flags(parser)
-    rows = "naive, sfks, ngh, sfks_ngh, tr3d, frozen, modulation, exclusive, naive_shared_stats, random_labels"
-    several = "tr3d_<dataset>, single (tr3d); and the rivals of docs/training.md, as pdnorm, pretrained, mgda"
+    rows = "naive, sfks, ngh, sfks_ngh, single, frozen, modulation, exclusive, naive_shared_stats, random_labels"
+    several = "tr3d_<dataset> or fcaf3d_<dataset>; and the rivals of docs/training.md, as pdnorm, pretrained, mgda"
     parser.add_argument("--rows", type=_names, default=[], help=f"of {rows}, {several}; by default the first five")
     parser.add_argument(
         "--against", type=_names, default=[], help="rows that the differences of the others are from; naive by default"
@@ -850,7 +850,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("report", "report", "draw what kernel selection and gradient harmonisation did", _report_flags, _report),
     Command("check", "check", "look over a folder of scans before training on it", _check_flags, _check, False),
     Command("sweep tau", "tau_sweep", "train with several thresholds of selection", _tau_flags, _tau_sweep, True),
-    Command("sweep ablation", "ablation", "train naive, SF-KS, NGH, both, TR3D", _ablation_flags, _ablation, True),
+    Command("sweep ablation", "ablation", "train naive, SF-KS, NGH, both, single", _ablation_flags, _ablation, True),
     Command("sweep transfer", "transfer", "hold a dataset out, then fine-tune to it", _transfer_flags, _transfer, True),
     Command("sweep protocol", "protocol", "train and evaluate several times", _protocol_flags, _protocol, True),
     Command("table", "", "tables of a sweep as Markdown, CSV and LaTeX", _table_flags, _table, False),

@@ -4,10 +4,11 @@ A box is 7 float32 numbers: gravity centre x, y, z and sizes dx, dy, dz (m), yaw
 Axis-aligned boxes carry yaw 0. Nothing here knows of networks or datasets.
 """
 
-from h2a2_jax.boxes.codec import decode_boxes, decode_boxes_padded
+from h2a2_jax.boxes.codec import decode_boxes, decode_boxes_padded, decode_faces, decode_faces_padded, face_distances
 from h2a2_jax.boxes.iou import axis_aligned_bev_iou, axis_aligned_diou, axis_aligned_iou, pairwise_axis_aligned_bev_iou
 from h2a2_jax.boxes.nms import (
     Detections,
+    detections_from_centerness,
     detections_from_predictions,
     multiclass_nms,
     overlap_matrix,
@@ -20,6 +21,7 @@ from h2a2_jax.boxes.rotated_iou import (
     rotated_bev_iou,
     rotated_iou,
 )
+from h2a2_jax.boxes.tolerant_iou import tolerant_bev_iou
 
 __all__ = [
     "Detections",
@@ -29,7 +31,11 @@ __all__ = [
     "bev_intersection_area",
     "decode_boxes",
     "decode_boxes_padded",
+    "decode_faces",
+    "decode_faces_padded",
+    "detections_from_centerness",
     "detections_from_predictions",
+    "face_distances",
     "multiclass_nms",
     "overlap_matrix",
     "pairwise_axis_aligned_bev_iou",
@@ -38,4 +44,5 @@ __all__ = [
     "rotated_bev_iou",
     "rotated_iou",
     "suppress_across_classes",
+    "tolerant_bev_iou",
 ]

@@ -15,12 +15,13 @@ SMALLEST = 1e-12
 
 
 def axis_aligned_iou(
-    first: Float[AnyArray, "*#batch 7"], second: Float[AnyArray, "*#batch 7"]
+    first: Float[AnyArray, "*#batch 7"], second: Float[AnyArray, "*#batch 7"], *, smallest: float = SMALLEST
 ) -> Float[Array, "*batch"]:
-    """Volume IoU of paired boxes, their yaw ignored."""
+    """Volume IoU of paired boxes, their yaw ignored; `smallest` is the floor of the union (m^3)."""
     # From centres and sizes rather than from corners, so that far from the origin no digit is lost.
     overlap = _axis_overlap(first, second)
-    return ratio_of_overlap(jnp.prod(overlap, axis=-1), _product(first, 3, 6) + _product(second, 3, 6))
+    total = _product(first, 3, 6) + _product(second, 3, 6)
+    return ratio_of_overlap(jnp.prod(overlap, axis=-1), total, smallest=smallest)
 
 
 def axis_aligned_bev_iou(
@@ -75,10 +76,10 @@ def relative_extents(
 
 
 def ratio_of_overlap(
-    intersection: Float[AnyArray, "*#batch"], total: Float[AnyArray, "*#batch"]
+    intersection: Float[AnyArray, "*#batch"], total: Float[AnyArray, "*#batch"], *, smallest: float = SMALLEST
 ) -> Float[Array, "*batch"]:
-    """IoU from the common volume (or area) and the sum of both volumes; 0 where the union is empty."""
-    return jnp.divide(intersection, jnp.maximum(total - intersection, SMALLEST))
+    """IoU from the common volume (or area) and the sum of both; 0 where the union is empty, floored by `smallest`."""
+    return jnp.divide(intersection, jnp.maximum(total - intersection, smallest))
 
 
 def _axis_overlap(first: AnyArray, second: AnyArray) -> Array:

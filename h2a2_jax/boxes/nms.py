@@ -17,7 +17,7 @@ is 3 ms faster there, but it is a thousand steps in sequence, which on an accele
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from h2a2_jax.boxes.codec import decode_boxes
+from h2a2_jax.boxes.codec import decode_boxes, decode_faces
 from h2a2_jax.boxes.iou import axis_aligned_iou, pairwise_axis_aligned_bev_iou
 from h2a2_jax.boxes.rotated_iou import pairwise_rotated_bev_iou, pairwise_rotated_iou, rotated_bev_iou
+from h2a2_jax.boxes.tolerant_iou import PUBLISHED_TOLERANCE, add_overlaps_of_nearby_corners
 from h2a2_jax.typing import AnyArray
 
 MAX_CANDIDATES = 1000
@@ -155,6 +156,7 @@ def multiclass_nms(
     iou_threshold: float | Float[AnyArray, ""] = 0.5,
     rotated: bool,
     iou: Literal["bev", "3d"] = "bev",
+    corner_tolerance: float = 0.0,
 ) -> tuple[Int32[Array, " n*c"], Int32[Array, " n*c"], Int32[Array, ""]]:
     """Suppress every class by itself, by bird's-eye-view IoU; heights are ignored.
 
@@ -165,6 +167,8 @@ def multiclass_nms(
         iou_threshold: A box is dropped if its IoU with a better one that is kept is greater than this.
         rotated: True if yaw counts; static.
         iou: "bev" compares footprints (TR3D), "3d" volumes; static.
+        corner_tolerance: How far outside a rotated footprint a corner of another counts as inside (m), see
+            `h2a2_jax.boxes.tolerant_iou`; 0 for exact overlap; static.
 
     Returns:
         rows: Row of the box of each detection: class by class, in each by descending score, of equal scores by row.
@@ -177,7 +181,9 @@ def multiclass_nms(
     is_candidate = scores > score_threshold
     order = jnp.argsort(jnp.where(is_candidate, -scores, jnp.inf), axis=0, stable=True)
     ranks = jnp.zeros((n, c), jnp.int32).at[order, jnp.arange(c)].set(jnp.arange(n, dtype=jnp.int32)[:, None])
-    is_kept = _suppress(_is_overlapping(boxes, iou_threshold, rotated, iou), ranks, is_candidate)
+    wanted = jnp.any(is_candidate, axis=1)
+    is_overlapping = _is_overlapping(boxes, iou_threshold, rotated, iou, wanted, corner_tolerance)
+    is_kept = _suppress(is_overlapping, ranks, is_candidate)
     by_rank = jnp.take_along_axis(is_kept, order, axis=0).T
     labels, places = jnp.nonzero(by_rank, size=n * c, fill_value=-1)
     rows = jnp.where(labels < 0, n, order[places, labels])
@@ -214,10 +220,74 @@ def detections_from_predictions(
     """
     scores = jnp.where(valid[:, None], jax.nn.sigmoid(logits), jnp.nan)
     best = _best_rows(scores, valid, max_candidates)
-    boxes, scores = decode_boxes(locations[best], outputs[best]), scores[best]
-    rows, labels, count = multiclass_nms(
-        boxes, scores, score_threshold=score_threshold, iou_threshold=iou_threshold, rotated=rotated
+    return _detections(
+        decode_boxes(locations[best], outputs[best]),
+        scores[best],
+        rotated=rotated,
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
     )
+
+
+def detections_from_centerness(
+    locations: Float[AnyArray, "n 3"],
+    valid: Bool[AnyArray, " n"],
+    level: Int[AnyArray, " n"],
+    outputs: Float[AnyArray, "n channels"],
+    logits: Float[AnyArray, "n c"],
+    center_logits: Float[AnyArray, " n"],
+    *,
+    rotated: bool,
+    score_threshold: float | Float[AnyArray, ""] = 0.01,
+    iou_threshold: float | Float[AnyArray, ""] = 0.5,
+    max_candidates: int = MAX_CANDIDATES,
+    num_levels: int = 4,
+    corner_tolerance: float = PUBLISHED_TOLERANCE,
+) -> tuple[Float[Array, "k 7"], Float[Array, " k"], Int32[Array, " k"], Int32[Array, ""]]:
+    """Boxes of one scan from the outputs of FCAF3D's head: the best locations of each level, decoded, suppressed.
+
+    A location scores sigmoid(class) sigmoid(centerness). With m = num_levels * min(n, max_candidates) candidates, the
+    suppression holds a few tables of m^2 words: map over the scans of a batch by `jax.lax.map`.
+
+    Args:
+        locations: x, y, z (m).
+        valid: True for the rows of the scan; the other rows are not read.
+        level: Level of each location, 0 to num_levels - 1.
+        outputs: Head outputs, 6 or 8 columns, see `decode_faces`.
+        logits: Class logits.
+        center_logits: Centerness before the sigmoid.
+        rotated: True if yaw counts; static.
+        score_threshold: A box must score more than this in a class to be detected as that class.
+        iou_threshold: Footprint IoU above which the lower score of a class is dropped.
+        max_candidates: Locations of a level that are decoded, those of the highest score of a class; static.
+        num_levels: Number of levels; static.
+        corner_tolerance: How far outside a rotated footprint a corner of another counts as inside (m), see
+            `h2a2_jax.boxes.tolerant_iou`; static.
+
+    Returns:
+        boxes, scores, labels: Detections class by class, in each by descending score; of k = m x c rows the first
+            `count`, then zeros and label -1.
+        count: Number of detections.
+
+    References:
+        FCAF3D: Fully Convolutional Anchor-Free 3D Object Detection, https://arxiv.org/abs/2112.00322, section 3.3.
+    """
+    scores = jax.nn.sigmoid(logits) * jax.nn.sigmoid(center_logits)[:, None]
+    scores = jnp.where(valid[:, None], scores, jnp.nan)
+    best, is_best = _best_rows_of_levels(scores, valid, level, max_candidates, num_levels)
+    return _detections(
+        decode_faces(locations[best], outputs[best]),
+        jnp.where(is_best[:, None], scores[best], jnp.nan),
+        rotated=rotated,
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        corner_tolerance=corner_tolerance,
+    )
+
+
+def _detections(boxes: Array, scores: Array, **options: Any) -> tuple[Array, Array, Array, Array]:
+    """Boxes, scores, labels and number of what `multiclass_nms` keeps; zeros and label -1 behind it."""
+    rows, labels, count = multiclass_nms(boxes, scores, **options)
     is_found = jnp.arange(len(rows)) < count
     boxes, scores = jnp.where(is_found[:, None], boxes[rows], 0), jnp.where(is_found, scores[rows, labels], 0)
     return boxes, scores, labels, count
@@ -225,15 +295,44 @@ def detections_from_predictions(
 
 def _best_rows(scores: Array, valid: AnyArray, max_candidates: int) -> Array:
     """Rows of the highest class scores, descending, if there are more than enough; else the valid rows as they are."""
-    is_crowded = jnp.sum(valid) > max_candidates
-    # Rows with NaN among their classes go behind every score, as in numpy, and rows that are not valid behind those.
-    # The maximum cannot be relied on here: XLA's on a CPU passes NaN over in tables of some widths.
-    has_nan = jnp.any(jnp.isnan(scores), axis=1)
-    descending = jnp.where(is_crowded, jnp.where(has_nan, jnp.inf, -jnp.max(scores, axis=1)), 0)
+    descending = jnp.where(jnp.sum(valid) > max_candidates, _descending(scores), 0)
     return lax.sort((~jnp.asarray(valid), descending, jnp.arange(len(scores))), num_keys=3)[-1][:max_candidates]
 
 
-def _is_overlapping(boxes: AnyArray, iou_threshold: float | AnyArray, rotated: bool, iou: str) -> Array:
+def _best_rows_of_levels(
+    scores: Array, valid: AnyArray, level: AnyArray, max_candidates: int, num_levels: int
+) -> tuple[Array, Array]:
+    """Rows as of `_best_rows` of each level, level by level, and False for rows that stand in where a level has fewer.
+
+    Each level has a fixed number of places.
+    """
+    n, level = len(scores), jnp.where(valid, level, num_levels)
+    count = jnp.zeros(num_levels, jnp.int32).at[level].add(1, mode="drop")
+    is_crowded = (count > max_candidates).at[level].get(mode="fill", fill_value=False)
+    descending = jnp.where(is_crowded, _descending(scores), 0)
+    order = lax.sort((level, descending, jnp.arange(n)), num_keys=3)[-1]
+    place = jnp.arange(min(n, max_candidates))
+    start = jnp.cumsum(count) - count
+    rows = order.at[start[:, None] + place].get(mode="clip")
+    return rows.reshape(-1), (place < count[:, None]).reshape(-1)
+
+
+def _descending(scores: Array) -> Array:
+    """Keys that sort rows by descending highest score of a class."""
+    # Rows with NaN among their classes go behind every score, as in numpy. The maximum cannot be relied on here: XLA's
+    # on a CPU passes NaN over in tables of some widths.
+    has_nan = jnp.any(jnp.isnan(scores), axis=1)
+    return jnp.where(has_nan, jnp.inf, -jnp.max(scores, axis=1))
+
+
+def _is_overlapping(
+    boxes: AnyArray,
+    iou_threshold: float | AnyArray,
+    rotated: bool,
+    iou: str,
+    wanted: Array,
+    corner_tolerance: float,
+) -> Array:
     """Pairs [n, n] in which the box of the row, if kept, suppresses that of the column."""
     if iou == "3d":
         overlaps = pairwise_rotated_iou(boxes, boxes) if rotated else axis_aligned_iou(boxes[:, None], boxes[None])
@@ -249,7 +348,11 @@ def _is_overlapping(boxes: AnyArray, iou_threshold: float | AnyArray, rotated: b
     radius = jnp.linalg.norm(boxes[:, 3:5], axis=1) / 2
     offset_x, offset_y = (boxes[:, None, axis] - boxes[None, :, axis] for axis in (0, 1))
     limit = radius[:, None] + radius
-    return (offset_x * offset_x + offset_y * offset_y <= limit * limit) & (overlaps > iou_threshold)
+    may_meet = offset_x * offset_x + offset_y * offset_y <= limit * limit
+    if not corner_tolerance:
+        return may_meet & (overlaps > iou_threshold)
+    overlaps = jnp.where(may_meet, overlaps, 0)
+    return add_overlaps_of_nearby_corners(overlaps, boxes, wanted, iou_threshold, corner_tolerance)
 
 
 def _suppress(is_overlapping: Array, ranks: Array, is_candidate: AnyArray) -> Array:

@@ -25,12 +25,15 @@ class Assignment:
         box: int32 [N], box of each location, an index into its scan's boxes; -1 = none.
         candidates: int32 [B, G, K], rows of the locations that each box asks for, nearest first; N where there is none.
         positive: bool [B, G, K], True where the box got the candidate. Every location with a label is positive once.
+        centerness: float [B, G, K], FCAF3D: centerness of each candidate in its box, -1 where there is none; None for
+            TR3D.
     """
 
     labels: Leaf
     box: Leaf
     candidates: Leaf
     positive: Leaf
+    centerness: Leaf = None
 
 
 def assign(
@@ -68,7 +71,7 @@ def assign(
     """
     num_locations, (num_scans, num_boxes) = locations.shape[0], box_labels.shape
     if num_locations == 0 or num_scans == 0 or num_boxes == 0:
-        return _empty_assignment(num_locations, num_scans, num_boxes, top_k)
+        return empty_assignment(num_locations, num_scans, num_boxes, top_k)
     is_box = box_labels >= 0
     # -1 matches no level, so padding boxes ask for nothing.
     box_level = jnp.where(is_box, jnp.asarray(label_to_level)[jnp.where(is_box, box_labels, 0)], -1)
@@ -76,7 +79,7 @@ def assign(
     candidates, distances = jax.lax.map(
         lambda one: chunks.nearest(*one, top_k=top_k), (jnp.arange(num_scans), boxes[..., :3], box_level)
     )
-    return _resolve(candidates, distances, jnp.asarray(box_labels), num_locations)
+    return resolve_claims(candidates, distances, jnp.asarray(box_labels), num_locations)
 
 
 @jax.tree_util.register_dataclass
@@ -137,14 +140,29 @@ class _Chunks:
         return jnp.where(is_sought, x + y + z, jnp.inf)
 
 
-def _resolve(candidates: Array, distances: Array, box_labels: Array, num_locations: int) -> Assignment:
-    """Give every location that boxes ask for to the nearest one."""
+def resolve_claims(
+    candidates: Int[AnyArray, "b g k"],
+    costs: Float[AnyArray, "b g k"],
+    box_labels: Int[AnyArray, "b g"],
+    num_locations: int,
+) -> Assignment:
+    """Give every location that boxes ask for to the box of least cost, on a tie to the first.
+
+    Args:
+        candidates: rows of the locations that each box asks for.
+        costs: cost of giving each candidate to its box; infinite where there is no candidate.
+        box_labels: class of each box.
+        num_locations: number of rows.
+
+    Returns:
+        The assignment.
+    """
     num_boxes = box_labels.shape[1]
-    is_candidate = jnp.isfinite(distances)
+    is_candidate = jnp.isfinite(costs)
     rows = jnp.where(is_candidate, candidates, num_locations).astype(jnp.int32)
     box = jnp.broadcast_to(jnp.arange(num_boxes, dtype=jnp.int32)[:, None], rows.shape)
-    least = jnp.full(num_locations, jnp.inf, distances.dtype).at[rows].min(distances, mode="drop")
-    is_least = is_candidate & (distances == least.at[rows].get(mode="fill", fill_value=jnp.inf))
+    least = jnp.full(num_locations, jnp.inf, costs.dtype).at[rows].min(costs, mode="drop")
+    is_least = is_candidate & (costs == least.at[rows].get(mode="fill", fill_value=jnp.inf))
     winner = (
         jnp.full(num_locations, num_boxes, jnp.int32).at[rows].min(jnp.where(is_least, box, num_boxes), mode="drop")
     )
@@ -157,7 +175,8 @@ def _resolve(candidates: Array, distances: Array, box_labels: Array, num_locatio
     return Assignment(labels=labels, box=jnp.where(winner < num_boxes, winner, -1), candidates=rows, positive=positive)
 
 
-def _empty_assignment(num_locations: int, num_scans: int, num_boxes: int, top_k: int) -> Assignment:
+def empty_assignment(num_locations: int, num_scans: int, num_boxes: int, top_k: int) -> Assignment:
+    """All locations background, for batches without locations, scans or boxes."""
     none = jnp.full(num_locations, -1, jnp.int32)
     shape = (num_scans, num_boxes, top_k)
     return Assignment(

@@ -1,6 +1,8 @@
-"""Training loss of the scans of one dataset: focal loss of all locations, DIoU loss of the assigned ones."""
+"""TR3D's training loss of the scans of one dataset: focal loss of all locations, DIoU loss of the assigned ones."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from h2a2_jax.boxes.codec import decode_boxes_padded
 from h2a2_jax.boxes.iou import SMALLEST, axis_aligned_diou, enclosing_square_diagonal, relative_extents
 from h2a2_jax.boxes.rotated_iou import rotated_iou
-from h2a2_jax.losses.assignment import TOP_K, assign
+from h2a2_jax.losses.assignment import TOP_K, Assignment, assign
 from h2a2_jax.typing import AnyArray, Leaf
 
 CENTER_DISTANCES = ("xyz", "published")
@@ -22,10 +24,12 @@ class DetectionLoss:
     """The terms of the training loss; the loss is their sum.
 
     Attributes:
-        box: float [], DIoU loss summed over this replica's positives, divided by the number of positives.
-        classification: float [], focal loss summed over this replica's locations, divided by the number of positives.
+        box: float [], overlap loss of this replica's positives: of TR3D DIoU divided by the number of positives, of
+            FCAF3D IoU weighted by centerness.
+        classification: float [], focal loss of this replica's locations, divided by the number of positives.
         num_positives: int32 [], number of positives; with an `axis_name`, on all replicas.
-        centerness: float [], loss of the centerness; None for a detector without.
+        centerness: float [], FCAF3D: cross-entropy of the centerness of this replica's positives, divided by their
+            number; None for TR3D.
     """
 
     box: Leaf
@@ -94,43 +98,62 @@ def detection_loss(
     focal = sigmoid_focal_loss(jnp.where(is_location[:, None], logits, 0.0), assignment.labels, class_mask)
     focal = jnp.where(is_location[:, None], focal, 0.0)
 
-    # Only candidates can be positive: decoding those few spares the box loss of every other location.
-    pair_loss = _pair_loss(
-        jnp.asarray(locations).at[assignment.candidates].get(mode="fill", fill_value=0),
-        jnp.asarray(regression).at[assignment.candidates].get(mode="fill", fill_value=0),
-        jnp.asarray(boxes)[:, :, None],
-        assignment.positive,
+    pair_loss = losses_of_candidates(
+        locations,
+        regression,
+        boxes,
+        assignment,
         has_yaw,
-        center_distance,
+        decode=decode_boxes_padded,
+        rotated_loss=partial(rotated_diou_loss, center_distance=center_distance),
+        axis_aligned_loss=axis_aligned_diou_loss,
     )
     return DetectionLoss(
         box=jnp.sum(pair_loss) / normaliser, classification=jnp.sum(focal) / normaliser, num_positives=num_positives
     )
 
 
-def _pair_loss(
-    locations: Array,
-    regression: Array,
-    targets: Array,
-    positive: Array,
-    has_yaw: bool | AnyArray,
-    center_distance: str,
-) -> Array:
-    """DIoU loss per candidate, 0 where it is not positive."""
+def losses_of_candidates(
+    locations: Float[AnyArray, "n 3"],
+    regression: Float[AnyArray, "n 8"],
+    boxes: Float[AnyArray, "b g 7"],
+    assignment: Assignment,
+    has_yaw: bool | Bool[AnyArray, ""],
+    *,
+    decode: Callable[[AnyArray, AnyArray, bool | AnyArray], Array],
+    rotated_loss: Callable[[AnyArray, AnyArray], Array],
+    axis_aligned_loss: Callable[[AnyArray, AnyArray], Array],
+) -> Float[Array, "b g k"]:
+    """Loss of each candidate's decoded box against the box that asks for it.
+
+    Only candidates can be positive: decoding those few spares the loss of every other location.
+
+    Args:
+        locations: x, y, z (m).
+        regression: box outputs, see `decode`.
+        boxes: ground-truth boxes.
+        assignment: candidates and positives of the boxes.
+        has_yaw: True for `rotated_loss`, False for `axis_aligned_loss`.
+        decode: boxes from (locations, regression, has_yaw).
+        rotated_loss: loss of (predicted, target) boxes with yaw.
+        axis_aligned_loss: loss of (predicted, target) boxes, their yaw ignored.
+
+    Returns:
+        Losses; 0, with no gradient, where a candidate is not positive.
+    """
+    locations = jnp.asarray(locations).at[assignment.candidates].get(mode="fill", fill_value=0)
+    regression = jnp.asarray(regression).at[assignment.candidates].get(mode="fill", fill_value=0)
+    targets = jnp.asarray(boxes)[:, :, None]
     # Boxes of unit size stand in: the losses of candidates that are not positive are computed too and must be finite.
     unit_outputs = jnp.array([0, 0, 0, 1, 1, 1, 0, 0], regression.dtype)
     unit_box = jnp.array([0, 0, 0, 1, 1, 1, 0], targets.dtype)
-    is_positive = positive[..., None]
-    predicted = decode_boxes_padded(
+    is_positive = assignment.positive[..., None]
+    predicted = decode(
         jnp.where(is_positive, locations, 0.0), jnp.where(is_positive, regression, unit_outputs), has_yaw
     )
     targets = jnp.where(is_positive, targets, unit_box)
-    losses = jnp.where(
-        has_yaw,
-        rotated_diou_loss(predicted, targets, center_distance=center_distance),
-        axis_aligned_diou_loss(predicted, targets),
-    )
-    return jnp.where(positive, losses, 0.0)
+    losses = jnp.where(has_yaw, rotated_loss(predicted, targets), axis_aligned_loss(predicted, targets))
+    return jnp.where(assignment.positive, losses, 0.0)
 
 
 def sigmoid_focal_loss(

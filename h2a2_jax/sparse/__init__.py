@@ -43,6 +43,7 @@ from h2a2_jax.sparse.neighbors import (
 )
 from h2a2_jax.sparse.points import interpolate, sites_of_points, to_points, voxel_max, voxel_mean
 from h2a2_jax.sparse.pool import average_pool, global_pool, max_pool
+from h2a2_jax.sparse.pruning import interpolate_sites, keep_highest
 from h2a2_jax.sparse.sites import (
     Sites,
     SiteSet,
@@ -93,8 +94,10 @@ __all__ = [
     "global_pool",
     "has_native",
     "interpolate",
+    "interpolate_sites",
     "inverse_map",
     "inverse_neighbors",
+    "keep_highest",
     "kernel_offsets",
     "level_sizes",
     "limit_tiles",

@@ -180,10 +180,31 @@ def _interpolate_linearly(features: Array, sites: Sites, points: Array, scan: Ar
     rows = find_rows(sites, jnp.concatenate([scans, coords], 2))
     sum_type = jnp.promote_types(features.dtype, jnp.float32)
     weights = jnp.where(corners == 1, share, 1 - share).prod(2).astype(sum_type)
-    weights = jnp.where(rows < sites.capacity, weights, 0)
-    total = call_linear(_sum_corners, partial(_spread_corners, len(features)), features.astype(sum_type), rows, weights)
-    weight = weights.sum(0)[:, None]
-    return (total / jnp.where(weight > 0, weight, 1)).astype(features.dtype)
+    return blend_corners(features, rows, weights, normalize=True)
+
+
+def blend_corners(
+    features: Float[Array, "n c"], rows: Int[Array, "k m"], weights: Float[Array, "k m"], *, normalize: bool
+) -> Float[Array, "m c"]:
+    """Weighted sum of the features of k corners, for each of m places.
+
+    Args:
+        features: rows of sites; differentiable.
+        rows: row of each corner's site; from n on a corner without a site, which counts as zero.
+        weights: weight of each corner, float32 at least; differentiable.
+        normalize: if True, the weights of the corners with a site are divided by their sum.
+
+    Returns:
+        [m, C] in the type of the features; sums are in the type of the weights.
+    """
+    weights = jnp.where(rows < len(features), weights, 0)
+    total = call_linear(
+        _sum_corners, partial(_spread_corners, len(features)), features.astype(weights.dtype), rows, weights
+    )
+    if normalize:
+        weight = weights.sum(0)[:, None]
+        total /= jnp.where(weight > 0, weight, 1)
+    return total.astype(features.dtype)
 
 
 def _sum_corners(features: Array, rows: Array, weights: Array) -> Array:

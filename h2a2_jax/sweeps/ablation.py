@@ -11,6 +11,7 @@ from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
 from h2a2_jax.initialization import count_parameters
 from h2a2_jax.layers.kernel_selection import READING_0_1_0
+from h2a2_jax.models import kind_of
 from h2a2_jax.sweeps.intervals import row_differences, samples_of, stored_matches
 from h2a2_jax.sweeps.rivals import BALANCERS, PRETRAINED, SHARING, balanced, pretrained_row, shared_otherwise
 from h2a2_jax.sweeps.sweep_plan import (
@@ -43,7 +44,7 @@ from h2a2_jax.sweeps.sweep_results import (
 )
 from h2a2_jax.sweeps.sweep_runner import run_sweep
 
-ABLATION_ROWS = ("naive", "sfks", "ngh", "sfks_ngh", "tr3d")
+ABLATION_ROWS = ("naive", "sfks", "ngh", "sfks_ngh", "single")
 """Rows of the ablation unless others are asked for."""
 CONTROL_ROWS = ("frozen", "modulation", "exclusive", "naive_shared_stats", "random_labels")
 """Rows on request, each of which takes one part away that a gain may come from."""
@@ -90,17 +91,19 @@ def run_ablation(
     names: Sequence[str] = (),
     against: Sequence[str] = (),
 ) -> int:
-    """Train and evaluate naive joint training, SF-KS, NGH, both, and TR3D alone, with every seed.
+    """Train and evaluate naive joint training, SF-KS, NGH, both, and the detector alone, with every seed.
 
     Writes the tables, results.json and ablation.png. Arguments and errors are those of `run_tau_sweep`; `names` are
     rows of `ablation_rows`, and `against` those that the differences of all others are from: without them naive, or
     the first row of a table without it.
     """
     rows = ablation_rows(config, seeds, names, workdir)
-    labels = dict(zip(_row_names(names), (row.label for row in rows), strict=True))
+    labels = dict(zip(_row_names(config, names), (row.label for row in rows), strict=True))
     if unknown := [name for name in against if name not in labels and name != "single"]:
         raise InputError(f"--against is {unknown[0]!r}; expected rows of the table: {', '.join(labels)}.")
-    references = [labels[name] for name in _row_names(against or ["naive"]) if name in labels] or [rows[0].label]
+    references = [labels[name] for name in _row_names(config, against or ["naive"]) if name in labels] or [
+        rows[0].label
+    ]
     result = partial(comparison_result, "ablation", "Ablation", config, rows, references)
     starts = dict.fromkeys(run.after for row in rows for run in row.runs if run.after is not None)
     located = partial(locate, [Row("pretraining", tuple(starts)), *rows], workdir)
@@ -133,7 +136,7 @@ def tau_rows(base: ExperimentConfig, taus: Sequence[float], seeds: Sequence[int]
 def ablation_rows(
     base: ExperimentConfig, seeds: Sequence[int], names: Sequence[str] = (), workdir: Path = Path()
 ) -> list[Row]:
-    """Naive joint training, SF-KS, NGH, both, TR3D alone on each dataset, controls and rivals.
+    """Naive joint training, SF-KS, NGH, both, the detector alone on each dataset, controls and rivals.
 
     - "frozen": SF-KS with choices as O, P and A were drawn, by the prior "learned" without learning; beside what
       `optim.freeze` of the base names.
@@ -148,8 +151,9 @@ def ablation_rows(
     The single-dataset runs take as many steps as the joint ones, so that each sees as many of its scans. Their
     learning rate falls after the number of epochs that is nearest to the same number of steps.
 
-    Names, in the order of the table, are of `ABLATION_ROWS`, `CONTROL_ROWS` and `RIVAL_ROWS`, "tr3d_<dataset>" for TR3D
-    on one dataset, or "single", another name of "tr3d"; without them the table has all of `ABLATION_ROWS`.
+    Names, in the order of the table, are of `ABLATION_ROWS`, `CONTROL_ROWS` and `RIVAL_ROWS`, or "tr3d_<dataset>" for
+    one dataset, "fcaf3d_<dataset>" where that is the detector; "single" is another name of "tr3d" or "fcaf3d". Without
+    names the table has all of `ABLATION_ROWS`.
 
     Raises:
         InputError: the base selects no kernels or has only one dataset, a seed is given twice or makes no sense, or
@@ -207,23 +211,24 @@ def ablation_rows(
         return Row(label, seeded(name, config(), seeds))
 
     def alone(label: str, *names: str) -> Row:
-        runs = [run for name in names for run in seeded(f"tr3d_{name}", restricted(naive, [name]), seeds)]
+        runs = [run for name in names for run in seeded(f"{kind}_{name}", restricted(naive, [name]), seeds)]
         return Row(label, tuple(runs))
 
     rows: dict[str, Callable[[], Row]] = {name: partial(joint_row, name) for name in joint}
-    rows["tr3d"] = partial(alone, "TR3D alone", *base.dataset_names)
-    rows |= {f"tr3d_{name}": partial(alone, f"TR3D alone on {name}", name) for name in base.dataset_names}
+    kind, title = base.model.kind, kind_of(base.model).title
+    rows[kind] = partial(alone, f"{title} alone", *base.dataset_names)
+    rows |= {f"{kind}_{name}": partial(alone, f"{title} alone on {name}", name) for name in base.dataset_names}
     rows[PRETRAINED] = lambda: pretrained_row(base, seeds, workdir)
-    names = _row_names(names)
+    names = _row_names(base, names)
     if unknown := [name for name in names if name not in rows]:
         raise InputError(f"The ablation has no row {unknown[0]!r}; its rows are {', '.join(rows)}.")
     check_once("rows", names)
     return [rows[name]() for name in names]
 
 
-def _row_names(names: Sequence[str]) -> list[str]:
+def _row_names(base: ExperimentConfig, names: Sequence[str]) -> list[str]:
     """Names of rows, those of `ABLATION_ROWS` if there are none."""
-    return ["tr3d" if name == "single" else name for name in names or ABLATION_ROWS]
+    return [base.model.kind if name == "single" else name for name in names or ABLATION_ROWS]
 
 
 def comparison_result(

@@ -59,7 +59,7 @@ def shared_otherwise(base: ExperimentConfig, name: str) -> ExperimentConfig:
 
 
 def pretrained_row(base: ExperimentConfig, seeds: Sequence[int], workdir: Path) -> Row:
-    """TR3D trained on the first dataset, then on each dataset, half of the joint steps each.
+    """The detector trained on the first dataset, then on each dataset, half of the joint steps each.
 
     A dataset is so trained for as many steps as in joint training, or alone. The runs begin after those of the
     pretraining (`SweepRun.after`), whose folders are below the workdir.

@@ -23,6 +23,7 @@ from h2a2_jax.evaluation.evaluate import predict_source, say_skipped
 from h2a2_jax.evaluation.matches import read_matches, write_matches
 from h2a2_jax.files import whole_file
 from h2a2_jax.inference.predictor import build_predictor
+from h2a2_jax.models import kind_of
 from h2a2_jax.scans.label_space import UNION, head_specs
 from h2a2_jax.scans.sources import SourceConfig, build_source
 from h2a2_jax.sweeps.intervals import Sample, row_differences, samples_of, stored_matches
@@ -103,7 +104,7 @@ def run_transfer(
 
 
 def pretraining_rows(base: ExperimentConfig, held_out: str, seeds: Sequence[int]) -> list[Row]:
-    """TR3D on each of the other datasets; naive joint training and H2A2 on all of them.
+    """The detector on each of the other datasets; naive joint training and H2A2 on all of them.
 
     Raises:
         InputError: the base has no such dataset, fewer than two others or no kernel selection, or a seed makes no
@@ -118,7 +119,8 @@ def pretraining_rows(base: ExperimentConfig, held_out: str, seeds: Sequence[int]
         raise InputError("Transfer compares with kernel selection: give a config that has model.selection.")
     others = [name for name in names if name != held_out]
     naive, both = naive_joint(base), selected_and_harmonized(base)
-    rows = [Row(f"TR3D on {name}", seeded(f"tr3d_{name}", restricted(naive, [name]), seeds)) for name in others]
+    kind, title = base.model.kind, kind_of(base.model).title
+    rows = [Row(f"{title} on {name}", seeded(f"{kind}_{name}", restricted(naive, [name]), seeds)) for name in others]
     for label, name, config in (("naive joint", "naive", naive), ("H2A2", "h2a2", both)):
         rows.append(Row(label, seeded(f"{name}_without_{held_out}", restricted(config, others), seeds)))
     return rows

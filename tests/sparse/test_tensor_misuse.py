@@ -36,6 +36,14 @@ CASES = {
     ),
     "short keep": ("prune(x, keep[:3])", "prune was given keep bool[3]; expected bool[8], as of scores > 0."),
     "capacity": ("prune(x, keep, 2.5)", "capacity is 2.5; expected an integer from 0 on."),
+    "whole numbers for scores": (
+        "keep_highest(keep.astype(int), sites, 2)",
+        "keep_highest was given scores int32[8]; expected floats [8], one for each row of the sites, padding included.",
+    ),
+    "whole numbers between sites": (
+        "interpolate_sites(SparseTensor(rows.astype(int), sites), sites)",
+        "interpolate_sites was given features of type int32; expected floats.",
+    ),
     "other stride": ("union_add(x, coarse, 9)", "a union needs one stride, given 1 and 2."),
     "channels": ("union_add(x, wide, 99)", "a sum needs the same channels, given 2 and 3."),
     "values of another batch": (
