@@ -5,6 +5,7 @@
     python run.py --config=configs/joint.py:demo --workdir=runs/demo        procedural scans, needs no data
     python run.py --config=configs/joint.py:tiny --workdir=runs/tiny        the same in half a minute, learns nothing
     python run.py --config=configs/joint.py:two --workdir=runs/two          a handful of scans, learnt by heart
+    python run.py --config=configs/joint.py:fcaf3d --workdir=runs/fcaf3d    FCAF3D in place of TR3D
 
 Published for this setting, mAP@0.25 / mAP@0.5: ScanNet 77.5 / 63.8, SUN RGB-D 68.0 / 51.4, S3DIS 78.7 / 59.3. These
 numbers are the paper's; none of them was measured here. The demo says nothing about them: it shows that all parts work.
@@ -20,6 +21,9 @@ setting. `SourceConfig.share` says how often a dataset then takes part in a step
 mAP@0.5: ScanNet 77.0 / 65.9, S3DIS 76.7 / 65.3, MultiScan 62.6 / 52.3, 3RScan 63.6 / 44.9, ScanNet++ 24.0 / 16.8,
 ARKitScenes 60.1 / 47.2. None of these was measured here either, and UniDet3D's ScanNet has the class "otherfurniture"
 where ours has "garbagebin".
+
+`fcaf3d`: FCAF3D (arXiv 2112.00322) in place of TR3D, with its recipe (`SourceConfig.recipe`). It goes with every base
+and with every word but `union`; docs/detectors.md has the two side by side.
 
 `no_sfks`: without kernel selection (SF-KS). `mean`: without gradient harmonisation (NGH). Both: naive joint training.
 
@@ -43,6 +47,7 @@ from h2a2_jax.config import ExperimentConfig, OptimConfig, SourceConfig, TrainCo
 from h2a2_jax.errors import InputError
 from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.models import DetectorConfig
+from h2a2_jax.models.architecture import FCAF3D_STAGES
 from h2a2_jax.scans.sources import ROOTS
 from h2a2_jax.sweeps.rivals import BALANCERS, SHARING
 
@@ -57,6 +62,12 @@ UNIDET3D_SHARES: Mapping[str, float] = {
     "arkitscenes": 0.08,
 }
 """Share of each dataset's scans that an epoch of UniDet3D draws: `partition` in its published config."""
+
+_FCAF3D_SMALL: Mapping[str, Any] = {"prune_threshold": 2000, "assign_threshold": 9, "center_threshold": 6}
+"""Thresholds for the larger voxels of `demo` (1.5 cm) and `tiny` (4 cm). The levels below the coarsest of the demo have
+500, 4,000 and 30,000 locations a scan: 2,000 is half of the middle one, as the published 100,000 is half of the finest
+one of a ScanNet scan. In voxels of 1.5 cm a box holds a third (1 / 1.5^3) of the locations that it holds in those of
+1 cm, and 9 and 6 are a third of the published 27 and 18."""
 
 _GAP = re.compile(r"gap\d+(\.\d+)?")
 
@@ -171,6 +182,18 @@ def six(config: ExperimentConfig) -> ExperimentConfig:
     return replace(config, datasets=tuple(sources))
 
 
+def fcaf3d(config: ExperimentConfig) -> ExperimentConfig:
+    """FCAF3D in place of TR3D: at full width its published one, else the widths of the base."""
+    # All of its test protocols draw points. Where training is to see what evaluation sees, it draws them too.
+    datasets = tuple(replace(source, recipe="fcaf3d", sample=True) for source in config.datasets)
+    model = replace(config.model, kind="fcaf3d")
+    if model.stage_channels == DetectorConfig.stage_channels:
+        model = replace(model, stage_channels=FCAF3D_STAGES)
+    elif model.voxel_size > DetectorConfig.voxel_size:
+        model = replace(model, **_FCAF3D_SMALL)
+    return replace(config, datasets=datasets, model=model)
+
+
 def without_selection(config: ExperimentConfig) -> ExperimentConfig:
     """No kernel selection: every kernel is shared."""
     return replace(config, model=replace(config.model, selection=None))
@@ -203,6 +226,7 @@ BASES: Mapping[str, Callable[[], ExperimentConfig]] = {
 
 MODIFIERS: Mapping[str, Callable[[ExperimentConfig], ExperimentConfig]] = {
     "six": six,
+    "fcaf3d": fcaf3d,
     "no_sfks": without_selection,
     **{name: partial(with_model, changes) for name, (_, changes) in SHARING.items()},
     **{method: partial(with_balancer, method) for method in ("mean", *BALANCERS) if method != "fixed"},

@@ -856,5 +856,5 @@ COMMANDS: tuple[Command, ...] = (
     Command("table", "", "tables of a sweep as Markdown, CSV and LaTeX", _table_flags, _table, False),
     Command("replay", "replay", "run a batch again that was not finite", _replay_flags, _replay),
     Command("weights", "", "list weights by name, show or download them", _weights_flags, _weights, False),
-    Command("convert", "", "weights of TR3D in mmdetection3d to a run, and back", _convert_flags, _convert, False),
+    Command("convert", "", "published TR3D or FCAF3D to a run, and back", _convert_flags, _convert, False),
 )

@@ -42,8 +42,8 @@ _DETECTIONS = jax.jit(detections_from_predictions, static_argnames="rotated")
 
 def weights_beside(path: Path) -> Path:
     """The weights file that goes with a model file."""
-    kind_and_seed = re.fullmatch(r"model(?:_batch\d+)?_(.+)", path.stem)
-    name = f"weights_{kind_and_seed.group(1)}.npz" if kind_and_seed else ""
+    parts = re.fullmatch(r"(?:model|(fcaf3d))(?:_batch\d+)?_(.+)", path.stem)
+    name = "_".join(["weights", *filter(None, parts.groups())]) + ".npz" if parts else ""
     if not (path.parent / name).is_file():
         raise FileNotFoundError(f"{path} goes with {name or 'a weights_* file'} of the same folder, which is missing.")
     return path.parent / name
@@ -51,7 +51,7 @@ def weights_beside(path: Path) -> Path:
 
 def run_model_file(path: Path) -> Iterator[CaseResult]:
     """Run a whole model on the stored scans and compare everything that the file holds."""
-    stored, weights = _load(path), _load(weights_beside(path))
+    stored, weights = load_arrays(path), load_arrays(weights_beside(path))
     golden = _Golden.build(stored, weights)
     for name, part in (("voxels", _voxels), ("evaluation", _evaluation), ("training", _training)):
         yield from guarded(name, part(golden))
@@ -62,7 +62,8 @@ def run_model_file(path: Path) -> Iterator[CaseResult]:
         yield replace(result, name=f"float64.{result.name}")
 
 
-def _load(path: Path) -> Stored:
+def load_arrays(path: Path) -> Stored:
+    """Every array of a file."""
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
         return {key: stored[key] for key in stored.files}
 
@@ -146,7 +147,7 @@ def _evaluation(golden: _Golden) -> Iterator[CaseResult]:
     predictions, taps = jax.device_get(forward(state, golden.features, golden.plan))
     stages = [key.split(".")[0] for key in golden.stored if re.fullmatch(r"[^.]+\.stride", key)]
     for stage in stages:
-        yield from _stage(golden.stored, stage, taps.get(stage))
+        yield from compare_stage(golden.stored, stage, taps.get(stage))
     for level in sorted({m.group(1) for m in map(re.compile(r"head\.level(\d+)\.").match, golden.stored) if m}):
         for scan in range(golden.num_scans):
             yield from _head(golden, predictions, int(level), scan)
@@ -155,7 +156,10 @@ def _evaluation(golden: _Golden) -> Iterator[CaseResult]:
             yield from _predictions(golden, predictions, scan)
 
 
-def _stage(stored: Stored, stage: str, value: SparseTensor | None) -> Iterator[CaseResult]:
+def compare_stage(
+    stored: Stored, stage: str, value: SparseTensor | None, tolerance: float = STAGE_TOLERANCE
+) -> Iterator[CaseResult]:
+    """Sites of a stage and, where the file has them, all of its features or some rows and a summary of each channel."""
     if value is None:
         yield CaseResult(f"{stage} (not run)", float("inf"), 0.0, False)
         return
@@ -168,14 +172,14 @@ def _stage(stored: Stored, stage: str, value: SparseTensor | None) -> Iterator[C
     if len(coords) != len(expected):
         return
     rows = stored.get(f"{stage}.rows", np.arange(n))
-    yield compare(f"{stage}.feats", features[rows], stored[f"{stage}.feats"], STAGE_TOLERANCE)
+    yield compare(f"{stage}.feats", features[rows], stored[f"{stage}.feats"], tolerance)
     summaries = {"mean": features.mean(0), "std": features.std(0), "absmax": np.abs(features).max(0)}
     for name, summary in summaries.items():
         # Relative to the stage's largest value: a channel's mean may be a cancelled sum.
         expected_summary = stored[f"{stage}.channel_{name}"]
         scale = max(float(stored[f"{stage}.channel_absmax"].max()), 1e-30)
         error = float(np.abs(summary - expected_summary).max()) / scale
-        yield CaseResult(f"{stage}.channel_{name}", error, STAGE_TOLERANCE, error <= STAGE_TOLERANCE)
+        yield CaseResult.compare(f"{stage}.channel_{name}", error, tolerance)
 
 
 def _head(golden: _Golden, predictions: Predictions, level: int, scan: int) -> Iterator[CaseResult]:

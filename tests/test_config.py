@@ -108,6 +108,15 @@ def test_keys_left_out_take_their_defaults():
         ("optim.lr", -1.0, "optim.lr is -1.0; expected a finite number above 0."),
         ("optim.decay_epochs", [8, 8], "optim.decay_epochs is (8, 8); expected rising epochs from 1."),
         ("model.depth", 50, "model.depth is 50; the residual network has depth 10, 18 or 34."),
+        ("model.kind", "votenet", "model.kind is 'votenet'; expected one of 'tr3d', 'fcaf3d'."),
+        ("model.prune_threshold", 0, "model.prune_threshold is 0; expected 1 or more."),
+        ("model.assign_threshold", 0, "model.assign_threshold is 0; expected 1 or more."),
+        ("model.center_threshold", 0, "model.center_threshold is 0; expected 1 or more."),
+        (
+            "datasets.scannet.recipe",
+            "votenet",
+            "datasets.scannet.recipe is 'votenet'; expected one of 'tr3d', 'fcaf3d'.",
+        ),
         ("model.selection.tau", 1.5, "model.selection.tau is 1.5; expected a number from 0 to 1."),
         ("model.stage_channels", [4, 4, 0, 4], "expected widths of 1 or more."),
         ("datasets", {}, "datasets is (); expected at least one, such as scannet, sunrgbd, s3dis."),
@@ -255,6 +264,67 @@ def test_a_rival_is_one_word():
         assert experiment_config(module.get_config(f"no_sfks,{word},demo")) == balanced(naive, word)
     with pytest.raises(InputError, match="no variant 'fixed'"):
         module.get_config("demo,fixed")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"label_space": "union"}, "model.label_space is 'union'; expected 'separate' with model.kind 'fcaf3d'"),
+        ({"exclusive_stages": (0, 4)}, "model.exclusive_stages is (0, 4); expected stages of 1 to 4 with model.kind"),
+        (
+            {"selection": SelectionConfig(convolutions=("residual", "neck"))},
+            "model.selection.convolutions is ('residual', 'neck'); expected ('residual',) with model.kind 'fcaf3d'.",
+        ),
+        ({"selection": SelectionConfig(convolutions=("stem",))}, "model.selection.convolutions is ('stem',); expected"),
+    ],
+    ids=str,
+)
+def test_what_fcaf3d_does_not_share_is_refused(changes: dict[str, Any], sentence: str):
+    assert ExperimentConfig(SOURCES, DetectorConfig(**changes)).model.kind == "tr3d"
+    with pytest.raises(InputError) as error:
+        ExperimentConfig(SOURCES, DetectorConfig(kind="fcaf3d", **changes))
+    assert sentence in str(error.value)
+
+
+def test_joint_with_fcaf3d():
+    module = load("joint")
+    config = experiment_config(module.get_config("fcaf3d"))
+    assert {source.recipe for source in config.datasets} == {"fcaf3d"}
+    assert [spec.repeats for spec in config.specs] == [10, 3, 13]
+    assert config.model == DetectorConfig(
+        kind="fcaf3d", stage_channels=(64, 128, 256, 512), selection=SelectionConfig()
+    )
+    assert dataclasses.replace(config, datasets=module.paper().datasets, model=module.paper().model) == module.paper()
+    for base in ("synthetic", "demo", "tiny", "two"):
+        tr3d, model = getattr(module, base)(), experiment_config(module.get_config(f"{base},fcaf3d")).model
+        assert model.kind == "fcaf3d" and (model.depth, model.neck_channels) == (
+            tr3d.model.depth,
+            tr3d.model.neck_channels,
+        )
+    demo = experiment_config(module.get_config("demo,fcaf3d"))
+    assert demo.model == dataclasses.replace(
+        module.demo().model, kind="fcaf3d", prune_threshold=2000, assign_threshold=9, center_threshold=6
+    )
+    assert all(source.sample for source in experiment_config(module.get_config("two,fcaf3d")).datasets)
+    for words in ("six", "no_sfks,mean", "no_sfks,pdnorm", "no_sfks,adapters", "no_sfks,exclusive_all", "gap2,mgda"):
+        plain, changed = (experiment_config(module.get_config(f"demo,{words}{w}")) for w in ("", ",fcaf3d"))
+        assert changed.dataset_names == plain.dataset_names and changed.model.kind == "fcaf3d"
+        assert changed.harmonize == plain.harmonize and changed.model.selection == plain.model.selection
+        assert changed.model.exclusive_stages == plain.model.exclusive_stages
+    with pytest.raises(InputError, match=r"model.label_space is 'union'; expected 'separate' with model.kind 'fcaf3d'"):
+        module.get_config("demo,no_sfks,union,fcaf3d")
+
+
+def test_single_with_fcaf3d():
+    module = load("single")
+    config = experiment_config(module.get_config("scannet,fcaf3d"))
+    assert config == experiment_config(module.get_config("fcaf3d,scannet"))
+    assert config.model == DetectorConfig(kind="fcaf3d", stage_channels=(64, 128, 256, 512))
+    assert config.datasets == (SourceConfig("scannet", root="data/scannet", recipe="fcaf3d"),)
+    assert from_json(to_json(config)) == config
+    for variant in ("fcaf3d", "scannet,sunrgbd", "scannet,fcaf"):
+        with pytest.raises(InputError, match=f"there is no variant '{variant}'; choose it as in"):
+            module.get_config(variant)
 
 
 def test_single_is_tr3d_on_one_dataset():

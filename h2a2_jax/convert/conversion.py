@@ -1,19 +1,20 @@
-"""Conversion of TR3D checkpoints: from a file of PyTorch to a run's folder with its checkpoint, and back.
+"""Conversion of TR3D and FCAF3D checkpoints: from a file of PyTorch to a run's folder with its checkpoint, and back.
 
-    python -m h2a2_jax.convert.tr3d tr3d.pth --output=runs/tr3d                 from mmdetection3d
-    python -m h2a2_jax.convert.tr3d runs/tr3d --reverse --output=tr3d.pth       and back
+    h2a2 convert tr3d.pth --output=runs/tr3d                    from mmdetection3d; FCAF3D is found by its head
+    h2a2 convert runs/tr3d --reverse --output=tr3d.pth          and back
 
 `convert_command` is the command; `convert_file`, `save_conversion` and `export_checkpoint` are its steps.
+`python -m h2a2_jax.convert.tr3d` is the same command.
 """
 
 import argparse
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -25,29 +26,57 @@ from h2a2_jax.balancers import build_balancer
 from h2a2_jax.checkpoint.store import CheckpointStore, restore_checkpoint
 from h2a2_jax.checkpoint.train_state import create_state
 from h2a2_jax.config import ExperimentConfig, HarmonizeConfig, to_json
+from h2a2_jax.convert.fcaf3d_weights import fcaf3d_of_weights, fcaf3d_slots, is_fcaf3d, with_present_names
+from h2a2_jax.convert.slots import Slot, export_slots, load_slots, of_one_dataset, without_prefix
 from h2a2_jax.convert.torch_file import TorchFile, read_torch_file, write_torch_file
-from h2a2_jax.convert.tr3d_weights import as_tr3d, config_of_weights, export_tr3d, load_tr3d, tr3d_slots, without_prefix
+from h2a2_jax.convert.tr3d_weights import tr3d_of_weights, tr3d_slots
 from h2a2_jax.distributed import DATASET
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import quiet_command_line
 from h2a2_jax.initialization import draw_detector
-from h2a2_jax.models import TR3D
+from h2a2_jax.models import DetectorConfig
 from h2a2_jax.models.head import NUM_OUTPUTS
 from h2a2_jax.optimizer import build_optimizer, learning_rate
 from h2a2_jax.scans.sources import ROOTS, SourceConfig
 from h2a2_jax.scans.specs import ALL_SPECS, SPECS
 
-_FCAF3D_ONLY = "bbox_head.conv_center.kernel"
-_SHOWN = 3
-_DESCRIPTION = """Convert TR3D checkpoints of mmdetection3d into checkpoints of this program, and back.
+Kind = Literal["tr3d", "fcaf3d"]
+"""Kind of a detector, as `DetectorConfig.kind`."""
 
-Only the file's weights are read; nothing in it is imported or run. Depth, widths, classes and the form of the boxes
-follow from the weights. Of FCAF3D the backbone's convolutions and norms of the same names are taken (--partial)."""
+_SHOWN = 3
+_VERSION = 2
+"""Version of the class of both detectors in mmdetection3d; it renames the parameters in files of an earlier one."""
+_DESCRIPTION = """Convert TR3D and FCAF3D checkpoints of mmdetection3d into checkpoints of this program, and back.
+
+Only the file's weights are read; nothing in it is imported or run. Detector, depth, widths, classes and the form of the
+boxes follow from the weights. --kind makes the other detector of the two of a file, from its backbone (--partial)."""
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """Form of a kind of detector in mmdetection3d.
+
+    Attributes:
+        title: name of the detector.
+        slots: every parameter and running statistic of a detector by its published name, of one dataset.
+        architecture: finds the architecture of weights.
+    """
+
+    title: str
+    slots: Callable[[Any, int], dict[str, Slot]]
+    architecture: Callable[[Mapping[str, np.ndarray]], DetectorConfig]
+
+
+FORMATS: Mapping[Kind, WeightFormat] = {
+    "tr3d": WeightFormat("TR3D", tr3d_slots, tr3d_of_weights),
+    "fcaf3d": WeightFormat("FCAF3D", fcaf3d_slots, fcaf3d_of_weights),
+}
+"""Forms of published weights by kind of detector."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the table that a conversion prints: a parameter of TR3D and what was done with it.
+    """One line of the table that a conversion prints: a published parameter and what was done with it.
 
     Its fate is "used", "left over" (in the file, without a place here), "missing" (needed here, not in the file) or
     "written".
@@ -64,7 +93,7 @@ class Conversion:
     """A run made from the weights of a file."""
 
     config: ExperimentConfig  # of a run that the weights could come from
-    weights: Mapping[str, np.ndarray]  # those with a place in its detector, by TR3D's names
+    weights: Mapping[str, np.ndarray]  # those with a place in its detector, by their published names
     entries: tuple[Entry, ...]  # one for every name
     notes: tuple[str, ...] = ()
 
@@ -72,40 +101,60 @@ class Conversion:
         """The entries of one fate."""
         return [entry for entry in self.entries if entry.fate == fate]
 
-    def build(self) -> TR3D:
+    @property
+    def format(self) -> WeightFormat:
+        """Form of the detector's published weights."""
+        return FORMATS[self.config.model.kind]
+
+    def build(self) -> Any:
         """Build the detector with the weights; missing parameters are initialised by the config's seed."""
         graph, state = nnx.split(_shape_detector(self.config))
         model = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state))
-        load_tr3d(model, self.weights)
+        load_slots(self.format.slots(model, 0), self.weights)
         missing = [entry.name for entry in self.of("missing")]
 
         def draw(key: PRNGKeyArray) -> dict[str, jax.Array]:
-            slots = tr3d_slots(draw_detector(self.config, key))
+            slots = self.format.slots(draw_detector(self.config, key), 0)
             return {name: slots[name].variable[...][slots[name].index].reshape(slots[name].shape) for name in missing}
 
         if missing:  # compiled for the missing parameters alone, since all of them take long
-            load_tr3d(model, jax.device_get(jax.jit(draw)(jax.random.key(self.config.train.seed))))
+            drawn = jax.device_get(jax.jit(draw)(jax.random.key(self.config.train.seed)))
+            load_slots(self.format.slots(model, 0), drawn)
         return model
 
 
 def convert_file(
-    file: TorchFile, dataset: str | None = None, classes: tuple[str, ...] = (), seed: int = 0
+    file: TorchFile,
+    dataset: str | None = None,
+    classes: tuple[str, ...] = (),
+    seed: int = 0,
+    kind: Kind | None = None,
 ) -> Conversion:
-    """Find the detector that a file's weights belong to, and the place of each; refuse weights that are not finite.
+    """Find the detector that a file's weights belong to, and the place of each.
 
-    The dataset of the head is by default the built-in one with as many classes and outputs. One that is not built in
-    has the given classes, or those that the file names. The seed is that of the parameters that the file lacks.
+    Args:
+        file: weights of TR3D or FCAF3D.
+        dataset: dataset of the head; None for the built-in one with as many classes and outputs.
+        classes: classes of a dataset that is not built in; empty for those that the file names.
+        seed: seed of the parameters that the file lacks.
+        kind: kind of detector to make. None: that of the file. Of a file of the other kind the backbone is taken.
+
+    Raises:
+        InputError: the weights are of another network or not finite, or the dataset does not fit them.
     """
     whole = without_prefix(file.tensors)
-    numbers = {name: value for name, value in whole.items() if not name.endswith("num_batches_tracked")}
-    is_fcaf3d = _FCAF3D_ONLY in numbers
-    # The head of FCAF3D has names of TR3D's head for other things.
-    state = {k: v for k, v in numbers.items() if k.startswith("backbone.")} if is_fcaf3d else numbers
-    model_config = config_of_weights(state)
+    found: Kind = "fcaf3d" if is_fcaf3d(whole) else "tr3d"
+    kind = kind or found
+    renamed = with_present_names(whole) if found == "fcaf3d" else whole
+    numbers = {name: value for name, value in renamed.items() if not name.endswith("num_batches_tracked")}
+    # The heads of the two have the same names for other things.
+    state = numbers if kind == found else {k: v for k, v in numbers.items() if k.startswith("backbone.")}
+    model_config = FORMATS[kind].architecture(state)
     source, note = _dataset_of(state, file.classes, dataset, classes)
+    source = replace(source, recipe=kind)
     config = ExperimentConfig(datasets=(source,), model=model_config, harmonize=HarmonizeConfig(method="mean"))
     config = replace(config, train=replace(config.train, seed=seed))
-    shapes = {name: slot.shape for name, slot in tr3d_slots(_shape_detector(config)).items()}
+    shapes = {name: slot.shape for name, slot in FORMATS[kind].slots(_shape_detector(config), 0).items()}
     fitting, reasons = {}, {}
     for name, value in state.items():
         if name not in shapes:
@@ -118,8 +167,8 @@ def convert_file(
             fitting[name] = np.asarray(value, np.float32).reshape(shapes[name])
             if not np.isfinite(fitting[name]).all():
                 raise InputError(f"{name} holds NaN or infinity: the file is damaged, or its training diverged.")
-    if is_fcaf3d:
-        reasons |= dict.fromkeys((name for name in numbers if name not in state), "of FCAF3D, not of its backbone")
+    foreign = f"of {FORMATS[found].title}, not of its backbone"
+    reasons |= {name: foreign for name in numbers if name not in state}
     entries = [Entry("used", name, _shape_and_dtype(state[name])) for name in shapes if name in fitting]
     entries += [
         Entry("left over", k, _shape_and_dtype(v), reasons.get(k, "")) for k, v in numbers.items() if k not in fitting
@@ -127,6 +176,10 @@ def convert_file(
     entries += [Entry("left over", name, "no tensor") for name in file.others]
     entries += [Entry("missing", name, _shape(shapes[name]), "initialised") for name in shapes if name not in fitting]
     notes = [note] if note else []
+    if old := len(renamed.keys() - whole.keys()):
+        notes.append(
+            f"The file has an old name for its head: {old} names begin with head in it and with bbox_head here."
+        )
     if len(numbers) < len(whole):
         notes.append(f"{len(whole) - len(numbers)} counters of batches (num_batches_tracked) are not part of a model.")
     if file.not_read:
@@ -151,25 +204,29 @@ def save_conversion(conversion: Conversion, workdir: Path) -> None:
 
 
 def export_checkpoint(path: Path, dataset: str | None = None, step: int | None = None) -> tuple[dict, dict[str, Any]]:
-    """Export a run's checkpoint in the form of mmdetection3d's TR3D, with the statistics and the head of one dataset.
+    """Export a run's checkpoint in the form of mmdetection3d, with the statistics and the head of one dataset.
 
     Returns:
-        The state dict, by TR3D's names, and the metadata stored beside it.
+        The state dict, by the published names of its kind of detector, and the metadata stored beside it.
+
+    Raises:
+        InputError: there is no such checkpoint or dataset, or no published detector can express what it holds.
     """
     model, config = restore_checkpoint(path, step)
+    form = FORMATS[config.model.kind]
     if config.model.selection is not None:
         raise InputError(
-            f"{path} selects kernels by the dataset and the scan (model.selection), which TR3D cannot express, and its "
-            "shared kernels alone are another detector: export one trained with model.selection=None."
+            f"{path} selects kernels by the dataset and the scan (model.selection), which {form.title} cannot express, "
+            "and its shared kernels alone are another detector: export one trained with model.selection=None."
         )
     names = config.dataset_names
     if dataset is None and len(names) > 1:
-        raise InputError(f"{path} was trained on {', '.join(names)}, TR3D holds one: choose it with --dataset.")
+        raise InputError(f"{path} was trained on {', '.join(names)}, {form.title} holds one: choose it with --dataset.")
     if dataset is not None and dataset not in names:
         raise InputError(f"{path} was trained on {', '.join(names)}, not on {dataset}.")
     index = 0 if dataset is None else names.index(dataset)
     state: dict[str, np.ndarray] = {}
-    for name, value in export_tr3d(as_tr3d(model, index), index).items():
+    for name, value in export_slots(form.slots(of_one_dataset(model, index), index)).items():
         state[name] = value
         if name.endswith("running_var"):
             state[name.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
@@ -190,7 +247,7 @@ def _dataset_of(
     if dataset is None and classes:
         raise InputError("--classes are of a dataset of your own: give it a name with --dataset.")
     if dataset is None:
-        # Of the three that TR3D is published for: the head of 3RScan looks like that of ScanNet.
+        # Of the three that both are published for: the head of 3RScan looks like that of ScanNet.
         fitting = [s.name for s in SPECS if (s.num_classes, s.num_outputs) == (num_classes, num_outputs)]
         if not fitting:
             problem = f"The head has {found}, which is none of" if has_head else "No head distinguishes the datasets"
@@ -228,7 +285,7 @@ def _dataset_of(
     return source, "" if classes else f"Its classes are those that the file names: {', '.join(own)}."
 
 
-def _shape_detector(config: ExperimentConfig) -> TR3D:
+def _shape_detector(config: ExperimentConfig) -> Any:
     """The detector with shapes in place of arrays."""
     return nnx.eval_shape(lambda: draw_detector(config, jax.random.key(0)))
 
@@ -257,10 +314,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes", default="", help="of a dataset that is not built in, with commas between, in order"
     )
+    parser.add_argument(
+        "--kind",
+        choices=tuple(FORMATS),
+        help="detector to make; by default that of the file, of which another takes the backbone",
+    )
     parser.add_argument("--partial", action="store_true", help="initialise parameters that are missing in the file")
-    parser.add_argument("--voxel_size", type=float, help="in metres, not stored in weights; by default TR3D's 0.01")
+    parser.add_argument("--voxel_size", type=float, help="in metres, not stored in weights; by default 0.01")
+    parser.add_argument(
+        "--prune_threshold",
+        type=int,
+        help="locations a level of FCAF3D keeps, not stored in weights; by default 100000",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of parameters that are initialised")
-    parser.add_argument("--reverse", action="store_true", help="from our checkpoint to a state dict of TR3D")
+    parser.add_argument("--reverse", action="store_true", help="from our checkpoint to a state dict of mmdetection3d")
     parser.add_argument("--step", type=int, help="with --reverse: of the checkpoint; by default the last")
 
 
@@ -286,12 +353,16 @@ def convert_command(arguments: argparse.Namespace | Sequence[str]) -> int:
 
 
 def _check_arguments(given: argparse.Namespace) -> None:
-    if given.reverse and (given.partial or given.classes or given.seed or given.voxel_size is not None):
+    numbers = (given.voxel_size, given.prune_threshold)
+    if given.reverse and (given.partial or given.classes or given.seed or given.kind or numbers != (None, None)):
         raise InputError(
-            "--partial, --classes, --seed and --voxel_size are for the way into this program, not for --reverse."
+            "--kind, --partial, --classes, --seed, --voxel_size and --prune_threshold are for the way into this "
+            "program, not for --reverse."
         )
     if given.voxel_size is not None and not 0 < given.voxel_size < math.inf:
         raise InputError(f"--voxel_size is {given.voxel_size:g}; expected is a length in metres, as 0.01.")
+    if given.prune_threshold is not None and given.prune_threshold < 1:
+        raise InputError(f"--prune_threshold is {given.prune_threshold}; expected 1 or more.")
     if given.step is not None and not given.reverse:
         raise InputError("--step chooses a checkpoint of ours, with --reverse; a .pth file holds one.")
     if given.seed < 0:
@@ -304,7 +375,7 @@ def _from_pytorch(given: argparse.Namespace) -> None:
     if (given.output / "checkpoints").exists() or (given.output / "config.json").exists():
         raise InputError(f"{given.output} is the folder of a run already: give another --output.")
     classes = tuple(name.strip() for name in given.classes.split(",")) if given.classes else ()
-    conversion = convert_file(read_torch_file(given.input), given.dataset, classes, given.seed)
+    conversion = convert_file(read_torch_file(given.input), given.dataset, classes, given.seed, given.kind)
     print(table(conversion.entries))
     for note in conversion.notes:
         print(_printable(note))
@@ -315,16 +386,20 @@ def _from_pytorch(given: argparse.Namespace) -> None:
             f"{given.input} lacks {', '.join(missing[:_SHOWN])}{more}; nothing was written: --partial initialises "
             "what is missing."
         )
-    if given.voxel_size is not None:
-        model = replace(conversion.config.model, voxel_size=given.voxel_size)
-        conversion = replace(conversion, config=replace(conversion.config, model=model))
+    prunes = conversion.config.model.kind == "fcaf3d"
+    if given.prune_threshold is not None and not prunes:
+        raise InputError("--prune_threshold is for FCAF3D, and the file becomes a TR3D: leave it out.")
+    numbers = {key: value for key in ("voxel_size", "prune_threshold") if (value := getattr(given, key)) is not None}
+    model = replace(conversion.config.model, **numbers)
+    conversion = replace(conversion, config=replace(conversion.config, model=model))
     save_conversion(conversion, given.output)
-    model, source = conversion.config.model, conversion.config.datasets[0]
+    source = conversion.config.datasets[0]
     print(
-        f"{given.output}: TR3D of depth {model.depth}, stem {model.stem_channels}, stages "
+        f"{given.output}: {conversion.format.title} of depth {model.depth}, stem {model.stem_channels}, stages "
         f"{'-'.join(map(str, model.stage_channels))}, neck {model.neck_channels}, dataset {source.name}"
         f" ({source.spec.num_classes} classes, {source.spec.num_outputs} box outputs)"
         f", voxels of {model.voxel_size:g} m (not stored in weights: --voxel_size)"
+        f"{f', {model.prune_threshold:,} locations a level (--prune_threshold)' if prunes else ''}"
         f"{f'; {len(missing)} parameters are initialised, not trained' if missing else ''}."
     )
 
@@ -334,7 +409,7 @@ def _to_pytorch(given: argparse.Namespace) -> None:
         raise InputError(f"{given.output} exists: give another --output.")
     state, meta = export_checkpoint(given.input, given.dataset, given.step)
     try:
-        write_torch_file(given.output, state, meta)
+        write_torch_file(given.output, state, meta, _VERSION)
     except OSError as error:
         raise InputError(f"{given.output} cannot be written: {error.strerror or error}.") from error
     print(table([Entry("written", name, _shape_and_dtype(value)) for name, value in state.items()], ("written",)))

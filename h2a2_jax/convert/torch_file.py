@@ -291,7 +291,12 @@ def _filled(
     return TorchFile(tensors, others, tuple(sorted(not_read)), classes)
 
 
-def write_torch_file(path: str | Path, state: Mapping[str, np.ndarray], meta: Mapping[str, Any] | None = None) -> None:
+def write_torch_file(
+    path: str | Path,
+    state: Mapping[str, np.ndarray],
+    meta: Mapping[str, Any] | None = None,
+    version: int | None = None,
+) -> None:
     """Write a checkpoint as torch.save does, {"meta": ..., "state_dict": ...}, in one piece.
 
     torch.load reads it, with weights_only=True too, and so do mmengine and mmcv.
@@ -300,10 +305,12 @@ def write_torch_file(path: str | Path, state: Mapping[str, np.ndarray], meta: Ma
         path: the file; replaced in one piece where it exists.
         state: float32 or int64 arrays by name, in order.
         meta: of text, numbers, lists and dicts.
+        version: version of the module that the state is of (`_version` of its class in PyTorch), by which a module may
+            take names of its parameters for old ones; None for a state without a version.
     """
     arrays = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in state.items()}
     with whole_file(Path(path)) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", _checkpoint_pickle(arrays, meta or {}))
+        archive.writestr("archive/data.pkl", _checkpoint_pickle(arrays, meta or {}, version))
         archive.writestr("archive/byteorder", "little")
         for key, array in enumerate(arrays.values()):
             archive.writestr(f"archive/data/{key}", array.astype(array.dtype.newbyteorder("<")).tobytes())
@@ -314,7 +321,7 @@ _WRITTEN = {np.dtype(np.float32): "FloatStorage", np.dtype(np.int64): "LongStora
 _ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
 
-def _checkpoint_pickle(state: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
+def _checkpoint_pickle(state: Mapping[str, np.ndarray], meta: Mapping[str, Any], version: int | None) -> bytes:
     """A pickle of protocol 2, written by hand: the names in it are of a library that need not be here."""
     parts = [b"\x80\x02}(", _pickled("meta"), _pickled(dict(meta)), _pickled("state_dict"), _ORDERED_DICT, b"("]
     for key, (name, array) in enumerate(state.items()):
@@ -323,7 +330,11 @@ def _checkpoint_pickle(state: Mapping[str, np.ndarray], meta: Mapping[str, Any])
         parts += [_pickled(name), b"ctorch._utils\n_rebuild_tensor_v2\n(("]
         parts += [_pickled("storage"), storage, _pickled(str(key)), _pickled("cpu"), _pickled(array.size), b"tQ"]
         parts += [_pickled(0), _pickled(array.shape), _pickled(strides), b"\x89", _ORDERED_DICT, b"tR"]
-    return b"".join([*parts, b"uu."])
+    parts.append(b"u")
+    if version is not None:  # an attribute of the ordered dict
+        module = b"(" + _pickled("") + _pickled({"version": version}) + b"u"
+        parts += [b"}(", _pickled("_metadata"), _ORDERED_DICT, module, b"ub"]
+    return b"".join([*parts, b"u."])
 
 
 def _pickled(value: Any) -> bytes:

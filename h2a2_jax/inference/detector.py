@@ -111,9 +111,10 @@ class Detector:
         """Make a detector of weights by name; they are downloaded once.
 
         Args:
-            weights: "tr3d-scannet", "tr3d-sunrgbd", "tr3d-s3dis" (published, mmdetection3d), "rooms" (shipped, of
-                procedural rooms), a folder that `save_pretrained` wrote, the folder of a run, a .pth file of TR3D, or
-                "organisation/name" of the Hugging Face hub. `h2a2 weights` lists what there is.
+            weights: "tr3d-scannet", "tr3d-sunrgbd", "tr3d-s3dis", or the same with "fcaf3d" (published, mmdetection3d),
+                "rooms" (shipped, of procedural rooms), a folder that `save_pretrained` wrote, the folder of a run, a
+                .pth file of TR3D or FCAF3D, or "organisation/name" of the Hugging Face hub. `h2a2 weights` lists what
+                there is.
             score_threshold: lowest score that a call can ask for.
             iou_threshold: as of `restore`.
             conditioning: as of `restore`.

@@ -32,6 +32,14 @@ def uniform_fan_out(
     return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
 
 
+def uniform_fan_in(
+    key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any = jnp.float32
+) -> Float[Array, "*s v c_in c_out"]:
+    """Uniform kernels [..., V, Cin, Cout] in +-1 / sqrt(V * Cin), MinkowskiEngine's initial convolutions."""
+    bound = (shape[-3] * shape[-2]) ** -0.5
+    return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
+
+
 def size_per_axis(kernel_size: PerAxis) -> tuple[int, ...]:
     """Size of a kernel along each axis: three numbers, 1 along z in 2-D, or four.
 

@@ -10,6 +10,16 @@ from h2a2_jax.models.detector import (
     Targets,
     selective_layers,
 )
+from h2a2_jax.models.fcaf3d import FCAF3D
+from h2a2_jax.models.fcaf3d_maps import (
+    FCAF3DPlan,
+    FCAF3DSizes,
+    FCAF3DTables,
+    fcaf3d_sizes,
+    fcaf3d_tables,
+    fits_fcaf3d,
+    pad_fcaf3d,
+)
 from h2a2_jax.models.kinds import KINDS, build_network, kind_of
 from h2a2_jax.models.maps import (
     DetectorPlan,
@@ -24,6 +34,7 @@ from h2a2_jax.models.maps import (
 from h2a2_jax.models.tr3d import TR3D
 
 __all__ = [
+    "FCAF3D",
     "KINDS",
     "TR3D",
     "DetectorConfig",
@@ -31,6 +42,9 @@ __all__ = [
     "DetectorNetwork",
     "DetectorPlan",
     "DetectorTables",
+    "FCAF3DPlan",
+    "FCAF3DSizes",
+    "FCAF3DTables",
     "HeadChoice",
     "HeadConfig",
     "LevelSizes",
@@ -39,8 +53,12 @@ __all__ = [
     "Targets",
     "build_network",
     "detector_tables",
+    "fcaf3d_sizes",
+    "fcaf3d_tables",
+    "fits_fcaf3d",
     "fits_layout",
     "kind_of",
+    "pad_fcaf3d",
     "pad_plan",
     "pyramid_sizes",
     "selective_layers",

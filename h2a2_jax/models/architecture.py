@@ -13,6 +13,9 @@ from h2a2_jax.layers.prompt_norm import PromptNorm
 STAGE_BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 """Basic blocks of each stage by depth of the residual network; 10 is for small machines."""
 
+FCAF3D_STAGES = (64, 128, 256, 512)
+"""Published widths of FCAF3D's stages; its depth, stem, neck and voxels are those of TR3D."""
+
 
 @dataclass(frozen=True)
 class DetectorConfig:

@@ -1,14 +1,24 @@
-"""MinkResNet: the residual backbone on sparse voxels (TR3D)."""
+"""MinkResNet: the residual backbone on sparse voxels (TR3D, FCAF3D)."""
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from flax import nnx
 
-from h2a2_jax.layers import ConvNorm, EmbeddingMLP, ForwardContext, ResidualBlock, SparseConv, global_pool, relu
+from h2a2_jax.layers import (
+    ConvNorm,
+    EmbeddingMLP,
+    ForwardContext,
+    InstanceNorm,
+    ResidualBlock,
+    SparseConv,
+    global_pool,
+    relu,
+)
 from h2a2_jax.layers.context import call_block
 from h2a2_jax.models.architecture import DetectorConfig
-from h2a2_jax.models.maps import DetectorPlan
+from h2a2_jax.models.maps import BackbonePlan
 from h2a2_jax.sparse import SparseTensor, max_pool
 
 
@@ -24,21 +34,47 @@ class Stem(ConvNorm):
             rngs=rngs,
         )  # fmt: skip
 
-    def __call__(self, x: SparseTensor, plan: DetectorPlan, context: ForwardContext) -> SparseTensor:  # type: ignore[override]
+    def __call__(self, x: SparseTensor, plan: BackbonePlan, context: ForwardContext) -> SparseTensor:  # type: ignore[override]
         """Features on voxels of stride 1 to features on sites of stride 4."""
         y = self.conv(x, plan.stem, context)
         context.record("conv1", y)
-        y = relu(self.normalize(y, context))
-        context.record("stem", y)
-        y = SparseTensor(max_pool(y.features, plan.pool), plan.pool.outputs)
-        context.record("maxpool", y)
-        return y
+        return _pool(self.normalize(y, context), plan, context)
+
+
+class InstanceStem(nnx.Module):
+    """The stem of FCAF3D: `Stem` with instance norm in place of batch norm; all datasets share it.
+
+    Attributes:
+        conv: 3^3 stride-2 convolution.
+        norm: instance norm, each scan over its own sites.
+    """
+
+    def __init__(self, config: DetectorConfig, *, rngs: nnx.Rngs):
+        """Build the stem with the widths of the config."""
+        self.conv = SparseConv(config.in_channels, config.stem_channels, rngs=rngs)
+        self.norm = InstanceNorm(config.stem_channels, eps=1e-8)
+
+    def __call__(self, x: SparseTensor, plan: BackbonePlan, context: ForwardContext) -> SparseTensor:
+        """Features on voxels of stride 1 to features on sites of stride 4."""
+        y = self.conv(x, plan.stem, context)
+        context.record("conv1", y)
+        return _pool(self.norm(y, context), plan, context)
+
+
+def _pool(y: SparseTensor, plan: BackbonePlan, context: ForwardContext) -> SparseTensor:
+    """ReLU and 2^3 max pool of the normalised features of a stem."""
+    y = relu(y)
+    context.record("stem", y)
+    y = SparseTensor(max_pool(y.features, plan.pool), plan.pool.outputs)
+    context.record("maxpool", y)
+    return y
 
 
 class MinkResNet(nnx.Module):
     """Stem and four residual stages, each halving the resolution: features at 8, 16, 32, 64 voxels.
 
     Attributes:
+        stem: `InstanceStem` for a config of kind "fcaf3d", else `Stem`.
         scan_embedding: MLP from a scan's mean features behind the stem to a residual of its dataset's embedding; None
             without `SelectionConfig.scan_embedding`.
     """
@@ -46,7 +82,9 @@ class MinkResNet(nnx.Module):
     def __init__(self, config: DetectorConfig, num_datasets: int, *, rngs: nnx.Rngs):
         """Build the layers of the config; parameters are random from `rngs.params`."""
         selection = config.selection
-        self.stem = Stem(config, num_datasets, rngs=rngs)
+        self.stem: Any = (
+            InstanceStem(config, rngs=rngs) if config.kind == "fcaf3d" else Stem(config, num_datasets, rngs=rngs)
+        )
         self.scan_embedding = (
             EmbeddingMLP(config.stem_channels, selection.hidden, selection.embedding_dim, rngs=rngs)
             if selection is not None and selection.scan_embedding
@@ -68,7 +106,7 @@ class MinkResNet(nnx.Module):
         self.stages = nnx.List(stages)
 
     def __call__(
-        self, x: SparseTensor, plan: DetectorPlan, context: ForwardContext
+        self, x: SparseTensor, plan: BackbonePlan, context: ForwardContext
     ) -> tuple[list[SparseTensor], ForwardContext]:
         """Features of the four stages, finest first, and the context of the layers that follow the stem.
 

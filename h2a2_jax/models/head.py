@@ -1,7 +1,8 @@
-"""Detection heads, 1x1 box regression and class logits: one per dataset, or one for the union of all classes."""
+"""Detection heads, 1x1 convolutions: one per dataset, of TR3D or FCAF3D, or one for the union of all classes."""
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from h2a2_jax.typing import AnyArray
 
 NUM_OUTPUTS = 8
 """Box outputs with yaw; axis-aligned datasets use the first 6."""
+NUM_LEVELS = 4
+"""Levels of FCAF3D's head: the stages of the backbone."""
 _PRIOR_BIAS = -math.log((1 - 0.01) / 0.01)
 
 
@@ -100,6 +103,74 @@ class UnionHead(nnx.Module):
         """Kernel and bias of columns of the union; None: all."""
         kernel, bias = self.class_kernel[...], self.class_bias[...]
         return (kernel, bias) if columns is None else (kernel[:, columns], bias[columns])
+
+
+class HeadOutputs(NamedTuple):
+    """Outputs of `CenternessHeads` at N sites, float32 at least.
+
+    Attributes:
+        boxes: [N, 8], columns 0:6 exp()-ed distances to the faces in metres, columns 6:8 as they are.
+        logits: [N, K], class scores before the sigmoid.
+        centerness: [N], centerness before the sigmoid.
+        best: [N], largest of the logits of the dataset's classes.
+    """
+
+    boxes: Array
+    logits: Array
+    centerness: Array
+    best: Array
+
+
+class CenternessHeads(nnx.Module):
+    """Heads of FCAF3D, one per dataset, each shared by all levels but for the scale of distances.
+
+    Stacked and padded to the same number of outputs as `DatasetHeads`. A padded class has zeros for kernel and bias,
+    and only such a one has: by this the largest logit leaves it out.
+
+    Attributes:
+        center_kernel: [D, C, 1], kernel of the centerness; like all of the following exclusive to each dataset.
+        box_kernel: [D, C, 8], kernel of the box outputs.
+        class_kernel: [D, C, K], kernel of the class logits, K the largest number of classes.
+        class_bias: [D, K], bias of the class logits.
+        scales: [D, 4], factor of the box outputs 0:6 before exp(), by level, finest first.
+
+    References:
+        Rukhovich et al., FCAF3D: Fully Convolutional Anchor-Free 3D Object Detection, ECCV 2022.
+    """
+
+    def __init__(self, channels: int, num_classes: tuple[int, ...], num_outputs: tuple[int, ...], *, rngs: nnx.Rngs):
+        """Kernels N(0, 0.01), class bias at a prior of 1 % (focal loss), scales 1.
+
+        Args:
+            channels: channels C of the features.
+            num_classes: number of classes of each dataset.
+            num_outputs: number of box outputs of each dataset, 6 or 8.
+            rngs: random streams.
+        """
+        count, most = len(num_classes), max(num_classes)
+        boxes = jnp.arange(NUM_OUTPUTS)[None] < jnp.array(num_outputs)[:, None]
+        classes = jnp.arange(most)[None] < jnp.array(num_classes)[:, None]
+
+        def kernel(outputs: int) -> Array:
+            return 0.01 * jax.random.normal(rngs.params(), (count, channels, outputs))
+
+        self.center_kernel = nnx.Param(kernel(1), dataset_axis=0)
+        self.box_kernel = nnx.Param(kernel(NUM_OUTPUTS) * boxes[:, None], dataset_axis=0)
+        self.class_kernel = nnx.Param(kernel(most) * classes[:, None], dataset_axis=0)
+        self.class_bias = nnx.Param(_PRIOR_BIAS * classes.astype(jnp.float32), dataset_axis=0)
+        self.scales = nnx.Param(jnp.ones((count, NUM_LEVELS)), dataset_axis=0)
+
+    def __call__(self, features: Float[Array, "n c"], dataset: DatasetContext, level: int) -> HeadOutputs:
+        """Predict at the sites of a level, 0 for the finest."""
+        stored = (self.center_kernel, self.box_kernel, self.class_kernel, self.class_bias, self.scales)
+        center_kernel, box_kernel, class_kernel, class_bias, scales = (dataset.pick(part[...]) for part in stored)
+        kernel, bias = jnp.concatenate([box_kernel, center_kernel], 1), jnp.zeros(NUM_OUTPUTS + 1, box_kernel.dtype)
+        boxes, logits = recompute_if_narrow(_outputs, features, kernel, bias, class_kernel, class_bias)
+        distances = jnp.exp(scales[level] * boxes[:, :6])
+        is_class = (class_kernel != 0).any(0) | (class_bias != 0)
+        best = jnp.where(is_class, logits, jnp.finfo(logits.dtype).min).max(1)
+        boxes, centerness = jnp.concatenate([distances, boxes[:, 6:8]], 1), boxes[:, 8]
+        return HeadOutputs(boxes, logits, centerness, best)
 
 
 def padded_columns(columns: Sequence[Sequence[int]]) -> Int[np.ndarray, "d k"]:

@@ -8,8 +8,8 @@ Strides are in finest voxels. The host computes exact tables first (`detector_ta
 padding to the bucket's capacities gives the plan that goes to the device (`pad_plan`).
 """
 
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -79,13 +79,9 @@ class PlanLayout:
         if self.machine == "native" and role == "lateral":
             return sparse.pad_map(table, inputs, outputs, blocks="auto")
         if self.machine == "cpu" and role != "skip":
-            pairs = EXPECTED_FILL[role] * min(inputs.capacity, outputs.capacity) / max(1, inputs.num_scans)
+            tile_size = tile_size_on_cpus(role, inputs, outputs, channels)
             return sparse.pad_map(
-                table,
-                inputs,
-                outputs,
-                tile_size=sparse.choose_tile_size(pairs, channels),
-                blocks="auto" if role == "lateral" else None,
+                table, inputs, outputs, tile_size=tile_size, blocks="auto" if role == "lateral" else None
             )
         if self.machine == "accelerator" and role in SPARSE_ROLES:
             kmap = sparse.pad_map(table, inputs, outputs, tile_size=ACCELERATOR_TILE)
@@ -96,6 +92,19 @@ class PlanLayout:
         else:
             kmap = sparse.pad_map(table, inputs, outputs)
         return pack_neighbors(kmap) if self.machine in _PACKED else kmap
+
+
+def tile_size_on_cpus(role: Role, inputs: Sites, outputs: Sites, channels: int) -> int:
+    """Pairs in a tile of a map on CPUs without compiled kernels.
+
+    Args:
+        role: role of the map in the detector; none is known for "skip", which has no tiles.
+        inputs: padded input sites.
+        outputs: padded output sites.
+        channels: channels of the layers that read the map.
+    """
+    pairs = EXPECTED_FILL[role] * min(inputs.capacity, outputs.capacity) / max(1, inputs.num_scans)
+    return sparse.choose_tile_size(pairs, channels)
 
 
 NUM_STAGES = 4
@@ -170,21 +179,31 @@ class UpMaps:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class DetectorPlan:
-    """Sites and maps of one batch, padded: all that a detector needs beside features and parameters.
+class BackbonePlan:
+    """Sites and maps of the backbone for one batch, padded.
 
     Attributes:
         voxels: sites of the input.
         stem: 3^3 strided map of stride 1 -> 2.
         pool: 2^3 window map of stride 2 -> 4.
         stages: maps of the four stages, finest first.
-        ups: maps of the neck, coarsest first: onto strides 32 and 16.
     """
 
     voxels: Sites
     stem: KernelMap
     pool: KernelMap
     stages: tuple[StageMaps, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DetectorPlan(BackbonePlan):
+    """Sites and maps of one batch, padded: all that a detector needs beside features and parameters.
+
+    Attributes:
+        ups: maps of the neck, coarsest first: onto strides 32 and 16.
+    """
+
     ups: tuple[UpMaps, ...]
 
 
@@ -204,49 +223,68 @@ class UpTables:
 
 
 @dataclass(frozen=True)
-class DetectorTables:
-    """Exact host tables of one batch, before padding.
+class BackboneTables:
+    """Exact host tables of the backbone for one batch, before padding.
 
     Attributes:
         voxels: sites of the input.
         stem: 3^3 strided table of stride 1 -> 2.
         pool: 2^3 window table of stride 2 -> 4.
         stages: for each stage, finest first, the tables (down, skip, residual) of its `StageMaps`.
-        ups: tables of the neck, coarsest first.
     """
 
     voxels: SiteSet
     stem: NeighborTable
     pool: NeighborTable
     stages: tuple[tuple[NeighborTable, NeighborTable, NeighborTable], ...]
+
+    @property
+    def stage_sites(self) -> list[SiteSet]:
+        """Sites of each stage, finest first."""
+        return [residual.outputs for _, _, residual in self.stages]
+
+    @property
+    def backbone_sizes(self) -> tuple[int, ...]:
+        """Number of sites of the voxels, of stem and pool, and of each stage."""
+        levels = (self.voxels, self.stem.outputs, self.pool.outputs, *self.stage_sites)
+        return tuple(len(level) for level in levels)
+
+
+@dataclass(frozen=True)
+class DetectorTables(BackboneTables):
+    """Exact host tables of one batch, before padding.
+
+    Attributes:
+        ups: tables of the neck, coarsest first.
+    """
+
     ups: tuple[UpTables, ...]
 
     @property
     def sizes(self) -> LevelSizes:
         """Number of sites of every level."""
-        stages = [len(residual.outputs) for _, _, residual in self.stages]
-        ups = [len(up.lateral.outputs) for up in self.ups]
-        return LevelSizes(len(self.voxels), len(self.stem.outputs), len(self.pool.outputs), *stages, *ups)
+        return LevelSizes(*self.backbone_sizes, *(len(up.lateral.outputs) for up in self.ups))
 
 
 def pyramid_sizes(voxels: SiteSet) -> LevelSizes:
     """Number of sites of every level, without building a table."""
-    levels = _levels(voxels)
+    levels = backbone_levels(voxels)
     up1 = sparse.unite(sparse.generate(levels[-1], 3), levels[-2])
     up0 = sparse.unite(sparse.generate(up1, 3), levels[-3])
     return LevelSizes(len(voxels), *(len(level) for level in (*levels, up1, up0)))
 
 
-def _levels(voxels: SiteSet) -> list[SiteSet]:
+def backbone_levels(voxels: SiteSet) -> list[SiteSet]:
+    """Sites of stem, pool and the four stages on these voxels (stride 1), finest first."""
     levels = [sparse.downsample(voxels, 2)]
     for _ in range(1 + NUM_STAGES):
         levels.append(sparse.downsample(levels[-1], 2))
     return levels
 
 
-def detector_tables(voxels: SiteSet) -> DetectorTables:
-    """Every neighbour table of a detector on these voxels (stride 1)."""
-    stem, pool, *stages = _levels(voxels)
+def backbone_tables(voxels: SiteSet) -> BackboneTables:
+    """Every neighbour table of the backbone on these voxels (stride 1)."""
+    stem, pool, *stages = backbone_levels(voxels)
     stage_tables = []
     for fine, coarse in zip([pool, *stages[:-1]], stages, strict=True):
         stage_tables.append(
@@ -256,7 +294,15 @@ def detector_tables(voxels: SiteSet) -> DetectorTables:
                 sparse.submanifold_neighbors(coarse, 3),
             )
         )
-    ups, coarse = [], stages[-1]
+    stem_table, pool_table = sparse.strided_neighbors(voxels, stem, 3), sparse.pool_neighbors(stem, pool, 2)
+    return BackboneTables(voxels, stem_table, pool_table, tuple(stage_tables))
+
+
+def detector_tables(voxels: SiteSet) -> DetectorTables:
+    """Every neighbour table of a detector on these voxels (stride 1)."""
+    backbone = backbone_tables(voxels)
+    *_, coarse = stages = backbone.stage_sites
+    ups = []
     for stage in stages[-2 : -2 - NUM_UPS : -1]:
         children = sparse.generate(coarse, 3)
         union = sparse.unite(children, stage)
@@ -264,23 +310,29 @@ def detector_tables(voxels: SiteSet) -> DetectorTables:
             UpTables(sparse.generative_neighbors(coarse, children, 3), stage, sparse.submanifold_neighbors(union, 3))
         )
         coarse = union
-    return DetectorTables(
-        voxels,
-        sparse.strided_neighbors(voxels, stem, 3),
-        sparse.pool_neighbors(stem, pool, 2),
-        tuple(stage_tables),
-        tuple(ups),
-    )
+    return DetectorTables(**fields_of(backbone), ups=tuple(ups))
 
 
 def fits_layout(tables: DetectorTables, capacities: LevelSizes, layout: PlanLayout) -> bool:
     """Return True if the layout has places for the pairs of every map; `replace(layout, machine="any")` always has."""
-    roles: list[tuple[NeighborTable, Role, int]] = [(tables.stem, "stem", capacities.stem)]
+    roles: list[tuple[NeighborTable, Role, int]] = []
+    for up, capacity in zip(tables.ups, capacities[7:], strict=True):
+        roles += [(up.generate, "generate", capacity), (up.lateral, "lateral", capacity)]
+    return fits_backbone(tables, capacities, layout) and all(layout.fits(*role) for role in roles)
+
+
+def fits_backbone(tables: BackboneTables, capacities: tuple[int, ...], layout: PlanLayout) -> bool:
+    """Return True if the layout has places for the pairs of the backbone's maps.
+
+    Args:
+        tables: tables of the batch.
+        capacities: number of rows of voxels, stem, pool and the four stages; what follows is not read.
+        layout: lists of the maps.
+    """
+    roles: list[tuple[NeighborTable, Role, int]] = [(tables.stem, "stem", capacities[1])]
     for s, ((down, skip, residual), capacity) in enumerate(zip(tables.stages, capacities[3:7], strict=True)):
         roles += [(down, "down", capacity), (skip, "skip", capacity)]
         roles += [(residual, "residual" if s == 0 else "deep residual", capacity)]
-    for up, capacity in zip(tables.ups, capacities[7:], strict=True):
-        roles += [(up.generate, "generate", capacity), (up.lateral, "lateral", capacity)]
     return all(layout.fits(*role) for role in roles)
 
 
@@ -297,24 +349,8 @@ def pad_plan(tables: DetectorTables, capacities: LevelSizes, layout: PlanLayout 
         ValueError: the pairs of a map do not fit the layout (`fits_layout`).
     """
     layout = layout or PlanLayout()
-    voxels = sparse.pad_sites(tables.voxels, capacities.voxels)
-    stem = sparse.pad_sites(tables.stem.outputs, capacities.stem)
-    pool = sparse.pad_sites(tables.pool.outputs, capacities.pool)
-
-    padded = layout.pad_map
-    stages, fine = [], pool
-    widths = layout.model.stage_channels
-    for s, ((down, skip, residual), capacity) in enumerate(zip(tables.stages, capacities[3:7], strict=True)):
-        coarse = sparse.pad_sites(residual.outputs, capacity)
-        stages.append(
-            StageMaps(
-                padded(down, fine, coarse, "down", widths[s]),
-                padded(skip, fine, coarse, "skip"),
-                padded(residual, coarse, coarse, "residual" if s == 0 else "deep residual", widths[s]),
-            )
-        )
-        fine = coarse
-    ups, coarse = [], fine
+    backbone, padded = pad_backbone(tables, capacities, layout), layout.pad_map
+    ups, coarse = [], backbone.stages[-1].residual.outputs
     for up, capacity, stage_capacity in zip(tables.ups, capacities[7:], capacities[5:3:-1], strict=True):
         children, union = up.generate.outputs, up.lateral.outputs
         outputs = sparse.pad_sites(union, capacity)
@@ -329,20 +365,50 @@ def pad_plan(tables: DetectorTables, capacities: LevelSizes, layout: PlanLayout 
             )
         )
         coarse = outputs
-    return DetectorPlan(
-        voxels,
-        padded(tables.stem, voxels, stem, "stem", 16),
-        sparse.pad_map(tables.pool, stem, pool),
-        tuple(stages),
-        tuple(ups),
-    )
+    return DetectorPlan(**fields_of(backbone), ups=tuple(ups))
 
 
-def backbone_support(tables: DetectorTables, layer: str) -> Float[np.ndarray, " v"]:
+def pad_backbone(tables: BackboneTables, capacities: tuple[int, ...], layout: PlanLayout) -> BackbonePlan:
+    """The backbone's maps in the shape of a bucket (numpy arrays).
+
+    Args:
+        tables: tables of the batch.
+        capacities: number of rows of voxels, stem, pool and the four stages; what follows is not read.
+        layout: lists of the maps.
+
+    Raises:
+        InputError: a level does not fit its capacity.
+        ValueError: the pairs of a map do not fit the layout (`fits_backbone`).
+    """
+    voxels = sparse.pad_sites(tables.voxels, capacities[0])
+    stem = sparse.pad_sites(tables.stem.outputs, capacities[1])
+    pool = sparse.pad_sites(tables.pool.outputs, capacities[2])
+    padded, widths = layout.pad_map, layout.model.stage_channels
+    stages, fine = [], pool
+    for s, ((down, skip, residual), capacity) in enumerate(zip(tables.stages, capacities[3:7], strict=True)):
+        coarse = sparse.pad_sites(residual.outputs, capacity)
+        stages.append(
+            StageMaps(
+                padded(down, fine, coarse, "down", widths[s]),
+                padded(skip, fine, coarse, "skip"),
+                padded(residual, coarse, coarse, "residual" if s == 0 else "deep residual", widths[s]),
+            )
+        )
+        fine = coarse
+    stem_map = padded(tables.stem, voxels, stem, "stem", 16)
+    return BackbonePlan(voxels, stem_map, sparse.pad_map(tables.pool, stem, pool), tuple(stages))
+
+
+def fields_of(part: BackbonePlan | BackboneTables) -> dict[str, Any]:
+    """Fields of the maps or tables of a backbone, which those of a detector take over."""
+    return {field.name: getattr(part, field.name) for field in fields(part)}
+
+
+def backbone_support(tables: BackboneTables, layer: str) -> Float[np.ndarray, " v"]:
     """Share of the output sites of a layer of the backbone that have a neighbour at each offset.
 
     Args:
-        tables: tables of one scan, with those of the backbone.
+        tables: tables of one scan.
         layer: "stem", or a layer of a residual stage, such as "layer1_0.conv1".
     """
     table, (part, _, conv) = tables.stem, layer.partition(".")

@@ -75,20 +75,31 @@ class CatalogEntry:
         return weights_cache() / self.name if self.path else PACKAGED / self.name
 
 
-def _tr3d(dataset: str, name: str, *scores: float) -> CatalogEntry:
-    """Entry of TR3D as mmdetection3d publishes it."""
+_PAPERS = {"TR3D": "arXiv 2302.02858", "FCAF3D": "arXiv 2112.00322"}
+
+
+def _published(detector: str, dataset: str, path: str, *scores: float) -> CatalogEntry:
+    """Entry of a detector on a dataset as mmdetection3d publishes it, in a file below `PUBLISHER`."""
     spec = dataset_spec(dataset)
     return CatalogEntry(
-        name=f"tr3d-{dataset}",
-        summary=f"TR3D (arXiv 2302.02858) of mmdetection3d, {spec.num_classes} classes of {dataset}",
+        name=f"{detector.lower()}-{dataset}",
+        summary=f"{detector} ({_PAPERS[detector]}) of mmdetection3d, {spec.num_classes} classes of {dataset}",
         license=(
             f"The code of mmdetection3d is under Apache-2.0; its weights were trained on data under terms of their "
             f"own, which apply to you: {_TERMS[dataset]}."
         ),
         datasets=(dataset,),
-        path=f"v1.1.0_models/tr3d/{name}/{name}.pth",
+        path=path,
         scores={dataset: (scores[0], scores[1])},
     )
+
+
+def _tr3d(name: str) -> str:
+    return f"v1.1.0_models/tr3d/{name}/{name}.pth"
+
+
+def _fcaf3d(name: str, day: str) -> str:
+    return f"v1.0.0_models/fcaf3d/{name}/{name}_{day}.pth"
 
 
 CATALOG: tuple[CatalogEntry, ...] = (
@@ -97,9 +108,12 @@ CATALOG: tuple[CatalogEntry, ...] = (
         summary="a small detector that comes with the package, trained on its procedural rooms",
         license="The weights are under Apache-2.0, as the package is: the rooms that they have seen are procedural.",
     ),
-    _tr3d("scannet", "tr3d_1xb16_scannet-3d-18class", 72.9, 59.3),
-    _tr3d("sunrgbd", "tr3d_1xb16_sunrgbd-3d-10class", 67.1, 50.4),
-    _tr3d("s3dis", "tr3d_1xb16_s3dis-3d-5class", 74.5, 51.7),
+    _published("TR3D", "scannet", _tr3d("tr3d_1xb16_scannet-3d-18class"), 72.9, 59.3),
+    _published("TR3D", "sunrgbd", _tr3d("tr3d_1xb16_sunrgbd-3d-10class"), 67.1, 50.4),
+    _published("TR3D", "s3dis", _tr3d("tr3d_1xb16_s3dis-3d-5class"), 74.5, 51.7),
+    _published("FCAF3D", "scannet", _fcaf3d("fcaf3d_8x2_scannet-3d-18class", "20220805_084956"), 69.7, 55.2),
+    _published("FCAF3D", "sunrgbd", _fcaf3d("fcaf3d_8x2_sunrgbd-3d-10class", "20220805_165017"), 63.8, 47.3),
+    _published("FCAF3D", "s3dis", _fcaf3d("fcaf3d_8x2_s3dis-3d-5class", "20220805_121957"), 67.4, 45.7),
 )
 """The weights that have a name."""
 
@@ -121,5 +135,5 @@ def unknown_name(name: str) -> InputError:
     hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
     return InputError(
         f"There are no weights {name!r}{hint}: expected is one of {', '.join(names)}, an existing folder (of a run, or "
-        "written by save_pretrained), a .pth file of TR3D, or org/name on the Hugging Face hub."
+        "written by save_pretrained), a .pth file of TR3D or FCAF3D, or org/name on the Hugging Face hub."
     )

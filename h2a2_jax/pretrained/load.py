@@ -27,8 +27,8 @@ def load_pretrained(name: str | Path, say: Say = say_once, *, silence: float = S
 
     Args:
         name: a name of the catalog (`h2a2_jax.pretrained.catalog.CATALOG`); else a pretrained folder, the folder of a
-            run or of one of its checkpoints; else a file of mmdetection3d's TR3D (.pth), which is converted on the fly;
-            else org/name on the Hugging Face hub. A `Path` is never a name.
+            run or of one of its checkpoints; else a file of mmdetection3d's TR3D or FCAF3D (.pth), which is converted
+            on the fly; else org/name on the Hugging Face hub. A `Path` is never a name.
         say: takes a sentence at the first use of weights: their licence, where they are kept, what is odd about them.
         silence: seconds without a byte after which a server counts as gone.
 
@@ -44,7 +44,8 @@ def load_pretrained(name: str | Path, say: Say = say_once, *, silence: float = S
         return read_pretrained(path.parent) if path.name == WEIGHTS_FILE else convert_weights(path, say)
     if path.suffix == ".pth" or isinstance(name, Path) or path.is_absolute():
         raise InputError(
-            f"There is no file or folder {path}: give a pretrained folder, the folder of a run, or a .pth file of TR3D."
+            f"There is no file or folder {path}: give a pretrained folder, the folder of a run, or a .pth file of "
+            "TR3D or FCAF3D."
         )
     if _HUB_NAME.fullmatch(name):
         return read_pretrained(_hub_folder(name))
@@ -73,7 +74,7 @@ def load_entry(entry: CatalogEntry, say: Say = say_once, *, silence: float = SIL
 
 
 def convert_weights(path: Path, say: Say = say_once) -> StoredDetector:
-    """Convert a file of mmdetection3d's TR3D; nothing in it is run.
+    """Convert a file of mmdetection3d's TR3D or FCAF3D; nothing in it is run.
 
     Raises:
         InputError: the file is damaged, of another program or of another network, or lacks parameters.
@@ -82,13 +83,15 @@ def convert_weights(path: Path, say: Say = say_once) -> StoredDetector:
     try:
         conversion = convert_file(file)
     except InputError as error:
-        raise InputError(f"{path} is no TR3D of a known dataset: {error} (Flags are those of h2a2 convert.)") from error
+        raise InputError(
+            f"{path} is no TR3D or FCAF3D of a known dataset: {error} (Flags are those of h2a2 convert.)"
+        ) from error
     missing = [entry.name for entry in conversion.of("missing")]
     if missing:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise InputError(
-            f"{path} lacks {', '.join(missing[:_SHOWN])}{more}: give a whole TR3D; h2a2 convert --partial makes a run "
-            "of a part of one, to train on from."
+            f"{path} lacks {', '.join(missing[:_SHOWN])}{more}: give a whole detector; h2a2 convert --partial makes a "
+            "run of a part of one, to train on from."
         )
     for note in conversion.notes:
         say("".join(letter if letter.isprintable() else "?" for letter in f"{path.name}: {note}"))

@@ -31,7 +31,15 @@ from h2a2_jax.scans.scan_folder import (
     point_cloud_files,
     read_folder,
 )
-from h2a2_jax.scans.specs import ALL_SPECS, DatasetSpec, class_label, dataset_spec, own_spec, plain_name
+from h2a2_jax.scans.specs import (
+    ALL_SPECS,
+    DatasetSpec,
+    class_label,
+    dataset_spec,
+    fcaf3d_protocol,
+    own_spec,
+    plain_name,
+)
 from h2a2_jax.scans.synthetic.gap import protocol_at
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 from h2a2_jax.scans.tfds_source import TfdsSource, find_tfds, is_tfds
@@ -206,6 +214,9 @@ class SourceConfig:
         seed: another seed gives other scans (synthetic).
         gap: 0: the three datasets are one distribution under three names; 1: stand-ins of the real datasets; up to 2:
             further apart (synthetic; `h2a2_jax.scans.synthetic.gap`). Give all datasets of a run the same.
+        recipe: detector whose published recipe the dataset has: passes of an epoch, augmentation and the number of
+            points, in training and evaluation. "fcaf3d" changes that of ScanNet, SUN RGB-D and S3DIS; other datasets
+            keep that of "tr3d", since FCAF3D is not published for them.
         repeats: passes of an epoch through the training scans; None: as the dataset's recipe says.
         augment: True to mirror, turn, scale and move training scans by the dataset's recipe.
         sample: True to sample points of training scans by the dataset's recipe; False uses all.
@@ -230,6 +241,7 @@ class SourceConfig:
     scale: Literal["demo", "full"] = "full"
     seed: int = 0
     gap: float = 1.0
+    recipe: Literal["tr3d", "fcaf3d"] = "tr3d"
     repeats: int | None = None
     augment: bool = True
     sample: bool = True
@@ -247,7 +259,7 @@ class SourceConfig:
 
     @property
     def spec(self) -> DatasetSpec:
-        """Classes and protocol of the dataset; of a procedural one at its `gap`.
+        """Classes and protocol of the dataset by its `recipe`; of a procedural one at its `gap`.
 
         Raises:
             InputError: neither a built-in name nor classes, or both; see `own_spec`.
@@ -255,7 +267,11 @@ class SourceConfig:
         if self.classes:
             return own_spec(self.name, self.classes, has_yaw=self.has_yaw, large_classes=self.large_classes)
         spec = dataset_spec(self.name)
-        return protocol_at(spec, self.gap) if self.is_procedural else spec
+        spec = protocol_at(spec, self.gap) if self.is_procedural else spec
+        if self.recipe == "tr3d":
+            return spec
+        # Below a gap of 1 all procedural datasets have ScanNet's protocol (`protocol_at`).
+        return fcaf3d_protocol(spec, "scannet" if self.is_procedural and self.gap < 1 else None)
 
 
 def build_source(source: SourceConfig, split: Split) -> ScanSource:

@@ -2,8 +2,9 @@
 
 ScanNet, SUN RGB-D and S3DIS, the three of H2A2, have TR3D's (arXiv 2302.02858) training recipes. ARKitScenes,
 MultiScan, 3RScan and ScanNet++ have those of UniDet3D (arXiv 2409.04234), which trains on them with ScanNet and S3DIS,
-and passes of an epoch of our own: 15 as ScanNet, 4 through the larger ARKitScenes. Class orders are those of the label
-indices in prepared mmdet3d folders, including their spelling ("showercurtrain").
+and passes of an epoch of our own: 15 as ScanNet, 4 through the larger ARKitScenes. `fcaf3d_protocol` gives the first
+three the recipes of FCAF3D (arXiv 2112.00322). Class orders are those of the label indices in prepared mmdet3d folders,
+including their spelling ("showercurtrain").
 """
 
 import difflib
@@ -221,6 +222,34 @@ UNIDET3D_SPECS = (SCANNET, S3DIS, MULTISCAN, RSCAN, SCANNETPP, ARKITSCENES)
 
 ALL_SPECS = (*SPECS, ARKITSCENES, MULTISCAN, RSCAN, SCANNETPP)
 """The seven built-in datasets."""
+
+FCAF3D_RECIPES: Mapping[str, tuple[int, Augmentation]] = {
+    "scannet": (10, Augmentation(0.5, 0.5, rotation=0.087266, scale=(0.9, 1.1), translation_std=0.1)),
+    "sunrgbd": (3, Augmentation(0.5, 0.0, rotation=0.523599, scale=(0.85, 1.15), translation_std=0.1)),
+    "s3dis": (13, Augmentation(0.5, 0.5, rotation=0.087266, scale=(0.9, 1.1), translation_std=0.1)),
+}
+"""Passes of an epoch and augmentation of the published FCAF3D trainings, by dataset."""
+
+
+def fcaf3d_protocol(spec: DatasetSpec, recipe: str | None = None) -> DatasetSpec:
+    """Return a dataset's spec with FCAF3D's recipe: 100,000 points, its augmentation and passes of an epoch.
+
+    FCAF3D is published for ScanNet, SUN RGB-D and S3DIS; the spec of any other dataset is returned as it is.
+
+    Args:
+        spec: the dataset.
+        recipe: name of the dataset whose recipe is taken; None for the spec's own.
+
+    References:
+        Rukhovich et al., FCAF3D: Fully Convolutional Anchor-Free 3D Object Detection, https://arxiv.org/abs/2112.00322;
+        the values are those of mmdetection3d's configs.
+    """
+    name = recipe or spec.name
+    if name not in FCAF3D_RECIPES:
+        return spec
+    repeats, augmentation = FCAF3D_RECIPES[name]
+    drawn = CountSampling(100_000)
+    return replace(spec, repeats=repeats, augmentation=augmentation, train_sampling=drawn, test_sampling=drawn)
 
 
 MAX_NAME_BYTES = 100

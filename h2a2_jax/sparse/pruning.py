@@ -77,8 +77,8 @@ def keep_highest(scores: Float[AnyArray, " n"], sites: Sites, most: int) -> Bool
     scores = device_array("scores", scores)
     if scores.shape != (sites.capacity,) or not jnp.issubdtype(scores.dtype, jnp.floating):
         raise ValueError(
-            f"keep_highest was given scores {scores.dtype}{list(scores.shape)}; expected floats [{sites.capacity}], one "
-            "for each row of the sites, padding included."
+            f"keep_highest was given scores {scores.dtype}{list(scores.shape)}; expected floats [{sites.capacity}], "
+            "one for each row of the sites, padding included."
         )
     if sites.capacity <= most:
         return sites.valid

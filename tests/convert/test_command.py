@@ -7,9 +7,10 @@ import pytest
 from flax import nnx
 
 from h2a2_jax.checkpoint.store import restore_checkpoint
-from h2a2_jax.convert.conversion import Entry, convert_command, convert_file, table
+from h2a2_jax.convert.conversion import Entry, convert_command, table
+from h2a2_jax.convert.slots import of_one_dataset
 from h2a2_jax.convert.torch_file import read_torch_file, write_torch_file
-from h2a2_jax.convert.tr3d_weights import as_tr3d, config_of_weights, export_tr3d, tr3d_slots
+from h2a2_jax.convert.tr3d_weights import export_tr3d, tr3d_of_weights, tr3d_slots
 from h2a2_jax.errors import InputError
 from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
 from h2a2_jax.models.architecture import STAGE_BLOCKS
@@ -77,6 +78,7 @@ def test_there_and_back_keeps_every_bit(tmp_path, capsys):
         ([f"--output={tmp_path / 'other.pth'}", "--dataset=s3dis"], "not on s3dis"),
         ([f"--output={tmp_path / 'other.pth'}", "--step=3"], "no checkpoint of step 3"),
         ([f"--output={tmp_path / 'other.pth'}", "--voxel_size=0.02"], "not for --reverse"),
+        ([f"--output={tmp_path / 'other.pth'}", "--kind=tr3d"], "not for --reverse"),
     ):
         assert convert_command([str(tmp_path / "run"), "--reverse", *arguments]) == 2
         assert match in capsys.readouterr().err
@@ -90,7 +92,7 @@ def test_prompts_adapters_and_exclusive_kernels_of_a_dataset_go_into_kernels_and
     graph, state = nnx.split(nnx.eval_shape(lambda: TR3D(config, heads, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     model = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 1, leaf.shape), leaf.dtype), state))
-    found = export_tr3d(as_tr3d(model, 1), 1)
+    found = export_tr3d(of_one_dataset(model, 1), 1)
     assert {name: value.shape for name, value in found.items()} == {name: v.shape for name, v in STATE.items()}
     block, last = model.backbone.stages[0][0].second, model.backbone.stages[3][0].first
     expected = np.array(block.conv.kernel[...])
@@ -136,23 +138,6 @@ def test_half_a_model_is_refused_unless_partial(tmp_path, capsys):
     np.testing.assert_array_equal(found["bbox_head.conv_cls.kernel"], STATE["bbox_head.conv_cls.kernel"])
 
 
-def test_the_backbone_of_fcaf3d_is_converted(tmp_path, capsys):
-    # Its stem has an instance norm, its head names of ours for other things.
-    state = {n: v for n, v in STATE.items() if n.startswith("backbone.") and not n.startswith("backbone.norm1")}
-    state |= {"backbone.norm1.weight": np.ones((1, 4), np.float32), "backbone.norm1.bias": np.ones((1, 4), np.float32)}
-    state |= {n: v for n, v in STATE.items() if n.startswith("bbox_head.")}
-    state["bbox_head.conv_center.kernel"] = np.ones((7, 1), np.float32)
-    status, _, err = converted(tmp_path, capsys, state, "--partial")
-    assert status == 2 and "--dataset" in err
-    conversion = convert_file(read_torch_file(tmp_path / "tr3d.pth"), "s3dis")
-    used = {entry.name for entry in conversion.of("used")}
-    assert used == {n for n in state if n.startswith("backbone.layer") or n == "backbone.conv1.kernel"}
-    assert {entry.name for entry in conversion.of("left over")} == set(state) - used
-    assert all(entry.why for entry in conversion.of("left over") if entry.name.startswith("bbox_head"))
-    assert all(entry.name.startswith(("backbone.norm1", "neck", "bbox_head")) for entry in conversion.of("missing"))
-    assert conversion.config.model.neck_channels == 128 and conversion.config.dataset_names == ("s3dis",)
-
-
 def test_a_dataset_of_ones_own(tmp_path, capsys):
     state = weights(num_classes=2)
     assert "name the dataset" in converted(tmp_path, capsys, state)[2]
@@ -173,6 +158,9 @@ def test_a_dataset_of_ones_own(tmp_path, capsys):
         (["--step=3"], "--reverse"),
         (["--reverse", "--partial"], "--reverse"),
         (["--seed=-1"], "0 or more"),
+        (["--prune_threshold=0"], "--prune_threshold is 0; expected 1 or more"),
+        (["--prune_threshold=9"], "--prune_threshold is for FCAF3D"),
+        (["--kind=votenet"], "invalid choice"),
         (["--nonsense"], "unrecognized"),
         (["--seed=x"], "invalid int"),
     ],
@@ -207,8 +195,8 @@ def test_depth_and_widths_are_read_off_the_weights(depth):
     for stage, count in enumerate(blocks):
         width = CONFIG.stage_channels[stage]
         state |= {f"backbone.layer{stage + 1}.{b}.conv1.kernel": np.zeros((27, width, width)) for b in range(count)}
-    config = config_of_weights(state)
+    config = tr3d_of_weights(state)
     assert (config.depth, config.stem_channels) == (depth, 4)
     assert (config.stage_channels, config.neck_channels) == (CONFIG.stage_channels, 7)
     with pytest.raises(InputError, match="is missing"):
-        config_of_weights({name: value for name, value in state.items() if "layer3" not in name})
+        tr3d_of_weights({name: value for name, value in state.items() if "layer3" not in name})

@@ -67,6 +67,14 @@ def test_torch_reads_written_files(written):
         np.testing.assert_array_equal(loaded["state_dict"][name].numpy(), array)
 
 
+def test_the_version_of_the_module_is_written_as_torch_keeps_it(tmp_path):
+    path = tmp_path / "model.pth"
+    write_torch_file(path, STATE, version=2)
+    assert list(read_torch_file(path).tensors) == list(STATE)
+    torch = pytest.importorskip("torch")
+    assert torch.load(path, weights_only=True)["state_dict"]._metadata == {"": {"version": 2}}
+
+
 @pytest.mark.parametrize("archive", [True, False])
 def test_files_of_torch_are_read(tmp_path, archive):
     torch = pytest.importorskip("torch")

@@ -35,6 +35,9 @@ def test_all_weights_are_listed(capsys: pytest.CaptureFixture[str], cache: Path)
     table = printed(capsys)
     assert row(table, "tr3d-scannet") == ["tr3d-scannet", "scannet", "18", "72.9", "59.3", "unknown", "no"]
     assert row(table, "tr3d-sunrgbd") == ["tr3d-sunrgbd", "sunrgbd", "10", "67.1", "50.4", "unknown", "no"]
+    assert row(table, "fcaf3d-scannet") == ["fcaf3d-scannet", "scannet", "18", "69.7", "55.2", "unknown", "no"]
+    assert row(table, "fcaf3d-sunrgbd") == ["fcaf3d-sunrgbd", "sunrgbd", "10", "63.8", "47.3", "unknown", "no"]
+    assert row(table, "fcaf3d-s3dis") == ["fcaf3d-s3dis", "s3dis", "5", "67.4", "45.7", "unknown", "no"]
     assert row(table, "tr3d-s3dis") == ["tr3d-s3dis", "s3dis", "5", "74.5", "51.7", "unknown", "no"]
     assert row(table, "rooms") == ["rooms", "-", "-", "-", "-", "-", "no"]
     assert str(cache) in table and all(entry.license in table and entry.address in table for entry in CATALOG)

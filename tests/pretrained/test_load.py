@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from h2a2_jax.checkpoint.store import read_detector
+from h2a2_jax.convert.fcaf3d_weights import export_fcaf3d
 from h2a2_jax.convert.torch_file import write_torch_file
 from h2a2_jax.convert.tr3d_weights import export_tr3d
 from h2a2_jax.errors import InputError
@@ -101,6 +102,23 @@ def test_the_golden_weights_by_name_find_the_golden_boxes(server: Behaviour, tmp
         mine = boxes.boxes[:, :6], boxes.scores, boxes.labels
         original = tuple(golden[f"pred.scene{i}.{key}"] for key in ("boxes", "scores", "labels"))
         assert min(matched_share(*mine, *original), matched_share(*original, *mine)) >= MATCHED_SHARE
+
+
+def test_fcaf3d_by_name_is_converted_too(server: Behaviour, tmp_path: Path):
+    state = arrays("weights_fcaf3d_scannet_seed9.npz")
+    older = {name.removeprefix("bbox_"): value for name, value in state.items()}
+    write_torch_file(tmp_path / "fcaf3d.pth", older)
+    server.files = {f"/mirror/{entry('fcaf3d-scannet').path}": (tmp_path / "fcaf3d.pth").read_bytes()}
+    said = list[str]()
+    detector = load_pretrained("fcaf3d-scannet", said.append)
+    found = export_fcaf3d(detector.build())
+    assert set(found) == {name for name in state if not name.endswith("num_batches_tracked")}
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, state[name], err_msg=name)
+    assert (detector.config.model.kind, detector.config.datasets[0].recipe) == ("fcaf3d", "fcaf3d")
+    assert card_facts(detector).scores == {"scannet": {"0.25": 0.697, "0.5": 0.552}}
+    assert sum("under terms of their own" in sentence for sentence in said) == 1
+    assert_same(load_pretrained("fcaf3d-scannet"), detector)
 
 
 def no_boxes() -> tuple[np.ndarray, np.ndarray]:
@@ -215,6 +233,10 @@ def test_a_mirror_is_of_the_web(monkeypatch: pytest.MonkeyPatch):
         "https://download.openmmlab.com/mmdetection3d/v1.1.0_models/tr3d/tr3d_1xb16_s3dis-3d-5class/"
         "tr3d_1xb16_s3dis-3d-5class.pth"
     )
+    assert entry("fcaf3d-sunrgbd").address == (
+        "https://download.openmmlab.com/mmdetection3d/v1.0.0_models/fcaf3d/fcaf3d_8x2_sunrgbd-3d-10class/"
+        "fcaf3d_8x2_sunrgbd-3d-10class_20220805_165017.pth"
+    )
 
 
 def test_the_weights_of_the_package_are_a_folder_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -257,9 +279,9 @@ def test_what_is_no_detector_is_refused(tmp_path: Path):
     refused("a/b/c", "There are no weights 'a/b/c': expected is one of")
     headless = {name: value for name, value in STATE.items() if not name.startswith("bbox_head")}
     write_torch_file("headless.pth", headless)
-    refused("headless.pth", "headless.pth is no TR3D of a known dataset: No head distinguishes")
+    refused("headless.pth", "headless.pth is no TR3D or FCAF3D of a known dataset: No head distinguishes")
     write_torch_file("part.pth", {name: value for name, value in STATE.items() if not name.startswith("neck")})
-    refused("part.pth", r"part.pth lacks neck\..* and \d+ more: give a whole TR3D")
+    refused("part.pth", r"part.pth lacks neck\..* and \d+ more: give a whole detector")
 
 
 def test_a_name_on_the_hub_is_downloaded_by_its_own_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

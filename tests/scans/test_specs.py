@@ -20,6 +20,7 @@ from h2a2_jax.scans.specs import (
     check_dataset_name,
     class_label,
     dataset_spec,
+    fcaf3d_protocol,
     labels_among,
     own_spec,
     plain_name,
@@ -42,6 +43,30 @@ def test_the_four_have_the_recipes_of_unidet3d():
         count = CountSampling(200_000 if spec is SCANNETPP else 100_000)
         assert spec.train_sampling == spec.test_sampling == count
         assert spec.color_scale == (1.0 if spec is ARKITSCENES else 255.0)
+
+
+def test_fcaf3d_has_recipes_for_three():
+    specs = [fcaf3d_protocol(spec) for spec in SPECS]
+    assert [spec.repeats for spec in specs] == [10, 3, 13]
+    assert {spec.train_sampling for spec in specs} == {spec.test_sampling for spec in specs} == {CountSampling(100_000)}
+    rooms = Augmentation(0.5, 0.5, 0.087266, (0.9, 1.1), 0.1)
+    assert [spec.augmentation for spec in specs] == [
+        rooms, Augmentation(0.5, 0.0, 0.523599, (0.85, 1.15), 0.1), rooms
+    ]  # fmt: skip
+    for found, spec in zip(specs, SPECS, strict=True):
+        assert (found.classes, found.floor, found.color_scale) == (spec.classes, spec.floor, spec.color_scale)
+    assert all(fcaf3d_protocol(spec) is spec for spec in (ARKITSCENES, MULTISCAN, RSCAN, SCANNETPP))
+
+
+def test_a_source_has_the_recipe_of_a_detector():
+    assert SourceConfig("sunrgbd").spec == SUNRGBD
+    assert SourceConfig("sunrgbd", recipe="fcaf3d").spec == fcaf3d_protocol(SUNRGBD)
+    own = {"name": "own", "classes": ("chair",)}
+    assert SourceConfig(**own, recipe="fcaf3d").spec == SourceConfig(**own).spec
+    assert SourceConfig("s3dis", kind="synthetic", recipe="fcaf3d").spec == fcaf3d_protocol(S3DIS)
+    near = SourceConfig("sunrgbd", kind="synthetic", gap=0.5, recipe="fcaf3d").spec
+    assert (near.name, near.has_yaw, near.repeats) == ("sunrgbd", False, 10)
+    assert near.augmentation == fcaf3d_protocol(SCANNET).augmentation
 
 
 def test_classes_of_the_four_are_in_the_order_of_the_labels():

@@ -23,8 +23,8 @@ def interpolate_by_dictionary(x, sites, normalize=False):
     for row, (scan, *place) in enumerate(np.asarray(sites.coords)[: int(sites.n)].tolist()):
         total = 0.0
         for bits in product((0, 1), repeat=3):
-            weight = np.prod([c % stride / stride if b else 1 - c % stride / stride for c, b in zip(place, bits)])
-            corner = (scan, *(c // stride * stride + b * stride for c, b in zip(place, bits)))
+            weight = np.prod(np.abs(1 - np.array(bits) - np.mod(place, stride) / stride))
+            corner = (scan, *((np.array(place) // stride + bits) * stride).tolist())
             if corner in held:
                 y[row] += weight * held[corner]
                 total += weight

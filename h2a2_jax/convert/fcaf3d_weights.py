@@ -1,0 +1,89 @@
+"""Names and shapes of FCAF3D's parameters in mmdetection3d, and their places in the detector here.
+
+The neck is a part of the head there: `bbox_head.up_block_<i>` makes level i - 1 of level i, and what the heads read on
+level l, 0 the finest, comes from `bbox_head.out_block_<l>`. Older files call the head `head`.
+"""
+
+from collections.abc import Mapping
+from typing import cast
+
+import numpy as np
+
+from h2a2_jax.convert.slots import (
+    STEM,
+    Slot,
+    backbone_of_weights,
+    conv_norm_slots,
+    export_slots,
+    last_axis,
+    load_slots,
+    output_slots,
+    stage_slots,
+)
+from h2a2_jax.models import DetectorConfig
+from h2a2_jax.models.backbone import InstanceStem
+from h2a2_jax.models.fcaf3d import FCAF3D
+
+_MARK = "conv_center.kernel"
+_NECK = "bbox_head.out_block_0.0.kernel"
+_HEAD, _OLD_HEAD = "bbox_head.", "head."
+
+
+def is_fcaf3d(state: Mapping[str, np.ndarray]) -> bool:
+    """Return True for a state dict with FCAF3D's head, under its present name or its old one."""
+    return f"{_HEAD}{_MARK}" in state or f"{_OLD_HEAD}{_MARK}" in state
+
+
+def with_present_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Give the parameters of a head that is called `head` its present name `bbox_head`; other names stay.
+
+    Only the beginning of a name counts: `bbox_head.` has the old name within it.
+    """
+    return {f"bbox_{name}" if name.startswith(_OLD_HEAD) else name: value for name, value in state.items()}
+
+
+def fcaf3d_slots(model: FCAF3D, dataset: int = 0) -> dict[str, Slot]:
+    """Every parameter and running statistic of FCAF3D by its name in mmdetection3d; the statistics of one dataset."""
+    stem = cast(InstanceStem, model.backbone.stem)
+    slots = {
+        STEM: Slot(stem.conv.kernel, (), stem.conv.kernel.shape),
+        "backbone.norm1.weight": Slot(stem.norm.scale, (), (1, *stem.norm.scale.shape)),
+        "backbone.norm1.bias": Slot(stem.norm.bias, (), (1, *stem.norm.bias.shape)),
+    }
+    slots |= stage_slots(model.backbone, dataset)
+    for i, up in enumerate(model.neck.ups, 1):
+        name = f"{_HEAD}up_block_{i}"
+        slots |= conv_norm_slots(f"{name}.0", f"{name}.1", up.generate, dataset)
+        slots |= conv_norm_slots(f"{name}.3", f"{name}.4", up.conv, dataset)
+    for level, out in enumerate(model.neck.outs):
+        name = f"{_HEAD}out_block_{level}"
+        slots |= conv_norm_slots(f"{name}.0", f"{name}.1", out, dataset)
+    heads, config = model.heads, model.heads_config[dataset]
+    slots |= output_slots(f"{_HEAD}conv_center", heads.center_kernel, None, 1, dataset)
+    slots |= output_slots(f"{_HEAD}conv_reg", heads.box_kernel, None, config.num_outputs, dataset)
+    slots |= output_slots(f"{_HEAD}conv_cls", heads.class_kernel, heads.class_bias, config.num_classes, dataset)
+    for level in range(heads.scales.shape[1]):
+        slots[f"{_HEAD}scales.{level}.scale"] = Slot(heads.scales, (dataset, level), ())
+    return slots
+
+
+def load_fcaf3d(model: FCAF3D, state: Mapping[str, np.ndarray], dataset: int = 0) -> None:
+    """Set a detector's parameters from FCAF3D's, by their present names, as `load_slots` does."""
+    load_slots(fcaf3d_slots(model, dataset), state)
+
+
+def export_fcaf3d(model: FCAF3D, dataset: int = 0) -> dict[str, np.ndarray]:
+    """A detector's parameters and running statistics under FCAF3D's names and in its shapes."""
+    return export_slots(fcaf3d_slots(model, dataset))
+
+
+def fcaf3d_of_weights(state: Mapping[str, np.ndarray]) -> DetectorConfig:
+    """Find the architecture of weights of FCAF3D from their names and shapes.
+
+    Without a neck it gets the default width. The thresholds, which weights do not hold, are the published ones.
+
+    Raises:
+        InputError: there is no such backbone, or one of other blocks or another depth.
+    """
+    neck = last_axis(state, _NECK) if _NECK in state else DetectorConfig.neck_channels
+    return DetectorConfig(kind="fcaf3d", neck_channels=neck, **backbone_of_weights(state))

@@ -1,0 +1,124 @@
+"""FCAF3D, the detection network: backbone, a neck that is pruned by scores, heads on four levels."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from h2a2_jax.errors import InputError
+from h2a2_jax.layers import DatasetContext, ForwardContext
+from h2a2_jax.layers.kernel_selection import Part
+from h2a2_jax.models.architecture import DetectorConfig
+from h2a2_jax.models.backbone import MinkResNet
+from h2a2_jax.models.detector import DetectorNetwork, HeadChoice, HeadConfig, Predictions, embeddings
+from h2a2_jax.models.fcaf3d_maps import NUM_PRUNED, FCAF3DPlan
+from h2a2_jax.models.fcaf3d_neck import PrunedNeck
+from h2a2_jax.models.head import CenternessHeads
+from h2a2_jax.sparse import SparseTensor
+
+
+class FCAF3D(DetectorNetwork):
+    """Backbone with instance norm in its stem, pruned neck, and one head per dataset.
+
+    References:
+        Rukhovich et al., FCAF3D: Fully Convolutional Anchor-Free 3D Object Detection, ECCV 2022.
+    """
+
+    def __init__(self, config: DetectorConfig, heads: Sequence[HeadConfig], *, rngs: nnx.Rngs):
+        """Build the layers of the config; parameters are random from `rngs.params`.
+
+        Args:
+            config: architecture, of kind "fcaf3d".
+            heads: outputs of each dataset's head, in the order of the dataset axis.
+            rngs: random streams.
+
+        Raises:
+            InputError: the config asks for what FCAF3D does not have: one label space, kernel selection in its stem or
+                neck, or a stem exclusive to each dataset.
+        """
+        _check(config)
+        self.config = config
+        self.heads_config = tuple(heads)
+        count, selection = len(heads), config.selection
+        embedding = None if selection is None else embeddings(count, selection.embedding_dim, rngs)
+        self.backbone = MinkResNet(config, count, rngs=rngs)
+        self.neck = PrunedNeck(config, count, rngs=rngs)
+        self.heads = CenternessHeads(
+            config.neck_channels,
+            tuple(h.num_classes for h in heads),
+            tuple(h.num_outputs for h in heads),
+            rngs=rngs,
+        )
+        if embedding is None and config.norm_affine == "prompt":
+            # Drawn last: with prompts alone, all layers start as in the network of the same seed without.
+            embedding = embeddings(count, config.prompt_dim, rngs)
+        self.embedding = embedding
+
+    def __call__(
+        self,
+        features: Float[Array, "n c"],
+        plan: FCAF3DPlan,
+        context: ForwardContext,
+        head: HeadChoice = None,
+    ) -> Predictions:
+        """Predict at every location of a batch of scans.
+
+        The scores that decide which sites of a level stay are those of the head that predicts: of two datasets' heads,
+        each may see other locations.
+
+        Args:
+            features: colour of the voxels, rows of `plan.voxels`.
+            plan: sites and maps of the batch.
+            context: context of the pass; its embedding is set here, and its compute type becomes that of all features.
+            head: dataset whose head predicts, None for that of the context.
+
+        Returns:
+            Outputs at the locations of levels 0 to 3. Where `overflow` is above zero the capacities of the plan were
+            too small, and locations are missing.
+        """
+        dataset, context = self.conditioned(context)
+        if head is not None and not isinstance(head, DatasetContext):
+            raise ValueError("head are columns; FCAF3D has a head for each dataset: give a DatasetContext.")
+        # Cast once: every layer returns the type of the features that it is given.
+        x = SparseTensor(jnp.asarray(features, context.dtype), plan.voxels)
+        stages, context = self.backbone(x, plan, context)
+        x, kernel_map, overflow = stages[NUM_PRUNED], plan.stages[NUM_PRUNED].residual, jnp.zeros((), jnp.int32)
+        levels: list[tuple[Array, ...]] = []
+        for level in reversed(range(NUM_PRUNED + 1)):
+            out = self.neck.read(x, kernel_map, level, context)
+            outputs = self.heads(out.features, head or dataset, level)
+            locations = jnp.asarray(out.sites.coords)[:, 1:].astype(jnp.float32) * self.config.voxel_size
+            scan = jnp.asarray(out.sites.scan)
+            of_level = jnp.full(len(scan), level, jnp.int32)
+            levels.append((locations, scan, of_level, outputs.boxes, outputs.logits, outputs.centerness))
+            if level > 0:
+                scores = out.with_features(lax.stop_gradient(outputs.best)[:, None])
+                x, kernel_map, lost = self.neck.grow(x, stages[level - 1], scores, level - 1, plan, context)
+                overflow += lost
+        parts = [jnp.concatenate(arrays) for arrays in zip(*reversed(levels), strict=True)]
+        return Predictions._make([*parts, overflow])
+
+
+def _check(config: DetectorConfig) -> None:
+    """Refuse what FCAF3D does not have.
+
+    Raises:
+        InputError: the config asks for it.
+    """
+    if config.kind != "fcaf3d":
+        raise InputError(f'model.kind is "{config.kind}"; FCAF3D takes a config of kind "fcaf3d".')
+    if config.label_space != "separate":
+        raise InputError(
+            f'model.label_space is "{config.label_space}"; FCAF3D has a head for each dataset: choose "separate".'
+        )
+    parts: tuple[Part, ...] = ("stem", "neck")
+    for part in parts:
+        if config.selection_in(part) is not None:
+            raise InputError(
+                f'model.selection.convolutions has "{part}"; FCAF3D selects kernels in its residual stages alone: '
+                'choose ("residual",).'
+            )
+    if 0 in config.exclusive_stages:
+        raise InputError("model.exclusive_stages has 0, the stem, which FCAF3D shares; choose stages from 1 to 4.")
