@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks import timing
 from benchmarks.scans import load_points
 from h2a2_jax.config import ExperimentConfig, HarmonizeConfig, SourceConfig, TrainConfig
-from h2a2_jax.distributed import MeshLayout, stack_batches
+from h2a2_jax.distributed import MeshLayout, stack_batches, train_mesh
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import available_cores
 from h2a2_jax.inference.predictor import Predictor
@@ -45,9 +45,7 @@ MODELS: dict[tuple[str, str], DetectorConfig] = {
     ("tr3d", "full"): DetectorConfig(),
     ("tr3d", "small"): DetectorConfig(stage_channels=(16, 32, 32, 32), **SMALL),
     ("fcaf3d", "full"): DetectorConfig(kind="fcaf3d", stage_channels=(64, 128, 256, 512)),
-    ("fcaf3d", "small"): DetectorConfig(
-        kind="fcaf3d", stage_channels=(16, 32, 32, 32), prune_threshold=2000, **SMALL
-    ),
+    ("fcaf3d", "small"): DetectorConfig(kind="fcaf3d", stage_channels=(16, 32, 32, 32), prune_threshold=2000, **SMALL),
 }
 """Architectures by detector and width; full ones are as published."""
 PASSES = ("predict", "step")
@@ -102,7 +100,7 @@ class Subject:
     def step(self) -> float:
         """Loss of a step."""
         if self._take_step is None:
-            model, mesh = self.config.model, MeshLayout.of(1, jax.devices()[:1])
+            model, mesh = self.config.model, MeshLayout(train_mesh(1, jax.devices()[:1]), 1)
             trainer = build_trainer(self.config, self.detector, mesh, 1000, 1000)
             host, kind = collate([self.scan], model), kind_of(model)
             layout, capacities = PlanLayout.of(model), BucketLadder(host.tables.sizes).capacities(0)
@@ -171,9 +169,9 @@ def _second(subject: Subject, scan: Scan) -> dict[str, float]:
     """Seconds and compiled programs of the first and second prediction of another scan."""
     compiled: list[str] = []
 
-    def listen(name: str, seconds: float, **_: Any) -> None:
-        if name == "/jax/core/compile/backend_compile_duration":
-            compiled.append(name)
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     subject.scan, times = scan, []
@@ -252,9 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             call(), call()
             print(_own_peak())
             return 0
-        result = measure(
-            options.scan, options.other, options.width, options.kinds, options.passes, options.rounds
-        )
+        result = measure(options.scan, options.other, options.width, options.kinds, options.passes, options.rounds)
         if options.memory:
             for kind in options.kinds:
                 timing.report(f"{kind}: peak memory")
