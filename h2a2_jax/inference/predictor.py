@@ -373,16 +373,14 @@ def _detect(
     of_union: bool,
 ) -> tuple[Float[Array, "b k 7"], Float[Array, "b k"], Int32[Array, "b k"], Int32[Array, " b"]]:
     """Boxes, scores and labels of each scan, and their number."""
-    rotated = outputs == ROTATED_CHANNELS
-    boxes = outputs_of_union(out.boxes, rotated) if of_union else out.boxes
-    detect = partial(
-        KINDS[kind].detect,
+    boxes = outputs_of_union(out.boxes, outputs == ROTATED_CHANNELS) if of_union else out.boxes
+    return KINDS[kind].detect(
         out._replace(boxes=boxes[:, :outputs], logits=out.logits[:, :classes]),
-        rotated=rotated,
+        num_scans,
+        rotated=outputs == ROTATED_CHANNELS,
         score_threshold=score_threshold,
         iou_threshold=iou_threshold,
     )
-    return jax.vmap(lambda scan: detect(out.scan == scan))(jnp.arange(num_scans))
 
 
 @dataclass(frozen=True)

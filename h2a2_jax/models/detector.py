@@ -203,13 +203,13 @@ class DetectorKind(Protocol):
     def detect(
         self,
         out: Predictions,
-        valid: Bool[Array, " n"],
+        num_scans: int,
         *,
         rotated: bool,
         score_threshold: Float[AnyArray, ""],
         iou_threshold: Float[AnyArray, ""],
-    ) -> tuple[Float[Array, "k 7"], Float[Array, " k"], Int32[Array, " k"], Int32[Array, ""]]:
-        """Boxes, scores and labels of one scan, whose rows are `valid`, and their number, inside jit.
+    ) -> tuple[Float[Array, "b k 7"], Float[Array, "b k"], Int32[Array, "b k"], Int32[Array, " b"]]:
+        """Boxes, scores and labels of each scan, and their number, inside jit.
 
         `out` has as many columns of boxes and logits as the dataset has outputs and classes.
         """

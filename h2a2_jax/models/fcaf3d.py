@@ -1,22 +1,38 @@
 """FCAF3D, the detection network: backbone, a neck that is pruned by scores, heads on four levels."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Int32
 
+from h2a2_jax.boxes.nms import detections_from_centerness
 from h2a2_jax.errors import InputError
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.layers.kernel_selection import Part
+from h2a2_jax.losses import DetectionLoss, centerness_loss
 from h2a2_jax.models.architecture import DetectorConfig
 from h2a2_jax.models.backbone import MinkResNet
-from h2a2_jax.models.detector import DetectorNetwork, HeadChoice, HeadConfig, Predictions, embeddings
-from h2a2_jax.models.fcaf3d_maps import NUM_PRUNED, FCAF3DPlan
+from h2a2_jax.models.detector import DetectorNetwork, HeadChoice, HeadConfig, Predictions, Targets, embeddings
+from h2a2_jax.models.fcaf3d_maps import (
+    NUM_PRUNED,
+    FCAF3DPlan,
+    FCAF3DSizes,
+    FCAF3DTables,
+    fcaf3d_sizes,
+    fcaf3d_tables,
+    fits_fcaf3d,
+    pad_fcaf3d,
+)
 from h2a2_jax.models.fcaf3d_neck import PrunedNeck
 from h2a2_jax.models.head import CenternessHeads
-from h2a2_jax.sparse import SparseTensor
+from h2a2_jax.models.maps import PlanLayout, backbone_support
+from h2a2_jax.sparse import Sites, SiteSet, SparseTensor
+from h2a2_jax.typing import AnyArray
 
 
 class FCAF3D(DetectorNetwork):
@@ -122,3 +138,78 @@ def _check(config: DetectorConfig) -> None:
             )
     if 0 in config.exclusive_stages:
         raise InputError("model.exclusive_stages has 0, the stem, which FCAF3D shares; choose stages from 1 to 4.")
+
+
+class FCAF3DKind:
+    """What the house asks of FCAF3D (`DetectorKind`)."""
+
+    title = "FCAF3D"
+    levels = FCAF3DSizes
+    least = FCAF3DSizes(2048, 2048, 2048, 1024, 512, 256, 128, 1024, 4096, 8192)
+
+    def build(self, config: DetectorConfig, heads: Sequence[HeadConfig], *, rngs: nnx.Rngs) -> FCAF3D:
+        """Build the network."""
+        return FCAF3D(config, heads, rngs=rngs)
+
+    def sizes(self, voxels: SiteSet, config: DetectorConfig) -> FCAF3DSizes:
+        """Number of sites of every level; of unions 1 and 0 the most that any scores can leave."""
+        return fcaf3d_sizes(voxels, config.prune_threshold)
+
+    def tables(self, voxels: SiteSet, config: DetectorConfig) -> FCAF3DTables:
+        """Every table that no scores decide about."""
+        return fcaf3d_tables(voxels, config.prune_threshold)
+
+    def fits(self, tables: FCAF3DTables, capacities: FCAF3DSizes, layout: PlanLayout) -> bool:
+        """Return True if the layout has places for the pairs of every map made on the host."""
+        return fits_fcaf3d(tables, capacities, layout)
+
+    def pad(self, tables: FCAF3DTables, capacities: FCAF3DSizes, layout: PlanLayout) -> FCAF3DPlan:
+        """The plan of a batch in the shape of a bucket."""
+        return pad_fcaf3d(tables, capacities, layout)
+
+    def loss(
+        self,
+        out: Predictions,
+        boxes: Float[AnyArray, "b g 7"],
+        labels: Int[AnyArray, "b g"],
+        targets: Targets,
+        voxels: Sites,
+        config: DetectorConfig,
+        axis_name: Any = None,
+    ) -> DetectionLoss:
+        """Focal, centerness and IoU loss by scan, mean over the scans that have sites (`centerness_loss`)."""
+        assert out.centerness is not None
+        is_scan = jnp.zeros(voxels.num_scans, bool).at[voxels.scan].set(True, mode="drop")
+        return centerness_loss(
+            out.locations, out.scan, out.level, out.boxes, out.logits, out.centerness, boxes, labels,
+            targets.class_mask, targets.has_yaw, is_scan,
+            axis_name=axis_name, assign_threshold=config.assign_threshold, center_threshold=config.center_threshold,
+        )  # fmt: skip
+
+    def detect(
+        self,
+        out: Predictions,
+        num_scans: int,
+        *,
+        rotated: bool,
+        score_threshold: Float[AnyArray, ""],
+        iou_threshold: Float[AnyArray, ""],
+    ) -> tuple[Float[Array, "b k 7"], Float[Array, "b k"], Int32[Array, "b k"], Int32[Array, " b"]]:
+        """Boxes of each scan (`detections_from_centerness`), one scan after the other for the memory that it takes."""
+        assert out.centerness is not None
+        detect = partial(
+            detections_from_centerness,
+            out.locations,
+            level=out.level,
+            outputs=out.boxes,
+            logits=out.logits,
+            center_logits=out.centerness,
+            rotated=rotated,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+        )
+        return lax.map(lambda scan: detect(valid=out.scan == scan), jnp.arange(num_scans))
+
+    def support(self, tables: FCAF3DTables, layer: str) -> Float[np.ndarray, " v"]:
+        """Share of a layer's output sites that have a neighbour at each offset; only the stages select kernels."""
+        return backbone_support(tables, layer)

@@ -6,9 +6,10 @@ from flax import nnx
 
 from h2a2_jax.models.architecture import DetectorConfig
 from h2a2_jax.models.detector import DetectorKind, DetectorNetwork, HeadConfig
+from h2a2_jax.models.fcaf3d import FCAF3DKind
 from h2a2_jax.models.tr3d import TR3DKind
 
-KINDS: Mapping[str, DetectorKind] = {"tr3d": TR3DKind()}
+KINDS: Mapping[str, DetectorKind] = {"tr3d": TR3DKind(), "fcaf3d": FCAF3DKind()}
 """What the house asks of a detector, by kind."""
 
 

@@ -1,12 +1,14 @@
 """TR3D, the detection network, with structure-aware kernel selection by config."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32
 
 from h2a2_jax.boxes.nms import detections_from_predictions
 from h2a2_jax.layers import DatasetContext, ForwardContext
@@ -147,22 +149,23 @@ class TR3DKind:
     def detect(
         self,
         out: Predictions,
-        valid: Bool[Array, " n"],
+        num_scans: int,
         *,
         rotated: bool,
         score_threshold: Float[AnyArray, ""],
         iou_threshold: Float[AnyArray, ""],
-    ) -> tuple[Float[Array, "k 7"], Float[Array, " k"], Int32[Array, " k"], Int32[Array, ""]]:
-        """Boxes of a scan (`detections_from_predictions`)."""
-        return detections_from_predictions(
+    ) -> tuple[Float[Array, "b k 7"], Float[Array, "b k"], Int32[Array, "b k"], Int32[Array, " b"]]:
+        """Boxes of each scan (`detections_from_predictions`)."""
+        detect = partial(
+            detections_from_predictions,
             out.locations,
-            valid,
-            out.boxes,
-            out.logits,
+            outputs=out.boxes,
+            logits=out.logits,
             rotated=rotated,
             score_threshold=score_threshold,
             iou_threshold=iou_threshold,
         )
+        return jax.vmap(lambda scan: detect(valid=out.scan == scan))(jnp.arange(num_scans))
 
     def support(self, tables: DetectorTables, layer: str) -> Float[np.ndarray, " v"]:
         """Share of a layer's output sites that have a neighbour at each offset."""
