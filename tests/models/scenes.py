@@ -9,13 +9,18 @@ from flax import nnx
 from h2a2_jax.layers import AdapterConv, BatchNorm, EmbeddingMLP, PromptNorm, SelectionConfig, SelectiveConv
 from h2a2_jax.layers.kernel_selection import READING_0_1_0
 from h2a2_jax.loader.batching import collate, pad_batch
-from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
+from h2a2_jax.models import DetectorConfig, HeadConfig, PlanLayout, build_network
 from h2a2_jax.scans.scan import Scan
 from h2a2_jax.scans.specs import SPECS
 
 VOXEL = 0.05
 MODEL = DetectorConfig(voxel_size=VOXEL)
 """Coarse, so that few points cover all levels."""
+FCAF3D_MODEL = DetectorConfig(
+    depth=10, stem_channels=4, stage_channels=(4, 4, 4, 4), neck_channels=4, voxel_size=VOXEL, kind="fcaf3d",
+    prune_threshold=150, assign_threshold=9, center_threshold=6,
+)  # fmt: skip
+"""FCAF3D as small, pruned on all levels but the coarsest."""
 SELECTION = SelectionConfig(
     **READING_0_1_0,
     projection_dim=4,
@@ -66,7 +71,7 @@ def tiny_config(selection=SELECTION, width=4):
 def tiny_detector(selection=SELECTION, seed=0, specs=SPECS, width=4, **options):
     """A detector of the given datasets; running statistics and silent layers drawn at random."""
     heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in specs]
-    model = TR3D(replace(tiny_config(selection, width), **options), heads, rngs=nnx.Rngs(seed))
+    model = build_network(replace(tiny_config(selection, width), **options), heads, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, EmbeddingMLP):
@@ -104,12 +109,12 @@ def _add_noise(rng, variable):
     variable.set_value(variable[...] + rng.uniform(0, 0.2, variable.shape).astype(np.float32))
 
 
-def batch_of(scans, capacities=None, max_boxes=4):
-    """A padded batch of scans of one dataset, on the device."""
-    host = collate(scans, MODEL)
+def batch_of(scans, capacities=None, max_boxes=4, model=MODEL):
+    """A padded batch of scans of one dataset for a detector, on the device."""
+    host = collate(scans, model)
     if capacities is None:
         capacities = type(host.tables.sizes)(*(size + 32 for size in host.tables.sizes))
-    return jax.tree.map(jax.numpy.asarray, pad_batch(host, capacities, max_boxes))
+    return jax.tree.map(jax.numpy.asarray, pad_batch(host, capacities, max_boxes, PlanLayout(model=model)))
 
 
 def alive(model, seed=0):

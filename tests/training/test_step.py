@@ -21,7 +21,7 @@ from h2a2_jax.checkpoint.train_state import create_state, merge_model, place_sta
 from h2a2_jax.distributed import stack_batches, train_mesh
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.loader.batching import BucketLadder, collate, no_scan, pad_batch
-from h2a2_jax.models import LevelSizes, PlanLayout
+from h2a2_jax.models import PlanLayout
 from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.training.step import make_train_step
 from tests.models.scenes import MODEL, SELECTION, room, tiny_detector
@@ -41,8 +41,6 @@ SEED = 2
 SCANS = [[room(10 * d + i, points=2500, boxes=8 - 2 * i, classes=5, size=10.0 + d) for i in range(2)] for d in range(3)]
 UNEQUAL = [[SCANS[0][0], no_scan()], [no_scan(), SCANS[1][1]], SCANS[2]]
 """One scan of two datasets: on six devices two replicas have none."""
-LAYOUT = PlanLayout("any")
-"""Compiles in less time than that for CPUs, and on all devices alike."""
 OPTIMIZER = optax.adamw(1e-3, weight_decay=1e-4)
 
 
@@ -50,16 +48,17 @@ OPTIMIZER = optax.adamw(1e-3, weight_decay=1e-4)
 assert all(len({len(scan.boxes) for scan in row}) == 2 for row in SCANS)
 
 
-def batch_for(mesh, scans=None, present=(True, True, True)):
+def batch_for(mesh, scans=None, present=(True, True, True), model=MODEL):
     """Scans [dataset][scan] spread over the mesh."""
+    layout = PlanLayout("any", model)  # compiles in less time than that for CPUs, and on all devices alike
     scans, replicas = scans or SCANS, mesh.shape["replica"]
     per = 2 // replicas
-    grid = [[collate(row[r * per : (r + 1) * per], MODEL) for r in range(replicas)] for row in scans]
+    grid = [[collate(row[r * per : (r + 1) * per], model) for r in range(replicas)] for row in scans]
     # One bucket for all layouts, so that only the mesh differs.
-    both = [collate(row, MODEL).tables.sizes for row in SCANS]
-    capacities = BucketLadder(LevelSizes(*(max(s) for s in zip(*both, strict=True)))).capacities(0)
+    both = [collate(row, model).tables.sizes for row in SCANS]
+    capacities = BucketLadder(type(both[0])(*(max(s) for s in zip(*both, strict=True)))).capacities(0)
     batches = [
-        [replace(pad_batch(b, capacities, 8, LAYOUT), present=np.asarray(here)) for b in row]
+        [replace(pad_batch(b, capacities, 8, layout), present=np.asarray(here)) for b in row]
         for row, here in zip(grid, present, strict=True)
     ]
     batch = stack_batches(batches)
@@ -72,9 +71,9 @@ def double_precision():
         yield
 
 
-def double_detector():
+def double_detector(**options):
     """A tiny detector, every parameter in float64."""
-    model = tiny_detector(seed=SEED)
+    model = tiny_detector(seed=SEED, **options)
     nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(float), nnx.state(model)))
     return model
 
