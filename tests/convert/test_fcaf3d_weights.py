@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from h2a2_jax.checkpoint.store import restore_checkpoint
+from h2a2_jax.checkpoint.store import read_detector, restore_checkpoint
 from h2a2_jax.convert.conversion import convert_command, convert_file
 from h2a2_jax.convert.fcaf3d_weights import export_fcaf3d, fcaf3d_slots, load_fcaf3d, with_present_names
 from h2a2_jax.convert.slots import of_one_dataset
 from h2a2_jax.convert.torch_file import TorchFile, read_torch_file
+from h2a2_jax.inference.predictor import Predictor
 from h2a2_jax.models import DetectorConfig, HeadConfig
 from h2a2_jax.models.fcaf3d import FCAF3D
+from h2a2_jax.scans.scan import Scan
 from tests.boxes.golden import FIXTURES
 from tests.convert.test_command import STATE as TR3D_STATE
 from tests.convert.test_command import converted
+from tests.parity_model import MATCHED_SHARE, matched_share
 
 CONFIG = DetectorConfig(kind="fcaf3d", depth=10, stem_channels=4, stage_channels=(4, 6, 5, 6), neck_channels=7)
 SUNRGBD = HeadConfig("sunrgbd", 10, 8)
@@ -41,14 +44,14 @@ def file(state: dict[str, np.ndarray]) -> TorchFile:
     return TorchFile(state, (), (), ())
 
 
-def golden(kind: str) -> dict[str, np.ndarray]:
-    with np.load(FIXTURES / f"weights_fcaf3d_{kind}.npz") as stored:
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(FIXTURES / f"{name}.npz") as stored:
         return {name: stored[name] for name in stored.files}
 
 
 @pytest.mark.parametrize(("kind", "threshold"), [("scannet_seed9", 571), ("sunrgbd_seed11", 136)])
 def test_the_golden_weights_come_back_bit_for_bit(tmp_path, capsys, kind, threshold):
-    state = golden(kind)
+    state = golden(f"weights_fcaf3d_{kind}")
     given = state
     if kind.startswith("sunrgbd"):  # as an older file of a wrapped detector
         given = {f"module.{name.removeprefix('bbox_')}": value for name, value in state.items()}
@@ -71,6 +74,24 @@ def test_the_golden_weights_come_back_bit_for_bit(tmp_path, capsys, kind, thresh
     for name, value in state.items():
         assert back[name].dtype == value.dtype and back[name].shape == value.shape, name
         np.testing.assert_array_equal(back[name], value, err_msg=name)
+
+
+@pytest.mark.slow
+def test_converted_golden_weights_find_the_golden_boxes(tmp_path, capsys):
+    flags = ("--voxel_size=0.02", "--prune_threshold=136")
+    assert converted(tmp_path, capsys, golden("weights_fcaf3d_sunrgbd_seed11"), *flags)[0] == 0
+    batch = golden("fcaf3d_batch2_sunrgbd_seed11")
+    clouds = np.split(batch["points"].astype(np.float32), np.cumsum(batch["num_points"])[:-1])
+    scans = [
+        Scan(str(i), cloud[:, :3], cloud[:, 3:], np.zeros((0, 7), np.float32), np.zeros(0, np.int32))
+        for i, cloud in enumerate(clouds)
+    ]
+    detector = read_detector(tmp_path / "run")
+    for i, found in enumerate(Predictor(detector, detector.specs).predict(scans, "sunrgbd")):
+        original = tuple(batch[f"pred1000.scene{i}.{key}"] for key in ("boxes", "scores", "labels"))
+        mine = found.boxes, found.scores, found.labels
+        assert len(found.scores) == len(original[1])
+        assert min(matched_share(*mine, *original), matched_share(*original, *mine)) >= MATCHED_SHARE
 
 
 def test_only_the_beginning_of_a_name_is_renamed():
