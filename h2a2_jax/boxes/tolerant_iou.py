@@ -35,6 +35,7 @@ def tolerant_bev_iou(
         Ratios, at least the exact IoU up to rounding; above 1 for boxes of some centimetres. Not made to be
         differentiated.
     """
+    first, second = jnp.asarray(first), jnp.asarray(second)
     # In a frame centred on the first box, so that far from the origin no digit is lost.
     offset = second[..., :2] - first[..., :2]
     first_corners, second_corners = _corners(first, jnp.zeros_like(offset)), _corners(second, offset)
@@ -112,7 +113,7 @@ def _may_exceed(overlaps: AnyArray, boxes: Array, iou_threshold: float | AnyArra
     return is_enough & (offset_x * offset_x + offset_y * offset_y <= limit * limit)
 
 
-def _corners(boxes: AnyArray, centres: Array) -> Array:
+def _corners(boxes: Array, centres: Array) -> Array:
     """Corners [..., 4, 2] of footprints about given centres, counter-clockwise."""
     cos, sin = jnp.cos(boxes[..., 6]), jnp.sin(boxes[..., 6])
     half_x, half_y = boxes[..., 3] / 2, boxes[..., 4] / 2
@@ -136,7 +137,7 @@ def _crossings(first: Array, second: Array) -> tuple[Array, Array]:
     return points.reshape(*first.shape[:-2], 16, 2), is_crossing.reshape(*first.shape[:-2], 16)
 
 
-def _is_near(boxes: AnyArray, points: Array, tolerance: float) -> Array:
+def _is_near(boxes: Array, points: Array, tolerance: float) -> Array:
     """True for points [..., p, 2], given from the boxes' centres, in a box or up to the tolerance beyond its edges."""
     cos, sin = jnp.cos(boxes[..., 6, None]), jnp.sin(boxes[..., 6, None])
     along = jnp.abs(points[..., 0] * cos + points[..., 1] * sin) < boxes[..., 3, None] / 2 + tolerance
