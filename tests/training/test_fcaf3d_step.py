@@ -51,7 +51,7 @@ def test_devices_give_the_same_step(devices, unequal):
         assert_close(ours, theirs)
     for part in ("box_loss", "class_loss", "centerness_loss", "gradient_norm"):
         np.testing.assert_allclose(getattr(metrics, part), getattr(one, part), rtol=1e-6, err_msg=part)
-    assert (metrics.num_positives == one.num_positives).all() and (one.num_positives > 0).all()
+    assert (metrics.num_positives == one.num_positives).all() and (one.num_positives > 0).sum() >= 2
     assert_close(state.stats, one_state.stats)
     assert (metrics.overflow == 0).all() and (one.overflow == 0).all()
 
