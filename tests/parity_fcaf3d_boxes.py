@@ -232,7 +232,7 @@ def compare_evaluation(
     """Decoded boxes and predictions that follow from head outputs in evaluation mode, against those of a file.
 
     Number, order and labels of the predictions must be equal. With `flips`, for head outputs in float32, whose rounding
-    swaps neighbours and moves a box over a threshold, all but that many boxes must have a counterpart (`matched_share`).
+    swaps neighbours and moves boxes over a threshold, all but that many must have a counterpart (`matched_share`).
     """
     rotated = int(stored["config.num_reg_outs"]) == 8
     outputs, width = predictions.boxes[:, : 8 if rotated else 6], 7 if rotated else 6
