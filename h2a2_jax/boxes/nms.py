@@ -276,7 +276,7 @@ def detections_from_centerness(
     scores = jnp.where(valid[:, None], scores, jnp.nan)
     best, is_best = _best_rows_of_levels(scores, valid, level, max_candidates, num_levels)
     return _detections(
-        decode_faces(locations[best], outputs[best]),
+        decode_faces(jnp.asarray(locations)[best], jnp.asarray(outputs)[best]),
         jnp.where(is_best[:, None], scores[best], jnp.nan),
         rotated=rotated,
         score_threshold=score_threshold,

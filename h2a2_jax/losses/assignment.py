@@ -23,7 +23,8 @@ class Assignment:
     Attributes:
         labels: int32 [N], class of each location, -1 = background or padding.
         box: int32 [N], box of each location, an index into its scan's boxes; -1 = none.
-        candidates: int32 [B, G, K], rows of the locations that each box asks for, nearest first; N where there is none.
+        candidates: int32 [B, G, K], rows of the locations that each box asks for, nearest (of FCAF3D most central)
+            first; N where there is none.
         positive: bool [B, G, K], True where the box got the candidate. Every location with a label is positive once.
         centerness: float [B, G, K], FCAF3D: centerness of each candidate in its box, -1 where there is none; None for
             TR3D.
