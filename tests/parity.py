@@ -1,8 +1,8 @@
 """Our code against numbers of the reference implementation: `python -m tests.parity FILE...`.
 
-Takes any files of the format of `tests/fixtures/FORMAT.txt` (ops_*, boxes_*, model_*; the weights_* that goes with a
-model file is found beside it), or folders of them. Which cases there are is read from the files. One line a comparison:
-file and case, largest error, tolerance, "ok" or "FAIL".
+Takes any files of the formats of `tests/fixtures/FORMAT.txt` (ops_*, boxes_*, model_*) and `FORMAT_FCAF3D.txt`
+(ops_fcaf3d_*, fcaf3d_*), or folders of them; the weights_* that go with a model are found beside it. Which cases there
+are is read from the files. One line a comparison: file and case, largest error, tolerance, "ok" or "FAIL".
 
 Exit status: 0 if all is well, 1 on any failure and on anything that was not run, 2 if a file is missing.
 """
@@ -16,15 +16,18 @@ import jax
 
 from tests.parity_boxes import run_boxes_file
 from tests.parity_case import CaseResult, guarded
+from tests.parity_fcaf3d import run_fcaf3d_file, run_fcaf3d_ops_file
 from tests.parity_model import run_model_file
 from tests.parity_ops import run_ops_file
 
 RUNNERS: dict[str, Callable[[Path], Iterator[CaseResult]]] = {
+    "ops_fcaf3d_": run_fcaf3d_ops_file,
+    "fcaf3d_": run_fcaf3d_file,
     "ops_": run_ops_file,
     "boxes_": run_boxes_file,
     "model_": run_model_file,
 }
-"""What runs a file, by the start of its name."""
+"""What runs a file, by the start of its name; the first that fits."""
 COMPANIONS = "weights_"
 """Files that are read with others."""
 

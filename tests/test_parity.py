@@ -2,10 +2,11 @@
 
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 
-from tests import parity
+from tests import parity, parity_fcaf3d
 from tests.boxes.golden import FIXTURES, load_cases
 from tests.parity_case import CaseResult, guarded
 
@@ -37,6 +38,27 @@ def test_whole_models_of_the_fixtures(kind):
     assert stages | {"head", "pred", "train", "float64", "voxel_coords", "first_point_index"} == set(compared)
     assert compared["float64"] == compared["train"] > parameters
     assert max(result.tolerance for result in results if result.name.startswith("float64.")) == 1e-6
+
+
+@pytest.mark.slow
+def test_a_whole_fcaf3d_of_the_fixtures():
+    # Turned boxes, and pruned on every level. The tool runs both passes in both types.
+    golden = parity_fcaf3d.Golden.load(FIXTURES / "fcaf3d_batch2_sunrgbd_seed11.npz")
+    results = list(parity_fcaf3d.evaluation(golden))
+    with jax.enable_x64(True):
+        results += parity_fcaf3d.training(golden.in_float64())
+    assert [result.line() for result in results if not result.ok] == []
+    compared = Counter(result.name.split(".")[0] for result in results)
+    stages = Counter(key.split(".")[0] for key in golden.stored if key.endswith(".stride"))
+    assert compared["eval"] > 5 * stages["eval"]
+    assert compared["train"] > 5 * stages["train"] + len(golden.stored["train.grad_names"])
+
+
+@pytest.mark.slow
+def test_every_case_of_fcaf3d_is_run_and_passes():
+    path = FIXTURES / "ops_fcaf3d_seed0.npz"
+    compared = {result.name.removeprefix("float64.").split(".")[0] for result in assert_all_pass(path)}
+    assert compared == set(load_cases(path))
 
 
 @pytest.mark.slow
