@@ -13,8 +13,6 @@ import numpy as np
 from flax import nnx
 
 from h2a2_jax import sparse
-from h2a2_jax.convert.fcaf3d_weights import export_fcaf3d, fcaf3d_of_weights, fcaf3d_slots, load_fcaf3d
-from h2a2_jax.convert.slots import conv_norm_slots, export_slots, load_slots
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.losses import centerness_loss
 from h2a2_jax.models import (
@@ -29,6 +27,8 @@ from h2a2_jax.models import (
 )
 from h2a2_jax.models.fcaf3d_maps import ChildMaps
 from h2a2_jax.models.fcaf3d_neck import UpBlock
+from h2a2_jax.models.fcaf3d_weights import export_fcaf3d, fcaf3d_of_weights, fcaf3d_slots, load_fcaf3d
+from h2a2_jax.models.weight_slots import conv_norm_slots, export_slots, load_slots
 from h2a2_jax.sparse import SparseTensor
 from tests.parity_case import CaseResult, guarded
 from tests.parity_fcaf3d_boxes import compare_evaluation, compare_training, ground_truth, run_case, under

@@ -14,11 +14,11 @@ from flax import nnx
 
 from h2a2_jax import sparse
 from h2a2_jax.boxes import Detections, decode_boxes, detections_from_predictions
-from h2a2_jax.convert.tr3d_weights import export_tr3d, load_tr3d, tr3d_slots
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.losses import assign, axis_aligned_diou_loss, detection_loss, rotated_diou_loss
 from h2a2_jax.models import TR3D, DetectorConfig, DetectorPlan, HeadConfig, Predictions, detector_tables, pad_plan
 from h2a2_jax.models.architecture import STAGE_BLOCKS
+from h2a2_jax.models.tr3d_weights import export_tr3d, load_tr3d, tr3d_slots
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD, DatasetSpec
 from h2a2_jax.sparse import SparseTensor
 from tests.parity_case import CaseResult, guarded

@@ -11,10 +11,10 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +26,14 @@ from h2a2_jax.balancers import build_balancer
 from h2a2_jax.checkpoint.store import CheckpointStore, restore_checkpoint
 from h2a2_jax.checkpoint.train_state import create_state
 from h2a2_jax.config import ExperimentConfig, HarmonizeConfig, to_json
-from h2a2_jax.convert.fcaf3d_weights import fcaf3d_of_weights, fcaf3d_slots, is_fcaf3d, with_present_names
-from h2a2_jax.convert.slots import Slot, export_slots, load_slots, of_one_dataset, without_prefix
 from h2a2_jax.convert.torch_file import TorchFile, read_torch_file, write_torch_file
-from h2a2_jax.convert.tr3d_weights import tr3d_of_weights, tr3d_slots
 from h2a2_jax.distributed import DATASET
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import quiet_command_line
 from h2a2_jax.initialization import draw_detector
-from h2a2_jax.models import KINDS, DetectorConfig, DetectorNetwork, kind_of
+from h2a2_jax.models import KINDS, DetectorNetwork, kind_of
 from h2a2_jax.models.head import NUM_OUTPUTS
+from h2a2_jax.models.weight_slots import export_slots, load_slots, of_one_dataset, without_prefix
 from h2a2_jax.optimizer import build_optimizer, learning_rate
 from h2a2_jax.scans.sources import ROOTS, SourceConfig
 from h2a2_jax.scans.specs import ALL_SPECS, SPECS
@@ -50,26 +48,6 @@ _DESCRIPTION = """Convert TR3D and FCAF3D checkpoints of mmdetection3d into chec
 
 Only the file's weights are read; nothing in it is imported or run. Detector, depth, widths, classes and the form of the
 boxes follow from the weights. --kind makes the other detector of the two of a file, from its backbone (--partial)."""
-
-
-@dataclass(frozen=True)
-class WeightFormat:
-    """Form of a kind of detector in mmdetection3d.
-
-    Attributes:
-        slots: every parameter and running statistic of a detector by its published name, of one dataset.
-        architecture: finds the architecture of weights.
-    """
-
-    slots: Callable[[Any, int], dict[str, Slot]]
-    architecture: Callable[[Mapping[str, np.ndarray]], DetectorConfig]
-
-
-FORMATS: Mapping[Kind, WeightFormat] = {
-    "tr3d": WeightFormat(tr3d_slots, tr3d_of_weights),
-    "fcaf3d": WeightFormat(fcaf3d_slots, fcaf3d_of_weights),
-}
-"""Forms of published weights by kind of detector."""
 
 
 @dataclass(frozen=True)
@@ -99,25 +77,20 @@ class Conversion:
         """The entries of one fate."""
         return [entry for entry in self.entries if entry.fate == fate]
 
-    @property
-    def format(self) -> WeightFormat:
-        """Form of the detector's published weights."""
-        return FORMATS[self.config.model.kind]
-
     def build(self) -> DetectorNetwork:
         """Build the detector with the weights; missing parameters are initialised by the config's seed."""
         graph, state = nnx.split(_shape_detector(self.config))
         model = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state))
-        load_slots(self.format.slots(model, 0), self.weights)
+        load_slots(kind_of(self.config.model).slots(model, 0), self.weights)
         missing = [entry.name for entry in self.of("missing")]
 
         def draw(key: PRNGKeyArray) -> dict[str, jax.Array]:
-            slots = self.format.slots(draw_detector(self.config, key), 0)
+            slots = kind_of(self.config.model).slots(draw_detector(self.config, key), 0)
             return {name: slots[name].variable[...][slots[name].index].reshape(slots[name].shape) for name in missing}
 
         if missing:  # compiled for the missing parameters alone, since all of them take long
             drawn = jax.device_get(jax.jit(draw)(jax.random.key(self.config.train.seed)))
-            load_slots(self.format.slots(model, 0), drawn)
+            load_slots(kind_of(self.config.model).slots(model, 0), drawn)
         return model
 
 
@@ -141,18 +114,19 @@ def convert_file(
         InputError: the weights are of another network or not finite, or the dataset does not fit them.
     """
     whole = without_prefix(file.tensors)
-    found: Kind = "fcaf3d" if is_fcaf3d(whole) else "tr3d"
-    kind = kind or found
-    renamed = with_present_names(whole) if found == "fcaf3d" else whole
+    # A backbone alone makes a TR3D.
+    read = ((word, of_kind.published(whole)) for word, of_kind in KINDS.items())
+    found, renamed = next(((word, state) for word, state in read if state is not None), ("tr3d", whole))
+    kind = kind or cast(Kind, found)
     numbers = {name: value for name, value in renamed.items() if not name.endswith("num_batches_tracked")}
     # The heads of the two have the same names for other things.
     state = numbers if kind == found else {k: v for k, v in numbers.items() if k.startswith("backbone.")}
-    model_config = FORMATS[kind].architecture(state)
+    model_config = KINDS[kind].config_of(state)
     source, note = _dataset_of(state, file.classes, dataset, classes)
     source = replace(source, recipe=kind)
     config = ExperimentConfig(datasets=(source,), model=model_config, harmonize=HarmonizeConfig(method="mean"))
     config = replace(config, train=replace(config.train, seed=seed))
-    shapes = {name: slot.shape for name, slot in FORMATS[kind].slots(_shape_detector(config), 0).items()}
+    shapes = {name: slot.shape for name, slot in KINDS[kind].slots(_shape_detector(config), 0).items()}
     fitting, reasons = {}, {}
     for name, value in state.items():
         if name not in shapes:
@@ -211,20 +185,20 @@ def export_checkpoint(path: Path, dataset: str | None = None, step: int | None =
         InputError: there is no such checkpoint or dataset, or no published detector can express what it holds.
     """
     model, config = restore_checkpoint(path, step)
-    form, title = FORMATS[config.model.kind], kind_of(config.model).title
+    kind = kind_of(config.model)
     if config.model.selection is not None:
         raise InputError(
-            f"{path} selects kernels by the dataset and the scan (model.selection), which {title} cannot express, "
+            f"{path} selects kernels by the dataset and the scan (model.selection), which {kind.title} cannot express, "
             "and its shared kernels alone are another detector: export one trained with model.selection=None."
         )
     names = config.dataset_names
     if dataset is None and len(names) > 1:
-        raise InputError(f"{path} was trained on {', '.join(names)}, {title} holds one: choose it with --dataset.")
+        raise InputError(f"{path} was trained on {', '.join(names)}, {kind.title} holds one: choose it with --dataset.")
     if dataset is not None and dataset not in names:
         raise InputError(f"{path} was trained on {', '.join(names)}, not on {dataset}.")
     index = 0 if dataset is None else names.index(dataset)
     state: dict[str, np.ndarray] = {}
-    for name, value in export_slots(form.slots(of_one_dataset(model, index), index)).items():
+    for name, value in export_slots(kind.slots(of_one_dataset(model, index), index)).items():
         state[name] = value
         if name.endswith("running_var"):
             state[name.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
@@ -314,7 +288,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kind",
-        choices=tuple(FORMATS),
+        choices=tuple(KINDS),
         help="detector to make; by default that of the file, of which another takes the backbone",
     )
     parser.add_argument("--partial", action="store_true", help="initialise parameters that are missing in the file")

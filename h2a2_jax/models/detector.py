@@ -6,6 +6,7 @@ names of its weights. TR3D (`models.tr3d`) and FCAF3D (`models.fcaf3d`) are such
 word of `DetectorConfig.kind` and a line of `KINDS` (`models.kinds`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -148,6 +149,15 @@ class Tables(Protocol):
         """Sites of every level, as `DetectorKind.sizes` counts them."""
 
 
+@dataclass(frozen=True)
+class WeightSlot:
+    """Place of a published parameter in a detector here: a part of a Flax variable, and its published shape."""
+
+    variable: nnx.Variable
+    index: tuple[Any, ...]
+    shape: tuple[int, ...]
+
+
 @runtime_checkable
 class DetectorKind(Protocol):
     """A kind of detector: its network, and the functions that the house calls beside it; it holds nothing else.
@@ -216,6 +226,19 @@ class DetectorKind(Protocol):
 
     def support(self, tables: Any, layer: str) -> Float[np.ndarray, " v"]:
         """Share of the output sites of a layer with kernel selection that have a neighbour at each offset."""
+
+    def slots(self, model: Any, dataset: int = 0) -> dict[str, WeightSlot]:
+        """Every published parameter and running statistic by its name, and its place; statistics of one dataset."""
+
+    def published(self, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+        """Weights by their present published names, old ones renamed; None if their head is not of this kind."""
+
+    def config_of(self, state: Mapping[str, np.ndarray]) -> DetectorConfig:
+        """The architecture of published weights, by their names and shapes.
+
+        Raises:
+            InputError: there is no such backbone, or one of other blocks or another depth.
+        """
 
 
 def embeddings(num_datasets: int, width: int, rngs: nnx.Rngs) -> nnx.Param:

@@ -1,6 +1,6 @@
 """FCAF3D, the detection network: backbone, a neck that is pruned by scores, heads on four levels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,15 @@ from h2a2_jax.layers.kernel_selection import Part
 from h2a2_jax.losses import DetectionLoss, centerness_loss
 from h2a2_jax.models.architecture import DetectorConfig
 from h2a2_jax.models.backbone import MinkResNet
-from h2a2_jax.models.detector import DetectorNetwork, HeadChoice, HeadConfig, Predictions, Targets, embeddings
+from h2a2_jax.models.detector import (
+    DetectorNetwork,
+    HeadChoice,
+    HeadConfig,
+    Predictions,
+    Targets,
+    WeightSlot,
+    embeddings,
+)
 from h2a2_jax.models.fcaf3d_maps import (
     NUM_PRUNED,
     FCAF3DPlan,
@@ -29,6 +37,7 @@ from h2a2_jax.models.fcaf3d_maps import (
     pad_fcaf3d,
 )
 from h2a2_jax.models.fcaf3d_neck import PrunedNeck
+from h2a2_jax.models.fcaf3d_weights import fcaf3d_of_weights, fcaf3d_slots, published_fcaf3d
 from h2a2_jax.models.head import CenternessHeads
 from h2a2_jax.models.maps import PlanLayout, backbone_support
 from h2a2_jax.sparse import Sites, SiteSet, SparseTensor
@@ -213,3 +222,15 @@ class FCAF3DKind:
     def support(self, tables: FCAF3DTables, layer: str) -> Float[np.ndarray, " v"]:
         """Share of a layer's output sites that have a neighbour at each offset; only the stages select kernels."""
         return backbone_support(tables, layer)
+
+    def slots(self, model: DetectorNetwork, dataset: int = 0) -> dict[str, WeightSlot]:
+        """Every parameter and running statistic by its name in mmdetection3d, and its place."""
+        return fcaf3d_slots(model, dataset)
+
+    def published(self, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+        """Weights by their names in mmdetection3d; None if they have another head."""
+        return published_fcaf3d(state)
+
+    def config_of(self, state: Mapping[str, np.ndarray]) -> DetectorConfig:
+        """The architecture of weights of mmdetection3d."""
+        return fcaf3d_of_weights(state)

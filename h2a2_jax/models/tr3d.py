@@ -1,6 +1,6 @@
 """TR3D, the detection network, with structure-aware kernel selection by config."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,15 @@ from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.losses import DetectionLoss, detection_loss
 from h2a2_jax.models.architecture import DetectorConfig
 from h2a2_jax.models.backbone import MinkResNet
-from h2a2_jax.models.detector import DetectorNetwork, HeadChoice, HeadConfig, Predictions, Targets, embeddings
+from h2a2_jax.models.detector import (
+    DetectorNetwork,
+    HeadChoice,
+    HeadConfig,
+    Predictions,
+    Targets,
+    WeightSlot,
+    embeddings,
+)
 from h2a2_jax.models.head import DatasetHeads, UnionHead
 from h2a2_jax.models.maps import (
     DetectorPlan,
@@ -29,6 +37,7 @@ from h2a2_jax.models.maps import (
     pyramid_sizes,
 )
 from h2a2_jax.models.neck import Neck
+from h2a2_jax.models.tr3d_weights import published_tr3d, tr3d_of_weights, tr3d_slots
 from h2a2_jax.sparse import Sites, SiteSet, SparseTensor
 from h2a2_jax.typing import AnyArray
 
@@ -174,3 +183,15 @@ class TR3DKind:
         # Steps of the neck are counted from the finest, their tables are stored coarsest first.
         lateral = tables.ups[-1 - int(layer.partition(".")[0].removeprefix("neck"))].lateral
         return np.asarray(lateral.pairs_per_offset / len(lateral.outputs))
+
+    def slots(self, model: DetectorNetwork, dataset: int = 0) -> dict[str, WeightSlot]:
+        """Every parameter and running statistic by its name in mmdetection3d, and its place."""
+        return tr3d_slots(model, dataset)
+
+    def published(self, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+        """Weights by their names in mmdetection3d; None if they have another head."""
+        return published_tr3d(state)
+
+    def config_of(self, state: Mapping[str, np.ndarray]) -> DetectorConfig:
+        """The architecture of weights of mmdetection3d."""
+        return tr3d_of_weights(state)

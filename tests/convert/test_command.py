@@ -8,12 +8,12 @@ from flax import nnx
 
 from h2a2_jax.checkpoint.store import restore_checkpoint
 from h2a2_jax.convert.conversion import Entry, convert_command, convert_file, table
-from h2a2_jax.convert.slots import of_one_dataset
 from h2a2_jax.convert.torch_file import read_torch_file, write_torch_file
-from h2a2_jax.convert.tr3d_weights import export_tr3d, tr3d_of_weights, tr3d_slots
 from h2a2_jax.errors import InputError
 from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
 from h2a2_jax.models.architecture import STAGE_BLOCKS
+from h2a2_jax.models.tr3d_weights import export_tr3d, tr3d_of_weights, tr3d_slots
+from h2a2_jax.models.weight_slots import of_one_dataset
 from tests.boxes.golden import FIXTURES
 
 CONFIG = DetectorConfig(depth=10, stem_channels=4, stage_channels=(4, 6, 5, 6), neck_channels=7)

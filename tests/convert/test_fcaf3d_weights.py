@@ -10,12 +10,12 @@ from flax import nnx
 
 from h2a2_jax.checkpoint.store import read_detector, restore_checkpoint
 from h2a2_jax.convert.conversion import convert_command, convert_file
-from h2a2_jax.convert.fcaf3d_weights import export_fcaf3d, fcaf3d_slots, load_fcaf3d, with_present_names
-from h2a2_jax.convert.slots import of_one_dataset
 from h2a2_jax.convert.torch_file import TorchFile, read_torch_file
 from h2a2_jax.inference.predictor import Predictor
 from h2a2_jax.models import DetectorConfig, HeadConfig
 from h2a2_jax.models.fcaf3d import FCAF3D
+from h2a2_jax.models.fcaf3d_weights import export_fcaf3d, fcaf3d_slots, load_fcaf3d
+from h2a2_jax.models.weight_slots import of_one_dataset
 from h2a2_jax.scans.scan import Scan
 from tests.boxes.golden import FIXTURES
 from tests.convert.test_command import STATE as TR3D_STATE
@@ -95,9 +95,10 @@ def test_converted_golden_weights_find_the_golden_boxes(tmp_path, capsys):
 
 
 def test_only_the_beginning_of_a_name_is_renamed():
-    names = ("head.conv_cls.kernel", "bbox_head.conv_cls.bias", "backbone.head.kernel")
-    found = with_present_names(dict.fromkeys(names, np.zeros(1)))
-    assert list(found) == ["bbox_head.conv_cls.kernel", "bbox_head.conv_cls.bias", "backbone.head.kernel"]
+    names = ("head.conv_center.kernel", "bbox_head.conv_cls.bias", "backbone.head.kernel")
+    found = published_fcaf3d(dict.fromkeys(names, np.zeros(1)))
+    assert list(found or {}) == ["bbox_head.conv_center.kernel", "bbox_head.conv_cls.bias", "backbone.head.kernel"]
+    assert published_fcaf3d(dict.fromkeys(names[1:], np.zeros(1))) is None
 
 
 def test_parameters_have_the_published_shapes_and_the_places_of_their_dataset():

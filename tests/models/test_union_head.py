@@ -15,7 +15,6 @@ from h2a2_jax.boxes import Detections
 from h2a2_jax.boxes.codec import decode_boxes_padded
 from h2a2_jax.checkpoint.train_state import head_configs, is_exclusive, split_model
 from h2a2_jax.config import ExperimentConfig, SourceConfig
-from h2a2_jax.convert.tr3d_weights import tr3d_slots
 from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation.evaluate import EvalRequest, chosen_sources
 from h2a2_jax.inference.placement import Frame, choose_head
@@ -25,6 +24,7 @@ from h2a2_jax.layers import DatasetContext
 from h2a2_jax.losses import detection_loss
 from h2a2_jax.models import TR3D
 from h2a2_jax.models.head import DatasetHeads, UnionHead, outputs_of_union
+from h2a2_jax.models.tr3d_weights import tr3d_slots
 from h2a2_jax.pretrained.card import CardFacts, model_card
 from h2a2_jax.scans.formats.point_cloud import PointCloud
 from h2a2_jax.scans.frame import place_cloud

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from h2a2_jax.checkpoint.store import read_detector
-from h2a2_jax.convert.fcaf3d_weights import export_fcaf3d
 from h2a2_jax.convert.torch_file import write_torch_file
-from h2a2_jax.convert.tr3d_weights import export_tr3d
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.predictor import Predictor
+from h2a2_jax.models.fcaf3d_weights import export_fcaf3d
+from h2a2_jax.models.tr3d_weights import export_tr3d
 from h2a2_jax.pretrained import catalog
 from h2a2_jax.pretrained.catalog import CatalogEntry, find_entry
 from h2a2_jax.pretrained.folder import card_facts, weights_digest, write_pretrained

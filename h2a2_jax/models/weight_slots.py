@@ -7,8 +7,7 @@ the residual kernels as its shared ones.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,26 +15,15 @@ from flax import nnx
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.layers import ConvNorm, DatasetContext, ForwardContext, SelectiveConv
-from h2a2_jax.models import DetectorNetwork
 from h2a2_jax.models.architecture import STAGE_BLOCKS
 from h2a2_jax.models.backbone import MinkResNet
+from h2a2_jax.models.detector import DetectorNetwork, WeightSlot
 
 STEM = "backbone.conv1.kernel"
 """First parameter of every backbone."""
 
-Network = TypeVar("Network", bound=DetectorNetwork)
 
-
-@dataclass(frozen=True)
-class Slot:
-    """Place of a published parameter in the detector here: a part of a Flax variable, and its published shape."""
-
-    variable: nnx.Variable
-    index: tuple[Any, ...]
-    shape: tuple[int, ...]
-
-
-def conv_norm_slots(conv_name: str, norm_name: str, part: ConvNorm, dataset: int) -> dict[str, Slot]:
+def conv_norm_slots(conv_name: str, norm_name: str, part: ConvNorm, dataset: int) -> dict[str, WeightSlot]:
     """Kernel of a convolution, and scale, bias and running statistics of its batch norm; those of one dataset."""
     norm = part.norm
     variables = {
@@ -46,17 +34,17 @@ def conv_norm_slots(conv_name: str, norm_name: str, part: ConvNorm, dataset: int
         f"{norm_name}.bn.running_var": norm.var,
     }
 
-    def slot(variable: nnx.Variable) -> Slot:
+    def slot(variable: nnx.Variable) -> WeightSlot:
         if variable.get_metadata().get("dataset_axis") == 0:
-            return Slot(variable, (dataset,), variable.shape[1:])
-        return Slot(variable, (), variable.shape)
+            return WeightSlot(variable, (dataset,), variable.shape[1:])
+        return WeightSlot(variable, (), variable.shape)
 
     return {name: slot(variable) for name, variable in variables.items()}
 
 
-def stage_slots(backbone: MinkResNet, dataset: int) -> dict[str, Slot]:
+def stage_slots(backbone: MinkResNet, dataset: int) -> dict[str, WeightSlot]:
     """Parameters and running statistics of a backbone's stages, without the stem; the statistics of one dataset."""
-    slots: dict[str, Slot] = {}
+    slots: dict[str, WeightSlot] = {}
     for s, stage in enumerate(backbone.stages):
         for b, block in enumerate(stage):
             name = f"backbone.layer{s + 1}.{b}"
@@ -69,15 +57,15 @@ def stage_slots(backbone: MinkResNet, dataset: int) -> dict[str, Slot]:
 
 def output_slots(
     name: str, kernel: nnx.Variable, bias: nnx.Variable | None, width: int, dataset: int
-) -> dict[str, Slot]:
+) -> dict[str, WeightSlot]:
     """Kernel and bias of outputs of a dataset's head, `width` of them: the rest pads to the widest head."""
-    slots = {f"{name}.kernel": Slot(kernel, (dataset, slice(None), slice(0, width)), (kernel.shape[1], width))}
+    slots = {f"{name}.kernel": WeightSlot(kernel, (dataset, slice(None), slice(0, width)), (kernel.shape[1], width))}
     if bias is not None:
-        slots[f"{name}.bias"] = Slot(bias, (dataset, slice(0, width)), (1, width))
+        slots[f"{name}.bias"] = WeightSlot(bias, (dataset, slice(0, width)), (1, width))
     return slots
 
 
-def load_slots(slots: Mapping[str, Slot], state: Mapping[str, np.ndarray]) -> None:
+def load_slots(slots: Mapping[str, WeightSlot], state: Mapping[str, np.ndarray]) -> None:
     """Set a detector's parameters from published ones, by name; names without a counterpart are skipped.
 
     Raises:
@@ -97,12 +85,12 @@ def load_slots(slots: Mapping[str, Slot], state: Mapping[str, np.ndarray]) -> No
         variable[...] = jnp.asarray(whole)
 
 
-def export_slots(slots: Mapping[str, Slot]) -> dict[str, np.ndarray]:
+def export_slots(slots: Mapping[str, WeightSlot]) -> dict[str, np.ndarray]:
     """A detector's parameters and running statistics under their published names and in the published shapes."""
     return {name: np.asarray(slot.variable[...][slot.index]).reshape(slot.shape) for name, slot in slots.items()}
 
 
-def of_one_dataset(model: Network, dataset: int) -> Network:
+def of_one_dataset(model: DetectorNetwork, dataset: int) -> DetectorNetwork:
     """Copy a detector with the kernels, scales and biases of one dataset, its adapters and prompts in them.
 
     Layers with kernel selection, which no published detector has, stay as they are.

@@ -5,13 +5,14 @@ level l, 0 the finest, comes from `bbox_head.out_block_<l>`. Older files call th
 """
 
 from collections.abc import Mapping
-from typing import cast
 
 import numpy as np
 
-from h2a2_jax.convert.slots import (
+from h2a2_jax.models.architecture import DetectorConfig
+from h2a2_jax.models.detector import DetectorNetwork
+from h2a2_jax.models.weight_slots import (
     STEM,
-    Slot,
+    WeightSlot,
     backbone_of_weights,
     conv_norm_slots,
     export_slots,
@@ -20,35 +21,29 @@ from h2a2_jax.convert.slots import (
     output_slots,
     stage_slots,
 )
-from h2a2_jax.models import DetectorConfig
-from h2a2_jax.models.backbone import InstanceStem
-from h2a2_jax.models.fcaf3d import FCAF3D
 
 _MARK = "conv_center.kernel"
 _NECK = "bbox_head.out_block_0.0.kernel"
 _HEAD, _OLD_HEAD = "bbox_head.", "head."
 
 
-def is_fcaf3d(state: Mapping[str, np.ndarray]) -> bool:
-    """Return True for a state dict with FCAF3D's head, under its present name or its old one."""
-    return f"{_HEAD}{_MARK}" in state or f"{_OLD_HEAD}{_MARK}" in state
-
-
-def with_present_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Give the parameters of a head that is called `head` its present name `bbox_head`; other names stay.
+def published_fcaf3d(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """Weights of FCAF3D by their present names: a head that is called `head` is `bbox_head`; None for another head.
 
     Only the beginning of a name counts: `bbox_head.` has the old name within it.
     """
+    if not any(f"{head}{_MARK}" in state for head in (_HEAD, _OLD_HEAD)):
+        return None
     return {f"bbox_{name}" if name.startswith(_OLD_HEAD) else name: value for name, value in state.items()}
 
 
-def fcaf3d_slots(model: FCAF3D, dataset: int = 0) -> dict[str, Slot]:
+def fcaf3d_slots(model: DetectorNetwork, dataset: int = 0) -> dict[str, WeightSlot]:
     """Every parameter and running statistic of FCAF3D by its name in mmdetection3d; the statistics of one dataset."""
-    stem = cast(InstanceStem, model.backbone.stem)
+    stem = model.backbone.stem
     slots = {
-        STEM: Slot(stem.conv.kernel, (), stem.conv.kernel.shape),
-        "backbone.norm1.weight": Slot(stem.norm.scale, (), (1, *stem.norm.scale.shape)),
-        "backbone.norm1.bias": Slot(stem.norm.bias, (), (1, *stem.norm.bias.shape)),
+        STEM: WeightSlot(stem.conv.kernel, (), stem.conv.kernel.shape),
+        "backbone.norm1.weight": WeightSlot(stem.norm.scale, (), (1, *stem.norm.scale.shape)),
+        "backbone.norm1.bias": WeightSlot(stem.norm.bias, (), (1, *stem.norm.bias.shape)),
     }
     slots |= stage_slots(model.backbone, dataset)
     for i, up in enumerate(model.neck.ups, 1):
@@ -63,16 +58,16 @@ def fcaf3d_slots(model: FCAF3D, dataset: int = 0) -> dict[str, Slot]:
     slots |= output_slots(f"{_HEAD}conv_reg", heads.box_kernel, None, config.num_outputs, dataset)
     slots |= output_slots(f"{_HEAD}conv_cls", heads.class_kernel, heads.class_bias, config.num_classes, dataset)
     for level in range(heads.scales.shape[1]):
-        slots[f"{_HEAD}scales.{level}.scale"] = Slot(heads.scales, (dataset, level), ())
+        slots[f"{_HEAD}scales.{level}.scale"] = WeightSlot(heads.scales, (dataset, level), ())
     return slots
 
 
-def load_fcaf3d(model: FCAF3D, state: Mapping[str, np.ndarray], dataset: int = 0) -> None:
+def load_fcaf3d(model: DetectorNetwork, state: Mapping[str, np.ndarray], dataset: int = 0) -> None:
     """Set a detector's parameters from FCAF3D's, by their present names, as `load_slots` does."""
     load_slots(fcaf3d_slots(model, dataset), state)
 
 
-def export_fcaf3d(model: FCAF3D, dataset: int = 0) -> dict[str, np.ndarray]:
+def export_fcaf3d(model: DetectorNetwork, dataset: int = 0) -> dict[str, np.ndarray]:
     """A detector's parameters and running statistics under FCAF3D's names and in its shapes."""
     return export_slots(fcaf3d_slots(model, dataset))
 

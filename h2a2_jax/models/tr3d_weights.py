@@ -1,12 +1,15 @@
 """Names and shapes of TR3D's parameters in mmdetection3d, and their places in the detector here."""
 
 from collections.abc import Mapping
-from typing import cast
 
 import numpy as np
 
-from h2a2_jax.convert.slots import (
-    Slot,
+from h2a2_jax.errors import InputError
+from h2a2_jax.models.architecture import DetectorConfig
+from h2a2_jax.models.detector import DetectorNetwork
+from h2a2_jax.models.head import UnionHead
+from h2a2_jax.models.weight_slots import (
+    WeightSlot,
     backbone_of_weights,
     conv_norm_slots,
     export_slots,
@@ -15,21 +18,17 @@ from h2a2_jax.convert.slots import (
     output_slots,
     stage_slots,
 )
-from h2a2_jax.errors import InputError
-from h2a2_jax.layers import ConvNorm
-from h2a2_jax.models import TR3D, DetectorConfig
-from h2a2_jax.models.head import UnionHead
 
 _NECK = "neck.out_block_0.0.kernel"
 
 
-def tr3d_slots(model: TR3D, dataset: int = 0) -> dict[str, Slot]:
+def tr3d_slots(model: DetectorNetwork, dataset: int = 0) -> dict[str, WeightSlot]:
     """Every parameter and running statistic of TR3D by its name in mmdetection3d; the statistics of one dataset.
 
     Raises:
         InputError: the detector has one label space.
     """
-    slots = conv_norm_slots("backbone.conv1", "backbone.norm1", cast(ConvNorm, model.backbone.stem), dataset)
+    slots = conv_norm_slots("backbone.conv1", "backbone.norm1", model.backbone.stem, dataset)
     slots |= stage_slots(model.backbone, dataset)
     for step in model.neck.steps:
         parts = ((f"up_block_{step.level + 1}", step.up), (f"lateral_block_{step.level}", step.lateral),
@@ -47,12 +46,17 @@ def tr3d_slots(model: TR3D, dataset: int = 0) -> dict[str, Slot]:
     return slots
 
 
-def load_tr3d(model: TR3D, state: Mapping[str, np.ndarray], dataset: int = 0) -> None:
+def published_tr3d(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """Weights of TR3D, whose names have not changed; None without its neck."""
+    return dict(state) if _NECK in state else None
+
+
+def load_tr3d(model: DetectorNetwork, state: Mapping[str, np.ndarray], dataset: int = 0) -> None:
     """Set a detector's parameters from TR3D's, by name, as `load_slots` does."""
     load_slots(tr3d_slots(model, dataset), state)
 
 
-def export_tr3d(model: TR3D, dataset: int = 0) -> dict[str, np.ndarray]:
+def export_tr3d(model: DetectorNetwork, dataset: int = 0) -> dict[str, np.ndarray]:
     """A detector's parameters and running statistics under TR3D's names and in its shapes."""
     return export_slots(tr3d_slots(model, dataset))
 
