@@ -14,7 +14,7 @@ from h2a2_jax.convert.torch_file import TorchFile, read_torch_file
 from h2a2_jax.inference.predictor import Predictor
 from h2a2_jax.models import DetectorConfig, HeadConfig
 from h2a2_jax.models.fcaf3d import FCAF3D
-from h2a2_jax.models.fcaf3d_weights import export_fcaf3d, fcaf3d_slots, load_fcaf3d
+from h2a2_jax.models.fcaf3d_weights import export_fcaf3d, fcaf3d_slots, load_fcaf3d, published_fcaf3d
 from h2a2_jax.models.weight_slots import of_one_dataset
 from h2a2_jax.scans.scan import Scan
 from tests.boxes.golden import FIXTURES

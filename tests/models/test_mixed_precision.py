@@ -19,7 +19,6 @@ from h2a2_jax.loader.batching import collate
 from h2a2_jax.losses import detection_loss
 from h2a2_jax.models import DetectorConfig, LevelSizes
 from h2a2_jax.scans.specs import SPECS
-from h2a2_jax.training.step import Targets
 from tests.models.scenes import MODEL, SELECTION, batch_of, empty_scan, room, tiny_detector
 
 DATASET = 1
@@ -35,7 +34,7 @@ pytestmark = pytest.mark.slow
 def slopes_of(dtype, algorithm="gather"):
     """Of (scans as a batch): loss, what was recorded, predictions, new statistics, gradients."""
     graph, params, stats = nnx.split(tiny_detector(PARTS, seed=3, width=16), nnx.Param, nnx.BatchStat)
-    targets = Targets.of(SPECS, DetectorConfig())
+    targets = targets_of(SPECS, DetectorConfig())
 
     @jax.jit
     def slopes(batch):

@@ -13,7 +13,7 @@ from h2a2_jax.loader.batching import collate
 from h2a2_jax.losses import detection_loss
 from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig, LevelSizes
 from h2a2_jax.scans.specs import SCANNET, SPECS
-from h2a2_jax.training.gradients import Targets
+from h2a2_jax.training.gradients import targets_of
 from tests.models.scenes import MODEL, SELECTION, VOXEL, batch_of, empty_scan, room, tiny_config, tiny_detector
 
 DATASET = 1
@@ -82,7 +82,7 @@ def test_locations_are_voxel_corners_of_two_levels():
 @cache
 def loss_slopes():
     graph, params, stats = nnx.split(tiny_detector(), nnx.Param, nnx.BatchStat)
-    targets = Targets.of(SPECS, DetectorConfig())
+    targets = targets_of(SPECS, DetectorConfig())
 
     @jax.jit
     def slopes(features, batch):

@@ -30,7 +30,7 @@ from h2a2_jax.scans.formats.point_cloud import PointCloud
 from h2a2_jax.scans.frame import place_cloud
 from h2a2_jax.scans.label_space import UNION, union_classes, union_columns, union_spec
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD, own_spec, plain_name
-from h2a2_jax.training.gradients import Targets
+from h2a2_jax.training.gradients import targets_of
 from h2a2_jax.training.step import _nonfinite
 from tests.checkpoint import test_warm_start as warm
 from tests.inference.tiny import SPECS, TINY, random_detector, room
@@ -57,7 +57,7 @@ def test_classes_of_one_name_are_one_column_in_any_order():
 
 def test_loss_and_gradients_are_those_of_own_columns():
     specs, rng = (SCANNET, SUNRGBD, S3DIS), np.random.default_rng(0)
-    targets, columns = Targets.of(specs, MODEL), union_columns(specs)
+    targets, columns = targets_of(specs, MODEL), union_columns(specs)
     count = len(union_classes(specs))
     head = UnionHead(4, count, rngs=nnx.Rngs(0))
     graph, params = nnx.split(head)

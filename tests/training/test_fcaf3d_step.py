@@ -36,7 +36,7 @@ OPTIMIZER = optax.adamw(1e-3, weight_decay=1e-4)
 def after_a_step(devices, unequal=False):
     mesh = train_mesh(3, jax.devices()[:devices])
     balancer = norm_gradient_harmonization(3, THRESHOLD, axis_name="dataset")
-    graph, state = create_state(double_detector(**DETECTOR), OPTIMIZER, balancer, kind=lambda _: "any")
+    graph, state = create_state(double_detector(selection=None, **DETECTOR), OPTIMIZER, balancer, kind=lambda _: "any")
     step = make_train_step(graph, state, joint_config(SPECS), OPTIMIZER, balancer, mesh, keep_gradients=True)
     batch = batch_for(mesh, UNEQUAL if unequal else SCANS, model=FCAF3D_MODEL)
     return unpack(jax.device_get(step(place_state(state, mesh), batch)))
