@@ -18,7 +18,7 @@ MODEL = DetectorConfig(voxel_size=VOXEL)
 """Coarse, so that few points cover all levels."""
 FCAF3D_MODEL = DetectorConfig(
     depth=10, stem_channels=4, stage_channels=(4, 4, 4, 4), neck_channels=4, voxel_size=VOXEL, kind="fcaf3d",
-    prune_threshold=150, assign_threshold=9, center_threshold=6,
+    prune_threshold=400, assign_threshold=9, center_threshold=6,
 )  # fmt: skip
 """FCAF3D as small, pruned on all levels but the coarsest."""
 SELECTION = SelectionConfig(

@@ -19,6 +19,7 @@ from h2a2_jax.loader.batching import collate
 from h2a2_jax.losses import detection_loss
 from h2a2_jax.models import DetectorConfig, LevelSizes
 from h2a2_jax.scans.specs import SPECS
+from h2a2_jax.training.gradients import targets_of
 from tests.models.scenes import MODEL, SELECTION, batch_of, empty_scan, room, tiny_detector
 
 DATASET = 1
