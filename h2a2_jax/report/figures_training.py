@@ -206,6 +206,7 @@ def _panels(series: Mapping[str, Rows], datasets: Sequence[str]) -> list[_Panel]
         *(_Panel(f"{metric}, validation scans", of(metric), {}) for metric in scored),
         _Panel("box loss", of("loss_box"), {}),
         _Panel("classification loss", of("loss_class"), {}),
+        _Panel("centerness loss", of("loss_centerness"), {}),
         _Panel("learning rate", {}, rows({"": "learning_rate"}), "log"),
         _Panel("gradient norm before clipping", {}, rows({"": "gradient_norm"}), "log"),
         _Panel("Psi, agreement of gradient norms", {}, rows({"mean": "psi/mean", "lowest": "psi/min"}), "share"),

@@ -3,7 +3,7 @@
 A line of metrics.jsonl, version 1, holds means over the batches since the line before; null stands for NaN:
 
     "step", "version"                                   optimiser steps done; version of the schema
-    "loss/<dataset>", "loss_box/...", "loss_class/..."  losses of each dataset
+    "loss/<dataset>", "loss_box/...", "loss_class/..."  losses of each dataset; of FCAF3D "loss_centerness/..." too
     "learning_rate", "gradient_norm"                    of the last step; the mean of the global norm before clipping
     "psi/mean", "psi/min", "psi/harmonized_share", "psi/cap_hits"     agreement of norms over tensors, last step
     "psi/<group>", "harmonized_share/<group>"           the same by group of parameters (`PLACES`, `KINDS`)
@@ -11,6 +11,7 @@ A line of metrics.jsonl, version 1, holds means over the batches since the line 
     "exclusive_share/<dataset>"                         share of (scan, offset) pairs that take the exclusive kernel
     "exclusive_offsets"                                 share of (layer, offset) whose alpha is below one half
     "dropped_points", "skipped_scans", "skipped_steps"  points cropped; scans and steps left out so far
+    "overflow"                                          FCAF3D: sites without a place since the line before
     "scans_per_second", "compilations"                  speed since the line before; programs compiled so far
     "mAP@<IoU>/<dataset>"                               of an evaluated step
 """
