@@ -129,6 +129,17 @@ def test_maps_that_no_score_decides_about_are_made_on_the_host():
         pad_fcaf3d(tables, few._replace(union2=8))
 
 
+@pytest.mark.parametrize(("machine", "has_tiles"), [("cpu", True), ("native", False), ("accelerator", False)])
+def test_maps_made_inside_jit_have_the_lists_of_their_machine(machine, has_tiles):
+    voxels = voxels_of([room(0)]).sites
+    capacities = capacities_of([room(0)], unions=(MOST + 1, 1, 1))
+    plan = pad_fcaf3d(fcaf3d_tables(voxels, MOST), capacities, PlanLayout(machine, CONFIG))
+    coarse = plan.children[0].conv.inputs
+    maps, _ = jax.eval_shape(lambda sites: plan.child_maps(1, sites, 4), coarse)
+    assert maps.stage_rows is None and maps.generate.out_capacity == capacities.union1
+    assert [each.tiles is not None for each in (maps.generate, maps.conv)] == [has_tiles, has_tiles]
+
+
 # ---------------------------------------------------------------- network
 
 
