@@ -23,7 +23,7 @@ from h2a2_jax.balancers import EXHAUSTIVE_METHODS, HarmonizeConfig
 from h2a2_jax.balancers.active_sets import MOST_DATASETS
 from h2a2_jax.errors import InputError
 from h2a2_jax.layers.kernel_selection import READING_0_1_0, SelectionConfig
-from h2a2_jax.models.architecture import DetectorConfig
+from h2a2_jax.models import DetectorConfig, kind_of
 from h2a2_jax.scans.label_space import UNION
 from h2a2_jax.scans.sources import SourceConfig
 from h2a2_jax.scans.specs import DatasetSpec
@@ -394,8 +394,7 @@ def _check_model(model: DetectorConfig) -> None:
     _require(min(model.stage_channels) >= 1, "model.stage_channels", model.stage_channels, "widths of 1 or more")
     _require_positive("model", model, "voxel_size")
     _require_at_least(1, "model", model, "prune_threshold", "assign_threshold", "center_threshold")
-    if model.kind == "fcaf3d":
-        _check_fcaf3d(model)
+    kind_of(model).check(model)
     if model.selection is not None:
         path = "model.selection"
         _require_fraction(path, model.selection, "tau")
@@ -413,17 +412,6 @@ def _check_model(model: DetectorConfig) -> None:
         ok = model.neck == "shared" or "neck" not in parts
         _require(ok, "model.neck", model.neck, "'shared' where the neck selects its kernels, for it has both then")
     _check_sharing(model)
-
-
-def _check_fcaf3d(model: DetectorConfig) -> None:
-    """Refuse ways to share that FCAF3D does not have: its stem has an instance norm, its neck and heads are one."""
-    where = "with model.kind 'fcaf3d'"
-    expected = f"'separate' {where}, whose datasets have heads of their own"
-    _require(model.label_space == "separate", "model.label_space", model.label_space, expected)
-    parts = () if model.selection is None else model.selection.convolutions
-    _require(set(parts) <= {"residual"}, "model.selection.convolutions", parts, f"('residual',) {where}")
-    stages = model.exclusive_stages
-    _require(0 not in stages, "model.exclusive_stages", stages, f"stages of 1 to 4 {where}")
 
 
 def _check_sharing(model: DetectorConfig) -> None:

@@ -269,13 +269,19 @@ def test_a_rival_is_one_word():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"label_space": "union"}, "model.label_space is 'union'; expected 'separate' with model.kind 'fcaf3d'"),
-        ({"exclusive_stages": (0, 4)}, "model.exclusive_stages is (0, 4); expected stages of 1 to 4 with model.kind"),
+        (
+            {"label_space": "union"},
+            'model.label_space is "union"; FCAF3D has a head for each dataset: choose "separate"',
+        ),
+        (
+            {"exclusive_stages": (0, 4)},
+            "model.exclusive_stages has 0, the stem, which FCAF3D shares; choose stages from",
+        ),
         (
             {"selection": SelectionConfig(convolutions=("residual", "neck"))},
-            "model.selection.convolutions is ('residual', 'neck'); expected ('residual',) with model.kind 'fcaf3d'.",
+            'model.selection.convolutions has "neck"; FCAF3D selects kernels in its residual stages alone',
         ),
-        ({"selection": SelectionConfig(convolutions=("stem",))}, "model.selection.convolutions is ('stem',); expected"),
+        ({"selection": SelectionConfig(convolutions=("stem",))}, 'model.selection.convolutions has "stem"; FCAF3D'),
     ],
     ids=str,
 )
@@ -311,7 +317,7 @@ def test_joint_with_fcaf3d():
         assert changed.dataset_names == plain.dataset_names and changed.model.kind == "fcaf3d"
         assert changed.harmonize == plain.harmonize and changed.model.selection == plain.model.selection
         assert changed.model.exclusive_stages == plain.model.exclusive_stages
-    with pytest.raises(InputError, match=r"model.label_space is 'union'; expected 'separate' with model.kind 'fcaf3d'"):
+    with pytest.raises(InputError, match=r'model.label_space is "union"; FCAF3D has a head for each dataset'):
         module.get_config("demo,no_sfks,union,fcaf3d")
 
 

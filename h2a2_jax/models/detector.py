@@ -6,11 +6,12 @@ names of its weights. TR3D (`models.tr3d`) and FCAF3D (`models.fcaf3d`) are such
 word of `DetectorConfig.kind` and a line of `KINDS` (`models.kinds`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32
@@ -18,7 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 from h2a2_jax.layers import DatasetContext, ForwardContext, SelectiveConv
 from h2a2_jax.losses import DetectionLoss
 from h2a2_jax.models.architecture import DetectorConfig
-from h2a2_jax.sparse import Sites, SiteSet
+from h2a2_jax.models.backbone import MinkResNet
+from h2a2_jax.sparse import Sites, SiteSet, SparseTensor
 from h2a2_jax.typing import AnyArray
 
 
@@ -103,12 +105,35 @@ class DetectorNetwork(nnx.Module):
         heads: what predicts.
     """
 
-    config: DetectorConfig
     heads_config: tuple[HeadConfig, ...]
-    embedding: nnx.Param | None
-    backbone: Any
-    neck: Any
-    heads: Any
+
+    def __init__(self, config: DetectorConfig, heads: Sequence[HeadConfig], *, rngs: nnx.Rngs):
+        """Build the layers of the config; parameters are random from `rngs.params`.
+
+        Args:
+            config: architecture.
+            heads: outputs of each dataset's head, in the order of the dataset axis.
+            rngs: random streams.
+        """
+        self.config = config
+        self.heads_config = tuple(heads)
+        count, selection = len(heads), config.selection
+        embedding = None if selection is None else _embeddings(count, selection.embedding_dim, rngs)
+        self.backbone: Any = MinkResNet(config, count, rngs=rngs)
+        self.neck: Any = self.build_neck(rngs)
+        self.heads: Any = self.build_heads(rngs)
+        if embedding is None and config.norm_affine == "prompt":
+            # Drawn last: with prompts alone, all layers start as in the network of the same seed without.
+            embedding = _embeddings(count, config.prompt_dim, rngs)
+        self.embedding = embedding
+
+    def build_neck(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Build what follows the stages, of this config and as many datasets as heads."""
+        raise NotImplementedError
+
+    def build_heads(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Build what predicts."""
+        raise NotImplementedError
 
     def __call__(
         self, features: Float[Array, "n c"], plan: Any, context: ForwardContext, head: HeadChoice = None
@@ -128,12 +153,22 @@ class DetectorNetwork(nnx.Module):
         """
         raise NotImplementedError
 
-    def conditioned(self, context: ForwardContext) -> tuple[DatasetContext, ForwardContext]:
-        """The dataset of a pass, and its context with the embedding of the dataset."""
+    def stages(
+        self, features: Float[Array, "n c"], plan: Any, context: ForwardContext
+    ) -> tuple[list[SparseTensor], DatasetContext, ForwardContext]:
+        """Features of the backbone's stages, the dataset of the pass, and the context of the layers that follow."""
         dataset = context.dataset_of(len(self.heads_config))
         if self.embedding is not None:
             context = replace(context, embedding=dataset.pick(self.embedding[...]))
-        return dataset, context
+        # Cast once: every layer returns the type of the features that it is given.
+        x = SparseTensor(jnp.asarray(features, context.dtype), plan.voxels)
+        stages, context = self.backbone(x, plan, context)
+        return stages, dataset, context
+
+    def locations(self, sites: Sites, level: int) -> tuple[Array, Array, Array]:
+        """Locations, scans and levels of the sites of a level, as `Predictions` has them."""
+        locations, scan = jnp.asarray(sites.coords)[:, 1:].astype(jnp.float32), jnp.asarray(sites.scan)
+        return locations * self.config.voxel_size, scan, jnp.full(len(scan), level, jnp.int32)
 
 
 @runtime_checkable
@@ -172,6 +207,13 @@ class DetectorKind(Protocol):
     title: str
     levels: Any
     least: Any
+
+    def check(self, config: DetectorConfig) -> None:
+        """Refuse options that the kind does not have.
+
+        Raises:
+            InputError: the config asks for one.
+        """
 
     def build(self, config: DetectorConfig, heads: Any, *, rngs: nnx.Rngs) -> DetectorNetwork:
         """Build the network with random parameters, for heads in the order of the dataset axis."""
@@ -241,7 +283,7 @@ class DetectorKind(Protocol):
         """
 
 
-def embeddings(num_datasets: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
+def _embeddings(num_datasets: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
     """Normal embeddings [D, d] of the datasets."""
     return nnx.Param(jax.random.normal(rngs.params(), (num_datasets, width)), dataset_axis=0)
 

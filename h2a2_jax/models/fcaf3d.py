@@ -16,7 +16,6 @@ from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.layers.kernel_selection import Part
 from h2a2_jax.losses import DetectionLoss, centerness_loss
 from h2a2_jax.models.architecture import DetectorConfig
-from h2a2_jax.models.backbone import MinkResNet
 from h2a2_jax.models.detector import (
     DetectorNetwork,
     HeadChoice,
@@ -24,7 +23,6 @@ from h2a2_jax.models.detector import (
     Predictions,
     Targets,
     WeightSlot,
-    embeddings,
 )
 from h2a2_jax.models.fcaf3d_maps import (
     NUM_PRUNED,
@@ -40,7 +38,7 @@ from h2a2_jax.models.fcaf3d_neck import PrunedNeck
 from h2a2_jax.models.fcaf3d_weights import fcaf3d_of_weights, fcaf3d_slots, published_fcaf3d
 from h2a2_jax.models.head import CenternessHeads
 from h2a2_jax.models.maps import PlanLayout, backbone_support
-from h2a2_jax.sparse import Sites, SiteSet, SparseTensor
+from h2a2_jax.sparse import Sites, SiteSet
 from h2a2_jax.typing import AnyArray
 
 
@@ -51,35 +49,22 @@ class FCAF3D(DetectorNetwork):
         Rukhovich et al., FCAF3D: Fully Convolutional Anchor-Free 3D Object Detection, ECCV 2022.
     """
 
-    def __init__(self, config: DetectorConfig, heads: Sequence[HeadConfig], *, rngs: nnx.Rngs):
-        """Build the layers of the config; parameters are random from `rngs.params`.
-
-        Args:
-            config: architecture, of kind "fcaf3d".
-            heads: outputs of each dataset's head, in the order of the dataset axis.
-            rngs: random streams.
+    def build_neck(self, rngs: nnx.Rngs) -> PrunedNeck:
+        """Build the neck.
 
         Raises:
-            InputError: the config asks for what FCAF3D does not have: one label space, kernel selection in its stem or
-                neck, or a stem exclusive to each dataset.
+            InputError: the config asks for what FCAF3D does not have (`FCAF3DKind.check`).
         """
-        _check(config)
-        self.config = config
-        self.heads_config = tuple(heads)
-        count, selection = len(heads), config.selection
-        embedding = None if selection is None else embeddings(count, selection.embedding_dim, rngs)
-        self.backbone = MinkResNet(config, count, rngs=rngs)
-        self.neck = PrunedNeck(config, count, rngs=rngs)
-        self.heads = CenternessHeads(
-            config.neck_channels,
-            tuple(h.num_classes for h in heads),
-            tuple(h.num_outputs for h in heads),
+        FCAF3DKind().check(self.config)
+        return PrunedNeck(self.config, len(self.heads_config), rngs=rngs)
+
+    def build_heads(self, rngs: nnx.Rngs) -> CenternessHeads:
+        """Build a head of each dataset."""
+        heads = self.heads_config
+        return CenternessHeads(
+            self.config.neck_channels, tuple(h.num_classes for h in heads), tuple(h.num_outputs for h in heads),
             rngs=rngs,
-        )
-        if embedding is None and config.norm_affine == "prompt":
-            # Drawn last: with prompts alone, all layers start as in the network of the same seed without.
-            embedding = embeddings(count, config.prompt_dim, rngs)
-        self.embedding = embedding
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -103,21 +88,15 @@ class FCAF3D(DetectorNetwork):
             Outputs at the locations of levels 0 to 3. Where `overflow` is above zero the capacities of the plan were
             too small, and locations are missing.
         """
-        dataset, context = self.conditioned(context)
         if head is not None and not isinstance(head, DatasetContext):
             raise ValueError("head are columns; FCAF3D has a head for each dataset: give a DatasetContext.")
-        # Cast once: every layer returns the type of the features that it is given.
-        x = SparseTensor(jnp.asarray(features, context.dtype), plan.voxels)
-        stages, context = self.backbone(x, plan, context)
+        stages, dataset, context = self.stages(features, plan, context)
         x, kernel_map, overflow = stages[NUM_PRUNED], plan.stages[NUM_PRUNED].residual, jnp.zeros((), jnp.int32)
         levels: list[tuple[Array, ...]] = []
         for level in reversed(range(NUM_PRUNED + 1)):
             out = self.neck.read(x, kernel_map, level, context)
             outputs = self.heads(out.features, head or dataset, level)
-            locations = jnp.asarray(out.sites.coords)[:, 1:].astype(jnp.float32) * self.config.voxel_size
-            scan = jnp.asarray(out.sites.scan)
-            of_level = jnp.full(len(scan), level, jnp.int32)
-            levels.append((locations, scan, of_level, outputs.boxes, outputs.logits, outputs.centerness))
+            levels.append((*self.locations(out.sites, level), outputs.boxes, outputs.logits, outputs.centerness))
             if level > 0:
                 scores = out.with_features(lax.stop_gradient(outputs.best)[:, None])
                 x, kernel_map, lost = self.neck.grow(x, stages[level - 1], scores, level - 1, plan, context)
@@ -126,35 +105,34 @@ class FCAF3D(DetectorNetwork):
         return Predictions._make([*parts, overflow])
 
 
-def _check(config: DetectorConfig) -> None:
-    """Refuse what FCAF3D does not have.
-
-    Raises:
-        InputError: the config asks for it.
-    """
-    if config.kind != "fcaf3d":
-        raise InputError(f'model.kind is "{config.kind}"; FCAF3D takes a config of kind "fcaf3d".')
-    if config.label_space != "separate":
-        raise InputError(
-            f'model.label_space is "{config.label_space}"; FCAF3D has a head for each dataset: choose "separate".'
-        )
-    parts: tuple[Part, ...] = ("stem", "neck")
-    for part in parts:
-        if config.selection_in(part) is not None:
-            raise InputError(
-                f'model.selection.convolutions has "{part}"; FCAF3D selects kernels in its residual stages alone: '
-                'choose ("residual",).'
-            )
-    if 0 in config.exclusive_stages:
-        raise InputError("model.exclusive_stages has 0, the stem, which FCAF3D shares; choose stages from 1 to 4.")
-
-
 class FCAF3DKind:
     """What the house asks of FCAF3D (`DetectorKind`)."""
 
     title = "FCAF3D"
     levels = FCAF3DSizes
     least = FCAF3DSizes(2048, 2048, 2048, 1024, 512, 256, 128, 1024, 4096, 8192)
+
+    def check(self, config: DetectorConfig) -> None:
+        """Refuse what FCAF3D does not have.
+
+        Raises:
+            InputError: one label space, kernel selection in its stem or neck, or a stem exclusive to each dataset.
+        """
+        if config.kind != "fcaf3d":
+            raise InputError(f'model.kind is "{config.kind}"; FCAF3D takes a config of kind "fcaf3d".')
+        if config.label_space != "separate":
+            raise InputError(
+                f'model.label_space is "{config.label_space}"; FCAF3D has a head for each dataset: choose "separate".'
+            )
+        parts: tuple[Part, ...] = ("stem", "neck")
+        for part in parts:
+            if config.selection_in(part) is not None:
+                raise InputError(
+                    f'model.selection.convolutions has "{part}"; FCAF3D selects kernels in its residual stages alone: '
+                    'choose ("residual",).'
+                )
+        if 0 in config.exclusive_stages:
+            raise InputError("model.exclusive_stages has 0, the stem, which FCAF3D shares; choose stages from 1 to 4.")
 
     def build(self, config: DetectorConfig, heads: Sequence[HeadConfig], *, rngs: nnx.Rngs) -> FCAF3D:
         """Build the network."""

@@ -14,7 +14,6 @@ from h2a2_jax.boxes.nms import detections_from_predictions
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.losses import DetectionLoss, detection_loss
 from h2a2_jax.models.architecture import DetectorConfig
-from h2a2_jax.models.backbone import MinkResNet
 from h2a2_jax.models.detector import (
     DetectorNetwork,
     HeadChoice,
@@ -22,7 +21,6 @@ from h2a2_jax.models.detector import (
     Predictions,
     Targets,
     WeightSlot,
-    embeddings,
 )
 from h2a2_jax.models.head import DatasetHeads, UnionHead
 from h2a2_jax.models.maps import (
@@ -38,7 +36,7 @@ from h2a2_jax.models.maps import (
 )
 from h2a2_jax.models.neck import Neck
 from h2a2_jax.models.tr3d_weights import published_tr3d, tr3d_of_weights, tr3d_slots
-from h2a2_jax.sparse import Sites, SiteSet, SparseTensor
+from h2a2_jax.sparse import Sites, SiteSet
 from h2a2_jax.typing import AnyArray
 
 
@@ -49,37 +47,21 @@ class TR3D(DetectorNetwork):
         TR3D: Towards Real-Time Indoor 3D Object Detection, https://arxiv.org/abs/2302.02858.
     """
 
-    def __init__(self, config: DetectorConfig, heads: Sequence[HeadConfig], *, rngs: nnx.Rngs):
-        """Build the layers of the config; parameters are random from `rngs.params`.
+    def build_neck(self, rngs: nnx.Rngs) -> Neck:
+        """Build the neck."""
+        return Neck(self.config, len(self.heads_config), rngs=rngs)
 
-        Args:
-            config: architecture.
-            heads: outputs of each dataset's head, in the order of the dataset axis.
-            rngs: random streams.
-        """
-        self.config = config
-        self.heads_config = tuple(heads)
-        count = len(heads)
-        embedding = None if config.selection is None else embeddings(count, config.selection.embedding_dim, rngs)
-        self.backbone = MinkResNet(config, count, rngs=rngs)
-        self.neck = Neck(config, count, rngs=rngs)
-        columns = [h.columns for h in heads if h.columns is not None]
-        self.heads: DatasetHeads | UnionHead
-        if config.label_space == "union":
-            if len(columns) < count:
-                raise ValueError('label_space is "union": give every head its columns (`head_configs`).')
-            self.heads = UnionHead(config.neck_channels, 1 + max(map(max, columns)), rngs=rngs)
-        else:
-            self.heads = DatasetHeads(
-                config.neck_channels,
-                tuple(h.num_classes for h in heads),
-                tuple(h.num_outputs for h in heads),
-                rngs=rngs,
+    def build_heads(self, rngs: nnx.Rngs) -> DatasetHeads | UnionHead:
+        """Build a head of each dataset, or one for the union of their classes."""
+        channels, heads = self.config.neck_channels, self.heads_config
+        if self.config.label_space == "separate":
+            return DatasetHeads(
+                channels, tuple(h.num_classes for h in heads), tuple(h.num_outputs for h in heads), rngs=rngs
             )
-        if embedding is None and config.norm_affine == "prompt":
-            # Drawn last: with prompts alone, all layers start as in the network of the same seed without.
-            embedding = embeddings(count, config.prompt_dim, rngs)
-        self.embedding = embedding
+        columns = [h.columns for h in heads if h.columns is not None]
+        if len(columns) < len(heads):
+            raise ValueError('label_space is "union": give every head its columns (`head_configs`).')
+        return UnionHead(channels, 1 + max(map(max, columns)), rngs=rngs)
 
     def __call__(
         self,
@@ -89,17 +71,11 @@ class TR3D(DetectorNetwork):
         head: HeadChoice = None,
     ) -> Predictions:
         """Predict as of `DetectorNetwork`."""
-        dataset, context = self.conditioned(context)
-        # Cast once: every layer returns the type of the features that it is given.
-        x = SparseTensor(jnp.asarray(features, context.dtype), plan.voxels)
-        stages, context = self.backbone(x, plan, context)
+        stages, dataset, context = self.stages(features, plan, context)
         parts = []
         for level, x in enumerate(self.neck(stages, plan, context)):
-            boxes, logits = self._outputs(x.features, dataset, head)
-            locations = jnp.asarray(x.sites.coords)[:, 1:].astype(jnp.float32) * self.config.voxel_size
-            scan = jnp.asarray(x.sites.scan)
-            parts.append(Predictions(locations, scan, jnp.full(len(scan), level, jnp.int32), boxes, logits))
-        return Predictions(*(jnp.concatenate(arrays) for arrays in zip(*(part[:5] for part in parts), strict=True)))
+            parts.append((*self.locations(x.sites, level), *self._outputs(x.features, dataset, head)))
+        return Predictions(*(jnp.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
     def _outputs(self, features: Array, dataset: DatasetContext, head: HeadChoice) -> tuple[Array, Array]:
         if isinstance(self.heads, UnionHead):
@@ -117,6 +93,9 @@ class TR3DKind:
     title = "TR3D"
     levels = LevelSizes
     least = LevelSizes(2048, 2048, 2048, 1024, 512, 256, 128, 512, 4096)
+
+    def check(self, config: DetectorConfig) -> None:
+        """TR3D has every option."""
 
     def build(self, config: DetectorConfig, heads: Sequence[HeadConfig], *, rngs: nnx.Rngs) -> TR3D:
         """Build the network."""
