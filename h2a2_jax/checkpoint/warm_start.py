@@ -9,11 +9,11 @@
                               mean over the checkpoint's datasets
 
 An array without a counterpart of its shape stays as it was initialised, as the embedding, the kernels and the head of a
-new dataset do. Between kinds of detectors heads have no counterparts: equal names and shapes mean other numbers of a
-box, read from the features of another neck. Statistics are the exception: behind mean 0 and variance 1 trained kernels are far off until training
-has moved them. Scans of unseen datasets are run on the mean statistics, too (`DatasetContext.mean`). If exclusive
-kernels start as a copy of the shared one (`exclusive_init`), those without a counterpart copy the loaded one. The
-optimiser starts anew.
+new dataset do. Between kinds of detectors heads have no counterparts: arrays of equal name and shape mean other numbers
+of a box, read from the features of another neck. Statistics are the exception: behind mean 0 and variance 1 trained
+kernels are far off until training has moved them. Scans of unseen datasets are run on the mean statistics, too
+(`DatasetContext.mean`). If exclusive kernels start as a copy of the shared one (`exclusive_init`), those without a
+counterpart copy the loaded one. The optimiser starts anew.
 """
 
 import itertools
