@@ -65,7 +65,7 @@ def test_a_constant_rate_has_warm_up_too():
     assert [float(rate(c)) for c in (0, 1, 2, 3, 8)] == [1, 2, 3, 3, 3]
 
 
-@pytest.mark.parametrize("model", [PLAIN, TINY, FULL])
+@pytest.mark.parametrize("model", [PLAIN, TINY, FULL, dataclasses.replace(PLAIN, kind="fcaf3d")])
 def test_weights_are_what_has_two_axes_but_tables_of_vectors(model: DetectorConfig):
     state = state_shapes(NAMES, model, False)
     for tree, own_axes in ((state.shared, 0), (state.exclusive, 1)):

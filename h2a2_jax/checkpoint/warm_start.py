@@ -9,10 +9,11 @@
                               mean over the checkpoint's datasets
 
 An array without a counterpart of its shape stays as it was initialised, as the embedding, the kernels and the head of a
-new dataset do. Statistics are the exception: behind mean 0 and variance 1 trained kernels are far off until training
-has moved them. Scans of unseen datasets are run on the mean statistics, too (`DatasetContext.mean`). If exclusive
-kernels start as a copy of the shared one (`exclusive_init`), those without a counterpart copy the loaded one. The
-optimiser starts anew.
+new dataset do. Between kinds of detectors heads have no counterparts: arrays of equal name and shape mean other numbers
+of a box, read from the features of another neck. Statistics are the exception: behind mean 0 and variance 1 trained
+kernels are far off until training has moved them. Scans of unseen datasets are run on the mean statistics, too
+(`DatasetContext.mean`). If exclusive kernels start as a copy of the shared one (`exclusive_init`), those without a
+counterpart copy the loaded one. The optimiser starts anew.
 """
 
 import itertools
@@ -37,7 +38,7 @@ from h2a2_jax.checkpoint.tree import (
     stored_statistics,
 )
 from h2a2_jax.errors import InputError
-from h2a2_jax.models import DetectorNetwork
+from h2a2_jax.models import DetectorConfig, DetectorNetwork, kind_of
 from h2a2_jax.scans.label_space import union_classes
 from h2a2_jax.scans.specs import DatasetSpec, plain_name
 
@@ -144,7 +145,7 @@ def warm_start(
     params, statistics = stored_params(shared, exclusive, specs), stored_statistics(stats, specs)
     ours = _by_dataset(params["shared"], params["datasets"], statistics)
     copies = selection is not None and selection.exclusive_init == "copy"
-    start, report = _match(ours, stored, specs, model.config.label_space, copies, f"the {source}")
+    start, report = _match(ours, stored, specs, model.config, copies, f"the {source}")
     if not any(name.path not in statistics.get(name.dataset, {}) for name in report.loaded):
         raise InputError(
             f"No parameter of the {source} has the name and the shape of one of this model: give the config that it "
@@ -167,7 +168,7 @@ def _match(
     ours: Mapping[str, Arrays],
     stored: StoredModel,
     specs: Sequence[DatasetSpec],
-    label_space: str,
+    model: DetectorConfig,
     copies: bool,
     source: str,
 ) -> tuple[dict[str, Arrays], WarmStart]:
@@ -177,7 +178,7 @@ def _match(
     """
     theirs = _by_dataset(stored.shared, stored.datasets, stored.statistics)
     classes = {spec.name: spec.classes for spec in specs}
-    if label_space == stored.config.model.label_space == "union":
+    if model.label_space == stored.config.model.label_space == "union":
         theirs[_SHARED] = _columns_by_name(ours[_SHARED], theirs[_SHARED], specs, stored.config.specs)
     other_classes = {s.name for s in stored.config.specs if s.name in classes and s.classes != classes[s.name]}
     means = {
@@ -200,7 +201,9 @@ def _match(
             continue
         used.update(sources)
         own, note = ours[dataset][path], ""
-        if dataset in other_classes and path.startswith("heads.class_"):
+        if path.startswith("heads.") and stored.config.model.kind != model.kind:
+            kind, note = "other_shape", f"of {kind_of(stored.config.model).title}"
+        elif dataset in other_classes and path.startswith("heads.class_"):
             kind, note = "other_shape", "of other classes"
         elif (value.shape, value.dtype) != (own.shape, own.dtype):
             kind, note = "other_shape", f"{describe_array(value)} in the checkpoint, {describe_array(own)} here"

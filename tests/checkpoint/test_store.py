@@ -32,7 +32,7 @@ from h2a2_jax.distributed import train_mesh
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import quiet_command_line
 from h2a2_jax.layers.kernel_selection import SelectionConfig
-from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
+from h2a2_jax.models import DetectorConfig, HeadConfig, build_network
 from h2a2_jax.scans.specs import dataset_spec
 
 # Orbax stops waiting for the other files when it cannot read one, and TensorStore then reports to a closed event loop.
@@ -58,7 +58,7 @@ def experiment(names: Sequence[str] = NAMES, model: DetectorConfig = TINY) -> Ex
 def state_shapes(names: Sequence[str], model: DetectorConfig, balanced: bool) -> TrainState:
     specs = [dataset_spec(name) for name in names]
     heads = [HeadConfig(s.name, s.num_classes, s.num_outputs) for s in specs]
-    _, exclusive, shared, stats = split_model(nnx.eval_shape(lambda: TR3D(model, heads, rngs=nnx.Rngs(0))))
+    _, exclusive, shared, stats = split_model(nnx.eval_shape(lambda: build_network(model, heads, rngs=nnx.Rngs(0))))
     balancer = norm_gradient_harmonization(len(names)) if balanced else plain_mean()
     number = jax.ShapeDtypeStruct((), jnp.int32)
     return TrainState(

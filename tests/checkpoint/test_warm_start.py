@@ -18,7 +18,7 @@ from h2a2_jax.checkpoint.tree import Arrays, stored_params, stored_statistics
 from h2a2_jax.checkpoint.warm_start import ArrayName, WarmStart, warm_start
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
-from h2a2_jax.models import TR3D, DetectorConfig
+from h2a2_jax.models import DetectorConfig, DetectorNetwork, build_network
 from h2a2_jax.scans.sources import SourceConfig
 from tests.checkpoint.test_store import PLAIN, TINY
 
@@ -30,17 +30,17 @@ Sources = tuple[SourceConfig, ...]
 @functools.cache
 def parts(sources: Sources, model: DetectorConfig) -> tuple:
     heads = head_configs([source.spec for source in sources], model)
-    return split_model(nnx.eval_shape(lambda: TR3D(model, heads, rngs=nnx.Rngs(0))))
+    return split_model(nnx.eval_shape(lambda: build_network(model, heads, rngs=nnx.Rngs(0))))
 
 
-def detector(seed: int, sources: Sources, model: DetectorConfig) -> TR3D:
+def detector(seed: int, sources: Sources, model: DetectorConfig) -> DetectorNetwork:
     """A detector of random numbers; nothing is compiled."""
     rng = np.random.default_rng(seed)
     graph, *trees = parts(sources, model)
     return merge_model(graph, *jax.tree.map(lambda leaf: jnp.asarray(rng.random(leaf.shape), leaf.dtype), trees))
 
 
-def arrays(model: TR3D, sources: Sources) -> dict[str, Arrays]:
+def arrays(model: DetectorNetwork, sources: Sources) -> dict[str, Arrays]:
     """Arrays of a detector by dataset ("" for shared ones) and path."""
     specs = [source.spec for source in sources]
     _, exclusive, shared, stats = split_model(model)
@@ -239,6 +239,20 @@ def test_a_head_of_boxes_with_another_number_of_outputs_starts_anew(tmp_path: Pa
     _, _, report = start(tmp_path, (dataclasses.replace(MINE, has_yaw=True),), PLAIN)
     assert pairs(report.other_shape) == {("mine", "heads.box_kernel"), ("mine", "heads.box_bias")}
     assert "  heads.box_kernel of mine (float32[4,6] in the checkpoint, float32[4,8] here)" in report.text()
+
+
+@pytest.mark.parametrize("kinds", [("tr3d", "fcaf3d"), ("fcaf3d", "tr3d")])
+def test_another_kind_of_detector_starts_from_the_backbone_alone(tmp_path: Path, kinds: tuple[str, str]):
+    of, to = (dataclasses.replace(TINY, kind=kind) for kind in kinds)
+    held = save(tmp_path, 4, (SUNRGBD,), of)
+    _, after, report = start(tmp_path, (SUNRGBD,), to)
+    kept = {"embedding", "backbone"}
+    assert {name.path.partition(".")[0] for name in report.loaded} == kept
+    for name in report.loaded:
+        np.testing.assert_array_equal(after[name.dataset][name.path], held[name.dataset][name.path])
+    # Their heads have parameters of the same names and shapes.
+    assert ("sunrgbd", "heads.box_kernel") in pairs(report.other_shape)
+    assert f"of sunrgbd (of {kinds[0].upper()})" in report.text()
 
 
 def test_arrays_of_another_shape_are_initialised_and_reported(tr3d: tuple[Path, dict]):
