@@ -40,7 +40,18 @@ def interpolate_sites(x: SparseTensor, sites: Sites, *, normalize: bool = False)
             `x` is no multiple of theirs.
     """
     check_tensor("interpolate_sites", x)
-    check_padded("interpolate_sites", sites, x.sites)
+    check_padded("interpolate_sites", sites)
+    if (sites.axes, sites.num_scans) != (x.sites.axes, x.sites.num_scans):
+        raise ValueError(
+            f"interpolate_sites was given features on {x.sites.num_scans} scans of {x.sites.axes} axes and sites of "
+            f"{sites.num_scans} scans of {sites.axes} axes; expected are sites of the same batch."
+        )
+    if any(coarse % fine for coarse, fine in zip(x.sites.strides, sites.strides, strict=True)):
+        raise ValueError(
+            f"interpolate_sites was given features of stride {x.sites.stride} and sites of stride {sites.stride}; "
+            "expected is a stride of the features that is a multiple of that of the sites: features on the coarser "
+            "sites, and the finer sites."
+        )
     features = jnp.asarray(x.features)
     if not jnp.issubdtype(features.dtype, jnp.floating):
         raise ValueError(f"interpolate_sites was given features of type {features.dtype}; expected floats.")

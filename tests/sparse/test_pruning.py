@@ -125,5 +125,7 @@ def test_what_is_given_wrong_is_refused():
         sparse.keep_highest(np.zeros(3, np.float32), x.sites, 3)
     with pytest.raises(ValueError, match="most is -1"):
         sparse.keep_highest(np.zeros(x.sites.capacity, np.float32), x.sites, -1)
-    with pytest.raises(ValueError, match="stride"):
+    with pytest.raises(ValueError, match="features of stride 2 and sites of stride 4; expected is a stride of the"):
         sparse.interpolate_sites(x, sparse.pad_sites(random_sites((3, 0, 3), stride=4), 9))
+    with pytest.raises(ValueError, match="features on 3 scans of 3 axes and sites of 2 scans of 3 axes; expected are"):
+        sparse.interpolate_sites(x, sparse.pad_sites(random_sites((3, 3)), 9))
