@@ -654,7 +654,7 @@ def _predict(given: Invocation) -> int | None:
     values = given.flags
     inputs = tuple([*values.inputs, *(values.input or ()), *([str(sample_scan())] if values.sample else [])])
     _check_predict_flags(given, inputs)
-    chosen = {name: getattr(values, name) for name in _FILE_FLAGS if getattr(values, name) not in (None, False)}
+    chosen = _file_flags(values)
     if "floor" in chosen:
         chosen["floor"] = checked_floor(chosen["floor"], "--floor")
     if "tile" in chosen:
@@ -693,6 +693,12 @@ def _predict_request(given: Invocation, request: "PredictRequest") -> int | None
     return predict_inputs(open_detector, request, request.output or folder, settings).status
 
 
+def _file_flags(values: argparse.Namespace) -> dict[str, Any]:
+    """The flags for files of points that were given, by name; a number that is 0 is given."""
+    flags = {name: getattr(values, name) for name in _FILE_FLAGS}
+    return {name: value for name, value in flags.items() if value is not None and value is not False}
+
+
 def _check_predict_flags(given: Invocation, inputs: Sequence[str]) -> None:
     """Refuse flags that do not go together."""
     values = given.flags
@@ -712,7 +718,7 @@ def _check_predict_flags(given: Invocation, inputs: Sequence[str]) -> None:
     if (given.config is not None or values.step is not None) and not values.workdir:
         flag = "--config" if given.config is not None else "--step"
         raise InputError(f"{flag} goes with a checkpoint: name the folder of its run with --workdir.")
-    files = [f"--{name}" for name in _FILE_FLAGS if getattr(values, name) not in (None, False)]
+    files = [f"--{name}" for name in _file_flags(values)]
     if files and not inputs:
         raise InputError(
             f"{', '.join(files)} is for files of points: name them with --input; the scans of a config have their own."

@@ -113,6 +113,7 @@ def test_wrong_input_ends_in_one_sentence_and_status_2(
         ),
         (["predict", "a.ply", "--tile=large"], "--tile is 'large'; expected is auto, off or the sides of tiles"),
         (["predict", "--workdir=a", "--agnostic_nms"], "--agnostic_nms is for files of points"),
+        (["predict", "--workdir=a", "--score=0"], "--score is for files of points"),  # 0 is a score
         (["predict", "--sample", "--weights=romms"], "There are no weights 'romms' (did you mean 'rooms'?)"),
         (["check"], "h2a2 check needs --data=FOLDER"),
         (["sweep", "protocol", "--trainings=0"], "--trainings is '0'; expected a number of 1 or more"),
