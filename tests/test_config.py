@@ -309,7 +309,7 @@ def test_joint_with_fcaf3d():
         )
     demo = experiment_config(module.get_config("demo,fcaf3d"))
     assert demo.model == dataclasses.replace(
-        module.demo().model, kind="fcaf3d", prune_threshold=2000, assign_threshold=9, center_threshold=6
+        module.demo().model, kind="fcaf3d", prune_threshold=8000, assign_threshold=9, center_threshold=6
     )
     assert all(source.sample for source in experiment_config(module.get_config("two,fcaf3d")).datasets)
     for words in ("six", "no_sfks,mean", "no_sfks,pdnorm", "no_sfks,adapters", "no_sfks,exclusive_all", "gap2,mgda"):
