@@ -53,7 +53,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "full": {},
     "small": {"depth": 10, "stem_channels": 16, "stage_channels": (16, 32, 32, 32), "neck_channels": 32},
 }
-"""Architectures by name: DetectorNetwork's own, and one for small machines."""
+"""Architectures by name: TR3D's own, and one for small machines."""
 PASSES = ("evaluate", "folded", "forward", "forward+backward", "step")
 
 

@@ -2,18 +2,17 @@
 
     python -m benchmarks.detectors --scan scan.bin [--width full|small] [--rounds N] [--kinds tr3d fcaf3d]
     python -m benchmarks.detectors --scan one.bin --other two.bin       does a second scan compile anything?
+    python -m benchmarks.detectors --scan scan.bin --memory             peak memory too, each in its own process
 
 "predict" is what a detector does for a scan: maps on the host, the folded network and suppression, each as one program
 (`Predictor`); the network's share stands beside it. "step" is a training step (`make_train_step`) with the real loss on
 the scan with procedural boxes: targets, loss, gradients, AdamW. The detectors take turns in one process after a
 warm-up; a figure is the median, and the ratio the median of the ratios of the rounds. Compiling is timed from an empty
-cache. Peak memory is that of a process of its own for each detector and pass. Parameters are drawn, not trained: FCAF3D
-prunes by their scores, which takes as long.
+cache. Parameters are drawn, not trained: FCAF3D prunes by the scores of these, which takes as long.
 """
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -91,14 +90,14 @@ class Subject:
         self._take_step: Callable[..., Any] | None = None
 
     def predict(self) -> int:
-        """Number of boxes; `seconds` has the time of each stage."""
+        """Predict, and return the number of boxes; `seconds` has the time of each stage."""
         if self._predictor is None:
             self._predictor = Predictor(self.detector, self.config.specs)
         self.seconds = {}
         return len(self._predictor.predict([self.scan], "scannet", self.seconds)[0])
 
     def step(self) -> float:
-        """Loss of a step."""
+        """Take a training step, and return its loss."""
         if self._take_step is None:
             model, mesh = self.config.model, MeshLayout(train_mesh(1, jax.devices()[:1]), 1)
             trainer = build_trainer(self.config, self.detector, mesh, 1000, 1000)
@@ -115,7 +114,7 @@ class Subject:
 def measure(
     scan: Path | None, other: Path | None, width: str, kinds: Sequence[str], passes: Sequence[str], rounds: int
 ) -> dict[str, Any]:
-    """Compile and run the passes of the detectors in turns; `--json` prints the result."""
+    """Compile and run the passes of the detectors in turns; the result is what `--json` prints."""
     first = make_scan(scan)
     subjects = {kind: Subject(MODELS[kind, width], first) for kind in kinds}
     result: dict[str, Any] = {
@@ -193,7 +192,9 @@ def _own_peak() -> float:
     stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    # Not by getrusage, which starts from the peak of the process that forked this one.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1e3
 
 
 def table_of(result: dict[str, Any]) -> str:

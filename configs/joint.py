@@ -64,11 +64,11 @@ UNIDET3D_SHARES: Mapping[str, float] = {
 """Share of each dataset's scans that an epoch of UniDet3D draws: `partition` in its published config."""
 
 _FCAF3D_SMALL: Mapping[str, Any] = {"prune_threshold": 8000, "assign_threshold": 9, "center_threshold": 6}
-"""Thresholds for the larger voxels of `demo` (1.5 cm) and `tiny` (4 cm). The levels below the coarsest of the demo have
-500, 4,000 and 30,000 locations a scan: 8,000 keeps the middle one whole and a quarter of the finest (the published
-100,000 half of that of a ScanNet scan). With 2,000 a step is twice as fast, and boxes hold too few locations to learn
-from. In voxels of 1.5 cm a box holds a third (1 / 1.5^3) of the locations that it holds in those of 1 cm, and 9 and 6
-are a third of the published 27 and 18."""
+"""Thresholds for the larger voxels of `demo` (1.5 cm), which `tiny` (4 cm) takes too. The levels below the coarsest of
+the demo have 500, 4,000 and 30,000 locations a scan: 8,000 keeps the middle one whole and a quarter of the finest (the
+published 100,000 half of that of a ScanNet scan). With 2,000 a step is twice as fast, and boxes hold too few locations
+to learn from. In voxels of 1.5 cm a box holds a third (1 / 1.5^3) of the locations that it holds in those of 1 cm, and
+9 and 6 are a third of the published 27 and 18."""
 
 _GAP = re.compile(r"gap\d+(\.\d+)?")
 
@@ -184,8 +184,8 @@ def six(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def fcaf3d(config: ExperimentConfig) -> ExperimentConfig:
-    """FCAF3D in place of TR3D: at full width its published one, else the widths of the base."""
-    # All of its test protocols draw points. Where training is to see what evaluation sees, it draws them too.
+    """FCAF3D in place of TR3D: with its published widths where the base has TR3D's, else with those of the base."""
+    # Its evaluation draws points of all scans: `two`, whose training is to see what evaluation sees, draws them too.
     datasets = tuple(replace(source, recipe="fcaf3d", sample=True) for source in config.datasets)
     model = replace(config.model, kind="fcaf3d")
     if model.stage_channels == DetectorConfig.stage_channels:

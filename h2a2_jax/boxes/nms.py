@@ -32,7 +32,7 @@ from h2a2_jax.boxes.tolerant_iou import PUBLISHED_TOLERANCE, add_overlaps_of_nea
 from h2a2_jax.typing import AnyArray
 
 MAX_CANDIDATES = 1000
-"""Locations of a scan that are decoded, those of the highest class score (TR3D)."""
+"""Locations that are decoded, those of the highest score: of a scan (TR3D), of each level of a scan (FCAF3D)."""
 
 _WORD = 32  # classes whose bits share a word of the table
 _SMALLEST_BUCKET = 64
@@ -168,7 +168,7 @@ def multiclass_nms(
         rotated: True if yaw counts; static.
         iou: "bev" compares footprints (TR3D), "3d" volumes; static.
         corner_tolerance: How far outside a rotated footprint a corner of another counts as inside (m), see
-            `h2a2_jax.boxes.tolerant_iou`; 0 for exact overlap; static.
+            `h2a2_jax.boxes.tolerant_iou`; 0 for exact overlap, as always of axis-aligned boxes and volumes; static.
 
     Returns:
         rows: Row of the box of each detection: class by class, in each by descending score, of equal scores by row.

@@ -27,7 +27,7 @@ def tolerant_bev_iou(
     """Bird's-eye-view (x, y) IoU of paired boxes, from a polygon that takes in nearby corners.
 
     Args:
-        first: boxes.
+        first: boxes: centre, sizes (m), yaw (rad).
         second: their partners.
         tolerance: how far outside a box a corner still counts (m).
 
@@ -62,7 +62,7 @@ def add_overlaps_of_nearby_corners(
 
     Args:
         overlaps: exact IoU of every box with every other.
-        boxes: boxes.
+        boxes: centre, sizes (m), yaw (rad).
         wanted: False for boxes whose pairs are not asked for; they keep the exact decision.
         iou_threshold: ratio that a pair must exceed.
         tolerance: how far outside a box a corner still counts (m); static.

@@ -43,11 +43,11 @@ Kind = Literal["tr3d", "fcaf3d"]
 
 _SHOWN = 3
 _VERSION = 2
-"""Version of the class of both detectors in mmdetection3d; it renames the parameters in files of an earlier one."""
+"""Version of the class of both detectors in mmdetection3d, which renames the parameters in files of an earlier one."""
 _DESCRIPTION = """Convert TR3D and FCAF3D checkpoints of mmdetection3d into checkpoints of this program, and back.
 
 Only the file's weights are read; nothing in it is imported or run. Detector, depth, widths, classes and the form of the
-boxes follow from the weights. --kind makes the other detector of the two of a file, from its backbone (--partial)."""
+boxes follow from the weights. --kind makes the other of the two detectors from the backbone of a file (--partial)."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def convert_file(
         dataset: dataset of the head; None for the built-in one with as many classes and outputs.
         classes: classes of a dataset that is not built in; empty for those that the file names.
         seed: seed of the parameters that the file lacks.
-        kind: kind of detector to make. None: that of the file. Of a file of the other kind the backbone is taken.
+        kind: kind of detector to make; None for that of the file. From a file of the other kind the backbone is taken.
 
     Raises:
         InputError: the weights are of another network or not finite, or the dataset does not fit them.
@@ -289,7 +289,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind",
         choices=tuple(KINDS),
-        help="detector to make; by default that of the file, of which another takes the backbone",
+        help="detector to make; by default that of the file, whose backbone alone the other one takes",
     )
     parser.add_argument("--partial", action="store_true", help="initialise parameters that are missing in the file")
     parser.add_argument("--voxel_size", type=float, help="in metres, not stored in weights; by default 0.01")

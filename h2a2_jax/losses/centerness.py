@@ -15,10 +15,11 @@ from h2a2_jax.losses.detection import DetectionLoss, losses_of_candidates, sigmo
 from h2a2_jax.typing import AnyArray
 
 ASSIGN_THRESHOLD = 27
-"""Locations inside a box that a level must have for the box to ask there (published for all datasets)."""
+"""Locations inside a box that its level must have, see `assign_by_centerness` (published for all datasets)."""
 CENTER_THRESHOLD = 18
 """Largest number of locations that a box may take (published for all datasets)."""
 LEVELS = 4
+"""Levels of FCAF3D's locations."""
 
 _CHUNK = 128
 """Locations in a chunk, whose largest centerness decides if it is searched."""
@@ -82,7 +83,7 @@ def assign_by_centerness(
         level: level of each location, 0 for the finest.
         boxes: ground-truth boxes, padded to g per scan.
         box_labels: class of each box, -1 for padding.
-        assign_threshold: locations inside a box that its level must have.
+        assign_threshold: locations inside a box that its level must have, unless that is the finest.
         center_threshold: largest number of locations that a box may take.
         num_levels: number of levels.
 
@@ -227,9 +228,9 @@ def centerness_loss(
         centerness     = sum over positives of the cross-entropy of the centerness / P
         box            = sum over positives of c (1 - IoU) / sum over positives of c
 
-    and the terms of the batch their means over its scans. A scan without boxes is all background (the published code
-    takes none). With `axis_name` the number of scans is summed over the replicas, the loss is not: the caller sums the
-    gradients of the replicas. Datasets of different class counts and box forms share one compiled function: classes
+    and the terms of the batch their means over its scans. A scan without boxes is all background (an error in the
+    published code). With `axis_name` the number of scans is summed over the replicas, the loss is not: the caller sums
+    the gradients of the replicas. Datasets of different class counts and box forms share one compiled function: classes
     and outputs are padded, `class_mask` and `has_yaw` may be traced. Padding rows, boxes, classes and scans contribute
     neither loss nor gradient, for any values short of NaN or infinity in the outputs.
 

@@ -24,8 +24,8 @@ class DetectionLoss:
     """The terms of the training loss; the loss is their sum.
 
     Attributes:
-        box: float [], overlap loss of this replica's positives: of TR3D DIoU divided by the number of positives, of
-            FCAF3D IoU weighted by centerness.
+        box: float [], overlap loss of this replica's positives: of TR3D the DIoU loss divided by the number of
+            positives, of FCAF3D the mean of 1 - IoU weighted by centerness.
         classification: float [], focal loss of this replica's locations, divided by the number of positives.
         num_positives: int32 [], number of positives; with an `axis_name`, on all replicas.
         centerness: float [], FCAF3D: cross-entropy of the centerness of this replica's positives, divided by their

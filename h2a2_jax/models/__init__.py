@@ -1,4 +1,4 @@
-"""Detection networks: architecture, maps of a batch, backbone, necks and heads, and what the house asks of a kind."""
+"""Detection networks: architecture, maps of a batch, backbone, necks and heads, and the protocol of their kinds."""
 
 from h2a2_jax.models.architecture import DetectorConfig
 from h2a2_jax.models.detector import (

@@ -52,7 +52,7 @@ class InstanceStem(nnx.Module):
     def __init__(self, config: DetectorConfig, *, rngs: nnx.Rngs):
         """Build the stem with the widths of the config."""
         self.conv = SparseConv(config.in_channels, config.stem_channels, rngs=rngs)
-        self.norm = InstanceNorm(config.stem_channels, eps=1e-8)
+        self.norm = InstanceNorm(config.stem_channels, eps=1e-8)  # that of MinkowskiEngine
 
     def __call__(self, x: SparseTensor, plan: BackbonePlan, context: ForwardContext) -> SparseTensor:
         """Features on voxels of stride 1 to features on sites of stride 4."""

@@ -1,9 +1,9 @@
-"""What the house asks of a detector, in one place.
+"""Interface of a detector: its network, and the functions that the rest of the package calls beside it.
 
 Training, prediction, evaluation, conversion and the report know a detector by two things: its network, a
-`DetectorNetwork`, and its `DetectorKind`, a few functions beside the network: sites and maps of a batch, loss, boxes,
-names of its weights. TR3D (`models.tr3d`) and FCAF3D (`models.fcaf3d`) are such kinds; a third is a file with both, a
-word of `DetectorConfig.kind` and a line of `KINDS` (`models.kinds`).
+`DetectorNetwork`, and its `DetectorKind`, which has the sites and maps of a batch, loss, boxes, and the names of
+published weights. TR3D (`models.tr3d`) and FCAF3D (`models.fcaf3d`) are such kinds; docs/detectors.md says how to add a
+third.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,9 +51,10 @@ class Predictions(NamedTuple):
     Attributes:
         locations: float32 [N, 3], metres: the corner of a location's voxel, without a half-voxel shift.
         scan: int32 [N], scan of each location; num_scans on padding.
-        level: int32 [N], 0 for the finest: of TR3D 0 for 16 cm and 1 for 32 cm, of FCAF3D 0 to 3 for 8 to 64 cm.
-        boxes: float32 [N, 8], box outputs in metres: of TR3D columns 3:6 are exp()-ed sizes, of FCAF3D columns 0:6
-            are exp()-ed distances to the faces.
+        level: int32 [N], 0 for the finest: of TR3D 0 and 1 for strides of 16 and 32 voxels, of FCAF3D 0 to 3 for 8 to
+            64.
+        boxes: float32 [N, 8], box outputs: columns 0:6 in metres, for `decode_boxes` (TR3D, columns 3:6 exp()-ed
+            extents) or `decode_faces` (FCAF3D, columns 0:6 exp()-ed distances to the faces); columns 6:8 for the yaw.
         logits: float32 [N, K], class scores before the sigmoid.
         centerness: float32 [N], FCAF3D: centerness before the sigmoid; None for TR3D.
         overflow: int32 [], FCAF3D: sites that the capacities of the plan had no place for; None for TR3D.
@@ -73,7 +74,7 @@ class Predictions(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """Facts of each dataset that its loss needs; leading dataset axis, without which a loss takes one dataset's.
+    """Facts of each dataset that its loss needs, with a leading dataset axis D; a loss takes those of one, without it.
 
     Attributes:
         label_to_level: int32 [D, K], level of TR3D's head that learns a class.
@@ -92,17 +93,17 @@ class DetectorNetwork(nnx.Module):
     """Network of a detector: a backbone of `MinkResNet`, a neck, and heads by dataset.
 
     A parameter with a leading dataset axis says so in its metadata (`dataset_axis=0`). Convolutions with their norms
-    are `ConvNorm`s, which folding replaces; anything else must be the same for all datasets, or fold itself as the
-    heads do.
+    are `ConvNorm`s, which folding replaces. All other layers of backbone and neck must be the same for all datasets.
+    Every parameter of separate heads must have the dataset axis, of which folding takes one entry.
 
     Attributes:
         config: architecture.
         heads_config: outputs of each dataset's head, in the order of the dataset axis.
         embedding: [D, d], embedding of each dataset, read by the layers with kernel selection and by prompt-driven
-            norms; None without both.
+            norms; None without either.
         backbone: stem and stages.
-        neck: what follows the stages.
-        heads: what predicts.
+        neck: layers between the stages and the heads.
+        heads: layers that predict at the locations.
     """
 
     heads_config: tuple[HeadConfig, ...]
@@ -128,11 +129,11 @@ class DetectorNetwork(nnx.Module):
         self.embedding = embedding
 
     def build_neck(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Build what follows the stages, of this config and as many datasets as heads."""
+        """Build the neck of `self.config`, for as many datasets as `self.heads_config` has heads."""
         raise NotImplementedError
 
     def build_heads(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Build what predicts."""
+        """Build the heads of `self.heads_config`."""
         raise NotImplementedError
 
     def __call__(
@@ -156,7 +157,7 @@ class DetectorNetwork(nnx.Module):
     def stages(
         self, features: Float[Array, "n c"], plan: Any, context: ForwardContext
     ) -> tuple[list[SparseTensor], DatasetContext, ForwardContext]:
-        """Features of the backbone's stages, the dataset of the pass, and the context of the layers that follow."""
+        """Features of the backbone's stages, finest first; dataset of the pass; context of the layers that follow."""
         dataset = context.dataset_of(len(self.heads_config))
         if self.embedding is not None:
             context = replace(context, embedding=dataset.pick(self.embedding[...]))
@@ -186,7 +187,13 @@ class Tables(Protocol):
 
 @dataclass(frozen=True)
 class WeightSlot:
-    """Place of a published parameter in a detector here: a part of a Flax variable, and its published shape."""
+    """Place of a published parameter in a detector here.
+
+    Attributes:
+        variable: Flax variable that holds the parameter.
+        index: index of the parameter in the variable; () for all of it.
+        shape: published shape, which may have further axes of length 1.
+    """
 
     variable: nnx.Variable
     index: tuple[Any, ...]
@@ -195,11 +202,12 @@ class WeightSlot:
 
 @runtime_checkable
 class DetectorKind(Protocol):
-    """A kind of detector: its network, and the functions that the house calls beside it; it holds nothing else.
+    """A kind of detector: functions beside its network, without a state.
 
     Attributes:
         title: name of the detector in texts.
-        levels: named tuple of int with the sites of every level, and a method `fits`.
+        levels: class of the named tuples of int with the sites, or the capacities, of every level: `voxels` first, and
+            a method `fits(capacities)`.
         least: smallest capacities of a scan in prediction, so that a scan of a few points does not set those of all
             scans that follow.
     """
@@ -216,19 +224,19 @@ class DetectorKind(Protocol):
         """
 
     def build(self, config: DetectorConfig, heads: Any, *, rngs: nnx.Rngs) -> DetectorNetwork:
-        """Build the network with random parameters, for heads in the order of the dataset axis."""
+        """Build the network with random parameters; `heads` has a `HeadConfig` for each dataset, in their order."""
 
     def sizes(self, voxels: SiteSet, config: DetectorConfig) -> Any:
-        """Number of sites of every level, without a table; upper bounds where they depend on features.
+        """Number of sites of every level (`levels`), without a table; upper bounds where they depend on features.
 
-        Of several scans the sizes are the sums of those of each.
+        The sizes of a batch are the sums of those of its scans. The voxels are sites of stride 1.
         """
 
     def tables(self, voxels: SiteSet, config: DetectorConfig) -> Tables:
         """Every table that depends on the voxels alone; its `sizes` are those of `sizes`."""
 
     def fits(self, tables: Any, capacities: Any, layout: Any) -> bool:
-        """Return True if the layout has places for every map in the shape of the capacities; "any" always has."""
+        """Return True if the layout has places for every map at the capacities; one of machine "any" always has."""
 
     def pad(self, tables: Any, capacities: Any, layout: Any) -> Any:
         """The plan of a batch in the shape of a bucket, a pytree of numpy arrays with `voxels`, padded `Sites`.
@@ -250,7 +258,18 @@ class DetectorKind(Protocol):
         config: DetectorConfig,
         axis_name: Any = None,
     ) -> DetectionLoss:
-        """Loss of one dataset's scans on this device; facts of the batch are summed over `axis_name`, the loss not."""
+        """Loss of one dataset's scans on this device, inside jit.
+
+        Args:
+            out: predictions of the network.
+            boxes: ground-truth boxes, padded to g per scan: centre, sizes (m), yaw (rad).
+            labels: class of each box, -1 for padding.
+            targets: facts of the dataset, without the dataset axis.
+            voxels: sites of the input, by which a scan without points is known.
+            config: architecture.
+            axis_name: mesh axis or axes over which the dataset's scans are spread. Counts by which terms are divided
+                are summed over them, the loss is not: the caller sums the gradients.
+        """
 
     def detect(
         self,
@@ -261,19 +280,28 @@ class DetectorKind(Protocol):
         score_threshold: Float[AnyArray, ""],
         iou_threshold: Float[AnyArray, ""],
     ) -> tuple[Float[Array, "b k 7"], Float[Array, "b k"], Int32[Array, "b k"], Int32[Array, " b"]]:
-        """Boxes, scores and labels of each scan, and their number, inside jit.
+        """Boxes of each scan, inside jit.
 
-        `out` has as many columns of boxes and logits as the dataset has outputs and classes.
+        Args:
+            out: predictions, with as many columns of boxes and logits as the dataset has outputs and classes.
+            num_scans: number of scans b of the batch; static.
+            rotated: True if yaw counts; static.
+            score_threshold: a box must score more than this in a class to be detected as that class.
+            iou_threshold: overlap of footprints above which the box of lower score of a class is dropped.
+
+        Returns:
+            Boxes (centre, sizes in m, yaw in rad), scores, labels, and the number of them in each scan; behind that
+            number rows are padding.
         """
 
     def support(self, tables: Any, layer: str) -> Float[np.ndarray, " v"]:
         """Share of the output sites of a layer with kernel selection that have a neighbour at each offset."""
 
     def slots(self, model: Any, dataset: int = 0) -> dict[str, WeightSlot]:
-        """Every published parameter and running statistic by its name, and its place; statistics of one dataset."""
+        """Places of every published parameter and running statistic by name; those of one dataset, by its index."""
 
     def published(self, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-        """Weights by their present published names, old ones renamed; None if their head is not of this kind."""
+        """Weights by their present published names, old ones renamed; None if they are not of this kind."""
 
     def config_of(self, state: Mapping[str, np.ndarray]) -> DetectorConfig:
         """The architecture of published weights, by their names and shapes.

@@ -75,8 +75,8 @@ class FCAF3D(DetectorNetwork):
     ) -> Predictions:
         """Predict at every location of a batch of scans.
 
-        The scores that decide which sites of a level stay are those of the head that predicts: of two datasets' heads,
-        each may see other locations.
+        The scores that decide which sites of a level stay are those of the head that predicts, so that the heads of two
+        datasets may have different locations in one scan.
 
         Args:
             features: colour of the voxels, rows of `plan.voxels`.
@@ -87,6 +87,9 @@ class FCAF3D(DetectorNetwork):
         Returns:
             Outputs at the locations of levels 0 to 3. Where `overflow` is above zero the capacities of the plan were
             too small, and locations are missing.
+
+        Raises:
+            ValueError: `head` is not a dataset but columns, of which a detector with one label space has some.
         """
         if head is not None and not isinstance(head, DatasetContext):
             raise ValueError("head are columns; FCAF3D has a head for each dataset: give a DatasetContext.")
@@ -106,7 +109,7 @@ class FCAF3D(DetectorNetwork):
 
 
 class FCAF3DKind:
-    """What the house asks of FCAF3D (`DetectorKind`)."""
+    """FCAF3D as training, prediction and conversion see it (`DetectorKind`)."""
 
     title = "FCAF3D"
     levels = FCAF3DSizes
@@ -135,11 +138,15 @@ class FCAF3DKind:
             raise InputError("model.exclusive_stages has 0, the stem, which FCAF3D shares; choose stages from 1 to 4.")
 
     def build(self, config: DetectorConfig, heads: Sequence[HeadConfig], *, rngs: nnx.Rngs) -> FCAF3D:
-        """Build the network."""
+        """Build the network.
+
+        Raises:
+            InputError: the config asks for what FCAF3D does not have (`check`).
+        """
         return FCAF3D(config, heads, rngs=rngs)
 
     def sizes(self, voxels: SiteSet, config: DetectorConfig) -> FCAF3DSizes:
-        """Number of sites of every level; of unions 1 and 0 the most that any scores can leave."""
+        """Number of sites of every level; of unions 1 and 0 an upper bound for any scores."""
         return fcaf3d_sizes(voxels, config.prune_threshold)
 
     def tables(self, voxels: SiteSet, config: DetectorConfig) -> FCAF3DTables:
@@ -151,7 +158,7 @@ class FCAF3DKind:
         return fits_fcaf3d(tables, capacities, layout)
 
     def pad(self, tables: FCAF3DTables, capacities: FCAF3DSizes, layout: PlanLayout) -> FCAF3DPlan:
-        """The plan of a batch in the shape of a bucket."""
+        """The plan of a batch in the shape of a bucket (`pad_fcaf3d`)."""
         return pad_fcaf3d(tables, capacities, layout)
 
     def loss(

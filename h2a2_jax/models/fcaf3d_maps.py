@@ -8,7 +8,7 @@ stage are among them, and the union is the children. The first level to be prune
 levels below it depend on the network's scores, and their maps are made in every forward pass.
 
 Whether a level may be pruned is static: it may if its capacity exceeds the number of sites that a scan keeps, for then
-one scan could have more. A scan with fewer sites keeps all of them, whatever is static.
+one scan could have more. A scan with fewer sites keeps all of them in either case.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ class FCAF3DSizes(NamedTuple):
 
     @property
     def unions(self) -> tuple[int, int, int]:
-        """Those of unions 2, 1 and 0."""
+        """Sites, or capacities, of unions 2, 1 and 0."""
         return self[7:]
 
     def fits(self, capacities: "FCAF3DSizes") -> bool:
@@ -96,7 +96,7 @@ class FCAF3DTables(BackboneTables):
     """Exact host tables of one batch, before padding.
 
     Attributes:
-        children: tables of the levels 2, 1 and 0, as many of them as no scores decide about.
+        children: tables of the levels 2, 1 and 0, down to the first that is pruned: no scores decide about these.
         prune_threshold: sites that a scan keeps on a level.
     """
 
@@ -194,7 +194,8 @@ def fcaf3d_sizes(voxels: SiteSet, prune_threshold: int) -> FCAF3DSizes:
 def _union_bounds(stages: Sequence[SiteSet], most: int) -> list[int]:
     """Largest number of sites that unions 2, 1 and 0 may have, whatever the scores are.
 
-    A scan that is pruned gets back from the stage sites without a parent; never more than all children of stage 4.
+    Where a scan is pruned, the stage of the next finer level brings back sites whose parent is gone, at most all of its
+    sites. A scan has never more than all children of stage 4.
     """
     counts = [np.bincount(stage.scan, minlength=stage.num_scans) for stage in stages]
     union = 8 * counts[3]

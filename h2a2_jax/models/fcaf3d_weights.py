@@ -28,7 +28,7 @@ _HEAD, _OLD_HEAD = "bbox_head.", "head."
 
 
 def published_fcaf3d(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-    """Weights of FCAF3D by their present names: a head that is called `head` is `bbox_head`; None for another head.
+    """Weights of FCAF3D by their present names, `bbox_head` for a head called `head`; None for another head.
 
     Only the beginning of a name counts: `bbox_head.` has the old name within it.
     """
@@ -75,7 +75,8 @@ def export_fcaf3d(model: DetectorNetwork, dataset: int = 0) -> dict[str, np.ndar
 def fcaf3d_of_weights(state: Mapping[str, np.ndarray]) -> DetectorConfig:
     """Find the architecture of weights of FCAF3D from their names and shapes.
 
-    Without a neck it gets the default width. The thresholds, which weights do not hold, are the published ones.
+    Weights of a backbone alone give the default width of the neck. The thresholds, which weights do not hold, are the
+    published ones.
 
     Raises:
         InputError: there is no such backbone, or one of other blocks or another depth.

@@ -56,7 +56,7 @@ class DatasetHeads(nnx.Module):
     def __call__(
         self, features: Float[Array, "n c"], dataset: DatasetContext
     ) -> tuple[Float[Array, "n 8"], Float[Array, "n k"]]:
-        """Box predictions, columns 3:6 exp()-ed to face distances in metres, and class logits; in float32 at least."""
+        """Box predictions, columns 3:6 exp()-ed to extents in metres, and class logits; in float32 at least."""
         parts = (self.box_kernel, self.box_bias, self.class_kernel, self.class_bias)
         return _predict(features, *(dataset.pick(part[...]) for part in parts))
 
@@ -124,8 +124,8 @@ class HeadOutputs(NamedTuple):
 class CenternessHeads(nnx.Module):
     """Heads of FCAF3D, one per dataset, each shared by all levels but for the scale of distances.
 
-    Stacked and padded to the same number of outputs as `DatasetHeads`. A padded class has zeros for kernel and bias,
-    and only such a one has: by this the largest logit leaves it out.
+    Stacked and padded to the same number of outputs as `DatasetHeads`. The largest logit leaves out padded classes,
+    known by a kernel and a bias of zero.
 
     Attributes:
         center_kernel: [D, C, 1], kernel of the centerness; like all of the following exclusive to each dataset.
@@ -161,7 +161,7 @@ class CenternessHeads(nnx.Module):
         self.scales = nnx.Param(jnp.ones((count, NUM_LEVELS)), dataset_axis=0)
 
     def __call__(self, features: Float[Array, "n c"], dataset: DatasetContext, level: int) -> HeadOutputs:
-        """Predict at the sites of a level, 0 for the finest."""
+        """Predict at the sites of a level, 0 for the finest, by the head of a dataset."""
         stored = (self.center_kernel, self.box_kernel, self.class_kernel, self.class_bias, self.scales)
         center_kernel, box_kernel, class_kernel, class_bias, scales = (dataset.pick(part[...]) for part in stored)
         kernel, bias = jnp.concatenate([box_kernel, center_kernel], 1), jnp.zeros(NUM_OUTPUTS + 1, box_kernel.dtype)

@@ -10,11 +10,11 @@ from h2a2_jax.models.fcaf3d import FCAF3DKind
 from h2a2_jax.models.tr3d import TR3DKind
 
 KINDS: Mapping[str, DetectorKind] = {"tr3d": TR3DKind(), "fcaf3d": FCAF3DKind()}
-"""What the house asks of a detector, by kind."""
+"""Every kind by its word."""
 
 
 def kind_of(config: DetectorConfig) -> DetectorKind:
-    """Return the kind of an architecture."""
+    """Return the kind of detector of an architecture."""
     return KINDS[config.kind]
 
 

@@ -52,7 +52,11 @@ class TR3D(DetectorNetwork):
         return Neck(self.config, len(self.heads_config), rngs=rngs)
 
     def build_heads(self, rngs: nnx.Rngs) -> DatasetHeads | UnionHead:
-        """Build a head of each dataset, or one for the union of their classes."""
+        """Build a head of each dataset, or one for the union of their classes.
+
+        Raises:
+            ValueError: a head of the union has no columns.
+        """
         channels, heads = self.config.neck_channels, self.heads_config
         if self.config.label_space == "separate":
             return DatasetHeads(
@@ -70,7 +74,11 @@ class TR3D(DetectorNetwork):
         context: ForwardContext,
         head: HeadChoice = None,
     ) -> Predictions:
-        """Predict as of `DetectorNetwork`."""
+        """Predict at every location of a batch of scans, as of `DetectorNetwork`.
+
+        Raises:
+            ValueError: `head` is a dataset where the detector has one label space, or columns where it has none.
+        """
         stages, dataset, context = self.stages(features, plan, context)
         parts = []
         for level, x in enumerate(self.neck(stages, plan, context)):
@@ -88,7 +96,7 @@ class TR3D(DetectorNetwork):
 
 
 class TR3DKind:
-    """What the house asks of TR3D (`DetectorKind`)."""
+    """TR3D as training, prediction and conversion see it (`DetectorKind`)."""
 
     title = "TR3D"
     levels = LevelSizes

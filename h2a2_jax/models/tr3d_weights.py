@@ -47,7 +47,7 @@ def tr3d_slots(model: DetectorNetwork, dataset: int = 0) -> dict[str, WeightSlot
 
 
 def published_tr3d(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-    """Weights of TR3D, whose names have not changed; None without its neck."""
+    """Weights of TR3D as they are, for their names have not changed; None without a neck, by which they are known."""
     return dict(state) if _NECK in state else None
 
 
@@ -62,7 +62,9 @@ def export_tr3d(model: DetectorNetwork, dataset: int = 0) -> dict[str, np.ndarra
 
 
 def tr3d_of_weights(state: Mapping[str, np.ndarray]) -> DetectorConfig:
-    """Find the architecture of weights of TR3D from their names and shapes; without a neck, it gets its default width.
+    """Find the architecture of weights of TR3D from their names and shapes.
+
+    Weights of a backbone alone give the default width of the neck.
 
     Raises:
         InputError: there is no such backbone, or one of other blocks or another depth.

@@ -28,7 +28,7 @@ def interpolate_sites(x: SparseTensor, sites: Sites, *, normalize: bool = False)
 
     Args:
         x: features [N, C] on the coarser sites; differentiable.
-        sites: sites of the same batch whose stride divides that of `x`; in practice finer ones.
+        sites: padded sites of the same batch, as fine or finer: their stride divides that of `x`.
         normalize: if True, the weights of the corners with a site are divided by their sum, so that an absent corner
             does not pull the result towards zero; zero where no corner has a site.
 

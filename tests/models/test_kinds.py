@@ -1,4 +1,4 @@
-"""Every kind of detector answers what the house asks of it, and keeps what the house relies on."""
+"""Every kind of detector answers the protocol, and has the properties that its callers rely on."""
 
 from dataclasses import replace
 
