@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, NoReturn, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +32,12 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.host import quiet_command_line
 from h2a2_jax.initialization import draw_detector
 from h2a2_jax.models import KINDS, DetectorNetwork, kind_of
+from h2a2_jax.models.architecture import Kind
 from h2a2_jax.models.head import NUM_OUTPUTS
 from h2a2_jax.models.weight_slots import export_slots, load_slots, of_one_dataset, without_prefix
 from h2a2_jax.optimizer import build_optimizer, learning_rate
-from h2a2_jax.scans.sources import ROOTS, SourceConfig
+from h2a2_jax.scans.sources import ROOTS, Recipe, SourceConfig
 from h2a2_jax.scans.specs import ALL_SPECS, SPECS
-
-Kind = Literal["tr3d", "fcaf3d"]
-"""Kind of a detector, as `DetectorConfig.kind`."""
 
 _SHOWN = 3
 _VERSION = 2
@@ -123,7 +121,7 @@ def convert_file(
     state = numbers if kind == found else {k: v for k, v in numbers.items() if k.startswith("backbone.")}
     model_config = KINDS[kind].config_of(state)
     source, note = _dataset_of(state, file.classes, dataset, classes)
-    source = replace(source, recipe=kind)
+    source = replace(source, recipe=kind if kind in get_args(Recipe) else "tr3d")
     config = ExperimentConfig(datasets=(source,), model=model_config, harmonize=HarmonizeConfig(method="mean"))
     config = replace(config, train=replace(config.train, seed=seed))
     shapes = {name: slot.shape for name, slot in KINDS[kind].slots(_shape_detector(config), 0).items()}

@@ -17,6 +17,10 @@ FCAF3D_STAGES = (64, 128, 256, 512)
 """Published widths of FCAF3D's stages; its depth, stem, neck and voxels are those of TR3D."""
 
 
+Kind = Literal["tr3d", "fcaf3d"]
+"""Kind of a detector, a key of `KINDS` (`h2a2_jax.models.kinds`)."""
+
+
 @dataclass(frozen=True)
 class DetectorConfig:
     """Architecture of a detector.
@@ -64,7 +68,7 @@ class DetectorConfig:
     label_space: Literal["separate", "union"] = "separate"
     adapters: bool = False
     exclusive_stages: tuple[int, ...] = ()
-    kind: Literal["tr3d", "fcaf3d"] = "tr3d"
+    kind: Kind = "tr3d"
     prune_threshold: int = 100_000
     assign_threshold: int = 27
     center_threshold: int = 18

@@ -196,6 +196,10 @@ ROOTS: Mapping[str, str] = {
 """Default folder of a dataset, below the working folder: the one that its command, or UniDet3D, prepares."""
 
 
+Recipe = Literal["tr3d", "fcaf3d"]
+"""Detector whose published recipe a dataset has."""
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """One dataset of a run, and the place of its scans.
@@ -241,7 +245,7 @@ class SourceConfig:
     scale: Literal["demo", "full"] = "full"
     seed: int = 0
     gap: float = 1.0
-    recipe: Literal["tr3d", "fcaf3d"] = "tr3d"
+    recipe: Recipe = "tr3d"
     repeats: int | None = None
     augment: bool = True
     sample: bool = True
@@ -268,10 +272,10 @@ class SourceConfig:
             return own_spec(self.name, self.classes, has_yaw=self.has_yaw, large_classes=self.large_classes)
         spec = dataset_spec(self.name)
         spec = protocol_at(spec, self.gap) if self.is_procedural else spec
-        if self.recipe == "tr3d":
-            return spec
-        # Below a gap of 1 all procedural datasets have ScanNet's protocol (`protocol_at`).
-        return fcaf3d_protocol(spec, "scannet" if self.is_procedural and self.gap < 1 else None)
+        if self.recipe == "fcaf3d":
+            # Below a gap of 1 all procedural datasets have ScanNet's protocol (`protocol_at`).
+            return fcaf3d_protocol(spec, "scannet" if self.is_procedural and self.gap < 1 else None)
+        return spec
 
 
 def build_source(source: SourceConfig, split: Split) -> ScanSource:
