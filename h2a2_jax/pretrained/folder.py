@@ -12,7 +12,7 @@ README.md           the model card (`model_card`)
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,15 +143,22 @@ def card_facts(detector: StoredDetector) -> CardFacts:
 def weights_digest(detector: StoredDetector) -> str:
     """SHA-256, in hexadecimal digits, of the architecture, the classes and the arrays: the identity of weights.
 
-    It does not depend on where the detector was read from, nor on how it was trained.
+    It does not depend on where the detector was read from, nor on how it was trained, nor on options that a later
+    version has and that are off.
     """
     specs = [[spec.name, spec.classes, spec.has_yaw] for spec in detector.specs]
-    digest = hashlib.sha256(json.dumps([asdict(detector.config.model), specs], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([_chosen(detector.config.model), specs], sort_keys=True).encode())
     for part, arrays in zip(_PARTS, detector.parts, strict=True):
         for path, array in sorted(arrays.items()):
             digest.update(f"{part}/{path} {describe_array(array)}\n".encode())
             digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _chosen(options: Any) -> dict[str, Any]:
+    """Fields of a dataclass that differ from their defaults, and of the dataclasses in it."""
+    values = ((field, getattr(options, field.name)) for field in fields(options))
+    return {f.name: _chosen(value) if is_dataclass(value) else value for f, value in values if value != f.default}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from h2a2_jax.checkpoint.store import StoredDetector, read_detector
 from h2a2_jax.checkpoint.tree import checksum
 from h2a2_jax.config import SourceConfig
 from h2a2_jax.errors import InputError
+from h2a2_jax.models import DetectorConfig
 from h2a2_jax.pretrained.card import CardFacts
 from h2a2_jax.pretrained.folder import FILES, card_facts, read_pretrained, weights_digest, write_pretrained
 from tests.boxes.golden import FIXTURES
@@ -228,6 +229,18 @@ def test_the_digest_is_that_of_architecture_classes_and_arrays(folder: Path):
         dataclasses.replace(DETECTOR, specs=DETECTOR.specs[::-1]),
     )
     assert len({digest, *map(weights_digest, others)}) == 4
+
+
+def test_an_option_of_a_later_version_that_is_off_changes_no_digest():
+    @dataclasses.dataclass(frozen=True)
+    class Later(DetectorConfig):
+        option: bool = False
+
+    def digest(**options: bool) -> str:
+        model = Later(**vars(DETECTOR.config.model), **options)
+        return weights_digest(dataclasses.replace(DETECTOR, config=dataclasses.replace(DETECTOR.config, model=model)))
+
+    assert digest() == weights_digest(DETECTOR) != digest(option=True)
 
 
 def experiment_with(datasets: tuple[SourceConfig, ...]) -> Any:
