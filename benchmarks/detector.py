@@ -13,7 +13,6 @@ the mean square of the predictions; a step adds AdamW.
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import time
@@ -135,7 +134,7 @@ def run(
             if {f"{label} {kind}", f"{label} again {kind}"} <= rounds.keys()
         },
         "compiled": compiled,
-        "peak_memory_mb": _peak_memory(),
+        "peak_memory_mb": timing.peak_memory(),
     }
 
 
@@ -245,14 +244,6 @@ def _compile(function: Any, arguments: tuple) -> tuple[Callable[..., Any], dict[
         "temporaries_mb": memory.temp_size_in_bytes / 1e6 if memory is not None else float("nan"),
     }
     return program, cost
-
-
-def _peak_memory() -> float:
-    """Peak of the device's memory in use, MB; on CPU the process's resident memory."""
-    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"] / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def table_of(result: dict[str, Any]) -> str:

@@ -188,15 +188,6 @@ def peak_memory(scan: Path | None, width: str, kind: str, name: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def _own_peak() -> float:
-    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"] / 1e6
-    # Not by getrusage, which starts from the peak of the process that forked this one.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 1e3
-
-
 def table_of(result: dict[str, Any]) -> str:
     """Format the result as a table."""
     scan, machine = result["scan"], result["machine"]
@@ -249,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only:
             call = getattr(Subject(MODELS[options.only[0], options.width], make_scan(options.scan)), options.only[1])
             call(), call()
-            print(_own_peak())
+            print(timing.peak_memory())
             return 0
         result = measure(options.scan, options.other, options.width, options.kinds, options.passes, options.rounds)
         if options.memory:

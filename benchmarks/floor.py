@@ -214,9 +214,7 @@ def print_peak(scan: Path | None, job: Job) -> None:
     call, _ = compile_job(job, make_plan(points, DetectorConfig()))
     for _ in range(3):
         jax.block_until_ready(call(make_plan(points, DetectorConfig())))
-    # Not getrusage's ru_maxrss, which begins at the memory of the parent.
-    status = Path("/proc/self/status").read_text()
-    print(int(status.split("VmHWM:")[1].split()[0]) / 1e3)
+    print(timing.resident_peak())
 
 
 def table_of(result: dict[str, Any]) -> str:

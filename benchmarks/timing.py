@@ -5,6 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -70,3 +71,17 @@ def matmul_rate(repeats: int, *, calls: int = 1) -> float:
 def report(message: str) -> None:
     """Print a line of progress on standard error."""
     print(message, file=sys.stderr, flush=True)
+
+
+def peak_memory() -> float:
+    """Peak of the memory in use, MB: of the accelerator; on CPUs the resident memory of this process."""
+    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 1e6
+    return resident_peak()
+
+
+def resident_peak() -> float:
+    """Peak of the resident memory of this process, MB."""
+    # Not getrusage's ru_maxrss, which begins at the memory of the parent.
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e3

@@ -13,7 +13,7 @@ from h2a2_jax.checkpoint.parameter_groups import frozen_mask, named_paths
 from h2a2_jax.checkpoint.tree import flat_names
 from h2a2_jax.config import OptimConfig
 
-_WEIGHTS = r"(^|\.)(kernel|box_kernel|class_kernel|center_kernel|shared|exclusive|adapter|projection)$"
+_WEIGHTS = r"(^|\.)((\w+_)?kernel|shared|exclusive|adapter|projection)$"
 """Paths of parameters that multiply features. Others are scales and biases of norms, biases, validity priors, and
 tables of vectors: embeddings and prototypes; prototypes count by direction alone."""
 

@@ -27,7 +27,7 @@ from h2a2_jax.models import (
 )
 from h2a2_jax.models.fcaf3d_maps import ChildMaps
 from h2a2_jax.models.fcaf3d_neck import UpBlock
-from h2a2_jax.models.fcaf3d_weights import export_fcaf3d, fcaf3d_of_weights, fcaf3d_slots, load_fcaf3d
+from h2a2_jax.models.fcaf3d_weights import fcaf3d_of_weights, fcaf3d_slots
 from h2a2_jax.models.weight_slots import conv_norm_slots, export_slots, load_slots
 from h2a2_jax.sparse import SparseTensor
 from tests.parity_case import CaseResult, guarded
@@ -125,7 +125,7 @@ def _build_model(stored: Stored, weights: Stored) -> FCAF3D:
     )
     head = HeadConfig("golden", int(stored["config.num_classes"]), int(stored["config.num_reg_outs"]))
     model = FCAF3D(config, [head], rngs=nnx.Rngs(0))
-    load_fcaf3d(model, weights)
+    load_slots(fcaf3d_slots(model), weights)
     if unmatched := {name for name in weights if not name.endswith("num_batches_tracked")} ^ set(fcaf3d_slots(model)):
         raise ValueError(f"weights do not fit: left over or missing are {sorted(unmatched)}.")
     return model
@@ -178,7 +178,7 @@ def training(golden: Golden) -> Iterator[CaseResult]:
     (grads, grad_input), (predictions, taps, after) = jax.device_get(step(params, golden.features))
     yield from _pass(golden, "train", predictions, taps)
     yield from compare_training(stored, predictions, tolerance)
-    exported = export_fcaf3d(nnx.merge(graph, grads, stats))
+    exported = export_slots(fcaf3d_slots(nnx.merge(graph, grads, stats)))
     bound = FLOAT64_TOLERANCE if golden.is_float64 else GRADIENT_TOLERANCE
     norms = np.array([np.linalg.norm(exported[str(name)].astype(np.float64)) for name in stored["train.grad_names"]])
     yield compare("train.total_grad_norm", np.linalg.norm(norms), stored["train.total_grad_norm"], bound)
@@ -187,7 +187,7 @@ def training(golden: Golden) -> Iterator[CaseResult]:
     for key in (key for key in stored if key.startswith("train.grad.")):
         yield compare(key, exported[key.removeprefix("train.grad.")], stored[key], bound)
     yield compare("train.grad_input", grad_input[golden.rows], stored["train.grad_input"], bound)
-    exported = export_fcaf3d(nnx.merge(graph, params, after))
+    exported = export_slots(fcaf3d_slots(nnx.merge(graph, params, after)))
     for key in (key for key in stored if key.startswith("train.after.") and not key.endswith("tracked")):
         yield compare(key, exported[key.removeprefix("train.after.")], stored[key], tolerance)
 

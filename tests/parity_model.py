@@ -18,7 +18,8 @@ from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.losses import assign, axis_aligned_diou_loss, detection_loss, rotated_diou_loss
 from h2a2_jax.models import TR3D, DetectorConfig, DetectorPlan, HeadConfig, Predictions, detector_tables, pad_plan
 from h2a2_jax.models.architecture import STAGE_BLOCKS
-from h2a2_jax.models.tr3d_weights import export_tr3d, load_tr3d, tr3d_slots
+from h2a2_jax.models.tr3d_weights import tr3d_slots
+from h2a2_jax.models.weight_slots import export_slots, load_slots
 from h2a2_jax.scans.specs import S3DIS, SCANNET, SUNRGBD, DatasetSpec
 from h2a2_jax.sparse import SparseTensor
 from tests.parity_case import CaseResult, guarded
@@ -119,7 +120,7 @@ def _build_model(weights: Stored) -> TR3D:
     )
     head = HeadConfig("golden", weights["bbox_head.conv_cls.bias"].size, weights["bbox_head.conv_reg.bias"].size)
     model = TR3D(config, [head], rngs=nnx.Rngs(0))
-    load_tr3d(model, weights)
+    load_slots(tr3d_slots(model), weights)
     stored = {name for name in weights if not name.endswith("num_batches_tracked")}
     if unmatched := stored ^ set(tr3d_slots(model)):
         raise ValueError(f"weights do not fit: left over or missing are {sorted(unmatched)}.")
@@ -271,7 +272,7 @@ def _training(golden: _Golden) -> Iterator[CaseResult]:
     if with_gradients:
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
         (_, (losses, predictions, new_stats)), (grads, grad_input) = step(params, golden.features)
-        exported = export_tr3d(nnx.merge(graph, grads, stats))
+        exported = export_slots(tr3d_slots(nnx.merge(graph, grads, stats)))
         yield from _gradients(stored, exported, np.asarray(grad_input)[golden.rows], gradient_tolerance)
     else:
         losses, predictions, new_stats = jax.jit(loss)(params, golden.features)[1]
@@ -279,7 +280,7 @@ def _training(golden: _Golden) -> Iterator[CaseResult]:
     yield compare("train.cls_loss", losses.classification, stored["train.cls_loss"], tolerance)
     yield compare("train.num_pos", np.asarray(losses.num_positives, np.int32), stored["train.num_pos"], 0.0)
     yield from _positives(golden, jax.device_get(predictions), boxes, labels, tolerance)
-    after = export_tr3d(nnx.merge(graph, params, new_stats))
+    after = export_slots(tr3d_slots(nnx.merge(graph, params, new_stats)))
     for key in stored:
         if key.startswith("train.after."):
             yield compare(key, after[key.removeprefix("train.after.")], stored[key], tolerance)

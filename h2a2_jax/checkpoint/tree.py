@@ -100,7 +100,7 @@ def stacked(stored: Mapping[str, Arrays], names: Sequence[str]) -> Arrays:
         arrays = [stored[name][path] for name in names]
         if not _is_of_head(path):
             return arrays
-        widest = NUM_OUTPUTS if path.split(".")[-1].startswith("box_") else max(a.shape[-1] for a in arrays)
+        widest = NUM_OUTPUTS if _is_of_boxes(path) else max(array.shape[-1] for array in arrays)
         return [np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, widest - a.shape[-1])]) for a in arrays]
 
     return {path: np.stack(padded(path)) for path in stored[names[0]]}
@@ -170,7 +170,7 @@ def _by_dataset(arrays: Arrays, specs: Sequence[DatasetSpec]) -> dict[str, Array
     def unpadded(path: str, array: np.ndarray, spec: DatasetSpec) -> np.ndarray:
         if not _is_of_head(path):
             return array
-        return array[..., : spec.num_outputs if path.split(".")[-1].startswith("box_") else spec.num_classes]
+        return array[..., : spec.num_outputs if _is_of_boxes(path) else spec.num_classes]
 
     return {
         spec.name: {path: unpadded(path, array[row], spec) for path, array in arrays.items()}
@@ -182,3 +182,7 @@ def _is_of_head(path: str) -> bool:
     """Return True for a parameter of a head whose last axis the model pads: classes to the widest head's number."""
     *_, part, name = ["", *path.split(".")]
     return part == "heads" and name.startswith(("box_", "class_"))
+
+
+def _is_of_boxes(path: str) -> bool:
+    return path.split(".")[-1].startswith("box_")

@@ -1,11 +1,10 @@
 """FCAF3D, the detection network: backbone, a neck that is pruned by scores, heads on four levels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Int32
@@ -22,7 +21,6 @@ from h2a2_jax.models.detector import (
     HeadConfig,
     Predictions,
     Targets,
-    WeightSlot,
 )
 from h2a2_jax.models.fcaf3d_maps import (
     NUM_PRUNED,
@@ -37,8 +35,9 @@ from h2a2_jax.models.fcaf3d_maps import (
 from h2a2_jax.models.fcaf3d_neck import PrunedNeck
 from h2a2_jax.models.fcaf3d_weights import fcaf3d_of_weights, fcaf3d_slots, published_fcaf3d
 from h2a2_jax.models.head import CenternessHeads
-from h2a2_jax.models.maps import PlanLayout, backbone_support
+from h2a2_jax.models.maps import backbone_support
 from h2a2_jax.sparse import Sites, SiteSet
+from h2a2_jax.sparse.pool import sites_per_scan
 from h2a2_jax.typing import AnyArray
 
 
@@ -114,6 +113,12 @@ class FCAF3DKind:
     title = "FCAF3D"
     levels = FCAF3DSizes
     least = FCAF3DSizes(2048, 2048, 2048, 1024, 512, 256, 128, 1024, 4096, 8192)
+    fits = staticmethod(fits_fcaf3d)
+    pad = staticmethod(pad_fcaf3d)
+    support = staticmethod(backbone_support)
+    slots = staticmethod(fcaf3d_slots)
+    published = staticmethod(published_fcaf3d)
+    config_of = staticmethod(fcaf3d_of_weights)
 
     def check(self, config: DetectorConfig) -> None:
         """Refuse what FCAF3D does not have.
@@ -153,14 +158,6 @@ class FCAF3DKind:
         """Every table that no scores decide about."""
         return fcaf3d_tables(voxels, config.prune_threshold)
 
-    def fits(self, tables: FCAF3DTables, capacities: FCAF3DSizes, layout: PlanLayout) -> bool:
-        """Return True if the layout has places for the pairs of every map made on the host."""
-        return fits_fcaf3d(tables, capacities, layout)
-
-    def pad(self, tables: FCAF3DTables, capacities: FCAF3DSizes, layout: PlanLayout) -> FCAF3DPlan:
-        """The plan of a batch in the shape of a bucket (`pad_fcaf3d`)."""
-        return pad_fcaf3d(tables, capacities, layout)
-
     def loss(
         self,
         out: Predictions,
@@ -173,7 +170,7 @@ class FCAF3DKind:
     ) -> DetectionLoss:
         """Focal, centerness and IoU loss by scan, mean over the scans that have sites (`centerness_loss`)."""
         assert out.centerness is not None
-        is_scan = jnp.zeros(voxels.num_scans, bool).at[voxels.scan].set(True, mode="drop")
+        is_scan = sites_per_scan(voxels) > 0
         return centerness_loss(
             out.locations, out.scan, out.level, out.boxes, out.logits, out.centerness, boxes, labels,
             targets.class_mask, targets.has_yaw, is_scan,
@@ -203,19 +200,3 @@ class FCAF3DKind:
             iou_threshold=iou_threshold,
         )
         return lax.map(lambda scan: detect(valid=out.scan == scan), jnp.arange(num_scans))
-
-    def support(self, tables: FCAF3DTables, layer: str) -> Float[np.ndarray, " v"]:
-        """Share of a layer's output sites that have a neighbour at each offset; only the stages select kernels."""
-        return backbone_support(tables, layer)
-
-    def slots(self, model: DetectorNetwork, dataset: int = 0) -> dict[str, WeightSlot]:
-        """Every parameter and running statistic by its name in mmdetection3d, and its place."""
-        return fcaf3d_slots(model, dataset)
-
-    def published(self, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-        """Weights by their names in mmdetection3d; None if they have another head."""
-        return published_fcaf3d(state)
-
-    def config_of(self, state: Mapping[str, np.ndarray]) -> DetectorConfig:
-        """The architecture of weights of mmdetection3d."""
-        return fcaf3d_of_weights(state)

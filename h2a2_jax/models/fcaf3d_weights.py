@@ -15,9 +15,7 @@ from h2a2_jax.models.weight_slots import (
     WeightSlot,
     backbone_of_weights,
     conv_norm_slots,
-    export_slots,
     last_axis,
-    load_slots,
     output_slots,
     stage_slots,
 )
@@ -60,16 +58,6 @@ def fcaf3d_slots(model: DetectorNetwork, dataset: int = 0) -> dict[str, WeightSl
     for level in range(heads.scales.shape[1]):
         slots[f"{_HEAD}scales.{level}.scale"] = WeightSlot(heads.scales, (dataset, level), ())
     return slots
-
-
-def load_fcaf3d(model: DetectorNetwork, state: Mapping[str, np.ndarray], dataset: int = 0) -> None:
-    """Set a detector's parameters from FCAF3D's, by their present names, as `load_slots` does."""
-    load_slots(fcaf3d_slots(model, dataset), state)
-
-
-def export_fcaf3d(model: DetectorNetwork, dataset: int = 0) -> dict[str, np.ndarray]:
-    """A detector's parameters and running statistics under FCAF3D's names and in its shapes."""
-    return export_slots(fcaf3d_slots(model, dataset))
 
 
 def fcaf3d_of_weights(state: Mapping[str, np.ndarray]) -> DetectorConfig:

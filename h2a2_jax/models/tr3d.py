@@ -1,6 +1,6 @@
 """TR3D, the detection network, with structure-aware kernel selection by config."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,14 +20,12 @@ from h2a2_jax.models.detector import (
     HeadConfig,
     Predictions,
     Targets,
-    WeightSlot,
 )
 from h2a2_jax.models.head import DatasetHeads, UnionHead
 from h2a2_jax.models.maps import (
     DetectorPlan,
     DetectorTables,
     LevelSizes,
-    PlanLayout,
     backbone_support,
     detector_tables,
     fits_layout,
@@ -101,6 +99,11 @@ class TR3DKind:
     title = "TR3D"
     levels = LevelSizes
     least = LevelSizes(2048, 2048, 2048, 1024, 512, 256, 128, 512, 4096)
+    fits = staticmethod(fits_layout)
+    pad = staticmethod(pad_plan)
+    slots = staticmethod(tr3d_slots)
+    published = staticmethod(published_tr3d)
+    config_of = staticmethod(tr3d_of_weights)
 
     def check(self, config: DetectorConfig) -> None:
         """TR3D has every option."""
@@ -116,14 +119,6 @@ class TR3DKind:
     def tables(self, voxels: SiteSet, config: DetectorConfig) -> DetectorTables:
         """Every table of the network."""
         return detector_tables(voxels)
-
-    def fits(self, tables: DetectorTables, capacities: LevelSizes, layout: PlanLayout) -> bool:
-        """Return True if the layout has places for the pairs of every map."""
-        return fits_layout(tables, capacities, layout)
-
-    def pad(self, tables: DetectorTables, capacities: LevelSizes, layout: PlanLayout) -> DetectorPlan:
-        """The plan of a batch in the shape of a bucket."""
-        return pad_plan(tables, capacities, layout)
 
     def loss(
         self,
@@ -170,15 +165,3 @@ class TR3DKind:
         # Steps of the neck are counted from the finest, their tables are stored coarsest first.
         lateral = tables.ups[-1 - int(layer.partition(".")[0].removeprefix("neck"))].lateral
         return np.asarray(lateral.pairs_per_offset / len(lateral.outputs))
-
-    def slots(self, model: DetectorNetwork, dataset: int = 0) -> dict[str, WeightSlot]:
-        """Every parameter and running statistic by its name in mmdetection3d, and its place."""
-        return tr3d_slots(model, dataset)
-
-    def published(self, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-        """Weights by their names in mmdetection3d; None if they have another head."""
-        return published_tr3d(state)
-
-    def config_of(self, state: Mapping[str, np.ndarray]) -> DetectorConfig:
-        """The architecture of weights of mmdetection3d."""
-        return tr3d_of_weights(state)

@@ -12,9 +12,7 @@ from h2a2_jax.models.weight_slots import (
     WeightSlot,
     backbone_of_weights,
     conv_norm_slots,
-    export_slots,
     last_axis,
-    load_slots,
     output_slots,
     stage_slots,
 )
@@ -49,16 +47,6 @@ def tr3d_slots(model: DetectorNetwork, dataset: int = 0) -> dict[str, WeightSlot
 def published_tr3d(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
     """Weights of TR3D as they are, for their names have not changed; None without a neck, by which they are known."""
     return dict(state) if _NECK in state else None
-
-
-def load_tr3d(model: DetectorNetwork, state: Mapping[str, np.ndarray], dataset: int = 0) -> None:
-    """Set a detector's parameters from TR3D's, by name, as `load_slots` does."""
-    load_slots(tr3d_slots(model, dataset), state)
-
-
-def export_tr3d(model: DetectorNetwork, dataset: int = 0) -> dict[str, np.ndarray]:
-    """A detector's parameters and running statistics under TR3D's names and in its shapes."""
-    return export_slots(tr3d_slots(model, dataset))
 
 
 def tr3d_of_weights(state: Mapping[str, np.ndarray]) -> DetectorConfig:

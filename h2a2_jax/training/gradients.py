@@ -20,6 +20,7 @@ from h2a2_jax.models import DetectorConfig, DetectorNetwork, Predictions, Target
 from h2a2_jax.models.head import outputs_of_union, padded_columns
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.sparse import Sites
+from h2a2_jax.sparse.pool import sites_per_scan
 
 
 def targets_of(specs: Sequence[DatasetSpec], model: DetectorConfig) -> Targets:
@@ -180,7 +181,7 @@ def _selection_metrics(seen: dict[str, Array], voxels: Sites) -> dict[str, Selec
 
     Scans without sites do not count: they fill the rows of a batch, and their scores mean nothing.
     """
-    real = jnp.zeros(voxels.num_scans, bool).at[voxels.scan].set(True, mode="drop")
+    real = sites_per_scan(voxels) > 0
     count = lax.psum(real.sum(), REPLICA)
 
     def mean(values: Array) -> Array:

@@ -12,8 +12,8 @@ from h2a2_jax.convert.torch_file import read_torch_file, write_torch_file
 from h2a2_jax.errors import InputError
 from h2a2_jax.models import TR3D, DetectorConfig, HeadConfig
 from h2a2_jax.models.architecture import STAGE_BLOCKS
-from h2a2_jax.models.tr3d_weights import export_tr3d, tr3d_of_weights, tr3d_slots
-from h2a2_jax.models.weight_slots import of_one_dataset
+from h2a2_jax.models.tr3d_weights import tr3d_of_weights, tr3d_slots
+from h2a2_jax.models.weight_slots import export_slots, of_one_dataset
 from tests.boxes.golden import FIXTURES
 
 CONFIG = DetectorConfig(depth=10, stem_channels=4, stage_channels=(4, 6, 5, 6), neck_channels=7)
@@ -41,7 +41,7 @@ def converted(tmp_path, capsys, state, *flags, meta=None):
 
 def restored(tmp_path, index=0):
     model, config = restore_checkpoint(tmp_path / "run")
-    return export_tr3d(model, index), config
+    return export_slots(tr3d_slots(model, index)), config
 
 
 def test_the_voxel_size_can_be_given(tmp_path, capsys):
@@ -92,7 +92,7 @@ def test_prompts_adapters_and_exclusive_kernels_of_a_dataset_go_into_kernels_and
     graph, state = nnx.split(nnx.eval_shape(lambda: TR3D(config, heads, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     model = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 1, leaf.shape), leaf.dtype), state))
-    found = export_tr3d(of_one_dataset(model, 1), 1)
+    found = export_slots(tr3d_slots(of_one_dataset(model, 1), 1))
     assert {name: value.shape for name, value in found.items()} == {name: v.shape for name, v in STATE.items()}
     block, last = model.backbone.stages[0][0].second, model.backbone.stages[3][0].first
     expected = np.array(block.conv.kernel[...])

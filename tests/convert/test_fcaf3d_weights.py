@@ -14,8 +14,8 @@ from h2a2_jax.convert.torch_file import TorchFile, read_torch_file
 from h2a2_jax.inference.predictor import Predictor
 from h2a2_jax.models import DetectorConfig, HeadConfig
 from h2a2_jax.models.fcaf3d import FCAF3D
-from h2a2_jax.models.fcaf3d_weights import export_fcaf3d, load_fcaf3d, published_fcaf3d
-from h2a2_jax.models.weight_slots import of_one_dataset
+from h2a2_jax.models.fcaf3d_weights import fcaf3d_slots, published_fcaf3d
+from h2a2_jax.models.weight_slots import export_slots, load_slots, of_one_dataset
 from h2a2_jax.scans.scan import Scan
 from tests.boxes.golden import FIXTURES
 from tests.convert.test_command import STATE as TR3D_STATE
@@ -37,7 +37,7 @@ def drawn(model: FCAF3D) -> FCAF3D:
     return nnx.merge(graph, jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 1, leaf.shape), leaf.dtype), state))
 
 
-STATE = export_fcaf3d(drawn(shapes(SUNRGBD)))
+STATE = export_slots(fcaf3d_slots(drawn(shapes(SUNRGBD))))
 
 
 def file(state: dict[str, np.ndarray]) -> TorchFile:
@@ -102,7 +102,7 @@ def test_parameters_have_the_published_shapes_and_the_places_of_their_dataset():
     heads = [HeadConfig("scannet", 18, 6), SUNRGBD]
     config = replace(CONFIG, adapters=True, exclusive_stages=(4,), neck="exclusive", norm_affine="exclusive")
     model = drawn(shapes(*heads, config=config))
-    found = export_fcaf3d(of_one_dataset(model, 1), 1)
+    found = export_slots(fcaf3d_slots(of_one_dataset(model, 1), 1))
     assert {name: value.shape for name, value in found.items()} == {name: v.shape for name, v in STATE.items()}
     for name, expected in {
         "backbone.norm1.bias": model.backbone.stem.norm.bias[...][None],
@@ -117,16 +117,16 @@ def test_parameters_have_the_published_shapes_and_the_places_of_their_dataset():
         "bbox_head.scales.3.scale": model.heads.scales[1, 3],
     }.items():
         np.testing.assert_array_equal(found[name], expected, err_msg=name)
-    assert export_fcaf3d(model, 0)["bbox_head.conv_reg.kernel"].shape == (7, 6)
+    assert export_slots(fcaf3d_slots(model, 0))["bbox_head.conv_reg.kernel"].shape == (7, 6)
 
     other = drawn(shapes(*heads, config=config))
     kept = np.array(other.heads.class_kernel[...])
-    load_fcaf3d(other, {"bbox_head.conv_cls.kernel": np.zeros((7, 10), np.float32)}, 1)
+    load_slots(fcaf3d_slots(other, 1), {"bbox_head.conv_cls.kernel": np.zeros((7, 10), np.float32)})
     np.testing.assert_array_equal(other.heads.class_kernel[0], kept[0])
     np.testing.assert_array_equal(other.heads.class_kernel[1, :, 10:], kept[1, :, 10:])
     assert not other.heads.class_kernel[1, :, :10].any()
     with pytest.raises(ValueError, match=r"bbox_head.scales.0.scale is \(1,\) in the checkpoint, \(\) in this"):
-        load_fcaf3d(other, {"bbox_head.scales.0.scale": np.ones(1, np.float32)})
+        load_slots(fcaf3d_slots(other), {"bbox_head.scales.0.scale": np.ones(1, np.float32)})
 
 
 def test_the_backbone_of_tr3d_becomes_one_of_fcaf3d_where_that_is_asked_for():

@@ -17,8 +17,9 @@ from h2a2_jax.checkpoint.store import read_detector
 from h2a2_jax.convert.torch_file import write_torch_file
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.predictor import Predictor
-from h2a2_jax.models.fcaf3d_weights import export_fcaf3d
-from h2a2_jax.models.tr3d_weights import export_tr3d
+from h2a2_jax.models.fcaf3d_weights import fcaf3d_slots
+from h2a2_jax.models.tr3d_weights import tr3d_slots
+from h2a2_jax.models.weight_slots import export_slots
 from h2a2_jax.pretrained import catalog
 from h2a2_jax.pretrained.catalog import CatalogEntry, find_entry
 from h2a2_jax.pretrained.folder import card_facts, weights_digest, write_pretrained
@@ -88,7 +89,7 @@ def test_the_golden_weights_by_name_find_the_golden_boxes(server: Behaviour, tmp
     server.files = {f"/mirror/{entry('tr3d-scannet').path}": (tmp_path / "golden.pth").read_bytes()}
     said = list[str]()
     detector = load_pretrained("tr3d-scannet", said.append)
-    found = export_tr3d(detector.build())
+    found = export_slots(tr3d_slots(detector.build()))
     assert detector.config.dataset_names == ("scannet",) and set(found) == set(state)
     for name, value in state.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
@@ -111,7 +112,7 @@ def test_fcaf3d_by_name_is_converted_too(server: Behaviour, tmp_path: Path):
     server.files = {f"/mirror/{entry('fcaf3d-scannet').path}": (tmp_path / "fcaf3d.pth").read_bytes()}
     said = list[str]()
     detector = load_pretrained("fcaf3d-scannet", said.append)
-    found = export_fcaf3d(detector.build())
+    found = export_slots(fcaf3d_slots(detector.build()))
     assert set(found) == {name for name in state if not name.endswith("num_batches_tracked")}
     for name, value in found.items():
         np.testing.assert_array_equal(value, state[name], err_msg=name)
@@ -260,7 +261,9 @@ def test_a_folder_a_run_and_a_file_are_taken_as_they_are(tmp_path: Path, tiny: b
     said = list[str]()
     found = load_pretrained("tr3d.pth", said.append)
     assert found.config.dataset_names == ("sunrgbd",) and not said
-    np.testing.assert_array_equal(export_tr3d(found.build())["backbone.conv1.kernel"], STATE["backbone.conv1.kernel"])
+    np.testing.assert_array_equal(
+        export_slots(tr3d_slots(found.build()))["backbone.conv1.kernel"], STATE["backbone.conv1.kernel"]
+    )
     assert "Trained by another program" in written_card(found, tmp_path / "converted")
 
 
