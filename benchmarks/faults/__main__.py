@@ -5,7 +5,8 @@
 `run.py` trains `configs/joint.py:tiny` in child processes on CPU devices, once without a fault. Then it is killed,
 stopped, robbed of its disk, and so on, and started again with the same command. Its result must equal the result of the
 training without a fault, bit by bit. The program prints one line for each event, with the time taken and the time left,
-and exits with status 1 if something failed. All files are in a temporary folder, or in --folder, which stays.
+then a table of all faults: survived, ended with one sentence, or at fault; --table writes it as Markdown. It exits with
+status 1 if something failed. All files are in a temporary folder, or in --folder, which stays.
 
     kills      SIGKILL at moments spread over start-up, steps, saving, evaluation and the end; some with the cache of
                compiled programs in the workdir, so that kills leave incomplete entries
@@ -34,6 +35,7 @@ from benchmarks.faults.kills import kills, own_cache
 from benchmarks.faults.processes import processes
 from benchmarks.faults.stops import second, sigterm, workers
 from benchmarks.faults.values import devices, poison
+from h2a2_jax.files import whole_file
 
 SCENARIOS: dict[str, tuple[tuple[Callable[[Bench], None], ...], int]] = {
     "kills": ((kills, own_cache), 6),
@@ -55,6 +57,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(SCENARIOS), help="scenarios, with commas between")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--table", type=Path, help="file for the table, in Markdown")
     parser.add_argument("--folder", type=Path, help="stays; a finished training without a fault in it is used again")
     options = parser.parse_args()
     chosen = options.only.split(",")
@@ -74,8 +77,11 @@ def main() -> int:
                 attempt(scenario, bench)
             report.planned[name] = 0
         report.scenario = ""
-        for failure in report.failures:
-            print(f"FAILED {failure}")
+        table = report.table()
+        print(table)
+        if options.table:
+            with whole_file(options.table) as part:
+                part.write_text(f"{table}\n", encoding="utf-8")
         count = len(report.failures) or "nothing"
         report.event(f"{count} failed in {', '.join(chosen)}")
     return int(bool(report.failures))

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -28,6 +30,8 @@ SHORT = ("--config.train.steps=24", "--config.train.log_every=1", "--config.trai
 _KEEP_ALL = f"--config.train.keep_checkpoints={STEPS // CHECKPOINT_EVERY}"
 _POLL_S = 0.005
 _PATIENCE_S = 900
+_CELL = 400
+"""Characters of a text in the table."""
 
 
 class Fault(Exception):
@@ -129,17 +133,36 @@ class Child:
         return line if phrases else self.lines[-1]
 
 
+class Outcome(NamedTuple):
+    """A row of the table of faults.
+
+    Attributes:
+        scenario: name of the scenario.
+        fault: what was done, in a few words.
+        outcome: "survived": the result is that of a run without the fault; "sentence": the program ended with one
+            sentence that names what to do; "fault": neither.
+        text: the sentence, or what was seen.
+    """
+
+    scenario: str
+    fault: str
+    outcome: Literal["survived", "sentence", "fault"]
+    text: str
+
+
 @dataclass
 class Report:
-    """Prints progress and collects failures.
+    """Prints progress and collects outcomes and failures.
 
     Attributes:
         planned: number of trainings that are still to be started, by scenario.
+        outcomes: rows of the table of faults.
         failures: error messages.
         scenario: name of the scenario that runs.
     """
 
     planned: dict[str, float] = field(default_factory=dict)
+    outcomes: list[Outcome] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     scenario: str = ""
     _began: float = field(default_factory=time.monotonic)
@@ -156,17 +179,43 @@ class Report:
         left = taken / max(self._starts, 1) * sum(self.planned.values())
         print(f"{duration(taken)} {self.scenario:8} {text} [left {duration(left)}]", flush=True)
 
-    def failed(self, text: str) -> None:
-        """Print a failure and remember it."""
-        self.failures.append(f"{self.scenario}: {text}")
-        self.event(f"FAILED: {text}")
+    def survived(self, fault: str, text: str = "") -> None:
+        """Print a fault that changed nothing, and add it to the table."""
+        self.outcomes.append(Outcome(self.scenario, fault, "survived", text))
+        self.event(f"survived: {fault}{': ' * bool(text)}{text}")
 
-    def equal(self, what: str, differences: Sequence[str]) -> None:
-        """Print the result of a comparison, a failure if there are differences."""
+    def sentence(self, fault: str, text: str) -> None:
+        """Print a fault that ended the program with one sentence, and add it to the table."""
+        self.outcomes.append(Outcome(self.scenario, fault, "sentence", text))
+        self.event(f"sentence: {fault}: {text}")
+
+    def failed(self, text: str, fault: str = "") -> None:
+        """Print a failure, remember it and add it to the table."""
+        self.outcomes.append(Outcome(self.scenario, fault, "fault", text))
+        self.failures.append(f"{self.scenario}: {fault}{': ' * bool(fault)}{text}")
+        self.event(f"FAILED: {fault}{': ' * bool(fault)}{text}")
+
+    def equal(self, what: str, differences: Sequence[str], fault: str = "") -> None:
+        """Print the result of a comparison, a failure if there are differences; a fault that is named survived."""
         if differences:
-            self.failed(f"{what} differs: {'; '.join(differences)}")
+            self.failed(f"{what} differs: {'; '.join(differences)}", fault)
+        elif fault:
+            self.survived(fault, f"{what} is equal")
         else:
             self.event(f"{what} is equal")
+
+    def table(self) -> str:
+        """The outcomes as a table in Markdown, and their numbers."""
+        counts = Counter(row.outcome for row in self.outcomes)
+        rows = [f"| {row.scenario} | {row.fault} | {row.outcome} | {_cell(row.text)} |" for row in self.outcomes]
+        numbers = ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("survived", "sentence", "fault"))
+        return "\n".join(["| scenario | fault | outcome | seen |", "|---|---|---|---|", *rows, "", numbers])
+
+
+def _cell(text: str) -> str:
+    """A text as the cell of a table, cut to one line."""
+    line = " ".join(text.split()).replace("|", "\\|")
+    return line if len(line) <= _CELL else f"{line[:_CELL]}..."
 
 
 @dataclass
