@@ -400,7 +400,7 @@ def test_a_flipped_bit_is_detected(tmp_path: Path, item: str):
 
 def test_the_best_stays_beside_the_latest(tmp_path: Path):
     state, best = make_state(1, model=PLAIN), [None]
-    with CheckpointStore(tmp_path, keep=2, best=lambda: best[0]) as store:
+    with CheckpointStore(tmp_path, keep=2, lasting=lambda steps: {best[0]} & {*steps}) as store:
         for step in (1, 2, 3, 4, 5):
             store.save(step, state, experiment(model=PLAIN), NAMES)
             store.wait()
@@ -432,7 +432,7 @@ def test_superseded_checkpoints_are_removed_by_tidy(tmp_path: Path):
     with CheckpointStore(tmp_path, keep=9) as store:
         for step in (1, 2, 3, 4):
             store.save(step, make_state(1, model=PLAIN), experiment(model=PLAIN), NAMES)
-    with CheckpointStore(tmp_path, keep=2, best=lambda: 1) as store:
+    with CheckpointStore(tmp_path, keep=2, lasting=lambda steps: {1} & {*steps}) as store:
         store.tidy()
         assert store.steps() == [1, 3, 4]
 
