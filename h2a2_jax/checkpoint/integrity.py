@@ -22,6 +22,7 @@ import numpy as np
 
 from h2a2_jax.checkpoint.tree import checksum
 from h2a2_jax.errors import InputError
+from h2a2_jax.files import read_json
 from h2a2_jax.host import available_memory
 
 ITEMS = ("params", "batch_stats", "optimizer")
@@ -32,6 +33,16 @@ AVERAGES = "averages"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 """In the name of a checkpoint's folder while Orbax writes it."""
 _STEP = "0|[1-9][0-9]*"
+_METADATA = "_CHECKPOINT_METADATA"
+"""Orbax's file of times and kinds of items, in the folder of a checkpoint."""
+_METADATA_TYPES: dict[str, Any] = {
+    "item_handlers": dict | str | None,
+    "metrics": dict | None,
+    "performance_metrics": dict | None,
+    "custom_metadata": dict | None,
+    "init_timestamp_nsecs": int | None,
+    "commit_timestamp_nsecs": int | None,
+}
 _OF_DICT = 2
 """Orbax's number for a key of a dict."""
 _TIDY_ATTEMPTS, _TIDY_PAUSE_S = 20, 0.1
@@ -138,7 +149,7 @@ class CheckpointFiles:
         """
         stored = self.read_items(step, ("config",))["config"]
         sums = stored.get("checksums") if isinstance(stored, dict) else None
-        if not isinstance(sums, dict) or not {*ITEMS} <= sums.keys() <= {*ITEMS, AVERAGES} or "checksum" not in stored:
+        if sums is None or not {*ITEMS} <= {*sums} <= {*ITEMS, AVERAGES} or "checksum" not in stored:
             raise DamagedCheckpointError(
                 f"{self.place(step)} is damaged: its config lacks the checksums of itself, {', '.join(ITEMS)}; choose "
                 "another step."
@@ -232,6 +243,17 @@ class CheckpointFiles:
                 "step."
             )
 
+    def _remove_odd_metadata(self) -> None:
+        """Remove metadata that Orbax cannot read: it reads those of all checkpoints to save one, and needs none."""
+        for step in self.steps():
+            file = self.directory / str(step) / _METADATA
+            found = read_json(file)
+            is_plain = isinstance(found, dict) and all(
+                isinstance(value, _METADATA_TYPES.get(key, object)) for key, value in found.items()
+            )
+            if os.path.lexists(file) and not is_plain:
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+
     def _unfinished(self) -> list[Path]:
         return list(self.directory.glob(f"*{_UNFINISHED}*/"))
 
@@ -271,6 +293,7 @@ class CheckpointFiles:
         if self._manager is None and (create or self.directory.is_dir()):
             if create:
                 self.directory.mkdir(parents=True, exist_ok=True)
+                self._remove_odd_metadata()
             options = ocp.CheckpointManagerOptions(preservation_policy=self._preserved, create=create)
             if jax.process_count() > 1:
                 # Every process holds the whole state, so that each opens the folder alone: the first one writes, all
@@ -298,7 +321,8 @@ def _read_directly(folder: Path) -> dict[str, Any] | None:
     """
     try:
         if folder.name == "config":
-            return json.loads((folder / "metadata").read_text())
+            found = json.loads((folder / "metadata").read_text(encoding="utf-8"))
+            return found if isinstance(found, dict) else None
         layout = json.loads((folder / "_METADATA").read_text())
         entries = layout["tree_metadata"].values()
         paths = [tuple(part["key"] for part in entry["key_metadata"]) for entry in entries]
