@@ -38,7 +38,8 @@ the AP of a class without ground truth. Shares are from 0 to 1.
             "thresholds": [{"iou", "mAP", "own_mAP", "AP"}]   own: this dataset's head, over the same classes
           }
         }],
-        "checksum": 1234567890                   CRC-32 of all of the above and the name of the dataset
+        "checksum": 1234567890                   CRC-32 of all of the above, the dataset's name, and the step of a file
+                                                 in evaluations/<step>
       }
     }
 
@@ -65,18 +66,25 @@ CSV_FILE = "evaluation.csv"
 MEAN = "(mean)"
 _VERSION = 1
 _CHECKSUM = "checksum"
+_STEP = "0|[1-9][0-9]*"
 
 
 def write_evaluation(folder: Path, documents: Mapping[str, Any]) -> None:
     """Write both files, each whole or not at all; evaluation.json last, so that it stands for both."""
-    for name, text in ((CSV_FILE, evaluation_csv(documents)), (JSON_FILE, evaluation_json(documents))):
+    texts = {CSV_FILE: evaluation_csv(documents), JSON_FILE: evaluation_json(documents, _step_of(folder))}
+    for name, text in texts.items():
         with whole_file(folder / name) as part:
             part.write_text(text, encoding="utf-8", newline="")
 
 
-def evaluation_json(documents: Mapping[str, Any]) -> str:
-    """The documents as JSON, each with its checksum, lists of numbers on a line of their own."""
-    signed = {name: {**document, _CHECKSUM: _checksum(name, document)} for name, document in documents.items()}
+def evaluation_json(documents: Mapping[str, Any], step: int | None = None) -> str:
+    """The documents as JSON, each with its checksum, lists of numbers on a line of their own.
+
+    Args:
+        documents: by dataset.
+        step: step that is evaluated, for a file in the folder of that step.
+    """
+    signed = {name: {**document, _CHECKSUM: _checksum(name, document, step)} for name, document in documents.items()}
     text = json.dumps(signed, indent=2, allow_nan=False)
     return re.sub(r"\[\s+([-+.,\deE\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
@@ -97,7 +105,7 @@ def read_evaluation(file: Path) -> dict[str, Any]:
         raise _no_evaluation(file, "it does not hold a document for each dataset")
     for name, document in found.items():
         expected = document.pop(_CHECKSUM, None)
-        if expected is not None and expected != _checksum(name, document):
+        if expected is not None and expected != _checksum(name, document, _step_of(file.parent)):
             raise _no_evaluation(file, f"what it has of {name!r:.80} is not what was written, its checksum differs")
         if document.get("version", _VERSION) != _VERSION:
             raise _no_evaluation(file, f"it has version {document['version']!r:.80}, expected is {_VERSION}")
@@ -124,8 +132,14 @@ def _is_share(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
-def _checksum(name: str, document: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps([name, document], sort_keys=True).encode())
+def _checksum(name: str, document: Mapping[str, Any], step: int | None) -> int:
+    return zlib.crc32(json.dumps([name, document, step], sort_keys=True).encode())
+
+
+def _step_of(folder: Path) -> int | None:
+    """Step of a folder in that of the evaluations of steps; None for another folder."""
+    is_of_step = folder.parent.name == FOLDER and re.fullmatch(_STEP, folder.name)
+    return int(folder.name) if is_of_step else None
 
 
 def evaluation_csv(documents: Mapping[str, Any]) -> str:
@@ -210,7 +224,7 @@ def damaged_evaluations(
 
 def _evaluation_files(workdir: Path) -> list[tuple[int, Path]]:
     """Step and evaluation.json of each evaluated step, rising."""
-    folders = [path for path in (workdir / FOLDER).glob("*/") if re.fullmatch("0|[1-9][0-9]*", path.name)]
+    folders = [path for path in (workdir / FOLDER).glob("*/") if re.fullmatch(_STEP, path.name)]
     files = [(int(folder.name), folder / JSON_FILE) for folder in folders]
     return sorted((step, file) for step, file in files if os.path.lexists(file))
 

@@ -96,18 +96,22 @@ def test_an_evaluation_that_is_missing_or_a_folder_or_foreign_is_told(tmp_path: 
     write_evaluation_of(tmp_path, 32, 0.5)
     (evaluation_folder(tmp_path, 16) / "evaluation.json").unlink()
     (evaluation_folder(tmp_path, 16) / "evaluation.json").mkdir()
+    write_evaluation_of(tmp_path, 40, 0.5, 0.25)
+    elsewhere, there = (evaluation_folder(tmp_path, step) / "evaluation.json" for step in (40, 8))
+    elsewhere.write_bytes(there.read_bytes())
     lines = {step: score_metrics(documents(0.5, 0.25)) for step in (8, 32)} | {24: {"mAP@0.25/a": 0.125}}
     found = damaged_evaluations(tmp_path, names, lines)
     assert "cannot be read (Is a directory)" in found[16]
     assert "has other scores than the line of step 24 in metrics.jsonl" in found[24]
     assert "is of the datasets a; those of this run are a, b" in found[32]
-    assert [*found] == [16, 24, 32]
+    assert "is not what was written, its checksum differs" in found[40], "it is that of step 8"
+    assert [*found] == [16, 24, 32, 40]
 
 
 def write_evaluation_of(workdir: Path, step: int, *scores: float) -> None:
     folder = evaluation_folder(workdir, step)
     folder.mkdir(parents=True)
-    (folder / "evaluation.json").write_text(evaluation_json(documents(*scores)))
+    (folder / "evaluation.json").write_text(evaluation_json(documents(*scores), step))
 
 
 def test_no_bit_of_an_evaluation_changes_a_score_unseen(tmp_path: Path):
@@ -115,18 +119,19 @@ def test_no_bit_of_an_evaluation_changes_a_score_unseen(tmp_path: Path):
     write_evaluation_of(tmp_path, 8, 0.5, 0.3125)
     assert folder.is_dir()
     text, seen = file.read_bytes(), 0
-    for place in range(len(text)):
-        for bit in range(8):
-            file.write_bytes(text[:place] + bytes([text[place] ^ 1 << bit]) + text[place + 1 :])
-            try:
-                found = read_evaluation(file)
-            except InputError:
-                seen += 1
-            else:
-                assert {name: found[name]["thresholds"] for name in found} == {
-                    name: document["thresholds"] for name, document in documents(0.5, 0.3125).items()
-                }
-    assert seen > 4 * len(text)
+    flips = range(0, 8 * len(text), 5)
+    for flip in flips:
+        place, bit = divmod(flip, 8)
+        file.write_bytes(text[:place] + bytes([text[place] ^ 1 << bit]) + text[place + 1 :])
+        try:
+            found = read_evaluation(file)
+        except InputError:
+            seen += 1
+        else:
+            assert {name: found[name]["thresholds"] for name in found} == {
+                name: document["thresholds"] for name, document in documents(0.5, 0.3125).items()
+            }
+    assert seen > len(flips) / 2
 
 
 def test_a_step_is_chosen_by_number_or_word(tmp_path: Path):
