@@ -171,7 +171,7 @@ def set_up(
     state = trainer.start
     if not is_new:
         like = trainer.plain_start(process_layout)
-        found = restore_newest(store, like, config, process_layout, accept_changes=accept_changes)
+        found = restore_newest(store, like, config, process_layout, stream.num_scans, accept_changes=accept_changes)
         state = state if found is None else trainer.packed(found, process_layout)
     first = int(state.step)
     if len(set(process_layout.exchange(np.array([first], np.int32)).result()[:, 0].tolist())) > 1:
