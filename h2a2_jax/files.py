@@ -13,6 +13,17 @@ from typing import Any
 from h2a2_jax.errors import InputError
 
 
+def check_name(folder: Path) -> None:
+    """Raise InputError if a path is not UTF-8: the libraries that store arrays cannot open it."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"The folder {str(folder)!a} has characters in its name that are not UTF-8, in which no checkpoint can be "
+            "stored: give another one, or rename it."
+        ) from None
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; it becomes `path` if the block ends well, and is removed otherwise.

@@ -22,7 +22,7 @@ import numpy as np
 
 from h2a2_jax.checkpoint.tree import checksum
 from h2a2_jax.errors import InputError
-from h2a2_jax.files import read_json
+from h2a2_jax.files import check_name, read_json
 from h2a2_jax.host import available_memory
 
 ITEMS = ("params", "batch_stats", "optimizer")
@@ -76,12 +76,16 @@ class CheckpointFiles:
         keep: number of the latest checkpoints that stay when another one is saved.
         lasting: returns those of the steps with a checkpoint that stay at any age, such as the best one; called when
             another one is saved.
+
+    Raises:
+        InputError: the path is not UTF-8.
     """
 
     def __init__(
         self, directory: str | Path, keep: int = 2, lasting: Callable[[Sequence[int]], set[int]] = lambda steps: set()
     ):
         self.directory = Path(directory).absolute()
+        check_name(self.directory)
         self._preserved = _Preserved(keep, lasting)
         self._manager: Any = None  # Orbax's manager
 
