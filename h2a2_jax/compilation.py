@@ -244,7 +244,11 @@ class SignedFolder:
         part = self.folder / f".{name}.{secrets.token_hex(8)}{_PART}"
         try:
             _write_new(part, self._sign(name, content), content)
-            os.replace(part, self.folder / name)
+            try:
+                os.replace(part, self.folder / name)
+            except IsADirectoryError:  # an empty folder of this name is nobody's
+                os.rmdir(self.folder / name)
+                os.replace(part, self.folder / name)
         finally:
             with contextlib.suppress(OSError):
                 part.unlink()

@@ -18,6 +18,7 @@ status 1 if something failed. All files are in a temporary folder, or in --folde
     devices    saved on three devices, resumed on one and on six; evaluated on one, three and six
     poison     scans with colours that are not finite
     processes  three processes, and SIGTERM for one of them
+    cache      every file of compiled programs damaged, moved, or signed by another user
 """
 
 import argparse
@@ -29,6 +30,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from benchmarks.faults.cache import cache
 from benchmarks.faults.children import Bench, Fault, Report
 from benchmarks.faults.damage import damaged, disk
 from benchmarks.faults.kills import kills, own_cache
@@ -47,6 +49,7 @@ SCENARIOS: dict[str, tuple[tuple[Callable[[Bench], None], ...], int]] = {
     "devices": ((devices,), 7),
     "poison": ((poison,), 4),
     "processes": ((processes,), 4),
+    "cache": ((cache,), 13),
 }
 """Functions of a scenario, and the number of trainings that it starts without the kills of --kills."""
 
