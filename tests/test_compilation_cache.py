@@ -91,7 +91,8 @@ def test_a_second_process_loads_what_the_first_compiled(no_cache: None, home: Pa
     assert run_anew() == (0, 1)
 
 
-def test_an_entry_that_is_not_signed_is_compiled_anew_and_replaced(no_cache: None) -> None:
+def test_an_entry_that_a_kill_cut_short_is_written_again(no_cache: None) -> None:
+    """So is one that is damaged in any other way, and one without a signature, as JAX alone writes it."""
     run_anew()
     whole = the_entry().read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], whole + b"0", bytes([whole[0] ^ 1]) + whole[1:], whole[32:]):
