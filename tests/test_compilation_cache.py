@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from h2a2_jax import compilation
+from h2a2_jax import cli, compilation
 from h2a2_jax.compilation import (
     SignedFolder,
     compilation_cache,
@@ -126,6 +126,21 @@ def test_a_folder_that_jax_was_given_is_set_aside_for_a_checked_one(no_cache: No
         with compilation_cache(pytest.fail):
             assert default_folder() == inside
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "named")
+
+
+def test_a_command_reads_no_cache_of_jax_unchecked(
+    no_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "named"))
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "named"))
+    seen: list[object] = []
+
+    def run(invocation: cli.Invocation) -> None:
+        seen.extend((jax.config.jax_compilation_cache_dir, default_folder()))
+
+    command = cli.Command("look", "", "", lambda parser: None, run, config=False, needs_workdir=False)
+    cli._run_command(command, [], "h2a2 look", lambda command: command.name)
+    assert seen == [None, tmp_path / "named" / "h2a2_jax"]
 
 
 @pytest.mark.parametrize("off", [True, False])

@@ -151,7 +151,8 @@ def _another_user(data: Path) -> Iterator[None]:
 
 def _flip(path: Path, rng: np.random.Generator) -> None:
     content = bytearray(path.read_bytes())
-    place = int(rng.choice([rng.integers(32), 32, rng.integers(len(content)), len(content) - 1]))
+    places = (int(rng.integers(32)), 32, int(rng.integers(len(content))), len(content) - 1)
+    place = places[int(rng.integers(len(places)))]
     content[place] ^= 1 << int(rng.integers(8))
     path.write_bytes(content)
 
