@@ -106,7 +106,7 @@ def _check_said(bench: Bench, said: int, expected: bool, what: str) -> None:
 
 def _same(bench: Bench, what: str, expected: dict[str, bytes], found: dict[str, bytes]) -> None:
     differing = [name for name in expected if expected[name] != found.get(name)]
-    bench.report.equal(what, differing or ["there are no boxes"] * (not expected), what)
+    bench.report.equal("the table of boxes", differing or ["there are no boxes"] * (not expected), what)
 
 
 def _room(bench: Bench) -> Path:

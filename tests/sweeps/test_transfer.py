@@ -299,7 +299,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_the_others_predict(
     broken, *others = finished_transfer.folders.values()
     predicted = []
 
-    def evaluate(folder, source, cache):
+    def evaluate(folder, source):
         if folder == broken:
             raise InputError("its checkpoint is gone")
         predicted.append(folder)
