@@ -177,7 +177,13 @@ def _run_command(command: Command, arguments: list[str], program: str, spell: Ca
     if {"-h", "--help"} & set(arguments):
         _build_parser(command, program).print_help()
         return 0
-    return command.run(parse(command, arguments, program, spell))
+    invocation = parse(command, arguments, program, spell)
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return command.run(invocation)
+    from h2a2_jax.compilation import compilation_cache  # imports JAX
+
+    with compilation_cache(lambda sentence: print(f"{program}: {sentence}", file=sys.stderr)):
+        return command.run(invocation)
 
 
 def parse(

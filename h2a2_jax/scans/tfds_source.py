@@ -3,7 +3,7 @@
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ METADATA_FILE = "metadata.json"
 """Written by TFDS beside the scans: "dataset", "classes", "has_yaw", "settings", "names" by split, "failed"."""
 
 _INFO_FILE = "dataset_info.json"
+_FEATURES, _FEATURE_MODULES = "features.json", "tensorflow_datasets.core.features."
 _INCOMPLETE = "incomplete."
 _BELOW = ("", "*/", "*/*/", "prepared/*/*/")
 """Places of a version's folder below the folder that a user gives."""
@@ -98,7 +99,10 @@ class TfdsSource:
                 import tensorflow_datasets as tfds
 
                 try:
+                    _check_features(self.folder / _FEATURES)
                     self._opened = tfds.builder_from_directory(self.folder).as_data_source(split=self._split)
+                except InputError:
+                    raise
                 except Exception as error:  # TFDS has no base class of its errors
                     raise InputError(
                         f"{self.folder} cannot be opened ({' '.join(str(error).split())[:200]}): remove it and prepare "
@@ -116,6 +120,26 @@ class TfdsSource:
 
 
 _first_reader: int | None = None  # process
+
+
+def _check_features(file: Path) -> None:
+    """Refuse features that are not TFDS's own: TFDS imports the module that the name of a feature's class has."""
+    names = (text for text in _texts(json.loads(file.read_text(encoding="utf-8"))) if "." in text)
+    strange = next((name for name in names if not name.startswith(_FEATURE_MODULES)), None)
+    if strange is not None:
+        raise InputError(
+            f"{file} names {strange[:100]!r}, which is no feature of TFDS, and reading it could run code: prepare the "
+            "dataset yourself, as data/README.md describes."
+        )
+
+
+def _texts(document: Any) -> Iterator[str]:
+    """All values of a JSON document that are text."""
+    if isinstance(document, str):
+        yield document
+    elif isinstance(document, dict | list):
+        for part in document.values() if isinstance(document, dict) else document:
+            yield from _texts(part)
 
 
 def is_tfds(root: str | Path) -> bool:

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import platform
 import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -70,8 +69,8 @@ from h2a2_jax.training.summary import (
 )
 from h2a2_jax.training.wandb_writer import wandb_module
 
-CACHE = "cache"
-"""In the workdir: compiled programs, a folder for each machine."""
+_OLD_CACHE = "cache"
+"""In the workdir of a run of version 0.1: compiled programs, which are trusted no longer."""
 
 _RESTARTS = 3
 """Restarts of worker processes in a run."""
@@ -165,8 +164,8 @@ def set_up(
     process_layout.all_or_raise(
         lambda: is_main() and opened.enter_context(alone_in(workdir, "training run")), "have the workdir for itself"
     )
-    cache = workdir / CACHE / platform.node() if config.train.compilation_cache else None
-    opened.enter_context(compilation_cache(cache))  # before anything is compiled
+    if config.train.compilation_cache:
+        opened.enter_context(compilation_cache(say))  # before anything is compiled
     compilations = opened.enter_context(CompilationCounter(config.train.max_bucket + 1))
 
     doubtful: dict[int, str] = {}
@@ -195,6 +194,8 @@ def set_up(
             part.write_text(to_json(config) + "\n")
     if not is_new:
         say(f"Resuming {workdir} after step {first} of {total}{', the last: it is evaluated' * (first >= total)}.")
+        if (workdir / _OLD_CACHE).is_dir():
+            say(f"{workdir / _OLD_CACHE} holds compiled programs of an earlier version; nothing reads them: remove it.")
     if first < total:
         _say_start(config, stream, total)
     training = Training(
