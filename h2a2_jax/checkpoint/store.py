@@ -5,8 +5,9 @@ states, counters, balancer), averages if the run averages its parameters, and co
 items). `h2a2_jax.checkpoint.tree` describes the arrays in them.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from h2a2_jax.checkpoint.integrity import AVERAGES, ITEMS, CheckpointFiles
+from h2a2_jax.checkpoint.integrity import AVERAGES, CheckpointFiles, DamagedCheckpointError
 from h2a2_jax.checkpoint.train_state import Averages, TrainState, head_configs, merge_model, split_model
 from h2a2_jax.checkpoint.tree import (
     COUNTERS,
@@ -88,7 +89,13 @@ class CheckpointStore(CheckpointFiles):
         self._check_datasets(step, header.names, names)
         if config is not None:
             self._check_model(step, header.config.model, config.model)
+        with self._whole(step):
+            return self._restored(step, like, names, header)
+
+    def _restored(self, step: int, like: TrainState, names: Sequence[str], header: "_Header") -> TrainState:
         items = self.read_items(step, tuple(header.checksums), header.checksums)
+        if header.is_old:
+            self._check_step(step, int(items["optimizer"]["step"]))
         # The model first: if the architecture differs, the error message should name it and not the optimiser.
         exclusive, shared, stats = self._fill_model(step, (like.exclusive, like.shared, like.stats), items, names)
         optimizer = items["optimizer"]
@@ -149,17 +156,19 @@ class CheckpointStore(CheckpointFiles):
             self._check_datasets(step, names, expected.dataset_names)
             self._check_model(step, config.model, expected.model)
             names = list(expected.dataset_names)
-        items = self._read_detector(step, header, averaged)
         origin = {"run": str(self.directory.parent), "step": step}
-        specs, parts = tuple(_specs(config, names)), _detector_arrays(items, names)
+        with self._whole(step):
+            parts = _detector_arrays(self._read_detector(step, header, averaged), names)
+        specs = tuple(_specs(config, names))
         return StoredDetector(config, specs, parts, self.place(step), origin)
 
     def restore_arrays(self, step: int | None = None) -> "StoredModel":
         """Read the stored arrays of a checkpoint's detector (None: the last one), for one of any architecture."""
         step = self.existing(step)
         header = self._read_header(step)
-        items = self._read_detector(step, header, averaged=True)
-        return StoredModel(step, header.config, **items["params"], statistics=items["batch_stats"])
+        with self._whole(step):
+            items = self._read_detector(step, header, averaged=True)
+            return StoredModel(step, header.config, **items["params"], statistics=items["batch_stats"])
 
     def _read_detector(self, step: int, header: "_Header", averaged: bool) -> Mapping[str, Any]:
         """Read the items params and batch_stats, or their averages."""
@@ -174,8 +183,31 @@ class CheckpointStore(CheckpointFiles):
                 f"{self.place(step)} has version {stored.get('version')}, this program reads version "
                 f"{CHECKPOINT_VERSION}: use the program that stored it."
             )
-        checksums = stored.get("checksums", dict.fromkeys(ITEMS))  # the first checkpoints had none
-        return _Header(stored["datasets"], from_json(json.dumps(stored["config"])), checksums)
+        try:
+            config = from_json(json.dumps(stored.get("config")))
+        except InputError as error:
+            raise InputError(f"{self.place(step)} has a config that this program cannot read: {error}") from error
+        names: Any = stored.get("datasets")
+        are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not are_names or sorted(names) != sorted(config.dataset_names):
+            raise DamagedCheckpointError(
+                f"{self.place(step)} is damaged: it names the datasets {names!r:.200}, its config "
+                f"{', '.join(config.dataset_names)}; choose another step."
+            )
+        return _Header(names, config, stored["checksums"], "step" not in stored)
+
+    @contextlib.contextmanager
+    def _whole(self, step: int) -> Iterator[None]:
+        """Turn what the wrong layout of a checkpoint's items leads to into an error that names the checkpoint."""
+        try:
+            yield
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise DamagedCheckpointError(
+                f"{self.place(step)} does not hold the arrays of a detector and its training "
+                f"({type(error).__name__}: {str(error)[:200]}): choose another step."
+            ) from error
 
     def _check_datasets(self, step: int, saved: Sequence[str], names: Sequence[str]) -> None:
         if set(saved) != set(names):
@@ -209,11 +241,16 @@ class CheckpointStore(CheckpointFiles):
 
 
 class _Header(NamedTuple):
-    """The stored config of a checkpoint, with the names of its datasets in order and the checksums of its items."""
+    """The stored config of a checkpoint, with the names of its datasets in order and the checksums of its items.
+
+    Attributes:
+        is_old: True where the step is not stored with the config, but among the counters alone.
+    """
 
     names: list[str]
     config: ExperimentConfig
-    checksums: Mapping[str, int | None]
+    checksums: Mapping[str, int]
+    is_old: bool
 
 
 @dataclass(frozen=True)
