@@ -457,14 +457,17 @@ def _moved(rng: np.random.Generator, box: np.ndarray, on_grid: bool, rotated: bo
 
 
 def overlaps_of(case: Case) -> list[np.ndarray]:
-    """IoU of every detection with every box [n, m], by scan, from shapely."""
+    """IoU of every detection with every box [n, m], by scan, from shapely, rounded to ten digits.
+
+    On a grid an overlap may be a threshold, or that of another box; shapely's last digits must not decide.
+    """
     tables = []
     for found, there in zip(case.detections, case.ground_truth, strict=True):
         shape = (len(found.boxes), len(there.boxes))
         first, second = np.repeat(found.boxes, shape[1], axis=0), np.tile(there.boxes, (shape[0], 1))
         if not case.rotated:
             first[:, 6] = second[:, 6] = 0
-        tables.append(shapely_overlaps(first, second)[1].reshape(shape))
+        tables.append(np.round(shapely_overlaps(first, second)[1], 10).reshape(shape))
     return tables
 
 
@@ -493,7 +496,7 @@ def compare_scores(cases: int, seed: int) -> tuple[dict[str, float], int]:
     rng = np.random.default_rng(seed)
     largest: dict[str, float] = {}
     skipped = 0
-    for _ in range(cases):
+    for number in range(cases):
         case = draw_case(rng)
         while is_undecided(case, overlaps := overlaps_of(case)):
             case, skipped = draw_case(rng), skipped + 1
@@ -509,7 +512,10 @@ def compare_scores(cases: int, seed: int) -> tuple[dict[str, float], int]:
         )
         ours, theirs = figures_of_library(case, result), score_by_definition(case, overlaps)
         for name, expected in theirs.items():
-            largest[name] = max(largest.get(name, 0.0), _difference(ours[name], expected))
+            difference = _difference(ours[name], expected)
+            if difference > max(SCORE_TOLERANCE, largest.get(name, 0.0)):
+                print(f"{name} of evaluation {number} of seed {seed} differs by {difference:.1e}")
+            largest[name] = max(largest.get(name, 0.0), difference)
     return largest, skipped
 
 
@@ -530,6 +536,8 @@ def main() -> int:
     print(f"seed {seed}", flush=True)
     differs = False
     for group in GROUPS:
+        if not options.pairs:
+            break
         columns = "".join(f" {name:>9}" for name in FUNCTIONS)
         print(f"\n{group.name}\n{'kind':18} {'pairs':>8} {'overlap':>8}{columns}")
         with jax.enable_x64(group.dtype is np.float64):

@@ -10,6 +10,7 @@ which `files` counts by kind of file:
     reported    what was damaged is left out or set aside, and a line is printed; all else is as before
     missing     what a removed file held, or one of another step, counts as never written
     beginning   the first lines of a file that was cut, as a kill leaves it
+    unchecked   another number in a line of metrics or selection, which have no checksums
     equal       the bits that the undamaged files give
     fault       another number, a traceback, no end, or something left out or removed without a word
 """
@@ -29,6 +30,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,13 +43,18 @@ from h2a2_jax.checkpoint.tree import host_arrays
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.distributed import MeshLayout, train_mesh
 from h2a2_jax.errors import InputError
-from h2a2_jax.evaluation.documents import CSV_FILE, JSON_FILE, best_step, evaluation_folder, read_evaluations
+from h2a2_jax.evaluation.documents import (
+    CSV_FILE,
+    JSON_FILE,
+    best_step,
+    damaged_evaluations,
+    lasting_steps,
+    read_evaluations,
+)
 from h2a2_jax.evaluation.matches import MATCHES_FILE, read_matches
 from h2a2_jax.initialization import build_detector
 from h2a2_jax.pretrained.card import facts_of_run
 from h2a2_jax.pretrained.folder import FILES, read_pretrained, write_pretrained
-from h2a2_jax.sweeps.intervals import samples_of
-from h2a2_jax.sweeps.sweep_results import Score
 from h2a2_jax.training.build import build_trainer, restore_newest
 from h2a2_jax.training.metrics import FILE_NAME, SELECTION_FILE, read_metrics, read_selection_log
 
@@ -157,12 +164,11 @@ class Readers:
     """What reads the files of a run, and the values of the undamaged ones.
 
     Args:
-        run: folder of the run.
-        config: its config.
+        config: config of the run.
     """
 
-    def __init__(self, run: Path, config: ExperimentConfig):
-        self.config, self._documents = config, read_evaluations(run)
+    def __init__(self, config: ExperimentConfig):
+        self.config = config
         self._layout = MeshLayout(train_mesh(len(config.datasets)), len(config.datasets))
         trainer = build_trainer(config, build_detector(config), self._layout, _STEPS_PER_EPOCH, config.train.steps)
         self._like = trainer.plain_start(self._layout)
@@ -173,7 +179,8 @@ class Readers:
 
     def resumed(self, run: Path) -> dict[str, Any]:
         """The state that a resumed run starts from, and the names of the checkpoints that are left."""
-        with CheckpointStore(run / "checkpoints", self.config.train.keep_checkpoints, lambda: best_step(run)) as store:
+        keep, lasting = self.config.train.keep_checkpoints, partial(lasting_steps, run)
+        with CheckpointStore(run / "checkpoints", keep, lasting) as store:
             state = restore_newest(store, self._like, self.config, self._layout)
             store.tidy()
         kept = sorted(str(path.relative_to(run)) for path in run.glob("checkpoints*/*/"))
@@ -185,19 +192,15 @@ class Readers:
             return host_arrays(store.restore_state(step, self._like, self.config.dataset_names))
 
     def history(self, run: Path) -> dict[str, Any]:
-        """The evaluations of a run by step, and the best step."""
+        """The evaluations of a run by step, and the best step; prints what is wrong with those left out."""
+        print(*damaged_evaluations(run).values())
         return {"evaluations": read_evaluations(run), "best": best_step(run)}
 
     def matches(self, run: Path) -> dict[str, Any]:
-        """Drawings of the scans of every evaluation by step, from its hits and misses."""
-        drawn = {}
-        for step, documents in self._documents.items():
-            by_name = {name: [100 * level["mAP"] for level in own["thresholds"]] for name, own in documents.items()}
-            metrics = [str(level) for level in range(len(next(iter(by_name.values()))))]
-            scores = [Score(step, name, dict(zip(metrics, own, strict=True))) for name, own in by_name.items()]
-            matches = read_matches(evaluation_folder(run, step) / MATCHES_FILE)
-            drawn[step] = samples_of(scores, metrics, {step: matches})[step].drawn
-        return {step: own for step, own in drawn.items() if own}
+        """Hits and misses of the evaluations of a run by step."""
+        folders = sorted(run.glob("evaluations/*/"))
+        found = {folder.name: read_matches(folder / MATCHES_FILE) for folder in folders}
+        return {step: {name: vars(own) for name, own in matches.items()} for step, matches in found.items() if matches}
 
     def card(self, run: Path) -> dict[str, Any]:
         """Facts for the model card of the last step."""
@@ -276,9 +279,17 @@ def entries_left_out(expected: Mapping[str, Any], found: Mapping[str, Any], text
 
 def last_lines_left_out(expected: Sequence[Any], found: Sequence[Any], text: str) -> Verdict:
     """Judge lines: the last ones may be missing, as a kill leaves the file."""
+    if len(found) == len(expected):
+        return "unchecked", f"another value in one of {len(found)} lines"
     if digest(found) != digest(expected[: len(found)]):
         return another_value(expected, found, text)
     return "beginning", f"the first {len(found)} of {len(expected)} lines"
+
+
+def last_steps_left_out(expected: Mapping[str, Any], found: Mapping[str, Any], text: str) -> Verdict:
+    """Judge the log of kernel selection as `last_lines_left_out` judges lines."""
+    steps = [value["steps"].tolist() for value in (expected, found)]
+    return last_lines_left_out(*steps, text) if steps[0] != steps[1] else last_lines_left_out([1], [2], text)
 
 
 # --- the files --------------------------------------------------------------------------------------------------------
@@ -346,7 +357,7 @@ def subjects(run: Path, stopped: Path, scratch: Path) -> Iterator[Subject]:
     with CheckpointStore(run / "checkpoints") as store:
         earlier, last = store.steps()[-2:]
         config = store.stored_config(last)
-    readers = Readers(run, config)
+    readers = Readers(config)
     before = readers.state_of(run, earlier)
 
     def judge_resumed(expected: Any, found: Any, text: str) -> Verdict:
@@ -397,12 +408,20 @@ def subjects(run: Path, stopped: Path, scratch: Path) -> Iterator[Subject]:
     steps = sorted({file.parts[1] for file in evaluations}, key=int)
     following = dict(zip(steps, [*steps[1:], steps[0]], strict=True))
     others = [run / "evaluations" / following[file.parts[1]] / file.name for file in evaluations]
+    # Matches do not say their step; whoever draws scans compares their scores with those of evaluation.json.
+    others = [
+        run / "none" if file.name == MATCHES_FILE else other for file, other in zip(evaluations, others, strict=True)
+    ]
     yield Subject("run", run, evaluations, others, of_run)
     top = [Path(name) for name in ("evaluation.json", "evaluation.csv", "config.json")]
     first = run / "evaluations" / steps[0]
     yield Subject("run", run, top, [first / file for file in top], of_run)
-    for name, reader in ((FILE_NAME, readers.metrics), (SELECTION_FILE, readers.selection)):
-        yield Subject("run", run, [Path(name)], [run / "none"], ((name, reader, last_lines_left_out),))
+    of_lines: tuple[tuple[str, Reader, Judge], ...] = (
+        (FILE_NAME, readers.metrics, last_lines_left_out),
+        (SELECTION_FILE, readers.selection, last_steps_left_out),
+    )
+    for of_file in of_lines:
+        yield Subject("run", run, [Path(of_file[0])], [run / "none"], (of_file,))
     best = [Path("evaluations") / str(best_step(stopped)) / name for name in (JSON_FILE, CSV_FILE)]
     yield Subject("stopped", stopped, best, [run / "none"] * 2, (("resume", readers.resumed, another_value),))
     for step in (earlier, last):
