@@ -1,6 +1,7 @@
 """Files that survive kills: whole files and folders, files of JSON lines, and a lock on a folder."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -11,6 +12,32 @@ from pathlib import Path
 from typing import Any
 
 from h2a2_jax.errors import InputError
+
+_REMEDIES = {
+    os.strerror(number): advice
+    for advice, numbers in {
+        "allow more open files (ulimit -n 4096)": (errno.EMFILE, errno.ENFILE),
+        "allow larger files (ulimit -f unlimited)": (errno.EFBIG,),
+        "move what is there away": (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP),
+    }.items()
+    for number in numbers
+}
+
+
+def remedy(reason: str | None) -> str:
+    """What to do where a file cannot be written, for the reason in the system's words, as in "File exists"."""
+    return _REMEDIES.get(reason or "", "free space there or make it writable")
+
+
+def check_name(folder: Path) -> None:
+    """Raise InputError if a path is not UTF-8: the libraries that store arrays cannot open it."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"The folder {str(folder)!a} has characters in its name that are not UTF-8, in which no checkpoint can be "
+            "stored: give another one, or rename it."
+        ) from None
 
 
 @contextlib.contextmanager

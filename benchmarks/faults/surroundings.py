@@ -14,13 +14,13 @@ _FROM = 32
 _WITHOUT_RIGHTS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner")
 """Starts a program of root for which permissions of files count."""
 _JUMPS = """
-import itertools, runpy, sys, time
-now, offsets = time.time, itertools.cycle((0.0, 86400.0, -86400.0 * 365, 3e8))
-time.time = lambda: now() + next(offsets)
+import runpy, sys, time
+now, jumps = time.time, (0.0, 86400.0, -3600.0)
+time.time = lambda: now() + jumps[int(time.monotonic() / 2) % 3]
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""`run.py` under a clock that jumps between now, tomorrow, a year ago and in ten years with every look at it."""
+"""`run.py` under a clock that jumps every other second: to tomorrow, to an hour ago, back to now."""
 
 
 def surroundings(bench: Bench) -> None:
@@ -44,11 +44,12 @@ def surroundings(bench: Bench) -> None:
     }
     for fault, how in cases.items():
         _resume(bench, fault, bench.rewound("surroundings", _FROM), **how)
-    for fault, name in (
-        ("a path with spaces and a quote", "a 'workdir' of  mine"),
-        ("a path not in UTF-8", "r\udcffn"),
-    ):
-        _resume(bench, fault, bench.rewound(name, _FROM))
+    _resume(bench, "a path with spaces and a quote", bench.rewound("a 'workdir' of  mine", _FROM))
+    _ended(bench, "a path not in UTF-8", bench.train(bench.rewound("not\udcffutf8", _FROM)))
+    for fault, limit in (("10 open files", "-n 10"), ("files of 40 kB", "-f 40"), ("memory of 1.5 GB", "-v 1500000")):
+        workdir = bench.rewound("surroundings", _FROM)
+        _ended(bench, fault, bench.train(workdir, prefix=_shell(f"ulimit {limit}")))
+        _resume(bench, f"{fault}, and then no limit", workdir)
     _linked(bench)
     _two_side_by_side(bench)
     _read_only_checkout(bench)
@@ -78,6 +79,14 @@ def _check_end(bench: Bench, fault: str, child: Child, workdir: Path) -> None:
         bench.report.failed(str(seen), fault)
         return
     bench.report.equal("the end", differences(bench.reference, workdir), fault)
+
+
+def _ended(bench: Bench, fault: str, child: Child) -> None:
+    """Expect a program to end with one sentence."""
+    try:
+        bench.report.sentence(fault, child.expect(2, "run.py: "))
+    except Fault as seen:
+        bench.report.failed(str(seen), fault)
 
 
 def _linked(bench: Bench) -> None:

@@ -6,7 +6,6 @@ of failed write, the removal of half-written checkpoints, and a best checkpoint 
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import re
@@ -22,7 +21,7 @@ import numpy as np
 
 from h2a2_jax.checkpoint.tree import checksum
 from h2a2_jax.errors import InputError
-from h2a2_jax.files import read_json
+from h2a2_jax.files import check_name, read_json, remedy
 from h2a2_jax.host import available_memory
 
 ITEMS = ("params", "batch_stats", "optimizer")
@@ -46,15 +45,15 @@ _METADATA_TYPES: dict[str, Any] = {
 _OF_DICT = 2
 """Orbax's number for a key of a dict."""
 _TIDY_ATTEMPTS, _TIDY_PAUSE_S = 20, 0.1
-_TOO_MANY_FILES = (os.strerror(errno.EMFILE), os.strerror(errno.ENFILE))
 _SYSTEM_PHRASES = (
     "No space left on device",
     "Disk quota exceeded",
     "Read-only file system",
     "Permission denied",
-    *_TOO_MANY_FILES,
+    "Too many open files",
+    "File too large",
 )
-_MORE_FILES = "allow more open files (ulimit -n 4096)"
+"""The system's words in messages of TensorStore."""
 
 
 class DamagedCheckpointError(InputError):
@@ -76,12 +75,16 @@ class CheckpointFiles:
         keep: number of the latest checkpoints that stay when another one is saved.
         lasting: returns those of the steps with a checkpoint that stay at any age, such as the best one; called when
             another one is saved.
+
+    Raises:
+        InputError: the path is not UTF-8.
     """
 
     def __init__(
         self, directory: str | Path, keep: int = 2, lasting: Callable[[Sequence[int]], set[int]] = lambda steps: set()
     ):
         self.directory = Path(directory).absolute()
+        check_name(self.directory)
         self._preserved = _Preserved(keep, lasting)
         self._manager: Any = None  # Orbax's manager
 
@@ -277,13 +280,12 @@ class CheckpointFiles:
             newest = None
             with contextlib.suppress(Exception):
                 newest = self.latest_step()
-            remedy = "there is no earlier one, so that the same command begins anew."
+            outlook = "there is no earlier one, so that the same command begins anew."
             if newest is not None:
-                remedy = f"the same command goes on after step {newest}, which is saved."
+                outlook = f"the same command goes on after step {newest}, which is saved."
             reason = _reason(error)
-            action = _MORE_FILES if reason in _TOO_MANY_FILES else "free space there or make it writable"
             raise UnsavedCheckpointError(
-                f"A checkpoint could not be written to {self.directory} ({reason}): {action}; {remedy}"
+                f"A checkpoint could not be written to {self.directory} ({reason}): {remedy(reason)}; {outlook}"
             ) from error
 
     def _open(self, create: bool = False) -> Any:
@@ -392,4 +394,4 @@ def _reason(error: BaseException) -> str:
         chain.append(cause)
     known = next((link.strerror for link in reversed(chain) if isinstance(link, OSError) and link.strerror), None)
     phrases = [phrase for phrase in _SYSTEM_PHRASES if phrase in str(error)]  # as TensorStore passes them on
-    return known or next(iter((*phrases, *str(error).splitlines())), type(error).__name__)
+    return known or next(iter((*phrases, *str(error).splitlines())), type(error).__name__)[:200]

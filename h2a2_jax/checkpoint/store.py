@@ -50,11 +50,25 @@ class CheckpointStore(CheckpointFiles):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def save(self, step: int, state: TrainState, config: ExperimentConfig, names: Sequence[str]) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        config: ExperimentConfig,
+        names: Sequence[str],
+        scans: Sequence[int] | None = None,
+    ) -> None:
         """Store a state, on any devices; return when it is copied, and write it in the background.
 
-        The names are those of the datasets in the order of the dataset axis. A checkpoint counts only when it is
-        finished, whatever kills the program before. A step that is stored already stays unchanged.
+        A checkpoint counts only when it is finished, whatever kills the program before. A step that is stored already
+        stays unchanged.
+
+        Args:
+            step: optimiser steps done.
+            state: the state after them.
+            config: the run's config.
+            names: the datasets in the order of the dataset axis.
+            scans: number of training scans of each; None: not stored.
 
         Raises:
             UnsavedCheckpointError: this checkpoint, or the one before, could not be written.
@@ -62,11 +76,17 @@ class CheckpointStore(CheckpointFiles):
         if step in self.steps():
             return
         header = {"version": CHECKPOINT_VERSION, "datasets": list(names), "config": json.loads(to_json(config))}
+        if scans is not None:
+            header["scans"] = dict(zip(names, map(int, scans), strict=True))
         self.save_items(step, stored_state(state, _specs(config, names)), header)
 
     def stored_config(self, step: int) -> ExperimentConfig:
         """Read the config that a checkpoint was saved with."""
         return self._read_header(self.existing(step)).config
+
+    def stored_scans(self, step: int) -> dict[str, int]:
+        """Read the numbers of training scans by dataset of a checkpoint; empty where none are stored."""
+        return self._read_header(self.existing(step)).scans
 
     def restore_state(
         self, step: int | None, like: TrainState, names: Sequence[str], config: ExperimentConfig | None = None
@@ -194,7 +214,10 @@ class CheckpointStore(CheckpointFiles):
                 f"{self.place(step)} is damaged: it names the datasets {names!r:.200}, its config "
                 f"{', '.join(config.dataset_names)}; choose another step."
             )
-        return _Header(names, config, stored["checksums"], "step" not in stored)
+        scans = stored.get("scans")
+        return _Header(
+            names, config, stored["checksums"], "step" not in stored, scans if isinstance(scans, dict) else {}
+        )
 
     @contextlib.contextmanager
     def _whole(self, step: int) -> Iterator[None]:
@@ -245,12 +268,14 @@ class _Header(NamedTuple):
 
     Attributes:
         is_old: True where the step is not stored with the config, but among the counters alone.
+        scans: numbers of training scans by dataset.
     """
 
     names: list[str]
     config: ExperimentConfig
     checksums: Mapping[str, int]
     is_old: bool
+    scans: dict[str, int]
 
 
 @dataclass(frozen=True)

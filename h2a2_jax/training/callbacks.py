@@ -130,7 +130,8 @@ class SaveCheckpoint(Callback):
             return
         whole = training.process_layout.fetch(training.state)
         if is_main():
-            training.store.save(training.step, unpack(whole), training.config, training.config.dataset_names)
+            names, scans = training.config.dataset_names, training.stream.num_scans
+            training.store.save(training.step, unpack(whole), training.config, names, scans)
         self.saved = training.step
 
 

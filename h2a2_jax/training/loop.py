@@ -32,7 +32,7 @@ from h2a2_jax.evaluation.documents import (
     write_evaluation,
 )
 from h2a2_jax.evaluation.evaluate import evaluate, merged, say_notes, say_skipped
-from h2a2_jax.files import alone_in, drop_lines_after, whole_file
+from h2a2_jax.files import alone_in, drop_lines_after, remedy, whole_file
 from h2a2_jax.host import revision, versions
 from h2a2_jax.inference.predictor import Predictor, build_predictor
 from h2a2_jax.initialization import build_detector
@@ -76,7 +76,18 @@ CACHE = "cache"
 _RESTARTS = 3
 """Restarts of worker processes in a run."""
 
-_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+_NOT_WRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EFBIG,
+    errno.EMFILE,
+    errno.ENFILE,
+)
 
 
 def train(
@@ -171,7 +182,7 @@ def set_up(
     state = trainer.start
     if not is_new:
         like = trainer.plain_start(process_layout)
-        found = restore_newest(store, like, config, process_layout, accept_changes=accept_changes)
+        found = restore_newest(store, like, config, process_layout, stream.num_scans, accept_changes=accept_changes)
         state = state if found is None else trainer.packed(found, process_layout)
     first = int(state.step)
     if len(set(process_layout.exchange(np.array([first], np.int32)).result()[:, 0].tolist())) > 1:
@@ -451,15 +462,15 @@ def drop_lost_steps(workdir: Path, step: int, batches: int = 1) -> None:
 
 @contextlib.contextmanager
 def _explain_unwritable(workdir: Path) -> Iterator[None]:
-    """Turn a full disk and the like, anywhere in the run, into an `InputError`."""
+    """Turn a full disk and the like, anywhere in the run, and every error in the workdir into an `InputError`."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _NOT_WRITABLE:
+        place = workdir if (found := error.filename2 or error.filename) is None else Path(os.fsdecode(found))
+        if error.errno not in _NOT_WRITABLE and not (found and place.absolute().is_relative_to(workdir.absolute())):
             raise
         raise InputError(
-            f"{error.filename or workdir} cannot be written ({error.strerror}): free space there or make it writable; "
-            f"{_describe_saved(workdir)}."
+            f"{place} cannot be written ({error.strerror}): {remedy(error.strerror)}; {_describe_saved(workdir)}."
         ) from error
 
 
