@@ -37,7 +37,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.faults.children import Bench
+from benchmarks.faults.children import Bench, Fault, saved_steps
+from benchmarks.faults.compare import differences
 from h2a2_jax.checkpoint.store import CheckpointStore, StoredDetector, read_detector
 from h2a2_jax.checkpoint.tree import host_arrays
 from h2a2_jax.config import ExperimentConfig
@@ -479,6 +480,49 @@ def files(bench: Bench) -> None:
     for name in sorted({row.outcome for row in rows}):
         report.event(f"{sum(row.outcome == name for row in rows)} {name}")
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+_ASIDE, _ANEW = ("is set aside in",), ("evaluation.json", "It is evaluated anew")
+_RESUMED: tuple[tuple[str, str, int, tuple[str, ...]], ...] = (
+    ("evaluations/16/evaluation.json", "cut in half", 0, _ANEW),
+    ("evaluations/16/evaluation.json", "digit", 0, _ANEW),
+    ("evaluations/16/evaluation.json", "a folder in its place", 0, _ANEW),
+    ("evaluations/16/evaluation.json", REMOVED, 0, _ANEW),
+    ("checkpoints/32/_CHECKPOINT_METADATA", "emptied", 0, ("after step 32 of",)),
+    ("checkpoints/32/config/metadata", OF_ANOTHER_STEP, 0, _ASIDE),
+    ("checkpoints/32/params/manifest.ocdbt", REMOVED, 0, _ASIDE),
+    ("config.json", "emptied", 0, ("after step 32 of",)),
+    ("selection.jsonl", "cut in half", 0, ("after step 32 of",)),
+    ("metrics.jsonl", "a folder in its place", 2, ("metrics.jsonl",)),
+    ("selection.jsonl", "a folder in its place", 2, ("selection.jsonl",)),
+    ("lock", "a folder in its place", 2, ("lock",)),
+)
+"""File of a stopped run, damage, exit status of the run that resumes, and phrases of the line that it prints."""
+_LINES = ("metrics.jsonl", "selection.jsonl")
+
+
+def resumed_files(bench: Bench) -> None:
+    """Resume runs with one damaged file, and compare their end with the reference."""
+    for name, way, status, phrases in _RESUMED:
+        fault = f"resume with {name}, {way}"
+        workdir = bench.rewound("files_resumed", 32)
+        file = workdir / name
+        other = workdir / name.replace("/32/", "/24/")
+        chosen = next(d for d in damages(file.read_bytes(), other.read_bytes(), bench.rng) if d.name.startswith(way))
+        chosen.do(file)
+        before = saved_steps(workdir)
+        try:
+            line = bench.train(workdir).expect(status, *phrases)
+        except Fault as problem:
+            bench.report.failed(str(problem), fault)
+            continue
+        if status == 0:
+            found = differences(bench.reference, workdir, files=name not in _LINES)
+            bench.report.equal(f"the end, after the line {line!r},", found, fault)
+        elif saved_steps(workdir) != before:
+            bench.report.failed(f"there were checkpoints of {before}, there are {saved_steps(workdir)}", fault)
+        else:
+            bench.report.sentence(fault, line)
 
 
 if __name__ == "__main__":
