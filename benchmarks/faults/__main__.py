@@ -13,6 +13,7 @@ status 1 if something failed. All files are in a temporary folder, or in --folde
     sigterm    SIGTERM and SIGINT: the step is saved, the status is 0 and 130
     disk       a disk that is full when a checkpoint or a line is written; a read-only disk (needs root)
     damaged    checkpoints with a file cut in half, a flipped bit or a missing folder
+    files      every file of a run and of a pretrained folder, damaged in eight ways and read; some of them resumed
     second     two runs in one workdir, and a run that resumes with another config
     workers    a process that loads scans is killed
     devices    saved on three devices, resumed on one and on six; evaluated on one, three and six
@@ -35,6 +36,7 @@ import numpy as np
 from benchmarks.faults.cache import cache
 from benchmarks.faults.children import Bench, Fault, Report
 from benchmarks.faults.damage import damaged, disk
+from benchmarks.faults.files import files, resumed_files
 from benchmarks.faults.kills import kills, own_cache
 from benchmarks.faults.processes import processes
 from benchmarks.faults.stops import second, sigterm, workers
@@ -47,6 +49,7 @@ SCENARIOS: dict[str, tuple[tuple[Callable[[Bench], None], ...], int]] = {
     "sigterm": ((sigterm,), 12),
     "disk": ((disk,), 8),
     "damaged": ((damaged,), 5),
+    "files": ((files, resumed_files), 13),
     "second": ((second,), 4),
     "workers": ((workers,), 1),
     "devices": ((devices,), 7),

@@ -6,6 +6,7 @@ in "scannet/scores".
 
 import dataclasses
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,27 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from h2a2_jax.distributed import say
 from h2a2_jax.evaluation.average_precision import average_precision_of_draws
 from h2a2_jax.files import whole_file
 
 MATCHES_FILE = "matches.npz"
 MATCHES_VERSION = 1
+
+_DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    EOFError,
+    RuntimeError,  # a flag says that the file is encrypted, or packed in a way that Python does not know
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""Errors of numpy and zipfile for a file of other bytes."""
+_SHOWN = 150
+"""Characters of their text that are printed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +76,13 @@ class Matches:
         total, classes = np.where(known, scores, 0).sum(1), known.sum(1)
         return np.where(classes > 0, total / np.maximum(classes, 1), np.nan).T
 
+    def check(self) -> None:
+        """Check that the arrays belong together; raise ValueError if they do not."""
+        detections, (scans, classes) = len(self.scores), self.ground_truth.shape
+        for name, values, end in (("scans", self.scans, scans), ("labels", self.labels, classes)):
+            if len(values) != detections or (detections and not (0 <= values.min() and values.max() < end)):
+                raise ValueError(f"{name} are not one of {end} for each of {detections} detections")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists for JSON."""
         return {name: np.asarray(value).tolist() for name, value in vars(self).items()}
@@ -90,13 +114,20 @@ def write_matches(file: Path, matches: Mapping[str, Matches]) -> None:
 
 
 def read_matches(file: Path) -> dict[str, Matches]:
-    """Read the matches of datasets; none if the file is missing, damaged or of another version."""
+    """Read the matches of datasets; none if the file is missing, damaged, which is printed, or of another version."""
+    if not file.exists():
+        return {}
     try:
         with file.open("rb") as opened, np.load(opened) as arrays:
             if int(arrays["version"]) != MATCHES_VERSION:
                 return {}
             names = dict.fromkeys(key.rpartition("/")[0] for key in arrays.files if "/" in key)
             fields = [field.name for field in dataclasses.fields(Matches)]
-            return {name: Matches.from_dict({f: arrays[f"{name}/{f}"] for f in fields}) for name in names}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            found = {name: Matches.from_dict({f: arrays[f"{name}/{f}"] for f in fields}) for name in names}
+        for matches in found.values():
+            matches.check()
+        return found
+    except _DAMAGED as error:
+        reason = " ".join(str(error).split())[:_SHOWN] or type(error).__name__
+        say(f"{file} is damaged and left out ({reason}): --mode=eval writes it anew.")
         return {}

@@ -257,6 +257,10 @@ def read_selection_log(
     lines = read_json_lines(path, SELECTION_VERSION)
     if not lines:
         return np.zeros(0, np.int64), {}
+    for line in lines:
+        layers, order = line.get("layers"), line.get("datasets")
+        if not isinstance(layers, dict) or not isinstance(order, list) or not all(isinstance(n, str) for n in order):
+            raise _not_of_selection(path, line["step"])
     names = list(lines[-1]["layers"])
     for line in lines:
         if set(line["datasets"]) != set(datasets) or list(line["layers"]) != names:
@@ -266,11 +270,26 @@ def read_selection_log(
             )
 
     def history(layer: str, part: str) -> np.ndarray:
-        stored = [(line["layers"][layer][part], line["datasets"]) for line in lines]
-        return np.array([[values[order.index(name)] for name in datasets] for values, order in stored], np.float64)
+        rows = []
+        for line in lines:
+            try:
+                own = np.array(line["layers"][layer][part], np.float64)
+            except (KeyError, TypeError, ValueError) as error:
+                raise _not_of_selection(path, line["step"]) from error
+            if own.ndim != 2 or len(own) != len(line["datasets"]) or (rows and own.shape != rows[0].shape):
+                raise _not_of_selection(path, line["step"])
+            rows.append(own[[line["datasets"].index(name) for name in datasets]])
+        return np.array(rows)
 
     found = {layer: SelectionHistory(*(history(layer, part) for part in ("alpha", "beta", "gamma"))) for layer in names}
     return np.array([line["step"] for line in lines], np.int64), found
+
+
+def _not_of_selection(path: Path, step: Any) -> InputError:
+    return InputError(
+        f"The line of step {step} in {path} is no line of kernel selection: expected are its datasets, and for each "
+        "layer alpha, beta and gamma [datasets, offsets]; remove the line."
+    )
 
 
 class LogMetrics(Callback):

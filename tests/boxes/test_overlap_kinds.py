@@ -2,6 +2,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.independent import GROUPS, compare_overlaps
 from benchmarks.overlaps import BEYOND, KINDS, ROOMS, draw_pairs, exact_overlaps, measure
 from tests.boxes.polygons import intersection_area, iou_3d
 
@@ -30,3 +31,10 @@ def test_the_clipping_in_step_equals_that_of_single_polygons(kind):
     union = first[:, 3] * first[:, 4] + second[:, 3] * second[:, 4] - area
     np.testing.assert_allclose(bev, area / union, atol=1e-10)
     np.testing.assert_allclose(volume, [iou_3d(a, b) for a, b in zip(first, second, strict=True)], atol=1e-10)
+
+
+def test_float32_is_within_1e_5_of_polygons_of_shapely():
+    rooms = GROUPS[0]
+    for found in compare_overlaps(rooms, 3_000, seed=20261130):
+        assert found.overlapping > 0.2 * found.pairs
+        assert max(found.errors.values()) < rooms.tolerance, found

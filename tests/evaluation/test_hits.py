@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from benchmarks.overlaps import exact_overlaps
 from h2a2_jax.boxes import Detections
 from h2a2_jax.boxes.matching import GroundTruth, Pool, best_overlaps, match, pool_detections
 from h2a2_jax.evaluation import average_precision, evaluate_detections
@@ -16,7 +17,8 @@ from h2a2_jax.evaluation.average_precision import (
     precision_recall,
     scan_origin,
 )
-from tests.evaluation.overlaps import hits_of_scan, iou_matrix
+from tests.boxes.polygons import random_pairs
+from tests.evaluation.overlaps import PAIRED_IOU, hits_of_scan, iou_matrix
 
 
 def random_scans(scans, *, yaw, classes=3, seed=0):
@@ -57,6 +59,16 @@ def test_hits_of_all_scans_at_once_are_those_scan_by_scan(yaw):
                 pooled = (detected.scans == scan) & (detected.labels == label)
                 np.testing.assert_array_equal(scores[pooled], found.scores[rows])
                 np.testing.assert_array_equal(is_hit[pooled], expected)
+
+
+def test_boxes_that_do_not_touch_are_apart_however_float32_rounds():
+    first, second = random_pairs(np.random.default_rng(3), 4000)
+    apart = exact_overlaps(first, second)[1] == 0
+    assert np.any(np.asarray(PAIRED_IOU[True](first, second))[apart] > 0), "float32 no longer rounds here"
+    labels, scans = np.zeros(4000, np.int32), np.arange(4000)
+    overlap, target = best_overlaps(Pool(first, labels, scans), Pool(second, labels, scans), rotated=True)
+    assert np.all(overlap[apart] == 0) and np.all(target[apart] == -1)
+    assert np.all(target[overlap > 0] == scans[overlap > 0]) and np.mean(overlap > 0) > 0.3
 
 
 def test_a_precision_recall_curve_is_given_at_levels_of_recall():

@@ -67,5 +67,36 @@ def test_matches_are_read_as_they_were_written(tmp_path: Path):
     assert again.to_dict() == empty.to_dict()
     assert np.isnan(again.mean_average_precision(np.ones((1, 0), np.int64))).all()
     assert read_matches(tmp_path / "none.npz") == {}
-    (tmp_path / "matches.npz").write_bytes((tmp_path / "matches.npz").read_bytes()[:-100])
-    assert read_matches(tmp_path / "matches.npz") == {}
+
+
+def test_damaged_matches_are_left_out_with_a_line_or_read_as_they_were(tmp_path: Path, capsys):
+    case, file = next(iter(CASES)), tmp_path / "matches.npz"
+    write_matches(file, {"scannet": evaluated(case).matches})
+    content, expected = file.read_bytes(), read_matches(file)["scannet"].to_dict()
+    flips = np.random.default_rng(0).integers(8 * len(content), size=150).tolist()
+    damaged = [content[:100], content[:-100], b"", b"PK", content[: len(content) // 2]]
+    for place in flips:
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        damaged.append(bytes(flipped))
+    left_out = 0
+    for changed in damaged:
+        file.write_bytes(changed)
+        found, line = read_matches(file), capsys.readouterr().out
+        if found:
+            assert found["scannet"].to_dict() == expected and not line
+        else:
+            assert line.startswith(f"{file} is damaged and left out (") and line.count("\n") == 1
+            left_out += 1
+    assert left_out > 100
+    file.unlink()
+    file.mkdir()
+    assert read_matches(file) == {} and "Is a directory" in capsys.readouterr().out
+
+
+def test_matches_whose_arrays_do_not_belong_together_are_left_out(tmp_path: Path, capsys):
+    matches = evaluated(next(iter(CASES))).matches
+    for change in ({"scans": matches.scans + 100}, {"labels": matches.labels + 9}, {"labels": matches.labels - 1}):
+        write_matches(tmp_path / "matches.npz", {"scannet": replace(matches, **change)})
+        assert read_matches(tmp_path / "matches.npz") == {}
+        assert "detections" in capsys.readouterr().out

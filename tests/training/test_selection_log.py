@@ -98,3 +98,28 @@ def test_damaged_lines_are_named(tmp_path):
     (tmp_path / "selection.jsonl").write_text("[]\n")
     with pytest.raises(InputError, match="Line 1"):
         read_selection_log(tmp_path / "selection.jsonl", NAMES)
+
+
+def test_lines_of_another_shape_are_refused(tmp_path):
+    SelectionLog(tmp_path, NAMES, 1, 1).add(1, [metrics(0.5)])
+    path = tmp_path / "selection.jsonl"
+    line = json.loads(path.read_text())
+    name = next(iter(line["layers"]))
+    layer = line["layers"][name]
+    for change in (
+        {"layers": []},
+        {"layers": None},
+        {"datasets": 3},
+        {"datasets": [["scannet"]]},
+        {"layers": {name: []}},
+        {"layers": {name: {"alpha": layer["alpha"]}}},
+        {"layers": {name: layer | {"beta": layer["beta"][:1]}}},
+        {"layers": {name: layer | {"gamma": [[0.5], "much"]}}},
+    ):
+        path.write_text(f"{json.dumps(line)}\n{json.dumps(line | {'step': 2} | change)}\n")
+        with pytest.raises(InputError, match=r"The line of step \d in .*remove the line"):
+            read_selection_log(path, NAMES)
+    shorter = {part: [row[:-1] for row in layer[part]] for part in layer}
+    path.write_text(f"{json.dumps(line)}\n{json.dumps(line | {'step': 2, 'layers': {name: shorter}})}\n")
+    with pytest.raises(InputError, match="step 2"):
+        read_selection_log(path, NAMES)
