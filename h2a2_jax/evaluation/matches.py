@@ -5,7 +5,6 @@ in "scannet/scores".
 """
 
 import dataclasses
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from h2a2_jax.evaluation.average_precision import average_precision_of_draws
 from h2a2_jax.files import whole_file
+from h2a2_jax.untrusted.arrays import load_arrays
 
 MATCHES_FILE = "matches.npz"
 MATCHES_VERSION = 1
@@ -41,6 +41,14 @@ class Matches:
     scans: Int[np.ndarray, " n"]
     is_hit: Bool[np.ndarray, "t n"]
     ground_truth: Int[np.ndarray, "s c"]
+
+    @property
+    def is_consistent(self) -> bool:
+        """True if every detection has a label, and is of a scan and of a class that there are."""
+        numbers, sizes = (self.scans, self.labels), self.ground_truth.shape
+        return len(self.scores) == len(self.scans) == len(self.labels) and all(
+            not len(each) or 0 <= each.min() <= each.max() < size for each, size in zip(numbers, sizes, strict=True)
+        )
 
     def mean_average_precision(self, counts: Int[np.ndarray, "draws s"]) -> Float[np.ndarray, "draws t"]:
         """MAP of an evaluation on every drawing of the scans, 0 to 1; NaN where no class has ground truth.
@@ -92,11 +100,12 @@ def write_matches(file: Path, matches: Mapping[str, Matches]) -> None:
 def read_matches(file: Path) -> dict[str, Matches]:
     """Read the matches of datasets; none if the file is missing, damaged or of another version."""
     try:
-        with file.open("rb") as opened, np.load(opened) as arrays:
-            if int(arrays["version"]) != MATCHES_VERSION:
-                return {}
-            names = dict.fromkeys(key.rpartition("/")[0] for key in arrays.files if "/" in key)
-            fields = [field.name for field in dataclasses.fields(Matches)]
-            return {name: Matches.from_dict({f: arrays[f"{name}/{f}"] for f in fields}) for name in names}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        arrays = load_arrays(file)
+        if int(arrays["version"]) != MATCHES_VERSION:
+            return {}
+        names = dict.fromkeys(key.rpartition("/")[0] for key in arrays if "/" in key)
+        fields = [field.name for field in dataclasses.fields(Matches)]
+        found = {name: Matches.from_dict({f: arrays[f"{name}/{f}"] for f in fields}) for name in names}
+        return found if all(own.is_consistent for own in found.values()) else {}
+    except (OSError, ValueError, TypeError, KeyError):
         return {}

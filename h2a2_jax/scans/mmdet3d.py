@@ -44,8 +44,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Float32
 
-from h2a2_jax.errors import InputError
-from h2a2_jax.restricted_pickle import load_plain_pickle
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.scans.formats.colors import GREY, scale_in_dataset
 from h2a2_jax.scans.frame import NO_COLORS
 from h2a2_jax.scans.scan import (
@@ -62,6 +61,8 @@ from h2a2_jax.scans.scan import (
     within_reach,
 )
 from h2a2_jax.scans.specs import ALL_SPECS, DatasetSpec, class_label, dataset_spec, foreign_boxes, plain_name
+from h2a2_jax.untrusted import read_bytes
+from h2a2_jax.untrusted.restricted_pickle import load_plain_pickle
 
 _COLUMNS = 6
 _ROW_BYTES = 4 * _COLUMNS
@@ -167,9 +168,9 @@ class Mmdet3dFolder:
     def _read(self, name: str) -> np.ndarray:
         path = self._path(name)
         try:
-            content = path.read_bytes()
+            content = read_bytes(path, growth=3)
         except OSError as error:
-            raise UnusableScan(f"cannot be read from {path}: {error.strerror}.") from error
+            raise UnusableScan(f"cannot be read from {path}: {error.strerror}; check the file.") from error
         if len(content) % _ROW_BYTES:
             raise UnusableScan(
                 f"is cut off: {path} has {len(content)} bytes, which is no multiple of the {_ROW_BYTES} "
@@ -272,7 +273,7 @@ def _read_infos(path: Path, spec: DatasetSpec) -> list[_Entry]:
         else:
             raise TypeError("neither {metainfo, data_list} nor a list")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        what = f"it has no {quoted(error)}" if isinstance(error, KeyError) else quoted(error)
         raise InputError(
             f"{path} is no mmdetection3d info file of version 1 or 2 ({what}): prepare the folder again."
         ) from error

@@ -22,10 +22,11 @@ from jaxtyping import Float, Float32, Int, Int32, Int64, UInt16
 from PIL import Image
 from scipy.io import loadmat, whosmat
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.scans.raw import FAR, NO_BOX, NO_CLASS, check_folder, counted, shown
 from h2a2_jax.scans.scan import Scan, ScanError, UnusableScan, scan_errors
 from h2a2_jax.scans.specs import SUNRGBD
+from h2a2_jax.untrusted import check_growth, check_regular, read_bytes
 
 _FIELDS = ("sequenceName", "Rtilt", "K", "depthpath", "rgbpath", "groundtruth3DBB")
 _OBJECT_FIELDS = ("coeffs", "centroid", "classname", "orientation")
@@ -71,7 +72,7 @@ def load_mat(path: Path, kinds: Mapping[str, str]) -> list[np.ndarray]:
     cells as SciPy nests them.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
         if content[:10] == b"MATLAB 7.3":
             raise InputError(
                 f"{shown(path)} is a MATLAB file of version 7.3, but the original has version 5: download it again."
@@ -88,7 +89,7 @@ def load_mat(path: Path, kinds: Mapping[str, str]) -> list[np.ndarray]:
     except InputError:
         raise
     except Exception as error:  # damaged bytes bring about every kind of exception in SciPy's reader
-        reason = " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or quoted(error)
         raise InputError(f"{shown(path)} is no readable MATLAB file ({reason}): download it again.") from None
 
 
@@ -350,14 +351,17 @@ def _find(root: Path, file: str, folder: str) -> Path:
 
 def _read_image(path: Path, modes: tuple[str, ...], expected: str) -> np.ndarray:
     try:
+        check_regular(path)
         with Image.open(path) as image:
+            check_growth(path.stat().st_size, 4 * image.width * image.height, "it")
             if image.mode in modes:
                 return np.asarray(image)
             mode = image.mode
     except FileNotFoundError:
         raise UnusableScan(f"lacks the image {shown(path)}, which is missing: unpack SUNRGBD.zip again.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnusableScan(f"has an unreadable image {shown(path)} ({error}): unpack SUNRGBD.zip again.") from None
+        reason = getattr(error, "strerror", None) or quoted(error)
+        raise UnusableScan(f"has an unreadable image {shown(path)} ({reason}): unpack SUNRGBD.zip again.") from None
     raise UnusableScan(f"has an image of mode {mode} at {shown(path)}, but {expected}: unpack SUNRGBD.zip again.")
 
 

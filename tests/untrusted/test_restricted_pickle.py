@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.restricted_pickle import load_plain_pickle
+from h2a2_jax.untrusted.restricted_pickle import load_plain_pickle
 
 PLAIN = {
     "array": np.arange(6, dtype=np.float32).reshape(2, 3),
