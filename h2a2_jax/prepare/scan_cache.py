@@ -7,6 +7,7 @@ under a temporary name, synced to disk and renamed.
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
