@@ -75,7 +75,7 @@ def _point_files(folder: Path, rng: np.random.Generator) -> Iterator[Sample]:
     (folder / "a.csv").write_text("x,y,z,r,g,b\n" + table.replace(" ", ","))
     head = "".join(f"property float {axis}\n" for axis in "xyz")
     for form in ("binary_little_endian", "ascii"):
-        body = xyz.tobytes() if form != "ascii" else "".join("%g %g %g\n" % tuple(row) for row in xyz).encode()
+        body = xyz.tobytes() if form != "ascii" else "".join(f"{x:g} {y:g} {z:g}\n" for x, y, z in xyz).encode()
         faces = b"".join(b"\3" + struct.pack("<3i", i, i + 1, i + 2) for i in range(40))
         faces = faces if form != "ascii" else "".join(f"3 {i} {i + 1} {i + 2}\n" for i in range(40)).encode()
         lists = "element face 40\nproperty list uchar int vertex_indices\n"
@@ -216,10 +216,14 @@ def _raw(folder: Path) -> Iterator[Sample]:
     """Benchmarks as people download them, with the files whose damage their readers may meet."""
     for reader, write, patterns in (
         ("scannet", write_scannet, ("scans/scene0000_00/*", "*.tsv", "scannetv2_val.txt")),
-        ("sunrgbd", write_sunrgbd, ("*.mat", "SUNRGBDtoolbox/*/allsplit.mat", "SUNRGBD/kv2/**/*.png", "SUNRGBD/kv2/**/*.jpg")),
+        (
+            "sunrgbd",
+            write_sunrgbd,
+            ("*.mat", "SUNRGBDtoolbox/*/allsplit.mat", "SUNRGBD/kv2/**/*.png", "SUNRGBD/kv2/**/*.jpg"),
+        ),
         ("s3dis", write_s3dis, ("Area_1/office_2/Annotations/chair_1.txt",)),
         ("arkitscenes", write_arkitscenes, ("3dod/Training/40753679/*_3dod_*",)),
-    ):  # fmt: skip
+    ):
         root = folder / reader
         root.mkdir()
         write(root)

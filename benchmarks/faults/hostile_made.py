@@ -34,8 +34,9 @@ _NEST = b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1
 _NESTED = b"K\x01q\0" + b"0" + _NEST.replace(b"\x86q", b"\x86q")
 
 
-def _unicode_array(letters: bytes, protocol: int = 2) -> bytes:
-    whole = pickle.dumps(np.array(["abcd"]), protocol)
+def _with_letters(value: object, letters: bytes, protocol: int = 3) -> bytes:
+    """A pickle of an array or a text of numpy, "abcd", with other letters."""
+    whole = pickle.dumps(value, protocol)
     return whole.replace("abcd".encode("utf-32-le"), letters)
 
 
@@ -67,8 +68,12 @@ def pickles() -> dict[str, bytes]:
         "a list that holds itself": b"\x80\x02]q\0h\0a.",
         "a dictionary that holds itself": b"\x80\x02}q\0X\1\0\0\0ah\0s.",
         "copies of a list": numbers + b"]" + b"cbuiltins\nlist\nq\x01" + b"h\x01h\0\x85R" * 5000 + b".",
-        "copies of bytes": b"\x80\x03B" + struct.pack("<I", _MB) + bytes(_MB) + b"q\0cbuiltins\nbytearray\nq\x01"
-        + b"h\x01h\0\x85R" * 5000 + b".",
+        "copies of bytes": b"\x80\x03B"
+        + struct.pack("<I", _MB)
+        + bytes(_MB)
+        + b"q\0cbuiltins\nbytearray\nq\x01"
+        + b"h\x01h\0\x85R" * 5000
+        + b".",
         "one array in 100,000 places": array + b"q\xf0]q\xf1(" + b"h\xf0" * 100_000 + b"e.",
         "a million empty sets": b"\x80\x04](" + b"\x8f" * 1_000_000 + b"e.",
         "a million empty lists": b"\x80\x04](" + b"]" * 1_000_000 + b"e.",
@@ -77,10 +82,12 @@ def pickles() -> dict[str, bytes]:
         "text of 4 GB": b"\x80\x02X\xff\xff\xff\xffa.",
         "an array of bytes of 1 TB": b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b"a.",
         "a text of a million digits": b"L" + b"9" * 1_000_000 + b"L\n.",
-        "a shape that overflows": pickle.dumps(np.zeros(3), 2).replace(b"K\x03\x85", b"\x8a\x09" + b"\xff" * 8 + b"\x00\x85"),
-        "letters that there are not": _unicode_array(letters),
-        "letters that there are not, protocol 5": _unicode_array(letters, 5),
-        "a text of letters that there are not": pickle.dumps(np.str_("abcd"), 2).replace(b"abcd", b"\xf7\xbf\xbf\xbf"),
+        "a shape that overflows": pickle.dumps(np.zeros(3), 2).replace(
+            b"K\x03\x85", b"\x8a\x09" + b"\xff" * 8 + b"\x00\x85"
+        ),
+        "letters that there are not": _with_letters(np.array(["abcd"]), letters),
+        "letters that there are not, protocol 5": _with_letters(np.array(["abcd"]), letters, 5),
+        "a text of letters that there are not": _with_letters(np.str_("abcd"), letters),
         "an array of an array of objects": pickle.dumps(np.array([np.array([{}], object), 1], object), 2),
         "an extension": b"\x80\x02\x82\x01.",
         "a persistent id": b"Pabc\n.",
@@ -89,7 +96,7 @@ def pickles() -> dict[str, bytes]:
         "a name with commands to the terminal": b"cos\x1b]0;owned\x07\nsystem\n.",
         "items of an array": pickle.dumps(np.zeros(3, object), 2)[:-1] + b"K\x00]s.",
         "records": pickle.dumps(np.zeros(3, [("a", "f4")]), 2),
-    }  # fmt: skip
+    }
 
 
 def _pickle_cases(folder: Path) -> Iterator[Case]:
@@ -232,12 +239,16 @@ def _torch_cases(folder: Path) -> Iterator[Case]:
     for what, content in {
         "nested tuples as a key": b"\x80\x02}" + _NESTED + b"K\x01s.",
         "copies of a dictionary": pairs + b"](" + b"h\1h\0\x85R" * 20_000 + b"e.",
-        "a number of 60,000 digits as keys": b"\x80\x02}" + pickle.dumps(1 << 200_000, 2)[2:-1] + b"q\0" + b"h\0K\1s" * 9999 + b".",
+        "a number of 60,000 digits as keys": b"\x80\x02}"
+        + pickle.dumps(1 << 200_000, 2)[2:-1]
+        + b"q\0"
+        + b"h\0K\1s" * 9999
+        + b".",
         "lists 100,000 deep": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
         "a storage of exabytes": b"\x80\x02}X\1\0\0\0a" + tensor(b"\x8a\x08" + b"\xff" * 7 + b"\x7f") + b"s.",
         "names with commands": b"\x80\x02}X\5\0\0\0\x1b[31mcos\x1b[31m\nsystem\n)Rs.",
         "no state": b"\x80\x02}" + big + b"s.",
-    }.items():  # fmt: skip
+    }.items():
         path = write(str(abs(zlib.crc32(what.encode()))), content, **{"0": bytes(16)})
         yield Case("torch", what, str(path), path.stat().st_size)
     path = folder / "many.pth"
@@ -290,12 +301,29 @@ def _point_cases(folder: Path) -> Iterator[Case]:
     las[:4], las[24:26], las[94:96] = b"LASF", b"\1\2", struct.pack("<H", 227)
     struct.pack_into("<II", las, 96, 227, 0)
     files: dict[str, tuple[str, bytes]] = {
-        "a list of 4 G numbers": ("a.ply", head.format("binary_little_endian", 1, axes + lists).encode() + bytes(12) + b"\xff" * 4),
-        "a list of 100 of 4 G numbers": ("b.ply", head.format("binary_little_endian", 9, axes + lists).encode() + bytes(12) + struct.pack("<I", 20) + bytes(200)),
+        "a list of 4 G numbers": (
+            "a.ply",
+            head.format("binary_little_endian", 1, axes + lists).encode() + bytes(12) + b"\xff" * 4,
+        ),
+        "a list of 100 of 4 G numbers": (
+            "b.ply",
+            head.format("binary_little_endian", 9, axes + lists).encode()
+            + bytes(12)
+            + struct.pack("<I", 20)
+            + bytes(200),
+        ),
         "10**18 vertices": ("c.ply", head.format("ascii", 10**18, axes).encode() + b"1 2 3\n"),
         "vertices without properties": ("d.ply", head.format("ascii", 10**17, "").encode()),
-        "a list in a text of 10**9 numbers": ("e.ply", head.format("ascii", 1, axes + lists).encode() + b"1 2 3 1000000000 1\n"),
-        "9,000 properties": ("f.ply", head.format("binary_little_endian", 1, axes + "".join(f"property float p{i}\n" for i in range(9000))).encode()),
+        "a list in a text of 10**9 numbers": (
+            "e.ply",
+            head.format("ascii", 1, axes + lists).encode() + b"1 2 3 1000000000 1\n",
+        ),
+        "9,000 properties": (
+            "f.ply",
+            head.format(
+                "binary_little_endian", 1, axes + "".join(f"property float p{i}\n" for i in range(9000))
+            ).encode(),
+        ),
         "a property with a command": ("g.ply", head.format("ascii", 1, "property float \x1b]0;owned\x07\n").encode()),
         "a line of 60 MB": ("a.xyz", b"1 " * (30 * _MB)),
         "lines, then one of 30 MB": ("b.xyz", b"1 2 3\n" * 500 + b"1 " * (15 * _MB)),
@@ -304,8 +332,14 @@ def _point_cases(folder: Path) -> Iterator[Case]:
         "names with commands": ("e.csv", b"\x1b]0;owned\x07,b,c\n" + b"1,2,3\n" * 300),
         "a count of 10**15": ("a.ptx", b"1000000000000000\n1000000\n" + b"0 0 0\n" * 4 + b"1 0 0 0\n" * 4),
         "a count of a million digits": ("b.ptx", b"9" * 4000 + b"\n1\n" + b"0 0 0\n" * 4 + b"1 0 0 0\n" * 4),
-        "a COUNT of a million": ("a.pcd", b"FIELDS x\nSIZE 4\nTYPE F\nCOUNT 1000000\nWIDTH 1\nHEIGHT 1\nPOINTS 1\nDATA binary\n"),
-        "POINTS of many digits": ("b.pcd", b"FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nWIDTH 1\nHEIGHT 1\nPOINTS " + b"9" * 4000 + b"\nDATA binary\n"),
+        "a COUNT of a million": (
+            "a.pcd",
+            b"FIELDS x\nSIZE 4\nTYPE F\nCOUNT 1000000\nWIDTH 1\nHEIGHT 1\nPOINTS 1\nDATA binary\n",
+        ),
+        "POINTS of many digits": (
+            "b.pcd",
+            b"FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nWIDTH 1\nHEIGHT 1\nPOINTS " + b"9" * 4000 + b"\nDATA binary\n",
+        ),
         "64 kB of names": ("c.pcd", b"FIELDS " + b"\x1b[31m " * 9000 + b"\nDATA ascii\n"),
         "the most that LZF packs": ("d.pcd", _lzf(600_000)),
         "2**32 points": ("a.las", bytes(las[:107]) + b"\xff" * 4 + bytes(las[111:])),
@@ -313,20 +347,32 @@ def _point_cases(folder: Path) -> Iterator[Case]:
         "parts that share an array": ("a.gltf", gltf(parts=20_000, count=60_000)),
         "200,000 nodes of one mesh": ("b.gltf", gltf(count=30_000, nodes=200_000)),
         "a node that holds itself": ("c.gltf", gltf().replace(b'[{"mesh": 0}]', b'[{"children": [0], "mesh": 0}]')),
-        "nodes that hold each other": ("f.gltf", gltf().replace(b'[{"mesh": 0}]', b'[{"children": [1, 1]}, {"children": [0, 0], "mesh": 0}]')),
+        "nodes that hold each other": (
+            "f.gltf",
+            gltf().replace(b'[{"mesh": 0}]', b'[{"children": [1, 1]}, {"children": [0, 0], "mesh": 0}]'),
+        ),
         "nested lists in JSON": ("d.gltf", b"[" * 100_000),
         "a number of many digits in JSON": ("e.gltf", b'{"asset": ' + b"9" * 1_000_000 + b"}"),
         "a length of 4 GB": ("a.glb", b"glTF" + struct.pack("<III4s", 2, 1 << 30, 0xFFFFFFF0, b"JSON") + b"{}"),
         "faces of vertices that there are not": ("a.obj", b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 999999999\n"),
         "a face of a million corners": ("b.obj", b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf" + b" 1 2 3" * 300_000 + b"\n"),
-        "20,000 materials": ("c.obj", b"v 0 0 0\nv 1 0 0\nv 0 1 0\n" + b"".join(b"usemtl m%d\nf 1 2 3\n" % i for i in range(20_000))),
+        "20,000 materials": (
+            "c.obj",
+            b"v 0 0 0\nv 1 0 0\nv 0 1 0\n" + b"".join(b"usemtl m%d\nf 1 2 3\n" % i for i in range(20_000)),
+        ),
         "10**9 vertices": ("a.off", b"OFF\n1000000000 1000000000 0\n0 0 0\n"),
         "many digits": ("b.off", b"OFF\n" + b"9" * 5000 + b" 1 0\n0 0 0\n"),
         "4 G faces": ("a.stl", bytes(80) + b"\xff" * 4 + bytes(50)),
         "no numbers": ("b.stl", b"solid a\nfacet normal x y z\n" * 1000 + b"endsolid\n"),
-        "a length of exabytes": ("a.e57", b"ASTM-E57" + struct.pack("<IIQQQQ", 1, 0, 1 << 62, 48, 9, 1024) + bytes(2000)),
-        "an XML part of its own": ("b.e57", b"ASTM-E57" + struct.pack("<IIQQQQ", 1, 0, 2048, 48, 1 << 40, 1024) + bytes(2000)),
-    }  # fmt: skip
+        "a length of exabytes": (
+            "a.e57",
+            b"ASTM-E57" + struct.pack("<IIQQQQ", 1, 0, 1 << 62, 48, 9, 1024) + bytes(2000),
+        ),
+        "an XML part of its own": (
+            "b.e57",
+            b"ASTM-E57" + struct.pack("<IIQQQQ", 1, 0, 2048, 48, 1 << 40, 1024) + bytes(2000),
+        ),
+    }
     for what, (name, content) in files.items():
         path = folder / f"{name[0]}_{len(what)}.{name.partition('.')[2]}"
         path.write_bytes(content)
@@ -351,21 +397,25 @@ def _folder_cases(folder: Path) -> Iterator[Case]:
     box = {"center": [0, 0, 0], "size": [1, 1, 1], "class": "chair"}
     documents = {
         "nested lists": b"[" * 100_000,
-        "nested objects in a box": json.dumps({"version": 1, "scans": [{**scan, "boxes": [{**box, "more": 0}]}]}).replace(
-            '"more": 0', '"more": ' + '{"a": ' * 900 + "0" + "}" * 900).encode(),
+        "nested objects in a box": json.dumps({"version": 1, "scans": [{**scan, "boxes": [{**box, "more": 0}]}]})
+        .replace('"more": 0', '"more": ' + '{"a": ' * 900 + "0" + "}" * 900)
+        .encode(),
         "a number of a million digits": b'{"version": ' + b"9" * 1_000_000 + b"}",
-        "1e999 and NaN": json.dumps({"version": 1, "scans": [{**scan, "boxes": [{**box, "center": [1, 2, 3]}]}]}).replace(
-            "[1, 2, 3]", "[1e999, NaN, -Infinity]").encode(),
+        "1e999 and NaN": json.dumps({"version": 1, "scans": [{**scan, "boxes": [{**box, "center": [1, 2, 3]}]}]})
+        .replace("[1, 2, 3]", "[1e999, NaN, -Infinity]")
+        .encode(),
         "a key twice": b'{"version": 1, "version": 1, "scans": []}',
         "a key of a million letters": json.dumps({"version": 1, "scans": [], "\x1b[31m" * 200_000: 1}).encode(),
         "a key with half a letter": b'{"version": 1, "scans": [], "\\ud800": 1}',
         "a file with half a letter": b'{"version": 1, "scans": [{"file": "\\ud800.ply"}]}',
         "a file with a command": b'{"version": 1, "scans": [{"file": "a\\u001b[31m\\n.ply"}]}',
         "a file out of the folder": b'{"version": 1, "scans": [{"file": "../../../etc/passwd"}]}',
-        "a class of a million letters": json.dumps({"version": 1, "scans": [{**scan, "boxes": [{**box, "class": "x" * _MB}]}]}).encode(),
+        "a class of a million letters": json.dumps(
+            {"version": 1, "scans": [{**scan, "boxes": [{**box, "class": "x" * _MB}]}]}
+        ).encode(),
         "other text": b"\xff\xfe\0{",
         "a million empty lists": b'{"version": 1, "scans": [' + b"[]," * 1_000_000 + b"[]]}",
-    }  # fmt: skip
+    }
     for number, (what, content) in enumerate(documents.items()):
         path = scan_folder(folder / f"own_{number}", rng, content)
         yield Case("scan folder", what, str(path.parent), max(len(content), 22 * _MB if "million empty" in what else 0))
@@ -376,14 +426,18 @@ def _folder_cases(folder: Path) -> Iterator[Case]:
         "a picture of 10**9 pixels": (f"{frame}/depth_bfx/depth.png", _png(40_000, 40_000, rows=1)),
         "a picture with half of its rows": (f"{frame}/depth_bfx/depth.png", _png(12, 9, rows=4)),
         "256 MB of zeros in a MATLAB file": (
-            "SUNRGBDMeta3DBB_v2.mat", b"MATLAB 5.0".ljust(124) + struct.pack("<H2s", 256, b"IM") + struct.pack("<II", 15, len(packed)) + packed),
+            "SUNRGBDMeta3DBB_v2.mat",
+            b"MATLAB 5.0".ljust(124) + struct.pack("<H2s", 256, b"IM") + struct.pack("<II", 15, len(packed)) + packed,
+        ),
         "cells 20,000 deep": ("SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat", _deep_cells(20_000)),
         "a MATLAB file of other variables": ("SUNRGBDMeta3DBB_v2.mat", _mat(SUNRGBDMeta=np.zeros(3))),
         "a cell of 2**31 cells": (
             "SUNRGBDtoolbox/traintestSUNRGBD/allsplit.mat",
             _mat(alltrain=np.array([["a"]], object), alltest=np.array([["b"]], object)).replace(
-                struct.pack("<IIii", 5, 8, 1, 1), struct.pack("<IIii", 5, 8, 1 << 15, 1 << 15))),
-    }  # fmt: skip
+                struct.pack("<IIii", 5, 8, 1, 1), struct.pack("<IIii", 5, 8, 1 << 15, 1 << 15)
+            ),
+        ),
+    }
     for number, (what, (name, content)) in enumerate(pictures.items()):
         root = folder / f"sun_{number}"
         root.mkdir()
@@ -449,11 +503,19 @@ def _place_cases(folder: Path) -> Iterator[Case]:
         "no file": lambda path: None,
     }
     names = [
-        *(("points", f"a{suffix}") for suffix in (".ply", ".npy", ".npz", ".bin", ".xyz", ".pcd", ".las", ".laz", ".e57")),
+        *(
+            ("points", f"a{suffix}")
+            for suffix in (".ply", ".npy", ".npz", ".bin", ".xyz", ".pcd", ".las", ".laz", ".e57")
+        ),
         *(("points", f"a{suffix}") for suffix in (".obj", ".glb", ".gltf", ".stl", ".off", ".ptx", ".csv")),
-        ("pickle", "a.pkl"), ("torch", "a.pth"), ("matches", "a.npz"), ("kept batch", "7.npz"),
-        ("scan folder", "boxes.json"), ("pretrained", "config.json"), ("scan cache", "a.scan"),
-    ]  # fmt: skip
+        ("pickle", "a.pkl"),
+        ("torch", "a.pth"),
+        ("matches", "a.npz"),
+        ("kept batch", "7.npz"),
+        ("scan folder", "boxes.json"),
+        ("pretrained", "config.json"),
+        ("scan cache", "a.scan"),
+    ]
     for number, (what, make) in enumerate(makers.items()):
         for reader, name in names:
             place = folder / f"{number}_{reader.replace(' ', '_')}_{name.partition('.')[2]}"

@@ -94,11 +94,14 @@ def load_mat(path: Path, kinds: Mapping[str, str]) -> list[np.ndarray]:
 
 
 def _check_complete(content: bytes) -> None:
-    """Raise ValueError or zlib.error unless the header is of version 5 and all variables are whole."""
+    """Raise ValueError or zlib.error unless the header is of version 5 and all variables are whole.
+
+    Raise OSError if they are packed more than measured values can be, or take more memory than is free.
+    """
     order = {b"IM": "<", b"MI": ">"}.get(content[126:128])
     if order is None:
         raise ValueError("its header is not that of version 5")
-    place = _MAT_HEADER
+    place, unpacked = _MAT_HEADER, 0
     while place < len(content):
         if place + 8 > len(content):
             raise ValueError("it is cut off")
@@ -111,7 +114,8 @@ def _check_complete(content: bytes) -> None:
         if kind == _COMPRESSED:  # as in the originals; has a checksum, which SciPy compares too late
             stream, inflater = content[place - size : place], zlib.decompressobj()
             while stream and not inflater.eof:
-                inflater.decompress(stream, 1 << 24)
+                unpacked += len(inflater.decompress(stream, 1 << 24))
+                check_growth(len(content), unpacked, "it")
                 stream = inflater.unconsumed_tail
             inflater.flush()  # what the limit of the last call kept back
             if not inflater.eof:
