@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from h2a2_jax.distributed import say
+from h2a2_jax.errors import quoted
 from h2a2_jax.evaluation.average_precision import average_precision_of_draws
 from h2a2_jax.files import whole_file
 from h2a2_jax.untrusted.arrays import load_arrays
@@ -42,14 +44,6 @@ class Matches:
     is_hit: Bool[np.ndarray, "t n"]
     ground_truth: Int[np.ndarray, "s c"]
 
-    @property
-    def is_consistent(self) -> bool:
-        """True if every detection has a label, and is of a scan and of a class that there are."""
-        numbers, sizes = (self.scans, self.labels), self.ground_truth.shape
-        return len(self.scores) == len(self.scans) == len(self.labels) and all(
-            not len(each) or 0 <= each.min() <= each.max() < size for each, size in zip(numbers, sizes, strict=True)
-        )
-
     def mean_average_precision(self, counts: Int[np.ndarray, "draws s"]) -> Float[np.ndarray, "draws t"]:
         """MAP of an evaluation on every drawing of the scans, 0 to 1; NaN where no class has ground truth.
 
@@ -66,6 +60,13 @@ class Matches:
         known = np.isfinite(scores)
         total, classes = np.where(known, scores, 0).sum(1), known.sum(1)
         return np.where(classes > 0, total / np.maximum(classes, 1), np.nan).T
+
+    def check(self) -> None:
+        """Check that the arrays belong together; raise ValueError if they do not."""
+        detections, (scans, classes) = len(self.scores), self.ground_truth.shape
+        for name, values, end in (("scans", self.scans, scans), ("labels", self.labels, classes)):
+            if len(values) != detections or (detections and not (0 <= values.min() and values.max() < end)):
+                raise ValueError(f"{name} are not one of {end} for each of {detections} detections")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists for JSON."""
@@ -98,7 +99,9 @@ def write_matches(file: Path, matches: Mapping[str, Matches]) -> None:
 
 
 def read_matches(file: Path) -> dict[str, Matches]:
-    """Read the matches of datasets; none if the file is missing, damaged or of another version."""
+    """Read the matches of datasets; none if the file is missing, damaged, which is printed, or of another version."""
+    if not file.exists():
+        return {}
     try:
         arrays = load_arrays(file)
         if int(arrays["version"]) != MATCHES_VERSION:
@@ -106,6 +109,10 @@ def read_matches(file: Path) -> dict[str, Matches]:
         names = dict.fromkeys(key.rpartition("/")[0] for key in arrays if "/" in key)
         fields = [field.name for field in dataclasses.fields(Matches)]
         found = {name: Matches.from_dict({f: arrays[f"{name}/{f}"] for f in fields}) for name in names}
-        return found if all(own.is_consistent for own in found.values()) else {}
-    except (OSError, ValueError, TypeError, KeyError):
+        for matches in found.values():
+            matches.check()
+        return found
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or quoted(error, 150) or type(error).__name__
+        say(f"{file} is damaged and left out ({reason}): --mode=eval writes it anew.")
         return {}
