@@ -18,6 +18,7 @@ status 1 if something failed. All files are in a temporary folder, or in --folde
     devices    saved on three devices, resumed on one and on six; evaluated on one, three and six
     poison     scans with colours that are not finite
     processes  three processes, and SIGTERM for one of them
+    hostile    800 damaged and hostile files over all readers: one sentence each, in bounded memory and time
 """
 
 import argparse
@@ -31,6 +32,7 @@ import numpy as np
 
 from benchmarks.faults.children import Bench, Fault, Report
 from benchmarks.faults.damage import damaged, disk
+from benchmarks.faults.hostile import hostile
 from benchmarks.faults.kills import kills, own_cache
 from benchmarks.faults.processes import processes
 from benchmarks.faults.stops import second, sigterm, workers
@@ -47,6 +49,7 @@ SCENARIOS: dict[str, tuple[tuple[Callable[[Bench], None], ...], int]] = {
     "devices": ((devices,), 7),
     "poison": ((poison,), 4),
     "processes": ((processes,), 4),
+    "hostile": ((hostile,), 0),
 }
 """Functions of a scenario, and the number of trainings that it starts without the kills of --kills."""
 

@@ -19,6 +19,7 @@ from h2a2_jax.convert.torch_file import write_torch_file
 from h2a2_jax.evaluation.matches import Matches, write_matches
 from h2a2_jax.prepare.scan_cache import ScanCache
 from h2a2_jax.pretrained.folder import write_pretrained
+from h2a2_jax.scans.formats.surface import MOST
 from h2a2_jax.scans.scan import Scan
 from h2a2_jax.training.nonfinite import KeptShard, write_batch
 from tests.pretrained.detectors import stored_detector
@@ -74,22 +75,26 @@ def _point_files(folder: Path, rng: np.random.Generator) -> Iterator[Sample]:
     (folder / "a.xyz").write_text(table)
     (folder / "a.csv").write_text("x,y,z,r,g,b\n" + table.replace(" ", ","))
     head = "".join(f"property float {axis}\n" for axis in "xyz")
-    for form in ("binary_little_endian", "ascii"):
-        body = xyz.tobytes() if form != "ascii" else "".join(f"{x:g} {y:g} {z:g}\n" for x, y, z in xyz).encode()
-        faces = b"".join(b"\3" + struct.pack("<3i", i, i + 1, i + 2) for i in range(40))
-        faces = faces if form != "ascii" else "".join(f"3 {i} {i + 1} {i + 2}\n" for i in range(40)).encode()
+    texts = "".join(f"{x:g} {y:g} {z:g}\n" for x, y, z in xyz).encode()
+    triangles = [(i, i + 1, i + 2) for i in range(40)]
+    for form, body, faces in (
+        (
+            "binary_little_endian",
+            xyz.tobytes(),
+            b"".join(b"\3" + struct.pack("<3i", *corners) for corners in triangles),
+        ),
+        ("ascii", texts, b"".join(b"3 %d %d %d\n" % corners for corners in triangles)),
+    ):
         lists = "element face 40\nproperty list uchar int vertex_indices\n"
         lines = f"ply\nformat {form} 1.0\nelement vertex {len(xyz)}\n{head}{lists}end_header\n".encode()
         (folder / f"{form}.ply").write_bytes(lines + body + faces)
-    for data in ("binary", "binary_compressed", "ascii"):
-        body = {"binary": xyz.tobytes(), "ascii": b"1.5 2.5 3.5\n" * len(xyz)}.get(data)
-        if body is None:
-            raw = np.ascontiguousarray(xyz.T).tobytes()
-            packed = b"".join(bytes([len(raw[i : i + 32]) - 1]) + raw[i : i + 32] for i in range(0, len(raw), 32))
-            body = struct.pack("<II", len(packed), len(raw)) + packed
+    raw = np.ascontiguousarray(xyz.T).tobytes()
+    packed = b"".join(bytes([len(raw[i : i + 32]) - 1]) + raw[i : i + 32] for i in range(0, len(raw), 32))
+    packed = struct.pack("<II", len(packed), len(raw)) + packed
+    for data, body in (("binary", xyz.tobytes()), ("binary_compressed", packed), ("ascii", texts)):
         size = len(xyz)
-        lines = f"FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nWIDTH {size}\nHEIGHT 1\nPOINTS {size}\nDATA {data}\n"
-        (folder / f"{data}.pcd").write_bytes(lines.encode() + body)
+        text = f"FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nWIDTH {size}\nHEIGHT 1\nPOINTS {size}\nDATA {data}\n"
+        (folder / f"{data}.pcd").write_bytes(text.encode() + body)
     identity = "1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\n"
     axes = "0 0 0\n1 0 0\n0 1 0\n0 0 1\n"
     lines = "".join(f"{x:.3f} {y:.3f} {z:.3f} 0.5 {r:.0f} {g:.0f} {b:.0f}\n" for x, y, z, r, g, b in rows)
@@ -231,6 +236,12 @@ def _raw(folder: Path) -> Iterator[Sample]:
             yield from (Sample(reader, path, root) for path in sorted(root.glob(pattern)) if path.is_file())
 
 
+def declared_size(path: Path) -> int:
+    """Bytes of content that a file states: a mesh states a surface, which is covered with points."""
+    is_mesh = path.suffix in (".obj", ".glb", ".gltf", ".stl", ".off", ".ply")
+    return max(path.stat().st_size, 24 * MOST * is_mesh)
+
+
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 
@@ -306,4 +317,4 @@ def damaged_cases(folder: Path, whole: list[Sample], rng: np.random.Generator) -
                 shutil.copytree(sample.given, place)
                 path, given = place / sample.file.relative_to(sample.given), place
             path.write_bytes(content)
-            yield Case(sample.reader, f"{sample.file.name}: {what}", str(given), max(len(content), 1))
+            yield Case(sample.reader, f"{sample.file.name}: {what}", str(given), declared_size(path))

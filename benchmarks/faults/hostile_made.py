@@ -14,11 +14,12 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.io import savemat
 
-from benchmarks.faults.hostile_files import SETTINGS, Case, gltf, infos, mmdet3d_folder, scan_folder
+from benchmarks.faults.hostile_files import SETTINGS, Case, declared_size, gltf, infos, mmdet3d_folder, scan_folder
 from h2a2_jax.prepare.scan_cache import ScanCache
 from tests.scans.raw.miniature import SUN_FRAMES, write_sunrgbd
 
@@ -108,21 +109,20 @@ def _pickle_cases(folder: Path) -> Iterator[Case]:
         given = mmdet3d_folder(folder / f"mmdet3d_{number}", rng, content).parent
         yield Case("mmdet3d", what, str(given), len(content))
     entry = infos(1)["data_list"][0]
-    nest: list = [1.0]
+    nest: list[Any] = [1.0]
     for _ in range(60):
         nest = [nest, nest]
-    for number, (what, change) in enumerate(
-        {
-            "a box of nested lists": {"instances": [{"bbox_3d": nest, "bbox_label_3d": 2}]},
-            "a box of text": {"instances": [{"bbox_3d": "\x1b[31m" * 1000, "bbox_label_3d": 2}]},
-            "a label that is a list": {"instances": [{"bbox_3d": [1.0] * 7, "bbox_label_3d": [1]}]},
-            "an alignment of text": {"axis_align_matrix": "x" * 10_000},
-            "a path of many letters": {"lidar_points": {"lidar_path": "a" * 100_000 + ".bin"}},
-            "a path out of the folder": {"lidar_points": {"lidar_path": "../../etc/passwd"}},
-            "a path with a command": {"lidar_points": {"lidar_path": "a\x1b]0;b\x07\n.bin"}},
-            "a path that is no text": {"lidar_points": {"lidar_path": "a\udcff.bin"}},
-        }.items()
-    ):
+    changes: dict[str, dict[str, Any]] = {
+        "a box of nested lists": {"instances": [{"bbox_3d": nest, "bbox_label_3d": 2}]},
+        "a box of text": {"instances": [{"bbox_3d": "\x1b[31m" * 1000, "bbox_label_3d": 2}]},
+        "a label that is a list": {"instances": [{"bbox_3d": [1.0] * 7, "bbox_label_3d": [1]}]},
+        "an alignment of text": {"axis_align_matrix": "x" * 10_000},
+        "a path of many letters": {"lidar_points": {"lidar_path": "a" * 100_000 + ".bin"}},
+        "a path out of the folder": {"lidar_points": {"lidar_path": "../../etc/passwd"}},
+        "a path with a command": {"lidar_points": {"lidar_path": "a\x1b]0;b\x07\n.bin"}},
+        "a path that is no text": {"lidar_points": {"lidar_path": "a\udcff.bin"}},
+    }
+    for number, (what, change) in enumerate(changes.items()):
         content = pickle.dumps({**infos(0), "data_list": [{**entry, **change}]}, 4)
         given = mmdet3d_folder(folder / f"entry_{number}", rng, content).parent
         yield Case("mmdet3d", what, str(given), len(content))
@@ -355,7 +355,7 @@ def _point_cases(folder: Path) -> Iterator[Case]:
         "a number of many digits in JSON": ("e.gltf", b'{"asset": ' + b"9" * 1_000_000 + b"}"),
         "a length of 4 GB": ("a.glb", b"glTF" + struct.pack("<III4s", 2, 1 << 30, 0xFFFFFFF0, b"JSON") + b"{}"),
         "faces of vertices that there are not": ("a.obj", b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 999999999\n"),
-        "a face of a million corners": ("b.obj", b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf" + b" 1 2 3" * 300_000 + b"\n"),
+        "a face of 300,000 corners": ("b.obj", b"v 0 0 0\nv 1 0 0\nv 0 1 0\nf" + b" 1 2 3" * 100_000 + b"\n"),
         "20,000 materials": (
             "c.obj",
             b"v 0 0 0\nv 1 0 0\nv 0 1 0\n" + b"".join(b"usemtl m%d\nf 1 2 3\n" % i for i in range(20_000)),
@@ -376,7 +376,7 @@ def _point_cases(folder: Path) -> Iterator[Case]:
     for what, (name, content) in files.items():
         path = folder / f"{name[0]}_{len(what)}.{name.partition('.')[2]}"
         path.write_bytes(content)
-        declared = max(len(content), 600_000 // 3 * 264 if "LZF" in what else 0)
+        declared = max(declared_size(path), 600_000 // 3 * 264 if "LZF" in what else 0)
         yield Case(f"points {path.suffix}", what, str(path), declared)
 
 

@@ -81,8 +81,6 @@ def read_torch_file(path: str | Path) -> TorchFile:
         InputError: no such file, one that is not PyTorch's, damaged, or one without a state dict.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"There is no file {path}: give a checkpoint of PyTorch, such as tr3d.pth.")
     try:
         check_regular(path)
         with open(path, "rb") as file:
@@ -93,8 +91,10 @@ def read_torch_file(path: str | Path) -> TorchFile:
             if head[:2] == b"\x80\x02":
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                     return _read_legacy(path, content)
+    except FileNotFoundError:
+        raise InputError(f"There is no file {path}: give a checkpoint of PyTorch, such as tr3d.pth.") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise InputError(f"{path} cannot be read: {error.strerror or error}; check the file.") from error
     except InputError:
         raise
     except (_Damaged, pickle.UnpicklingError, zipfile.BadZipFile) as error:

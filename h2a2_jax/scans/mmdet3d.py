@@ -32,6 +32,7 @@ The train and the validation info files name the same scans: good for trying thi
 """
 
 import argparse
+import os
 import pickle
 import shutil
 import sys
@@ -66,6 +67,7 @@ from h2a2_jax.untrusted.restricted_pickle import load_plain_pickle
 
 _COLUMNS = 6
 _ROW_BYTES = 4 * _COLUMNS
+_LONGEST_STEM = 251  # bytes that file systems take, without ".bin"
 _NO_CLASS = "boxes of no class of the dataset"
 _OTHER_NUMBER = "boxes whose class has another number in the dataset, taken by its name"
 _NO_YAW = "boxes of six numbers, yaw 0 taken"
@@ -385,9 +387,11 @@ def _labels(name: str, given: Iterable[Any]) -> np.ndarray:
 def _safe_name(stored_path: Any, columns: Any) -> str:
     """Return the name of a scan after checking that its path stays in a folder and its file has six columns."""
     if not isinstance(stored_path, str) or "\0" in stored_path or not _stem(stored_path):
-        raise ValueError(f"the path of a scan is {stored_path!r}")
+        raise ValueError(f"the path of a scan is {quoted(repr(stored_path), 100)}")
+    if len(os.fsencode(_stem(stored_path))) > _LONGEST_STEM:
+        raise ValueError(f"the path of a scan has {len(stored_path):,} letters: {quoted(repr(stored_path), 100)}")
     if ".." in PurePosixPath(stored_path.replace("\\", "/")).parts:
-        raise ValueError(f"the path {stored_path!r} leaves the folder")
+        raise ValueError(f"the path {quoted(repr(stored_path), 100)} leaves the folder")
     if columns is not None and columns != _COLUMNS:
         raise ValueError(f"scan {_stem(stored_path)} has {columns} numbers per point, {_COLUMNS} expected")
     return _stem(stored_path)

@@ -34,9 +34,14 @@ class ArrayHeader(NamedTuple):
     dtype: np.dtype
 
     @property
+    def count(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
     def size(self) -> int:
         """Bytes of the array."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.count * self.dtype.itemsize
 
 
 def read_header(file: Any) -> ArrayHeader:
@@ -49,22 +54,23 @@ def read_header(file: Any) -> ArrayHeader:
     if start not in (b"\x93NUMPY\1\0", b"\x93NUMPY\2\0"):
         raise NotAnArray("it does not begin as one")
     length = int.from_bytes(file.read(2 if start[6] == 1 else 4), "little")
-    header = file.read(min(length, LONGEST_HEADER))
+    text = file.read(min(length, LONGEST_HEADER))
     # Python's parser can crash on bytes that are no text.
-    if len(header) < length or not all(32 <= byte < 127 or byte == 10 for byte in header):
+    if len(text) < length or not all(32 <= byte < 127 or byte == 10 for byte in text):
         raise NotAnArray("its header is damaged")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = np.lib.format.read_array_header_2_0(io.BytesIO(struct.pack("<I", length) + header))
+            found = np.lib.format.read_array_header_2_0(io.BytesIO(struct.pack("<I", length) + text))
     except Exception as error:  # of many kinds
         raise NotAnArray(f"its header is damaged: {quoted(error, 100)}") from error
     shape, is_fortran, dtype = found
     if dtype.hasobject:
         raise NotAnArray("it holds Python objects, which are never loaded")
-    if any(length < 0 for length in shape):
-        raise NotAnArray(f"its header states the shape {quoted(shape, 60)}")
-    return ArrayHeader(shape, is_fortran, dtype)
+    header = ArrayHeader(tuple(map(int, shape)), is_fortran, dtype)
+    if any(length < 0 for length in header.shape):
+        raise NotAnArray(f"its header states the shape {quoted(header.shape, 60)}")
+    return header
 
 
 def check_archive(archive: zipfile.ZipFile, size: int) -> None:
@@ -138,12 +144,12 @@ def _load(file: Any, size: int) -> Mapping[str, np.ndarray]:
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(info) as file:
         header = read_header(file)
-        if header.size > info.file_size or (header.dtype.itemsize == 0 and math.prod(header.shape)):
+        if header.size > info.file_size or (header.dtype.itemsize == 0 and header.count):
             raise NotAnArray(f"{quoted(info.filename, 60)} is cut off")
         content = bytearray(file.read(header.size))
         if len(content) < header.size:
             raise NotAnArray(f"{quoted(info.filename, 60)} is cut off")
-    flat = np.frombuffer(content, header.dtype) if header.size else np.zeros(math.prod(header.shape), header.dtype)
+    flat = np.frombuffer(content, header.dtype) if header.size else np.zeros(header.count, header.dtype)
     check_letters(flat)
     return flat.reshape(header.shape, order="F" if header.is_fortran else "C")
 

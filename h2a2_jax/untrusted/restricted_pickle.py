@@ -72,8 +72,6 @@ def load_plain_pickle(path: Path) -> Any:
         InputError: the file is missing, is no complete pickle, or names any other class or function
             (which could run arbitrary code).
     """
-    if not path.exists():
-        raise InputError(f"There is no file {path}: check the folder and the file name.")
     try:
         check_regular(path)
         with path.open("rb") as file:
@@ -83,6 +81,8 @@ def load_plain_pickle(path: Path) -> Any:
             found = _PlainUnpickler(file, size, room).load()
             _check_extent(found, room)
             return found
+    except FileNotFoundError:
+        raise InputError(f"There is no file {path}: check the folder and the file name.") from None
     except OSError as error:
         raise InputError(
             f"{path} cannot be read: {error.strerror or error}; check the file and its permissions."

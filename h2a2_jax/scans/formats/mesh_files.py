@@ -20,6 +20,7 @@ _UNREAD = {
     "KHR_texture_basisu": "has textures in KTX2, which are not read: its colours are missing",
     "KHR_texture_transform": "has textures that are moved or scaled, which is not done: its colours may be wrong",
 }
+_MOST_NODES = 50_000
 _LARGEST_ENTRY = 64  # bytes of an entry of an array of glTF, a matrix
 _ROUNDING = 1e-3  # by which colours may exceed 1
 _NUMBER = rb"[ \t]+([\d.eE+-]+)"
@@ -87,7 +88,7 @@ def check_gltf(path: Path, content: bytes) -> list[str]:
             raise InputError(f"{path} has sparse arrays, which are not read: export it without them.")
         if "bufferView" not in accessor and accessor["count"] > len(content):
             raise InputError(f"{path} is damaged: it claims {accessor['count']} numbers; export it again.")
-    _check_sharing(tree, len(content))
+    _check_sharing(path, tree, len(content))
     said = [text for name, text in _UNREAD.items() if name in extensions]
     modes = [part.get("mode", 4) for mesh in tree.get("meshes", ()) for part in mesh.get("primitives", ())]
     if others := sum(mode in (1, 2, 3, 6) for mode in modes):
@@ -95,8 +96,10 @@ def check_gltf(path: Path, content: bytes) -> list[str]:
     return said
 
 
-def _check_sharing(tree: dict[str, Any], size: int) -> None:
+def _check_sharing(path: Path, tree: dict[str, Any], size: int) -> None:
     """Refuse parts that share arrays so often that their copies, which trimesh makes, fill the memory."""
+    if len(tree.get("nodes", ())) > _MOST_NODES:
+        raise InputError(f"{path} has more than {_MOST_NODES:,} parts in its scene: join them, or export points.")
     accessors, total = tree.get("accessors", ()), 0
     for mesh in tree.get("meshes", ()):
         for part in mesh.get("primitives", ()):

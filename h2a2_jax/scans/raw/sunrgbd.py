@@ -116,16 +116,15 @@ def _check_complete(content: bytes) -> None:
             raise ValueError(f"it holds an element of the kind {kind}")
         variable = memoryview(content)[place - size : place]
         if kind == _COMPRESSED:  # as in the originals; has a checksum, which SciPy compares too late
-            parts, stream, inflater = list[bytes](), bytes(variable), zlib.decompressobj()
+            stream, inflater = bytes(variable), zlib.decompressobj()
             while stream and not inflater.eof:
-                parts.append(inflater.decompress(stream, 1 << 24))
-                unpacked += len(parts[-1])
+                unpacked += len(inflater.decompress(stream, 1 << 22))
                 check_growth(len(content), unpacked, "it")
                 stream = inflater.unconsumed_tail
-            parts.append(inflater.flush())  # what the limit of the last call kept back
+            inflater.flush()  # what the limit of the last call kept back
             if not inflater.eof:
                 raise ValueError("it is cut off")
-            variable = memoryview(b"".join(parts))
+            variable = memoryview(zlib.decompress(variable))
             if len(variable) < 8 or struct.unpack_from(f"{order}II", variable) != (_MATRIX, len(variable) - 8):
                 raise ValueError("it holds a compressed element that is no matrix")
             variable = variable[8:]
