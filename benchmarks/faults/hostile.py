@@ -231,6 +231,13 @@ def _read_pretrained(folder: Path) -> None:
     read_pretrained(folder).build()
 
 
+def _read_prepared(folder: Path) -> None:
+    from h2a2_jax.scans.specs import SCANNET
+    from h2a2_jax.scans.tfds_source import TfdsSource
+
+    TfdsSource(folder, "train", SCANNET)
+
+
 def _read_batch(path: Path) -> None:
     from h2a2_jax.training.nonfinite import read_batch
 
@@ -253,6 +260,7 @@ READERS: dict[str, Callable[[Path], None]] = {
     "matches": _read_matches,
     "kept batch": _read_batch,
     "pretrained": _read_pretrained,
+    "prepared": _read_prepared,
     **{kind: _read_raw(kind) for kind in ("scannet", "sunrgbd", "s3dis", "arkitscenes")},
 }
 """Public entries of the readers by name; "points .ply" is "points" for files of that suffix."""

@@ -93,16 +93,16 @@ def _point_files(folder: Path, rng: np.random.Generator) -> Iterator[Sample]:
     packed = struct.pack("<II", len(packed), len(raw)) + packed
     for data, body in (("binary", xyz.tobytes()), ("binary_compressed", packed), ("ascii", texts)):
         size = len(xyz)
-        text = f"FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nWIDTH {size}\nHEIGHT 1\nPOINTS {size}\nDATA {data}\n"
-        (folder / f"{data}.pcd").write_bytes(text.encode() + body)
+        head_of_pcd = f"FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nWIDTH {size}\nHEIGHT 1\nPOINTS {size}\nDATA {data}\n"
+        (folder / f"{data}.pcd").write_bytes(head_of_pcd.encode() + body)
     identity = "1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\n"
     axes = "0 0 0\n1 0 0\n0 1 0\n0 0 1\n"
     lines = "".join(f"{x:.3f} {y:.3f} {z:.3f} 0.5 {r:.0f} {g:.0f} {b:.0f}\n" for x, y, z, r, g, b in rows)
     (folder / "a.ptx").write_text(f"20\n20\n{axes}{identity}{lines}")
     room = trimesh.creation.box((1.0, 0.8, 0.6))
     for kind in ("obj", "glb", "stl", "off"):
-        content = room.export(file_type=kind)
-        (folder / f"a.{kind}").write_bytes(content.encode() if isinstance(content, str) else content)
+        exported = room.export(file_type=kind)
+        (folder / f"a.{kind}").write_bytes(exported.encode() if isinstance(exported, str) else exported)
     (folder / "a.gltf").write_bytes(gltf())
     _las_files(folder, xyz, rgb)
     for path in sorted(folder.iterdir()):

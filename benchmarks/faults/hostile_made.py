@@ -21,6 +21,7 @@ from scipy.io import savemat
 
 from benchmarks.faults.hostile_files import SETTINGS, Case, declared_size, gltf, infos, mmdet3d_folder, scan_folder
 from h2a2_jax.prepare.scan_cache import ScanCache
+from h2a2_jax.scans.specs import SCANNET
 from tests.scans.raw.miniature import SUN_FRAMES, write_sunrgbd
 
 _MB = 1 << 20
@@ -460,6 +461,29 @@ def _deep_cells(depth: int) -> bytes:
     return b"MATLAB 5.0".ljust(124) + struct.pack("<H2s", 256, b"IM") + outer
 
 
+def _prepared_cases(folder: Path) -> Iterator[Case]:
+    """Folders of prepared datasets whose two JSON files have any form; no record is reached."""
+    info = {
+        "name": "scannet",
+        "splits": [{"name": "train", "shardLengths": ["1"], "numBytes": "8"}],
+        "fileFormat": "array_record",
+    }
+    metadata = {"dataset": "scannet", "classes": list(SCANNET.classes), "names": {"train": ["a"]}}
+    texts: list[Any] = [[], 1, "\x1b[31m", None, {}, b"[" * 100_000, b"9" * 100_000, b"\xff\xfe{", {"a": [{}]}]
+    changes = [("metadata.json", text) for text in texts] + [("dataset_info.json", text) for text in texts]
+    for key in metadata:
+        changes += [("metadata.json", {**metadata, key: text}) for text in (1, ["\x1b[31m" * 999], {"train": 1}, None)]
+    for key in info:
+        changes += [("dataset_info.json", {**info, key: text}) for text in (1, [1], [{"name": {}}], None)]
+    for number, (name, content) in enumerate(changes):
+        place = folder / f"prepared_{number}"
+        place.mkdir()
+        (place / "dataset_info.json").write_text(json.dumps(info))
+        (place / "metadata.json").write_text(json.dumps(metadata))
+        (place / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        yield Case("prepared", f"another {name}, {number}", str(place), (place / name).stat().st_size)
+
+
 def _mat(**variables: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     savemat(buffer, variables)
@@ -549,6 +573,7 @@ def made_cases(folder: Path, pretrained: Path) -> Iterator[Case]:
         "torch": _torch_cases,
         "points": _point_cases,
         "folders": _folder_cases,
+        "prepared": _prepared_cases,
         "places": _place_cases,
         "weights": lambda place: _pretrained_cases(place, pretrained),
     }

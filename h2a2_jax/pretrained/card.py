@@ -64,8 +64,13 @@ def facts_of_run(run: Path, step: int) -> CardFacts:
     documents = read_json(run / "evaluations" / str(step) / _EVALUATION) or read_json(run / _EVALUATION)
     scores = {}
     for dataset, document in (documents if isinstance(documents, dict) else {}).items():
-        levels = document.get("thresholds", ()) if isinstance(document, dict) else ()
-        scores[dataset] = {f"{level['iou']:g}": level["mAP"] for level in levels if level["mAP"] is not None}
+        levels = document.get("thresholds") if isinstance(document, dict) else ()
+        known = [level for level in levels if isinstance(level, dict)] if isinstance(levels, list) else []
+        scores[dataset] = {
+            f"{level['iou']:g}": level["mAP"]
+            for level in known
+            if _is_share(level.get("iou")) and level.get("mAP") is not None
+        }
     return CardFacts(scores=_scores(scores), measured="the validation scans, by h2a2 eval", steps=step)
 
 

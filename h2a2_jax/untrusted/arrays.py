@@ -29,7 +29,7 @@ class NotAnArray(ValueError):
 class ArrayHeader(NamedTuple):
     """Header of an array: its shape, True if its columns lie one behind the other, and its type."""
 
-    shape: tuple[int, ...]
+    shape: tuple[Any, ...]
     is_fortran: bool
     dtype: np.dtype
 

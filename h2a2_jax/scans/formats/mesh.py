@@ -18,6 +18,7 @@ from h2a2_jax.scans.formats.mesh_files import (
     Colored,
     MeshFolder,
     check_gltf,
+    check_obj,
     check_stl,
     color_faces,
     count_from_first,
@@ -45,6 +46,7 @@ def read_mesh(path: Path, thinning: Thinning) -> RawCloud:
     elif kind == "stl":
         check_stl(path, content)
     elif kind == "obj":
+        check_obj(path, content)
         content = count_from_first(without_comments(content))
     folder: Any = MeshFolder(path.parent, said)
     try:

@@ -20,7 +20,7 @@ _UNREAD = {
     "KHR_texture_basisu": "has textures in KTX2, which are not read: its colours are missing",
     "KHR_texture_transform": "has textures that are moved or scaled, which is not done: its colours may be wrong",
 }
-_MOST_NODES = 50_000
+_MOST_NODES, _MOST_MATERIALS = 50_000, 5_000
 _LARGEST_ENTRY = 64  # bytes of an entry of an array of glTF, a matrix
 _ROUNDING = 1e-3  # by which colours may exceed 1
 _NUMBER = rb"[ \t]+([\d.eE+-]+)"
@@ -106,6 +106,12 @@ def _check_sharing(path: Path, tree: dict[str, Any], size: int) -> None:
             used = [*part.get("attributes", {}).values(), *(part[key] for key in ("indices",) if key in part)]
             total += sum(_LARGEST_ENTRY * min(int(accessors[i]["count"]), size) for i in used)
     check_room(max(total - _LARGEST_ENTRY * size, 0), "what its parts share")
+
+
+def check_obj(path: Path, content: bytes) -> None:
+    """Refuse more materials than scenes have: trimesh makes a part of each, in a time that grows with their square."""
+    if len(set(re.findall(rb"^usemtl[ \t]+(.*)", content, re.MULTILINE))) > _MOST_MATERIALS:
+        raise InputError(f"{path} has more than {_MOST_MATERIALS:,} materials: join them, or export points.")
 
 
 def check_stl(path: Path, content: bytes) -> None:
