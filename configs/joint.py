@@ -35,6 +35,7 @@ and with every word but `union`; docs/detectors.md has the two side by side.
 are (`:demo` is gap 1); any number from 0 to 2 goes, behind `:demo` and `:tiny` (`SourceConfig.gap`).
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -79,7 +80,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
     Words are separated by commas; their order does not matter.
 
     Raises:
-        InputError: an unknown word, two bases, or a modifier that does not go with the base.
+        InputError: an unknown word, two bases, two balancers, two gaps, two ways to share that set the same value, or a
+            modifier that does not go with the base.
     """
     words = [word for word in (variant or "").split(",") if word]
     if unknown := [word for word in words if word not in VARIANTS and not _GAP.fullmatch(word)]:
@@ -89,11 +91,15 @@ def get_config(variant: str | None = None) -> ConfigDict:
     bases = [base for base in BASES if base in words] or ["paper"]
     if len(bases) > 1:
         raise InputError(f"configs/joint.py:{variant} names {' and '.join(bases)}: choose one of {', '.join(BASES)}.")
+    gaps = [word for word in words if _GAP.fullmatch(word)]
+    for kinds in (_BALANCER_WORDS, gaps, *_RIVAL_WORDS):
+        if len(rivals := [word for word in dict.fromkeys(words) if word in kinds]) > 1:
+            raise InputError(f"configs/joint.py:{variant} names {' and '.join(rivals)}, of which one goes: choose one.")
     config = BASES[bases[0]]()
     for word, change in MODIFIERS.items():
         if word in words:
             config = change(config)
-    for word in filter(_GAP.fullmatch, words):
+    for word in gaps[:1]:
         config = with_gap(config, float(word.removeprefix("gap")))
     return config_dict(config)
 
@@ -225,13 +231,22 @@ BASES: Mapping[str, Callable[[], ExperimentConfig]] = {
     "two": two,
 }
 
+_BALANCER_WORDS = ("mean", *(method for method in BALANCERS if method != "fixed"))
+"""Words for balancers. Fixed weights are flags: they need numbers."""
+_RIVAL_WORDS = [
+    tuple(pair)
+    for pair in itertools.combinations(SHARING, 2)
+    if SHARING[pair[0]][1].keys() & SHARING[pair[1]][1].keys()
+]
+"""Pairs of ways to share that set the same value of the architecture."""
+
 MODIFIERS: Mapping[str, Callable[[ExperimentConfig], ExperimentConfig]] = {
     "six": six,
     "fcaf3d": fcaf3d,
     "no_sfks": without_selection,
     **{name: partial(with_model, changes) for name, (_, changes) in SHARING.items()},
-    **{method: partial(with_balancer, method) for method in ("mean", *BALANCERS) if method != "fixed"},
+    **{method: partial(with_balancer, method) for method in _BALANCER_WORDS},
 }
-"""Changes of a variant by word, in the order in which they apply. Fixed weights are flags: they need numbers."""
+"""Changes of a variant by word, in the order in which they apply."""
 
 VARIANTS = (*BASES, *MODIFIERS)

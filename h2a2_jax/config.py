@@ -157,7 +157,8 @@ class EvalConfig:
     """Evaluation of a detector.
 
     Attributes:
-        iou_thresholds: volume IoU that a hit must exceed; each gives an average precision.
+        iou_thresholds: volume IoU that a hit must exceed, kept in rising order; each gives an average precision, and
+            the lowest one chooses the best checkpoint.
         score_threshold: lowest score of a box.
         iou_threshold: bird's-eye-view IoU above which suppression removes the lower score of a class.
         batch_size: scans in one forward pass.
@@ -172,6 +173,9 @@ class EvalConfig:
     batch_size: int = 1
     conditioning: str = "own"
     kernels: Literal["selected", "shared"] = "selected"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "iou_thresholds", tuple(sorted(self.iou_thresholds)))
 
 
 @dataclass(frozen=True)
@@ -264,7 +268,7 @@ def from_json(text: str) -> ExperimentConfig:
     """
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
         raise InputError(f"The config is no JSON ({error}): expected is the text that a run stored.") from error
     version = values.pop("version", None) if isinstance(values, dict) else None
     if version == 1:

@@ -13,6 +13,17 @@ from typing import Any
 from h2a2_jax.errors import InputError
 
 
+def check_name(folder: Path) -> None:
+    """Raise InputError if a path is not UTF-8: the libraries that store arrays cannot open it."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"The folder {str(folder)!a} has characters in its name that are not UTF-8, in which no checkpoint can be "
+            "stored: give another one, or rename it."
+        ) from None
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; it becomes `path` if the block ends well, and is removed otherwise.
@@ -79,10 +90,10 @@ def _is_running(process: int) -> bool:
 
 
 def read_json(file: Path) -> Any:
-    """Read a JSON file; None if it is missing or is no JSON."""
+    """Read a JSON file; None if it is missing, is no JSON, or is nested too deeply to be read."""
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -150,21 +161,17 @@ def read_json_lines(path: Path, version: int) -> list[dict[str, Any]]:
     """Read the lines of a file in the order of their steps; of several lines of one step the last one counts.
 
     A last line that a kill cut short is skipped.
+
+    Raises:
+        InputError: the file cannot be read, a line is damaged or of another version.
     """
-    text = path.read_text(encoding="utf-8")
     by_step: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
-        try:
-            values = json.loads(line)
-            step, given = values["step"], values["version"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+    for number, line in enumerate(_whole_lines(path), 1):
+        step, values = _parsed(path, number, line)
+        if (given := values.get("version")) != version:
             raise InputError(
-                f"Line {number} of {path} is no JSON object with a step and a version ({error})."
-            ) from error
-        if given != version:
-            raise InputError(
-                f"Line {number} of {path} has version {given}, this program reads version {version}: use the program "
-                "that wrote it."
+                f"Line {number} of {path} has version {given!r:.80}, this program reads version {version}: use the "
+                "program that wrote it."
             )
         by_step[step] = values
     return [by_step[step] for step in sorted(by_step)]
@@ -175,16 +182,33 @@ def drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
 
-    def step_of(line: bytes) -> int:
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"A line of {path} is no JSON object with a step ({error}): repair or remove it."
-            ) from error
-
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and step_of(line) <= step]
-    if len(kept) < len(lines):
+    lines = _whole_lines(path)
+    kept = [line for number, line in enumerate(lines, 1) if _parsed(path, number, line)[0] <= step]
+    if sum(map(len, kept)) < path.stat().st_size:
         with whole_file(path) as part:
             part.write_bytes(b"".join(kept))
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """Lines of a file, without a last one that a kill cut short."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}): expected is a file of lines; move what is there away."
+        ) from error
+    return [line + b"\n" for line in content.split(b"\n")[:-1]]
+
+
+def _parsed(path: Path, number: int, line: bytes) -> tuple[int, dict[str, Any]]:
+    """Step and values of a line of JSON."""
+    try:
+        values = json.loads(line)
+        step = values["step"]
+        if not isinstance(step, int) or not isinstance(values, dict):
+            raise TypeError("its step is no whole number")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"Line {number} of {path} is no JSON object with a step ({str(error)[:200]}): repair or remove it."
+        ) from error
+    return step, values

@@ -267,6 +267,30 @@ def test_a_rival_is_one_word():
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ("tiny", "demo"),
+        ("mgda", "mean"),
+        ("gap0", "gap2"),
+        ("exclusive_stage4", "exclusive_all"),
+        ("pdnorm", "exclusive_all"),
+    ],
+)
+def test_of_two_words_for_one_thing_none_is_dropped(words: tuple[str, str]):
+    names = {" and ".join(order) for order in (words, words[::-1])}
+    given = words if words[0] == "tiny" else ("tiny", "no_sfks", *words)
+    for order in (given, given[::-1]):
+        with pytest.raises(InputError, match="|".join(f"names {name}" for name in names)):
+            load("joint").get_config(",".join(order))
+    assert experiment_config(load("joint").get_config("tiny,no_sfks,mgda,pdnorm,gap2")).datasets[0].gap == 2
+
+
+def test_thresholds_in_any_order_are_the_same():
+    assert EvalConfig((0.5, 0.25)) == EvalConfig((0.25, 0.5))
+    assert dataclasses.replace(EvalConfig(), iou_thresholds=(0.7, 0.1, 0.5)).iou_thresholds == (0.1, 0.5, 0.7)
+
+
+@pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         (

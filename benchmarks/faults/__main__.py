@@ -19,6 +19,8 @@ status 1 if something failed. All files are in a temporary folder, or in --folde
     poison     scans with colours that are not finite
     processes  three processes, and SIGTERM for one of them
     hostile    800 damaged and hostile files over all readers: one sentence each, in bounded memory and time
+    surroundings  no HOME, TMPDIR that cannot be written to, umask, few open files, a clock that jumps, odd paths,
+               links, two trainings at once, a read-only checkout; folders in place of files, files in place of folders
 """
 
 import argparse
@@ -36,6 +38,7 @@ from benchmarks.faults.hostile import hostile
 from benchmarks.faults.kills import kills, own_cache
 from benchmarks.faults.processes import processes
 from benchmarks.faults.stops import second, sigterm, workers
+from benchmarks.faults.surroundings import occupied, surroundings
 from benchmarks.faults.values import devices, poison
 from h2a2_jax.files import whole_file
 
@@ -50,6 +53,7 @@ SCENARIOS: dict[str, tuple[tuple[Callable[[Bench], None], ...], int]] = {
     "poison": ((poison,), 4),
     "processes": ((processes,), 4),
     "hostile": ((hostile,), 0),
+    "surroundings": ((surroundings, occupied), 26),
 }
 """Functions of a scenario, and the number of trainings that it starts without the kills of --kills."""
 

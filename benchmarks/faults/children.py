@@ -9,10 +9,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -44,15 +45,16 @@ class Child:
     Args:
         command: arguments of the interpreter.
         environment: environment variables of the process.
+        prefix: a program that starts the interpreter, with its arguments.
 
     Attributes:
         process: the process.
         lines: lines that it printed so far, to standard output and standard error.
     """
 
-    def __init__(self, command: Sequence[str], environment: dict[str, str]):
+    def __init__(self, command: Sequence[str | bytes], environment: Mapping[str, str], prefix: Sequence[str] = ()):
         self.process = subprocess.Popen(
-            [sys.executable, *command],
+            [*prefix, sys.executable, *command],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -257,8 +259,24 @@ class Bench:
                 self.train(workdir, *flags).expect(0)
                 self.report.event(f"{STEPS} steps without a fault in {time.monotonic() - started:.0f} s")
 
-    def start(self, command: Sequence[str], *, devices: int = 1, own_cache: bool = False) -> Child:
-        """Start a program on the given number of CPU devices."""
+    def start(
+        self,
+        command: Sequence[str | bytes],
+        *,
+        devices: int = 1,
+        own_cache: bool = False,
+        changed: Mapping[str, str | None] = MappingProxyType({}),
+        prefix: Sequence[str] = (),
+    ) -> Child:
+        """Start a program on the given number of CPU devices.
+
+        Args:
+            command: arguments of the interpreter.
+            devices: number of CPU devices.
+            own_cache: True leaves the cache of compiled programs to the program.
+            changed: other environment variables; None takes one out.
+            prefix: a program that starts the interpreter, with its arguments.
+        """
         self.report.started()
         environment = {
             **os.environ,
@@ -273,11 +291,12 @@ class Bench:
             environment["JAX_COMPILATION_CACHE_DIR"] = str(self.cache)
         if devices > 1:
             environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-        return Child(command, environment)
+        kept = {name: value for name, value in (environment | {**changed}).items() if value is not None}
+        return Child(command, kept, prefix)
 
-    def train(self, workdir: Path, *flags: str, devices: int = 1, own_cache: bool = False) -> Child:
-        """Start or resume a training."""
-        return self.start(["run.py", CONFIG, f"--workdir={workdir}", *flags], devices=devices, own_cache=own_cache)
+    def train(self, workdir: Path, *flags: str, **how: Any) -> Child:
+        """Start or resume a training; `how` is of `start`."""
+        return self.start(["run.py", CONFIG, f"--workdir={workdir}", *flags], **how)
 
     def empty(self, name: str) -> Path:
         """Path of a workdir for a new training; an older one is removed."""

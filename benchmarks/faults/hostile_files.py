@@ -97,8 +97,8 @@ def _point_files(folder: Path, rng: np.random.Generator) -> Iterator[Sample]:
         (folder / f"{data}.pcd").write_bytes(head_of_pcd.encode() + body)
     identity = "1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\n"
     axes = "0 0 0\n1 0 0\n0 1 0\n0 0 1\n"
-    lines = "".join(f"{x:.3f} {y:.3f} {z:.3f} 0.5 {r:.0f} {g:.0f} {b:.0f}\n" for x, y, z, r, g, b in rows)
-    (folder / "a.ptx").write_text(f"20\n20\n{axes}{identity}{lines}")
+    directions = "".join(f"{x:.3f} {y:.3f} {z:.3f} 0.5 {r:.0f} {g:.0f} {b:.0f}\n" for x, y, z, r, g, b in rows)
+    (folder / "a.ptx").write_text(f"20\n20\n{axes}{identity}{directions}")
     room = trimesh.creation.box((1.0, 0.8, 0.6))
     for kind in ("obj", "glb", "stl", "off"):
         exported = room.export(file_type=kind)

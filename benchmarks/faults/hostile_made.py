@@ -470,11 +470,13 @@ def _prepared_cases(folder: Path) -> Iterator[Case]:
     }
     metadata = {"dataset": "scannet", "classes": list(SCANNET.classes), "names": {"train": ["a"]}}
     texts: list[Any] = [[], 1, "\x1b[31m", None, {}, b"[" * 100_000, b"9" * 100_000, b"\xff\xfe{", {"a": [{}]}]
-    changes = [("metadata.json", text) for text in texts] + [("dataset_info.json", text) for text in texts]
+    changes: list[tuple[str, Any]] = [("metadata.json", text) for text in texts]
+    changes += [("dataset_info.json", text) for text in texts]
+    other: list[Any] = [1, ["\x1b[31m" * 999], {"train": 1}, [{"name": {}}], None]
     for key in metadata:
-        changes += [("metadata.json", {**metadata, key: text}) for text in (1, ["\x1b[31m" * 999], {"train": 1}, None)]
+        changes += [("metadata.json", {**metadata, key: text}) for text in other]
     for key in info:
-        changes += [("dataset_info.json", {**info, key: text}) for text in (1, [1], [{"name": {}}], None)]
+        changes += [("dataset_info.json", {**info, key: text}) for text in other]
     for number, (name, content) in enumerate(changes):
         place = folder / f"prepared_{number}"
         place.mkdir()

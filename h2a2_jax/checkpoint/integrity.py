@@ -6,7 +6,9 @@ of failed write, the removal of half-written checkpoints, and a best checkpoint 
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import re
 import shutil
 import time
@@ -20,6 +22,8 @@ import numpy as np
 
 from h2a2_jax.checkpoint.tree import checksum
 from h2a2_jax.errors import InputError
+from h2a2_jax.files import check_name, read_json
+from h2a2_jax.host import available_memory
 
 ITEMS = ("params", "batch_stats", "optimizer")
 """Items of every checkpoint, beside its config."""
@@ -29,10 +33,28 @@ AVERAGES = "averages"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 """In the name of a checkpoint's folder while Orbax writes it."""
 _STEP = "0|[1-9][0-9]*"
+_METADATA = "_CHECKPOINT_METADATA"
+"""Orbax's file of times and kinds of items, in the folder of a checkpoint."""
+_METADATA_TYPES: dict[str, Any] = {
+    "item_handlers": dict | str | None,
+    "metrics": dict | None,
+    "performance_metrics": dict | None,
+    "custom_metadata": dict | None,
+    "init_timestamp_nsecs": int | None,
+    "commit_timestamp_nsecs": int | None,
+}
 _OF_DICT = 2
 """Orbax's number for a key of a dict."""
 _TIDY_ATTEMPTS, _TIDY_PAUSE_S = 20, 0.1
-_SYSTEM_PHRASES = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
+_TOO_MANY_FILES = (os.strerror(errno.EMFILE), os.strerror(errno.ENFILE))
+_SYSTEM_PHRASES = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "Read-only file system",
+    "Permission denied",
+    *_TOO_MANY_FILES,
+)
+_MORE_FILES = "allow more open files (ulimit -n 4096)"
 
 
 class DamagedCheckpointError(InputError):
@@ -52,12 +74,19 @@ class CheckpointFiles:
     Args:
         directory: folder of the checkpoints, "<workdir>/checkpoints".
         keep: number of the latest checkpoints that stay when another one is saved.
-        best: returns the step of a checkpoint that stays at any age; called when another one is saved.
+        lasting: returns those of the steps with a checkpoint that stay at any age, such as the best one; called when
+            another one is saved.
+
+    Raises:
+        InputError: the path is not UTF-8.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2, best: Callable[[], int | None] = lambda: None):
+    def __init__(
+        self, directory: str | Path, keep: int = 2, lasting: Callable[[Sequence[int]], set[int]] = lambda steps: set()
+    ):
         self.directory = Path(directory).absolute()
-        self._preserved = _Preserved(keep, best)
+        check_name(self.directory)
+        self._preserved = _Preserved(keep, lasting)
         self._manager: Any = None  # Orbax's manager
 
     def steps(self) -> list[int]:
@@ -91,21 +120,27 @@ class CheckpointFiles:
     def save_items(self, step: int, items: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """Store nested dicts of numpy arrays, which must not change any more; return at once, write in the background.
 
-        The config, of JSON values, is stored with the checksums of the items and its own. A step that is stored already
-        stays unchanged.
+        The config, of JSON values, is stored with the step, the checksums of the items and its own. A step that is
+        stored already stays unchanged.
 
         Raises:
-            UnsavedCheckpointError: this checkpoint, or the one before, could not be written.
+            UnsavedCheckpointError: this checkpoint, or the one before, could not be written, or there is one of a later
+                step.
         """
         import orbax.checkpoint as ocp
 
+        if (newest := self.latest_step()) is not None and step < newest:  # Orbax would leave it out without a word
+            raise UnsavedCheckpointError(
+                f"The checkpoint of step {step} cannot be saved: {self.directory} has one of step {newest}, which this "
+                "run has not reached; move that one away, and the same command goes on from what is saved."
+            )
         with self._write_errors():
             manager = self._open(create=True)
             assert manager is not None
             if step in manager.all_steps():
                 return
             arguments: dict[str, Any] = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-            stored = {**config, "checksums": {name: checksum(item) for name, item in items.items()}}
+            stored = {**config, "step": step, "checksums": {name: checksum(item) for name, item in items.items()}}
             stored["checksum"] = _config_checksum(stored)
             manager.save(step, args=ocp.args.Composite(**arguments, config=ocp.args.JsonSave(stored)))
 
@@ -114,14 +149,20 @@ class CheckpointFiles:
 
         Raises:
             DamagedCheckpointError: the config is missing, cannot be read, or differs from what was saved.
+            InputError: the checkpoint was saved as that of another step.
         """
         stored = self.read_items(step, ("config",))["config"]
-        self._check(step, "config", stored.get("checksum"), _config_checksum(stored))
+        sums = stored.get("checksums") if isinstance(stored, dict) else None
+        if sums is None or not {*ITEMS} <= {*sums} <= {*ITEMS, AVERAGES} or "checksum" not in stored:
+            raise DamagedCheckpointError(
+                f"{self.place(step)} is damaged: its config lacks the checksums of itself, {', '.join(ITEMS)}; choose "
+                "another step."
+            )
+        self._check(step, "config", stored["checksum"], _config_checksum(stored))
+        self._check_step(step, stored.get("step", step))  # version 0.1.0 stored none
         return stored
 
-    def read_items(
-        self, step: int, items: Sequence[str], checksums: Mapping[str, int | None] | None = None
-    ) -> dict[str, Any]:
+    def read_items(self, step: int, items: Sequence[str], checksums: Mapping[str, int] | None = None) -> dict[str, Any]:
         """Read items of a finished checkpoint and compare those that have a checksum (CRC-32) with it.
 
         Raises:
@@ -139,17 +180,17 @@ class CheckpointFiles:
         """Read items by Orbax, which knows every layout and says what is wrong with an item."""
         import orbax.checkpoint as ocp
 
-        manager = self._open()
-        assert manager is not None
         arguments = {item: ocp.args.JsonRestore() if item == "config" else ocp.args.StandardRestore() for item in items}
         try:
+            manager = self._open()
+            assert manager is not None
             restored = manager.restore(step, args=ocp.args.Composite(**arguments))
-        except (OSError, KeyError, ValueError) as error:
+            return {item: restored[item] for item in items}
+        except Exception as error:  # Orbax raises anything on metadata of another shape
+            why = next(iter(str(error).splitlines()), type(error).__name__)[:200]
             raise DamagedCheckpointError(
-                f"{self.place(step)} cannot be read, a file in it is missing or damaged "
-                f"({str(error).splitlines()[0]}): choose another step."
+                f"{self.place(step)} cannot be read, a file in it is missing or damaged ({why}): choose another step."
             ) from error
-        return {item: restored[item] for item in items}
 
     def set_aside(self, step: int) -> Path:
         """Move a checkpoint into the folder "<directory>_damaged", where it no longer counts; return its new place."""
@@ -166,7 +207,7 @@ class CheckpointFiles:
         stays, for the caller to set aside. No other process may be saving in the folder.
         """
         self.close()
-        folders = {int(folder.name): folder for folder in self.directory.glob("*/") if folder.name.isdecimal()}
+        folders = {int(folder.name): folder for folder in self.directory.glob("*/") if re.fullmatch(_STEP, folder.name)}
         whole = [s for s in sorted(folders) if all((folders[s] / item).is_dir() for item in (*ITEMS, "config"))]
         keep = self._preserved.latest
         stay = self._preserved.of(whole) | {step for step in folders if sum(w > step for w in whole) < keep}
@@ -192,12 +233,30 @@ class CheckpointFiles:
                 self._manager.close()
             self._manager = None
 
-    def _check(self, step: int, item: str, expected: int | None, found: int) -> None:
-        if expected is not None and expected != found:
+    def _check_step(self, step: int, saved: Any) -> None:
+        if saved != step:
+            raise InputError(
+                f"{self.place(step)} was saved as that of step {saved!r:.80}: give its folder that name again, or move "
+                "it away."
+            )
+
+    def _check(self, step: int, item: str, expected: int, found: int) -> None:
+        if expected != found:
             raise DamagedCheckpointError(
                 f"{self.place(step)} is damaged: {item} is not what was saved (its checksum differs); choose another "
                 "step."
             )
+
+    def _remove_odd_metadata(self) -> None:
+        """Remove metadata that Orbax cannot read: it reads those of all checkpoints to save one, and needs none."""
+        for step in self.steps():
+            file = self.directory / str(step) / _METADATA
+            found = read_json(file)
+            is_plain = isinstance(found, dict) and all(
+                isinstance(value, _METADATA_TYPES.get(key, object)) for key, value in found.items()
+            )
+            if os.path.lexists(file) and not is_plain:
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
 
     def _unfinished(self) -> list[Path]:
         return list(self.directory.glob(f"*{_UNFINISHED}*/"))
@@ -225,9 +284,10 @@ class CheckpointFiles:
             remedy = "there is no earlier one, so that the same command begins anew."
             if newest is not None:
                 remedy = f"the same command goes on after step {newest}, which is saved."
+            reason = _reason(error)
+            action = _MORE_FILES if reason in _TOO_MANY_FILES else "free space there or make it writable"
             raise UnsavedCheckpointError(
-                f"A checkpoint could not be written to {self.directory} ({_reason(error)}): free space there or make "
-                f"it writable; {remedy}"
+                f"A checkpoint could not be written to {self.directory} ({reason}): {action}; {remedy}"
             ) from error
 
     def _open(self, create: bool = False) -> Any:
@@ -237,6 +297,7 @@ class CheckpointFiles:
         if self._manager is None and (create or self.directory.is_dir()):
             if create:
                 self.directory.mkdir(parents=True, exist_ok=True)
+                self._remove_odd_metadata()
             options = ocp.CheckpointManagerOptions(preservation_policy=self._preserved, create=create)
             if jax.process_count() > 1:
                 # Every process holds the whole state, so that each opens the folder alone: the first one writes, all
@@ -258,10 +319,14 @@ def _read_directly(folder: Path) -> dict[str, Any] | None:
     Returns:
         None where the layout is another one, or a file is missing or damaged; `CheckpointFiles._restore` reads it, or
         says what is wrong.
+
+    Raises:
+        InputError: the arrays are larger than the free memory.
     """
     try:
         if folder.name == "config":
-            return json.loads((folder / "metadata").read_text())
+            found = json.loads((folder / "metadata").read_text(encoding="utf-8"))
+            return found if isinstance(found, dict) else None
         layout = json.loads((folder / "_METADATA").read_text())
         entries = layout["tree_metadata"].values()
         paths = [tuple(part["key"] for part in entry["key_metadata"]) for entry in entries]
@@ -270,14 +335,16 @@ def _read_directly(folder: Path) -> dict[str, Any] | None:
         if layout["use_zarr3"] or kinds != {"np.ndarray"} or types != {_OF_DICT}:
             return None
         arrays = _read_arrays(folder, [".".join(path) for path in paths])
-    except (OSError, KeyError, ValueError, TypeError):
+        item: dict[str, Any] = {}
+        for path, array in zip(paths, arrays, strict=True):
+            place = item
+            for key in path[:-1]:
+                place = place.setdefault(key, {})
+            place[path[-1]] = array
+    except InputError:
+        raise
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError):
         return None
-    item: dict[str, Any] = {}
-    for path, array in zip(paths, arrays, strict=True):
-        place = item
-        for key in path[:-1]:
-            place = place.setdefault(key, {})
-        place[path[-1]] = array
     return item
 
 
@@ -289,16 +356,23 @@ def _read_arrays(folder: Path, names: Sequence[str]) -> list[np.ndarray]:
     opening = [
         tensorstore.open({"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}}, open=True) for name in names
     ]
-    reading = [opened.result().read() for opened in opening]
+    stored = [opened.result() for opened in opening]
+    declared = sum(array.size * array.dtype.numpy_dtype.itemsize for array in stored)
+    if declared > (free := available_memory()):
+        raise InputError(
+            f"{folder} says that it holds {declared / 1e9:.3g} GB, more than the {free / 1e9:.3g} GB of free memory: "
+            "it is damaged, or of a larger detector than this machine can hold."
+        )
+    reading = [array.read() for array in stored]
     return [read.result() for read in reading]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Preserved:
-    """Orbax's preservation policy: the latest checkpoints and the best one stay."""
+    """Orbax's preservation policy: the latest checkpoints and the lasting ones stay."""
 
     latest: int
-    best: Callable[[], int | None]
+    lasting: Callable[[Sequence[int]], set[int]]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         stay = self.of([info.step for info in checkpoints])
@@ -306,7 +380,7 @@ class _Preserved:
 
     def of(self, steps: Sequence[int]) -> set[int]:
         """Steps that stay, of ascending ones."""
-        return {*steps[-self.latest :], *({self.best()} & {*steps})}  # type: ignore[arg-type]
+        return {*steps[-self.latest :], *self.lasting(steps)}
 
 
 def _config_checksum(stored: Mapping[str, Any]) -> int:

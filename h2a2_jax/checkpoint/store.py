@@ -5,8 +5,9 @@ states, counters, balancer), averages if the run averages its parameters, and co
 items). `h2a2_jax.checkpoint.tree` describes the arrays in them.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from h2a2_jax.checkpoint.integrity import AVERAGES, ITEMS, CheckpointFiles
+from h2a2_jax.checkpoint.integrity import AVERAGES, CheckpointFiles, DamagedCheckpointError
 from h2a2_jax.checkpoint.train_state import Averages, TrainState, head_configs, merge_model, split_model
 from h2a2_jax.checkpoint.tree import (
     COUNTERS,
@@ -49,11 +50,25 @@ class CheckpointStore(CheckpointFiles):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def save(self, step: int, state: TrainState, config: ExperimentConfig, names: Sequence[str]) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        config: ExperimentConfig,
+        names: Sequence[str],
+        scans: Sequence[int] | None = None,
+    ) -> None:
         """Store a state, on any devices; return when it is copied, and write it in the background.
 
-        The names are those of the datasets in the order of the dataset axis. A checkpoint counts only when it is
-        finished, whatever kills the program before. A step that is stored already stays unchanged.
+        A checkpoint counts only when it is finished, whatever kills the program before. A step that is stored already
+        stays unchanged.
+
+        Args:
+            step: optimiser steps done.
+            state: the state after them.
+            config: the run's config.
+            names: the datasets in the order of the dataset axis.
+            scans: number of training scans of each; None: not stored.
 
         Raises:
             UnsavedCheckpointError: this checkpoint, or the one before, could not be written.
@@ -61,11 +76,17 @@ class CheckpointStore(CheckpointFiles):
         if step in self.steps():
             return
         header = {"version": CHECKPOINT_VERSION, "datasets": list(names), "config": json.loads(to_json(config))}
+        if scans is not None:
+            header["scans"] = dict(zip(names, map(int, scans), strict=True))
         self.save_items(step, stored_state(state, _specs(config, names)), header)
 
     def stored_config(self, step: int) -> ExperimentConfig:
         """Read the config that a checkpoint was saved with."""
         return self._read_header(self.existing(step)).config
+
+    def stored_scans(self, step: int) -> dict[str, int]:
+        """Read the numbers of training scans by dataset of a checkpoint; empty where none are stored."""
+        return self._read_header(self.existing(step)).scans
 
     def restore_state(
         self, step: int | None, like: TrainState, names: Sequence[str], config: ExperimentConfig | None = None
@@ -88,7 +109,13 @@ class CheckpointStore(CheckpointFiles):
         self._check_datasets(step, header.names, names)
         if config is not None:
             self._check_model(step, header.config.model, config.model)
+        with self._whole(step):
+            return self._restored(step, like, names, header)
+
+    def _restored(self, step: int, like: TrainState, names: Sequence[str], header: "_Header") -> TrainState:
         items = self.read_items(step, tuple(header.checksums), header.checksums)
+        if header.is_old:
+            self._check_step(step, int(items["optimizer"]["step"]))
         # The model first: if the architecture differs, the error message should name it and not the optimiser.
         exclusive, shared, stats = self._fill_model(step, (like.exclusive, like.shared, like.stats), items, names)
         optimizer = items["optimizer"]
@@ -149,17 +176,19 @@ class CheckpointStore(CheckpointFiles):
             self._check_datasets(step, names, expected.dataset_names)
             self._check_model(step, config.model, expected.model)
             names = list(expected.dataset_names)
-        items = self._read_detector(step, header, averaged)
         origin = {"run": str(self.directory.parent), "step": step}
-        specs, parts = tuple(_specs(config, names)), _detector_arrays(items, names)
+        with self._whole(step):
+            parts = _detector_arrays(self._read_detector(step, header, averaged), names)
+        specs = tuple(_specs(config, names))
         return StoredDetector(config, specs, parts, self.place(step), origin)
 
     def restore_arrays(self, step: int | None = None) -> "StoredModel":
         """Read the stored arrays of a checkpoint's detector (None: the last one), for one of any architecture."""
         step = self.existing(step)
         header = self._read_header(step)
-        items = self._read_detector(step, header, averaged=True)
-        return StoredModel(step, header.config, **items["params"], statistics=items["batch_stats"])
+        with self._whole(step):
+            items = self._read_detector(step, header, averaged=True)
+            return StoredModel(step, header.config, **items["params"], statistics=items["batch_stats"])
 
     def _read_detector(self, step: int, header: "_Header", averaged: bool) -> Mapping[str, Any]:
         """Read the items params and batch_stats, or their averages."""
@@ -174,8 +203,34 @@ class CheckpointStore(CheckpointFiles):
                 f"{self.place(step)} has version {stored.get('version')}, this program reads version "
                 f"{CHECKPOINT_VERSION}: use the program that stored it."
             )
-        checksums = stored.get("checksums", dict.fromkeys(ITEMS))  # the first checkpoints had none
-        return _Header(stored["datasets"], from_json(json.dumps(stored["config"])), checksums)
+        try:
+            config = from_json(json.dumps(stored.get("config")))
+        except InputError as error:
+            raise InputError(f"{self.place(step)} has a config that this program cannot read: {error}") from error
+        names: Any = stored.get("datasets")
+        are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not are_names or sorted(names) != sorted(config.dataset_names):
+            raise DamagedCheckpointError(
+                f"{self.place(step)} is damaged: it names the datasets {names!r:.200}, its config "
+                f"{', '.join(config.dataset_names)}; choose another step."
+            )
+        scans = stored.get("scans")
+        return _Header(
+            names, config, stored["checksums"], "step" not in stored, scans if isinstance(scans, dict) else {}
+        )
+
+    @contextlib.contextmanager
+    def _whole(self, step: int) -> Iterator[None]:
+        """Turn what the wrong layout of a checkpoint's items leads to into an error that names the checkpoint."""
+        try:
+            yield
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise DamagedCheckpointError(
+                f"{self.place(step)} does not hold the arrays of a detector and its training "
+                f"({type(error).__name__}: {str(error)[:200]}): choose another step."
+            ) from error
 
     def _check_datasets(self, step: int, saved: Sequence[str], names: Sequence[str]) -> None:
         if set(saved) != set(names):
@@ -209,11 +264,18 @@ class CheckpointStore(CheckpointFiles):
 
 
 class _Header(NamedTuple):
-    """The stored config of a checkpoint, with the names of its datasets in order and the checksums of its items."""
+    """The stored config of a checkpoint, with the names of its datasets in order and the checksums of its items.
+
+    Attributes:
+        is_old: True where the step is not stored with the config, but among the counters alone.
+        scans: numbers of training scans by dataset.
+    """
 
     names: list[str]
     config: ExperimentConfig
-    checksums: Mapping[str, int | None]
+    checksums: Mapping[str, int]
+    is_old: bool
+    scans: dict[str, int]
 
 
 @dataclass(frozen=True)

@@ -37,19 +37,24 @@ the AP of a class without ground truth. Shares are from 0 to 1.
             "unused": ["board"],                           classes of the head that this dataset does not have
             "thresholds": [{"iou", "mAP", "own_mAP", "AP"}]   own: this dataset's head, over the same classes
           }
-        }]
+        }],
+        "checksum": 1234567890                   CRC-32 of all of the above, the dataset's name, and the step of a file
+                                                 in evaluations/<step>
       }
     }
 
 evaluation.csv has a row per dataset, threshold and class, and one of the means, called "(mean)".
 """
 
+import contextlib
 import csv
 import io
 import json
 import math
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +64,82 @@ from h2a2_jax.files import whole_file
 JSON_FILE = "evaluation.json"
 CSV_FILE = "evaluation.csv"
 MEAN = "(mean)"
+_VERSION = 1
+_CHECKSUM = "checksum"
+_STEP = "0|[1-9][0-9]*"
 
 
 def write_evaluation(folder: Path, documents: Mapping[str, Any]) -> None:
     """Write both files, each whole or not at all; evaluation.json last, so that it stands for both."""
-    for name, text in ((CSV_FILE, evaluation_csv(documents)), (JSON_FILE, evaluation_json(documents))):
+    texts = {CSV_FILE: evaluation_csv(documents), JSON_FILE: evaluation_json(documents, _step_of(folder))}
+    for name, text in texts.items():
         with whole_file(folder / name) as part:
             part.write_text(text, encoding="utf-8", newline="")
 
 
-def evaluation_json(documents: Mapping[str, Any]) -> str:
-    """The documents as JSON, lists of numbers on a line of their own."""
-    text = json.dumps(documents, indent=2, allow_nan=False)
+def evaluation_json(documents: Mapping[str, Any], step: int | None = None) -> str:
+    """The documents as JSON, each with its checksum, lists of numbers on a line of their own.
+
+    Args:
+        documents: by dataset.
+        step: step that is evaluated, for a file in the folder of that step.
+    """
+    signed = {name: {**document, _CHECKSUM: _checksum(name, document, step)} for name, document in documents.items()}
+    text = json.dumps(signed, indent=2, allow_nan=False)
     return re.sub(r"\[\s+([-+.,\deE\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+
+
+def read_evaluation(file: Path) -> dict[str, Any]:
+    """Read an evaluation.json: documents by dataset, without their checksums, which version 0.1.0 did not write.
+
+    Raises:
+        InputError: the file is missing, cannot be read, differs from what was written, or is no evaluation.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}): evaluate again with --mode=eval.") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, too deeply nested
+        raise _no_evaluation(file, "it is no JSON") from error
+    if not isinstance(found, dict) or not found or not all(isinstance(document, dict) for document in found.values()):
+        raise _no_evaluation(file, "it does not hold a document for each dataset")
+    for name, document in found.items():
+        expected = document.pop(_CHECKSUM, None)
+        if expected is not None and expected != _checksum(name, document, _step_of(file.parent)):
+            raise _no_evaluation(file, f"what it has of {name!r:.80} is not what was written, its checksum differs")
+        if document.get("version", _VERSION) != _VERSION:
+            raise _no_evaluation(file, f"it has version {document['version']!r:.80}, expected is {_VERSION}")
+        if not _has_scores(document.get("thresholds")):
+            raise _no_evaluation(file, f"{name!r:.80} has no mAP at IoU thresholds")
+    return found
+
+
+def _no_evaluation(file: Path, why: str) -> InputError:
+    return InputError(f"{file} is damaged or no evaluation of this program ({why}): evaluate again with --mode=eval.")
+
+
+def _has_scores(levels: Any) -> bool:
+    """Return True for a list of {"iou", "mAP"} with numbers from 0 to 1, the mAP or None."""
+    return (
+        isinstance(levels, list)
+        and len(levels) > 0
+        and all(isinstance(level, dict) and {"iou", "mAP"} <= level.keys() for level in levels)
+        and all(_is_share(level["iou"]) and (level["mAP"] is None or _is_share(level["mAP"])) for level in levels)
+    )
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _checksum(name: str, document: Mapping[str, Any], step: int | None) -> int:
+    return zlib.crc32(json.dumps([name, document, step], sort_keys=True).encode())
+
+
+def _step_of(folder: Path) -> int | None:
+    """Step of a folder in that of the evaluations of steps; None for another folder."""
+    is_of_step = folder.parent.name == FOLDER and re.fullmatch(_STEP, folder.name)
+    return int(folder.name) if is_of_step else None
 
 
 def evaluation_csv(documents: Mapping[str, Any]) -> str:
@@ -118,41 +186,96 @@ def evaluation_folder(workdir: Path, step: int) -> Path:
 
 
 def read_evaluations(workdir: Path) -> dict[int, dict[str, Any]]:
-    """Contents of evaluation.json by step, rising; files that a kill cut short are left out."""
+    """Documents by step, rising; evaluations that cannot be read are left out (`damaged_evaluations`)."""
     found = {}
-    for path in (workdir / FOLDER).glob(f"*/{JSON_FILE}"):
-        if path.parent.name.isdecimal():
-            try:
-                found[int(path.parent.name)] = json.loads(path.read_text())
-            except json.JSONDecodeError:
-                continue
-    return dict(sorted(found.items()))
+    for step, file in _evaluation_files(workdir):
+        with contextlib.suppress(InputError):
+            found[step] = read_evaluation(file)
+    return found
+
+
+def damaged_evaluations(
+    workdir: Path,
+    names: Collection[str] | None = None,
+    lines: Mapping[int, Mapping[str, Any]] | None = None,
+) -> dict[int, str]:
+    """Say of the evaluations of a run's steps what is wrong with them, by step, rising; a sentence each.
+
+    Args:
+        workdir: folder of the run.
+        names: names of the run's datasets; given, an evaluation of others is foreign.
+        lines: lines of the run's metrics by step; given, an evaluation with other scores than its line is foreign.
+    """
+    found = {}
+    for step, file in _evaluation_files(workdir):
+        try:
+            documents = read_evaluation(file)
+        except InputError as error:
+            found[step] = str(error)
+            continue
+        logged = (lines or {}).get(step, {})
+        if names is not None and documents.keys() != set(names):
+            given, own = (", ".join(sorted(map(str, some)))[:200] for some in (documents, names))
+            found[step] = f"{file} is of the datasets {given}; those of this run are {own}."
+        elif any(logged.get(key, score) != score for key, score in score_metrics(documents).items()):
+            found[step] = f"{file} has other scores than the line of step {step} in metrics.jsonl."
+    return found
+
+
+def _evaluation_files(workdir: Path) -> list[tuple[int, Path]]:
+    """Step and evaluation.json of each evaluated step, rising."""
+    folders = [path for path in (workdir / FOLDER).glob("*/") if re.fullmatch(_STEP, path.name)]
+    files = [(int(folder.name), folder / JSON_FILE) for folder in folders]
+    return sorted((step, file) for step, file in files if os.path.lexists(file))
 
 
 def mean_score(documents: Mapping[str, Any]) -> float:
     """The mean over datasets of mAP at the lowest IoU threshold, by which checkpoints are compared; NaN without any."""
-    scores = [document["thresholds"][0]["mAP"] for document in documents.values()]
+    scores = [min(document["thresholds"], key=lambda level: level["iou"])["mAP"] for document in documents.values()]
     known = [score for score in scores if score is not None]
     return sum(known) / len(known) if known else math.nan
 
 
-def best_step(workdir: Path) -> int | None:
-    """Step of the best evaluation (`mean_score`), the later of equal ones; None before the first."""
+def best_step(workdir: Path, among: Collection[int] | None = None) -> int | None:
+    """Step of the best evaluation (`mean_score`), the later of equal ones; None before the first.
+
+    Args:
+        workdir: folder of the run.
+        among: steps that count, such as those with a checkpoint; None: all.
+    """
     scores = {step: mean_score(documents) for step, documents in read_evaluations(workdir).items()}
-    known = {step: score for step, score in scores.items() if not math.isnan(score)}
+    counting = scores if among is None else scores.keys() & {*among}
+    known = {step: scores[step] for step in counting if not math.isnan(scores[step])}
     return max(known, key=lambda step: (known[step], step), default=None)
+
+
+def lasting_steps(workdir: Path, steps: Collection[int]) -> set[int]:
+    """Those of the steps with a checkpoint that stay at any age: the best, and those that may be it.
+
+    A step whose evaluation is there and cannot be read may be the best one.
+    """
+    best, doubtful = best_step(workdir, steps), damaged_evaluations(workdir)
+    return {step for step in steps if step == best or step in doubtful}
 
 
 def chosen_step(workdir: Path, text: str | None) -> int | None:
     """The step that a user chose by a number, "best", "last", or None, which is the last; None for the last one.
 
     Raises:
-        InputError: it is none of these, or no checkpoint of the run was evaluated.
+        InputError: it is none of these, no checkpoint of the run was evaluated, or an evaluation cannot be read, so
+            that it is not known which one is the best.
     """
     if text is None or text == LAST:
         return None
     if text == BEST:
-        if (step := best_step(workdir)) is None:
+        step, damaged = best_step(workdir), damaged_evaluations(workdir)
+        if damaged:
+            of_others = "" if step is None else f"give --step={step}, the best of the others, or "
+            raise InputError(
+                f"The best checkpoint of {workdir} is not known: {next(iter(damaged.values()))} Or {of_others}start "
+                "the training again, which mends this."
+            )
+        if step is None:
             raise InputError(
                 f"No checkpoint of {workdir} was evaluated, so that none is known as the best: train with "
                 "--config.train.evaluate_every=STEPS, or give a number."

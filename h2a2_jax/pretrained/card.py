@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from h2a2_jax.files import read_json
+from h2a2_jax.evaluation.documents import JSON_FILE, evaluation_folder, read_evaluation
 from h2a2_jax.scans.specs import DatasetSpec
 
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 """Files of a pretrained folder."""
-_EVALUATION = "evaluation.json"
 _TAGS = ("3d-object-detection", "point-cloud", "indoor", "jax", "flax")
 
 
@@ -60,17 +59,17 @@ _TEXTS = ("name", "source", "license", "terms", "measured", "trained_by")
 
 
 def facts_of_run(run: Path, step: int) -> CardFacts:
-    """Facts of the checkpoint of a step of a run: its scores, where evaluation.json has them, and its steps."""
-    documents = read_json(run / "evaluations" / str(step) / _EVALUATION) or read_json(run / _EVALUATION)
-    scores = {}
-    for dataset, document in (documents if isinstance(documents, dict) else {}).items():
-        levels = document.get("thresholds") if isinstance(document, dict) else ()
-        known = [level for level in levels if isinstance(level, dict)] if isinstance(levels, list) else []
-        scores[dataset] = {
-            f"{level['iou']:g}": level["mAP"]
-            for level in known
-            if _is_share(level.get("iou")) and level.get("mAP") is not None
-        }
+    """Facts of the checkpoint of a step of a run: its scores, where evaluation.json has them, and its steps.
+
+    Raises:
+        InputError: evaluation.json is damaged.
+    """
+    files = (evaluation_folder(run, step) / JSON_FILE, run / JSON_FILE)
+    documents = next((read_evaluation(file) for file in files if file.exists()), {})
+    scores = {
+        dataset: {f"{level['iou']:g}": level["mAP"] for level in document["thresholds"] if level["mAP"] is not None}
+        for dataset, document in documents.items()
+    }
     return CardFacts(scores=_scores(scores), measured="the validation scans, by h2a2 eval", steps=step)
 
 

@@ -1,6 +1,5 @@
 """Report of a run: kernel selection, gradient balance and losses on one page."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from jaxtyping import Int
 
 from h2a2_jax.checkpoint.store import CheckpointStore
 from h2a2_jax.config import ExperimentConfig
+from h2a2_jax.evaluation.documents import JSON_FILE, read_evaluation
 from h2a2_jax.figures import Picture, Section, Table, number, page
 from h2a2_jax.layers.kernel_selection import SelectionConfig
 from h2a2_jax.report.figures_selection import draw_agreement, draw_history, draw_kernels, draw_stability
@@ -76,8 +76,8 @@ def _summary(
     counts: Sequence[int],
     lines: Sequence[dict[str, float | int | None]],
 ) -> Section:
-    path = workdir / "evaluation.json"
-    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    path = workdir / JSON_FILE
+    results: dict[str, Any] = read_evaluation(path) if path.exists() else {}
     thresholds = config.eval.iou_thresholds
     rows = []
     for d, name in enumerate(config.dataset_names):

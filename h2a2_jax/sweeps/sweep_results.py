@@ -16,6 +16,7 @@ row. results.json, version 4, is {"version": 4, "results": [...]} with one objec
   them.
 """
 
+import contextlib
 import itertools
 import json
 import statistics
@@ -27,6 +28,7 @@ from typing import Any
 
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
+from h2a2_jax.evaluation import documents
 from h2a2_jax.figures import COLORS, canvas, save
 from h2a2_jax.files import read_json, whole_file
 from h2a2_jax.sweeps.tables import ALL as ALL
@@ -59,15 +61,20 @@ def evaluation_folder(folder: Path, number: int) -> Path:
 
 
 def read_evaluation(folder: Path, number: int = 0) -> dict[str, Any] | None:
-    """Content of an evaluation.json of a run; None if the file is missing or was cut short by a kill."""
-    return read_json(evaluation_folder(folder, number) / "evaluation.json")
+    """Content of an evaluation.json of a run; None if the file is missing or damaged: the run is then run again."""
+    with contextlib.suppress(InputError):
+        return documents.read_evaluation(evaluation_folder(folder, number) / documents.JSON_FILE)
+    return None
 
 
 def last_metrics(folder: Path) -> dict[str, Any]:
-    """The last whole line of a run's metrics.jsonl; empty where there is none."""
-    path = folder / FILE_NAME
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return json.loads(lines[-1]) if lines else {}
+    """The line of the last step of a run's metrics.jsonl; empty where there is none.
+
+    Raises:
+        InputError: a line is damaged or of another version.
+    """
+    lines = read_metrics(folder) if (folder / FILE_NAME).exists() else []
+    return lines[-1] if lines else {}
 
 
 def scans_per_second(folder: Path) -> float | None:

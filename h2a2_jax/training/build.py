@@ -1,7 +1,7 @@
 """Parts of a run from its config: training stream, trainer with its compiled step, detector and state to begin with."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -217,6 +217,7 @@ def restore_newest(
     like: TrainState,
     config: ExperimentConfig,
     process_layout: MeshLayout,
+    scans: Sequence[int] = (),
     *,
     accept_changes: bool = False,
 ) -> TrainState | None:
@@ -227,19 +228,20 @@ def restore_newest(
         like: a state with the shapes and places of arrays.
         config: the config to resume with.
         process_layout: processes of the run, which all restore the same checkpoint.
-        accept_changes: True allows another config than the run began with.
+        scans: numbers of training scans of the datasets; empty: not compared with those that the run began with.
+        accept_changes: True allows another config or other numbers of scans than the run began with.
 
     Returns:
         The state; None without a checkpoint.
 
     Raises:
-        InputError: the checkpoint is of another architecture or other datasets, the config differs, or no checkpoint
-            can be read.
+        InputError: the checkpoint is of another architecture or other datasets, the config or a number of scans
+            differs, or no checkpoint can be read.
     """
     while (step := store.latest_step()) is not None:
         state, problem = None, ""
         try:
-            _check_changes(store, step, config, accept_changes)
+            _check_changes(store, step, config, dict(zip(config.dataset_names, scans, strict=False)), accept_changes)
             state = store.restore_state(step, like, config.dataset_names, config)
         except DamagedCheckpointError as error:
             problem = str(error)
@@ -260,8 +262,16 @@ def restore_newest(
     return None
 
 
-def _check_changes(store: CheckpointStore, step: int, config: ExperimentConfig, accept_changes: bool) -> None:
+def _check_changes(
+    store: CheckpointStore, step: int, config: ExperimentConfig, scans: Mapping[str, int], accept_changes: bool
+) -> None:
     found = changes(store.stored_config(step), config)
+    stored = store.stored_scans(step)
+    found += [
+        f"{name} had {stored[name]} training scans and has {count}"
+        for name, count in scans.items()
+        if stored.get(name, count) != count
+    ]
     if not found:
         return
     more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -48,6 +48,8 @@ class Training:
         state: the newest state.
         step: optimiser steps done.
         first_step: optimiser steps done before this process.
+        doubtful: steps whose evaluation cannot be relied on until it is made anew, with the reason; in the process that
+            writes.
         stopping: True if the run ends after this step, because of a signal.
     """
 
@@ -62,6 +64,7 @@ class Training:
     state: TrainState
     step: int
     first_step: int
+    doubtful: dict[int, str] = field(default_factory=dict)
     stopping: bool = False
 
     def is_due(self, every: int) -> bool:
@@ -127,7 +130,8 @@ class SaveCheckpoint(Callback):
             return
         whole = training.process_layout.fetch(training.state)
         if is_main():
-            training.store.save(training.step, unpack(whole), training.config, training.config.dataset_names)
+            names, scans = training.config.dataset_names, training.stream.num_scans
+            training.store.save(training.step, unpack(whole), training.config, names, scans)
         self.saved = training.step
 
 

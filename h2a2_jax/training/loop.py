@@ -2,17 +2,18 @@
 
 import contextlib
 import errno
+import os
 import platform
 import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from h2a2_jax.checkpoint.integrity import DamagedCheckpointError
 from h2a2_jax.checkpoint.store import CheckpointStore
 from h2a2_jax.compilation import compilation_cache
 from h2a2_jax.config import ExperimentConfig, to_json
@@ -20,8 +21,11 @@ from h2a2_jax.distributed import DATASET, REPLICA, MeshLayout, is_main, say, tra
 from h2a2_jax.errors import InputError, Stopped
 from h2a2_jax.evaluation.documents import FOLDER as EVALUATIONS
 from h2a2_jax.evaluation.documents import (
+    JSON_FILE,
     best_step,
+    damaged_evaluations,
     evaluation_folder,
+    lasting_steps,
     read_evaluations,
     score_metrics,
     score_text,
@@ -52,7 +56,7 @@ from h2a2_jax.training.callbacks import (
     StopSignals,
     Training,
 )
-from h2a2_jax.training.metrics import FILE_NAME, SELECTION_FILE, LogMetrics, line_of
+from h2a2_jax.training.metrics import FILE_NAME, SELECTION_FILE, LogMetrics, line_of, read_metrics
 from h2a2_jax.training.nonfinite import NonFiniteError, NonFiniteWatch, kept_batches
 from h2a2_jax.training.step import StepMetrics
 from h2a2_jax.training.summary import FILE_NAME as SUMMARY
@@ -154,8 +158,12 @@ def set_up(
     opened.enter_context(compilation_cache(cache))  # before anything is compiled
     compilations = opened.enter_context(CompilationCounter(config.train.max_bucket + 1))
 
-    best = partial(best_step, workdir)
-    store = opened.enter_context(CheckpointStore(workdir / "checkpoints", config.train.keep_checkpoints, best))
+    doubtful: dict[int, str] = {}
+
+    def lasting(steps: Sequence[int]) -> set[int]:
+        return lasting_steps(workdir, steps) | (doubtful.keys() & {*steps})
+
+    store = opened.enter_context(CheckpointStore(workdir / "checkpoints", config.train.keep_checkpoints, lasting))
     is_new = store.latest_step() is None
     start = initial_detector(config, is_new)
     detector = start or build_detector(config)
@@ -163,21 +171,24 @@ def set_up(
     state = trainer.start
     if not is_new:
         like = trainer.plain_start(process_layout)
-        found = restore_newest(store, like, config, process_layout, accept_changes=accept_changes)
+        found = restore_newest(store, like, config, process_layout, stream.num_scans, accept_changes=accept_changes)
         state = state if found is None else trainer.packed(found, process_layout)
     first = int(state.step)
     if len(set(process_layout.exchange(np.array([first], np.int32)).result()[:, 0].tolist())) > 1:
         raise InputError(f"The processes find different checkpoints in {workdir}: give a folder that all share.")
     if is_main():  # only now: a workdir of another run stays as it is
+        drop_lost_steps(workdir, first, config.optim.accumulate_steps)
+        doubtful |= doubtful_evaluations(workdir, config, [step for step in store.steps() if step < total])
         store.tidy()
         with whole_file(workdir / "config.json") as part:
             part.write_text(to_json(config) + "\n")
-        drop_lost_steps(workdir, first, config.optim.accumulate_steps)
     if not is_new:
         say(f"Resuming {workdir} after step {first} of {total}{', the last: it is evaluated' * (first >= total)}.")
     if first < total:
         _say_start(config, stream, total)
-    training = Training(config, workdir, process_layout, stream, trainer, store, total, start, state, first, first)
+    training = Training(
+        config, workdir, process_layout, stream, trainer, store, total, start, state, first, first, doubtful
+    )
     return training, SaveCheckpoint(None if is_new else first), compilations
 
 
@@ -256,11 +267,14 @@ class Evaluate(Callback):
         self._predictor: Predictor | None = None
 
     def before_steps(self, training: Training) -> None:
-        """Evaluate the checkpoint of a resumed run, if a kill or a signal prevented it."""
+        """Evaluate what cannot be relied on, and the step of a resumed run, if a kill or a signal prevented it."""
+        for step in training.process_layout.gather([*training.doubtful])[0]:
+            self._evaluate_again(training, step)
+        training.doubtful.clear()
         if 0 < training.step < training.total and training.is_due(training.config.train.evaluate_every):
             found = False
             if is_main() and (documents := read_evaluations(training.workdir).get(training.step)) is not None:
-                found = score_metrics(documents).keys() <= line_of(training).keys()
+                found = score_metrics(documents).keys() <= line_of(training.workdir, training.step).keys()
             if not training.process_layout.exchange_flag(found).result().any():
                 self._evaluate_checkpoint(training)
 
@@ -292,13 +306,25 @@ class Evaluate(Callback):
         best = best_step(training.workdir)
         say(f"Step {training.step}: {score_text(documents)}; the best so far is step {best}.")
 
-    def _evaluate(self, training: Training, detector: DetectorNetwork, folder: Path, *, tables: bool) -> dict[str, Any]:
+    def _evaluate_again(self, training: Training, step: int) -> None:
+        layout, detector = training.process_layout, None
+        say(f"Evaluating step {step} again.")
+        with contextlib.suppress(DamagedCheckpointError):
+            detector, _ = training.store.restore_model(step, training.config)
+        if layout.exchange_flag(detector is None).result().any() or detector is None:
+            say(f"The checkpoint of step {step} cannot be read: it stays without an evaluation.")
+            return
+        self._evaluate(training, detector, evaluation_folder(training.workdir, step), tables=False, step=step)
+
+    def _evaluate(
+        self, training: Training, detector: DetectorNetwork, folder: Path, *, tables: bool, step: int | None = None
+    ) -> dict[str, Any]:
         if self._predictor is None:
             self._predictor = build_predictor(detector, training.config.specs, training.config.eval)
         else:
             self._predictor.take_over(detector)
         documents = evaluate(training.config, self._predictor, folder, training.process_layout, tables=tables)
-        self._log.add_scores(training, score_metrics(documents))
+        self._log.add_scores(training, training.step if step is None else step, score_metrics(documents))
         return documents
 
 
@@ -337,7 +363,7 @@ def _sum_up(
     training.store.tidy()  # the last evaluation may have found another best one
     workdir, config = training.workdir, training.config
     results = [CheckpointScores.of("last", training.step, documents)]
-    best = best_step(workdir)
+    best = best_step(workdir, training.store.steps())
     if config.train.evaluate_every and best is not None:
         results.append(CheckpointScores.of("best", best, read_evaluations(workdir)[best]))
     facts = RunFacts(
@@ -371,6 +397,38 @@ def input_summary(stream: JointStream) -> str:
     # The loop waits, not the device, which works on the steps that it was given.
     waited = f"the loop waited {stream.waited:.1f} s for it"
     return f"Input: {rate:.1f} scans per second per core ({parts} ms a scan); {waited}."
+
+
+def doubtful_evaluations(workdir: Path, config: ExperimentConfig, steps: Sequence[int]) -> dict[int, str]:
+    """Find and print evaluations of checkpoints that are damaged, missing, or not of this run.
+
+    Those of steps without a checkpoint are moved to the folder "evaluations_damaged": they cannot be made anew.
+
+    Args:
+        workdir: folder of the run.
+        config: the run's configuration.
+        steps: steps with a checkpoint, without the last one of the run, which is evaluated in any case.
+
+    Returns:
+        What is wrong, by step with a checkpoint.
+    """
+    path = workdir / FILE_NAME
+    lines = {int(line["step"] or 0): line for line in (read_metrics(workdir) if path.exists() else ())}
+    found = damaged_evaluations(workdir, config.dataset_names, lines)
+    for step in steps:
+        file, every = evaluation_folder(workdir, step) / JSON_FILE, config.train.evaluate_every
+        if every and step % every == 0 and any(key.startswith("mAP@") for key in lines.get(step, ())):
+            if not os.path.lexists(file):
+                found[step] = f"{file} is missing."
+    for step, problem in found.items():
+        action = "It is evaluated anew."
+        if step not in steps:
+            place = workdir / f"{EVALUATIONS}_damaged" / str(step)
+            place.parent.mkdir(exist_ok=True)
+            shutil.rmtree(place, ignore_errors=True)  # one that was set aside before
+            action = f"It has no checkpoint and is set aside in {evaluation_folder(workdir, step).rename(place)}."
+        say(f"{problem} {action}")
+    return {step: problem for step, problem in found.items() if step in steps}
 
 
 def drop_lost_steps(workdir: Path, step: int, batches: int = 1) -> None:

@@ -348,11 +348,11 @@ class LogMetrics(Callback):
         for writer in self._writers or ():
             writer.write(step, values)
 
-    def add_scores(self, training: Training, scores: Mapping[str, float | None]) -> None:
-        """Write the line of the newest step again with further values, unless it has them already."""
-        if self._writers is not None and not scores.items() <= (line := line_of(training)).items():
+    def add_scores(self, training: Training, step: int, scores: Mapping[str, float | None]) -> None:
+        """Write the line of a step again with further values, unless it has them already."""
+        if self._writers is not None and not scores.items() <= (line := line_of(training.workdir, step)).items():
             values = {name: value for name, value in line.items() if name not in ("step", "version")}
-            self.write(training.step, {**values, **scores})
+            self.write(step, {**values, **scores})
 
     def summarize(self, documents: Mapping[str, Any]) -> None:
         """Give the evaluation of the last step to the loggers that sum up a run."""
@@ -443,9 +443,9 @@ class LogMetrics(Callback):
         }
 
 
-def line_of(training: Training) -> Mapping[str, Any]:
-    """The line of metrics of the newest step; empty without one."""
-    return next((line for line in read_metrics(training.workdir) if line["step"] == training.step), {})
+def line_of(workdir: Path, step: int) -> Mapping[str, Any]:
+    """The line of metrics of a step of a run; empty without one."""
+    return next((line for line in read_metrics(workdir) if line["step"] == step), {})
 
 
 def mean_known(values: np.ndarray) -> Any:

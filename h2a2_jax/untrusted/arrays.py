@@ -34,14 +34,14 @@ class ArrayHeader(NamedTuple):
     dtype: np.dtype
 
     @property
-    def count(self) -> int:
+    def entries(self) -> int:
         """Number of entries."""
         return math.prod(self.shape)
 
     @property
     def size(self) -> int:
         """Bytes of the array."""
-        return self.count * self.dtype.itemsize
+        return self.entries * self.dtype.itemsize
 
 
 def read_header(file: Any) -> ArrayHeader:
@@ -144,12 +144,12 @@ def _load(file: Any, size: int) -> Mapping[str, np.ndarray]:
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(info) as file:
         header = read_header(file)
-        if header.size > info.file_size or (header.dtype.itemsize == 0 and header.count):
+        if header.size > info.file_size or (header.dtype.itemsize == 0 and header.entries):
             raise NotAnArray(f"{quoted(info.filename, 60)} is cut off")
         content = bytearray(file.read(header.size))
         if len(content) < header.size:
             raise NotAnArray(f"{quoted(info.filename, 60)} is cut off")
-    flat = np.frombuffer(content, header.dtype) if header.size else np.zeros(header.count, header.dtype)
+    flat = np.frombuffer(content, header.dtype) if header.size else np.zeros(header.entries, header.dtype)
     check_letters(flat)
     return flat.reshape(header.shape, order="F" if header.is_fortran else "C")
 

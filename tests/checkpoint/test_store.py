@@ -3,12 +3,16 @@
 import dataclasses
 import errno
 import functools
+import json
 import logging
+import re
 import resource
+import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from flax import nnx
 
 from h2a2_jax.balancers import build_balancer
 from h2a2_jax.balancers.ngh import norm_gradient_harmonization, plain_mean
+from h2a2_jax.checkpoint import integrity
 from h2a2_jax.checkpoint.integrity import DamagedCheckpointError, UnsavedCheckpointError
 from h2a2_jax.checkpoint.store import CheckpointStore, checkpoint_place
 from h2a2_jax.checkpoint.train_state import Averages, TrainState, place_state, split_model
@@ -400,7 +405,7 @@ def test_a_flipped_bit_is_detected(tmp_path: Path, item: str):
 
 def test_the_best_stays_beside_the_latest(tmp_path: Path):
     state, best = make_state(1, model=PLAIN), [None]
-    with CheckpointStore(tmp_path, keep=2, best=lambda: best[0]) as store:
+    with CheckpointStore(tmp_path, keep=2, lasting=lambda steps: {best[0]} & {*steps}) as store:
         for step in (1, 2, 3, 4, 5):
             store.save(step, state, experiment(model=PLAIN), NAMES)
             store.wait()
@@ -432,7 +437,7 @@ def test_superseded_checkpoints_are_removed_by_tidy(tmp_path: Path):
     with CheckpointStore(tmp_path, keep=9) as store:
         for step in (1, 2, 3, 4):
             store.save(step, make_state(1, model=PLAIN), experiment(model=PLAIN), NAMES)
-    with CheckpointStore(tmp_path, keep=2, best=lambda: 1) as store:
+    with CheckpointStore(tmp_path, keep=2, lasting=lambda steps: {1} & {*steps}) as store:
         store.tidy()
         assert store.steps() == [1, 3, 4]
 
@@ -466,3 +471,111 @@ def test_a_failed_write_names_the_newest_saved_step(tmp_path: Path, monkeypatch:
         store.save(2, state, experiment(model=PLAIN), NAMES)
     with CheckpointStore(tmp_path) as store:
         assert store.steps() == [1, 2]
+
+
+def rewritten(checkpoint: Path, **values: Any) -> None:
+    """Write a checkpoint's config anew with other values and a checksum that fits; None takes a value out."""
+    path = checkpoint / "config" / "metadata"
+    stored = json.loads(path.read_text()) | values
+    stored = {key: value for key, value in stored.items() if value is not None and key != "checksum"}
+    path.write_text(json.dumps({**stored, "checksum": zlib.crc32(json.dumps(stored, sort_keys=True).encode())}))
+
+
+def write_config(content: bytes) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "config" / "metadata").write_bytes(content)
+
+
+def change_config(**values: Any) -> Callable[[Path], Any]:
+    return lambda folder: rewritten(folder, **values)
+
+
+def write_layout(content: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "params" / "_METADATA").write_text(content)
+
+
+OF_ANOTHER_SHAPE = {
+    "config a list": (write_config(b"[]"), "lacks the checksums"),
+    "config deeply nested": (write_config(b"[" * 100_000), "cannot be read"),
+    "config not UTF-8": (write_config(b'{"a": "\xff"}'), "cannot be read"),
+    "checksums a list": (change_config(checksums=[1, 2, 3]), "lacks the checksums"),
+    "no checksums": (change_config(checksums=None), "lacks the checksums"),
+    "checksums of nothing": (change_config(checksums={}), "lacks the checksums"),
+    "no datasets": (change_config(datasets=None), "names the datasets None, its config scannet"),
+    "datasets a number": (change_config(datasets=3), "names the datasets 3"),
+    "other datasets": (change_config(datasets=["scannet", "a"]), "names the datasets ['scannet', 'a']"),
+    "no config": (change_config(config=None), "a config that this program cannot read"),
+    "config of numbers": (change_config(config=[1]), "a config that this program cannot read"),
+    "another step": (change_config(step=30), "was saved as that of step 30: give its folder that name"),
+    "another version": (change_config(version={"a": 1}), "has version"),
+    "layout a list": (write_layout("[]"), "cannot be read"),
+    "layout of no tree": (write_layout('{"tree_metadata": 3}'), "cannot be read"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    with CheckpointStore(folder) as store:
+        store.save(1, make_state(1, model=PLAIN), experiment(model=PLAIN), NAMES)
+    return folder
+
+
+@pytest.mark.parametrize(("change", "phrase"), OF_ANOTHER_SHAPE.values(), ids=OF_ANOTHER_SHAPE.keys())
+def test_metadata_of_another_shape_are_a_sentence(
+    tmp_path: Path, saved_once: Path, change: Callable[[Path], Any], phrase: str
+):
+    shutil.copytree(saved_once / "1", tmp_path / "1")
+    change(tmp_path / "1")
+    like = make_state(2, model=PLAIN)
+    with CheckpointStore(tmp_path) as store:
+        for read in (store.restore_detector, lambda: store.restore_state(None, like, NAMES)):
+            with pytest.raises(InputError, match=re.escape(phrase)) as raised:
+                read()
+            assert len(str(raised.value)) < 600 and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "[" * 100_000, '{"init_timestamp_nsecs": "x"}', '{"item_handlers": [1]}', '{"metrics": 3}']
+)
+def test_what_orbax_alone_reads_may_be_anything(tmp_path: Path, saved_once: Path, content: str):
+    shutil.copytree(saved_once / "1", tmp_path / "1")
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").write_text(content)
+    (tmp_path / "1" / "commit_success.txt").unlink(missing_ok=True)
+    like = make_state(2, model=PLAIN)
+    with CheckpointStore(tmp_path) as store:
+        store.restore_state(1, like, NAMES)
+        store.save(2, like, experiment(model=PLAIN), NAMES)
+        store.wait()
+        assert store.steps() == [1, 2]
+
+
+def test_a_checkpoint_under_a_later_name_is_refused_and_hides_no_save(tmp_path: Path, saved_once: Path):
+    shutil.copytree(saved_once / "1", tmp_path / "5")
+    like = make_state(2, model=PLAIN)
+    with CheckpointStore(tmp_path) as store:
+        with pytest.raises(InputError, match=r"of step 5 in .* was saved as that of step 1: give its folder that name"):
+            store.restore_state(None, like, NAMES)
+        with pytest.raises(UnsavedCheckpointError, match=r"step 3 cannot be saved: .* has one of step 5"):
+            store.save(3, like, experiment(model=PLAIN), NAMES)
+    # One of version 0.1.0, which names its step among the counters alone.
+    rewritten(tmp_path / "5", step=None)
+    with CheckpointStore(tmp_path) as store, pytest.raises(InputError, match="was saved as that of step"):
+        store.restore_state(None, like, NAMES)
+
+
+def test_arrays_larger_than_the_memory_are_refused(saved_once: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(integrity, "available_memory", lambda: 1000)
+    with CheckpointStore(saved_once) as store, pytest.raises(InputError, match="more than the 1e-06 GB of free memory"):
+        store.restore_detector()
+
+
+def test_too_many_open_files_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", exhausted)
+    with (
+        CheckpointStore(tmp_path) as store,
+        pytest.raises(UnsavedCheckpointError, match=r"allow more open files \(ulimit"),
+    ):
+        store.save(1, make_state(1, model=PLAIN), experiment(model=PLAIN), NAMES)

@@ -125,3 +125,16 @@ def test_evaluations_of_steps_that_are_taken_again_are_dropped(tmp_path: Path):
         evaluation_folder(tmp_path, 0).with_name(name).mkdir(parents=True)
     drop_lost_steps(tmp_path, 4)
     assert sorted(path.name for path in evaluation_folder(tmp_path, 0).parent.iterdir()) == ["4", "mine"]
+
+
+def test_scans_that_came_or_went_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    like, process_layout = make_state(9, model=PLAIN), MeshLayout(train_mesh(3, jax.devices()[:1]), 3)
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, like, CONFIG, NAMES, (8, 5, 7))
+    with CheckpointStore(tmp_path) as store:
+        for scans in ((8, 5, 7), ()):
+            assert restore_newest(store, like, CONFIG, process_layout, scans) is not None
+        with pytest.raises(InputError, match=r"sunrgbd had 5 training scans and has 4\. Give .*--accept_changes"):
+            restore_newest(store, like, CONFIG, process_layout, (8, 4, 7))
+        assert restore_newest(store, like, CONFIG, process_layout, (8, 4, 7), accept_changes=True) is not None
+    assert "Going on with another config: sunrgbd had 5 training scans and has 4." in capsys.readouterr().out
