@@ -11,6 +11,7 @@ README.md           the model card (`model_card`)
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -130,7 +131,7 @@ def read_pretrained(folder: str | Path) -> StoredDetector:
 
 def is_pretrained(folder: Path) -> bool:
     """Return True if a folder has the files of a pretrained folder, whoever wrote them."""
-    return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
+    return os.path.isfile(folder / CONFIG_FILE) and os.path.isfile(folder / WEIGHTS_FILE)
 
 
 def card_facts(detector: StoredDetector) -> CardFacts:

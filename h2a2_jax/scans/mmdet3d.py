@@ -91,7 +91,7 @@ class Mmdet3dFolder:
         self.spec = spec
         self._points = Path(root) / points_folder(spec)
         files = (info_file,) if isinstance(info_file, str) else tuple(info_file)
-        if not self._points.is_dir():
+        if not os.path.isdir(self._points):
             raise InputError(
                 f"There is no folder {self._points}: a prepared {spec.name} folder holds {', '.join(files)} "
                 f"and {self._points.name}/<scan>.bin."
@@ -113,7 +113,7 @@ class Mmdet3dFolder:
                 "prepare the folder again."
             )
         self.names = [info.name for info in self._infos]
-        if missing := [info.name for info in self._infos if not self._path(info.name).is_file()]:
+        if missing := [info.name for info in self._infos if not os.path.isfile(self._path(info.name))]:
             raise InputError(
                 f"{len(missing)} of the {len(self._infos)} scans named in {', '.join(files)} have no .bin file in "
                 f"{self._points} ({some(missing)}): finish preparing the folder."

@@ -38,6 +38,7 @@ import difflib
 import functools
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -126,7 +127,7 @@ class FolderDescription:
 
 def is_scan_folder(root: str | Path) -> bool:
     """Return True if a folder holds a file of boxes for a user's own scans."""
-    return (Path(root) / BOXES_FILE).is_file()
+    return os.path.isfile(Path(root) / BOXES_FILE)
 
 
 def folder_classes(root: str | Path) -> tuple[str, ...]:
@@ -141,7 +142,7 @@ def read_folder(root: str | Path) -> FolderDescription:
         InputError: the file is missing or not of the schema, or names a scan twice or a file outside the folder.
     """
     path = Path(root) / BOXES_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise InputError(f"There is no file {path}: a folder of scans needs one that says where the boxes are.")
     try:
         document = json.loads(read_bytes(path, growth=24), object_pairs_hook=_unique)  # of empty lists

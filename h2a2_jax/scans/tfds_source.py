@@ -159,7 +159,7 @@ def why_not_whole(folder: Path) -> str | None:
         return f"{folder} lacks {_INFO_FILE} or {METADATA_FILE}, or they are damaged"
     try:
         return _missing_part(folder, info)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:  # OSError: a name that is too long
         return f"{folder / _INFO_FILE} is damaged ({type(error).__name__}: {quoted(error, 100)})"
 
 

@@ -90,7 +90,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def check_folder(root: Path, layout: str) -> None:
     """Refuse a root that is no folder; `layout` is the expected content, the end of a sentence."""
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise InputError(f"There is no folder {shown(root)}: it should hold {layout}.")
 
 

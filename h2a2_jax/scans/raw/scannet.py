@@ -31,7 +31,7 @@ NYU40_IDS = (3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 24, 28, 33, 34, 36, 39)
 
 _LABELS = "scannetv2-labels.combined.tsv"
 _LAYOUT = f"scans/<scan>/, {_LABELS}, scannetv2_train.txt and scannetv2_val.txt"
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _ALIGNMENT = re.compile(r"^\s*axisAlignment\s*=(.*)$", re.MULTILINE)
 
 
@@ -163,9 +163,8 @@ def _read_split(root: Path, split: str) -> tuple[str, ...]:
         raise InputError(f"{shown(path)} lists {twice} twice: {fetch}.")
     wrong = next((name for name in names if not _NAME.fullmatch(name)), None)
     if wrong or not names:
-        raise InputError(
-            f"{shown(path)} lists {f'{wrong!r}, which is no name of a scan' if wrong else 'no scan'}: {fetch}."
-        )
+        what = f"{quoted(repr(wrong), 100)}, which is no name of a scan" if wrong else "no scan"
+        raise InputError(f"{shown(path)} lists {what}: {fetch}.")
     return names
 
 
