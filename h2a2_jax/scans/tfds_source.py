@@ -38,7 +38,7 @@ class TfdsSource:
         metadata = _metadata(self.folder) or {}
         if tuple(metadata["classes"]) != spec.classes:
             raise InputError(
-                f"{self.folder} holds the {len(metadata['classes'])} classes {', '.join(metadata['classes'])}; "
+                f"{self.folder} holds the {len(metadata['classes'])} classes {quoted(', '.join(metadata['classes']))}; "
                 f"{spec.name} has {', '.join(spec.classes)}: give another folder or another dataset."
             )
         if split not in metadata["names"]:

@@ -27,7 +27,7 @@ def read_ptx(path: Path, thinning: Thinning) -> RawCloud:
         while (line := file.readline(_LONGEST_LINE)).strip():
             count, matrix = _header(path, line, file)
             if _SHORTEST_LINE * count > path.stat().st_size:
-                raise InputError(f"{path} is cut off: its header says {count} points; copy it again.")
+                raise InputError(f"{path} is cut off: its header says {quoted(count, 30)} points; copy it again.")
             some = Thinning(thinning.most)
             rows = _rows(path, file, count, some)
             hits = rows[(rows[:, :3] != 0).any(axis=1)]
