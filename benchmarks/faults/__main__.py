@@ -19,6 +19,7 @@ status 1 if something failed. All files are in a temporary folder, or in --folde
     devices    saved on three devices, resumed on one and on six; evaluated on one, three and six
     poison     scans with colours that are not finite
     processes  three processes, and SIGTERM for one of them
+    hostile    800 damaged and hostile files over all readers: one sentence each, in bounded memory and time
     surroundings  no HOME, TMPDIR that cannot be written to, umask, few open files, a clock that jumps, odd paths,
                links, two trainings at once, a read-only checkout; folders in place of files, files in place of folders
     cache      every file of compiled programs damaged, moved, or signed by another user
@@ -37,6 +38,7 @@ from benchmarks.faults.cache import cache
 from benchmarks.faults.children import Bench, Fault, Report
 from benchmarks.faults.damage import damaged, disk
 from benchmarks.faults.files import files, resumed_files
+from benchmarks.faults.hostile import hostile
 from benchmarks.faults.kills import kills, own_cache
 from benchmarks.faults.processes import processes
 from benchmarks.faults.stops import second, sigterm, workers
@@ -55,6 +57,7 @@ SCENARIOS: dict[str, tuple[tuple[Callable[[Bench], None], ...], int]] = {
     "devices": ((devices,), 7),
     "poison": ((poison,), 4),
     "processes": ((processes,), 4),
+    "hostile": ((hostile,), 0),
     "surroundings": ((surroundings, occupied), 26),
     "cache": ((cache,), 13),
 }

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.files import read_json
 from h2a2_jax.scans.scan import Scan, ScanError, colors_from_bytes
 from h2a2_jax.scans.specs import DatasetSpec
@@ -36,10 +36,10 @@ class TfdsSource:
         `root` is a version's folder, or one up to three levels above it: data/scannet, data/scannet/prepared, ...
         """
         self.folder = find_tfds(root, spec)
-        metadata = read_json(self.folder / METADATA_FILE)
+        metadata = _metadata(self.folder) or {}
         if tuple(metadata["classes"]) != spec.classes:
             raise InputError(
-                f"{self.folder} holds the {len(metadata['classes'])} classes {', '.join(metadata['classes'])}; "
+                f"{self.folder} holds the {len(metadata['classes'])} classes {quoted(', '.join(metadata['classes']))}; "
                 f"{spec.name} has {', '.join(spec.classes)}: give another folder or another dataset."
             )
         if split not in metadata["names"]:
@@ -77,7 +77,7 @@ class TfdsSource:
         except Exception as error:  # array_record, protobuf and TFDS each have their own
             raise ScanError(
                 name,
-                f"Scan {name} cannot be read from {self.folder} ({' '.join(str(error).split())[:200]}): remove that "
+                f"Scan {name} cannot be read from {self.folder} ({quoted(error)}): remove that "
                 "folder and prepare the dataset again.",
             ) from error
         if scan.name != name:
@@ -105,8 +105,7 @@ class TfdsSource:
                     raise
                 except Exception as error:  # TFDS has no base class of its errors
                     raise InputError(
-                        f"{self.folder} cannot be opened ({' '.join(str(error).split())[:200]}): remove it and prepare "
-                        "the dataset again."
+                        f"{self.folder} cannot be opened ({quoted(error)}): remove it and prepare the dataset again."
                     ) from error
                 self._process = os.getpid()
             return self._opened
@@ -150,7 +149,7 @@ def is_tfds(root: str | Path) -> bool:
 def find_tfds(root: str | Path, spec: DatasetSpec) -> Path:
     """Find the version's folder of a prepared dataset, at most three levels below `root`; the newest of several."""
     root = Path(root)
-    found = {folder: read_json(folder / METADATA_FILE)["dataset"] for folder in _versions(root)}
+    found = {folder: metadata["dataset"] for folder, metadata in _versions(root).items()}
     fitting = [folder for folder, dataset in found.items() if dataset == spec.name]
     datasets = {folder.parent for folder in fitting}
     if len(datasets) > 1:
@@ -180,8 +179,25 @@ def why_not_whole(folder: Path) -> str | None:
     No record is read: a file that was cut or is missing shows in the sizes.
     """
     info = read_json(folder / _INFO_FILE)
-    if info is None or read_json(folder / METADATA_FILE) is None:
-        return f"{folder} lacks {_INFO_FILE} or {METADATA_FILE}"
+    if info is None or _metadata(folder) is None:
+        return f"{folder} lacks {_INFO_FILE} or {METADATA_FILE}, or they are damaged"
+    try:
+        return _missing_part(folder, info)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:  # OSError: a name that is too long
+        return f"{folder / _INFO_FILE} is damaged ({type(error).__name__}: {quoted(error, 100)})"
+
+
+def _metadata(folder: Path) -> dict[str, Any] | None:
+    """The metadata of a version's folder; None if they are missing or of another form."""
+    found = read_json(folder / METADATA_FILE)
+    if not isinstance(found, dict) or not isinstance(found.get("dataset"), str):
+        return None
+    names = found.get("names")
+    lists = [found.get("classes"), *(names.values() if isinstance(names, dict) else (None,))]
+    return found if all(isinstance(each, list) and all(isinstance(n, str) for n in each) for each in lists) else None
+
+
+def _missing_part(folder: Path, info: Any) -> str | None:
     for split in info["splits"]:
         number = len(split["shardLengths"])
         files = [
@@ -196,10 +212,11 @@ def why_not_whole(folder: Path) -> str | None:
     return None
 
 
-def _versions(root: Path) -> list[Path]:
+def _versions(root: Path) -> dict[Path, dict[str, Any]]:
+    """Metadata of the versions below a folder, by their folders."""
     files = {file for below in _BELOW for file in root.glob(f"{below}{_INFO_FILE}")}
     folders = sorted(file.parent for file in files if not file.parent.name.startswith(_INCOMPLETE))
-    return [folder for folder in folders if "classes" in (read_json(folder / METADATA_FILE) or {})]
+    return {folder: metadata for folder in folders if (metadata := _metadata(folder)) is not None}
 
 
 def _unfinished(root: Path) -> list[Path]:
