@@ -14,6 +14,7 @@ import re
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,10 +28,15 @@ if TYPE_CHECKING:
     from h2a2_jax.config import ExperimentConfig
     from h2a2_jax.inference.input_files import PredictRequest
 from h2a2_jax.host import quiet_command_line
+from h2a2_jax.rendezvous import CHECKPOINT
 
 _EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
 _CONFIG_HELP = "file of the config, as configs/joint.py:demo; --config.KEY=VALUE sets a value of it"
-_PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
+_PROCESS_FLAGS = ("coordinator", "num_processes", "process_id", "process_timeout")
+_OF_MACHINES = (*_PROCESS_FLAGS, "workdir", "output")
+"""Flags that may differ between the processes of a run."""
+_CONFIG_OF_MACHINES = ("root", "workers", "compilation_cache")
+"""Last parts of the config keys that may."""
 _FILE_FLAGS = ("up", "unit", "floor", "colors", "columns", "align", "score", "show", "classes", "agnostic_nms", "names",
                "tile", "overwrite")  # fmt: skip
 """Flags of `predict` that are for files of points."""
@@ -425,6 +431,12 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="process 0; auto under a cluster such as SLURM")
     group.add_argument("--num_processes", type=int, metavar="N", help="number of processes")
     group.add_argument("--process_id", type=int, metavar="N", help="number of this process, from 0")
+    group.add_argument(
+        "--process_timeout",
+        type=_number(float, 1, 86400),
+        metavar="SECONDS",
+        help="wait for the other processes at the start, and for their signs of life later (60)",
+    )
 
 
 def _train_flags(parser: argparse.ArgumentParser) -> None:
@@ -587,12 +599,35 @@ def _protocol_flags(parser: argparse.ArgumentParser) -> None:
 # --- commands: their modules are imported when a command runs, so that a wrong flag is answered at once ---------------
 
 
-def _train(given: Invocation) -> int | None:
+def _processes(given: Invocation, config: "ExperimentConfig | None") -> AbstractContextManager[None]:
+    """Join the processes of a run that the flags name; they must agree on other flags, config, versions, checkpoint."""
+    from h2a2_jax.checkpoint.store import checkpoint_place
+    from h2a2_jax.config import leaves_of
     from h2a2_jax.distributed import processes
+    from h2a2_jax.host import versions
 
+    values, facts = given.flags, {}
+    if values.coordinator is not None:
+        facts = {f"--{name}": str(value) for name, value in vars(values).items() if name not in _OF_MACHINES}
+        leaves = {} if config is None else leaves_of(config)
+        facts |= {
+            f"--config.{key}": str(value)
+            for key, value in leaves.items()
+            if key.rpartition(".")[2] not in _CONFIG_OF_MACHINES
+        }
+        facts |= {name: version for name, version in versions().items() if name in ("jax", "jaxlib", "h2a2_jax")}
+        folder = checkpoint_place(given.workdir).directory
+        steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+        facts[CHECKPOINT] = str(max(steps, default="none"))
+    return processes(
+        values.coordinator, values.num_processes, values.process_id, timeout=values.process_timeout, facts=facts
+    )
+
+
+def _train(given: Invocation) -> int | None:
     config = given.experiment()
     try:
-        with processes(given.flags.coordinator, given.flags.num_processes, given.flags.process_id):
+        with _processes(given, config):
             train_command(config, given.workdir, accept_changes=given.flags.accept_changes)
     except Stopped as stopped:  # the loop printed what is saved
         return stopped.status
@@ -627,7 +662,6 @@ def train_command(config: "ExperimentConfig", workdir: Path, *, accept_changes: 
 
 
 def _eval(given: Invocation) -> int | None:
-    from h2a2_jax.distributed import processes
     from h2a2_jax.evaluation.evaluate import EvalRequest, evaluate_checkpoint
 
     values = given.flags
@@ -640,8 +674,9 @@ def _eval(given: Invocation) -> int | None:
         output=None if values.output is None else Path(values.output),
         step=_chosen_step(given),
     )
-    with processes(values.coordinator, values.num_processes, values.process_id):
-        evaluate_checkpoint(given.workdir, request, given.experiment())
+    config = given.experiment()
+    with _processes(given, config):
+        evaluate_checkpoint(given.workdir, request, config)
     return None
 
 
@@ -672,14 +707,13 @@ def _predict(given: Invocation) -> int | None:
 
 def _predict_request(given: Invocation, request: "PredictRequest") -> int | None:
     from h2a2_jax.checkpoint.store import StoredDetector, checkpoint_place, read_detector
-    from h2a2_jax.distributed import processes
     from h2a2_jax.inference.predict_folder import predict_inputs, print_line
     from h2a2_jax.inference.validation_scans import predict_validation_scans
     from h2a2_jax.pretrained.load import load_pretrained
 
     values, config = given.flags, given.experiment()
     if not request.inputs:
-        with processes(values.coordinator, values.num_processes, values.process_id):
+        with _processes(given, config):
             predict_validation_scans(given.workdir, request, config)
         return None
 

@@ -144,6 +144,7 @@ class StopSignals(Callback):
         self._deferring = False
         self._received: int | None = None
         self._exchanged: ExchangeFuture | None = None
+        self._together = False
 
     @property
     def requested(self) -> bool:
@@ -153,7 +154,7 @@ class StopSignals(Callback):
     def stopped(self) -> Stopped:
         """The exception for the signal that arrived."""
         assert self._received is not None
-        return Stopped(self._received)
+        return Stopped(self._received, together=self._together)
 
     def after_step(self, training: Training, metrics: StepMetrics) -> None:
         """Set `training.stopping`, in all processes at the same step.
@@ -211,6 +212,7 @@ class StopSignals(Callback):
         found = bool(exchanged.result().any())
         if found and not self.requested:
             self._received = signal.SIGTERM
+        self._together = found
         return found
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

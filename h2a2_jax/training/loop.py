@@ -16,7 +16,7 @@ import numpy as np
 from h2a2_jax.checkpoint.store import CheckpointStore
 from h2a2_jax.compilation import compilation_cache
 from h2a2_jax.config import ExperimentConfig, to_json
-from h2a2_jax.distributed import DATASET, REPLICA, MeshLayout, is_main, say, train_mesh
+from h2a2_jax.distributed import DATASET, REPLICA, MeshLayout, described, is_main, say, train_mesh
 from h2a2_jax.errors import InputError, Stopped
 from h2a2_jax.evaluation.documents import FOLDER as EVALUATIONS
 from h2a2_jax.evaluation.documents import (
@@ -111,6 +111,7 @@ def train(
             profiler = StepProfiler(workdir, *config.train.profile)
             opened.callback(profiler.close)
             training, saver, compilations = set_up(config, workdir, devices, opened, accept_changes=accept_changes)
+            opened.enter_context(described(lambda: _describe_finished(training)))
             log = LogMetrics(training, compilations)
             opened.callback(log.close)
             evaluation = Evaluate(log, signals)
@@ -419,6 +420,13 @@ def _say_start(config: ExperimentConfig, stream: JointStream, total: int) -> Non
         f"{mesh.size} {jax.devices()[0].platform} device(s){processes}, {mesh.shape[DATASET]} x {mesh.shape[REPLICA]} "
         "(dataset x replica). The first step compiles, which takes up to a minute."
     )
+
+
+def _describe_finished(training: Training) -> str:
+    """Describe how the same command would continue, when the checkpoint that is on its way to the disk is there."""
+    with contextlib.suppress(Exception):  # the error of a save is no news beside the one that ends the run
+        training.store.wait()
+    return _describe_saved(training.workdir)
 
 
 def _describe_saved(workdir: Path) -> str:
