@@ -9,7 +9,6 @@ run.py takes the same flags and names the command with `--mode`, inputs with `--
 
 import argparse
 import difflib
-import os
 import re
 import runpy
 import sys
@@ -27,7 +26,7 @@ from h2a2_jax.errors import INTERRUPTED, InputError, Stopped
 if TYPE_CHECKING:
     from h2a2_jax.config import ExperimentConfig
     from h2a2_jax.inference.input_files import PredictRequest
-from h2a2_jax.host import quiet_command_line
+from h2a2_jax.host import keep_output, output_is_lost, quiet_command_line
 from h2a2_jax.rendezvous import CHECKPOINT
 
 _EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
@@ -112,21 +111,20 @@ def run_py(arguments: Sequence[str] | None = None) -> int:
 
 
 def _guarded(program: str, run: Callable[[], int | None]) -> int:
+    keep_output()
     logging.use_absl_handler()
     quiet_command_line()
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags
     try:
-        return run() or 0
+        status = run()
+        return int(output_is_lost()) if status is None else status
     except InputError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: stopped.", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # as of `| head`: nobody reads what is still printed, and Python flushes at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def _run_h2a2(arguments: list[str]) -> int | None:
@@ -134,16 +132,16 @@ def _run_h2a2(arguments: list[str]) -> int | None:
 
     if arguments[:1] == ["--version"]:
         print(__version__)
-        return 0
+        return None
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview(COMMANDS))
-        return 0 if arguments else 2
+        return None if arguments else 2
     command = next((c for c in COMMANDS if c.name.split() == arguments[: len(c.name.split())]), None)
     if command is None:
         within = [c for c in COMMANDS if c.name.split()[0] == arguments[0]]
         if within and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
             print(_overview(within))
-            return 0 if len(arguments) > 1 else 2
+            return None if len(arguments) > 1 else 2
         given = " ".join(arguments[:2] if within else arguments[:1])
         near = difflib.get_close_matches(given, [c.name for c in COMMANDS], 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -160,7 +158,7 @@ def _run_mode(arguments: list[str]) -> int | None:
         raise InputError(f"--mode is {mode.mode!r}; expected one of {', '.join(modes)}.")
     if {"-h", "--help"} & set(rest) and not any(argument.startswith("--mode") for argument in arguments):
         print(_overview(list(modes.values()), spell=_spell_mode))
-        return 0
+        return None
     program = "run.py" if mode.mode == "train" else f"run.py --mode={mode.mode}"
     return _run_command(modes[mode.mode], rest, program, _spell_mode)
 
@@ -182,8 +180,10 @@ def _overview(commands: Sequence[Command], spell: Callable[[Command], str] = _sp
 def _run_command(command: Command, arguments: list[str], program: str, spell: Callable[[Command], str]) -> int | None:
     if {"-h", "--help"} & set(arguments):
         _build_parser(command, program).print_help()
-        return 0
-    return command.run(parse(command, arguments, program, spell))
+        return None
+    status = command.run(parse(command, arguments, program, spell))
+    # None: 0 if all that was printed was read. What a training makes is files.
+    return 0 if command.config and not status else status or None
 
 
 def parse(

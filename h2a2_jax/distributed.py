@@ -88,6 +88,7 @@ def processes(
     end = _End(watch)
     port = watch.meet()
     watch.watch(end.after_loss)
+    _ends.append(end)
     relay = None
     try:
         relay = _start_jax(member, port, local_devices)
@@ -182,10 +183,20 @@ def _start_jax(member: Member, port: int, local_devices: Sequence[int] | None) -
 def _finish(watch: Watch, relay: Relay | None) -> None:
     """End orderly, together with the other processes."""
     watch.finish()
+    _ends.clear()
     jax.distributed.shutdown()
     watch.close()
     if relay is not None:
         relay.close()
+
+
+def end_now(stopped: Stopped, sentence: str) -> NoReturn:
+    """Print a sentence and end this process at once, from any thread; other processes of the run are told."""
+    print(sentence, flush=True)
+    if _ends:
+        _ends[-1].after_error(stopped)
+    sys.stderr.flush()
+    os._exit(stopped.status)
 
 
 _describers: list[Callable[[], str]] = []
@@ -209,6 +220,10 @@ _GRACE_S = {"failed": 2.0, "stopped": 5.0}
 """Time for a process to end by itself, with a sentence of its own, when another one ended in this way."""
 _NETWORK = re.compile("gloo|nccl|connection|deadline|timed out|unavailable", re.IGNORECASE)
 """In errors of JAX that the end of another process causes."""
+
+
+_ends: list["_End"] = []
+"""Of the run of several processes that this process belongs to."""
 
 
 class _End:

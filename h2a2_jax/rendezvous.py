@@ -1,8 +1,8 @@
 """The processes of a run meet before JAX is started, and watch one another until the end.
 
-Process 0 listens on the coordinator's port. Every other process connects to it and introduces itself; process 0 compares
-numbers, flags, config and versions, and accepts all or refuses all. The connections stay open. A process that dies
-closes its connection; one that hangs sends no beats. Process 0 tells the others.
+Process 0 listens on the coordinator's port. Every other process connects to it and introduces itself; process 0
+compares numbers, flags, config and versions, and accepts all or refuses all. The connections stay open. A process that
+dies closes its connection; one that hangs sends no beats. Process 0 tells the others.
 
 JAX has a service for this, too, but it ends a process by an abort with a stack. Its service listens on a port of its
 own, and each process reaches it through a `Relay`, which hides the end of process 0 from JAX.
@@ -19,7 +19,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
@@ -69,7 +70,8 @@ class Loss(NamedTuple):
         }.get(self.kind, f"{whom} ended")
 
 
-class Member(NamedTuple):
+@dataclass(frozen=True)
+class Member:
     """A process of a run.
 
     Attributes:
@@ -86,7 +88,7 @@ class Member(NamedTuple):
     count: int
     index: int
     timeout: float = 60.0
-    facts: Mapping[str, str] = {}
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def address(self) -> str:
@@ -220,6 +222,11 @@ class Connection:
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
+
+
+def _readable(sources: Sequence[Any], seconds: float) -> list[Any]:
+    """Sockets and connections that have something to read, within some seconds."""
+    return wait(sources, seconds)
 
 
 class Watch:
@@ -368,7 +375,7 @@ class Hub(Watch):
         beat = before = time.monotonic()
         while not self._closing.is_set():
             connections = [*self._peers.values(), *self._strangers]
-            ready = wait([self._socket, *connections], 0.1)
+            ready = _readable([self._socket, *connections], 0.1)
             now = time.monotonic()
             with self._lock:
                 if now - before > _PAUSED_S:
@@ -390,7 +397,8 @@ class Hub(Watch):
                     self._all_done.set()
                     for connection in self._peers.values():
                         self._send(connection, {"done": 1})
-        for connection in [self._socket, *self._peers.values(), *self._strangers]:
+        self._socket.close()
+        for connection in [*self._peers.values(), *self._strangers]:
             connection.close()
 
     def _accept(self) -> None:
@@ -473,8 +481,8 @@ class Link(Watch):
                 connected = socket.create_connection((self.member.host, self.member.port), timeout=5)
                 self._connection = Connection(connected)
                 self._connection.send(self.member.hello())
-                for missing, port in self._answers(until):
-                    reason = ""
+                for answer in self._answers(until):
+                    (missing, port), reason = answer, ""
                 reason = reason or "it closed the connection"
             except ClosedError:
                 missing, reason = [0], "the connection was closed"
@@ -501,7 +509,7 @@ class Link(Watch):
                 raise InputError(waited(self.member, missing))
             if now - self._connection.heard > _GREETING_S or now > until:
                 raise TimeoutError
-            if not wait([self._connection], 0.2):
+            if not _readable([self._connection], 0.2):
                 continue
             try:
                 messages = self._connection.receive()
@@ -546,7 +554,7 @@ class Link(Watch):
         beat = before = time.monotonic()
         while not self._all_done.is_set():
             try:
-                ready = wait([connection], 0.1)
+                ready = _readable([connection], 0.1)
                 now = time.monotonic()
                 if now - before > _PAUSED_S:
                     connection.heard = now
