@@ -454,6 +454,7 @@ class Hub(Watch):
         self._strangers.remove(connection)
         connection.index, connection.name = index, name
         self._peers[index] = connection
+        self._send(connection, {"missing": self._missing()})
         if not self._missing():
             self._complete.set()
 
@@ -472,6 +473,15 @@ class Link(Watch):
 
     def meet(self) -> int:
         """Wait for the others; see `Watch`."""
+        try:
+            port = self._meet()
+        except BaseException:
+            self.close()
+            raise
+        threading.Thread(target=self._follow, name="watch-processes", daemon=True).start()
+        return port
+
+    def _meet(self) -> int:
         until, port = time.monotonic() + self.member.timeout, None
         missing, reason = [0], "it does not answer"
         while port is None:
@@ -496,7 +506,6 @@ class Link(Watch):
                 if self._connection is not None:
                     self._connection.close()
                 time.sleep(0.3)
-        threading.Thread(target=self._follow, name="watch-processes", daemon=True).start()
         return port
 
     def _answers(self, until: float) -> Iterator[tuple[list[int], int | None]]:

@@ -9,6 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "h2a2_jax"
 FLOORS: tuple[set[str], ...] = (
     {"typing", "errors", "user_cache"},
+    {"rendezvous"},
     {"host", "files", "restricted_pickle", "compilation", "distributed", "figures", "sparse", "boxes", "balancers"},
     {"layers", "losses"},
     {"linen", "models", "scans"},
