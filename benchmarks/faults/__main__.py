@@ -17,7 +17,9 @@ status 1 if something failed. All files are in a temporary folder, or in --folde
     workers    a process that loads scans is killed
     devices    saved on three devices, resumed on one and on six; evaluated on one, three and six
     poison     scans with colours that are not finite
-    processes  three processes, and SIGTERM for one of them
+    processes  three processes: SIGTERM for one of them; some that are missing or disagree; each killed in turn
+    output     outputs that are closed, full or not read, a terminal that closes
+    vanish     a workdir that is removed, moved or replaced
 """
 
 import argparse
@@ -32,7 +34,8 @@ import numpy as np
 from benchmarks.faults.children import Bench, Fault, Report
 from benchmarks.faults.damage import damaged, disk
 from benchmarks.faults.kills import kills, own_cache
-from benchmarks.faults.processes import processes
+from benchmarks.faults.output import output, vanish
+from benchmarks.faults.processes import killed, processes, strangers
 from benchmarks.faults.stops import second, sigterm, workers
 from benchmarks.faults.values import devices, poison
 from h2a2_jax.files import whole_file
@@ -46,7 +49,9 @@ SCENARIOS: dict[str, tuple[tuple[Callable[[Bench], None], ...], int]] = {
     "workers": ((workers,), 1),
     "devices": ((devices,), 7),
     "poison": ((poison,), 4),
-    "processes": ((processes,), 4),
+    "processes": ((processes, strangers, killed), 36),
+    "output": ((output,), 7),
+    "vanish": ((vanish,), 6),
 }
 """Functions of a scenario, and the number of trainings that it starts without the kills of --kills."""
 
