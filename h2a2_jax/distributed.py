@@ -212,8 +212,11 @@ def described(describe: Callable[[], str]) -> Iterator[None]:
     _describers.append(describe)
     try:
         yield
-    finally:
-        _describers.remove(describe)
+    except BaseException:
+        if not _ends:  # or `_End` needs it yet
+            _describers.remove(describe)
+        raise
+    _describers.remove(describe)
 
 
 _GRACE_S = {"failed": 2.0, "stopped": 5.0}
