@@ -99,8 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line without the program's name; None: those of this process.
 
     Returns:
-        Exit status: 0; 1 if part of the work failed, or nobody reads the output; 2 after one sentence on wrong input;
-            130 after Ctrl-C.
+        Exit status: 0; 1 if part of the work failed, or if output was lost (not of commands that train: what they make
+            is files); 2 after one sentence on wrong input; 130 after Ctrl-C.
     """
     return _guarded("h2a2", lambda: _run_h2a2(list(sys.argv[1:] if arguments is None else arguments)))
 

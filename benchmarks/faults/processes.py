@@ -39,9 +39,9 @@ def strangers(bench: Bench) -> None:
     with socket.create_server(("localhost", 0)) as silent:
         taken = silent.getsockname()[1]
         cases: list[tuple[str, dict[int, Sequence[str]], str]] = [
-            ("no process 0", {1: ()}, "process 1 of 3 waited 6 s for process 0 at localhost:"),
-            ("process 0 alone", {0: ()}, "process 0 of 3 waited 6 s for processes 1, 2 at localhost:"),
-            ("one of three is missing", {0: (), 2: ()}, "of 3 waited 6 s for process 1 at localhost:"),
+            ("no process 0", {1: ()}, "process 1 of 3 waited 20 s for process 0 at localhost:"),
+            ("process 0 alone", {0: ()}, "process 0 of 3 waited 20 s for processes 1, 2 at localhost:"),
+            ("one of three is missing", {0: (), 2: ()}, "of 3 waited 20 s for process 1 at localhost:"),
             ("a process id given twice", {0: (), 1: (), 2: ("--process_id=1",)}, "--process_id=1 was given twice"),
             ("unequal --num_processes", {0: (), 1: ("--num_processes=2",)}, "was given --num_processes=2"),
             ("another config", {0: (), 1: ("--config.optim.lr=0.002",)}, "has --config.optim.lr 0.002, process 0 has"),
@@ -51,9 +51,13 @@ def strangers(bench: Bench) -> None:
         ]
         for fault, flags, sentence in cases:
             workdir, began = bench.empty("strangers"), time.monotonic()
-            children = _start(bench, workdir, ("--process_timeout=6",), flags)
-            for child in children:
-                line = child.expect(2, sentence)
+            children = _start(bench, workdir, ("--process_timeout=20",), flags)
+            try:
+                line = [child.expect(2, sentence) for child in children][0]
+            except Fault as unexpected:
+                _kill(children)
+                bench.report.failed(str(unexpected), fault)
+                continue
             if time.monotonic() - began > _LIMIT_S:
                 bench.report.failed(f"took {time.monotonic() - began:.0f} s", fault)
             elif workdir.exists():
