@@ -53,7 +53,7 @@ def strangers(bench: Bench) -> None:
             workdir, began = bench.empty("strangers"), time.monotonic()
             children = _start(bench, workdir, ("--process_timeout=20",), flags)
             try:
-                line = [child.expect(2, sentence) for child in children][0]
+                lines = [child.expect(2, sentence) for child in children]
             except Fault as unexpected:
                 _kill(children)
                 bench.report.failed(str(unexpected), fault)
@@ -63,7 +63,7 @@ def strangers(bench: Bench) -> None:
             elif workdir.exists():
                 bench.report.failed("the workdir was made", fault)
             else:
-                bench.report.sentence(fault, line)
+                bench.report.sentence(fault, lines[0])
 
 
 def killed(bench: Bench) -> None:
