@@ -46,8 +46,12 @@ def vanish(bench: Bench) -> None:
         workdir.rename(other)
         workdir.mkdir()
 
+    def remove(workdir: Path, other: Path) -> None:
+        workdir.rename(other)  # at once: a file that the run writes meanwhile would keep the folder
+        shutil.rmtree(other)
+
     cases: dict[str, Callable[[Path, Path], object]] = {
-        "workdir removed": lambda workdir, other: shutil.rmtree(workdir, ignore_errors=True),
+        "workdir removed": remove,
         "workdir moved": lambda workdir, other: workdir.rename(other),
         "workdir replaced by a file": replace,
         "workdir replaced by an empty folder": renew,

@@ -301,10 +301,10 @@ class StopSignals(Callback):
 
 
 class KeepWorkdir(Callback):
-    """End a run whose workdir was removed, moved or replaced, before it writes to another one.
+    """End a run whose workdir was removed, emptied, moved or replaced, before it writes to another one.
 
     Args:
-        workdir: folder of the run.
+        workdir: folder of the run, with the config in it.
     """
 
     def __init__(self, workdir: Path):
@@ -312,8 +312,9 @@ class KeepWorkdir(Callback):
         self._identity: tuple[int, int] | None = None
 
     def begin(self) -> None:
-        """Note which folder the workdir is; until then nothing is checked."""
-        self._identity = self._find(self._workdir)
+        """Note which folder the workdir is; until then, and in processes that do not write, nothing is checked."""
+        if is_main():
+            self._identity = self._find(self._workdir)
 
     @contextlib.contextmanager
     def explain(self) -> Iterator[None]:
@@ -332,13 +333,14 @@ class KeepWorkdir(Callback):
         """
         if self._identity is not None and self._find(self._workdir) != self._identity:
             raise InputError(
-                f"the workdir {self._workdir} was removed, moved, replaced or unmounted while the run wrote to it: put "
+                f"the workdir {self._workdir} was removed, moved, replaced or unmounted while a run wrote to it: put "
                 "it back, and the same command goes on from its newest checkpoint; without it the run begins anew."
             )
 
     def after_step(self, training: Training, metrics: StepMetrics) -> None:
         """Look before a line or a checkpoint is written."""
         if training.is_logged:
+            jax.block_until_ready(metrics)  # or the line would be written long after the look
             self.check()
 
     def after_steps(self, training: Training) -> None:
@@ -349,6 +351,7 @@ class KeepWorkdir(Callback):
     def _find(workdir: Path) -> tuple[int, int] | None:
         try:
             found = workdir.stat()
+            (workdir / "config.json").stat()
         except OSError:
             return None
         return found.st_dev, found.st_ino

@@ -115,8 +115,8 @@ def test_a_workdir_that_vanishes_ends_the_run(tmp_path: Path) -> None:
     keep = KeepWorkdir(workdir)
     keep.check()  # not begun yet
     workdir.mkdir()
+    (workdir / "config.json").touch()
     keep.begin()
-    keep.check()
     (workdir / "metrics.jsonl").touch()
     keep.check()
     workdir.rename(tmp_path / "moved")
