@@ -52,8 +52,11 @@ class Stopped(BaseException):
 
     Attributes:
         status: exit status for the program.
+        signal_name: as "SIGTERM".
+        together: True if all processes of the run stop at the same step.
     """
 
-    def __init__(self, number: int):
-        super().__init__(f"Stopped by {signal.Signals(number).name}")
+    def __init__(self, number: int, *, together: bool = False):
+        self.together, self.signal_name = together, signal.Signals(number).name
+        super().__init__(f"Stopped by {self.signal_name}")
         self.status = INTERRUPTED if number == signal.SIGINT else 0

@@ -9,6 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "h2a2_jax"
 FLOORS: tuple[set[str], ...] = (
     {"typing", "errors", "user_cache"},
+    {"rendezvous"},
     {"host", "files", "compilation", "distributed", "figures", "sparse", "boxes", "balancers"},
     {"layers", "losses", "untrusted"},
     {"linen", "models", "scans"},

@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 from absl import logging as absl_logging
 
-from h2a2_jax.host import available_cores, core_numbers, duration, quiet_command_line, release_memory
+from h2a2_jax.host import (
+    OutputFile,
+    available_cores,
+    core_numbers,
+    duration,
+    keep_output,
+    quiet_command_line,
+    release_memory,
+)
 
 
 @pytest.mark.parametrize(
@@ -102,3 +110,28 @@ def test_a_process_ends_if_its_parent_was_killed_while_it_began(tmp_path):
     while any(Path(f"/proc/{pid}/exe").exists() for pid in children):
         assert time.monotonic() < deadline, "a process outlived its parent"
         time.sleep(0.05)
+
+
+def test_text_that_nobody_reads_is_dropped() -> None:
+    reading, writing = os.pipe()
+    file = OutputFile(writing)
+    assert file.write(b"read") == 4 and os.read(reading, 9) == b"read" and not file.is_lost
+    os.close(reading)
+    assert file.write(b"lost") == 4 and file.is_lost
+    os.write(writing, b"by a library")  # to the null device
+    os.close(writing)
+
+
+def test_a_full_disk_may_have_space_later() -> None:
+    number = os.open("/dev/full", os.O_WRONLY)
+    file = OutputFile(number)
+    assert file.write(b"lost") == 4 and file.is_lost
+    with pytest.raises(OSError, match="No space left"):
+        os.write(number, b"the file is still that one")
+    os.close(number)
+
+
+def test_streams_of_a_caller_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sys.stdout, sys.stderr
+    keep_output()
+    assert (sys.stdout, sys.stderr) == before

@@ -18,7 +18,9 @@ status 1 if something failed. All files are in a temporary folder, or in --folde
     workers    a process that loads scans is killed
     devices    saved on three devices, resumed on one and on six; evaluated on one, three and six
     poison     scans with colours that are not finite
-    processes  three processes, and SIGTERM for one of them
+    processes  three processes: SIGTERM for one of them; some that are missing or disagree; each killed in turn
+    output     outputs that are closed, full or not read, a terminal that closes
+    vanish     a workdir that is removed, moved or replaced
     hostile    800 damaged and hostile files over all readers: one sentence each, in bounded memory and time
     surroundings  no HOME, TMPDIR that cannot be written to, umask, few open files, a clock that jumps, odd paths,
                links, two trainings at once, a read-only checkout; folders in place of files, files in place of folders
@@ -40,7 +42,8 @@ from benchmarks.faults.damage import damaged, disk
 from benchmarks.faults.files import files, resumed_files
 from benchmarks.faults.hostile import hostile
 from benchmarks.faults.kills import kills, own_cache
-from benchmarks.faults.processes import processes
+from benchmarks.faults.output import output, vanish
+from benchmarks.faults.processes import killed, processes, strangers
 from benchmarks.faults.stops import second, sigterm, workers
 from benchmarks.faults.surroundings import occupied, surroundings
 from benchmarks.faults.values import devices, poison
@@ -56,7 +59,9 @@ SCENARIOS: dict[str, tuple[tuple[Callable[[Bench], None], ...], int]] = {
     "workers": ((workers,), 1),
     "devices": ((devices,), 7),
     "poison": ((poison,), 4),
-    "processes": ((processes,), 4),
+    "processes": ((processes, strangers, killed), 36),
+    "output": ((output,), 7),
+    "vanish": ((vanish,), 6),
     "hostile": ((hostile,), 0),
     "surroundings": ((surroundings, occupied), 26),
     "cache": ((cache,), 13),

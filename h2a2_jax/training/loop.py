@@ -16,7 +16,7 @@ from h2a2_jax.checkpoint.integrity import DamagedCheckpointError
 from h2a2_jax.checkpoint.store import CheckpointStore
 from h2a2_jax.compilation import compilation_cache
 from h2a2_jax.config import ExperimentConfig, to_json
-from h2a2_jax.distributed import DATASET, REPLICA, MeshLayout, is_main, say, train_mesh
+from h2a2_jax.distributed import DATASET, REPLICA, MeshLayout, described, is_main, say, train_mesh
 from h2a2_jax.errors import InputError, Stopped
 from h2a2_jax.evaluation.documents import FOLDER as EVALUATIONS
 from h2a2_jax.evaluation.documents import (
@@ -50,6 +50,7 @@ from h2a2_jax.training.build import (
 from h2a2_jax.training.callbacks import (
     Callback,
     CompilationCounter,
+    KeepWorkdir,
     SaveCheckpoint,
     StepProfiler,
     StopSignals,
@@ -102,7 +103,8 @@ def train(
     checkpoints/, evaluations/, evaluation.json and summary.md; keeps compiled programs in cache/. In a run of several
     processes all call this function, with a workdir that all can read; the first one writes.
 
-    SIGTERM and Ctrl-C end the run after the step under way, which is saved. A second Ctrl-C ends the run at once.
+    SIGTERM, SIGHUP and Ctrl-C end the run after the step under way, which is saved, and while a step compiles at once,
+    with the steps before it saved. A second Ctrl-C ends the run at once.
 
     Args:
         config: the run's configuration.
@@ -114,25 +116,32 @@ def train(
         Content of evaluation.json.
 
     Raises:
-        InputError: data are missing; the workdir is in use, cannot be written to, or holds a run of another config; too
-            many steps in a row were skipped because a value was not finite.
+        InputError: data are missing; the workdir is in use, cannot be written to, vanishes, or holds a run of another
+            config; too many steps in a row were skipped because a value was not finite.
         Stopped: a signal arrived.
     """
     began, code = time.monotonic(), revision()
     with StopSignals().handle() as signals, contextlib.ExitStack() as opened:
         try:
-            # First of all: SIGUSR1, which asks for a profile, would end a process that does not handle it.
+            keep = KeepWorkdir(workdir)
+            opened.enter_context(keep.explain())
+            signals.rescue = lambda save: _describe_saved(workdir)
+            # Early: SIGUSR1, which asks for a profile, would end a process that does not handle it.
             profiler = StepProfiler(workdir, *config.train.profile)
             opened.callback(profiler.close)
             training, saver, compilations = set_up(config, workdir, devices, opened, accept_changes=accept_changes)
+            signals.rescue = lambda save: _rescue(training, saver, save)
+            opened.enter_context(described(lambda: _rescue(training, saver, False)))
+            keep.begin()
             log = LogMetrics(training, compilations)
             opened.callback(log.close)
-            evaluation = Evaluate(log, signals)
+            evaluation = Evaluate(log, signals, keep)
             # The order matters: signals decide what is saved, what is saved is looked at and logged before.
-            callbacks = [profiler, compilations, signals, NonFiniteWatch(training), log, saver, evaluation]
+            callbacks = [profiler, compilations, signals, keep, NonFiniteWatch(training), log, saver, evaluation]
             take_steps(training, callbacks, signals, saver)
             documents, skipped_scans = _finish(training, log, evaluation)
             if is_main():
+                keep.check()
                 _sum_up(training, log, compilations, documents, skipped_scans, time.monotonic() - began, code)
         except Stopped as stopped:
             with signals.defer():
@@ -272,10 +281,11 @@ class Evaluate(Callback):
     Args:
         log: takes the scores into the line of metrics of the step.
         signals: raise at once while a checkpoint is evaluated, for everything is saved then.
+        keep: looks for the workdir before results are written.
     """
 
-    def __init__(self, log: LogMetrics, signals: StopSignals):
-        self._log, self._signals = log, signals
+    def __init__(self, log: LogMetrics, signals: StopSignals, keep: KeepWorkdir):
+        self._log, self._signals, self._keep = log, signals, keep
         self._predictor: Predictor | None = None
 
     def before_steps(self, training: Training) -> None:
@@ -335,7 +345,14 @@ class Evaluate(Callback):
             self._predictor = build_predictor(detector, training.config.specs, training.config.eval)
         else:
             self._predictor.take_over(detector)
-        documents = evaluate(training.config, self._predictor, folder, training.process_layout, tables=tables)
+        documents = evaluate(
+            training.config,
+            self._predictor,
+            folder,
+            training.process_layout,
+            tables=tables,
+            before_writing=self._keep.check,
+        )
         self._log.add_scores(training, training.step if step is None else step, score_metrics(documents))
         return documents
 
@@ -489,6 +506,21 @@ def _say_start(config: ExperimentConfig, stream: JointStream, total: int) -> Non
         f"{mesh.size} {jax.devices()[0].platform} device(s){processes}, {mesh.shape[DATASET]} x {mesh.shape[REPLICA]} "
         "(dataset x replica). The first step compiles, which takes up to a minute."
     )
+
+
+def _rescue(training: Training, saver: SaveCheckpoint, save: bool) -> str:
+    """Describe how the same command would continue, once the checkpoint that is on its way to the disk is there.
+
+    Args:
+        training: the run.
+        saver: saves the state, if `save` is True and one process can; a step must not have begun to change it.
+        save: True saves the steps since the newest checkpoint first.
+    """
+    if save and training.process_layout.alone and training.step > training.first_step:
+        saver.save(training)
+    with contextlib.suppress(InputError):  # the error of a save is no news beside the one that ends the run
+        training.store.wait()
+    return _describe_saved(training.workdir)
 
 
 def _describe_saved(workdir: Path) -> str:
