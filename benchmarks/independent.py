@@ -173,7 +173,7 @@ def compare_overlaps(group: Group, pairs: int, seed: int) -> Iterator[Overlaps]:
                 turned(rng, *part, turn)
                 drawn[0][rows], drawn[1][rows] = part
             rows = rng.permutation(CHUNK)
-            first, second = (boxes[rows].astype(group.dtype) for boxes in drawn)
+            first, second = drawn[0][rows].astype(group.dtype), drawn[1][rows].astype(group.dtype)
             straight = [boxes.copy() for boxes in (first, second)]
             for boxes in straight:
                 boxes[:, 6] = 0

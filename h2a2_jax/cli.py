@@ -27,7 +27,7 @@ from h2a2_jax.errors import INTERRUPTED, InputError, Stopped
 if TYPE_CHECKING:
     from h2a2_jax.config import ExperimentConfig
     from h2a2_jax.inference.input_files import PredictRequest
-from h2a2_jax.host import keep_output, output_is_lost, quiet_command_line
+from h2a2_jax.host import allow_open_files, keep_output, output_is_lost, quiet_command_line, shortage
 from h2a2_jax.rendezvous import CHECKPOINT
 
 _EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
@@ -113,6 +113,7 @@ def run_py(arguments: Sequence[str] | None = None) -> int:
 
 def _guarded(program: str, run: Callable[[], int | None]) -> int:
     keep_output()
+    allow_open_files()
     logging.use_absl_handler()
     quiet_command_line()
     if not flags.FLAGS.is_parsed():
@@ -126,6 +127,11 @@ def _guarded(program: str, run: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: stopped.", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if (found := shortage(error)) is None:
+            raise
+        print(f"{program}: {found}.", file=sys.stderr)
+        return 2
 
 
 def _run_h2a2(arguments: list[str]) -> int | None:
@@ -182,7 +188,8 @@ def _run_command(command: Command, arguments: list[str], program: str, spell: Ca
     if {"-h", "--help"} & set(arguments):
         _build_parser(command, program).print_help()
         return None
-    invocation, cache = parse(command, arguments, program, spell), nullcontext()
+    invocation = parse(command, arguments, program, spell)
+    cache: AbstractContextManager[None] = nullcontext()
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         from h2a2_jax.compilation import compilation_cache  # imports JAX
 

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from absl import logging as absl_logging
 
 import h2a2_jax
+from h2a2_jax.errors import quoted
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -115,6 +116,39 @@ def restore_handler(number: int, before: Any) -> None:
     signal.signal(number, signal.SIG_DFL if before is None else before)
 
 
+def allow_open_files() -> None:
+    """Raise this process's limit on open files to the system's, where there are such limits; for command lines."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def shortage(error: BaseException) -> str | None:
+    """Say what the machine has too little of, and what to do, without a full stop; None for another error.
+
+    Args:
+        error: as a lack of memory on the host or a device, of open files, or of threads raises it.
+    """
+    why = quoted(error, 150)
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return (
+            f"there is not enough memory ({why or 'no more can be had'}): end other programs, raise the limit "
+            "(ulimit -v), or take fewer scans at once (--config.train.batch_size, --config.eval.batch_size)"
+        )
+    if isinstance(error, RuntimeError) and ("RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)):
+        return (
+            f"the device has not enough memory ({why}): take fewer scans at once (--config.train.batch_size, "
+            "--config.eval.batch_size), or set --config.train.rematerialize=true"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"too many files are open ({why}): allow more (ulimit -n 4096)"
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return f"no further thread can be started ({why}): allow more (ulimit -u), or end other programs"
+    return None
+
+
 class OutputFile(io.RawIOBase):
     """Standard output or error whose reader may go away: what cannot be written is dropped, without an error.
 
@@ -168,6 +202,8 @@ _outputs: list[OutputFile] = []
 def keep_output() -> None:
     """Let this process outlive standard output and error: what cannot be written is dropped (`OutputFile`).
 
+    Letters that the encoding of the output lacks are written as escapes.
+
     Streams that a caller put in place of the system's, as pytest does, stay. Calling it twice has no further effect.
     """
     for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
@@ -188,7 +224,7 @@ def keep_output() -> None:
             kept = io.TextIOWrapper(
                 buffer,
                 encoding=stream.encoding,
-                errors=stream.errors,
+                errors="backslashreplace",  # names of files may hold letters that the terminal does not have
                 line_buffering=number == 2 or stream.line_buffering,
                 write_through=stream.write_through,
             )

@@ -32,7 +32,7 @@ from h2a2_jax.evaluation.documents import (
 )
 from h2a2_jax.evaluation.evaluate import evaluate, merged, say_notes, say_skipped
 from h2a2_jax.files import alone_in, drop_lines_after, remedy, whole_file
-from h2a2_jax.host import revision, versions
+from h2a2_jax.host import revision, shortage, versions
 from h2a2_jax.inference.predictor import Predictor, build_predictor
 from h2a2_jax.initialization import build_detector
 from h2a2_jax.loader.stream import JointStep, JointStream
@@ -169,7 +169,7 @@ def set_up(
     stream = build_stream(config, process_layout)
     steps_per_epoch, total = steps_of_run(config, stream.steps_per_epoch)
 
-    opened.enter_context(_explain_unwritable(workdir))
+    opened.enter_context(_explain_shortage(workdir))
     process_layout.all_or_raise(
         lambda: is_main() and opened.enter_context(alone_in(workdir, "training run")), "have the workdir for itself"
     )
@@ -479,10 +479,14 @@ def drop_lost_steps(workdir: Path, step: int, batches: int = 1) -> None:
 
 
 @contextlib.contextmanager
-def _explain_unwritable(workdir: Path) -> Iterator[None]:
-    """Turn a full disk and the like, anywhere in the run, and every error in the workdir into an `InputError`."""
+def _explain_shortage(workdir: Path) -> Iterator[None]:
+    """Turn want of space, memory and the like, and every error in the workdir, into an `InputError`."""
     try:
         yield
+    except (MemoryError, RuntimeError) as error:
+        if (found := shortage(error)) is None:
+            raise
+        raise InputError(f"{found}; {_describe_saved(workdir)}.") from error
     except OSError as error:
         place = workdir if (found := error.filename2 or error.filename) is None else Path(os.fsdecode(found))
         if error.errno not in _NOT_WRITABLE and not (found and place.absolute().is_relative_to(workdir.absolute())):
