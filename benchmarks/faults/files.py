@@ -289,8 +289,8 @@ def last_lines_left_out(expected: Sequence[Any], found: Sequence[Any], text: str
 
 def last_steps_left_out(expected: Mapping[str, Any], found: Mapping[str, Any], text: str) -> Verdict:
     """Judge the log of kernel selection as `last_lines_left_out` judges lines."""
-    steps = [value["steps"].tolist() for value in (expected, found)]
-    return last_lines_left_out(*steps, text) if steps[0] != steps[1] else last_lines_left_out([1], [2], text)
+    before, after = (value["steps"].tolist() for value in (expected, found))
+    return last_lines_left_out(before, after, text)
 
 
 # --- the files --------------------------------------------------------------------------------------------------------
@@ -486,7 +486,7 @@ _ASIDE, _ANEW = ("is set aside in",), ("evaluation.json", "It is evaluated anew"
 _RESUMED: tuple[tuple[str, str, int, tuple[str, ...]], ...] = (
     ("evaluations/16/evaluation.json", "cut in half", 0, _ANEW),
     ("evaluations/16/evaluation.json", "digit", 0, _ANEW),
-    ("evaluations/16/evaluation.json", "a folder in its place", 0, _ANEW),
+    ("evaluations/16/evaluation.json", "a folder in its place", 2, ("evaluation.json", "move what is there away")),
     ("evaluations/16/evaluation.json", REMOVED, 0, _ANEW),
     ("checkpoints/32/_CHECKPOINT_METADATA", "emptied", 0, ("after step 32 of",)),
     ("checkpoints/32/config/metadata", OF_ANOTHER_STEP, 0, _ASIDE),

@@ -270,7 +270,7 @@ def read_selection_log(
             )
 
     def history(layer: str, part: str) -> np.ndarray:
-        rows = []
+        rows: list[np.ndarray] = []
         for line in lines:
             try:
                 own = np.array(line["layers"][layer][part], np.float64)
