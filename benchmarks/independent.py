@@ -173,7 +173,8 @@ def compare_overlaps(group: Group, pairs: int, seed: int) -> Iterator[Overlaps]:
                 turned(rng, *part, turn)
                 drawn[0][rows], drawn[1][rows] = part
             rows = rng.permutation(CHUNK)
-            first, second = drawn[0][rows].astype(group.dtype), drawn[1][rows].astype(group.dtype)
+            first: np.ndarray = drawn[0][rows].astype(group.dtype)
+            second: np.ndarray = drawn[1][rows].astype(group.dtype)
             straight = [boxes.copy() for boxes in (first, second)]
             for boxes in straight:
                 boxes[:, 6] = 0
@@ -315,8 +316,8 @@ def score_by_definition(case: Case, overlaps: Sequence[np.ndarray]) -> dict[str,
             taken: set[tuple[int, int]] = set()
             hits, counted_in = [], []
             for found in ranked:
-                box = max(found.overlaps, key=lambda box, own=found.overlaps: (own[box], -box), default=None)
-                is_near = box is not None and found.overlaps[box] > threshold
+                overlap, box = max(((overlap, -box) for box, overlap in found.overlaps.items()), default=(0.0, 0))
+                box, is_near = -box, overlap > threshold
                 hits.append(is_near and (found.scan, box) not in taken)
                 counted_in.append(found.bin_of)
                 if is_near:

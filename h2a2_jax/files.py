@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,40 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+_CHECKSUM = "checksum"
+
+
+def sealed(documents: Mapping[str, Mapping[str, Any]], place: str) -> dict[str, dict[str, Any]]:
+    """Add a "checksum" (CRC-32) to each document, over its content, its name, and where the file of them lies."""
+    return {name: {**document, _CHECKSUM: _checksum_of(name, document, place)} for name, document in documents.items()}
+
+
+def read_sealed(file: Path, place: str) -> dict[str, dict[str, Any]]:
+    """Read a file of JSON with the documents of `sealed`; return them without their checksums.
+
+    A document without a checksum is taken as it is.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no documents by name, or others than were written; the message says why.
+    """
+    try:
+        found = json.loads(file.read_bytes().decode())
+    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, too deeply nested
+        raise ValueError("it is no JSON") from error
+    if not isinstance(found, dict) or not found or not all(isinstance(document, dict) for document in found.values()):
+        raise ValueError("it does not hold documents by name")
+    for name, document in found.items():
+        expected = document.pop(_CHECKSUM, None)
+        if expected is not None and expected != _checksum_of(name, document, place):
+            raise ValueError(f"what it has of {name!r:.80} is not what was written, its checksum differs")
+    return found
+
+
+def _checksum_of(name: str, document: Mapping[str, Any], place: str) -> int:
+    return zlib.crc32(json.dumps([name, document, place], sort_keys=True).encode())
 
 
 @contextlib.contextmanager

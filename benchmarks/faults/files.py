@@ -50,6 +50,7 @@ from h2a2_jax.evaluation.documents import (
     best_step,
     damaged_evaluations,
     lasting_steps,
+    read_evaluation,
     read_evaluations,
 )
 from h2a2_jax.evaluation.matches import MATCHES_FILE, read_matches
@@ -203,6 +204,10 @@ class Readers:
         found = {folder.name: read_matches(folder / MATCHES_FILE) for folder in folders}
         return {step: {name: vars(own) for name, own in matches.items()} for step, matches in found.items() if matches}
 
+    def summary(self, run: Path) -> dict[str, Any]:
+        """The evaluation of the end, as a report reads it."""
+        return read_evaluation(run / JSON_FILE) if (run / JSON_FILE).exists() else {}
+
     def card(self, run: Path) -> dict[str, Any]:
         """Facts for the model card of the last step."""
         return facts_of_run(run, self.config.train.steps).to_json()
@@ -289,8 +294,8 @@ def last_lines_left_out(expected: Sequence[Any], found: Sequence[Any], text: str
 
 def last_steps_left_out(expected: Mapping[str, Any], found: Mapping[str, Any], text: str) -> Verdict:
     """Judge the log of kernel selection as `last_lines_left_out` judges lines."""
-    steps = [value["steps"].tolist() for value in (expected, found)]
-    return last_lines_left_out(*steps, text) if steps[0] != steps[1] else last_lines_left_out([1], [2], text)
+    before, after = (value["steps"].tolist() for value in (expected, found))
+    return last_lines_left_out(before, after, text)
 
 
 # --- the files --------------------------------------------------------------------------------------------------------
@@ -415,8 +420,8 @@ def subjects(run: Path, stopped: Path, scratch: Path) -> Iterator[Subject]:
     ]
     yield Subject("run", run, evaluations, others, of_run)
     top = [Path(name) for name in ("evaluation.json", "evaluation.csv", "config.json")]
-    first = run / "evaluations" / steps[0]
-    yield Subject("run", run, top, [first / file for file in top], of_run)
+    of_top = (*of_run, ("report", readers.summary, entries_left_out))
+    yield Subject("run", run, top, [run / "none"] * len(top), of_top)
     of_lines: tuple[tuple[str, Reader, Judge], ...] = (
         (FILE_NAME, readers.metrics, last_lines_left_out),
         (SELECTION_FILE, readers.selection, last_steps_left_out),
@@ -486,10 +491,10 @@ _ASIDE, _ANEW = ("is set aside in",), ("evaluation.json", "It is evaluated anew"
 _RESUMED: tuple[tuple[str, str, int, tuple[str, ...]], ...] = (
     ("evaluations/16/evaluation.json", "cut in half", 0, _ANEW),
     ("evaluations/16/evaluation.json", "digit", 0, _ANEW),
-    ("evaluations/16/evaluation.json", "a folder in its place", 0, _ANEW),
+    ("evaluations/16/evaluation.json", "a folder in its place", 2, ("evaluation.json", "move what is there away")),
     ("evaluations/16/evaluation.json", REMOVED, 0, _ANEW),
     ("checkpoints/32/_CHECKPOINT_METADATA", "emptied", 0, ("after step 32 of",)),
-    ("checkpoints/32/config/metadata", OF_ANOTHER_STEP, 0, _ASIDE),
+    ("checkpoints/32/config/metadata", OF_ANOTHER_STEP, 2, ("was saved as that of step 24",)),
     ("checkpoints/32/params/manifest.ocdbt", REMOVED, 0, _ASIDE),
     ("config.json", "emptied", 0, ("after step 32 of",)),
     ("selection.jsonl", "cut in half", 0, ("after step 32 of",)),

@@ -53,40 +53,37 @@ import json
 import math
 import os
 import re
-import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.files import whole_file
+from h2a2_jax.files import read_sealed, sealed, whole_file
 from h2a2_jax.inference.box_table import safe_cell
 
 JSON_FILE = "evaluation.json"
 CSV_FILE = "evaluation.csv"
 MEAN = "(mean)"
 _VERSION = 1
-_CHECKSUM = "checksum"
 _STEP = "0|[1-9][0-9]*"
 
 
 def write_evaluation(folder: Path, documents: Mapping[str, Any]) -> None:
     """Write both files, each whole or not at all; evaluation.json last, so that it stands for both."""
-    texts = {CSV_FILE: evaluation_csv(documents), JSON_FILE: evaluation_json(documents, _step_of(folder))}
+    texts = {CSV_FILE: evaluation_csv(documents), JSON_FILE: evaluation_json(documents, _place(folder))}
     for name, text in texts.items():
         with whole_file(folder / name) as part:
             part.write_text(text, encoding="utf-8", newline="")
 
 
-def evaluation_json(documents: Mapping[str, Any], step: int | None = None) -> str:
+def evaluation_json(documents: Mapping[str, Any], place: str = "") -> str:
     """The documents as JSON, each with its checksum, lists of numbers on a line of their own.
 
     Args:
         documents: by dataset.
-        step: step that is evaluated, for a file in the folder of that step.
+        place: the step that is evaluated, for a file in the folder of that step.
     """
-    signed = {name: {**document, _CHECKSUM: _checksum(name, document, step)} for name, document in documents.items()}
-    text = json.dumps(signed, indent=2, allow_nan=False)
+    text = json.dumps(sealed(documents, place), indent=2, allow_nan=False)
     return re.sub(r"\[\s+([-+.,\deE\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
@@ -97,17 +94,12 @@ def read_evaluation(file: Path) -> dict[str, Any]:
         InputError: the file is missing, cannot be read, differs from what was written, or is no evaluation.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_sealed(file, _place(file.parent))
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}): evaluate again with --mode=eval.") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, too deeply nested
-        raise _no_evaluation(file, "it is no JSON") from error
-    if not isinstance(found, dict) or not found or not all(isinstance(document, dict) for document in found.values()):
-        raise _no_evaluation(file, "it does not hold a document for each dataset")
+    except ValueError as error:
+        raise _no_evaluation(file, str(error)) from error
     for name, document in found.items():
-        expected = document.pop(_CHECKSUM, None)
-        if expected is not None and expected != _checksum(name, document, _step_of(file.parent)):
-            raise _no_evaluation(file, f"what it has of {name!r:.80} is not what was written, its checksum differs")
         if document.get("version", _VERSION) != _VERSION:
             raise _no_evaluation(file, f"it has version {document['version']!r:.80}, expected is {_VERSION}")
         if not _has_scores(document.get("thresholds")):
@@ -133,14 +125,10 @@ def _is_share(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
-def _checksum(name: str, document: Mapping[str, Any], step: int | None) -> int:
-    return zlib.crc32(json.dumps([name, document, step], sort_keys=True).encode())
-
-
-def _step_of(folder: Path) -> int | None:
-    """Step of a folder in that of the evaluations of steps; None for another folder."""
+def _place(folder: Path) -> str:
+    """The step of a folder in that of the evaluations of steps; empty for another folder."""
     is_of_step = folder.parent.name == FOLDER and re.fullmatch(_STEP, folder.name)
-    return int(folder.name) if is_of_step else None
+    return folder.name if is_of_step else ""
 
 
 def evaluation_csv(documents: Mapping[str, Any]) -> str:

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from h2a2_jax.evaluation.documents import JSON_FILE, evaluation_folder, read_evaluation
+from h2a2_jax.errors import InputError, quoted
+from h2a2_jax.files import read_sealed
 from h2a2_jax.scans.specs import DatasetSpec
 
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 """Files of a pretrained folder."""
+_EVALUATION = "evaluation.json"
 _TAGS = ("3d-object-detection", "point-cloud", "indoor", "jax", "flax")
 
 
@@ -64,12 +66,18 @@ def facts_of_run(run: Path, step: int) -> CardFacts:
     Raises:
         InputError: evaluation.json is damaged.
     """
-    files = (evaluation_folder(run, step) / JSON_FILE, run / JSON_FILE)
-    documents = next((read_evaluation(file) for file in files if file.exists()), {})
-    scores = {
-        dataset: {f"{level['iou']:g}": level["mAP"] for level in document["thresholds"] if level["mAP"] is not None}
-        for dataset, document in documents.items()
-    }
+    places = {run / "evaluations" / str(step) / _EVALUATION: str(step), run / _EVALUATION: ""}
+    file = next((file for file in places if file.exists()), None)
+    scores: dict[str, dict[str, Any]] = {}
+    if file is not None:
+        try:
+            for dataset, document in read_sealed(file, places[file]).items():
+                scores[dataset] = {f"{level['iou']:g}": level["mAP"] for level in document["thresholds"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{file}, whose scores belong in the model card, is damaged ({quoted(error)}): evaluate again with "
+                "--mode=eval, or remove it."
+            ) from error
     return CardFacts(scores=_scores(scores), measured="the validation scans, by h2a2 eval", steps=step)
 
 

@@ -124,7 +124,7 @@ def test_an_evaluation_that_is_missing_or_a_folder_or_foreign_is_told(tmp_path: 
 def write_evaluation_of(workdir: Path, step: int, *scores: float) -> None:
     folder = evaluation_folder(workdir, step)
     folder.mkdir(parents=True)
-    (folder / "evaluation.json").write_text(evaluation_json(documents(*scores), step))
+    (folder / "evaluation.json").write_text(evaluation_json(documents(*scores), str(step)))
 
 
 def test_no_bit_of_an_evaluation_changes_a_score_unseen(tmp_path: Path):
