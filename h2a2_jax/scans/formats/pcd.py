@@ -82,8 +82,8 @@ def _read_header(path: Path, file: BinaryIO) -> _Header:
 
 def _cut_off(path: Path, header: _Header, expected: str, left: int) -> InputError:
     return InputError(
-        f"{path} is cut off: its header says {quoted(header.points, 30)} points, which take {quoted(expected, 60)}, but "
-        f"{left} bytes follow; copy it again."
+        f"{path} is cut off: its header says {quoted(header.points, 30)} points, which take {quoted(expected, 60)}, "
+        f"but {left} bytes follow; copy it again."
     )
 
 
