@@ -10,7 +10,7 @@ status 1 if something failed. All files are in a temporary folder, or in --folde
 
     kills      SIGKILL at moments spread over start-up, steps, saving, evaluation and the end; some with the cache of
                compiled programs in the workdir, so that kills leave incomplete entries
-    sigterm    SIGTERM and SIGINT: the step is saved, the status is 0 and 130
+    sigterm    SIGTERM, SIGHUP and SIGINT: the step is saved, the status is 0 and 130; signals while a step compiles
     disk       a disk that is full when a checkpoint or a line is written; a read-only disk (needs root)
     damaged    checkpoints with a file cut in half, a flipped bit or a missing folder
     second     two runs in one workdir, and a run that resumes with another config
@@ -36,13 +36,13 @@ from benchmarks.faults.damage import damaged, disk
 from benchmarks.faults.kills import kills, own_cache
 from benchmarks.faults.output import output, vanish
 from benchmarks.faults.processes import killed, processes, strangers
-from benchmarks.faults.stops import second, sigterm, workers
+from benchmarks.faults.stops import compiling, second, sigterm, workers
 from benchmarks.faults.values import devices, poison
 from h2a2_jax.files import whole_file
 
 SCENARIOS: dict[str, tuple[tuple[Callable[[Bench], None], ...], int]] = {
     "kills": ((kills, own_cache), 6),
-    "sigterm": ((sigterm,), 12),
+    "sigterm": ((sigterm, compiling), 18),
     "disk": ((disk,), 8),
     "damaged": ((damaged,), 5),
     "second": ((second,), 4),
