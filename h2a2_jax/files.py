@@ -119,7 +119,8 @@ _CHECKSUM = "checksum"
 
 def sealed(documents: Mapping[str, Mapping[str, Any]], place: str) -> dict[str, dict[str, Any]]:
     """Add a "checksum" (CRC-32) to each document, over its content, its name, and where the file of them lies."""
-    return {name: {**document, _CHECKSUM: _checksum_of(name, document, place)} for name, document in documents.items()}
+    plain = {name: {key: value for key, value in own.items() if key != _CHECKSUM} for name, own in documents.items()}
+    return {name: {**own, _CHECKSUM: _checksum_of(name, own, place)} for name, own in plain.items()}
 
 
 def read_sealed(file: Path, place: str) -> dict[str, dict[str, Any]]:

@@ -8,9 +8,8 @@ training without a fault, bit by bit. The program prints one line for each event
 then a table of all faults: survived, ended with one sentence, or at fault; --table writes it as Markdown. It exits with
 status 1 if something failed. All files are in a temporary folder, or in --folder, which stays.
 
-    kills      SIGKILL at moments spread over start-up, steps, saving, evaluation and the end; some with a cache of
-               compiled programs of their own, while entries are written
-    sigterm    SIGTERM and SIGINT: the step is saved, the status is 0 and 130
+from benchmarks.faults.stops import compiling, second, sigterm, workers
+from benchmarks.faults.surroundings import occupied, surroundings
     disk       a disk that is full when a checkpoint or a line is written; a read-only disk (needs root)
     damaged    checkpoints with a file cut in half, a flipped bit or a missing folder
     files      every file of a run and of a pretrained folder, damaged in eight ways and read; some of them resumed
@@ -44,14 +43,14 @@ from benchmarks.faults.hostile import hostile
 from benchmarks.faults.kills import kills, own_cache
 from benchmarks.faults.output import output, vanish
 from benchmarks.faults.processes import killed, processes, strangers
-from benchmarks.faults.stops import second, sigterm, workers
+from benchmarks.faults.stops import compiling, second, sigterm, workers
 from benchmarks.faults.surroundings import occupied, surroundings
 from benchmarks.faults.values import devices, poison
 from h2a2_jax.files import whole_file
 
 SCENARIOS: dict[str, tuple[tuple[Callable[[Bench], None], ...], int]] = {
     "kills": ((kills, own_cache), 6),
-    "sigterm": ((sigterm,), 12),
+    "sigterm": ((sigterm, compiling), 18),
     "disk": ((disk,), 8),
     "damaged": ((damaged,), 5),
     "files": ((files, resumed_files), 13),

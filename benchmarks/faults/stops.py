@@ -3,7 +3,9 @@
 import os
 import re
 import signal
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmarks.faults.children import Bench, Child, Fault, newest
@@ -11,6 +13,7 @@ from benchmarks.faults.compare import differences, state_differences
 from benchmarks.input_kills import descendants
 
 _LATEST_S = 12
+_COMPILING_S = 10
 
 
 def sigterm(bench: Bench) -> None:
@@ -27,12 +30,29 @@ def sigterm(bench: Bench) -> None:
         if not early and (status != 0 or "Stopped by SIGTERM" not in printed):
             report.failed(f"SIGTERM {seconds:.1f} s after the start: status {status}, it printed: {printed}")
         report.event(f"SIGTERM {number}, {seconds:.1f} s after the start: status {status}, {printed!r}")
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         workdir = bench.rewound(f"stopped_{number.name}", 16)
         for when, condition in (("a step", _stepping), ("a step", _stepping), ("an evaluation", _evaluating)):
             _stop(bench, workdir, number, when, condition)
         bench.train(workdir).expect(0)
         report.equal(f"the end after three times {number.name}", differences(bench.reference, workdir, files=False))
+
+
+def compiling(bench: Bench) -> None:
+    """Send SIGTERM and SIGHUP while the first step compiles; the process ends within ten seconds."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        workdir, fault = bench.empty("compiling"), f"{number.name} while the first step compiles"
+        child = bench.train(workdir, "--config.train.compilation_cache=false", own_cache=True)
+        if not child.wait_for(partial(child.line_with, "Training on")) or not child.wait(bench.rng.uniform(2, 8)):
+            raise Fault(f"the training ended before {fault}")
+        began = time.monotonic()
+        child.process.send_signal(number)
+        line = child.expect(0, f"Stopped by {number.name}; nothing was saved before")
+        seconds = time.monotonic() - began
+        if seconds > _COMPILING_S:
+            bench.report.failed(f"took {seconds:.0f} s", fault)
+        else:
+            bench.report.sentence(fault, f"{line} (after {seconds:.1f} s)")
 
 
 def _stepping(child: Child) -> Callable[[], object]:

@@ -522,6 +522,8 @@ def _rescue(training: Training, saver: SaveCheckpoint, save: bool) -> str:
     """
     if save and training.process_layout.alone and training.step > training.first_step:
         saver.save(training)
+    if not is_main():  # the one that saves may not have finished
+        return f"the same command goes on from the newest checkpoint in {training.workdir}"
     with contextlib.suppress(InputError):  # the error of a save is no news beside the one that ends the run
         training.store.wait()
     return _describe_saved(training.workdir)
