@@ -14,6 +14,7 @@ import re
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,11 +27,16 @@ from h2a2_jax.errors import INTERRUPTED, InputError, Stopped
 if TYPE_CHECKING:
     from h2a2_jax.config import ExperimentConfig
     from h2a2_jax.inference.input_files import PredictRequest
-from h2a2_jax.host import quiet_command_line
+from h2a2_jax.host import allow_open_files, keep_output, output_is_lost, quiet_command_line, shortage
+from h2a2_jax.rendezvous import CHECKPOINT
 
 _EXAMPLE = "--config=configs/joint.py:demo --workdir=runs/demo"
 _CONFIG_HELP = "file of the config, as configs/joint.py:demo; --config.KEY=VALUE sets a value of it"
-_PROCESS_FLAGS = ("coordinator", "num_processes", "process_id")
+_PROCESS_FLAGS = ("coordinator", "num_processes", "process_id", "process_timeout")
+_OF_MACHINES = (*_PROCESS_FLAGS, "workdir", "output")
+"""Flags that may differ between the processes of a run."""
+_CONFIG_OF_MACHINES = ("root", "workers", "compilation_cache")
+"""Last parts of the config keys that may."""
 _FILE_FLAGS = ("up", "unit", "floor", "colors", "columns", "align", "score", "show", "classes", "agnostic_nms", "names",
                "tile", "overwrite")  # fmt: skip
 """Flags of `predict` that are for files of points."""
@@ -94,8 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line without the program's name; None: those of this process.
 
     Returns:
-        Exit status: 0; 1 if part of the work failed, or nobody reads the output; 2 after one sentence on wrong input;
-            130 after Ctrl-C.
+        Exit status: 0; 1 if part of the work failed, or if output was lost (not of commands that train: what they make
+            is files); 2 after one sentence on wrong input; 130 after Ctrl-C.
     """
     return _guarded("h2a2", lambda: _run_h2a2(list(sys.argv[1:] if arguments is None else arguments)))
 
@@ -106,21 +112,26 @@ def run_py(arguments: Sequence[str] | None = None) -> int:
 
 
 def _guarded(program: str, run: Callable[[], int | None]) -> int:
+    keep_output()
+    allow_open_files()
     logging.use_absl_handler()
     quiet_command_line()
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags
     try:
-        return run() or 0
+        status = run()
+        return int(output_is_lost()) if status is None else status
     except InputError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: stopped.", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # as of `| head`: nobody reads what is still printed, and Python flushes at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except Exception as error:
+        if (found := shortage(error)) is None:
+            raise
+        print(f"{program}: {found}.", file=sys.stderr)
+        return 2
 
 
 def _run_h2a2(arguments: list[str]) -> int | None:
@@ -128,16 +139,16 @@ def _run_h2a2(arguments: list[str]) -> int | None:
 
     if arguments[:1] == ["--version"]:
         print(__version__)
-        return 0
+        return None
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview(COMMANDS))
-        return 0 if arguments else 2
+        return None if arguments else 2
     command = next((c for c in COMMANDS if c.name.split() == arguments[: len(c.name.split())]), None)
     if command is None:
         within = [c for c in COMMANDS if c.name.split()[0] == arguments[0]]
         if within and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
             print(_overview(within))
-            return 0 if len(arguments) > 1 else 2
+            return None if len(arguments) > 1 else 2
         given = " ".join(arguments[:2] if within else arguments[:1])
         near = difflib.get_close_matches(given, [c.name for c in COMMANDS], 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -154,7 +165,7 @@ def _run_mode(arguments: list[str]) -> int | None:
         raise InputError(f"--mode is {mode.mode!r}; expected one of {', '.join(modes)}.")
     if {"-h", "--help"} & set(rest) and not any(argument.startswith("--mode") for argument in arguments):
         print(_overview(list(modes.values()), spell=_spell_mode))
-        return 0
+        return None
     program = "run.py" if mode.mode == "train" else f"run.py --mode={mode.mode}"
     return _run_command(modes[mode.mode], rest, program, _spell_mode)
 
@@ -176,8 +187,17 @@ def _overview(commands: Sequence[Command], spell: Callable[[Command], str] = _sp
 def _run_command(command: Command, arguments: list[str], program: str, spell: Callable[[Command], str]) -> int | None:
     if {"-h", "--help"} & set(arguments):
         _build_parser(command, program).print_help()
-        return 0
-    return command.run(parse(command, arguments, program, spell))
+        return None
+    invocation = parse(command, arguments, program, spell)
+    cache: AbstractContextManager[None] = nullcontext()
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        from h2a2_jax.compilation import compilation_cache  # imports JAX
+
+        cache = compilation_cache(lambda sentence: print(f"{program}: {sentence}", file=sys.stderr))
+    with cache:
+        status = command.run(invocation)
+    # None: 0 if all that was printed was read. What a training makes is files.
+    return 0 if command.config and not status else status or None
 
 
 def parse(
@@ -425,6 +445,12 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="process 0; auto under a cluster such as SLURM")
     group.add_argument("--num_processes", type=int, metavar="N", help="number of processes")
     group.add_argument("--process_id", type=int, metavar="N", help="number of this process, from 0")
+    group.add_argument(
+        "--process_timeout",
+        type=_number(float, 1, 86400),
+        metavar="SECONDS",
+        help="wait for the other processes at the start, and for their signs of life later (60)",
+    )
 
 
 def _train_flags(parser: argparse.ArgumentParser) -> None:
@@ -587,12 +613,35 @@ def _protocol_flags(parser: argparse.ArgumentParser) -> None:
 # --- commands: their modules are imported when a command runs, so that a wrong flag is answered at once ---------------
 
 
-def _train(given: Invocation) -> int | None:
+def _processes(given: Invocation, config: "ExperimentConfig | None") -> AbstractContextManager[None]:
+    """Join the processes of a run that the flags name; they must agree on other flags, config, versions, checkpoint."""
+    from h2a2_jax.checkpoint.store import checkpoint_place
+    from h2a2_jax.config import leaves_of
     from h2a2_jax.distributed import processes
+    from h2a2_jax.host import versions
 
+    values, facts = given.flags, {}
+    if values.coordinator is not None:
+        facts = {f"--{name}": str(value) for name, value in vars(values).items() if name not in _OF_MACHINES}
+        leaves = {} if config is None else leaves_of(config)
+        facts |= {
+            f"--config.{key}": str(value)
+            for key, value in leaves.items()
+            if key.rpartition(".")[2] not in _CONFIG_OF_MACHINES
+        }
+        facts |= {name: version for name, version in versions().items() if name in ("jax", "jaxlib", "h2a2_jax")}
+        folder = checkpoint_place(given.workdir).directory
+        steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+        facts[CHECKPOINT] = str(max(steps, default="none"))
+    return processes(
+        values.coordinator, values.num_processes, values.process_id, timeout=values.process_timeout, facts=facts
+    )
+
+
+def _train(given: Invocation) -> int | None:
     config = given.experiment()
     try:
-        with processes(given.flags.coordinator, given.flags.num_processes, given.flags.process_id):
+        with _processes(given, config):
             train_command(config, given.workdir, accept_changes=given.flags.accept_changes)
     except Stopped as stopped:  # the loop printed what is saved
         return stopped.status
@@ -627,7 +676,6 @@ def train_command(config: "ExperimentConfig", workdir: Path, *, accept_changes: 
 
 
 def _eval(given: Invocation) -> int | None:
-    from h2a2_jax.distributed import processes
     from h2a2_jax.evaluation.evaluate import EvalRequest, evaluate_checkpoint
 
     values = given.flags
@@ -640,8 +688,9 @@ def _eval(given: Invocation) -> int | None:
         output=None if values.output is None else Path(values.output),
         step=_chosen_step(given),
     )
-    with processes(values.coordinator, values.num_processes, values.process_id):
-        evaluate_checkpoint(given.workdir, request, given.experiment())
+    config = given.experiment()
+    with _processes(given, config):
+        evaluate_checkpoint(given.workdir, request, config)
     return None
 
 
@@ -672,14 +721,13 @@ def _predict(given: Invocation) -> int | None:
 
 def _predict_request(given: Invocation, request: "PredictRequest") -> int | None:
     from h2a2_jax.checkpoint.store import StoredDetector, checkpoint_place, read_detector
-    from h2a2_jax.distributed import processes
     from h2a2_jax.inference.predict_folder import predict_inputs, print_line
     from h2a2_jax.inference.validation_scans import predict_validation_scans
     from h2a2_jax.pretrained.load import load_pretrained
 
     values, config = given.flags, given.experiment()
     if not request.inputs:
-        with processes(values.coordinator, values.num_processes, values.process_id):
+        with _processes(given, config):
             predict_validation_scans(given.workdir, request, config)
         return None
 

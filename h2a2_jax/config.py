@@ -121,7 +121,8 @@ class TrainConfig:
         init_from: folder of a run; a new run starts from the parameters of its checkpoint that fit. "": none.
         init_step: step of that checkpoint; None: the last.
         profile: first and last step of a recorded trace; (0, 0): no trace.
-        compilation_cache: True keeps compiled programs in the workdir for the next start.
+        compilation_cache: True keeps compiled programs for the next start, signed, in the folder of the user
+            (`h2a2_jax.compilation.compilation_cache`).
         max_bucket: highest bucket of padded shapes in training, each 1.25 times the bucket below; larger batches are
             cropped.
         workers: processes that load scans and build their maps; 0: a thread beside the training; None: the number of

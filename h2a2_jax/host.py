@@ -2,11 +2,14 @@
 
 import contextlib
 import ctypes
+import errno
 import gc
+import io
 import logging
 import multiprocessing
 import os
 import platform
+import select
 import signal
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from typing import Any, NoReturn
 from absl import logging as absl_logging
 
 import h2a2_jax
+from h2a2_jax.errors import quoted
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -110,6 +114,139 @@ def restore_handler(number: int, before: Any) -> None:
     takes its place.
     """
     signal.signal(number, signal.SIG_DFL if before is None else before)
+
+
+def allow_open_files() -> None:
+    """Raise this process's limit on open files to the system's, where there are such limits; for command lines."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def shortage(error: BaseException) -> str | None:
+    """Say what the machine has too little of, and what to do, without a full stop; None for another error.
+
+    Args:
+        error: as a lack of memory on the host or a device, of open files, or of threads raises it.
+    """
+    why = quoted(error, 150)
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return (
+            f"there is not enough memory ({why or 'no more can be had'}): end other programs, raise the limit "
+            "(ulimit -v), or take fewer scans at once (--config.train.batch_size, --config.eval.batch_size)"
+        )
+    if isinstance(error, RuntimeError) and ("RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)):
+        return (
+            f"the device has not enough memory ({why}): take fewer scans at once (--config.train.batch_size, "
+            "--config.eval.batch_size), or set --config.train.rematerialize=true"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"too many files are open ({why}): allow more (ulimit -n 4096)"
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return f"no further thread can be started ({why}): allow more (ulimit -u), or end other programs"
+    return None
+
+
+class OutputFile(io.RawIOBase):
+    """Standard output or error whose reader may go away: what cannot be written is dropped, without an error.
+
+    A pipe that nobody reads, a terminal that was closed and the like never come back: the null device then takes the
+    file's number, so that libraries and child processes lose nothing but text, too. A full disk may have space later.
+
+    Args:
+        number: file descriptor.
+
+    Attributes:
+        is_lost: True if something could not be written.
+    """
+
+    _FOR_NOW = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+    def __init__(self, number: int):
+        self._number, self.is_lost = number, False
+
+    def fileno(self) -> int:
+        """The file descriptor."""
+        return self._number
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def isatty(self) -> bool:
+        """Return True for a terminal."""
+        return os.isatty(self._number)
+
+    def write(self, data: Any) -> int:
+        """Write what goes, and return the number of all bytes."""
+        left = memoryview(data).cast("B")
+        size = len(left)
+        while left:
+            try:
+                left = left[os.write(self._number, left) :]
+            except BlockingIOError:  # a reader that is slow, of a pipe that someone made non-blocking
+                select.select([], [self._number], [])
+            except OSError as error:
+                self.is_lost = True
+                if error.errno not in self._FOR_NOW:
+                    _take_number(self._number)
+                break
+        return size
+
+
+_outputs: list[OutputFile] = []
+
+
+def keep_output() -> None:
+    """Let this process outlive standard output and error: what cannot be written is dropped (`OutputFile`).
+
+    Letters that the encoding of the output lacks are written as escapes.
+
+    Streams that a caller put in place of the system's, as pytest does, stay. Calling it twice has no further effect.
+    """
+    for number, name in ((0, "stdin"), (1, "stdout"), (2, "stderr")):
+        stream, original = getattr(sys, name), getattr(sys, f"__{name}__")
+        if stream is None:  # closed before Python began: the next file that is opened would get the number
+            try:
+                os.fstat(number)
+                continue_with = os.open(os.devnull, os.O_RDWR)  # a file has got it already
+            except OSError:
+                _take_number(number)
+                continue_with = number
+            setattr(sys, name, os.fdopen(continue_with, "r" if number == 0 else "w", closefd=False))
+        elif number and stream is original and not isinstance(getattr(stream.buffer, "raw", stream.buffer), OutputFile):
+            with contextlib.suppress(OSError):
+                stream.flush()
+            file = OutputFile(stream.fileno())
+            buffer: Any = file if stream.write_through else io.BufferedWriter(file)
+            kept = io.TextIOWrapper(
+                buffer,
+                encoding=stream.encoding,
+                errors="backslashreplace",  # names of files may hold letters that the terminal does not have
+                line_buffering=number == 2 or stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            _outputs.append(file)
+            setattr(sys, name, kept)
+            setattr(sys, f"__{name}__", kept)
+    absl_logging.get_absl_handler().python_handler.setStream(sys.stderr)
+
+
+def output_is_lost() -> bool:
+    """Return True if something that was printed on standard output could not be written."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    return any(file.is_lost and file.fileno() == 1 for file in _outputs)
+
+
+def _take_number(number: int) -> None:
+    """Open the null device in place of a file descriptor."""
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != number:
+        os.dup2(null, number)
+        os.close(null)
 
 
 def quiet_command_line() -> None:

@@ -9,8 +9,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "h2a2_jax"
 FLOORS: tuple[set[str], ...] = (
     {"typing", "errors", "user_cache"},
-    {"host", "files", "restricted_pickle", "compilation", "distributed", "figures", "sparse", "boxes", "balancers"},
-    {"layers", "losses"},
+    {"rendezvous"},
+    {"host", "files", "compilation", "distributed", "figures", "sparse", "boxes", "balancers"},
+    {"layers", "losses", "untrusted"},
     {"linen", "models", "scans"},
     {"config", "prepare", "viewer"},
     {"check", "loader"},

@@ -35,6 +35,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
         (["--config=configs/joint.py:demo", "--mode=eval"], "There is no folder"),
         (["--config=configs/joint.py:demo", "--coordinator=localhost:1"], "all three or none; or --coordinator=auto"),
         (
+            ["--config=configs/joint.py:demo", "--coordinator=x:99999", "--num_processes=2", "--process_id=1"],
+            "--coordinator is 'x:99999'; expected host:port of process 0 with a port from 1 to 65535",
+        ),
+        (
+            ["--config=configs/joint.py:demo", "--process_timeout=0"],
+            "--process_timeout is '0'; expected a number from 1",
+        ),
+        (
             ["--config=configs/joint.py:demo", "--seeds=1"],
             "--seeds is for --mode=tau_sweep and --mode=ablation and --mode=transfer, given",
         ),

@@ -1,8 +1,10 @@
 """Cores, durations, processes that end with their parent, log messages of a command line."""
 
+import errno
 import logging
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +16,17 @@ import numpy as np
 import pytest
 from absl import logging as absl_logging
 
-from h2a2_jax.host import available_cores, core_numbers, duration, quiet_command_line, release_memory
+from h2a2_jax.host import (
+    OutputFile,
+    allow_open_files,
+    available_cores,
+    core_numbers,
+    duration,
+    keep_output,
+    quiet_command_line,
+    release_memory,
+    shortage,
+)
 
 
 @pytest.mark.parametrize(
@@ -102,3 +114,58 @@ def test_a_process_ends_if_its_parent_was_killed_while_it_began(tmp_path):
     while any(Path(f"/proc/{pid}/exe").exists() for pid in children):
         assert time.monotonic() < deadline, "a process outlived its parent"
         time.sleep(0.05)
+
+
+def test_text_that_nobody_reads_is_dropped() -> None:
+    reading, writing = os.pipe()
+    file = OutputFile(writing)
+    assert file.write(b"read") == 4 and os.read(reading, 9) == b"read" and not file.is_lost
+    os.close(reading)
+    assert file.write(b"lost") == 4 and file.is_lost
+    os.write(writing, b"by a library")  # to the null device
+    os.close(writing)
+
+
+def test_a_full_disk_may_have_space_later() -> None:
+    number = os.open("/dev/full", os.O_WRONLY)
+    file = OutputFile(number)
+    assert file.write(b"lost") == 4 and file.is_lost
+    with pytest.raises(OSError, match="No space left"):
+        os.write(number, b"the file is still that one")
+    os.close(number)
+
+
+def test_streams_of_a_caller_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sys.stdout, sys.stderr
+    keep_output()
+    assert (sys.stdout, sys.stderr) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "phrase"),
+    [
+        (MemoryError(), "there is not enough memory (no more can be had): end other programs, raise the limit"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "there is not enough memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "the device has not enough memory"),
+        (OSError(errno.EMFILE, "Too many open files"), "too many files are open"),
+        (RuntimeError("can't start new thread"), "no further thread can be started"),
+    ],
+)
+def test_a_shortage_is_told_with_what_to_do(error: BaseException, phrase: str):
+    found = shortage(error)
+    assert found is not None and found.startswith(phrase) and "\n" not in found
+
+
+@pytest.mark.parametrize("error", [RuntimeError("of another kind"), OSError(errno.ENOENT, "No such file"), KeyError(1)])
+def test_another_error_is_no_shortage(error: BaseException):
+    assert shortage(error) is None
+
+
+def test_a_command_may_open_as_many_files_as_the_system_lets_it():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, before[1]), before[1]))
+        allow_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

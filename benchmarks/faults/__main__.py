@@ -8,8 +8,8 @@ training without a fault, bit by bit. The program prints one line for each event
 then a table of all faults: survived, ended with one sentence, or at fault; --table writes it as Markdown. It exits with
 status 1 if something failed. All files are in a temporary folder, or in --folder, which stays.
 
-    kills      SIGKILL at moments spread over start-up, steps, saving, evaluation and the end; some with the cache of
-               compiled programs in the workdir, so that kills leave incomplete entries
+    kills      SIGKILL at moments spread over start-up, steps, saving, evaluation and the end; some with a cache of
+               compiled programs of their own, while entries are written
     sigterm    SIGTERM and SIGINT: the step is saved, the status is 0 and 130
     disk       a disk that is full when a checkpoint or a line is written; a read-only disk (needs root)
     damaged    checkpoints with a file cut in half, a flipped bit or a missing folder
@@ -18,9 +18,13 @@ status 1 if something failed. All files are in a temporary folder, or in --folde
     workers    a process that loads scans is killed
     devices    saved on three devices, resumed on one and on six; evaluated on one, three and six
     poison     scans with colours that are not finite
-    processes  three processes, and SIGTERM for one of them
+    processes  three processes: SIGTERM for one of them; some that are missing or disagree; each killed in turn
+    output     outputs that are closed, full or not read, a terminal that closes
+    vanish     a workdir that is removed, moved or replaced
+    hostile    800 damaged and hostile files over all readers: one sentence each, in bounded memory and time
     surroundings  no HOME, TMPDIR that cannot be written to, umask, few open files, a clock that jumps, odd paths,
                links, two trainings at once, a read-only checkout; folders in place of files, files in place of folders
+    cache      every file of compiled programs damaged, moved, or signed by another user
 """
 
 import argparse
@@ -32,11 +36,14 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from benchmarks.faults.cache import cache
 from benchmarks.faults.children import Bench, Fault, Report
 from benchmarks.faults.damage import damaged, disk
 from benchmarks.faults.files import files, resumed_files
+from benchmarks.faults.hostile import hostile
 from benchmarks.faults.kills import kills, own_cache
-from benchmarks.faults.processes import processes
+from benchmarks.faults.output import output, vanish
+from benchmarks.faults.processes import killed, processes, strangers
 from benchmarks.faults.stops import second, sigterm, workers
 from benchmarks.faults.surroundings import occupied, surroundings
 from benchmarks.faults.values import devices, poison
@@ -52,8 +59,12 @@ SCENARIOS: dict[str, tuple[tuple[Callable[[Bench], None], ...], int]] = {
     "workers": ((workers,), 1),
     "devices": ((devices,), 7),
     "poison": ((poison,), 4),
-    "processes": ((processes,), 4),
+    "processes": ((processes, strangers, killed), 36),
+    "output": ((output,), 7),
+    "vanish": ((vanish,), 6),
+    "hostile": ((hostile,), 0),
     "surroundings": ((surroundings, occupied), 26),
+    "cache": ((cache,), 13),
 }
 """Functions of a scenario, and the number of trainings that it starts without the kills of --kills."""
 

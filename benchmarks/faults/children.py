@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from h2a2_jax.compilation import remove_damaged_entries
 from h2a2_jax.evaluation.documents import best_step
 from h2a2_jax.host import duration
 
@@ -242,6 +241,11 @@ class Bench:
         return self.folder / "compiled"
 
     @property
+    def own_cache(self) -> Path:
+        """Cache of compiled programs of the trainings that are to have one of their own."""
+        return self.folder / "own_compiled"
+
+    @property
     def reference(self) -> Path:
         """Workdir of the training without a fault."""
         return self.folder / "reference"
@@ -285,10 +289,10 @@ class Bench:
             "JAX_PLATFORMS": "cpu",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-        if not own_cache:
-            remove_damaged_entries(self.cache)  # left by a kill
-            environment["JAX_COMPILATION_CACHE_DIR"] = str(self.cache)
+        for name in ("JAX_COMPILATION_CACHE_DIR", "H2A2_CACHE"):
+            environment.pop(name, None)
+        name = "H2A2_CACHE" if own_cache else "JAX_COMPILATION_CACHE_DIR"
+        environment[name] = str(self.own_cache if own_cache else self.cache)
         if devices > 1:
             environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
         kept = {name: value for name, value in (environment | {**changed}).items() if value is not None}

@@ -1,5 +1,6 @@
 """SIGKILL at moments spread over a training: part of `benchmarks.faults`."""
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,6 @@ from benchmarks.faults.children import (
     saved_steps,
 )
 from benchmarks.faults.compare import differences
-from h2a2_jax.compilation import remove_damaged_entries
 
 Condition = Callable[[], object]
 
@@ -75,8 +75,9 @@ def _last_evaluation(child: Child, workdir: Path, chance: float) -> Condition:
 
 
 def _compiled(child: Child, workdir: Path, chance: float) -> Condition:
-    before = set(workdir.glob("cache/*/*-cache"))
-    return lambda: len(set(workdir.glob("cache/*/*-cache")) - before) > 40 * chance
+    programs = workdir.parent / "own_compiled"
+    before = set(programs.glob("*.compiled"))
+    return lambda: len(set(programs.glob("*.compiled")) - before) > 40 * chance
 
 
 _START = Moment("after the start", _at_once, 0.3, 15)
@@ -112,15 +113,15 @@ def kills(bench: Bench) -> None:
 def own_cache(bench: Bench) -> None:
     """Kill a training that has its own cache of compiled programs, also while entries are written."""
     workdir = bench.empty("own_cache")
+    shutil.rmtree(bench.own_cache, ignore_errors=True)
     moments = (_COMPILED, _COMPILED, _START, _STEP)
     for number, moment in enumerate(moments, 1):
         _kill(bench, workdir, bench.train(workdir, own_cache=True), moment, f"own cache, kill {number}")
-        entries = [path for path in workdir.glob("cache/*/*-cache")]
-        bench.report.event(f"the cache holds {len(entries)} entries")
-    bench.train(workdir, own_cache=True).expect(0)
-    for folder in workdir.glob("cache/*"):
-        if damaged := remove_damaged_entries(folder):
-            bench.report.failed(f"{damaged} entries of {folder} are damaged")
+        bench.report.event(f"the cache holds {len(list(bench.own_cache.glob('*.compiled')))} entries")
+    child = bench.train(workdir, own_cache=True)
+    child.expect(0)
+    if line := child.line_with("are compiled anew"):
+        bench.report.failed(f"a kill left a part of an entry: {line}")
     _compare(bench, workdir, len(moments) + 1)
 
 

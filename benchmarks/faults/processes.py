@@ -1,37 +1,111 @@
-"""A training of three processes that SIGTERM stops: part of `benchmarks.faults`."""
+"""Trainings of three processes that do not come together, are stopped, and are killed: part of `benchmarks.faults`."""
 
 import signal
 import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
-from benchmarks.faults.children import CONFIG, SHORT, Bench, Fault, newest
+from benchmarks.faults.children import CONFIG, SHORT, Bench, Child, Fault, logged_step, newest
+from benchmarks.faults.compare import differences
 from benchmarks.faults.stops import saved_step
 
 _PROCESSES = 3
+_LIMIT_S = 60
+_LONG = ("--config.train.log_every=1", "--config.train.evaluate_every=0")
 
 
 def processes(bench: Bench) -> None:
     """Send SIGTERM to a process other than the first; then resume with one process to the end."""
     workdir = bench.empty("processes")
-    with socket.socket() as listening:
-        listening.bind(("localhost", 0))
-        address = f"localhost:{listening.getsockname()[1]}"
-    several = [f"--coordinator={address}", f"--num_processes={_PROCESSES}"]
-    children = [
-        bench.start(["run.py", CONFIG, f"--workdir={workdir}", *SHORT, *several, f"--process_id={i}"])
-        for i in range(_PROCESSES)
-    ]
+    children = _start(bench, workdir, SHORT)
     first = children[0]
     if not first.wait_for(lambda: first.line_with("First step done")) or not first.wait(bench.rng.uniform(0, 2)):
-        for child in children[1:]:
-            child.kill()
+        _kill(children)
         raise Fault(f"the first process ended before one got SIGTERM: {' / '.join(first.lines[-6:])}")
     children[-1].process.send_signal(signal.SIGTERM)
     line = first.expect(0, "Stopped by SIGTERM; step", "the same command")
     for child in children[1:]:
         child.expect(0)
     step = saved_step(line)
-    bench.report.event(f"one of {_PROCESSES} processes got SIGTERM, all ended: {line}")
     if newest(workdir) != step:
         bench.report.failed(f"it printed that step {step} is saved, the newest checkpoint is of step {newest(workdir)}")
     bench.train(workdir, *SHORT).expect(0, f"after step {step} of 24")
-    bench.report.event("one process alone resumes to the end")
+    bench.report.survived("SIGTERM for one of three processes", f"{line}; one process resumes to the end")
+
+
+def strangers(bench: Bench) -> None:
+    """Start processes that miss one another, or do not agree; each must end with one sentence."""
+    with socket.create_server(("localhost", 0)) as silent:
+        taken = silent.getsockname()[1]
+        cases: list[tuple[str, dict[int, Sequence[str]], str]] = [
+            ("no process 0", {1: ()}, "process 1 of 3 waited 20 s for process 0 at localhost:"),
+            ("process 0 alone", {0: ()}, "process 0 of 3 waited 20 s for processes 1, 2 at localhost:"),
+            ("one of three is missing", {0: (), 2: ()}, "of 3 waited 20 s for process 1 at localhost:"),
+            ("a process id given twice", {0: (), 1: (), 2: ("--process_id=1",)}, "--process_id=1 was given twice"),
+            ("unequal --num_processes", {0: (), 1: ("--num_processes=2",)}, "was given --num_processes=2"),
+            ("another config", {0: (), 1: ("--config.optim.lr=0.002",)}, "has --config.optim.lr 0.002, process 0 has"),
+            ("a port of a silent service", {1: (f"--coordinator=localhost:{taken}",)}, "nothing that listens there"),
+            ("a port that is taken", {0: (f"--coordinator=localhost:{taken}",)}, "cannot listen on port"),
+            ("no cluster", {0: ("--coordinator=auto",)}, "--coordinator=auto finds no cluster here"),
+        ]
+        for fault, flags, sentence in cases:
+            workdir, began = bench.empty("strangers"), time.monotonic()
+            children = _start(bench, workdir, ("--process_timeout=20",), flags)
+            try:
+                lines = [child.expect(2, sentence) for child in children]
+            except Fault as unexpected:
+                _kill(children)
+                bench.report.failed(str(unexpected), fault)
+                continue
+            if time.monotonic() - began > _LIMIT_S:
+                bench.report.failed(f"took {time.monotonic() - began:.0f} s", fault)
+            elif workdir.exists():
+                bench.report.failed("the workdir was made", fault)
+            else:
+                bench.report.sentence(fault, lines[0])
+
+
+def killed(bench: Bench) -> None:
+    """Kill each of three processes in turn, and resume; the result equals that of an unkilled run of three."""
+    reference, workdir = bench.empty("three"), bench.empty("three_killed")
+    for child in _start(bench, reference, _LONG):
+        child.expect(0)
+    for victim, step in ((1, 10), (2, 18), (0, 26)):
+        children = _start(bench, workdir, _LONG)
+        others = [child for i, child in enumerate(children) if i != victim]
+        if not others[0].wait_for(lambda step=step: logged_step(workdir) >= step):  # type: ignore[misc]
+            _kill(children)
+            raise Fault(f"it ended before process {victim} was killed: {' / '.join(others[0].lines[-6:])}")
+        began = time.monotonic()
+        children[victim].kill()
+        for child in others:
+            line = child.expect(2, f"run.py: process {victim} of {_PROCESSES} died; step", "is saved")
+        if (seconds := time.monotonic() - began) > _LIMIT_S:
+            bench.report.failed(f"took {seconds:.0f} s", f"process {victim} of three killed")
+        bench.report.sentence(f"process {victim} of three killed", f"{line} (after {seconds:.0f} s)")
+    for child in _start(bench, workdir, _LONG):
+        child.expect(0)
+    found = differences(reference, workdir)
+    bench.report.equal("the end of three processes", found, "each of three processes killed in turn, and resumed")
+
+
+def _start(
+    bench: Bench, workdir: Path, common: Sequence[str], flags: dict[int, Sequence[str]] | None = None
+) -> list[Child]:
+    """Start processes of one run, each with flags of its own; later flags count."""
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        address = f"localhost:{listening.getsockname()[1]}"
+    children = []
+    for i, own in (flags or dict.fromkeys(range(_PROCESSES), ())).items():
+        several = [f"--coordinator={address}", f"--num_processes={_PROCESSES}", f"--process_id={i}"]
+        if "--coordinator=auto" in own:
+            several = []
+        children.append(bench.start(["run.py", CONFIG, f"--workdir={workdir}", *common, *several, *own]))
+    return children
+
+
+def _kill(children: Sequence[Child]) -> None:
+    for child in children:
+        child.kill()

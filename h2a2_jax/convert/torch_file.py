@@ -19,9 +19,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.files import whole_file
-from h2a2_jax.restricted_pickle import Source, is_plain_key, load_inert_pickle
+from h2a2_jax.untrusted import check_regular, check_room
+from h2a2_jax.untrusted.arrays import check_archive, check_directory
+from h2a2_jax.untrusted.restricted_pickle import Source, is_plain_key, load_inert_pickle
 
 MAX_PICKLE = 64 * 2**20
 """Largest pickle of an archive that is read (bytes); that of a detector with its optimiser has some 200 kB."""
@@ -79,39 +81,37 @@ def read_torch_file(path: str | Path) -> TorchFile:
         InputError: no such file, one that is not PyTorch's, damaged, or one without a state dict.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"There is no file {path}: give a checkpoint of PyTorch, such as tr3d.pth.")
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             head = file.read(4)
             if head == b"PK\x03\x04":
+                check_directory(file)
                 return _read_archive(path)
             if head[:2] == b"\x80\x02":
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                     return _read_legacy(path, content)
+    except FileNotFoundError:
+        raise InputError(f"There is no file {path}: give a checkpoint of PyTorch, such as tr3d.pth.") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise InputError(f"{path} cannot be read: {error.strerror or error}; check the file.") from error
     except InputError:
         raise
     except (_Damaged, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is damaged or cut off ({_line(error)}): download or write it again.") from None
+        raise InputError(f"{path} is damaged or cut off ({quoted(error)}): download or write it again.") from None
     except (MemoryError, RecursionError, OverflowError) as error:
         raise InputError(f"{path} asks for more memory than a checkpoint needs: download or write it again.") from error
     except Exception as error:  # what a damaged file leads to is anything; nothing of it is run
         raise InputError(
-            f"{path} is damaged or cut off ({type(error).__name__}: {_line(error)}): download or write it again."
+            f"{path} is damaged or cut off ({type(error).__name__}: {quoted(error)}): download or write it again."
         ) from error
     raise InputError(f"{path} is no file of PyTorch: it begins neither as a zip archive nor as a pickle of torch.save.")
-
-
-def _line(error: Exception) -> str:
-    """Message of an error in one line: it may quote the file."""
-    return " ".join(str(error).split())[:200]
 
 
 def _read_archive(path: Path) -> TorchFile:
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
+        check_archive(archive, size)
         records = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -134,8 +134,10 @@ def _read_archive(path: Path) -> TorchFile:
         # Records may overlap in a file made to; what is read of them together may not exceed it.
         keys = {tensor.storage.key for tensor in state.values() if isinstance(tensor, StoredTensor)}
         names = {key: f"{folder}data/{key}" for key in keys}
-        if sum(records[name].file_size for name in names.values() if name in records) > size:
+        used = sum(records[name].file_size for name in names.values() if name in records)
+        if used > size:
             raise _Damaged("its storages overlap")
+        check_room(used, "its state dict")
 
         def numbers(storage: Storage) -> np.ndarray:
             content = record(names[storage.key])

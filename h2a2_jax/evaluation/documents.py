@@ -60,6 +60,7 @@ from typing import Any
 
 from h2a2_jax.errors import InputError
 from h2a2_jax.files import whole_file
+from h2a2_jax.inference.box_table import safe_cell
 
 JSON_FILE = "evaluation.json"
 CSV_FILE = "evaluation.csv"
@@ -162,9 +163,9 @@ def _rows(dataset: str, document: Mapping[str, Any]) -> Iterator[dict[str, Any]]
         for name in counts[0]:
             point = points[name] or {}
             yield {
-                "dataset": dataset,
+                "dataset": safe_cell(dataset),
                 "iou": level["iou"],
-                "class": name,
+                "class": safe_cell(name),
                 "ground_truth": counts[0][name],
                 "detections": counts[1][name],
                 **{column: of_classes[name] for column, of_classes in scores.items()},

@@ -1,6 +1,6 @@
 """Evaluate a detector on the scans of its datasets."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -118,6 +118,7 @@ def evaluate(
     draw: int = 0,
     datasets: Sequence[str] | None = None,
     tables: bool = True,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Evaluate on the scans of every dataset or of those requested; print tables, write evaluation.json and .csv.
 
@@ -132,6 +133,7 @@ def evaluate(
         draw: number of the drawing of points, where the test protocol of a dataset draws some.
         datasets: of those that the request is for, the ones evaluated; None: all.
         tables: True to print the results.
+        before_writing: called in the process that writes the results; may raise to prevent it.
 
     Returns:
         The content of evaluation.json (`h2a2_jax.evaluation.documents`).
@@ -168,6 +170,7 @@ def evaluate(
     evaluated = {specs[d].name: by_name[specs[d].name] for d in sorted(chosen)}
     results = {name: one["values"] for name, one in evaluated.items()}
     if is_main():  # before anything is printed: a closed pipe at the other end must not cost the results
+        before_writing()
         matches = {name: Matches.from_dict(one["matches"]) for name, one in evaluated.items()}
         write_matches(folder / MATCHES_FILE, matches)
         write_evaluation(folder, results)

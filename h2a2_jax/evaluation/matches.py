@@ -5,8 +5,6 @@ in "scannet/scores".
 """
 
 import dataclasses
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,26 +13,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from h2a2_jax.distributed import say
+from h2a2_jax.errors import quoted
 from h2a2_jax.evaluation.average_precision import average_precision_of_draws
 from h2a2_jax.files import whole_file
+from h2a2_jax.untrusted.arrays import load_arrays
 
 MATCHES_FILE = "matches.npz"
 MATCHES_VERSION = 1
-
-_DAMAGED = (
-    OSError,
-    ValueError,
-    KeyError,
-    IndexError,
-    TypeError,
-    EOFError,
-    RuntimeError,  # a flag says that the file is encrypted, or packed in a way that Python does not know
-    zipfile.BadZipFile,
-    zlib.error,
-)
-"""Errors of numpy and zipfile for a file of other bytes."""
-_SHOWN = 150
-"""Characters of their text that are printed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,16 +103,16 @@ def read_matches(file: Path) -> dict[str, Matches]:
     if not file.exists():
         return {}
     try:
-        with file.open("rb") as opened, np.load(opened) as arrays:
-            if int(arrays["version"]) != MATCHES_VERSION:
-                return {}
-            names = dict.fromkeys(key.rpartition("/")[0] for key in arrays.files if "/" in key)
-            fields = [field.name for field in dataclasses.fields(Matches)]
-            found = {name: Matches.from_dict({f: arrays[f"{name}/{f}"] for f in fields}) for name in names}
+        arrays = load_arrays(file)
+        if int(arrays["version"]) != MATCHES_VERSION:
+            return {}
+        names = dict.fromkeys(key.rpartition("/")[0] for key in arrays if "/" in key)
+        fields = [field.name for field in dataclasses.fields(Matches)]
+        found = {name: Matches.from_dict({f: arrays[f"{name}/{f}"] for f in fields}) for name in names}
         for matches in found.values():
             matches.check()
         return found
-    except _DAMAGED as error:
-        reason = " ".join(str(error).split())[:_SHOWN] or type(error).__name__
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or quoted(error, 150) or type(error).__name__
         say(f"{file} is damaged and left out ({reason}): --mode=eval writes it anew.")
         return {}

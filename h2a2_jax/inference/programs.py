@@ -5,11 +5,10 @@ trace and lower first; for a detector that takes longer than running it. Here a 
 the package's source, the versions and settings of JAX, the device, and the shapes of the arguments. No setting of JAX
 is changed, so that a library can keep its programs without a say in those of the process.
 
-A compiled program is code, and loading it runs code: `private_folder` (`h2a2_jax.compilation`) makes sure that nobody
-else can write to the folder.
+A compiled program is code, and loading it runs code: files are signed with a key of this user, and read by
+`h2a2_jax.compilation.SignedFolder` alone, which returns nothing that the user did not write.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -30,14 +29,15 @@ import jaxlib
 from jax.experimental import serialize_executable
 
 import h2a2_jax
+from h2a2_jax.compilation import SignedFolder
 from h2a2_jax.host import available_cores, cpu_features
 from h2a2_jax.pretrained.catalog import MIRROR_VARIABLE
 from h2a2_jax.sparse import native_form
 from h2a2_jax.sparse.xla_cpu import compiler_options
 from h2a2_jax.user_cache import CACHE_VARIABLE
 
-_VERSION = 2
-_ENDING = ".program"
+_VERSION = 3
+_ENDING, _INDEX_ENDING = ".program", ".index"
 _DIGEST = hashlib.sha256().digest_size
 _MOST_BYTES = 1 << 29
 """Size of all programs in a folder; those that were not used for the longest time are removed."""
@@ -61,12 +61,15 @@ class ProgramStore:
         folder: a folder of the user, such as `private_folder` returns; it is there.
         detector: text that is different for detectors of different architectures.
         levels: named tuple of int of the padded shapes (`DetectorKind.levels`).
+
+    Raises:
+        InputError: there is no key to sign programs with (`h2a2_jax.compilation.signing_key`).
     """
 
     def __init__(self, folder: Path, detector: str, levels: type[Any]):
-        self.folder, self._levels = folder, levels
+        self._files, self._levels = SignedFolder(folder), levels
         self.detector = f"{_environment()}\n{detector}"
-        self._index = folder / f"{_digest(self.detector)[:32]}.json"
+        self._index = f"{_digest(self.detector)[:32]}{_INDEX_ENDING}"
         self._ahead: dict[str, Future[tuple[Any, Any] | None]] = {}
         self._used: list[str] = []
         self._writing = threading.Lock()
@@ -93,12 +96,12 @@ class ProgramStore:
         try:
             payload, arguments, _ = serialize_executable.serialize(compiled)
             body = zlib.compress(pickle.dumps((arguments.num_leaves, result, payload)), 1)
-            self._write(self.folder / (digest + _ENDING), hashlib.sha256(body).digest() + body)
+            self._files.write(digest + _ENDING, body)
         except (OSError, ValueError, NotImplementedError, RuntimeError) as error:
-            warnings.warn(f"A compiled program cannot be kept in {self.folder} ({error}).", stacklevel=2)
+            warnings.warn(f"A compiled program cannot be kept in {self._files.folder} ({error}).", stacklevel=2)
             return
         self._note_use(digest)
-        self._remove_oldest()
+        self._files.make_room(_ENDING, _MOST_BYTES)
 
     def read_bases(self) -> dict[int, Any]:
         """Lowest padded shapes, by number of scans in a pass, of the detectors that have used the store."""
@@ -114,8 +117,7 @@ class ProgramStore:
     def _note_use(self, digest: str) -> None:
         if digest not in self._used:
             self._used.append(digest)
-            with contextlib.suppress(OSError):  # no place for a time is no reason not to use the program
-                os.utime(self.folder / (digest + _ENDING))
+            self._files.note_use(digest + _ENDING)
             self._update_index(recent=self._used[-_MOST_RECENT:])
 
     def _load_ahead(self, digest: str) -> None:
@@ -132,31 +134,25 @@ class ProgramStore:
         threading.Thread(target=run, name="load-program", daemon=False).start()
 
     def _read(self, digest: str) -> tuple[Any, Any] | None:
-        path = self.folder / (digest + _ENDING)
-        try:
-            content = path.read_bytes()
-        except OSError:
-            return None
-        body = content[_DIGEST:]
-        if hashlib.sha256(body).digest() != content[:_DIGEST]:
+        body = self._files.read(digest + _ENDING, _MOST_BYTES)
+        if body is None:
             return None
         arguments, result, payload = pickle.loads(zlib.decompress(body))
         trees = (jax.tree.structure((tuple(range(arguments)), {})), jax.tree.structure(list(jax.tree.leaves(result))))
         try:
             compiled = serialize_executable.deserialize_and_load(payload, *trees, execution_devices=_devices())
         except (ValueError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
+            path = self._files.folder / (digest + _ENDING)
             warnings.warn(f"The program {path} cannot be loaded ({error}): it is compiled again.", stacklevel=2)
             return None
         return compiled, result
 
     def _read_index(self) -> dict[str, Any]:
         try:
-            stored = json.loads(self._index.read_text())
-            if stored["version"] != _VERSION:
-                return {"bases": {}, "recent": []}
+            stored = json.loads(self._files.read(self._index) or b"")
             bases = {int(count): self._levels(*map(int, base)) for count, base in stored["bases"].items()}
             recent = [digest for digest in stored["recent"] if _is_digest(digest)]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return {"bases": {}, "recent": []}
         return {"bases": {c: base for c, base in bases.items() if c > 0 and min(base) > 0}, "recent": recent}
 
@@ -164,36 +160,14 @@ class ProgramStore:
         with self._writing:
             stored = self._read_index()
             document = {
-                "version": _VERSION,
                 "bases": {str(count): list(base) for count, base in {**stored["bases"], **(bases or {})}.items()},
                 "recent": list(recent) or stored["recent"],
             }
             try:
-                self._write(self._index, json.dumps(document).encode())
+                self._files.write(self._index, json.dumps(document).encode())
             except OSError as error:
-                warnings.warn(f"The cache {self._index} cannot be written ({error.strerror}).", stacklevel=2)
-
-    def _write(self, path: Path, content: bytes) -> None:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-
-    def _remove_oldest(self) -> None:
-        found = []
-        for path in self.folder.glob(f"*{_ENDING}"):
-            with contextlib.suppress(OSError):  # another process has just removed it
-                status = path.stat()
-                found.append((status.st_mtime, status.st_size, path))
-        size = 0
-        for _, length, path in sorted(found, reverse=True):
-            size += length
-            if size > _MOST_BYTES:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+                path = self._files.folder / self._index
+                warnings.warn(f"The cache {path} cannot be written ({error.strerror}).", stacklevel=2)
 
 
 class KeptProgram:

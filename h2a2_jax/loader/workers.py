@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.host import end_with_parent
+from h2a2_jax.host import end_with_parent, keep_output
 
 T = TypeVar("T")
 
@@ -150,3 +150,4 @@ def _begin_worker(index: int, count: int) -> None:
     jax.config.update("jax_platforms", "cpu")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops its workers
     end_with_parent()
+    keep_output()

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ import numpy as np
 from h2a2_jax.errors import InputError
 from h2a2_jax.files import read_json
 from h2a2_jax.scans.scan import Scan, colors_from_bytes
+from h2a2_jax.untrusted import read_bytes
+from h2a2_jax.untrusted.arrays import load_arrays
 
 FORMAT_VERSION = 1
 """Raised when files of scans change their meaning: older caches are then refused."""
@@ -87,18 +88,20 @@ class ScanCache:
         """Read a scan; raise DamagedScanError if its file is missing, damaged, or of other settings."""
         path = self.path(name)
         try:
-            content = path.read_bytes()
+            content = read_bytes(path)
         except OSError as error:
             raise DamagedScanError(str(error)) from error
         head, body = content[: len(_MAGIC) + _DIGEST_BYTES], content[len(_MAGIC) + _DIGEST_BYTES :]
         if head != _MAGIC + hashlib.sha256(body).digest():
             raise DamagedScanError(f"{path} is not as it was written.")
         try:
-            with np.load(io.BytesIO(body), allow_pickle=False) as arrays:
-                facts = json.loads(arrays["facts"].tobytes())
-                others = {key: arrays[key] for key in ("points", "boxes", "labels", "transform")}
-                scan = Scan(facts["name"], colors=colors_from_bytes(arrays["colors"]), notes=facts["notes"], **others)
-        except (ValueError, KeyError, zipfile.BadZipFile) as error:  # complete, but written by another version
+            arrays = load_arrays(path, body)
+            facts = json.loads(arrays["facts"].tobytes())
+            others = {key: arrays[key] for key in ("points", "boxes", "labels", "transform")}
+            scan = Scan(facts["name"], colors=colors_from_bytes(arrays["colors"]), notes=facts["notes"], **others)
+            if not _is_scan(scan):
+                raise ValueError("its arrays have other types or shapes")
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:  # complete, of another version
             raise DamagedScanError(f"{path} is of another format.") from error
         if scan.name != name or facts["settings"] != self.settings:
             raise DamagedScanError(f"{path} is of another scan or of other settings.")
@@ -118,6 +121,15 @@ class ScanCache:
     def remove(self) -> None:
         """Remove the folder with all scans."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _is_scan(scan: Scan) -> bool:
+    """Return True if the arrays of a scan have the types and shapes that `Scan` states."""
+    size, count = len(scan.points), len(scan.boxes)
+    shapes = [(size, 3), (size, 3), (count, 7), (count,), (4, 4)]
+    arrays = [scan.points, scan.colors, scan.boxes, scan.labels, scan.transform]
+    types = [array.dtype.str for array in arrays]
+    return types == ["<f4", "<f4", "<f4", "<i4", "<f4"] and [array.shape for array in arrays] == shapes
 
 
 def colors_to_bytes(colors: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
 from h2a2_jax.errors import InputError
-from h2a2_jax.host import end_with_parent
+from h2a2_jax.host import end_with_parent, keep_output
 from h2a2_jax.prepare.scan_cache import OutputError
 
 _MAX_EARLY_DEATHS = 3  # in a row, of processes that died before their first scan: the next would die too
@@ -148,6 +148,7 @@ _work: Callable[[str], Any]  # of this worker process: sent once, not with every
 def _prepare_process(work: Callable[[str], Any]) -> None:
     global _work
     end_with_parent()
+    keep_output()
     _work = work
 
 

@@ -119,8 +119,15 @@ CATALOG: tuple[CatalogEntry, ...] = (
 
 
 def weights_cache() -> Path:
-    """Folder of downloaded weights, which may be missing: "weights" in the user's cache (`user_cache`)."""
-    return user_cache() / "weights"
+    """Folder of downloaded weights, which may be missing: "weights" in the user's cache (`user_cache`).
+
+    Raises:
+        InputError: nothing names a folder, and the user has no home folder.
+    """
+    try:
+        return user_cache() / "weights"
+    except RuntimeError as error:
+        raise InputError("This user has no home folder for weights: set H2A2_CACHE to a folder.") from error
 
 
 def find_entry(name: str) -> CatalogEntry | None:

@@ -104,7 +104,7 @@ def _fetch(address: str, part: Path, silence: float, most_bytes: int) -> None:
             raise _RefusedError("the server answers with a part of the file that was not asked for")
         start = start if answer.status == _PARTIAL else 0
         length = answer.headers.get("Content-Length", "")
-        total = start + int(length) if length.isdecimal() else None
+        total = start + int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
         if (total or 0) > most_bytes:
             raise _RefusedError(f"it has {total:,} bytes, more than the {most_bytes:,} that weights may have")
         if not start:
@@ -164,7 +164,7 @@ def _answer(request: urllib.request.Request, silence: float) -> Iterator[http.cl
 
 def _goes_on(answer: http.client.HTTPResponse, start: int) -> bool:
     """Return True if a partial answer begins where the part ends."""
-    found = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+    found = re.match(r"bytes ([0-9]{1,18})-", answer.headers.get("Content-Range", ""))
     return found is not None and int(found[1]) == start
 
 

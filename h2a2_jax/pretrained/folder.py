@@ -5,12 +5,14 @@ model.safetensors   the arrays by part and path, as in "shared/backbone.stem.con
 config.json         {"format": "h2a2_jax.pretrained", "version": 1, "datasets": [names],
                      "classes": {dataset: [names]}, "sha256": of model.safetensors,
                      "facts": of the card (`CardFacts`), "versions": {package: version},
-                     "config": of the experiment (`h2a2_jax.config.to_json`)}
+                     "config": of the experiment (`h2a2_jax.config.to_json`),
+                     ["checksum": sha256 of all the rest; older folders have none]}
 README.md           the model card (`model_card`)
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -24,16 +26,18 @@ import safetensors.numpy
 from h2a2_jax.checkpoint.store import StoredDetector
 from h2a2_jax.checkpoint.tree import Arrays, describe_array
 from h2a2_jax.config import ExperimentConfig, from_json, to_json
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.files import read_json, whole_folder
 from h2a2_jax.host import versions
 from h2a2_jax.pretrained.card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, CardFacts, facts_of_run, model_card
 from h2a2_jax.scans.sources import ROOTS
+from h2a2_jax.untrusted import read_bytes
 
 FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)
 """Files of a pretrained folder."""
 
 _FORMAT, _VERSION = "h2a2_jax.pretrained", 1
+_CHECKSUM = "checksum"
 _PARTS = ("exclusive", "shared", "statistics")
 _DTYPES: Mapping[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
@@ -74,6 +78,7 @@ def write_pretrained(detector: StoredDetector, folder: str | Path, facts: CardFa
         "versions": versions(),
         "config": json.loads(to_json(_without_paths(detector.config))),
     }
+    document[_CHECKSUM] = _checksum(document)
     card = model_card(facts, detector.specs, folder.absolute().name, versions(), detector.config.model.label_space)
     try:
         with whole_folder(folder) as part:
@@ -118,7 +123,7 @@ def read_pretrained(folder: str | Path) -> StoredDetector:
     names, by_name = stored.get("datasets"), {spec.name: spec for spec in config.specs}
     if not isinstance(names, list) or sorted(map(repr, names)) != sorted(map(repr, by_name)):
         raise InputError(
-            f"{folder / CONFIG_FILE} lists the datasets {names!r}; expected are those of its config, "
+            f"{folder / CONFIG_FILE} lists the datasets {quoted(names)}; expected are those of its config, "
             f"{', '.join(config.dataset_names)}: write or download the folder again."
         )
     specs = tuple(by_name[name] for name in names)
@@ -129,7 +134,7 @@ def read_pretrained(folder: str | Path) -> StoredDetector:
 
 def is_pretrained(folder: Path) -> bool:
     """Return True if a folder has the files of a pretrained folder, whoever wrote them."""
-    return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
+    return os.path.isfile(folder / CONFIG_FILE) and os.path.isfile(folder / WEIGHTS_FILE)
 
 
 def card_facts(detector: StoredDetector) -> CardFacts:
@@ -166,7 +171,7 @@ def _chosen(options: Any) -> dict[str, Any]:
 
 def _read_bytes(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return read_bytes(file, growth=2)
     except FileNotFoundError:
         raise InputError(
             f"There is no file {file}: a pretrained folder holds {WEIGHTS_FILE} and {CONFIG_FILE}; copy or download it "
@@ -184,17 +189,26 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         stored = json.loads(_read_bytes(file))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is damaged, it is no JSON ({_line(error)}): write or download it again.") from error
+        raise InputError(f"{file} is damaged, it is no JSON ({quoted(error)}): write or download it again.") from error
     if not isinstance(stored, dict) or stored.get("format") != _FORMAT:
         raise InputError(
             f"{file} is of another program: expected is a folder that h2a2_jax wrote (Detector.save_pretrained)."
         )
     if stored.get("version") != _VERSION:
         raise InputError(
-            f"{file} has version {stored.get('version')!r}, this program reads version {_VERSION}: install the "
+            f"{file} has version {quoted(stored.get('version'))}, this program reads version {_VERSION}: install the "
             "h2a2_jax that wrote it, or write the folder again."
         )
+    if (expected := stored.pop(_CHECKSUM, None)) is not None and expected != _checksum(stored):
+        raise InputError(
+            f"{file} is damaged, it is not what was written (its checksum differs): write, copy or download it again."
+        )
     return stored
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    """SHA-256 of the content of config.json without its checksum."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _read_parts(file: Path, weights: bytes) -> tuple[Arrays, Arrays, Arrays]:
@@ -204,12 +218,8 @@ def _read_parts(file: Path, weights: bytes) -> tuple[Arrays, Arrays, Arrays]:
             part, _, path = name.partition("/")
             parts[part][path] = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{file} holds no arrays of a detector ({_line(error)}): write it again.") from error
+        raise InputError(f"{file} holds no arrays of a detector ({quoted(error)}): write it again.") from error
     return parts["exclusive"], parts["shared"], parts["statistics"]
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

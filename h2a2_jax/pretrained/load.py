@@ -1,5 +1,6 @@
 """Detectors by name, folder, file or hub: `load_pretrained` returns what a predictor is made of."""
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,9 +39,9 @@ def load_pretrained(name: str | Path, say: Say = say_once, *, silence: float = S
     if isinstance(name, str) and (entry := find_entry(name)) is not None:
         return load_entry(entry, say, silence=silence)
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _load_folder(path)
-    if path.is_file():
+    if os.path.isfile(path):
         return read_pretrained(path.parent) if path.name == WEIGHTS_FILE else convert_weights(path, say)
     if path.suffix == ".pth" or isinstance(name, Path) or path.is_absolute():
         raise InputError(

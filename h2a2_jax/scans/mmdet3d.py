@@ -32,6 +32,7 @@ The train and the validation info files name the same scans: good for trying thi
 """
 
 import argparse
+import os
 import pickle
 import shutil
 import sys
@@ -44,8 +45,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Float32
 
-from h2a2_jax.errors import InputError
-from h2a2_jax.restricted_pickle import load_plain_pickle
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.scans.formats.colors import GREY, scale_in_dataset
 from h2a2_jax.scans.frame import NO_COLORS
 from h2a2_jax.scans.scan import (
@@ -62,9 +62,12 @@ from h2a2_jax.scans.scan import (
     within_reach,
 )
 from h2a2_jax.scans.specs import ALL_SPECS, DatasetSpec, class_label, dataset_spec, foreign_boxes, plain_name
+from h2a2_jax.untrusted import read_bytes
+from h2a2_jax.untrusted.restricted_pickle import load_plain_pickle
 
 _COLUMNS = 6
 _ROW_BYTES = 4 * _COLUMNS
+_LONGEST_STEM = 251  # bytes that file systems take, without ".bin"
 _NO_CLASS = "boxes of no class of the dataset"
 _OTHER_NUMBER = "boxes whose class has another number in the dataset, taken by its name"
 _NO_YAW = "boxes of six numbers, yaw 0 taken"
@@ -88,7 +91,7 @@ class Mmdet3dFolder:
         self.spec = spec
         self._points = Path(root) / points_folder(spec)
         files = (info_file,) if isinstance(info_file, str) else tuple(info_file)
-        if not self._points.is_dir():
+        if not os.path.isdir(self._points):
             raise InputError(
                 f"There is no folder {self._points}: a prepared {spec.name} folder holds {', '.join(files)} "
                 f"and {self._points.name}/<scan>.bin."
@@ -110,7 +113,7 @@ class Mmdet3dFolder:
                 "prepare the folder again."
             )
         self.names = [info.name for info in self._infos]
-        if missing := [info.name for info in self._infos if not self._path(info.name).is_file()]:
+        if missing := [info.name for info in self._infos if not os.path.isfile(self._path(info.name))]:
             raise InputError(
                 f"{len(missing)} of the {len(self._infos)} scans named in {', '.join(files)} have no .bin file in "
                 f"{self._points} ({some(missing)}): finish preparing the folder."
@@ -167,9 +170,9 @@ class Mmdet3dFolder:
     def _read(self, name: str) -> np.ndarray:
         path = self._path(name)
         try:
-            content = path.read_bytes()
+            content = read_bytes(path, growth=3)
         except OSError as error:
-            raise UnusableScan(f"cannot be read from {path}: {error.strerror}.") from error
+            raise UnusableScan(f"cannot be read from {path}: {error.strerror}; check the file.") from error
         if len(content) % _ROW_BYTES:
             raise UnusableScan(
                 f"is cut off: {path} has {len(content)} bytes, which is no multiple of the {_ROW_BYTES} "
@@ -272,7 +275,7 @@ def _read_infos(path: Path, spec: DatasetSpec) -> list[_Entry]:
         else:
             raise TypeError("neither {metainfo, data_list} nor a list")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        what = f"it has no {quoted(error)}" if isinstance(error, KeyError) else quoted(error)
         raise InputError(
             f"{path} is no mmdetection3d info file of version 1 or 2 ({what}): prepare the folder again."
         ) from error
@@ -384,9 +387,11 @@ def _labels(name: str, given: Iterable[Any]) -> np.ndarray:
 def _safe_name(stored_path: Any, columns: Any) -> str:
     """Return the name of a scan after checking that its path stays in a folder and its file has six columns."""
     if not isinstance(stored_path, str) or "\0" in stored_path or not _stem(stored_path):
-        raise ValueError(f"the path of a scan is {stored_path!r}")
+        raise ValueError(f"the path of a scan is {quoted(repr(stored_path), 100)}")
+    if len(os.fsencode(_stem(stored_path))) > _LONGEST_STEM:
+        raise ValueError(f"the path of a scan has {len(stored_path):,} letters: {quoted(repr(stored_path), 100)}")
     if ".." in PurePosixPath(stored_path.replace("\\", "/")).parts:
-        raise ValueError(f"the path {stored_path!r} leaves the folder")
+        raise ValueError(f"the path {quoted(repr(stored_path), 100)} leaves the folder")
     if columns is not None and columns != _COLUMNS:
         raise ValueError(f"scan {_stem(stored_path)} has {columns} numbers per point, {_COLUMNS} expected")
     return _stem(stored_path)

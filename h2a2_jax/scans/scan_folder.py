@@ -38,6 +38,7 @@ import difflib
 import functools
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -47,7 +48,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.scans.formats.columns import parse_columns
 from h2a2_jax.scans.formats.folders import parts_of_meshes
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
@@ -63,6 +64,7 @@ from h2a2_jax.scans.scan import (
     usable_boxes,
 )
 from h2a2_jax.scans.specs import DatasetSpec, class_label, foreign_boxes
+from h2a2_jax.untrusted import read_bytes
 
 BOXES_FILE = "boxes.json"
 BOXES_VERSION = 1
@@ -125,7 +127,7 @@ class FolderDescription:
 
 def is_scan_folder(root: str | Path) -> bool:
     """Return True if a folder holds a file of boxes for a user's own scans."""
-    return (Path(root) / BOXES_FILE).is_file()
+    return os.path.isfile(Path(root) / BOXES_FILE)
 
 
 def folder_classes(root: str | Path) -> tuple[str, ...]:
@@ -140,12 +142,15 @@ def read_folder(root: str | Path) -> FolderDescription:
         InputError: the file is missing or not of the schema, or names a scan twice or a file outside the folder.
     """
     path = Path(root) / BOXES_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise InputError(f"There is no file {path}: a folder of scans needs one that says where the boxes are.")
     try:
-        return _description(json.loads(path.read_bytes(), object_pairs_hook=_unique), Path(root))
-    except (ValueError, RecursionError, OSError) as error:
-        raise InputError(f"{path} is no JSON file ({error}): repair or write it again.") from error
+        document = json.loads(read_bytes(path, growth=24), object_pairs_hook=_unique)  # of empty lists
+        return _description(document, Path(root))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}; check the file.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON file ({quoted(error)}): repair or write it again.") from error
     except _Wrong as error:
         raise InputError(f"{path}: {error}{'.' * (str(error)[-1] not in '.?')}") from error
 

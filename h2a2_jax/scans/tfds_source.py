@@ -3,11 +3,11 @@
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.files import read_json
 from h2a2_jax.scans.scan import Scan, ScanError, colors_from_bytes
 from h2a2_jax.scans.specs import DatasetSpec
@@ -16,6 +16,7 @@ METADATA_FILE = "metadata.json"
 """Written by TFDS beside the scans: "dataset", "classes", "has_yaw", "settings", "names" by split, "failed"."""
 
 _INFO_FILE = "dataset_info.json"
+_FEATURES, _FEATURE_MODULES = "features.json", "tensorflow_datasets.core.features."
 _INCOMPLETE = "incomplete."
 _BELOW = ("", "*/", "*/*/", "prepared/*/*/")
 """Places of a version's folder below the folder that a user gives."""
@@ -35,10 +36,10 @@ class TfdsSource:
         `root` is a version's folder, or one up to three levels above it: data/scannet, data/scannet/prepared, ...
         """
         self.folder = find_tfds(root, spec)
-        metadata = read_json(self.folder / METADATA_FILE)
+        metadata = _metadata(self.folder) or {}
         if tuple(metadata["classes"]) != spec.classes:
             raise InputError(
-                f"{self.folder} holds the {len(metadata['classes'])} classes {', '.join(metadata['classes'])}; "
+                f"{self.folder} holds the {len(metadata['classes'])} classes {quoted(', '.join(metadata['classes']))}; "
                 f"{spec.name} has {', '.join(spec.classes)}: give another folder or another dataset."
             )
         if split not in metadata["names"]:
@@ -76,7 +77,7 @@ class TfdsSource:
         except Exception as error:  # array_record, protobuf and TFDS each have their own
             raise ScanError(
                 name,
-                f"Scan {name} cannot be read from {self.folder} ({' '.join(str(error).split())[:200]}): remove that "
+                f"Scan {name} cannot be read from {self.folder} ({quoted(error)}): remove that "
                 "folder and prepare the dataset again.",
             ) from error
         if scan.name != name:
@@ -98,11 +99,13 @@ class TfdsSource:
                 import tensorflow_datasets as tfds
 
                 try:
+                    _check_features(self.folder / _FEATURES)
                     self._opened = tfds.builder_from_directory(self.folder).as_data_source(split=self._split)
+                except InputError:
+                    raise
                 except Exception as error:  # TFDS has no base class of its errors
                     raise InputError(
-                        f"{self.folder} cannot be opened ({' '.join(str(error).split())[:200]}): remove it and prepare "
-                        "the dataset again."
+                        f"{self.folder} cannot be opened ({quoted(error)}): remove it and prepare the dataset again."
                     ) from error
                 self._process = os.getpid()
             return self._opened
@@ -118,6 +121,26 @@ class TfdsSource:
 _first_reader: int | None = None  # process
 
 
+def _check_features(file: Path) -> None:
+    """Refuse features that are not TFDS's own: TFDS imports the module that the name of a feature's class has."""
+    names = (text for text in _texts(json.loads(file.read_text(encoding="utf-8"))) if "." in text)
+    strange = next((name for name in names if not name.startswith(_FEATURE_MODULES)), None)
+    if strange is not None:
+        raise InputError(
+            f"{file} names {strange[:100]!r}, which is no feature of TFDS, and reading it could run code: prepare the "
+            "dataset yourself, as data/README.md describes."
+        )
+
+
+def _texts(document: Any) -> Iterator[str]:
+    """All values of a JSON document that are text."""
+    if isinstance(document, str):
+        yield document
+    elif isinstance(document, dict | list):
+        for part in document.values() if isinstance(document, dict) else document:
+            yield from _texts(part)
+
+
 def is_tfds(root: str | Path) -> bool:
     """Return True if `python -m data.<dataset>` prepared a dataset here, in full or in part."""
     return bool(_versions(Path(root)) or _unfinished(Path(root)))
@@ -126,7 +149,7 @@ def is_tfds(root: str | Path) -> bool:
 def find_tfds(root: str | Path, spec: DatasetSpec) -> Path:
     """Find the version's folder of a prepared dataset, at most three levels below `root`; the newest of several."""
     root = Path(root)
-    found = {folder: read_json(folder / METADATA_FILE)["dataset"] for folder in _versions(root)}
+    found = {folder: metadata["dataset"] for folder, metadata in _versions(root).items()}
     fitting = [folder for folder, dataset in found.items() if dataset == spec.name]
     datasets = {folder.parent for folder in fitting}
     if len(datasets) > 1:
@@ -156,8 +179,25 @@ def why_not_whole(folder: Path) -> str | None:
     No record is read: a file that was cut or is missing shows in the sizes.
     """
     info = read_json(folder / _INFO_FILE)
-    if info is None or read_json(folder / METADATA_FILE) is None:
-        return f"{folder} lacks {_INFO_FILE} or {METADATA_FILE}"
+    if info is None or _metadata(folder) is None:
+        return f"{folder} lacks {_INFO_FILE} or {METADATA_FILE}, or they are damaged"
+    try:
+        return _missing_part(folder, info)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:  # OSError: a name that is too long
+        return f"{folder / _INFO_FILE} is damaged ({type(error).__name__}: {quoted(error, 100)})"
+
+
+def _metadata(folder: Path) -> dict[str, Any] | None:
+    """The metadata of a version's folder; None if they are missing or of another form."""
+    found = read_json(folder / METADATA_FILE)
+    if not isinstance(found, dict) or not isinstance(found.get("dataset"), str):
+        return None
+    names = found.get("names")
+    lists = [found.get("classes"), *(names.values() if isinstance(names, dict) else (None,))]
+    return found if all(isinstance(each, list) and all(isinstance(n, str) for n in each) for each in lists) else None
+
+
+def _missing_part(folder: Path, info: Any) -> str | None:
     for split in info["splits"]:
         number = len(split["shardLengths"])
         files = [
@@ -172,10 +212,11 @@ def why_not_whole(folder: Path) -> str | None:
     return None
 
 
-def _versions(root: Path) -> list[Path]:
+def _versions(root: Path) -> dict[Path, dict[str, Any]]:
+    """Metadata of the versions below a folder, by their folders."""
     files = {file for below in _BELOW for file in root.glob(f"{below}{_INFO_FILE}")}
     folders = sorted(file.parent for file in files if not file.parent.name.startswith(_INCOMPLETE))
-    return [folder for folder in folders if "classes" in (read_json(folder / METADATA_FILE) or {})]
+    return {folder: metadata for folder in folders if (metadata := _metadata(folder)) is not None}
 
 
 def _unfinished(root: Path) -> list[Path]:

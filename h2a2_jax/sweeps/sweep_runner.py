@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import math
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 import h2a2_jax
 from h2a2_jax.checkpoint.store import restore_checkpoint
-from h2a2_jax.compilation import remove_damaged_entries
+from h2a2_jax.compilation import compilation_cache
 from h2a2_jax.config import ExperimentConfig, from_json, to_json
 from h2a2_jax.errors import InputError, Stopped
 from h2a2_jax.evaluation.evaluate import evaluate
@@ -141,7 +140,7 @@ def run_sweep(
         folders = located()
         try:
             with sigterm_raises(KeyboardInterrupt):
-                runs = run_all(folders, workdir / "cache", jobs, evaluations, budget_minutes)
+                runs = run_all(folders, jobs, evaluations, budget_minutes)
                 failures = [*runs.values(), *then(until)]
         except KeyboardInterrupt:
             print("\nStopped; the same command goes on from the last checkpoint of every run.", file=sys.stderr)
@@ -156,15 +155,14 @@ def run_sweep(
 
 def run_all(
     folders: Mapping[SweepRun, Path],
-    cache: Path,
     jobs: int | None = None,
     evaluations: int = 1,
     budget_minutes: float | None = None,
 ) -> dict[SweepRun, str]:
     """Train and evaluate the runs that are not finished, each in a process, with its output in <folder>/log.txt.
 
-    `folders` has every run that another one waits for. The runs share compiled programs in the cache, unless
-    JAX_COMPILATION_CACHE_DIR names another folder. Evaluations after the first sample other points. When the budget is
+    `folders` has every run that another one waits for. The runs share compiled programs
+    (`h2a2_jax.compilation.compilation_cache`). Evaluations after the first sample other points. When the budget is
     used, running workers save their step and end, and no other begins.
 
     Returns:
@@ -185,12 +183,11 @@ def run_all(
     running: list[_Job] = []
     failures: dict[SweepRun, str] = {}
     progress = _Progress(total, len(waiting), at_once)
-    remove_damaged_entries(programs_folder(cache))  # killed runs leave them; no run writes to the cache yet
     try:
         while (waiting or running) and time.monotonic() < end:
             while free and (run := next((run for run in waiting if _may_begin(run, folders)), None)):
                 waiting.remove(run)
-                running.append(_start(run, folders[run], free.pop(0), cache, wanted[run]))
+                running.append(_start(run, folders[run], free.pop(0), wanted[run]))
             for run in [run for run in waiting if run.after in failures and not _may_begin(run, folders)]:
                 waiting.remove(run)
                 failures[run] = f"{run.folder} was not begun: it waits for a run that failed."
@@ -235,14 +232,14 @@ def _may_begin(run: SweepRun, folders: Mapping[SweepRun, Path]) -> bool:
     return run.after is None or finished(folders[run.after])
 
 
-def _start(run: SweepRun, folder: Path, share: Share, cache: Path, evaluations: int) -> _Job:
+def _start(run: SweepRun, folder: Path, share: Share, evaluations: int) -> _Job:
     path = folder / "config.json"
     with whole_file(path) as part:
         part.write_text(to_json(run.config) + "\n")
     command = [sys.executable, "-m", "h2a2_jax.sweeps.sweep_runner", str(path), str(folder), str(evaluations)]
     with (folder / LOG).open("ab") as log, _on_cores(share.cores):
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=_environment(share, cache),
+            command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=_environment(share),
             start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others
         )  # fmt: skip
     return _Job(run, folder, process, share, time.monotonic())
@@ -262,18 +259,11 @@ def _on_cores(cores: Sequence[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def programs_folder(cache: Path) -> Path:
-    """Folder of this machine in the cache of a sweep: a program of one processor may not run on another."""
-    return (cache / platform.node()).absolute()
-
-
-def _environment(share: Share, cache: Path) -> dict[str, str]:
+def _environment(share: Share) -> dict[str, str]:
     # The package as this process found it, wherever it was started.
     root = str(Path(h2a2_jax.__file__).parent.parent)
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
-    ours = {"JAX_COMPILATION_CACHE_DIR": str(programs_folder(cache))}
-    if share.memory is not None:
-        ours["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{share.memory:.3f}"
+    ours = {} if share.memory is None else {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share.memory:.3f}"}
     return {**ours, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
@@ -335,7 +325,9 @@ def main(config: str, workdir: str, evaluations: str = "1") -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     quiet_command_line()
     try:
-        run(from_json(Path(config).read_text()), Path(workdir), int(evaluations))
+        experiment = from_json(Path(config).read_text())
+        with compilation_cache(print) if experiment.train.compilation_cache else contextlib.nullcontext():
+            run(experiment, Path(workdir), int(evaluations))
     except InputError as error:
         sys.exit(str(error))
     except Stopped as stopped:

@@ -41,7 +41,7 @@ from h2a2_jax.sweeps.sweep_results import (
     result_row,
     sweep_result,
 )
-from h2a2_jax.sweeps.sweep_runner import programs_folder, run_sweep
+from h2a2_jax.sweeps.sweep_runner import run_sweep
 
 ZERO_SHOT_VERSION = 1
 """Version of zero_shot_<dataset>.json in the folder of a run."""
@@ -78,7 +78,7 @@ def run_transfer(
 
     def predict(until: float) -> list[str]:
         source = next(source for source in config.datasets if source.name == held_out)
-        cache, failures = programs_folder(workdir / "cache"), []
+        failures = []
         missing = without_zero_shot(pretrained, before, source)
         for number, folder in enumerate(missing, 1):
             if time.monotonic() > until:
@@ -87,7 +87,7 @@ def run_transfer(
                 break
             print(f"[{number}/{len(missing)}] {folder.name} predicts the scans of {held_out}.", flush=True)
             try:
-                evaluate_zero_shot(folder, source, cache)
+                evaluate_zero_shot(folder, source)
             except InputError as error:
                 failures.append(f"{folder.name} did not predict {held_out}: {error}")
         return failures
@@ -162,10 +162,10 @@ def tuning_rows(
     return rows + [Row(f"from {row.label}", tuple(tuned(run) for run in row.runs)) for row in pretrained]
 
 
-def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
+def evaluate_zero_shot(folder: Path, source: SourceConfig) -> None:
     """Write zero_shot_<dataset>.json and .npz, the matches, into the folder of a run trained without a dataset.
 
-    The validation scans of the source are predicted, with compiled programs from the cache. Scans that could not be
+    The validation scans of the source are predicted, with compiled programs that are kept. Scans that could not be
     used and heads without a class in common with the dataset are printed.
 
     Raises:
@@ -184,7 +184,7 @@ def evaluate_zero_shot(folder: Path, source: SourceConfig, cache: Path) -> None:
         say(f"{', '.join(strangers)} and {source.name} have no class in common.")
     scans, entries, matches = build_source(source, "val"), [], {}
     skipped: dict[str, str] = {}
-    with compilation_cache(cache):
+    with compilation_cache(say):
         for way in ways:
             predictor = build_predictor(model, config.specs, way)
             for head in (head for head in heads if head.name not in strangers):

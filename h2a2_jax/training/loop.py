@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import platform
 import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -17,7 +16,7 @@ from h2a2_jax.checkpoint.integrity import DamagedCheckpointError
 from h2a2_jax.checkpoint.store import CheckpointStore
 from h2a2_jax.compilation import compilation_cache
 from h2a2_jax.config import ExperimentConfig, to_json
-from h2a2_jax.distributed import DATASET, REPLICA, MeshLayout, is_main, say, train_mesh
+from h2a2_jax.distributed import DATASET, REPLICA, MeshLayout, described, is_main, say, train_mesh
 from h2a2_jax.errors import InputError, Stopped
 from h2a2_jax.evaluation.documents import FOLDER as EVALUATIONS
 from h2a2_jax.evaluation.documents import (
@@ -33,7 +32,7 @@ from h2a2_jax.evaluation.documents import (
 )
 from h2a2_jax.evaluation.evaluate import evaluate, merged, say_notes, say_skipped
 from h2a2_jax.files import alone_in, drop_lines_after, remedy, whole_file
-from h2a2_jax.host import revision, versions
+from h2a2_jax.host import revision, shortage, versions
 from h2a2_jax.inference.predictor import Predictor, build_predictor
 from h2a2_jax.initialization import build_detector
 from h2a2_jax.loader.stream import JointStep, JointStream
@@ -51,6 +50,7 @@ from h2a2_jax.training.build import (
 from h2a2_jax.training.callbacks import (
     Callback,
     CompilationCounter,
+    KeepWorkdir,
     SaveCheckpoint,
     StepProfiler,
     StopSignals,
@@ -70,8 +70,8 @@ from h2a2_jax.training.summary import (
 )
 from h2a2_jax.training.wandb_writer import wandb_module
 
-CACHE = "cache"
-"""In the workdir: compiled programs, a folder for each machine."""
+_OLD_CACHE = "cache"
+"""In the workdir of a run of version 0.1: compiled programs, which are trusted no longer."""
 
 _RESTARTS = 3
 """Restarts of worker processes in a run."""
@@ -103,7 +103,8 @@ def train(
     checkpoints/, evaluations/, evaluation.json and summary.md; keeps compiled programs in cache/. In a run of several
     processes all call this function, with a workdir that all can read; the first one writes.
 
-    SIGTERM and Ctrl-C end the run after the step under way, which is saved. A second Ctrl-C ends the run at once.
+    SIGTERM, SIGHUP and Ctrl-C end the run after the step under way, which is saved, and while a step compiles at once,
+    with the steps before it saved. A second Ctrl-C ends the run at once.
 
     Args:
         config: the run's configuration.
@@ -115,25 +116,32 @@ def train(
         Content of evaluation.json.
 
     Raises:
-        InputError: data are missing; the workdir is in use, cannot be written to, or holds a run of another config; too
-            many steps in a row were skipped because a value was not finite.
+        InputError: data are missing; the workdir is in use, cannot be written to, vanishes, or holds a run of another
+            config; too many steps in a row were skipped because a value was not finite.
         Stopped: a signal arrived.
     """
     began, code = time.monotonic(), revision()
     with StopSignals().handle() as signals, contextlib.ExitStack() as opened:
         try:
-            # First of all: SIGUSR1, which asks for a profile, would end a process that does not handle it.
+            keep = KeepWorkdir(workdir)
+            opened.enter_context(keep.explain())
+            signals.rescue = lambda save: _describe_saved(workdir)
+            # Early: SIGUSR1, which asks for a profile, would end a process that does not handle it.
             profiler = StepProfiler(workdir, *config.train.profile)
             opened.callback(profiler.close)
             training, saver, compilations = set_up(config, workdir, devices, opened, accept_changes=accept_changes)
+            signals.rescue = lambda save: _rescue(training, saver, save)
+            opened.enter_context(described(lambda: _rescue(training, saver, False)))
+            keep.begin()
             log = LogMetrics(training, compilations)
             opened.callback(log.close)
-            evaluation = Evaluate(log, signals)
+            evaluation = Evaluate(log, signals, keep)
             # The order matters: signals decide what is saved, what is saved is looked at and logged before.
-            callbacks = [profiler, compilations, signals, NonFiniteWatch(training), log, saver, evaluation]
+            callbacks = [profiler, compilations, signals, keep, NonFiniteWatch(training), log, saver, evaluation]
             take_steps(training, callbacks, signals, saver)
             documents, skipped_scans = _finish(training, log, evaluation)
             if is_main():
+                keep.check()
                 _sum_up(training, log, compilations, documents, skipped_scans, time.monotonic() - began, code)
         except Stopped as stopped:
             with signals.defer():
@@ -161,12 +169,12 @@ def set_up(
     stream = build_stream(config, process_layout)
     steps_per_epoch, total = steps_of_run(config, stream.steps_per_epoch)
 
-    opened.enter_context(_explain_unwritable(workdir))
+    opened.enter_context(_explain_shortage(workdir))
     process_layout.all_or_raise(
         lambda: is_main() and opened.enter_context(alone_in(workdir, "training run")), "have the workdir for itself"
     )
-    cache = workdir / CACHE / platform.node() if config.train.compilation_cache else None
-    opened.enter_context(compilation_cache(cache))  # before anything is compiled
+    if config.train.compilation_cache:
+        opened.enter_context(compilation_cache(say))  # before anything is compiled
     compilations = opened.enter_context(CompilationCounter(config.train.max_bucket + 1))
 
     doubtful: dict[int, str] = {}
@@ -195,6 +203,8 @@ def set_up(
             part.write_text(to_json(config) + "\n")
     if not is_new:
         say(f"Resuming {workdir} after step {first} of {total}{', the last: it is evaluated' * (first >= total)}.")
+        if (workdir / _OLD_CACHE).is_dir():
+            say(f"{workdir / _OLD_CACHE} holds compiled programs of an earlier version; nothing reads them: remove it.")
     if first < total:
         _say_start(config, stream, total)
     training = Training(
@@ -271,10 +281,11 @@ class Evaluate(Callback):
     Args:
         log: takes the scores into the line of metrics of the step.
         signals: raise at once while a checkpoint is evaluated, for everything is saved then.
+        keep: looks for the workdir before results are written.
     """
 
-    def __init__(self, log: LogMetrics, signals: StopSignals):
-        self._log, self._signals = log, signals
+    def __init__(self, log: LogMetrics, signals: StopSignals, keep: KeepWorkdir):
+        self._log, self._signals, self._keep = log, signals, keep
         self._predictor: Predictor | None = None
 
     def before_steps(self, training: Training) -> None:
@@ -334,7 +345,14 @@ class Evaluate(Callback):
             self._predictor = build_predictor(detector, training.config.specs, training.config.eval)
         else:
             self._predictor.take_over(detector)
-        documents = evaluate(training.config, self._predictor, folder, training.process_layout, tables=tables)
+        documents = evaluate(
+            training.config,
+            self._predictor,
+            folder,
+            training.process_layout,
+            tables=tables,
+            before_writing=self._keep.check,
+        )
         self._log.add_scores(training, training.step if step is None else step, score_metrics(documents))
         return documents
 
@@ -461,10 +479,14 @@ def drop_lost_steps(workdir: Path, step: int, batches: int = 1) -> None:
 
 
 @contextlib.contextmanager
-def _explain_unwritable(workdir: Path) -> Iterator[None]:
-    """Turn a full disk and the like, anywhere in the run, and every error in the workdir into an `InputError`."""
+def _explain_shortage(workdir: Path) -> Iterator[None]:
+    """Turn want of space, memory and the like, and every error in the workdir, into an `InputError`."""
     try:
         yield
+    except (MemoryError, RuntimeError) as error:
+        if (found := shortage(error)) is None:
+            raise
+        raise InputError(f"{found}; {_describe_saved(workdir)}.") from error
     except OSError as error:
         place = workdir if (found := error.filename2 or error.filename) is None else Path(os.fsdecode(found))
         if error.errno not in _NOT_WRITABLE and not (found and place.absolute().is_relative_to(workdir.absolute())):
@@ -488,6 +510,21 @@ def _say_start(config: ExperimentConfig, stream: JointStream, total: int) -> Non
         f"{mesh.size} {jax.devices()[0].platform} device(s){processes}, {mesh.shape[DATASET]} x {mesh.shape[REPLICA]} "
         "(dataset x replica). The first step compiles, which takes up to a minute."
     )
+
+
+def _rescue(training: Training, saver: SaveCheckpoint, save: bool) -> str:
+    """Describe how the same command would continue, once the checkpoint that is on its way to the disk is there.
+
+    Args:
+        training: the run.
+        saver: saves the state, if `save` is True and one process can; a step must not have begun to change it.
+        save: True saves the steps since the newest checkpoint first.
+    """
+    if save and training.process_layout.alone and training.step > training.first_step:
+        saver.save(training)
+    with contextlib.suppress(InputError):  # the error of a save is no news beside the one that ends the run
+        training.store.wait()
+    return _describe_saved(training.workdir)
 
 
 def _describe_saved(workdir: Path) -> str:

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ from h2a2_jax.checkpoint.train_state import merge_model, split_model
 from h2a2_jax.checkpoint.tree import flat_names
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.distributed import is_main, say
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.files import whole_file
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.loader.batching import ScanBatch, no_scan, pad_batch
@@ -37,12 +36,13 @@ from h2a2_jax.sparse import SiteSet, SparseTensor
 from h2a2_jax.training.callbacks import Callback, Training
 from h2a2_jax.training.gradients import detector_loss, targets_of
 from h2a2_jax.training.step import StepMetrics, tensor_names
+from h2a2_jax.untrusted.arrays import load_arrays
 
 FOLDER = "nonfinite"
 """In the workdir: the kept batches, `<batch>.npz`; each of several processes has a folder of its own in it."""
 
 _ARRAYS = ("keys", "features", "boxes", "labels", "box_scans")
-_MOST_KEPT = 20
+_MOST_KEPT, _MOST_SCANS = 20, 1 << 16
 _MOST_NAMED = 10
 
 
@@ -139,18 +139,26 @@ def read_batch(path: Path) -> list[KeptShard]:
         InputError: the file cannot be read.
     """
     try:
-        with path.open("rb") as opened, np.load(opened) as file:
-            return [
-                KeptShard(
-                    entry["dataset"],
-                    tuple(entry["names"]),
-                    entry["num_scans"],
-                    *(file[f"{i}.{name}"] for name in _ARRAYS),
-                )
-                for i, entry in enumerate(json.loads(str(file["cells"])))
-            ]
-    except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
-        raise InputError(f"{path} is no batch that a run kept ({error}): give one of its folder nonfinite.") from error
+        arrays = load_arrays(path)
+        return [_shard(entry, arrays, f"{i}.") for i, entry in enumerate(json.loads(str(arrays["cells"])))]
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or quoted(error)
+        raise InputError(f"{path} is no batch that a run kept ({reason}): give one of its folder nonfinite.") from error
+
+
+def _shard(entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray], prefix: str) -> KeptShard:
+    """The shard of an entry and its arrays; ValueError for arrays of other types or shapes than `KeptShard` has."""
+    keys, features, boxes, labels, box_scans = found = [arrays[prefix + name] for name in _ARRAYS]
+    count, types = entry["num_scans"], [array.dtype.str for array in found]
+    shapes = [(len(keys),), (len(keys), 3), (len(boxes), 7), (len(boxes),), (len(boxes),)]
+    if types != ["<i8", "<f4", "<f4", "<i4", "<i4"] or [array.shape for array in found] != shapes:
+        raise ValueError("its arrays have other types or shapes")
+    names = tuple(map(str, entry["names"]))
+    if type(count) is not int or not len(names) <= count <= _MOST_SCANS or not isinstance(entry["dataset"], str):
+        raise ValueError("its shards are described in another way")
+    if len(boxes) and not 0 <= box_scans.min() <= box_scans.max() < count:
+        raise ValueError("it has a box of no scan")
+    return KeptShard(entry["dataset"], names, count, keys, features, boxes, labels, box_scans)
 
 
 class NonFiniteError(Exception):

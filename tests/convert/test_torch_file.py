@@ -8,10 +8,10 @@ import zipfile
 import numpy as np
 import pytest
 
-from h2a2_jax import restricted_pickle
 from h2a2_jax.convert.torch_file import read_torch_file, write_torch_file
 from h2a2_jax.errors import InputError
-from h2a2_jax.restricted_pickle import Inert
+from h2a2_jax.untrusted import restricted_pickle
+from h2a2_jax.untrusted.restricted_pickle import Inert
 
 RNG = np.random.default_rng(0)
 STATE = {
@@ -111,7 +111,7 @@ def test_numbers_of_a_big_endian_machine(written):
 
 def test_no_such_file_a_folder_and_other_files(tmp_path):
     assert_refused(tmp_path / "none.pth", "There is no file")
-    assert_refused(tmp_path, "There is no file")
+    assert_refused(tmp_path, "Is a directory")
     for content, match in (
         (b"", "no file of PyTorch"),
         (b"weights", "no file of PyTorch"),
@@ -244,7 +244,7 @@ def test_objects_are_counted(written, monkeypatch, start):
 def test_shapes_of_millions_of_digits_are_no_shapes(written):
     # Their product alone would take a minute.
     replace_pickle(written, tensor_pickle(shape=(1 << 8_000_000,) * 8, strides=(1,) * 8))
-    assert_refused(written, "without storage, shape or strides")
+    assert_refused(written, "a number of 1000001 bytes")
 
 
 def test_random_damage_ends_in_a_sentence_or_in_the_same_names(written):

@@ -12,6 +12,7 @@ from h2a2_jax.evaluation.documents import (
     best_step,
     chosen_step,
     damaged_evaluations,
+    evaluation_csv,
     evaluation_folder,
     evaluation_json,
     lasting_steps,
@@ -35,6 +36,18 @@ def written(workdir: Path, step: int, *scores: float | None) -> None:
     folder = evaluation_folder(workdir, step)
     folder.mkdir(parents=True)
     (folder / "evaluation.json").write_text(json.dumps(documents(*scores)))
+
+
+def test_a_spreadsheet_runs_no_name_of_a_class_as_a_formula():
+    name, counts = "=HYPERLINK(1)", {"=HYPERLINK(1)": 1}
+    level = {"iou": 0.5, "mAP": 0.1, "mAR": 0.2, "AP": {name: 0.1}, "AR": {name: 0.2}}
+    level |= {"best_f1": {name: None}, "best_f1_of_all": None}
+    document = {"num_ground_truth": counts, "num_detections": counts, "by_size": None, "by_distance": None}
+    text = evaluation_csv({"-d": document | {"thresholds": [level]}})
+    assert [line.split(",")[:3] for line in text.splitlines()[1:]] == [
+        ["'-d", "0.5", "'=HYPERLINK(1)"],
+        ["'-d", "0.5", "(mean)"],
+    ]
 
 
 def test_the_best_step_has_the_highest_mean_over_datasets_and_is_the_later_of_equal_ones(tmp_path: Path):

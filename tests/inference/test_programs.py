@@ -1,5 +1,6 @@
 """Programs that are kept: a later process compiles nothing, and a file that cannot be read counts as none."""
 
+import contextlib
 import json
 import os
 import threading
@@ -16,6 +17,7 @@ import pytest
 from h2a2_jax.checkpoint.store import StoredDetector
 from h2a2_jax.checkpoint.train_state import split_model
 from h2a2_jax.checkpoint.tree import Arrays, flat_names
+from h2a2_jax.compilation import SignedFolder
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.errors import InputError
 from h2a2_jax.inference.predictor import Predictor
@@ -47,7 +49,7 @@ def test_a_program_is_compiled_once_for_each_set_of_shapes(tmp_path: Path):
     compiled, (again, rest_again) = run(later)
     assert compiled == 0 and np.array_equal(again, product) and rest_again["sum"] == rest["sum"]
     assert run(later, 5)[0] == 0
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".program", ".program"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".index", ".program", ".program"]
 
 
 def test_a_program_that_is_loaded_ahead_is_not_cut_off_by_the_end_of_the_process(tmp_path: Path):
@@ -73,8 +75,21 @@ def test_a_damaged_program_is_compiled_again(tmp_path: Path):
     whole = file.read_bytes()
     for damaged in (whole[:-1], b"", whole[:40] + bytes([whole[40] ^ 1]) + whole[41:]):
         file.write_bytes(damaged)
-        assert run(ProgramStore(tmp_path, "detector", LevelSizes))[0] == 1
+        with pytest.warns(UserWarning, match=r"are damaged or of another user or machine: they do not run"):
+            assert run(ProgramStore(tmp_path, "detector", LevelSizes))[0] == 1
         assert run(ProgramStore(tmp_path, "detector", LevelSizes))[0] == 0
+
+
+def test_programs_of_another_user_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as stranger:
+        stranger.setenv("XDG_DATA_HOME", str(tmp_path / "stranger"))
+        store = ProgramStore(tmp_path, "detector", LevelSizes)
+        run(store)
+        store.write_bases(BASES)
+    monkeypatch.setattr("pickle.loads", lambda content: pytest.fail("an unsigned pickle was opened"))
+    with pytest.warns(UserWarning, match="they do not run"):
+        assert run(ProgramStore(tmp_path, "detector", LevelSizes))[0] == 1
+    assert ProgramStore(tmp_path, "other", LevelSizes).read_bases() == {}
 
 
 def test_programs_that_were_not_used_for_long_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -111,17 +126,19 @@ def test_shapes_are_stored_beside_the_programs(tmp_path: Path):
     assert set(store.read_bases()) == set(range(1, 9))
 
 
-@pytest.mark.parametrize(
-    "damaged",
-    ["", "[]", json.dumps({"version": 2, "bases": {"1": [1, 2]}, "recent": []}), json.dumps({"version": 1})],
-)
-def test_a_damaged_index_counts_as_none(tmp_path: Path, damaged: str):
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("damaged", ["", "[]", "{}", json.dumps({"bases": {"1": [1, 2]}, "recent": []})])
+def test_a_damaged_index_counts_as_none(tmp_path: Path, damaged: str, signed: bool):
     store = ProgramStore(tmp_path, "detector", LevelSizes)
     store.write_bases({1: LevelSizes(*range(2, 11))})
     (index,) = tmp_path.iterdir()
-    index.write_text(damaged)
-    assert ProgramStore(tmp_path, "detector", LevelSizes).read_bases() == {}
-    store.write_bases(BASES)
+    if signed:
+        SignedFolder(tmp_path).write(index.name, damaged.encode())
+    else:
+        index.write_text(damaged)
+    with contextlib.nullcontext() if signed else pytest.warns(UserWarning, match="they do not run"):
+        assert ProgramStore(tmp_path, "detector", LevelSizes).read_bases() == {}
+        store.write_bases(BASES)
     assert store.read_bases() == BASES
 
 

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from h2a2_jax.restricted_pickle import load_plain_pickle
 from h2a2_jax.scans.formats.point_cloud import read_point_cloud
 from h2a2_jax.scans.specs import SPECS
 from h2a2_jax.scans.surfaces import MAX_TILT, Gravity, estimate_gravity, estimate_walls, surface_normals
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
+from h2a2_jax.untrusted.restricted_pickle import load_plain_pickle
 
 UP = np.array([0.0, 0.0, 1.0])
 

@@ -45,6 +45,20 @@ def copy(prepared, tmp_path) -> Path:
     return Path(shutil.copytree(prepared, tmp_path / "home")) / "prepared" / "tiny" / "1.0.0"
 
 
+@pytest.mark.parametrize("key", ["pythonClassName", "python_class_name", "type"])
+def test_a_module_that_a_prepared_dataset_names_is_not_imported(copy, monkeypatch, key):
+    (copy / "strangers_module.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(str(copy))
+    file = copy / "features.json"
+    content = json.loads(file.read_text())
+    del content["pythonClassName"]
+    file.write_text(json.dumps(content | {key: "strangers_module.Feature", "content": {}}))
+    with pytest.raises(
+        InputError, match=r"features.json names 'strangers_module.Feature', which is no feature of TFDS"
+    ):
+        TfdsSource(copy, "train", S3DIS)[0]
+
+
 @pytest.mark.parametrize("below", ["", "prepared", "prepared/tiny", "prepared/tiny/1.0.0"])
 def test_found_from_each_level(prepared, below):
     source = TfdsSource(prepared / below, "train", S3DIS)

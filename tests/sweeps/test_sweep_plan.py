@@ -188,7 +188,7 @@ def test_a_shorter_training_lowers_its_rate_at_the_same_parts(decays: tuple, ste
         ),
         (lambda: protocol_rows(demo(), 0, 5), "--trainings is 0; expected 1 or more, 5 as the field has it"),
         (lambda: protocol_rows(demo(), 5, 0), "--evaluations is 0"),
-        (lambda: run_all({}, Path("cache"), budget_minutes=0.0), "--budget_minutes is 0; expected a number above 0"),
+        (lambda: run_all({}, budget_minutes=0.0), "--budget_minutes is 0; expected a number above 0"),
         (lambda: shares(0), "--jobs is 0; expected 1 to"),
         (lambda: shares(10**6), "the processor cores here"),
     ],

@@ -41,7 +41,7 @@ def test_what_is_finished_is_not_done_again_and_a_cut_evaluation_is_not_finished
     for run, folder in folders.items():
         write_run(folder, run.config, {"scannet": (0.1, 0.2)})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
-    assert run_all(folders, tmp_path / "cache", jobs=1) == {}
+    assert run_all(folders, jobs=1) == {}
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
     assert "2 of 2 runs are finished" in capsys.readouterr().out
 
@@ -85,7 +85,7 @@ def test_a_run_waits_for_the_one_that_it_starts_with(tmp_path: Path, monkeypatch
         return sweep_runner._Job(run, folder, subprocess.Popen(command, stdin=subprocess.PIPE), share, time.monotonic())
 
     monkeypatch.setattr(sweep_runner, "_start", start)
-    failures = run_all(folders, tmp_path / "cache", jobs=1)
+    failures = run_all(folders, jobs=1)
     assert begun == ["broken", "first", "second", "other"]
     named = ("broken_seed0 failed", "never_seed0 was not begun", "first_seed0", "second_seed0", "other_seed0")
     assert tuple(printed) == named
@@ -99,7 +99,7 @@ def test_a_run_that_fails_is_named_with_what_it_said(tmp_path: Path, monkeypatch
     monkeypatch.setenv("XLA_FLAGS", "")
     run = SweepRun("tau0.2", 0, two())  # whose data are not there
     rows = [Row("tau = 0.2", (run,), 0.2)]
-    failures = run_all(locate(rows, tmp_path), tmp_path / "cache", jobs=1)
+    failures = run_all(locate(rows, tmp_path), jobs=1)
     assert re.match(r"tau0.2_seed0 failed: The data of scannet is not there.*log\.txt\)", failures[run])
 
 

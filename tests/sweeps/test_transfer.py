@@ -141,7 +141,7 @@ def test_as_it_is_a_detector_is_asked_in_every_way_that_it_has(
 
     monkeypatch.setattr(transfer, "restore_checkpoint", lambda folder: (random_detector(), config))
     monkeypatch.setattr(transfer, "build_predictor", build_predictor)
-    evaluate_zero_shot(tmp_path, source, tmp_path / "cache")
+    evaluate_zero_shot(tmp_path, source)
     ways = [("own", "selected"), ("mean", "selected"), ("mean", "shared")][: (1, 1, 2, 3)[row]]
     assert asked == ways
     found = read_zero_shot(tmp_path, source)
@@ -184,7 +184,7 @@ def test_a_head_without_common_classes_is_named(
     monkeypatch.setattr(transfer, "restore_checkpoint", lambda folder: (random_detector(), config))
     monkeypatch.setattr(transfer, "build_predictor", lambda *given: KNOWING)
     monkeypatch.setattr(transfer, "common_classes", without_sunrgbd)
-    evaluate_zero_shot(tmp_path, source, tmp_path / "cache")
+    evaluate_zero_shot(tmp_path, source)
     assert capsys.readouterr().out == "sunrgbd and s3dis have no class in common.\n"
     assert [entry["head"] for entry in read_zero_shot(tmp_path, source) or ()] == ["scannet", "scannet"]
 
@@ -299,7 +299,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_the_others_predict(
     broken, *others = finished_transfer.folders.values()
     predicted = []
 
-    def evaluate(folder, source, cache):
+    def evaluate(folder, source):
         if folder == broken:
             raise InputError("its checkpoint is gone")
         predicted.append(folder)

@@ -1,20 +1,24 @@
 """SIGTERM and Ctrl-C: noted while a run steps, raised at once elsewhere."""
 
+import contextlib
+import ctypes
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
-from h2a2_jax.errors import INTERRUPTED, Stopped
-from h2a2_jax.training.callbacks import StopSignals
+from h2a2_jax.errors import INTERRUPTED, InputError, Stopped
+from h2a2_jax.training import callbacks
+from h2a2_jax.training.callbacks import KeepWorkdir, StopSignals
 
 
 def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, INTERRUPTED)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, INTERRUPTED)])
 def test_outside_of_steps_a_signal_ends_the_run_at_once(number: int, status: int):
     with StopSignals().handle(), pytest.raises(Stopped) as stopped:
         send(number)
@@ -69,3 +73,59 @@ def test_in_another_thread_nothing_is_handle():
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+@pytest.mark.parametrize(("compiling", "saves"), [(False, False), (True, True)])
+def test_a_signal_ends_a_process_whose_main_thread_is_in_c(
+    compiling: bool, saves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+    library.pthread_mutex_lock(mutex)
+    ended: list[tuple[int, str]] = []
+
+    def end_now(stopped: Stopped, sentence: str) -> None:
+        ended.append((stopped.status, sentence))
+        signals._leaves = True  # in place of the end of the process
+        library.pthread_mutex_unlock(mutex)
+
+    monkeypatch.setattr(callbacks, "end_now", end_now)
+    signals = StopSignals()
+    signals._PATIENCE_S = 0.1
+    signals.rescue = lambda save: f"step 7 is saved, {save}"
+    with contextlib.suppress(Stopped), signals.handle(), signals.defer(compiling):
+        signals._compiling = signals._between_steps = compiling
+        threading.Timer(0.2, send, (signal.SIGHUP,)).start()
+        library.pthread_mutex_lock(mutex)  # as XLA's compiler: no handler of Python runs meanwhile
+    assert ended == [(0, f"Stopped by SIGHUP; step 7 is saved, {saves}.")]
+
+
+def test_a_step_that_took_the_arrays_is_waited_for() -> None:
+    signals = StopSignals()
+
+    def rescue(save: bool) -> str:
+        raise RuntimeError("Array has been deleted")
+
+    signals.rescue = rescue
+    signals._leave(signal.SIGTERM)  # returns
+    assert not signals.requested
+
+
+def test_a_workdir_that_vanishes_ends_the_run(tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    keep = KeepWorkdir(workdir)
+    keep.check()  # not begun yet
+    workdir.mkdir()
+    (workdir / "config.json").touch()
+    keep.begin()
+    (workdir / "metrics.jsonl").touch()
+    keep.check()
+    workdir.rename(tmp_path / "moved")
+    vanished = pytest.raises(InputError, match="was removed, moved, replaced or unmounted")
+    with vanished:
+        keep.check()
+    workdir.mkdir()
+    with vanished, keep.explain():
+        raise FileNotFoundError("of a library")
+    workdir.rmdir()
+    (tmp_path / "moved").rename(workdir)
+    keep.check()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.scans.formats import RawCloud
 
 Layout = tuple[str, ...]
@@ -48,6 +48,7 @@ _USUAL = [
 ]  # red, green, blue before r, g, b before diffuse_red and the like
 _HARMONIC = 0.28209479  # the first spherical harmonic
 _LIKE_COLORS = re.compile("colou?r|rgb|^red$|^green$|^blue$|^hex$")
+_LONGEST_NAME = 200  # letters
 _SAMPLE, _LEAST_VALUES, _RELATED = 20_000, 32, 0.5
 PACKED = ("rgb", "rgba")
 """Names of a column of packed colours."""
@@ -113,7 +114,7 @@ def check_width(path: Path, layout: Layout, width: int) -> None:
 
 def plain(name: str) -> str:
     """Reduce a name to its letters and digits: without quotes, marks of comments, units in brackets, case."""
-    return re.sub(r"[^a-z0-9]", "", re.sub(r"[\[(][^\])]*[\])]", "", name.lower()))
+    return re.sub(r"[^a-z0-9]", "", re.sub(r"[\[(][^\])]*[\])]", "", name[:_LONGEST_NAME].lower()))
 
 
 def roles(names: Sequence[str]) -> Roles:
@@ -153,7 +154,7 @@ def from_columns(path: Path, columns: Mapping[str, np.ndarray]) -> RawCloud:
     names, values = list(columns), list(columns.values())
     found = roles(names)
     if missing := [axis for axis, places in zip("xyz", found.axes, strict=True) if not places]:
-        shown = ", ".join(name or "(no name)" for name in names) or "none"
+        shown = quoted(", ".join(name or "(no name)" for name in names)) or "none"
         raise InputError(
             f"{path} has no {', '.join(missing)} among its fields ({shown}): name them so, or say --columns of a table."
         )

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.scans.formats import RawCloud, Thinning
 from h2a2_jax.scans.formats.columns import unread_colors
 
@@ -38,7 +38,9 @@ def read_las(path: Path, thinning: Thinning) -> RawCloud:
             # One thread: the threads of the parallel decompressor do not survive a fork.
             reader = laspy.LasReader(file, closefd=False, laz_backend=laspy.LazBackend.Lazrs, read_evlrs=False)
         except Exception as error:  # laspy has no base class of the errors of damaged headers
-            raise InputError(f"{path} is no LAS file or its header is damaged ({error}): export it again.") from error
+            raise InputError(
+                f"{path} is no LAS file or its header is damaged ({quoted(error)}): export it again."
+            ) from error
         header = reader.header
         count, width, left = header.point_count, header.point_format.size, size - file.tell()
         if not header.are_points_compressed and count * width > left:
@@ -59,7 +61,7 @@ def read_las(path: Path, thinning: Thinning) -> RawCloud:
         try:
             rows = thinning.collect(read, count)
         except Exception as error:  # of lazrs, which has no base class of its errors
-            raise InputError(f"{path} is cut off or damaged ({error}): copy it again.") from error
+            raise InputError(f"{path} is cut off or damaged ({quoted(error)}): copy it again.") from error
     points = rows[:, :3] * header.scales + header.offsets
     if len(names) == 3:
         return RawCloud(points, assumed=unread_colors(header.point_format.dimension_names), up="z")

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.scans.formats import RawCloud, Thinning
 from h2a2_jax.scans.formats.colors import GREY
 from h2a2_jax.scans.formats.mesh_files import (
     Colored,
     MeshFolder,
     check_gltf,
+    check_obj,
     check_stl,
     color_faces,
     count_from_first,
@@ -25,6 +26,7 @@ from h2a2_jax.scans.formats.mesh_files import (
     without_comments,
 )
 from h2a2_jax.scans.formats.surface import face_areas, sample_surface
+from h2a2_jax.untrusted import read_bytes
 
 _MOST_FACES = 20_000_000  # of all copies of the parts of a scene
 
@@ -38,12 +40,13 @@ def read_mesh(path: Path, thinning: Thinning) -> RawCloud:
     """
     import trimesh  # a tenth of a second, which only these files should take
 
-    content, kind, said = path.read_bytes(), path.suffix.lower()[1:], list[str]()
+    content, kind, said = read_bytes(path), path.suffix.lower()[1:], list[str]()
     if kind in ("glb", "gltf"):
         said += check_gltf(path, content)
     elif kind == "stl":
         check_stl(path, content)
     elif kind == "obj":
+        check_obj(path, content)
         content = count_from_first(without_comments(content))
     folder: Any = MeshFolder(path.parent, said)
     try:
@@ -58,10 +61,11 @@ def read_mesh(path: Path, thinning: Thinning) -> RawCloud:
     places = map(scene.graph.get, scene.graph.nodes_geometry)
     if kind == "off":
         said += color_faces(scene, content)
-    parts = [_Part(scene.geometry[name], matrix, colored and colored[0], said) for matrix, name in places]
-    meshes = [part for part in parts if len(part.triangles)]
-    if sum(len(part.triangles) for part in meshes) > _MOST_FACES:
+    placed = [(scene.geometry[name], matrix) for matrix, name in places]
+    if sum(max(len(getattr(each, "faces", ())), len(each.vertices)) for each, _ in placed) > _MOST_FACES:
         raise InputError(f"{path} has more than {_MOST_FACES:,} faces: export a simpler mesh, or points.")
+    parts = [_Part(each, matrix, colored and colored[0], said) for each, matrix in placed]
+    meshes = [part for part in parts if len(part.triangles)]
     if meshes and (loose := sum(len(part.vertices) for part in parts if not len(part.triangles))):
         said.append(f"has {loose:,} points beside its faces, which are left out")
     up, unit = ("y", "m") if kind in ("glb", "gltf") else (None, None)
@@ -140,7 +144,7 @@ class _Part:
         try:
             return np.asarray(image.convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
-            self._said.append(f"has a texture that cannot be read ({error}): its colours are missing")
+            self._said.append(f"has a texture that cannot be read ({quoted(error)}): its colours are missing")
             return None
 
 

@@ -11,14 +11,17 @@ from urllib.parse import unquote
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.scans.formats.folders import without_options
+from h2a2_jax.untrusted import check_growth, check_room, read_bytes
 
 _PACKED = {"KHR_draco_mesh_compression", "EXT_meshopt_compression", "KHR_meshopt_compression", "KHR_mesh_quantization"}
 _UNREAD = {
     "KHR_texture_basisu": "has textures in KTX2, which are not read: its colours are missing",
     "KHR_texture_transform": "has textures that are moved or scaled, which is not done: its colours may be wrong",
 }
+_MOST_NODES, _MOST_MATERIALS = 50_000, 5_000
+_LARGEST_ENTRY = 64  # bytes of an entry of an array of glTF, a matrix
 _ROUNDING = 1e-3  # by which colours may exceed 1
 _NUMBER = rb"[ \t]+([\d.eE+-]+)"
 _COMMENT = re.compile(rb"^([vf][^\r\n#]*)#[^\r\n]*", re.MULTILINE)
@@ -41,15 +44,15 @@ class MeshFolder:
             try:
                 path = (self._folder / spelt).resolve()
                 if path.is_relative_to(self._folder) and path.is_file():
-                    content = path.read_bytes()
+                    content = read_bytes(path)
                     break
             except (OSError, ValueError):  # a name that no file can have
                 pass
         else:
-            self._said.append(f"names {name[:200]}, which is not in its folder: it is left out")
+            self._said.append(f"names {quoted(name)}, which is not in its folder: it is left out")
             raise FileNotFoundError(name[:200])
         if path.suffix.lower() not in (".mtl", ".bin") and not _is_picture(content):
-            self._said.append(f"names {name[:200]}, which is no picture that can be read: it is left out")
+            self._said.append(f"names {quoted(name)}, which is no picture that can be read: it is left out")
         return content
 
     __getitem__ = get
@@ -59,7 +62,8 @@ def _is_picture(content: bytes) -> bool:
     from PIL import Image
 
     try:
-        Image.open(io.BytesIO(content)).close()
+        with Image.open(io.BytesIO(content)) as image:
+            check_growth(len(content), 4 * image.width * image.height, "it")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False
     return True
@@ -84,11 +88,30 @@ def check_gltf(path: Path, content: bytes) -> list[str]:
             raise InputError(f"{path} has sparse arrays, which are not read: export it without them.")
         if "bufferView" not in accessor and accessor["count"] > len(content):
             raise InputError(f"{path} is damaged: it claims {accessor['count']} numbers; export it again.")
+    _check_sharing(path, tree, len(content))
     said = [text for name, text in _UNREAD.items() if name in extensions]
     modes = [part.get("mode", 4) for mesh in tree.get("meshes", ()) for part in mesh.get("primitives", ())]
     if others := sum(mode in (1, 2, 3, 6) for mode in modes):
         said.append(f"has {others} of {len(modes)} parts of lines or fans, which are left out")
     return said
+
+
+def _check_sharing(path: Path, tree: dict[str, Any], size: int) -> None:
+    """Refuse parts that share arrays so often that their copies, which trimesh makes, fill the memory."""
+    if len(tree.get("nodes", ())) > _MOST_NODES:
+        raise InputError(f"{path} has more than {_MOST_NODES:,} parts in its scene: join them, or export points.")
+    accessors, total = tree.get("accessors", ()), 0
+    for mesh in tree.get("meshes", ()):
+        for part in mesh.get("primitives", ()):
+            used = [*part.get("attributes", {}).values(), *(part[key] for key in ("indices",) if key in part)]
+            total += sum(_LARGEST_ENTRY * min(int(accessors[i]["count"]), size) for i in used)
+    check_room(max(total - _LARGEST_ENTRY * size, 0), "what its parts share")
+
+
+def check_obj(path: Path, content: bytes) -> None:
+    """Refuse more materials than scenes have: trimesh makes a part of each, in a time that grows with their square."""
+    if len(set(re.findall(rb"^usemtl[ \t]+(.*)", content, re.MULTILINE))) > _MOST_MATERIALS:
+        raise InputError(f"{path} has more than {_MOST_MATERIALS:,} materials: join them, or export points.")
 
 
 def check_stl(path: Path, content: bytes) -> None:

@@ -7,7 +7,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.scans.formats import RawCloud, Thinning
 from h2a2_jax.scans.formats.columns import from_columns, to_type, unread_colors
 
@@ -69,7 +69,9 @@ def _read_header(path: Path, file: BinaryIO) -> _Header:
         if data.lower() not in ("ascii", "binary", "binary_compressed"):
             raise ValueError(f"DATA {data}")
     except (KeyError, ValueError, IndexError) as error:
-        raise InputError(f"{path} has a PCD header that cannot be understood ({error}); write it again.") from error
+        raise InputError(
+            f"{path} has a PCD header that cannot be understood ({quoted(error)}); write it again."
+        ) from error
     turn = " ".join(entries.get("VIEWPOINT", ())[3:])
     # Half turns tell a camera's axes from those of a screen; drivers of depth cameras write them.
     is_turned = turn and not re.fullmatch(r"(-?[01](\.0*)? ?){4}", turn)
@@ -80,8 +82,8 @@ def _read_header(path: Path, file: BinaryIO) -> _Header:
 
 def _cut_off(path: Path, header: _Header, expected: str, left: int) -> InputError:
     return InputError(
-        f"{path} is cut off: its header says {header.points} points, which take {expected}, but {left} bytes follow; "
-        "copy it again."
+        f"{path} is cut off: its header says {quoted(header.points, 30)} points, which take {quoted(expected, 60)}, "
+        f"but {left} bytes follow; copy it again."
     )
 
 
@@ -109,7 +111,9 @@ def _compressed_columns(path: Path, file: BinaryIO, header: _Header, thinning: T
     try:
         content = memoryview(decompress_lzf(file.read(int(sizes[0])), wanted))
     except (ValueError, IndexError) as error:
-        raise InputError(f"{path} is damaged: its compressed data are not LZF ({error}); write it again.") from error
+        raise InputError(
+            f"{path} is damaged: its compressed data are not LZF ({quoted(error)}); write it again."
+        ) from error
     columns, first = {}, 0
     for name in header.dtype.names or ():
         dtype = header.dtype[name]
@@ -131,7 +135,9 @@ def _text_columns(path: Path, file: BinaryIO, header: _Header, thinning: Thinnin
     try:
         rows = np.loadtxt(thinning.lines(file, header.points), row, comments=None, ndmin=1, encoding="latin1")
     except (ValueError, IndexError) as error:
-        raise InputError(f"{path} has a point that is not {width} numbers ({error}).") from error
+        raise InputError(
+            f"{path} has a point that is not {width} numbers ({quoted(error)}): write it again."
+        ) from error
     if len(rows) != thinning.kept(header.points):
         raise _cut_off(path, header, f"{width} numbers each (read were {len(rows)} rows)", left)
     return {name: to_type(path, name, rows[name], field) for name, field in fields.items() if not field.shape}

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from plyfile import PlyData, PlyHeaderParseError, PlyListProperty, PlyParseError, PlyProperty
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.scans.formats import Thinning
 from h2a2_jax.scans.formats.columns import to_type
 
@@ -85,11 +85,12 @@ def read_ply_header(path: Path) -> Header:
         found = PlyData.read(io.BytesIO("\n".join([*lines, ""]).encode()))
     except PlyHeaderParseError as error:
         raise InputError(
-            f"{path} has the PLY header line {lines[error.line - 1]!r}, not understood ({error.message}); expected is "
+            f"{path} has the PLY header line {quoted(repr(lines[error.line - 1]), 100)}, not understood "
+            f"({quoted(error.message)}); expected is "
             "PLY 1.0 in the format ascii, binary_little_endian or binary_big_endian: export it again."
         ) from error
     except ValueError as error:
-        raise InputError(f"{path} has a PLY header with {error}: export it again.") from error
+        raise InputError(f"{path} has a PLY header with {quoted(error)}: export it again.") from error
     order, elements = "=" if found.text else found.byte_order, []
     for element, (count, kinds) in zip(found.elements, rows, strict=True):
         lists = [item.name for item in element.properties if isinstance(item, PlyListProperty)]
@@ -202,7 +203,9 @@ def _read_rows(path: Path, file: BinaryIO, element: Element, thinning: Thinning)
         rows = read(partial(_alike, element, lengths))
     except ValueError as error:
         if not element.lists:
-            raise InputError(f"{path} has a {element.name} that is not {len(names)} numbers ({error}).") from error
+            raise InputError(
+                f"{path} has a {element.name} that is not {len(names)} numbers ({quoted(error)}): write it again."
+            ) from error
         rows = read(one_by_one)
     if len(rows) != thinning.kept(element.rows):
         raise InputError(
@@ -247,7 +250,9 @@ def _one_by_one(path: Path, element: Element, rows: Any, size: int) -> np.ndarra
     except (PlyParseError, ValueError, OverflowError) as error:
         if is_text:
             numbers = f"{len(element.dtype.names or ())} numbers and its lists"
-            raise InputError(f"{path} has a {element.name} that is not {numbers} ({error}).") from error
+            raise InputError(
+                f"{path} has a {element.name} that is not {numbers} ({quoted(error)}): write it again."
+            ) from error
         raise InputError(
             f"{path} is cut off or damaged: a list of its {element.name} elements does not end in the file; copy it "
             "again."

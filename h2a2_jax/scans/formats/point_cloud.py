@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.scans.formats import RawCloud, Thinning
 from h2a2_jax.scans.formats.colors import COLOR_RANGES, ColorRange, real, scaled_colors, settle_colors
 from h2a2_jax.scans.formats.columns import COLUMNS_NOT_USED, Layout, parse_columns
@@ -40,6 +40,7 @@ from h2a2_jax.scans.formats.ptx import read_ptx
 from h2a2_jax.scans.formats.rows import read_bin, read_npy, read_npz
 from h2a2_jax.scans.formats.text import read_text
 from h2a2_jax.scans.scan import NOT_FINITE
+from h2a2_jax.untrusted import check_regular
 
 __all__ = [
     "COLOR_RANGES",
@@ -53,6 +54,7 @@ __all__ = [
 ]
 
 THINNED = "points left out of a large file"  # a kind of note, of a file with more points than the caller wants
+_LONGEST_REMARK = 400  # letters; remarks name arrays and columns of a file
 _COARSE = 0.02  # m; step of float32 that a detector would notice
 _LARGEST = 200.0  # extent that is one in metres, whatever the unit
 _STEPS = 500  # in the extent of a scan, less than which are coarse in any unit
@@ -115,20 +117,25 @@ def read_point_cloud(
         known = ", ".join(SUFFIXES)
         raise InputError(f"{path} has the suffix {path.suffix!r}{advice}; point clouds are read from {known}.")
     try:
+        check_regular(path)
         raw = _TABLES[suffix](path, thinning, layout) if suffix in _TABLES else _READERS[suffix](path, thinning)
     except FileNotFoundError:
         raise InputError(f"There is no file {path}: check the folder and the file name.") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise InputError(
+            f"{path} cannot be read: {error.strerror or quoted(error)}; check the file, or write it again."
+        ) from error
     except InputError:
         raise
     except (MemoryError, OverflowError) as error:
-        raise InputError(f"{path} asks for more memory than there is ({error}): split it or thin it out.") from error
-    except Exception as error:  # libraries raise anything on damaged bytes
-        what = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{path} is damaged ({type(error).__name__}: {what}): copy it again or write it again."
+            f"{path} asks for more memory than there is ({quoted(error)}): split it or thin it out."
         ) from error
+    except Exception as error:  # libraries raise anything on damaged bytes
+        raise InputError(
+            f"{path} is damaged ({type(error).__name__}: {quoted(error)}): copy it again or write it again."
+        ) from error
+    raw = replace(raw, assumed=tuple(quoted(remark, _LONGEST_REMARK) for remark in raw.assumed))
     if layout and suffix not in _TABLES:
         raw = raw.remarked(after=[COLUMNS_NOT_USED])
     cloud, left_out = _finite(raw, color_range), thinning.left_out

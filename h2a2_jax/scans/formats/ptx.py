@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Float
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.scans.formats import RawCloud, Thinning
 
 _LONGEST_LINE = 4096
@@ -27,7 +27,7 @@ def read_ptx(path: Path, thinning: Thinning) -> RawCloud:
         while (line := file.readline(_LONGEST_LINE)).strip():
             count, matrix = _header(path, line, file)
             if _SHORTEST_LINE * count > path.stat().st_size:
-                raise InputError(f"{path} is cut off: its header says {count} points; copy it again.")
+                raise InputError(f"{path} is cut off: its header says {quoted(count, 30)} points; copy it again.")
             some = Thinning(thinning.most)
             rows = _rows(path, file, count, some)
             hits = rows[(rows[:, :3] != 0).any(axis=1)]
@@ -50,7 +50,7 @@ def _header(path: Path, line: bytes, file: BinaryIO) -> tuple[int, Float[np.ndar
         if matrix.shape != (4, 4) or columns < 0 or rows < 0:
             raise ValueError("four lines of a matrix are missing")
     except ValueError as error:
-        raise InputError(f"{path} has no PTX header ({error}): export it again.") from error
+        raise InputError(f"{path} has no PTX header ({quoted(error)}): export it again.") from error
     return columns * rows, matrix
 
 
@@ -62,8 +62,10 @@ def _rows(path: Path, file: BinaryIO, count: int, thinning: Thinning) -> Float[n
     try:
         rows = np.loadtxt(thinning.lines(lines, count), comments=None, ndmin=2, encoding="latin1")
     except ValueError as error:
-        raise InputError(f"{path} has a line that is not x y z intensity [r g b] ({error}).") from error
+        raise InputError(
+            f"{path} has a line that is not x y z intensity [r g b] ({quoted(error)}): export it again."
+        ) from error
     deque(lines, 0)
     if len(rows) != thinning.kept(count) or rows.shape[1] not in (4, 7):
-        raise InputError(f"{path} is cut off or has lines of another kind than x y z intensity [r g b].")
+        raise InputError(f"{path} is cut off or has lines of another kind than x y z intensity [r g b]: copy it again.")
     return rows

@@ -1,8 +1,6 @@
 """Points of numpy's files (.npy, .npz) and of raw rows of floats (.bin)."""
 
-import io
 import math
-import struct
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -12,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.scans.formats import RawCloud, Thinning
 from h2a2_jax.scans.formats.columns import COLUMNS_NOT_USED, Layout, from_columns, plain, roles
 from h2a2_jax.scans.formats.unnamed import WIDTHS, from_rows
+from h2a2_jax.untrusted import check_growth
+from h2a2_jax.untrusted.arrays import NotAnArray, check_archive, check_directory, read_header
 
 _POINT_ARRAYS = (
     *("points", "xyz", "coords", "coordinates", "arr0", "point", "positions", "position", "pos", "vertices", "verts"),
     *("pointcloud", "pointclouds", "cloud", "pcd", "pcl", "pc", "coord", "data"),
 )
 _COLOR_ARRAYS = ("colors", "colours", "rgb", "color", "colour", "rgbs", "vertexcolors", "pointcolors")
-_MOST_ZIP_GROWTH = 1040  # deflate packs at most 258 bytes into two bits
-_LONGEST_HEADER = 10_000  # numpy's own limit
 _BIN_WIDTHS = (6, 4, 3, 5, 7, 8, 9, 10)  # the usual ones first
 _PARTS, _PART = 24, 840  # of a file, and numbers of each, that tell points in a row from columns
 _HEAD = 1 << 20  # bytes that the type and the width are found by
@@ -41,35 +39,24 @@ def _array(path: Path, file: Any, size: int, thinning: Thinning) -> tuple[np.nda
 
     An array [w, n] of many points is transposed, with a remark.
     """
-    start = file.read(8)
-    if start not in (b"\x93NUMPY\1\0", b"\x93NUMPY\2\0"):
-        raise InputError(f"{path} is no numpy array: save it again with numpy.save.")
-    length = int.from_bytes(file.read(2 if start[6] == 1 else 4), "little")
-    header = file.read(min(length, _LONGEST_HEADER))
-    # Python's parser can crash on bytes that are no text.
-    if len(header) < length or not all(32 <= byte < 127 or byte == 10 for byte in header):
-        raise InputError(f"{path} is no numpy array or is cut off: its header is damaged; save it again.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            shape, fortran, dtype = np.lib.format.read_array_header_2_0(io.BytesIO(struct.pack("<I", length) + header))
-    except Exception as error:  # of many kinds
-        raise InputError(f"{path} is no numpy array ({error}): save it again with numpy.save.") from error
-    if dtype.hasobject:
-        raise InputError(f"{path} holds Python objects, which are never loaded: save plain numbers.")
+        shape, fortran, dtype = header = read_header(file)
+    except NotAnArray as error:
+        raise InputError(f"{path} is no numpy array or is cut off: {error}; save it again with numpy.save.") from error
     count = math.prod(shape)
-    if count * dtype.itemsize > size:
+    if header.size > size:
         raise InputError(
-            f"{path} is cut off: its header says {shape} of {dtype}, but it has {size} bytes; copy it again."
+            f"{path} is cut off: its header says {quoted(shape)} of {quoted(dtype)}, but it has {size} bytes; copy it "
+            "again."
         )
     remarks: tuple[str, ...] = ()
     if len(shape) == 2 and shape[0] in WIDTHS and shape[1] > WIDTHS[-1]:
         remarks = (f"has an array of the shape {list(shape)}, taken as {shape[1]:,} points of {shape[0]} numbers",)
         shape, fortran = shape[::-1], not fortran  # the same bytes
     try:
-        if len(shape) == 2 and shape[0] and fortran:  # a column after the other
+        if len(shape) == 2 and shape[0] and fortran and shape[1] <= WIDTHS[-1]:  # a column after the other
             rows = np.stack([thinning.read(file, dtype, shape[0]) for _ in range(shape[1])], axis=1)
-        elif len(shape) == 2 and shape[0] and shape[1]:
+        elif len(shape) == 2 and shape[0] and shape[1] and not fortran:
             rows = thinning.read(file, dtype, shape[0], shape[1]).reshape(-1, shape[1])
         elif len(shape) == 1:
             rows = thinning.read(file, dtype, shape[0])
@@ -83,12 +70,15 @@ def _array(path: Path, file: Any, size: int, thinning: Thinning) -> tuple[np.nda
 def read_npz(path: Path, thinning: Thinning, columns: Layout | None) -> RawCloud:
     """Read an archive: an array of points and maybe one of colours, by their names, or arrays x, y, z (r, g, b)."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _from_archive(path, archive, thinning, columns)
+        with path.open("rb") as file:
+            check_directory(file)
+            with zipfile.ZipFile(file) as archive:
+                check_archive(archive, path.stat().st_size)
+                return _from_archive(path, archive, thinning, columns)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is no readable .npz ({error}): copy it again or write it again.") from error
+        raise InputError(f"{path} is no readable .npz ({quoted(error)}): copy it again or write it again.") from error
 
 
 def _from_archive(path: Path, archive: zipfile.ZipFile, thinning: Thinning, columns: Layout | None) -> RawCloud:
@@ -107,7 +97,7 @@ def _from_archive(path: Path, archive: zipfile.ZipFile, thinning: Thinning, colu
         raw = from_columns(path, parts).remarked(after=[COLUMNS_NOT_USED] * bool(columns))
     else:
         raise InputError(
-            f"{path} has the arrays {', '.join(names) or 'none'}; expected is one called "
+            f"{path} has the arrays {quoted(', '.join(names)) or 'none'}; expected is one called "
             f"{' or '.join(_POINT_ARRAYS[:3])}."
         )
     hues = raw.colors
@@ -134,8 +124,7 @@ def _named(names: Sequence[str], known: tuple[str, ...]) -> str | None:
 def _member(
     path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, thinning: Thinning
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    if info.file_size > _MOST_ZIP_GROWTH * info.compress_size + 4096:
-        raise InputError(f"{path} is damaged: {info.filename} claims {info.file_size} bytes; write it again.")
+    check_growth(info.compress_size, info.file_size, f"its array {quoted(info.filename, 60)}")
     with archive.open(info) as file:
         return _array(path, file, info.file_size, thinning)
 

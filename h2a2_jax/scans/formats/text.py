@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.scans.formats import RawCloud, Thinning
 from h2a2_jax.scans.formats.columns import SAY_COLUMNS, Layout, check_width, from_columns, roles, unread_colors
 from h2a2_jax.scans.formats.unnamed import from_rows
 
 _HEAD = 200  # lines that are not empty
-_SHORTEST_LINE = 6  # bytes of "1 2 3"
+_SHORTEST_LINE, _LONGEST_LINE = 6, 1 << 16  # letters; the shortest is "1 2 3"
 _MARKS = "#%;!/"  # of comments
 _BLANKS = " \r\n"  # not tabs, between which numbers may be missing
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*(,\d+)?(e[+-]?\d+)?", re.IGNORECASE)
@@ -238,13 +238,13 @@ def _find_names(path: Path, form: _Form) -> tuple[list[str] | None, tuple[str, .
                 remarks = (f"has a comment {line[:40]!r} that does not name its {form.width} columns",)
                 continue
             raise InputError(
-                f"{path} names the columns {', '.join(ways[0])}, but its rows have {form.width}: {SAY_COLUMNS}."
+                f"{path} names the columns {quoted(', '.join(ways[0]))}, but its rows have {form.width}: {SAY_COLUMNS}."
             )
         found = next((names for names in ways if len(names) == form.width), None)
         if found and not is_comment and not any(map(_is_number, found)):
             if any(roles(found).axes) or roles(found).colors:
                 raise InputError(
-                    f"{path} has no x, y, z among the names of its columns ({', '.join(found)}): {SAY_COLUMNS}."
+                    f"{path} has no x, y, z among the names of its columns ({quoted(', '.join(found))}): {SAY_COLUMNS}."
                 )
             remarks = (f"has names of columns that are not understood ({', '.join(found)}): the values decide",)
     return None, remarks
@@ -254,13 +254,17 @@ def _load(path: Path, form: _Form, thinning: Thinning, used: list[int] | None) -
     """Read the table, [n, w]; only the columns `used` of one with words or gaps in it. Remark on another count."""
     try:
         rows = _parse(path, form, thinning, None, False)
+    except InputError as error:
+        raise InputError(f"{path} has {error}") from error
     except (ValueError, IndexError):
         try:
             rows = _parse(path, form, thinning, used, True)
         except InputError as error:
             raise InputError(f"{path} has {error}") from error
         except (ValueError, IndexError) as error:
-            raise InputError(f"{path} has a line that is not numbers ({error}).") from error
+            raise InputError(
+                f"{path} has a line that is not numbers ({quoted(error)}): repair or remove it."
+            ) from error
     total = len(rows) + thinning.left_out
     if form.points is None or form.points == total:
         return rows, ()
@@ -284,7 +288,7 @@ def _parse(path: Path, form: _Form, thinning: Thinning, used: list[int] | None, 
 def _filled(text: Iterator[str], form: _Form) -> Iterator[str]:
     """Lines of numbers as numpy parses them, without empty ones and comments."""
     stripped = (line.strip(_BLANKS) for line in text) if form.delimiter == "\t" else map(str.strip, text)
-    filled = (line for line in stripped if line and line[0] not in form.marks)
+    filled = (line for line in stripped if line and line[0] not in form.marks and _is_short(line))
     for _ in range(sum(line[0] not in form.marks for line in form.before)):
         next(filled)
     if form.quoted_comma:
@@ -296,6 +300,15 @@ def _filled(text: Iterator[str], form: _Form) -> Iterator[str]:
     if form.points is not None:  # files put together have a count before each part
         filled = (line for line in filled if not line.isdecimal())
     return filled
+
+
+def _is_short(line: str) -> bool:
+    """Return True, or raise InputError for a line of which numpy would make many times its size."""
+    if len(line) > _LONGEST_LINE:
+        raise InputError(
+            f"a line of {len(line):,} letters, {line[:40]!r}..., which no point has; write a point a line."
+        )
+    return True
 
 
 def _patched(line: str, form: _Form) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.scans.formats import RawCloud
 from h2a2_jax.scans.formats.columns import COLUMNS_NOT_USED, Layout, by_layout, check_width, from_columns
 
@@ -151,7 +151,7 @@ def _find_colors(path: Path, some: np.ndarray, start: int, is_pts: bool) -> tupl
 
 
 def _undecided(path: Path, width: int, why: str) -> InputError:
-    example = ",".join(("x", "y", "z", *"_" * (width - 6), "r", "g", "b")[: max(width, 6)])
+    example = quoted(",".join(("x", "y", "z", *"_" * (width - 6), "r", "g", "b")[: max(width, 6)]), 60)
     return InputError(
         f"{path} has {width} columns without names, {why}: say what they are with --columns, as in {example} (_ for "
         "one that is not used)."

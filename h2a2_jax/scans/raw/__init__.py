@@ -10,10 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.scans.formats.ply import read_ply_columns
 from h2a2_jax.scans.scan import NOT_FINITE, Scan, UnusableScan
 from h2a2_jax.scans.specs import DatasetSpec
+from h2a2_jax.untrusted import check_regular, read_bytes
 
 FAR = 1000.0  # m; a larger coordinate is a mistake: the rooms of the benchmarks measure tens of metres
 TOO_FAR = "points more than 1 km from the origin"
@@ -30,12 +31,13 @@ def shown(path: str | os.PathLike[str]) -> str:
 def read_file(path: Path) -> bytes:
     """Read one file of a scan; raise `UnusableScan` if it is missing or cannot be read."""
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except FileNotFoundError:
         raise missing_file(path) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise UnusableScan(
-            f"cannot be read from {shown(path)} ({error}): check the file and its permissions."
+            f"cannot be read from {shown(path)} ({getattr(error, 'strerror', None) or error}): check the file and its "
+            "permissions."
         ) from None
 
 
@@ -53,6 +55,7 @@ def read_vertices(path: Path) -> tuple[Float[np.ndarray, "m 3"], UInt8[np.ndarra
     again = "download the file again"
     try:
         # The faces are not used, but a file cut off in them is an unfinished download.
+        check_regular(path)
         columns = read_ply_columns(path, complete=True)
     except FileNotFoundError:
         raise missing_file(path) from None
@@ -81,13 +84,13 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_file(path))
     except (ValueError, RecursionError) as error:
-        raise UnusableScan(f"has an invalid JSON file {shown(path)} ({error}): download it again.") from None
+        raise UnusableScan(f"has an invalid JSON file {shown(path)} ({quoted(error)}): download it again.") from None
     return content if isinstance(content, dict) else {}
 
 
 def check_folder(root: Path, layout: str) -> None:
     """Refuse a root that is no folder; `layout` is the expected content, the end of a sentence."""
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise InputError(f"There is no folder {shown(root)}: it should hold {layout}.")
 
 

@@ -19,18 +19,19 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.scans import raw
 from h2a2_jax.scans.raw import shown
 from h2a2_jax.scans.scan import Scan, ScanError, UnusableScan, scan_errors
 from h2a2_jax.scans.specs import SCANNET
+from h2a2_jax.untrusted import read_bytes
 
 NYU40_IDS = (3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 24, 28, 33, 34, 36, 39)
 """NYU40 id of each class of the detection protocol, in the order of the labels."""
 
 _LABELS = "scannetv2-labels.combined.tsv"
 _LAYOUT = f"scans/<scan>/, {_LABELS}, scannetv2_train.txt and scannetv2_val.txt"
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _ALIGNMENT = re.compile(r"^\s*axisAlignment\s*=(.*)$", re.MULTILINE)
 
 
@@ -123,11 +124,13 @@ class ScanNet:
 
 def _read_text(path: Path, what: str) -> str:
     try:
-        return path.read_text("utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"There is no file {shown(path)}: {what}.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{shown(path)} cannot be read as text ({error}): {what}.") from None
+        raise InputError(
+            f"{shown(path)} cannot be read as text ({getattr(error, 'strerror', None) or quoted(error)}): {what}."
+        ) from None
 
 
 def _read_labels(path: Path) -> dict[str, int]:
@@ -137,7 +140,8 @@ def _read_labels(path: Path) -> dict[str, int]:
     columns = rows.fieldnames or ()
     if missing := [column for column in ("raw_category", "nyu40id") if column not in columns]:
         raise InputError(
-            f"{shown(path)} has no column {' and no column '.join(missing)} (it has {', '.join(columns) or 'none'}): "
+            f"{shown(path)} has no column {' and no column '.join(missing)} (it has "
+            f"{quoted(', '.join(columns)) or 'none'}): "
             "fetch it again with ScanNet's download script, option --label_map."
         )
     # A category without a number (an unfinished line) is of no class.
@@ -159,9 +163,8 @@ def _read_split(root: Path, split: str) -> tuple[str, ...]:
         raise InputError(f"{shown(path)} lists {twice} twice: {fetch}.")
     wrong = next((name for name in names if not _NAME.fullmatch(name)), None)
     if wrong or not names:
-        raise InputError(
-            f"{shown(path)} lists {f'{wrong!r}, which is no name of a scan' if wrong else 'no scan'}: {fetch}."
-        )
+        what = f"{quoted(repr(wrong), 100)}, which is no name of a scan" if wrong else "no scan"
+        raise InputError(f"{shown(path)} lists {what}: {fetch}.")
     return names
 
 

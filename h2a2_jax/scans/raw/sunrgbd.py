@@ -9,6 +9,7 @@ the origin, metres.
 """
 
 import io
+import math
 import struct
 import zlib
 from collections import Counter
@@ -22,15 +23,18 @@ from jaxtyping import Float, Float32, Int, Int32, Int64, UInt16
 from PIL import Image
 from scipy.io import loadmat, whosmat
 
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, quoted
 from h2a2_jax.scans.raw import FAR, NO_BOX, NO_CLASS, check_folder, counted, shown
 from h2a2_jax.scans.scan import Scan, ScanError, UnusableScan, scan_errors
 from h2a2_jax.scans.specs import SUNRGBD
+from h2a2_jax.untrusted import check_growth, check_regular, read_bytes
 
 _FIELDS = ("sequenceName", "Rtilt", "K", "depthpath", "rgbpath", "groundtruth3DBB")
 _OBJECT_FIELDS = ("coeffs", "centroid", "classname", "orientation")
 _MAT_HEADER = 128  # bytes of a MATLAB file before its variables
 _MATRIX, _COMPRESSED = 14, 15
+_STRUCT, _CLASSES = 2, (1, 2, 4, *range(6, 16))  # classes of arrays: cells, structs, text, numbers
+_DEEPEST_CELL = 20
 _PREFIX = "/n/fs/sun3d/data"  # where the authors kept the data: 16 characters
 _NO_YAW = "objects with orientation 0, yaw 0 taken"
 
@@ -71,7 +75,7 @@ def load_mat(path: Path, kinds: Mapping[str, str]) -> list[np.ndarray]:
     cells as SciPy nests them.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
         if content[:10] == b"MATLAB 7.3":
             raise InputError(
                 f"{shown(path)} is a MATLAB file of version 7.3, but the original has version 5: download it again."
@@ -88,16 +92,19 @@ def load_mat(path: Path, kinds: Mapping[str, str]) -> list[np.ndarray]:
     except InputError:
         raise
     except Exception as error:  # damaged bytes bring about every kind of exception in SciPy's reader
-        reason = " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or quoted(error)
         raise InputError(f"{shown(path)} is no readable MATLAB file ({reason}): download it again.") from None
 
 
 def _check_complete(content: bytes) -> None:
-    """Raise ValueError or zlib.error unless the header is of version 5 and all variables are whole."""
+    """Raise ValueError or zlib.error unless the header is of version 5 and all variables are whole.
+
+    Raise OSError if they are packed more than measured values can be, or take more memory than is free.
+    """
     order = {b"IM": "<", b"MI": ">"}.get(content[126:128])
     if order is None:
         raise ValueError("its header is not that of version 5")
-    place = _MAT_HEADER
+    place, unpacked = _MAT_HEADER, 0
     while place < len(content):
         if place + 8 > len(content):
             raise ValueError("it is cut off")
@@ -107,14 +114,57 @@ def _check_complete(content: bytes) -> None:
             raise ValueError("it is cut off")
         if kind not in (_MATRIX, _COMPRESSED):
             raise ValueError(f"it holds an element of the kind {kind}")
+        variable = memoryview(content)[place - size : place]
         if kind == _COMPRESSED:  # as in the originals; has a checksum, which SciPy compares too late
-            stream, inflater = content[place - size : place], zlib.decompressobj()
+            stream, inflater = bytes(variable), zlib.decompressobj()
             while stream and not inflater.eof:
-                inflater.decompress(stream, 1 << 24)
+                unpacked += len(inflater.decompress(stream, 1 << 22))
+                check_growth(len(content), unpacked, "it")
                 stream = inflater.unconsumed_tail
             inflater.flush()  # what the limit of the last call kept back
             if not inflater.eof:
                 raise ValueError("it is cut off")
+            variable = memoryview(zlib.decompress(variable))
+            if len(variable) < 8 or struct.unpack_from(f"{order}II", variable) != (_MATRIX, len(variable) - 8):
+                raise ValueError("it holds a compressed element that is no matrix")
+            variable = variable[8:]
+        _check_matrix(variable, order)
+
+
+def _check_matrix(matrix: memoryview, order: str) -> None:
+    """Raise ValueError for more cells than a matrix has bytes, or cells in many others: SciPy trusts both."""
+    tag = struct.Struct(f"{order}II").unpack_from
+    waiting = [(matrix, 0)]
+    while waiting:
+        matrix, depth = waiting.pop()
+        if not len(matrix):
+            continue  # an empty cell
+        if depth > _DEEPEST_CELL or len(matrix) < 32:
+            raise ValueError("its cells are nested too deeply, or cut off")
+        place, head = 0, list[memoryview]()
+        kind = struct.unpack_from(f"{order}I", matrix, 8)[0] & 255
+        if kind not in _CLASSES:
+            raise ValueError(f"it holds an array of the class {kind}")
+        if kind > _STRUCT:
+            continue  # numbers or text, whose shape SciPy compares with their bytes
+        for _ in range(3 + 2 * (kind == _STRUCT)):  # flags, shape, name; length of a field's name, names
+            found, size = tag(matrix, place)
+            small = found >> 16  # the content of up to four bytes takes the place of the size
+            head.append(matrix[place + 4 : place + 4 + small] if small else matrix[place + 8 : place + 8 + size])
+            place += 8 if small else 8 + (size + 7) // 8 * 8
+        shape = struct.unpack(f"{order}{len(head[1]) // 4}i", head[1][: len(head[1]) // 4 * 4])
+        fields = 1
+        if kind == _STRUCT:
+            (longest,) = struct.unpack(f"{order}i", head[3])
+            fields = len(head[4]) // longest if longest > 0 else 0
+        if any(length < 0 for length in shape) or math.prod(shape) * max(fields, 1) > (len(matrix) - place) // 8:
+            raise ValueError(f"it states {math.prod(shape) * fields} cells in {len(matrix)} bytes")
+        for _ in range(math.prod(shape) * fields):
+            found, size = tag(matrix, place)
+            if found != _MATRIX or place + 8 + size > len(matrix):
+                raise ValueError("it has a cell that is no matrix")
+            waiting.append((matrix[place + 8 : place + 8 + size], depth + 1))
+            place += 8 + size
 
 
 def _relative_path(stored: str) -> str:
@@ -350,14 +400,17 @@ def _find(root: Path, file: str, folder: str) -> Path:
 
 def _read_image(path: Path, modes: tuple[str, ...], expected: str) -> np.ndarray:
     try:
+        check_regular(path)
         with Image.open(path) as image:
+            check_growth(path.stat().st_size, 4 * image.width * image.height, "it")
             if image.mode in modes:
                 return np.asarray(image)
             mode = image.mode
     except FileNotFoundError:
         raise UnusableScan(f"lacks the image {shown(path)}, which is missing: unpack SUNRGBD.zip again.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnusableScan(f"has an unreadable image {shown(path)} ({error}): unpack SUNRGBD.zip again.") from None
+        reason = getattr(error, "strerror", None) or quoted(error)
+        raise UnusableScan(f"has an unreadable image {shown(path)} ({reason}): unpack SUNRGBD.zip again.") from None
     raise UnusableScan(f"has an image of mode {mode} at {shown(path)}, but {expected}: unpack SUNRGBD.zip again.")
 
 

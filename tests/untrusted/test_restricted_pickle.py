@@ -4,8 +4,9 @@ import pickle
 import numpy as np
 import pytest
 
+from benchmarks.faults.hostile_made import pickles
 from h2a2_jax.errors import InputError
-from h2a2_jax.restricted_pickle import load_plain_pickle
+from h2a2_jax.untrusted.restricted_pickle import load_plain_pickle
 
 PLAIN = {
     "array": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -97,3 +98,23 @@ def test_states_that_numpy_would_crash_on_are_refused(tmp_path, content):
     (tmp_path / "bad.pkl").write_bytes(content)
     with pytest.raises(InputError, match=r"bad\.pkl is not a readable pickle"):
         load_plain_pickle(tmp_path / "bad.pkl")
+
+
+QUICK = {what: content for what, content in pickles().items() if len(content) < 20_000}  # the scenario reads all
+
+
+@pytest.mark.parametrize("content", QUICK.values(), ids=QUICK)
+def test_pickles_made_to_harm_are_refused(tmp_path, content):
+    (tmp_path / "bad.pkl").write_bytes(content)
+    with pytest.raises(InputError, match=r"write .*again") as caught:
+        load_plain_pickle(tmp_path / "bad.pkl")
+    assert len(str(caught.value)) < 600
+
+
+def test_data_shared_and_nested_as_in_annotations_are_loaded(tmp_path):
+    box = {"bbox_3d": [1.0] * 7, "name": "chair"}
+    found = {"data_list": [{"instances": [box] * 20, "shape": ((1, 2), {"a", "b"})} for _ in range(50)], 3: np.ones(4)}
+    (tmp_path / "good.pkl").write_bytes(pickle.dumps(found, 4))
+    loaded = load_plain_pickle(tmp_path / "good.pkl")
+    np.testing.assert_array_equal(loaded.pop(3), found.pop(3))
+    assert loaded == found
