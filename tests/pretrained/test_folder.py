@@ -189,7 +189,7 @@ def test_another_number_in_the_config_is_refused(folder: Path):
     stored = json.loads((folder / "config.json").read_text())
     stored["config"]["model"]["voxel_size"] *= 2
     (folder / "config.json").write_text(json.dumps(stored))
-    refused(folder, r"config.json is damaged, .* its checksum differs\): write, copy or download it again\.")
+    refused(folder, r"config.json is damaged, .*its checksum differs\): write, copy or download it again\.")
 
 
 def test_other_versions_and_configs_are_refused(folder: Path):
