@@ -257,7 +257,7 @@ def attempt(reader: Reader, folder: Path, expected: Any, judge: Judge) -> Verdic
             value = reader(folder)
     except InputError as error:
         text = str(error)
-        is_sentence = "\n" not in text and len(text) <= _LONGEST_SENTENCE and text.endswith((".", ".)"))
+        is_sentence = "\n" not in text and len(text) <= _LONGEST_SENTENCE and text.endswith((".", ")"))
         return ("sentence", text) if is_sentence else ("fault", f"no sentence: {text!r}")
     except Exception as error:  # whatever else a reader raises is a fault
         place = traceback.extract_tb(error.__traceback__)[-1]

@@ -5,7 +5,8 @@ model.safetensors   the arrays by part and path, as in "shared/backbone.stem.con
 config.json         {"format": "h2a2_jax.pretrained", "version": 1, "datasets": [names],
                      "classes": {dataset: [names]}, "sha256": of model.safetensors,
                      "facts": of the card (`CardFacts`), "versions": {package: version},
-                     "config": of the experiment (`h2a2_jax.config.to_json`)}
+                     "config": of the experiment (`h2a2_jax.config.to_json`),
+                     ["checksum": sha256 of all the rest; older folders have none]}
 README.md           the model card (`model_card`)
 """
 
@@ -36,6 +37,7 @@ FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)
 """Files of a pretrained folder."""
 
 _FORMAT, _VERSION = "h2a2_jax.pretrained", 1
+_CHECKSUM = "checksum"
 _PARTS = ("exclusive", "shared", "statistics")
 _DTYPES: Mapping[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
@@ -76,6 +78,7 @@ def write_pretrained(detector: StoredDetector, folder: str | Path, facts: CardFa
         "versions": versions(),
         "config": json.loads(to_json(_without_paths(detector.config))),
     }
+    document[_CHECKSUM] = _checksum(document)
     card = model_card(facts, detector.specs, folder.absolute().name, versions(), detector.config.model.label_space)
     try:
         with whole_folder(folder) as part:
@@ -196,7 +199,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{file} has version {quoted(stored.get('version'))}, this program reads version {_VERSION}: install the "
             "h2a2_jax that wrote it, or write the folder again."
         )
+    if (expected := stored.pop(_CHECKSUM, None)) is not None and expected != _checksum(stored):
+        raise InputError(
+            f"{file} is damaged, it is not what was written (its checksum differs): write, copy or download it again."
+        )
     return stored
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    """SHA-256 of the content of config.json without its checksum."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _read_parts(file: Path, weights: bytes) -> tuple[Arrays, Arrays, Arrays]:

@@ -46,9 +46,10 @@ def refused(folder: Path, match: str) -> None:
 
 
 def rewrite(folder: Path, **changes: Any) -> None:
-    """Change values of config.json."""
-    stored = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(stored | changes))
+    """Change values of config.json, as a folder without a checksum has them."""
+    stored = json.loads((folder / "config.json").read_text()) | changes
+    stored.pop("checksum", None)
+    (folder / "config.json").write_text(json.dumps(stored))
 
 
 def test_folders_of_the_machine_that_trained_are_left_out(tmp_path: Path):
@@ -182,6 +183,13 @@ def test_damaged_folders_are_refused(folder: Path):
         refused(folder, match)
     (folder / "config.json").unlink()
     refused(folder, "There is no file .*config.json")
+
+
+def test_another_number_in_the_config_is_refused(folder: Path):
+    stored = json.loads((folder / "config.json").read_text())
+    stored["config"]["model"]["voxel_size"] *= 2
+    (folder / "config.json").write_text(json.dumps(stored))
+    refused(folder, r"config.json is damaged, .*its checksum differs\): write, copy or download it again\.")
 
 
 def test_other_versions_and_configs_are_refused(folder: Path):
