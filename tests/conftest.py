@@ -23,6 +23,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+# The key that signs compiled programs lies beside them: tests leave nothing in the home folder.
+os.environ.setdefault("XDG_DATA_HOME", str(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / "data"))
+
 # Below nohup it is ignored, by what the tests start too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
