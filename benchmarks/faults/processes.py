@@ -12,6 +12,8 @@ from benchmarks.faults.stops import saved_step
 
 _PROCESSES = 3
 _LIMIT_S = 60
+_START_S = 40
+"""Time that the processes may take until they wait for one another, on a busy machine."""
 _LONG = ("--config.train.log_every=1", "--config.train.evaluate_every=0")
 
 
@@ -58,7 +60,7 @@ def strangers(bench: Bench) -> None:
                 _kill(children)
                 bench.report.failed(str(unexpected), fault)
                 continue
-            if time.monotonic() - began > _LIMIT_S:
+            if time.monotonic() - began > _START_S + _LIMIT_S:
                 bench.report.failed(f"took {time.monotonic() - began:.0f} s", fault)
             elif workdir.exists():
                 bench.report.failed("the workdir was made", fault)
