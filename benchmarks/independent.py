@@ -173,7 +173,8 @@ def compare_overlaps(group: Group, pairs: int, seed: int) -> Iterator[Overlaps]:
                 turned(rng, *part, turn)
                 drawn[0][rows], drawn[1][rows] = part
             rows = rng.permutation(CHUNK)
-            first, second = drawn[0][rows].astype(group.dtype), drawn[1][rows].astype(group.dtype)
+            first: np.ndarray = drawn[0][rows].astype(group.dtype)
+            second: np.ndarray = drawn[1][rows].astype(group.dtype)
             straight = [boxes.copy() for boxes in (first, second)]
             for boxes in straight:
                 boxes[:, 6] = 0

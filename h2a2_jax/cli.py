@@ -615,7 +615,7 @@ def _protocol_flags(parser: argparse.ArgumentParser) -> None:
 
 def _processes(given: Invocation, config: "ExperimentConfig | None") -> AbstractContextManager[None]:
     """Join the processes of a run that the flags name; they must agree on other flags, config, versions, checkpoint."""
-    from h2a2_jax.checkpoint.store import checkpoint_place
+    from h2a2_jax.checkpoint.store import CheckpointStore, checkpoint_place
     from h2a2_jax.config import leaves_of
     from h2a2_jax.distributed import processes
     from h2a2_jax.host import versions
@@ -630,9 +630,8 @@ def _processes(given: Invocation, config: "ExperimentConfig | None") -> Abstract
             if key.rpartition(".")[2] not in _CONFIG_OF_MACHINES
         }
         facts |= {name: version for name, version in versions().items() if name in ("jax", "jaxlib", "h2a2_jax")}
-        folder = checkpoint_place(given.workdir).directory
-        steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
-        facts[CHECKPOINT] = str(max(steps, default="none"))
+        newest = CheckpointStore(checkpoint_place(given.workdir).directory).latest_step()
+        facts[CHECKPOINT] = "none" if newest is None else str(newest)
     return processes(
         values.coordinator, values.num_processes, values.process_id, timeout=values.process_timeout, facts=facts
     )

@@ -133,8 +133,7 @@ def _make_private(folder: Path, what: str, remedy: str, *, written: bool = True)
         raise InputError(f"{what} belongs to another user, whose programs would be run: {remedy}.")
     if os.name == "posix" and status.st_mode & 0o022:
         raise InputError(
-            f"{what} can be written to by other users, whose programs would be run: take that right away "
-            f"(chmod go-w), {remedy}."
+            f"{what} can be written to by other users, whose programs would be run: forbid it (chmod go-w), {remedy}."
         )
     if written and not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{what} cannot be written to: {remedy}.")

@@ -43,6 +43,14 @@ def quoted(value: object, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def reason_of(error: BaseException, most: int = 200) -> str:
+    """Return why something failed, as a part of a sentence: the system's words, else the error's message or its kind.
+
+    A message is `quoted`, with at most `most` letters.
+    """
+    return getattr(error, "strerror", None) or quoted(error, most) or type(error).__name__
+
+
 INTERRUPTED = 130
 """Exit status after Ctrl-C; after SIGTERM the status is 0, because the run did what was asked."""
 

@@ -36,7 +36,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from benchmarks.faults.cache import cache
-from benchmarks.faults.children import Bench, Fault, Report
+from benchmarks.faults.children import Bench, Report
 from benchmarks.faults.damage import damaged, disk
 from benchmarks.faults.files import files, resumed_files
 from benchmarks.faults.hostile import hostile
@@ -80,9 +80,8 @@ def main() -> int:
     chosen = options.only.split(",")
     if unknown := set(chosen) - set(SCENARIOS):
         parser.error(f"there is no scenario {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # nohup makes this process and its children ignore the signal
+    # Below nohup this process and its children would ignore the signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with TemporaryDirectory(prefix="faults_") as folder:
         report = Report({name: SCENARIOS[name][1] + options.kills * (name == "kills") for name in chosen})
         bench = Bench(options.folder or Path(folder), options.kills, np.random.default_rng(options.seed), report)
@@ -91,7 +90,8 @@ def main() -> int:
         for name in chosen:
             report.scenario = name
             for scenario in SCENARIOS[name][0]:
-                attempt(scenario, bench)
+                with report.attempt():
+                    scenario(bench)
             report.planned[name] = 0
         report.scenario = ""
         table = report.table()
@@ -102,14 +102,6 @@ def main() -> int:
         count = len(report.failures) or "nothing"
         report.event(f"{count} failed in {', '.join(chosen)}")
     return int(bool(report.failures))
-
-
-def attempt(scenario: Callable[[Bench], None], bench: Bench) -> None:
-    """Run a scenario; a Fault ends this scenario alone."""
-    try:
-        scenario(bench)
-    except Fault as fault:
-        bench.report.failed(str(fault))
 
 
 if __name__ == "__main__":

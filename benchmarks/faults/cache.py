@@ -3,16 +3,17 @@
 JAX compresses programs with the package zstandard where it is installed: run the scenario with it and without.
 """
 
-import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks.faults.children import Bench
 from benchmarks.faults.compare import differences
+from benchmarks.faults.damage import flipped
 from h2a2_jax.compilation import SignedFolder
 
 _ANEW = "are compiled anew"
@@ -52,9 +53,10 @@ def cache(bench: Bench) -> None:
         _train(bench, "cache_damaged", f"{what}, second start", anew=False)
 
     _restore(bench, whole)
-    with _another_user(bench.empty("cache_stranger")):
-        _train(bench, "cache_foreign", "the cache is of another user")
-        _same(bench, "a prediction with the cache of another user", expected, _predict(bench, room, "foreign"))
+    stranger = {"XDG_DATA_HOME": str(bench.empty("cache_stranger"))}  # another key
+    _train(bench, "cache_foreign", "the cache is of another user", changed=stranger)
+    found = _predict(bench, room, "foreign", changed=stranger)
+    _same(bench, "a prediction with the cache of another user", expected, found)
 
 
 def _every_file(bench: Bench, whole: Path, names: list[str]) -> None:
@@ -78,22 +80,22 @@ def _every_file(bench: Bench, whole: Path, names: list[str]) -> None:
         bench.report.survived(fault, "none was read")
 
 
-def _train(bench: Bench, name: str, fault: str = "", *, anew: bool | None = None) -> None:
+def _train(bench: Bench, name: str, fault: str = "", *, anew: bool | None = None, **how: Any) -> None:
     """Go on with a copy of the reference and compare its end; check whether programs were refused, where it is known.
 
-    `anew` None: programs are refused if there is a fault.
+    `anew` None: programs are refused if there is a fault. `how` is of `Bench.start`.
     """
-    child = bench.train(bench.rewound(name, _STEP), own_cache=True)
+    child = bench.train(bench.rewound(name, _STEP), own_cache=True, **how)
     child.expect(0, f"after step {_STEP} of")
     _check_said(bench, sum(_ANEW in line for line in child.lines), bool(fault) if anew is None else anew, fault)
     bench.report.equal("the end", differences(bench.reference, bench.folder / name), fault)
 
 
-def _predict(bench: Bench, room: Path, name: str, *, anew: bool | None = None) -> dict[str, bytes]:
-    """Predict with the reference; return the files that it wrote, by name."""
+def _predict(bench: Bench, room: Path, name: str, *, anew: bool | None = None, **how: Any) -> dict[str, bytes]:
+    """Predict with the reference; return the files that it wrote, by name. `how` is of `Bench.start`."""
     output = bench.empty(f"cache_boxes_{name}")
     command = ["run.py", "--mode=predict", f"--workdir={bench.reference}", f"--input={room}", f"--output={output}"]
-    child = bench.start([*command, "--dataset=scannet", "--score=0.001", "--formats=csv"], own_cache=True)
+    child = bench.start([*command, "--dataset=scannet", "--score=0.001", "--formats=csv"], own_cache=True, **how)
     child.expect(0)
     _check_said(bench, sum(_ANEW in line for line in child.lines), name != "filled" if anew is None else anew, name)
     return {path.name: path.read_bytes() for path in output.glob("*.csv")}
@@ -136,25 +138,11 @@ def _indices(names: list[str]) -> set[str]:
     return {name for name in names if name.endswith(".index")}
 
 
-@contextlib.contextmanager
-def _another_user(data: Path) -> Iterator[None]:
-    """Start programs with another key."""
-    before = os.environ.get("XDG_DATA_HOME")
-    os.environ["XDG_DATA_HOME"] = str(data)
-    try:
-        yield
-    finally:
-        del os.environ["XDG_DATA_HOME"]
-        if before is not None:
-            os.environ["XDG_DATA_HOME"] = before
-
-
 def _flip(path: Path, rng: np.random.Generator) -> None:
-    content = bytearray(path.read_bytes())
+    content = path.read_bytes()
     places = (int(rng.integers(32)), 32, int(rng.integers(len(content))), len(content) - 1)
     place = places[int(rng.integers(len(places)))]
-    content[place] ^= 1 << int(rng.integers(8))
-    path.write_bytes(content)
+    path.write_bytes(flipped(content, 8 * place + int(rng.integers(8))))
 
 
 def _overwrite(path: Path, rng: np.random.Generator) -> None:

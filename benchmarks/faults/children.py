@@ -1,5 +1,6 @@
 """Trainings of `configs/joint.py:tiny` in child processes: part of `benchmarks.faults`."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -195,6 +196,14 @@ class Report:
         self.outcomes.append(Outcome(self.scenario, fault, "fault", text))
         self.failures.append(f"{self.scenario}: {fault}{': ' * bool(fault)}{text}")
         self.event(f"FAILED: {fault}{': ' * bool(fault)}{text}")
+
+    @contextlib.contextmanager
+    def attempt(self, fault: str = "") -> Iterator[None]:
+        """Turn a `Fault` inside into a failure; what comes after goes on."""
+        try:
+            yield
+        except Fault as seen:
+            self.failed(str(seen), fault)
 
     def equal(self, what: str, differences: Sequence[str], fault: str = "") -> None:
         """Print the result of a comparison, a failure if there are differences; a fault that is named survived."""

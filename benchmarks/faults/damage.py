@@ -145,6 +145,13 @@ def damaged(bench: Bench) -> None:
             bench.report.failed(f"the last of them is gone, there are {kept}")
 
 
+def flipped(content: bytes, bit: int) -> bytes:
+    """Return a content with one bit changed, counted from the lowest bit of the first byte."""
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
 def _largest(checkpoint: Path) -> Path:
     return max(
         (path for path in checkpoint.glob("params/**/d/*") if path.is_file()), key=lambda path: path.stat().st_size
@@ -158,9 +165,8 @@ def _cut(bench: Bench, checkpoint: Path) -> None:
 
 def _flip_bit(bench: Bench, checkpoint: Path) -> None:
     path = _largest(checkpoint)
-    content = bytearray(path.read_bytes())
-    content[bench.rng.integers(len(content))] ^= 1 << int(bench.rng.integers(8))
-    path.write_bytes(content)
+    content = path.read_bytes()
+    path.write_bytes(flipped(content, int(bench.rng.integers(8 * len(content)))))
 
 
 def _remove_item(bench: Bench, checkpoint: Path) -> None:

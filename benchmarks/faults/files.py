@@ -37,8 +37,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.faults.children import Bench, Fault, saved_steps
+from benchmarks.faults.children import Bench, saved_steps
 from benchmarks.faults.compare import differences
+from benchmarks.faults.damage import flipped
 from h2a2_jax.checkpoint.store import CheckpointStore, StoredDetector, read_detector
 from h2a2_jax.checkpoint.tree import host_arrays
 from h2a2_jax.config import ExperimentConfig
@@ -117,14 +118,10 @@ def damages(content: bytes, other: bytes | None, rng: np.random.Generator) -> It
         rng: chooses the bits.
     """
     for place in rng.integers(8 * len(content), size=FLIPS).tolist() if content else ():
-        changed = bytearray(content)
-        changed[place // 8] ^= 1 << place % 8
-        yield Damage(f"bit {place} flipped", bytes(changed))
+        yield Damage(f"bit {place} flipped", flipped(content, place))
     if content.isascii() and (digits := [place for place, byte in enumerate(content) if chr(byte).isdigit()]):
         place = digits[rng.integers(len(digits))]
-        changed = bytearray(content)
-        changed[place] ^= 1  # another digit
-        yield Damage(f"digit {place} changed", bytes(changed))
+        yield Damage(f"digit {place} changed", flipped(content, 8 * place))
     if content:
         yield Damage("cut in half", content[: len(content) // 2])
         yield Damage("emptied", b"")
@@ -516,18 +513,15 @@ def resumed_files(bench: Bench) -> None:
         chosen = next(d for d in damages(file.read_bytes(), other.read_bytes(), bench.rng) if d.name.startswith(way))
         chosen.do(file)
         before = saved_steps(workdir)
-        try:
+        with bench.report.attempt(fault):
             line = bench.train(workdir).expect(status, *phrases)
-        except Fault as problem:
-            bench.report.failed(str(problem), fault)
-            continue
-        if status == 0:
-            found = differences(bench.reference, workdir, files=name not in _LINES)
-            bench.report.equal(f"the end, after the line {line!r},", found, fault)
-        elif saved_steps(workdir) != before:
-            bench.report.failed(f"there were checkpoints of {before}, there are {saved_steps(workdir)}", fault)
-        else:
-            bench.report.sentence(fault, line)
+            if status == 0:
+                found = differences(bench.reference, workdir, files=name not in _LINES)
+                bench.report.equal(f"the end, after the line {line!r},", found, fault)
+            elif saved_steps(workdir) != before:
+                bench.report.failed(f"there were checkpoints of {before}, there are {saved_steps(workdir)}", fault)
+            else:
+                bench.report.sentence(fault, line)
 
 
 if __name__ == "__main__":

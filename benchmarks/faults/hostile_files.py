@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import trimesh
 
+from benchmarks.faults.damage import flipped
 from h2a2_jax.convert.torch_file import write_torch_file
 from h2a2_jax.evaluation.matches import Matches, write_matches
 from h2a2_jax.prepare.scan_cache import ScanCache
@@ -27,8 +28,6 @@ from tests.scans.raw.miniature import write_arkitscenes, write_s3dis, write_scan
 
 SETTINGS = {"scale": "demo"}
 """Settings of the cache of prepared scans."""
-
-_MB = 1 << 20
 
 
 class Case(NamedTuple):
@@ -246,9 +245,10 @@ def declared_size(path: Path) -> int:
 
 
 def _flip(content: bytearray, rng: np.random.Generator, count: int) -> bytes:
-    for place in rng.integers(0, len(content), count):
-        content[place] ^= 1 << int(rng.integers(8))
-    return bytes(content)
+    changed = bytes(content)
+    for bit in rng.integers(0, 8 * len(content), count).tolist():
+        changed = flipped(changed, bit)
+    return changed
 
 
 def _zero(content: bytearray, rng: np.random.Generator) -> bytes:

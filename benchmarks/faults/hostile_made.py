@@ -33,7 +33,7 @@ _FLAG = b"\x1b]0;owned\x07\r\n"
 
 _NEST = b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(200))
 """Tuples of tuples of one tuple, as (a, a) with a = (b, b): 2 ** 200 to hash."""
-_NESTED = b"K\x01q\0" + b"0" + _NEST.replace(b"\x86q", b"\x86q")
+_NESTED = b"K\x01q\0" + b"0" + _NEST
 
 
 def _with_letters(value: object, letters: bytes, protocol: int = 3) -> bytes:

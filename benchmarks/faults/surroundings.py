@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.children import ROOT, Bench, Child, Fault
+from benchmarks.faults.children import CONFIG, ROOT, Bench, Child
 from benchmarks.faults.compare import differences
 
 _FROM = 32
@@ -68,46 +68,33 @@ def _resume(
     prefix: Sequence[str] = (),
     program: Sequence[str] = ("run.py",),
 ) -> None:
-    flags = ["--config=configs/joint.py:tiny", f"--workdir={workdir}"]
-    _check_end(bench, fault, bench.start([*program, *flags], changed=changed or {}, prefix=prefix), workdir)
+    command = [*program, CONFIG, f"--workdir={workdir}"]
+    _check_end(bench, fault, bench.start(command, changed=changed or {}, prefix=prefix), workdir)
 
 
-def _check_end(bench: Bench, fault: str, child: Child, workdir: Path) -> None:
-    try:
+def _check_end(bench: Bench, fault: str, child: Child, workdir: Path, *, files: bool = True) -> None:
+    """Expect the end of the training without a fault; `files` is of `differences`."""
+    with bench.report.attempt(fault):
         child.expect(0, f"after step {_FROM} of")
-    except Fault as seen:
-        bench.report.failed(str(seen), fault)
-        return
-    bench.report.equal("the end", differences(bench.reference, workdir), fault)
+        bench.report.equal("the end", differences(bench.reference, workdir, files=files), fault)
 
 
 def _ended(bench: Bench, fault: str, child: Child) -> None:
     """Expect a program to end with one sentence."""
-    try:
+    with bench.report.attempt(fault):
         bench.report.sentence(fault, child.expect(2, "run.py: "))
-    except Fault as seen:
-        bench.report.failed(str(seen), fault)
 
 
 def _linked(bench: Bench) -> None:
     """A workdir that is a symbolic link, with checkpoints that are another one."""
-    there, elsewhere, workdir = (
-        bench.rewound("linked_there", _FROM),
-        bench.empty("linked_elsewhere"),
-        bench.folder / "link",
-    )
+    there, elsewhere = bench.rewound("linked_there", _FROM), bench.empty("linked_elsewhere")
+    workdir = bench.folder / "link"
     (there / "checkpoints").rename(elsewhere)
     (there / "checkpoints").symlink_to(elsewhere)
     workdir.unlink(missing_ok=True)
     workdir.symlink_to(there)
-    child = bench.train(workdir)
-    try:
-        child.expect(0, f"after step {_FROM} of")
-    except Fault as seen:
-        bench.report.failed(str(seen), "workdir and checkpoints are symbolic links")
-        return
-    found = differences(bench.reference, there, files=False)
-    bench.report.equal("the end", found, "workdir and checkpoints are symbolic links")
+    fault = "workdir and checkpoints are symbolic links"
+    _check_end(bench, fault, bench.train(workdir), there, files=False)
 
 
 def _two_side_by_side(bench: Bench) -> None:
@@ -144,15 +131,13 @@ def occupied(bench: Bench) -> None:
         workdir = bench.rewound("occupied", _FROM)
         occupy(workdir)
         child = bench.train(workdir)
-        try:
+        with bench.report.attempt(fault):
             status = child.end()
             if status == 0 and not any("Traceback" in line for line in child.lines):
                 found = [name for name in differences(bench.reference, workdir) if fault.split()[0] not in name]
                 bench.report.equal("the rest", found, fault)
             else:
                 bench.report.sentence(fault, child.expect(2, "run.py: "))
-        except Fault as seen:
-            bench.report.failed(str(seen), fault)
 
 
 def _folder(name: str) -> Callable[[Path], Any]:

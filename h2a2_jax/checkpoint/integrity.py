@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from h2a2_jax.checkpoint.tree import checksum
-from h2a2_jax.errors import InputError
+from h2a2_jax.errors import InputError, reason_of
 from h2a2_jax.files import check_name, read_json, remedy
 from h2a2_jax.host import available_memory
 
@@ -186,9 +186,9 @@ class CheckpointFiles:
             restored = manager.restore(step, args=ocp.args.Composite(**arguments))
             return {item: restored[item] for item in items}
         except Exception as error:  # Orbax raises anything on metadata of another shape
-            why = next(iter(str(error).splitlines()), type(error).__name__)[:200]
             raise DamagedCheckpointError(
-                f"{self.place(step)} cannot be read, a file in it is missing or damaged ({why}): choose another step."
+                f"{self.place(step)} cannot be read, a file in it is missing or damaged ({reason_of(error)}): choose "
+                "another step."
             ) from error
 
     def set_aside(self, step: int) -> Path:

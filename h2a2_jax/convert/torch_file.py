@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from h2a2_jax.errors import InputError, quoted
+from h2a2_jax.errors import InputError, quoted, reason_of
 from h2a2_jax.files import whole_file
 from h2a2_jax.untrusted import check_regular, check_room
 from h2a2_jax.untrusted.arrays import check_archive, check_directory
@@ -94,7 +94,7 @@ def read_torch_file(path: str | Path) -> TorchFile:
     except FileNotFoundError:
         raise InputError(f"There is no file {path}: give a checkpoint of PyTorch, such as tr3d.pth.") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}; check the file.") from error
+        raise InputError(f"{path} cannot be read: {reason_of(error)}; check the file.") from error
     except InputError:
         raise
     except (_Damaged, pickle.UnpicklingError, zipfile.BadZipFile) as error:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from h2a2_jax.distributed import say
-from h2a2_jax.errors import quoted
+from h2a2_jax.errors import reason_of
 from h2a2_jax.evaluation.average_precision import average_precision_of_draws
 from h2a2_jax.files import whole_file
 from h2a2_jax.untrusted.arrays import load_arrays
@@ -113,6 +113,5 @@ def read_matches(file: Path) -> dict[str, Matches]:
             matches.check()
         return found
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or quoted(error, 150) or type(error).__name__
-        say(f"{file} is damaged and left out ({reason}): --mode=eval writes it anew.")
+        say(f"{file} is damaged and left out ({reason_of(error)}): --mode=eval writes it anew.")
         return {}

@@ -48,7 +48,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from h2a2_jax.errors import InputError, quoted
+from h2a2_jax.errors import InputError, quoted, reason_of
 from h2a2_jax.scans.formats.columns import parse_columns
 from h2a2_jax.scans.formats.folders import parts_of_meshes
 from h2a2_jax.scans.formats.point_cloud import COLOR_RANGES, SUFFIXES, ColorRange, PointCloud, read_point_cloud
@@ -148,7 +148,7 @@ def read_folder(root: str | Path) -> FolderDescription:
         document = json.loads(read_bytes(path, growth=24), object_pairs_hook=_unique)  # of empty lists
         return _description(document, Path(root))
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}; check the file.") from error
+        raise InputError(f"{path} cannot be read: {reason_of(error)}; check the file.") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no JSON file ({quoted(error)}): repair or write it again.") from error
     except _Wrong as error:

@@ -25,7 +25,7 @@ from h2a2_jax.checkpoint.train_state import merge_model, split_model
 from h2a2_jax.checkpoint.tree import flat_names
 from h2a2_jax.config import ExperimentConfig
 from h2a2_jax.distributed import is_main, say
-from h2a2_jax.errors import InputError, quoted
+from h2a2_jax.errors import InputError, reason_of
 from h2a2_jax.files import whole_file
 from h2a2_jax.layers import DatasetContext, ForwardContext
 from h2a2_jax.loader.batching import ScanBatch, no_scan, pad_batch
@@ -142,8 +142,9 @@ def read_batch(path: Path) -> list[KeptShard]:
         arrays = load_arrays(path)
         return [_shard(entry, arrays, f"{i}.") for i, entry in enumerate(json.loads(str(arrays["cells"])))]
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or quoted(error)
-        raise InputError(f"{path} is no batch that a run kept ({reason}): give one of its folder nonfinite.") from error
+        raise InputError(
+            f"{path} is no batch that a run kept ({reason_of(error)}): give one of its folder nonfinite."
+        ) from error
 
 
 def _shard(entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray], prefix: str) -> KeptShard:

@@ -52,7 +52,9 @@ def check_room(size: int, what: str) -> None:
     """
     free = available_memory()
     if size > ALWAYS_FITS and size > free // 2:
-        raise OSError(errno.EFBIG, f"{what} takes {_megabytes(size)}, and half of the free {_megabytes(free)} is used")
+        raise OSError(
+            errno.EFBIG, f"{what} takes {_megabytes(size)}, more than half of the {_megabytes(free)} of free memory"
+        )
 
 
 def check_growth(stored: int, content: int, what: str) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy._core import multiarray
 
-from h2a2_jax.errors import InputError, quoted
+from h2a2_jax.errors import InputError, quoted, reason_of
 from h2a2_jax.untrusted import check_regular, check_room
 from h2a2_jax.untrusted.arrays import check_letters
 
@@ -84,9 +84,7 @@ def load_plain_pickle(path: Path) -> Any:
     except FileNotFoundError:
         raise InputError(f"There is no file {path}: check the folder and the file name.") from None
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read: {error.strerror or error}; check the file and its permissions."
-        ) from error
+        raise InputError(f"{path} cannot be read: {reason_of(error)}; check the file and its permissions.") from error
     except NotAdmittedError as error:
         raise InputError(
             f"{path} holds {quoted(error)}, which is not plain data: only numpy arrays and Python's own containers "

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
-from h2a2_jax.errors import InputError, quoted
+from h2a2_jax.errors import InputError, quoted, reason_of
 from h2a2_jax.scans.formats import RawCloud, Thinning
 from h2a2_jax.scans.formats.colors import COLOR_RANGES, ColorRange, real, scaled_colors, settle_colors
 from h2a2_jax.scans.formats.columns import COLUMNS_NOT_USED, Layout, parse_columns
@@ -122,9 +122,7 @@ def read_point_cloud(
     except FileNotFoundError:
         raise InputError(f"There is no file {path}: check the folder and the file name.") from None
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read: {error.strerror or quoted(error)}; check the file, or write it again."
-        ) from error
+        raise InputError(f"{path} cannot be read: {reason_of(error)}; check the file, or write it again.") from error
     except InputError:
         raise
     except (MemoryError, OverflowError) as error:

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from h2a2_jax.errors import InputError, quoted
+from h2a2_jax.errors import InputError, quoted, reason_of
 from h2a2_jax.scans.formats.ply import read_ply_columns
 from h2a2_jax.scans.scan import NOT_FINITE, Scan, UnusableScan
 from h2a2_jax.scans.specs import DatasetSpec
@@ -36,8 +36,7 @@ def read_file(path: Path) -> bytes:
         raise missing_file(path) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise UnusableScan(
-            f"cannot be read from {shown(path)} ({getattr(error, 'strerror', None) or error}): check the file and its "
-            "permissions."
+            f"cannot be read from {shown(path)} ({reason_of(error)}): check the file and its permissions."
         ) from None
 
 

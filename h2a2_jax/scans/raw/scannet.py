@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from h2a2_jax.errors import InputError, quoted
+from h2a2_jax.errors import InputError, quoted, reason_of
 from h2a2_jax.scans import raw
 from h2a2_jax.scans.raw import shown
 from h2a2_jax.scans.scan import Scan, ScanError, UnusableScan, scan_errors
@@ -128,9 +128,7 @@ def _read_text(path: Path, what: str) -> str:
     except FileNotFoundError:
         raise InputError(f"There is no file {shown(path)}: {what}.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{shown(path)} cannot be read as text ({getattr(error, 'strerror', None) or quoted(error)}): {what}."
-        ) from None
+        raise InputError(f"{shown(path)} cannot be read as text ({reason_of(error)}): {what}.") from None
 
 
 def _read_labels(path: Path) -> dict[str, int]:

@@ -23,7 +23,7 @@ from jaxtyping import Float, Float32, Int, Int32, Int64, UInt16
 from PIL import Image
 from scipy.io import loadmat, whosmat
 
-from h2a2_jax.errors import InputError, quoted
+from h2a2_jax.errors import InputError, reason_of
 from h2a2_jax.scans.raw import FAR, NO_BOX, NO_CLASS, check_folder, counted, shown
 from h2a2_jax.scans.scan import Scan, ScanError, UnusableScan, scan_errors
 from h2a2_jax.scans.specs import SUNRGBD
@@ -92,8 +92,7 @@ def load_mat(path: Path, kinds: Mapping[str, str]) -> list[np.ndarray]:
     except InputError:
         raise
     except Exception as error:  # damaged bytes bring about every kind of exception in SciPy's reader
-        reason = getattr(error, "strerror", None) or quoted(error)
-        raise InputError(f"{shown(path)} is no readable MATLAB file ({reason}): download it again.") from None
+        raise InputError(f"{shown(path)} is no readable MATLAB file ({reason_of(error)}): download it again.") from None
 
 
 def _check_complete(content: bytes) -> None:
@@ -409,8 +408,9 @@ def _read_image(path: Path, modes: tuple[str, ...], expected: str) -> np.ndarray
     except FileNotFoundError:
         raise UnusableScan(f"lacks the image {shown(path)}, which is missing: unpack SUNRGBD.zip again.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or quoted(error)
-        raise UnusableScan(f"has an unreadable image {shown(path)} ({reason}): unpack SUNRGBD.zip again.") from None
+        raise UnusableScan(
+            f"has an unreadable image {shown(path)} ({reason_of(error)}): unpack SUNRGBD.zip again."
+        ) from None
     raise UnusableScan(f"has an image of mode {mode} at {shown(path)}, but {expected}: unpack SUNRGBD.zip again.")
 
 
