@@ -94,7 +94,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
     gaps = [word for word in words if _GAP.fullmatch(word)]
     for kinds in (_BALANCER_WORDS, gaps, *_RIVAL_WORDS):
         if len(rivals := [word for word in dict.fromkeys(words) if word in kinds]) > 1:
-            raise InputError(f"configs/joint.py:{variant} names {' and '.join(rivals)}, of which one goes: choose one.")
+            raise InputError(
+                f"configs/joint.py:{variant} names {' and '.join(rivals)}, which exclude one another: choose one."
+            )
     config = BASES[bases[0]]()
     for word, change in MODIFIERS.items():
         if word in words:

@@ -46,7 +46,6 @@ the AP of a class without ground truth. Shares are from 0 to 1.
 evaluation.csv has a row per dataset, threshold and class, and one of the means, called "(mean)".
 """
 
-import contextlib
 import csv
 import io
 import json
@@ -176,11 +175,7 @@ def evaluation_folder(workdir: Path, step: int) -> Path:
 
 def read_evaluations(workdir: Path) -> dict[int, dict[str, Any]]:
     """Documents by step, rising; evaluations that cannot be read are left out (`damaged_evaluations`)."""
-    found = {}
-    for step, file in _evaluation_files(workdir):
-        with contextlib.suppress(InputError):
-            found[step] = read_evaluation(file)
-    return found
+    return _read_all(workdir)[0]
 
 
 def damaged_evaluations(
@@ -195,27 +190,28 @@ def damaged_evaluations(
         names: names of the run's datasets; given, an evaluation of others is foreign.
         lines: lines of the run's metrics by step; given, an evaluation with other scores than its line is foreign.
     """
-    found = {}
-    for step, file in _evaluation_files(workdir):
-        try:
-            documents = read_evaluation(file)
-        except InputError as error:
-            found[step] = str(error)
-            continue
-        logged = (lines or {}).get(step, {})
+    read, found = _read_all(workdir)
+    for step, documents in read.items():
+        file, logged = evaluation_folder(workdir, step) / JSON_FILE, (lines or {}).get(step, {})
         if names is not None and documents.keys() != set(names):
             given, own = (", ".join(sorted(map(str, some)))[:200] for some in (documents, names))
             found[step] = f"{file} is of the datasets {given}; those of this run are {own}."
         elif any(logged.get(key, score) != score for key, score in score_metrics(documents).items()):
             found[step] = f"{file} has other scores than the line of step {step} in metrics.jsonl."
-    return found
+    return dict(sorted(found.items()))
 
 
-def _evaluation_files(workdir: Path) -> list[tuple[int, Path]]:
-    """Step and evaluation.json of each evaluated step, rising."""
-    folders = [path for path in (workdir / FOLDER).glob("*/") if re.fullmatch(_STEP, path.name)]
-    files = [(int(folder.name), folder / JSON_FILE) for folder in folders]
-    return sorted((step, file) for step, file in files if os.path.lexists(file))
+def _read_all(workdir: Path) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+    """Documents of the evaluations that can be read, and what is wrong with the others, by step, rising."""
+    read, damaged = {}, {}
+    for step in sorted(int(path.name) for path in (workdir / FOLDER).glob("*/") if re.fullmatch(_STEP, path.name)):
+        file = evaluation_folder(workdir, step) / JSON_FILE
+        if os.path.lexists(file):
+            try:
+                read[step] = read_evaluation(file)
+            except InputError as error:
+                damaged[step] = str(error)
+    return read, damaged
 
 
 def mean_score(documents: Mapping[str, Any]) -> float:
@@ -232,7 +228,11 @@ def best_step(workdir: Path, among: Collection[int] | None = None) -> int | None
         workdir: folder of the run.
         among: steps that count, such as those with a checkpoint; None: all.
     """
-    scores = {step: mean_score(documents) for step, documents in read_evaluations(workdir).items()}
+    return _best(read_evaluations(workdir), among)
+
+
+def _best(read: Mapping[int, Mapping[str, Any]], among: Collection[int] | None) -> int | None:
+    scores = {step: mean_score(documents) for step, documents in read.items()}
     counting = scores if among is None else scores.keys() & {*among}
     known = {step: scores[step] for step in counting if not math.isnan(scores[step])}
     return max(known, key=lambda step: (known[step], step), default=None)
@@ -243,8 +243,9 @@ def lasting_steps(workdir: Path, steps: Collection[int]) -> set[int]:
 
     A step whose evaluation is there and cannot be read may be the best one.
     """
-    best, doubtful = best_step(workdir, steps), damaged_evaluations(workdir)
-    return {step for step in steps if step == best or step in doubtful}
+    read, damaged = _read_all(workdir)
+    best = _best(read, steps)
+    return {step for step in steps if step == best or step in damaged}
 
 
 def chosen_step(workdir: Path, text: str | None) -> int | None:
@@ -257,7 +258,8 @@ def chosen_step(workdir: Path, text: str | None) -> int | None:
     if text is None or text == LAST:
         return None
     if text == BEST:
-        step, damaged = best_step(workdir), damaged_evaluations(workdir)
+        read, damaged = _read_all(workdir)
+        step = _best(read, None)
         if damaged:
             of_others = "" if step is None else f"give --step={step}, the best of the others, or "
             raise InputError(
