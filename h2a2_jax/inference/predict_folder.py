@@ -96,7 +96,7 @@ def predict_inputs(
         detector = open_detector()
         settings = replace(settings or detector.config.eval, score_threshold=min(request.score, FAINT_SCORE))
         predictor = build_predictor(
-            detector, renamed_specs(detector.specs, request.names), settings, default_cache(say)
+            detector, renamed_specs(detector.specs, request.names), settings, default_cache(say), say
         )
         _checked_choice(request, predictor.heads)
         predictor.check_weights()  # else every file would fail for it

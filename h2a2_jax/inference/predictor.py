@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from h2a2_jax.boxes.codec import ROTATED_CHANNELS
 from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.checkpoint.store import StoredDetector
 from h2a2_jax.checkpoint.tree import flat_names
+from h2a2_jax.compilation import Say
 from h2a2_jax.config import EvalConfig
 from h2a2_jax.errors import InputError
 from h2a2_jax.host import progress_interval
@@ -88,12 +90,14 @@ class Predictor:
         kernels: Literal["selected", "shared"] = "selected",
         folded: bool = True,
         cache: Path | None = None,
+        say: Say = warnings.warn,
     ):
         """Take over a trained model; the thresholds and choices are those of `Detector.restore`.
 
         The specs are in the order of the model's dataset axis. With or without `folded`, results are equal up to
         rounding. A stored detector is built only if a program has to be compiled. `cache` is a folder for compiled
-        programs (`h2a2_jax.compilation.private_folder`); None keeps them in memory alone.
+        programs (`h2a2_jax.compilation.private_folder`); None keeps them in memory alone. `say` is told what is wrong
+        with that folder.
 
         Raises:
             ValueError: the specs are not those of the model.
@@ -121,7 +125,9 @@ class Predictor:
             )
         self._parts = _Parts(model, self._choices(0))
         self._arrays = _arrays_of(model)
-        self._store = None if cache is None else ProgramStore(cache, repr((config, tuple(heads))), self._kind.levels)
+        self._store = None
+        if cache is not None:
+            self._store = ProgramStore(cache, repr((config, tuple(heads))), self._kind.levels, say)
         # One program serves all datasets: folded detectors differ in their parameters only.
         self._fold = self._program(self._parts.fold, "fold") if folded else None
         self._forward = self._program(partial(self._parts.forward, folded), f"forward_{folded}")
@@ -290,7 +296,11 @@ class Predictor:
 
 
 def build_predictor(
-    model: DetectorNetwork | StoredDetector, specs: Sequence[DatasetSpec], config: EvalConfig, cache: Path | None = None
+    model: DetectorNetwork | StoredDetector,
+    specs: Sequence[DatasetSpec],
+    config: EvalConfig,
+    cache: Path | None = None,
+    say: Say = warnings.warn,
 ) -> Predictor:
     """Build the predictor of a config; `Predictor` has the other arguments and the errors."""
     return Predictor(
@@ -301,6 +311,7 @@ def build_predictor(
         conditioning=config.conditioning,
         kernels=config.kernels,
         cache=cache,
+        say=say,
     )
 
 

@@ -29,7 +29,7 @@ import jaxlib
 from jax.experimental import serialize_executable
 
 import h2a2_jax
-from h2a2_jax.compilation import SignedFolder
+from h2a2_jax.compilation import Say, SignedFolder
 from h2a2_jax.host import available_cores, cpu_features
 from h2a2_jax.pretrained.catalog import MIRROR_VARIABLE
 from h2a2_jax.sparse import native_form
@@ -54,20 +54,21 @@ _NO_MATTER = ("cache", "log", "traceback", "profil", "coordinat", "distributed")
 class ProgramStore:
     """Compiled programs of one kind of detector in a folder, with the padded shapes that they were compiled for.
 
-    A store is a cache. A file that is damaged or of other versions counts as none, and one that cannot be written is a
-    warning. May be used from several threads, and by several processes at once.
+    A store is a cache. A file that is damaged or of other versions counts as none, and one that cannot be written is
+    told. May be used from several threads, and by several processes at once.
 
     Args:
         folder: a folder of the user, such as `private_folder` returns; it is there.
         detector: text that is different for detectors of different architectures.
         levels: named tuple of int of the padded shapes (`DetectorKind.levels`).
+        say: is told what keeps programs from being kept or loaded.
 
     Raises:
         InputError: there is no key to sign programs with (`h2a2_jax.compilation.signing_key`).
     """
 
-    def __init__(self, folder: Path, detector: str, levels: type[Any]):
-        self._files, self._levels = SignedFolder(folder), levels
+    def __init__(self, folder: Path, detector: str, levels: type[Any], say: Say = warnings.warn):
+        self._files, self._levels, self._say = SignedFolder(folder, say), levels, say
         self.detector = f"{_environment()}\n{detector}"
         self._index = f"{_digest(self.detector)[:32]}{_INDEX_ENDING}"
         self._ahead: dict[str, Future[tuple[Any, Any] | None]] = {}
@@ -92,13 +93,13 @@ class ProgramStore:
         return found
 
     def save(self, digest: str, compiled: Any, result: Any) -> None:
-        """Store a compiled program; a full disk, or a program that JAX cannot store, is a warning."""
+        """Store a compiled program; a full disk, or a program that JAX cannot store, is told."""
         try:
             payload, arguments, _ = serialize_executable.serialize(compiled)
             body = zlib.compress(pickle.dumps((arguments.num_leaves, result, payload)), 1)
             self._files.write(digest + _ENDING, body)
         except (OSError, ValueError, NotImplementedError, RuntimeError) as error:
-            warnings.warn(f"A compiled program cannot be kept in {self._files.folder} ({error}).", stacklevel=2)
+            self._say(f"A compiled program cannot be kept in {self._files.folder} ({error}).")
             return
         self._note_use(digest)
         self._files.make_room(_ENDING, _MOST_BYTES)
@@ -143,7 +144,7 @@ class ProgramStore:
             compiled = serialize_executable.deserialize_and_load(payload, *trees, execution_devices=_devices())
         except (ValueError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
             path = self._files.folder / (digest + _ENDING)
-            warnings.warn(f"The program {path} cannot be loaded ({error}): it is compiled again.", stacklevel=2)
+            self._say(f"The program {path} cannot be loaded ({error}): it is compiled again.")
             return None
         return compiled, result
 
@@ -167,7 +168,7 @@ class ProgramStore:
                 self._files.write(self._index, json.dumps(document).encode())
             except OSError as error:
                 path = self._files.folder / self._index
-                warnings.warn(f"The cache {path} cannot be written ({error.strerror}).", stacklevel=2)
+                self._say(f"The cache {path} cannot be written ({error.strerror}).")
 
 
 class KeptProgram:

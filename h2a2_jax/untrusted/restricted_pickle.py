@@ -119,8 +119,13 @@ def load_inert_pickle(
 
 
 def is_plain_key(key: Any) -> bool:
-    """Return True if a key is hashed in no time, and unlike others; a tuple of tuples of tuples is not."""
-    return key is None or isinstance(key, str | bytes | int | float | np.number)
+    """Return True if a key is hashed in no time, and unlike others; a tuple of tuples of tuples is not.
+
+    Nor are long whole numbers: all multiples of one of 61 bits have the same hash, and are compared with one another.
+    """
+    if isinstance(key, int):
+        return key.bit_length() < 64
+    return key is None or isinstance(key, str | bytes | float | np.number)
 
 
 # The one in Python: its steps can be replaced, and a few damaged bytes do not make it fill the memory.
@@ -249,7 +254,7 @@ def _checked_keys(keys: Iterable[Any]) -> list[Any]:
     for key in listed:
         if not is_plain_key(key):
             raise pickle.UnpicklingError(
-                f"a {type(key).__name__} as a key of a dictionary or a member of a set, which numbers and text can be"
+                f"a {type(key).__name__} as a key of a dictionary or a member of a set, which text and numbers below 2^63 can be"
             )
     return listed
 

@@ -78,6 +78,10 @@ def test_a_damaged_program_is_compiled_again(tmp_path: Path):
         with pytest.warns(UserWarning, match=r"are damaged or of another user or machine: they do not run"):
             assert run(ProgramStore(tmp_path, "detector", LevelSizes))[0] == 1
         assert run(ProgramStore(tmp_path, "detector", LevelSizes))[0] == 0
+    file.write_bytes(b"")
+    told: list[str] = []
+    run(ProgramStore(tmp_path, "detector", LevelSizes, told.append))  # as the command prints it
+    assert len(told) == 1 and "they do not run" in told[0]
 
 
 def test_programs_of_another_user_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -118,3 +118,11 @@ def test_data_shared_and_nested_as_in_annotations_are_loaded(tmp_path):
     loaded = load_plain_pickle(tmp_path / "good.pkl")
     np.testing.assert_array_equal(loaded.pop(3), found.pop(3))
     assert loaded == found
+
+
+def test_keys_of_one_hash_are_refused(tmp_path):
+    numbers = {i * ((1 << 61) - 1): i for i in range(1, 50)}  # as many comparisons as the square of their number
+    for content in (numbers, {*numbers}):
+        (tmp_path / "keys.pkl").write_bytes(pickle.dumps(content))
+        with pytest.raises(InputError, match=r"a int as a key .*text and numbers below 2\^63"):
+            load_plain_pickle(tmp_path / "keys.pkl")

@@ -85,6 +85,10 @@ def _from_archive(path: Path, archive: zipfile.ZipFile, thinning: Thinning, colu
     members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
     names, found = list(members), roles(list(members))
     points, colors = _named(names, _POINT_ARRAYS), _named(names, _COLOR_ARRAYS)
+    read = [name for name in (points, colors) if name] if points else [names[place] for place in found.used]
+    # Together: colours that are all alike, beside points that are not, are packed to a thousandth.
+    stored, size = (sum(getattr(members[name], each) for name in read) for each in ("compress_size", "file_size"))
+    check_growth(stored, size, f"its content ({quoted(', '.join(read), 60)})")
     if points:
         rows, turned = _member(path, archive, members[points], thinning)
         raw, used = from_rows(path, rows, columns, f"its array {points}").remarked(*turned), [points]
@@ -124,7 +128,6 @@ def _named(names: Sequence[str], known: tuple[str, ...]) -> str | None:
 def _member(
     path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, thinning: Thinning
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    check_growth(info.compress_size, info.file_size, f"its array {quoted(info.filename, 60)}")
     with archive.open(info) as file:
         return _array(path, file, info.file_size, thinning)
 

@@ -266,3 +266,13 @@ def test_text_files_are_read_whatever_their_suffix(tmp_path, suffix):
     cloud = read_point_cloud(path)
     np.testing.assert_array_equal(cloud.points, POINTS)
     np.testing.assert_array_equal(cloud.colors, COLORS)
+
+
+def test_archives_whose_colours_are_all_alike(tmp_path, monkeypatch):
+    monkeypatch.setattr("h2a2_jax.untrusted.ALWAYS_FITS", 1000)
+    points = np.random.default_rng(0).normal(size=(20_000, 3)).astype(np.float32)
+    np.savez_compressed(tmp_path / "grey.npz", points=points, colors=np.full(points.shape, 0.5))
+    assert len(read_point_cloud(tmp_path / "grey.npz").points) == len(points)
+    np.savez_compressed(tmp_path / "zeros.npz", points=np.zeros_like(points), colors=np.zeros_like(points))
+    with pytest.raises(InputError, match=r"its content \(points, colors\) claims"):
+        read_point_cloud(tmp_path / "zeros.npz")
