@@ -100,8 +100,8 @@ def train(
     """Train, save and evaluate; resume from the newest checkpoint if there is one.
 
     Writes to the workdir: config.json, metrics.jsonl (`MetricsWriter`), selection.jsonl (`SelectionLog`), tensorboard/,
-    checkpoints/, evaluations/, evaluation.json and summary.md; keeps compiled programs in cache/. In a run of several
-    processes all call this function, with a workdir that all can read; the first one writes.
+    checkpoints/, evaluations/, evaluation.json and summary.md; keeps compiled programs in the user's folder. In a run
+    of several processes all call this function, with a workdir that all can read; the first one writes.
 
     SIGTERM, SIGHUP and Ctrl-C end the run after the step under way, which is saved, and while a step compiles at once,
     with the steps before it saved. A second Ctrl-C ends the run at once.
