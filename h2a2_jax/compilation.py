@@ -13,12 +13,13 @@ import errno
 import hashlib
 import hmac
 import importlib
+import inspect
 import os
 import secrets
 import stat
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,8 @@ _ENDING = ".compiled"
 _MOST_BYTES = 1 << 31
 """Size of all programs that JAX keeps for training; those that were not used for the longest time are removed."""
 _PROBE = "h2a2_jax-probe"
+_WRITTEN = ("cache_key", "compile_time_secs", "module_name", "backend", "executable", "host_callbacks")
+"""Parameters of JAX's function that stores a program."""
 _UNUSED = object()
 _named_by_user: Any = _UNUSED
 """Inside of `compilation_cache`, the folder that jax.config named outside of it."""
@@ -305,6 +308,8 @@ def compilation_cache(say: Say = warnings.warn) -> Iterator[None]:
     JAX_COMPILATION_CACHE_DIR or `jax.config` names is set aside for "h2a2_jax" in it. Where that is an address
     (gs://...), or H2A2_CACHE is "off", JAX's settings stay as they are.
 
+    Of the processes of a run, each keeps its own programs, for JAX's keys differ by process on CPUs.
+
     A folder that cannot be used or written to, or a JAX that takes no cache of ours, costs the cache alone: `say` is
     told once. One inside of another changes nothing.
     """
@@ -324,7 +329,8 @@ def compilation_cache(say: Say = warnings.warn) -> Iterator[None]:
     _named_by_user = _folder_of_jax()
     try:
         _set_cache(cache, say)
-        yield
+        with _every_process_stores() if cache is not None and cache.asked else contextlib.nullcontext():
+            yield
     finally:
         jax_cache.reset_cache()
         jax.config.update("jax_compilation_cache_dir", _named_by_user)
@@ -361,6 +367,37 @@ def _set_cache(cache: "_CheckedCache | None", say: Say) -> None:
     if not cache.asked:
         jax_cache.reset_cache()
         say(f"JAX {jax.__version__} keeps no compiled programs for this version of h2a2_jax: install JAX 0.10.")
+
+
+@contextlib.contextmanager
+def _every_process_stores() -> Iterator[None]:
+    """Inside, processes other than the first store what they compiled, too; without effect if JAX does it otherwise."""
+    compiler: Any = importlib.import_module("jax._src.compiler")
+    private: Any = importlib.import_module("jax._src.compilation_cache")
+    write = getattr(compiler, "_cache_write", None)
+    if write is None or (*inspect.signature(write).parameters,) != _WRITTEN:
+        yield
+        return
+
+    def store(
+        cache_key: str,
+        compile_time_secs: float,
+        module_name: str,
+        backend: Any,
+        executable: Any,
+        host_callbacks: Sequence[Any],
+    ) -> None:
+        write(cache_key, compile_time_secs, module_name, backend, executable, host_callbacks)
+        least = jax.config.jax_persistent_cache_min_compile_time_secs  # type: ignore[attr-defined]
+        if jax.process_index() and not host_callbacks and compile_time_secs >= least:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # of a program that has no bytes to keep
+                private.put_executable_and_time(cache_key, module_name, executable, backend, int(compile_time_secs))
+
+    compiler._cache_write = store
+    try:
+        yield
+    finally:
+        compiler._cache_write = write
 
 
 class _CheckedCache:

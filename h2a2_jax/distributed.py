@@ -241,9 +241,8 @@ class _End:
         time.sleep(_GRACE_S.get(loss.kind, 0))
         self._lock.acquire()
         text = loss.text(self._member.index, self._member.count)
-        if _describers:
-            text += f"; {_in_time(_describers[-1])}"
-        self._exit(loss.status, f"{text}.")
+        saved = _in_time(_describers[-1]) if _describers else "start all processes again"
+        self._exit(loss.status, f"{text}; {saved}.")
 
     def after_error(self, error: BaseException) -> NoReturn:
         """End after an error in the main thread; other processes are told."""

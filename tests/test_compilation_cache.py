@@ -174,6 +174,22 @@ def test_a_jax_that_takes_no_notice_of_the_cache_has_none(no_cache: None, monkey
             assert len(said) == 1 and "keeps no compiled programs for this version of h2a2_jax" in said[0]
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_each_process_of_a_run_keeps_its_programs(
+    is_known: bool, no_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JAX leaves that to the first process; a JAX that does it in another way is left alone."""
+    compiler = sys.modules["jax._src.compiler"]
+    if not is_known:
+        monkeypatch.setattr(compiler, "_cache_write", lambda *_: None)
+    before = compiler._cache_write
+    monkeypatch.setattr(compiler.distributed.global_state, "process_id", 1)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert run_anew() == (1, 0)
+    assert compiler._cache_write is before
+    assert run_anew() == ((0, 1) if is_known else (1, 0))
+
+
 def test_a_program_that_cannot_be_written_is_said_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     cache = compilation._CheckedCache(SignedFolder(private_folder(user_cache()), said.append), said.append)

@@ -74,6 +74,21 @@ def test_all_learn_of_a_process_that_dies(dead: int) -> None:
     assert Loss(dead, "died").text(2, 3) == f"process {dead} of 3 died"
 
 
+def test_a_process_that_is_silent_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("h2a2_jax.rendezvous._BEAT_S", 0.05)
+    monkeypatch.setattr(Link, "_follow", lambda watch: None)  # as if it were stopped once it met the others
+    port = free_port()
+    hub, link = meet(member(port, 0, count=2, timeout=2), member(port, 1, count=2, timeout=2))
+    assert isinstance(hub, Hub) and isinstance(link, Link)
+    seen: list[Loss] = []
+    hub.watch(seen.append)
+    assert until(lambda: seen) and seen == [Loss(1, "silent", detail="2 s")]
+    link.close()
+    hub.close()
+    assert seen[0].text(0, 2) == "process 1 of 2 has not answered for 2 s"
+    assert seen[0].text(1, 2) == "process 1 of 2, this one, did not answer for 2 s, so that the others ended"
+
+
 def test_a_process_that_ends_early_says_why() -> None:
     with three() as (watches, seen):
         stopped = Loss(2, "stopped", 0, "SIGTERM")

@@ -8,8 +8,10 @@ training without a fault, bit by bit. The program prints one line for each event
 then a table of all faults: survived, ended with one sentence, or at fault; --table writes it as Markdown. It exits with
 status 1 if something failed. All files are in a temporary folder, or in --folder, which stays.
 
-from benchmarks.faults.stops import compiling, second, sigterm, workers
-from benchmarks.faults.surroundings import occupied, surroundings
+    kills      SIGKILL at moments spread over start-up, steps, saving, evaluation and the end; some with the cache of
+               compiled programs of its own
+    sigterm    SIGTERM, SIGHUP and SIGINT, once and twice: the step is saved, the status is 0 and 130; signals while a
+               step compiles
     disk       a disk that is full when a checkpoint or a line is written; a read-only disk (needs root)
     damaged    checkpoints with a file cut in half, a flipped bit or a missing folder
     files      every file of a run and of a pretrained folder, damaged in eight ways and read; some of them resumed
@@ -17,7 +19,8 @@ from benchmarks.faults.surroundings import occupied, surroundings
     workers    a process that loads scans is killed
     devices    saved on three devices, resumed on one and on six; evaluated on one, three and six
     poison     scans with colours that are not finite
-    processes  three processes: SIGTERM for one of them; some that are missing or disagree; each killed in turn
+    processes  three processes: one stopped for a while, for good, and by SIGTERM; some that are missing, die at the
+               start or disagree; each killed in turn, in a step, while saving and in the evaluation
     output     outputs that are closed, full or not read, a terminal that closes
     vanish     a workdir that is removed, moved or replaced
     hostile    800 damaged and hostile files over all readers: one sentence each, in bounded memory and time
@@ -42,7 +45,7 @@ from benchmarks.faults.files import files, resumed_files
 from benchmarks.faults.hostile import hostile
 from benchmarks.faults.kills import kills, own_cache
 from benchmarks.faults.output import output, vanish
-from benchmarks.faults.processes import killed, processes, strangers
+from benchmarks.faults.processes import killed, processes, silent, strangers
 from benchmarks.faults.stops import compiling, second, sigterm, workers
 from benchmarks.faults.surroundings import occupied, surroundings
 from benchmarks.faults.values import devices, poison
@@ -50,7 +53,7 @@ from h2a2_jax.files import whole_file
 
 SCENARIOS: dict[str, tuple[tuple[Callable[[Bench], None], ...], int]] = {
     "kills": ((kills, own_cache), 6),
-    "sigterm": ((sigterm, compiling), 18),
+    "sigterm": ((sigterm, compiling), 19),
     "disk": ((disk,), 8),
     "damaged": ((damaged,), 5),
     "files": ((files, resumed_files), 13),
@@ -58,7 +61,7 @@ SCENARIOS: dict[str, tuple[tuple[Callable[[Bench], None], ...], int]] = {
     "workers": ((workers,), 1),
     "devices": ((devices,), 7),
     "poison": ((poison,), 4),
-    "processes": ((processes, strangers, killed), 36),
+    "processes": ((processes, silent, strangers, killed), 47),
     "output": ((output,), 7),
     "vanish": ((vanish,), 6),
     "hostile": ((hostile,), 0),

@@ -34,8 +34,11 @@ def sigterm(bench: Bench) -> None:
         workdir = bench.rewound(f"stopped_{number.name}", 16)
         for when, condition in (("a step", _stepping), ("a step", _stepping), ("an evaluation", _evaluating)):
             _stop(bench, workdir, number, when, condition)
+        if number == signal.SIGINT:
+            _stop(bench, workdir, number, "a step", _stepping, times=2)
         bench.train(workdir).expect(0)
-        report.equal(f"the end after three times {number.name}", differences(bench.reference, workdir, files=False))
+        fault = f"{number.name} in steps and an evaluation{', and twice at once' * (number == signal.SIGINT)}"
+        report.equal("the end", differences(bench.reference, workdir, files=False), fault)
 
 
 def compiling(bench: Bench) -> None:
@@ -69,16 +72,18 @@ def _stop(
     number: signal.Signals,
     when: str,
     condition: Callable[[Child], Callable[[], object]],
-    **how: int,
+    times: int = 1,
 ) -> None:
-    """Send a signal during steps or an evaluation."""
-    child = bench.train(workdir, **how)  # type: ignore[arg-type]
+    """Send a signal during steps or an evaluation, once or several times."""
+    child = bench.train(workdir)
     if not child.wait_for(condition(child)) or not child.wait(bench.rng.uniform(0, 1.5)):
         raise Fault(f"the training ended before {number.name} in {when}")
-    child.process.send_signal(number)
+    for _ in range(times):
+        child.process.send_signal(number)
+        child.wait(0.05)  # signals that are pending at once count as one
     line = child.expect(130 if number == signal.SIGINT else 0, f"Stopped by {number.name}; step", "the same command")
     step = saved_step(line)
-    bench.report.event(f"{number.name} in {when}: {line}")
+    bench.report.event(f"{number.name}{' twice' * (times > 1)} in {when}: {line}")
     if newest(workdir) != step:
         bench.report.failed(f"it printed that step {step} is saved, the newest checkpoint is of step {newest(workdir)}")
 
