@@ -94,6 +94,14 @@ def _remove_remains(place: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove what killed processes left of files in a folder that they wrote with `whole_file`."""
+    for left in folder.glob(".*.part*"):
+        found = re.fullmatch(r"\..*\.(\d+)\.part(\..*)?", left.name)
+        if found and not _is_running(int(found[1])):
+            left.unlink(missing_ok=True)
+
+
 def _is_running(process: int) -> bool:
     if os.name != "posix":
         return True  # there the question would be a signal

@@ -1,8 +1,13 @@
 """Whole files: complete, or as they were before."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from h2a2_jax.files import whole_file
+from h2a2_jax.files import remove_parts, whole_file
 
 
 def test_two_processes_write_one_file(tmp_path, monkeypatch):
@@ -20,3 +25,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         part.write_text("half")
         raise RuntimeError
     assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_killed_processes_left_of_files_is_removed(tmp_path: Path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, own, other = (
+        tmp_path / name for name in (f".curves.{ended.pid}.part.png", f".a.{os.getpid()}.part", ".b.part")
+    )
+    for path in (left, own, other):
+        path.write_text("half")
+    remove_parts(tmp_path)
+    assert not left.exists() and own.exists() and other.exists()

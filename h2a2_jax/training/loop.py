@@ -31,7 +31,7 @@ from h2a2_jax.evaluation.documents import (
     write_evaluation,
 )
 from h2a2_jax.evaluation.evaluate import evaluate, merged, say_notes, say_skipped
-from h2a2_jax.files import alone_in, drop_lines_after, remedy, whole_file
+from h2a2_jax.files import alone_in, drop_lines_after, remedy, remove_parts, whole_file
 from h2a2_jax.host import revision, shortage, versions
 from h2a2_jax.inference.predictor import Predictor, build_predictor
 from h2a2_jax.initialization import build_detector
@@ -197,6 +197,8 @@ def set_up(
         raise InputError(f"The processes find different checkpoints in {workdir}: give a folder that all share.")
     if is_main():  # only now: a workdir of another run stays as it is
         drop_lost_steps(workdir, first, config.optim.accumulate_steps)
+        for folder in (workdir, *(workdir / EVALUATIONS).glob("*/")):
+            remove_parts(folder)
         doubtful |= doubtful_evaluations(workdir, config, [step for step in store.steps() if step < total])
         store.tidy()
         with whole_file(workdir / "config.json") as part:
