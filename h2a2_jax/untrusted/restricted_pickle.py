@@ -256,7 +256,8 @@ def _checked_keys(keys: Iterable[Any]) -> list[Any]:
     for key in listed:
         if not is_plain_key(key):
             raise pickle.UnpicklingError(
-                f"a {type(key).__name__} as a key of a dictionary or a member of a set, which text and numbers below 2^63 can be"
+                f"a {type(key).__name__} as a key of a dictionary or a member of a set, which text and numbers below "
+                "2^63 can be"
             )
     return listed
 
