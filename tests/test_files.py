@@ -2,7 +2,8 @@
 
 import pytest
 
-from h2a2_jax.files import whole_file
+from h2a2_jax.errors import InputError
+from h2a2_jax.files import check_name, whole_file
 
 
 def test_two_processes_write_one_file(tmp_path, monkeypatch):
@@ -20,3 +21,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         part.write_text("half")
         raise RuntimeError
     assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_folders_that_no_system_opens(tmp_path):
+    check_name(tmp_path / "missing" / "run")
+    for name, why in (("a" * 300, "too long"), ("a\0b", "null"), ("b\udcff", "not UTF-8")):
+        with pytest.raises(InputError, match=f"The folder .*{why}.*give another one"):
+            check_name(tmp_path / name)
