@@ -27,6 +27,7 @@ from h2a2_jax.errors import INTERRUPTED, InputError, Stopped
 if TYPE_CHECKING:
     from h2a2_jax.config import ExperimentConfig
     from h2a2_jax.inference.input_files import PredictRequest
+from h2a2_jax.files import check_name
 from h2a2_jax.host import allow_open_files, keep_output, output_is_lost, quiet_command_line, shortage
 from h2a2_jax.rendezvous import CHECKPOINT
 
@@ -189,6 +190,8 @@ def _run_command(command: Command, arguments: list[str], program: str, spell: Ca
         _build_parser(command, program).print_help()
         return None
     invocation = parse(command, arguments, program, spell)
+    if workdir := getattr(invocation.flags, "workdir", None):
+        check_name(Path(workdir))
     cache: AbstractContextManager[None] = nullcontext()
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         from h2a2_jax.compilation import compilation_cache  # imports JAX

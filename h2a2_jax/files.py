@@ -31,7 +31,10 @@ def remedy(reason: str | None) -> str:
 
 
 def check_name(folder: Path) -> None:
-    """Raise InputError if a path is not UTF-8: the libraries that store arrays cannot open it."""
+    """Raise InputError if a path cannot be looked at, or is not UTF-8: the libraries that store arrays cannot open it.
+
+    A folder that is missing passes.
+    """
     try:
         str(folder).encode()
     except UnicodeEncodeError:
@@ -39,6 +42,13 @@ def check_name(folder: Path) -> None:
             f"The folder {str(folder)!a} has characters in its name that are not UTF-8, in which no checkpoint can be "
             "stored: give another one, or rename it."
         ) from None
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that is too long, a folder above that is closed, a NUL
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"The folder {folder} cannot be opened ({why}): give another one.") from error
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from h2a2_jax.files import remove_parts, whole_file
+from h2a2_jax.errors import InputError
+from h2a2_jax.files import check_name, remove_parts, whole_file
 
 
 def test_two_processes_write_one_file(tmp_path, monkeypatch):
@@ -37,3 +38,10 @@ def test_what_killed_processes_left_of_files_is_removed(tmp_path: Path):
         path.write_text("half")
     remove_parts(tmp_path)
     assert not left.exists() and own.exists() and other.exists()
+
+
+def test_folders_that_no_system_opens(tmp_path):
+    check_name(tmp_path / "missing" / "run")
+    for name, why in (("a" * 300, "too long"), ("a\0b", "null"), ("b\udcff", "not UTF-8")):
+        with pytest.raises(InputError, match=f"The folder .*{why}.*give another one"):
+            check_name(tmp_path / name)

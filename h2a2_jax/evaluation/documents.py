@@ -261,7 +261,11 @@ def chosen_step(workdir: Path, text: str | None) -> int | None:
         read, damaged = _read_all(workdir)
         step = _best(read, None)
         if damaged:
-            of_others = "" if step is None else f"give --step={step}, the best of the others, or "
+            # The best of the others may be an early one, whose checkpoint is gone.
+            folders = (workdir / "checkpoints").glob("*/")
+            saved = [int(folder.name) for folder in folders if re.fullmatch(_STEP, folder.name)]
+            other = best_step(workdir, saved)
+            of_others = "" if other is None else f"give --step={other}, the best of the others, or "
             raise InputError(
                 f"The best checkpoint of {workdir} is not known: {next(iter(damaged.values()))} Or {of_others}start "
                 "the training again, which mends this."

@@ -31,7 +31,7 @@ from h2a2_jax.evaluation.documents import (
     write_evaluation,
 )
 from h2a2_jax.evaluation.evaluate import evaluate, merged, say_notes, say_skipped
-from h2a2_jax.files import alone_in, drop_lines_after, remedy, remove_parts, whole_file
+from h2a2_jax.files import alone_in, check_name, drop_lines_after, remedy, remove_parts, whole_file
 from h2a2_jax.host import revision, shortage, versions
 from h2a2_jax.inference.predictor import Predictor, build_predictor
 from h2a2_jax.initialization import build_detector
@@ -163,6 +163,7 @@ def set_up(
     mesh = train_mesh(len(config.datasets), devices)
     process_layout = MeshLayout(mesh, len(config.datasets))
     check_frozen(config)
+    check_name(workdir)
     check_init(config, workdir)
     if "wandb" in config.train.loggers:
         wandb_module()  # in every process, before anything is compiled
@@ -474,7 +475,10 @@ def drop_lost_steps(workdir: Path, step: int, batches: int = 1) -> None:
         drop_lines_after(workdir / name, step)
     for folder in (workdir / EVALUATIONS).glob("*/"):
         if folder.name.isdecimal() and int(folder.name) > step:
-            shutil.rmtree(folder)
+            if folder.is_symlink():  # what it leads to is not of the run alone
+                folder.unlink()
+            else:
+                shutil.rmtree(folder)
     for number, paths in kept_batches(workdir).items():
         for path in paths if number >= step * batches else ():
             path.unlink()

@@ -98,8 +98,11 @@ def test_a_damaged_evaluation_costs_no_checkpoint(tmp_path: Path, content: bytes
     with pytest.raises(InputError, match=re.escape(str(file))) as raised:
         read_evaluation(file)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400 + len(str(file))
-    with pytest.raises(InputError, match="give --step=24, the best of the others, or start the training again"):
-        chosen_step(tmp_path, "best")
+    for saved, advice in (((), "Or start"), ((16, 24), "Or give --step=24, the best of the others, or start")):
+        for step in saved:
+            (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+        with pytest.raises(InputError, match=f"{advice} the training again"):
+            chosen_step(tmp_path, "best")
 
 
 def test_an_evaluation_that_is_missing_or_a_folder_or_foreign_is_told(tmp_path: Path):

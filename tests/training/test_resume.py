@@ -123,7 +123,11 @@ def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path: Path):
 def test_evaluations_of_steps_that_are_taken_again_are_dropped(tmp_path: Path):
     for name in ("4", "8", "mine"):
         evaluation_folder(tmp_path, 0).with_name(name).mkdir(parents=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "evaluations" / "12").symlink_to(elsewhere)
     drop_lost_steps(tmp_path, 4)
+    assert elsewhere.is_dir()
     assert sorted(path.name for path in evaluation_folder(tmp_path, 0).parent.iterdir()) == ["4", "mine"]
 
 
