@@ -211,7 +211,7 @@ class CheckpointFiles:
         keep = self._preserved.latest
         stay = self._preserved.of(whole) | {step for step in folders if sum(w > step for w in whole) < keep}
         for folder in [*self._unfinished(), *(folder for step, folder in folders.items() if step not in stay)]:
-            shutil.rmtree(folder)
+            folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
 
     def check(self) -> None:
         """Raise UnsavedCheckpointError if a write in the background failed."""

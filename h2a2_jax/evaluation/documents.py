@@ -63,6 +63,7 @@ from h2a2_jax.inference.box_table import safe_cell
 JSON_FILE = "evaluation.json"
 CSV_FILE = "evaluation.csv"
 MEAN = "(mean)"
+_REMEDY = ": evaluate again with --mode=eval."
 _VERSION = 1
 _STEP = "0|[1-9][0-9]*"
 
@@ -95,7 +96,7 @@ def read_evaluation(file: Path) -> dict[str, Any]:
     try:
         found = read_sealed(file, _place(file.parent))
     except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}): evaluate again with --mode=eval.") from error
+        raise InputError(f"{file} cannot be read ({error.strerror}){_REMEDY}") from error
     except ValueError as error:
         raise _no_evaluation(file, str(error)) from error
     for name, document in found.items():
@@ -107,7 +108,7 @@ def read_evaluation(file: Path) -> dict[str, Any]:
 
 
 def _no_evaluation(file: Path, why: str) -> InputError:
-    return InputError(f"{file} is damaged or no evaluation of this program ({why}): evaluate again with --mode=eval.")
+    return InputError(f"{file} is damaged or no evaluation of this program ({why}){_REMEDY}")
 
 
 def _has_scores(levels: Any) -> bool:
@@ -210,7 +211,7 @@ def _read_all(workdir: Path) -> tuple[dict[int, dict[str, Any]], dict[int, str]]
             try:
                 read[step] = read_evaluation(file)
             except InputError as error:
-                damaged[step] = str(error)
+                damaged[step] = f"{str(error).removesuffix(_REMEDY)}."
     return read, damaged
 
 

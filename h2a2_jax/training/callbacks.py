@@ -221,7 +221,10 @@ class StopSignals(Callback):
         noted, note = os.pipe()  # Python writes the number of each signal to it, whatever the main thread does
         os.set_blocking(note, False)
         earlier = signal.set_wakeup_fd(note, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(noted, handled), name="watch-signals", daemon=True).start()
+        # In a shell of Python, a notebook too, Ctrl-C stops the call and not the process with all that is in it.
+        is_shell = hasattr(sys, "ps1")
+        watched = [number for number in handled if number != signal.SIGINT or not is_shell]
+        threading.Thread(target=self._watch, args=(noted, watched), name="watch-signals", daemon=True).start()
         try:
             yield self
         finally:
