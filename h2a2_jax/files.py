@@ -204,7 +204,8 @@ class JsonLinesWriter:
     """Appends JSON objects to a file, one a line, with "step" and "version" as the first keys of each.
 
     Every line is flushed when written, so that a killed run leaves its lines behind. Opening the file drops a last line
-    that a kill cut short, and makes the folder if missing. The version is that of the schema.
+    that a kill cut short, and makes the folder if missing. A file that was removed or moved meanwhile is begun anew.
+    The version is that of the schema.
     """
 
     def __init__(self, path: Path, version: int):
@@ -219,12 +220,22 @@ class JsonLinesWriter:
         if reserved := {"step", "version"} & values.keys():
             raise ValueError(f"metrics of step {step} contain {sorted(reserved)}, which the writer sets; rename them")
         line = {"step": int(step), "version": self._version, **values}
+        if not self._is_there():
+            lost, self._file = self._file, self.path.open("ab+")
+            lost.close()
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
     def close(self) -> None:
         """Close the file; writing after that is an error."""
         self._file.close()
+
+    def _is_there(self) -> bool:
+        """Return False if the open file is no longer the one at its path."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except OSError:
+            return False
 
 
 def read_json_lines(path: Path, version: int) -> list[dict[str, Any]]:

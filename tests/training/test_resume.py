@@ -120,6 +120,24 @@ def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path: Path):
     assert path.read_bytes().endswith(b"}\n") and [child.name for child in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("renew", [False, True])
+def test_a_file_of_lines_that_was_removed_is_begun_anew(renew: bool, tmp_path: Path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    writer = JsonLinesWriter(path, 1)
+    writer.write(1, {})
+    path.unlink()
+    if renew:
+        path.touch()
+    writer.write(2, {})
+    writer.write(3, {})
+    assert [line["step"] for line in read_json_lines(path, 1)] == [2, 3]
+    path.unlink()
+    path.parent.rmdir()
+    with pytest.raises(FileNotFoundError):  # the folder is not made anew
+        writer.write(4, {})
+    writer.close()
+
+
 def test_evaluations_of_steps_that_are_taken_again_are_dropped(tmp_path: Path):
     for name in ("4", "8", "mine"):
         evaluation_folder(tmp_path, 0).with_name(name).mkdir(parents=True)
