@@ -22,7 +22,7 @@ from h2a2_jax.checkpoint.store import CheckpointStore, restore_checkpoint
 from h2a2_jax.cli import train_command
 from h2a2_jax.config import ExperimentConfig, TrainConfig, experiment_config, from_json, to_json
 from h2a2_jax.errors import InputError, Stopped
-from h2a2_jax.evaluation.documents import best_step
+from h2a2_jax.evaluation.documents import best_step, read_evaluation
 from h2a2_jax.evaluation.evaluate import EvalRequest, evaluate_checkpoint
 from h2a2_jax.inference.results import read_predicted_scans
 from h2a2_jax.inference.validation_scans import predict_validation_scans
@@ -85,7 +85,7 @@ def test_trained_on_three_devices_evaluated_on_one(whole: WholeRun) -> None:
     (workdir / "evaluation.json").unlink()
     evaluate_checkpoint(workdir, EvalRequest(), config)
     assert (workdir / "evaluation.json").read_text() == before
-    assert json.loads(before) == json.loads(json.dumps(whole.results))
+    assert read_evaluation(workdir / "evaluation.json") == json.loads(json.dumps(whole.results))
 
     predict_validation_scans(workdir, None, config)
     document = json.loads((workdir / "predictions" / "sunrgbd.json").read_text())

@@ -13,6 +13,7 @@ import pytest
 
 from configs.joint import UNIDET3D_SHARES, get_config
 from h2a2_jax.config import ExperimentConfig, experiment_config
+from h2a2_jax.evaluation.documents import read_evaluation
 from h2a2_jax.evaluation.evaluate import EvalRequest, evaluate_checkpoint
 from h2a2_jax.loader.stream import DatasetSchedule, batches_per_epoch, step_weights
 from h2a2_jax.training.loop import train
@@ -61,5 +62,5 @@ def test_six_are_trained_saved_restored_and_evaluated(tmp_path: Path):
         lines = read_metrics(workdir)
         evaluate_checkpoint(workdir, EvalRequest(output=tmp_path / "again"), config)
     assert [line["step"] for line in lines] == [1, 2, 3] and np.isfinite(lines[0]["loss/scannet"])
-    again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
+    again = read_evaluation(tmp_path / "again" / "evaluation.json")
     assert again == json.loads(json.dumps(results)) and set(again) >= set(UNIDET3D_SHARES)
