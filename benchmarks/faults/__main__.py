@@ -83,8 +83,10 @@ def main() -> int:
     chosen = options.only.split(",")
     if unknown := set(chosen) - set(SCENARIOS):
         parser.error(f"there is no scenario {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")
-    # Below nohup this process and its children would ignore the signal.
+    # Shells and nohup may have made this process ignore signals, which its children would ignore, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)  # children handle it, this process goes on
     with TemporaryDirectory(prefix="faults_") as folder:
         report = Report({name: SCENARIOS[name][1] + options.kills * (name == "kills") for name in chosen})
         bench = Bench(options.folder or Path(folder), options.kills, np.random.default_rng(options.seed), report)

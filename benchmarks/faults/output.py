@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.faults.children import CONFIG, ROOT, Bench, Fault, newest
+from benchmarks.faults.children import CONFIG, ROOT, STEPS, Bench, Fault, newest
 from benchmarks.faults.compare import differences
 from h2a2_jax.files import read_json_lines
 
@@ -132,7 +132,7 @@ def _lost_terminal(bench: Bench) -> None:
         process.send_signal(signal.SIGHUP)
         status = process.wait(120)
     saved, lines = newest(workdir), [line["step"] for line in read_json_lines(workdir / "metrics.jsonl", 1)]
-    if status or saved <= 16 or saved != max(lines):
+    if status or not 16 < saved < STEPS or saved != max(lines):
         bench.report.failed(f"status {status}, step {saved} is saved, step {max(lines)} is logged", fault)
         return
     bench.train(workdir).expect(0, f"after step {saved}")

@@ -145,7 +145,8 @@ class StopSignals(Callback):
 
     Python delivers a signal only when the main thread runs Python code, which it does not while XLA compiles a
     program. A thread looks after that: outside of steps, and while a step compiles, it prints what is saved and ends
-    the process.
+    the process. So it does where Python drops `Stopped`, as it does in functions that JAX has called while it collects
+    garbage.
 
     Attributes:
         rescue: saves what can be saved, if the argument is True, and describes what is saved; called in that thread.
@@ -221,6 +222,15 @@ class StopSignals(Callback):
         noted, note = os.pipe()  # Python writes the number of each signal to it, whatever the main thread does
         os.set_blocking(note, False)
         earlier = signal.set_wakeup_fd(note, warn_on_full_buffer=False)
+        hook = sys.unraisablehook
+
+        def drop(unraisable: Any) -> None:
+            if isinstance(unraisable.exc_value, Stopped):
+                self._leaves = False
+            else:
+                hook(unraisable)
+
+        sys.unraisablehook = drop
         # In a shell of Python, a notebook too, Ctrl-C stops the call and not the process with all that is in it.
         is_shell = hasattr(sys, "ps1")
         watched = [number for number in handled if number != signal.SIGINT or not is_shell]
@@ -228,6 +238,7 @@ class StopSignals(Callback):
         try:
             yield self
         finally:
+            sys.unraisablehook = hook
             signal.set_wakeup_fd(earlier)
             os.close(note)
             for number, handler in before.items():

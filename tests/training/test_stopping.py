@@ -99,6 +99,28 @@ def test_a_signal_ends_a_process_whose_main_thread_is_in_c(
     assert ended == [(0, f"Stopped by SIGHUP; step 7 is saved, {saves}.")]
 
 
+def test_a_signal_that_python_drops_ends_a_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Dying:
+        def __del__(self) -> None:
+            send(signal.SIGTERM)
+
+    ended = threading.Event()
+
+    def end_now(stopped: Stopped, sentence: str) -> None:
+        signals._leaves = True  # in place of the end of the process
+        ended.set()
+
+    monkeypatch.setattr(callbacks, "end_now", end_now)
+    signals = StopSignals()
+    signals._PATIENCE_S = 0.1
+    with signals.handle():
+        Dying()  # as a function that JAX has called while it collects garbage
+        assert signals.requested and ended.wait(10)
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_a_step_that_took_the_arrays_is_waited_for() -> None:
     signals = StopSignals()
 
