@@ -225,7 +225,7 @@ class StopSignals(Callback):
         hook = sys.unraisablehook
 
         def drop(unraisable: Any) -> None:
-            # Python drops what a handler raises in a garbage collection or a `__del__`: the thread ends the process then.
+            # Python drops what a handler raises in a garbage collection: then the thread ends the process.
             if isinstance(unraisable.exc_value, Stopped):
                 self._leaves = False
             else:
