@@ -446,7 +446,8 @@ def main() -> None:
     run, stopped = (shutil.copytree(folder, scratch / folder.name, ignore=skipped) for folder in (run, stopped))
     for subject in subjects(run, stopped, scratch):
         for row in subject.rows(scratch / "copy", rng):
-            print(json.dumps(row), flush=True)
+            sys.stdout.write(f"{json.dumps(row)}\n")  # in one piece: TensorStore writes to the same pipe
+            sys.stdout.flush()
 
 
 # --- the scenario -----------------------------------------------------------------------------------------------------
