@@ -8,8 +8,8 @@ training without a fault, bit by bit. The program prints one line for each event
 then a table of all faults: survived, ended with one sentence, or at fault; --table writes it as Markdown. It exits with
 status 1 if something failed. All files are in a temporary folder, or in --folder, which stays.
 
-    kills      SIGKILL at moments spread over start-up, steps, saving, evaluation and the end; some with the cache of
-               compiled programs of its own
+    kills      SIGKILL at moments spread over start-up, steps, saving, evaluation and the end; some with a cache of
+               compiled programs of their own
     sigterm    SIGTERM, SIGHUP and SIGINT, once and twice: the step is saved, the status is 0 and 130; signals while a
                step compiles
     disk       a disk that is full when a checkpoint or a line is written; a read-only disk (needs root)
