@@ -30,12 +30,12 @@ from h2a2_jax.training.callbacks import (
     CompilationCounter,
     SaveCheckpoint,
     StepProfiler,
-    StopSignals,
     Training,
 )
 from h2a2_jax.training.loop import set_up, take_steps
 from h2a2_jax.training.metrics import LogMetrics
 from h2a2_jax.training.nonfinite import NonFiniteWatch
+from h2a2_jax.training.stopping import StopSignals
 
 
 class ReadyStream:

@@ -50,15 +50,14 @@ from h2a2_jax.training.build import (
 from h2a2_jax.training.callbacks import (
     Callback,
     CompilationCounter,
-    KeepWorkdir,
     SaveCheckpoint,
     StepProfiler,
-    StopSignals,
     Training,
 )
 from h2a2_jax.training.metrics import FILE_NAME, SELECTION_FILE, LogMetrics, line_of, read_metrics
 from h2a2_jax.training.nonfinite import NonFiniteError, NonFiniteWatch, kept_batches
 from h2a2_jax.training.step import StepMetrics
+from h2a2_jax.training.stopping import KeepWorkdir, StopSignals
 from h2a2_jax.training.summary import FILE_NAME as SUMMARY
 from h2a2_jax.training.summary import (
     CheckpointScores,

@@ -11,7 +11,7 @@ import pytest
 
 from h2a2_jax.errors import INTERRUPTED, InputError, Stopped
 from h2a2_jax.training import callbacks
-from h2a2_jax.training.callbacks import KeepWorkdir, StopSignals
+from h2a2_jax.training.stopping import KeepWorkdir, StopSignals
 
 
 def send(number: int) -> None:
