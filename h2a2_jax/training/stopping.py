@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from h2a2_jax.distributed import ExchangeFuture, end_now
+from h2a2_jax.distributed import ExchangeFuture, end_now, is_main
 from h2a2_jax.errors import InputError, Stopped
 from h2a2_jax.host import restore_handler
 from h2a2_jax.loader.stream import JointStep

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from h2a2_jax.errors import INTERRUPTED, InputError, Stopped
-from h2a2_jax.training import callbacks
+from h2a2_jax.training import stopping
 from h2a2_jax.training.stopping import KeepWorkdir, StopSignals
 
 
@@ -88,7 +88,7 @@ def test_a_signal_ends_a_process_whose_main_thread_is_in_c(
         signals._leaves = True  # in place of the end of the process
         library.pthread_mutex_unlock(mutex)
 
-    monkeypatch.setattr(callbacks, "end_now", end_now)
+    monkeypatch.setattr(stopping, "end_now", end_now)
     signals = StopSignals()
     signals._PATIENCE_S = 0.1
     signals.rescue = lambda save: f"step 7 is saved, {save}"
@@ -112,7 +112,7 @@ def test_a_signal_that_python_drops_ends_a_process(
         signals._leaves = True  # in place of the end of the process
         ended.set()
 
-    monkeypatch.setattr(callbacks, "end_now", end_now)
+    monkeypatch.setattr(stopping, "end_now", end_now)
     signals = StopSignals()
     signals._PATIENCE_S = 0.1
     with signals.handle():
