@@ -180,7 +180,8 @@ def alone_in(folder: Path, what: str, *, flag: str = "--workdir", name: str = "l
         file = (folder / name).open("a+")
     except OSError as error:
         raise InputError(
-            f"{folder} cannot be written to ({error.strerror or error}): make it writable, or give another {flag}."
+            f"{error.filename or folder} cannot be written to ({error.strerror or error}): {remedy(error.strerror)}, or "
+            f"give another {flag}."
         ) from error
     with file:
         try:

@@ -30,7 +30,6 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +58,7 @@ from h2a2_jax.initialization import build_detector
 from h2a2_jax.pretrained.card import facts_of_run
 from h2a2_jax.pretrained.folder import FILES, read_pretrained, write_pretrained
 from h2a2_jax.training.build import build_trainer, restore_newest
+from h2a2_jax.training.loop import doubtful_evaluations
 from h2a2_jax.training.metrics import FILE_NAME, SELECTION_FILE, read_metrics, read_selection_log
 
 FLIPS = 3
@@ -178,9 +178,16 @@ class Readers:
 
     def resumed(self, run: Path) -> dict[str, Any]:
         """The state that a resumed run starts from, and the names of the checkpoints that are left."""
-        keep, lasting = self.config.train.keep_checkpoints, partial(lasting_steps, run)
-        with CheckpointStore(run / "checkpoints", keep, lasting) as store:
+        doubtful: dict[int, str] = {}
+
+        def lasting(steps: Sequence[int]) -> set[int]:
+            return lasting_steps(run, steps) | {*doubtful}
+
+        with CheckpointStore(run / "checkpoints", self.config.train.keep_checkpoints, lasting) as store:
             state = restore_newest(store, self._like, self.config, self._layout)
+            doubtful |= doubtful_evaluations(
+                run, self.config, [s for s in store.steps() if s < self.config.train.steps]
+            )
             store.tidy()
         kept = sorted(str(path.relative_to(run)) for path in run.glob("checkpoints*/*/"))
         return {"state": host_arrays(state), "kept": kept}
