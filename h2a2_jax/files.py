@@ -179,9 +179,9 @@ def alone_in(folder: Path, what: str, *, flag: str = "--workdir", name: str = "l
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / name).open("a+")
     except OSError as error:
+        place, advice = error.filename or folder, remedy(error.strerror)
         raise InputError(
-            f"{error.filename or folder} cannot be written to ({error.strerror or error}): {remedy(error.strerror)}, or "
-            f"give another {flag}."
+            f"{place} cannot be written to ({error.strerror or error}): {advice}, or give another {flag}."
         ) from error
     with file:
         try:

@@ -181,13 +181,12 @@ class Readers:
         doubtful: dict[int, str] = {}
 
         def lasting(steps: Sequence[int]) -> set[int]:
-            return lasting_steps(run, steps) | {*doubtful}
+            return lasting_steps(run, steps) | (doubtful.keys() & {*steps})
 
         with CheckpointStore(run / "checkpoints", self.config.train.keep_checkpoints, lasting) as store:
             state = restore_newest(store, self._like, self.config, self._layout)
-            doubtful |= doubtful_evaluations(
-                run, self.config, [s for s in store.steps() if s < self.config.train.steps]
-            )
+            steps = [step for step in store.steps() if step < self.config.train.steps]
+            doubtful |= doubtful_evaluations(run, self.config, steps)
             store.tidy()
         kept = sorted(str(path.relative_to(run)) for path in run.glob("checkpoints*/*/"))
         return {"state": host_arrays(state), "kept": kept}
