@@ -15,7 +15,7 @@ from h2a2_jax.evaluation.documents import best_step
 _ITEMS = ("params", "batch_stats", "optimizer")
 _TIMING_KEYS = ("scans_per_second", "compilations")
 _SHOWN = 4
-_IGNORED_FOLDERS = ("tensorboard", "cache", "checkpoints_damaged")
+_IGNORED_FOLDERS = ("tensorboard", "cache", "checkpoints_damaged", "evaluations_damaged")
 """Folders whose file names contain times, processes and hashes."""
 
 

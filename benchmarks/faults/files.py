@@ -495,7 +495,7 @@ _ASIDE, _ANEW = ("is set aside in",), ("evaluation.json", "It is evaluated anew"
 _RESUMED: tuple[tuple[str, str, int, tuple[str, ...]], ...] = (
     ("evaluations/16/evaluation.json", "cut in half", 0, _ANEW),
     ("evaluations/16/evaluation.json", "digit", 0, _ANEW),
-    ("evaluations/16/evaluation.json", "a folder in its place", 2, ("evaluation.json", "move what is there away")),
+    ("evaluations/16/evaluation.json", "a folder in its place", 0, ("is set aside in", "and evaluated anew")),
     ("evaluations/16/evaluation.json", REMOVED, 0, _ANEW),
     ("checkpoints/32/_CHECKPOINT_METADATA", "emptied", 0, ("after step 32 of",)),
     ("checkpoints/32/config/metadata", OF_ANOTHER_STEP, 2, ("was saved as that of step 24",)),

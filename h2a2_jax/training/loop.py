@@ -433,7 +433,7 @@ def input_summary(stream: JointStream) -> str:
 def doubtful_evaluations(workdir: Path, config: ExperimentConfig, steps: Sequence[int]) -> dict[int, str]:
     """Find and print evaluations of checkpoints that are damaged, missing, or not of this run.
 
-    Those of steps without a checkpoint are moved to the folder "evaluations_damaged": they cannot be made anew.
+    Those of steps without a checkpoint, and folders in place of a file, are moved to the folder "evaluations_damaged".
 
     Args:
         workdir: folder of the run.
@@ -452,12 +452,13 @@ def doubtful_evaluations(workdir: Path, config: ExperimentConfig, steps: Sequenc
             if not os.path.lexists(file):
                 found[step] = f"{file} is missing."
     for step, problem in found.items():
-        action = "It is evaluated anew."
-        if step not in steps:
+        action, folder = "It is evaluated anew.", evaluation_folder(workdir, step)
+        if step not in steps or (folder / JSON_FILE).is_dir():  # a file cannot take the place of a folder
             place = workdir / f"{EVALUATIONS}_damaged" / str(step)
             place.parent.mkdir(exist_ok=True)
             shutil.rmtree(place, ignore_errors=True)  # one that was set aside before
-            action = f"It has no checkpoint and is set aside in {evaluation_folder(workdir, step).rename(place)}."
+            what = "It" if step in steps else "It has no checkpoint and"
+            action = f"{what} is set aside in {folder.rename(place)}{', and evaluated anew' * (step in steps)}."
         say(f"{problem} {action}")
     return {step: problem for step, problem in found.items() if step in steps}
 
