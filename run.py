@@ -9,6 +9,7 @@ import sys
 
 try:
     from h2a2_jax.cli import run_py
+    from h2a2_jax.host import leave
 except ModuleNotFoundError as missing:
     print(
         f"run.py: {missing.name} is not installed for {sys.executable}: activate the environment that the README's "
@@ -18,4 +19,4 @@ except ModuleNotFoundError as missing:
     sys.exit(2)
 
 if __name__ == "__main__":
-    sys.exit(run_py())
+    leave(run_py())

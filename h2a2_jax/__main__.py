@@ -1,8 +1,7 @@
 """The command line: python -m h2a2_jax COMMAND."""
 
-import sys
-
 from h2a2_jax.cli import main
+from h2a2_jax.host import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

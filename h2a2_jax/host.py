@@ -1,5 +1,6 @@
 """The machine and the process: CPU cores, signals, log messages, progress bars, versions of the software that runs."""
 
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -147,6 +148,22 @@ def shortage(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return f"no further thread can be started ({why}): allow more (ulimit -u), or end other programs"
     return None
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with an exit status, from the main thread of a program.
+
+    A program that ends early, because of an error, leaves XLA at work. A thread of XLA that then frees an array of
+    numpy waits for Python, which ends it in C++ code that cannot be left: the process aborts. So Python is not taken
+    down in that case; what is registered with `atexit` is done.
+    """
+    if status:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 class OutputFile(io.RawIOBase):
