@@ -280,8 +280,11 @@ def quiet_command_line() -> None:
     hook = sys.unraisablehook
 
     def skip_closed_loop(unraisable: Any) -> None:
-        # TensorStore prints this if a file could not be read and Orbax no longer waits for the other ones.
-        if not (isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)):
+        # TensorStore prints the first if a file could not be read and Orbax no longer waits for the other ones; Python
+        # the second of a loop that could not be opened, for want of open files.
+        error = unraisable.exc_value
+        is_closed = isinstance(error, RuntimeError) and "loop is closed" in str(error)
+        if not is_closed and not (isinstance(error, AttributeError) and "_ssock" in str(error)):
             hook(unraisable)
 
     sys.unraisablehook = skip_closed_loop
