@@ -317,15 +317,17 @@ def compilation_cache(say: Say = warnings.warn) -> Iterator[None]:
     if _named_by_user is not _UNUSED or _is_remote(_folder_of_jax()):
         yield
         return
+    is_off, cache = False, None
     try:
         folder = default_folder()
-        if folder is None:
-            yield
-            return
-        cache = _CheckedCache(SignedFolder(private_folder(folder), say), say)
+        is_off = folder is None
+        if folder is not None:
+            cache = _CheckedCache(SignedFolder(private_folder(folder), say), say)
     except InputError as error:
         say(f"Compiled programs are not kept. {error}")
-        cache = None
+    if is_off:  # not inside of the block above: an InputError of the caller is none of the cache
+        yield
+        return
     _named_by_user = _folder_of_jax()
     try:
         _set_cache(cache, say)

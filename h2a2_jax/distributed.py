@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int32, PyTree
 
-from h2a2_jax.errors import INTERRUPTED, InputError, Stopped
+from h2a2_jax.errors import INTERRUPTED, InputError, Stopped, reason_of
 from h2a2_jax.rendezvous import Hub, Link, Loss, Member, Relay, Watch, parse_address
 
 DATASET, REPLICA = "dataset", "replica"
@@ -139,7 +139,7 @@ def _detect(timeout: float) -> tuple[str, int, int, Sequence[int] | None]:
         found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(timeout))
     except Exception as error:  # of any cluster's client
         raise InputError(
-            f"--coordinator=auto failed to ask the cluster ({str(error).splitlines()[0] if str(error) else error!r}): "
+            f"--coordinator=auto failed to ask the cluster ({reason_of(error)}): "
             f"give numbers by hand, as in {_EXAMPLE}."
         ) from error
     coordinator, num_processes, process_id, local_devices = found
@@ -176,7 +176,7 @@ def _start_jax(member: Member, port: int, local_devices: Sequence[int] | None) -
             shutdown_timeout_seconds=limit,
         )
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"JAX did not start in process {member.index}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"JAX did not start in process {member.index}: {reason_of(error)}") from error
     return relay
 
 

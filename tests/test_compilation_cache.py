@@ -378,3 +378,12 @@ def test_programs_are_kept_in_a_private_folder_alone(tmp_path: Path, monkeypatch
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be made"):
         private_folder(tmp_path / "file" / "cache")
+
+
+@pytest.mark.parametrize("folder", ["off", ""])
+def test_an_error_inside_is_the_callers(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("H2A2_CACHE", folder or str(tmp_path))
+    said: list[str] = []
+    with pytest.raises(InputError, match="of the caller"), compilation_cache(said.append):
+        raise InputError("of the caller")
+    assert said == []
