@@ -56,6 +56,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from h2a2_jax.checkpoint.integrity import CheckpointFiles
 from h2a2_jax.errors import InputError
 from h2a2_jax.files import read_sealed, sealed, whole_file
 from h2a2_jax.inference.box_table import safe_cell
@@ -263,9 +264,7 @@ def chosen_step(workdir: Path, text: str | None) -> int | None:
         step = _best(read, None)
         if damaged:
             # The best of the others may be an early one, whose checkpoint is gone.
-            folders = (workdir / "checkpoints").glob("*/")
-            saved = [int(folder.name) for folder in folders if re.fullmatch(_STEP, folder.name)]
-            other = best_step(workdir, saved)
+            other = best_step(workdir, CheckpointFiles(workdir / "checkpoints").steps())
             of_others = "" if other is None else f"give --step={other}, the best of the others, or "
             raise InputError(
                 f"The best checkpoint of {workdir} is not known: {next(iter(damaged.values()))} Or {of_others}start "
