@@ -155,6 +155,26 @@ def tiny() -> ExperimentConfig:
     )
 
 
+def rooms() -> ExperimentConfig:
+    """The detector that the package ships: varied procedural rooms, a new one for every step, moving averages."""
+    return ExperimentConfig(
+        datasets=tuple(
+            SourceConfig(name, kind="synthetic", train_size=100_000, val_size=300, scale="varied", repeats=1)
+            for name in NAMES
+        ),
+        model=DetectorConfig(
+            depth=10,
+            stem_channels=16,
+            stage_channels=(24, 32, 48, 48),
+            neck_channels=48,
+            voxel_size=0.02,
+            selection=SelectionConfig(),
+        ),
+        optim=OptimConfig(schedule="cosine", final_lr=0.01, warmup_steps=100, ema_decay=0.998),
+        train=TrainConfig(batch_size=4, steps=6000, log_every=50, checkpoint_every=200, max_bucket=0),
+    )
+
+
 def two() -> ExperimentConfig:
     """ScanNet and SUN RGB-D at reduced width and without augmentation, to fit a handful of real scans.
 
@@ -230,6 +250,7 @@ BASES: Mapping[str, Callable[[], ExperimentConfig]] = {
     "synthetic": synthetic,
     "demo": demo,
     "tiny": tiny,
+    "rooms": rooms,
     "two": two,
 }
 

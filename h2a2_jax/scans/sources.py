@@ -214,7 +214,8 @@ class SourceConfig:
         val_infos: info files of the validation scans; empty as above.
         train_size: number of training scans (synthetic).
         val_size: number of validation scans (synthetic).
-        scale: rooms like the real ones, "full", or small ones with few classes, "demo" (synthetic).
+        scale: rooms of the size of the real ones, "full"; small ones with few classes, "demo"; or "varied", homes of
+            mixed use with clutter, seen as sensors see them, for detectors of real scans (synthetic).
         seed: another seed gives other scans (synthetic).
         gap: 0: the three datasets are one distribution under three names; 1: stand-ins of the real datasets; up to 2:
             further apart (synthetic; `h2a2_jax.scans.synthetic.gap`). Give all datasets of a run the same.
@@ -242,7 +243,7 @@ class SourceConfig:
     val_infos: tuple[str, ...] = ()
     train_size: int = 1000
     val_size: int = 100
-    scale: Literal["demo", "full"] = "full"
+    scale: Literal["demo", "full", "varied"] = "full"
     seed: int = 0
     gap: float = 1.0
     recipe: Recipe = "tr3d"

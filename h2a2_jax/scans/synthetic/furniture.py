@@ -1,4 +1,4 @@
-"""Furniture from cuboids and elliptic cylinders, upright or leaning.
+"""Furniture from cuboids, elliptic cylinders, upright or leaning, and ellipsoids.
 
 Every builder takes the size (depth along x, width along y, height along z; m) and a generator, and returns primitives
 that fill exactly that size, centred on the z axis and standing on z = 0. The front looks along +x, the back (such as a
@@ -27,6 +27,8 @@ class Primitive(NamedTuple):
         is_round: an elliptic cylinder about z that fills the bounds, rather than a cuboid.
         lean: shift of the top along x relative to the bottom, per metre of height; all horizontal sections are equal,
             and the bounds enclose the whole primitive.
+        is_ball: an ellipsoid that fills the bounds.
+        turn: rotation (rad) about the vertical through the middle of the bounds, which are those before it.
     """
 
     low: tuple[float, float, float]
@@ -34,6 +36,8 @@ class Primitive(NamedTuple):
     color: Color
     is_round: bool = False
     lean: float = 0.0
+    is_ball: bool = False
+    turn: float = 0.0
 
     def shift(self, y: float = 0.0, z: float = 0.0) -> "Primitive":
         """Move sideways and up (m)."""
@@ -60,6 +64,7 @@ class Solids:
     is_round: Bool[np.ndarray, " n"]
     leans: Float32[np.ndarray, " n"]
     owners: Int32[np.ndarray, " n"]
+    is_ball: Bool[np.ndarray, " n"]
 
     def __len__(self) -> int:
         return len(self.yaws)
@@ -118,11 +123,12 @@ def make_solids(primitives: Sequence[Primitive]) -> Solids:
     return Solids(
         centers=(low + high) / 2,
         halves=halves,
-        yaws=np.zeros(count, np.float32),
+        yaws=np.array([p.turn for p in primitives], np.float32),
         colors=np.array([p.color for p in primitives], np.float32).reshape(-1, 3),
         is_round=np.array([p.is_round for p in primitives], bool),
         leans=leans,
         owners=np.full(count, -1, np.int32),
+        is_ball=np.array([p.is_ball for p in primitives], bool),
     )
 
 

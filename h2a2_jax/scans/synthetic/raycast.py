@@ -196,7 +196,10 @@ def look(room: Room, grid: RayGrid) -> DepthView:
             if parts.leans[index]:
                 along = along - parts.leans[index] * rise
             rays = (along, y * np.float32(cos) - x * np.float32(sin), rise)
-            enter = _enter(local_origins[index], parts.halves[index], rays, bool(parts.is_round[index]))
+            if parts.is_ball[index]:
+                enter = _enter_ball(local_origins[index], parts.halves[index], rays)
+            else:
+                enter = _enter(local_origins[index], parts.halves[index], rays, bool(parts.is_round[index]))
             if owner >= 0:
                 touched[window] |= enter < np.inf
             nearer = enter < distances[window]
@@ -230,6 +233,15 @@ def _enter(origin: np.ndarray, half: np.ndarray, rays: tuple[np.ndarray, ...], i
                 middle, reach = -origin[axis] * inverse, half[axis] * np.abs(inverse)
                 first, last = np.maximum(first, middle - reach), np.minimum(last, middle + reach)
         return np.where((first <= last) & (first > _NEAREST), first, np.float32(np.inf))
+
+
+def _enter_ball(origin: np.ndarray, half: np.ndarray, rays: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Distance at which rays enter an ellipsoid, in its frame; infinity where they miss it."""
+    (x, y, z), (ox, oy, oz) = (ray / size for ray, size in zip(rays, half, strict=True)), origin / half
+    a, b = x * x + y * y + z * z, ox * x + oy * y + oz * z
+    with np.errstate(invalid="ignore"):
+        first = (-b - np.sqrt(b * b - a * (ox * ox + oy * oy + oz * oz - 1))) / a  # NaN where the ray passes by
+        return np.where(first > _NEAREST, first, np.float32(np.inf))
 
 
 def _shell(room: Room, grid: RayGrid) -> tuple[np.ndarray, np.ndarray]:
@@ -266,6 +278,9 @@ def _surface(
         radial = local[side, :2] / parts.halves[hit[side], :2]
         own[side, :2] = radial / np.maximum(np.linalg.norm(radial, axis=1, keepdims=True), 1e-6)
         own[side, 2] = 0
+        balls = np.flatnonzero(parts.is_ball[hit])
+        outward = local[balls] / parts.halves[hit[balls]]
+        own[balls] = outward / np.maximum(np.linalg.norm(outward, axis=1, keepdims=True), 1e-6)
         leaning = np.flatnonzero(parts.leans[hit])
         own[leaning, 2] -= parts.leans[hit[leaning]] * own[leaning, 0]
         own[leaning] /= np.linalg.norm(own[leaning], axis=1, keepdims=True)

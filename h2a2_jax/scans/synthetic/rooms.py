@@ -19,8 +19,11 @@ from h2a2_jax.scans.synthetic.furniture import Builder, Primitive, Size, Solids,
 Mount = Literal["wall", "free", "seat", "hung", "top"]
 """Place of a thing: back to a wall, anywhere, at a table, fixed to a wall at a height, or on other furniture."""
 
-Scale = Literal["demo", "full"]
-"""Small rooms of few and easily distinguished classes, or rooms of the size and variety of the real data."""
+Scale = Literal["demo", "full", "varied"]
+"""Small rooms of few and easily distinguished classes, rooms of the size of the real data, or those of `homes`."""
+
+SCALES: tuple[Scale, ...] = ("full", "demo", "varied")
+"""In the order of their numbers, which decide the scans together with the seed."""
 
 
 @dataclass(frozen=True)
@@ -324,7 +327,7 @@ def furnish_room(programme: Programme, spec: DatasetSpec, rng: np.random.Generat
     size = (rng.uniform(*programme.width), rng.uniform(*programme.length), rng.uniform(*programme.height))
     things = []
     for name in _choose_contents(programme, spec, rng):
-        depth, width, height = _random_size(programme.kinds[name], programme.scale, rng)
+        depth, width, height = random_size(programme.kinds[name], programme.scale, rng)
         things.append((name, programme.kinds[name], (depth, width, min(height, size[2] - 0.1))))
     # Large fronts first, seats last: they look for a table.
     things.sort(key=lambda thing: (thing[1].mount == "seat", -thing[2][1] * thing[2][2]))
@@ -375,7 +378,7 @@ def _choose_contents(programme: Programme, spec: DatasetSpec, rng: np.random.Gen
     return chosen
 
 
-def _random_size(kind: Kind, scale: Scale, rng: np.random.Generator) -> Size:
+def random_size(kind: Kind, scale: Scale, rng: np.random.Generator) -> Size:
     """Depth, width and height of one thing (m), log-normal."""
     if scale == "demo":
         # Heights vary less than footprints: people sit and work at one height.
@@ -397,7 +400,7 @@ def _place_simply(
         if kind.mount == "seat" and tables and rng.random() < 0.75:
             x, y, yaw = _pose_at_table(tables[rng.integers(len(tables))], extent[0], rng)
         elif kind.mount in ("wall", "hung") and (kind.mount == "hung" or rng.random() < 0.9):
-            x, y, yaw = _pose_along_wall(extent, room, kind.mount == "hung", rng)
+            x, y, yaw = pose_along_wall(extent, room, kind.mount == "hung", rng)
         else:
             margin = math.hypot(extent[0], extent[1]) / 2
             if 2 * margin >= min(room[0], room[1]):
@@ -408,7 +411,7 @@ def _place_simply(
             else:
                 yaw = rng.uniform(-math.pi, math.pi)
         box = (x, y, bottom + extent[2] / 2, *extent, yaw)
-        if _is_inside(box, room) and not any(overlap(box, other, _GAP) for _, other in placed):
+        if is_inside(box, room) and not any(overlap(box, other, _GAP) for _, other in placed):
             return box
     return None
 
@@ -431,13 +434,13 @@ def _place(
             else:
                 yaw = rng.uniform(-math.pi, math.pi)
         elif aligned and (kind.mount == "hung" or (kind.mount == "wall" and rng.random() < 0.95)):
-            x, y, yaw = _pose_along_wall(extent, room, kind.mount == "hung", rng)
+            x, y, yaw = pose_along_wall(extent, room, kind.mount == "hung", rng)
         else:
             x, y = rng.uniform(0.0, room[0]), rng.uniform(0.0, room[1])
             turns = int(rng.integers(4))
             yaw = turns * math.pi / 2 + rng.uniform(-_ALONG, _ALONG) if aligned else rng.uniform(-math.pi, math.pi)
         box = (x, y, bottom + extent[2] / 2, *extent, yaw)
-        if _is_inside(box, room) and not any(overlap(_occupied_box(name, box), other, _GAP) for other in taken):
+        if is_inside(box, room) and not any(overlap(_occupied_box(name, box), other, _GAP) for other in taken):
             return box
     return None
 
@@ -459,7 +462,7 @@ def _place_on_top(
         box = (x, y, bottom + extent[2] / 2, *extent, support[6] + rng.uniform(-2, 2) * _ALONG)
         others = (other for _, other in placed if other is not support)
         is_low = bottom + extent[2] < room[2] - 0.05
-        if is_low and _is_inside(box, room) and not any(overlap(box, other, 0.01) for other in others):
+        if is_low and is_inside(box, room) and not any(overlap(box, other, 0.01) for other in others):
             return box
     return None
 
@@ -483,7 +486,7 @@ def rearranged(room: Room, rng: np.random.Generator) -> Room:
         for _ in range(_TRIES):
             turn, shift = rng.uniform(-0.4, 0.4), rng.uniform(-1, 1, 2)
             moved = (x + float(shift[0]), y + float(shift[1]), z, depth, width, height, yaw + turn)
-            if _is_inside(moved, size) and not any(overlap(moved, other, _GAP) for other in others):
+            if is_inside(moved, size) and not any(overlap(moved, other, _GAP) for other in others):
                 boxes[owner] = moved
                 own = room.solids.owners == owner
                 offset = centers[own] - room.boxes[owner, :3]
@@ -504,7 +507,7 @@ def _occupied_box(name: str, box: Box) -> Box:
     return box
 
 
-def _pose_along_wall(extent: Size, room: Size, fixed: bool, rng: np.random.Generator) -> tuple[float, float, float]:
+def pose_along_wall(extent: Size, room: Size, fixed: bool, rng: np.random.Generator) -> tuple[float, float, float]:
     """Position and yaw with the back to a wall and the front into the room; things fixed to the wall touch it."""
     wall = int(rng.integers(4))
     yaw = wall * math.pi / 2
@@ -538,7 +541,7 @@ def _pose_at_table(table: Box, depth: float, rng: np.random.Generator) -> tuple[
     return x, y, angle + math.pi + rng.normal(0.0, 0.15)
 
 
-def _is_inside(box: Box, room: Size) -> bool:
+def is_inside(box: Box, room: Size) -> bool:
     cos, sin = abs(math.cos(box[6])), abs(math.sin(box[6]))
     half_x, half_y = (box[3] * cos + box[4] * sin) / 2, (box[3] * sin + box[4] * cos) / 2
     slack = 1e-6

@@ -133,13 +133,13 @@ def fused_mesh(room: Room, scale: Scale, rng: Generator, surface: Surface = _SCA
     sigma = surface.noise * (rng.uniform(0.005, 0.008) if is_demo else rng.uniform(0.0053, 0.0075))
     if is_demo:
         points += rng.normal(0.0, sigma, points.shape).astype(np.float32)
-        points, colors, owners = _thin(points, colors, owners, 0.045 * surface.spacing)
+        points, colors, owners = thin(points, colors, owners, 0.045 * surface.spacing)
         fraction = rng.uniform(*surface.holes)
     else:
         fraction = rng.uniform(*surface.holes)
         normals = np.stack([view.normals for view in seen])[kept_rays]
         spacing = surface.spacing * _spacing(points, 1 - fraction, rng)
-        points, means, owners = _thin(points, np.concatenate([colors, normals], axis=1), owners, spacing)
+        points, means, owners = thin(points, np.concatenate([colors, normals], axis=1), owners, spacing)
         colors, normals = means[:, :3], means[:, 3:]
         normals = normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-6)
         points += normals * _bumps(points, sigma, rng)
@@ -147,7 +147,7 @@ def fused_mesh(room: Room, scale: Scale, rng: Generator, surface: Surface = _SCA
     losses = {"holes": 1 - len(kept) / len(points)}
     kept = rng.permutation(kept)[: 12_000 if is_demo else 150_000]
     shift = np.array([*(-rng.uniform(0.0, 1.0, 2) * room.size[:2]), 0.0], np.float32)
-    colors = _add_noise(colors[kept], 12 / 255, rng)
+    colors = add_noise(colors[kept], 12 / 255, rng)
     return _capture(room, seen, points[kept] + shift, colors, owners[kept], shift, losses)
 
 
@@ -160,7 +160,7 @@ def tablet_mesh(room: Room, scale: Scale, rng: Generator, surface: Surface) -> C
     """
     capture = fused_mesh(room, scale, rng, surface)
     places = np.concatenate([capture.points, capture.boxes[:, :3]])
-    drift = np.stack([_smooth_field(places, (4.0, 10.0), rng) for _ in range(3)], axis=1)
+    drift = np.stack([smooth_field(places, (4.0, 10.0), rng) for _ in range(3)], axis=1)
     turn, height = rng.uniform(-math.pi, math.pi), rng.uniform(1.2, 1.6)
     places = rotate(places + drift * np.array([0.015, 0.015, 0.0075], np.float32), turn)
     places[:, 2] -= np.float32(height)
@@ -182,16 +182,16 @@ def full_room(room: Room, scale: Scale, rng: Generator, surface: Surface = _S3DI
     points, colors, owners = _merge(seen, np.ones((views, rows, cols), bool))
     if is_demo:
         points += rng.normal(0.0, 0.002 * surface.noise, points.shape).astype(np.float32)
-        points, colors, owners = _thin(points, colors, owners, 0.04 * surface.spacing)
+        points, colors, owners = thin(points, colors, owners, 0.04 * surface.spacing)
     else:
-        points, colors, owners = _thin(points, colors, owners, 0.012 * surface.spacing)
+        points, colors, owners = thin(points, colors, owners, 0.012 * surface.spacing)
         points += np.float32(0.002 * surface.noise) * rng.standard_normal(points.shape, np.float32)
     kept = (_cut_patches if is_demo else _cut_holes)(points, rng.uniform(*surface.holes), rng)
     losses = {"holes": 1 - len(kept) / len(points)}
     kept = rng.permutation(kept)[: 14_000 if is_demo else 1_000_000]
     tint = np.array(surface.tint or (1.06, 1.0, 0.86), np.float32)
     shift = -points[kept].min(axis=0)
-    colors = _add_noise(colors[kept] * tint, 4 / 255, rng)
+    colors = add_noise(colors[kept] * tint, 4 / 255, rng)
     return _capture(room, seen, points[kept] + shift, colors, owners[kept], shift, losses)
 
 
@@ -217,7 +217,7 @@ def depth_frame(room: Room, scale: Scale, rng: Generator) -> Capture:
     view = look(room, PinholeGrid(camera, rows, cols, rng))
     offset = view.points - camera.origin
     depth = offset @ camera.axes[1]
-    measured, flying = _measure_depth(depth, rng)
+    measured, flying = measure_depth(depth, rng)
     luminance = view.colors.mean(axis=-1)
     dropped = rng.random(depth.shape) < rng.uniform(0.05, 0.15)
     grazing = (view.facing < 0.08) & (rng.random(depth.shape) < 0.7)
@@ -237,7 +237,7 @@ def depth_frame(room: Room, scale: Scale, rng: Generator) -> Capture:
     chosen = rng.permutation(len(points))[: 12_000 if is_demo else 50_000]
     return Capture(
         points=rotate(points, turn)[chosen],
-        colors=_add_noise(colors, 5 / 255, rng)[chosen],
+        colors=add_noise(colors, 5 / 255, rng)[chosen],
         owners=owners[chosen],
         boxes=boxes,
         visible=_visible_shares([view], len(room.boxes)) * (share_in_view(camera, room.boxes) > FRAMED),
@@ -245,7 +245,7 @@ def depth_frame(room: Room, scale: Scale, rng: Generator) -> Capture:
     )
 
 
-def _measure_depth(depth: np.ndarray, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
+def measure_depth(depth: np.ndarray, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
     """Depth (m) as a structured-light camera measures it, and a mask of the pixels that fly between two surfaces."""
     sigma = 0.0012 + 0.0019 * (depth - 0.4) ** 2
     measured = depth + rng.normal(0.0, 1.0, depth.shape).astype(np.float32) * sigma
@@ -263,7 +263,7 @@ def _merge(views: list[DepthView], kept: np.ndarray) -> tuple[np.ndarray, np.nda
     return np.stack(points)[kept], np.stack(colors)[kept], np.stack(owners)[kept]
 
 
-def _thin(
+def thin(
     points: np.ndarray, colors: np.ndarray, owners: np.ndarray, spacing: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Replace the points, with colours (and more columns), in each cell of a grid of `spacing` (m) by their mean."""
@@ -290,11 +290,11 @@ def _spacing(points: np.ndarray, share: float, rng: Generator) -> float:
 
 def _bumps(points: np.ndarray, sigma: float, rng: Generator) -> np.ndarray:
     """Noise of a fused surface: half of its variance is smooth over 0.2-0.6 m, half independent at every point."""
-    smooth = _smooth_field(points, (0.2, 0.6), rng) + rng.standard_normal(len(points), np.float32)
+    smooth = smooth_field(points, (0.2, 0.6), rng) + rng.standard_normal(len(points), np.float32)
     return (smooth * np.float32(sigma / math.sqrt(2)))[:, None]
 
 
-def _smooth_field(points: np.ndarray, length: tuple[float, float], rng: Generator) -> np.ndarray:
+def smooth_field(points: np.ndarray, length: tuple[float, float], rng: Generator) -> np.ndarray:
     """Random function of the place with variance 1, a sum of waves of a range of lengths (m)."""
     waves = 10
     direction = rng.normal(size=(3, waves))
@@ -306,7 +306,7 @@ def _smooth_field(points: np.ndarray, length: tuple[float, float], rng: Generato
 
 def _cut_holes(points: np.ndarray, fraction: float, rng: Generator) -> np.ndarray:
     """Indices of the points left after `fraction` of them is cut out in holes of irregular shape."""
-    field = _smooth_field(points, (0.25, 1.0), rng)
+    field = smooth_field(points, (0.25, 1.0), rng)
     return np.flatnonzero(field < np.quantile(field, 1 - fraction))
 
 
@@ -328,7 +328,7 @@ def _cut_patches(points: np.ndarray, fraction: float, rng: Generator) -> np.ndar
     return np.flatnonzero(alive)
 
 
-def _add_noise(colors: np.ndarray, sigma: float, rng: Generator) -> np.ndarray:
+def add_noise(colors: np.ndarray, sigma: float, rng: Generator) -> np.ndarray:
     noise = rng.standard_normal(colors.shape, np.float32) * np.float32(sigma)
     return np.clip(colors + noise, 0, 1).astype(np.float32)
 

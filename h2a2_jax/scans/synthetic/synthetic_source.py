@@ -16,8 +16,10 @@ from h2a2_jax.errors import InputError
 from h2a2_jax.scans.scan import Scan
 from h2a2_jax.scans.specs import DatasetSpec
 from h2a2_jax.scans.synthetic.gap import LARGEST_GAP, draw_style, exaggerate_capture, exaggerate_scan, protocol_at
-from h2a2_jax.scans.synthetic.rooms import Room, Scale, furnish_room, rearranged
+from h2a2_jax.scans.synthetic.homes import Home, build_home
+from h2a2_jax.scans.synthetic.rooms import SCALES, Room, Scale, furnish_room, rearranged
 from h2a2_jax.scans.synthetic.sensors import Capture, Surface, depth_frame, full_room, fused_mesh, tablet_mesh
+from h2a2_jax.scans.synthetic.varied_sensors import merged_stations, single_frame, walked_mesh
 
 _SENSORS: dict[str, Callable[[Room, Scale, np.random.Generator], Capture]] = {
     "scannet": fused_mesh,
@@ -27,6 +29,11 @@ _SENSORS: dict[str, Callable[[Room, Scale, np.random.Generator], Capture]] = {
     "multiscan": partial(fused_mesh, surface=Surface((0.05, 0.15), spacing=0.9, noise=0.6)),
     "3rscan": partial(fused_mesh, surface=Surface((0.15, 0.30), spacing=1.1, noise=1.2)),
     "scannetpp": partial(full_room, surface=Surface((0.01, 0.03), spacing=0.85, noise=0.5, tint=(1.0, 1.0, 1.0))),
+}
+_VARIED: dict[str, Callable[[Home, np.random.Generator], Capture]] = {
+    "scannet": walked_mesh,
+    "sunrgbd": single_frame,
+    "s3dis": merged_stations,
 }
 _SPLITS = ("train", "val")
 _FEWEST_POINTS = 30
@@ -66,8 +73,12 @@ class SyntheticSource:
             raise InputError(f"There is no synthetic {spec.name}: use one of {', '.join(_SENSORS)}.")
         if split not in _SPLITS:
             raise InputError(f"There is no split {split!r}: use train or val.")
-        if scale not in ("demo", "full"):
-            raise InputError(f"There is no scale {scale!r}: use demo or full.")
+        if scale not in SCALES:
+            raise InputError(f"There is no scale {scale!r}: use {', '.join(SCALES)}.")
+        if scale == "varied" and (spec.name not in _VARIED or gap != 1):
+            raise InputError(
+                f"Varied rooms of {spec.name} at gap {gap:g} were asked for; there are those of {', '.join(_VARIED)}, at 1."
+            )
         if size < 1:
             raise InputError(f"A synthetic source of {size} scans was asked for: give at least 1.")
         if seed < 0:
@@ -93,6 +104,8 @@ class SyntheticSource:
         if not 0 <= index < len(self):
             raise IndexError(f"scan {index} of {len(self)}")
         rng = self._rng(index)
+        if self._scale == "varied":
+            return self._acquire_varied(index, rng)
         name, gap = self.spec.name, self._gap
         style, plan = draw_style(self.spec, self._scale, gap, rng)
         for attempt in range(_ATTEMPTS):
@@ -110,10 +123,20 @@ class SyntheticSource:
                 return exaggerate_scan(scan, name, gap, rng), room, capture
         raise RuntimeError(f"{_ATTEMPTS} rooms in a row show too little: the catalogue is broken.")
 
+    def _acquire_varied(self, index: int, rng: np.random.Generator) -> tuple[Scan, Room, Capture]:
+        """Generate one scan of varied rooms."""
+        for _ in range(_ATTEMPTS):
+            home = build_home(self.spec, rng)
+            capture = _VARIED[self.spec.name](home, rng)
+            boxes, labels = _annotation(home, capture, self.spec.has_yaw)
+            if len(labels) and len(capture.points) >= _FEWEST_POINTS_OF_SCAN:
+                return Scan(self.names[index], capture.points, capture.colors, boxes, labels), home, capture
+        raise RuntimeError(f"{_ATTEMPTS} homes in a row show too little: the catalogue is broken.")
+
     def _rng(self, index: int, *more: int) -> np.random.Generator:
         """Return a generator that depends on the scans asked for, an index and further numbers alone."""
         name, split = zlib.crc32(self.spec.name.encode()), _SPLITS.index(self._split)
-        return np.random.default_rng([self._seed, name, split, index, self._scale == "demo", *more])
+        return np.random.default_rng([self._seed, name, split, index, SCALES.index(self._scale), *more])
 
 
 def _annotation(

@@ -13,7 +13,7 @@ STEP = 0.00285  # 1/m per unit of disparity
 @pytest.mark.parametrize("depth", [0.7, 1.5, 3.0, 6.0])
 def test_depth_noise_has_the_deviation_of_the_formula(depth):
     true = np.full((300, 300), depth, np.float32)
-    measured, flying = sensors._measure_depth(true, np.random.default_rng(0))
+    measured, flying = sensors.measure_depth(true, np.random.default_rng(0))
     assert not flying.any()
     formula = np.hypot(0.0012 + 0.0019 * (depth - 0.4) ** 2, STEP * depth**2 / np.sqrt(12))
     assert abs(measured.std() / formula - 1) < 0.03
@@ -22,7 +22,7 @@ def test_depth_noise_has_the_deviation_of_the_formula(depth):
 
 def test_depth_comes_in_steps_of_disparity():
     true = np.full((100, 100), 4.0, np.float32)
-    measured, _ = sensors._measure_depth(true, np.random.default_rng(0))
+    measured, _ = sensors.measure_depth(true, np.random.default_rng(0))
     units = 1 / measured / STEP
     np.testing.assert_allclose(units, np.round(units), atol=1e-3)
     assert 3 < len(np.unique(measured)) < 40
@@ -31,7 +31,7 @@ def test_depth_comes_in_steps_of_disparity():
 def test_points_fly_only_at_edges_and_between_the_two_surfaces():
     true = np.full((200, 200), 2.0, np.float32)
     true[:, 100:] = 3.0
-    measured, flying = sensors._measure_depth(true, np.random.default_rng(0))
+    measured, flying = sensors.measure_depth(true, np.random.default_rng(0))
     assert (np.flatnonzero(flying.any(axis=0)) == 99).all() and 0.2 < flying[:, 99].mean() < 0.4
     assert 1.9 < measured[flying].min() and measured[flying].max() < 3.1
     assert ((measured[flying] > 2.1) & (measured[flying] < 2.9)).mean() > 0.6
@@ -68,7 +68,7 @@ def test_bumps_have_their_deviation_and_are_partly_smooth():
 def test_thinning_leaves_the_mean_of_every_cell():
     points = np.array([[0.0, 0, 0], [0.01, 0, 0], [0.31, 0, 0]], np.float32)
     colors = np.array([[0.0, 0, 0], [1, 1, 1], [0.5, 0.5, 0.5]], np.float32)
-    thin, means, owners = sensors._thin(points, colors, np.array([3, 3, 7], np.int32), 0.1)
+    thin, means, owners = sensors.thin(points, colors, np.array([3, 3, 7], np.int32), 0.1)
     np.testing.assert_allclose(thin, [[0.005, 0, 0], [0.31, 0, 0]], atol=1e-7)
     np.testing.assert_allclose(means, [[0.5] * 3, [0.5] * 3])
     assert owners.tolist() == [3, 7]
