@@ -165,13 +165,13 @@ def rooms() -> ExperimentConfig:
         model=DetectorConfig(
             depth=10,
             stem_channels=16,
-            stage_channels=(24, 32, 48, 48),
+            stage_channels=(24, 32, 48, 64),
             neck_channels=48,
-            voxel_size=0.02,
+            voxel_size=0.015,
             selection=SelectionConfig(),
         ),
         optim=OptimConfig(schedule="cosine", final_lr=0.01, warmup_steps=100, ema_decay=0.998),
-        train=TrainConfig(batch_size=4, steps=6000, log_every=50, checkpoint_every=200, max_bucket=0),
+        train=TrainConfig(batch_size=4, steps=3600, log_every=50, checkpoint_every=200, max_bucket=0),
     )
 
 

@@ -312,7 +312,7 @@ def _furnish(zone: Zone, weights: Weights, openings: Sequence[Box], builder: _Bu
         _add_form("door", space, builder)
     names = list(weights)
     shares = np.array([weights[name] for name in names], float)
-    wanted = int(rng.integers(2, 6) + rng.uniform(0.3, 1.0) * zone.area * 0.75)
+    wanted = int(rng.integers(2, 6) + rng.uniform(0.3, 1.0) * zone.area * 0.9)
     counts: dict[str, int] = {}
     for index in rng.choice(len(names), 2 * wanted + 4, p=shares / shares.sum()):
         name = names[index]
@@ -630,10 +630,10 @@ def _draw(choices: tuple[tuple[float, furniture.Builder, Size], ...], rng: np.ra
 def _add_clutter(space: _Space, builder: _Builder) -> None:
     """Add things of no class: on furniture, on and along the floor, on walls. Tidy rooms have little of it."""
     rng, zone = builder.rng, space.zone
-    mess = float(rng.gamma(1.5, 0.6))
+    mess = float(rng.gamma(1.8, 0.85))
     for name, box in [pair for pair in space.placed if pair[0] in _SURFACES]:
         level = box[2] - box[5] / 2 + _SURFACES[name] * box[5]
-        for _ in range(min(int(rng.poisson(mess * 2.2 * min(box[3] * box[4], 2.0))), 8)):
+        for _ in range(min(int(rng.poisson(mess * 2.4 * min(box[3] * box[4], 2.0))), 10)):
             build, size = _draw(_SMALL if _SURFACES[name] == 1.0 else _SOFT, rng)
             spare = max(box[3] - size[0], 0.0) / 2, max(box[4] - size[1], 0.0) / 2
             forward, aside = rng.uniform(-1, 1) * spare[0], rng.uniform(-1, 1) * spare[1]
@@ -641,7 +641,7 @@ def _add_clutter(space: _Space, builder: _Builder) -> None:
             if level + size[2] < space.room[2] and size[0] < box[3] + 0.1 and size[1] < box[4] + 0.1:
                 place = (box[0] + forward * cos - aside * sin, box[1] + forward * sin + aside * cos)
                 builder.add_thing(build(size, rng), (place[0] + zone.x, place[1] + zone.y, level), box[6] + rng.normal(0.0, 0.5))
-    for _ in range(min(int(rng.poisson(mess * 0.3 * zone.area)), 14)):
+    for _ in range(min(int(rng.poisson(mess * 0.35 * zone.area)), 20)):
         build, size = _draw(_FLOOR, rng)
         if rng.random() < 0.5:
             x, y, yaw = pose_along_wall(size, space.room, False, rng)

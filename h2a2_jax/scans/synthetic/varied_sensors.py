@@ -33,14 +33,14 @@ def walked_mesh(home: Home, rng: Generator) -> Capture:
 
     Up to eight views of 20,000 rays each, points every 2.5 to 5 cm.
     """
-    views, drifted, kept = _views(home, rng, per_zone=(1.0, 9.0), most=8, elevation=(-80.0, rng.uniform(0.0, 50.0)))
+    views, drifted, kept = _views(home, rng, per_zone=(1.0, 9.0), most=8, elevation=(-80.0, rng.uniform(0.0, 50.0)), drift=0.05)
     if rng.random() < 0.85:
         kept &= ~np.stack([view.is_ceiling for view in views])
     reach = rng.uniform(3.0, 6.5)
     kept &= np.stack([view.distances < reach * rng.uniform(0.8, 1.2) for view in views])
     facing = np.stack([view.facing for view in views])
     kept &= facing > rng.uniform(0.0, 0.15)
-    return _fused(home, views, drifted, kept, rng, spacing=(0.025, 0.05), bump=(0.002, 0.012), holes=(0.0, 0.3))
+    return _fused(home, views, drifted, kept, rng, spacing=(0.025, 0.05), bump=(0.002, 0.022), holes=(0.0, 0.3))
 
 
 def merged_stations(home: Home, rng: Generator) -> Capture:
@@ -48,7 +48,7 @@ def merged_stations(home: Home, rng: Generator) -> Capture:
     views, drifted, kept = _views(home, rng, per_zone=(1.0, 18.0), most=5, elevation=(-76.0, 89.0), drift=0.005)
     if rng.random() < 0.25:
         kept &= ~np.stack([view.is_ceiling for view in views])
-    capture = _fused(home, views, drifted, kept, rng, spacing=(0.025, 0.045), bump=(0.001, 0.005), holes=(0.0, 0.12))
+    capture = _fused(home, views, drifted, kept, rng, spacing=(0.025, 0.045), bump=(0.001, 0.008), holes=(0.0, 0.12))
     shift = np.array([*(-capture.points[:, :2].min(axis=0)), 0.0], np.float32)
     boxes = capture.boxes.copy()
     boxes[:, :3] += shift
@@ -183,8 +183,10 @@ def _fused(
     outward = np.einsum("ij,ij->i", mean[group] - points, normals)[:, None]
     points = points + (normals * np.clip(outward, -0.05, 0.05) * rng.uniform(0.0, 0.8)).astype(np.float32)
     sigma = rng.uniform(*bump)
-    rough = smooth_field(points, (0.15, 0.6), rng) + rng.standard_normal(len(points), np.float32)
-    points = points + normals * (rough * np.float32(sigma / math.sqrt(2)))[:, None]
+    own = rng.uniform(0.2, 0.9)  # share of the variance that neighbours do not share
+    rough = math.sqrt(1 - own) * smooth_field(points, (0.1, 0.5), rng)
+    rough = rough + np.float32(math.sqrt(own)) * rng.standard_normal(len(points), np.float32)
+    points = points + normals * (rough * np.float32(sigma)).astype(np.float32)[:, None]
     bend = np.float32(rng.uniform(0.0, 0.02))
     places = np.concatenate([points, home.boxes[:, :3]])
     places = places + bend * np.stack([smooth_field(places, (4.0, 10.0), rng) for _ in range(3)], axis=1)
