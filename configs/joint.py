@@ -171,7 +171,7 @@ def rooms() -> ExperimentConfig:
             selection=SelectionConfig(),
         ),
         optim=OptimConfig(schedule="cosine", final_lr=0.01, warmup_steps=100, ema_decay=0.998),
-        train=TrainConfig(batch_size=4, steps=3600, log_every=50, checkpoint_every=200, max_bucket=0),
+        train=TrainConfig(batch_size=4, steps=3000, log_every=50, checkpoint_every=200, max_bucket=0),
     )
 
 

@@ -3,7 +3,8 @@
 model.safetensors   the arrays by part and path, as in "shared/backbone.stem.conv.kernel"; parts are exclusive,
                     shared, statistics, those of the datasets stacked in the order of "datasets"
 config.json         {"format": "h2a2_jax.pretrained", "version": 1, "datasets": [names],
-                     "classes": {dataset: [names]}, "sha256": of model.safetensors,
+                     "classes": {dataset: [names], which a
+                     detector shows}, "sha256": of model.safetensors,
                      "facts": of the card (`CardFacts`), "versions": {package: version},
                      "config": of the experiment (`h2a2_jax.config.to_json`),
                      ["checksum": sha256 of all the rest; older folders have none]}
@@ -31,6 +32,7 @@ from h2a2_jax.files import read_json, whole_folder
 from h2a2_jax.host import versions
 from h2a2_jax.pretrained.card import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, CardFacts, facts_of_run, model_card
 from h2a2_jax.scans.sources import ROOTS
+from h2a2_jax.scans.specs import DatasetSpec, check_class_names
 from h2a2_jax.untrusted import read_bytes
 
 FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)
@@ -126,10 +128,26 @@ def read_pretrained(folder: str | Path) -> StoredDetector:
             f"{folder / CONFIG_FILE} lists the datasets {quoted(names)}; expected are those of its config, "
             f"{', '.join(config.dataset_names)}: write or download the folder again."
         )
-    specs = tuple(by_name[name] for name in names)
+    specs = tuple(_named(by_name[name], stored.get("classes"), folder / CONFIG_FILE) for name in names)
+    if config.model.label_space != "separate":
+        specs = tuple(by_name[name] for name in names)  # the columns of the union go by the names of the config
     exclusive, shared, statistics = _read_parts(folder / WEIGHTS_FILE, weights)
     facts = CardFacts.from_json(stored.get("facts")).to_json()
     return StoredDetector(config, specs, (exclusive, shared, statistics), f"The detector in {folder}", facts)
+
+
+def _named(spec: DatasetSpec, classes: Any, file: Path) -> DatasetSpec:
+    """Return a spec with the names of classes that the folder gives, which may be plainer than the dataset's own."""
+    given = classes.get(spec.name) if isinstance(classes, dict) else None
+    if given is None:
+        return spec
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given) or len(given) != spec.num_classes:
+        raise InputError(
+            f"{file} lists the classes {quoted(given)} of {spec.name}; expected are {spec.num_classes} names: write or "
+            "download the folder again."
+        )
+    check_class_names(tuple(given), spec.name)
+    return replace(spec, classes=tuple(given))
 
 
 def is_pretrained(folder: Path) -> bool:

@@ -1,0 +1,52 @@
+"""Write the detector of a run as a pretrained folder: `python -m h2a2_jax.pretrained runs/rooms FOLDER --calibrate`.
+
+The shipped detector is made so. Scores, steps and classes of the model card are those of the run; the rest is given.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from h2a2_jax.checkpoint.store import read_detector
+from h2a2_jax.distributed import say
+from h2a2_jax.errors import InputError
+from h2a2_jax.evaluation.matches import MATCHES_FILE, read_matches
+from h2a2_jax.evaluation.score_calibration import calibrated
+from h2a2_jax.pretrained.folder import card_facts, write_pretrained
+from h2a2_jax.scans.specs import plain_name, renamed
+
+_TEXTS = ("name", "license", "terms", "measured", "trained_by")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the run, calibrate and rename, write."""
+    parser = argparse.ArgumentParser(prog="python -m h2a2_jax.pretrained", description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a run, or of one of its checkpoints")
+    parser.add_argument("folder", type=Path, help="pretrained folder to write; an earlier one is replaced")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="make scores the share of hits among the run's evaluated detections"
+    )
+    parser.add_argument("--iou", type=float, default=0.25, help="IoU of a hit (default 0.25)")
+    parser.add_argument("--names", default="", help="other names of classes: old=new,old=new")
+    for name in _TEXTS:
+        parser.add_argument(f"--{name}", help="of the model card")
+    given = parser.parse_args(arguments)
+    try:
+        detector = read_detector(given.run)
+        facts = card_facts(detector)
+        if given.calibrate:
+            detector = calibrated(detector, read_matches(given.run / MATCHES_FILE), given.iou)
+        names = dict(pair.split("=", 1) for pair in given.names.split(",") if "=" in pair)
+        specs = tuple(
+            renamed(spec, {old: new for old, new in names.items() if plain_name(old) in map(plain_name, spec.classes)})
+            for spec in detector.specs
+        )
+        facts = replace(facts, **{name: value for name in _TEXTS if (value := getattr(given, name)) is not None})
+        write_pretrained(replace(detector, specs=specs), given.folder, facts)
+    except InputError as error:
+        parser.error(str(error))
+    say(f"Written to {given.folder}.")
+
+
+if __name__ == "__main__":
+    main()
