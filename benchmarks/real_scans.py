@@ -1,7 +1,7 @@
 """Boxes that a detector finds in the two labelled real scans: `python -m benchmarks.real_scans --weights rooms`.
 
-scene0000_00 of ScanNet (27 boxes) and frame 17 of SUN RGB-D (2 boxes) lie in H2A2_SCANS_DIR, as mmdetection3d's demo
-folder has them. Of the first 30 boxes of all classes by score, those count as found that have the class and more than the
+scene0000_00 of ScanNet (27 boxes) and frame 17 of SUN RGB-D (2 boxes) lie in H2A2_SCANS_DIR, as the demo folder of
+mmdetection3d has them. Of the first 30 boxes by score, those count as found that have the class and more than the
 IoU of an annotated box. Nothing is trained on these scans, and nothing is chosen by them: look seldom.
 """
 
@@ -30,7 +30,9 @@ def main() -> None:
     """Predict and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="rooms", help="name, pretrained folder or run (default rooms)")
-    parser.add_argument("--output", type=Path, help="folder for a page of each scan with the boxes of score .3 and more")
+    parser.add_argument(
+        "--output", type=Path, help="folder for a page of each scan with the boxes of score .3 and more"
+    )
     arguments = parser.parse_args()
     root = Path(os.environ["H2A2_SCANS_DIR"])
     detector = h2a2_jax.Detector.from_pretrained(arguments.weights)

@@ -1,7 +1,7 @@
 """How far procedural scans are from real ones: `python -m benchmarks.realism --scans 60`.
 
-For each dataset that a real scan at hand belongs to, statistics of the real scan beside those of procedural scans of the
-scales "full" and "varied": sites of one level per site of the finer one, occupied neighbours of a site by kind of
+For each dataset that a real scan at hand belongs to, statistics of the real scan beside those of procedural scans of
+the scales "full" and "varied": sites of one level per site of the finer one, occupied neighbours of a site by kind of
 offset, heights above the floor, directions and roughness of surfaces, brightness and colour. F is the squared distance
 of the real scan from the mean of the procedural ones, in units of their variance: 1 is usual among them, 10 is seen in
 none. Labels are not read. Real scans are scene0000_00.bin, 000017.bin and pcl_room_scan1.pcd in H2A2_SCANS_DIR.
@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -33,7 +34,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scans", type=int, default=60, help="procedural scans of each dataset and scale (default 60)")
-    parser.add_argument("--dataset", choices=REAL_FILES, nargs="+", default=list(REAL_FILES), help="which (default all)")
+    parser.add_argument(
+        "--dataset", choices=REAL_FILES, nargs="+", default=list(REAL_FILES), help="which (default all)"
+    )
     parser.add_argument("--jobs", type=int, default=available_cores(), help="processes (default one per core)")
     arguments = parser.parse_args()
     root = Path(os.environ["H2A2_SCANS_DIR"])
@@ -43,7 +46,10 @@ def main() -> None:
             cloud = read_point_cloud(root / file)
             colors = unit_colors(cloud)
             has_colors = colors is not None
-            real = statistics(np.asarray(cloud.points, np.float32), np.zeros((len(cloud.points), 3), np.float32) if colors is None else colors)
+            real = statistics(
+                np.asarray(cloud.points, np.float32),
+                np.zeros((len(cloud.points), 3), np.float32) if colors is None else colors,
+            )
             found = {}
             for scale in ("full", "varied"):
                 rows = list(pool.map(partial(_procedural, name, scale), range(arguments.scans)))
@@ -76,8 +82,10 @@ def statistics(points: np.ndarray, colors: np.ndarray) -> dict[str, float]:
     found["sites, 16 cm per 8 cm"] = counts["16 cm"] / counts["8 cm"]
     heights = points[:, 2] - np.percentile(points[:, 2], 1)
     edges = [-1.0, 0.1, 0.4, 0.8, 1.2, 1.8, 2.4]
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
-        found[f"points between {max(low, 0):.1f} and {high:.1f} m"] = float(np.mean((heights >= low) & (heights < high)))
+    for low, high in pairwise(edges):
+        found[f"points between {max(low, 0):.1f} and {high:.1f} m"] = float(
+            np.mean((heights >= low) & (heights < high))
+        )
     tree = cKDTree(points)
     centers = points[np.random.default_rng(2).permutation(len(points))[:2000]]
     _, near = tree.query(centers, k=16)
@@ -120,7 +128,11 @@ def _print(title: str, real: Mapping[str, float], found: Mapping[str, Mapping[st
             cells.append(f"{mean:.3f} ± {spread:.3f} | {squares[scale][-1]:.1f}")
         print(f"| {key} | {value:.3f} | " + " | ".join(cells) + " |")
     print("| median F | | " + " | ".join(f" | {np.median(squares[scale]):.1f}" for scale in found) + " |")
-    print("| mean of F, at most 25 each | | " + " | ".join(f" | {np.minimum(squares[s], 25).mean():.1f}" for s in found) + " |")
+    print(
+        "| mean of F, at most 25 each | | "
+        + " | ".join(f" | {np.minimum(squares[s], 25).mean():.1f}" for s in found)
+        + " |"
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,11 @@ def calibrated(detector: StoredDetector, matches: Mapping[str, Matches], iou: fl
         InputError: the detector has other heads, a dataset lacks matches, or the matches lack the threshold.
     """
     exclusive, shared, statistics = detector.parts
-    if detector.config.model.kind != "tr3d" or detector.config.model.label_space != "separate" or _KERNEL not in exclusive:
+    if (
+        detector.config.model.kind != "tr3d"
+        or detector.config.model.label_space != "separate"
+        or _KERNEL not in exclusive
+    ):
         raise InputError(f"{detector.place} has no class head of its own for each dataset: calibrate a TR3D that has.")
     kernel, bias = np.array(exclusive[_KERNEL]), np.array(exclusive[_BIAS])
     for row, spec in enumerate(detector.specs):

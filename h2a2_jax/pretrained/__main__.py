@@ -7,12 +7,12 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from h2a2_jax.checkpoint.store import read_detector
 from h2a2_jax.distributed import say
 from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation.matches import MATCHES_FILE, read_matches
 from h2a2_jax.evaluation.score_calibration import calibrated
 from h2a2_jax.pretrained.folder import card_facts, write_pretrained
+from h2a2_jax.pretrained.load import load_pretrained
 from h2a2_jax.scans.specs import plain_name, renamed
 
 _TEXTS = ("name", "license", "terms", "measured", "trained_by")
@@ -21,21 +21,22 @@ _TEXTS = ("name", "license", "terms", "measured", "trained_by")
 def main(arguments: list[str] | None = None) -> None:
     """Read the run, calibrate and rename, write."""
     parser = argparse.ArgumentParser(prog="python -m h2a2_jax.pretrained", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a run, or of one of its checkpoints")
+    parser.add_argument("run", type=Path, help="folder of a run or of one of its checkpoints, or a pretrained one")
     parser.add_argument("folder", type=Path, help="pretrained folder to write; an earlier one is replaced")
     parser.add_argument(
         "--calibrate", action="store_true", help="make scores the share of hits among the run's evaluated detections"
     )
+    parser.add_argument("--matches", type=Path, help=f"{MATCHES_FILE} of an evaluation (default that of the run)")
     parser.add_argument("--iou", type=float, default=0.25, help="IoU of a hit (default 0.25)")
     parser.add_argument("--names", default="", help="other names of classes: old=new,old=new")
     for name in _TEXTS:
         parser.add_argument(f"--{name}", help="of the model card")
     given = parser.parse_args(arguments)
     try:
-        detector = read_detector(given.run)
+        detector = load_pretrained(given.run)
         facts = card_facts(detector)
         if given.calibrate:
-            detector = calibrated(detector, read_matches(given.run / MATCHES_FILE), given.iou)
+            detector = calibrated(detector, read_matches(given.matches or given.run / MATCHES_FILE), given.iou)
         names = dict(pair.split("=", 1) for pair in given.names.split(",") if "=" in pair)
         specs = tuple(
             renamed(spec, {old: new for old, new in names.items() if plain_name(old) in map(plain_name, spec.classes)})

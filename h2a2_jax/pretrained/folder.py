@@ -141,7 +141,11 @@ def _named(spec: DatasetSpec, classes: Any, file: Path) -> DatasetSpec:
     given = classes.get(spec.name) if isinstance(classes, dict) else None
     if given is None:
         return spec
-    if not isinstance(given, list) or not all(isinstance(name, str) for name in given) or len(given) != spec.num_classes:
+    if (
+        not isinstance(given, list)
+        or not all(isinstance(name, str) for name in given)
+        or len(given) != spec.num_classes
+    ):
         raise InputError(
             f"{file} lists the classes {quoted(given)} of {spec.name}; expected are {spec.num_classes} names: write or "
             "download the folder again."

@@ -9,6 +9,7 @@ ranges. The order of the random draws decides the rooms: a change of it is anoth
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -33,11 +34,13 @@ VERSION = 2
 """Version of the generator of scale "varied"; scales "demo" and "full" are of version 1."""
 
 _one_of = varied.one_of
+_CHAIRS = _one_of(furniture.chair, furniture.chair_plain, varied.folding_chair)
+_SHELVES = _one_of(furniture.bookshelf, varied.open_shelf)
 
 FORMS: Mapping[str, tuple[str, Kind]] = {
     name: (label, replace(KINDS[label], **changes))
     for name, label, changes in (
-        ("chair", "chair", {"build": _one_of(furniture.chair, furniture.chair_plain, varied.folding_chair), "limit": 30}),
+        ("chair", "chair", {"build": _CHAIRS, "limit": 30}),
         ("office chair", "chair", {"build": varied.office_chair, "size": (0.62, 0.62, 0.95), "limit": 30}),
         ("armchair", "chair", {"build": varied.armchair, "size": (0.8, 0.78, 0.85), "mount": "free", "limit": 3}),
         ("sofa", "sofa", {"build": _one_of(furniture.sofa, varied.soft_sofa, varied.soft_sofa), "spread": 0.25}),
@@ -52,7 +55,7 @@ FORMS: Mapping[str, tuple[str, Kind]] = {
         ("low cabinet", "cabinet", {"size": (0.45, 1.4, 0.55), "limit": 2}),
         ("wardrobe", "cabinet", {"size": (0.6, 1.2, 2.0), "limit": 2}),
         ("wall cabinet", "cabinet", {"size": (0.35, 0.9, 0.7), "mount": "hung", "base": (1.3, 1.6)}),
-        ("bookshelf", "bookshelf", {"build": _one_of(furniture.bookshelf, varied.open_shelf), "spread": 0.3, "limit": 8}),
+        ("bookshelf", "bookshelf", {"build": _SHELVES, "spread": 0.3, "limit": 8}),
         ("toilet", "toilet", {"build": _one_of(furniture.toilet, varied.soft_toilet)}),
         ("curtain", "curtain", {"size": (0.16, 1.6, 2.1), "base": (0.05, 0.5), "spread": 0.3, "limit": 3}),
         ("showercurtrain", "showercurtrain", {"size": (0.14, 0.9, 1.8)}),
@@ -75,12 +78,14 @@ _BEDROOM: Weights = {
     "window": 2, "picture": 2, "curtain": 2, "low cabinet": 1, "chair": 1, "heater": 1, "suitcase": 1, "low table": 0.5,
 }  # fmt: skip
 _LIVING: Weights = {
-    "sofa": 4, "corner sofa": 1.5, "low table": 2, "armchair": 2.5, "low cabinet": 2, "bookshelf": 2, "window": 2, "curtain": 2,
-    "picture": 2.5, "plant": 2, "table": 1.5, "round table": 1, "side table": 1.5, "cabinet": 1, "heater": 1, "desk": 0.7,
+    "sofa": 4, "corner sofa": 1.5, "low table": 2, "armchair": 2.5, "low cabinet": 2, "bookshelf": 2, "window": 2,
+    "curtain": 2, "picture": 2.5, "plant": 2, "table": 1.5, "round table": 1, "side table": 1.5, "cabinet": 1,
+    "heater": 1, "desk": 0.7,
 }  # fmt: skip
 _OFFICE: Weights = {
-    "desk": 5, "table": 1.5, "office chair": 2, "bookshelf": 2, "cabinet": 2.5, "garbagebin": 2, "board": 1.2, "window": 1.5,
-    "picture": 1, "plant": 0.7, "rack": 0.7, "wall cabinet": 0.7, "heater": 1, "armchair": 0.5, "sofa": 0.4, "side table": 0.5,
+    "desk": 5, "table": 1.5, "office chair": 2, "bookshelf": 2, "cabinet": 2.5, "garbagebin": 2, "board": 1.2,
+    "window": 1.5, "picture": 1, "plant": 0.7, "rack": 0.7, "wall cabinet": 0.7, "heater": 1, "armchair": 0.5,
+    "sofa": 0.4, "side table": 0.5,
 }  # fmt: skip
 _KITCHEN: Weights = {
     "kitchen row": 7, "table": 2.5, "round table": 1.5, "chair": 1, "garbagebin": 1.5, "window": 1.5, "picture": 0.7,
@@ -90,10 +95,18 @@ _BATH: Weights = {
     "toilet": 6, "vanity": 4, "sink": 2, "bathtub": 5, "showercurtrain": 3, "garbagebin": 2, "cabinet": 1, "window": 1,
     "picture": 1, "wall cabinet": 1, "heater": 1, "washer": 0.7, "curtain": 0.5,
 }  # fmt: skip
-_CONFERENCE: Weights = {"table": 6, "board": 3, "chair": 2, "office chair": 2, "bookshelf": 1, "window": 1, "cabinet": 1}
+_CONFERENCE: Weights = {
+    "table": 6,
+    "board": 3,
+    "chair": 2,
+    "office chair": 2,
+    "bookshelf": 1,
+    "window": 1,
+    "cabinet": 1,
+}
 _LOUNGE: Weights = {
-    "sofa": 5, "corner sofa": 1, "low table": 2, "round table": 2, "table": 2, "armchair": 2, "bookshelf": 1, "board": 1,
-    "plant": 1, "window": 1, "picture": 1,
+    "sofa": 5, "corner sofa": 1, "low table": 2, "round table": 2, "table": 2, "armchair": 2, "bookshelf": 1,
+    "board": 1, "plant": 1, "window": 1, "picture": 1,
 }  # fmt: skip
 _LIBRARY: Weights = {"bookshelf": 7, "table": 4, "chair": 3, "desk": 1, "board": 0.7, "cabinet": 0.7}
 _LECTURE: Weights = {"table": 6, "chair": 6, "board": 4, "desk": 1, "window": 1, "bookshelf": 0.3}
@@ -183,7 +196,9 @@ def build_home(spec: DatasetSpec, rng: np.random.Generator) -> Home:
     """Make a random home for a sensor of the kind that a dataset is taken with; the spec decides what is annotated."""
     uses = _USES[spec.name]
     shares = np.array([share for share, _ in uses])
-    count = int(rng.choice([1, 2, 3, 4], p=[0.6, 0.2, 0.13, 0.07] if spec.name == "scannet" else [0.8, 0.17, 0.03, 0.0]))
+    count = int(
+        rng.choice([1, 2, 3, 4], p=[0.6, 0.2, 0.13, 0.07] if spec.name == "scannet" else [0.8, 0.17, 0.03, 0.0])
+    )
     area = sum(rng.uniform(6.0, 26.0) for _ in range(count))
     if spec.name == "s3dis":
         area *= 1.3
@@ -486,7 +501,7 @@ def _kitchen_row(space: _Space, builder: _Builder) -> Box | None:
     run = wide if rng.random() < 0.5 else rng.uniform(0.5, 1.2)
     while edges[-1] < wide / 2 - 0.05:
         edges.append(min(edges[-1] + run, wide / 2))
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         size = (deep - 0.03, high - low, top - 0.045)
         if high - low < 0.8 and rng.random() < 0.2:
             unit("", (low + high) / 2, size, 0.0, household.appliance(size, rng), -0.015)
@@ -504,7 +519,7 @@ def _kitchen_row(space: _Space, builder: _Builder) -> Box | None:
         tall, bottom = float(rng.uniform(0.5, 0.9)), float(rng.uniform(1.3, 1.5))
         tall = min(tall, space.room[2] - bottom - 0.02)
         shares = edges if rng.random() < 0.6 else [-wide / 2, wide / 2]
-        for low, high in zip(shares[:-1], shares[1:], strict=True):
+        for low, high in pairwise(shares):
             if rng.random() < 0.85:
                 size = (0.34, high - low, tall)
                 parts = _painted(furniture.cabinet(size, rng), wood)
@@ -521,7 +536,9 @@ def _painted(parts: list[Primitive], color: Color) -> list[Primitive]:
     base = parts[1].color
     mean = sum(base) / 3
     return [
-        part if part.color == furniture.METAL else part._replace(color=furniture.shade(color, sum(part.color) / 3 / mean))
+        part
+        if part.color == furniture.METAL
+        else part._replace(color=furniture.shade(color, sum(part.color) / 3 / mean))
         for part in parts
     ]
 
@@ -584,7 +601,10 @@ def _add_shaft(space: _Space, builder: _Builder) -> None:
         builder.add_thing([body], (x + space.zone.x, y + space.zone.y, 0.0), 0.0)
 
 
-_SMALL: tuple[tuple[float, furniture.Builder, Size], ...] = (
+_Choices = tuple[tuple[float, furniture.Builder, Size], ...]
+"""Share, builder and mean size of things of no class."""
+
+_SMALL: _Choices = (
     (5, varied.heap, (0.22, 0.25, 0.15)),
     (3, varied.pile, (0.22, 0.3, 0.07)),
     (1.5, household.bottle, (0.09, 0.09, 0.25)),
@@ -594,12 +614,12 @@ _SMALL: tuple[tuple[float, furniture.Builder, Size], ...] = (
     (1, varied.vase_plant, (0.2, 0.2, 0.35)),
     (1.5, furniture.carton, (0.25, 0.3, 0.2)),
 )
-_SOFT: tuple[tuple[float, furniture.Builder, Size], ...] = (
+_SOFT: _Choices = (
     (4, varied.heap, (0.4, 0.45, 0.15)),
     (1, furniture.carton, (0.3, 0.4, 0.25)),
     (1, varied.pile, (0.22, 0.3, 0.05)),
 )
-_FLOOR: tuple[tuple[float, furniture.Builder, Size], ...] = (
+_FLOOR: _Choices = (
     (5, varied.heap, (0.4, 0.45, 0.35)),
     (2, furniture.carton, (0.4, 0.45, 0.35)),
     (1, varied.floor_lamp, (0.35, 0.35, 1.6)),
@@ -610,7 +630,7 @@ _FLOOR: tuple[tuple[float, furniture.Builder, Size], ...] = (
     (0.7, household.stool, (0.4, 0.4, 0.5)),
     (0.7, varied.heap, (0.25, 0.3, 0.1)),
 )
-_WALL: tuple[tuple[float, furniture.Builder, Size], ...] = (
+_WALL: _Choices = (
     (2, varied.open_shelf, (0.22, 0.9, 0.5)),
     (1.5, varied.television, (0.08, 1.0, 0.6)),
     (2, household.heater, (0.12, 1.0, 0.6)),
@@ -620,7 +640,9 @@ _WALL: tuple[tuple[float, furniture.Builder, Size], ...] = (
 )
 
 
-def _draw(choices: tuple[tuple[float, furniture.Builder, Size], ...], rng: np.random.Generator) -> tuple[furniture.Builder, Size]:
+def _draw(
+    choices: tuple[tuple[float, furniture.Builder, Size], ...], rng: np.random.Generator
+) -> tuple[furniture.Builder, Size]:
     shares = np.array([share for share, _, _ in choices])
     _, build, mean = choices[rng.choice(len(choices), p=shares / shares.sum())]
     depth, width, height = (np.array(mean) * np.exp(np.clip(rng.normal(0.0, 0.35, 3), -0.8, 0.8))).tolist()
@@ -640,7 +662,9 @@ def _add_clutter(space: _Space, builder: _Builder) -> None:
             cos, sin = math.cos(box[6]), math.sin(box[6])
             if level + size[2] < space.room[2] and size[0] < box[3] + 0.1 and size[1] < box[4] + 0.1:
                 place = (box[0] + forward * cos - aside * sin, box[1] + forward * sin + aside * cos)
-                builder.add_thing(build(size, rng), (place[0] + zone.x, place[1] + zone.y, level), box[6] + rng.normal(0.0, 0.5))
+                builder.add_thing(
+                    build(size, rng), (place[0] + zone.x, place[1] + zone.y, level), box[6] + rng.normal(0.0, 0.5)
+                )
     for _ in range(min(int(rng.poisson(mess * 0.35 * zone.area)), 20)):
         build, size = _draw(_FLOOR, rng)
         if rng.random() < 0.5:

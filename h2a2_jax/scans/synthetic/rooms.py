@@ -542,6 +542,7 @@ def _pose_at_table(table: Box, depth: float, rng: np.random.Generator) -> tuple[
 
 
 def is_inside(box: Box, room: Size) -> bool:
+    """Return True if an upright box lies within the walls of a room."""
     cos, sin = abs(math.cos(box[6])), abs(math.sin(box[6]))
     half_x, half_y = (box[3] * cos + box[4] * sin) / 2, (box[3] * sin + box[4] * cos) / 2
     slack = 1e-6

@@ -329,6 +329,7 @@ def _cut_patches(points: np.ndarray, fraction: float, rng: Generator) -> np.ndar
 
 
 def add_noise(colors: np.ndarray, sigma: float, rng: Generator) -> np.ndarray:
+    """Add normal noise to colours, kept within 0-1."""
     noise = rng.standard_normal(colors.shape, np.float32) * np.float32(sigma)
     return np.clip(colors + noise, 0, 1).astype(np.float32)
 

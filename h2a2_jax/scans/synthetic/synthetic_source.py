@@ -77,7 +77,8 @@ class SyntheticSource:
             raise InputError(f"There is no scale {scale!r}: use {', '.join(SCALES)}.")
         if scale == "varied" and (spec.name not in _VARIED or gap != 1):
             raise InputError(
-                f"Varied rooms of {spec.name} at gap {gap:g} were asked for; there are those of {', '.join(_VARIED)}, at 1."
+                f"Varied rooms of {spec.name} at gap {gap:g} were asked for; there are those of "
+                f"{', '.join(_VARIED)}, at 1."
             )
         if size < 1:
             raise InputError(f"A synthetic source of {size} scans was asked for: give at least 1.")

@@ -104,7 +104,7 @@ def armchair(size: Size, rng: np.random.Generator) -> list[Primitive]:
         Primitive((-x, -0.95 * y, 0.06), (back, 0.95 * y, height - 0.05), fabric),
         _ball((back, 0.0, height - 0.25 * height), (0.15, 0.85 * y, 0.25 * height), fabric),
         _ball((0.25 * x, 0.0, seat - 0.07), (0.8 * x, y - 0.6 * arm, 0.11), shade(fabric, 1.1)),
-        *legs((2 * x, 2 * y, 0), 0.08, 0.05, pick(WOODS, rng)),
+        *legs((2 * x, 2 * y, 0.0), 0.08, 0.05, pick(WOODS, rng)),
     ]
     for low in (-y, y - arm):
         parts.append(Primitive((-x, low, 0.06), (0.9 * x, low + arm, rest - 0.05), fabric))
@@ -122,7 +122,7 @@ def folding_chair(size: Size, rng: np.random.Generator) -> list[Primitive]:
         [
             Primitive((-0.8 * x, -0.9 * y, seat - 0.03), (x, 0.9 * y, seat), color),
             Primitive((-x, -y, height * 0.72), (-x + 0.03 + behind / 2, y, height), color, lean=-lean),
-            *legs((1.9 * x, 2 * y, 0), seat, 0.025, METAL),
+            *legs((1.9 * x, 2 * y, 0.0), seat, 0.025, METAL),
             *(Primitive((-x, s * 0.93 * y - 0.012, seat), (-0.9 * x, s * 0.93 * y + 0.012, height), METAL)
               for s in (-1, 1)),
         ],
@@ -140,7 +140,7 @@ def soft_sofa(size: Size, rng: np.random.Generator) -> list[Primitive]:
     parts = [
         Primitive((-x, -y, lift), (0.96 * x, y, seat - 0.14), shade(fabric, 0.85)),
         Primitive((-x, -y + 0.02, lift), (back, y - 0.02, height * rng.uniform(0.85, 0.97)), fabric),
-        *legs((2 * x, 2 * y, 0), max(lift, 0.01), 0.05, pick(WOODS, rng)),
+        *legs((2 * x, 2 * y, 0.0), max(lift, 0.01), 0.05, pick(WOODS, rng)),
     ]
     for low in (-y, y - arm):
         parts.append(Primitive((-x, low, lift), (0.94 * x, low + arm, rest), fabric))
@@ -149,7 +149,9 @@ def soft_sofa(size: Size, rng: np.random.Generator) -> list[Primitive]:
     edges = np.linspace(-y + arm, y - arm, count + 1)
     for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         middle, half = (low + high) / 2, (high - low) / 2
-        parts.append(_ball(((back + x) / 2, middle, seat - 0.08), ((x - back) / 2, 1.05 * half, 0.1), shade(fabric, 1.1)))
+        parts.append(
+            _ball(((back + x) / 2, middle, seat - 0.08), ((x - back) / 2, 1.05 * half, 0.1), shade(fabric, 1.1))
+        )
         rise = (height - seat) * 0.55
         parts.append(_ball((back + 0.06, middle, seat + rise), (0.12, 1.02 * half, rise * 0.85), fabric))
     return _fit([*parts, *_cushions((back + 0.15, 0.6 * x), 0.8 * y, seat + 0.02, rng)], size)
@@ -163,13 +165,15 @@ def corner_sofa(size: Size, rng: np.random.Generator) -> list[Primitive]:
     inner = -x + min(deep, 1.2 * x)
     low_y, high_y = (-y, -y + deep) if side < 0 else (y - deep, y)
     outer = (-y, -y + 0.2) if side < 0 else (y - 0.2, y)
+    end = (x if rng.random() < 0.6 else 0.0, outer[1], height * rng.uniform(0.7, 1.0))
+    middle, half = ((inner + x) / 2, (low_y + high_y) / 2, seat - 0.08), ((x - inner) / 2, deep / 2, 0.1)
     parts = [
         Primitive((-x, -y, 0.03), (inner, y, seat - 0.1), shade(fabric, 0.85)),
         Primitive((inner, low_y, 0.03), (x, high_y, seat - 0.1), shade(fabric, 0.85)),
         Primitive((-x, -y, 0.03), (-x + 0.2, y, height), fabric),
-        Primitive((-x, outer[0], 0.03), (x if rng.random() < 0.6 else 0.0, outer[1], height * rng.uniform(0.7, 1.0)), fabric),
+        Primitive((-x, outer[0], 0.03), end, fabric),
         _ball(((inner - x) / 2 + 0.1, 0.0, seat - 0.08), ((inner + x) / 2, y, 0.1), shade(fabric, 1.1)),
-        _ball(((inner + x) / 2, (low_y + high_y) / 2, seat - 0.08), ((x - inner) / 2, deep / 2, 0.1), shade(fabric, 1.1)),
+        _ball(middle, half, shade(fabric, 1.1)),
     ]
     return _fit([*parts, *_cushions((-x + 0.25, inner - 0.2), 0.8 * y, seat + 0.02, rng)], size)
 
@@ -203,9 +207,11 @@ def made_bed(size: Size, rng: np.random.Generator) -> list[Primitive]:
         for _ in range(int(rng.integers(2, 8))):
             half = rng.uniform(0.15, 0.6), rng.uniform(0.15, 0.6), rng.uniform(0.03, 0.12)
             spot = rng.uniform(start, 0.8 * foot), rng.uniform(-0.6, 0.6) * y, top + 0.02
-            parts.append(_ball(spot, (min(half[0], x / 2), min(half[1], 0.6 * y), half[2]), shade(cover, rng.uniform(0.9, 1.1))))
+            parts.append(
+                _ball(spot, (min(half[0], x / 2), min(half[1], 0.6 * y), half[2]), shade(cover, rng.uniform(0.9, 1.1)))
+            )
     for row in range(1 + int(rng.random() < 0.3)):
-        for middle in ([-0.5 * y, 0.5 * y] if y > 0.6 else [0.0]):
+        for middle in [-0.5 * y, 0.5 * y] if y > 0.6 else [0.0]:
             color = pick(LINENS, rng) if rng.random() < 0.7 else any_color(rng)
             half = 0.2, min(0.35, 0.45 * y), rng.uniform(0.06, 0.12)
             parts.append(_ball((-x + 0.28 + 0.25 * row, middle, top + 0.06 + 0.04 * row), half, color))
@@ -220,7 +226,7 @@ def round_table(size: Size, rng: np.random.Generator) -> list[Primitive]:
     if rng.random() < 0.6:
         foot = Primitive((-0.5 * x, -0.5 * y, 0.0), (0.5 * x, 0.5 * y, 0.04), shade(wood, 0.8), is_round=True)
         return [top, foot, Primitive((-0.05, -0.05, 0.0), (0.05, 0.05, height), shade(wood, 0.8), is_round=True)]
-    return [top, *legs((1.3 * x, 1.3 * y, 0), height - 0.04, 0.05, wood)]
+    return [top, *legs((1.3 * x, 1.3 * y, 0.0), height - 0.04, 0.05, wood)]
 
 
 def low_table(size: Size, rng: np.random.Generator) -> list[Primitive]:
@@ -253,7 +259,9 @@ def desk_with_drawers(size: Size, rng: np.random.Generator) -> list[Primitive]:
         parts.append(Primitive((-0.95 * x, -y, 0.3 * top), (-0.95 * x + 0.02, y, top - 0.035), shade(wood, 0.9)))
     for level in (0.3, 0.55, 0.8):
         handle = (block[0] + block[1]) / 2
-        parts.append(Primitive((0.93 * x, handle - 0.07, level * top), (0.97 * x, handle + 0.07, level * top + 0.02), METAL))
+        parts.append(
+            Primitive((0.93 * x, handle - 0.07, level * top), (0.97 * x, handle + 0.07, level * top + 0.02), METAL)
+        )
     return _fit(parts, size)
 
 
@@ -298,7 +306,9 @@ def vase_plant(size: Size, rng: np.random.Generator) -> list[Primitive]:
         half = rng.uniform(0.2, 0.5, 2) * (x, y)
         spot = rng.uniform(-0.5, 0.5, 2) * (x, y)
         center = (*spot.tolist(), height * rng.uniform(0.4, 0.85))
-        parts.append(_ball(center, (*half.tolist(), height * rng.uniform(0.08, 0.2)), (0.5 * green, green, 0.4 * green)))
+        parts.append(
+            _ball(center, (*half.tolist(), height * rng.uniform(0.08, 0.2)), (0.5 * green, green, 0.4 * green))
+        )
     return _fit(parts, size)
 
 

@@ -33,7 +33,9 @@ def walked_mesh(home: Home, rng: Generator) -> Capture:
 
     Up to eight views of 20,000 rays each, points every 2.5 to 5 cm.
     """
-    views, drifted, kept = _views(home, rng, per_zone=(1.0, 9.0), most=8, elevation=(-80.0, rng.uniform(0.0, 50.0)), drift=0.05)
+    views, drifted, kept = _views(
+        home, rng, per_zone=(1.0, 9.0), most=8, elevation=(-80.0, rng.uniform(0.0, 50.0)), drift=0.05
+    )
     if rng.random() < 0.85:
         kept &= ~np.stack([view.is_ceiling for view in views])
     reach = rng.uniform(3.0, 6.5)
@@ -125,8 +127,8 @@ def _views(
     origins = []
     zones = [zone for zone in home.zones if len(home.zones) == 1 or rng.random() < 0.92] or list(home.zones)
     for zone in zones:
-        for _ in range(int(per_zone[0] + round(rng.uniform(0.7, 1.5) * zone.area / per_zone[1]))):
-            origins.append(_station(home, zone, (1.1, 1.8), rng))
+        count = int(per_zone[0] + round(rng.uniform(0.7, 1.5) * zone.area / per_zone[1]))
+        origins += [_station(home, zone, (1.1, 1.8), rng) for _ in range(count)]
     found = [origin for origin in origins if origin is not None]
     if not found:
         found = [np.append(home.size[:2] / 2, home.size[2] - 0.06).astype(np.float32)]
@@ -143,7 +145,9 @@ def _views(
         points = np.where(edge[..., None], points + (ahead - points) * rng.random((*jump.shape, 1), np.float32), points)
         view.owners[edge] = -1
         turned = rotate((points - origin).reshape(-1, 3).astype(np.float32), rng.normal(0.0, 0.4 * size))
-        drifted.append(turned.reshape(points.shape) + origin + rng.normal(0.0, size * np.array([1, 1, 0.5])).astype(np.float32))
+        drifted.append(
+            turned.reshape(points.shape) + origin + rng.normal(0.0, size * np.array([1, 1, 0.5])).astype(np.float32)
+        )
         kept.append(~_through_glass(home, view, rng) & (rng.random(jump.shape) < rng.uniform(0.7, 1.0)))
     return views, drifted, np.stack(kept)
 
