@@ -29,6 +29,7 @@ from h2a2_jax.prepare.scan_cache import ScanCache, difference, explain_write_err
 from h2a2_jax.prepare.worker_pool import run_in_processes
 from h2a2_jax.scans import synthetic
 from h2a2_jax.scans.raw import PUBLISHED, RawDataset
+from h2a2_jax.scans.synthetic.rooms import SCALES
 from h2a2_jax.scans.tfds_source import METADATA_FILE, why_not_whole
 
 
@@ -263,7 +264,12 @@ def synthetic_command(dataset: str, stands_for: str | Sequence[str], arguments: 
     parser.add_argument("--train", type=int, default=1000, metavar="N", help="training scans (1000)")
     parser.add_argument("--val", type=int, default=100, metavar="N", help="validation scans (100)")
     parser.add_argument("--seed", type=int, default=0, help="another one gives other scans (0)")
-    parser.add_argument("--scale", choices=["full", "demo"], default="full", help="rooms like the real ones, or small")
+    parser.add_argument(
+        "--scale",
+        choices=SCALES,
+        default="full",
+        help="rooms of the size of the real ones, small ones, or varied homes",
+    )
 
     def open_scans(options: argparse.Namespace) -> _Opened:
         name = stands_for if isinstance(stands_for, str) else options.dataset

@@ -64,7 +64,7 @@ class SyntheticRaw:
         name: name of a built-in dataset.
         sizes: number of scans by split.
         seed: another seed gives other scans.
-        scale: "full" for rooms like the real ones, "demo" for small ones.
+        scale: "full" for rooms of the size of the real ones, "demo" for small ones, "varied" for homes of mixed use.
 
     Raises:
         InputError: there are no scans of this name, size, seed or scale.

@@ -1,4 +1,4 @@
-"""Write the detector of a run as a pretrained folder: `python -m h2a2_jax.pretrained runs/rooms FOLDER --calibrate`.
+"""Write the detector of a run as a pretrained folder: `python -m h2a2_jax.evaluation.publish runs/rooms FOLDER --calibrate`.
 
 The shipped detector is made so. Scores, steps and classes of the model card are those of the run; the rest is given.
 """
@@ -20,7 +20,7 @@ _TEXTS = ("name", "license", "terms", "measured", "trained_by")
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the run, calibrate and rename, write."""
-    parser = argparse.ArgumentParser(prog="python -m h2a2_jax.pretrained", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m h2a2_jax.evaluation.publish", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run or of one of its checkpoints, or a pretrained one")
     parser.add_argument("folder", type=Path, help="pretrained folder to write; an earlier one is replaced")
     parser.add_argument(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from h2a2_jax.errors import InputError
+from h2a2_jax.evaluation import publish as command
 from h2a2_jax.evaluation.matches import Matches, write_matches
-from h2a2_jax.pretrained import __main__ as command
 from h2a2_jax.pretrained.folder import read_pretrained, write_pretrained
 from h2a2_jax.scans.specs import renamed
 from tests.pretrained.detectors import stored_detector
