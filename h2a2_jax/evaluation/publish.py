@@ -1,4 +1,6 @@
-"""Write the detector of a run as a pretrained folder: `python -m h2a2_jax.evaluation.publish runs/rooms FOLDER --calibrate`.
+"""Write the detector of a run as a pretrained folder, with calibrated scores and plain names of classes if asked.
+
+    python -m h2a2_jax.evaluation.publish runs/rooms FOLDER --calibrate --names="garbagebin=trash can"
 
 The shipped detector is made so. Scores, steps and classes of the model card are those of the run; the rest is given.
 """

@@ -268,7 +268,7 @@ def synthetic_command(dataset: str, stands_for: str | Sequence[str], arguments: 
         "--scale",
         choices=SCALES,
         default="full",
-        help="rooms of the size of the real ones, small ones, or varied homes",
+        help="rooms as large as real ones, small ones, or varied homes",
     )
 
     def open_scans(options: argparse.Namespace) -> _Opened:

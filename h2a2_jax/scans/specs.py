@@ -257,6 +257,9 @@ MAX_NAME_BYTES = 100
 
 _OTHER_NAMES = {
     "showercurtain": "showercurtrain",
+    "showercurtrain": "showercurtain",
+    "garbagebin": "trashcan",
+    "trashcan": "garbagebin",
     "fridge": "refrigerator",
     "furniture": "otherfurniture",
 }
