@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -37,35 +38,35 @@ _one_of = varied.one_of
 _CHAIRS = _one_of(furniture.chair, furniture.chair_plain, varied.folding_chair)
 _SHELVES = _one_of(furniture.bookshelf, varied.open_shelf)
 
+_CHANGES: Sequence[tuple[str, str, Mapping[str, Any]]] = (
+    ("chair", "chair", {"build": _CHAIRS, "limit": 30}),
+    ("office chair", "chair", {"build": varied.office_chair, "size": (0.62, 0.62, 0.95), "limit": 30}),
+    ("armchair", "chair", {"build": varied.armchair, "size": (0.8, 0.78, 0.85), "mount": "free", "limit": 3}),
+    ("sofa", "sofa", {"build": _one_of(furniture.sofa, varied.soft_sofa, varied.soft_sofa), "spread": 0.25}),
+    ("corner sofa", "sofa", {"build": varied.corner_sofa, "size": (1.6, 2.4, 0.82), "limit": 1}),
+    ("bed", "bed", {"build": _one_of(furniture.bed, varied.made_bed, varied.made_bed), "limit": 2}),
+    ("table", "table", {"build": furniture.table, "limit": 6}),
+    ("round table", "table", {"build": varied.round_table, "size": (0.95, 0.95, 0.73), "limit": 2}),
+    ("low table", "table", {"build": varied.low_table, "size": (0.6, 1.0, 0.43), "limit": 2}),
+    ("side table", "table", {"build": _one_of(varied.round_table, varied.low_table), "size": (0.45, 0.5, 0.55)}),
+    ("desk", "desk", {"build": _one_of(furniture.desk, varied.desk_with_drawers), "limit": 6}),
+    ("cabinet", "cabinet", {"limit": 6}),
+    ("low cabinet", "cabinet", {"size": (0.45, 1.4, 0.55), "limit": 2}),
+    ("wardrobe", "cabinet", {"size": (0.6, 1.2, 2.0), "limit": 2}),
+    ("wall cabinet", "cabinet", {"size": (0.35, 0.9, 0.7), "mount": "hung", "base": (1.3, 1.6)}),
+    ("bookshelf", "bookshelf", {"build": _SHELVES, "spread": 0.3, "limit": 8}),
+    ("toilet", "toilet", {"build": _one_of(furniture.toilet, varied.soft_toilet)}),
+    ("curtain", "curtain", {"size": (0.16, 1.6, 2.1), "base": (0.05, 0.5), "spread": 0.3, "limit": 3}),
+    ("showercurtrain", "showercurtrain", {"size": (0.14, 0.9, 1.8)}),
+    ("plant", "plant", {"build": _one_of(furniture.plant, varied.vase_plant), "mount": "free"}),
+    *((name, name, {}) for name in (
+        "dresser", "night_stand", "bathtub", "window", "picture", "counter", "refrigerator", "sink", "garbagebin",
+        "board", "stove", "heater", "rack", "suitcase", "washer", "stool",
+    )),
+)  # fmt: skip
 FORMS: Mapping[str, tuple[str, Kind]] = {
-    name: (label, replace(KINDS[label], **changes))
-    for name, label, changes in (
-        ("chair", "chair", {"build": _CHAIRS, "limit": 30}),
-        ("office chair", "chair", {"build": varied.office_chair, "size": (0.62, 0.62, 0.95), "limit": 30}),
-        ("armchair", "chair", {"build": varied.armchair, "size": (0.8, 0.78, 0.85), "mount": "free", "limit": 3}),
-        ("sofa", "sofa", {"build": _one_of(furniture.sofa, varied.soft_sofa, varied.soft_sofa), "spread": 0.25}),
-        ("corner sofa", "sofa", {"build": varied.corner_sofa, "size": (1.6, 2.4, 0.82), "limit": 1}),
-        ("bed", "bed", {"build": _one_of(furniture.bed, varied.made_bed, varied.made_bed), "limit": 2}),
-        ("table", "table", {"build": furniture.table, "limit": 6}),
-        ("round table", "table", {"build": varied.round_table, "size": (0.95, 0.95, 0.73), "limit": 2}),
-        ("low table", "table", {"build": varied.low_table, "size": (0.6, 1.0, 0.43), "limit": 2}),
-        ("side table", "table", {"build": _one_of(varied.round_table, varied.low_table), "size": (0.45, 0.5, 0.55)}),
-        ("desk", "desk", {"build": _one_of(furniture.desk, varied.desk_with_drawers), "limit": 6}),
-        ("cabinet", "cabinet", {"limit": 6}),
-        ("low cabinet", "cabinet", {"size": (0.45, 1.4, 0.55), "limit": 2}),
-        ("wardrobe", "cabinet", {"size": (0.6, 1.2, 2.0), "limit": 2}),
-        ("wall cabinet", "cabinet", {"size": (0.35, 0.9, 0.7), "mount": "hung", "base": (1.3, 1.6)}),
-        ("bookshelf", "bookshelf", {"build": _SHELVES, "spread": 0.3, "limit": 8}),
-        ("toilet", "toilet", {"build": _one_of(furniture.toilet, varied.soft_toilet)}),
-        ("curtain", "curtain", {"size": (0.16, 1.6, 2.1), "base": (0.05, 0.5), "spread": 0.3, "limit": 3}),
-        ("showercurtrain", "showercurtrain", {"size": (0.14, 0.9, 1.8)}),
-        ("plant", "plant", {"build": _one_of(furniture.plant, varied.vase_plant), "mount": "free"}),
-        *((name, name, {}) for name in (
-            "dresser", "night_stand", "bathtub", "window", "picture", "counter", "refrigerator", "sink", "garbagebin",
-            "board", "stove", "heater", "rack", "suitcase", "washer", "stool",
-        )),
-    )
-}  # fmt: skip
+    name: (label, replace(KINDS[label], **changes)) for name, label, changes in _CHANGES
+}
 """Forms of furniture: class (a kind of `rooms.KINDS`) and kind, which may differ from it in size and build."""
 
 _SITTING = {"chair", "office chair", "armchair"}
@@ -399,7 +400,9 @@ def _bed_group(space: _Space, builder: _Builder) -> Box | None:
     """A bed with night stands at its head."""
     bed = _add_form("bed", space, builder)
     rng = builder.rng
-    for side in (-1, 1) if bed else ():
+    if bed is None:
+        return None
+    for side in (-1, 1):
         if rng.random() < 0.55:
             extent = _extent_of("night_stand", space, builder)
             dy = side * (bed[4] / 2 + extent[1] / 2 + rng.uniform(0.02, 0.2))
@@ -601,42 +604,42 @@ def _add_shaft(space: _Space, builder: _Builder) -> None:
         builder.add_thing([body], (x + space.zone.x, y + space.zone.y, 0.0), 0.0)
 
 
-_Choices = tuple[tuple[float, furniture.Builder, Size], ...]
+_Choices = tuple[tuple[float | int, furniture.Builder, Size], ...]
 """Share, builder and mean size of things of no class."""
 
 _SMALL: _Choices = (
-    (5, varied.heap, (0.22, 0.25, 0.15)),
-    (3, varied.pile, (0.22, 0.3, 0.07)),
+    (5.0, varied.heap, (0.22, 0.25, 0.15)),
+    (3.0, varied.pile, (0.22, 0.3, 0.07)),
     (1.5, household.bottle, (0.09, 0.09, 0.25)),
     (1.5, varied.television, (0.2, 0.55, 0.45)),
-    (1, household.table_lamp, (0.26, 0.26, 0.45)),
-    (1, household.laptop, (0.26, 0.34, 0.24)),
-    (1, varied.vase_plant, (0.2, 0.2, 0.35)),
+    (1.0, household.table_lamp, (0.26, 0.26, 0.45)),
+    (1.0, household.laptop, (0.26, 0.34, 0.24)),
+    (1.0, varied.vase_plant, (0.2, 0.2, 0.35)),
     (1.5, furniture.carton, (0.25, 0.3, 0.2)),
 )
 _SOFT: _Choices = (
-    (4, varied.heap, (0.4, 0.45, 0.15)),
-    (1, furniture.carton, (0.3, 0.4, 0.25)),
-    (1, varied.pile, (0.22, 0.3, 0.05)),
+    (4.0, varied.heap, (0.4, 0.45, 0.15)),
+    (1.0, furniture.carton, (0.3, 0.4, 0.25)),
+    (1.0, varied.pile, (0.22, 0.3, 0.05)),
 )
 _FLOOR: _Choices = (
-    (5, varied.heap, (0.4, 0.45, 0.35)),
-    (2, furniture.carton, (0.4, 0.45, 0.35)),
-    (1, varied.floor_lamp, (0.35, 0.35, 1.6)),
+    (5.0, varied.heap, (0.4, 0.45, 0.35)),
+    (2.0, furniture.carton, (0.4, 0.45, 0.35)),
+    (1.0, varied.floor_lamp, (0.35, 0.35, 1.6)),
     (0.7, varied.bicycle, (0.5, 1.6, 1.0)),
-    (1, household.case, (0.28, 0.42, 0.55)),
-    (1, varied.pillar, (0.4, 0.5, 1.1)),
-    (1, varied.vase_plant, (0.5, 0.5, 0.9)),
+    (1.0, household.case, (0.28, 0.42, 0.55)),
+    (1.0, varied.pillar, (0.4, 0.5, 1.1)),
+    (1.0, varied.vase_plant, (0.5, 0.5, 0.9)),
     (0.7, household.stool, (0.4, 0.4, 0.5)),
     (0.7, varied.heap, (0.25, 0.3, 0.1)),
 )
 _WALL: _Choices = (
-    (2, varied.open_shelf, (0.22, 0.9, 0.5)),
+    (2.0, varied.open_shelf, (0.22, 0.9, 0.5)),
     (1.5, varied.television, (0.08, 1.0, 0.6)),
-    (2, household.heater, (0.12, 1.0, 0.6)),
-    (2, varied.heap, (0.15, 0.4, 0.6)),
-    (1, varied.pillar, (0.12, 0.12, 1.5)),
-    (1, furniture.picture, (0.04, 0.3, 0.25)),
+    (2.0, household.heater, (0.12, 1.0, 0.6)),
+    (2.0, varied.heap, (0.15, 0.4, 0.6)),
+    (1.0, varied.pillar, (0.12, 0.12, 1.5)),
+    (1.0, furniture.picture, (0.04, 0.3, 0.25)),
 )
 
 
