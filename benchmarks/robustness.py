@@ -90,10 +90,14 @@ def main() -> None:
     parser.add_argument("--weights", default="rooms", help="name, pretrained folder or run (default rooms)")
     parser.add_argument("--scans", type=int, default=40, help="scans of each dataset (default 40)")
     parser.add_argument("--scale", choices=("varied", "full", "demo"), default="varied", help="rooms (default varied)")
+    parser.add_argument("--changes", choices=CHANGES, nargs="+", default=list(CHANGES), help="which (default all)")
     arguments = parser.parse_args()
     detector = h2a2_jax.Detector.from_pretrained(arguments.weights)
     datasets = detector.datasets
-    found = {name: [_score(detector, dataset, name, arguments) for dataset in datasets] for name in CHANGES}
+    found = {
+        name: [_score(detector, dataset, name, arguments) for dataset in datasets]
+        for name in {"unchanged": 0, **dict.fromkeys(arguments.changes)}
+    }
     print("| change | " + " | ".join(datasets) + " | mean | lost |\n|---|" + "---|" * (len(datasets) + 2))
     base = np.mean(found["unchanged"], axis=0)
     for name, rows in found.items():

@@ -12,16 +12,16 @@ from h2a2_jax.inference.sample import sample_scan
 from h2a2_jax.scans.specs import SCANNET
 from h2a2_jax.scans.synthetic.synthetic_source import SyntheticSource
 
-SEED = 112
-"""Of the procedural room that the sample is, a validation scan of no training."""
+SEED = 217
+"""Of the procedural home that the sample is, a validation scan of no training."""
 
 
 def test_the_sample_is_a_room_of_the_generator():
     cloud = h2a2_jax.read_point_cloud(sample_scan())
-    scan = SyntheticSource(SCANNET, "val", 1, seed=SEED, scale="demo")[0]
+    scan = SyntheticSource(SCANNET, "val", 1, seed=SEED, scale="varied")[0]
     # Not bit for bit: processors differ in the last digit of what rays meet.
     distances, nearest = cKDTree(scan.points).query(cloud.points)
-    assert len(cloud.points) == 12_000 and cloud.colors is not None and (distances < 2e-3).mean() > 0.95
+    assert len(cloud.points) == 32_328 and cloud.colors is not None and (distances < 2e-3).mean() > 0.95
     assert np.median(np.abs(cloud.colors / 255 - scan.colors[nearest])) < 3e-3
 
 
@@ -42,13 +42,13 @@ def test_the_sample_is_predicted_by_the_weights_of_the_package(tmp_path, monkeyp
     assert "taken for a room (head of scannet)" in capsys.readouterr().out
     with open("boxes/boxes.csv") as file:
         found = list(csv.DictReader(file))
-    scan = SyntheticSource(SCANNET, "val", 1, seed=SEED, scale="demo")[0]
-    hit = 0
+    scan = SyntheticSource(SCANNET, "val", 1, seed=SEED, scale="varied")[0]
+    names, hit = h2a2_jax.Detector.from_pretrained().classes("scannet"), 0
     for box, label in zip(scan.boxes, scan.labels, strict=True):
-        same = [row for row in found if row["class"] == SCANNET.classes[label]]
+        same = [row for row in found if row["class"] == names[label]]
         middles = np.array([[float(row[f"center_{axis}"]) for axis in "xyz"] for row in same]).reshape(-1, 3)
         hit += bool((np.abs(middles - box[:3]) < 0.25).all(axis=1).any())
-    assert hit >= len(scan.boxes) - 2 and len(found) <= 2 * len(scan.boxes)
+    assert hit >= 8 and len(found) <= len(scan.boxes) == 18  # nine of 18 when the weights were published
     assert main(["predict", "--sample", "--formats=csv,json,html", "--agnostic_nms"]) == 0
     assert "1 of 1 scan is done already and skipped." in capsys.readouterr().out
 
