@@ -210,9 +210,12 @@ def test_joint_variants():
     module = load("joint")
     demo = experiment_config(module.get_config("demo"))
     assert {source.kind for source in demo.datasets} == {"synthetic"} and demo.model.selection is not None
+    rooms = experiment_config(module.get_config("rooms"))
+    assert {(source.kind, source.scale) for source in rooms.datasets} == {("synthetic", "varied")}
+    assert rooms.train.steps * rooms.train.batch_size < min(source.train_size for source in rooms.datasets)
     without = experiment_config(module.get_config("demo,no_sfks"))
     assert without == dataclasses.replace(demo, model=dataclasses.replace(demo.model, selection=None))
-    with pytest.raises(InputError, match=r"no variant 'demmo'; its variants are paper, synthetic, demo, tiny, two"):
+    with pytest.raises(InputError, match="variants are paper, synthetic, demo, tiny, rooms, two"):
         module.get_config("demmo")
 
 
@@ -247,7 +250,7 @@ def test_joint_with_six_datasets():
     assert [source.root for source in full.datasets[1:3]] == ["data/synthetic_s3dis", "data/synthetic"]
     for variant, sentence in (
         ("six,two", "The word six does not go with two"),
-        ("demo,tiny", "names demo and tiny: choose one of paper, synthetic, demo, tiny, two"),
+        ("demo,tiny", "names demo and tiny: choose one of paper, synthetic, demo, tiny, rooms, two"),
         ("six,demo,gap0", "The gap of the procedural multiscan is 0"),
     ):
         with pytest.raises(InputError, match=sentence):
