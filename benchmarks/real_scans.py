@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 import h2a2_jax
+from benchmarks.scans import detections_of
 from h2a2_jax.boxes.matching import GroundTruth
-from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.evaluation.scores import evaluate_detections
 from h2a2_jax.scans.specs import SCANNET, SUNRGBD
 from h2a2_jax.untrusted.restricted_pickle import load_plain_pickle
@@ -46,13 +46,13 @@ def main() -> None:
             matrix = np.array(entry["axis_align_matrix"], np.float32).reshape(4, 4)
             points = points @ matrix[:3, :3].T + matrix[:3, 3]
         boxes = detector(points, rows[:, 3:] / scale, spec.name, score=0.01, up="z")
-        rows = np.concatenate([boxes.centers, boxes.sizes, boxes.yaws[:, None]], axis=1).astype(np.float32)
-        first = np.argsort(-boxes.scores, kind="stable")[:FIRST]
-        found = Detections(rows[first], boxes.scores[first].astype(np.float32), boxes.labels[first].astype(np.int32))
+        found = detections_of(boxes[:FIRST])
         matches = evaluate_detections([found], [truth], spec.classes, rotated=spec.has_yaw).matches
         hits = matches.is_hit.sum(axis=1)
-        totals += (*hits, len(truth.labels), len(first))
-        print(f"{file}: {len(truth.labels)} boxes; of the first {len(first)} found {hits[0]} at .25, {hits[1]} at .5")
+        totals += (*hits, len(truth.labels), len(found.scores))
+        print(
+            f"{file}: {len(truth.labels)} boxes; of the first {len(found.scores)} found {hits[0]} at .25, {hits[1]} at .5"
+        )
         known = Counter(spec.classes[label] for label in truth.labels.tolist())
         right = Counter(spec.classes[label] for label in matches.labels[matches.is_hit[0]].tolist())
         right_half = Counter(spec.classes[label] for label in matches.labels[matches.is_hit[1]].tolist())
@@ -61,8 +61,7 @@ def main() -> None:
             print(f"  {name:15} {count} annotated, {given[name]} given, {right[name]} at .25, {right_half[name]} at .5")
         others = {name: count for name, count in given.items() if name not in known}
         print(f"  given beside: {others}; scores {found.scores.min():.2f} to {found.scores.max():.2f}")
-        high = found.scores >= 0.3
-        sure = int(high.sum())
+        sure = int((found.scores >= 0.3).sum())
         right_of_sure = int(matches.is_hit[0][matches.scores >= 0.3].sum())
         print(f"  of {sure} with a score of .3 and more {right_of_sure} are right")
         if arguments.output:

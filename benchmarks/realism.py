@@ -66,7 +66,7 @@ def _procedural(name: str, scale: str, index: int) -> dict[str, float]:
 def statistics(points: np.ndarray, colors: np.ndarray) -> dict[str, float]:
     """Numbers of one scan, from at most 30,000 of its points; see the module."""
     chosen = np.random.default_rng(0).permutation(len(points))[:_POINTS]
-    points, colors = points[chosen], colors[chosen] / (255.0 if colors.max() > 1.5 else 1.0)
+    points, colors = points[chosen], colors[chosen]
     points = points[np.all(np.abs(points - np.median(points, axis=0)) < 8.0, axis=1)]
     found: dict[str, float] = {}
     counts = {}

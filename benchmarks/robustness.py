@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 
 import h2a2_jax
+from benchmarks.scans import detections_of
 from h2a2_jax.boxes.matching import GroundTruth
-from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.evaluation.scores import evaluate_detections
 from h2a2_jax.scans.scan import Scan, points_in_box
 from h2a2_jax.scans.specs import DatasetSpec, dataset_spec
@@ -116,8 +116,7 @@ def _score(detector: h2a2_jax.Detector, dataset: str, name: str, arguments: argp
         scan = change(scan, spec, np.random.default_rng(index)) if change else scan
         colors = None if name == "no colours" else scan.colors
         boxes = detector(scan.points, colors, dataset, score=0.01, up="z")
-        rows = np.concatenate([boxes.centers, boxes.sizes, boxes.yaws[:, None]], axis=1).astype(np.float32)
-        predicted.append(Detections(rows, boxes.scores.astype(np.float32), boxes.labels.astype(np.int32)))
+        predicted.append(detections_of(boxes))
         truth.append(GroundTruth(scan.boxes, scan.labels))
     return np.array(evaluate_detections(predicted, truth, spec.classes, rotated=spec.has_yaw).mean_average_precision)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
+from h2a2_jax import Boxes
+from h2a2_jax.boxes.nms import Detections
 from h2a2_jax.errors import InputError
 from h2a2_jax.scans.scan import Scan, ScanSource
 from h2a2_jax.scans.specs import dataset_spec
@@ -41,6 +43,12 @@ class ChangedScans:
     def __getitem__(self, index: int) -> Scan:
         """Read and change one scan."""
         return self.change(self.source[index])
+
+
+def detections_of(boxes: Boxes) -> Detections:
+    """Boxes of a detector as detections in the frame of its input, which has z up and is in metres."""
+    rows = np.concatenate([boxes.centers, boxes.sizes, boxes.yaws[:, None]], axis=1).astype(np.float32)
+    return Detections(rows, boxes.scores.astype(np.float32), boxes.labels.astype(np.int32))
 
 
 def load_points(path: Path | None) -> tuple[str, Float32[np.ndarray, "m 3"]]:

@@ -13,15 +13,15 @@ from h2a2_jax.distributed import say
 from h2a2_jax.errors import InputError
 from h2a2_jax.evaluation.matches import MATCHES_FILE, read_matches
 from h2a2_jax.evaluation.score_calibration import calibrated
+from h2a2_jax.inference.scan_prediction import renamed_specs
 from h2a2_jax.pretrained.folder import card_facts, write_pretrained
 from h2a2_jax.pretrained.load import load_pretrained
-from h2a2_jax.scans.specs import plain_name, renamed
 
 _TEXTS = ("name", "license", "terms", "measured", "trained_by")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read the run, calibrate and rename, write."""
+    """Read the run, calibrate and rename, write; what cannot be done ends in a sentence and status 2."""
     parser = argparse.ArgumentParser(prog="python -m h2a2_jax.evaluation.publish", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run or of one of its checkpoints, or a pretrained one")
     parser.add_argument("folder", type=Path, help="pretrained folder to write; an earlier one is replaced")
@@ -39,11 +39,10 @@ def main(arguments: list[str] | None = None) -> None:
         facts = card_facts(detector)
         if given.calibrate:
             detector = calibrated(detector, read_matches(given.matches or given.run / MATCHES_FILE), given.iou)
-        names = dict(pair.split("=", 1) for pair in given.names.split(",") if "=" in pair)
-        specs = tuple(
-            renamed(spec, {old: new for old, new in names.items() if plain_name(old) in map(plain_name, spec.classes)})
-            for spec in detector.specs
-        )
+        pairs = [pair.partition("=") for pair in given.names.split(",") if given.names]
+        if not all(old and new for old, _, new in pairs):
+            raise InputError(f"--names is {given.names!r}; expected names as in garbagebin=trash can,sofa=couch.")
+        specs = renamed_specs(detector.specs, {old: new for old, _, new in pairs})
         facts = replace(facts, **{name: value for name in _TEXTS if (value := getattr(given, name)) is not None})
         write_pretrained(replace(detector, specs=specs), given.folder, facts)
     except InputError as error:

@@ -128,16 +128,20 @@ def read_pretrained(folder: str | Path) -> StoredDetector:
             f"{folder / CONFIG_FILE} lists the datasets {quoted(names)}; expected are those of its config, "
             f"{', '.join(config.dataset_names)}: write or download the folder again."
         )
-    specs = tuple(_named(by_name[name], stored.get("classes"), folder / CONFIG_FILE) for name in names)
-    if config.model.label_space != "separate":
-        specs = tuple(by_name[name] for name in names)  # the columns of the union go by the names of the config
+    # The columns of a union of classes go by the names of the config.
+    classes = stored.get("classes") if config.model.label_space == "separate" else None
+    specs = tuple(_named(by_name[name], classes, folder / CONFIG_FILE) for name in names)
     exclusive, shared, statistics = _read_parts(folder / WEIGHTS_FILE, weights)
     facts = CardFacts.from_json(stored.get("facts")).to_json()
     return StoredDetector(config, specs, (exclusive, shared, statistics), f"The detector in {folder}", facts)
 
 
 def _named(spec: DatasetSpec, classes: Any, file: Path) -> DatasetSpec:
-    """Return a spec with the names of classes that the folder gives, which may be plainer than the dataset's own."""
+    """Return a spec with the names of classes that the folder gives, which may be plainer than the dataset's own.
+
+    Raises:
+        InputError: the names are not as many as the classes, or cannot be told apart (`check_class_names`).
+    """
     given = classes.get(spec.name) if isinstance(classes, dict) else None
     if given is None:
         return spec

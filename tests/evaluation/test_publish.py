@@ -63,6 +63,16 @@ def test_the_command_calibrates_renames_and_writes(tmp_path: Path, capfd: pytest
     assert str(tmp_path / "out") in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(("names", "sentence"), [("sofa", "expected names as in"), ("sofass=couch", "has no class")])
+def test_names_that_rename_nothing_end_in_a_sentence(
+    names: str, sentence: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    write_pretrained(DETECTOR, tmp_path / "run")
+    with pytest.raises(SystemExit):
+        command.main([str(tmp_path / "run"), str(tmp_path / "out"), f"--names={names}"])
+    assert sentence in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_run_without_matches_ends_in_a_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     write_pretrained(DETECTOR, tmp_path / "run")
     with pytest.raises(SystemExit):

@@ -31,9 +31,6 @@ from h2a2_jax.scans.synthetic.rooms import (
     random_size,
 )
 
-VERSION = 2
-"""Version of the generator of scale "varied"; scales "demo" and "full" are of version 1."""
-
 _one_of = varied.one_of
 _CHAIRS = _one_of(furniture.chair, furniture.chair_plain, varied.folding_chair)
 _SHELVES = _one_of(furniture.bookshelf, varied.open_shelf)
@@ -168,24 +165,22 @@ class Home(Room):
 
 @dataclass
 class _Builder:
-    """What was built so far, in the frame of the home."""
+    """A home under construction: its objects and things, in its frame."""
 
     spec: DatasetSpec
     rng: np.random.Generator
     height: float
     scale: float
     boxes: list[Box] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     parts: list[Solids] = field(default_factory=list)
 
-    def add(self, primitives: list[Primitive], name: str, label: str, box: Box, zone: Zone) -> None:
-        """Add an object whose box is given in the frame of a zone."""
+    def add(self, primitives: list[Primitive], label: str, box: Box, zone: Zone) -> None:
+        """Add an object of a class (a kind of `rooms.KINDS`) whose box is given in the frame of a zone."""
         box = (box[0] + zone.x, box[1] + zone.y, *box[2:])
         base = np.array([box[0], box[1], box[2] - box[5] / 2])
         self.parts.append(make_solids(primitives).place(base, box[6], len(self.boxes)))
         self.boxes.append(box)
-        self.names.append(name)
         self.labels.append(label_of(label, self.spec))
 
     def add_thing(self, primitives: list[Primitive], place: Sequence[float], yaw: float) -> None:
@@ -284,7 +279,7 @@ def _hang_leaf(spot: tuple[float, float], yaw: float, gap: float, lintel: float,
     tall = min(lintel, builder.height) - 0.02
     size = (0.09, gap, min(tall, 2.15))
     box = (*middle, size[2] / 2, *size, turned)
-    builder.add(furniture.door(size, rng), "door", "door", box, Zone(0.0, 0.0, 0.0, 0.0))
+    builder.add(furniture.door(size, rng), "door", box, Zone(0.0, 0.0, 0.0, 0.0))
 
 
 def _wall_color(rng: np.random.Generator) -> Color:
@@ -371,7 +366,7 @@ def _add_form(name: str, space: _Space, builder: _Builder, extent: Size | None =
 
 
 def _put(name: str, label: str, kind: Kind, box: Box, space: _Space, builder: _Builder) -> Box:
-    builder.add(kind.build(box[3:6], builder.rng), name, label, box, space.zone)
+    builder.add(kind.build(box[3:6], builder.rng), label, box, space.zone)
     space.placed.append((name, _kept_clear(name, box)))
     return box
 
@@ -488,7 +483,7 @@ def _kitchen_row(space: _Space, builder: _Builder) -> Box | None:
     slab = [Primitive((-deep / 2, -wide / 2, 0.0), (deep / 2, wide / 2, 0.04), varied.any_color(rng))]
     if splash > 0.08:
         slab.append(Primitive((-deep / 2, -wide / 2, 0.0), (-deep / 2 + 0.02, wide / 2, splash), slab[0].color))
-    builder.add(slab, "counter", "counter", worktop, space.zone)
+    builder.add(slab, "counter", worktop, space.zone)
     space.placed.append(("kitchen row", whole))
     space.placed.append(("counter", worktop))
 
@@ -496,7 +491,7 @@ def _kitchen_row(space: _Space, builder: _Builder) -> Box | None:
         px, py = x + forward * math.cos(yaw) - dy * math.sin(yaw), y + forward * math.sin(yaw) + dy * math.cos(yaw)
         box = (px, py, bottom + size[2] / 2, *size, yaw)
         if name:
-            builder.add(parts, name, name, box, space.zone)
+            builder.add(parts, name, box, space.zone)
         else:
             builder.add_thing(parts, (px + space.zone.x, py + space.zone.y, bottom), yaw)
 
@@ -556,7 +551,7 @@ def _vanity(space: _Space, builder: _Builder) -> Box | None:
     label, kind = FORMS["sink"]
     basin = (size[0] * 0.9, min(size[1] * 0.9, 0.6), float(rng.uniform(0.2, 0.32)))
     above = (box[0], box[1], size[2] + basin[2] / 2 - 0.08, *basin, box[6])
-    builder.add(kind.build(basin, rng), "sink", label, above, space.zone)
+    builder.add(kind.build(basin, rng), label, above, space.zone)
     return box
 
 
@@ -572,7 +567,7 @@ def _bath_group(space: _Space, builder: _Builder) -> Box | None:
         dx = tub[3] / 2 - 0.03
         bottom = min(float(rng.uniform(0.1, 0.4)), space.room[2] - tall - 0.05)
         place = (tub[0] + dx * cos - side * sin, tub[1] + dx * sin + side * cos, bottom + tall / 2)
-        builder.add(furniture.curtain(size, rng), "showercurtrain", label, (*place, *size, tub[6]), space.zone)
+        builder.add(furniture.curtain(size, rng), label, (*place, *size, tub[6]), space.zone)
     return tub
 
 
@@ -604,7 +599,7 @@ def _add_shaft(space: _Space, builder: _Builder) -> None:
         builder.add_thing([body], (x + space.zone.x, y + space.zone.y, 0.0), 0.0)
 
 
-_Choices = tuple[tuple[float | int, furniture.Builder, Size], ...]
+_Choices = tuple[tuple[float, furniture.Builder, Size], ...]
 """Share, builder and mean size of things of no class."""
 
 _SMALL: _Choices = (
@@ -643,9 +638,7 @@ _WALL: _Choices = (
 )
 
 
-def _draw(
-    choices: tuple[tuple[float, furniture.Builder, Size], ...], rng: np.random.Generator
-) -> tuple[furniture.Builder, Size]:
+def _draw(choices: _Choices, rng: np.random.Generator) -> tuple[furniture.Builder, Size]:
     shares = np.array([share for share, _, _ in choices])
     _, build, mean = choices[rng.choice(len(choices), p=shares / shares.sum())]
     depth, width, height = (np.array(mean) * np.exp(np.clip(rng.normal(0.0, 0.35, 3), -0.8, 0.8))).tolist()

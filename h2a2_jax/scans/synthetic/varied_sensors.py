@@ -6,6 +6,7 @@ corners; floors lean a little, and rooms have any height and, one in four, any d
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float32
@@ -54,7 +55,7 @@ def merged_stations(home: Home, rng: Generator) -> Capture:
     shift = np.array([*(-capture.points[:, :2].min(axis=0)), 0.0], np.float32)
     boxes = capture.boxes.copy()
     boxes[:, :3] += shift
-    return Capture(capture.points + shift, capture.colors, capture.owners, boxes, capture.visible, capture.losses)
+    return replace(capture, points=capture.points + shift, boxes=boxes)
 
 
 def single_frame(home: Home, rng: Generator) -> Capture:
@@ -80,7 +81,7 @@ def single_frame(home: Home, rng: Generator) -> Capture:
     patchy = blotch > np.quantile(blotch, 1 - rng.uniform(0.0, 0.15))
     whole = np.repeat(np.repeat(patchy.reshape(offset[::2, ::2].shape[:2]), 2, 0), 2, 1)
     lost |= whole[: depth.shape[0], : depth.shape[1]]
-    lost |= _through_glass(home, view, rng)
+    lost |= _through_glass(view, rng)
     farthest = rng.uniform(3.5, 8.0)
     kept = ~lost & (measured > RANGE[0]) & (measured < farthest)
     points = (offset * (measured / np.maximum(depth, 1e-3))[..., None])[kept]
@@ -138,7 +139,7 @@ def _views(
     size, flying = rng.uniform(0.0, drift), rng.uniform(0.0, 0.2)
     drifted, kept = [], []
     for view, origin in zip(views, chosen, strict=True):
-        points, edge = view.points, np.zeros(view.owners.shape, bool)
+        points = view.points
         jump = np.diff(view.distances, axis=1, append=view.distances[:, :1])
         edge = (np.abs(jump) > 0.15) & (rng.random(jump.shape) < flying)
         ahead = np.roll(points, -1, axis=1)
@@ -148,12 +149,12 @@ def _views(
         drifted.append(
             turned.reshape(points.shape) + origin + rng.normal(0.0, size * np.array([1, 1, 0.5])).astype(np.float32)
         )
-        kept.append(~_through_glass(home, view, rng) & (rng.random(jump.shape) < rng.uniform(0.7, 1.0)))
+        kept.append(~_through_glass(view, rng) & (rng.random(jump.shape) < rng.uniform(0.7, 1.0)))
     return views, drifted, np.stack(kept)
 
 
-def _through_glass(home: Home, view: DepthView, rng: Generator) -> np.ndarray:
-    """Rays that hit bluish panes of glass and come back from nowhere, in half of the views."""
+def _through_glass(view: DepthView, rng: Generator) -> np.ndarray:
+    """Rays that hit bluish panes of glass and do not come back: in a third of the views none, half or nearly all."""
     red, green, blue = np.moveaxis(view.colors, -1, 0)
     glass = (blue > 1.1 * red) & (green > 1.03 * red) & (blue > 0.3) & (view.owners >= 0)
     return glass & (rng.random(glass.shape) < rng.choice([0.0, 0.5, 0.95]))
