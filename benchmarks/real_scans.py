@@ -49,10 +49,9 @@ def main() -> None:
         found = detections_of(boxes[:FIRST])
         matches = evaluate_detections([found], [truth], spec.classes, rotated=spec.has_yaw).matches
         hits = matches.is_hit.sum(axis=1)
-        totals += (*hits, len(truth.labels), len(found.scores))
-        print(
-            f"{file}: {len(truth.labels)} boxes; of the first {len(found.scores)} found {hits[0]} at .25, {hits[1]} at .5"
-        )
+        count = len(found.scores)
+        totals += (*hits, len(truth.labels), count)
+        print(f"{file}: {len(truth.labels)} boxes; of the first {count} found {hits[0]} at .25, {hits[1]} at .5")
         known = Counter(spec.classes[label] for label in truth.labels.tolist())
         right = Counter(spec.classes[label] for label in matches.labels[matches.is_hit[0]].tolist())
         right_half = Counter(spec.classes[label] for label in matches.labels[matches.is_hit[1]].tolist())
